@@ -1,0 +1,177 @@
+"""Files that are either complete or absent: atomic writes, content hashes, the cache folder.
+
+A plain `open(path, "w")` leaves a truncated file behind when the process is killed halfway; every reader downstream would
+then have to guess. Here a file is written under a temporary name in the same folder (a rename is atomic only within one
+file system), flushed to the disk, and renamed; the folder is flushed as well, or a power cut could undo the rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
+
+    Args:
+        path: the final name; missing parent folders are made.
+        data: the whole content.
+
+    Returns:
+        `path` as a Path.
+
+    Raises:
+        TypeError: `data` is not bytes-like.
+        OSError: the folder cannot be written; the temporary file is removed and the old file, if any, is untouched.
+    """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"data: expected bytes, got {type(data).__name__}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600, unlike open()
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    fsync_dir(path.parent)
+    return path
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """`atomic_write_bytes` for UTF-8 text; newlines are written as they are."""
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected str, got {type(text).__name__}")
+    return atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write `value` as indented JSON with sorted keys; NaN and infinity are refused, since JSON has neither."""
+    return atomic_write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a folder under a temporary name and give it its final name only when the block ends without an exception.
+
+    Every file in it is flushed to the disk before the rename. An existing folder at `path` is replaced: it is renamed
+    aside first and removed last, so that at each moment one complete folder exists under `path` or beside it.
+
+    Yields:
+        the temporary folder to write into.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        _fsync_tree(temporary)
+        replaced = None
+        if path.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_dir(path.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced.parent, ignore_errors=True)
+
+
+def fsync_dir(path: str | os.PathLike[str]) -> None:
+    """Flush a folder's own entries (names), which a rename changes; does nothing where the system cannot."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse fsync on folders
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content as 64 hex digits, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(obj: Any) -> str:
+    """SHA-256 (64 hex digits) of the canonical JSON of `obj`: equal settings give equal names, whatever the key order.
+
+    Dataclasses, mappings, lists, tuples, paths, strings, numbers, booleans and None are taken, nested at will. A tuple and
+    a list of the same items are equal, as they are in JSON.
+
+    Raises:
+        TypeError: anything else (a set has no order, a tensor no canonical text), or a mapping key that is not a string.
+        ValueError: NaN or infinity, which never equal themselves in a cache key.
+    """
+    text = json.dumps(_canonical(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def cache_dir() -> Path:
+    """The folder for downloads and computed features: $KDKERNELS_CACHE, else ~/.cache/kdkernels. Made if missing."""
+    configured = os.environ.get("KDKERNELS_CACHE")
+    path = Path(configured).expanduser() if configured else Path.home() / ".cache" / "kdkernels"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _canonical(obj: Any) -> Any:
+    if obj is None or isinstance(obj, (bool, int, float, str)):
+        return obj
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {field.name: _canonical(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
+    if isinstance(obj, Mapping):
+        for key in obj:
+            if not isinstance(key, str):
+                raise TypeError(f"fingerprint: expected string keys, got {key!r} ({type(key).__name__})")
+        return {key: _canonical(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_canonical(value) for value in obj]
+    raise TypeError(f"fingerprint: expected JSON-like values or dataclasses, got {type(obj).__name__}")
+
+
+def _fsync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_dir(folder)
+
+
+def _umask() -> int:
+    # The mask can only be read by setting it; the pair below is as short as it can be.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+import dataclasses
+import hashlib
+import os
+
+import pytest
+
+from models import io_utils
+
+
+def test_write_replaces_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    io_utils.atomic_write_text(path, "one")
+    io_utils.atomic_write_text(path, "zwölf\n")
+    assert path.read_bytes() == "zwölf\n".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~io_utils._umask()
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    io_utils.atomic_write_bytes(path, b"old")
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        io_utils.atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_wrong_types_are_named(tmp_path):
+    with pytest.raises(TypeError, match="data: expected bytes, got str"):
+        io_utils.atomic_write_bytes(tmp_path / "x", "text")
+    with pytest.raises(TypeError, match="text: expected str, got bytes"):
+        io_utils.atomic_write_text(tmp_path / "x", b"bytes")
+    with pytest.raises(ValueError):
+        io_utils.atomic_write_json(tmp_path / "x", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dir_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "ckpt"
+    with pytest.raises(RuntimeError, match="halfway"):
+        with io_utils.atomic_dir(target) as folder:
+            (folder / "a").write_text("1")
+            raise RuntimeError("halfway")
+    assert list(tmp_path.iterdir()) == []
+
+    with io_utils.atomic_dir(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    with io_utils.atomic_dir(target) as folder:
+        (folder / "b").write_text("2")
+    assert [p.name for p in target.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_failed_replacement_keeps_the_old_dir(tmp_path):
+    target = tmp_path / "ckpt"
+    with io_utils.atomic_dir(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(RuntimeError):
+        with io_utils.atomic_dir(target) as folder:
+            raise RuntimeError
+    assert (target / "a").read_text() == "1"
+
+
+def test_sha256_file(tmp_path):
+    data = os.urandom((1 << 20) + 17)
+    (tmp_path / "x").write_bytes(data)
+    assert io_utils.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_fingerprint_is_canonical(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        rate: float = 0.1
+        layers: tuple[int, ...] = (1, 3)
+
+    assert io_utils.fingerprint({"a": 1, "b": [1, 2]}) == io_utils.fingerprint({"b": (1, 2), "a": 1})
+    assert io_utils.fingerprint(Settings()) == io_utils.fingerprint({"layers": [1, 3], "rate": 0.1})
+    assert io_utils.fingerprint(Settings()) != io_utils.fingerprint(Settings(rate=0.2))
+    assert io_utils.fingerprint(tmp_path) == io_utils.fingerprint(str(tmp_path))
+    assert io_utils.fingerprint(1) != io_utils.fingerprint("1")
+
+
+@pytest.mark.parametrize("bad", [{1, 2}, {1: "a"}, b"x", object()])
+def test_fingerprint_refuses_what_has_no_canonical_text(bad):
+    with pytest.raises(TypeError, match="fingerprint"):
+        io_utils.fingerprint(bad)
+
+
+def test_fingerprint_refuses_nan():
+    with pytest.raises(ValueError):
+        io_utils.fingerprint({"x": float("nan")})
+
+
+def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "c"))
+    assert io_utils.cache_dir() == tmp_path / "c"
+    assert (tmp_path / "c").is_dir()
+    monkeypatch.delenv("KDKERNELS_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert io_utils.cache_dir() == tmp_path / ".cache" / "kdkernels"
