@@ -1,0 +1,139 @@
+"""The formula in eager PyTorch: the oracle of tests and benchmarks (in float64), and a working implementation anywhere.
+
+Written to be read beside the maths, with no care for memory: it holds several (N, V) tensors in the compute dtype. Gradients
+come from autograd, so they are independent of the analytic ones in the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .rows import RowResult, RowSpec
+
+_NEG_INF = float("-inf")
+
+
+def _logits(raw: torch.Tensor, spec: RowSpec, scale: float, softcap: float | None, dtype: torch.dtype) -> torch.Tensor:
+    logits = raw[..., : spec.vocab].reshape(-1, spec.vocab).to(dtype) * scale  # (N, V)
+    if softcap is None:
+        return logits
+    return softcap * torch.tanh(logits / softcap)
+
+
+def contrastive_logits(
+    audio: torch.Tensor, text: torch.Tensor | None, alpha: torch.Tensor, plausibility: float | None
+) -> torch.Tensor:
+    """z_hat = (1 + alpha) z_audio - alpha z_text over (N, V), alpha (1,) or (N,).
+
+    A token that is -inf on either path is -inf in z_hat. Where alpha is 0 the text path is not read.
+    """
+    target = audio
+    if text is not None:
+        a = alpha.to(audio.dtype).reshape(-1, 1)
+        masked = torch.isneginf(audio) | torch.isneginf(text)
+        # 1 + alpha is folded into the difference so that alpha = 0 gives z_audio exactly.
+        mixed = audio + a * (audio.masked_fill(masked, 0.0) - text.masked_fill(masked, 0.0))
+        target = torch.where(a == 0, audio, mixed.masked_fill(masked, _NEG_INF))
+    if plausibility is not None:
+        threshold = audio.amax(dim=-1, keepdim=True) + math.log(plausibility)
+        target = target.masked_fill(audio < threshold, _NEG_INF)
+    return target
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """log_softmax that stays -inf (not NaN) in a row that is -inf throughout."""
+    empty = torch.isneginf(logits).all(dim=-1, keepdim=True)
+    return torch.log_softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, _NEG_INF)
+
+
+def _relative_entropy(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """sum_v p_v (log p_v - log q_v) with 0 log 0 = 0; +inf where p_v > 0 meets q_v = 0. Differentiable in both."""
+    p = log_p.exp()
+    support = p > 0
+    # Double `where`: autograd multiplies what is masked by 0, and 0 * inf would be NaN.
+    zero = torch.zeros_like(log_p)
+    finite = support & ~torch.isneginf(log_q)
+    terms = p * (torch.where(finite, log_p, zero) - torch.where(finite, log_q, zero))
+    infinite = torch.where((support & torch.isneginf(log_q)).any(dim=-1), math.inf, 0.0).to(log_p.dtype)
+    return torch.where(finite, terms, zero).sum(dim=-1) + infinite
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, jsd_beta: float) -> torch.Tensor:
+    """D(p, q) per row, without tau^2. A row in which p has no support gives 0."""
+    if kind == "forward_kl":
+        value = _relative_entropy(log_p, log_q)
+    elif kind == "reverse_kl":
+        value = _relative_entropy(log_q, log_p)
+    else:
+        empty = torch.isneginf(log_p) & torch.isneginf(log_q)
+        log_m = torch.logaddexp(
+            log_p.masked_fill(empty, 0.0) + math.log(jsd_beta), log_q.masked_fill(empty, 0.0) + math.log1p(-jsd_beta)
+        ).masked_fill(empty, _NEG_INF)
+        value = jsd_beta * _relative_entropy(log_p, log_m) + (1 - jsd_beta) * _relative_entropy(log_q, log_m)
+    return torch.where(torch.isneginf(log_p).all(dim=-1), torch.zeros_like(value), value)
+
+
+def caad_rows(
+    student: torch.Tensor,
+    audio: torch.Tensor,
+    text: torch.Tensor | None,
+    target: torch.Tensor | None,
+    alpha: torch.Tensor,
+    spec: RowSpec,
+    *,
+    want_stats: bool = False,
+) -> RowResult:
+    """kd and ce per row (see :mod:`kdkernels.ops.rows`), differentiable in ``student``.
+
+    Computes in float64 where an input is float64, else in float32.
+    """
+    inputs = [x for x in (student, audio, text) if x is not None]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    tau = spec.temperature
+    valid = None if target is None else target != spec.ignore_index  # (N,)
+
+    s = _logits(student, spec, spec.student_scale, spec.student_softcap, dtype)
+    # A masked token takes no gradient, whatever the softcap's derivative is there.
+    a = _logits(audio.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
+    t = None if text is None else _logits(text.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
+    if valid is not None:
+        # Ignored rows may hold anything, NaN included.
+        s = torch.where(valid[:, None], s, torch.zeros_like(s))
+        a = torch.where(valid[:, None], a, torch.zeros_like(a))
+        t = None if t is None else torch.where(valid[:, None], t, torch.zeros_like(t))
+    z = contrastive_logits(a, t, alpha.detach(), spec.plausibility)
+
+    rows = s.shape[0]
+    zeros = s.new_zeros(rows)
+    log_p, log_q = _log_softmax(z / tau), _log_softmax(s / tau)
+    kd = tau**2 * divergence(log_p, log_q, spec.divergence, spec.jsd_beta) if spec.with_kd else zeros
+    ce = zeros
+    if target is not None and spec.with_ce:
+        inside = (target >= 0) & (target < spec.vocab)
+        picked = _log_softmax(s).gather(-1, torch.where(inside, target, 0)[:, None])[:, 0]
+        ce = torch.where(inside, -picked, math.nan)
+    if text is not None:
+        kd = torch.where((alpha >= 0) & torch.isfinite(alpha), kd, math.nan)
+    stats = None
+    if want_stats:
+        with torch.no_grad():
+            stats = torch.stack(
+                [
+                    _entropy(log_q),
+                    _entropy(log_p),
+                    (s.argmax(dim=-1) == z.argmax(dim=-1)).to(dtype),
+                    zeros
+                    if t is None
+                    else _relative_entropy(_log_softmax(a / tau), _log_softmax(t / tau)).clamp_min(0.0),
+                ]
+            )
+    if valid is not None:
+        kd, ce = torch.where(valid, kd, 0.0), torch.where(valid, ce, 0.0)
+        stats = None if stats is None else torch.where(valid, stats, 0.0)
+    return RowResult(kd=kd, ce=ce, stats=stats)
+
+
+def _entropy(log_p: torch.Tensor) -> torch.Tensor:
+    return -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(dim=-1)
