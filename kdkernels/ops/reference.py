@@ -49,24 +49,35 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _relative_entropy(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """sum_v p_v (log p_v - log q_v) with 0 log 0 = 0; +inf where p_v > 0 meets q_v = 0. Differentiable in both."""
+    """sum_v p_v (log p_v - log q_v) with 0 log 0 = 0; +inf, with no gradient, where p_v > 0 meets q_v = 0."""
     p = log_p.exp()
     support = p > 0
     # Double `where`: autograd multiplies what is masked by 0, and 0 * inf would be NaN.
-    zero = torch.zeros_like(log_p)
-    finite = support & ~torch.isneginf(log_q)
-    terms = p * (torch.where(finite, log_p, zero) - torch.where(finite, log_q, zero))
-    infinite = torch.where((support & torch.isneginf(log_q)).any(dim=-1), math.inf, 0.0).to(log_p.dtype)
-    return torch.where(finite, terms, zero).sum(dim=-1) + infinite
+    safe_p, safe_q = (torch.where(support & ~torch.isneginf(x), x, torch.zeros_like(x)) for x in (log_p, log_q))
+    value = torch.where(support, p * (safe_p - safe_q), torch.zeros_like(p)).sum(dim=-1)
+    infinite = (support & torch.isneginf(log_q)).any(dim=-1)
+    return torch.where(infinite, torch.full_like(value, math.inf), value)
 
 
-def divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, jsd_beta: float) -> torch.Tensor:
-    """D(p, q) per row, without tau^2. A row in which p has no support gives 0."""
+def _forward_kl(log_p: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """KL(p || softmax(student)) whose gradient is softmax(student) - p, and 0 at a masked student token, also where it is inf."""
+    masked = torch.isneginf(student)
+    p = log_p.exp()
+    visible = torch.where(masked, torch.zeros_like(student), student)
+    log_q = visible - torch.logsumexp(torch.where(masked.all(dim=-1, keepdim=True), visible, student), -1, keepdim=True)
+    safe_p = torch.where(p > 0, log_p, torch.zeros_like(log_p))
+    value = (p * (safe_p - log_q)).sum(dim=-1)
+    return value + torch.where((masked & (p > 0)).any(dim=-1), math.inf, 0.0).to(value.dtype)
+
+
+def divergence(log_p: torch.Tensor, student: torch.Tensor, kind: str, jsd_beta: float) -> torch.Tensor:
+    """D(p, q) per row with q = softmax(student), without tau^2. A row in which p has no support gives 0."""
     if kind == "forward_kl":
-        value = _relative_entropy(log_p, log_q)
+        value = _forward_kl(log_p, student)
     elif kind == "reverse_kl":
-        value = _relative_entropy(log_q, log_p)
+        value = _relative_entropy(_log_softmax(student), log_p)
     else:
+        log_q = _log_softmax(student)
         empty = torch.isneginf(log_p) & torch.isneginf(log_q)
         log_m = torch.logaddexp(
             log_p.masked_fill(empty, 0.0) + math.log(jsd_beta), log_q.masked_fill(empty, 0.0) + math.log1p(-jsd_beta)
@@ -95,7 +106,7 @@ def caad_rows(
     valid = None if target is None else target != spec.ignore_index  # (N,)
 
     s = _logits(student, spec, spec.student_scale, spec.student_softcap, dtype)
-    # A masked token takes no gradient, whatever the softcap's derivative is there.
+    s = torch.where(torch.isneginf(s), s.detach(), s)  # a masked token takes no gradient, as the label neither
     a = _logits(audio.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     t = None if text is None else _logits(text.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     if valid is not None:
@@ -107,8 +118,8 @@ def caad_rows(
 
     rows = s.shape[0]
     zeros = s.new_zeros(rows)
-    log_p, log_q = _log_softmax(z / tau), _log_softmax(s / tau)
-    kd = tau**2 * divergence(log_p, log_q, spec.divergence, spec.jsd_beta) if spec.with_kd else zeros
+    log_p = _log_softmax(z / tau)
+    kd = tau**2 * divergence(log_p, s / tau, spec.divergence, spec.jsd_beta) if spec.with_kd else zeros
     ce = zeros
     if target is not None and spec.with_ce:
         inside = (target >= 0) & (target < spec.vocab)
@@ -121,7 +132,7 @@ def caad_rows(
         with torch.no_grad():
             stats = torch.stack(
                 [
-                    _entropy(log_q),
+                    _entropy(_log_softmax(s / tau)),
                     _entropy(log_p),
                     (s.argmax(dim=-1) == z.argmax(dim=-1)).to(dtype),
                     zeros
