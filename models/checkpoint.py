@@ -1,0 +1,245 @@
+"""Checkpoints that are whole or absent, and exact: weights, optimiser, position in the data, every random generator.
+
+A checkpoint is a folder `step-00000120` with
+
+    model.safetensors       the trained weights (frozen backbones are named in the recipe, not copied)
+    optimizer.safetensors   the optimiser's tensors, named by parameter
+    rng.safetensors         states of torch's CPU and CUDA generators and of NumPy's
+    trainer.json            step, cursor, optimiser settings, Python's generator, whatever the loop adds
+    manifest.json           size and SHA-256 of each file; written last
+
+It is written under a temporary name, flushed to the disk and renamed, so a kill at any moment leaves the previous
+checkpoint as it was. No pickle: nothing in a checkpoint can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from models.io_utils import atomic_dir, atomic_write_json, sha256_file
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_STEP_NAME = re.compile(r"step-(\d{8})$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or of another run; the message says which file and what to do."""
+
+
+@dataclass
+class Checkpoint:
+    """What was read back."""
+
+    path: Path
+    step: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    trainer: dict[str, Any]
+    rng: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    root: str | Path,
+    step: int,
+    *,
+    model_state: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    parameter_names: Mapping[torch.nn.Parameter, str],
+    trainer_state: Mapping[str, Any],
+    keep_last: int = 2,
+) -> Path:
+    """Write `root/step-XXXXXXXX` atomically and remove all but the newest `keep_last` checkpoints.
+
+    Args:
+        model_state: name -> tensor of what is trained (see `trainable_state`).
+        optimizer: any torch optimiser whose per-parameter state is tensors and numbers.
+        parameter_names: the name of every parameter the optimiser holds.
+        trainer_state: JSON-like; step, data cursor, metrics.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: an optimiser state of a type that safetensors and JSON cannot hold.
+    """
+    path = Path(root) / f"step-{step:08d}"
+    tensors, numbers = _split_optimizer(optimizer, parameter_names)
+    rng_tensors, rng_numbers = _rng_state()
+    with atomic_dir(path) as folder:
+        save_file({name: t.detach().cpu().contiguous() for name, t in model_state.items()}, folder / "model.safetensors")
+        save_file(tensors, folder / "optimizer.safetensors")
+        save_file(rng_tensors, folder / "rng.safetensors")
+        trainer = {"step": step, "optimizer": numbers, "rng": rng_numbers, "state": dict(trainer_state)}
+        (folder / "trainer.json").write_text(json.dumps(trainer, allow_nan=False), encoding="utf-8")
+        files = {
+            p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())
+        }
+        atomic_write_json(folder / MANIFEST_NAME, {"format": FORMAT_VERSION, "step": step, "files": files})
+    for old in list_checkpoints(root)[:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint after checking every file against the manifest.
+
+    Raises:
+        CheckpointError: no manifest, a file missing, of the wrong size or hash, or a format this version does not know.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {MANIFEST_NAME}, so not a complete checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
+        got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"{path}: checkpoint format {FORMAT_VERSION} expected, got {got}")
+    for name, entry in manifest["files"].items():
+        _check_file(path / name, entry)
+    try:
+        trainer = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        model, optimizer, rng = (load_file(path / f"{n}.safetensors") for n in ("model", "optimizer", "rng"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: unreadable: {error}") from error
+    return Checkpoint(path=path, step=trainer["step"], model=model, optimizer=optimizer, trainer=trainer, rng=rng)
+
+
+def list_checkpoints(root: str | Path) -> list[Path]:
+    """The checkpoint folders under `root`, oldest first; temporary ones of a killed run are not among them."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if _STEP_NAME.match(p.name) and p.is_dir())
+
+
+def find_checkpoint(root: str | Path, resume: str) -> Checkpoint | None:
+    """The checkpoint that `run.resume` asks for.
+
+    Args:
+        root: folder of the run's checkpoints.
+        resume: "never" -> None; "auto" -> the newest, an error if it is damaged, None if there is none; "fallback" -> the
+            newest that is intact; anything else -> that folder.
+
+    Raises:
+        CheckpointError: the asked-for checkpoint is damaged; the message names the intact one before it, if any.
+    """
+    if resume == "never":
+        return None
+    if resume not in ("auto", "fallback"):
+        return load_checkpoint(resume)
+    errors = []
+    for path in reversed(list_checkpoints(root)):
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            errors.append(str(error))
+            continue
+        if errors and resume == "auto":
+            raise CheckpointError(
+                f"{errors[0]}. The last intact one is {checkpoint.path}: pass run.resume=fallback to go on from it"
+            )
+        return checkpoint
+    if errors:
+        raise CheckpointError(f"{errors[0]}. No intact checkpoint is left in {root}: start anew with run.resume=never")
+    return None
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, parameter_names: Mapping[torch.nn.Parameter, str]
+) -> None:
+    """Put the saved optimiser state back, each tensor on its parameter's device."""
+    numbers = checkpoint.trainer["optimizer"]
+    names = {name: p for p, name in parameter_names.items()}
+    saved = {key.split("|", 1)[0] for key in checkpoint.optimizer} | set(numbers["state"])
+    held = {parameter_names[p] for group in optimizer.param_groups for p in group["params"]}
+    if saved - held or (saved and held - saved):
+        raise CheckpointError(
+            f"{checkpoint.path}: optimiser state of other parameters: only saved {sorted(saved - held)[:3]}, "
+            f"only in this model {sorted(held - saved)[:3]}"
+        )
+    for key, tensor in checkpoint.optimizer.items():
+        name, entry = key.split("|", 1)
+        # AdamW keeps its step counter on the CPU whatever the device (unless capturable); follow what was saved.
+        device = names[name].device if tensor.dim() else torch.device("cpu")
+        optimizer.state[names[name]][entry] = tensor.to(device)
+    for name, entries in numbers["state"].items():
+        optimizer.state[names[name]].update(entries)
+    for group, saved_group in zip(optimizer.param_groups, numbers["groups"], strict=True):
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved_group.items()})
+
+
+def restore_rng(checkpoint: Checkpoint) -> None:
+    """Put every random generator back: Python, NumPy, torch on the CPU and, where both sides have them, CUDA devices."""
+    numbers = checkpoint.trainer["rng"]
+    version, *rest = numbers["python"]
+    random.setstate((version, tuple(rest[0]), rest[1]))
+    kind, position, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((kind, checkpoint.rng["numpy"].numpy().view(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(checkpoint.rng["torch_cpu"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            state = checkpoint.rng.get(f"torch_cuda_{index}")
+            if state is not None:
+                torch.cuda.set_rng_state(state, index)
+
+
+def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint has to hold: every entry of the state dict except frozen parameters.
+
+    Buffers stay in (feature statistics are buffers); backbones are frozen parameters and stay out.
+    """
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: t for name, t in model.state_dict().items() if name not in frozen}
+
+
+def _split_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Any] = {"state": {}, "groups": []}
+    for parameter, entries in optimizer.state.items():
+        for entry, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{names[parameter]}|{entry}"] = value.detach().cpu().contiguous().clone()
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                numbers["state"].setdefault(names[parameter], {})[entry] = value
+            else:
+                raise ValueError(f"optimizer: state {entry!r} is a {type(value).__name__}; expected tensors and numbers")
+    for group in optimizer.param_groups:
+        numbers["groups"].append({k: v for k, v in group.items() if k != "params"})
+    return tensors, numbers
+
+
+def _rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    # safetensors' torch side knows no uint32: the same bits travel as int32.
+    tensors = {"torch_cpu": torch.get_rng_state(), "numpy": torch.from_numpy(keys.view(np.int32).copy())}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"torch_cuda_{index}"] = state
+    return tensors, {"python": random.getstate(), "numpy": [kind, position, has_gauss, cached]}
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, though the checkpoint's manifest names it")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise CheckpointError(f"{path}: damaged: {entry['bytes']} bytes expected, got {size}")
+    if sha256_file(path) != entry["sha256"]:
+        raise CheckpointError(f"{path}: damaged: its SHA-256 is not the manifest's")

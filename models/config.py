@@ -1,0 +1,335 @@
+"""Recipes: what a training run is, in one checked file.
+
+A recipe is a YAML file with the sections of `Recipe`; `key=value` words on the command line override it:
+
+    python -m models.train caad loss.alpha=1 optim.steps=300 run.out_dir=runs/caad1
+
+A recipe is a name from models/recipes or a path. Every key is checked: an unknown one is an error that names the nearest
+known key and the file (or the command line) it came from. Units are part of the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad")
+TEACHER_OBJECTIVES = ("kd", "sharpened", "caad")
+TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
+
+
+class ConfigError(ValueError):
+    """A recipe, or an override of it, is wrong; the message names the key and where it was written."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which examples are trained on."""
+
+    manifest: str = ""  # JSONL manifest (models/data/manifest.py)
+    audio_root: str | None = None  # folder the manifest's audio paths start from; None = the manifest says
+    features: str | None = None  # file of encoder features (models/features.py); None = encode now, in memory
+    splits: tuple[str, ...] = ("train",)
+    tasks: tuple[str, ...] = ()  # empty = all
+    max_bad_fraction: float = 0.05  # of the manifest's rows; above it the run stops with the list
+    max_clip_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        _check(0.0 <= self.max_bad_fraction <= 1.0, "data.max_bad_fraction", "a fraction in [0, 1]", self.max_bad_fraction)
+        _check(self.max_clip_seconds > 0, "data.max_clip_seconds", "> 0", self.max_clip_seconds)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained: a saved SpeechLM, or the settings of a new one. Only its connector trains."""
+
+    folder: str | None = None  # SpeechLM.save_pretrained() folder to start from
+    settings: dict[str, Any] = field(default_factory=dict)  # of SpeechLMConfig, when there is no folder
+    fresh_connector: bool = False  # start the folder's connector from new random weights
+    prefix_cache_mib: int = 4096  # keep the text prefix's KV between epochs, up to this; 0 = off
+
+    def __post_init__(self) -> None:
+        _check(self.prefix_cache_mib >= 0, "model.prefix_cache_mib", ">= 0", self.prefix_cache_mib)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Where the teacher's hidden states come from: a live model, or a ContrastCache written before."""
+
+    folder: str | None = None  # SpeechLM folder; always needed for kd / caad, since its LM head is
+    cache: str | None = None  # ContrastCache folder: the teacher's body is then never run
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """kd_weight * tau^2 * D(p || q) + (1 - kd_weight) * CE; see kdkernels.fused_linear_caad_loss."""
+
+    alpha: float = 2.0  # contrast strength (caad) or sharpening (sharpened)
+    alpha_start: float | None = None  # ramp from here to alpha; None = constant
+    alpha_ramp_steps: int = 0
+    temperature: float = 2.0
+    kd_weight: float = 0.7
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
+    jsd_beta: float = 0.5
+    plausibility: float | None = None  # keep tokens with z_audio >= max + log(this)
+    kd_token_weight: str = "choice"  # uniform | choice | divergence
+    kd_background_weight: float = 0.0  # choice: weight of the tokens that do not spell the answer
+    ce_token_weight: str = "choice"  # uniform | choice
+    ce_background_weight: float = 0.05
+    chunk_tokens: int | None = None
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(self.alpha >= 0, "loss.alpha", ">= 0", self.alpha)
+        _check(self.alpha_start is None or self.alpha_start >= 0, "loss.alpha_start", ">= 0", self.alpha_start)
+        _check(self.alpha_ramp_steps >= 0, "loss.alpha_ramp_steps", ">= 0", self.alpha_ramp_steps)
+        _check(self.temperature > 0, "loss.temperature", "> 0", self.temperature)
+        _check(0 <= self.kd_weight <= 1, "loss.kd_weight", "in [0, 1]", self.kd_weight)
+        _check(0 < self.jsd_beta < 1, "loss.jsd_beta", "in (0, 1)", self.jsd_beta)
+        _one_of(self.divergence, "loss.divergence", ("forward_kl", "reverse_kl", "jsd"))
+        _one_of(self.kd_token_weight, "loss.kd_token_weight", TOKEN_WEIGHTS)
+        _one_of(self.ce_token_weight, "loss.ce_token_weight", ("uniform", "choice"))
+        _check(self.kd_background_weight >= 0, "loss.kd_background_weight", ">= 0", self.kd_background_weight)
+        _check(self.ce_background_weight >= 0, "loss.ce_background_weight", ">= 0", self.ce_background_weight)
+        ok = self.plausibility is None or 0 < self.plausibility <= 1
+        _check(ok, "loss.plausibility", "in (0, 1]", self.plausibility)
+
+    def alpha_at(self, step: int) -> float:
+        """Contrast strength of optimiser step `step` (the first is 1): linear from alpha_start to alpha."""
+        if self.alpha_start is None or step > self.alpha_ramp_steps:
+            return self.alpha
+        return self.alpha_start + (self.alpha - self.alpha_start) * (step - 1) / self.alpha_ramp_steps
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and a cosine."""
+
+    steps: int = 300  # optimiser steps
+    batch_examples: int = 16  # examples an optimiser step
+    micro_batch_examples: int | None = None  # examples a forward pass; None = batch_examples (no accumulation)
+    learning_rate: float = 2e-3
+    min_learning_rate_fraction: float = 0.03
+    warmup_steps: int = 15
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    audio_dropout: float = 0.0  # probability that an example's audio is masked in training
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "optim.steps", ">= 1", self.steps)
+        _check(self.batch_examples >= 1, "optim.batch_examples", ">= 1", self.batch_examples)
+        micro = self.micro_batch_examples
+        ok = micro is None or (micro >= 1 and self.batch_examples % micro == 0)
+        _check(ok, "optim.micro_batch_examples", f"a divisor of batch_examples ({self.batch_examples})", micro)
+        _check(self.learning_rate > 0, "optim.learning_rate", "> 0", self.learning_rate)
+        fraction = self.min_learning_rate_fraction
+        _check(0 <= fraction <= 1, "optim.min_learning_rate_fraction", "in [0, 1]", fraction)
+        _check(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
+        _check(0 <= self.beta1 < 1, "optim.beta1", "in [0, 1)", self.beta1)
+        _check(0 <= self.beta2 < 1, "optim.beta2", "in [0, 1)", self.beta2)
+        _check(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
+        _check(self.max_grad_norm > 0, "optim.max_grad_norm", "> 0", self.max_grad_norm)
+        _check(0 <= self.audio_dropout < 1, "optim.audio_dropout", "in [0, 1)", self.audio_dropout)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimiser step `step` (the first is 1): linear warm-up, then half a cosine to the minimum."""
+        if step <= self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        low = self.min_learning_rate_fraction
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how it is watched."""
+
+    out_dir: str = "runs/default"
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    bf16: bool = True  # autocast; on CUDA only (slower than float32 on CPUs, by measurement)
+    gradient_checkpointing: bool = False
+    log_every_steps: int = 10
+    save_every_steps: int = 100
+    keep_last_checkpoints: int = 2
+    resume: str = "never"  # never | auto (newest) | fallback (newest that is intact) | a checkpoint's folder
+    tensorboard: bool = True
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        _check(bool(self.out_dir), "run.out_dir", "a folder", self.out_dir)
+        _check(self.seed >= 0, "run.seed", ">= 0", self.seed)
+        _check(self.log_every_steps >= 1, "run.log_every_steps", ">= 1", self.log_every_steps)
+        _check(self.save_every_steps >= 1, "run.save_every_steps", ">= 1", self.save_every_steps)
+        _check(self.keep_last_checkpoints >= 1, "run.keep_last_checkpoints", ">= 1", self.keep_last_checkpoints)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run.
+
+    objective:
+        sft        cross-entropy on the target's tokens (makes the teacher from the true answers)
+        ce_only    the same on a student with pseudo ground truth; the control without any distillation
+        kd         plain distillation from the teacher's audio path, plus CE
+        sharpened  the control with (1 + alpha) * z_audio and nothing subtracted, plus CE
+        caad       the contrast of the teacher's two paths, plus CE
+    """
+
+    objective: str = "caad"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _one_of(self.objective, "objective", OBJECTIVES)
+        if self.objective in TEACHER_OBJECTIVES and not self.teacher.folder:
+            raise ConfigError(f"teacher.folder: objective {self.objective!r} needs a teacher, got none")
+        if self.loss.kd_token_weight == "divergence" and self.objective == "sharpened":
+            raise ConfigError("loss.kd_token_weight: 'divergence' needs the text path, which objective 'sharpened' lacks")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.objective in TEACHER_OBJECTIVES
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides.
+
+    Args:
+        recipe: a path, or the name of a file in models/recipes ("caad").
+        overrides: words such as "loss.alpha=1"; values are YAML (`null`, `[a,b]`, `1e-3`).
+
+    Returns:
+        the checked, frozen `Recipe`.
+
+    Raises:
+        ConfigError: no such file, unreadable YAML, an unknown key (with the nearest known one), a value of the wrong type
+            or outside its range; the message names the key and the file.
+    """
+    path = find_recipe(recipe)
+    try:
+        written = OmegaConf.load(path)
+    except Exception as error:  # PyYAML raises several unrelated types
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(written, DictConfig):
+        raise ConfigError(f"{path}: expected sections such as 'optim:', got a {type(written).__name__}")
+    _check_keys(OmegaConf.to_container(written), Recipe, source=str(path))
+    merged = _merge(OmegaConf.structured(_plain(Recipe)), written, source=str(path))
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {word!r}: expected key=value, such as loss.alpha=1")
+        one = OmegaConf.from_dotlist([word])
+        _check_keys(OmegaConf.to_container(one), Recipe, source="command line")
+        merged = _merge(merged, one, source=f"command line ({word})")
+    try:
+        return _build(Recipe, OmegaConf.to_container(merged))
+    except ConfigError as error:
+        raise ConfigError(f"{path}{' + command line' if overrides else ''}: {error}") from None
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one."""
+    shipped = sorted(p.stem for p in RECIPES_DIR.glob("*.yaml"))
+    if recipe in shipped:
+        return RECIPES_DIR / f"{recipe}.yaml"
+    if Path(recipe).is_file():
+        return Path(recipe)
+    raise ConfigError(f"recipe {recipe!r}: no such file, and not one of the shipped {shipped}{_nearest(recipe, shipped)}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dicts, lists and scalars, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _plain(cls: type) -> Any:
+    """An OmegaConf-friendly twin of a config class: the same fields and types, without the checks.
+
+    OmegaConf instantiates defaults while it builds its schema; the real `Recipe` refuses to exist without a teacher.
+    """
+    fields = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        default = f.default_factory if f.default_factory is not dataclasses.MISSING else None
+        if default is not None and dataclasses.is_dataclass(default):
+            twin = _plain(default)
+            fields.append((f.name, twin, field(default_factory=twin)))
+        else:
+            value = field(default_factory=default) if default is not None else field(default=f.default)
+            fields.append((f.name, hints[f.name], value))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    arguments = {}
+    for f in dataclasses.fields(cls):
+        value = values[f.name]
+        if dataclasses.is_dataclass(f.default_factory):
+            value = _build(f.default_factory, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[f.name] = value
+    return cls(**arguments)
+
+
+def _merge(base: DictConfig, other: DictConfig, *, source: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(base, other)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _check_keys(values: Any, cls: type, *, source: str, prefix: str = "") -> None:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: {prefix.rstrip('.')}: expected keys {sorted(known)}, got {values!r}")
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{_nearest(str(key), known, prefix)}")
+        section = known[key].default_factory
+        if dataclasses.is_dataclass(section):
+            _check_keys(value, section, source=source, prefix=f"{prefix}{key}.")
+
+
+def _nearest(word: str, known: Any, prefix: str = "") -> str:
+    """The hint of an error message. A key of another section is looked for too: `alpha` is found as `loss.alpha`."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {prefix + near[0]!r}?"
+    everywhere = {
+        f.name: f"{section.name}.{f.name}"
+        for section in dataclasses.fields(Recipe)
+        if dataclasses.is_dataclass(section.default_factory)
+        for f in dataclasses.fields(section.default_factory)
+    }
+    near = difflib.get_close_matches(word, everywhere, n=1, cutoff=0.75)
+    return f"; did you mean {everywhere[near[0]]!r}?" if near else f"; known: {', '.join(map(str, known))}"
+
+
+def _check(ok: bool, name: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _one_of(value: str, name: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{_nearest(value, allowed)}")

@@ -1,0 +1,112 @@
+"""Training curves: one JSON object a line, and TensorBoard.
+
+Values are added as tensors and stay on their device; they are read only when a line is written, so a GPU is not made to
+wait at every step. Sums not written yet are part of a checkpoint: a resumed run writes the very lines that an undisturbed
+one would have written (times apart).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricsLogger:
+    """Averages values between two log lines and writes them to `folder/metrics.jsonl` and TensorBoard.
+
+    Args:
+        folder: where to; made if missing.
+        tensorboard: also write event files to `folder/tensorboard`.
+        resume_step: drop lines after this step, which an interrupted run had written and this one will write again; None
+            starts an empty file.
+    """
+
+    def __init__(self, folder: str | Path, *, tensorboard: bool = True, resume_step: int | None = None) -> None:
+        self.path = Path(folder) / METRICS_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resume_step is None else [line for line in read_metrics(self.path) if line["step"] <= resume_step]
+        self._file = open(self.path, "w", encoding="utf-8")
+        for line in kept:
+            self._write_line(line)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+        self._since = time.perf_counter()
+        self._writer = None
+        if tensorboard:
+            # Imported here: it costs a second, and evaluation and tests do not need it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if resume_step is None else resume_step + 1
+            self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
+
+    def add(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float = 1.0) -> None:
+        """Add `value` (already averaged, standing for `weight` items) to the mean of `name`. Never waits for a device."""
+        value = torch.as_tensor(value, dtype=torch.float64).detach()
+        weight = torch.as_tensor(weight, dtype=torch.float64, device=value.device).detach()
+        if name in self._sums:
+            self._sums[name] += value * weight
+            self._weights[name] += weight
+        else:
+            self._sums[name] = value * weight
+            self._weights[name] = weight.clone()
+
+    def flush(self, step: int, **now: float) -> dict[str, Any]:
+        """Write one line: the means since the last one, and the values of `now` as they are. Reads the device once."""
+        line: dict[str, Any] = {"step": step}
+        if self._sums:
+            names = list(self._sums)
+            means = torch.stack([self._sums[n] / self._weights[n] for n in names]).tolist()
+            line.update(zip(names, means, strict=True))
+        line.update(now)
+        line["seconds"] = round(time.perf_counter() - self._since, 3)
+        self._since = time.perf_counter()
+        self._sums.clear()
+        self._weights.clear()
+        self._write_line(line)
+        if self._writer is not None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
+        return line
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Sums not written yet, for a checkpoint."""
+        return {name: [float(self._sums[name]), float(self._weights[name])] for name in self._sums}
+
+    def load_state_dict(self, state: Mapping[str, list[float]], *, device: torch.device | str = "cpu") -> None:
+        """Take up the sums of `state_dict()`."""
+        self._sums = {n: torch.tensor(s, dtype=torch.float64, device=device) for n, (s, _) in state.items()}
+        self._weights = {n: torch.tensor(w, dtype=torch.float64, device=device) for n, (_, w) in state.items()}
+
+    def close(self) -> None:
+        """Flush both files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write_line(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut off by a kill is left out. A missing file has none."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
