@@ -1,0 +1,212 @@
+"""Audio files in and out: what the header says, decoding of a bounded span, and one exception for all that can go wrong.
+
+The header decides first. A clip that is too long is refused before a sample is decoded, and memory is only ever taken for
+`max_seconds` of sound, block by block: a header that claims more than the file holds can cost neither time nor memory.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+from models.io_utils import atomic_write_bytes
+
+SAMPLE_RATE_HZ = 16_000
+MAX_SECONDS = 30.0
+_MIN_RATE_HZ, _MAX_RATE_HZ = 4_000, 384_000
+_MAX_CHANNELS = 32
+_BLOCK_FRAMES = 1 << 16
+# Encoders round a clip's end to their own frame, and labels are rounded to hundredths: an end this close is the end.
+_END_TOLERANCE_SECONDS = 0.1
+_BYTES_PER_SAMPLE = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1}
+_UNCOMPRESSED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"}
+
+
+class AudioError(ValueError):
+    """A clip that cannot be used; `reason` says why in one line, without the path."""
+
+    def __init__(self, reason: str, path: str | os.PathLike[str] | None = None):
+        self.reason = reason
+        self.path = None if path is None else Path(path)
+        super().__init__(reason if path is None else f"{path}: {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioInfo:
+    """What a header says; nothing was decoded for it."""
+
+    duration_seconds: float
+    sample_rate_hz: int
+    channels: int
+    frames: int
+    format: str
+
+
+def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
+    """Read the header of an audio file and check that it is believable.
+
+    Raises:
+        AudioError: the file is missing, no regular file (a named pipe would block), empty, in no format libsndfile knows,
+            or its header contradicts the file: more samples than bytes, a rate or a number of channels that no speech has.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise AudioError("missing file", path) from None
+    except (OSError, ValueError, RuntimeError) as error:  # permissions, name too long, null bytes, loops of links
+        raise AudioError(f"cannot be opened ({_short(error)})", path) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioError("not a regular file", path)
+    if status.st_size == 0:
+        raise AudioError("empty file (0 bytes)", path)
+    try:
+        info = sf.info(str(path))
+    except Exception as error:  # noqa: BLE001 - libsndfile raises several unrelated types for a broken header
+        raise AudioError(f"corrupt or unknown header ({_short(error)})", path) from None
+    if not _MIN_RATE_HZ <= info.samplerate <= _MAX_RATE_HZ:
+        raise AudioError(f"wrong rate: {info.samplerate} Hz, expected {_MIN_RATE_HZ} to {_MAX_RATE_HZ}", path)
+    if not 1 <= info.channels <= _MAX_CHANNELS:
+        raise AudioError(f"corrupt header: {info.channels} channels, expected 1 to {_MAX_CHANNELS}", path)
+    if info.frames <= 0:
+        raise AudioError("empty clip (0 samples)", path)
+    sample_bytes = _BYTES_PER_SAMPLE.get(info.subtype)
+    if info.format in _UNCOMPRESSED and sample_bytes and info.frames * info.channels * sample_bytes > status.st_size:
+        raise AudioError(
+            f"corrupt header: it claims {info.frames} samples, the file has only {status.st_size} bytes", path
+        )
+    return AudioInfo(
+        duration_seconds=info.frames / info.samplerate,
+        sample_rate_hz=info.samplerate,
+        channels=info.channels,
+        frames=info.frames,
+        format=info.format,
+    )
+
+
+def check_span(
+    info: AudioInfo, *, start_seconds: float = 0.0, end_seconds: float | None = None, max_seconds: float = MAX_SECONDS
+) -> tuple[float, float]:
+    """The span (start, end) in seconds that lies in the clip, decided from the header alone.
+
+    Raises:
+        AudioError: the span starts behind the clip's end, ends behind it, is empty, or is longer than `max_seconds`.
+    """
+    end = info.duration_seconds if end_seconds is None else end_seconds
+    if start_seconds < 0 or end_seconds is not None and end_seconds <= start_seconds:
+        raise AudioError(f"empty span: {start_seconds:g} to {end:g} s")
+    if start_seconds >= info.duration_seconds:
+        raise AudioError(f"span starts at {start_seconds:g} s, the clip ends at {info.duration_seconds:.2f} s")
+    if end > info.duration_seconds + _END_TOLERANCE_SECONDS:
+        raise AudioError(f"span ends at {end:g} s, the clip ends at {info.duration_seconds:.2f} s")
+    end = min(end, info.duration_seconds)
+    if end - start_seconds > max_seconds:
+        raise AudioError(f"too long: {end - start_seconds:.1f} s, at most {max_seconds:g} s are allowed")
+    return start_seconds, end
+
+
+def load_audio(
+    path: str | os.PathLike[str],
+    *,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+    sample_rate: int = SAMPLE_RATE_HZ,
+    max_seconds: float = MAX_SECONDS,
+) -> np.ndarray:
+    """Decode a span of an audio file to one channel at `sample_rate`.
+
+    Args:
+        path: wav, flac, ogg, opus, mp3, aiff, au ... of any rate and number of channels (averaged to one).
+        start_seconds, end_seconds: the span; None means to the end.
+        sample_rate: rate of the result in Hz.
+        max_seconds: a longer span is refused from the header, undecoded.
+
+    Returns:
+        float32 (samples,), in [-1, 1] for integer formats. Memory: at most `max_seconds` of sound.
+
+    Raises:
+        AudioError: missing, empty, corrupt, too long, a span outside the clip, or samples that are not finite.
+    """
+    path = Path(path)
+    info = probe_audio(path)
+    try:
+        start, end = check_span(info, start_seconds=start_seconds, end_seconds=end_seconds, max_seconds=max_seconds)
+    except AudioError as error:
+        raise AudioError(error.reason, path) from None
+    first_frame = round(start * info.sample_rate_hz)
+    wanted_frames = max(1, round(end * info.sample_rate_hz) - first_frame)
+    try:
+        blocks = list(_decode(path, first_frame, wanted_frames))
+    except Exception as error:  # noqa: BLE001 - a damaged stream surfaces as one of several libsndfile errors
+        raise AudioError(f"corrupt audio data ({_short(error)})", path) from None
+    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    if not samples.size:
+        raise AudioError("empty clip (no sample could be decoded)", path)
+    # A truncated compressed file decodes to less than its header says; a frame or two are only an encoder's padding.
+    if samples.size < wanted_frames - _END_TOLERANCE_SECONDS * info.sample_rate_hz:
+        raise AudioError(
+            f"corrupt audio data (the header says {wanted_frames} samples, {samples.size} could be decoded)", path
+        )
+    if not np.isfinite(samples).all():
+        raise AudioError("corrupt audio data (samples that are not finite)", path)
+    return resample(samples, info.sample_rate_hz, sample_rate)
+
+
+def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """Band-limited resampling of float32 (samples,)."""
+    if from_hz == to_hz:
+        return np.ascontiguousarray(samples, np.float32)
+    return soxr.resample(np.asarray(samples, np.float32), from_hz, to_hz).astype(np.float32, copy=False)
+
+
+def encode_audio(samples: np.ndarray, *, sample_rate: int = SAMPLE_RATE_HZ, format: str = "FLAC") -> bytes:
+    """16-bit mono file content of float (samples,); values beyond [-1, 1] are clipped.
+
+    Raises:
+        ValueError: `samples` is empty, not one-dimensional, or not finite.
+    """
+    samples = np.asarray(samples)
+    if samples.ndim != 1 or not samples.size:
+        raise ValueError(f"samples: expected shape (samples,) with at least one, got {samples.shape}")
+    if not np.isfinite(samples).all():
+        raise ValueError("samples: expected finite values, got NaN or infinity")
+    buffer = io.BytesIO()
+    sf.write(buffer, np.clip(samples, -1.0, 1.0), sample_rate, format=format, subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def write_audio(path: str | os.PathLike[str], samples: np.ndarray, *, sample_rate: int = SAMPLE_RATE_HZ) -> Path:
+    """Write float (samples,) as 16-bit mono, atomically; the format follows the suffix (.flac or .wav)."""
+    path = Path(path)
+    formats = {".flac": "FLAC", ".wav": "WAV"}
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"path: expected a name in .flac or .wav, got {path.name!r}")
+    return atomic_write_bytes(path, encode_audio(samples, sample_rate=sample_rate, format=formats[path.suffix.lower()]))
+
+
+def _decode(path: Path, first_frame: int, wanted_frames: int) -> Iterator[np.ndarray]:
+    with sf.SoundFile(str(path)) as file:
+        if first_frame:
+            file.seek(first_frame)
+        while wanted_frames > 0:
+            block = file.read(min(_BLOCK_FRAMES, wanted_frames), dtype="float32", always_2d=True)
+            if not len(block):
+                return
+            wanted_frames -= len(block)
+            yield block.mean(1) if block.shape[1] > 1 else block[:, 0]
+
+
+def _short(error: BaseException) -> str:
+    """The last, telling part of an error's text; libsndfile repeats the path before it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    return (text.rsplit(": ", 1)[-1] or type(error).__name__)[:120]

@@ -1,0 +1,139 @@
+"""What the model is asked: the prompt of an example, and the fixed sentences of the built-in tasks.
+
+The text stands BEFORE the audio in every prompt. The KV cache of the text is then independent of the clip and of the
+connector's weights, so a frozen language model computes it once for the whole training run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models.data.manifest import Example
+
+AUDIO_PLACEHOLDER = "<|audio|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The wording of one built-in task; `{}` in a sentence stands for the label.
+
+    Args:
+        name: value of `Example.task`.
+        question: what is asked; the same words for every clip, so that only sound and context can decide.
+        statement: the answer as a sentence.
+        hint: the context that names a label, in agreement with the sound or against it.
+        choices: the labels.
+    """
+
+    name: str
+    question: str
+    statement: str
+    hint: str
+    choices: tuple[str, ...] = ()
+
+
+_TASKS = (
+    Task(
+        name="gender",
+        question="Is the speaker a man or a woman?",
+        statement="The speaker is a {}.",
+        hint="Note: the speaker is a {}.",
+        choices=("man", "woman"),
+    ),
+    Task(
+        name="speaking_rate",
+        question="Does the speaker talk slowly or quickly?",
+        statement="The speaker talks {}.",
+        hint="Note: the speaker talks {}.",
+        choices=("slowly", "quickly"),
+    ),
+    Task(
+        name="accent",
+        question="Is the accent American, British, Scottish or Caribbean?",
+        statement="The accent is {}.",
+        hint="Note: the accent is {}.",
+        choices=("American", "British", "Scottish", "Caribbean"),
+    ),
+    Task(
+        name="language",
+        question="Which language is spoken?",
+        statement="The language is {}.",
+        hint="Note: the language is {}.",
+    ),
+    Task(
+        name="noise",
+        question="Is the recording clean or noisy?",
+        statement="The recording is {}.",
+        hint="Note: the recording is {}.",
+        choices=("clean", "noisy"),
+    ),
+    Task(
+        name="content",
+        question="Which word is spoken?",
+        statement="The word is {}.",
+        hint="Note: the word is {}.",
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+
+
+def render_prompt(example: Example) -> str:
+    """The prompt of `example`, up to and including "Answer:", with exactly one AUDIO_PLACEHOLDER.
+
+    Every field stands on one line: white space inside it, line breaks included, becomes single spaces, so that no field
+    can pose as another. The line of an empty context is left out. A target follows as `" " + target`.
+    """
+    lines = [f"Transcript: {_one_line(example.transcription)}".rstrip()]
+    if context := _one_line(example.context):
+        lines.append(context)
+    lines += [f"Question: {_one_line(example.question)}", AUDIO_PLACEHOLDER, "Answer:"]
+    return "\n".join(lines)
+
+
+def target_template(example: Example, answer: str) -> str:
+    """`answer` as a full sentence, in the wording of the example's task ("The speaker is a woman.").
+
+    A task that is not built in gets "The answer is {answer}.".
+
+    Raises:
+        ValueError: `answer` is empty, or not one of the example's choices.
+    """
+    answer = _one_line(answer)
+    if not answer:
+        raise ValueError("answer: expected a label, got an empty string")
+    if example.choices and answer not in example.choices:
+        raise ValueError(f"answer: expected one of {list(example.choices)}, got {answer!r}")
+    task = TASKS.get(example.task)
+    return (task.statement if task else "The answer is {}.").format(answer)
+
+
+def hint_for(task: str, label: str) -> str:
+    """The context sentence that claims `label` ("Note: the speaker is a man.").
+
+    Raises:
+        ValueError: `task` is not built in.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {sorted(TASKS)}, got {task!r}")
+    return TASKS[task].hint.format(label)
+
+
+def shorten_transcript(text: str, *, max_words: int = 12, max_characters: int = 56) -> str:
+    """The first words of `text`, at most `max_words` and `max_characters`, so that prompts stay short.
+
+    The first word is always kept, cut to `max_characters` if it is longer than that.
+    """
+    kept: list[str] = []
+    length = 0
+    for word in text.split()[:max_words]:
+        length += len(word) + bool(kept)
+        if kept and length > max_characters:
+            break
+        kept.append(word[:max_characters])
+    return " ".join(kept)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
