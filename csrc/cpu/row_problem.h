@@ -1,0 +1,60 @@
+// The row problem on the CPU: raw pointers, sizes and strides, so that nothing here needs torch's headers.
+// The meaning of every field is that of kdkernels/ops/rows.py.
+#pragma once
+
+#include <cstdint>
+
+namespace kdkernels {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Divergence : int { forward_kl = 0, reverse_kl = 1, jsd = 2 };
+
+// A (outer, inner, width) view; row r = o * inner + i begins at data + (o * stride_outer + i * stride_inner) items.
+struct RowTensor {
+  std::uintptr_t data = 0;  // 0: absent
+  DType dtype = DType::f32;
+  std::int64_t stride_outer = 0;
+  std::int64_t stride_inner = 0;
+};
+
+struct RowProblem {
+  std::int64_t outer = 0, inner = 0;  // N = outer * inner rows
+  std::int64_t vocab = 0;             // valid ids
+  std::int64_t student_width = 0;     // V_s: gradient columns from vocab on are zeroed
+
+  RowTensor student, audio, text, grad;
+  std::uintptr_t target = 0;  // int64 (N,), or 0
+  std::uintptr_t alpha = 0;   // float32 (N,) or (1,)
+  std::int64_t alpha_stride = 0;
+  std::uintptr_t kd_coef = 0, ce_coef = 0;  // float32 (N,)
+  std::uintptr_t kd = 0, ce = 0;            // float32 (N,), written
+  std::uintptr_t stats = 0;                 // float32 (4, N), written, or 0
+
+  float temperature = 1.f;
+  Divergence divergence = Divergence::forward_kl;
+  float jsd_beta = 0.5f;
+  float log_plausibility = 0.f;
+  bool has_plausibility = false;
+  std::int64_t ignore_index = -100;
+  bool with_kd = true, with_ce = true;
+  float student_scale = 1.f, teacher_scale = 1.f;
+  float student_softcap = 0.f, teacher_softcap = 0.f;  // 0: none
+
+  int threads = 1;
+};
+
+// One per instruction set; the same source (rows.inl) compiled with other flags.
+void caad_rows_generic(const RowProblem& problem);
+#if defined(KDKERNELS_X86)
+void caad_rows_avx2(const RowProblem& problem);
+void caad_rows_avx512(const RowProblem& problem);
+#endif
+
+// Runs on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512"); throws
+// std::invalid_argument for a name that is unknown or that this machine lacks.
+void caad_rows(const RowProblem& problem, const char* isa);
+
+// "generic", "avx2" or "avx512": what caad_rows picks.
+const char* best_isa();
+
+}  // namespace kdkernels

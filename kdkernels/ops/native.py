@@ -1,0 +1,103 @@
+"""The CPU row kernel: loads the compiled library when first needed, and hands it addresses, sizes and strides."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+
+import torch
+
+from .rows import STAT_NAMES, RowResult, RowSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def load_library():
+    """The extension module ``kdkernels._native``. Raises RuntimeError saying why it is missing and how to get it."""
+    try:
+        return importlib.import_module("kdkernels._native")
+    except ImportError as error:
+        raise RuntimeError(
+            f"kdkernels' native CPU library (kdkernels._native) could not be loaded: {error}. It is compiled when the package "
+            "is installed: run `pip install .` from a checkout (a C++17 compiler is needed: GCC 9+ or Clang 12+), or use "
+            "impl='reference'."
+        ) from error
+
+
+def available() -> bool:
+    try:
+        load_library()
+    except RuntimeError:
+        return False
+    return True
+
+
+def instruction_set() -> str:
+    """"generic", "avx2" or "avx512": the best this machine has, unless KDKERNELS_CPU_ISA names another."""
+    return os.environ.get("KDKERNELS_CPU_ISA") or load_library().best_isa()
+
+
+def as_rows(logits: torch.Tensor) -> torch.Tensor:
+    """(B, T, V) view with last stride 1; the input itself where its strides allow, else a copy."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def caad_rows(
+    student: torch.Tensor,
+    audio: torch.Tensor,
+    text: torch.Tensor | None,
+    target: torch.Tensor | None,
+    alpha: torch.Tensor,
+    kd_coef: torch.Tensor,
+    ce_coef: torch.Tensor,
+    spec: RowSpec,
+    *,
+    grad: torch.Tensor | None = None,
+    want_stats: bool = False,
+) -> RowResult:
+    """See :mod:`kdkernels.ops.rows`. Scratch: up to 12 bytes per vocabulary entry and thread."""
+    lib = load_library()
+    outer, inner, student_width = student.shape
+    rows = outer * inner
+    codes = {torch.float32: lib.DType.f32, torch.bfloat16: lib.DType.bf16, torch.float16: lib.DType.f16}
+    keep = []  # what the addresses below point into
+
+    def tensor(x: torch.Tensor):
+        keep.append(x)
+        return lib.RowTensor(x.data_ptr(), codes[x.dtype], x.stride(0), x.stride(1))
+
+    def vector(x: torch.Tensor, dtype: torch.dtype) -> int:
+        keep.append(x := x.to(dtype).contiguous())
+        return x.data_ptr()
+
+    kd, ce = torch.empty(2, rows, dtype=torch.float32).unbind(0)
+    stats = torch.empty(len(STAT_NAMES), rows, dtype=torch.float32) if want_stats else None
+
+    p = lib.RowProblem()
+    p.outer, p.inner, p.vocab, p.student_width = outer, inner, spec.vocab, student_width
+    p.student, p.audio = tensor(as_rows(student)), tensor(as_rows(audio))
+    if text is not None:
+        p.text = tensor(as_rows(text))
+        p.alpha, p.alpha_stride = vector(alpha, torch.float32), int(alpha.numel() > 1)
+    if grad is not None:
+        p.grad = tensor(grad)
+    if target is not None:
+        p.target = vector(target, torch.int64)
+    p.kd_coef, p.ce_coef = vector(kd_coef, torch.float32), vector(ce_coef, torch.float32)
+    p.kd, p.ce = kd.data_ptr(), ce.data_ptr()
+    p.stats = stats.data_ptr() if stats is not None else 0
+    p.temperature = spec.temperature
+    p.divergence = getattr(lib.Divergence, spec.divergence)
+    p.jsd_beta = spec.jsd_beta
+    p.has_plausibility = spec.plausibility is not None
+    p.log_plausibility = 0.0 if spec.plausibility is None else math.log(spec.plausibility)
+    p.ignore_index = spec.ignore_index
+    p.with_kd, p.with_ce = spec.with_kd, spec.with_ce and target is not None
+    p.student_scale, p.teacher_scale = spec.student_scale, spec.teacher_scale
+    p.student_softcap, p.teacher_softcap = spec.student_softcap or 0.0, spec.teacher_softcap or 0.0
+    p.threads = torch.get_num_threads()
+    lib.caad_rows(p, instruction_set())
+    return RowResult(kd=kd, ce=ce, stats=stats)
