@@ -361,6 +361,14 @@ class Worker {
     return g_[0];
   }
 
+  // log(x / m) where x / m = 1 + change: near 1 from the change, which is exact there; far below 1 from the ratio itself.
+  static vf log_ratio(vf x, vf m, vf change) {
+    vf ratio = x / m;
+    vf smallest = splat(std::numeric_limits<float>::min());
+    vf direct = vlog(ratio < smallest ? smallest : ratio);
+    return ratio < splat(0.5f) ? direct : vlog1p(change);
+  }
+
   // Second pass of the Jensen-Shannon divergence: m = b p + (1 - b) q; ez_ becomes log(q / m).
   double jsd_pass(const PairSums& p) {
     const float beta = P.jsd_beta;
@@ -376,7 +384,7 @@ class Worker {
         vf q = load(es + i) * fs, pr = load(ez + i) * fz;
         vf m = vb * pr + vc * q;
         vf gap = q - pr;
-        vf log_q = vlog1p(vb * gap / m), log_p = vlog1p(-(vc * gap) / m);
+        vf log_q = log_ratio(q, m, vb * gap / m), log_p = log_ratio(pr, m, -(vc * gap) / m);
         vf term_q = q * log_q, term_p = pr * log_p;
         // "not <= 0" rather than "> 0": NaN must stay in the sum.
         sum_q += q <= zero ? zero : term_q;
