@@ -1,0 +1,412 @@
+"""Train a speech LM's connector: one loop for every objective.
+
+    python -m models.train RECIPE [key=value ...]
+
+    python -m models.train sft_teacher data.manifest=corpus/teacher.jsonl model.folder=base run.out_dir=runs/teacher
+    python -m models.train caad data.manifest=pool.jsonl model.folder=student teacher.folder=runs/teacher/final loss.alpha=1
+
+The whole story of a step: draw examples; the frozen teacher's hidden states at the positions that predict the target; the
+student's; `fused_linear_caad_loss`; AdamW on the connector. Ctrl-C or SIGTERM finishes the step, saves, and prints the
+command that goes on (`run.resume=auto`): on a CPU that continuation is the undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from kdkernels import fused_linear_caad_loss
+from models.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    restore_optimizer,
+    restore_rng,
+    save_checkpoint,
+    trainable_state,
+)
+from models.config import ConfigError, LossConfig, Recipe, load_recipe, to_dict
+from models.io_utils import atomic_write_json, fingerprint
+from models.metrics import MetricsLogger
+from models.sources import SourceError, TeacherStates, TrainingData, build_data, build_model, build_teacher, path_divergence
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient's norm is NaN or infinite; nothing was updated."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int  # optimiser steps done
+    folder: Path  # run.out_dir
+    stopped_by: int | None = None  # the signal that stopped it; None = all steps done
+
+
+def train(
+    recipe: Recipe,
+    *,
+    model: torch.nn.Module,
+    data: TrainingData,
+    teacher: Callable[[Any, Sequence[Any]], TeacherStates] | None = None,
+    resume_command: str | None = None,
+) -> TrainResult:
+    """Run a recipe to its end, or to the next whole step after SIGINT / SIGTERM.
+
+    Args:
+        recipe: the settings.
+        model: a SpeechLM, or anything with `hidden_states_at(index, **inputs) -> (N, H)`, `get_output_embeddings()` and
+            `save_pretrained(folder)`; what requires grad is trained.
+        data: examples and how a batch is made of them.
+        teacher: batch, its examples -> `TeacherStates`; needed by kd, sharpened and caad.
+        resume_command: printed when a signal stops the run.
+
+    Returns:
+        the step reached and why it ended; checkpoints lie in run.out_dir/checkpoints, the result in run.out_dir/final.
+
+    Raises:
+        ValueError: no teacher though the objective needs one, no example, or nothing to train.
+        NonFiniteError: naming the examples; before the optimiser's step.
+        CheckpointError: the checkpoint to resume from is damaged or of another recipe.
+    """
+    if recipe.needs_teacher and teacher is None:
+        raise ValueError(f"teacher: objective {recipe.objective!r} needs one, got None")
+    if len(data) == 0:
+        raise ValueError("data: expected at least one example, got none")
+    optim, run = recipe.optim, recipe.run
+    device = pick_device(run.device)
+    model.to(device)
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    if not names:
+        raise ValueError("model: expected a parameter that requires grad, got none")
+    optimizer = torch.optim.AdamW(
+        list(names), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
+    )
+    out_dir = Path(run.out_dir)
+    settings = _settings_that_matter(recipe)
+
+    checkpoint = find_checkpoint(out_dir / "checkpoints", run.resume)
+    first_step = 1
+    if checkpoint is not None:
+        state = checkpoint.trainer["state"]
+        _check_same_settings(state["recipe"], settings, checkpoint.path)
+        model.load_state_dict(checkpoint.model, strict=False)
+        restore_optimizer(optimizer, checkpoint, names)
+        first_step = checkpoint.step + 1
+    metrics = MetricsLogger(
+        out_dir, tensorboard=run.tensorboard, resume_step=None if checkpoint is None else checkpoint.step
+    )
+    if checkpoint is not None:
+        metrics.load_state_dict(state["metrics"], device=device)
+        restore_rng(checkpoint)  # last: building things above may have drawn numbers
+    atomic_write_json(out_dir / "recipe.json", to_dict(recipe))
+
+    def save(step: int) -> None:
+        save_checkpoint(
+            out_dir / "checkpoints",
+            step,
+            model_state=trainable_state(model),
+            optimizer=optimizer,
+            parameter_names=names,
+            trainer_state={"recipe": settings, "cursor": step * optim.batch_examples, "metrics": metrics.state_dict()},
+            keep_last=run.keep_last_checkpoints,
+        )
+
+    model.train()
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    micro_examples = optim.micro_batch_examples or optim.batch_examples
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.bf16 and device.type == "cuda")
+    bar = tqdm(total=optim.steps, initial=first_step - 1, desc=recipe.objective, unit="step", disable=not run.progress_bar)
+    with _stop_signals() as stopped, bar:
+        for step in range(first_step, optim.steps + 1):
+            # 1. The step's examples. The cursor alone decides which: that is what makes a resumed run the same run.
+            rows = data.draw((step - 1) * optim.batch_examples, optim.batch_examples, seed=run.seed)
+            hears = torch.rand(len(rows)) >= optim.audio_dropout
+            parts = []
+            for start in range(0, len(rows), micro_examples):
+                examples = [data.examples[row] for row in rows[start : start + micro_examples]]
+                batch = data.make_batch(examples).to(device)
+                states = teacher(batch, examples) if recipe.needs_teacher else None
+                weights = token_weights(recipe.loss, batch, states)
+                parts.append((batch, states, weights, hears[start : start + micro_examples].to(device)))
+
+            # 2. Divisors of the whole step, so that 4 x 4 examples give the gradient of 16.
+            kd_normalizer = torch.stack([w.kd.sum() for _, _, w, _ in parts]).sum()
+            ce_normalizer = torch.stack([w.ce.sum() for _, _, w, _ in parts]).sum()
+
+            # 3. Forward and backward, part by part.
+            optimizer.zero_grad(set_to_none=True)
+            losses = []
+            for batch, states, weights, present in parts:
+                inputs = data.model_inputs(batch)
+                inputs["audio_present"] = inputs["audio_present"] & present if "audio_present" in inputs else present
+                with autocast:
+                    hidden = model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
+                    loss, values = objective_loss(
+                        recipe, step, model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer
+                    )
+                loss.backward()
+                losses.append(loss.detach())
+                for name, value, weight in values:
+                    metrics.add(name, value, weight)
+
+            # 4. One update, unless something is not finite. This is the loop's one read of the device a step.
+            grad_norm = torch.nn.utils.clip_grad_norm_(list(names), optim.max_grad_norm)
+            total = torch.stack(losses).sum()
+            if not bool(torch.isfinite(total + grad_norm)):
+                metrics.close()
+                raise NonFiniteError(_non_finite_message(step, losses, grad_norm, [batch.ids for batch, *_ in parts]))
+            learning_rate = optim.learning_rate_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+
+            metrics.add("loss", total)
+            metrics.add("grad_norm", grad_norm)
+            bar.update()
+            if step % run.log_every_steps == 0 or step == optim.steps:
+                alpha = {} if recipe.objective not in ("caad", "sharpened") else {"alpha": recipe.loss.alpha_at(step)}
+                line = metrics.flush(step, learning_rate=learning_rate, **alpha)
+                bar.set_postfix(loss=f"{line['loss']:.4f}")
+            stop_now = stopped[0] is not None and step < optim.steps
+            if stop_now or step % run.save_every_steps == 0 or step == optim.steps:
+                save(step)
+            if stop_now:
+                metrics.close()
+                if resume_command:
+                    bar.write(f"Stopped after step {step}, saved. Go on with:\n  {resume_command}", file=sys.stderr)
+                return TrainResult(step, out_dir, stopped[0])
+    metrics.close()
+    model.eval()
+    model.save_pretrained(out_dir / "final")
+    return TrainResult(optim.steps, out_dir)
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """Weight of each target token in the two terms; (N,) float32."""
+
+    kd: torch.Tensor
+    ce: torch.Tensor
+
+
+def token_weights(loss: LossConfig, batch: Any, states: TeacherStates | None) -> TokenWeights:
+    """Weights of the N target tokens by `loss.kd_token_weight` and `loss.ce_token_weight`.
+
+    uniform: 1. choice: 1 on the tokens that spell the answer, the background weight elsewhere (an example without such
+    tokens counts uniformly). divergence: KL(p_audio || p_text), which says how much of the token is decided by the sound.
+    """
+
+    def choice(background: float) -> torch.Tensor:
+        mask = batch.choice_mask
+        rows = batch.target_row
+        spelled = torch.zeros(int(rows.max()) + 1 if len(rows) else 0, dtype=torch.bool, device=mask.device)
+        spelled[rows[mask]] = True
+        return torch.where(mask | ~spelled[rows], 1.0, background)
+
+    ones = torch.ones(batch.target.shape, device=batch.target.device)
+    if loss.kd_token_weight == "divergence" and states is not None:
+        kd = path_divergence(states)
+    else:
+        kd = choice(loss.kd_background_weight) if loss.kd_token_weight == "choice" else ones
+    ce = choice(loss.ce_background_weight) if loss.ce_token_weight == "choice" else ones
+    return TokenWeights(kd=kd, ce=ce)
+
+
+def objective_loss(
+    recipe: Recipe,
+    step: int,
+    model: torch.nn.Module,
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    states: TeacherStates | None,
+    weights: TokenWeights,
+    kd_normalizer: torch.Tensor,
+    ce_normalizer: torch.Tensor,
+) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor, torch.Tensor]]]:
+    """The objective on one part of a step, divided by the normalizers of the whole step.
+
+    Args:
+        hidden: (N, H_s) what the student's LM head reads at the positions that predict `target` (N,).
+
+    Returns:
+        the loss, and (name, mean, weight) of each curve to log.
+    """
+    head = model.get_output_embeddings()
+    if not recipe.needs_teacher:
+        logits = F.linear(hidden, head.weight, head.bias)  # (N, V)
+        token_loss = F.cross_entropy(logits.float(), target, reduction="none")  # (N,)
+        loss = (token_loss * weights.ce).sum() / ce_normalizer
+        right = (logits.argmax(-1) == target).double()
+        total = weights.ce.sum()
+        return loss, [("ce", _mean(token_loss, weights.ce), total), ("top1_target", _mean(right, weights.ce), total)]
+
+    settings = recipe.loss
+    alpha, text_hidden = settings.alpha_at(step), states.text_hidden
+    if recipe.objective == "kd":
+        alpha, text_hidden = 0.0, None
+    elif recipe.objective == "sharpened":
+        text_hidden = torch.zeros_like(states.audio_hidden)  # logits 0: (1 + alpha) z_audio, nothing subtracted
+    teacher = states.head
+    loss, stats = fused_linear_caad_loss(
+        hidden,
+        head.weight,
+        states.audio_hidden,
+        text_hidden,
+        teacher.weight,
+        target,
+        student_bias=head.bias,
+        teacher_bias=teacher.bias,
+        teacher_softcap=teacher.softcap,
+        teacher_logit_scale=teacher.logit_scale,
+        alpha=alpha,
+        temperature=settings.temperature,
+        kd_weight=settings.kd_weight,
+        divergence=settings.divergence,
+        jsd_beta=settings.jsd_beta,
+        plausibility=settings.plausibility,
+        kd_token_weight=weights.kd,
+        ce_token_weight=weights.ce,
+        kd_normalizer=kd_normalizer,
+        ce_normalizer=ce_normalizer,
+        chunk_tokens=settings.chunk_tokens,
+        impl=settings.impl,
+        return_stats=True,
+    )
+    kd_total, ce_total = weights.kd.sum(), weights.ce.sum()
+    curves = [("kd", _mean(stats.kd, weights.kd), kd_total), ("ce", _mean(stats.ce, weights.ce), ce_total)]
+    for name in ("student_entropy", "teacher_entropy", "top1_agreement", "path_divergence"):
+        value = getattr(stats, name, None)
+        if value is not None:
+            curves.append((name, _mean(value, weights.kd), kd_total))
+    return loss, curves
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of `run.device`; "auto" = CUDA when there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"run.device: expected auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"run.device: got {device!r}, but torch {torch.__version__} sees no CUDA device here")
+    return picked
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit status: 0, 1, or 128 + the signal that stopped the run."""
+    parser = argparse.ArgumentParser(prog="python -m models.train", description="Train a speech LM by a recipe.")
+    parser.add_argument("recipe", help="a YAML file, or the name of one in models/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as loss.alpha=1 run.out_dir=runs/caad1")
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        seed_everything(recipe.run.seed)
+        model = build_model(recipe)
+        data = build_data(recipe, model)
+        teacher = build_teacher(recipe, data, device=pick_device(recipe.run.device))
+        kept = [word for word in arguments.overrides if not word.startswith("run.resume=")]
+        words = ["python", "-m", "models.train", arguments.recipe, *kept, "run.resume=auto"]
+        result = train(recipe, model=model, data=data, teacher=teacher, resume_command=shlex.join(words))
+    except (ConfigError, CheckpointError, SourceError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the loop took over the signal: nothing to save yet
+        return 128 + signal.SIGINT
+    if result.stopped_by is not None:
+        return 128 + result.stopped_by
+    print(f"{recipe.objective}: {result.step} steps -> {result.folder / 'final'}")
+    return 0
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int | None]]:
+    """Within the block the first SIGINT or SIGTERM only leaves its number in the list; a second one acts as usual."""
+    caught: list[int | None] = [None]
+    before: dict[int, Any] = {}
+
+    def note(number: int, _frame: Any) -> None:
+        caught[0] = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: the host program owns the signals
+        pass
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _settings_that_matter(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what may differ between a run and its continuation."""
+    settings = json.loads(json.dumps(to_dict(recipe)))
+    for name in ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints"):
+        del settings["run"][name]
+    return settings
+
+
+def _check_same_settings(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    if fingerprint(saved) == fingerprint(now):
+        return
+    flat_saved, flat_now = dict(_flatten(saved)), dict(_flatten(now))
+    different = [
+        f"{key} was {flat_saved.get(key)!r}, is {flat_now.get(key)!r}"
+        for key in sorted(flat_saved.keys() | flat_now.keys())
+        if flat_saved.get(key) != flat_now.get(key)
+    ]
+    raise CheckpointError(f"{path}: of another recipe: {'; '.join(different)}")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (values.double() * weights).sum() / weights.sum().clamp(min=1e-12)  # all weights 0: mean 0, not NaN
+
+
+def _non_finite_message(
+    step: int, losses: Sequence[torch.Tensor], grad_norm: torch.Tensor, ids: Sequence[Sequence[str]]
+) -> str:
+    bad = [i for i, loss in enumerate(losses) if not bool(torch.isfinite(loss))]
+    # A finite loss with a non-finite gradient cannot be traced to one part: the gradients are summed by then.
+    what = f"loss {losses[bad[0]].item()}" if bad else f"gradient norm {grad_norm.item()}"
+    named = [example_id for i in (bad or range(len(ids))) for example_id in ids[i]]
+    return f"step {step}: {what}; nothing was updated. Examples of the batch: {', '.join(named)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
