@@ -1,0 +1,546 @@
+"""DualPathTeacher: both paths of one batched pass equal two separate full forwards of real transformers classes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", reason="the teacher is tested on transformers' own model classes")
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_lms  # noqa: E402
+
+from kdkernels import teacher as teacher_module  # noqa: E402
+from kdkernels.teacher import (  # noqa: E402
+    DropKey,
+    DualPathTeacher,
+    LMHead,
+    MarkAbsent,
+    MaskFeatures,
+    answer_index,
+)
+
+# fp32 forwards of 3 and of 6 rows differ by the order of summation only; the logits here are of the order of 10.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def answer_positions(inputs, first=14):
+    """Y is everything from column `first` on, one token less in each later row."""
+    labels = inputs["input_ids"].clone()
+    labels[:, :first] = -100
+    for row in range(len(labels)):
+        labels[row, labels.shape[1] - row :] = -100
+    return answer_index(labels)
+
+
+@torch.no_grad()
+def logits_at(model, inputs, index):
+    return model(**inputs).logits.flatten(0, 1)[index]
+
+
+class TestAnswerIndex:
+    def test_points_at_the_position_before_each_label(self):
+        labels = torch.tensor([[-100, 5, 6, -100], [9, -100, -100, 7]])
+        index, target = answer_index(labels)
+        assert index.tolist() == [0, 1, 6]  # the 9 in column 0 is predicted by nothing
+        assert target.tolist() == [5, 6, 7]
+
+    def test_other_ignore_index(self):
+        index, target = answer_index(torch.tensor([[0, -100, 0, 3]]), ignore_index=0)
+        assert index.tolist() == [0, 2] and target.tolist() == [-100, 3]
+
+    def test_nothing_to_predict(self):
+        index, target = answer_index(torch.full((2, 3), -100))
+        assert index.shape == target.shape == (0,) and index.dtype == torch.int64
+
+    def test_errors(self):
+        with pytest.raises(TypeError, match="labels: expected dtype torch.int64, got torch.int32"):
+            answer_index(torch.zeros(1, 2, dtype=torch.int32))
+        with pytest.raises(ValueError, match=r"labels: expected shape \(B, L\), got \(3,\)"):
+            answer_index(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rows_per_pass", [None, 2])
+@pytest.mark.parametrize("name", tiny_lms.AUDIO_MODELS)
+def test_masked_features_equal_two_full_forwards(name, rows_per_pass):
+    model, inputs = tiny_lms.AUDIO_MODELS[name]()
+    index, _ = answer_positions(inputs)
+    teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"), rows_per_pass=rows_per_pass)
+    states = teacher(inputs, index)
+    silent = {**inputs, "input_features": torch.zeros_like(inputs["input_features"])}
+    audio, text = logits_at(model, inputs, index), logits_at(model, silent, index)
+    assert (audio - text).abs().max() > 0.1  # the test can fail: the paths do differ
+    assert states.audio_hidden.shape == (len(index), teacher.head.weight.shape[1])
+    torch.testing.assert_close(teacher.head.logits(states.audio_hidden), audio, **CLOSE)
+    torch.testing.assert_close(teacher.head.logits(states.text_hidden), text, **CLOSE)
+
+
+@pytest.mark.parametrize("text_length", [11, 27])
+@pytest.mark.parametrize("name", tiny_lms.AUDIO_MODELS)
+def test_text_inputs_of_another_length_without_audio(name, text_length):
+    model, inputs = tiny_lms.AUDIO_MODELS[name]()
+    index, target = answer_positions(inputs)
+    ids = tiny_lms.token_ids(length=text_length)
+    shift = tiny_lms.LENGTH - text_length  # Y keeps its distance to the end of the row
+    text_index = index - (index // tiny_lms.LENGTH) * shift - shift
+    text_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    teacher = DualPathTeacher(model, negative=None)
+    calls = count_forwards(model)
+    states = teacher(inputs, index, text_inputs=text_inputs, text_index=text_index)
+    assert calls == [2 * tiny_lms.ROWS]  # one pass
+    torch.testing.assert_close(teacher.head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
+    torch.testing.assert_close(
+        teacher.head.logits(states.text_hidden), logits_at(model, text_inputs, text_index), **CLOSE
+    )
+    assert len(target) == len(index)
+
+
+def count_forwards(model):
+    calls = []
+    model.register_forward_pre_hook(lambda _m, _args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize("name", tiny_lms.TEXT_MODELS)
+def test_text_only_models_and_their_logit_arithmetic(name):
+    model, inputs = tiny_lms.TEXT_MODELS[name]()
+    index, _ = answer_positions(inputs)
+    ids = torch.cat([inputs["input_ids"][:, :3], inputs["input_ids"][:, 8:]], dim=1)  # a prompt without its middle
+    text_inputs = {"input_ids": ids}
+    text_index = index - (index // 20) * 5 - 5
+    teacher = DualPathTeacher(model, negative=None)
+    states = teacher({"input_ids": inputs["input_ids"]}, index, text_inputs=text_inputs, text_index=text_index)
+    torch.testing.assert_close(teacher.head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
+    torch.testing.assert_close(
+        teacher.head.logits(states.text_hidden), logits_at(model, text_inputs, text_index), **CLOSE
+    )
+
+
+def test_left_padded_rows_of_unequal_length():
+    model, inputs = tiny_lms.voxtral()
+    inputs["attention_mask"][1, :2] = 0
+    index, _ = answer_positions(inputs)
+    states = DualPathTeacher(model, negative=MaskFeatures("input_features"))(inputs, index)
+    head = LMHead.from_model(model)
+    torch.testing.assert_close(head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
+
+
+def test_multimodal_position_ids_are_split_along_their_own_batch_dimension():
+    model, inputs = tiny_lms.omni_thinker()
+    index, _ = answer_positions(inputs)
+    inputs["position_ids"] = torch.arange(20).expand(3, tiny_lms.ROWS, 20) * 2
+    head = LMHead.from_model(model)
+    for rows_per_pass in (None, 2):
+        teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"), rows_per_pass=rows_per_pass)
+        states = teacher(inputs, index)
+        torch.testing.assert_close(head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
+
+
+def test_dropped_features_run_in_a_pass_of_their_own():
+    model, inputs = tiny_lms.voxtral()  # embeds placeholders without features as tokens
+    index, _ = answer_positions(inputs)
+    teacher = DualPathTeacher(model, negative=DropKey("input_features"))
+    calls = count_forwards(model)
+    states = teacher(inputs, index)
+    assert calls == [tiny_lms.ROWS, tiny_lms.ROWS]
+    dropped = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(teacher.head.logits(states.text_hidden), logits_at(model, dropped, index), **CLOSE)
+
+
+def test_unused_positions_of_other_passes_do_not_leak():
+    """Rows of a pass without any answer, index entries in no order."""
+    model, inputs = tiny_lms.voxtral()
+    index = torch.tensor([45, 3, 59, 44, 0])  # rows 2, 0, 2, 2, 0; none in row 1
+    whole = DualPathTeacher(model, negative=MaskFeatures("input_features"))(inputs, index)
+    split = DualPathTeacher(model, negative=MaskFeatures("input_features"), rows_per_pass=1)(inputs, index)
+    torch.testing.assert_close(split.audio_hidden, whole.audio_hidden, **CLOSE)
+    torch.testing.assert_close(split.text_hidden, whole.text_hidden, **CLOSE)
+
+
+class TestNoLogits:
+    def test_the_head_never_multiplies(self):
+        model, inputs = tiny_lms.qwen2_audio()
+        index, _ = answer_positions(inputs)
+        teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"))
+        sizes = []
+        forward = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: sizes.append(hidden.numel()) or forward(hidden)
+        teacher(inputs, index)
+        teacher(inputs, index)
+        assert sizes == [0, 0]
+
+    def test_labels_and_logits_to_keep_are_ignored(self):
+        model, inputs = tiny_lms.voxtral()
+        index, _ = answer_positions(inputs)
+        teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"))
+        plain = teacher(inputs, index)
+        noisy = teacher({**inputs, "labels": inputs["input_ids"], "logits_to_keep": 1, "use_cache": True}, index)
+        assert torch.equal(plain.audio_hidden, noisy.audio_hidden)
+
+    def test_no_cache_is_built(self):
+        model, inputs = tiny_lms.voxtral()
+        seen = []
+        model.register_forward_hook(lambda _m, _a, output: seen.append(output.past_key_values))
+        DualPathTeacher(model, negative=MaskFeatures("input_features"))(inputs, torch.tensor([3]))
+        assert seen == [None]
+
+    def test_result_does_not_alias_the_full_hidden_states(self):
+        model, inputs = tiny_lms.voxtral()
+        states = DualPathTeacher(model, negative=MaskFeatures("input_features"))(inputs, torch.tensor([3, 4]))
+        assert states.audio_hidden.untyped_storage().nbytes() <= 4 * 4 * 32  # both paths' two rows, not 6 * 20
+
+
+class TestCapture:
+    def test_hooks_are_gone_afterwards_and_after_an_error(self):
+        model, inputs = tiny_lms.voxtral()
+        before = model(**inputs).logits
+        teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"))
+        teacher(inputs, torch.tensor([3]))
+        bad = {**inputs, "input_features": inputs["input_features"][:2]}  # fewer features than placeholders
+        with pytest.raises(ValueError, match="Audio features and audio tokens do not match"):
+            teacher(bad, torch.tensor([3]))
+        assert not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
+        assert torch.equal(model(**inputs).logits, before)
+
+    def test_another_thread_keeps_its_logits(self):
+        model, inputs = tiny_lms.llama()
+        expected = model(**inputs).logits
+        results = {}
+
+        def other():
+            with torch.no_grad():
+                results["logits"] = model(**inputs).logits
+
+        capture = teacher_module._HeadCapture(model.lm_head)
+        with capture:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        assert torch.equal(results["logits"], expected) and capture.inputs == []
+
+    def test_training_mode_is_restored_and_not_used(self):
+        model, inputs = tiny_lms.llama()
+        model.config.attention_dropout = 0.5
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+        teacher = DualPathTeacher(model, negative=dict)
+        expected = teacher(inputs, torch.tensor([5, 30])).audio_hidden
+        model.train()  # a student that shares modules
+        again = teacher(inputs, torch.tensor([5, 30])).audio_hidden
+        assert torch.equal(again, expected) and model.training and model.model.layers[0].training
+        teacher.train()
+        assert not model.training
+
+    def test_no_gradient_and_freeze(self):
+        model, inputs = tiny_lms.llama()
+        teacher = DualPathTeacher(model, negative=dict)
+        assert not teacher(inputs, torch.tensor([5])).audio_hidden.requires_grad
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert teacher.freeze() is teacher
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+    def test_a_model_that_bypasses_its_head_is_refused(self):
+        class Bypass(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lm_head = nn.Linear(4, 7)
+
+            def forward(self, input_ids):
+                return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4) @ self.lm_head.weight.T)
+
+        teacher = DualPathTeacher(Bypass(), negative=dict)
+        with pytest.raises(ValueError, match="call its LM head .* once, got 0 calls"):
+            teacher({"input_ids": torch.zeros(1, 3, dtype=torch.int64)}, torch.tensor([1]))
+
+
+class Protocol(nn.Module):
+    """The smallest model with hidden_states_at: hidden state = token id, plus 100 where the audio is heard."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head = nn.Linear(1, 5)
+        self.calls = []
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def hidden_states_at(self, index, *, input_ids, audio_features, audio_present, prefix_cache=None):
+        self.calls.append((tuple(input_ids.shape), audio_present.tolist(), prefix_cache))
+        assert len(audio_features) == len(audio_present) == len(input_ids)
+        hidden = input_ids + 100 * audio_present[:, None]
+        return hidden.float().reshape(-1, 1)[index]
+
+
+class TestProtocol:
+    def test_hidden_states_at_gets_both_paths_as_rows(self):
+        model = Protocol()
+        cache = object()
+        inputs = {"input_ids": torch.arange(6).view(2, 3), "audio_features": torch.ones(2, 1), "prefix_cache": cache}
+        states = DualPathTeacher(model, negative=MarkAbsent())(inputs, torch.tensor([1, 5]))
+        assert states.audio_hidden.flatten().tolist() == [101, 105]
+        assert states.text_hidden.flatten().tolist() == [1, 5]
+        assert model.calls == [((4, 3), [True, True, False, False], cache)]
+
+    def test_rows_that_have_no_audio_stay_without(self):
+        model = Protocol()
+        inputs = {
+            "input_ids": torch.arange(6).view(2, 3),
+            "audio_features": torch.ones(2, 1),
+            "audio_present": torch.tensor([True, False]),
+        }
+        states = DualPathTeacher(model, negative=MarkAbsent(), rows_per_pass=3)(inputs, torch.tensor([1, 5]))
+        assert states.audio_hidden.flatten().tolist() == [101, 5]
+        assert [call[:2] for call in model.calls] == [((3, 3), [True, False, False]), ((1, 3), [False])]
+
+    def test_wrong_shape_is_named(self):
+        model = Protocol()
+        model.hidden_states_at = lambda index, **_: torch.zeros(1, 1)
+        with pytest.raises(ValueError, match=r"hidden_states_at: expected shape \(4, H\), got \(1, 1\)"):
+            DualPathTeacher(model, negative=dict)({"input_ids": torch.zeros(1, 2).long()}, torch.tensor([0, 1]))
+
+
+class TestHead:
+    @pytest.mark.parametrize(
+        ("factory", "softcap", "scale"),
+        [
+            (tiny_lms.llama, None, 1.0),
+            (tiny_lms.gemma2, 6.0, 1.0),
+            (lambda: tiny_lms.gemma2(None), None, 1.0),
+            (tiny_lms.cohere, None, 0.0625),
+            (tiny_lms.granite, None, 0.125),
+            (tiny_lms.granite_speech, None, 1.0),  # the config says 8, the forward does nothing
+        ],
+    )
+    def test_reads_what_the_model_really_does(self, factory, softcap, scale):
+        head = LMHead.from_model(factory()[0])
+        assert (head.softcap, head.logit_scale) == (softcap, scale)
+        assert head.bias is None and head.weight.shape == (tiny_lms.VOCAB, 32) and not head.weight.requires_grad
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_models_give_the_exact_numbers(self, dtype):
+        gemma, inputs = tiny_lms.gemma2()
+        assert LMHead.from_model(gemma.to(dtype)).softcap == 6.0
+        assert LMHead.from_model(tiny_lms.granite()[0].to(dtype)).logit_scale == 0.125
+        DualPathTeacher(gemma, negative=dict)(inputs, torch.tensor([1]))  # its check on the first pass holds as well
+
+    def test_keywords_of_the_loss(self):
+        head = LMHead(torch.zeros(3, 2), torch.zeros(3), softcap=5.0, logit_scale=0.5)
+        keywords = head.keywords("student")
+        assert keywords["student_weight"] is head.weight and keywords["student_bias"] is head.bias
+        assert (keywords["student_softcap"], keywords["student_logit_scale"]) == (5.0, 0.5)
+        with pytest.raises(ValueError, match="side: expected 'teacher' or 'student', got 'both'"):
+            head.keywords("both")
+
+    def test_scale_and_cap_in_both_orders_are_recognised(self):
+        x = torch.tensor(teacher_module._PROBE)
+        scaled_first = 30 * torch.tanh(0.25 * x / 30)
+        capped_first = 0.25 * 30 * torch.tanh(x / 30)
+        assert teacher_module._fit_post(scaled_first) == pytest.approx((30, 0.25))
+        assert teacher_module._fit_post(capped_first) == pytest.approx((7.5, 0.25))
+        assert teacher_module._fit_post(2 * x) == (None, 2.0)
+
+    @pytest.mark.parametrize("function", [torch.relu, lambda x: x.clamp(-50, 50), lambda x: x + 1, lambda x: -x])
+    def test_other_arithmetic_is_refused(self, function):
+        with pytest.raises(ValueError, match="neither a scale nor a tanh soft cap"):
+            teacher_module._fit_post(function(torch.tensor(teacher_module._PROBE)))
+
+    def test_wrong_head_is_noticed_on_the_first_pass(self):
+        model, inputs = tiny_lms.gemma2()
+        wrong = LMHead(model.lm_head.weight.detach())
+        with pytest.raises(ValueError, match=r"head: expected .* softcap=6.* got softcap=None logit_scale=1"):
+            DualPathTeacher(model, negative=dict, head=wrong)(inputs, torch.tensor([1]))
+
+    def test_no_head(self):
+        with pytest.raises(TypeError, match="whose get_output_embeddings.. returns its LM head, got Sequential"):
+            LMHead.from_model(nn.Sequential(nn.Linear(2, 2)))
+
+    def test_sharded_head(self):
+        from torch.distributed.tensor import Replicate, Shard
+
+        class FakeDTensor(torch.Tensor):
+            placements = (Shard(0),)
+
+        head = nn.Linear(2, 3)
+        head.weight = nn.Parameter(torch.zeros(3, 2).as_subclass(FakeDTensor))
+        with pytest.raises(TypeError, match=r"its weight is a DTensor sharded as \(Shard\(dim=0\),\)"):
+            LMHead.from_model(wrapping(head))
+        FakeDTensor.placements = (Replicate(),)
+        FakeDTensor.to_local = lambda self: self.as_subclass(torch.Tensor)
+        assert type(LMHead.from_model(wrapping(head)).weight) is torch.Tensor
+
+    def test_real_dtensor(self, tmp_path):
+        import torch.distributed as dist
+        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            head = nn.Linear(2, 3, bias=False)
+            head.weight = nn.Parameter(distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)]))
+            with pytest.raises(TypeError, match="DTensor sharded"):
+                LMHead.from_model(wrapping(head))
+        finally:
+            dist.destroy_process_group()
+
+    def test_empty_and_offloaded_head(self):
+        head = nn.Linear(2, 3, bias=False)
+        head.weight = nn.Parameter(torch.zeros(0))
+        with pytest.raises(ValueError, match="its weight is empty, shape .0,.: FSDP or ZeRO-3"):
+            LMHead.from_model(wrapping(head))
+        with pytest.raises(ValueError, match="on the meta device"):
+            LMHead.from_model(wrapping(nn.Linear(2, 3, device="meta")))
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+    def test_quantised_head(self, dtype):
+        head = nn.Linear(2, 3, bias=False)
+        head.weight = nn.Parameter(torch.zeros(3, 2).to(dtype), requires_grad=False)
+        with pytest.raises(TypeError, match=f"its weight is quantised or wrapped: Parameter of {dtype}"):
+            LMHead.from_model(wrapping(head))
+
+
+def wrapping(head):
+    model = nn.Module()
+    model.lm_head = head
+    return model
+
+
+class TestPeft:
+    @pytest.fixture
+    def peft(self):
+        return pytest.importorskip("peft", reason="LoRA on the LM head is PEFT's")
+
+    def lora(self, peft, **options):
+        model, inputs = tiny_lms.llama()
+        config = peft.LoraConfig(r=2, lora_alpha=8, task_type="CAUSAL_LM", **options)
+        model = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        return model.eval(), inputs
+
+    def test_lora_elsewhere_is_fine(self, peft):
+        model, inputs = self.lora(peft, target_modules=["q_proj"])
+        index, _ = answer_positions(inputs)
+        teacher = DualPathTeacher(model, negative=dict)
+        states = teacher(inputs, index)
+        torch.testing.assert_close(teacher.head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
+
+    def test_lora_on_the_head_is_refused_or_merged(self, peft):
+        model, inputs = self.lora(peft, target_modules=["lm_head"])
+        index, _ = answer_positions(inputs)
+        with pytest.raises(TypeError, match=r"LoRA adapter \['default'\] of PEFT sits on it.*merge_lora=True"):
+            DualPathTeacher(model, negative=dict)
+        teacher = DualPathTeacher(model, negative=dict, merge_lora=True)
+        states = teacher(inputs, index)
+        expected = logits_at(model, inputs, index)
+        base = nn.functional.linear(states.audio_hidden, model.get_output_embeddings().base_layer.weight)
+        assert (base - expected).abs().max() > 0.1  # what ignoring the adapter would give
+        torch.testing.assert_close(teacher.head.logits(states.audio_hidden), expected, **CLOSE)
+
+    def test_dora_on_the_head_is_refused_even_with_merge(self, peft):
+        model, _ = self.lora(peft, target_modules=["lm_head"], use_dora=True)
+        with pytest.raises(TypeError, match="adapter sits on it, expected a plain linear layer; merge it first"):
+            LMHead.from_model(model, merge_lora=True)
+
+    def test_fully_trained_copy_of_the_head(self, peft):
+        model, inputs = self.lora(peft, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        with torch.no_grad():
+            model.get_output_embeddings().modules_to_save["default"].weight.normal_()
+        index, _ = answer_positions(inputs)
+        teacher = DualPathTeacher(model, negative=dict)
+        states = teacher(inputs, index)
+        torch.testing.assert_close(teacher.head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
+
+
+class TestErrors:
+    @pytest.fixture
+    def teacher(self):
+        model, self.inputs = tiny_lms.voxtral()
+        return DualPathTeacher(model, negative=MaskFeatures("input_features"))
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"index": torch.tensor([1.0])}, TypeError, "index: expected a tensor of torch.int64, got torch.float32"),
+            ({"index": torch.tensor([[1]])}, ValueError, r"index: expected shape \(N,\), got \(1, 1\)"),
+            ({"index": torch.tensor([60])}, ValueError, r"index: expected positions in \[0, 60\).*got 60"),
+            ({"index": torch.tensor([-1])}, ValueError, "got -1"),
+            ({"inputs": [1]}, TypeError, "inputs: expected a mapping of the model's inputs, got list"),
+            ({"inputs": {"x": 1}}, ValueError, r"inputs: expected a tensor 'input_ids' .* got \['x'\]"),
+            ({"text_index": torch.tensor([1])}, ValueError, "text_index: expected None without text_inputs"),
+            (
+                {"text_inputs": {"input_ids": torch.zeros(3, 5).long()}},
+                ValueError,
+                "text_index: expected .N,. positions in text_inputs, got None",
+            ),
+            (
+                {"text_inputs": {"input_ids": torch.zeros(3, 5).long()}, "text_index": torch.tensor([1, 2])},
+                ValueError,
+                "text_index: expected as many positions as index, 1, got 2",
+            ),
+            (
+                {"text_inputs": {"input_ids": torch.zeros(3, 5).long()}, "text_index": torch.tensor([15])},
+                ValueError,
+                r"text_index: expected positions in \[0, 15\)",
+            ),
+            (
+                {
+                    "text_inputs": {"input_ids": torch.zeros(3, 5).long(), "input_features": torch.zeros(3, 9, 32)},
+                    "text_index": torch.tensor([1]),
+                },
+                ValueError,
+                r"text_inputs\['input_features'\]: expected the trailing shape of the positive path, \(3, 8, 32\)",
+            ),
+        ],
+    )
+    def test_arguments_are_named(self, teacher, change, error, message):
+        arguments = {"inputs": self.inputs, "index": torch.tensor([1]), **change}
+        with pytest.raises(error, match=message):
+            teacher(arguments.pop("inputs"), arguments.pop("index"), **arguments)
+
+    def test_cache_of_another_sequence(self, teacher):
+        with pytest.raises(ValueError, match=r"inputs: expected the inputs of a whole sequence, got \['past_key_val"):
+            teacher({**self.inputs, "past_key_values": object()}, torch.tensor([1]))
+
+    def test_negative_that_moves_tokens(self):
+        model, inputs = tiny_lms.llama()
+        teacher = DualPathTeacher(model, negative=lambda given: {"input_ids": given["input_ids"][:, 1:]})
+        with pytest.raises(ValueError, match=r"negative: expected it to keep the tokens' shape \(3, 20\), got \(3, 19"):
+            teacher(inputs, torch.tensor([1]))
+
+    def test_missing_feature(self):
+        model, inputs = tiny_lms.llama()
+        with pytest.raises(ValueError, match="negative: expected the inputs to have 'input_features', got"):
+            DualPathTeacher(model, negative=MaskFeatures("input_features"))(inputs, torch.tensor([1]))
+
+    def test_splitting_features_that_are_not_one_a_row(self):
+        model, inputs = tiny_lms.voxtral()
+        ids = tiny_lms.token_ids(length=9)
+        teacher = DualPathTeacher(model, negative=None, rows_per_pass=2)
+        with pytest.raises(ValueError, match=r"rows_per_pass: expected one entry a row in inputs\['input_features'\]"):
+            teacher(inputs, torch.tensor([1]), text_inputs={"input_ids": ids}, text_index=torch.tensor([1]))
+
+    def test_constructor(self):
+        model, _ = tiny_lms.llama()
+        with pytest.raises(ValueError, match="rows_per_pass: expected a positive int or None, got 0"):
+            DualPathTeacher(model, negative=None, rows_per_pass=0)
+        with pytest.raises(TypeError, match="negative: expected a callable inputs -> inputs or None, got str"):
+            DualPathTeacher(model, negative="input_features")
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+            DualPathTeacher("model", negative=None)
+        with pytest.raises(ValueError, match="text_inputs: expected the negative path's inputs"):
+            DualPathTeacher(model, negative=None)({"input_ids": torch.zeros(1, 2).long()}, torch.tensor([1]))
+        with pytest.raises(ValueError, match="keys: expected at least one name"):
+            MaskFeatures()
