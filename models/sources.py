@@ -41,11 +41,13 @@ class TrainingData:
         make_batch: examples -> a batch with `ids`, `target_index`, `target`, `target_row`, `choice_mask`,
             `model_inputs()` and `to(device)` (models/batching.py).
         extra_inputs: added to every batch's model inputs, such as the prefix cache.
+        store: the clips' features, for a live teacher that makes its own batches.
     """
 
     examples: Sequence[Any]
     make_batch: Callable[[Sequence[Any]], Any]
     extra_inputs: Mapping[str, Any] = field(default_factory=dict)
+    store: Any = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -126,32 +128,29 @@ def path_divergence(states: TeacherStates, *, chunk_tokens: int = 256) -> torch.
     for start in range(0, len(states.audio_hidden), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         audio, text = (
-            F.log_softmax(head_logits(states.head, hidden[rows]), dim=-1)
+            F.log_softmax(states.head.logits(hidden[rows]).float(), dim=-1)
             for hidden in (states.audio_hidden, states.text_hidden)
         )
         out.append((audio.exp() * (audio - text)).sum(-1).clamp(min=0))
     return torch.cat(out) if out else states.audio_hidden.new_zeros(0)
 
 
-def head_logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Float32 logits (N, V) of an LM head with optional bias, logit scale and softcap."""
-    logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * head.logit_scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-
 def build_model(recipe: Recipe) -> torch.nn.Module:
     """The SpeechLM of `recipe.model`, its connector the only part that requires grad."""
-    from models.speech_lm import SpeechLM, SpeechLMConfig
+    from models.backbones import BackboneError
+    from models.speech_lm import SpeechLM, SpeechLMConfig, SpeechLMError
 
     settings = recipe.model
-    if settings.folder is None:
-        try:
-            return SpeechLM.from_config(SpeechLMConfig(**settings.settings))
-        except (TypeError, ValueError) as error:
-            raise SourceError(f"model.settings: {error}") from error
-    if not Path(settings.folder).is_dir():
-        raise SourceError(f"model.folder: no folder {settings.folder!r}")
-    model = SpeechLM.from_pretrained(settings.folder)
+    try:
+        if settings.folder is None:
+            return SpeechLM.from_config(SpeechLMConfig.from_dict(settings.settings))
+        model = SpeechLM.from_pretrained(settings.folder)
+    except BackboneError as error:
+        raise SourceError(str(error)) from error
+    except SpeechLMError as error:
+        raise SourceError(f"model.folder: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"model.settings: {error}") from error
     if settings.fresh_connector:
         reset_connector(model)
     return model
@@ -159,74 +158,97 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
 
 def reset_connector(model: torch.nn.Module) -> None:
     """New random connector weights from torch's generator; the feature statistics (buffers) stay."""
-    raise NotImplementedError  # settled when models/connector.py stands
+    old = model.connector
+    model.connector = type(old)(old.config).to(model.device)
+    buffers = {name: value for name, value in old.named_buffers()}
+    model.connector.load_state_dict(buffers, strict=False)
+    model.train(model.training)
 
 
 def build_data(recipe: Recipe, model: torch.nn.Module) -> TrainingData:
     """The examples of `recipe.data` that have a target, batched for `model`, with their features and prefix cache."""
-    from models.data.manifest import read_manifest
-    from models.features import FeatureStore, extract_features
+    from models.data.manifest import ManifestError, read_manifest
+    from models.features import FeatureError, FeatureStore, extract_features
 
     settings = recipe.data
     if not settings.manifest:
         raise SourceError("data.manifest: expected a file, got none")
-    manifest = read_manifest(
-        settings.manifest,
-        audio_root=settings.audio_root,
-        max_bad_fraction=settings.max_bad_fraction,
-        check_audio=settings.features is None,
-        max_seconds=settings.max_clip_seconds,
-    )
-    examples = [e for e in manifest.examples if e.split in settings.splits and (not settings.tasks or e.task in settings.tasks)]
-    examples = [e for e in examples if e.target]
+    try:
+        manifest = read_manifest(
+            settings.manifest,
+            audio_root=settings.audio_root,
+            max_bad_fraction=settings.max_bad_fraction,
+            check_audio=settings.features is None,
+            max_seconds=settings.max_clip_seconds,
+        )
+    except ManifestError as error:
+        raise SourceError(f"data.manifest: {error}") from error
+    for problem in manifest.problems:
+        tqdm.write(f"skipped {problem}")
+    examples = [e for e in manifest.examples if e.split in settings.splits and e.target]
+    examples = [e for e in examples if not settings.tasks or e.task in settings.tasks]
     if not examples:
         raise SourceError(
             f"data: no example with a target in {settings.manifest} (splits {list(settings.splits)}, tasks "
             f"{list(settings.tasks) or 'all'}); targets are written by python -m models.pseudo_gt"
         )
-    if settings.features is not None:
-        store = FeatureStore.load(settings.features)
-    else:
-        store, problems = extract_features(
-            examples,
-            model.encode_audio,
-            audio_root=manifest.audio_root,
-            max_seconds=settings.max_clip_seconds,
-            max_bad_fraction=settings.max_bad_fraction,
-            progress_bar=recipe.run.progress_bar,
-        )
-        for example_id, reason in problems:
-            tqdm.write(f"skipped {example_id}: {reason}")
-    return make_training_data(model, [e for e in examples if e.audio is None or e in store], store)
+    try:
+        if settings.features is not None:
+            store = FeatureStore.load(settings.features)
+        else:
+            store, problems = extract_features(
+                examples,
+                model.encode_audio,
+                audio_root=manifest.audio_root,
+                max_seconds=settings.max_clip_seconds,
+                max_bad_fraction=settings.max_bad_fraction,
+                progress_bar=recipe.run.progress_bar,
+            )
+            for example_id, reason in problems:
+                tqdm.write(f"skipped {example_id}: {reason}")
+    except FeatureError as error:
+        raise SourceError(f"data: {error}") from error
+    with_features = [e for e in examples if e.audio is None or e in store]
+    if len(examples) - len(with_features) > settings.max_bad_fraction * len(examples):
+        raise SourceError(f"data.features: {settings.features} lacks {len(examples) - len(with_features)} of the clips")
+    # Activation checkpointing drops the KV cache, so the two exclude each other.
+    cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
+    return make_training_data(model, with_features, store, prefix_cache_mib=recipe.model.prefix_cache_mib if cached else 0)
 
 
-def make_training_data(model: torch.nn.Module, examples: Sequence[Any], store: Any) -> TrainingData:
-    """Batches of `examples` for `model` (a SpeechLM), their features taken from `store`."""
-    from models.batching import Collator
-
-    collator = Collator(model.tokenizer, model.config.num_queries)
+def make_training_data(
+    model: torch.nn.Module, examples: Sequence[Any], store: Any, *, prefix_cache_mib: int = 4096
+) -> TrainingData:
+    """Batches of `examples` for `model` (a SpeechLM), their features taken from `store` (a FeatureStore)."""
+    collator = model.make_collator()
 
     def make_batch(chosen: Sequence[Any]) -> Any:
         return collator(chosen, store.rows(chosen))
 
-    return TrainingData(examples, make_batch)
+    extra = {"prefix_cache": model.make_prefix_cache(max_bytes=prefix_cache_mib << 20)} if prefix_cache_mib else {}
+    return TrainingData(examples, make_batch, extra, store)
 
 
-def build_teacher(recipe: Recipe, data: TrainingData, *, device: torch.device) -> Callable[[Any, Sequence[Any]], TeacherStates] | None:
-    """The teacher's side of `recipe`: None, a live model, or its cache."""
-    from models.speech_lm import SpeechLM
-
+def build_teacher(
+    recipe: Recipe, data: TrainingData, *, device: torch.device
+) -> Callable[[Any, Sequence[Any]], TeacherStates] | None:
+    """The teacher's side of `recipe`: None, its cache, or a live model that reads the same clips as the student."""
     if not recipe.needs_teacher:
         return None
-    settings = recipe.teacher
-    if not Path(settings.folder).is_dir():
-        raise SourceError(f"teacher.folder: no folder {settings.folder!r}")
-    lm = SpeechLM.from_pretrained(settings.folder)
-    if settings.cache is None:
-        return LiveTeacher(lm, data, device=device)
-    from kdkernels.contrast_cache import ContrastCache
+    from models.speech_lm import SpeechLM
 
-    return CachedTeacher(ContrastCache(settings.cache), LMHead.from_model(lm), device=device)
+    settings = recipe.teacher
+    try:
+        lm = SpeechLM.from_pretrained(settings.folder)
+    except RuntimeError as error:  # BackboneError and SpeechLMError both are
+        raise SourceError(f"teacher.folder: {error}") from error
+    if settings.cache is not None:
+        from kdkernels.contrast_cache import ContrastCache
+
+        head = LMHead.from_model(lm.to(device))
+        return CachedTeacher(ContrastCache(settings.cache), head, device=device)
+    own = make_training_data(lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib)
+    return LiveTeacher(lm, own, device=device)
 
 
 def _same_targets(own: Any, batch: Any) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 import train_fakes as fakes  # noqa: E402
 
+from kdkernels.teacher import LMHead  # noqa: E402
 from models.checkpoint import CheckpointError, list_checkpoints  # noqa: E402
 from models.config import OBJECTIVES, ConfigError, LossConfig  # noqa: E402
 from models.metrics import read_metrics  # noqa: E402
@@ -170,7 +171,7 @@ def test_token_weights():
 
 def test_divergence_weights_are_the_kl_between_the_paths():
     torch.manual_seed(0)
-    head = fakes.SimpleNamespace(weight=torch.randn(11, 4), bias=torch.randn(11), softcap=5.0, logit_scale=0.5)
+    head = LMHead(torch.randn(11, 4), torch.randn(11), softcap=5.0, logit_scale=0.5)
     states = TeacherStates(torch.randn(5, 4), torch.randn(5, 4), head)
     states.text_hidden[2] = states.audio_hidden[2]
     weights = token_weights(LossConfig(kd_token_weight="divergence"), batch_of_two(), states).kd

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
+from kdkernels.teacher import LMHead
 from models.config import Recipe, load_recipe
 from models.sources import TeacherStates, TrainingData
 from models.train import seed_everything, train
@@ -96,7 +97,7 @@ def make_data() -> TrainingData:
 
 def make_teacher(data: TrainingData):
     lm = FakeLM(seed=3).eval()
-    head = SimpleNamespace(weight=lm.head.weight, bias=None, softcap=None, logit_scale=1.0)
+    head = LMHead(lm.head.weight)
 
     @torch.no_grad()
     def teacher(batch, examples):

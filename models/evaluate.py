@@ -1,0 +1,446 @@
+"""Ask a speech LM every question of a manifest and score the answers.
+
+    python -m models.evaluate CHECKPOINT MANIFEST [--mode choice|generate] [--decoding greedy|contrastive --alpha 1]
+                              [--controls no_audio swapped_audio] [--out predictions.jsonl]
+    python -m models.evaluate --rescore predictions.jsonl
+
+Mode "choice" ranks the given choices by the likelihood of the tokens that spell them in the answer's sentence: fast, and it
+always answers. Mode "generate" lets the model write freely; the answer counts when the label's words stand in it.
+
+Predictions are appended to a JSONL file batch by batch. A killed evaluation goes on where it was; a finished file can be scored
+again without any model. Controls repeat the questions with no audio, or with the audio of a clip that has another answer: what a
+system still gets right then, it did not get from the sound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
+from models.data.manifest import Example, ManifestError, read_manifest
+from models.data.prompts import target_template
+from models.features import FeatureError, FeatureStore, extract_features
+from models.io_utils import fingerprint
+from models.scoring import Estimate, Prediction, score
+
+CONTROLS = ("no_audio", "swapped_audio")
+FILE_KEY = "kdkernels_predictions"
+FILE_VERSION = 1
+
+
+class EvaluationError(RuntimeError):
+    """The predictions file or the input cannot be used; the message says why."""
+
+
+@torch.no_grad()
+def choice_scores(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    features: torch.Tensor,
+    *,
+    collate: Callable[..., Any],
+    alphas: Sequence[float] = (0.0,),
+    hears: bool = True,
+    extra_inputs: dict[str, Any] | None = None,
+) -> list[list[dict[str, float]]]:
+    """Log-likelihood of each choice of each example, for several contrast strengths from the same forward passes.
+
+        score(c) = sum over the tokens t that spell c of  log softmax((1 + alpha) z_audio - alpha z_text)[t]
+
+    Args:
+        model: a SpeechLM in evaluation mode.
+        features: (B, K, T, D).
+        collate: examples, features -> batch (models/batching.py).
+        alphas: 0 is plain likelihood and needs no second path.
+        hears: False masks the audio on the positive path too (the no-audio control).
+
+    Returns:
+        [alpha][example] -> {choice: score}.
+
+    Raises:
+        ValueError: an example without choices.
+    """
+    # One row a choice, unless the choices differ in a single token: then one row answers for all of them.
+    rows: list[tuple[int, list[tuple[str, int, list[int]]], Example]] = []  # example, (choice, first token, ids), forced
+    for i, example in enumerate(examples):
+        if not example.choices:
+            raise ValueError(f"example {example.id}: expected choices, got none; use mode 'generate'")
+        forced = [dataclasses.replace(example, target=target_template(example, c)) for c in example.choices]
+        ids = [collate.target_ids(e) for e in forced]
+        at = _single_difference(ids)
+        if at is not None:
+            rows.append((i, [(c, at, t[at : at + 1]) for c, t in zip(example.choices, ids, strict=True)], forced[0]))
+        else:
+            start = _common_start(ids)
+            for choice, tokens, one in zip(example.choices, ids, forced, strict=True):
+                rows.append((i, [(choice, start, tokens[start : len(tokens) - _common_end(ids)])], one))
+    batch = collate([row[2] for row in rows], features[[row[0] for row in rows]])
+    device = model.get_output_embeddings().weight.device
+    batch = batch.to(device)
+    inputs = {**batch.model_inputs(), **(extra_inputs or {})}
+    if not hears:
+        inputs["audio_present"] = torch.zeros_like(inputs["audio_present"])
+
+    first = torch.zeros(len(rows), dtype=torch.int64)  # where in the batch's N positions each row's target starts
+    first[1:] = torch.bincount(batch.target_row.cpu(), minlength=len(rows)).cumsum(0)[:-1]
+    wanted = [first[r] + start + n for r, (_, spelled, _) in enumerate(rows) for start, n in _positions(spelled)]
+    index = batch.target_index[torch.stack(wanted).to(device)]
+    head = LMHead.from_model(model, probe=False)
+    if any(alphas):
+        states = DualPathTeacher(model, negative=MarkAbsent(), head=head)(inputs, index)
+        audio, text = head.logits(states.audio_hidden).float(), head.logits(states.text_hidden).float()
+    else:
+        audio, text = head.logits(model.hidden_states_at(index, **inputs)).float(), None
+
+    result = []
+    for alpha in alphas:
+        logits = audio if text is None or alpha == 0 else (1 + alpha) * audio - alpha * text  # (positions, V)
+        log_p = logits.log_softmax(-1).cpu()
+        scores: list[dict[str, float]] = [{} for _ in examples]
+        at = 0
+        for i, spelled, _ in rows:
+            places = {place: at + n for n, place in enumerate(_positions(spelled))}
+            for choice, start, tokens in spelled:
+                scores[i][choice] = float(sum(log_p[places[start, n], t] for n, t in enumerate(tokens)))
+            at += len(places)
+        result.append(scores)
+    return result
+
+
+@torch.no_grad()
+def generate_answers(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    features: torch.Tensor,
+    *,
+    collate: Callable[..., Any],
+    alpha: float | None = None,
+    hears: bool = True,
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Free answers, greedy; with `alpha` by contrastive decoding of the two paths."""
+    batch = collate(examples, features, with_target=False).to(model.get_output_embeddings().weight.device)
+    if not hears:
+        batch = dataclasses.replace(batch, audio_present=torch.zeros_like(batch.audio_present))
+    if alpha is None:
+        return model.generate(batch, max_new_tokens=max_new_tokens)
+    from kdkernels.decoding import contrastive_generate
+
+    tokens = contrastive_generate(
+        model,
+        batch.model_inputs(),
+        negative=MarkAbsent(),
+        alpha=alpha,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.tokenizer.eos_token_id,
+    )
+    return [text.strip() for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def evaluate(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    store: FeatureStore,
+    *,
+    collate: Callable[..., Any],
+    mode: str = "choice",
+    alphas: Sequence[float | None] = (None,),
+    controls: Sequence[str] = (),
+    batch_examples: int = 32,
+    max_new_tokens: int = 16,
+    extra_inputs: dict[str, Any] | None = None,
+    done: Iterable[Prediction] = (),
+    on_batch: Callable[[float | None, list[Prediction]], None] | None = None,
+    progress_bar: bool = True,
+) -> dict[float | None, list[Prediction]]:
+    """Predictions for every example, with and without the controls.
+
+    Args:
+        mode: "choice" or "generate".
+        alphas: None is plain (greedy) decoding; a number is contrastive decoding with that strength. In mode "choice" all
+            come from the same forward passes.
+        controls: any of "no_audio", "swapped_audio"; their predictions have `control` set and "#control" in the id.
+        done: predictions made before, which are not made again (only with a single alpha).
+        on_batch: called with (alpha, new predictions) after each batch, to save them.
+
+    Returns:
+        predictions by alpha, those of `done` first.
+
+    Raises:
+        ValueError: unknown mode or control, or an example without an answer to score against.
+    """
+    if mode not in ("choice", "generate"):
+        raise ValueError(f"mode: expected 'choice' or 'generate', got {mode!r}")
+    for control in controls:
+        if control not in CONTROLS:
+            raise ValueError(f"controls: expected some of {CONTROLS}, got {control!r}")
+    for example in examples:
+        if example.answer is None:
+            raise ValueError(f"example {example.id}: expected an answer to score against, got none")
+    made = {p.id for p in done}
+    result: dict[float | None, list[Prediction]] = {alpha: list(done) if len(alphas) == 1 else [] for alpha in alphas}
+    model.eval()
+    # Rows of like length together: padding is most of the work otherwise.
+    work = sorted(examples, key=lambda e: (len(e.choices), len(e.transcription) + len(e.context)))
+    todo = []
+    for control in ("", *controls):
+        heard = swapped(work) if control == "swapped_audio" else work
+        todo += [(control, e, h) for e, h in zip(work, heard, strict=True) if _control_id(e.id, control) not in made]
+    for control, group in _batches(todo, batch_examples, progress_bar=progress_bar):
+        asked = [e for e, _ in group]
+        features = store.rows([h for _, h in group])
+        hears = control != "no_audio"
+        if mode == "choice":
+            all_scores = choice_scores(
+                model, asked, features, collate=collate, alphas=[a or 0.0 for a in alphas], hears=hears, extra_inputs=extra_inputs
+            )
+        for i, alpha in enumerate(alphas):
+            if mode == "choice":
+                scores = all_scores[i]
+                texts = [target_template(e, max(s, key=s.get)) for e, s in zip(asked, scores, strict=True)]
+            else:
+                scores = [{} for _ in asked]
+                texts = generate_answers(
+                    model, asked, features, collate=collate, alpha=alpha, hears=hears, max_new_tokens=max_new_tokens
+                )
+            new = [
+                Prediction(
+                    id=_control_id(e.id, control), task=e.task, kind=e.kind, answer=e.answer, choices=e.choices,
+                    prediction=text, pair_id=e.pair_id, control=control, scores=s,
+                )
+                for e, text, s in zip(asked, texts, scores, strict=True)
+            ]  # fmt: skip
+            result[alpha] += new
+            if on_batch is not None:
+                on_batch(alpha, new)
+    return result
+
+
+def swapped(examples: Sequence[Example]) -> list[Example]:
+    """For each example another one of its task with another answer, whose audio it is given: the next such in order.
+
+    An example without such a partner keeps its own audio; it is then no control and is left as it is.
+    """
+    by_task: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        by_task[example.task].append(example)
+    place = {e.id: i for group in by_task.values() for i, e in enumerate(group)}
+    result = []
+    for example in examples:
+        group, at = by_task[example.task], place[example.id]
+        others = (group[(at + step) % len(group)] for step in range(1, len(group)))
+        result.append(next((o for o in others if o.answer != example.answer and o.audio is not None), example))
+    return result
+
+
+def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """`score` of the plain predictions under "plain", and of each control under its name."""
+    groups: dict[str, list[Prediction]] = defaultdict(list)
+    for p in predictions:
+        groups[p.control or "plain"].append(p)
+    return {name: score(group) for name, group in groups.items()}
+
+
+def write_header(path: str | Path, settings: dict[str, Any]) -> None:
+    """Start a predictions file."""
+    header = {FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(header) + "\n")
+
+
+def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
+    """Add predictions to a file, flushed to the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[Prediction]]:
+    """Header and predictions of a file. A last line that a kill cut off is removed from the file.
+
+    Raises:
+        EvaluationError: no such file, another kind of file, or a damaged line that is not the last.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: not readable: {error}") from error
+    try:
+        header = json.loads(lines[0])
+        known = header.get(FILE_KEY) == FILE_VERSION
+    except (IndexError, ValueError, AttributeError):
+        known = False
+    if not known:
+        raise EvaluationError(f'{path}: expected a first line with "{FILE_KEY}": {FILE_VERSION}')
+    predictions = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            if not line.endswith("\n"):
+                raise ValueError("no line end")
+            predictions.append(Prediction(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number < len(lines):
+                raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
+            os.truncate(path, sum(len(text.encode("utf-8")) for text in lines[:-1]))
+    return header, predictions
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Tables of `summarize`'s result on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for name, s in summary.items():
+        table = Table(title=f"{name}: {s['count']} answers (95% intervals over clips)")
+        for column in ("", "accuracy", *s["by_kind"]):
+            table.add_column(column)
+        table.add_row("all tasks", str(s["accuracy"]), *(str(e) for e in s["by_kind"].values()))
+        for task, t in s["by_task"].items():
+            table.add_row(task, str(t["all"]), *(str(e) for e in t["by_kind"].values()))
+            for label, kinds in s["by_class"][task].items():
+                table.add_row(f"  {label}", "", *(str(e) for e in kinds.values()))
+        Console().print(table)
+        shift = {k: s[k] for k in ("tir_adv", "tir_adversarial_all", "tir_faithful_all")}
+        lines = [f"{k} {e}" for k, e in shift.items() if e.value is not None]
+        print(f"strict accuracy {s['strict_accuracy']}; mean of tasks {s['mean_of_tasks']:.3f}", *lines, sep="\n  ")
+
+
+def to_json(value: Any) -> Any:
+    """Estimates as dicts, for JSON."""
+    if isinstance(value, Estimate):
+        return dataclasses.asdict(value)
+    return {k: to_json(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m models.evaluate", description="Evaluate a speech LM on a manifest.")
+    parser.add_argument("checkpoint", nargs="?", help="SpeechLM folder, such as runs/caad/final")
+    parser.add_argument("manifest", nargs="?")
+    parser.add_argument("--rescore", metavar="FILE", help="score a predictions file again; nothing else is needed")
+    parser.add_argument("--mode", choices=("choice", "generate"), default="choice")
+    parser.add_argument("--decoding", choices=("greedy", "contrastive"), default="greedy")
+    parser.add_argument("--alpha", type=float, default=1.0, help="strength of contrastive decoding")
+    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=[])
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--tasks", nargs="*", default=[], help="only these tasks")
+    parser.add_argument("--features", help="feature file (models/features.py); without it clips are encoded now")
+    parser.add_argument("--batch-examples", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default="predictions.jsonl", help="predictions file; an unfinished one is gone on with")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.rescore:
+            _, predictions = read_predictions(arguments.rescore)
+        elif not arguments.checkpoint or not arguments.manifest:
+            parser.error("expected CHECKPOINT and MANIFEST, or --rescore FILE")
+        else:
+            predictions = _evaluate_files(arguments)
+        print_summary(summarize(predictions))
+    except (EvaluationError, ManifestError, FeatureError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"Stopped. The same command goes on from {arguments.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _evaluate_files(arguments: argparse.Namespace) -> list[Prediction]:
+    from models.speech_lm import SpeechLM
+    from models.train import pick_device
+
+    manifest = read_manifest(arguments.manifest, check_audio=arguments.features is None)
+    examples = [e for e in manifest.examples if e.split == arguments.split and e.answer is not None]
+    examples = [e for e in examples if not arguments.tasks or e.task in arguments.tasks]
+    if not examples:
+        raise EvaluationError(f"{arguments.manifest}: no example with an answer in split {arguments.split!r}")
+    if not Path(arguments.checkpoint).is_dir():
+        raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "rescore", "batch_examples", "device", "features")}
+    done: list[Prediction] = []
+    if Path(arguments.out).exists():
+        header, done = read_predictions(arguments.out)
+        if header["fingerprint"] != fingerprint(settings):
+            raise EvaluationError(f"{arguments.out}: holds predictions of other settings; choose another --out or remove it")
+        print(f"going on from {arguments.out}: {len(done)} answers are there")
+    else:
+        write_header(arguments.out, settings)
+    model = SpeechLM.from_pretrained(arguments.checkpoint).to(pick_device(arguments.device))
+    if arguments.features:
+        store = FeatureStore.load(arguments.features)
+    else:
+        store, problems = extract_features(examples, model.encode_audio, audio_root=manifest.audio_root)
+        for example_id, reason in problems:
+            print(f"skipped {example_id}: {reason}")
+    alpha = arguments.alpha if arguments.decoding == "contrastive" else None
+    return evaluate(
+        model,
+        [e for e in examples if e.audio is None or e in store],
+        store,
+        collate=model.make_collator(),
+        mode=arguments.mode,
+        alphas=(alpha,),
+        controls=arguments.controls,
+        batch_examples=arguments.batch_examples,
+        max_new_tokens=arguments.max_new_tokens,
+        done=done,
+        on_batch=lambda _, new: append_predictions(arguments.out, new),
+    )[alpha]
+
+
+def _control_id(example_id: str, control: str) -> str:
+    return f"{example_id}#{control}" if control else example_id
+
+
+def _batches(
+    todo: Sequence[tuple[str, Example, Example]], size: int, *, progress_bar: bool
+) -> Iterator[tuple[str, list[tuple[Example, Example]]]]:
+    with tqdm(total=len(todo), desc="evaluate", unit="answer", disable=not progress_bar) as bar:
+        start = 0
+        while start < len(todo):
+            control = todo[start][0]
+            group = [(e, h) for c, e, h in todo[start : start + size] if c == control]
+            yield control, group
+            start += len(group)
+            bar.update(len(group))
+
+
+def _positions(spelled: Sequence[tuple[str, int, list[int]]]) -> list[tuple[int, int]]:
+    """(start, offset) of each distinct position that a row is scored at."""
+    return list(dict.fromkeys((start, n) for _, start, tokens in spelled for n in range(len(tokens))))
+
+
+def _single_difference(ids: Sequence[list[int]]) -> int | None:
+    if len({len(t) for t in ids}) != 1:
+        return None
+    different = [n for n, column in enumerate(zip(*ids, strict=True)) if len(set(column)) > 1]
+    return different[0] if len(different) == 1 else None
+
+
+def _common_start(ids: Sequence[list[int]]) -> int:
+    return next((n for n, c in enumerate(zip(*ids, strict=False)) if len(set(c)) > 1), min(map(len, ids)))
+
+
+def _common_end(ids: Sequence[list[int]]) -> int:
+    # Bounded by what follows the common start, or a repeated token would be counted on both sides.
+    return min(_common_start([t[::-1] for t in ids]), min(map(len, ids)) - _common_start(ids))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
