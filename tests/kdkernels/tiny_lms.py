@@ -1,6 +1,6 @@
-"""Tiny, randomly initialised language models of transformers' real classes, and inputs that fit them (CPU, < 0.2 s each).
+"""Tiny, randomly initialised LMs of transformers' real classes, and inputs that fit them (CPU, under 0.2 s each).
 
-Every factory returns (model, inputs): a model in evaluation mode and a batch of three rows whose sound matters, the audio
+Every factory returns (model, inputs): a model in evaluation mode and a batch of three rows whose sound matters, audio
 placeholders already expanded.  Weights are drawn wide enough for the two paths and the logits' order to differ clearly.
 """
 

@@ -1,0 +1,529 @@
+"""The teacher's hidden states of both paths on disk: an epoch, an alpha or a lambda later, the teacher need not run.
+
+The teacher is frozen and Y is fixed, so audio_hidden and text_hidden at the N positions that predict Y are all there is
+to know about it.  With the teacher's LM head they give the exact distribution over the whole vocabulary, in
+2 * H * 2 bytes a token (bf16), where stored logits would take 2 * V * 2.
+
+A cache is a folder:
+
+    cache.json                     format version, fingerprint, hidden size, dtype
+    shard-PART-00000.safetensors   audio_hidden (R, H), text_hidden (R, H), target (R,): whole samples, one by one
+    index-PART.jsonl               one line a finished shard: file, bytes, sha256, [sample id, first row, rows] ...
+
+A shard is written to a temporary file, synced and renamed, and only then named in the index.  So a writer that is
+killed leaves a cache that holds every finished shard and nothing half-written.
+
+Legend: R rows of a shard, n rows of a sample, N rows asked for, B samples asked for, H hidden width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CachedStates", "ContrastCache", "ContrastCacheWriter", "CorruptCacheError"]
+
+FORMAT_VERSION = 1
+_MARK = "kdkernels_contrast_cache"
+_MIB = 1 << 20
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_log = logging.getLogger(__name__)
+
+
+class CorruptCacheError(ValueError):
+    """A file of the cache is missing, truncated or altered; the message names it."""
+
+
+@dataclass(frozen=True, eq=False)
+class CachedStates:
+    """What the cache holds of B samples, concatenated in the order asked for.
+
+    Attributes:
+        audio_hidden, text_hidden: (N, H) in the cache's dtype, on the CPU.
+        target: (N,) int64, the tokens of Y that the rows predict.
+        lengths: (B,) int64, rows of each sample; N is their sum.
+    """
+
+    audio_hidden: Tensor
+    text_hidden: Tensor
+    target: Tensor
+    lengths: Tensor
+
+
+class ContrastCache:
+    """Reader of a cache folder, memory-mapped: only the rows asked for are read.
+
+    Args:
+        folder: what a `ContrastCacheWriter` has written; a writer may still be at work, its finished shards are seen.
+        fingerprint: what the cache has to have been made from (the dict its writer got), or None to accept any.
+        verify_checksums: read every shard once and compare its sha256 (about 1 s a GB); otherwise sizes alone.
+
+    Attributes:
+        fingerprint (dict), hidden_size (int), dtype (torch.dtype), bytes (int, of all shards).
+
+    Raises:
+        ValueError: no cache in the folder, another format version, or another fingerprint (differing keys are listed).
+        CorruptCacheError: names the shard that is missing, truncated or altered.
+        ImportError: safetensors is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        fingerprint: Mapping[str, Any] | None = None,
+        verify_checksums: bool = True,
+    ):
+        _safetensors()
+        self.folder = Path(folder)
+        header = _read_header(self.folder)
+        if fingerprint is not None:
+            _check_fingerprint(self.folder, expected=_canonical(fingerprint), got=header["fingerprint"])
+        self.fingerprint: dict[str, Any] = header["fingerprint"]
+        self.hidden_size: int = header["hidden_size"]
+        self.dtype: torch.dtype = _DTYPES[header["dtype"]]
+        self.bytes = 0
+        self._where: dict[str, tuple[str, int, int]] = {}  # sample id -> shard, first row, rows
+        self._open_shards: dict[str, Any] = {}
+        for index_path in sorted(self.folder.glob("index-*.jsonl")):
+            for record in _read_index(index_path)[0]:
+                problem = _shard_problem(self.folder, record, verify_checksums=verify_checksums)
+                if problem:
+                    raise CorruptCacheError(
+                        f"{problem}; write the cache again with the same arguments: its writer keeps the good shards"
+                    )
+                self._add_record(record)
+
+    @staticmethod
+    def writer(folder: str | os.PathLike[str], **options: Any) -> ContrastCacheWriter:
+        """`ContrastCacheWriter(folder, **options)`."""
+        return ContrastCacheWriter(folder, **options)
+
+    @staticmethod
+    def estimate_bytes(*, tokens: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes on disk of `tokens` positions: both paths and their targets, without the shards' headers."""
+        return tokens * (2 * hidden_size * _dtype_name(dtype, "dtype")[1] + 8)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, sample_id: object) -> bool:
+        return sample_id in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __getitem__(self, sample_id: str) -> CachedStates:
+        return self.get([sample_id])
+
+    def rows(self, sample_id: str) -> int:
+        """n, the positions of a sample, without reading them."""
+        return self._locate(sample_id)[2]
+
+    def get(self, sample_ids: Sequence[str]) -> CachedStates:
+        """The states of some samples, in the order given; an id may be asked for more than once.
+
+        Returns:
+            CachedStates: fresh tensors, (N, H) twice, (N,) and (B,).
+
+        Raises:
+            KeyError: an id the cache does not hold.
+            TypeError: sample_ids is a single string.
+        """
+        if isinstance(sample_ids, str):
+            raise TypeError(f"sample_ids: expected a sequence of ids, got the string {sample_ids!r}")
+        places = [self._locate(sample_id) for sample_id in sample_ids]
+        lengths = torch.tensor([rows for _, _, rows in places], dtype=torch.int64)
+        total = sum(rows for _, _, rows in places)
+        audio = torch.empty(total, self.hidden_size, dtype=self.dtype)
+        text = torch.empty_like(audio)
+        target = torch.empty(total, dtype=torch.int64)
+        filled = 0
+        for shard, first, rows in places:
+            file = self._shard(shard)
+            here = slice(filled, filled + rows)
+            for name, destination in (("audio_hidden", audio), ("text_hidden", text), ("target", target)):
+                destination[here] = file.get_slice(name)[first : first + rows]
+            filled += rows
+        return CachedStates(audio, text, target, lengths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open_shards": {}}  # a DataLoader's worker maps the files itself
+
+    def _add_record(self, record: Mapping[str, Any]) -> None:
+        self.bytes += record["bytes"]
+        for sample_id, first, rows in record["samples"]:
+            if sample_id in self._where:
+                raise CorruptCacheError(
+                    f"{self.folder}: sample {sample_id!r} is in shard {self._where[sample_id][0]} and in "
+                    f"{record['shard']}; two parts have written it"
+                )
+            self._where[sample_id] = (record["shard"], first, rows)
+
+    def _locate(self, sample_id: str) -> tuple[str, int, int]:
+        try:
+            return self._where[sample_id]
+        except KeyError:
+            raise KeyError(f"sample {sample_id!r} is not in the cache {self.folder} ({len(self)} samples)") from None
+
+    def _shard(self, name: str) -> Any:
+        if name not in self._open_shards:
+            self._open_shards[name] = _safetensors().safe_open(str(self.folder / name), framework="pt", device="cpu")
+        return self._open_shards[name]
+
+
+class ContrastCacheWriter(AbstractContextManager):
+    """Writes a cache, shard by shard; started again on the same folder it goes on after the last finished shard.
+
+        with ContrastCache.writer(folder, fingerprint={...}, hidden_size=576) as writer:
+            for batch in batches:
+                if all(sample_id in writer for sample_id in batch.ids): continue
+                ...
+                writer.add(sample_id, audio_hidden, text_hidden, target)
+
+    Args:
+        folder: made if missing.
+        fingerprint: whatever determines the states, JSON values by name: model, tokenizer, prompt, Y, ... A folder with
+            another fingerprint is refused.
+        hidden_size: H.
+        dtype: of the stored states, torch.bfloat16 or torch.float32 (then they come back bitwise).
+        shard_mib: a shard is closed when it holds as much; also what a kill can lose, and what is held in memory.
+        part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).
+        verify_checksums: read the shards that are there already and compare their sha256; a bad one is dropped with a
+            warning, so that its samples are asked for again.
+
+    Raises:
+        ValueError: another fingerprint, hidden size, dtype or format version than the folder's.
+        RuntimeError: another writer of this part is at work in the folder.
+        ImportError: safetensors is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        fingerprint: Mapping[str, Any],
+        hidden_size: int,
+        dtype: torch.dtype = torch.bfloat16,
+        shard_mib: float = 256.0,
+        part: str = "0",
+        verify_checksums: bool = True,
+    ):
+        _safetensors()
+        if not isinstance(hidden_size, int) or hidden_size < 1:
+            raise ValueError(f"hidden_size: expected a positive int, got {hidden_size!r}")
+        if not shard_mib > 0:
+            raise ValueError(f"shard_mib: expected a positive number, got {shard_mib!r}")
+        if not part or not all(letter.isalnum() or letter == "_" for letter in part):
+            raise ValueError(f"part: expected letters, digits and underscores, got {part!r}")
+        dtype_name, _ = _dtype_name(dtype, "dtype")
+        self.folder = Path(folder)
+        self.hidden_size, self.dtype, self.part = hidden_size, dtype, part
+        self._shard_bytes = int(shard_mib * _MIB)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder / f"lock-{part}")
+        try:
+            header = {
+                _MARK: FORMAT_VERSION,
+                "fingerprint": _canonical(fingerprint),
+                "hidden_size": hidden_size,
+                "dtype": dtype_name,
+            }
+            self._match_header(header)
+            self._records, self._known = self._resume(verify_checksums)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._buffer: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self._buffered_bytes = 0
+
+    def __contains__(self, sample_id: object) -> bool:
+        """Finished or waiting in this writer's memory."""
+        return sample_id in self._known
+
+    def contains(self, sample_id: str) -> bool:
+        return sample_id in self
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, sample_id: str, audio_hidden: Tensor, text_hidden: Tensor, target: Tensor) -> None:
+        """Takes a sample; it is on disk when its shard is full, or after `flush()`.
+
+        Args:
+            sample_id: not in the cache yet.
+            audio_hidden, text_hidden: (n, H) floating point on any device, rounded to the cache's dtype.
+            target: (n,) int64, the tokens of Y they predict.
+
+        Raises:
+            TypeError, ValueError: naming the argument; states that are not finite are refused as well.
+        """
+        if not isinstance(sample_id, str) or not sample_id:
+            raise TypeError(f"sample_id: expected a string that is not empty, got {sample_id!r}")
+        if sample_id in self:
+            raise ValueError(f"sample_id: expected an id the cache does not hold yet, got {sample_id!r}")
+        if not isinstance(target, Tensor) or target.dtype != torch.int64:
+            raise TypeError(f"target: expected a tensor of torch.int64, got {getattr(target, 'dtype', type(target))}")
+        if target.ndim != 1:
+            raise ValueError(f"target: expected shape (n,), got {tuple(target.shape)}")
+        audio = self._stored("audio_hidden", audio_hidden, sample_id, len(target))
+        text = self._stored("text_hidden", text_hidden, sample_id, len(target))
+        self._buffer.append((sample_id, audio, text, target.detach().to("cpu", copy=True)))
+        self._known.add(sample_id)
+        self._buffered_bytes += ContrastCache.estimate_bytes(
+            tokens=len(target), hidden_size=self.hidden_size, dtype=self.dtype
+        )
+        if self._buffered_bytes >= self._shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is in memory as a shard (a smaller one than usual) and names it in the index."""
+        if not self._buffer:
+            return
+        name = self._next_name()
+        samples, first = [], 0
+        for sample_id, audio, _, _ in self._buffer:
+            samples.append([sample_id, first, len(audio)])
+            first += len(audio)
+        tensors = {
+            key: torch.cat([entry[position] for entry in self._buffer])
+            for position, key in ((1, "audio_hidden"), (2, "text_hidden"), (3, "target"))
+        }
+        record = {"shard": name, **_write_shard(self.folder / name, tensors), "rows": first, "samples": samples}
+        with open(self._index_path, "ab") as file:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(self.folder)
+        self._records.append(record)
+        self._buffer, self._buffered_bytes = [], 0
+
+    def close(self) -> None:
+        """Flushes and lets another writer have the folder."""
+        if not self._lock.closed:
+            try:
+                self.flush()
+            finally:
+                self._lock.close()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()  # samples taken before an error are complete: they are kept
+
+    @property
+    def _index_path(self) -> Path:
+        return self.folder / f"index-{self.part}.jsonl"
+
+    def _next_name(self) -> str:
+        taken = {record["shard"] for record in self._records}
+        number = len(taken)
+        while (name := f"shard-{self.part}-{number:05d}.safetensors") in taken:
+            number += 1
+        return name
+
+    def _stored(self, name: str, hidden: Tensor, sample_id: str, rows: int) -> Tensor:
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+            got = getattr(hidden, "dtype", type(hidden).__name__)
+            raise TypeError(f"{name}: expected a floating point tensor, got {got}")
+        if hidden.shape != (rows, self.hidden_size):
+            raise ValueError(f"{name}: expected shape ({rows}, {self.hidden_size}), got {tuple(hidden.shape)}")
+        stored = hidden.detach().to("cpu", self.dtype, copy=True)
+        if not torch.isfinite(stored).all():
+            raise ValueError(f"{name}: expected finite states, got inf or NaN in sample {sample_id!r}")
+        return stored
+
+    def _match_header(self, header: dict[str, Any]) -> None:
+        path = self.folder / "cache.json"
+        if not path.exists():
+            _write_atomically(path, json.dumps(header, indent=1, ensure_ascii=False).encode())
+        got = _read_header(self.folder)  # also after writing: the parts of one cache may start at the same time
+        _check_fingerprint(self.folder, expected=header["fingerprint"], got=got["fingerprint"])
+        for name in ("hidden_size", "dtype"):
+            if header[name] != got[name]:
+                raise ValueError(
+                    f"{name}: the cache {self.folder} has another; expected {header[name]}, got {got[name]}"
+                )
+
+    def _resume(self, verify_checksums: bool) -> tuple[list[dict[str, Any]], set[str]]:
+        """The finished shards of this part, without those that are bad; the index is put in order if need be."""
+        records, torn = _read_index(self._index_path)
+        good = []
+        for record in records:
+            problem = _shard_problem(self.folder, record, verify_checksums=verify_checksums)
+            if problem:
+                _log.warning("%s; its %d samples will be written again", problem, len(record["samples"]))
+            else:
+                good.append(record)
+        if torn or len(good) != len(records):
+            lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in good]
+            _write_atomically(self._index_path, b"".join(lines))
+        named = {record["shard"] for record in good}
+        for path in self.folder.glob(f"shard-{self.part}-*.safetensors*"):
+            if path.name not in named:  # bad, renamed just before a kill, or temporary
+                path.unlink()
+        return good, {sample_id for record in good for sample_id, _, _ in record["samples"]}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"ContrastCache stores its shards with safetensors, which cannot be imported ({error}); "
+            "get it with: pip install safetensors"
+        ) from error
+    return safetensors
+
+
+def _dtype_name(dtype: torch.dtype, argument: str) -> tuple[str, int]:
+    for name, known in _DTYPES.items():
+        if dtype == known:
+            return name, known.itemsize
+    raise ValueError(f"{argument}: expected torch.bfloat16 or torch.float32, got {dtype}")
+
+
+def _canonical(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint as JSON gives it back, so that tuples and lists, or int keys and strings, compare equal."""
+    if not isinstance(fingerprint, Mapping):
+        raise TypeError(f"fingerprint: expected a mapping of JSON values, got {type(fingerprint).__name__}")
+    try:
+        return json.loads(json.dumps(dict(fingerprint), sort_keys=True))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"fingerprint: expected JSON values only, got {error}") from error
+
+
+def _check_fingerprint(folder: Path, *, expected: dict[str, Any], got: dict[str, Any]) -> None:
+    nothing = object()
+    differing = [
+        f"{key}: expected {_shown(expected, key)}, got {_shown(got, key)}"
+        for key in sorted(expected.keys() | got.keys())
+        if expected.get(key, nothing) != got.get(key, nothing)
+    ]
+    if differing:
+        raise ValueError(f"fingerprint: the cache {folder} was made from something else; {'; '.join(differing)}")
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "no such key"
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    path = folder / "cache.json"
+    try:
+        header = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"folder: expected a contrast cache, got {folder} without cache.json") from None
+    except ValueError as error:
+        raise CorruptCacheError(f"{path} is not readable JSON: {error}") from error
+    version = header.get(_MARK) if isinstance(header, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"folder: expected a contrast cache of format {FORMAT_VERSION} in {folder}, got {version}")
+    return header
+
+
+def _read_index(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Records of the finished shards, and whether the last line was torn by a kill."""
+    if not path.exists():
+        return [], False
+    *lines, tail = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise CorruptCacheError(f"{path}, line {number} is not readable JSON: {error}") from error
+    return records, bool(tail)
+
+
+def _shard_problem(folder: Path, record: Mapping[str, Any], *, verify_checksums: bool) -> str | None:
+    path = folder / record["shard"]
+    if not path.exists():
+        return f"shard {path} is missing"
+    size = path.stat().st_size
+    if size != record["bytes"]:
+        return f"shard {path} is truncated or altered: expected {record['bytes']} bytes, got {size}"
+    if verify_checksums and (got := _sha256(path)) != record["sha256"]:
+        return f"shard {path} is altered: expected sha256 {record['sha256']}, got {got}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    """hashlib.file_digest of Python 3.11, for 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(_MIB):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        _safetensors().torch.save_file(tensors, temporary, metadata={_MARK: str(FORMAT_VERSION)})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        described = {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return described
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames durable; Windows cannot open a folder, and has nothing to sync there."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> Any:
+    """An open file that holds the lock until it is closed, by a kill as well."""
+    file = open(path, "ab")  # noqa: SIM115 (its life is the writer's)
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: two writers of one part are then the caller's care
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RuntimeError(
+            f"another writer is at work in {path.parent} (lock {path.name}); give it another part"
+        ) from None
+    return file
