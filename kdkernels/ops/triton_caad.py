@@ -1,0 +1,694 @@
+"""The row problem (:mod:`kdkernels.ops.rows`) in Triton.
+
+One program owns one row and streams it in blocks of G x E logits: E neighbouring logits belong to one thread, and each of
+the G groups keeps its own running maxima and shifted sums. Nothing is exchanged between threads inside a loop; the groups
+are merged once, after the pass. z_hat, p and q are never stored. Passes over the row:
+
+    plausibility   max of z_audio                                                       (only with a plausibility mask)
+    1              maxima; sum e^(s-max), sum e^(z-max); the cross term of the divergence; sum for the label's softmax
+    jsd            KL(p||m) and KL(q||m), which need p and q                            (only for the jsd)
+    2              the gradient                                                         (only with grad)
+
+Pass 1 walks the blocks downwards and the others upwards, so that what pass 1 read last, and L2 still holds, is read first.
+
+Masked logits. A logit below -1e30, -inf above all, is masked: it is replaced by the finite _MASKED right after its load.
+Running maxima start at _FLOOR > _MASKED, so e^(_MASKED - max) is 0 also in a row where everything is masked, and no
+inf - inf or 0 * inf arises. NaN compares false and passes through all of it.
+
+A gradient in the student's memory. Column j of a row is written at byte w*j and read at byte 4*j or 2*j >= w*j of the same
+row, blocks ascend, and a barrier stands between a block's loads and its stores. So a store of block b ends before the first
+byte that any thread still has to read (the loads of b + 1 onwards), and other threads' loads of block b are behind the
+barrier. Passes before the gradient's are separated from it by the barrier of their final reductions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .rows import DIVERGENCES, STAT_NAMES, RowResult, RowSpec
+
+_MASKED = tl.constexpr(-2e30)
+_FLOOR = tl.constexpr(-1e30)
+_LOG2E = tl.constexpr(math.log2(math.e))
+_FORWARD = tl.constexpr(DIVERGENCES.index("forward_kl"))
+_REVERSE = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+
+
+@triton.jit
+def _expm1(x):
+    """e^x - 1 for x <= 0, to fp32 relative accuracy also near 0."""
+    series = 1.0 + x * (1.0 / 7.0)
+    series = 1.0 + x * (1.0 / 6.0) * series
+    series = 1.0 + x * (1.0 / 5.0) * series
+    series = 1.0 + x * (1.0 / 4.0) * series
+    series = 1.0 + x * (1.0 / 3.0) * series
+    series = x * (1.0 + x * 0.5 * series)
+    return tl.where(x > -0.3, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for -1 < x <= 0: the rounding of 1 + x is divided out again."""
+    rounded = 1.0 + x
+    exact = rounded == 1.0
+    return tl.where(exact, x, tl.log(rounded) * (x / tl.where(exact, 1.0, rounded - 1.0)))
+
+
+@triton.jit
+def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits in fp32 (masked: _MASKED) and d logit / d stored value."""
+    value = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32) * SCALE
+    slope = SCALE
+    if SOFTCAP is not None:
+        x = value * (1.0 / SOFTCAP)
+        twice = -2.0 * tl.abs(x)
+        decay = tl.exp(twice)
+        minus = _expm1(twice)
+        tanh = -minus / (2.0 + minus)
+        value = tl.where(inside, tl.where(x < 0, -SOFTCAP, SOFTCAP) * tanh, _MASKED)
+        slope = SCALE * (4.0 * decay / ((1.0 + decay) * (1.0 + decay)))  # 1 - tanh^2 without its cancellation
+    return tl.where(value < _FLOOR, _MASKED, value), slope
+
+
+@triton.jit
+def _read_teacher(
+    audio_ptr,
+    text_ptr,
+    columns,
+    inside,
+    read_text,
+    alpha,
+    threshold,
+    HAS_TEXT: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """z_audio, z_text and z_hat."""
+    audio, _ = _read(audio_ptr, columns, inside, SCALE, SOFTCAP)
+    text = audio
+    z = audio
+    if HAS_TEXT:
+        text, _ = _read(text_ptr, columns, inside & read_text, SCALE, SOFTCAP)
+        z = audio + alpha * (audio - text)  # not (1 + alpha) audio - alpha text: a constant in both cancels first
+        z = tl.where((audio == _MASKED) | (text == _MASKED) | (z < _FLOOR), _MASKED, z)
+        z = tl.where(alpha == 0.0, audio, z)
+    if HAS_THRESHOLD:
+        z = tl.where(audio < threshold, _MASKED, z)
+    return audio, text, z
+
+
+@triton.jit
+def _advance(maximum, values, rate):
+    """One block of an online softmax: new maximum (G,), factor for older sums (G,), values - maximum and its exponential."""
+    new_maximum = tl.maximum(maximum, tl.max(values, axis=1))
+    keep = tl.exp2((maximum - new_maximum) * rate)
+    shifted = values - new_maximum[:, None]  # (G, E)
+    return new_maximum, keep, shifted, tl.exp2(shifted * rate)
+
+
+@triton.jit
+def _merge_weight(maximum, rate):
+    """Maximum of the row and the factor that carries each group's sums to it."""
+    row_maximum = tl.max(maximum, axis=0)
+    return row_maximum, tl.exp2((maximum - row_maximum) * rate)
+
+
+@triton.jit
+def _merge_cross(cross, weight_sum, x_maximum, y_maximum, x_row, y_row, x_weight):
+    """sum e^(x - max x) ((x - max x) - (y - max y)) of the row from the groups' own."""
+    return tl.sum(x_weight * (cross + weight_sum * ((x_maximum - x_row) - (y_maximum - y_row))), axis=0)
+
+
+@triton.jit
+def _first(maximum, index, row_maximum):
+    """Lowest column that holds the row's maximum."""
+    return tl.min(tl.where(maximum == row_maximum, index, 2147483647), axis=0)
+
+
+@triton.jit
+def _latest_argmax(values, columns, old_maximum, old_index):
+    """Column of the running maximum when blocks descend: of equal ones the lowest column wins."""
+    top = tl.max(values, axis=1)  # (G,)
+    index = tl.min(tl.where(values == top[:, None], columns, 2147483647), axis=1)
+    return tl.where(top >= old_maximum, index, old_index)
+
+
+@triton.jit
+def _reciprocal(x):
+    return tl.where(x == 0.0, 0.0, 1.0 / tl.where(x == 0.0, 1.0, x))
+
+
+@triton.jit
+def _jsd_terms(log_ratio, jsd_beta):
+    """log(p / m) and log(q / m) from log(p / q), m = beta p + (1 - beta) q.
+
+    The larger of the two is -log(1 + c (e^-|log p/q| - 1)) with c the other one's share of m, the smaller is |log p/q| less.
+    """
+    distance = tl.abs(log_ratio)
+    p_larger = log_ratio >= 0.0
+    larger = -_log1p(tl.where(p_larger, 1.0 - jsd_beta, jsd_beta) * _expm1(-distance))
+    smaller = larger - distance
+    return tl.where(p_larger, larger, smaller), tl.where(p_larger, smaller, larger)
+
+
+@triton.jit(do_not_specialize=["sequence"])
+def _caad_row_kernel(
+    student_ptr,
+    audio_ptr,
+    text_ptr,
+    target_ptr,
+    alpha_ptr,
+    kd_coef_ptr,
+    ce_coef_ptr,
+    grad_ptr,
+    kd_ptr,
+    ce_ptr,
+    stats_ptr,
+    stride_student_batch,
+    stride_student_seq,
+    stride_audio_batch,
+    stride_audio_seq,
+    stride_text_batch,
+    stride_text_seq,
+    stride_grad_batch,
+    stride_grad_seq,
+    stride_alpha,
+    stride_stats,
+    sequence,  # T: row = b * T + t
+    vocab,  # V
+    width,  # V_s
+    ignore_index,
+    inverse_temperature,
+    jsd_beta,
+    log_plausibility,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    TEMPERATURE: tl.constexpr,  # 1, 2, or 0 for any other
+    HAS_TEXT: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_PLAUSIBILITY: tl.constexpr,
+    WITH_KD: tl.constexpr,
+    WITH_CE: tl.constexpr,
+    WANT_GRAD: tl.constexpr,
+    WANT_STATS: tl.constexpr,
+    STUDENT_SCALE: tl.constexpr,
+    TEACHER_SCALE: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+):
+    BLOCK: tl.constexpr = GROUPS * GROUP
+    NEED_TEACHER: tl.constexpr = WITH_KD or WANT_STATS
+    row = tl.program_id(0)
+    # 64 bits: batch * stride passes 2^31 from 16k rows of a 128k vocabulary on.
+    batch = (row // sequence).to(tl.int64)
+    position = (row % sequence).to(tl.int64)
+    student_ptr += batch * stride_student_batch + position * stride_student_seq
+    if NEED_TEACHER:
+        audio_ptr += batch * stride_audio_batch + position * stride_audio_seq
+    if HAS_TEXT:
+        text_ptr += batch * stride_text_batch + position * stride_text_seq
+    if WANT_GRAD:
+        grad_ptr += batch * stride_grad_batch + position * stride_grad_seq
+    local = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (G, E)
+
+    if HAS_TARGET:
+        target = tl.load(target_ptr + row)
+        if target == ignore_index:
+            tl.store(kd_ptr + row, 0.0)
+            tl.store(ce_ptr + row, 0.0)
+            if WANT_STATS:
+                for i in tl.static_range(4):
+                    tl.store(stats_ptr + i * stride_stats + row, 0.0)
+            if WANT_GRAD:
+                for start in range(0, width, BLOCK):
+                    columns = start + local
+                    zero = tl.zeros([GROUPS, GROUP], tl.float32)
+                    tl.store(grad_ptr + columns, zero.to(grad_ptr.dtype.element_ty), mask=columns < width)
+            return
+
+    if TEMPERATURE == 1:
+        rate = 1.0 * _LOG2E
+        inverse_tau = 1.0
+    elif TEMPERATURE == 2:
+        rate = 0.5 * _LOG2E
+        inverse_tau = 0.5
+    else:
+        rate = inverse_temperature * _LOG2E
+        inverse_tau = inverse_temperature
+
+    alpha = 0.0
+    read_text = False
+    alpha_legal = True
+    if HAS_TEXT:
+        alpha = tl.load(alpha_ptr + row * stride_alpha)
+        read_text = alpha != 0.0
+        if WANT_STATS:
+            read_text = True  # the divergence of the two paths is asked for
+        alpha_legal = (alpha >= 0.0) & (alpha < float("inf"))
+    if WITH_CE:
+        # Before the gradient: it may overwrite the row.
+        label_inside = (target >= 0) & (target < vocab)
+        label = tl.where(label_inside, target, 0).to(tl.int32)
+        label_logit, _ = _read(student_ptr, label, label_inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+
+    blocks = tl.cdiv(vocab, BLOCK)
+    threshold = 0.0
+    if HAS_PLAUSIBILITY:
+        audio_max = tl.full([GROUPS], _FLOOR, tl.float32)
+        for i in range(0, blocks):
+            columns = i * BLOCK + local
+            audio, _ = _read(audio_ptr, columns, columns < vocab, TEACHER_SCALE, TEACHER_SOFTCAP)
+            audio_max = tl.maximum(audio_max, tl.max(audio, axis=1))
+        threshold = tl.max(audio_max, axis=0) + log_plausibility
+
+    # Pass 1. s: student, z: z_hat; q and p their softmax at tau, q1 the student's at 1. All sums are (G,).
+    s_max = tl.full([GROUPS], _FLOOR, tl.float32)
+    z_max = tl.full([GROUPS], _FLOOR, tl.float32)
+    q_sum = tl.zeros([GROUPS], tl.float32)
+    q1_sum = tl.zeros([GROUPS], tl.float32)
+    p_sum = tl.zeros([GROUPS], tl.float32)
+    cross = tl.zeros([GROUPS], tl.float32)  # forward: sum e^z (z - s); reverse: sum e^s (s - z); each less its maximum
+    hole = tl.full([GROUPS], _MASKED, tl.float32)  # largest logit of the weighting side where the other is masked
+    if WANT_STATS:
+        q_moment = tl.zeros([GROUPS], tl.float32)  # sum e^s s, less the maximum
+        p_moment = tl.zeros([GROUPS], tl.float32)
+        s_top = tl.zeros([GROUPS], tl.int32)
+        z_top = tl.zeros([GROUPS], tl.int32)
+        audio_max = tl.full([GROUPS], _FLOOR, tl.float32)
+        text_max = tl.full([GROUPS], _FLOOR, tl.float32)
+        audio_sum = tl.zeros([GROUPS], tl.float32)
+        text_sum = tl.zeros([GROUPS], tl.float32)
+        path_cross = tl.zeros([GROUPS], tl.float32)
+        path_hole = tl.full([GROUPS], _MASKED, tl.float32)
+
+    for i in range(0, blocks):
+        columns = (blocks - 1 - i) * BLOCK + local
+        inside = columns < vocab
+        s, _ = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+        s_old = s_max
+        if NEED_TEACHER:
+            s_max, s_keep, s_shifted, s_exp = _advance(s_max, s, rate)
+            q_old = q_sum
+            q_sum = q_sum * s_keep + tl.sum(s_exp, axis=1)
+            audio, text, z = _read_teacher(
+                audio_ptr,
+                text_ptr,
+                columns,
+                inside,
+                read_text,
+                alpha,
+                threshold,
+                HAS_TEXT,
+                HAS_PLAUSIBILITY,
+                TEACHER_SCALE,
+                TEACHER_SOFTCAP,
+            )
+            z_old = z_max
+            z_max, z_keep, z_shifted, z_exp = _advance(z_max, z, rate)
+            p_old = p_sum
+            p_sum = p_sum * z_keep + tl.sum(z_exp, axis=1)
+            if WITH_KD and DIVERGENCE == _FORWARD:
+                moved = (z_old - z_max) - (s_old - s_max)
+                cross = z_keep * (cross + p_old * moved) + tl.sum(z_exp * (z_shifted - s_shifted), axis=1)
+                hole = tl.maximum(hole, tl.max(tl.where(s == _MASKED, z, _MASKED), axis=1))
+            if WITH_KD and DIVERGENCE == _REVERSE:
+                moved = (s_old - s_max) - (z_old - z_max)
+                cross = s_keep * (cross + q_old * moved) + tl.sum(s_exp * (s_shifted - z_shifted), axis=1)
+                hole = tl.maximum(hole, tl.max(tl.where(z == _MASKED, s, _MASKED), axis=1))
+            if WANT_STATS:
+                s_top = _latest_argmax(s, columns, s_old, s_top)
+                z_top = _latest_argmax(z, columns, z_old, z_top)
+                q_moment = s_keep * (q_moment + q_old * (s_old - s_max)) + tl.sum(s_exp * s_shifted, axis=1)
+                p_moment = z_keep * (p_moment + p_old * (z_old - z_max)) + tl.sum(z_exp * z_shifted, axis=1)
+                if HAS_TEXT:
+                    audio_old, text_old = audio_max, text_max
+                    audio_max, audio_keep, audio_shifted, audio_exp = _advance(audio_max, audio, rate)
+                    text_max, text_keep, text_shifted, text_exp = _advance(text_max, text, rate)
+                    moved = (audio_old - audio_max) - (text_old - text_max)
+                    path_cross = audio_keep * (path_cross + audio_sum * moved)
+                    path_cross += tl.sum(audio_exp * (audio_shifted - text_shifted), axis=1)
+                    path_hole = tl.maximum(path_hole, tl.max(tl.where(text == _MASKED, audio, _MASKED), axis=1))
+                    audio_sum = audio_sum * audio_keep + tl.sum(audio_exp, axis=1)
+                    text_sum = text_sum * text_keep + tl.sum(text_exp, axis=1)
+            if WITH_CE and TEMPERATURE == 2:
+                q1_sum = q1_sum * (s_keep * s_keep) + tl.sum(s_exp * s_exp, axis=1)  # e^s = (e^(s/2))^2
+            if WITH_CE and TEMPERATURE == 0:
+                q1_sum = q1_sum * tl.exp2((s_old - s_max) * _LOG2E) + tl.sum(tl.exp2(s_shifted * _LOG2E), axis=1)
+        elif WITH_CE:
+            s_max, keep, _, weights = _advance(s_max, s, _LOG2E)
+            q1_sum = q1_sum * keep + tl.sum(weights, axis=1)
+
+    # Merge the groups.
+    s_row, s_weight = _merge_weight(s_max, rate)
+    if WITH_CE:
+        if NEED_TEACHER and TEMPERATURE == 1:
+            q1_sum = q_sum
+        _, s1_weight = _merge_weight(s_max, _LOG2E)
+        q1_row = tl.sum(q1_sum * s1_weight, axis=0)
+        # A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
+        ce = tl.log(tl.where(q1_row == 0.0, 1.0, q1_row)) - (label_logit - s_row)
+        ce = tl.where(label_logit == _MASKED, ce + float("inf"), tl.where(ce < 0.0, 0.0, ce))
+        ce = tl.where(label_inside, ce, float("nan"))
+        tl.store(ce_ptr + row, ce)
+    else:
+        tl.store(ce_ptr + row, 0.0)
+
+    if NEED_TEACHER:
+        z_row, z_weight = _merge_weight(z_max, rate)
+        q_row = tl.sum(q_sum * s_weight, axis=0)
+        p_row = tl.sum(p_sum * z_weight, axis=0)
+        inverse_q = _reciprocal(q_row)
+        inverse_p = _reciprocal(p_row)
+        # log (Z_p / Z_q): log p/q = ((z - max z) - (s - max s)) / tau - this. Where a side is masked throughout, 0 will do.
+        log_z = tl.log(tl.where((p_row == 0.0) | (q_row == 0.0), 1.0, p_row / tl.where(q_row == 0.0, 1.0, q_row)))
+    if WITH_KD:
+        empty = p_row == 0.0
+        infinite = empty & (p_row > 0.0)  # never, for the jsd
+        if DIVERGENCE == _FORWARD:
+            mean = _merge_cross(cross, p_sum, z_max, s_max, z_row, s_row, z_weight) * inverse_p
+            kd = mean * inverse_tau - log_z
+            infinite = tl.exp2((tl.max(hole, axis=0) - z_row) * rate) > 0.0
+        elif DIVERGENCE == _REVERSE:
+            mean = _merge_cross(cross, q_sum, s_max, z_max, s_row, z_row, s_weight) * inverse_q
+            reverse_kl = tl.where(q_row == 0.0, 0.0, mean * inverse_tau + log_z)
+            kd = reverse_kl
+            infinite = tl.exp2((tl.max(hole, axis=0) - s_row) * rate) > 0.0
+        else:
+            kl_p = tl.zeros([GROUPS], tl.float32)
+            kl_q = tl.zeros([GROUPS], tl.float32)
+            for i in range(0, blocks):
+                columns = i * BLOCK + local
+                inside = columns < vocab
+                s, _ = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+                _, _, z = _read_teacher(
+                    audio_ptr,
+                    text_ptr,
+                    columns,
+                    inside,
+                    read_text,
+                    alpha,
+                    threshold,
+                    HAS_TEXT,
+                    HAS_PLAUSIBILITY,
+                    TEACHER_SCALE,
+                    TEACHER_SOFTCAP,
+                )
+                log_ratio = ((z - z_row) - (s - s_row)) * inverse_tau - log_z
+                log_p_m, log_q_m = _jsd_terms(log_ratio, jsd_beta)
+                kl_p += tl.sum(tl.exp2((z - z_row) * rate) * log_p_m, axis=1)
+                kl_q += tl.sum(tl.exp2((s - s_row) * rate) * log_q_m, axis=1)
+            jsd_q = tl.sum(kl_q, axis=0) * inverse_q
+            kd = jsd_beta * tl.sum(kl_p, axis=0) * inverse_p + (1.0 - jsd_beta) * jsd_q
+        kd = kd / (inverse_tau * inverse_tau)
+        kd = tl.where(kd < 0.0, 0.0, kd)
+        kd = tl.where(infinite, kd + float("inf"), kd)  # a sum, so that a NaN elsewhere in the row stays one
+        kd = tl.where(empty, 0.0, kd)
+        kd = tl.where(alpha_legal, kd, float("nan"))
+        tl.store(kd_ptr + row, kd)
+    else:
+        tl.store(kd_ptr + row, 0.0)
+
+    if WANT_STATS:
+        q_mean = tl.sum(s_weight * (q_moment + q_sum * (s_max - s_row)), axis=0) * inverse_q * inverse_tau
+        p_mean = tl.sum(z_weight * (p_moment + p_sum * (z_max - z_row)), axis=0) * inverse_p * inverse_tau
+        tl.store(stats_ptr + row, tl.where(q_row == 0.0, 0.0, tl.log(tl.where(q_row == 0.0, 1.0, q_row)) - q_mean))
+        p_entropy = tl.where(p_row == 0.0, 0.0, tl.log(tl.where(p_row == 0.0, 1.0, p_row)) - p_mean)
+        tl.store(stats_ptr + stride_stats + row, p_entropy)
+        same = _first(s_max, s_top, s_row) == _first(z_max, z_top, z_row)
+        tl.store(stats_ptr + 2 * stride_stats + row, tl.where(same, 1.0, 0.0))
+        path = 0.0
+        if HAS_TEXT:
+            audio_row, audio_weight = _merge_weight(audio_max, rate)
+            text_row, text_weight = _merge_weight(text_max, rate)
+            audio_total = tl.sum(audio_sum * audio_weight, axis=0)
+            text_total = tl.sum(text_sum * text_weight, axis=0)
+            mean = _merge_cross(path_cross, audio_sum, audio_max, text_max, audio_row, text_row, audio_weight)
+            nothing = (audio_total == 0.0) | (text_total == 0.0)
+            ratio = tl.where(nothing, 1.0, audio_total / tl.where(text_total == 0.0, 1.0, text_total))
+            path = mean * _reciprocal(audio_total) * inverse_tau - tl.log(ratio)
+            path = tl.where(path < 0.0, 0.0, path)
+            path_infinite = tl.exp2((tl.max(path_hole, axis=0) - audio_row) * rate) > 0.0
+            path = tl.where(audio_total == 0.0, 0.0, tl.where(path_infinite, path + float("inf"), path))
+        tl.store(stats_ptr + 3 * stride_stats + row, path)
+
+    # Pass 2.
+    if WANT_GRAD:
+        if WITH_KD:
+            # tau^2 from kd, 1 / tau from d (s / tau) / d s.
+            kd_scale = tl.load(kd_coef_ptr + row) / inverse_tau
+            kd_scale = tl.where(empty, 0.0, kd_scale)
+            if DIVERGENCE == _REVERSE:
+                kd_scale = tl.where(infinite, 0.0, kd_scale)
+            kd_scale = tl.where(alpha_legal, kd_scale, float("nan"))
+        if WITH_CE:
+            ce_scale = tl.where(label_inside, tl.load(ce_coef_ptr + row), float("nan"))
+            inverse_q1 = _reciprocal(q1_row)
+        for start in range(0, width, BLOCK):
+            columns = start + local
+            inside = columns < vocab
+            s, slope = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+            gradient = tl.zeros([GROUPS, GROUP], tl.float32)
+            if WITH_KD:
+                _, _, z = _read_teacher(
+                    audio_ptr,
+                    text_ptr,
+                    columns,
+                    inside,
+                    read_text,
+                    alpha,
+                    threshold,
+                    HAS_TEXT,
+                    HAS_PLAUSIBILITY,
+                    TEACHER_SCALE,
+                    TEACHER_SOFTCAP,
+                )
+                s_exp = tl.exp2((s - s_row) * rate)
+                q = s_exp * inverse_q
+                if DIVERGENCE == _FORWARD:
+                    gradient = kd_scale * (q - tl.exp2((z - z_row) * rate) * inverse_p)
+                else:
+                    log_ratio = ((z - z_row) - (s - s_row)) * inverse_tau - log_z
+                    if DIVERGENCE == _REVERSE:
+                        gradient = kd_scale * q * (-log_ratio - reverse_kl)
+                    else:
+                        _, log_q_m = _jsd_terms(log_ratio, jsd_beta)
+                        gradient = kd_scale * (1.0 - jsd_beta) * q * (log_q_m - jsd_q)
+            if WITH_CE:
+                if WITH_KD and TEMPERATURE == 1:
+                    q1 = q
+                elif WITH_KD and TEMPERATURE == 2:
+                    q1 = s_exp * s_exp * inverse_q1
+                else:
+                    q1 = tl.exp2((s - s_row) * _LOG2E) * inverse_q1
+                gradient += ce_scale * (q1 - tl.where(columns == label, 1.0, 0.0))
+            gradient = tl.where(s == _MASKED, 0.0, gradient * slope)
+            tl.debug_barrier()  # all of this block is read before any of it is overwritten
+            tl.store(grad_ptr + columns, gradient.to(grad_ptr.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _scale_rows_kernel(
+    source_ptr,
+    factor_ptr,
+    out_ptr,
+    stride_source,
+    stride_out,
+    stride_factor,
+    width,
+    IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + row * stride_factor).to(tl.float32)
+    if IN_PLACE:
+        if factor == 1.0:
+            return
+    source_ptr += row * stride_source
+    out_ptr += row * stride_out
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        value = tl.load(source_ptr + columns, mask=inside, other=0.0).to(tl.float32) * factor
+        tl.store(out_ptr + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _elements_per_thread(spec: RowSpec, want_stats: bool) -> int:
+    """16 logits a thread and tensor; 8 where more sums or more arithmetic per logit would spill."""
+    softcapped = spec.student_softcap is not None or spec.teacher_softcap is not None
+    return 8 if want_stats or softcapped or spec.divergence == "jsd" else 16
+
+
+def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool) -> tuple[int, int, int]:
+    """(groups, logits per group, warps) from the width of the vocabulary and of the narrowest input.
+
+    A group is what one thread loads in 16 bytes of the narrowest input. Fixed, because a tuner would have to synchronise.
+    """
+    group = 16 // itemsize
+    elements = _elements_per_thread(spec, want_stats)
+    warps = 1
+    while warps < 8 and 32 * warps * elements < spec.vocab:
+        warps *= 2
+    return 32 * warps * elements // group, group, warps
+
+
+def _strides(tensor: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def _row_arguments(
+    student: torch.Tensor,
+    audio: torch.Tensor,
+    text: torch.Tensor | None,
+    target: torch.Tensor | None,
+    alpha: torch.Tensor,
+    kd_coef: torch.Tensor,
+    ce_coef: torch.Tensor,
+    spec: RowSpec,
+    grad: torch.Tensor | None,
+    kd: torch.Tensor,
+    ce: torch.Tensor,
+    stats: torch.Tensor | None,
+) -> dict[str, object]:
+    """Arguments of _caad_row_kernel, in its order, and num_warps."""
+    with_ce = spec.with_ce and target is not None
+    read = [student] + ([audio] if spec.with_kd or stats is not None else [])
+    read += [text] if text is not None and len(read) > 1 else []
+    groups, group, warps = _launch_table(spec, min(x.element_size() for x in read), stats is not None)
+    return dict(
+        student_ptr=student,
+        audio_ptr=audio,
+        text_ptr=text,
+        target_ptr=target,
+        alpha_ptr=alpha,
+        kd_coef_ptr=kd_coef,
+        ce_coef_ptr=ce_coef,
+        grad_ptr=grad,
+        kd_ptr=kd,
+        ce_ptr=ce,
+        stats_ptr=stats,
+        **dict(zip(("stride_student_batch", "stride_student_seq"), _strides(student))),
+        **dict(zip(("stride_audio_batch", "stride_audio_seq"), _strides(audio))),
+        **dict(zip(("stride_text_batch", "stride_text_seq"), _strides(text))),
+        **dict(zip(("stride_grad_batch", "stride_grad_seq"), _strides(grad))),
+        stride_alpha=0 if alpha.numel() == 1 else alpha.stride(0),
+        stride_stats=0 if stats is None else stats.stride(0),
+        sequence=student.shape[1],
+        vocab=spec.vocab,
+        width=student.shape[2],
+        ignore_index=spec.ignore_index,
+        inverse_temperature=1.0 / spec.temperature,
+        jsd_beta=spec.jsd_beta,
+        log_plausibility=0.0 if spec.plausibility is None else math.log(spec.plausibility),
+        GROUPS=groups,
+        GROUP=group,
+        DIVERGENCE=DIVERGENCES.index(spec.divergence),
+        TEMPERATURE=int(spec.temperature) if spec.temperature in (1.0, 2.0) else 0,
+        HAS_TEXT=text is not None,
+        HAS_TARGET=target is not None,
+        HAS_PLAUSIBILITY=spec.plausibility is not None,
+        WITH_KD=spec.with_kd,
+        WITH_CE=with_ce,
+        WANT_GRAD=grad is not None,
+        WANT_STATS=stats is not None,
+        STUDENT_SCALE=float(spec.student_scale),
+        TEACHER_SCALE=float(spec.teacher_scale),
+        STUDENT_SOFTCAP=spec.student_softcap,
+        TEACHER_SOFTCAP=spec.teacher_softcap,
+        num_warps=warps,
+    )
+
+
+def _device_of(tensor: torch.Tensor, kernel: object) -> contextlib.AbstractContextManager:
+    """The context in which ``kernel`` can be launched on ``tensor``'s device."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if isinstance(kernel, triton.JITFunction):
+        raise RuntimeError(
+            f"the Triton kernels need CUDA tensors, got a tensor on {tensor.device}; to run them on the CPU in Triton's "
+            "interpreter, set TRITON_INTERPRET=1 before Triton is imported"
+        )
+    return contextlib.nullcontext()
+
+
+def caad_rows(
+    student: torch.Tensor,
+    audio: torch.Tensor,
+    text: torch.Tensor | None,
+    target: torch.Tensor | None,
+    alpha: torch.Tensor,
+    kd_coef: torch.Tensor,
+    ce_coef: torch.Tensor,
+    spec: RowSpec,
+    *,
+    grad: torch.Tensor | None = None,
+    want_stats: bool = False,
+) -> RowResult:
+    """The row problem of :mod:`kdkernels.ops.rows` on a CUDA device, or on the CPU under TRITON_INTERPRET=1.
+
+    All arithmetic is in float32. Extra memory: the (N,) results. Nothing is read back to the host.
+
+    Raises:
+        ValueError: ``grad`` lies in the student's memory in a way that would overwrite logits before they are read.
+        RuntimeError: CPU tensors without the interpreter.
+    """
+    rows = student.shape[0] * student.shape[1]
+    kd, ce = torch.empty(2, rows, dtype=torch.float32, device=student.device)
+    stats = torch.empty(len(STAT_NAMES), rows, dtype=torch.float32, device=student.device) if want_stats else None
+    if grad is not None:
+        _check_overlap(student, grad)
+    if rows > 0:
+        arguments = _row_arguments(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, kd, ce, stats)
+        with _device_of(student, _caad_row_kernel):
+            _caad_row_kernel[(rows,)](**arguments)
+    return RowResult(kd=kd, ce=ce, stats=stats)
+
+
+def _check_overlap(student: torch.Tensor, grad: torch.Tensor) -> None:
+    """A gradient inside the student's rows may not begin after them, nor have wider items (see the module's docstring)."""
+    if student.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
+        return
+    shift = grad.data_ptr() - student.data_ptr()
+    row_bytes = student.shape[-1] * student.element_size()
+    if 0 < shift < row_bytes or (shift == 0 and grad.element_size() > student.element_size()):
+        raise ValueError(
+            "grad: expected rows that begin where the student's begin, with items that are no wider, or memory of its own; "
+            f"got rows that begin {shift} bytes later, {grad.dtype} over {student.dtype}"
+        )
+
+
+def scale_rows(source: torch.Tensor, factor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """source[n, :] * factor (one number) or source[n, :] * factor[n], in float32, rounded to ``out``'s dtype.
+
+    With ``out`` being ``source`` a row whose factor is 1 is left alone without being read: the usual ``loss.backward()``
+    costs one scalar load a row, and no value is read back to the host.
+
+    Args:
+        source: (N, V), last stride 1.
+        factor: one element or (N,), any floating dtype, on the same device.
+        out: None for a new tensor like ``source``, or (N, V) with last stride 1; may be ``source``.
+    """
+    if out is None:
+        out = torch.empty_like(source, memory_format=torch.contiguous_format)
+    rows, width = source.shape
+    if rows > 0:
+        with _device_of(source, _scale_rows_kernel):
+            _scale_rows_kernel[(rows,)](
+                source,
+                factor,
+                out,
+                source.stride(0),
+                out.stride(0),
+                0 if factor.numel() == 1 else factor.stride(0),
+                width,
+                IN_PLACE=out is source,
+                BLOCK=min(4096, max(128, triton.next_power_of_2(width))),
+                num_warps=4,
+            )
+    return out
