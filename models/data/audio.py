@@ -1,7 +1,7 @@
-"""Audio files in and out: what the header says, decoding of a bounded span, and one exception for all that can go wrong.
+"""Audio files in and out: what the header says, decoding of a bounded span, one exception for all that can go wrong.
 
-The header decides first. A clip that is too long is refused before a sample is decoded, and memory is only ever taken for
-`max_seconds` of sound, block by block: a header that claims more than the file holds can cost neither time nor memory.
+The header decides first. A clip that is too long is refused before a sample is decoded, and memory is only ever taken
+for `max_seconds` of sound, block by block: a header that claims more than the file holds costs neither time nor memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ _MAX_CHANNELS = 32
 _BLOCK_FRAMES = 1 << 16
 # Encoders round a clip's end to their own frame, and labels are rounded to hundredths: an end this close is the end.
 _END_TOLERANCE_SECONDS = 0.1
-_BYTES_PER_SAMPLE = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1}
+_BYTES_PER_SAMPLE = {
+    "PCM_S8": 1,
+    "PCM_U8": 1,
+    "PCM_16": 2,
+    "PCM_24": 3,
+    "PCM_32": 4,
+    "FLOAT": 4,
+    "DOUBLE": 8,
+    "ULAW": 1,
+    "ALAW": 1,
+}
 _UNCOMPRESSED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"}
 
 
@@ -54,8 +64,8 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
     """Read the header of an audio file and check that it is believable.
 
     Raises:
-        AudioError: the file is missing, no regular file (a named pipe would block), empty, in no format libsndfile knows,
-            or its header contradicts the file: more samples than bytes, a rate or a number of channels that no speech has.
+        AudioError: the file is missing, no regular file (a named pipe would block), empty, in no format that libsndfile
+            knows, or its header is unbelievable: more samples than bytes, a rate or channels that no speech has.
     """
     path = Path(path)
     try:
@@ -70,7 +80,7 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
         raise AudioError("empty file (0 bytes)", path)
     try:
         info = sf.info(str(path))
-    except Exception as error:  # noqa: BLE001 - libsndfile raises several unrelated types for a broken header
+    except Exception as error:  # libsndfile raises several unrelated types for a broken header
         raise AudioError(f"corrupt or unknown header ({_short(error)})", path) from None
     if not _MIN_RATE_HZ <= info.samplerate <= _MAX_RATE_HZ:
         raise AudioError(f"wrong rate: {info.samplerate} Hz, expected {_MIN_RATE_HZ} to {_MAX_RATE_HZ}", path)
@@ -101,7 +111,7 @@ def check_span(
         AudioError: the span starts behind the clip's end, ends behind it, is empty, or is longer than `max_seconds`.
     """
     end = info.duration_seconds if end_seconds is None else end_seconds
-    if start_seconds < 0 or end_seconds is not None and end_seconds <= start_seconds:
+    if start_seconds < 0 or (end_seconds is not None and end_seconds <= start_seconds):
         raise AudioError(f"empty span: {start_seconds:g} to {end:g} s")
     if start_seconds >= info.duration_seconds:
         raise AudioError(f"span starts at {start_seconds:g} s, the clip ends at {info.duration_seconds:.2f} s")
@@ -145,7 +155,7 @@ def load_audio(
     wanted_frames = max(1, round(end * info.sample_rate_hz) - first_frame)
     try:
         blocks = list(_decode(path, first_frame, wanted_frames))
-    except Exception as error:  # noqa: BLE001 - a damaged stream surfaces as one of several libsndfile errors
+    except Exception as error:  # a damaged stream surfaces as one of several libsndfile errors
         raise AudioError(f"corrupt audio data ({_short(error)})", path) from None
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if not samples.size:

@@ -1,15 +1,15 @@
 """The manifest: one JSONL file that says everything about a data set except the sound itself.
 
-Line 1 is the header, an object with "kdkernels_manifest": 1 (the version) and whatever else its maker wants to keep. Each
-further line is one `Example`; its keys are the names of that class's fields, and fields left out have their defaults:
+Line 1 is the header, an object with "kdkernels_manifest": 1 (the version) and whatever else its maker wants to keep.
+Each further line is one `Example`; its keys are the names of that class's fields, and fields left out have the defaults:
 
     {"kdkernels_manifest": 1, "sources": ["queen"]}
     {"id": "joe-1/neutral", "audio": "audio/joe-1.flac", "transcription": "Good luck.", "metadata": {"gender": "man"},
      "task": "gender", "question": "Is the speaker a man or a woman?", "choices": ["man", "woman"], "answer": "man",
      "target": "The speaker is a man.", "target_source": "template", "split": "train", "kind": "neutral"}
 
-(one line each in the file). Audio paths are relative to the audio root, by default the manifest's folder, and may not leave
-it, neither by "..", nor as absolute paths, nor through links. Bad rows are skipped, counted and listed; beyond
+(one line each in the file). Audio paths are relative to the audio root, by default the manifest's folder, and may not
+leave it, neither by "..", nor as absolute paths, nor through links. Bad rows are skipped, counted and listed; beyond
 `max_bad_fraction` of them reading stops with the list. `python -m models.data.manifest FILE` checks a manifest.
 """
 
@@ -280,7 +280,7 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
     """An `Example` from a parsed JSON object.
 
     Raises:
-        ValueError, TypeError: a required field is missing, a field is unknown (the nearest name is given), or a value bad.
+        ValueError, TypeError: a required field is missing, one is unknown (the nearest name is given), a value is bad.
     """
     for name in row:
         if name not in FIELD_NAMES:
@@ -328,13 +328,17 @@ class AudioChecker:
             return error
 
 
-def refuse_if_too_bad(path: str | os.PathLike[str], problems: list[Problem], rows: int, max_bad_fraction: float) -> None:
+def refuse_if_too_bad(
+    path: str | os.PathLike[str], problems: list[Problem], rows: int, max_bad_fraction: float
+) -> None:
     """Raise ManifestError with the list if more than `max_bad_fraction` of `rows` are bad."""
     if len(problems) > max_bad_fraction * rows:
         raise ManifestError(
             "\n".join(
-                [f"{path}: {len(problems)} of {rows} rows are bad, more than max_bad_fraction {max_bad_fraction:g}"]
-                + list_problems(problems)
+                [
+                    f"{path}: {len(problems)} of {rows} rows are bad, more than max_bad_fraction {max_bad_fraction:g}",
+                    *list_problems(problems),
+                ]
             ),
             problems,
         )

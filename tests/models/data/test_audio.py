@@ -22,7 +22,9 @@ def _wav_header(*, frames: int, rate_hz: int = 16_000, riff_bytes: int | None = 
     riff_bytes = 36 + data_bytes if riff_bytes is None else riff_bytes
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate_hz, rate_hz * 2, 2, 16)
     size = lambda n: min(n, 0xFFFFFFFF)  # noqa: E731
-    return b"RIFF" + struct.pack("<I", size(riff_bytes)) + b"WAVE" + form + b"data" + struct.pack("<I", size(data_bytes))
+    return (
+        b"RIFF" + struct.pack("<I", size(riff_bytes)) + b"WAVE" + form + b"data" + struct.pack("<I", size(data_bytes))
+    )
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
@@ -40,7 +42,9 @@ def test_any_format_rate_and_channels_become_16_khz_mono(tmp_path, suffix, rate_
 def test_a_span_is_the_same_as_a_slice_of_the_whole(tmp_path):
     write_audio(tmp_path / "a.wav", _tone(2.0))
     whole = load_audio(tmp_path / "a.wav")
-    np.testing.assert_array_equal(load_audio(tmp_path / "a.wav", start_seconds=0.5, end_seconds=1.25), whole[8000:20000])
+    np.testing.assert_array_equal(
+        load_audio(tmp_path / "a.wav", start_seconds=0.5, end_seconds=1.25), whole[8000:20000]
+    )
 
 
 def test_written_audio_reads_back_to_16_bit_accuracy_and_is_clipped(tmp_path):

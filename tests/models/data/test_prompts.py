@@ -17,7 +17,8 @@ def _example(**fields) -> Example:
 def test_prompt_with_context_is_exactly_the_documented_form():
     example = _example(context="Note: the speaker is a man.", question="Is the speaker a man or a woman?")
     assert render_prompt(example) == (
-        "Transcript: Good luck.\nNote: the speaker is a man.\nQuestion: Is the speaker a man or a woman?\n<|audio|>\nAnswer:"
+        "Transcript: Good luck.\nNote: the speaker is a man.\n"
+        "Question: Is the speaker a man or a woman?\n<|audio|>\nAnswer:"
     )
 
 
@@ -61,7 +62,7 @@ def test_target_template_refuses_what_is_no_choice():
 
 
 def test_hint_for_an_unknown_task_names_the_known_ones():
-    with pytest.raises(ValueError, match="task: expected one of .*'gender'.*, got 'mood'"):
+    with pytest.raises(ValueError, match=r"task: expected one of .*'gender'.*, got 'mood'"):
         hint_for("mood", "happy")
 
 

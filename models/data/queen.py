@@ -1,0 +1,134 @@
+"""Acted English speech from the adventure game "Flight of the Amazon Queen" (Debian's flight-of-the-amazon-queen).
+
+The game's one resource file holds 6,745 spoken lines as mp3 and, in the tables of its dialogues, their texts. A table
+numbers its sentences; the number of the dialogue, the sentence, who speaks it ("J" the hero Joe, "P" the other person)
+and the part of the sentence make the name of the sound: 02 0006 J 1. Sentences of several parts are cut at the stage
+directions ("*" and a code) that stand between them. Only sentences with as many parts as sounds are kept.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+
+from models.data.audio import AudioError
+
+# By what the characters say and are called ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their
+# pitch. Characters of unclear voice (children, ghosts, the parrot) are left out. Characters, not actors: the game does
+# not say whether one actor voices several.
+SPEAKER_GENDER = {
+    **dict.fromkeys(("JOE", "BOB", "SPARKY", "JIM", "KLUNK", "DEATH", "HENRY", "BUD", "FRANK", "LARIS", "IAN"), "man"),
+    **dict.fromkeys(("FAYE", "NAOMI", "PRIN", "LOLA", "TAM"), "woman"),
+}
+_HERO = "JOE"
+_TABLE_ENTRY_BYTES = 21
+_BANK_HEADER_BYTES = 20
+_LEVEL_BYTES = 96
+_FIRST_LEVEL = 32
+_STAGE_DIRECTION = re.compile(r"\*[A-Z0-9]{2}\d{0,4}")
+
+
+@dataclass(frozen=True)
+class QueenLine:
+    """One spoken line: its sound's name, who speaks, the words, and the mp3 in the resource file."""
+
+    clip_id: str
+    speaker: str
+    text: str
+    mp3: bytes
+
+    def duration_seconds(self) -> float:
+        """From the mp3's headers; raises AudioError."""
+        try:
+            return sf.info(io.BytesIO(self.mp3)).duration
+        except Exception as error:  # libsndfile raises several unrelated types
+            raise AudioError(f"{self.clip_id}: corrupt mp3 ({type(error).__name__})") from None
+
+    def decode(self) -> tuple[np.ndarray, int]:
+        """float32 (samples,) and the rate in Hz; raises AudioError."""
+        try:
+            samples, rate_hz = sf.read(io.BytesIO(self.mp3), dtype="float32", always_2d=True)
+        except Exception as error:  # as above
+            raise AudioError(f"{self.clip_id}: corrupt mp3 ({type(error).__name__})") from None
+        return samples.mean(1), rate_hz
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[QueenLine]:
+    """All lines of the resource file whose text is known, sorted by clip id.
+
+    Raises:
+        ValueError: the file is not the game's resource file, or its tables point outside it.
+    """
+    data = Path(path).read_bytes()
+    entries = _entries(data)
+    sounds: dict[str, list[str]] = defaultdict(list)
+    for name in entries:
+        if name.endswith(".SB") and len(name) == len("020006J1.SB"):
+            sounds[name[:7]].append(name)
+    lines: dict[str, QueenLine] = {}
+    for name in sorted(entries):
+        if not name.endswith(".DOG"):
+            continue
+        offset, size = entries[name]
+        for prefix, speaker, text in _sentences(name, data[offset : offset + size]):
+            names = sorted(sounds.get(prefix, ()))
+            parts = [part for part in (" ".join(part.split()) for part in _STAGE_DIRECTION.split(text)) if part]
+            if len(names) != len(parts):
+                continue
+            for sound, part in zip(names, parts, strict=True):
+                start, length = entries[sound]
+                lines[sound] = QueenLine(sound[:-3], speaker, part, data[start : start + length])
+    return [lines[sound] for sound in sorted(lines)]
+
+
+def _entries(data: bytes) -> dict[str, tuple[int, int]]:
+    """name -> (offset, size) from the table at the start of the resource file."""
+    if data[:4] != b"QTBL" or len(data) < 15:
+        raise ValueError("path: expected the game's resource file (QTBL), got another file")
+    (count,) = struct.unpack_from(">H", data, 13)
+    entries = {}
+    for index in range(count):
+        at = 15 + index * _TABLE_ENTRY_BYTES
+        if at + _TABLE_ENTRY_BYTES > len(data):
+            raise ValueError(f"path: the table of {count} entries ends behind the file's {len(data)} bytes")
+        name = data[at : at + 12].split(b"\0")[0].decode("latin-1")
+        offset, size = struct.unpack_from(">II", data, at + 13)
+        if offset + size > len(data):
+            raise ValueError(f"path: entry {name} ends at {offset + size}, behind the file's {len(data)} bytes")
+        entries[name] = (offset, size)
+    return entries
+
+
+def _sentences(name: str, bank: bytes) -> Iterator[tuple[str, str, str]]:
+    """(first seven letters of the sound's name, speaker, text) for each sentence of a dialogue."""
+    data = bank[_BANK_HEADER_BYTES:]
+    levels, _, dialogue, hero_sentences, other_sentences = struct.unpack_from(">5h", data, 0)
+    (others_at,) = struct.unpack_from(">H", data, 22)
+    other = re.match(r"[A-Z]*", name)
+    for speaker, code, at, count in (
+        (_HERO, "J", _FIRST_LEVEL + abs(levels) * _LEVEL_BYTES, hero_sentences),
+        (other.group() if other else name, "P", others_at, other_sentences),
+    ):
+        for number, text in _strings(data, at, count):
+            if number >= 0:
+                yield f"{dialogue:02d}{number:04X}{code}", speaker, text
+
+
+def _strings(data: bytes, at: int, count: int) -> Iterator[tuple[int, str]]:
+    """(sentence number, text): a record is two 16-bit numbers, a length byte and the text, padded to four bytes."""
+    for _ in range(count):
+        if at + 5 > len(data):
+            return
+        (number,) = struct.unpack_from(">h", data, at + 2)
+        length = data[at + 4]
+        yield number, data[at + 5 : at + 5 + length].decode("latin-1")
+        at = (at + 5 + length + 3) // 4 * 4
