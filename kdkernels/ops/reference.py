@@ -148,3 +148,36 @@ def caad_rows(
 
 def _entropy(log_p: torch.Tensor) -> torch.Tensor:
     return -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(dim=-1)
+
+
+def linear_caad(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    student_bias: torch.Tensor | None,
+    audio_hidden: torch.Tensor,
+    text_hidden: torch.Tensor | None,
+    teacher_weight: torch.Tensor,
+    teacher_bias: torch.Tensor | None,
+    target: torch.Tensor | None,
+    alpha: torch.Tensor,
+    spec: RowSpec,
+    *,
+    want_stats: bool = False,
+) -> RowResult:
+    """The row problem behind two LM heads, logits in full: float64 where an input is float64, else float32."""
+    given = [student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias]
+    dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in given) else torch.float32
+
+    def logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = None if bias is None else bias[: spec.vocab].to(dtype)
+        return torch.nn.functional.linear(hidden.to(dtype), weight[: spec.vocab].to(dtype), bias)[None]
+
+    return caad_rows(
+        logits(student_hidden, student_weight, student_bias),
+        logits(audio_hidden, teacher_weight, teacher_bias),
+        None if text_hidden is None else logits(text_hidden, teacher_weight, teacher_bias),
+        target,
+        alpha,
+        spec,
+        want_stats=want_stats,
+    )

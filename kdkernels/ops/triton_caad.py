@@ -1,8 +1,8 @@
 """The row problem (:mod:`kdkernels.ops.rows`) in Triton.
 
-One program owns one row and streams it in blocks of G x E logits: E neighbouring logits belong to one thread, and each of
-the G groups keeps its own running maxima and shifted sums. Nothing is exchanged between threads inside a loop; the groups
-are merged once, after the pass. z_hat, p and q are never stored. Passes over the row:
+One program owns one row and streams it in blocks of G groups of E logits. A group belongs to one thread and keeps its own
+running maxima and shifted sums, so nothing is exchanged between threads inside a loop; the groups are merged once, after
+the pass. z_hat, p and q are never stored. Passes over the row:
 
     plausibility   max of z_audio                                                       (only with a plausibility mask)
     1              maxima; sum e^(s-max), sum e^(z-max); the cross term of the divergence; sum for the label's softmax
@@ -60,7 +60,7 @@ def _log1p(x):
 
 
 @triton.jit
-def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+def _read_with_slope(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Logits in fp32 (masked: _MASKED) and d logit / d stored value."""
     value = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32) * SCALE
     slope = SCALE
@@ -73,6 +73,11 @@ def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
         value = tl.where(inside, tl.where(x < 0, -SOFTCAP, SOFTCAP) * tanh, _MASKED)
         slope = SCALE * (4.0 * decay / ((1.0 + decay) * (1.0 + decay)))  # 1 - tanh^2 without its cancellation
     return tl.where(value < _FLOOR, _MASKED, value), slope
+
+
+@triton.jit
+def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    return _read_with_slope(row_ptr, columns, inside, SCALE, SOFTCAP)[0]
 
 
 @triton.jit
@@ -90,11 +95,11 @@ def _read_teacher(
     SOFTCAP: tl.constexpr,
 ):
     """z_audio, z_text and z_hat."""
-    audio, _ = _read(audio_ptr, columns, inside, SCALE, SOFTCAP)
+    audio = _read(audio_ptr, columns, inside, SCALE, SOFTCAP)
     text = audio
     z = audio
     if HAS_TEXT:
-        text, _ = _read(text_ptr, columns, inside & read_text, SCALE, SOFTCAP)
+        text = _read(text_ptr, columns, inside & read_text, SCALE, SOFTCAP)
         z = audio + alpha * (audio - text)  # not (1 + alpha) audio - alpha text: a constant in both cancels first
         z = tl.where((audio == _MASKED) | (text == _MASKED) | (z < _FLOOR), _MASKED, z)
         z = tl.where(alpha == 0.0, audio, z)
@@ -189,6 +194,7 @@ def _caad_row_kernel(
     log_plausibility,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,  # a group's logits are neighbours, for 16-byte loads; else neighbours are in neighbouring threads
     DIVERGENCE: tl.constexpr,
     TEMPERATURE: tl.constexpr,  # 1, 2, or 0 for any other
     HAS_TEXT: tl.constexpr,
@@ -216,7 +222,10 @@ def _caad_row_kernel(
         text_ptr += batch * stride_text_batch + position * stride_text_seq
     if WANT_GRAD:
         grad_ptr += batch * stride_grad_batch + position * stride_grad_seq
-    local = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (G, E)
+    if CONTIGUOUS:
+        local = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (G, E)
+    else:
+        local = tl.arange(0, GROUPS)[:, None] + tl.arange(0, GROUP)[None, :] * GROUPS  # (G, E)
 
     if HAS_TARGET:
         target = tl.load(target_ptr + row)
@@ -256,7 +265,7 @@ def _caad_row_kernel(
         # Before the gradient: it may overwrite the row.
         label_inside = (target >= 0) & (target < vocab)
         label = tl.where(label_inside, target, 0).to(tl.int32)
-        label_logit, _ = _read(student_ptr, label, label_inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+        label_logit = _read(student_ptr, label, label_inside, STUDENT_SCALE, STUDENT_SOFTCAP)
 
     blocks = tl.cdiv(vocab, BLOCK)
     threshold = 0.0
@@ -264,7 +273,7 @@ def _caad_row_kernel(
         audio_max = tl.full([GROUPS], _FLOOR, tl.float32)
         for i in range(0, blocks):
             columns = i * BLOCK + local
-            audio, _ = _read(audio_ptr, columns, columns < vocab, TEACHER_SCALE, TEACHER_SOFTCAP)
+            audio = _read(audio_ptr, columns, columns < vocab, TEACHER_SCALE, TEACHER_SOFTCAP)
             audio_max = tl.maximum(audio_max, tl.max(audio, axis=1))
         threshold = tl.max(audio_max, axis=0) + log_plausibility
 
@@ -291,7 +300,7 @@ def _caad_row_kernel(
     for i in range(0, blocks):
         columns = (blocks - 1 - i) * BLOCK + local
         inside = columns < vocab
-        s, _ = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+        s = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
         s_old = s_max
         if NEED_TEACHER:
             s_max, s_keep, s_shifted, s_exp = _advance(s_max, s, rate)
@@ -342,15 +351,15 @@ def _caad_row_kernel(
             if WITH_CE and TEMPERATURE == 0:
                 q1_sum = q1_sum * tl.exp2((s_old - s_max) * _LOG2E) + tl.sum(tl.exp2(s_shifted * _LOG2E), axis=1)
         elif WITH_CE:
-            s_max, keep, _, weights = _advance(s_max, s, _LOG2E)
-            q1_sum = q1_sum * keep + tl.sum(weights, axis=1)
+            s_max, s_keep, s_shifted, s_exp = _advance(s_max, s, _LOG2E)
+            q1_sum = q1_sum * s_keep + tl.sum(s_exp, axis=1)
 
     # Merge the groups.
     s_row, s_weight = _merge_weight(s_max, rate)
     if WITH_CE:
         if NEED_TEACHER and TEMPERATURE == 1:
             q1_sum = q_sum
-        _, s1_weight = _merge_weight(s_max, _LOG2E)
+        s1_weight = _merge_weight(s_max, _LOG2E)[1]
         q1_row = tl.sum(q1_sum * s1_weight, axis=0)
         # A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
         ce = tl.log(tl.where(q1_row == 0.0, 1.0, q1_row)) - (label_logit - s_row)
@@ -386,8 +395,8 @@ def _caad_row_kernel(
             for i in range(0, blocks):
                 columns = i * BLOCK + local
                 inside = columns < vocab
-                s, _ = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
-                _, _, z = _read_teacher(
+                s = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+                z = _read_teacher(
                     audio_ptr,
                     text_ptr,
                     columns,
@@ -399,7 +408,7 @@ def _caad_row_kernel(
                     HAS_PLAUSIBILITY,
                     TEACHER_SCALE,
                     TEACHER_SOFTCAP,
-                )
+                )[2]
                 log_ratio = ((z - z_row) - (s - s_row)) * inverse_tau - log_z
                 log_p_m, log_q_m = _jsd_terms(log_ratio, jsd_beta)
                 kl_p += tl.sum(tl.exp2((z - z_row) * rate) * log_p_m, axis=1)
@@ -453,10 +462,10 @@ def _caad_row_kernel(
         for start in range(0, width, BLOCK):
             columns = start + local
             inside = columns < vocab
-            s, slope = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+            s, slope = _read_with_slope(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
             gradient = tl.zeros([GROUPS, GROUP], tl.float32)
             if WITH_KD:
-                _, _, z = _read_teacher(
+                z = _read_teacher(
                     audio_ptr,
                     text_ptr,
                     columns,
@@ -468,7 +477,7 @@ def _caad_row_kernel(
                     HAS_PLAUSIBILITY,
                     TEACHER_SCALE,
                     TEACHER_SOFTCAP,
-                )
+                )[2]
                 s_exp = tl.exp2((s - s_row) * rate)
                 q = s_exp * inverse_q
                 if DIVERGENCE == _FORWARD:
@@ -478,7 +487,7 @@ def _caad_row_kernel(
                     if DIVERGENCE == _REVERSE:
                         gradient = kd_scale * q * (-log_ratio - reverse_kl)
                     else:
-                        _, log_q_m = _jsd_terms(log_ratio, jsd_beta)
+                        log_q_m = _jsd_terms(log_ratio, jsd_beta)[1]
                         gradient = kd_scale * (1.0 - jsd_beta) * q * (log_q_m - jsd_q)
             if WITH_CE:
                 if WITH_KD and TEMPERATURE == 1:
@@ -538,6 +547,11 @@ def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool) -> tuple[int, 
     return 32 * warps * elements // group, group, warps
 
 
+def _is_vectorisable(tensor: torch.Tensor, vocab: int) -> bool:
+    """Whether Triton can prove 16-byte accesses: it distinguishes integers only by whether 16 divides them."""
+    return all(x % 16 == 0 for x in (tensor.data_ptr(), tensor.stride(0), tensor.stride(1), vocab))
+
+
 def _strides(tensor: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
@@ -588,6 +602,7 @@ def _row_arguments(
         log_plausibility=0.0 if spec.plausibility is None else math.log(spec.plausibility),
         GROUPS=groups,
         GROUP=group,
+        CONTIGUOUS=all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None),
         DIVERGENCE=DIVERGENCES.index(spec.divergence),
         TEMPERATURE=int(spec.temperature) if spec.temperature in (1.0, 2.0) else 0,
         HAS_TEXT=text is not None,
@@ -602,6 +617,7 @@ def _row_arguments(
         STUDENT_SOFTCAP=spec.student_softcap,
         TEACHER_SOFTCAP=spec.teacher_softcap,
         num_warps=warps,
+        enable_fp_fusion=True,
     )
 
 
@@ -690,5 +706,6 @@ def scale_rows(source: torch.Tensor, factor: torch.Tensor, *, out: torch.Tensor 
                 IN_PLACE=out is source,
                 BLOCK=min(4096, max(128, triton.next_power_of_2(width))),
                 num_warps=4,
+                enable_fp_fusion=True,
             )
     return out

@@ -1,0 +1,47 @@
+"""kdkernels: fused losses for distilling large speech language models into small ones.
+
+``from kdkernels import fused_caad_loss`` needs torch alone; Triton, the native CPU library and transformers load when first
+needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .caad import CAADLoss, CAADStats, fused_caad_loss, fused_linear_caad_loss
+from .ops.explain import explain
+
+if TYPE_CHECKING:
+    from .contrast_cache import ContrastCache
+    from .decoding import contrastive_generate
+    from .teacher import DualPathTeacher
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "ContrastCache": ".contrast_cache",
+    "DualPathTeacher": ".teacher",
+    "contrastive_generate": ".decoding",
+}
+
+__all__ = [
+    "CAADLoss",
+    "CAADStats",
+    "ContrastCache",
+    "DualPathTeacher",
+    "contrastive_generate",
+    "explain",
+    "fused_caad_loss",
+    "fused_linear_caad_loss",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,625 @@
+"""The contrastive audio-aware distillation losses: public signatures, validation, dispatch. No kernel code here.
+
+Legend: ... leading dimensions (their product is N tokens), V_s / V_t vocabulary widths of student and teacher, V valid ids,
+H_s / H_t hidden widths.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import linear as _linear
+from .ops import reference as _reference
+from .ops import schema as _schema
+from .ops.dispatch import checks_enabled, choose, logger
+from .ops.rows import DIVERGENCES, RowResult, RowSpec
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class CAADStats(NamedTuple):
+    """Detached per-token statistics, each float32 of the targets' leading shape, 0 at ignored positions.
+
+    kd               tau^2 D(p, q), unweighted
+    ce               -log softmax(s)[y], unweighted (0 without a target)
+    student_entropy  of q = softmax(s / tau), in nats
+    teacher_entropy  of p = softmax(z_hat / tau), in nats
+    top1_agreement   1 where argmax s == argmax z_hat, else 0
+    path_divergence  KL(softmax(z_audio / tau) || softmax(z_text / tau)) in nats: how much the sound changes the teacher's
+                     answer; 0 without a text path
+    """
+
+    kd: Tensor
+    ce: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    top1_agreement: Tensor
+    path_divergence: Tensor
+
+
+def fused_caad_loss(
+    student_logits: Tensor,
+    teacher_audio_logits: Tensor,
+    teacher_text_logits: Tensor | None,
+    target: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 2.0,
+    temperature: float = 2.0,
+    kd_weight: float = 0.7,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    plausibility: float | None = None,
+    ignore_index: int = -100,
+    kd_token_weight: Tensor | None = None,
+    ce_token_weight: Tensor | None = None,
+    kd_normalizer: float | Tensor | None = None,
+    ce_normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    impl: str = "auto",
+    inplace: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CAADStats]:
+    r"""Contrastive audio-aware distillation loss from logits, one fused pass, no distribution held.
+
+    ::
+
+        z_hat = (1 + alpha) z_audio - alpha z_text
+        p = softmax(z_hat / tau),  q = softmax(s / tau),  q1 = softmax(s)
+        kd_i = tau^2 D(p, q)       D: KL(p || q) forward_kl, KL(q || p) reverse_kl, or jsd
+        ce_i = -log q1[target_i]
+        loss = kd_weight sum_i w_i kd_i / norm_kd + (1 - kd_weight) sum_i u_i ce_i / norm_ce
+
+    No shift is applied: row i of the logits is scored against ``target[i]``.
+
+    Args:
+        student_logits: (..., V_s) float32, bfloat16 or float16 (float64 with impl="reference"); any strides.
+        teacher_audio_logits: (..., V_t), the positive path; its dtype may differ from the student's. Never gets a gradient.
+        teacher_text_logits: (..., V_t), the negative path, or None: plain distillation from the audio path.
+        target: (...) int64 pseudo-ground-truth ids, or None: no CE term, ``kd_weight`` counts as 1, every position is valid.
+        alpha: contrast strength >= 0; a number, or a tensor (...) per token. Where it is 0 the text path is not read.
+        temperature: tau > 0 of the distillation term; the CE term has temperature 1.
+        kd_weight: lambda in [0, 1].
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        jsd_beta: beta in (0, 1); m = beta p + (1 - beta) q, jsd = beta KL(p || m) + (1 - beta) KL(q || m).
+        plausibility: beta in (0, 1]; only tokens with z_audio_v >= max z_audio + log beta keep a probability in p.
+        ignore_index: positions with this target count nowhere; their logits are not read.
+        kd_token_weight, ce_token_weight: (...) weights >= 0 of each term, or None: 1.
+        kd_normalizer, ce_normalizer: divisors instead of the default (gradient accumulation, data parallel): pass the sum of
+            weights (or number of valid positions) of the whole step. They divide under every reduction; 0 gives loss 0.
+        reduction: "mean" divides each term by its sum of weights over valid positions; "sum" by 1; "none" returns (...).
+        vocab_size: number of valid ids; default min(V_s, V_t). Logits beyond it count as -inf on both sides.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
+        inplace: allow the gradient to overwrite ``student_logits``' memory (eager only; ignored under torch.compile and by
+            impl="reference"). Another use of the logits in the same graph is then an error.
+        return_stats: also return :class:`CAADStats`.
+
+    Returns:
+        float32 loss (float64 for float64 inputs): () or, with reduction="none", (...); with ``return_stats`` a pair. Without a
+        valid position it is 0 with zero gradients.
+
+    -inf logits are legal: probability, contribution and gradient 0. A token masked on either teacher path has p = 0.
+    forward_kl with p_v > 0 where the student has -inf is +inf, never NaN; so is reverse_kl where q_v > 0 meets p_v = 0, and then
+    that token's distillation term has no gradient.
+
+    Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
+    student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
+    The gradient is made in the forward; the backward scales it. Second derivatives are not available.
+
+    Raises:
+        ValueError, TypeError: naming the argument, expected and got. On the CPU also for a target outside [0, vocab) or a bad
+            alpha; on CUDA such a row's loss is NaN, unless KDKERNELS_CHECK=1.
+        RuntimeError: where ``impl`` names something that is not installed.
+
+    Source: CAAD, arXiv 2606.23052; generalised JSD as in GKD, arXiv 2306.13649; plausibility as in contrastive decoding,
+    arXiv 2210.15097.
+    """
+    _check_tensor("student_logits", student_logits, floating=True)
+    _check_tensor("teacher_audio_logits", teacher_audio_logits, floating=True)
+    if student_logits.dim() < 1:
+        raise ValueError("student_logits: expected (..., vocabulary), got a scalar")
+    leading = student_logits.shape[:-1]
+    _check_leading("teacher_audio_logits", teacher_audio_logits, leading, "student_logits")
+    _check_device("teacher_audio_logits", teacher_audio_logits, student_logits)
+    if teacher_text_logits is not None:
+        _check_tensor("teacher_text_logits", teacher_text_logits, floating=True)
+        _check_shape("teacher_text_logits", teacher_text_logits, teacher_audio_logits.shape)
+        _check_device("teacher_text_logits", teacher_text_logits, student_logits)
+    tensors = [x for x in (student_logits, teacher_audio_logits, teacher_text_logits) if x is not None]
+    terms = _Terms.build(
+        leading=leading,
+        device=student_logits.device,
+        dtype=_accumulation_dtype(tensors),
+        widths=(student_logits.shape[-1], teacher_audio_logits.shape[-1]),
+        has_text=teacher_text_logits is not None,
+        target=target,
+        alpha=alpha,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        plausibility=plausibility,
+        ignore_index=ignore_index,
+        kd_token_weight=kd_token_weight,
+        ce_token_weight=ce_token_weight,
+        kd_normalizer=kd_normalizer,
+        ce_normalizer=ce_normalizer,
+        reduction=reduction,
+        vocab_size=vocab_size,
+    )
+    chosen = _choose(impl, student_logits.device, [x.dtype for x in tensors], "fused_caad_loss")
+    audio = teacher_audio_logits.detach()
+    text = None if teacher_text_logits is None else teacher_text_logits.detach()
+    if chosen == "reference":
+        return terms.finish_reference(
+            _reference.caad_rows(
+                student_logits, audio, text, terms.target, terms.alpha, terms.spec, want_stats=return_stats
+            ),
+            return_stats,
+        )
+    student = _three_dimensional(student_logits)
+    audio = _three_dimensional(audio)
+    text = None if text is None else _three_dimensional(text)
+    want_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    spec = terms.spec
+    tail = (audio, text, terms.target, terms.alpha, terms.kd_coef, terms.ce_coef)
+    if inplace and want_grad and student.stride(-1) == 1 and not torch.compiler.is_compiling():
+        loss, stats = _schema.InPlaceRows.apply(student, *tail, spec, return_stats, chosen)
+    else:
+        loss, _, stats = _schema.caad_rows(
+            student, *tail, spec.vocab, spec.temperature, spec.divergence, spec.jsd_beta, spec.plausibility,
+            spec.ignore_index, spec.with_kd, spec.with_ce, want_grad, return_stats, chosen,
+        )  # fmt: skip
+    return terms.finish(loss, stats, return_stats)
+
+
+def fused_linear_caad_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_audio_hidden: Tensor,
+    teacher_text_hidden: Tensor | None,
+    teacher_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+    workspace_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    process_group: Any = None,
+    alpha: float | Tensor = 2.0,
+    temperature: float = 2.0,
+    kd_weight: float = 0.7,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    plausibility: float | None = None,
+    ignore_index: int = -100,
+    kd_token_weight: Tensor | None = None,
+    ce_token_weight: Tensor | None = None,
+    kd_normalizer: float | Tensor | None = None,
+    ce_normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    impl: str = "auto",
+    inplace: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CAADStats]:
+    r"""The same loss from hidden states and LM heads, in token chunks: logits exist for one chunk at a time.
+
+    ::
+
+        s       = cap_s(scale_s (h_s W_s^T + b_s)),   cap(x) = softcap tanh(x / softcap), or x
+        z_audio = cap_t(scale_t (h_audio W_t^T + b_t)),   z_text likewise
+        loss    = fused_caad_loss(s, z_audio, z_text, target, ...)
+
+    With neither ``teacher_softcap`` nor ``plausibility`` nor ``return_stats`` the two teacher paths collapse into one GEMM:
+    z_hat = scale_t (W_t ((1 + alpha) h_audio - alpha h_text) + b_t), for per-token alpha too.
+
+    Args:
+        student_hidden: (..., H_s) float32, bfloat16 or float16: the LM head's inputs at the positions that predict ``target``.
+        student_weight: (V_s, H_s). Its gradient is computed only if it requires one; a frozen head costs nothing. A LoRA on the
+            head is honoured by passing the merged weight, W + B A.
+        teacher_audio_hidden, teacher_text_hidden: (..., H_t); the second None: plain distillation. Never get a gradient.
+        teacher_weight: (V_t, H_t), no gradient.
+        target: (...) int64, or None (see :func:`fused_caad_loss`). On the CPU ignored positions are left out of the GEMMs.
+        student_bias, teacher_bias: (V_s,), (V_t,) or None.
+        student_softcap, teacher_softcap: > 0, as in Gemma 2; applied after the scale. None: none.
+        student_logit_scale, teacher_logit_scale: factors on the logits (Cohere; 1 / logits_scaling for Granite).
+        chunk_tokens: tokens a chunk; None: from ``workspace_bytes`` and what fills the machine.
+        workspace_bytes: bound on the scratch for logits; None: 1 GiB on the CPU; on CUDA a tenth of free memory, at most 2 GiB.
+        logits_dtype: dtype in which a chunk's logits are stored; None: float32. bfloat16 is faster and coarser (gradient error
+            2-5%, far more near convergence, against 0.6%).
+        process_group: vocabulary-parallel over a process group: not in this version (NotImplementedError); None.
+        inplace: accepted for symmetry; nothing of the caller's memory is overwritten here.
+        The rest: as in :func:`fused_caad_loss`.
+
+    Returns:
+        As :func:`fused_caad_loss`. Gradients reach student_hidden, student_weight and student_bias only.
+
+    dW is accumulated in float32. With reduction="none" and a training head the backward runs the chunks a second time, since a
+    token's own grad_output reaches dW only inside the GEMM. Extra memory: one chunk of logits (2 tensors, 3 without the
+    collapse), N * H_s items for dh, V_s * H_s float32 for dW where the head trains, and on the CPU, for float32 logits of
+    low-precision weights, one float32 block of 4096 weight rows: independent of N but for dh.
+
+    Raises:
+        As :func:`fused_caad_loss`.
+
+    Source: CAAD, arXiv 2606.23052; token chunks as in Liger Kernel, arXiv 2410.10989.
+    """
+    if process_group is not None:
+        raise NotImplementedError(
+            "process_group: the vocabulary-parallel loss is not part of this version; expected None, got "
+            f"{type(process_group).__name__}"
+        )
+    floating = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_audio_hidden": teacher_audio_hidden,
+        "teacher_text_hidden": teacher_text_hidden,
+        "teacher_weight": teacher_weight,
+        "student_bias": student_bias,
+        "teacher_bias": teacher_bias,
+    }
+    floating = {name: x for name, x in floating.items() if x is not None}
+    for name, x in floating.items():
+        _check_tensor(name, x, floating=True)
+        _check_device(name, x, student_hidden)
+    for side, hidden, weight, bias in (
+        ("student", "student_hidden", student_weight, student_bias),
+        ("teacher", "teacher_audio_hidden", teacher_weight, teacher_bias),
+    ):
+        width = floating[hidden].shape[-1] if floating[hidden].dim() else None
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(f"{side}_weight: expected (vocabulary, {width}) to match {hidden}, got {tuple(weight.shape)}")
+        if weight.shape[0] == 0:
+            raise ValueError(f"{side}_weight: expected a vocabulary, got 0 rows (is the head sharded by FSDP or ZeRO-3?)")
+        if bias is not None:
+            _check_shape(f"{side}_bias", bias, weight.shape[:1])
+    leading = student_hidden.shape[:-1]
+    _check_leading("teacher_audio_hidden", teacher_audio_hidden, leading, "student_hidden")
+    if teacher_text_hidden is not None:
+        _check_shape("teacher_text_hidden", teacher_text_hidden, teacher_audio_hidden.shape)
+    for name, x in (
+        ("student_softcap", student_softcap),
+        ("teacher_softcap", teacher_softcap),
+        ("student_logit_scale", student_logit_scale),
+        ("teacher_logit_scale", teacher_logit_scale),
+    ):
+        if x is not None and not (_is_number(x) and math.isfinite(x) and x > 0):
+            raise ValueError(f"{name}: expected a finite number > 0{' or None' if 'softcap' in name else ''}, got {x!r}")
+    for name, x in (("chunk_tokens", chunk_tokens), ("workspace_bytes", workspace_bytes)):
+        if x is not None and (not isinstance(x, int) or isinstance(x, bool) or x < 1):
+            raise ValueError(f"{name}: expected a whole number >= 1 or None, got {x!r}")
+    if chunk_tokens is not None and workspace_bytes is not None:
+        raise ValueError("workspace_bytes: expected None where chunk_tokens is given, got both")
+    if logits_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits_dtype: expected None, float32, bfloat16 or float16, got {logits_dtype}")
+
+    terms = _Terms.build(
+        leading=leading,
+        device=student_hidden.device,
+        dtype=_accumulation_dtype(list(floating.values())),
+        widths=(student_weight.shape[0], teacher_weight.shape[0]),
+        has_text=teacher_text_hidden is not None,
+        target=target,
+        alpha=alpha,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        plausibility=plausibility,
+        ignore_index=ignore_index,
+        kd_token_weight=kd_token_weight,
+        ce_token_weight=ce_token_weight,
+        kd_normalizer=kd_normalizer,
+        ce_normalizer=ce_normalizer,
+        reduction=reduction,
+        vocab_size=vocab_size,
+        student_scale=float(student_logit_scale),
+        teacher_scale=float(teacher_logit_scale),
+        student_softcap=None if student_softcap is None else float(student_softcap),
+        teacher_softcap=None if teacher_softcap is None else float(teacher_softcap),
+    )
+    dtypes = [x.dtype for x in floating.values()]
+    chosen = _choose(impl, student_hidden.device, dtypes, "fused_linear_caad_loss")
+    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    audio = teacher_audio_hidden.detach().reshape(-1, teacher_audio_hidden.shape[-1])
+    text = None if teacher_text_hidden is None else teacher_text_hidden.detach().reshape(audio.shape)
+    teacher_weight = teacher_weight.detach()
+    teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    if chosen == "reference":
+        return terms.finish_reference(
+            _reference.linear_caad(
+                hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias,
+                terms.target, terms.alpha, terms.spec, want_stats=return_stats,
+            ),
+            return_stats,
+        )  # fmt: skip
+    spec = terms.spec
+    grads = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (student_hidden, student_weight, student_bias)
+    ]
+    reduced = reduction != "none"
+    if not reduced and (grads[1] or grads[2]):
+        grads = [False] * 3  # the backward runs the chunks with each token's own factor
+    loss, _, _, _, stats = _schema.linear_caad(
+        hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias, terms.target, terms.alpha,
+        terms.kd_coef, terms.ce_coef, spec.vocab, spec.temperature, spec.divergence, spec.jsd_beta, spec.plausibility,
+        spec.ignore_index, spec.with_kd, spec.with_ce, spec.student_scale, spec.teacher_scale, spec.student_softcap,
+        spec.teacher_softcap, torch.float32 if logits_dtype is None else logits_dtype, chunk_tokens, workspace_bytes,
+        reduced, *grads, return_stats, chosen,
+    )  # fmt: skip
+    return terms.finish(loss, stats, return_stats)
+
+
+class CAADLoss(torch.nn.Module):
+    """:func:`fused_caad_loss` with its options fixed, as a module.
+
+    ``CAADLoss(alpha=1.0)(student_logits, teacher_audio_logits, teacher_text_logits, target)``; the options are the keyword
+    arguments of :func:`fused_caad_loss`, checked at construction; ``alpha`` and the tensors among them may be given per call.
+
+    Raises TypeError for an option that does not exist, ValueError for a value out of range.
+    """
+
+    _PER_CALL = (
+        "alpha",
+        "kd_token_weight",
+        "ce_token_weight",
+        "kd_normalizer",
+        "ce_normalizer",
+    )
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        unknown = sorted(set(options) - set(fused_caad_loss.__kwdefaults__))
+        if unknown:
+            known = ", ".join(fused_caad_loss.__kwdefaults__)
+            raise TypeError(f"CAADLoss: expected options among {known}, got {', '.join(unknown)}")
+        self.options = options
+        self._validate()
+
+    def _validate(self) -> None:
+        row = torch.zeros(1, 2)
+        small = {k: v for k, v in self.options.items() if k not in (*self._PER_CALL, "vocab_size", "impl", "inplace")}
+        if not isinstance(self.options.get("alpha"), Tensor):
+            small["alpha"] = self.options.get("alpha", fused_caad_loss.__kwdefaults__["alpha"])
+        fused_caad_loss(row, row, row, torch.zeros(1, dtype=torch.int64), **small, impl="reference")
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_audio_logits: Tensor,
+        teacher_text_logits: Tensor | None,
+        target: Tensor | None = None,
+        **per_call: Any,
+    ) -> Tensor | tuple[Tensor, CAADStats]:
+        unknown = sorted(set(per_call) - set(self._PER_CALL))
+        if unknown:
+            raise TypeError(f"CAADLoss: expected per call only {', '.join(self._PER_CALL)}, got {', '.join(unknown)}")
+        return fused_caad_loss(
+            student_logits, teacher_audio_logits, teacher_text_logits, target, **{**self.options, **per_call}
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+# -- shared by both fronts -------------------------------------------------------------------------------------------------
+
+
+class _Terms(NamedTuple):
+    """The checked options of one call as tensors and a RowSpec, and the way back to what the caller sees."""
+
+    spec: RowSpec
+    target: Tensor | None  # (N,)
+    alpha: Tensor  # (1,) or (N,)
+    kd_coef: Tensor  # (N,): d loss / d kd_i
+    ce_coef: Tensor
+    leading: torch.Size
+    reduction: str
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        leading: torch.Size,
+        device: torch.device,
+        dtype: torch.dtype,
+        widths: tuple[int, int],
+        has_text: bool,
+        target: Tensor | None,
+        alpha: float | Tensor,
+        temperature: float,
+        kd_weight: float,
+        divergence: str,
+        jsd_beta: float,
+        plausibility: float | None,
+        ignore_index: int,
+        kd_token_weight: Tensor | None,
+        ce_token_weight: Tensor | None,
+        kd_normalizer: float | Tensor | None,
+        ce_normalizer: float | Tensor | None,
+        reduction: str,
+        vocab_size: int | None,
+        **head: Any,
+    ) -> _Terms:
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if not (_is_number(temperature) and math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+        if not (_is_number(kd_weight) and 0 <= kd_weight <= 1):
+            raise ValueError(f"kd_weight: expected a number in [0, 1], got {kd_weight!r}")
+        if not (_is_number(jsd_beta) and 0 < jsd_beta < 1):
+            raise ValueError(f"jsd_beta: expected a number in (0, 1), got {jsd_beta!r}")
+        if plausibility is not None:
+            if not (_is_number(plausibility) and 0 < plausibility <= 1):
+                raise ValueError(f"plausibility: expected a number in (0, 1] or None, got {plausibility!r}")
+            if divergence == "reverse_kl":
+                raise ValueError(
+                    "plausibility: expected None with divergence='reverse_kl' (KL(q || p) is infinite where p is cut to 0), "
+                    f"got {plausibility!r}"
+                )
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+        vocab = min(widths)
+        if vocab_size is not None:
+            if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+                raise TypeError(f"vocab_size: expected an int or None, got {type(vocab_size).__name__}")
+            if not 1 <= vocab_size <= vocab:
+                raise ValueError(f"vocab_size: expected 1 to {vocab} (student {widths[0]}, teacher {widths[1]}), got {vocab_size}")
+            vocab = vocab_size
+        if vocab < 1:
+            raise ValueError(f"student_logits: expected a vocabulary of at least 1, got widths {widths[0]} and {widths[1]}")
+
+        if target is not None:
+            _check_tensor("target", target)
+            if target.dtype != torch.int64:
+                raise TypeError(f"target: expected int64 ids, got {target.dtype}")
+            _check_shape("target", target, leading)
+            if target.device != device:
+                raise ValueError(f"target: expected device {device}, got {target.device}")
+            target = target.reshape(-1)
+        if isinstance(alpha, Tensor):
+            if not (alpha.is_floating_point() or alpha.dtype in (torch.int32, torch.int64)):
+                raise TypeError(f"alpha: expected a floating-point tensor, got {alpha.dtype}")
+            if alpha.dim() and alpha.shape != leading:
+                raise ValueError(f"alpha: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
+            alpha = alpha.detach().to(device=device, dtype=dtype).reshape(-1)
+        else:
+            if not (_is_number(alpha) and math.isfinite(alpha) and alpha >= 0):
+                raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+            alpha = torch.full((1,), float(alpha), dtype=dtype, device=device)
+
+        n = math.prod(leading)
+        valid = None if target is None else target != ignore_index
+        lam = 1.0 if target is None else float(kd_weight)
+        coefficients = []
+        for name, share, weight, normalizer in (
+            ("kd", lam, kd_token_weight, kd_normalizer),
+            ("ce", 1.0 - lam, ce_token_weight, ce_normalizer),
+        ):
+            w = _token_weight(f"{name}_token_weight", weight, leading, valid, n, device, dtype)
+            norm = _normalizer(f"{name}_normalizer", normalizer, device, dtype)
+            if norm is None and reduction == "mean":
+                norm = w.sum()
+            coefficients.append(share * w if norm is None else share * torch.where(norm > 0, w / norm, 0.0))
+        spec = RowSpec(
+            vocab=vocab,
+            temperature=float(temperature),
+            divergence=divergence,
+            jsd_beta=float(jsd_beta),
+            plausibility=None if plausibility is None else float(plausibility),
+            ignore_index=ignore_index,
+            with_kd=lam > 0,
+            with_ce=lam < 1,
+            **head,
+        )
+        return cls(spec, target, alpha, coefficients[0], coefficients[1], leading, reduction)
+
+    def finish(self, loss: Tensor, stats: Tensor, return_stats: bool) -> Tensor | tuple[Tensor, CAADStats]:
+        """From per-token (N,) or reduced losses to the caller's shapes."""
+        if self.reduction == "none":
+            loss = loss.reshape(self.leading)
+        elif loss.dim():
+            loss = loss.sum()
+        if not return_stats:
+            return loss
+        return loss, CAADStats(*(row.reshape(self.leading) for row in stats.detach().unbind(0)))
+
+    def finish_reference(self, result: RowResult, return_stats: bool) -> Tensor | tuple[Tensor, CAADStats]:
+        if not torch.compiler.is_compiling():
+            _schema.check_values(self.target, self.alpha, self.spec.vocab, self.spec.ignore_index)
+        loss = _schema.weighted(result.kd, result.ce, self.kd_coef, self.ce_coef)
+        return self.finish(loss, _schema.all_stats(result) if return_stats else loss, return_stats)
+
+
+@torch.compiler.assume_constant_result  # decided while tracing: it imports libraries, which cannot be traced
+def _choose(impl: str, device: torch.device, dtypes: list[torch.dtype], caller: str) -> str:
+    chosen, reason = choose(impl, device, dtypes)
+    logger.debug("%s: impl=%r (%s)", caller, chosen, reason)
+    return chosen
+
+
+def _accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _three_dimensional(logits: Tensor) -> Tensor:
+    """(B, T, V) without a copy where the strides allow it."""
+    if logits.dim() == 3:
+        return logits
+    if logits.dim() < 3:
+        return logits[(None,) * (3 - logits.dim())]
+    return logits.reshape(-1, *logits.shape[-2:])
+
+
+def _token_weight(
+    name: str,
+    weight: Tensor | None,
+    leading: torch.Size,
+    valid: Tensor | None,
+    n: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(N,) weights, 0 at ignored positions."""
+    if weight is None:
+        return torch.ones(n, dtype=dtype, device=device) if valid is None else valid.to(dtype)
+    _check_tensor(name, weight)
+    _check_shape(name, weight, leading)
+    if weight.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {weight.device}")
+    weight = weight.detach().reshape(-1).to(dtype)
+    weight = weight if valid is None else torch.where(valid, weight, 0.0)
+    if not torch.compiler.is_compiling() and checks_enabled(device) and not bool((weight >= 0).all()):
+        raise ValueError(f"{name}: expected weights >= 0, got {float(weight[~(weight >= 0)][0])}")
+    return weight
+
+
+def _normalizer(name: str, value: float | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected a number or a tensor of one element, got {tuple(value.shape)}")
+        return value.detach().reshape(()).to(device=device, dtype=dtype)
+    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _check_tensor(name: str, x: Any, *, floating: bool = False) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if floating and not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+
+
+def _check_shape(name: str, x: Tensor, expected: torch.Size) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
+
+
+def _check_leading(name: str, x: Tensor, leading: torch.Size, like: str) -> None:
+    if x.dim() < 1 or x.shape[:-1] != leading:
+        raise ValueError(f"{name}: expected leading shape {tuple(leading)} as {like} has, got {tuple(x.shape)}")
+
+
+def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} as the student has, got {x.device}")

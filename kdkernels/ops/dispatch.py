@@ -1,0 +1,93 @@
+"""Which implementation runs, and why. `impl="auto"` chooses; an explicit choice never falls back to another."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import native
+
+logger = logging.getLogger("kdkernels")
+
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+def checks_enabled(device: torch.device) -> bool:
+    """Whether values of tensors are looked at: always on the CPU, on other devices (a sync) with KDKERNELS_CHECK=1."""
+    return device.type == "cpu" or os.environ.get("KDKERNELS_CHECK", "0") == "1"
+
+
+@functools.cache
+def load_triton_rows() -> Callable:
+    """The launcher of the Triton row kernel. Raises RuntimeError saying why it is missing and how to get it."""
+    try:
+        return importlib.import_module(".triton_caad", __package__).caad_rows
+    except ImportError as error:
+        raise RuntimeError(
+            f"impl='triton' needs Triton, which could not be imported: {error}. Install it with "
+            "`pip install 'kdkernels[triton]'` (Linux; a CUDA build of PyTorch brings it along)."
+        ) from error
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
+    """Returns (implementation, reason) for tensors of these dtypes on this device.
+
+    Raises ValueError for an unknown ``impl`` or one that cannot run on ``device``, TypeError for a dtype it lacks, RuntimeError
+    where it is not installed.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "auto":
+        return _automatic(device, dtypes)
+    if impl in ("cpu", "triton"):
+        unsupported = [d for d in dtypes if d not in native.DTYPES]
+        if unsupported:
+            raise TypeError(
+                f"impl={impl!r}: expected tensors of float32, bfloat16 or float16, got {unsupported[0]}; "
+                "impl='reference' computes in float64"
+            )
+    if impl == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"impl='cpu': expected tensors on the CPU, got {device}")
+        native.load_library()
+    elif impl == "triton":
+        if device.type == "cpu" and not triton_interpreted():
+            raise ValueError(
+                "impl='triton': expected tensors on a CUDA device, got cpu; TRITON_INTERPRET=1 runs Triton's interpreter there"
+            )
+        load_triton_rows()
+    elif impl == "cuda":
+        raise RuntimeError(
+            "impl='cuda' is not built yet: the CUDA C++ row kernel is not part of this version; use impl='triton' or 'auto'"
+        )
+    return impl, "asked for by name"
+
+
+def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
+    unsupported = [d for d in dtypes if d not in native.DTYPES]
+    if unsupported:
+        return "reference", f"{unsupported[0]} is computed by the eager formula alone"
+    if device.type == "cpu":
+        if native.available():
+            return "cpu", f"tensors on the CPU; native kernel ({native.instruction_set()})"
+        return "reference", "tensors on the CPU, and the native library is missing (pip install . builds it)"
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is not None:
+            return "triton", "tensors on a CUDA device"
+        return "reference", "tensors on a CUDA device, and Triton is missing (pip install 'kdkernels[triton]')"
+    return "reference", f"no kernel for device type {device.type!r}"
+
+
+def row_launcher(impl: str) -> Callable:
+    """The ``caad_rows`` function (see :mod:`kdkernels.ops.rows`) of a kernel implementation."""
+    return load_triton_rows() if impl == "triton" else native.caad_rows

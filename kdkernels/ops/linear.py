@@ -1,0 +1,262 @@
+"""The fused linear loss in token chunks: GEMM, row kernel, GEMM, with scratch for one chunk whatever the number of tokens.
+
+Per chunk of C tokens: student logits into scratch, the contrast of the teacher's logits into scratch, one row kernel that leaves
+the gradient in the student's scratch, one GEMM that turns it into dh (and one into dW, accumulated in float32, where the head
+trains).
+
+Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunking import plan_chunks
+from .rows import STAT_NAMES, RowResult, RowSpec
+
+# Rows of the weight upcast at a time where a GEMM needs float32 operands: 4096 x 4096 float32 is 64 MiB.
+VOCAB_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    rows: RowResult
+    hidden_grad: Tensor | None  # (N, H_s)
+    weight_grad: Tensor | None  # (V_s, H_s)
+    bias_grad: Tensor | None  # (V_s,)
+
+
+def linear_caad_chunks(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    audio_hidden: Tensor,
+    text_hidden: Tensor | None,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    kd_coef: Tensor,
+    ce_coef: Tensor,
+    spec: RowSpec,
+    *,
+    rows: Callable[..., RowResult],
+    logits_dtype: torch.dtype,
+    chunk_tokens: int | None,
+    workspace_bytes: int | None,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+    want_stats: bool,
+) -> LinearResult:
+    device, n_total = student_hidden.device, student_hidden.shape[0]
+    keep = _kept_tokens(target, spec.ignore_index)
+    if keep is not None:
+        pick = functools.partial(torch.index_select, dim=0, index=keep)
+        student_hidden, audio_hidden, kd_coef, ce_coef = map(pick, (student_hidden, audio_hidden, kd_coef, ce_coef))
+        text_hidden = None if text_hidden is None else pick(text_hidden)
+        target = pick(target)
+        alpha = pick(alpha) if alpha.numel() > 1 else alpha
+    n = student_hidden.shape[0]
+
+    need_teacher = spec.with_kd or want_stats
+    # Statistics compare the two paths, a softcap is not linear, plausibility looks at the audio path alone.
+    collapse = (
+        text_hidden is not None and spec.teacher_softcap is None and spec.plausibility is None and not want_stats
+    )
+    two_paths = need_teacher and text_hidden is not None and not collapse
+    buffers = 1 + need_teacher + two_paths
+    plan = plan_chunks(
+        n_tokens=n,
+        bytes_per_token=max(1, buffers * spec.vocab * logits_dtype.itemsize),
+        student_width=student_hidden.shape[1],
+        device=device,
+        chunk_tokens=chunk_tokens,
+        workspace_bytes=workspace_bytes,
+    )
+    scratch = torch.empty(buffers, min(plan.chunk_tokens, max(n, 1)), spec.vocab, dtype=logits_dtype, device=device)
+
+    any_grad = hidden_grad or weight_grad or bias_grad
+    float32 = {"dtype": torch.float32, "device": device}
+    kd, ce = torch.empty(2, n, **float32).unbind(0)
+    stats = torch.empty(len(STAT_NAMES), n, **float32) if want_stats else None
+    dh = torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else None
+    dw = torch.zeros(student_weight.shape, **float32) if weight_grad else None
+    db = torch.zeros(student_weight.shape[0], **float32) if bias_grad else None
+    w_s, w_t = student_weight[: spec.vocab], teacher_weight[: spec.vocab]
+    b_s = None if student_bias is None else student_bias[: spec.vocab]
+    b_t = None if teacher_bias is None else teacher_bias[: spec.vocab]
+
+    for start in range(0, n, plan.chunk_tokens):
+        chunk = slice(start, min(start + plan.chunk_tokens, n))
+        size = chunk.stop - start
+        student_logits = _gemm(student_hidden[chunk], w_s, b_s, scratch[0, :size])  # (C, V)
+        audio_logits = text_logits = None
+        row_alpha = alpha[chunk] if alpha.numel() > 1 else alpha
+        if need_teacher:
+            audio = audio_hidden[chunk]
+            if collapse:
+                audio = _contrastive_hidden(audio, text_hidden[chunk], row_alpha)
+            audio_logits = _gemm(audio, w_t, b_t, scratch[1, :size])
+            if two_paths:
+                text_logits = _gemm(text_hidden[chunk], w_t, b_t, scratch[2, :size])
+        grad = _gradient_view(student_logits, student_weight.dtype) if any_grad else None
+        out = rows(
+            student_logits[None],
+            student_logits[None] if audio_logits is None else audio_logits[None],
+            None if text_logits is None else text_logits[None],
+            None if target is None else target[chunk],
+            row_alpha,
+            kd_coef[chunk],
+            ce_coef[chunk],
+            spec,
+            grad=None if grad is None else grad[None],
+            want_stats=want_stats,
+        )
+        kd[chunk], ce[chunk] = out.kd, out.ce
+        if stats is not None:
+            stats[:, chunk] = out.stats
+        if hidden_grad:
+            _hidden_gradient(grad, w_s, dh[chunk])
+        if weight_grad:
+            _add_weight_gradient(dw[: spec.vocab], grad, student_hidden[chunk])
+        if bias_grad:
+            db[: spec.vocab] += grad.sum(0, dtype=torch.float32)
+
+    if keep is not None:
+        kd, ce = (_spread(x, keep, n_total, 0) for x in (kd, ce))
+        stats = None if stats is None else _spread(stats, keep, n_total, 1)
+        dh = None if dh is None else _spread(dh, keep, n_total, 0)
+    return LinearResult(
+        rows=RowResult(kd=kd, ce=ce, stats=stats),
+        hidden_grad=dh,
+        weight_grad=None if dw is None else dw.to(student_weight.dtype),
+        bias_grad=None if db is None else db.to(student_bias.dtype),
+    )
+
+
+def _kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Indices of the valid tokens, or None for all of them. On the CPU only: elsewhere their number would need a sync."""
+    if target is None or target.device.type != "cpu":
+        return None
+    valid = target != ignore_index
+    return None if bool(valid.all()) else valid.nonzero()[:, 0]
+
+
+def _spread(x: Tensor, keep: Tensor, n_total: int, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = n_total
+    return x.new_zeros(shape).index_copy_(dim, keep, x)
+
+
+def _contrastive_hidden(audio: Tensor, text: Tensor, alpha: Tensor) -> Tensor:
+    """(1 + alpha) h_audio - alpha h_text in float32, (C, H_t): both paths share W_t, so one GEMM serves the contrast."""
+    audio = audio.float()
+    a = alpha[:, None]
+    # Where alpha is 0 the text path is not read: it may hold anything.
+    return torch.where(a == 0, audio, audio + a * (audio - text.float()))
+
+
+def _gradient_view(logits: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """Where the row kernel leaves d loss / d logits: the logits' own rows, in the weight's dtype if that is narrower."""
+    if weight_dtype.itemsize >= logits.dtype.itemsize:
+        return logits
+    ratio = logits.dtype.itemsize // weight_dtype.itemsize
+    return logits.view(weight_dtype).as_strided(logits.shape, (logits.stride(0) * ratio, 1))
+
+
+@functools.cache
+def _mixed_gemm_on_cuda() -> bool:
+    """Whether torch.mm writes float32 from low-precision operands."""
+    return any("out_dtype" in str(getattr(torch.ops.aten.mm, name)._schema) for name in torch.ops.aten.mm.overloads())
+
+
+@contextlib.contextmanager
+def _bf16_inner_precision():
+    """float32 GEMMs multiply in bf16 and add in float32: exact for operands that hold bf16 values, and 3-4 times as fast."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_values: bool) -> None:
+    with _bf16_inner_precision() if bf16_values else contextlib.nullcontext():
+        if accumulate:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+
+def _gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation."""
+    if out.dtype == weight.dtype:
+        torch.mm(hidden.to(weight.dtype), weight.T, out=out)
+    elif out.dtype != torch.float32:
+        out.copy_(_gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device)))
+    elif hidden.device.type == "cuda" and _mixed_gemm_on_cuda():
+        high, low = _split(hidden, weight.dtype)
+        torch.mm(high, weight.T, out_dtype=torch.float32, out=out)
+        if low is not None:
+            out += torch.mm(low, weight.T, out_dtype=torch.float32)
+    else:
+        _gemm_by_vocabulary_blocks(hidden, weight, out)
+    return out if bias is None else out.add_(bias)
+
+
+def _split(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """hidden as a sum of two tensors of a low precision: the second holds what the first rounds away (None: nothing)."""
+    if hidden.dtype == dtype:
+        return hidden, None
+    high = hidden.to(dtype)
+    return high, (hidden - high).to(dtype)
+
+
+def _gemm_by_vocabulary_blocks(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    bf16 = weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
+    parts = _split(hidden, torch.bfloat16) if bf16 else (hidden, None)
+    parts = [p.float() for p in parts if p is not None]
+    block = torch.empty(min(VOCAB_BLOCK, weight.shape[0]), weight.shape[1], dtype=torch.float32, device=weight.device)
+    for start in range(0, weight.shape[0], VOCAB_BLOCK):
+        stop = min(start + VOCAB_BLOCK, weight.shape[0])
+        w = block[: stop - start].copy_(weight[start:stop])
+        for i, part in enumerate(parts):
+            _float32_gemm(part, w.T, out[:, start:stop], accumulate=i > 0, bf16_values=bf16)
+
+
+def _hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (C, H) = grad (C, V) @ weight (V, H)"""
+    if grad.dtype == weight.dtype == out.dtype:
+        torch.mm(grad, weight, out=out)
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for start in range(0, weight.shape[0], VOCAB_BLOCK):
+        stop = min(start + VOCAB_BLOCK, weight.shape[0])
+        total.addmm_(grad[:, start:stop].float(), weight[start:stop].float())
+    out.copy_(total)
+
+
+def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total (V, H) float32 += grad (C, V).T @ hidden (C, H)"""
+    if grad.dtype == hidden.dtype == torch.float32:
+        total.addmm_(grad.T, hidden)
+        return
+    bf16 = grad.dtype == hidden.dtype == torch.bfloat16 and grad.device.type == "cpu"
+    if grad.device.type == "cuda" and grad.dtype == hidden.dtype and _mixed_gemm_on_cuda():
+        total += torch.mm(grad.T, hidden, out_dtype=torch.float32)
+        return
+    h = hidden.float()
+    for start in range(0, total.shape[0], VOCAB_BLOCK):
+        stop = min(start + VOCAB_BLOCK, total.shape[0])
+        _float32_gemm(
+            grad[:, start:stop].float().T, h, total[start:stop], accumulate=True, bf16_values=bf16
+        )

@@ -1,0 +1,315 @@
+"""The custom operators: one boundary each for the two hot paths, with fake and autograd, so that torch.compile sees through.
+
+Everything is computed in the forward; the backward only scales. Registered at import; torch is all that is needed for that.
+
+Legend: B, T leading dimensions, N = B * T tokens, V_s / V_t vocabulary widths, H_s / H_t hidden widths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import checks_enabled, row_launcher
+from .linear import linear_caad_chunks
+from .rows import STAT_NAMES, RowResult, RowSpec
+
+_N_STATS = 2 + len(STAT_NAMES)  # kd, ce, then STAT_NAMES
+
+
+def check_values(target: Tensor | None, alpha: Tensor, vocab: int, ignore_index: int) -> None:
+    """ValueError for a target outside [0, vocab) or a negative or non-finite alpha, where looking costs no device sync."""
+    if target is not None and checks_enabled(target.device) and target.numel():
+        bad = (target != ignore_index) & ((target < 0) | (target >= vocab))
+        if bool(bad.any()):
+            raise ValueError(
+                f"target: expected ids in [0, {vocab}) or ignore_index {ignore_index}, got {int(target[bad][0])} "
+                f"at {int(bad.sum())} of {target.numel()} positions"
+            )
+    if checks_enabled(alpha.device) and alpha.numel():
+        bad = ~((alpha >= 0) & torch.isfinite(alpha))
+        if bool(bad.any()):
+            raise ValueError(f"alpha: expected finite values >= 0, got {float(alpha[bad][0])}")
+
+
+def weighted(kd: Tensor, ce: Tensor, kd_coef: Tensor, ce_coef: Tensor) -> Tensor:
+    """kd_coef kd + ce_coef ce per token; a coefficient of 0 silences its term even where that is infinite."""
+    return torch.where(kd_coef == 0, 0.0, kd_coef * kd) + torch.where(ce_coef == 0, 0.0, ce_coef * ce)
+
+
+def all_stats(result: RowResult) -> Tensor:
+    return torch.cat([torch.stack([result.kd, result.ce]), result.stats])  # (_N_STATS, N)
+
+
+def _is_one(grad_output: Tensor) -> bool:
+    """Whether scaling can be skipped; looked at only where that is neither a device sync nor traced."""
+    plain = type(grad_output) is Tensor and grad_output.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and bool((grad_output == 1).all())
+
+
+def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
+    if _is_one(grad_output):
+        return grad
+    factor = grad_output.to(torch.promote_types(grad.dtype, torch.float32))
+    return (grad * factor.reshape(factor.shape + (1,) * (grad.dim() - factor.dim()))).to(grad.dtype)
+
+
+# -- logits in -----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("kdkernels::caad_rows", mutates_args=())
+def caad_rows(
+    student: Tensor,  # (B, T, V_s)
+    audio: Tensor,  # (B, T, V_t)
+    text: Tensor | None,
+    target: Tensor | None,  # (N,)
+    alpha: Tensor,  # (1,) or (N,) float32
+    kd_coef: Tensor,  # (N,) float32
+    ce_coef: Tensor,
+    vocab: int,
+    temperature: float,
+    divergence: str,
+    jsd_beta: float,
+    plausibility: float | None,
+    ignore_index: int,
+    with_kd: bool,
+    with_ce: bool,
+    want_grad: bool,
+    want_stats: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss per token (N,), its gradient (B, T, V_s) or empty, statistics (6, N) or empty)."""
+    spec = RowSpec(
+        vocab=vocab,
+        temperature=temperature,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        plausibility=plausibility,
+        ignore_index=ignore_index,
+        with_kd=with_kd,
+        with_ce=with_ce,
+    )
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else None
+    loss, stats = rows_into(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats, impl)
+    return (
+        loss,
+        student.new_empty(0) if grad is None else grad,
+        loss.new_empty(0) if stats is None else stats,
+    )
+
+
+def rows_into(
+    student: Tensor,
+    audio: Tensor,
+    text: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    kd_coef: Tensor,
+    ce_coef: Tensor,
+    spec: RowSpec,
+    grad: Tensor | None,
+    want_stats: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Runs the row kernel with the gradient going into ``grad``; returns (loss per token, statistics or None)."""
+    check_values(target, alpha, spec.vocab, spec.ignore_index)
+    result = row_launcher(impl)(
+        student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad=grad, want_stats=want_stats
+    )
+    return weighted(result.kd, result.ce, kd_coef, ce_coef), all_stats(result) if want_stats else None
+
+
+@caad_rows.register_fake
+def _(student, audio, text, target, alpha, kd_coef, ce_coef, vocab, temperature, divergence, jsd_beta, plausibility,
+      ignore_index, with_kd, with_ce, want_grad, want_stats, impl):  # fmt: skip
+    rows = student.shape[0] * student.shape[1]
+    return (
+        kd_coef.new_empty(rows),
+        torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else student.new_empty(0),
+        kd_coef.new_empty((_N_STATS, rows)) if want_stats else kd_coef.new_empty(0),
+    )
+
+
+def _rows_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[1])
+    ctx.leading = inputs[0].shape[:2]
+
+
+def _rows_backward(ctx, grad_loss, _grad, _stats):
+    (grad,) = ctx.saved_tensors
+    return (_scaled(grad, grad_loss.reshape(ctx.leading)),) + (None,) * 17
+
+
+caad_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
+
+
+class InPlaceRows(torch.autograd.Function):
+    """The same with the gradient written over the student's logits; eager only. Its memory is consumed by the backward."""
+
+    @staticmethod
+    def forward(ctx, student, audio, text, target, alpha, kd_coef, ce_coef, spec, want_stats, impl):
+        memory = student.detach()
+        loss, stats = rows_into(
+            memory, audio, text, target, alpha, kd_coef, ce_coef, spec, memory, want_stats, impl
+        )
+        # Whoever else saved these logits for its backward must learn that they are gone.
+        torch.autograd.graph.increment_version(student)
+        ctx.grad = memory
+        stats = loss.new_empty(0) if stats is None else stats
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _stats):
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            raise RuntimeError("inplace=True: the gradient was consumed by the first backward; a second one needs inplace=False")
+        if not _is_one(grad_loss):
+            grad.mul_(grad_loss.reshape(*grad.shape[:2], 1))
+        return (grad,) + (None,) * 9
+
+
+# -- hidden states in ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("kdkernels::linear_caad", mutates_args=())
+def linear_caad(
+    student_hidden: Tensor,  # (N, H_s)
+    student_weight: Tensor,  # (V_s, H_s)
+    student_bias: Tensor | None,
+    audio_hidden: Tensor,  # (N, H_t)
+    text_hidden: Tensor | None,
+    teacher_weight: Tensor,  # (V_t, H_t)
+    teacher_bias: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    kd_coef: Tensor,
+    ce_coef: Tensor,
+    vocab: int,
+    temperature: float,
+    divergence: str,
+    jsd_beta: float,
+    plausibility: float | None,
+    ignore_index: int,
+    with_kd: bool,
+    with_ce: bool,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    logits_dtype: torch.dtype,
+    chunk_tokens: int | None,
+    workspace_bytes: int | None,
+    reduced: bool,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+    want_stats: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss: () if reduced else (N,); gradients of hidden, weight and bias, each full or empty; statistics (6, N) or empty)."""
+    check_values(target, alpha, vocab, ignore_index)
+    spec = RowSpec(
+        vocab=vocab,
+        temperature=temperature,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        plausibility=plausibility,
+        ignore_index=ignore_index,
+        with_kd=with_kd,
+        with_ce=with_ce,
+        student_scale=student_scale,
+        teacher_scale=teacher_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+    )
+    device_type = student_hidden.device.type
+    with torch.amp.autocast(device_type, enabled=False):
+        out = linear_caad_chunks(
+            student_hidden,
+            student_weight,
+            student_bias,
+            audio_hidden,
+            text_hidden,
+            teacher_weight,
+            teacher_bias,
+            target,
+            alpha,
+            kd_coef,
+            ce_coef,
+            spec,
+            rows=row_launcher(impl),
+            logits_dtype=logits_dtype,
+            chunk_tokens=chunk_tokens,
+            workspace_bytes=workspace_bytes,
+            hidden_grad=hidden_grad,
+            weight_grad=weight_grad,
+            bias_grad=bias_grad,
+            want_stats=want_stats,
+        )
+    loss = weighted(out.rows.kd, out.rows.ce, kd_coef, ce_coef)
+    return (
+        loss.sum() if reduced else loss,
+        student_hidden.new_empty(0) if out.hidden_grad is None else out.hidden_grad,
+        student_weight.new_empty(0) if out.weight_grad is None else out.weight_grad,
+        student_weight.new_empty(0) if out.bias_grad is None else out.bias_grad,
+        all_stats(out.rows) if want_stats else loss.new_empty(0),
+    )
+
+
+@linear_caad.register_fake
+def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias, target, alpha,
+      kd_coef, ce_coef, vocab, temperature, divergence, jsd_beta, plausibility, ignore_index, with_kd, with_ce, student_scale,
+      teacher_scale, student_softcap, teacher_softcap, logits_dtype, chunk_tokens, workspace_bytes, reduced, hidden_grad,
+      weight_grad, bias_grad, want_stats, impl):  # fmt: skip
+    n = student_hidden.shape[0]
+    empty = student_weight.new_empty(0)
+    return (
+        kd_coef.new_empty(() if reduced else (n,)),
+        torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else student_hidden.new_empty(0),
+        torch.empty_like(student_weight, memory_format=torch.contiguous_format) if weight_grad else empty,
+        torch.empty_like(student_bias, memory_format=torch.contiguous_format) if bias_grad else empty.new_empty(0),
+        kd_coef.new_empty((_N_STATS, n)) if want_stats else kd_coef.new_empty(0),
+    )
+
+
+_HIDDEN, _WEIGHT, _BIAS = 0, 1, 2
+_KD_COEF, _CE_COEF = 9, 10
+_REDUCED = 26
+
+
+def _linear_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.reduced = inputs[_REDUCED]
+    # A token's own factor reaches dW only inside the GEMM, so an unreduced loss with a training head is run again with the
+    # factors in its coefficients. (The front end asked for no gradients in that forward.)
+    ctx.again = not ctx.reduced and not any(inputs[_REDUCED + 1 : _REDUCED + 4])
+    if ctx.again:
+        ctx.save_for_backward(*[x for x in inputs[:11] if x is not None])
+        ctx.absent = [x is None for x in inputs[:11]]
+        ctx.options = inputs[11:]
+    else:
+        ctx.save_for_backward(*output[1:4])
+
+
+def _linear_backward(ctx, grad_loss, *_others):
+    nothing = (None,) * 32
+    needs = ctx.needs_input_grad[:3]
+    if ctx.again:
+        saved = iter(ctx.saved_tensors)
+        inputs = [None if absent else next(saved) for absent in ctx.absent]
+        inputs[_KD_COEF] = inputs[_KD_COEF] * grad_loss
+        inputs[_CE_COEF] = inputs[_CE_COEF] * grad_loss
+        options = list(ctx.options)
+        options[_REDUCED - 11 : _REDUCED - 11 + 5] = [True, *needs, False]
+        _, *grads, _ = linear_caad(*inputs, *options)
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + nothing[3:]
+    return (
+        tuple(_scaled(g, grad_loss) if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True))
+        + nothing[3:]
+    )
+
+
+linear_caad.register_autograd(_linear_backward, setup_context=_linear_setup)
