@@ -544,11 +544,15 @@ class _Terms(NamedTuple):
         return self.finish(loss, _schema.all_stats(result) if return_stats else loss, return_stats)
 
 
-@torch.compiler.assume_constant_result  # decided while tracing: it imports libraries, which cannot be traced
 def _choose(impl: str, device: torch.device, dtypes: list[torch.dtype], caller: str) -> str:
     chosen, reason = choose(impl, device, dtypes)
     logger.debug("%s: impl=%r (%s)", caller, chosen, reason)
     return chosen
+
+
+# Decided while tracing: it imports libraries, which cannot be traced. This is what torch.compiler.assume_constant_result sets;
+# calling that would import all of torch._dynamo, over a second, with kdkernels.
+_choose._dynamo_marked_constant = True
 
 
 def _accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
