@@ -665,7 +665,8 @@ class DualPathTeacher(nn.Module):
         negative: makes the inputs of the negative path from those of the positive one:
             `MaskFeatures("input_features")`, `DropKey(...)`, `MarkAbsent()`, or any callable mapping -> mapping that
             keeps the tokens' positions.  None where text_inputs is given on each call.
-        rows_per_pass: None runs the 2 B rows of both paths at once; a number splits them into passes of as many rows.
+        rows_per_pass: None runs the 2 B rows of both paths at once; a number splits them into passes of as many rows,
+            with one wait for a CUDA device each.
         head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why).
         merge_lora: see `LMHead.from_model`.
 
@@ -769,8 +770,7 @@ class DualPathTeacher(nn.Module):
             _relocate(text_index.to(index.device), text, both, first_row=audio.rows),
         ]
         states = self._states(both, torch.cat(positions))
-        audio_hidden, text_hidden = states.split(len(index))
-        return DualPathStates(audio_hidden, text_hidden)
+        return DualPathStates(states[: len(index)], states[len(index) :])
 
     @property
     def _has_protocol(self) -> bool:
@@ -783,19 +783,22 @@ class DualPathTeacher(nn.Module):
 
     def _states(self, batch: _Batch, index: Tensor) -> Tensor:
         """(N, H) at `index`, in passes of at most rows_per_pass rows."""
-        rows = self.rows_per_pass or max(batch.rows, 1)
-        result: Tensor | None = None
-        for start in range(0, batch.rows, rows):
-            stop = min(start + rows, batch.rows)
-            local = index - start * batch.length
-            inside = (local >= 0) & (local < (stop - start) * batch.length)
-            # Positions of other passes read entry 0 and are overwritten or kept below: selecting them instead would
-            # make the host wait for the device to count them.
-            part = self._one_pass(batch.slice(start, stop), torch.where(inside, local, 0))
-            result = part if result is None else torch.where(inside.to(part.device)[:, None], part, result)
-        if result is None:
+        if batch.rows == 0:
             raise ValueError("inputs: expected at least one row, got none")
-        return result
+        if self.rows_per_pass is None or self.rows_per_pass >= batch.rows:
+            return self._one_pass(batch, index)
+        result: Tensor | None = None
+        for start in range(0, batch.rows, self.rows_per_pass):
+            stop = min(start + self.rows_per_pass, batch.rows)
+            part = batch.slice(start, stop)
+            local = index - start * batch.length
+            here = ((local >= 0) & (local < part.rows * part.length)).nonzero().squeeze(1)  # waits for a CUDA device
+            if len(here):
+                states = self._one_pass(part, local[here])
+                if result is None:
+                    result = states.new_empty(len(index), states.shape[-1])
+                result[here.to(states.device)] = states
+        return self._one_pass(batch.slice(0, 1), index) if result is None else result  # no position at all: (0, H)
 
     def _one_pass(self, batch: _Batch, index: Tensor) -> Tensor:
         with _evaluating(self.model):

@@ -162,9 +162,14 @@ def test_unused_positions_of_other_passes_do_not_leak():
     model, inputs = tiny_lms.voxtral()
     index = torch.tensor([45, 3, 59, 44, 0])  # rows 2, 0, 2, 2, 0; none in row 1
     whole = DualPathTeacher(model, negative=MaskFeatures("input_features"))(inputs, index)
-    split = DualPathTeacher(model, negative=MaskFeatures("input_features"), rows_per_pass=1)(inputs, index)
+    splitting = DualPathTeacher(model, negative=MaskFeatures("input_features"), rows_per_pass=1)
+    calls = count_forwards(model)
+    split = splitting(inputs, index)
     torch.testing.assert_close(split.audio_hidden, whole.audio_hidden, **CLOSE)
     torch.testing.assert_close(split.text_hidden, whole.text_hidden, **CLOSE)
+    assert calls == [1] * 4  # nothing is run for the rows without a position
+    nothing = splitting(inputs, index[:0])
+    assert nothing.audio_hidden.shape == nothing.text_hidden.shape == (0, 32)
 
 
 class TestNoLogits:
