@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdkernels.teacher import _SEQUENCE_PADDING, Inputs, _as_batch, _Batch, _clean, _evaluating, _join, _tokens
+from .lm_head import evaluating
+from .paths import SEQUENCE_PADDING, Inputs, Negative, PathBatch, as_batch, clean, join, tokens_of
 
 __all__ = ["contrast_logits", "contrastive_generate"]
 
@@ -83,7 +84,7 @@ def contrastive_generate(
     model: nn.Module,
     inputs: Inputs,
     *,
-    negative: Callable[[Inputs], Inputs] | None = None,
+    negative: Negative | None = None,
     text_inputs: Inputs | None = None,
     alpha: float | None = None,
     formula: str = "extrapolate",
@@ -142,7 +143,7 @@ def contrastive_generate(
     model = _without_peft(model)
     eos = _eos_ids(model, eos_token_id)
     pad = _pad_id(model, pad_token_id, eos)
-    with _evaluating(model):
+    with evaluating(model):
         if _is_transformers(model):
             tokens = _generate(model, both, chooser, max_new_tokens, eos, pad, use_cache)
         else:
@@ -192,17 +193,17 @@ class _Chooser:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _both_prompts(inputs: Inputs, negative: Callable[[Inputs], Inputs] | None, text_inputs: Inputs | None) -> _Batch:
+def _both_prompts(inputs: Inputs, negative: Negative | None, text_inputs: Inputs | None) -> PathBatch:
     """Both paths' prompts as one batch, every row ending at the last column."""
     if (negative is None) == (text_inputs is None):
         got = "neither" if negative is None else "both"
         raise ValueError(f"negative, text_inputs: expected exactly one of them, got {got}")
-    cleaned = _clean(inputs, "inputs")
+    cleaned = clean(inputs, "inputs")
     if negative is not None:
         positive = getattr(negative, "positive", None)
         cleaned = cleaned if positive is None else positive(cleaned)
         text_inputs = negative(cleaned)
-    text_cleaned = _clean(text_inputs, "text_inputs" if negative is None else "negative(inputs)")
+    text_cleaned = clean(text_inputs, "text_inputs" if negative is None else "negative(inputs)")
     if negative is not None and text_cleaned.keys() != cleaned.keys():
         raise ValueError(
             f"negative: expected it to keep the inputs' names {sorted(cleaned)}, got {sorted(text_cleaned)}; "
@@ -211,18 +212,18 @@ def _both_prompts(inputs: Inputs, negative: Callable[[Inputs], Inputs] | None, t
     for name, given in (("inputs", cleaned), ("text_inputs", text_cleaned)):
         if "position_ids" in given:
             raise ValueError(f"{name}: expected no position_ids (they follow from the attention mask), got some")
-    audio = _right_aligned(_as_batch(cleaned, "inputs"))
-    text = _right_aligned(_as_batch(text_cleaned, "text_inputs"))
+    audio = _right_aligned(as_batch(cleaned, "inputs"))
+    text = _right_aligned(as_batch(text_cleaned, "text_inputs"))
     if audio.rows != text.rows:
         raise ValueError(f"text_inputs: expected {audio.rows} rows as in inputs, got {text.rows}")
-    both = _join(audio, text, pad_left=True)
+    both = join(audio, text, pad_left=True)
     if "attention_mask" not in both.inputs:
-        tokens = _tokens(both.inputs, "inputs")
+        tokens = tokens_of(both.inputs, "inputs")
         both.inputs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     return both
 
 
-def _right_aligned(batch: _Batch) -> _Batch:
+def _right_aligned(batch: PathBatch) -> PathBatch:
     """Padding moved to the left, so that new tokens follow the prompt directly."""
     mask = batch.inputs.get("attention_mask")
     if mask is None or batch.length == 0 or bool(mask[:, -1].bool().all()):
@@ -231,13 +232,13 @@ def _right_aligned(batch: _Batch) -> _Batch:
     last = (column * mask.bool()).amax(dim=1)  # (B,)
     source = (column - (batch.length - 1 - last)[:, None]) % batch.length  # (B, L)
     rolled = dict(batch.inputs)
-    for key in _SEQUENCE_PADDING.keys() & rolled.keys():
+    for key in SEQUENCE_PADDING.keys() & rolled.keys():
         value = rolled[key]
         if value.shape[:2] != source.shape:
             raise ValueError(f"inputs[{key!r}]: expected shape {tuple(source.shape)}, got {tuple(value.shape)}")
         where = source.reshape(*source.shape, *[1] * (value.ndim - 2)).expand(value.shape)
         rolled[key] = value.gather(1, where)
-    return _Batch(rolled, batch.rows, batch.length)
+    return PathBatch(rolled, batch.rows, batch.length)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def _right_aligned(batch: _Batch) -> _Batch:
 
 
 def _generate(
-    model: Any, both: _Batch, chooser: _Chooser, max_new_tokens: int, eos: list[int], pad: int, use_cache: bool
+    model: Any, both: PathBatch, chooser: _Chooser, max_new_tokens: int, eos: list[int], pad: int, use_cache: bool
 ) -> Tensor:
     """transformers' own loop; contrast and choice happen in a logits processor."""
     from transformers import GenerationConfig, LogitsProcessorList
@@ -279,7 +280,7 @@ def _bare_generation_config(model: Any, bare: Any) -> Iterator[None]:
 
 
 def _loop(
-    model: nn.Module, both: _Batch, chooser: _Chooser, max_new_tokens: int, eos: list[int], pad: int, use_cache: bool
+    model: nn.Module, both: PathBatch, chooser: _Chooser, max_new_tokens: int, eos: list[int], pad: int, use_cache: bool
 ) -> Tensor:
     """The same by calls of forward, for modules that are no transformers models."""
     parameters = inspect.signature(model.forward).parameters

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("safetensors", reason="the cache's shards are safetensors files")
-from kdkernels.contrast_cache import ContrastCache, ContrastCacheWriter, CorruptCacheError  # noqa: E402
+from kdkernels.contrast_cache import ContrastCache, ContrastCacheWriter, CorruptCacheError
 
 H = 8
 FINGERPRINT = {"model": "tiny", "y": {"sha256": "ab", "source": "text"}, "layers": (1, 2)}
@@ -110,7 +110,7 @@ class TestRoundTrip:
         assert sorted(ContrastCache(tmp_path)) == ["a", "b"]
         with writer(tmp_path, part="rank2") as third:
             third.add("a", *states("a"))
-        with pytest.raises(CorruptCacheError, match="sample 'a' is in shard shard-rank0-00000.*two parts"):
+        with pytest.raises(CorruptCacheError, match=r"sample 'a' is in shard shard-rank0-00000.*two parts"):
             ContrastCache(tmp_path)
 
 
@@ -242,10 +242,10 @@ class TestDamage:
         index = tmp_path / "index-0.jsonl"
         lines = index.read_bytes().splitlines(keepends=True)
         index.write_bytes(lines[0] + b"{broken\n" + lines[2])
-        with pytest.raises(CorruptCacheError, match="index-0.jsonl, line 2 is not readable JSON"):
+        with pytest.raises(CorruptCacheError, match=r"index-0.jsonl, line 2 is not readable JSON"):
             ContrastCache(tmp_path)
         (tmp_path / "cache.json").write_text("{")
-        with pytest.raises(CorruptCacheError, match="cache.json is not readable JSON"):
+        with pytest.raises(CorruptCacheError, match=r"cache.json is not readable JSON"):
             ContrastCache(tmp_path)
 
 
@@ -267,18 +267,18 @@ class TestRefusals:
 
     def test_other_hidden_size_or_dtype(self, tmp_path):
         filled(tmp_path)
-        with pytest.raises(ValueError, match="hidden_size: the cache .* has another; expected 9, got 8"):
+        with pytest.raises(ValueError, match=r"hidden_size: the cache .* has another; expected 9, got 8"):
             writer(tmp_path, hidden_size=9)
-        with pytest.raises(ValueError, match="dtype: the cache .* has another; expected float32, got bfloat16"):
+        with pytest.raises(ValueError, match=r"dtype: the cache .* has another; expected float32, got bfloat16"):
             writer(tmp_path, dtype=torch.float32)
 
     def test_not_a_cache_and_other_version(self, tmp_path):
-        with pytest.raises(ValueError, match="folder: expected a contrast cache, got .* without cache.json"):
+        with pytest.raises(ValueError, match=r"folder: expected a contrast cache, got .* without cache.json"):
             ContrastCache(tmp_path / "nowhere")
         filled(tmp_path)
         header = json.loads((tmp_path / "cache.json").read_text())
         (tmp_path / "cache.json").write_text(json.dumps({**header, "kdkernels_contrast_cache": 2}))
-        with pytest.raises(ValueError, match="expected a contrast cache of format 1 in .*, got 2"):
+        with pytest.raises(ValueError, match=r"expected a contrast cache of format 1 in .*, got 2"):
             ContrastCache(tmp_path)
 
     def test_unknown_sample(self, tmp_path):

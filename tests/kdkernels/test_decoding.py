@@ -13,10 +13,10 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="decoding is tested on transformers' own model classes")
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny_lms  # noqa: E402
+import tiny_lms
 
-from kdkernels.decoding import contrast_logits, contrastive_generate  # noqa: E402
-from kdkernels.teacher import DropKey, MarkAbsent, MaskFeatures  # noqa: E402
+from kdkernels.decoding import contrast_logits, contrastive_generate
+from kdkernels.teacher import DropKey, MarkAbsent, MaskFeatures
 
 NEW_TOKENS = 6
 
@@ -224,7 +224,7 @@ def test_end_token_of_the_model_itself():
 class TestSampling:
     def test_follows_the_contrasted_distribution(self):
         """4,096 draws of one token; chi-square of the counts against softmax(scores / temperature)."""
-        model, inputs = tiny_lms.voxtral()
+        _, inputs = tiny_lms.voxtral()
         row = {key: value[:1].expand(4096, *value.shape[1:]) for key, value in inputs.items()}
         fixed = SimpleNamespace(logits=None)
         audio, text = torch.randn(12), torch.randn(12)

@@ -13,10 +13,10 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="the teacher is tested on transformers' own model classes")
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny_lms  # noqa: E402
+import tiny_lms
 
-from kdkernels import teacher as teacher_module  # noqa: E402
-from kdkernels.teacher import (  # noqa: E402
+from kdkernels import lm_head
+from kdkernels.teacher import (
     DropKey,
     DualPathTeacher,
     LMHead,
@@ -64,7 +64,7 @@ class TestAnswerIndex:
         assert index.shape == target.shape == (0,) and index.dtype == torch.int64
 
     def test_errors(self):
-        with pytest.raises(TypeError, match="labels: expected dtype torch.int64, got torch.int32"):
+        with pytest.raises(TypeError, match=r"labels: expected dtype torch.int64, got torch.int32"):
             answer_index(torch.zeros(1, 2, dtype=torch.int32))
         with pytest.raises(ValueError, match=r"labels: expected shape \(B, L\), got \(3,\)"):
             answer_index(torch.zeros(3, dtype=torch.int64))
@@ -226,7 +226,7 @@ class TestCapture:
             with torch.no_grad():
                 results["logits"] = model(**inputs).logits
 
-        capture = teacher_module._HeadCapture(model.lm_head)
+        capture = lm_head.HeadCapture(model.lm_head)
         with capture:
             thread = threading.Thread(target=other)
             thread.start()
@@ -265,7 +265,7 @@ class TestCapture:
                 return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4) @ self.lm_head.weight.T)
 
         teacher = DualPathTeacher(Bypass(), negative=dict)
-        with pytest.raises(ValueError, match="call its LM head .* once, got 0 calls"):
+        with pytest.raises(ValueError, match=r"call its LM head .* once, got 0 calls"):
             teacher({"input_ids": torch.zeros(1, 3, dtype=torch.int64)}, torch.tensor([1]))
 
 
@@ -348,17 +348,17 @@ class TestHead:
             head.keywords("both")
 
     def test_scale_and_cap_in_both_orders_are_recognised(self):
-        x = torch.tensor(teacher_module._PROBE)
+        x = torch.tensor(lm_head.PROBE)
         scaled_first = 30 * torch.tanh(0.25 * x / 30)
         capped_first = 0.25 * 30 * torch.tanh(x / 30)
-        assert teacher_module._fit_post(scaled_first) == pytest.approx((30, 0.25))
-        assert teacher_module._fit_post(capped_first) == pytest.approx((7.5, 0.25))
-        assert teacher_module._fit_post(2 * x) == (None, 2.0)
+        assert lm_head.fit_post(scaled_first) == pytest.approx((30, 0.25))
+        assert lm_head.fit_post(capped_first) == pytest.approx((7.5, 0.25))
+        assert lm_head.fit_post(2 * x) == (None, 2.0)
 
     @pytest.mark.parametrize("function", [torch.relu, lambda x: x.clamp(-50, 50), lambda x: x + 1, lambda x: -x])
     def test_other_arithmetic_is_refused(self, function):
         with pytest.raises(ValueError, match="neither a scale nor a tanh soft cap"):
-            teacher_module._fit_post(function(torch.tensor(teacher_module._PROBE)))
+            lm_head.fit_post(function(torch.tensor(lm_head.PROBE)))
 
     def test_wrong_head_is_noticed_on_the_first_pass(self):
         model, inputs = tiny_lms.gemma2()
@@ -367,7 +367,7 @@ class TestHead:
             DualPathTeacher(model, negative=dict, head=wrong)(inputs, torch.tensor([1]))
 
     def test_no_head(self):
-        with pytest.raises(TypeError, match="whose get_output_embeddings.. returns its LM head, got Sequential"):
+        with pytest.raises(TypeError, match=r"whose get_output_embeddings.. returns its LM head, got Sequential"):
             LMHead.from_model(nn.Sequential(nn.Linear(2, 2)))
 
     def test_sharded_head(self):
@@ -401,7 +401,7 @@ class TestHead:
     def test_empty_and_offloaded_head(self):
         head = nn.Linear(2, 3, bias=False)
         head.weight = nn.Parameter(torch.zeros(0))
-        with pytest.raises(ValueError, match="its weight is empty, shape .0,.: FSDP or ZeRO-3"):
+        with pytest.raises(ValueError, match=r"its weight is empty, shape .0,.: FSDP or ZeRO-3"):
             LMHead.from_model(wrapping(head))
         with pytest.raises(ValueError, match="on the meta device"):
             LMHead.from_model(wrapping(nn.Linear(2, 3, device="meta")))
@@ -543,7 +543,7 @@ class TestErrors:
             DualPathTeacher(model, negative=None, rows_per_pass=0)
         with pytest.raises(TypeError, match="negative: expected a callable inputs -> inputs or None, got str"):
             DualPathTeacher(model, negative="input_features")
-        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+        with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
             DualPathTeacher("model", negative=None)
         with pytest.raises(ValueError, match="text_inputs: expected the negative path's inputs"):
             DualPathTeacher(model, negative=None)({"input_ids": torch.zeros(1, 2).long()}, torch.tensor([1]))

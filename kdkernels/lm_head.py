@@ -1,0 +1,348 @@
+"""The LM head: what stands between hidden states and logits, and how to take its input without running it.
+
+Legend: B rows, L columns, N positions, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """What turns a hidden state into logits, as `fused_linear_caad_loss` takes it.
+
+        z = logit_scale * (hidden @ weight^T + bias);   z = softcap * tanh(z / softcap)   where softcap is given
+
+    Attributes:
+        weight: (V, H), detached; shares the model's memory (except a merged LoRA, which is a copy).
+        bias: (V,) or None.
+        softcap: Gemma's final_logit_softcapping, or None.
+        logit_scale: Cohere's logit_scale, 1 / logits_scaling for Granite; 1.0 for most models.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(f"weight: expected shape (V, H), got {tuple(self.weight.shape)}")
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(f"bias: expected shape ({self.weight.shape[0]},), got {tuple(self.bias.shape)}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap: expected a positive number or None, got {self.softcap}")
+        if not self.logit_scale > 0:
+            raise ValueError(f"logit_scale: expected a positive number, got {self.logit_scale}")
+
+    @classmethod
+    def from_model(cls, model: nn.Module, *, merge_lora: bool = False, probe: bool = True) -> LMHead:
+        """Reads weight, bias, soft cap and scale from a model.
+
+        The numbers in a config do not always say what the model does (Granite divides by `logits_scaling`, HyperCLOVA
+        X multiplies by it, Granite Speech ignores it), so where the config names a soft cap or a scale the model is
+        asked: one forward of a single token, with the head's output replaced by known numbers, shows what happens to
+        logits after the head.  Where that forward cannot run, the config is read by transformers' usual meaning.
+
+        Args:
+            model: any module with `get_output_embeddings()`.
+            merge_lora: a LoRA on the head is merged into a copy of its weight instead of being refused.
+            probe: False reads the config alone and runs nothing.
+
+        Raises:
+            TypeError: the head is not a plain linear layer in floating point (quantised, sharded, adapted, absent).
+            ValueError: its weight is not here (FSDP / ZeRO-3 shards, offloaded to the meta device).
+        """
+        head = head_module(model)
+        weight, bias = _head_weight(head, merge_lora=merge_lora)
+        owner = _head_owner(model, head)
+        hints = _config_numbers(owner)
+        softcap, scale = _config_post(hints)
+        if probe and hints:
+            measured = _probe_with_one_token(owner, head, weight.device)
+            if measured is not None:
+                softcap, scale = _snap(measured, hints)
+        return cls(weight, bias, softcap, scale)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., V), in the weight's dtype.  For checks and small decoders: it builds the logits."""
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return self.post(logits)
+
+    def post(self, logits: Tensor) -> Tensor:
+        """Scale and soft cap, applied to the head's raw output of any shape."""
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def keywords(self, side: str) -> dict[str, Any]:
+        """The keywords of `fused_linear_caad_loss` for this head; side is "teacher" or "student"."""
+        if side not in ("teacher", "student"):
+            raise ValueError(f"side: expected 'teacher' or 'student', got {side!r}")
+        return {
+            f"{side}_weight": self.weight,
+            f"{side}_bias": self.bias,
+            f"{side}_softcap": self.softcap,
+            f"{side}_logit_scale": self.logit_scale,
+        }
+
+
+def head_module(model: nn.Module) -> nn.Module:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if head is None:
+        head = getattr(model, "lm_head", None)
+    if not isinstance(head, nn.Module):
+        raise TypeError(
+            f"model: expected a causal LM whose get_output_embeddings() returns its LM head, "
+            f"got {type(model).__name__} without one"
+        )
+    return head
+
+
+def _head_weight(head: nn.Module, *, merge_lora: bool) -> tuple[Tensor, Tensor | None]:
+    saved = getattr(head, "modules_to_save", None)
+    if isinstance(saved, nn.ModuleDict):  # PEFT's fully trained copy of the head
+        active = getattr(head, "active_adapter", None)
+        enabled = not getattr(head, "disable_adapters", False)
+        inner = saved[active] if enabled and isinstance(active, str) and active in saved else head.original_module
+        return _head_weight(inner, merge_lora=merge_lora)
+    if hasattr(head, "base_layer"):
+        return _adapted_weight(head, merge_lora=merge_lora)
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"LM head: expected a linear layer with a weight, got {type(head).__name__}")
+    return _plain(weight, head, "weight"), _plain_bias(head)
+
+
+def _adapted_weight(head: nn.Module, *, merge_lora: bool) -> tuple[Tensor, Tensor | None]:
+    """The head under a PEFT adapter.  Its base weight alone would be a silently wrong teacher."""
+    base_weight, base_bias = _head_weight(head.base_layer, merge_lora=merge_lora)
+    if getattr(head, "merged", False) or getattr(head, "disable_adapters", False):
+        return base_weight, base_bias  # merged: the base already holds it; disabled: it plays no part
+    active = [name for name in getattr(head, "active_adapters", ()) if name in getattr(head, "lora_A", {})]
+    variants = getattr(head, "lora_variant", None) or getattr(head, "use_dora", None) or {}
+    plain_lora = bool(active) and hasattr(head, "get_delta_weight") and not any(variants.get(name) for name in active)
+    if not plain_lora:
+        raise TypeError(
+            f"LM head: a {type(head).__module__}.{type(head).__name__} adapter sits on it, expected a plain linear "
+            "layer; merge it first (model.merge_and_unload())"
+        )
+    if not merge_lora:
+        raise TypeError(
+            f"LM head: LoRA adapter {active} of PEFT sits on it, expected a plain linear layer; pass merge_lora=True "
+            "to merge it into a copy of the weight, or call model.merge_and_unload()"
+        )
+    if getattr(head, "lora_bias", None) and any(head.lora_bias.get(name) for name in active):
+        raise TypeError(f"LM head: LoRA adapter {active} has a bias of its own, which merge_lora cannot merge")
+    merged = base_weight
+    for name in active:
+        merged = merged + head.get_delta_weight(name).detach().to(merged)
+    return merged, base_bias
+
+
+def _plain_bias(head: nn.Module) -> Tensor | None:
+    bias = getattr(head, "bias", None)
+    return None if bias is None else _plain(bias, head, "bias")
+
+
+def _plain(tensor: Tensor, head: nn.Module, what: str) -> Tensor:
+    """`tensor` detached, or an error that says which kind of tensor it is instead of a plain one."""
+    name = f"LM head: its {what}"
+    if hasattr(tensor, "placements"):  # torch.distributed.tensor.DTensor, told by its own attribute to save the import
+        if all(placement.is_replicate() for placement in tensor.placements):
+            return tensor.to_local().detach()
+        raise TypeError(
+            f"{name} is a DTensor sharded as {tuple(tensor.placements)}, expected a whole tensor; gather it "
+            "(tensor.full_tensor()), or pass head=LMHead(local shard) and process_group= to the loss"
+        )
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device (offloaded?), expected it in memory; pass head=LMHead(...)")
+    if tensor.numel() == 0:
+        raise ValueError(
+            f"{name} is empty, shape {tuple(tensor.shape)}: FSDP or ZeRO-3 has sharded it away; gather it first "
+            "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters) and pass head=LMHead(...)"
+        )
+    plain_type = type(tensor) in (Tensor, nn.Parameter)
+    if not plain_type or not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise TypeError(
+            f"{name} is quantised or wrapped: {type(tensor).__name__} of {tensor.dtype} in {type(head).__name__}, "
+            "expected a plain float32, float16 or bfloat16 tensor; load the model with its LM head left as it is"
+        )
+    return tensor.detach()
+
+
+def _head_owner(model: nn.Module, head: nn.Module) -> nn.Module:
+    """The innermost module with a config whose head this is: it is the one that treats the logits after the head."""
+    owner = model
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if module is not head and hasattr(module, "config") and callable(getter) and getter() is head:
+            owner = module
+    return owner
+
+
+def _config_numbers(owner: nn.Module) -> dict[str, float]:
+    """The numbers of a config that concern the logits; empty for most models."""
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    config = getattr(owner, "config", None)
+    text_config = getattr(config, "text_config", None)
+    numbers: dict[str, float] = {}
+    for source in (config, text_config):
+        for name in names:
+            value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                numbers.setdefault(name, float(value))
+    return numbers
+
+
+def _config_post(numbers: dict[str, float]) -> tuple[float | None, float]:
+    scale = numbers.get("logit_scale", 1.0) * numbers.get("lm_head_multiplier", 1.0)
+    scale /= numbers.get("logits_scaling", 1.0)
+    return numbers.get("final_logit_softcapping"), scale
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Taking its input, asking the model what it does to its output
+# --------------------------------------------------------------------------------------------------------------------
+
+
+# All of them survive a model that casts its logits to fp16 or bf16.
+PROBE = (2.0**-10, 2.0**14, 1.0, -1.0, 7.5, -7.5, 40.0, -40.0, 300.0, -300.0)
+
+
+def probe_values() -> Tensor:
+    return torch.tensor(PROBE, dtype=torch.float32)
+
+
+def fit_post(seen: Tensor) -> tuple[float | None, float]:
+    """Soft cap and scale from what became of the probe values; ValueError if it is not that family of functions.
+
+    Both orders (scale then cap, cap then scale) are the same family: s * c * tanh(x / c) = c' tanh(s x / c'), c' = s c.
+    """
+    y = seen.detach().double().cpu()
+    x = torch.tensor(PROBE, dtype=torch.float64)
+    scale = float(y[0] / x[0])
+    top = float(y[1])
+    softcap = None if not scale > 0 or abs(top / (scale * PROBE[1]) - 1) < 1e-2 else top
+    fitted = x * scale if softcap is None else torch.tanh(x * scale / softcap) * softcap
+    # 1e-2: the model may do this arithmetic in bf16, whose rounding is 2^-9.
+    if not scale > 0 or not torch.isfinite(y).all() or not torch.allclose(y, fitted, rtol=1e-2, atol=1e-6):
+        pairs = ", ".join(f"{a:g} -> {b:g}" for a, b in zip(PROBE, y.tolist(), strict=True))
+        raise ValueError(
+            f"model: what it does to its LM head's output is neither a scale nor a tanh soft cap ({pairs}); "
+            "fused_linear_caad_loss cannot rebuild such logits"
+        )
+    return softcap, scale
+
+
+def _snap(measured: tuple[float | None, float], numbers: dict[str, float]) -> tuple[float | None, float]:
+    """Measured numbers replaced by the exact ones they come from, where such a one is within the fit's accuracy."""
+    softcap, scale = measured
+    exact = [1.0, *numbers.values(), *(1.0 / value for value in numbers.values() if value), _config_post(numbers)[1]]
+    scale = next((value for value in exact if abs(value / scale - 1) < 1e-2), scale)
+    caps = [value * factor for value in numbers.values() for factor in (1.0, scale)]
+    if softcap is not None:
+        softcap = next((value for value in caps if abs(value / softcap - 1) < 1e-2), softcap)
+    return softcap, scale
+
+
+def _probe_with_one_token(owner: nn.Module, head: nn.Module, device: torch.device) -> tuple[float | None, float] | None:
+    token = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    capture = HeadCapture(head, probe=probe_values())
+    try:
+        with torch.no_grad(), evaluating(owner), capture:
+            output = owner(input_ids=token, attention_mask=torch.ones_like(token))
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return None  # a model that takes no bare token; DualPathTeacher checks again on its first real pass
+    seen = capture.seen(output)
+    return None if seen is None else fit_post(seen)
+
+
+class HeadCapture(contextlib.AbstractContextManager):
+    """Takes the LM head's input and lets the head compute nothing, for the calls of one thread.
+
+    A forward pre-hook keeps the head's input and hands the head a view of zero rows, so its GEMM and whatever the model
+    does to logits afterwards cost nothing.  Hooks are used (rather than an exception that leaves the forward early) so
+    that the hooks of FSDP, accelerate and PEFT around the head run as ever.
+
+    With `probe` (P,) the head's output is replaced by these P numbers at every position, so that the model's own output
+    shows what it does to logits.
+    """
+
+    def __init__(self, head: nn.Module, *, probe: Tensor | None = None):
+        self._head = head
+        self._probe = probe
+        self._thread = threading.get_ident()
+        self._handles: list[Any] = []
+        self.inputs: list[Tensor] = []
+
+    def __enter__(self) -> HeadCapture:
+        # prepend: PEFT's or accelerate's own hooks on the head then see the empty rows as well.
+        self._handles = [
+            self._head.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            self._head.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before(self, _head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return None  # another thread uses the model as usual
+        if args:
+            self.inputs.append(args[0])
+            return (args[0][..., :0, :], *args[1:]), kwargs
+        name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+        self.inputs.append(kwargs[name])
+        return args, {**kwargs, name: kwargs[name][..., :0, :]}
+
+    def _after(self, _head: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self._probe is None or threading.get_ident() != self._thread:
+            return None
+        return self._probe.to(output.device).expand(*self.inputs[-1].shape[:-1], -1)
+
+    def hidden(self) -> Tensor:
+        if len(self.inputs) != 1:
+            raise ValueError(
+                f"model: expected its forward to call its LM head ({type(self._head).__name__}) once, got "
+                f"{len(self.inputs)} calls; compiled models hide it (pass the uncompiled one), others can offer "
+                "hidden_states_at(index, **inputs)"
+            )
+        return self.inputs[0]
+
+    def seen(self, output: Any) -> Tensor | None:
+        """(P,) what the model made of the probe, or None where its output cannot be read."""
+        logits = getattr(output, "logits", None)
+        if logits is None and isinstance(output, (tuple, list)) and output:
+            logits = output[0]
+        if self._probe is None or not isinstance(logits, Tensor) or logits.shape[-1:] != self._probe.shape:
+            return None
+        return logits.reshape(-1, logits.shape[-1])[-1]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each module's own mode back afterwards (a teacher may share modules with the student)."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
