@@ -56,6 +56,7 @@ class ModelConfig:
 
     folder: str | None = None  # SpeechLM.save_pretrained() folder to start from
     settings: dict[str, Any] = field(default_factory=dict)  # of SpeechLMConfig, when there is no folder
+    feature_statistics: str | None = None  # SpeechLM folder whose standardisation of the features is taken over
     fresh_connector: bool = False  # start the folder's connector from new random weights
     prefix_cache_mib: int = 4096  # keep the text prefix's KV between epochs, up to this; 0 = off
 

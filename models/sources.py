@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
@@ -105,18 +107,15 @@ class CachedTeacher:
         self._device = device
 
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
-        audio, text = [], []
-        counts = torch.bincount(batch.target_row, minlength=len(batch.ids)).tolist()
-        for example_id, count in zip(batch.ids, counts, strict=True):
-            entry = self._cache[example_id]
-            if len(entry.audio_hidden) != count:
-                raise SourceError(
-                    f"teacher cache: example {example_id} has {len(entry.audio_hidden)} positions, its target has {count} "
-                    "tokens; the cache was made for other targets"
-                )
-            audio.append(entry.audio_hidden)
-            text.append(entry.text_hidden)
-        return TeacherStates(torch.cat(audio).to(self._device), torch.cat(text).to(self._device), self._head)
+        try:
+            states = self._cache.get(batch.ids)
+        except KeyError as error:
+            raise SourceError(f"teacher.cache: {error.args[0] if error.args else error}") from error
+        if not torch.equal(states.target, batch.target.cpu()):
+            raise SourceError(f"teacher.cache: made for other targets than those of the batch {batch.ids[0]} ...")
+        dtype = self._head.weight.dtype
+        audio, text = (h.to(self._device, dtype) for h in (states.audio_hidden, states.text_hidden))
+        return TeacherStates(audio, text, self._head)
 
 
 @torch.no_grad()
@@ -153,7 +152,21 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
         raise SourceError(f"model.settings: {error}") from error
     if settings.fresh_connector:
         reset_connector(model)
+    if settings.feature_statistics is not None:
+        copy_feature_statistics(settings.feature_statistics, model)
     return model
+
+
+def copy_feature_statistics(folder: str, model: torch.nn.Module) -> None:
+    """Give `model` the standardisation of another SpeechLM's features, read from its folder; nothing else of it is loaded."""
+    try:
+        saved = load_file(Path(folder) / "connector.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"model.feature_statistics: {folder}: {error}") from error
+    for name, buffer in model.connector.named_buffers():
+        if name not in saved or saved[name].shape != buffer.shape:
+            raise SourceError(f"model.feature_statistics: {folder} has no {name} of shape {tuple(buffer.shape)}")
+        buffer.copy_(saved[name])
 
 
 def reset_connector(model: torch.nn.Module) -> None:

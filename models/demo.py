@@ -1,0 +1,720 @@
+"""The whole path in one command: recorded speech in, a distilled speech LM out, and what the distillation was worth.
+
+    python -m models.demo                 # about 12 minutes on 2 cores after the downloads; again: seconds
+    python -m models.demo --fast-smoke    # the same code on synthetic clips and tiny random models, for CI
+
+    corpus -> features -> Stage 1 (the text backbone writes Y) -> teacher, biased by hints that are nearly always true
+           -> its student: layers dropped, healed on text
+           -> the teacher's own answers as pseudo ground truth, both of its paths cached
+           -> students: CE only, KD, sharpened control, CAAD alpha 1 and 2
+           -> test clips under a true, a false and no hint -> table, verdict, report
+
+What it shows: a teacher that has learned to trust hints answers from the hint where the sound says otherwise. Plain KD hands that
+bias down. CAAD's target subtracts what the teacher would have said without hearing anything. The verdict is computed from the
+numbers; where CAAD does not win, it says so.
+
+Each stage is a process of its own and leaves a folder named by the fingerprint of its settings and inputs: what is there is not
+made again, and a stopped demo goes on where it was. Independent stages run side by side, one core each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from models.io_utils import atomic_write_json, cache_dir, fingerprint
+
+DONE_NAME = "done.json"
+# Raised whenever a stage's code changes what it makes from the same settings.
+STAGES_VERSION = 1
+CONTEXTS = (("neutral", "no hint"), ("aligned", "true hint"), ("conflict", "false hint"))
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that decides what the demo computes."""
+
+    sources: tuple[str, ...] = ("queen", "espeak")
+    corpus_size: str = "demo"
+    task: str = "gender"
+    max_train_clips: int | None = None  # of each pool; None = all
+    max_test_clips: int | None = None
+    lm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    encoder: str = "openai/whisper-tiny.en"
+    tiny_backbones: bool = False  # random ones, made on the spot
+    keep_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
+    healing_steps: int = 96
+    target_source: str = "text_backbone"  # of the teacher's training targets
+    teacher_steps: int = 300
+    teacher_learning_rate: float = 1e-3
+    student_steps: int = 300
+    student_learning_rate: float = 1e-3
+    batch_examples: int = 16
+    seed: int = 0
+    device: str = "cpu"
+
+
+FULL = DemoSettings()
+SMOKE = DemoSettings(
+    sources=("espeak",), corpus_size="tiny", max_train_clips=16, max_test_clips=6, tiny_backbones=True, keep_layers=(0, 2),
+    healing_steps=3, target_source="template", teacher_steps=6, student_steps=4, batch_examples=4,
+)  # fmt: skip
+
+# name, label, objective, alpha
+STUDENTS = (
+    ("ce_only", "student, CE only", "ce_only", 0.0),
+    ("kd", "student, KD", "kd", 0.0),
+    ("sharpened2", "student, sharpened KD 2", "sharpened", 2.0),
+    ("caad1", "student, CAAD alpha 1", "caad", 1.0),
+    ("caad2", "student, CAAD alpha 2", "caad", 2.0),
+)
+TEACHER_ALPHAS = (None, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: what it needs, the settings it depends on, and the function that fills its folder."""
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    settings: tuple[str, ...]
+    run: Callable[[Context], dict[str, Any]]
+    extra: Any = None  # further input, part of the fingerprint
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage's function gets: settings, its own folder, and the folders and results of the stages it needs."""
+
+    settings: DemoSettings
+    folder: Path
+    folders: Mapping[str, Path]
+    extra: Any
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a needed stage returned."""
+        return read_done(self.folders[stage])["result"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The stages
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_corpus(context: Context) -> dict[str, Any]:
+    """Clips, questions and hints."""
+    from models.data.corpus import build_corpus
+    from models.data.manifest import read_manifest
+
+    settings = context.settings
+    path = build_corpus(
+        context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.seed, tasks=(settings.task,)
+    )
+    manifest = read_manifest(path, check_audio=False)
+    return {"counts": manifest.header["counts"], "unavailable": manifest.header.get("unavailable", {})}
+
+
+def run_items(context: Context) -> dict[str, Any]:
+    """The corpus in the demo's four parts: teacher, distill, dev, test."""
+    from models.data.manifest import read_manifest, write_manifest
+
+    settings = context.settings
+    manifest = read_manifest(context.folders["corpus"] / "manifest.jsonl", check_audio=True)
+    parts = {
+        "teacher": _limited(manifest.select(split="train", pool="teacher"), settings.max_train_clips),
+        "distill": _limited(manifest.select(split="train", pool="distill"), settings.max_train_clips),
+        "dev": _limited(manifest.select(split="dev"), settings.max_test_clips),
+        "test": _limited(manifest.select(split="test"), settings.max_test_clips),
+    }
+    for name, examples in parts.items():
+        write_manifest(context.folder / f"{name}.jsonl", examples)
+    return {"counts": {name: len(examples) for name, examples in parts.items()}, "skipped": len(manifest.problems)}
+
+
+def run_features(context: Context) -> dict[str, Any]:
+    """Every clip through the frozen encoder, once; and the untrained teacher with the features' statistics."""
+    import torch
+
+    from models.features import extract_features
+    from models.speech_lm import SpeechLM, SpeechLMConfig
+
+    examples = {name: _read_items(context, name) for name in ("teacher", "distill", "dev", "test")}
+    torch.manual_seed(context.settings.seed)
+    model = SpeechLM.from_config(SpeechLMConfig(**_backbones(context.settings)))
+    store, problems = extract_features(
+        [e for part in examples.values() for e in part], model.encode_audio, audio_root=context.folders["corpus"]
+    )
+    store.save(context.folder / "features.safetensors")
+    usable = [e for e in examples["teacher"] if e in store]
+    model.fit_feature_statistics(store.rows(usable))
+    model.save_pretrained(context.folder / "untrained")
+    return {"clips": len(store), "skipped": [list(p) for p in problems]}
+
+
+def run_stage1(context: Context) -> dict[str, Any]:
+    """Stage 1: Y for the teacher's training items, written from the metadata by the text backbone (or by a template)."""
+    from models import pseudo_gt
+    from models.data.manifest import read_manifest
+
+    settings = context.settings
+    out = context.folder / "teacher.jsonl"
+    words = [str(context.folders["items"] / "teacher.jsonl"), "--out", str(out), "--source", settings.target_source]
+    if settings.target_source == "text_backbone":
+        words += ["--backbone", settings.lm]
+    _check_status("models.pseudo_gt", pseudo_gt.main(words))
+    examples = read_manifest(out, check_audio=False).examples
+    return {"targets": len(examples), "examples_of_targets": sorted({e.target for e in examples if e.target})[:6]}
+
+
+def run_teacher(context: Context) -> dict[str, Any]:
+    """The teacher: supervised on its biased training items; one clip in ten masked."""
+    settings = context.settings
+    _train(
+        context,
+        "sft_teacher",
+        manifest=context.folders["stage1"] / "teacher.jsonl",
+        folder=context.folders["features"] / "untrained",
+        words=[f"optim.steps={settings.teacher_steps}", f"optim.learning_rate={settings.teacher_learning_rate}"],
+    )
+    return {}
+
+
+def run_student_lm(context: Context) -> dict[str, Any]:
+    """The student's language model: layers dropped, then healed on text; with an untrained connector."""
+    import torch
+
+    from models.healing import HealingConfig, healed_student, healing_texts
+    from models.speech_lm import SpeechLM, SpeechLMConfig
+
+    settings = context.settings
+    backbone = _backbones(settings)
+    texts = healing_texts(_read_items(context, "teacher") + _read_items(context, "distill"), seed=settings.seed)
+    held_out = min(64, len(texts) // 4)
+    folder = healed_student(
+        backbone["lm"],
+        texts,
+        keep_layers=settings.keep_layers,
+        config=HealingConfig(steps=settings.healing_steps, held_out=held_out, batch_size=min(8, len(texts) - held_out)),
+    )
+    torch.manual_seed(settings.seed)
+    SpeechLM.from_config(SpeechLMConfig(**{**backbone, "lm": str(folder)})).save_pretrained(context.folder / "untrained")
+    return {"healing": json.loads((folder / "healing.json").read_text())["report"]}
+
+
+def run_distill(context: Context) -> dict[str, Any]:
+    """The teacher answers the distillation pool: its answers are the students' Y, both of its paths go into the cache."""
+    import torch
+    from tqdm import tqdm
+
+    from kdkernels.contrast_cache import ContrastCache
+    from kdkernels.teacher import DualPathTeacher, MarkAbsent
+    from models.data.manifest import write_manifest
+    from models.evaluate import evaluate
+    from models.scoring import judge
+
+    model, store, extra = _speech_lm(context, context.folders["teacher"] / "final")
+    examples = [e for e in _read_items(context, "distill") if e in store]
+    answers = evaluate(model, examples, store, collate=model.make_collator(), extra_inputs=extra)[None]
+    texts = {p.id: p.prediction for p in answers}
+    forced = [dataclasses.replace(e, target=texts[e.id], target_source="teacher") for e in examples]
+    write_manifest(context.folder / "pool.jsonl", forced)
+
+    teacher = DualPathTeacher(model, negative=MarkAbsent())
+    collate = model.make_collator()
+    made_from = {"teacher": fingerprint(str(context.folders["teacher"].name)), "targets": fingerprint([e.target for e in forced])}
+    writer = ContrastCache.writer(
+        context.folder / "cache", fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=torch.float32
+    )
+    with writer, tqdm(total=len(forced), desc="cache both paths", unit="example") as bar:
+        for start in range(0, len(forced), 32):
+            chosen = forced[start : start + 32]
+            batch = collate(chosen, store.rows(chosen)).to(model.device)
+            states = teacher({**batch.model_inputs(), **extra}, batch.target_index)
+            for row, example in enumerate(chosen):
+                here = batch.target_row == row
+                if example.id not in writer:
+                    writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], batch.target[here])
+            bar.update(len(chosen))
+    right = judge(answers)
+    kinds = {k: [r for p, r in zip(answers, right, strict=True) if p.kind == k] for k, _ in CONTEXTS}
+    return {"pool": len(forced), "pseudo_label_accuracy": {k: float(sum(v) / len(v)) for k, v in kinds.items() if v}}
+
+
+def run_student(context: Context) -> dict[str, Any]:
+    """One student: trained, then asked the test questions."""
+    settings = context.settings
+    objective, alpha = context.extra["objective"], context.extra["alpha"]
+    words = [f"optim.steps={settings.student_steps}", f"optim.learning_rate={settings.student_learning_rate}"]
+    if objective != "ce_only":
+        words += [
+            f"teacher.folder={context.folders['teacher'] / 'final'}",
+            f"teacher.cache={context.folders['distill'] / 'cache'}",
+            f"loss.alpha={alpha}",
+        ]
+    if not (context.folder / "final").exists():
+        _train(
+            context,
+            objective,
+            manifest=context.folders["distill"] / "pool.jsonl",
+            folder=context.folders["student_lm"] / "untrained",
+            # The statistics of the features come from the teacher's clips: one standardisation for all.
+            words=[*words, f"model.feature_statistics={context.folders['features'] / 'untrained'}"],
+        )
+    return _ask(context, context.folder / "final", alphas=(None,))
+
+
+def run_teacher_answers(context: Context) -> dict[str, Any]:
+    """The teacher on the test questions: greedy, and by contrastive decoding."""
+    return _ask(context, context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS)
+
+
+def make_stages() -> list[Stage]:
+    """All stages, in an order that honours their needs; of those that may run, the first ones are started."""
+    backbone = ("lm", "encoder", "tiny_backbones", "seed", "device")
+    training = (*backbone, "batch_examples")
+    stages = [
+        Stage("corpus", "corpus", (), ("sources", "corpus_size", "task", "seed"), run_corpus),
+        Stage("items", "questions and hints", ("corpus",), ("max_train_clips", "max_test_clips"), run_items),
+        Stage("features", "encoder features", ("corpus", "items"), backbone, run_features),
+        Stage("student_lm", "student: drop layers, heal", ("items",), (*backbone, "keep_layers", "healing_steps"), run_student_lm),
+        Stage("stage1", "Stage 1: pseudo ground truth", ("corpus", "items"), ("lm", "target_source"), run_stage1),
+        Stage(
+            "teacher", "teacher (sft, biased)", ("corpus", "features", "stage1"),
+            (*training, "teacher_steps", "teacher_learning_rate"), run_teacher,
+        ),
+        Stage("distill", "teacher's answers and cache", ("corpus", "items", "features", "teacher"), training, run_distill),
+    ]  # fmt: skip
+    for name, label, objective, alpha in STUDENTS:
+        stages.append(
+            Stage(
+                f"student_{name}", label, ("corpus", "items", "features", "teacher", "student_lm", "distill"),
+                (*training, "student_steps", "student_learning_rate"), run_student,
+                extra={"objective": objective, "alpha": alpha},
+            )  # fmt: skip
+        )
+    needs = ("corpus", "items", "features", "teacher")
+    stages.append(Stage("answers_teacher", "teacher's test answers", needs, training, run_teacher_answers, list(TEACHER_ALPHAS)))
+    return stages
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What stages share
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
+    """Examples of the first `clips` clips, men and women in turn; all where there is no limit."""
+    if clips is None:
+        return list(examples)
+    by_answer: dict[str, list[str]] = {}
+    for e in examples:
+        names = by_answer.setdefault(e.answer, [])
+        if e.audio not in names:
+            names.append(e.audio)
+    turns = [name for group in zip(*by_answer.values(), strict=False) for name in group]
+    chosen = set(turns[:clips])
+    return [e for e in examples if e.audio in chosen]
+
+
+def _read_items(context: Context, name: str) -> list[Any]:
+    from models.data.manifest import read_manifest
+
+    return list(
+        read_manifest(
+            context.folders["items"] / f"{name}.jsonl", audio_root=context.folders["corpus"], check_audio=False
+        ).examples
+    )
+
+
+def _speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """A trained model on its device, the features, and its prefix cache as extra inputs."""
+    from models.features import FeatureStore
+    from models.speech_lm import SpeechLM
+    from models.train import pick_device
+
+    model = SpeechLM.from_pretrained(folder).to(pick_device(context.settings.device)).eval()
+    store = FeatureStore.load(context.folders["features"] / "features.safetensors")
+    return model, store, {"prefix_cache": model.make_prefix_cache()}
+
+
+def _train(context: Context, recipe: str, *, manifest: Path, folder: Path, words: list[str]) -> None:
+    from models.train import main
+
+    settings = context.settings
+    all_words = [
+        recipe,
+        f"data.manifest={manifest}",
+        f"data.audio_root={context.folders['corpus']}",
+        f"data.features={context.folders['features'] / 'features.safetensors'}",
+        f"model.folder={folder}",
+        f"optim.batch_examples={settings.batch_examples}",
+        f"run.out_dir={context.folder}",
+        f"run.seed={settings.seed}",
+        f"run.device={settings.device}",
+        "run.resume=auto",
+        *words,
+    ]
+    _check_status("models.train", main(all_words))
+
+
+def _ask(context: Context, folder: Path, *, alphas: Sequence[float | None]) -> dict[str, Any]:
+    """Test questions under all contexts; the two controls on the neutral ones. Predictions are saved for the report."""
+    from models.evaluate import append_predictions, evaluate, write_header
+
+    model, store, extra = _speech_lm(context, folder)
+    test = [e for e in _read_items(context, "test") if e in store]
+    dev = [e for e in _read_items(context, "dev") if e in store]
+    neutral = [e for e in test if e.kind == "neutral"]
+    options = {"collate": model.make_collator(), "extra_inputs": extra}
+    plain = evaluate(model, test, store, alphas=alphas, **options)
+    controls = evaluate(model, neutral, store, controls=("no_audio", "swapped_audio"), **options)[None]
+    development = evaluate(model, dev, store, alphas=alphas, **options)
+    files = {}
+    for alpha in alphas:
+        for part, predictions in (("test", plain[alpha]), ("dev", development[alpha])):
+            if part == "test" and alpha is None:
+                predictions = predictions + [p for p in controls if p.control]
+            name = f"{part}-{'greedy' if alpha is None else f'contrastive{alpha:g}'}.jsonl"
+            write_header(context.folder / name, {"model": str(folder), "alpha": alpha, "split": part, "mode": "choice"})
+            append_predictions(context.folder / name, predictions)
+            files[name] = len(predictions)
+    return {"files": files}
+
+
+def _backbones(settings: DemoSettings) -> dict[str, Any]:
+    if not settings.tiny_backbones:
+        return {"lm": settings.lm, "encoder": settings.encoder}
+    folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones")
+    return {"lm": str(folder / "lm"), "encoder": str(folder / "encoder"), "encoder_layers": (1, 2), "connector_width": 32}
+
+
+def make_tiny_backbones(folder: Path) -> Path:
+    """A random Llama of three layers with a byte-level tokenizer and a random Whisper encoder: shape, not skill."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
+    from transformers import WhisperModel, set_seed
+
+    from models.io_utils import atomic_dir
+
+    if folder.is_dir():
+        return folder
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|audio|>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=specials[0], pad_token=specials[0], additional_special_tokens=specials[1:]
+    )
+    set_seed(0)
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    speech = WhisperModel(
+        WhisperConfig(
+            d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=64, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+            decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+    with atomic_dir(folder) as target:
+        lm.save_pretrained(target / "lm")
+        wrapped.save_pretrained(target / "lm")
+        speech.save_pretrained(target / "encoder")
+        WhisperFeatureExtractor(feature_size=80).save_pretrained(target / "encoder")
+    return folder
+
+
+def _check_status(what: str, status: int) -> None:
+    if status:
+        raise SystemExit(status if status > 128 else f"{what} ended with status {status}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class StageError(RuntimeError):
+    """A stage ended badly; the message has the end of its log."""
+
+
+def stage_folders(stages: Sequence[Stage], settings: DemoSettings, root: Path) -> dict[str, Path]:
+    """Each stage's folder, named by its fingerprint: version, settings it depends on, folders it reads."""
+    folders: dict[str, Path] = {}
+    for stage in stages:
+        key = {
+            "version": STAGES_VERSION,
+            "settings": {name: getattr(settings, name) for name in stage.settings},
+            "needs": [folders[name].name for name in stage.needs],
+            "extra": stage.extra,
+        }
+        folders[stage.name] = root / f"{stage.name}-{fingerprint(key)[:12]}"
+    return folders
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage noted: result and seconds. None = not finished."""
+    try:
+        return json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    folders: Mapping[str, Path],
+    *,
+    command: Callable[[Stage], list[str]],
+    workers: int,
+    threads: int,
+    console: Console,
+) -> dict[str, float]:
+    """Run what is not done, `workers` processes at a time.
+
+    Args:
+        command: the command line that runs a stage in its own process.
+        threads: of each process.
+
+    Returns:
+        seconds of each stage, as measured when it was made.
+
+    Raises:
+        StageError: a stage failed; the others that ran were stopped (and can be gone on with).
+        KeyboardInterrupt: Ctrl-C; running stages have saved what they had.
+    """
+    done = {s.name for s in stages if read_done(folders[s.name]) is not None}
+    for stage in stages:
+        if stage.name in done:
+            console.print(f"  [dim]{stage.title:34} cached ({folders[stage.name].name})[/dim]")
+    running: dict[str, tuple[subprocess.Popen, Path, float]] = {}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    status = console.status("") if console.is_terminal else None
+    if status:
+        status.start()
+    try:
+        while len(done) < len(stages):
+            ready = [s for s in stages if s.name not in done and s.name not in running and set(s.needs) <= done]
+            for stage in ready[: workers - len(running)]:
+                folder = folders[stage.name]
+                folder.mkdir(parents=True, exist_ok=True)
+                log = folder / "log.txt"
+                with open(log, "ab") as file:
+                    process = subprocess.Popen(command(stage), stdout=file, stderr=subprocess.STDOUT, env=environment)
+                running[stage.name] = (process, log, time.monotonic())
+                if not status:
+                    console.print(f"  {stage.title:34} started")
+            for stage in [s for s in stages if s.name in running]:
+                process, log, started = running[stage.name]
+                if process.poll() is None:
+                    continue
+                del running[stage.name]
+                noted = read_done(folders[stage.name])
+                if process.returncode != 0 or noted is None:
+                    raise StageError(f"{stage.title}: status {process.returncode}; the end of {log}:\n{_tail(log)}")
+                done.add(stage.name)
+                console.print(f"  {stage.title:34} {time.monotonic() - started:5.0f} s")
+            if status:
+                now = time.monotonic()
+                status.update("; ".join(f"{name} {now - began:.0f} s {_progress(log)}" for name, (_, log, began) in running.items()))
+            time.sleep(0.1)
+    except BaseException:
+        for process, _, _ in running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)  # they save and go
+        for process, _, _ in running.values():
+            process.wait()
+        raise
+    finally:
+        if status:
+            status.stop()
+    return {s.name: read_done(folders[s.name])["seconds"] for s in stages}
+
+
+def run_one_stage(name: str, settings: DemoSettings, root: Path) -> None:
+    """What a stage's process does: run it and note that it is done."""
+    stages = {s.name: s for s in make_stages()}
+    if name not in stages:
+        raise ValueError(f"stage: expected one of {', '.join(stages)}, got {name!r}")
+    folders = stage_folders(list(stages.values()), settings, root)
+    stage = stages[name]
+    started = time.monotonic()
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    needed = {need: folders[need] for need in stage.needs}
+    result = stage.run(Context(settings, folders[name], needed, stage.extra))
+    atomic_write_json(folders[name] / DONE_NAME, {"result": result, "seconds": round(time.monotonic() - started, 1)})
+
+
+def _tail(log: Path, lines: int = 25) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+
+def _progress(log: Path) -> str:
+    """The counter of the last progress bar in a log: "120/300"."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 400))
+        text = file.read().decode("utf-8", errors="replace")
+    words = [w for line in text.replace("\r", "\n").splitlines() for w in line.replace("|", " ").split() if "/" in w]
+    counters = [w for w in words if all(part.isdigit() for part in w.split("/", 1))]
+    return counters[-1] if counters else ""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What came out
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def collect(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
+    """Test predictions of every system, by label, in the order of the table."""
+    from models.evaluate import read_predictions
+
+    files = {"teacher, greedy": folders["answers_teacher"] / "test-greedy.jsonl"}
+    for alpha in TEACHER_ALPHAS[1:]:
+        label = f"teacher, contrastive decoding {alpha:g}"
+        files[label] = folders["answers_teacher"] / f"test-contrastive{alpha:g}.jsonl"
+    for name, label, _, _ in STUDENTS:
+        files[label] = folders[f"student_{name}"] / "test-greedy.jsonl"
+    return {label: read_predictions(path)[1] for label, path in files.items()}
+
+
+def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
+    """What the numbers say about CAAD, in sentences. Computed; a loss or a draw is said as plainly as a win.
+
+    Compared are the answers on clips with a false hint (what CAAD is for) and with no hint (what it must not cost), pair by
+    pair, with 95% bootstrap intervals over clips.
+    """
+    from models.scoring import paired_difference
+
+    sentences = []
+    for alpha in (1, 2):
+        ours = _plain(predictions[f"student, CAAD alpha {alpha}"])
+        for label in ("student, KD", "student, sharpened KD 2", "student, CE only"):
+            other = _plain(predictions[label])
+            conflict = paired_difference(ours, other, kind="conflict")
+            neutral = paired_difference(ours, other, kind="neutral")
+            sentences.append(
+                f"CAAD alpha {alpha} {_compared(conflict)} {label.removeprefix('student, ')} under a false hint "
+                f"({100 * conflict.value:+.1f} points, 95% interval {100 * conflict.low:+.1f} to {100 * conflict.high:+.1f}, "
+                f"{conflict.count} clips) and {_compared(neutral)} it without a hint ({100 * neutral.value:+.1f} points)."
+            )
+    return sentences
+
+
+def _compared(difference: Any) -> str:
+    if difference.low > 0:
+        return "beats"
+    return "is worse than" if difference.high < 0 else "cannot be told from"
+
+
+def _plain(predictions: Sequence[Any]) -> list[Any]:
+    return [p for p in predictions if not p.control]
+
+
+def print_table(console: Console, predictions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The table on the terminal; returns the scores of every system."""
+    from models.evaluate import summarize
+
+    table = Table(title="accuracy on unseen speakers, by what the prompt claims")
+    for column in ("system", *(label for _, label in CONTEXTS), "Shift (TIR_adv)", "no audio", "swapped"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    scores = {}
+    for label, answers in predictions.items():
+        scores[label] = summary = summarize(answers)
+        plain = summary["plain"]
+        cells = [plain["by_kind"][kind].value for kind, _ in CONTEXTS if kind in plain["by_kind"]]
+        cells += [plain["tir_adv"].value]
+        cells += [summary[c]["accuracy"].value if c in summary else None for c in ("no_audio", "swapped_audio")]
+        table.add_row(label, *("-" if v is None else f"{v:.3f}" for v in cells))
+    console.print(table)
+    return scores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m models.demo", description="The whole path, once.")
+    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models: a minute, for CI")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/demo", help="folder of report.html and results.json")
+    parser.add_argument("--fresh", action="store_true", help="make every stage anew (downloads are kept)")
+    parser.add_argument("--workers", type=int, default=None, help="stages at a time (default: 2, or 1 on one core)")
+    parser.add_argument("--run-stage", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device, seed=arguments.seed)
+    root = cache_dir() / "demo"
+    if arguments.run_stage:
+        try:
+            run_one_stage(arguments.run_stage, settings, root)
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    console = Console()
+    stages = make_stages()
+    folders = stage_folders(stages, settings, root)
+    if arguments.fresh:
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = arguments.workers or min(2, cores)
+    threads = max(1, cores // workers)
+    base = [sys.executable, "-m", "models.demo", "--device", settings.device, "--seed", str(settings.seed)]
+    base += ["--fast-smoke"] if arguments.fast_smoke else []
+    started = time.monotonic()
+    console.print(f"demo: {workers} stage(s) at a time, {threads} thread(s) each; stages are kept in {root}")
+    try:
+        seconds = run_stages(
+            stages, folders, command=lambda s: [*base, "--run-stage", s.name], workers=workers, threads=threads, console=console
+        )
+    except StageError as error:
+        console.print(f"error: {error}", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from here.")
+        return 130
+    predictions = collect(folders)
+    scores = print_table(console, predictions)
+    sentences = verdict(predictions)
+    if arguments.fast_smoke:
+        sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
+    for sentence in sentences:
+        console.print(f"- {sentence}", highlight=False)
+
+    from models.evaluate import to_json
+    from models.report import write_demo_report
+
+    out = Path(arguments.out)
+    results = {"settings": dataclasses.asdict(settings), "scores": to_json(scores), "verdict": sentences, "seconds": seconds}
+    atomic_write_json(out / "results.json", results)
+    report = write_demo_report(out / "report.html", settings=settings, folders=folders, predictions=predictions,
+                               scores=scores, sentences=sentences, seconds=seconds)  # fmt: skip
+    console.print(f"total {time.monotonic() - started:.0f} s; report: {report.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
