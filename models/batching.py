@@ -1,8 +1,8 @@
 """From examples to padded token batches, with the positions that predict the target and those that spell the answer.
 
-A row is   prompt text | <audio> x num_queries | rest of the prompt | target | end of text,   padded on the right. The text
-parts are tokenised apart from each other and with special tokens taken as plain text, so that no transcript can smuggle in
-an audio position or an end of text.
+A row is   prompt text | <audio> x num_queries | rest of the prompt | target | end of text,   padded on the right. The
+text parts are tokenised apart from each other and with special tokens taken as plain text, so that no transcript can
+smuggle in an audio position or an end of text.
 
 Legend: B rows, L columns, N target tokens of all rows.
 """
@@ -106,7 +106,9 @@ class Collator:
             raise ValueError(f"pad_to_multiple_of: expected >= 1, got {pad_to_multiple_of}")
         self.tokenizer = tokenizer
         self.num_queries = num_queries
-        self.placeholder_token_id = find_placeholder_id(tokenizer) if placeholder_token_id is None else placeholder_token_id
+        self.placeholder_token_id = (
+            find_placeholder_id(tokenizer) if placeholder_token_id is None else placeholder_token_id
+        )
         self.append_eos = append_eos
         self.max_tokens = max_tokens
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -126,8 +128,8 @@ class Collator:
             with_target: False leaves rows that end with the prompt, for `SpeechLM.generate`.
 
         Raises:
-            ValueError: no examples, a feature count that differs, an example without target, a prompt without exactly one
-                audio placeholder, or a row longer than `max_tokens`; the message names the example's id.
+            ValueError: no examples, a feature count that differs, an example without target, or a row longer than
+                `max_tokens`; the message names the example's id.
         """
         if not examples:
             raise ValueError("examples: expected at least one, got none")
@@ -135,16 +137,21 @@ class Collator:
             raise ValueError(f"features: expected {len(examples)} rows, one an example, got {len(features)}")
         prompts = [self.prompt_ids(example) for example in examples]
         targets = [self.target_ids(example) if with_target else [] for example in examples]
-        masks = [self._choice_mask(example, ids) if with_target else [] for example, ids in zip(examples, targets)]
-        lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets)]
+        masks = [
+            self._choice_mask(example, ids) if with_target else []
+            for example, ids in zip(examples, targets, strict=True)
+        ]
+        lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
         if self.max_tokens is not None and max(lengths) > self.max_tokens:
             worst = max(range(len(lengths)), key=lengths.__getitem__)
-            raise ValueError(f"example {examples[worst].id!r}: {lengths[worst]} tokens, expected at most {self.max_tokens}")
+            raise ValueError(
+                f"example {examples[worst].id!r}: {lengths[worst]} tokens, expected at most {self.max_tokens}"
+            )
         columns = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = torch.full((len(examples), columns), self._pad_id, dtype=torch.int64)
         attention_mask = torch.zeros(len(examples), columns, dtype=torch.int64)
         index: list[int] = []
-        for row, (prompt, target) in enumerate(zip(prompts, targets)):
+        for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             input_ids[row, : lengths[row]] = torch.tensor(prompt + target)
             attention_mask[row, : lengths[row]] = 1
             first = row * columns + len(prompt) - 1  # the prompt's last token predicts the target's first
@@ -177,12 +184,8 @@ class Collator:
         return self._tokenize(" " + example.target) + ([self.tokenizer.eos_token_id] if self.append_eos else [])
 
     def _split_prompt(self, example: Example) -> tuple[str, str]:
-        parts = render_prompt(example).split(AUDIO_PLACEHOLDER)
-        if len(parts) != 2:
-            raise ValueError(
-                f"example {example.id!r}: expected exactly one {AUDIO_PLACEHOLDER} in its prompt, got {len(parts) - 1}"
-            )
-        return parts[0], parts[1]
+        before, after = render_prompt(example).split(AUDIO_PLACEHOLDER)  # exactly one, by render_prompt's contract
+        return before, after
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
@@ -190,8 +193,8 @@ class Collator:
     def _choice_mask(self, example: Example, target_ids: list[int]) -> list[bool]:
         """The tokens in which the target differs from its renderings with the other choices.
 
-        Without choices it is the tokens of the answer; where the target mentions neither, any token may carry it, so all
-        but the end of text are marked.
+        Without choices it is the tokens of the answer; where the target mentions neither, any token may carry it, so
+        all but the end of text are marked.
         """
         target, body = example.target, len(target_ids) - self.append_eos
         span = _find_choice(target, example.choices or ((example.answer,) if example.answer else ()))
@@ -225,7 +228,9 @@ def find_placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
             return vocabulary[token]
     roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
     for token in reversed(tokenizer.all_special_tokens):
-        if token not in roles and not re.search(r"im_start|im_end|endoftext|header|eot|turn|inst", token, re.IGNORECASE):
+        if token not in roles and not re.search(
+            r"im_start|im_end|endoftext|header|eot|turn|inst", token, re.IGNORECASE
+        ):
             return vocabulary[token]
     raise ValueError("tokenizer: no unused special token to mark audio positions with; give placeholder_token")
 
@@ -241,7 +246,7 @@ def _find_choice(target: str, choices: Sequence[str]) -> tuple[int, int] | None:
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     count = 0
-    for one, other in zip(first, second):
+    for one, other in zip(first, second, strict=False):
         if one != other:
             break
         count += 1

@@ -21,6 +21,16 @@ from torch import Tensor, nn
 
 LAYER_MIXES = ("softmax", "concat")
 _STD_FLOOR = 1e-4
+_POSITIVE_SETTINGS = (
+    "num_feature_layers",
+    "feature_dim",
+    "num_frames",
+    "output_dim",
+    "num_queries",
+    "width",
+    "num_layers",
+    "num_heads",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +46,10 @@ class ConnectorConfig:
         width: W.
         num_layers: transformer layers.
         num_heads: attention heads; divides `width`.
-        layer_mix: "softmax": one weighted sum of the layers, as DeSTA2.5 does; "concat": side by side, K times the input
-            width, which learns faster where K is small.
-        pooled_statistics: add a projection of the frames' mean and deviation to every query: a clip-wide property, such as
-            a voice, is then visible from the first step.
+        layer_mix: "softmax": one weighted sum of the layers, as DeSTA2.5 does; "concat": side by side, K times the
+            input width, which learns faster where K is small.
+        pooled_statistics: add a projection of the frames' mean and deviation to every query: a clip-wide property, such
+            as a voice, is then visible from the first step.
         output_scale: root mean square of the outputs at the start; 0.14 is about that of SmolLM2's embeddings.
         dropout: in the attention and feed-forward blocks.
     """
@@ -58,8 +68,7 @@ class ConnectorConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("num_feature_layers", "feature_dim", "num_frames", "output_dim", "num_queries", "width", "num_layers",
-                     "num_heads"):  # fmt: skip
+        for name in _POSITIVE_SETTINGS:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")

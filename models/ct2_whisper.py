@@ -1,8 +1,8 @@
 """CTranslate2's Whisper files read with numpy alone and renamed to transformers' parameters.
 
-CTranslate2 stores a model as one `model.bin`: a header, then every variable as name, shape, type and raw bytes, then a list
-of aliases (names that share another variable's data). Some Python packages carry Whisper in this form; reading it needs
-neither CTranslate2 nor a model hub.
+CTranslate2 stores a model as one `model.bin`: a header, then every variable as name, shape, type and raw bytes, then a
+list of aliases (names that share another variable's data). Some Python packages carry Whisper in this form; reading it
+needs neither CTranslate2 nor a model hub.
 
     uint32 version | string spec | uint32 revision | uint32 count
     count x ( string name | uint8 rank | uint32 dims[rank] | uint8 type | uint32 bytes | data )
@@ -52,8 +52,8 @@ def read_ct2_model(path: str | os.PathLike[str]) -> Ct2Model:
 
     Raises:
         FileNotFoundError: no such file.
-        Ct2FormatError: another version, an unknown data type, a size that disagrees with the shape, a truncated file, or
-            bytes left over at the end.
+        Ct2FormatError: another version, an unknown data type, a size that disagrees with the shape, a truncated file,
+            or bytes left over at the end.
     """
     path = Path(path)
     if path.stat().st_size == 0:
@@ -81,9 +81,9 @@ def read_ct2_model(path: str | os.PathLike[str]) -> Ct2Model:
 def whisper_state_dict(model: Ct2Model) -> dict[str, torch.Tensor]:
     """Rename a CTranslate2 Whisper's variables to those of transformers' `WhisperForConditionalGeneration`.
 
-    CTranslate2 fuses the projections of queries, keys and values into one matrix (of keys and values in cross attention);
-    they are split here. Whisper's keys have no bias; the fused bias holds zeros there, which are dropped. int8 matrices
-    carry a scale a row and are divided by it. All tensors are fp32 copies.
+    CTranslate2 fuses the projections of queries, keys and values into one matrix (of keys and values in cross
+    attention); they are split here. Whisper's keys have no bias; the fused bias holds zeros there, which are dropped.
+    int8 matrices carry a scale a row and are divided by it. All tensors are fp32 copies.
 
     Raises:
         Ct2FormatError: the model is no Whisper, or a variable is missing.
@@ -102,7 +102,7 @@ def whisper_state_dict(model: Ct2Model) -> dict[str, torch.Tensor]:
     def split_linear(name: str, to: str, parts: tuple[str, ...]) -> None:
         weights = source[f"{name}/weight"].chunk(len(parts))
         biases = source[f"{name}/bias"].chunk(len(parts))
-        for part, weight, bias in zip(parts, weights, biases):
+        for part, weight, bias in zip(parts, weights, biases, strict=True):
             state[f"{to}.{part}.weight"] = weight.clone()
             if part != "k_proj":
                 state[f"{to}.{part}.bias"] = bias.clone()
@@ -165,7 +165,9 @@ def load_ct2_whisper(path: str | os.PathLike[str], *, dtype: torch.dtype = torch
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise Ct2FormatError(f"{Path(path).name}: the variables do not fit a Whisper of width {width}: {error}") from None
+        raise Ct2FormatError(
+            f"{Path(path).name}: the variables do not fit a Whisper of width {width}: {error}"
+        ) from None
     return model.to(dtype).eval()
 
 
@@ -182,7 +184,8 @@ class _Reader:
     def take(self, size: int, what: str) -> np.ndarray:
         if size > self.remaining:
             raise Ct2FormatError(
-                f"{self._label}: cut short at byte {self._offset} in {what}: expected {size} bytes, got {self.remaining}"
+                f"{self._label}: cut short at byte {self._offset} in {what}: "
+                f"expected {size} bytes, got {self.remaining}"
             )
         self._offset += size
         return self._data[self._offset - size : self._offset]
@@ -203,12 +206,16 @@ class _Reader:
         size = self.number("<I", name)
         dtype = _DTYPES.get(type_id)
         if dtype is None:
-            raise Ct2FormatError(f"{self._label}: {name!r} has the data type {type_id}, expected one of {sorted(_DTYPES)}")
+            raise Ct2FormatError(
+                f"{self._label}: {name!r} has the data type {type_id}, expected one of {sorted(_DTYPES)}"
+            )
         expected = dtype.itemsize
         for dim in shape:  # python integers: a corrupt shape must not overflow
             expected *= dim
         if expected != size:
-            raise Ct2FormatError(f"{self._label}: {name!r} of shape {shape} needs {expected} bytes, the file says {size}")
+            raise Ct2FormatError(
+                f"{self._label}: {name!r} of shape {shape} needs {expected} bytes, the file says {size}"
+            )
         return self.take(size, name).view(dtype).reshape(shape)
 
 

@@ -1,8 +1,8 @@
 """A GGUF file with a Llama inside, turned into transformers' LlamaForCausalLM and a fast tokenizer.
 
-transformers can do this itself (`gguf_file=`), but it needs accelerate, leaves a quantization_config behind that stops the
-model from being saved again, and loses two properties of the tokenizer: which tokens are special, and that digits stand
-alone. The weights read here are equal to transformers' bit for bit.
+transformers can do this itself (`gguf_file=`), but it needs accelerate, leaves a quantization_config behind that stops
+the model from being saved again, and loses two properties of the tokenizer: which tokens are special, and that digits
+stand alone. The weights read here are equal to transformers' bit for bit.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def _build_tokenizer(fields: dict[str, Any], label: str):
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"]) if kind == _CONTROL_TOKEN]
+    special = [
+        token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == _CONTROL_TOKEN
+    ]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
 
     def token_at(key: str) -> str | None:

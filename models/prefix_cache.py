@@ -1,7 +1,8 @@
 """Keys and values of the text that stands before the audio, computed once for a frozen language model.
 
-The prompt's text comes first (models/data/prompts.py), so what the language model makes of it depends neither on the clip
-nor on the connector's weights: a training run of many epochs needs it once. Prefixes are looked up by their token ids.
+The prompt's text comes first (models/data/prompts.py), so what the language model makes of it depends neither on the
+clip nor on the connector's weights: a training run of many epochs needs it once. Prefixes are looked up by their token
+ids.
 """
 
 from __future__ import annotations
@@ -141,8 +142,10 @@ class PrefixCache:
             if metadata.get("format") != "kdkernels_prefix_cache" or metadata.get("version") != _FORMAT_VERSION:
                 raise ValueError(f"path: {path} is no prefix cache of version {_FORMAT_VERSION}")
             if metadata.get("lm_sha256") != lm_sha256:
-                raise ValueError(f"path: {path} belongs to the language model {metadata.get('lm_sha256')}, expected {lm_sha256}")
-            numbers = sorted({int(key.split(".")[0]) for key in tensors.keys()})
+                raise ValueError(
+                    f"path: {path} belongs to the language model {metadata.get('lm_sha256')}, expected {lm_sha256}"
+                )
+            numbers = sorted({int(key.split(".")[0]) for key in tensors.keys()})  # noqa: SIM118 - no mapping
             for number in numbers:
                 state = tensors.get_tensor(f"{number}.states")
                 if state.dtype != self.dtype:

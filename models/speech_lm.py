@@ -1,7 +1,7 @@
 """A speech language model: frozen Whisper encoder, trained connector, frozen causal language model.
 
     waveforms --encode_audio--> features (B, K, T, D) --connector--> (B, Q, H) --+
-                                                                                 +-> LM body -> hidden states [-> LM head]
+                                                                                 +-> LM body -> hidden states -> head
     input_ids (B, L), audio positions holding the placeholder id --embeddings----+
 
     model = SpeechLM.from_config(SpeechLMConfig())
@@ -10,8 +10,8 @@
     batch = model.make_collator()(examples, features)
     hidden = model.hidden_states_at(batch.target_index, **batch.model_inputs())   # (N, H); no logits are built
 
-The text before the audio is the same in every epoch, whatever the connector has learned; a `PrefixCache` keeps its keys and
-values. Legend: B rows, L columns, K encoder layers, T frames, D encoder width, Q queries, H language model width.
+The text before the audio is the same in every epoch, whatever the connector has learned; a `PrefixCache` keeps its keys
+and values. Legend: B rows, L columns, K encoder layers, T frames, D encoder width, Q queries, H language model width.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class SpeechLMConfig:
         max_audio_seconds: window of the encoder; a longer clip is cut to it. Short windows are much faster.
         audio_frames: T, frames a clip is pooled to, whatever its length.
         num_queries: audio tokens in the prompt. The papers use 64 for 30 seconds; 8 do for 4.
-        connector_width, connector_layers, connector_heads, layer_mix, pooled_statistics, output_scale: see ConnectorConfig.
+        connector_width, connector_layers, connector_heads, layer_mix, pooled_statistics, output_scale: see
+            ConnectorConfig.
         placeholder_token: the vocabulary's token that marks audio positions; None = a reserved one is found.
         lm_dtype: "float32", "bfloat16" or "float16"; the connector stays in float32.
         train_lm: let the language model train as well (its weights are then saved with the connector).
@@ -103,11 +104,13 @@ class SpeechLMConfig:
         if not self.encoder_layers or any(not isinstance(i, int) or i < 0 for i in self.encoder_layers):
             raise ValueError(f"encoder_layers: expected integers >= 0, at least one, got {self.encoder_layers!r}")
         if not 0 < self.max_audio_seconds <= _MAX_WHISPER_SECONDS:
-            raise ValueError(f"max_audio_seconds: expected in (0, {_MAX_WHISPER_SECONDS:g}], got {self.max_audio_seconds}")
+            raise ValueError(
+                f"max_audio_seconds: expected in (0, {_MAX_WHISPER_SECONDS:g}], got {self.max_audio_seconds}"
+            )
         if not 1 <= self.audio_frames <= self.max_positions:
             raise ValueError(
-                f"audio_frames: expected 1 to {self.max_positions}, the encoder's positions in {self.max_audio_seconds} s, "
-                f"got {self.audio_frames}"
+                f"audio_frames: expected 1 to {self.max_positions}, the encoder's positions in "
+                f"{self.max_audio_seconds} s, got {self.audio_frames}"
             )
         if self.lm_dtype not in _DTYPES:
             raise ValueError(f"lm_dtype: expected one of {sorted(_DTYPES)}, got {self.lm_dtype!r}")
@@ -115,7 +118,7 @@ class SpeechLMConfig:
     @property
     def max_positions(self) -> int:
         """Encoder positions of the longest clip."""
-        return int(round(self.max_audio_seconds * SAMPLE_RATE)) // _SAMPLES_PER_POSITION
+        return round(self.max_audio_seconds * SAMPLE_RATE) // _SAMPLES_PER_POSITION
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SpeechLMConfig:
@@ -238,8 +241,8 @@ class SpeechLM(nn.Module):
         """Load what `save_pretrained` wrote; backbones that were not stored come from `resolver`.
 
         Raises:
-            SpeechLMError: no such model, a damaged file, another version, or a backbone whose weights are not those that
-                the connector was trained with.
+            SpeechLMError: no such model, a damaged file, another version, or a backbone whose weights are not those
+                that the connector was trained with.
             BackboneError: a backbone cannot be had.
         """
         folder = Path(folder)
@@ -335,9 +338,11 @@ class SpeechLM(nn.Module):
                 windows, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="do_not_pad", truncation=False
             ).input_features[..., : self.config.max_positions * _MEL_FRAMES_PER_POSITION]
             states = self._encoder_states(mel.to(device, dtype)).float()  # (B, K, positions, D)
-            for clip, state in zip(batch, states):
+            for clip, state in zip(batch, states, strict=True):
                 # At least T positions, so that a very short clip pools real positions and not copies of one.
-                valid = max(self.config.audio_frames, min(self.config.max_positions, len(clip) // _SAMPLES_PER_POSITION))
+                valid = max(
+                    self.config.audio_frames, min(self.config.max_positions, len(clip) // _SAMPLES_PER_POSITION)
+                )
                 frames = F.adaptive_avg_pool1d(state[:, :valid].transpose(1, 2), self.config.audio_frames)
                 pooled.append(frames.transpose(1, 2))  # (K, T, D)
         return torch.stack(pooled)
@@ -391,7 +396,8 @@ class SpeechLM(nn.Module):
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         return CausalLMOutputWithPast(
-            logits=self._logits(hidden), past_key_values=layout.past if use_cache or past_key_values is not None else None
+            logits=self._logits(hidden),
+            past_key_values=layout.past if use_cache or past_key_values is not None else None,
         )
 
     def hidden_states_at(
@@ -426,9 +432,13 @@ class SpeechLM(nn.Module):
             column = column - layout.start[row]
         if index.device.type == "cpu" and len(index):  # elsewhere a look at the values would stall the device
             if index.min() < 0 or index.max() >= input_ids.numel():
-                raise ValueError(f"index: expected values in [0, {input_ids.numel()}), got {index.min()} to {index.max()}")
+                raise ValueError(
+                    f"index: expected values in [0, {input_ids.numel()}), got {index.min()} to {index.max()}"
+                )
             if column.min() < 0:
-                raise ValueError("index: expected positions after the first audio token, got some inside the cached prefix")
+                raise ValueError(
+                    "index: expected positions after the first audio token, got some inside the cached prefix"
+                )
         return hidden[row, column]
 
     @torch.no_grad()
@@ -497,7 +507,10 @@ class SpeechLM(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the language model's activations in the backward pass: less memory, a third more time."""
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(self.lm, "activation_checkpointing_enable"):  # the name since transformers 5.2x
+            self.lm.activation_checkpointing_enable()
+        else:
+            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._gradient_checkpointing = True
         self.train(self.training)
 
@@ -517,7 +530,12 @@ class SpeechLM(nn.Module):
     # --- inner parts --------------------------------------------------------------------------------------------------
 
     def _layout(
-        self, input_ids: Tensor, attention_mask: Tensor | None, prefix_cache: PrefixCache | None, past: Any, use_cache: bool
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prefix_cache: PrefixCache | None,
+        past: Any,
+        use_cache: bool,
     ) -> _Layout:
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids: expected (B, L) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
@@ -550,7 +568,7 @@ class SpeechLM(nn.Module):
         prefixes: list[list[int]] = []
         starts: list[int] = []
         lengths: list[int] = []
-        for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.tolist())):
+        for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.tolist(), strict=True)):
             count = sum(mask)
             first = mask.index(1) if count else 0
             if any(value != 1 for value in mask[first : first + count]):
@@ -569,7 +587,7 @@ class SpeechLM(nn.Module):
         ids = input_ids.gather(1, (start[:, None] + offset).clamp(max=columns - 1))
         positions = cached.mask.sum(1, keepdim=True) + offset
         past = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(cached.keys, cached.values)):
+        for layer, (keys, values) in enumerate(zip(cached.keys, cached.values, strict=True)):
             past.update(keys, values, layer)
         return _Layout(ids, own_mask, torch.cat([cached.mask, own_mask], 1), positions, past, start, False)
 
@@ -591,7 +609,8 @@ class SpeechLM(nn.Module):
             wrong = ((counts != 0) & (counts != queries)).nonzero().flatten().tolist()
             if wrong:
                 raise ValueError(
-                    f"input_ids: expected {queries} audio positions a row or none, got {counts[wrong[0]].item()} in row {wrong[0]}"
+                    f"input_ids: expected {queries} audio positions a row or none, got {counts[wrong[0]].item()} "
+                    f"in row {wrong[0]}"
                 )
         if features is None:
             shape = self.connector.config
@@ -650,7 +669,9 @@ class SpeechLM(nn.Module):
             raise ValueError(f"encoder: expected width {self.config.encoder_dim}, got {encoder.config.d_model}")
         highest = max(self.config.encoder_layers)
         if highest > len(encoder.layers):
-            raise ValueError(f"encoder_layers: expected at most {len(encoder.layers)}, the encoder's depth, got {highest}")
+            raise ValueError(
+                f"encoder_layers: expected at most {len(encoder.layers)}, the encoder's depth, got {highest}"
+            )
         device = self.connector.queries.device
         self._encoder = encoder.requires_grad_(False).eval().to(device)
         self._feature_extractor = feature_extractor
@@ -668,8 +689,8 @@ class SpeechLM(nn.Module):
         actual = self._backbone_sha256(part)
         if expected is not None and actual is not None and expected != actual:
             raise SpeechLMError(
-                f"{label}: its connector was trained with {getattr(self.config, part)} of SHA-256 {expected}, got {actual}; "
-                "use the same source of the backbone, or save with include_frozen=True"
+                f"{label}: its connector was trained with {getattr(self.config, part)} of SHA-256 {expected}, "
+                f"got {actual}; use the same source of the backbone, or save with include_frozen=True"
             )
 
 
@@ -677,9 +698,9 @@ class SpeechLM(nn.Module):
 class _Layout:
     """How rows are laid out for the language model's body.
 
-    ids, own_mask, position_ids: (B, S) tokens that are run; mask: (B, P + S) with the cached ones before; past: KV cache or
-    None; start: (B,) the caller's column of each row's first run token, None = column 0 and S = L; continues: the call goes
-    on from the caller's own KV cache.
+    ids, own_mask, position_ids: (B, S) tokens that are run; mask: (B, P + S) with the cached ones before; past: KV
+    cache or None; start: (B,) the caller's column of each row's first run token, None = column 0 and S = L; continues:
+    the call goes on from the caller's own KV cache.
     """
 
     ids: Tensor
