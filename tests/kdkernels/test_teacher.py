@@ -172,6 +172,55 @@ def test_unused_positions_of_other_passes_do_not_leak():
     assert nothing.audio_hidden.shape == nothing.text_hidden.shape == (0, 32)
 
 
+@pytest.mark.parametrize("name", ["voxtral", "gemma2", "granite", "cohere"])
+def test_the_loss_from_hidden_states_is_the_loss_from_the_models_logits(name):
+    from kdkernels import fused_caad_loss, fused_linear_caad_loss
+
+    model, inputs = {**tiny_lms.AUDIO_MODELS, **tiny_lms.TEXT_MODELS}[name]()
+    index, target = answer_positions(inputs)
+    feature = "input_features" if "input_features" in inputs else "attention_mask"
+    text = {**inputs, feature: inputs[feature].clone()}
+    text[feature][:, :6] = 0
+    teacher = DualPathTeacher(model, negative=lambda given: {**given, feature: text[feature]})
+    states = teacher(inputs, index)
+    hidden, weight = torch.randn(len(index), 16), torch.randn(tiny_lms.VOCAB, 16)
+    from_hidden = fused_linear_caad_loss(
+        hidden,
+        weight,
+        states.audio_hidden,
+        states.text_hidden,
+        target=target,
+        impl="reference",
+        **teacher.head.keywords("teacher"),
+    )
+    logits = (logits_at(model, path, index) for path in (inputs, text))
+    from_logits = fused_caad_loss(hidden @ weight.T, *logits, target=target, impl="reference")
+    torch.testing.assert_close(from_hidden, from_logits, **CLOSE)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu():
+    model, inputs = tiny_lms.llama()
+    model = model.cuda()
+    index, _ = answer_positions(inputs)
+    index, inputs = index.cuda(), {key: value.cuda() for key, value in inputs.items()}
+    expected = logits_at(model, inputs, index)
+    teacher = DualPathTeacher(model, negative=dict)
+    teacher(inputs, index)  # the head's arithmetic is read back this once
+    captured = teacher._captured
+    hidden = torch.randn(2 * tiny_lms.ROWS, tiny_lms.LENGTH, 32, device="cuda")
+    teacher._captured = lambda batch: hidden  # transformers' own masks may wait; ours to show is the rest
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        states = teacher(inputs, index)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(states.audio_hidden, hidden.flatten(0, 1)[index])
+    teacher._captured = captured
+    states = teacher(inputs, index)
+    torch.testing.assert_close(teacher.head.logits(states.text_hidden), expected, rtol=1e-3, atol=1e-3)
+
+
 class TestNoLogits:
     def test_the_head_never_multiplies(self):
         model, inputs = tiny_lms.qwen2_audio()
