@@ -11,6 +11,7 @@ frozen, so the fused loss takes its frozen-head path: hidden states in, no logit
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 import time
@@ -150,6 +151,7 @@ def heal(
         FloatingPointError: a step's loss is not finite; the student is then of no use.
     """
     from kdkernels import fused_linear_caad_loss
+    from kdkernels.teacher import LMHead
 
     config = config if config is not None else HealingConfig()
     tokens = _tokenize(texts, tokenizer, config.max_tokens)
@@ -169,9 +171,12 @@ def heal(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
-    head_s, head_t = student.get_output_embeddings(), teacher.get_output_embeddings()
-    device = head_s.weight.device
+    student_head, teacher_head = LMHead.from_model(student), LMHead.from_model(teacher)
+    device = student_head.weight.device
     use_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and _has_fast_bfloat16(device))
+    if use_bfloat16:
+        student_head = dataclasses.replace(student_head, weight=student_head.weight.bfloat16())
+        teacher_head = dataclasses.replace(teacher_head, weight=teacher_head.weight.bfloat16())
 
     def kl(batch: list[list[int]]) -> Tensor:
         ids, mask, predicts = _pad(batch, device)
@@ -180,9 +185,15 @@ def heal(
                 target = _hidden_states(teacher, ids, mask)[predicts]  # (N, H_t)
             hidden = _hidden_states(student, ids, mask)[predicts]  # (N, H_s)
         return fused_linear_caad_loss(
-            hidden, head_s.weight, target, None, head_t.weight, student_bias=head_s.bias, teacher_bias=head_t.bias,
-            alpha=0.0, temperature=1.0, kd_weight=1.0,
-        )  # fmt: skip
+            student_hidden=hidden.to(student_head.weight.dtype),
+            teacher_audio_hidden=target.to(teacher_head.weight.dtype),
+            teacher_text_hidden=None,
+            **student_head.keywords("student"),
+            **teacher_head.keywords("teacher"),
+            alpha=0.0,
+            temperature=1.0,
+            kd_weight=1.0,
+        )
 
     student_was_training, teacher_was_training = student.training, teacher.training
     teacher.eval()

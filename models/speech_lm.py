@@ -507,7 +507,7 @@ class SpeechLM(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the language model's activations in the backward pass: less memory, a third more time."""
-        if hasattr(self.lm, "activation_checkpointing_enable"):  # the name since transformers 5.2x
+        if hasattr(self.lm, "activation_checkpointing_enable"):  # the newer name; the older one warns
             self.lm.activation_checkpointing_enable()
         else:
             self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
