@@ -293,7 +293,7 @@ def fused_linear_caad_loss(
         ("student_logit_scale", student_logit_scale),
         ("teacher_logit_scale", teacher_logit_scale),
     ):
-        if x is not None and not (_is_number(x) and math.isfinite(x) and x > 0):
+        if x is not None and not (_is_number(x) and 0 < x < math.inf):
             raise ValueError(f"{name}: expected a finite number > 0{' or None' if 'softcap' in name else ''}, got {x!r}")
     for name, x in (("chunk_tokens", chunk_tokens), ("workspace_bytes", workspace_bytes)):
         if x is not None and (not isinstance(x, int) or isinstance(x, bool) or x < 1):
@@ -456,7 +456,7 @@ class _Terms(NamedTuple):
             raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        if not (_is_number(temperature) and math.isfinite(temperature) and temperature > 0):
+        if not (_is_number(temperature) and 0 < temperature < math.inf):
             raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
         if not (_is_number(kd_weight) and 0 <= kd_weight <= 1):
             raise ValueError(f"kd_weight: expected a number in [0, 1], got {kd_weight!r}")
@@ -497,7 +497,7 @@ class _Terms(NamedTuple):
                 raise ValueError(f"alpha: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
             alpha = alpha.detach().to(device=device, dtype=dtype).reshape(-1)
         else:
-            if not (_is_number(alpha) and math.isfinite(alpha) and alpha >= 0):
+            if not (_is_number(alpha) and 0 <= alpha < math.inf):
                 raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
             alpha = torch.full((1,), float(alpha), dtype=dtype, device=device)
 
@@ -598,13 +598,13 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a number or a tensor of one element, got {tuple(value.shape)}")
         return value.detach().reshape(()).to(device=device, dtype=dtype)
-    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+    if not (_is_number(value) and 0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
     return torch.full((), float(value), dtype=dtype, device=device)
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
 
 
 def _check_tensor(name: str, x: Any, *, floating: bool = False) -> None:
