@@ -13,15 +13,24 @@ from .caad import CAADLoss, CAADStats, fused_caad_loss, fused_linear_caad_loss
 from .ops.explain import explain
 
 if TYPE_CHECKING:
-    from .contrast_cache import ContrastCache
-    from .decoding import contrastive_generate
-    from .teacher import DualPathTeacher
+    from .contrast_cache import ContrastCache, ContrastCacheWriter
+    from .decoding import contrast_logits, contrastive_generate
+    from .lm_head import LMHead
+    from .paths import DropKey, MarkAbsent, MaskFeatures
+    from .teacher import DualPathTeacher, answer_index
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "ContrastCache": ".contrast_cache",
+    "ContrastCacheWriter": ".contrast_cache",
+    "DropKey": ".paths",
     "DualPathTeacher": ".teacher",
+    "LMHead": ".lm_head",
+    "MarkAbsent": ".paths",
+    "MaskFeatures": ".paths",
+    "answer_index": ".teacher",
+    "contrast_logits": ".decoding",
     "contrastive_generate": ".decoding",
 }
 
@@ -29,7 +38,14 @@ __all__ = [
     "CAADLoss",
     "CAADStats",
     "ContrastCache",
+    "ContrastCacheWriter",
+    "DropKey",
     "DualPathTeacher",
+    "LMHead",
+    "MarkAbsent",
+    "MaskFeatures",
+    "answer_index",
+    "contrast_logits",
     "contrastive_generate",
     "explain",
     "fused_caad_loss",

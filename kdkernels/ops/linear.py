@@ -103,7 +103,8 @@ def linear_caad_chunks(
             audio = audio_hidden[chunk]
             if collapse:
                 audio = _contrastive_hidden(audio, text_hidden[chunk], row_alpha)
-            audio_logits = _gemm(audio, w_t, b_t, scratch[1, :size])
+            # The contrast of low-precision states is float32, yet as two low-precision summands exact enough.
+            audio_logits = _gemm(audio, w_t, b_t, scratch[1, :size], split=audio_hidden.dtype == w_t.dtype)
             if two_paths:
                 text_logits = _gemm(text_hidden[chunk], w_t, b_t, scratch[2, :size])
         grad = _gradient_view(student_logits, student_weight.dtype) if any_grad else None
@@ -197,34 +198,41 @@ def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_v
             torch.mm(a, b, out=out)
 
 
-def _gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation."""
+def _gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, split: bool = False) -> Tensor:
+    """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
+
+    ``split`` allows a float32 ``hidden`` to be taken as the sum of two tensors of the weight's dtype (relative error 1e-5 with
+    bf16), each in a GEMM of low-precision operands.
+    """
     if out.dtype == weight.dtype:
         torch.mm(hidden.to(weight.dtype), weight.T, out=out)
     elif out.dtype != torch.float32:
-        out.copy_(_gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device)))
-    elif hidden.device.type == "cuda" and _mixed_gemm_on_cuda():
-        high, low = _split(hidden, weight.dtype)
-        torch.mm(high, weight.T, out_dtype=torch.float32, out=out)
-        if low is not None:
-            out += torch.mm(low, weight.T, out_dtype=torch.float32)
+        out.copy_(_gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device), split=split))
+    elif hidden.dtype == weight.dtype or split:
+        parts = _summands(hidden, weight.dtype)
+        if hidden.device.type == "cuda" and _mixed_gemm_on_cuda():
+            torch.mm(parts[0], weight.T, out_dtype=torch.float32, out=out)
+            for part in parts[1:]:
+                out += torch.mm(part, weight.T, out_dtype=torch.float32)
+        else:
+            _gemm_by_vocabulary_blocks(parts, weight, out)
     else:
-        _gemm_by_vocabulary_blocks(hidden, weight, out)
+        _gemm_by_vocabulary_blocks([hidden], weight, out)
     return out if bias is None else out.add_(bias)
 
 
-def _split(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """hidden as a sum of two tensors of a low precision: the second holds what the first rounds away (None: nothing)."""
+def _summands(hidden: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """hidden as a sum of tensors of a low precision: the second holds what the first rounds away."""
     if hidden.dtype == dtype:
-        return hidden, None
+        return [hidden]
     high = hidden.to(dtype)
-    return high, (hidden - high).to(dtype)
+    return [high, (hidden - high).to(dtype)]
 
 
-def _gemm_by_vocabulary_blocks(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    bf16 = weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
-    parts = _split(hidden, torch.bfloat16) if bf16 else (hidden, None)
-    parts = [p.float() for p in parts if p is not None]
+def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor) -> None:
+    """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
+    bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
+    parts = [p.float() for p in parts]
     block = torch.empty(min(VOCAB_BLOCK, weight.shape[0]), weight.shape[1], dtype=torch.float32, device=weight.device)
     for start in range(0, weight.shape[0], VOCAB_BLOCK):
         stop = min(start + VOCAB_BLOCK, weight.shape[0])
