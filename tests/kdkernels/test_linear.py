@@ -28,7 +28,7 @@ def run(arguments, grad_output=None, **options):
     return loss.detach(), {k: arguments[k].grad for k in LEAVES if k in arguments and arguments[k].grad is not None}
 
 
-def check(arguments, *, loss_tolerance, gradient_tolerance, oracle_options=None, grad_output=None, **options):
+def check(arguments, *, loss_tolerance, gradient_tolerance, grad_output=None, **options):
     loss, grads = run(arguments, grad_output, impl="cpu", **options)
     for free in ("chunk_tokens", "workspace_bytes", "logits_dtype"):
         options.pop(free, None)
@@ -206,7 +206,7 @@ def test_ignored_positions_are_neither_read_nor_multiplied(monkeypatch):
     expected, expected_grads = run(arguments)
     seen = []
     original = linear._gemm
-    monkeypatch.setattr(linear, "_gemm", lambda h, *rest: seen.append(h.shape[0]) or original(h, *rest))
+    monkeypatch.setattr(linear, "_gemm", lambda h, *rest, **k: seen.append(h.shape[0]) or original(h, *rest, **k))
     for k in ("student_hidden", "teacher_audio_hidden", "teacher_text_hidden"):
         arguments[k] = arguments[k].detach().clone().requires_grad_(arguments[k].requires_grad)
         with torch.no_grad():
@@ -224,7 +224,7 @@ def test_ignored_positions_are_neither_read_nor_multiplied(monkeypatch):
 def test_the_two_teacher_paths_collapse_into_one_gemm(options, paths, monkeypatch):
     arguments, widths = hidden(), []
     original = linear._gemm
-    monkeypatch.setattr(linear, "_gemm", lambda h, *rest: widths.append(h.shape[1]) or original(h, *rest))
+    monkeypatch.setattr(linear, "_gemm", lambda h, *rest, **k: widths.append(h.shape[1]) or original(h, *rest, **k))
     fused_linear_caad_loss(**arguments, **options)
     assert widths == [12] + [20] * paths
 
