@@ -58,6 +58,7 @@ class ModelConfig:
     settings: dict[str, Any] = field(default_factory=dict)  # of SpeechLMConfig, when there is no folder
     feature_statistics: str | None = None  # SpeechLM folder whose standardisation of the features is taken over
     fresh_connector: bool = False  # start the folder's connector from new random weights
+    bf16_products: bool = False  # frozen LM's linear layers multiply in bfloat16 (models/frozen_linear.py); CPU only
     prefix_cache_mib: int = 4096  # keep the text prefix's KV between epochs, up to this; 0 = off
 
     def __post_init__(self) -> None:

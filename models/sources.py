@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
 from models.config import Recipe
+from models.frozen_linear import use_bf16_products
 
 
 class SourceError(RuntimeError):
@@ -154,6 +155,10 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
         reset_connector(model)
     if settings.feature_statistics is not None:
         copy_feature_statistics(settings.feature_statistics, model)
+    if settings.bf16_products:
+        if model.config.train_lm:
+            raise SourceError("model.bf16_products: expected a frozen language model, got train_lm true")
+        use_bf16_products(model.lm.get_decoder())
     return model
 
 

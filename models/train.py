@@ -13,6 +13,7 @@ command that goes on (`run.resume=auto`): on a CPU that continuation is the undi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import shlex
@@ -140,8 +141,11 @@ def train(
             parts = []
             for start in range(0, len(rows), micro_examples):
                 examples = [data.examples[row] for row in rows[start : start + micro_examples]]
-                batch = data.make_batch(examples).to(device)
+                batch = data.make_batch(examples)
+                counted = counted_positions(recipe, batch)  # decided on the CPU: on a GPU it would be a wait
+                batch = batch.to(device)
                 states = teacher(batch, examples) if recipe.needs_teacher else None
+                batch, states = select_positions(batch, states, counted)
                 weights = token_weights(recipe.loss, batch, states)
                 parts.append((batch, states, weights, hears[start : start + micro_examples].to(device)))
 
@@ -226,6 +230,35 @@ def token_weights(loss: LossConfig, batch: Any, states: TeacherStates | None) ->
         kd = choice(loss.kd_background_weight) if loss.kd_token_weight == "choice" else ones
     ce = choice(loss.ce_background_weight) if loss.ce_token_weight == "choice" else ones
     return TokenWeights(kd=kd, ce=ce)
+
+
+def counted_positions(recipe: Recipe, batch: Any) -> torch.Tensor | None:
+    """(n,) int64 numbers of the target tokens with a weight above 0 in some term; None = all of them.
+
+    With KD and CE on the answer's tokens alone seven in eight rows of logits would be made for nothing.
+    """
+    if recipe.loss.kd_token_weight == "divergence":
+        return None  # known only when the teacher has run
+    weights = token_weights(recipe.loss, batch, None)
+    counts = weights.ce > 0 if not recipe.needs_teacher or recipe.loss.kd_weight < 1 else torch.zeros_like(batch.choice_mask)
+    if recipe.needs_teacher and recipe.loss.kd_weight > 0:
+        counts = counts | (weights.kd > 0)
+    return None if bool(counts.all()) else counts.nonzero()[:, 0]
+
+
+def select_positions(
+    batch: Any, states: TeacherStates | None, positions: torch.Tensor | None
+) -> tuple[Any, TeacherStates | None]:
+    """`batch` and `states` with only these target tokens."""
+    if positions is None:
+        return batch, states
+    positions = positions.to(batch.target.device, non_blocking=True)
+    names = ("target_index", "target", "target_row", "choice_mask")
+    batch = dataclasses.replace(batch, **{name: getattr(batch, name)[positions] for name in names})
+    if states is not None:
+        text = None if states.text_hidden is None else states.text_hidden[positions]
+        states = TeacherStates(states.audio_hidden[positions], text, states.head)
+    return batch, states
 
 
 def objective_loss(

@@ -1,0 +1,65 @@
+"""Frozen linear layers in bfloat16 inside a float32 model: the fast way through a frozen language model on a CPU.
+
+With all of the model in bfloat16 a step through a frozen language model is hardly faster than in float32 (norms, attention and
+the residual stream lose more than the matrix products gain), and its gradient is twice as far off. Only the products need to
+be short: on a CPU with bfloat16 instructions, batch 16 x 19 through SmolLM2-135M, forward and backward takes two thirds of
+float32's time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def use_bf16_products(body: nn.Module) -> int:
+    """Replace every frozen nn.Linear below `body` by one that multiplies in bfloat16, in place.
+
+    Args:
+        body: the layers of a frozen language model, without its head. Layers that require grad are left alone. Not for a
+            model that is saved afterwards: the float32 weights are gone.
+
+    Returns:
+        how many were replaced.
+    """
+    replaced = 0
+    for module in list(body.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and not child.weight.requires_grad:
+                setattr(module, name, _FrozenLinear(child))
+                replaced += 1
+    return replaced
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX); without them they are slow."""
+    # PyTorch has no public question for it in every supported version; a missing one counts as no.
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
+
+
+class _FrozenLinear(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().to(torch.bfloat16), persistent=False)
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _Product.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with factors and product rounded to bfloat16, summed in float32, in x's dtype; gradient to x alone."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x.to(torch.bfloat16), weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return (dy.to(torch.bfloat16) @ weight).to(dy.dtype), None
