@@ -376,7 +376,7 @@ class SpeechLM(nn.Module):
             prefix_cache: keys and values of the text before the first audio position are taken from it. Logits at those
                 positions are zeros: they are not computed.
             past_key_values: of an earlier call with `use_cache`; audio then lies in the past, and none is taken here.
-            use_cache: return past_key_values. Not together with `prefix_cache`, whose rows are laid out differently.
+            use_cache: return past_key_values, for a loop that appends tokens to rows padded on the left.
             logits_to_keep: 0 = all columns, n = the last n columns, tensor = these columns.
 
         Returns:
@@ -385,8 +385,6 @@ class SpeechLM(nn.Module):
         Raises:
             ValueError: shapes or arguments that do not fit together, named.
         """
-        if use_cache and prefix_cache is not None:
-            raise ValueError("use_cache: cannot be combined with prefix_cache; generate() combines them")
         layout = self._layout(input_ids, attention_mask, prefix_cache, past_key_values, use_cache)
         hidden = self._run(layout, audio_features, audio_present)
         if layout.start is not None:
@@ -540,6 +538,8 @@ class SpeechLM(nn.Module):
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids: expected (B, L) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
         rows, columns = input_ids.shape
+        if isinstance(past, _PrefixedCache):
+            return self._continued_layout(input_ids, attention_mask, past)
         past_columns = past.get_seq_length() if past is not None else 0
         if attention_mask is None:
             attention_mask = torch.ones(rows, past_columns + columns, dtype=torch.int64, device=input_ids.device)
@@ -586,10 +586,25 @@ class SpeechLM(nn.Module):
         own_mask = (offset < length[:, None]).long()  # (B, S)
         ids = input_ids.gather(1, (start[:, None] + offset).clamp(max=columns - 1))
         positions = cached.mask.sum(1, keepdim=True) + offset
-        past = DynamicCache()
+        past = _PrefixedCache(torch.cat([cached.mask, own_mask], 1))
         for layer, (keys, values) in enumerate(zip(cached.keys, cached.values, strict=True)):
             past.update(keys, values, layer)
-        return _Layout(ids, own_mask, torch.cat([cached.mask, own_mask], 1), positions, past, start, False)
+        return _Layout(ids, own_mask, past.mask, positions, past, start, False)
+
+    @staticmethod
+    def _continued_layout(input_ids: Tensor, attention_mask: Tensor | None, past: _PrefixedCache) -> _Layout:
+        """New tokens after a call with `prefix_cache`: of the caller's mask only their own columns are of use."""
+        rows, columns = input_ids.shape
+        if attention_mask is None:
+            attention_mask = past.mask.new_ones(rows, columns)
+        if attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
+            raise ValueError(
+                f"attention_mask: expected ({rows}, at least {columns}), got {tuple(attention_mask.shape)}"
+            )
+        own_mask = attention_mask[:, -columns:].long()
+        positions = past.mask.sum(1, keepdim=True) + own_mask.cumsum(1) - 1
+        past.mask = torch.cat([past.mask, own_mask], 1)
+        return _Layout(input_ids, own_mask, past.mask, positions.clamp(min=0), past, None, True)
 
     def _run(self, layout: _Layout, features: Tensor | None, present: Tensor | None) -> Tensor:
         embeddings = self.lm.get_input_embeddings()
@@ -692,6 +707,14 @@ class SpeechLM(nn.Module):
                 f"{label}: its connector was trained with {getattr(self.config, part)} of SHA-256 {expected}, "
                 f"got {actual}; use the same source of the backbone, or save with include_frozen=True"
             )
+
+
+class _PrefixedCache(DynamicCache):
+    """A KV cache that begins with cached prefixes; its columns are not the caller's, so it brings its own mask."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask  # (B, columns of the cache)
 
 
 @dataclass

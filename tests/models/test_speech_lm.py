@@ -175,8 +175,6 @@ def test_prefix_cache_errors(model):
         model.hidden_states_at(torch.tensor([0]), **batch.model_inputs(), prefix_cache=cache)
     with pytest.raises(ValueError, match="prefix_cache: expected one made with this model's language model"):
         model(**batch.model_inputs(), prefix_cache=make_speech_lm().make_prefix_cache())
-    with pytest.raises(ValueError, match="use_cache: cannot be combined with prefix_cache"):
-        model(**batch.model_inputs(), prefix_cache=cache, use_cache=True)
     with pytest.raises(ValueError, match="train_lm: a prefix cache needs a frozen"):
         make_speech_lm(train_lm=True).make_prefix_cache()
     gaps = batch.attention_mask.clone()
@@ -294,15 +292,35 @@ def test_generate_stops_at_the_stop_token(model):
         model.generate(batch, max_new_tokens=0)
 
 
-def test_key_value_cache_of_the_caller(model):
-    batch = make_batch(model, 1, with_target=False)
-    inputs = batch.model_inputs()
-    first = model(**inputs, use_cache=True)
-    token = first.logits[:, -1].argmax(-1, keepdim=True)
-    mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.int64)], 1)
-    second = model(token, mask, inputs["audio_features"], past_key_values=first.past_key_values, use_cache=True)
-    whole = model(torch.cat([inputs["input_ids"], token], 1), mask, inputs["audio_features"])
-    torch.testing.assert_close(second.logits[:, -1], whole.logits[:, -1], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("cached", [False, True])
+def test_key_value_cache_of_the_caller(model, cached):
+    batch = make_batch(model, with_target=False)
+    inputs, _ = left_padded(batch)
+    options = {"prefix_cache": model.make_prefix_cache(dtype=torch.float32)} if cached else {}
+    output = model(**inputs, **options, use_cache=True, logits_to_keep=1)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for _ in range(3):
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, token], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
+        output = model(token, mask, past_key_values=output.past_key_values, use_cache=True)
+        whole = model(ids, mask, inputs["audio_features"], inputs["audio_present"])
+        torch.testing.assert_close(output.logits[:, -1], whole.logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_contrastive_decoding_takes_this_model(model, cached):
+    from kdkernels.decoding import contrastive_generate
+    from kdkernels.teacher import MarkAbsent
+
+    batch = make_batch(model, with_target=False)
+    options = {"prefix_cache": model.make_prefix_cache(dtype=torch.float32)} if cached else {}
+    plain = contrastive_generate(
+        model, batch.model_inputs() | options, negative=MarkAbsent(), alpha=0.0, max_new_tokens=4,
+        eos_token_id=model.tokenizer.eos_token_id,
+    )  # fmt: skip
+    expected = model.generate(batch, max_new_tokens=4)
+    texts = model.tokenizer.batch_decode(getattr(plain, "sequences", plain), skip_special_tokens=True)
+    assert [text.strip() for text in texts] == expected
 
 
 # --- audio ----------------------------------------------------------------------------------------------------------
