@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import math
 import os
 
@@ -14,11 +16,29 @@ from .rows import STAT_NAMES, RowResult, RowSpec
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _import_library():
+    try:
+        return importlib.import_module("kdkernels._native")
+    except ModuleNotFoundError:
+        # In a checkout whose package shadows the installed one, the library lies with the installed one.
+        try:
+            files = importlib.metadata.files("kdkernels") or []
+        except importlib.metadata.PackageNotFoundError:
+            files = []
+        for file in files:
+            if file.parent.name == "kdkernels" and file.name.startswith("_native.") and file.suffix in (".so", ".pyd"):
+                spec = importlib.util.spec_from_file_location("kdkernels._native", file.locate())
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return module
+        raise
+
+
 @functools.cache
 def load_library():
     """The extension module ``kdkernels._native``. Raises RuntimeError saying why it is missing and how to get it."""
     try:
-        return importlib.import_module("kdkernels._native")
+        return _import_library()
     except ImportError as error:
         raise RuntimeError(
             f"kdkernels' native CPU library (kdkernels._native) could not be loaded: {error}. It is compiled when the package "
