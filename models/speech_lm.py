@@ -191,7 +191,9 @@ class SpeechLM(nn.Module):
         if encoder is not None:
             self._set_encoder(encoder, feature_extractor)
         self._gradient_checkpointing = False
-        self._lm_folder: Path | None = None  # set when the language model was loaded from a saved SpeechLM's own folder
+        self._stored_parts: frozenset[str] = (
+            frozenset()
+        )  # backbones that were loaded from a saved SpeechLM's own folder
         self.train(self.training)
 
     # --- making, saving, loading ------------------------------------------------------------------------------------
@@ -215,19 +217,20 @@ class SpeechLM(nn.Module):
         Args:
             folder: it is replaced if it exists.
             include_frozen: store the backbones too. Otherwise they are named, with the SHA-256 of their weights, and
-                looked for again by `from_pretrained`. A language model that trains is always stored.
+                looked for again by `from_pretrained`. A language model that trains, and a backbone that came out of such
+                a folder, are always stored.
         """
         folder = Path(folder)
         with atomic_dir(folder) as target:
             state = {name: value.detach().cpu().contiguous() for name, value in self.connector.state_dict().items()}
             save_file(state, target / "connector.safetensors")
             frozen: dict[str, str | None] = {}
-            if include_frozen or self.config.train_lm:
+            if include_frozen or self.config.train_lm or "lm" in self._stored_parts:
                 self.lm.save_pretrained(target / "lm")
                 self.tokenizer.save_pretrained(target / "lm")
             else:
                 frozen["lm_sha256"] = self._backbone_sha256("lm")
-            if include_frozen:
+            if include_frozen or "encoder" in self._stored_parts:
                 self.encoder.save_pretrained(target / "encoder")
                 self._feature_extractor.save_pretrained(target / "encoder")
             else:
@@ -267,13 +270,9 @@ class SpeechLM(nn.Module):
         if (folder / "encoder").is_dir():
             encoder, extractor = source.load_speech_encoder(str(folder / "encoder"))
         model = cls(config, lm=lm, tokenizer=tokenizer, encoder=encoder, feature_extractor=extractor, resolver=source)
-        model._lm_folder = stored_lm if stored_lm.is_dir() else None
-        for kind, expected in record["frozen"].items():
-            part = kind.removesuffix("_sha256")
-            if part == "encoder" and encoder is None:
-                continue  # checked when it is loaded
-            model._check_sha256(part, expected, folder)
-        model._expected_encoder_sha256 = record["frozen"].get("encoder_sha256")
+        model._stored_parts = frozenset(part for part in ("lm", "encoder") if (folder / part).is_dir())
+        model._check_sha256("lm", record["frozen"].get("lm_sha256"), folder)
+        model._expected_encoder_sha256 = record["frozen"].get("encoder_sha256")  # checked when it is loaded
         try:
             model.connector.load_state_dict(load_file(folder / "connector.safetensors"), strict=True)
         except Exception as error:  # safetensors and torch raise several unrelated types
@@ -695,14 +694,12 @@ class SpeechLM(nn.Module):
         """Identity of a backbone's weights; None where the resolver has no notion of it (given parts, tests)."""
         if self._resolver is not backbones:
             return None
-        if part == "lm" and self._lm_folder is not None:
-            return backbones.weights_sha256(self._lm_folder)
         kind = "causal_lm" if part == "lm" else "speech_encoder"
         return backbones.resolve_backbone(getattr(self.config, part), kind=kind).sha256()
 
     def _check_sha256(self, part: str, expected: str | None, label: str | os.PathLike[str]) -> None:
-        actual = self._backbone_sha256(part)
-        if expected is not None and actual is not None and expected != actual:
+        actual = None if expected is None else self._backbone_sha256(part)
+        if actual is not None and expected != actual:
             raise SpeechLMError(
                 f"{label}: its connector was trained with {getattr(self.config, part)} of SHA-256 {expected}, "
                 f"got {actual}; use the same source of the backbone, or save with include_frozen=True"

@@ -480,8 +480,10 @@ def test_save_with_the_backbones_inside(model, tmp_path):
     assert again.generate(batch, max_new_tokens=4) == model.generate(batch, max_new_tokens=4)
     wave = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
     torch.testing.assert_close(again.encode_audio([wave]), model.encode_audio([wave]))
-    # Saved again by reference, the language model inside the first folder is what is named.
     assert not any(p.requires_grad for p in again.lm.parameters())
+    # Its backbones have no other place, so a later save takes them along.
+    third = SpeechLM.from_pretrained(again.save_pretrained(tmp_path / "again"))
+    assert third.generate(batch, max_new_tokens=4) == model.generate(batch, max_new_tokens=4)
 
 
 def test_trained_language_model_is_stored(tmp_path):
@@ -589,3 +591,21 @@ def test_example_without_audio_runs(model):
     example = Example(id="t", audio=None, transcription="Where?", question="Who?", target="A man.")
     batch = model.make_collator()([example])
     assert torch.isfinite(model.hidden_states_at(batch.target_index, **batch.model_inputs())).all()
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu(tmp_path):
+    model = make_speech_lm()
+    batch = make_batch(model)
+    prompts = make_batch(model, with_target=False)
+    expected = model.hidden_states_at(batch.target_index, **batch.model_inputs())
+    texts = model.generate(prompts, max_new_tokens=4)
+    wave = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    features = model.encode_audio([wave])
+    model.cuda()
+    on_gpu = batch.to("cuda")
+    for cache in (None, model.make_prefix_cache(dtype=torch.float32)):
+        got = model.hidden_states_at(on_gpu.target_index, **on_gpu.model_inputs(), prefix_cache=cache)
+        torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
+        assert model.generate(prompts.to("cuda"), max_new_tokens=4, prefix_cache=cache) == texts
+    torch.testing.assert_close(model.encode_audio([wave]).cpu(), features, atol=1e-3, rtol=1e-3)
