@@ -217,8 +217,8 @@ class SpeechLM(nn.Module):
         Args:
             folder: it is replaced if it exists.
             include_frozen: store the backbones too. Otherwise they are named, with the SHA-256 of their weights, and
-                looked for again by `from_pretrained`. A language model that trains, and a backbone that came out of such
-                a folder, are always stored.
+                looked for again by `from_pretrained`. A language model that trains, and a backbone that came out of
+                such a folder, are always stored.
         """
         folder = Path(folder)
         with atomic_dir(folder) as target:
