@@ -1,0 +1,173 @@
+"""What every benchmark shares: timing, peak memory, correctness, and a CSV that says where its numbers come from."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and quartiles over `repeats`."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+def time_calls(calls: dict[str, Callable[[], object]], *, repeats: int, device: torch.device, warmup: int = 2) -> dict[str, Timing]:
+    """Times the calls in turn, round after round, so that a slow minute of the machine falls on all of them alike."""
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(_one_call(call, device))
+    return {name: _summary(values) for name, values in seconds.items()}
+
+
+def _one_call(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
+
+
+def _summary(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    if len(ordered) < 2:
+        return Timing(ordered[0], ordered[0], ordered[0], 1)
+    low, _, high = statistics.quantiles(ordered, n=4)
+    return Timing(statistics.median(ordered), low, high, len(ordered))
+
+
+class PeakMemory:
+    """Peak extra bytes while the block runs: the CUDA allocator's own figure, or the growth of the resident set on the CPU.
+
+    The resident set is sampled every 2 ms; freed memory that the allocator keeps is counted only once, so warm up first on the
+    CPU only if what is asked for is the growth beyond a warm allocator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._before, self._peak, self._stop = _resident_bytes(), 0, threading.Event()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self._peak = max(self._peak, _resident_bytes())
+            self._stop.wait(0.002)
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+        else:
+            self._stop.set()
+            self._thread.join()
+            self.bytes = max(self._peak, _resident_bytes()) - self._before
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            model = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """device, versions, commit and date: the columns that make a row of results worth keeping."""
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "absent"
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    if git("status", "--porcelain", "--untracked-files=no", "--", "../kdkernels", "../csrc", "."):
+        commit += "+changes"
+    return {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "liger": version("liger-kernel"),
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_csv(name: str, device: torch.device, rows: list[dict], *, folder: Path = RESULTS) -> Path:
+    """results/<name>_<cpu|cuda>.csv, replaced as a whole; every row carries its provenance."""
+    origin = provenance(device)
+    path = folder / f"{name}_{device.type}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=[*columns, *origin], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **origin} for row in rows)
+    return path
+
+
+def print_table(title: str, rows: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
