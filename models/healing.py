@@ -57,7 +57,7 @@ class HealingConfig:
 
     steps: int = 96
     batch_size: int = 8
-    lr: float = 5e-4
+    lr: float = 1e-3
     warmup_steps: int = 15
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
