@@ -172,13 +172,19 @@ def run_stage1(context: Context) -> dict[str, Any]:
     from models.data.manifest import read_manifest
 
     settings = context.settings
-    out = context.folder / "teacher.jsonl"
+    out = stage1_manifest(context.folders | {"stage1": context.folder})
     words = [str(context.folders["items"] / "teacher.jsonl"), "--out", str(out), "--source", settings.target_source]
+    words += ["--audio-root", str(context.folders["corpus"])]
     if settings.target_source == "text_backbone":
         words += ["--backbone", settings.lm]
     _check_status("models.pseudo_gt", pseudo_gt.main(words))
     examples = read_manifest(out, check_audio=False).examples
     return {"targets": len(examples), "examples_of_targets": sorted({e.target for e in examples if e.target})[:6]}
+
+
+def stage1_manifest(folders: Mapping[str, Path]) -> Path:
+    """Where Stage 1 writes: a manifest has to lie where its clips are within reach, so beside the corpus' own."""
+    return folders["corpus"] / f"{folders['stage1'].name}.jsonl"
 
 
 def run_teacher(context: Context) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def run_teacher(context: Context) -> dict[str, Any]:
     _train(
         context,
         "sft_teacher",
-        manifest=context.folders["stage1"] / "teacher.jsonl",
+        manifest=stage1_manifest(context.folders),
         folder=context.folders["features"] / "untrained",
         words=[f"optim.steps={settings.teacher_steps}", f"optim.learning_rate={settings.teacher_learning_rate}"],
     )
@@ -667,6 +673,10 @@ def print_table(console: Console, predictions: Mapping[str, Sequence[Any]]) -> d
     return scores
 
 
+def _shown(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, ensure_ascii=False).strip("{}").replace('"', "")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m models.demo", description="The whole path, once.")
@@ -719,15 +729,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"- {sentence}", highlight=False)
 
     from models.evaluate import to_json
-    from models.report import write_demo_report
+    from models.report import write_report
 
     out = Path(arguments.out)
     results = {"settings": dataclasses.asdict(settings), "scores": to_json(scores), "verdict": sentences, "seconds": seconds}
     atomic_write_json(out / "results.json", results)
-    report = write_demo_report(out / "report.html", settings=settings, folders=folders, predictions=predictions,
-                               scores=scores, sentences=sentences, seconds=seconds)  # fmt: skip
+    report = write_report(out / "report.html", make_report(settings, stages, folders, predictions, sentences, seconds))
     console.print(f"total {time.monotonic() - started:.0f} s; report: {report.resolve()}")
     return 0
+
+
+def make_report(
+    settings: DemoSettings,
+    stages: Sequence[Stage],
+    folders: Mapping[str, Path],
+    predictions: Mapping[str, Sequence[Any]],
+    sentences: Sequence[str],
+    seconds: Mapping[str, float],
+) -> Any:
+    """The demo's report: systems, curves of every training, clips, settings, what each stage did and how long it took."""
+    from models.data.manifest import read_manifest
+    from models.metrics import read_metrics
+    from models.report import Report
+
+    trained = {"teacher": folders["teacher"], **{label: folders[f"student_{name}"] for name, label, _, _ in STUDENTS}}
+    notes = [(s.title, _shown(read_done(folders[s.name])["result"])) for s in stages if not s.name.startswith(("student_c", "student_k", "student_s"))]
+    return Report(
+        title="kdkernels demo: what contrastive audio-aware distillation does to a biased teacher's student",
+        findings=list(sentences),
+        systems=predictions,
+        curves={label: read_metrics(folder / "metrics.jsonl") for label, folder in trained.items()},
+        examples=read_manifest(folders["items"] / "test.jsonl", check_audio=False).examples,
+        audio_root=folders["corpus"],
+        facts=[
+            ("What the stages did", [n for n in notes if n[1]]),
+            ("Seconds of each stage", [(s.title, f"{seconds[s.name]:.0f}") for s in stages]),
+            ("Settings", [(k, str(v)) for k, v in dataclasses.asdict(settings).items()]),
+        ],
+    )
 
 
 if __name__ == "__main__":
