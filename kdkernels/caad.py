@@ -6,6 +6,7 @@ H_s / H_t hidden widths.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -237,7 +238,10 @@ def fused_linear_caad_loss(
         workspace_bytes: bound on the scratch for logits; None: 1 GiB on the CPU; on CUDA a tenth of free memory, at most 2 GiB.
         logits_dtype: dtype in which a chunk's logits are stored; None: float32. bfloat16 is faster and coarser (gradient error
             2-5%, far more near convergence, against 0.6%).
-        process_group: vocabulary-parallel over a process group: not in this version (NotImplementedError); None.
+        process_group: a ProcessGroup or one-dimensional DeviceMesh: vocabulary-parallel. Weights and biases are then this rank's
+            rows of the vocabulary, in rank order, student and teacher shards starting at the same ids (uneven sizes are fine);
+            everything else is the same on every rank. Loss and student_hidden's gradient come out complete on every rank.
+            Eager row arithmetic (about 8 float32 tensors of a chunk), impl="auto" or "reference", not under torch.compile.
         inplace: accepted for symmetry; nothing of the caller's memory is overwritten here.
         The rest: as in :func:`fused_caad_loss`.
 
@@ -254,11 +258,11 @@ def fused_linear_caad_loss(
 
     Source: CAAD, arXiv 2606.23052; token chunks as in Liger Kernel, arXiv 2410.10989.
     """
+    group = None
     if process_group is not None:
-        raise NotImplementedError(
-            "process_group: the vocabulary-parallel loss is not part of this version; expected None, got "
-            f"{type(process_group).__name__}"
-        )
+        from . import parallel
+
+        group = parallel.as_group(process_group)
     floating = {
         "student_hidden": student_hidden,
         "student_weight": student_weight,
@@ -279,7 +283,7 @@ def fused_linear_caad_loss(
         width = floating[hidden].shape[-1] if floating[hidden].dim() else None
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(f"{side}_weight: expected (vocabulary, {width}) to match {hidden}, got {tuple(weight.shape)}")
-        if weight.shape[0] == 0:
+        if weight.shape[0] == 0 and group is None:
             raise ValueError(f"{side}_weight: expected a vocabulary, got 0 rows (is the head sharded by FSDP or ZeRO-3?)")
         if bias is not None:
             _check_shape(f"{side}_bias", bias, weight.shape[:1])
@@ -303,11 +307,14 @@ def fused_linear_caad_loss(
     if logits_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits_dtype: expected None, float32, bfloat16 or float16, got {logits_dtype}")
 
+    first, widths = 0, (student_weight.shape[0], teacher_weight.shape[0])
+    if group is not None:
+        first, *widths = parallel.shard_range(group, *widths, student_hidden.device)
     terms = _Terms.build(
         leading=leading,
         device=student_hidden.device,
         dtype=_accumulation_dtype(list(floating.values())),
-        widths=(student_weight.shape[0], teacher_weight.shape[0]),
+        widths=tuple(widths),
         has_text=teacher_text_hidden is not None,
         target=target,
         alpha=alpha,
@@ -329,12 +336,25 @@ def fused_linear_caad_loss(
         teacher_softcap=None if teacher_softcap is None else float(teacher_softcap),
     )
     dtypes = [x.dtype for x in floating.values()]
+    if group is not None and impl not in ("auto", "reference"):
+        raise ValueError(f"impl: expected 'auto' or 'reference' with a process_group (its rows are eager PyTorch), got {impl!r}")
     chosen = _choose(impl, student_hidden.device, dtypes, "fused_linear_caad_loss")
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     audio = teacher_audio_hidden.detach().reshape(-1, teacher_audio_hidden.shape[-1])
     text = None if teacher_text_hidden is None else teacher_text_hidden.detach().reshape(audio.shape)
     teacher_weight = teacher_weight.detach()
     teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
+    if group is not None:
+        _schema.check_values(terms.target, terms.alpha, terms.spec.vocab, ignore_index)
+        ids_here = min(max(terms.spec.vocab - first, 0), student_weight.shape[0], teacher_weight.shape[0])
+        settings = {"logits_dtype": logits_dtype, "chunk_tokens": chunk_tokens, "workspace_bytes": workspace_bytes}
+        loss, stats = parallel.VocabularyParallelCAAD.apply(
+            hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias, terms.target, terms.alpha,
+            terms.kd_coef, terms.ce_coef, dataclasses.replace(terms.spec, vocab=ids_here), first, group,
+            reduction != "none", return_stats, settings,
+        )  # fmt: skip
+        return terms.finish(loss, stats, return_stats)
     if chosen == "reference":
         return terms.finish_reference(
             _reference.linear_caad(
@@ -355,7 +375,7 @@ def fused_linear_caad_loss(
         hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias, terms.target, terms.alpha,
         terms.kd_coef, terms.ce_coef, spec.vocab, spec.temperature, spec.divergence, spec.jsd_beta, spec.plausibility,
         spec.ignore_index, spec.with_kd, spec.with_ce, spec.student_scale, spec.teacher_scale, spec.student_softcap,
-        spec.teacher_softcap, torch.float32 if logits_dtype is None else logits_dtype, chunk_tokens, workspace_bytes,
+        spec.teacher_softcap, logits_dtype, chunk_tokens, workspace_bytes,
         reduced, *grads, return_stats, chosen,
     )  # fmt: skip
     return terms.finish(loss, stats, return_stats)

@@ -368,7 +368,7 @@ def test_chunks_on_a_gpu_fill_its_multiprocessors(monkeypatch):
         ({"chunk_tokens": 4, "workspace_bytes": 10**6}, ValueError, "workspace_bytes: expected None where chunk_tokens"),
         ({"workspace_bytes": 10}, ValueError, "workspace_bytes: expected at least"),
         ({"logits_dtype": torch.int8}, ValueError, "logits_dtype"),
-        ({"process_group": object()}, NotImplementedError, "process_group"),
+        ({"process_group": object()}, TypeError, "process_group: expected a torch.distributed.ProcessGroup"),
         ({"target": torch.full((23,), 61)}, ValueError, r"target: expected ids in \[0, 61\)"),
         ({"vocab_size": 62}, ValueError, "vocab_size: expected 1 to 61"),
     ],
