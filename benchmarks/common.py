@@ -30,7 +30,9 @@ class Timing:
     repeats: int
 
 
-def time_calls(calls: dict[str, Callable[[], object]], *, repeats: int, device: torch.device, warmup: int = 2) -> dict[str, Timing]:
+def time_calls(
+    calls: dict[str, Callable[[], object]], *, repeats: int, device: torch.device, warmup: int = 2
+) -> dict[str, Timing]:
     """Times the calls in turn, round after round, so that a slow minute of the machine falls on all of them alike."""
     for call in calls.values():
         for _ in range(warmup):
@@ -131,7 +133,9 @@ def provenance(device: torch.device) -> dict[str, str]:
             return "absent"
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD") or "unknown"

@@ -19,18 +19,14 @@ def eager_loss(student: Tensor, audio: Tensor, text: Tensor, target: Tensor) -> 
     """The loss as one writes it: logits in float32, torch's own softmax, kl_div and cross_entropy."""
     student = student.float()
     z_hat = (1 + ALPHA) * audio.float() - ALPHA * text.float()
-    kd = F.kl_div(
-        F.log_softmax(student / TEMPERATURE, -1), F.softmax(z_hat / TEMPERATURE, -1), reduction="batchmean"
-    )
+    kd = F.kl_div(F.log_softmax(student / TEMPERATURE, -1), F.softmax(z_hat / TEMPERATURE, -1), reduction="batchmean")
     return KD_WEIGHT * TEMPERATURE**2 * kd + (1 - KD_WEIGHT) * F.cross_entropy(student, target)
 
 
 def exact_loss(student: Tensor, audio: Tensor, text: Tensor, target: Tensor) -> Tensor:
     """The same in float64."""
     student, z_hat = student.double(), (1 + ALPHA) * audio.double() - ALPHA * text.double()
-    kd = F.kl_div(
-        F.log_softmax(student / TEMPERATURE, -1), F.softmax(z_hat / TEMPERATURE, -1), reduction="batchmean"
-    )
+    kd = F.kl_div(F.log_softmax(student / TEMPERATURE, -1), F.softmax(z_hat / TEMPERATURE, -1), reduction="batchmean")
     return KD_WEIGHT * TEMPERATURE**2 * kd + (1 - KD_WEIGHT) * F.cross_entropy(student, target)
 
 

@@ -40,7 +40,15 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
     def ours(impl: str, **options):
         return lambda: torch.autograd.grad(
             fused_caad_loss(
-                student, audio, text, target, alpha=ALPHA, temperature=TEMPERATURE, kd_weight=KD_WEIGHT, impl=impl, **options
+                student,
+                audio,
+                text,
+                target,
+                alpha=ALPHA,
+                temperature=TEMPERATURE,
+                kd_weight=KD_WEIGHT,
+                impl=impl,
+                **options,
             ),
             student,
         )[0]

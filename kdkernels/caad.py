@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import linear as _linear
 from .ops import reference as _reference
 from .ops import schema as _schema
 from .ops.dispatch import checks_enabled, choose, logger
@@ -282,9 +281,13 @@ def fused_linear_caad_loss(
     ):
         width = floating[hidden].shape[-1] if floating[hidden].dim() else None
         if weight.dim() != 2 or weight.shape[1] != width:
-            raise ValueError(f"{side}_weight: expected (vocabulary, {width}) to match {hidden}, got {tuple(weight.shape)}")
+            raise ValueError(
+                f"{side}_weight: expected (vocabulary, {width}) to match {hidden}, got {tuple(weight.shape)}"
+            )
         if weight.shape[0] == 0 and group is None:
-            raise ValueError(f"{side}_weight: expected a vocabulary, got 0 rows (is the head sharded by FSDP or ZeRO-3?)")
+            raise ValueError(
+                f"{side}_weight: expected a vocabulary, got 0 rows (is the head sharded by FSDP or ZeRO-3?)"
+            )
         if bias is not None:
             _check_shape(f"{side}_bias", bias, weight.shape[:1])
     leading = student_hidden.shape[:-1]
@@ -298,7 +301,9 @@ def fused_linear_caad_loss(
         ("teacher_logit_scale", teacher_logit_scale),
     ):
         if x is not None and not (_is_number(x) and 0 < x < math.inf):
-            raise ValueError(f"{name}: expected a finite number > 0{' or None' if 'softcap' in name else ''}, got {x!r}")
+            raise ValueError(
+                f"{name}: expected a finite number > 0{' or None' if 'softcap' in name else ''}, got {x!r}"
+            )
     for name, x in (("chunk_tokens", chunk_tokens), ("workspace_bytes", workspace_bytes)):
         if x is not None and (not isinstance(x, int) or isinstance(x, bool) or x < 1):
             raise ValueError(f"{name}: expected a whole number >= 1 or None, got {x!r}")
@@ -337,7 +342,9 @@ def fused_linear_caad_loss(
     )
     dtypes = [x.dtype for x in floating.values()]
     if group is not None and impl not in ("auto", "reference"):
-        raise ValueError(f"impl: expected 'auto' or 'reference' with a process_group (its rows are eager PyTorch), got {impl!r}")
+        raise ValueError(
+            f"impl: expected 'auto' or 'reference' with a process_group (its rows are eager PyTorch), got {impl!r}"
+        )
     chosen = _choose(impl, student_hidden.device, dtypes, "fused_linear_caad_loss")
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     audio = teacher_audio_hidden.detach().reshape(-1, teacher_audio_hidden.shape[-1])
@@ -497,10 +504,14 @@ class _Terms(NamedTuple):
             if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
                 raise TypeError(f"vocab_size: expected an int or None, got {type(vocab_size).__name__}")
             if not 1 <= vocab_size <= vocab:
-                raise ValueError(f"vocab_size: expected 1 to {vocab} (student {widths[0]}, teacher {widths[1]}), got {vocab_size}")
+                raise ValueError(
+                    f"vocab_size: expected 1 to {vocab} (student {widths[0]}, teacher {widths[1]}), got {vocab_size}"
+                )
             vocab = vocab_size
         if vocab < 1:
-            raise ValueError(f"student_logits: expected a vocabulary of at least 1, got widths {widths[0]} and {widths[1]}")
+            raise ValueError(
+                f"student_logits: expected a vocabulary of at least 1, got widths {widths[0]} and {widths[1]}"
+            )
 
         if target is not None:
             _check_tensor("target", target)

@@ -38,7 +38,9 @@ def as_group(process_group: Any) -> dist.ProcessGroup:
     )
 
 
-def shard_range(group: dist.ProcessGroup, student_rows: int, teacher_rows: int, device: torch.device) -> tuple[int, int, int]:
+def shard_range(
+    group: dist.ProcessGroup, student_rows: int, teacher_rows: int, device: torch.device
+) -> tuple[int, int, int]:
     """(first id of this rank, V_s over all ranks, V_t over all ranks).
 
     Reads the sizes of all ranks back (one small exchange a call). Raises ValueError, on every rank alike, where student and
@@ -228,7 +230,9 @@ def parallel_rows(
         grad[0, :, spec.vocab :] = 0
     stats = None
     if want_stats:
-        entropy_s, entropy_z = (torch.where(n > 0, n.log() - x / n, 0.0) for n, x in zip((Ss, Sz), more[:2], strict=True))
+        entropy_s, entropy_z = (
+            torch.where(n > 0, n.log() - x / n, 0.0) for n, x in zip((Ss, Sz), more[:2], strict=True)
+        )
         between = s.new_zeros(rows)
         if paths:
             Sa, St, cross_a = more[2:]

@@ -117,24 +117,15 @@ class Context:
 
 
 def run_corpus(context: Context) -> dict[str, Any]:
-    """Clips, questions and hints."""
+    """Clips, questions and hints, in the demo's four parts: teacher, distill, dev, test."""
     from models.data.corpus import build_corpus
-    from models.data.manifest import read_manifest
+    from models.data.manifest import read_manifest, write_manifest
 
     settings = context.settings
     path = build_corpus(
         context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.seed, tasks=(settings.task,)
     )
-    manifest = read_manifest(path, check_audio=False)
-    return {"counts": manifest.header["counts"], "unavailable": manifest.header.get("unavailable", {})}
-
-
-def run_items(context: Context) -> dict[str, Any]:
-    """The corpus in the demo's four parts: teacher, distill, dev, test."""
-    from models.data.manifest import read_manifest, write_manifest
-
-    settings = context.settings
-    manifest = read_manifest(context.folders["corpus"] / "manifest.jsonl", check_audio=True)
+    manifest = read_manifest(path, check_audio=True)
     parts = {
         "teacher": _limited(manifest.select(split="train", pool="teacher"), settings.max_train_clips),
         "distill": _limited(manifest.select(split="train", pool="distill"), settings.max_train_clips),
@@ -143,7 +134,11 @@ def run_items(context: Context) -> dict[str, Any]:
     }
     for name, examples in parts.items():
         write_manifest(context.folder / f"{name}.jsonl", examples)
-    return {"counts": {name: len(examples) for name, examples in parts.items()}, "skipped": len(manifest.problems)}
+    return {
+        "questions": {name: len(examples) for name, examples in parts.items()},
+        "skipped": len(manifest.problems),
+        "unavailable": manifest.header.get("unavailable", {}),
+    }
 
 
 def run_features(context: Context) -> dict[str, Any]:
@@ -173,7 +168,7 @@ def run_stage1(context: Context) -> dict[str, Any]:
 
     settings = context.settings
     out = stage1_manifest(context.folders | {"stage1": context.folder})
-    words = [str(context.folders["items"] / "teacher.jsonl"), "--out", str(out), "--source", settings.target_source]
+    words = [str(context.folders["corpus"] / "teacher.jsonl"), "--out", str(out), "--source", settings.target_source]
     words += ["--audio-root", str(context.folders["corpus"])]
     if settings.target_source == "text_backbone":
         words += ["--backbone", settings.lm]
@@ -296,26 +291,25 @@ def make_stages() -> list[Stage]:
     backbone = ("lm", "encoder", "tiny_backbones", "seed", "device")
     training = (*backbone, "batch_examples")
     stages = [
-        Stage("corpus", "corpus", (), ("sources", "corpus_size", "task", "seed"), run_corpus),
-        Stage("items", "questions and hints", ("corpus",), ("max_train_clips", "max_test_clips"), run_items),
-        Stage("features", "encoder features", ("corpus", "items"), backbone, run_features),
-        Stage("student_lm", "student: drop layers, heal", ("corpus", "items"), (*backbone, "keep_layers", "healing_steps"), run_student_lm),
-        Stage("stage1", "Stage 1: pseudo ground truth", ("corpus", "items"), ("lm", "target_source"), run_stage1),
+        Stage("corpus", "corpus", (), ("sources", "corpus_size", "task", "seed", "max_train_clips", "max_test_clips"), run_corpus),
+        Stage("features", "encoder features", ("corpus",), backbone, run_features),
+        Stage("student_lm", "student: drop layers, heal", ("corpus",), (*backbone, "keep_layers", "healing_steps"), run_student_lm),
+        Stage("stage1", "Stage 1: pseudo ground truth", ("corpus",), ("lm", "target_source"), run_stage1),
         Stage(
             "teacher", "teacher (sft, biased)", ("corpus", "features", "stage1"),
             (*training, "teacher_steps", "teacher_learning_rate"), run_teacher,
         ),
-        Stage("distill", "teacher's answers and cache", ("corpus", "items", "features", "teacher"), training, run_distill),
+        Stage("distill", "teacher's answers and cache", ("corpus", "features", "teacher"), training, run_distill),
     ]  # fmt: skip
     for name, label, objective, alpha in STUDENTS:
         stages.append(
             Stage(
-                f"student_{name}", label, ("corpus", "items", "features", "teacher", "student_lm", "distill"),
+                f"student_{name}", label, ("corpus", "features", "teacher", "student_lm", "distill"),
                 (*training, "student_steps", "student_learning_rate"), run_student,
                 extra={"objective": objective, "alpha": alpha},
             )  # fmt: skip
         )
-    needs = ("corpus", "items", "features", "teacher")
+    needs = ("corpus", "features", "teacher")
     stages.append(Stage("answers_teacher", "teacher's test answers", needs, training, run_teacher_answers, list(TEACHER_ALPHAS)))
     return stages
 
@@ -344,7 +338,7 @@ def _read_items(context: Context, name: str) -> list[Any]:
 
     return list(
         read_manifest(
-            context.folders["items"] / f"{name}.jsonl", audio_root=context.folders["corpus"], check_audio=False
+            context.folders["corpus"] / f"{name}.jsonl", audio_root=context.folders["corpus"], check_audio=False
         ).examples
     )
 
@@ -572,6 +566,24 @@ def run_stages(
     return {s.name: read_done(folders[s.name])["seconds"] for s in stages}
 
 
+def run_stages_here(
+    stages: Sequence[Stage], folders: Mapping[str, Path], *, settings: DemoSettings, root: Path, console: Console
+) -> dict[str, float]:
+    """`run_stages` in this process, one after the other."""
+    seconds = {}
+    for stage in stages:
+        cached = read_done(folders[stage.name]) is not None
+        if not cached:
+            folders[stage.name].mkdir(parents=True, exist_ok=True)
+            try:
+                run_one_stage(stage.name, settings, root)
+            except SystemExit as error:
+                raise StageError(f"{stage.title}: {error}") from error
+        seconds[stage.name] = read_done(folders[stage.name])["seconds"]
+        console.print(f"  {stage.title:34} " + ("cached" if cached else f"{seconds[stage.name]:5.0f} s"))
+    return seconds
+
+
 def run_one_stage(name: str, settings: DemoSettings, root: Path) -> None:
     """What a stage's process does: run it and note that it is done."""
     stages = {s.name: s for s in make_stages()}
@@ -614,7 +626,7 @@ def collect(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
 
     files = {"teacher, greedy": folders["answers_teacher"] / "test-greedy.jsonl"}
     for alpha in TEACHER_ALPHAS[1:]:
-        label = f"teacher, contrastive decoding {alpha:g}"
+        label = f"teacher, contrastive {alpha:g}"
         files[label] = folders["answers_teacher"] / f"test-contrastive{alpha:g}.jsonl"
     for name, label, _, _ in STUDENTS:
         files[label] = folders[f"student_{name}"] / "test-greedy.jsonl"
@@ -624,30 +636,42 @@ def collect(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
 def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
     """What the numbers say about CAAD, in sentences. Computed; a loss or a draw is said as plainly as a win.
 
-    Compared are the answers on clips with a false hint (what CAAD is for) and with no hint (what it must not cost), pair by
-    pair, with 95% bootstrap intervals over clips.
+    Compared are the answers under a false hint (what CAAD is for) and with no hint (what it must not cost), pair by pair, with
+    95% bootstrap intervals over clips. The first sentence is about plain KD; the controls follow.
     """
     from models.scoring import paired_difference
 
-    sentences = []
-    for alpha in (1, 2):
-        ours = _plain(predictions[f"student, CAAD alpha {alpha}"])
-        for label in ("student, KD", "student, sharpened KD 2", "student, CE only"):
-            other = _plain(predictions[label])
-            conflict = paired_difference(ours, other, kind="conflict")
-            neutral = paired_difference(ours, other, kind="neutral")
-            sentences.append(
-                f"CAAD alpha {alpha} {_compared(conflict)} {label.removeprefix('student, ')} under a false hint "
-                f"({100 * conflict.value:+.1f} points, 95% interval {100 * conflict.low:+.1f} to {100 * conflict.high:+.1f}, "
-                f"{conflict.count} clips) and {_compared(neutral)} it without a hint ({100 * neutral.value:+.1f} points)."
+    ours = {alpha: _plain(predictions[f"student, CAAD alpha {alpha}"]) for alpha in (1, 2)}
+    details, wins, costs = [], [], []
+    for label in ("student, KD", "student, sharpened KD 2", "student, CE only"):
+        other = _plain(predictions[label])
+        for alpha, answers in ours.items():
+            conflict = paired_difference(answers, other, kind="conflict")
+            neutral = paired_difference(answers, other, kind="neutral")
+            details.append(
+                f"CAAD alpha {alpha} against {label.removeprefix('student, ')}: under a false hint {_points(conflict)}, "
+                f"{_compared(conflict)}; without a hint {_points(neutral)}, {_compared(neutral)}."
             )
-    return sentences
+            if label == "student, KD":
+                wins += [f"alpha {alpha}"] if conflict.low > 0 else []
+                costs += [f"alpha {alpha}"] if neutral.high < 0 else []
+    if wins:
+        headline = f"CAAD ({' and '.join(wins)}) follows a false hint less often than plain KD does"
+        headline += f", and pays for it without a hint ({' and '.join(costs)})." if costs else "."
+    else:
+        headline = "CAAD does NOT show an advantage over plain KD under a false hint in this run."
+    return [headline, *details]
+
+
+def _points(difference: Any) -> str:
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.value:+.1f} points (95% {low:+.1f} to {high:+.1f}, {difference.count} clips)"
 
 
 def _compared(difference: Any) -> str:
     if difference.low > 0:
-        return "beats"
-    return "is worse than" if difference.high < 0 else "cannot be told from"
+        return "better"
+    return "worse" if difference.high < 0 else "no clear difference"
 
 
 def _plain(predictions: Sequence[Any]) -> list[Any]:
@@ -658,9 +682,9 @@ def print_table(console: Console, predictions: Mapping[str, Sequence[Any]]) -> d
     """The table on the terminal; returns the scores of every system."""
     from models.evaluate import summarize
 
-    table = Table(title="accuracy on unseen speakers, by what the prompt claims")
-    for column in ("system", *(label for _, label in CONTEXTS), "Shift (TIR_adv)", "no audio", "swapped"):
-        table.add_column(column, justify="left" if column == "system" else "right")
+    table = Table(title="accuracy on unseen speakers, by what the prompt says (Shift = TIR_adv, lower is better)")
+    for column in ("system", *(label for _, label in CONTEXTS), "Shift", "no audio", "swapped"):
+        table.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
     scores = {}
     for label, answers in predictions.items():
         scores[label] = summary = summarize(answers)
@@ -685,7 +709,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/demo", help="folder of report.html and results.json")
     parser.add_argument("--fresh", action="store_true", help="make every stage anew (downloads are kept)")
-    parser.add_argument("--workers", type=int, default=None, help="stages at a time (default: 2, or 1 on one core)")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="stages at a time, each a process; 0 = all in this process, one by one"
+    )
     parser.add_argument("--run-stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device, seed=arguments.seed)
@@ -698,22 +724,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log file has no width; 80 would break the table
     stages = make_stages()
     folders = stage_folders(stages, settings, root)
     if arguments.fresh:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = arguments.workers or min(2, cores)
-    threads = max(1, cores // workers)
+    # A smoke stage is shorter than the imports of a process of its own.
+    workers = arguments.workers if arguments.workers is not None else 0 if arguments.fast_smoke else min(2, cores)
+    threads = max(1, cores // max(1, workers))
     base = [sys.executable, "-m", "models.demo", "--device", settings.device, "--seed", str(settings.seed)]
     base += ["--fast-smoke"] if arguments.fast_smoke else []
     started = time.monotonic()
-    console.print(f"demo: {workers} stage(s) at a time, {threads} thread(s) each; stages are kept in {root}")
+    console.print(f"demo: {workers or 1} stage(s) at a time, {threads} thread(s) each; stages are kept in", root, soft_wrap=True)
     try:
-        seconds = run_stages(
-            stages, folders, command=lambda s: [*base, "--run-stage", s.name], workers=workers, threads=threads, console=console
-        )
+        if workers:
+            seconds = run_stages(
+                stages,
+                folders,
+                command=lambda s: [*base, "--run-stage", s.name],
+                workers=workers,
+                threads=threads,
+                console=console,
+            )
+        else:
+            seconds = run_stages_here(stages, folders, settings=settings, root=root, console=console)
     except StageError as error:
         console.print(f"error: {error}", markup=False)
         return 1
@@ -726,7 +763,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.fast_smoke:
         sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
     for sentence in sentences:
-        console.print(f"- {sentence}", highlight=False)
+        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
 
     from models.evaluate import to_json
     from models.report import write_report
@@ -735,7 +772,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {"settings": dataclasses.asdict(settings), "scores": to_json(scores), "verdict": sentences, "seconds": seconds}
     atomic_write_json(out / "results.json", results)
     report = write_report(out / "report.html", make_report(settings, stages, folders, predictions, sentences, seconds))
-    console.print(f"total {time.monotonic() - started:.0f} s; report: {report.resolve()}")
+    console.print(f"total {time.monotonic() - started:.0f} s; report: {report.resolve()}", soft_wrap=True)
     return 0
 
 
@@ -759,7 +796,7 @@ def make_report(
         findings=list(sentences),
         systems=predictions,
         curves={label: read_metrics(folder / "metrics.jsonl") for label, folder in trained.items()},
-        examples=read_manifest(folders["items"] / "test.jsonl", check_audio=False).examples,
+        examples=read_manifest(folders["corpus"] / "test.jsonl", check_audio=False).examples,
         audio_root=folders["corpus"],
         facts=[
             ("What the stages did", [n for n in notes if n[1]]),

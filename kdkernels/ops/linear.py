@@ -67,9 +67,7 @@ def linear_caad_chunks(
 
     need_teacher = spec.with_kd or want_stats
     # Statistics compare the two paths, a softcap is not linear, plausibility looks at the audio path alone.
-    collapse = (
-        text_hidden is not None and spec.teacher_softcap is None and spec.plausibility is None and not want_stats
-    )
+    collapse = text_hidden is not None and spec.teacher_softcap is None and spec.plausibility is None and not want_stats
     two_paths = need_teacher and text_hidden is not None and not collapse
     buffers = 1 + need_teacher + two_paths
     plan = plan_chunks(
@@ -207,7 +205,9 @@ def _gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, s
     if out.dtype == weight.dtype:
         torch.mm(hidden.to(weight.dtype), weight.T, out=out)
     elif out.dtype != torch.float32:
-        out.copy_(_gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device), split=split))
+        out.copy_(
+            _gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device), split=split)
+        )
     elif hidden.dtype == weight.dtype or split:
         parts = _summands(hidden, weight.dtype)
         if hidden.device.type == "cuda" and _mixed_gemm_on_cuda():
@@ -265,6 +265,4 @@ def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     h = hidden.float()
     for start in range(0, total.shape[0], VOCAB_BLOCK):
         stop = min(start + VOCAB_BLOCK, total.shape[0])
-        _float32_gemm(
-            grad[:, start:stop].float().T, h, total[start:stop], accumulate=True, bf16_values=bf16
-        )
+        _float32_gemm(grad[:, start:stop].float().T, h, total[start:stop], accumulate=True, bf16_values=bf16)

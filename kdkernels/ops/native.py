@@ -56,7 +56,7 @@ def available() -> bool:
 
 
 def instruction_set() -> str:
-    """"generic", "avx2" or "avx512": the best this machine has, unless KDKERNELS_CPU_ISA names another."""
+    """ "generic", "avx2" or "avx512": the best this machine has, unless KDKERNELS_CPU_ISA names another."""
     return os.environ.get("KDKERNELS_CPU_ISA") or load_library().best_isa()
 
 

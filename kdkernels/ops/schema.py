@@ -150,9 +150,7 @@ class InPlaceRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, audio, text, target, alpha, kd_coef, ce_coef, spec, want_stats, impl):
         memory = student.detach()
-        loss, stats = rows_into(
-            memory, audio, text, target, alpha, kd_coef, ce_coef, spec, memory, want_stats, impl
-        )
+        loss, stats = rows_into(memory, audio, text, target, alpha, kd_coef, ce_coef, spec, memory, want_stats, impl)
         # Whoever else saved these logits for its backward must learn that they are gone.
         torch.autograd.graph.increment_version(student)
         ctx.grad = memory
@@ -165,7 +163,9 @@ class InPlaceRows(torch.autograd.Function):
     def backward(ctx, grad_loss, _stats):
         grad, ctx.grad = ctx.grad, None
         if grad is None:
-            raise RuntimeError("inplace=True: the gradient was consumed by the first backward; a second one needs inplace=False")
+            raise RuntimeError(
+                "inplace=True: the gradient was consumed by the first backward; a second one needs inplace=False"
+            )
         if not _is_one(grad_loss):
             grad.mul_(grad_loss.reshape(*grad.shape[:2], 1))
         return (grad,) + (None,) * 9
@@ -268,7 +268,9 @@ def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, t
     empty = student_weight.new_empty(0)
     return (
         kd_coef.new_empty(() if reduced else (n,)),
-        torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else student_hidden.new_empty(0),
+        torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
+        if hidden_grad
+        else student_hidden.new_empty(0),
         torch.empty_like(student_weight, memory_format=torch.contiguous_format) if weight_grad else empty,
         torch.empty_like(student_bias, memory_format=torch.contiguous_format) if bias_grad else empty.new_empty(0),
         kd_coef.new_empty((_N_STATS, n)) if want_stats else kd_coef.new_empty(0),

@@ -1,24 +1,24 @@
 """The row problem (:mod:`kdkernels.ops.rows`) in Triton.
 
-One program owns one row and streams it in blocks of G groups of E logits. A group belongs to one thread and keeps its own
-running maxima and shifted sums, so nothing is exchanged between threads inside a loop; the groups are merged once, after
-the pass. z_hat, p and q are never stored. Passes over the row:
+One program owns one row and streams it in blocks of G groups of E logits. A group belongs to one thread and keeps its
+own running maxima and shifted sums, so nothing is exchanged between threads inside a loop; the groups are merged once,
+after the pass. z_hat, p and q are never stored. Passes over the row:
 
-    plausibility   max of z_audio                                                       (only with a plausibility mask)
-    1              maxima; sum e^(s-max), sum e^(z-max); the cross term of the divergence; sum for the label's softmax
-    jsd            KL(p||m) and KL(q||m), which need p and q                            (only for the jsd)
-    2              the gradient                                                         (only with grad)
+    plausibility   max of z_audio                                                     (only with a plausibility mask)
+    1              maxima; sum e^(s-max), sum e^(z-max); the divergence's cross term; sum for the label's softmax
+    jsd            KL(p||m) and KL(q||m), which need p and q                          (only for the jsd)
+    2              the gradient                                                       (only with grad)
 
-Pass 1 walks the blocks downwards and the others upwards, so that what pass 1 read last, and L2 still holds, is read first.
+Pass 1 walks the blocks downwards, the others upwards: what pass 1 read last, and L2 still holds, is read again first.
 
-Masked logits. A logit below -1e30, -inf above all, is masked: it is replaced by the finite _MASKED right after its load.
+Masked logits. A logit below -1e30, -inf above all, is masked: the finite _MASKED replaces it right after its load.
 Running maxima start at _FLOOR > _MASKED, so e^(_MASKED - max) is 0 also in a row where everything is masked, and no
 inf - inf or 0 * inf arises. NaN compares false and passes through all of it.
 
-A gradient in the student's memory. Column j of a row is written at byte w*j and read at byte 4*j or 2*j >= w*j of the same
-row, blocks ascend, and a barrier stands between a block's loads and its stores. So a store of block b ends before the first
-byte that any thread still has to read (the loads of b + 1 onwards), and other threads' loads of block b are behind the
-barrier. Passes before the gradient's are separated from it by the barrier of their final reductions.
+A gradient in the student's memory. Column j of a row is written at byte w*j and read at byte 4*j or 2*j >= w*j of the
+same row, blocks ascend, and a barrier stands between a block's loads and its stores. So the stores of block b end
+before the first byte of block b + 1, and all threads' loads of block b and below lie behind the barrier. Earlier passes
+are separated from the gradient's by the barriers of their final reductions.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _read_teacher(
     text_ptr,
     columns,
     inside,
-    read_text,
+    text_vocab,
     alpha,
     threshold,
     HAS_TEXT: tl.constexpr,
@@ -99,7 +99,7 @@ def _read_teacher(
     text = audio
     z = audio
     if HAS_TEXT:
-        text = _read(text_ptr, columns, inside & read_text, SCALE, SOFTCAP)
+        text = _read(text_ptr, columns, columns < text_vocab, SCALE, SOFTCAP)
         z = audio + alpha * (audio - text)  # not (1 + alpha) audio - alpha text: a constant in both cancels first
         z = tl.where((audio == _MASKED) | (text == _MASKED) | (z < _FLOOR), _MASKED, z)
         z = tl.where(alpha == 0.0, audio, z)
@@ -110,7 +110,7 @@ def _read_teacher(
 
 @triton.jit
 def _advance(maximum, values, rate):
-    """One block of an online softmax: new maximum (G,), factor for older sums (G,), values - maximum and its exponential."""
+    """One block of an online softmax: new maxima (G,), factors of the older sums (G,), values - maxima, their e^."""
     new_maximum = tl.maximum(maximum, tl.max(values, axis=1))
     keep = tl.exp2((maximum - new_maximum) * rate)
     shifted = values - new_maximum[:, None]  # (G, E)
@@ -153,7 +153,8 @@ def _reciprocal(x):
 def _jsd_terms(log_ratio, jsd_beta):
     """log(p / m) and log(q / m) from log(p / q), m = beta p + (1 - beta) q.
 
-    The larger of the two is -log(1 + c (e^-|log p/q| - 1)) with c the other one's share of m, the smaller is |log p/q| less.
+    The larger of the two is -log(1 + c (e^-|log p/q| - 1)), c being the other one's share of m; the smaller is
+    |log p/q| less.
     """
     distance = tl.abs(log_ratio)
     p_larger = log_ratio >= 0.0
@@ -194,7 +195,7 @@ def _caad_row_kernel(
     log_plausibility,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,  # a group's logits are neighbours, for 16-byte loads; else neighbours are in neighbouring threads
+    CONTIGUOUS: tl.constexpr,  # neighbouring logits lie in one thread (16-byte loads), or else in neighbouring threads
     DIVERGENCE: tl.constexpr,
     TEMPERATURE: tl.constexpr,  # 1, 2, or 0 for any other
     HAS_TEXT: tl.constexpr,
@@ -253,13 +254,14 @@ def _caad_row_kernel(
         inverse_tau = inverse_temperature
 
     alpha = 0.0
-    read_text = False
+    text_vocab = 0
     alpha_legal = True
     if HAS_TEXT:
         alpha = tl.load(alpha_ptr + row * stride_alpha)
-        read_text = alpha != 0.0
         if WANT_STATS:
-            read_text = True  # the divergence of the two paths is asked for
+            text_vocab = vocab  # the divergence of the two paths is asked for
+        else:
+            text_vocab = tl.where(alpha == 0.0, 0, vocab)  # not read where it does not count
         alpha_legal = (alpha >= 0.0) & (alpha < float("inf"))
     if WITH_CE:
         # Before the gradient: it may overwrite the row.
@@ -311,7 +313,7 @@ def _caad_row_kernel(
                 text_ptr,
                 columns,
                 inside,
-                read_text,
+                text_vocab,
                 alpha,
                 threshold,
                 HAS_TEXT,
@@ -375,7 +377,7 @@ def _caad_row_kernel(
         p_row = tl.sum(p_sum * z_weight, axis=0)
         inverse_q = _reciprocal(q_row)
         inverse_p = _reciprocal(p_row)
-        # log (Z_p / Z_q): log p/q = ((z - max z) - (s - max s)) / tau - this. Where a side is masked throughout, 0 will do.
+        # log(p/q) = ((z - max z) - (s - max s)) / tau - log_z. Where a side is masked throughout, any number will do.
         log_z = tl.log(tl.where((p_row == 0.0) | (q_row == 0.0), 1.0, p_row / tl.where(q_row == 0.0, 1.0, q_row)))
     if WITH_KD:
         empty = p_row == 0.0
@@ -401,7 +403,7 @@ def _caad_row_kernel(
                     text_ptr,
                     columns,
                     inside,
-                    read_text,
+                    text_vocab,
                     alpha,
                     threshold,
                     HAS_TEXT,
@@ -470,7 +472,7 @@ def _caad_row_kernel(
                     text_ptr,
                     columns,
                     inside,
-                    read_text,
+                    text_vocab,
                     alpha,
                     threshold,
                     HAS_TEXT,
@@ -516,9 +518,8 @@ def _scale_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr + row * stride_factor).to(tl.float32)
-    if IN_PLACE:
-        if factor == 1.0:
-            return
+    if IN_PLACE and factor == 1.0:
+        return
     source_ptr += row * stride_source
     out_ptr += row * stride_out
     for start in range(0, width, BLOCK):
@@ -528,32 +529,33 @@ def _scale_rows_kernel(
         tl.store(out_ptr + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _elements_per_thread(spec: RowSpec, want_stats: bool) -> int:
-    """16 logits a thread and tensor; 8 where more sums or more arithmetic per logit would spill."""
-    softcapped = spec.student_softcap is not None or spec.teacher_softcap is not None
-    return 8 if want_stats or softcapped or spec.divergence == "jsd" else 16
+def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool) -> dict[str, int]:
+    """GROUPS, GROUP and launch options from the width of the vocabulary and of the narrowest input.
 
-
-def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool) -> tuple[int, int, int]:
-    """(groups, logits per group, warps) from the width of the vocabulary and of the narrowest input.
-
-    A group is what one thread loads in 16 bytes of the narrowest input. Fixed, because a tuner would have to synchronise.
+    A group is what one thread loads in 16 bytes of the narrowest input. A thread holds 16 logits of each tensor, and 8
+    where there are more sums or more arithmetic per logit. Four warps, because by ptxas's counts (sm_80, 90 and 100)
+    they leave room for more rows on a multiprocessor than eight do. Fixed, because a tuner would have to synchronise.
     """
-    group = 16 // itemsize
-    elements = _elements_per_thread(spec, want_stats)
+    heavy = spec.divergence == "jsd" or spec.student_softcap is not None or spec.teacher_softcap is not None
+    elements = 8 if heavy or want_stats else 16
     warps = 1
-    while warps < 8 and 32 * warps * elements < spec.vocab:
+    while warps < 4 and 32 * warps * elements < spec.vocab:
         warps *= 2
-    return 32 * warps * elements // group, group, warps
+    group = 16 // itemsize
+    table = {"GROUPS": 32 * warps * elements // group, "GROUP": group, "num_warps": warps, "enable_fp_fusion": True}
+    if heavy and want_stats:
+        table["maxnreg"] = 160  # left to itself, ptxas spills the row's scalars to fit one more block
+    return table
 
 
 def _is_vectorisable(tensor: torch.Tensor, vocab: int) -> bool:
     """Whether Triton can prove 16-byte accesses: it distinguishes integers only by whether 16 divides them."""
-    return all(x % 16 == 0 for x in (tensor.data_ptr(), tensor.stride(0), tensor.stride(1), vocab))
+    return all(x % 16 == 0 for x in (tensor.data_ptr(), _stride(tensor, 0), _stride(tensor, 1), vocab))
 
 
-def _strides(tensor: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+def _stride(tensor: torch.Tensor | None, dim: int) -> int:
+    """Stride of a leading dimension; 0 where it is never taken, whatever the tensor says."""
+    return 0 if tensor is None or tensor.shape[dim] == 1 else tensor.stride(dim)
 
 
 def _row_arguments(
@@ -570,55 +572,55 @@ def _row_arguments(
     ce: torch.Tensor,
     stats: torch.Tensor | None,
 ) -> dict[str, object]:
-    """Arguments of _caad_row_kernel, in its order, and num_warps."""
+    """Arguments of _caad_row_kernel, and launch options."""
     with_ce = spec.with_ce and target is not None
     read = [student] + ([audio] if spec.with_kd or stats is not None else [])
     read += [text] if text is not None and len(read) > 1 else []
-    groups, group, warps = _launch_table(spec, min(x.element_size() for x in read), stats is not None)
-    return dict(
-        student_ptr=student,
-        audio_ptr=audio,
-        text_ptr=text,
-        target_ptr=target,
-        alpha_ptr=alpha,
-        kd_coef_ptr=kd_coef,
-        ce_coef_ptr=ce_coef,
-        grad_ptr=grad,
-        kd_ptr=kd,
-        ce_ptr=ce,
-        stats_ptr=stats,
-        **dict(zip(("stride_student_batch", "stride_student_seq"), _strides(student))),
-        **dict(zip(("stride_audio_batch", "stride_audio_seq"), _strides(audio))),
-        **dict(zip(("stride_text_batch", "stride_text_seq"), _strides(text))),
-        **dict(zip(("stride_grad_batch", "stride_grad_seq"), _strides(grad))),
-        stride_alpha=0 if alpha.numel() == 1 else alpha.stride(0),
-        stride_stats=0 if stats is None else stats.stride(0),
-        sequence=student.shape[1],
-        vocab=spec.vocab,
-        width=student.shape[2],
-        ignore_index=spec.ignore_index,
-        inverse_temperature=1.0 / spec.temperature,
-        jsd_beta=spec.jsd_beta,
-        log_plausibility=0.0 if spec.plausibility is None else math.log(spec.plausibility),
-        GROUPS=groups,
-        GROUP=group,
-        CONTIGUOUS=all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None),
-        DIVERGENCE=DIVERGENCES.index(spec.divergence),
-        TEMPERATURE=int(spec.temperature) if spec.temperature in (1.0, 2.0) else 0,
-        HAS_TEXT=text is not None,
-        HAS_TARGET=target is not None,
-        HAS_PLAUSIBILITY=spec.plausibility is not None,
-        WITH_KD=spec.with_kd,
-        WITH_CE=with_ce,
-        WANT_GRAD=grad is not None,
-        WANT_STATS=stats is not None,
-        STUDENT_SCALE=float(spec.student_scale),
-        TEACHER_SCALE=float(spec.teacher_scale),
-        STUDENT_SOFTCAP=spec.student_softcap,
-        TEACHER_SOFTCAP=spec.teacher_softcap,
-        num_warps=warps,
-        enable_fp_fusion=True,
-    )
+    return {
+        "student_ptr": student,
+        "audio_ptr": audio,
+        "text_ptr": text,
+        "target_ptr": target,
+        "alpha_ptr": alpha,
+        "kd_coef_ptr": kd_coef,
+        "ce_coef_ptr": ce_coef,
+        "grad_ptr": grad,
+        "kd_ptr": kd,
+        "ce_ptr": ce,
+        "stats_ptr": stats,
+        "stride_student_batch": _stride(student, 0),
+        "stride_student_seq": _stride(student, 1),
+        "stride_audio_batch": _stride(audio, 0),
+        "stride_audio_seq": _stride(audio, 1),
+        "stride_text_batch": _stride(text, 0),
+        "stride_text_seq": _stride(text, 1),
+        "stride_grad_batch": _stride(grad, 0),
+        "stride_grad_seq": _stride(grad, 1),
+        "stride_alpha": 0 if alpha.numel() == 1 else alpha.stride(0),
+        "stride_stats": 0 if stats is None else stats.stride(0),
+        "sequence": student.shape[1],
+        "vocab": spec.vocab,
+        "width": student.shape[2],
+        "ignore_index": spec.ignore_index,
+        "inverse_temperature": 1.0 / spec.temperature,
+        "jsd_beta": spec.jsd_beta,
+        "log_plausibility": 0.0 if spec.plausibility is None else math.log(spec.plausibility),
+        "CONTIGUOUS": all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None),
+        "DIVERGENCE": DIVERGENCES.index(spec.divergence),
+        "TEMPERATURE": int(spec.temperature) if spec.temperature in (1.0, 2.0) else 0,
+        "HAS_TEXT": text is not None,
+        "HAS_TARGET": target is not None,
+        "HAS_PLAUSIBILITY": spec.plausibility is not None,
+        "WITH_KD": spec.with_kd,
+        "WITH_CE": with_ce,
+        "WANT_GRAD": grad is not None,
+        "WANT_STATS": stats is not None,
+        "STUDENT_SCALE": float(spec.student_scale),
+        "TEACHER_SCALE": float(spec.teacher_scale),
+        "STUDENT_SOFTCAP": spec.student_softcap,
+        "TEACHER_SOFTCAP": spec.teacher_softcap,
+        **_launch_table(spec, min(x.element_size() for x in read), stats is not None),
+    }
 
 
 def _device_of(tensor: torch.Tensor, kernel: object) -> contextlib.AbstractContextManager:
@@ -627,8 +629,8 @@ def _device_of(tensor: torch.Tensor, kernel: object) -> contextlib.AbstractConte
         return torch.cuda.device(tensor.device)
     if isinstance(kernel, triton.JITFunction):
         raise RuntimeError(
-            f"the Triton kernels need CUDA tensors, got a tensor on {tensor.device}; to run them on the CPU in Triton's "
-            "interpreter, set TRITON_INTERPRET=1 before Triton is imported"
+            f"the Triton kernels need CUDA tensors, got a tensor on {tensor.device}; to run them on the CPU in "
+            "Triton's interpreter, set TRITON_INTERPRET=1 before Triton is imported"
         )
     return contextlib.nullcontext()
 
@@ -667,23 +669,23 @@ def caad_rows(
 
 
 def _check_overlap(student: torch.Tensor, grad: torch.Tensor) -> None:
-    """A gradient inside the student's rows may not begin after them, nor have wider items (see the module's docstring)."""
+    """A gradient inside the student's rows may not begin after them, nor have wider items (the module says why)."""
     if student.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
         return
     shift = grad.data_ptr() - student.data_ptr()
     row_bytes = student.shape[-1] * student.element_size()
     if 0 < shift < row_bytes or (shift == 0 and grad.element_size() > student.element_size()):
         raise ValueError(
-            "grad: expected rows that begin where the student's begin, with items that are no wider, or memory of its own; "
-            f"got rows that begin {shift} bytes later, {grad.dtype} over {student.dtype}"
+            "grad: expected memory of its own, or rows that begin where the student's begin, with items no wider; got "
+            f"rows that begin {shift} bytes later, {grad.dtype} over {student.dtype}"
         )
 
 
 def scale_rows(source: torch.Tensor, factor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """source[n, :] * factor (one number) or source[n, :] * factor[n], in float32, rounded to ``out``'s dtype.
 
-    With ``out`` being ``source`` a row whose factor is 1 is left alone without being read: the usual ``loss.backward()``
-    costs one scalar load a row, and no value is read back to the host.
+    With ``out`` being ``source`` a row whose factor is 1 is left alone without being read: the usual
+    ``loss.backward()`` costs one scalar load a row, and no value is read back to the host.
 
     Args:
         source: (N, V), last stride 1.

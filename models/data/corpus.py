@@ -49,7 +49,7 @@ from models.io_utils import fingerprint, sha256_file
 
 SOURCES = ("queen", "espeak", "tux")
 # Changes whenever the same settings would give other bytes.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 _MANIFEST_NAME = "manifest.jsonl"
 _SYNTHESIS_BATCH = 256
 _MAX_BAD_FRACTION = 0.02
@@ -120,7 +120,7 @@ class _Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class _Recording:
-    """A dry recording with its labels, and the clips to be made of it; `sound` is decoded or synthesised when needed."""
+    """A dry recording with its labels, and the clips to be made of it; `sound` is decoded or synthesised on use."""
 
     key: str
     task: str

@@ -1,8 +1,8 @@
 """Recorded speech from Debian packages: fetched by name and hash, unpacked without installing and without root.
 
 `apt-get download` finds the package through the machine's own sources and `dpkg-deb -x` unpacks it into the cache.
-Nothing is taken on trust: either the .deb has the pinned SHA-256, or the part that is used has (other releases carry the
-same recordings in packages of another version). A machine without apt gets `PackageUnavailable` with the reason.
+Nothing is taken on trust: either the .deb has the pinned SHA-256, or the part that is used has (other releases carry
+the same recordings under another version). A machine without apt gets `PackageUnavailable` with the reason.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Synthetic speech with exactly known attributes: espeak-ng through ctypes, its library from the wheel espeakng-loader.
 
 The library keeps the phase of its oscillators and the index of its pitch jitter from one utterance to the next, and
-nothing it exports resets them: the samples of an utterance depend on all that was said before. So `synthesise_all` runs in
-a process of its own, in which equal requests give equal bytes; `synthesise` is for single utterances.
+nothing it exports resets them: the samples of an utterance depend on all that was said before. So `synthesise_all` runs
+in a process of its own, in which equal requests give equal bytes; `synthesise` is for single utterances.
 """
 
 from __future__ import annotations

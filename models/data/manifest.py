@@ -1,7 +1,7 @@
 """The manifest: one JSONL file that says everything about a data set except the sound itself.
 
 Line 1 is the header, an object with "kdkernels_manifest": 1 (the version) and whatever else its maker wants to keep.
-Each further line is one `Example`; its keys are the names of that class's fields, and fields left out have the defaults:
+Each further line is one `Example`; its keys are the names of that class's fields, and fields left out have defaults:
 
     {"kdkernels_manifest": 1, "sources": ["queen"]}
     {"id": "joe-1/neutral", "audio": "audio/joe-1.flac", "transcription": "Good luck.", "metadata": {"gender": "man"},

@@ -13,7 +13,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def logits(n: int = 6, vocab: int = 97, *, teacher_vocab: int | None = None, dtype=FP32, seed: int = 0, scale: float = 3.0):
+def logits(
+    n: int = 6, vocab: int = 97, *, teacher_vocab: int | None = None, dtype=FP32, seed: int = 0, scale: float = 3.0
+):
     """(student (n, vocab) requiring grad, audio, text (n, teacher_vocab), target (n,) with one ignored position)."""
     g = torch.Generator().manual_seed(seed)
     width = vocab if teacher_vocab is None else teacher_vocab

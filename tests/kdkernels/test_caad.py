@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
+from cases import BF16, FP16, FP32, FP64, logits, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdkernels import CAADLoss, fused_caad_loss
 from kdkernels.ops import native, reference, schema
 from kdkernels.ops.rows import RowSpec
-
-from cases import BF16, FP16, FP32, FP64, logits, relative_error
 
 INF = math.inf
 
@@ -129,7 +128,9 @@ def test_reductions_weights_and_normalizers(reduction, impl):
     w, u = torch.rand(8, generator=g), torch.rand(8, generator=g)
     per_token = {}
     for name, lam in (("kd", 1.0), ("ce", 0.0)):
-        per_token[name] = fused_caad_loss(student, audio, text, target, kd_weight=lam, reduction="none", impl="reference")
+        per_token[name] = fused_caad_loss(
+            student, audio, text, target, kd_weight=lam, reduction="none", impl="reference"
+        )
     keep = (target != -100).float()
     kd, ce = per_token["kd"] * w, per_token["ce"] * u
     norm = {"mean": ((w * keep).sum(), (u * keep).sum()), "sum": (1, 1), "none": (1, 1)}[reduction]
@@ -137,7 +138,9 @@ def test_reductions_weights_and_normalizers(reduction, impl):
     options = {"kd_weight": 0.6, "kd_token_weight": w, "ce_token_weight": u, "reduction": reduction, "impl": impl}
     actual = fused_caad_loss(student, audio, text, target, **options)
     torch.testing.assert_close(actual, expected if reduction == "none" else expected.sum(), rtol=2e-5, atol=1e-6)
-    explicit = fused_caad_loss(student, audio, text, target, **options, kd_normalizer=5.0, ce_normalizer=torch.tensor(7.0))
+    explicit = fused_caad_loss(
+        student, audio, text, target, **options, kd_normalizer=5.0, ce_normalizer=torch.tensor(7.0)
+    )
     expected = 0.6 * kd / 5 + 0.4 * ce / 7
     torch.testing.assert_close(explicit, expected if reduction == "none" else expected.sum(), rtol=2e-5, atol=1e-6)
 
@@ -155,7 +158,9 @@ def test_gradient_accumulation_with_normalizers_is_the_whole_batch():
     _, whole = run(student, audio, text, target)
     n = int((target != -100).sum())
     parts = [
-        run(student[i : i + 4], audio[i : i + 4], text[i : i + 4], target[i : i + 4], kd_normalizer=n, ce_normalizer=n)[1]
+        run(student[i : i + 4], audio[i : i + 4], text[i : i + 4], target[i : i + 4], kd_normalizer=n, ce_normalizer=n)[
+            1
+        ]
         for i in (0, 4, 8)
     ]
     assert relative_error(torch.cat(parts), whole) < 1e-6
@@ -372,7 +377,12 @@ def test_property_shift_order_and_sign(n, vocab, seed, divergence, temperature, 
 
 
 @settings(max_examples=30, deadline=None)
-@given(n=rows, vocab=vocabularies, seed=st.integers(0, 10**6), divergence=st.sampled_from(["forward_kl", "reverse_kl", "jsd"]))
+@given(
+    n=rows,
+    vocab=vocabularies,
+    seed=st.integers(0, 10**6),
+    divergence=st.sampled_from(["forward_kl", "reverse_kl", "jsd"]),
+)
 def test_property_no_loss_at_the_target(n, vocab, seed, divergence):
     _, audio, text, _ = logits(n, vocab, seed=seed)
     matched = 3 * audio - 2 * text
@@ -458,7 +468,15 @@ def test_inplace_is_refused_where_another_needs_the_logits():
 def test_opcheck(dtype, want_stats):
     student, audio, text, target = logits(4, 33, dtype=dtype)
     coef = torch.full((4,), 0.25)
-    arguments = (student[None].detach().requires_grad_(), audio[None], text[None], target, torch.tensor([2.0]), coef, coef)
+    arguments = (
+        student[None].detach().requires_grad_(),
+        audio[None],
+        text[None],
+        target,
+        torch.tensor([2.0]),
+        coef,
+        coef,
+    )
     options = (33, 2.0, "forward_kl", 0.5, None, -100, True, True, True, want_stats, "cpu")
     torch.library.opcheck(schema.caad_rows, (*arguments, *options))
 
@@ -471,7 +489,9 @@ def test_compiled_fullgraph_gives_the_same_numbers():
         student, audio, text, target = logits(n)
         eager = objective(student, audio, text, target)
         (expected,) = torch.autograd.grad(eager, student)
-        compiled = torch.compile(objective, fullgraph=True, backend="aot_eager", dynamic=True)(student, audio, text, target)
+        compiled = torch.compile(objective, fullgraph=True, backend="aot_eager", dynamic=True)(
+            student, audio, text, target
+        )
         (grad,) = torch.autograd.grad(compiled, student)
         assert torch.equal(compiled, eager) and torch.equal(grad, expected)
 
@@ -493,7 +513,9 @@ def test_padding_between_rows_is_neither_read_nor_written():
     grad = torch.full((1, 3, 40), math.nan)
     one = torch.ones(3)
     rows_ = wide[None, :, :29]
-    native.caad_rows(rows_, rows_, None, None, torch.zeros(1), one, one, RowSpec(vocab=29, with_ce=False), grad=grad[..., :29])
+    native.caad_rows(
+        rows_, rows_, None, None, torch.zeros(1), one, one, RowSpec(vocab=29, with_ce=False), grad=grad[..., :29]
+    )
     assert torch.isfinite(grad[..., :29]).all() and torch.isnan(grad[..., 29:]).all()
 
 
@@ -549,13 +571,21 @@ def test_row_offsets_beyond_two_to_the_31():
         ({"impl": "gpu"}, ValueError, "impl: expected one of auto"),
         ({"impl": "cuda"}, RuntimeError, "not built yet"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index"),
-        ({"target": torch.full((6,), 97)}, ValueError, r"target: expected ids in \[0, 97\) or ignore_index -100, got 97"),
+        (
+            {"target": torch.full((6,), 97)},
+            ValueError,
+            r"target: expected ids in \[0, 97\) or ignore_index -100, got 97",
+        ),
         ({"target": torch.full((6,), -1)}, ValueError, "target: expected ids"),
         ({"target": torch.zeros(6)}, TypeError, "target: expected int64 ids, got torch.float32"),
         ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, r"target: expected shape \(6,\), got \(5,\)"),
         ({"teacher_audio_logits": torch.zeros(5, 97)}, ValueError, "teacher_audio_logits: expected leading shape"),
         ({"teacher_text_logits": torch.zeros(6, 96)}, ValueError, "teacher_text_logits: expected shape"),
-        ({"student_logits": torch.zeros(6, 97, dtype=torch.int64)}, TypeError, "student_logits: expected a floating-point"),
+        (
+            {"student_logits": torch.zeros(6, 97, dtype=torch.int64)},
+            TypeError,
+            "student_logits: expected a floating-point",
+        ),
         ({"student_logits": [1.0]}, TypeError, "student_logits: expected a torch.Tensor, got list"),
         ({"student_logits": torch.zeros(6, 97, dtype=FP64), "impl": "cpu"}, TypeError, "impl='cpu'"),
         ({"impl": "triton", "student_logits": torch.zeros(6, 97, dtype=FP64)}, TypeError, "impl='triton'"),
@@ -598,7 +628,10 @@ def test_module():
     assert torch.equal(
         module(student, audio, text, target), fused_caad_loss(student, audio, text, target, alpha=1.0, kd_weight=0.5)
     )
-    assert torch.equal(module(student, audio, text, target, alpha=3.0), CAADLoss(alpha=3.0, kd_weight=0.5)(student, audio, text, target))
+    assert torch.equal(
+        module(student, audio, text, target, alpha=3.0),
+        CAADLoss(alpha=3.0, kd_weight=0.5)(student, audio, text, target),
+    )
     assert "alpha=1.0" in repr(module)
     with pytest.raises(TypeError, match="aplha"):
         CAADLoss(aplha=1.0)

@@ -20,7 +20,9 @@ LEAVES = ("student_hidden", "student_weight", "student_bias")
 def run(arguments, grad_output=None, **options):
     """(loss, {leaf: gradient})"""
     arguments = {
-        k: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        k: x.detach().clone().requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
         for k, x in arguments.items()
     }
     loss = fused_linear_caad_loss(**arguments, **options)
@@ -94,9 +96,7 @@ def test_unreduced_gradients_are_exact(head_trains):
     arguments = hidden()
     arguments["student_weight"].requires_grad_(head_trains)
     factor = torch.linspace(-1, 2, 23)
-    check(
-        arguments, loss_tolerance=1e-5, gradient_tolerance=1e-5, chunk_tokens=5, reduction="none", grad_output=factor
-    )
+    check(arguments, loss_tolerance=1e-5, gradient_tolerance=1e-5, chunk_tokens=5, reduction="none", grad_output=factor)
 
 
 @pytest.mark.parametrize("head_trains", [False, True])
@@ -219,7 +219,13 @@ def test_ignored_positions_are_neither_read_nor_multiplied(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "paths"),
-    [({}, 1), ({"teacher_softcap": 5.0}, 2), ({"plausibility": 0.1}, 2), ({"return_stats": True}, 2), ({"kd_weight": 0.0}, 0)],
+    [
+        ({}, 1),
+        ({"teacher_softcap": 5.0}, 2),
+        ({"plausibility": 0.1}, 2),
+        ({"return_stats": True}, 2),
+        ({"kd_weight": 0.0}, 0),
+    ],
 )
 def test_the_two_teacher_paths_collapse_into_one_gemm(options, paths, monkeypatch):
     arguments, widths = hidden(), []
@@ -244,7 +250,9 @@ def test_nothing_is_computed_for_nothing(mode, monkeypatch):
 
     monkeypatch.setattr(linear, "_hidden_gradient", count("dh", dh))
     monkeypatch.setattr(linear, "_add_weight_gradient", count("dw", dw))
-    monkeypatch.setattr(native, "caad_rows", lambda *a, **k: calls["grads"].append(k["grad"] is not None) or rows(*a, **k))
+    monkeypatch.setattr(
+        native, "caad_rows", lambda *a, **k: calls["grads"].append(k["grad"] is not None) or rows(*a, **k)
+    )
     if mode == "frozen_student":
         arguments["student_hidden"] = arguments["student_hidden"].detach()
     if mode == "training_head":
@@ -348,7 +356,11 @@ def test_chunks_on_a_gpu_fill_its_multiprocessors(monkeypatch):
 
     monkeypatch.setattr(chunking, "_multiprocessors", lambda device: 132)
     plan = plan_chunks(
-        n_tokens=8192, bytes_per_token=1_000_000, student_width=3072, device=torch.device("cuda"), workspace_bytes=2_000_000_000
+        n_tokens=8192,
+        bytes_per_token=1_000_000,
+        student_width=3072,
+        device=torch.device("cuda"),
+        workspace_bytes=2_000_000_000,
     )
     assert plan.chunk_tokens == 1408
 
@@ -365,7 +377,11 @@ def test_chunks_on_a_gpu_fill_its_multiprocessors(monkeypatch):
         ({"student_softcap": 0.0}, ValueError, "student_softcap: expected a finite number > 0 or None"),
         ({"teacher_logit_scale": -1.0}, ValueError, "teacher_logit_scale: expected a finite number > 0, got"),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected a whole number >= 1"),
-        ({"chunk_tokens": 4, "workspace_bytes": 10**6}, ValueError, "workspace_bytes: expected None where chunk_tokens"),
+        (
+            {"chunk_tokens": 4, "workspace_bytes": 10**6},
+            ValueError,
+            "workspace_bytes: expected None where chunk_tokens",
+        ),
         ({"workspace_bytes": 10}, ValueError, "workspace_bytes: expected at least"),
         ({"logits_dtype": torch.int8}, ValueError, "logits_dtype"),
         ({"process_group": object()}, TypeError, "process_group: expected a torch.distributed.ProcessGroup"),
