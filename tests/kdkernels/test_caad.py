@@ -313,7 +313,7 @@ def test_huge_negative_masks(impl):
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_batch_without_valid_positions_is_zero_and_unread(impl, reduction):
-    student, audio, text, _ = logits(4)
+    student, *_ = logits(4)
     poison = torch.full_like(student, math.nan)
     target = torch.full((4,), -100)
     loss, grad = run(poison, poison, poison, target, reduction=reduction, impl=impl)
@@ -616,7 +616,7 @@ def test_an_explicit_implementation_never_falls_back(monkeypatch):
 
     monkeypatch.setattr(native, "load_library", missing)
     student, audio, text, target = logits(3)
-    with pytest.raises(RuntimeError, match="could not be loaded.*pip install"):
+    with pytest.raises(RuntimeError, match=r"could not be loaded.*pip install"):
         fused_caad_loss(student, audio, text, target, impl="cpu")
     expected = fused_caad_loss(student, audio, text, target, impl="reference")
     assert torch.equal(fused_caad_loss(student, audio, text, target), expected)
