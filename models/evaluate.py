@@ -58,6 +58,8 @@ def choice_scores(
 
         score(c) = sum over the tokens t that spell c of  log softmax((1 + alpha) z_audio - alpha z_text)[t]
 
+    The tokens that spell c are those of its sentence without what all choices' sentences begin and end with.
+
     Args:
         model: a SpeechLM in evaluation mode.
         features: (B, K, T, D).
@@ -82,9 +84,11 @@ def choice_scores(
         if at is not None:
             rows.append((i, [(c, at, t[at : at + 1]) for c, t in zip(example.choices, ids, strict=True)], forced[0]))
         else:
-            start = _common_start(ids)
+            start, end = _common_start(ids), _common_end(ids)
+            if min(map(len, ids)) == start + end:
+                end = 0  # one choice ends another ("man", "woman" by letters): alone, nothing would be left to score it by
             for choice, tokens, one in zip(example.choices, ids, forced, strict=True):
-                rows.append((i, [(choice, start, tokens[start : len(tokens) - _common_end(ids)])], one))
+                rows.append((i, [(choice, start, tokens[start : len(tokens) - end])], one))
     batch = collate([row[2] for row in rows], features[[row[0] for row in rows]])
     device = model.get_output_embeddings().weight.device
     batch = batch.to(device)
