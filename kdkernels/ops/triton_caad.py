@@ -258,10 +258,8 @@ def _caad_row_kernel(
     alpha_legal = True
     if HAS_TEXT:
         alpha = tl.load(alpha_ptr + row * stride_alpha)
-        if WANT_STATS:
-            text_vocab = vocab  # the divergence of the two paths is asked for
-        else:
-            text_vocab = tl.where(alpha == 0.0, 0, vocab)  # not read where it does not count
+        # Not read where it does not count; the statistics compare the two paths.
+        text_vocab = vocab if WANT_STATS else tl.where(alpha == 0.0, 0, vocab)
         alpha_legal = (alpha >= 0.0) & (alpha < float("inf"))
     if WITH_CE:
         # Before the gradient: it may overwrite the row.
