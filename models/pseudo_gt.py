@@ -178,7 +178,7 @@ def run_stage1(
     splits: Sequence[str] = ("train", "dev"),
     pool: str | None = None,
     task: str | None = None,
-    batch_examples: int = 32,
+    batch_examples: int = 64,
     max_reject_fraction: float = 0.5,
     progress: bool = True,
 ) -> Stage1Report:
@@ -457,7 +457,7 @@ class _Journal:
         try:
             if json.loads(lines[0]) != {"stage1_journal": 1, "fingerprint": self._identity}:
                 raise Stage1Error(
-                    f"{self._path}: an unfinished run of other settings or another manifest; finish it or delete the file"
+                    f"{self._path}: an unfinished run of other settings or rows; finish it or delete the file"
                 )
             for line in lines[1:]:
                 row = json.loads(line)
@@ -544,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--splits", default="train,dev", help="comma-separated; other splits pass through")
     parser.add_argument("--pool", default=None, help='only rows with this metadata["pool"]; others pass through')
     parser.add_argument("--task", default=None, help="only rows of this task; others pass through")
-    parser.add_argument("--batch-examples", type=int, default=32)
+    parser.add_argument("--batch-examples", type=int, default=64)
     parser.add_argument("--max-reject-fraction", type=float, default=0.5)
     parser.add_argument("--audio-root", type=Path, default=None)
     arguments = parser.parse_args(argv)

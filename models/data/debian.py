@@ -22,6 +22,7 @@ from models.io_utils import atomic_dir, atomic_write_json, cache_dir, sha256_fil
 
 _APT_TIMEOUT_SECONDS = 600
 _ATTEMPTS = 3
+_WAIT_SECONDS = 1
 _MARKER = "verified.json"
 _PERMANENT = (
     "Unable to locate package",
@@ -210,7 +211,7 @@ def _retrying(command: list[str], scratch: Path) -> str:
 
     @tenacity.retry(
         stop=tenacity.stop_after_attempt(_ATTEMPTS),
-        wait=tenacity.wait_exponential(multiplier=1, max=10),
+        wait=tenacity.wait_exponential(multiplier=_WAIT_SECONDS, max=10),
         retry=tenacity.retry_if_exception_type(_Passing),
         reraise=True,
     )

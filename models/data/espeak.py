@@ -28,6 +28,7 @@ _CHARS_UTF8 = 1
 _PARAMETER_RATE, _PARAMETER_VOLUME, _PARAMETER_PITCH, _PARAMETER_RANGE = 1, 2, 3, 4
 _BUFFER_MILLISECONDS = 200
 _MAX_TEXT_CHARACTERS = 2000
+_RANDOM_SEED = 1
 _GENDERS = {1: "man", 2: "woman"}
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 _INSTALL = "pip install espeakng-loader"
@@ -175,6 +176,9 @@ class _Library:
         )
         if self._rate_hz <= 0:
             raise EspeakError(f"espeak-ng cannot start with the data in {data_path}; reinstall it: {_INSTALL}")
+        # It seeds the C library's generator with the time of day, and jitters voices by it.
+        library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        library.espeak_ng_SetRandSeed(_RANDOM_SEED)
         self._callback = _CALLBACK(self._collect)  # kept: ctypes does not hold a reference
         library.espeak_SetSynthCallback(self._callback)
 

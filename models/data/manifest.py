@@ -233,7 +233,7 @@ def read_manifest(
         rows += 1
         row_id: str | None = None
         try:
-            row = _parse_object(line)
+            row = parse_object(line)
             row_id = row["id"] if isinstance(row.get("id"), str) else None
             example = example_from_row(row)
             if example.id in seen:
@@ -290,6 +290,49 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
         if name not in row:
             raise ValueError(f"missing field {name!r}")
     return Example(**row)
+
+
+def parse_object(line: bytes | None) -> dict[str, Any]:
+    """One row as an object; None stands for a line too long to be one. Raises ValueError or TypeError."""
+    if line is None:
+        raise ValueError(f"line longer than {_MAX_LINE_BYTES} bytes")
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"bad JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("bad JSON: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise TypeError(f"bad JSON: expected an object, got {type(value).__name__}")
+    return value
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | dict[str, Any] | None]]:
+    """Numbered rows of a file of JSON lines (as bytes, see `parse_object`) or of one JSON array of objects (parsed).
+
+    Raises:
+        ManifestError: the file cannot be read, or its array is no array of objects.
+    """
+    path = Path(path)
+    numbered = _lines(path)
+    first = next(numbered, None)
+    if first is None:
+        return
+    if first[1] is None or not first[1].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield first
+        yield from numbered
+        return
+    try:
+        rows = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: bad JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ManifestError(f"{path}: expected an array of objects")
+    yield from enumerate(rows, 1)
 
 
 class AudioChecker:
@@ -398,7 +441,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 def _parse_header(path: Path, line: bytes | None) -> dict[str, Any]:
     expected = f'expected a first line like {{"{VERSION_KEY}": {MANIFEST_VERSION}}}'
     try:
-        header = _parse_object(line)
+        header = parse_object(line)
     except (ValueError, TypeError) as error:
         raise ManifestError(f"{path}: {expected}, got: {error}") from None
     if VERSION_KEY not in header:
@@ -406,24 +449,6 @@ def _parse_header(path: Path, line: bytes | None) -> dict[str, Any]:
     if header[VERSION_KEY] != MANIFEST_VERSION:
         raise ManifestError(f"{path}: {expected}, got version {header[VERSION_KEY]!r}")
     return header
-
-
-def _parse_object(line: bytes | None) -> dict[str, Any]:
-    if line is None:
-        raise ValueError(f"line longer than {_MAX_LINE_BYTES} bytes")
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"bad JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("bad JSON: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise TypeError(f"bad JSON: expected an object, got {type(value).__name__}")
-    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,299 @@
+"""Readers for the row forms in use around the papers, into `Example`s.
+
+    python -m models.data.readers rows.jsonl --form desta --audio-root /data/audio --out manifest.jsonl
+
+The forms, as JSON lines or one JSON array:
+
+desta          {"id", "audios": [{"audio_filepath" or "audio", "transcription" or "text"}], "messages": [{"role",
+               "content"}], "seed_description", "target" or "response"}; the audios may stand in the user's message.
+               The placeholder in the user's turn is removed, a system turn becomes the context.
+dynamic_superb {"file" or "audio", "instruction", "label", "text"}; the choices are read from the instruction ("The
+               answer could be yes or no."), or given by "choices".
+mcr_bench      {"id", "audio", "question", "choices" or "options", "answer", "context_type", "context"}, one row a
+               context (neutral, faithful, adversarial, irrelevant); or "contexts": {type: text}, which becomes a row
+               each. faithful is kind aligned, adversarial conflict, both others neutral; the metadata keep the type.
+
+Rows of other shapes are problems, skipped and listed like the bad rows of a manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from models.data.audio import MAX_SECONDS, AudioError
+from models.data.manifest import (
+    AudioChecker,
+    Example,
+    Manifest,
+    ManifestError,
+    Problem,
+    parse_object,
+    read_rows,
+    refuse_if_too_bad,
+    write_manifest,
+)
+
+FORMS = ("desta", "dynamic_superb", "mcr_bench")
+_CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
+_AUDIO_MARK = re.compile(r"<start_audio>.*?<end_audio>|<\|?/?audio\|?>", re.IGNORECASE | re.DOTALL)
+_OFFERED = re.compile(
+    r"\b(?:answers?|labels?|responses?|options?)\s+(?:could|should|can|may|must|might)\s+be\s+(.+)", re.I
+)
+_SEGMENT = re.compile(
+    r"\[(\d+):(\d\d(?:\.\d+)?)-(\d+):(\d\d(?:\.\d+)?)\]\s*(.*?)\s*\(((?:[^()]|\([^()]*\))*)\)\s*$", re.DOTALL
+)
+
+
+def read_foreign(
+    path: str | os.PathLike[str],
+    *,
+    form: str,
+    audio_root: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    target_source: str = "text_backbone",
+    max_bad_fraction: float = 0.05,
+    check_audio: bool = True,
+    max_seconds: float = MAX_SECONDS,
+) -> Manifest:
+    """Read a file of one of FORMS.
+
+    Args:
+        path: JSON lines, or a JSON array.
+        form: which form; see the module's docstring.
+        audio_root: folder that audio paths are relative to, or below which absolute ones lie; None is the file's own.
+        split: split of rows that do not name one.
+        target_source: who wrote the targets of the desta form.
+        max_bad_fraction, check_audio, max_seconds: as for `read_manifest`.
+
+    Returns:
+        Manifest; the rows of problems count lines (array: elements) from 1.
+
+    Raises:
+        ValueError: `form` is unknown.
+        ManifestError: the file cannot be read, holds no row, or too many bad ones.
+    """
+    converters: dict[str, Callable[[Mapping[str, Any], _Defaults], Iterator[Example]]] = {
+        "desta": _from_desta,
+        "dynamic_superb": _from_dynamic_superb,
+        "mcr_bench": _from_mcr_bench,
+    }
+    if form not in converters:
+        raise ValueError(f"form: expected one of {list(FORMS)}, got {form!r}")
+    path = Path(path)
+    root = Path(audio_root) if audio_root is not None else path.parent
+    checker = AudioChecker(root, max_seconds=max_seconds) if check_audio else None
+    examples: dict[str, Example] = {}
+    problems: list[Problem] = []
+    rows = 0
+    for number, line in read_rows(path):
+        rows += 1
+        row_id: str | None = None
+        try:
+            row = line if isinstance(line, dict) else parse_object(line)
+            row_id = str(row["id"]) if "id" in row else None
+            # A row may become several examples; either all of them are good or none is kept.
+            converted = list(converters[form](row, _Defaults(number, root, split, target_source)))
+            for example in converted:
+                if example.id in examples:
+                    raise ValueError(f"duplicate id {example.id!r}")
+                if checker is not None:
+                    checker.check(example)
+        except AudioError as error:
+            problems.append(Problem(number, row_id, f"audio: {error.reason}"))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"missing field {error}" if isinstance(error, KeyError) else str(error)
+            problems.append(Problem(number, row_id, reason))
+        else:
+            examples.update((example.id, example) for example in converted)
+    if rows == 0:
+        raise ManifestError(f"{path}: expected at least one row, got none")
+    refuse_if_too_bad(path, problems, rows, max_bad_fraction)
+    return Manifest(list(examples.values()), problems, root, {"form": form}, path)
+
+
+def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | None:
+    """Take `[00:00-00:05] text (Gender: female, Emotion: happy)` apart.
+
+    Returns:
+        (text, {"gender": "female", "emotion": "happy"}, start, end in seconds), or None for text of another form.
+    """
+    match = _SEGMENT.fullmatch(text.strip())
+    if match is None:
+        return None
+    start_minutes, start_seconds, end_minutes, end_seconds, words, facts = match.groups()
+    metadata = {}
+    for fact in facts.split(","):
+        name, colon, value = fact.partition(":")
+        if colon:
+            metadata["_".join(name.casefold().split())] = value.strip()
+    start = 60 * int(start_minutes) + float(start_seconds)
+    return words, metadata, start, 60 * int(end_minutes) + float(end_seconds)
+
+
+class _Defaults:
+    """What a row may leave open."""
+
+    def __init__(self, number: int, root: Path, split: str, target_source: str):
+        self.number = number
+        self.root = root
+        self.split = split
+        self.target_source = target_source
+
+    def name(self, row: Mapping[str, Any], audio: str | None) -> str:
+        return str(row["id"]) if "id" in row else f"{self.number}" + (f"/{audio}" if audio else "")
+
+    def audio(self, value: Any) -> str | None:
+        """A path relative to the root; absolute ones below it are made so, others are refused by `Example`."""
+        if isinstance(value, Mapping):  # the form of the `datasets` library
+            value = value.get("path")
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise TypeError(f"audio: expected a path, got {type(value).__name__}")
+        if os.path.isabs(value):
+            return os.path.relpath(value, self.root.absolute()).replace(os.sep, "/")
+        return value
+
+
+def _from_desta(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise TypeError("messages: expected a list of objects")
+    turns = [message for message in messages if message.get("role") == "user"]
+    if len(turns) != 1:
+        raise ValueError(f"messages: expected one user turn, got {len(turns)}")
+    audios = row.get("audios") or turns[0].get("audios") or []
+    if len(audios) != 1:
+        raise ValueError(f"audios: expected one, got {len(audios)}")
+    audio = defaults.audio(audios[0].get("audio_filepath", audios[0].get("audio")))
+    target = row.get("target", row.get("response"))
+    metadata: dict[str, Any] = {}
+    if description := row.get("seed_description"):
+        metadata["seed_description"] = str(description)
+        if parsed := parse_description(str(description)):
+            metadata.update(parsed[1])
+    yield Example(
+        id=defaults.name(row, audio),
+        audio=audio,
+        transcription=str(audios[0].get("transcription", audios[0].get("text")) or ""),
+        metadata=metadata,
+        task=str(row.get("task", row.get("dataset", ""))),
+        context="\n".join(_content(message) for message in messages if message.get("role") == "system"),
+        question=_content(turns[0]),
+        target=target,
+        target_source=defaults.target_source if target is not None else None,
+        split=row.get("split", defaults.split),
+    )
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise TypeError(f"messages: expected content to be a string, got {type(content).__name__}")
+    return _AUDIO_MARK.sub(" ", content).strip()
+
+
+def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
+    audio = defaults.audio(row.get("audio", row.get("file")))
+    if audio is None:
+        raise KeyError("audio")
+    if row.get("audio2") is not None or row.get("file2") is not None:
+        raise ValueError("audio2: expected one clip, got two")
+    instruction, label = str(row["instruction"]), str(row["label"])
+    choices = tuple(row["choices"]) if "choices" in row else _offered(instruction)
+    if label not in choices:
+        # Instructions and labels differ in case at times; a label that is not offered at all makes the question free.
+        same = [choice for choice in choices if choice.casefold() == label.casefold()]
+        choices = tuple(label if choice in same else choice for choice in choices) if same else ()
+    metadata = {key: row[key] for key in ("speaker", "speakerID", "dataset", "category") if key in row}
+    yield Example(
+        id=defaults.name(row, audio),
+        audio=audio,
+        transcription=str(row.get("text") or ""),
+        metadata=metadata,
+        task=str(row.get("task", row.get("instance", ""))),
+        question=instruction,
+        choices=choices,
+        answer=label,
+        split=row.get("split", defaults.split),
+    )
+
+
+def _offered(instruction: str) -> tuple[str, ...]:
+    """The choices that an instruction names; () if it names none, or only one."""
+    match = _OFFERED.search(instruction)
+    if match is None:
+        return ()
+    listed = re.split(r"\s*,\s*(?:(?:or|and)\s+)?|\s+(?:or|and)\s+|/", match[1].strip().rstrip(".?! "))
+    choices = tuple(dict.fromkeys(choice.strip(" '\"“”") for choice in listed if choice.strip(" '\"“”")))
+    return choices if len(choices) > 1 else ()
+
+
+def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
+    audio = defaults.audio(row["audio"])
+    choices = row.get("choices", row.get("options", ()))
+    if isinstance(choices, Mapping):  # {"A": "happy", "B": "sad"}
+        choices = tuple(choices.values())
+    answer = row["answer"]
+    if "contexts" in row:
+        contexts = row["contexts"]
+        if not isinstance(contexts, Mapping) or not contexts:
+            raise TypeError("contexts: expected an object of texts by type")
+    else:
+        contexts = {row.get("context_type", "neutral"): row.get("context", "")}
+    group = str(row.get("pair_id", row.get("id", defaults.name({}, audio))))
+    for context_type, context in contexts.items():
+        if context_type not in _CONTEXT_KINDS:
+            raise ValueError(f"context_type: expected one of {list(_CONTEXT_KINDS)}, got {context_type!r}")
+        name = f"{group}/{context_type}" if "contexts" in row else defaults.name(row, audio)
+        yield Example(
+            id=name,
+            audio=audio,
+            transcription=str(row.get("transcription") or ""),
+            metadata={"context_type": context_type},
+            task=str(row.get("task", "")),
+            context=str(context or ""),
+            question=str(row["question"]),
+            choices=tuple(choices),
+            answer=answer,
+            split=row.get("split", defaults.split),
+            kind=_CONTEXT_KINDS[context_type],
+            pair_id=group,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert a file to a manifest; one message and status 1 where that cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m models.data.readers", description="Convert rows to a manifest.")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--form", required=True, help=f"one of {', '.join(FORMS)}")
+    parser.add_argument("--out", type=Path, required=True, help="manifest to write; read it with the same --audio-root")
+    parser.add_argument("--audio-root", type=Path, default=None)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.05)
+    arguments = parser.parse_args(argv)
+    try:
+        manifest = read_foreign(
+            arguments.rows,
+            form=arguments.form,
+            audio_root=arguments.audio_root,
+            split=arguments.split,
+            max_bad_fraction=arguments.max_bad_fraction,
+        )
+        write_manifest(arguments.out, manifest.examples, header=manifest.header)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(manifest.summary())
+    print(arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

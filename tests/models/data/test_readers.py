@@ -1,0 +1,161 @@
+"""The field's own row forms become examples; rows of another shape are problems, not tracebacks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.data.audio import write_audio
+from models.data.manifest import Example, ManifestError, read_manifest
+from models.data.readers import main, parse_description, read_foreign
+from models.pseudo_gt import describe
+
+DESTA = {
+    "id": "d1",
+    "audios": [{"audio_filepath": "a.flac", "transcription": "Good luck."}],
+    "messages": [
+        {"role": "system", "content": "Focus on the audio clips."},
+        {"role": "user", "content": "<start_audio><|AUDIO|><end_audio>\n\nWho speaks?"},
+    ],
+    "seed_description": "[00:00-00:05] Good luck. (Gender: female, Emotion: happy)",
+    "target": "A woman.",
+}
+DESTA_25 = {
+    "messages": [
+        {"role": "user", "content": "<|AUDIO|> Who speaks?", "audios": [{"audio": "a.flac", "text": "Good luck."}]}
+    ],
+    "response": "A woman.",
+}
+SUPERB = {"file": "a.flac", "instruction": "Which is it? The answer could be Yes, no, or maybe.", "label": "yes"}
+MCR = {
+    "id": "m1",
+    "audio": {"path": "a.flac", "array": None},
+    "question": "Which emotion?",
+    "options": {"A": "happy", "B": "sad"},
+    "answer": "sad",
+    "contexts": {"neutral": "", "faithful": "He cried.", "adversarial": "He laughed.", "irrelevant": "It rains."},
+}
+
+
+@pytest.fixture()
+def root(tmp_path):
+    write_audio(tmp_path / "a.flac", np.full(16_000, 0.1, np.float32))
+    return tmp_path
+
+
+def _read(root, rows, form, **options):
+    path = root / "rows.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return read_foreign(path, form=form, **options)
+
+
+def test_desta_rows(root):
+    first, second = _read(root, [DESTA, DESTA_25], "desta")
+    assert (first.id, first.audio, first.transcription) == ("d1", "a.flac", "Good luck.")
+    assert (first.question, first.context) == ("Who speaks?", "Focus on the audio clips.")
+    assert (first.target, first.target_source) == ("A woman.", "text_backbone")
+    assert first.metadata == {"seed_description": DESTA["seed_description"], "gender": "female", "emotion": "happy"}
+    assert (second.question, second.transcription, second.target) == ("Who speaks?", "Good luck.", "A woman.")
+
+
+def test_dynamic_superb_rows_read_their_choices_from_the_instruction(root):
+    (example,) = _read(root, [SUPERB], "dynamic_superb")
+    assert (example.choices, example.answer) == (("yes", "no", "maybe"), "yes")  # spelt as the label is
+    (example,) = _read(root, [{**SUPERB, "label": "purple"}], "dynamic_superb")
+    assert (example.choices, example.answer) == ((), "purple")
+    (example,) = _read(root, [{**SUPERB, "instruction": "Say it.", "choices": ["yes", "no"]}], "dynamic_superb")
+    assert example.choices == ("yes", "no")
+
+
+def test_mcr_rows_become_one_example_a_context_under_one_pair(root):
+    examples = _read(root, [MCR], "mcr_bench").examples
+    assert [e.kind for e in examples] == ["neutral", "aligned", "conflict", "neutral"]
+    assert {e.pair_id for e in examples} == {"m1"} and len({e.id for e in examples}) == 4
+    assert examples[2].context == "He laughed." and examples[3].metadata["context_type"] == "irrelevant"
+    single = {
+        **{k: v for k, v in MCR.items() if k != "contexts"},
+        "context_type": "adversarial",
+        "context": "He laughed.",
+    }
+    (example,) = _read(root, [{**single, "id": "x/3", "pair_id": "x"}], "mcr_bench")
+    assert (example.id, example.pair_id, example.kind) == ("x/3", "x", "conflict")
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "reason"),
+    [
+        ("desta", "{", "bad JSON"),
+        ("desta", {k: v for k, v in DESTA.items() if k != "messages"}, "missing field 'messages'"),
+        ("desta", {**DESTA, "messages": "hello"}, "messages: expected a list of objects"),
+        ("desta", {**DESTA, "messages": DESTA["messages"] * 2}, "messages: expected one user turn, got 2"),
+        ("desta", {**DESTA, "audios": DESTA["audios"] * 2}, "audios: expected one, got 2"),
+        ("desta", {**DESTA, "audios": ["a.flac"]}, ""),
+        ("desta", {**DESTA, "audios": [{"audio": "../a.flac"}]}, "audio: expected a path inside the audio root"),
+        ("desta", {**DESTA, "audios": [{"audio": "/etc/passwd"}]}, "audio: expected a path inside the audio root"),
+        ("desta", {**DESTA, "audios": [{"audio": "b.flac"}]}, "audio: missing file"),
+        ("dynamic_superb", {k: v for k, v in SUPERB.items() if k != "file"}, "missing field 'audio'"),
+        ("dynamic_superb", {**SUPERB, "audio2": "b.flac"}, "audio2: expected one clip, got two"),
+        ("mcr_bench", {**MCR, "answer": "angry"}, "answer: expected one of"),
+        ("mcr_bench", {**MCR, "contexts": {"hostile": ""}}, "context_type: expected one of"),
+        ("mcr_bench", {**MCR, "contexts": []}, "contexts: expected an object"),
+    ],
+)
+def test_rows_of_another_shape_are_problems(root, form, row, reason):
+    good = {"desta": DESTA, "dynamic_superb": SUPERB, "mcr_bench": MCR}[form]
+    manifest = _read(root, [{**good, "id": "good"}, row], form, max_bad_fraction=0.5)
+    assert {e.pair_id or e.id for e in manifest} == {"good"}
+    (problem,) = manifest.problems
+    assert problem.row == 2 and reason in problem.reason
+
+
+def test_doubles_arrays_absolute_paths_and_limits(root):
+    manifest = _read(root, [DESTA, DESTA], "desta", max_bad_fraction=0.5)
+    assert [p.reason for p in manifest.problems] == ["duplicate id 'd1'"]
+    with pytest.raises(ManifestError, match="1 of 2 rows are bad"):
+        _read(root, [DESTA, DESTA], "desta")
+    absolute = {**DESTA, "audios": [{"audio": str(root / "a.flac")}]}
+    (example,) = _read(root, [absolute], "desta")
+    assert example.audio == "a.flac"
+    (root / "rows.json").write_text(json.dumps([DESTA, DESTA_25], indent=1))
+    assert len(read_foreign(root / "rows.json", form="desta")) == 2
+    with pytest.raises(ManifestError, match="at least one row"):
+        _read(root, [], "desta")
+    with pytest.raises(ManifestError, match="expected an array of objects"):
+        _read(root, ["[1]"], "desta")
+    with pytest.raises(ValueError, match="form: expected one of"):
+        _read(root, [DESTA], "kaldi")
+
+
+@given(
+    st.from_regex(r"[A-Za-z][A-Za-z ,.?']{0,30}[a-z.?]", fullmatch=True),
+    st.integers(0, 600),
+    st.integers(1, 29),
+    st.from_regex(r"[a-z]{1,10}", fullmatch=True),
+)
+def test_parse_description_undoes_the_wording_of_stage_1(text, start, length, label):
+    example = Example(
+        id="a", audio=None, start_seconds=start, end_seconds=start + length, transcription=text,
+        metadata={"gender": label, "accent": "Scottish"},
+    )  # fmt: skip
+    words = " ".join(text.split())
+    assert parse_description(describe(example)) == (
+        words, {"gender": label, "accent": "Scottish"}, float(start), float(start + length),
+    )  # fmt: skip
+
+
+@given(st.text(max_size=80))
+def test_parse_description_never_fails(text):
+    parse_description(text)
+
+
+def test_command_line_converts_to_a_manifest(root, capsys):
+    (root / "rows.jsonl").write_text(json.dumps(DESTA))
+    assert main([str(root / "rows.jsonl"), "--form", "desta", "--out", str(root / "m.jsonl"), "--split", "train"]) == 0
+    (example,) = read_manifest(root / "m.jsonl")
+    assert (example.id, example.split) == ("d1", "train")
+    assert main([str(root / "rows.jsonl"), "--form", "nist", "--out", str(root / "m.jsonl")]) == 1
+    assert "error: form: expected one of" in capsys.readouterr().err
