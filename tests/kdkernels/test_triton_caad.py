@@ -21,6 +21,10 @@ INTERPRETED = not isinstance(triton_caad._caad_row_kernel, triton_caad.triton.JI
 ROUNDING = {FP32: 0.0, BF16: 2.0**-7 if INTERPRETED else 2.0**-8, FP16: 2.0**-11}
 
 
+# NumPy, under the interpreter, warns of what GPUs do silently: infinities in the branch that `where` does not take.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Every torch.empty is full of NaN, so whatever a kernel leaves unwritten shows."""
@@ -275,7 +279,7 @@ def test_unsafe_overlaps_are_refused():
         triton_caad.caad_rows(inside, *others, spec, grad=memory[8:].view(1, 3, 64))
     wider = memory[:192].view(FP32).as_strided((1, 1, 64), (0, 0, 1))
     one = [x[:, :1] if x.dim() == 3 else x[:1] for x in others]
-    with pytest.raises(ValueError, match="torch.float32 over torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"torch\.float32 over torch\.bfloat16"):
         triton_caad.caad_rows(inside[:, :1], *one, spec, grad=wider)
     # Beside each other in one storage is no overlap.
     pair = torch.zeros(3, 2, 64, dtype=BF16, device=DEVICE)
@@ -507,13 +511,12 @@ def test_gpu_row_offsets_beyond_two_to_the_31():
     vocab, rows = 128256, 16800  # 2.15e9 items
     memory = torch.zeros(1, rows, vocab, dtype=BF16, device=DEVICE)
     ends = torch.tensor([0, 1, rows - 2, rows - 1], device=DEVICE)
-    student, audio, text, target, alpha, kd_coef, ce_coef = make(4, vocab, dtypes=(BF16, BF16))
+    student, _, _, target, alpha, kd_coef, ce_coef = make(4, vocab, dtypes=(BF16, BF16))
     memory[0, ends] = student[0]
     wide = torch.full((rows,), -100, device=DEVICE)
     wide[ends] = target
     spread = [torch.zeros(rows, device=DEVICE).index_copy_(0, ends, x) for x in (alpha, kd_coef, ce_coef)]
     spec = RowSpec(vocab=vocab)
-    expected, expected_grad = run(student, student.flip(-1), None, target, alpha, kd_coef, ce_coef, spec)
     teacher = torch.zeros(1, 1, vocab, dtype=BF16, device=DEVICE).expand(1, rows, vocab)
     expected, expected_grad = run(student, teacher[:, :4], None, target, alpha, kd_coef, ce_coef, spec)
     result = triton_caad.caad_rows(memory, teacher, None, wide, *spread, spec, grad=memory)
