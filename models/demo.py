@@ -117,7 +117,7 @@ class Context:
 
 
 def run_corpus(context: Context) -> dict[str, Any]:
-    """Clips, questions and hints, in the demo's four parts: teacher, distill, dev, test."""
+    """Clips, questions and hints, in the demo's three parts: teacher, distill, test."""
     from models.data.corpus import build_corpus
     from models.data.manifest import read_manifest, write_manifest
 
@@ -129,7 +129,6 @@ def run_corpus(context: Context) -> dict[str, Any]:
     parts = {
         "teacher": _limited(manifest.select(split="train", pool="teacher"), settings.max_train_clips),
         "distill": _limited(manifest.select(split="train", pool="distill"), settings.max_train_clips),
-        "dev": _limited(manifest.select(split="dev"), settings.max_test_clips),
         "test": _limited(manifest.select(split="test"), settings.max_test_clips),
     }
     for name, examples in parts.items():
@@ -148,7 +147,7 @@ def run_features(context: Context) -> dict[str, Any]:
     from models.features import extract_features
     from models.speech_lm import SpeechLM, SpeechLMConfig
 
-    examples = {name: _read_items(context, name) for name in ("teacher", "distill", "dev", "test")}
+    examples = {name: _read_items(context, name) for name in ("teacher", "distill", "test")}
     torch.manual_seed(context.settings.seed)
     model = SpeechLM.from_config(SpeechLMConfig(**_backbones(context.settings)))
     store, problems = extract_features(
@@ -384,22 +383,15 @@ def _ask(context: Context, folder: Path, *, alphas: Sequence[float | None]) -> d
 
     model, store, extra = _speech_lm(context, folder)
     test = [e for e in _read_items(context, "test") if e in store]
-    dev = [e for e in _read_items(context, "dev") if e in store]
-    neutral = [e for e in test if e.kind == "neutral"]
     options = {"collate": model.make_collator(), "extra_inputs": extra}
-    plain = evaluate(model, test, store, alphas=alphas, **options)
-    controls = evaluate(model, neutral, store, controls=("no_audio", "swapped_audio"), **options)[None]
-    development = evaluate(model, dev, store, alphas=alphas, **options)
-    files = {}
-    for alpha in alphas:
-        for part, predictions in (("test", plain[alpha]), ("dev", development[alpha])):
-            if part == "test" and alpha is None:
-                predictions = predictions + [p for p in controls if p.control]
-            name = f"{part}-{'greedy' if alpha is None else f'contrastive{alpha:g}'}.jsonl"
-            write_header(context.folder / name, {"model": str(folder), "alpha": alpha, "split": part, "mode": "choice"})
-            append_predictions(context.folder / name, predictions)
-            files[name] = len(predictions)
-    return {"files": files}
+    answers = evaluate(model, test, store, alphas=alphas, **options)
+    neutral = [e for e in test if e.kind == "neutral"]
+    answers[None] += evaluate(model, neutral, store, controls=("no_audio", "swapped_audio"), plain=False, **options)[None]
+    for alpha, predictions in answers.items():
+        path = context.folder / f"test-{'greedy' if alpha is None else f'contrastive{alpha:g}'}.jsonl"
+        write_header(path, {"model": str(folder), "alpha": alpha, "split": "test", "mode": "choice"})
+        append_predictions(path, predictions)
+    return {"answers": {str(alpha): len(predictions) for alpha, predictions in answers.items()}}
 
 
 def _backbones(settings: DemoSettings) -> dict[str, Any]:
@@ -597,7 +589,9 @@ def run_one_stage(name: str, settings: DemoSettings, root: Path) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     needed = {need: folders[need] for need in stage.needs}
     result = stage.run(Context(settings, folders[name], needed, stage.extra))
-    atomic_write_json(folders[name] / DONE_NAME, {"result": result, "seconds": round(time.monotonic() - started, 1)})
+    # CPU seconds as well: what a stage takes on a machine that has nothing else to do.
+    noted = {"result": result, "seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(time.process_time(), 1)}
+    atomic_write_json(folders[name] / DONE_NAME, noted)
 
 
 def _tail(log: Path, lines: int = 25) -> str:

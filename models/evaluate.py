@@ -161,6 +161,7 @@ def evaluate(
     mode: str = "choice",
     alphas: Sequence[float | None] = (None,),
     controls: Sequence[str] = (),
+    plain: bool = True,
     batch_examples: int = 32,
     max_new_tokens: int = 16,
     extra_inputs: dict[str, Any] | None = None,
@@ -175,6 +176,7 @@ def evaluate(
         alphas: None is plain (greedy) decoding; a number is contrastive decoding with that strength. In mode "choice" all
             come from the same forward passes.
         controls: any of "no_audio", "swapped_audio"; their predictions have `control` set and "#control" in the id.
+        plain: False asks for the controls alone.
         done: predictions made before, which are not made again (only with a single alpha).
         on_batch: called with (alpha, new predictions) after each batch, to save them.
 
@@ -198,7 +200,7 @@ def evaluate(
     # Rows of like length together: padding is most of the work otherwise.
     work = sorted(examples, key=lambda e: (len(e.choices), len(e.transcription) + len(e.context)))
     todo = []
-    for control in ("", *controls):
+    for control in ("", *controls) if plain else controls:
         heard = swapped(work) if control == "swapped_audio" else work
         todo += [(control, e, h) for e, h in zip(work, heard, strict=True) if _control_id(e.id, control) not in made]
     for control, group in _batches(todo, batch_examples, progress_bar=progress_bar):

@@ -77,10 +77,16 @@ def run_killed(out_dir, *words, kill_at=0, by="SIGINT"):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_killed(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize(("by", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path, by, status):
-    undisturbed = run_killed(tmp_path / "a")
-    assert undisturbed.returncode == 0, undisturbed.stderr
+def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path, undisturbed, by, status):
     killed = run_killed(tmp_path / "b", kill_at=9, by=by)
     assert killed.returncode == status, killed.stderr
     assert "Stopped after step 9" in killed.stderr and "RESUME" in killed.stderr
@@ -88,8 +94,8 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path, by, status)
     assert not (tmp_path / "b" / "final").exists()
     resumed = run_killed(tmp_path / "b", "run.resume=auto")
     assert resumed.returncode == 0, resumed.stderr
-    assert final(tmp_path / "a") == final(tmp_path / "b")
-    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert final(undisturbed) == final(tmp_path / "b")
+    assert lines(undisturbed) == lines(tmp_path / "b")
     assert [line["step"] for line in lines(tmp_path / "b")] == [4, 8, 12, 16, 20]
 
 

@@ -1,0 +1,141 @@
+"""Recipes on a real SpeechLM with tiny random backbones: the command line, the live teacher and its cache."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdkernels.contrast_cache import ContrastCache
+from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.data.audio import write_audio
+from models.data.manifest import Example, read_manifest, write_manifest
+from models.demo import make_tiny_backbones
+from models.features import extract_features
+from models.metrics import read_metrics
+from models.speech_lm import SpeechLM, SpeechLMConfig
+from models.train import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Twelve clips of two pitches, their features, an untrained model, a trained teacher."""
+    root = tmp_path_factory.mktemp("world")
+    backbones = make_tiny_backbones(root / "backbones")
+    examples = []
+    for i in range(12):
+        label = ("man", "woman")[i % 2]
+        pitch = 0.05 if label == "man" else 0.3
+        write_audio(root / f"{i}.wav", np.sin(np.arange(16000) * pitch + i).astype(np.float32) * 0.1)
+        examples.append(
+            Example(
+                id=f"c{i}", audio=f"{i}.wav", transcription=f"line {i}", task="gender", question="Man or woman?",
+                choices=("man", "woman"), answer=label, target=f"The speaker is a {label}.", target_source="template",
+            )
+        )  # fmt: skip
+    write_manifest(root / "m.jsonl", examples)
+    torch.manual_seed(0)
+    config = SpeechLMConfig(
+        lm=str(backbones / "lm"), encoder=str(backbones / "encoder"), encoder_layers=(1, 2), connector_width=32, audio_frames=10
+    )
+    model = SpeechLM.from_config(config)
+    store, _ = extract_features(examples, model.encode_audio, audio_root=root, progress_bar=False)
+    store.save(root / "f.safetensors")
+    model.fit_feature_statistics(store.features.float())
+    model.save_pretrained(root / "untrained")
+    assert train(root, "sft_teacher", "teacher", "optim.steps=12") == 0
+    return root
+
+
+def train(root, recipe, out, *words):
+    return main(
+        [
+            recipe, f"data.manifest={root / 'm.jsonl'}", f"model.folder={root / 'untrained'}", f"run.out_dir={root / out}",
+            f"data.features={root / 'f.safetensors'}", "optim.batch_examples=4", "optim.warmup_steps=2",
+            "optim.learning_rate=0.01", "run.tensorboard=false", "run.progress_bar=false", "run.log_every_steps=3",
+            "run.device=cpu", *words,
+        ]
+    )  # fmt: skip
+
+
+def weights(root, out):
+    return load_file(root / out / "final" / "connector.safetensors")
+
+
+def test_the_teacher_learns_and_is_a_speech_lm(world):
+    losses = [line["loss"] for line in read_metrics(world / "teacher" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]  # a random language model says little, so it falls little
+    assert isinstance(SpeechLM.from_pretrained(world / "teacher" / "final"), SpeechLM)
+
+
+def test_cached_states_train_the_very_same_student_as_the_live_teacher(world):
+    words = ["optim.steps=4", f"teacher.folder={world / 'teacher' / 'final'}", "model.prefix_cache_mib=0"]
+    assert train(world, "caad", "live", *words) == 0
+
+    lm = SpeechLM.from_pretrained(world / "teacher" / "final").eval()
+    teacher = DualPathTeacher(lm, negative=MarkAbsent())
+    examples = read_manifest(world / "m.jsonl").examples
+    store, _ = extract_features(examples, lm.encode_audio, audio_root=world, progress_bar=False)
+    with ContrastCache.writer(
+        world / "cache", fingerprint={"test": 1}, hidden_size=teacher.head.weight.shape[1], dtype=torch.float32
+    ) as writer:
+        for e in examples:
+            batch = lm.make_collator()([e], store.rows([e]))
+            states = teacher(batch.model_inputs(), batch.target_index)
+            writer.add(e.id, states.audio_hidden, states.text_hidden, batch.target)
+    assert train(world, "caad", "cached", *words, f"teacher.cache={world / 'cache'}") == 0
+    live, cached = weights(world, "live"), weights(world, "cached")
+    for name in live:
+        assert torch.allclose(live[name], cached[name], rtol=1e-3, atol=1e-4), name  # other batch shapes, other rounding
+    losses = [[line["kd"] for line in read_metrics(world / out / "metrics.jsonl")] for out in ("live", "cached")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("words", [("run.gradient_checkpointing=true",), ("model.prefix_cache_mib=0",)])
+def test_memory_options_change_nothing_but_rounding(world, words):
+    base = ["optim.steps=3", f"teacher.folder={world / 'teacher' / 'final'}"]
+    assert train(world, "kd", "base", *base) == 0
+    assert train(world, "kd", "option", *base, *words) == 0
+    losses = [[line["loss"] for line in read_metrics(world / out / "metrics.jsonl")] for out in ("base", "option")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_fresh_connector_keeps_the_statistics(world):
+    assert train(world, "ce_only", "fresh", "optim.steps=1", "model.fresh_connector=true", "optim.learning_rate=1e-9") == 0
+    old, new = load_file(world / "untrained" / "connector.safetensors"), weights(world, "fresh")
+    assert torch.equal(old["feature_mean"], new["feature_mean"]) and torch.equal(old["feature_std"], new["feature_std"])
+    assert not torch.allclose(old["input_projection.weight"], new["input_projection.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.manifest=none.jsonl"], "error: data.manifest: none.jsonl"),
+        (["data.features=none.safetensors"], "error: data: none.safetensors: not a feature file"),
+        (["model.folder=none"], "error: model.folder: none: expected a saved speech LM"),
+        (["data.splits=[dev]"], "error: data: no example with a target"),
+        (["model.feature_statistics=none"], "error: model.feature_statistics: none"),
+    ],
+)
+def test_mistakes_are_one_line(world, capsys, words, message):
+    assert train(world, "sft_teacher", "never", *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_cache_of_other_targets_is_refused(world, capsys, tmp_path):
+    hidden = torch.zeros(3, 64)
+    with ContrastCache.writer(tmp_path / "c", fingerprint={"test": 2}, hidden_size=64, dtype=torch.float32) as writer:
+        for i in range(12):
+            writer.add(f"c{i}", hidden, hidden, torch.tensor([1, 2, 3]))
+    words = [f"teacher.folder={world / 'teacher' / 'final'}", f"teacher.cache={tmp_path / 'c'}"]
+    assert train(world, "caad", "never", *words) == 1
+    assert "made for other targets" in capsys.readouterr().err
+
+
+def test_missing_features_are_counted(world, capsys, tmp_path):
+    examples = read_manifest(world / "m.jsonl").examples
+    more = [dataclasses.replace(examples[0], id=f"x{i}", start_seconds=0.1 * i) for i in range(1, 4)]
+    write_manifest(world / "more.jsonl", [*examples, *more])
+    assert train(world, "sft_teacher", "never", f"data.manifest={world / 'more.jsonl'}") == 1
+    assert "lacks 3 of the clips" in capsys.readouterr().err
