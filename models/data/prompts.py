@@ -120,7 +120,7 @@ def hint_for(task: str, label: str) -> str:
     return TASKS[task].hint.format(label)
 
 
-def shorten_transcript(text: str, *, max_words: int = 12, max_characters: int = 56) -> str:
+def shorten_transcript(text: str, *, max_words: int = 12, max_characters: int = 48) -> str:
     """The first words of `text`, at most `max_words` and `max_characters`, so that prompts stay short.
 
     The first word is always kept, cut to `max_characters` if it is longer than that.
