@@ -59,7 +59,7 @@ class DemoSettings:
     keep_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
     healing_steps: int = 96
     target_source: str = "text_backbone"  # of the teacher's training targets
-    teacher_steps: int = 240
+    teacher_steps: int = 150
     teacher_learning_rate: float = 1e-3
     student_steps: int = 240
     student_learning_rate: float = 1e-3
@@ -292,8 +292,8 @@ def make_stages() -> list[Stage]:
     stages = [
         Stage("corpus", "corpus", (), ("sources", "corpus_size", "task", "seed", "max_train_clips", "max_test_clips"), run_corpus),
         Stage("features", "encoder features", ("corpus",), backbone, run_features),
-        Stage("student_lm", "student: drop layers, heal", ("corpus",), (*backbone, "keep_layers", "healing_steps"), run_student_lm),
         Stage("stage1", "Stage 1: pseudo ground truth", ("corpus",), ("lm", "target_source"), run_stage1),
+        Stage("student_lm", "student: drop layers, heal", ("corpus",), (*backbone, "keep_layers", "healing_steps"), run_student_lm),
         Stage(
             "teacher", "teacher (sft, biased)", ("corpus", "features", "stage1"),
             (*training, "teacher_steps", "teacher_learning_rate"), run_teacher,
@@ -520,6 +520,10 @@ def run_stages(
     if status:
         status.start()
     try:
+        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    except ValueError:  # not in the main thread
+        before = None
+    try:
         while len(done) < len(stages):
             ready = [s for s in stages if s.name not in done and s.name not in running and set(s.needs) <= done]
             for stage in ready[: workers - len(running)]:
@@ -527,7 +531,11 @@ def run_stages(
                 folder.mkdir(parents=True, exist_ok=True)
                 log = folder / "log.txt"
                 with open(log, "ab") as file:
-                    process = subprocess.Popen(command(stage), stdout=file, stderr=subprocess.STDOUT, env=environment)
+                    # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once. A
+                    # second one would break off the saving.
+                    process = subprocess.Popen(
+                        command(stage), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                    )
                 running[stage.name] = (process, log, time.monotonic())
                 if not status:
                     console.print(f"  {stage.title:34} started")
@@ -553,6 +561,8 @@ def run_stages(
             process.wait()
         raise
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         if status:
             status.stop()
     return {s.name: read_done(folders[s.name])["seconds"] for s in stages}

@@ -1,8 +1,12 @@
 import dataclasses
 import io
 import json
+import os
 import re
+import signal
 import sys
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -131,6 +135,31 @@ def test_a_failed_stage_stops_the_demo_with_the_end_of_its_log(tmp_path):
 def test_a_stage_that_ends_without_its_result_is_not_done(tmp_path):
     with pytest.raises(StageError, match="a: status 0"):
         run([stage("a")], tmp_path, code="print('gone')")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_passed_on_once_and_waited_for(tmp_path, number):
+    code = (
+        "import signal, sys, time, pathlib\n"
+        "note = pathlib.Path(sys.argv[1]).with_name('signals')\n"
+        "signal.signal(signal.SIGINT, lambda *_: note.open('a').write('x'))\n"
+        "note.write_text('')\n"
+        "while not note.read_text(): time.sleep(0.02)\n"
+        "time.sleep(0.5); note.open('a').write('saved')\n"
+    )
+    note = tmp_path / "a" / "signals"
+
+    def stop():
+        while not note.exists():
+            time.sleep(0.02)
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run([stage("a"), stage("b", "a")], tmp_path, code=code)
+    assert note.read_text() == "xsaved"
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
