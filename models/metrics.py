@@ -33,7 +33,7 @@ class MetricsLogger:
         self.path = Path(folder) / METRICS_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [line for line in read_metrics(self.path) if line["step"] <= resume_step]
-        self._file = open(self.path, "w", encoding="utf-8")
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (closed by close())
         for line in kept:
             self._write_line(line)
         self._sums: dict[str, torch.Tensor] = {}

@@ -81,12 +81,13 @@ def write_report(path: str | Path, report: Report) -> Path:
     environment.filters["percent"] = _percent
     template = environment.from_string(TEMPLATE_PATH.read_text(encoding="utf-8"))
     summaries = {label: summarize(predictions) for label, predictions in report.systems.items() if predictions}
+    plain = [s["plain"] for s in summaries.values() if "plain" in s]
     html = template.render(
         report=report,
         summaries=summaries,
-        kinds=[k for k in KINDS if any(k in s["plain"]["by_kind"] for s in summaries.values() if "plain" in s)],
+        kinds=[k for k in KINDS if any(k in s["by_kind"] for s in plain)],
         controls=sorted({name for s in summaries.values() for name in s} - {"plain"}),
-        classes=sorted({(t, c) for s in summaries.values() for t, cs in s.get("plain", {}).get("by_class", {}).items() for c in cs}),
+        classes=sorted({(task, label) for s in plain for task, labels in s["by_class"].items() for label in labels}),
         figures=draw_curves(report.curves),
         bars=draw_bars(summaries),
         clips=choose_clips(report),

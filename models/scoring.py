@@ -227,7 +227,7 @@ class _Bootstrap:
         """sum(numerator) / sum(denominator) with its interval; resamples with an empty denominator are left out."""
         top = np.bincount(self._group, weights=numerator, minlength=self._count)
         bottom = np.bincount(self._group, weights=denominator, minlength=self._count)
-        count = int(round(bottom.sum()))
+        count = round(float(bottom.sum()))
         if count == 0:
             return Estimate(None, None, None, 0)
         tops, bottoms = self._draws @ top, self._draws @ bottom

@@ -42,7 +42,15 @@ from models.checkpoint import (
 from models.config import ConfigError, LossConfig, Recipe, load_recipe, to_dict
 from models.io_utils import atomic_write_json, fingerprint
 from models.metrics import MetricsLogger
-from models.sources import SourceError, TeacherStates, TrainingData, build_data, build_model, build_teacher, path_divergence
+from models.sources import (
+    SourceError,
+    TeacherStates,
+    TrainingData,
+    build_data,
+    build_model,
+    build_teacher,
+    path_divergence,
+)
 
 
 class NonFiniteError(RuntimeError):

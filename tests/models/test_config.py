@@ -51,11 +51,11 @@ def test_mistakes_are_named(tmp_path, text, message):
 
 def test_mistakes_on_the_command_line_are_named(tmp_path):
     path = write(tmp_path, "objective: sft")
-    with pytest.raises(ConfigError, match="command line: unknown key 'optim.step'; did you mean 'optim.steps'"):
+    with pytest.raises(ConfigError, match=r"command line: unknown key 'optim.step'; did you mean 'optim.steps'"):
         load_recipe(path, ["optim.step=3"])
     with pytest.raises(ConfigError, match="expected key=value"):
         load_recipe(path, ["optim.steps"])
-    with pytest.raises(ConfigError, match="recipe 'cad': no such file.*did you mean 'caad'"):
+    with pytest.raises(ConfigError, match=r"recipe 'cad': no such file.*did you mean 'caad'"):
         load_recipe("cad")
 
 

@@ -98,10 +98,10 @@ def stage(name, *needs):
     return Stage(name, name, needs, (), lambda context: {})
 
 
-WRITE = "import json,sys,time; time.sleep({seconds}); json.dump({{'result': {{}}, 'seconds': 1.0}}, open(sys.argv[1], 'w'))"
+WRITES = "import json,sys,time; time.sleep(0.3); json.dump({'result': {}, 'seconds': 1.0}, open(sys.argv[1], 'w'))"
 
 
-def run(stages, tmp_path, *, code=WRITE.format(seconds=0.3), workers=2):
+def run(stages, tmp_path, *, code=WRITES, workers=2):
     folders = {s.name: tmp_path / s.name for s in stages}
     text = io.StringIO()
     started = []

@@ -162,7 +162,7 @@ def test_mistakes_are_named(model, examples, store):
     options = {"collate": model.make_collator(), "progress_bar": False}
     with pytest.raises(ValueError, match="mode: expected 'choice' or 'generate', got 'rank'"):
         evaluate(model, examples, store, mode="rank", **options)
-    with pytest.raises(ValueError, match="controls: expected some of .* got 'deaf'"):
+    with pytest.raises(ValueError, match=r"controls: expected some of .* got 'deaf'"):
         evaluate(model, examples, store, controls=("deaf",), **options)
     free = [Example(id="x", audio=None, question="?", answer="y", split="test")]
     with pytest.raises(ValueError, match="example x: expected choices"):

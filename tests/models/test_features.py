@@ -58,7 +58,7 @@ def test_unreadable_clips_are_skipped_and_named_up_to_a_limit(folder):
     assert len(store) == 3 and [p[0] for p in problems] == [asked[3].id]
     with pytest.raises(FeatureError, match=r"1 of 4 clips could not be read \(max 5%\): bad\.wav"):
         extract_features(asked, encode, audio_root=folder, progress_bar=False)
-    with pytest.raises(FeatureError, match="example missing.wav.*no features of clip missing.wav@0.0-None"):
+    with pytest.raises(FeatureError, match=r"example missing.wav.*no features of clip missing.wav@0.0-None"):
         store.rows([example("missing.wav")])
 
 

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-import train_fakes as fakes  # noqa: E402
+import train_fakes as fakes
 
-from kdkernels.teacher import LMHead  # noqa: E402
-from models.checkpoint import CheckpointError, list_checkpoints  # noqa: E402
-from models.config import OBJECTIVES, ConfigError, LossConfig  # noqa: E402
-from models.metrics import read_metrics  # noqa: E402
-from models.sources import TeacherStates, path_divergence  # noqa: E402
-from models.train import NonFiniteError, main, pick_device, token_weights, train  # noqa: E402
+from kdkernels.teacher import LMHead
+from models.checkpoint import CheckpointError, list_checkpoints
+from models.config import OBJECTIVES, ConfigError, LossConfig
+from models.metrics import read_metrics
+from models.sources import TeacherStates, path_divergence
+from models.train import NonFiniteError, main, pick_device, token_weights, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +118,7 @@ def test_resume_from_a_damaged_checkpoint(tmp_path):
     good = final(tmp_path)
     newest = list_checkpoints(tmp_path / "checkpoints")[-1] / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
-    with pytest.raises(CheckpointError, match="step-00000006.*damaged.*step-00000003"):
+    with pytest.raises(CheckpointError, match=r"step-00000006.*damaged.*step-00000003"):
         fakes.run(tmp_path, *words, "run.resume=auto")
     fakes.run(tmp_path, *words, "run.resume=fallback")
     assert final(tmp_path) == good
@@ -202,7 +202,7 @@ def test_mistakes_of_the_caller(tmp_path):
         train(fakes.fake_recipe(tmp_path, "sft"), model=model, data=fakes.TrainingData([], data.make_batch))
     with pytest.raises(ValueError, match="requires grad"):
         train(fakes.fake_recipe(tmp_path, "sft"), model=model.requires_grad_(False), data=data)
-    with pytest.raises(ConfigError, match="run.device: expected auto, cpu"):
+    with pytest.raises(ConfigError, match=r"run.device: expected auto, cpu"):
         pick_device("gpu")
 
 
