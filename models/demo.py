@@ -146,10 +146,11 @@ def run_features(context: Context) -> dict[str, Any]:
 
     from models.features import extract_features
     from models.speech_lm import SpeechLM, SpeechLMConfig
+    from models.train import pick_device
 
     examples = {name: _read_items(context, name) for name in ("teacher", "distill", "test")}
     torch.manual_seed(context.settings.seed)
-    model = SpeechLM.from_config(SpeechLMConfig(**_backbones(context.settings)))
+    model = SpeechLM.from_config(SpeechLMConfig(**_backbones(context.settings))).to(pick_device(context.settings.device))
     store, problems = extract_features(
         [e for part in examples.values() for e in part], model.encode_audio, audio_root=context.folders["corpus"]
     )

@@ -289,6 +289,7 @@ def objective_loss(
         the loss, and (name, mean, weight) of each curve to log.
     """
     head = model.get_output_embeddings()
+    hidden = hidden.to(head.weight.dtype)  # autocast hands out bfloat16 states of a float32 model
     if not recipe.needs_teacher:
         logits = F.linear(hidden, head.weight, head.bias)  # (N, V)
         token_loss = F.cross_entropy(logits.float(), target, reduction="none")  # (N,)

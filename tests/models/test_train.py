@@ -53,10 +53,11 @@ def test_objectives_differ_where_they_should(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["sft", "caad"])
-@pytest.mark.parametrize("mode", ["uniform", "choice"])
+@pytest.mark.parametrize("mode", ["uniform", "choice", "divergence"])
 def test_four_parts_of_four_are_a_batch_of_sixteen(tmp_path, objective, mode):
+    ce_mode = "uniform" if mode == "divergence" else mode
     words = (
-        "optim.steps=6", f"loss.kd_token_weight={mode}", f"loss.ce_token_weight={mode}", "loss.kd_background_weight=0.1",
+        "optim.steps=6", f"loss.kd_token_weight={mode}", f"loss.ce_token_weight={ce_mode}", "loss.kd_background_weight=0.1",
         "optim.learning_rate=0.01",
     )
     models = {}
