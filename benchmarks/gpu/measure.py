@@ -1,0 +1,234 @@
+"""One measurement on a CUDA device: `python -m benchmarks.gpu.measure rows|table|linear|capture`.
+
+Correctness first, then time; the last line printed is JSON with `met`, `result` and the figures. Needs torch and Triton alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from ..common import PeakMemory, relative_error, time_calls
+
+# Width and sizes of the design's example: Llama 3.2 3B as the student, 8B-sized states as the teacher.
+VOCAB, STUDENT_WIDTH, TEACHER_WIDTH = 128256, 3072, 4096
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measure", description=__doc__)
+    parser.add_argument("what", choices=sorted(MEASURES))
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("needs a CUDA device")
+    print(json.dumps(MEASURES[args.what](args.tokens, args.repeats)))
+
+
+class Rows:
+    """The row problem over random logits (1, N, V), with or without a text path; the gradient goes over the student."""
+
+    def __init__(self, tokens: int, dtype: torch.dtype, grad_dtype: torch.dtype, *, text: bool) -> None:
+        from kdkernels.ops.rows import RowSpec
+
+        g = torch.Generator(device="cuda").manual_seed(0)
+
+        def logits() -> torch.Tensor:
+            return torch.randn(1, tokens, VOCAB, generator=g, device="cuda", dtype=dtype).mul_(3)
+
+        self.spec = RowSpec(vocab=VOCAB)
+        self.student, self.audio, self.text = logits(), logits(), logits() if text else None
+        self.target = torch.randint(0, VOCAB, (tokens,), generator=g, device="cuda")
+        self.alpha = torch.full((1,), 2.0, device="cuda")
+        self.coef = torch.full((tokens,), 0.5, device="cuda")
+        self.grad_dtype = grad_dtype
+        # Each pass reads every input, the second writes the gradient as well.
+        item, grad_item = dtype.itemsize, grad_dtype.itemsize
+        self.bytes = tokens * VOCAB * (2 * (3 if text else 2) * item + grad_item)
+
+    def into(self, memory: torch.Tensor) -> torch.Tensor:
+        """Runs the kernel on the student's logits in ``memory`` and leaves the gradient there."""
+        from kdkernels.ops import triton_caad
+
+        items = memory.element_size() // self.grad_dtype.itemsize
+        grad = memory.view(self.grad_dtype).as_strided(memory.shape, (0, VOCAB * items, 1))
+        arguments = (self.audio, self.text, self.target, self.alpha, self.coef, self.coef, self.spec)
+        triton_caad.caad_rows(memory, *arguments, grad=grad)
+        return grad
+
+    def error(self, rows: int = 8) -> float:
+        """Relative error of the gradient of the first rows against the formula in float64."""
+        from kdkernels.ops import reference
+
+        leaf = self.student[:, :rows].double().requires_grad_()
+        text = None if self.text is None else self.text[:, :rows].double()
+        exact = reference.caad_rows(
+            leaf, self.audio[:, :rows].double(), text, self.target[:rows], self.alpha.double(), self.spec
+        )
+        (0.5 * (exact.kd + exact.ce)).sum().backward()
+        return relative_error(self.into(self.student.clone())[:, :rows], leaf.grad)
+
+
+def _median_seconds(call: Callable[[], object], repeats: int) -> float:
+    return time_calls({"call": call}, repeats=repeats, device=torch.device("cuda"))["call"].median
+
+
+def _copy_bytes_per_second(repeats: int) -> float:
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    out = torch.empty_like(source)
+    return 2 * source.numel() / _median_seconds(lambda: out.copy_(source), repeats)
+
+
+CASES = [
+    ("bf16", "bf16", False),
+    ("bf16", "bf16", True),
+    ("fp32", "fp32", False),
+    ("fp32", "bf16", False),
+    ("fp32", "fp32", True),
+]
+
+
+def measure_rows(tokens: int, repeats: int) -> dict:
+    """Target: the two passes' traffic at no less than 80% of a copy's bandwidth, gradient within one rounding."""
+    copy = _copy_bytes_per_second(repeats)
+    rows, met = [], True
+    for name, grad_name, text in CASES:
+        case = Rows(tokens, DTYPES[name], DTYPES[grad_name], text=text)
+        error = case.error()
+        memory = case.student.clone()
+        # Timed on what the last run left: the time does not depend on the values, and restoring them would be timed too.
+        seconds = _median_seconds(lambda case=case, memory=memory: case.into(memory), repeats)
+        share = case.bytes / seconds / copy
+        met &= share >= 0.8 and error < (1e-5 if grad_name == "fp32" else 4e-3)
+        label = f"{name}{' + text' if text else ''} -> {grad_name}"
+        rows.append({"case": label, "ms": seconds * 1e3, "gbytes_per_s": case.bytes / seconds / 1e9})
+        rows[-1] |= {"share_of_copy": share, "gradient_error": error}
+        del case, memory
+    result = "; ".join(f"{r['case']} {r['ms']:.2f} ms, {r['share_of_copy']:.0%} of copy" for r in rows)
+    return {"met": met, "result": result, "copy_gbytes_per_s": copy / 1e9, "rows": rows}
+
+
+def measure_table(tokens: int, repeats: int) -> dict:
+    """Target: the fixed launch table within 5% of the best of its neighbours."""
+    from kdkernels.ops import triton_caad
+
+    own = triton_caad._launch_table
+    worst, notes, rows = 1.0, [], []
+    for name, grad_name, text in (("bf16", "bf16", True), ("fp32", "bf16", False)):
+        case = Rows(tokens, DTYPES[name], DTYPES[grad_name], text=text)
+        memory = case.student.clone()
+        group = 16 // DTYPES[name].itemsize
+        tables = {"table": own}
+        for elements in (8, 16, 32):
+            for warps in (2, 4, 8, 16):
+                launch = {"GROUPS": 32 * warps * elements // group, "GROUP": group, "num_warps": warps}
+                tables[f"{elements} logits, {warps} warps"] = lambda *_, launch=launch: launch
+        seconds = {}
+        for label, table in tables.items():
+            triton_caad._launch_table = table
+            try:
+                seconds[label] = _median_seconds(lambda case=case, memory=memory: case.into(memory), repeats)
+            finally:
+                triton_caad._launch_table = own
+        best = min(seconds, key=seconds.get)
+        worst = max(worst, seconds["table"] / seconds[best])
+        notes.append(f"{name}: table {seconds['table'] * 1e3:.2f} ms, best {best} {seconds[best] * 1e3:.2f} ms")
+        rows += [{"case": name, "launch": k, "ms": v * 1e3} for k, v in seconds.items()]
+        del case, memory
+    return {"met": worst <= 1.05, "result": "; ".join(notes), "rows": rows}
+
+
+def measure_linear(tokens: int, repeats: int) -> dict:
+    """Target: bf16 logits within 1.25x of the bare GEMMs; extra memory of 2N tokens no more than of N, but for dh."""
+    from kdkernels import fused_linear_caad_loss
+
+    from ..contenders import LinearCase, bare_gemms, exact_gradient, ours_step
+
+    g = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=g, device="cuda").mul_(scale).bfloat16()
+
+    def states(n: int) -> list[torch.Tensor]:
+        return [normal(n, width, 1.0) for width in (STUDENT_WIDTH, TEACHER_WIDTH, TEACHER_WIDTH)]
+
+    w_s = normal(VOCAB, STUDENT_WIDTH, 3.0 * STUDENT_WIDTH**-0.5)
+    w_t = normal(VOCAB, TEACHER_WIDTH, 3.0 * TEACHER_WIDTH**-0.5)
+    hidden, audio, text = states(2 * tokens)
+    target = torch.randint(0, VOCAB, (2 * tokens,), generator=g, device="cuda")
+    double = LinearCase(hidden, w_s, audio, text, w_t, target)
+    case = double.head(tokens)
+    check = case.head(16)
+    exact = exact_gradient(check)
+    figures, met = {}, True
+    floor = min(_median_seconds(bare_gemms(case, chunk), repeats) for chunk in (1408, 2048))
+    for name, dtype, budget in (("bf16 logits", torch.bfloat16, 6e-2), ("fp32 logits", None, 6e-3)):
+        step = ours_step(dtype)
+        error = relative_error(step(check).cpu(), exact)
+        seconds = _median_seconds(lambda step=step: step(case), repeats)
+        peaks = []
+        for sized in (case, double):
+            with PeakMemory(torch.device("cuda")) as memory:
+                step(sized)
+            peaks.append(memory.bytes - 2 * sized.hidden.numel() * 2)  # dh and its copy in .grad are the caller's
+        met &= error < budget and peaks[1] <= 1.05 * peaks[0] + (1 << 24)
+        met &= dtype is None or seconds <= 1.25 * floor
+        figures[name] = {"ms": seconds * 1e3, "times_floor": seconds / floor, "gradient_error": error}
+        figures[name] |= {"peak_mib": peaks[0] / 2**20, "peak_mib_2n": peaks[1] / 2**20}
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        torch.cuda.set_sync_debug_mode("error")  # raises at a hidden synchronisation
+        try:
+            fused_linear_caad_loss(case.hidden, w_s, case.audio, case.text, w_t, case.target)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    result = "; ".join(
+        f"{k} {v['ms']:.1f} ms ({v['times_floor']:.2f}x GEMMs {floor * 1e3:.1f}), error {v['gradient_error']:.1e}, "
+        f"{v['peak_mib']:.0f} MiB (2N: {v['peak_mib_2n']:.0f})"
+        for k, v in figures.items()
+    )
+    return {"met": met, "result": result, "floor_ms": floor * 1e3, **figures}
+
+
+def measure_capture(tokens: int, repeats: int) -> dict:
+    """Target: the loss and its backward in one CUDA graph, and under torch.compile(fullgraph=True), with the eager bits."""
+    from kdkernels import fused_caad_loss
+
+    g = torch.Generator(device="cuda").manual_seed(0)
+    student, audio, text = (torch.randn(256, 32000, generator=g, device="cuda").mul_(3) for _ in range(3))
+    target = torch.randint(0, 32000, (256,), generator=g, device="cuda")
+    student.requires_grad_()
+
+    def step(function: Callable = fused_caad_loss) -> torch.Tensor:
+        return torch.autograd.grad(function(student, audio, text, target), student)[0]
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    captured.fill_(float("nan"))
+    graph.replay()
+    same_graph = torch.equal(captured, expected)
+    same_compiled = torch.equal(step(torch.compile(fused_caad_loss, fullgraph=True)), expected)
+    eager = statistics.median(_median_seconds(step, 5) for _ in range(3))
+    replay = statistics.median(_median_seconds(graph.replay, 5) for _ in range(3))
+    return {
+        "met": same_graph and same_compiled,
+        "result": f"graph {same_graph}, compiled {same_compiled}; {eager * 1e6:.0f} us eager, {replay * 1e6:.0f} us replayed",
+    }
+
+
+MEASURES = {"rows": measure_rows, "table": measure_table, "linear": measure_linear, "capture": measure_capture}
+
+if __name__ == "__main__":
+    main()
