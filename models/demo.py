@@ -778,6 +778,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
         return 130
+    for source, reason in read_done(folders["corpus"])["result"]["unavailable"].items():
+        console.print(f"warning: without the recordings of {source}: {reason}", markup=False)
     predictions = collect(folders)
     scores = print_table(console, predictions)
     sentences = verdict(predictions)

@@ -33,6 +33,7 @@ from models.data.prompts import target_template
 from models.features import FeatureError, FeatureStore, extract_features
 from models.io_utils import fingerprint
 from models.scoring import Estimate, Prediction, score
+from models.sources import crop_to_targets
 
 CONTROLS = ("no_audio", "swapped_audio")
 FILE_KEY = "kdkernels_predictions"
@@ -90,16 +91,16 @@ def choice_scores(
             for choice, tokens, one in zip(example.choices, ids, forced, strict=True):
                 rows.append((i, [(choice, start, tokens[start : len(tokens) - end])], one))
     batch = collate([row[2] for row in rows], features[[row[0] for row in rows]])
-    device = model.get_output_embeddings().weight.device
-    batch = batch.to(device)
+    first = torch.zeros(len(rows), dtype=torch.int64)  # where in the batch's N positions each row's target starts
+    first[1:] = torch.bincount(batch.target_row, minlength=len(rows)).cumsum(0)[:-1]
+    wanted = [first[r] + start + n for r, (_, spelled, _) in enumerate(rows) for start, n in _positions(spelled)]
+    batch = dataclasses.replace(batch, target_index=batch.target_index[torch.stack(wanted)])
+    batch = crop_to_targets(batch).to(model.get_output_embeddings().weight.device)
+    index = batch.target_index
     inputs = {**batch.model_inputs(), **(extra_inputs or {})}
     if not hears:
         inputs["audio_present"] = torch.zeros_like(inputs["audio_present"])
 
-    first = torch.zeros(len(rows), dtype=torch.int64)  # where in the batch's N positions each row's target starts
-    first[1:] = torch.bincount(batch.target_row.cpu(), minlength=len(rows)).cumsum(0)[:-1]
-    wanted = [first[r] + start + n for r, (_, spelled, _) in enumerate(rows) for start, n in _positions(spelled)]
-    index = batch.target_index[torch.stack(wanted).to(device)]
     head = LMHead.from_model(model, probe=False)
     if any(alphas):
         states = DualPathTeacher(model, negative=MarkAbsent(), head=head)(inputs, index)

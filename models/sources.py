@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,12 +46,14 @@ class TrainingData:
             `model_inputs()` and `to(device)` (models/batching.py).
         extra_inputs: added to every batch's model inputs, such as the prefix cache.
         store: the clips' features, for a live teacher that makes its own batches.
+        crop: takes out of a batch what none of its targets depends on; None leaves it as it is.
     """
 
     examples: Sequence[Any]
     make_batch: Callable[[Sequence[Any]], Any]
     extra_inputs: Mapping[str, Any] = field(default_factory=dict)
     store: Any = None
+    crop: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -88,8 +91,9 @@ class LiveTeacher:
         self._device = device
 
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
-        own = self._data.make_batch(examples).to(self._device)
+        own = self._data.make_batch(examples)
         _same_targets(own, batch)
+        own = (self._data.crop(own) if self._data.crop else own).to(self._device)
         states = self._teacher(self._data.model_inputs(own), own.target_index)
         return TeacherStates(states.audio_hidden, states.text_hidden, self._teacher.head)
 
@@ -244,7 +248,27 @@ def make_training_data(
         return collator(chosen, store.rows(chosen))
 
     extra = {"prefix_cache": model.make_prefix_cache(max_bytes=prefix_cache_mib << 20)} if prefix_cache_mib else {}
-    return TrainingData(examples, make_batch, extra, store)
+    return TrainingData(examples, make_batch, extra, store, crop_to_targets)
+
+
+def crop_to_targets(batch: Any) -> Any:
+    """A `SpeechBatch` without the tokens that stand after each row's last predicting position.
+
+    A causal model's states do not depend on what follows: the last token of Y is never read, and with weights on the answer
+    alone nothing behind the answer is. Rows without a target are left whole. On the CPU, before the batch moves.
+    """
+    rows, columns = batch.input_ids.shape
+    row, column = batch.target_index // columns, batch.target_index % columns
+    last = torch.full((rows,), -1).scatter_reduce(0, row, column, "amax")
+    last = torch.where(last < 0, columns - 1, last)
+    width = int(last.max()) + 1
+    mask = batch.attention_mask * (torch.arange(columns) <= last[:, None])
+    return dataclasses.replace(
+        batch,
+        input_ids=batch.input_ids[:, :width].contiguous(),
+        attention_mask=mask[:, :width].contiguous(),
+        target_index=row * width + column,
+    )
 
 
 def build_teacher(

@@ -150,10 +150,11 @@ def train(
             for start in range(0, len(rows), micro_examples):
                 examples = [data.examples[row] for row in rows[start : start + micro_examples]]
                 batch = data.make_batch(examples)
-                counted = counted_positions(recipe, batch)  # decided on the CPU: on a GPU it would be a wait
-                batch = batch.to(device)
+                # What is not needed is left out before the batch moves: decided on a GPU it would be a wait.
+                counted = counted_positions(recipe, batch)
                 states = teacher(batch, examples) if recipe.needs_teacher else None
                 batch, states = select_positions(batch, states, counted)
+                batch = (data.crop(batch) if data.crop else batch).to(device)
                 weights = token_weights(recipe.loss, batch, states)
                 parts.append((batch, states, weights, hears[start : start + micro_examples].to(device)))
 
@@ -260,10 +261,10 @@ def select_positions(
     """`batch` and `states` with only these target tokens."""
     if positions is None:
         return batch, states
-    positions = positions.to(batch.target.device, non_blocking=True)
     names = ("target_index", "target", "target_row", "choice_mask")
     batch = dataclasses.replace(batch, **{name: getattr(batch, name)[positions] for name in names})
     if states is not None:
+        positions = positions.to(states.audio_hidden.device, non_blocking=True)
         text = None if states.text_hidden is None else states.text_hidden[positions]
         states = TeacherStates(states.audio_hidden[positions], text, states.head)
     return batch, states

@@ -12,8 +12,9 @@ from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.data.audio import write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
 from models.demo import make_tiny_backbones
-from models.features import extract_features
+from models.features import FeatureStore, extract_features
 from models.metrics import read_metrics
+from models.sources import crop_to_targets
 from models.speech_lm import SpeechLM, SpeechLMConfig
 from models.train import main
 
@@ -139,3 +140,23 @@ def test_missing_features_are_counted(world, capsys, tmp_path):
     write_manifest(world / "more.jsonl", [*examples, *more])
     assert train(world, "sft_teacher", "never", f"data.manifest={world / 'more.jsonl'}") == 1
     assert "lacks 3 of the clips" in capsys.readouterr().err
+
+
+def test_cropping_takes_only_what_no_target_depends_on(world):
+    model = SpeechLM.from_pretrained(world / "untrained").eval()
+    read = read_manifest(world / "m.jsonl").examples[:4]
+    examples = [dataclasses.replace(e, transcription=e.transcription * (1 + i)) for i, e in enumerate(read)]
+    store = FeatureStore.load(world / "f.safetensors")
+    collate = model.make_collator()
+    whole = collate(examples, store.rows(examples))
+    firsts = torch.cat([torch.ones(1, dtype=torch.bool), whole.target_row.diff() > 0])
+    few = dataclasses.replace(whole, target_index=whole.target_index[firsts])
+    for batch, dropped in ((whole, 1), (few, 15)):
+        cropped = crop_to_targets(batch)
+        # The last token of every row goes, and all of the target where only its first token is to be predicted.
+        assert (batch.attention_mask.sum(1) - cropped.attention_mask.sum(1)).min() >= dropped
+        for extra in ({}, {"prefix_cache": model.make_prefix_cache(dtype=torch.float32)}):
+            with torch.no_grad():
+                expected = model.hidden_states_at(batch.target_index, **batch.model_inputs(), **extra)
+                got = model.hidden_states_at(cropped.target_index, **cropped.model_inputs(), **extra)
+            assert torch.allclose(got, expected, atol=1e-5)
