@@ -22,6 +22,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kdkernels.ops.dispatch import IMPLEMENTATIONS
+from models.data.manifest import SPLITS
+
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad")
@@ -48,6 +51,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(0.0 <= self.max_bad_fraction <= 1.0, "data.max_bad_fraction", "a fraction in [0, 1]", self.max_bad_fraction)
         _check(self.max_clip_seconds > 0, "data.max_clip_seconds", "> 0", self.max_clip_seconds)
+        for split in self.splits:
+            _one_of(split, "data.splits", SPLITS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check(self.prefix_cache_mib >= 0, "model.prefix_cache_mib", ">= 0", self.prefix_cache_mib)
+        if self.folder is not None and self.settings:
+            raise ConfigError(f"model.settings: expected none where model.folder is given, got {self.settings!r}")
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,10 @@ class LossConfig:
         _check(self.ce_background_weight >= 0, "loss.ce_background_weight", ">= 0", self.ce_background_weight)
         ok = self.plausibility is None or 0 < self.plausibility <= 1
         _check(ok, "loss.plausibility", "in (0, 1]", self.plausibility)
+        if self.plausibility is not None and self.divergence == "reverse_kl":
+            raise ConfigError("loss.plausibility: expected null with divergence reverse_kl, which would be infinite")
+        _check(self.chunk_tokens is None or self.chunk_tokens >= 1, "loss.chunk_tokens", ">= 1", self.chunk_tokens)
+        _one_of(self.impl, "loss.impl", IMPLEMENTATIONS)
 
     def alpha_at(self, step: int) -> float:
         """Contrast strength of optimiser step `step` (the first is 1): linear from alpha_start to alpha."""
@@ -238,11 +249,16 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, _ = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {word!r}: expected key=value, such as loss.alpha=1")
-        one = OmegaConf.from_dotlist([word])
+        try:
+            one = OmegaConf.from_dotlist([word])
+        except Exception as error:  # PyYAML raises several unrelated types
+            raise ConfigError(f"command line ({word}): not readable as YAML: {' '.join(str(error).split())}") from None
         _check_keys(OmegaConf.to_container(one), Recipe, source="command line")
         merged = _merge(merged, one, source=f"command line ({word})")
     try:
-        return _build(Recipe, OmegaConf.to_container(merged))
+        return _build(Recipe, OmegaConf.to_container(merged, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or '?'}: {str(error).splitlines()[0]}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}{' + command line' if overrides else ''}: {error}") from None
 
@@ -280,14 +296,16 @@ def _plain(cls: type) -> Any:
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     arguments = {}
     for f in dataclasses.fields(cls):
         value = values[f.name]
         if dataclasses.is_dataclass(f.default_factory):
-            value = _build(f.default_factory, value)
+            value = _build(f.default_factory, value, f"{prefix}{f.name}.")
         elif isinstance(value, list):
             value = tuple(value)
+        elif isinstance(value, float):
+            _check(math.isfinite(value), prefix + f.name, "a finite number", value)
         arguments[f.name] = value
     return cls(**arguments)
 

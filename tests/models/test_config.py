@@ -59,6 +59,24 @@ def test_mistakes_on_the_command_line_are_named(tmp_path):
         load_recipe("cad")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loss.alpha=[1"], r"command line \(loss\.alpha=\[1\): not readable as YAML"),
+        (["optim.learning_rate=.inf"], r"optim\.learning_rate: expected a finite number, got inf"),
+        (["loss.impl=cudda"], r"loss\.impl: expected one of .*did you mean 'cuda'"),
+        (["loss.chunk_tokens=0"], r"loss\.chunk_tokens: expected >= 1, got 0"),
+        (["loss.plausibility=0.1", "loss.divergence=reverse_kl"], r"loss\.plausibility: expected null with .*reverse_kl"),
+        (["data.splits=[trian]"], r"data\.splits: expected one of train, dev, test.*did you mean 'train'"),
+        (["model.folder=base", "model.settings.num_queries=4"], r"model\.settings: expected none where model\.folder"),
+        (["data.manifest=${oc.env:KDKERNELS_NO_SUCH}"], r"data\.manifest: .*KDKERNELS_NO_SUCH"),
+    ],
+)
+def test_values_that_could_only_fail_later_are_refused_at_once(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("sft_teacher", words)
+
+
 def test_accumulation_must_divide():
     with pytest.raises(ConfigError, match=r"micro_batch_examples: expected a divisor of batch_examples \(16\), got 5"):
         OptimConfig(batch_examples=16, micro_batch_examples=5)
