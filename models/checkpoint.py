@@ -32,6 +32,7 @@ from models.io_utils import atomic_dir, atomic_write_json, sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_FILE_NAMES = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer.json"}
 _STEP_NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -61,7 +62,7 @@ def save_checkpoint(
     trainer_state: Mapping[str, Any],
     keep_last: int = 2,
 ) -> Path:
-    """Write `root/step-XXXXXXXX` atomically and remove all but the newest `keep_last` checkpoints.
+    """Write `root/step-XXXXXXXX` atomically; keep `keep_last` checkpoints up to this step and none of a later one.
 
     Args:
         model_state: name -> tensor of what is trained (see `trainable_state`).
@@ -88,8 +89,11 @@ def save_checkpoint(
             p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())
         }
         atomic_write_json(folder / MANIFEST_NAME, {"format": FORMAT_VERSION, "step": step, "files": files})
-    for old in list_checkpoints(root)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+    # Later steps are of a run that this one, resumed before them, has left behind: "newest" must not mean those.
+    kept = [p for p in list_checkpoints(root) if p.name <= path.name][-keep_last:]
+    for old in list_checkpoints(root):
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -109,7 +113,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(f"{path}: checkpoint format {FORMAT_VERSION} expected, got {got}")
-    for name, entry in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict) or _FILE_NAMES - files.keys():
+        raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: expected an entry for each of {sorted(_FILE_NAMES)}")
+    for name, entry in files.items():
         _check_file(path / name, entry)
     try:
         trainer = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
@@ -141,6 +148,8 @@ def find_checkpoint(root: str | Path, resume: str) -> Checkpoint | None:
     if resume == "never":
         return None
     if resume not in ("auto", "fallback"):
+        if not Path(resume).is_dir():
+            raise CheckpointError(f"run.resume: expected never, auto, fallback or a checkpoint's folder, got {resume!r}")
         return load_checkpoint(resume)
     errors = []
     for path in reversed(list_checkpoints(root)):
@@ -157,6 +166,37 @@ def find_checkpoint(root: str | Path, resume: str) -> Checkpoint | None:
     if errors:
         raise CheckpointError(f"{errors[0]}. No intact checkpoint is left in {root}: start anew with run.resume=never")
     return None
+
+
+def set_aside(root: str | Path) -> None:
+    """Rename the checkpoints of an earlier run to `<root>.previous`, in place of those set aside before.
+
+    A run that starts anew must not leave them where `find_checkpoint` would take them for its own; nor are hours of
+    training deleted because somebody forgot `run.resume=auto`.
+    """
+    root = Path(root)
+    if list_checkpoints(root):
+        previous = root.with_name(root.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        root.rename(previous)
+
+
+def restore_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Put the saved weights and buffers back; frozen parameters stay as they are.
+
+    Raises:
+        CheckpointError: something of the model is not in the checkpoint, or has another shape there.
+    """
+    expected = {name: tuple(t.shape) for name, t in trainable_state(model).items()}
+    saved = {name: tuple(t.shape) for name, t in checkpoint.model.items()}
+    different = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: of another model: {name} is {saved.get(name, 'missing')} there, "
+            f"{expected.get(name, 'missing')} here ({len(different)} such)"
+        )
+    model.load_state_dict(checkpoint.model, strict=False)
 
 
 def restore_optimizer(
@@ -239,6 +279,8 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing, though the checkpoint's manifest names it")
     size = path.stat().st_size
+    if not isinstance(entry, Mapping) or not {"bytes", "sha256"} <= entry.keys():
+        raise CheckpointError(f"{path}: damaged: the manifest has no size and SHA-256 of it")
     if size != entry["bytes"]:
         raise CheckpointError(f"{path}: damaged: {entry['bytes']} bytes expected, got {size}")
     if sha256_file(path) != entry["sha256"]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from models.io_utils import atomic_write_text
+
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -33,9 +35,8 @@ class MetricsLogger:
         self.path = Path(folder) / METRICS_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [line for line in read_metrics(self.path) if line["step"] <= resume_step]
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        for line in kept:
-            self._write_line(line)
+        atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))  # a kill here loses no line
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._sums: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.Tensor] = {}
         self._since = time.perf_counter()

@@ -156,7 +156,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     except (TypeError, ValueError) as error:
         raise SourceError(f"model.settings: {error}") from error
     if settings.fresh_connector:
-        reset_connector(model)
+        model.connector.reset_parameters()
     if settings.feature_statistics is not None:
         copy_feature_statistics(settings.feature_statistics, model)
     if settings.bf16_products:
@@ -178,19 +178,29 @@ def copy_feature_statistics(folder: str, model: torch.nn.Module) -> None:
         buffer.copy_(saved[name])
 
 
-def reset_connector(model: torch.nn.Module) -> None:
-    """New random connector weights from torch's generator; the feature statistics (buffers) stay."""
-    old = model.connector
-    model.connector = type(old)(old.config).to(model.device)
-    buffers = {name: value for name, value in old.named_buffers()}
-    model.connector.load_state_dict(buffers, strict=False)
-    model.train(model.training)
+def check_folders(recipe: Recipe) -> None:
+    """Whether the files and folders that `recipe` names are there: asked before a backbone is loaded or fetched.
+
+    Raises:
+        SourceError: one is missing; the message names the key.
+    """
+    wanted = [("data.features", recipe.data.features, "")]
+    wanted += [(f"model.{name}", getattr(recipe.model, name), "speech_lm.json") for name in ("folder", "feature_statistics")]
+    if recipe.needs_teacher:
+        wanted += [("teacher.folder", recipe.teacher.folder, "speech_lm.json")]
+        wanted += [("teacher.cache", recipe.teacher.cache, "cache.json")]
+    for key, given, inside in wanted:
+        if given is not None and not (Path(given) / inside).is_file():
+            raise SourceError(f"{key}: expected {'a folder with ' + inside if inside else 'a file'}, got {given}")
 
 
-def build_data(recipe: Recipe, model: torch.nn.Module) -> TrainingData:
-    """The examples of `recipe.data` that have a target, batched for `model`, with their features and prefix cache."""
+def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
+    """The examples of `recipe.data` that have a target, and the root of their audio; skipped rows are listed.
+
+    Raises:
+        SourceError: no manifest, too many bad rows in it, or no such example.
+    """
     from models.data.manifest import ManifestError, read_manifest
-    from models.features import FeatureError, FeatureStore, extract_features
 
     settings = recipe.data
     if not settings.manifest:
@@ -214,6 +224,17 @@ def build_data(recipe: Recipe, model: torch.nn.Module) -> TrainingData:
             f"data: no example with a target in {settings.manifest} (splits {list(settings.splits)}, tasks "
             f"{list(settings.tasks) or 'all'}); targets are written by python -m models.pseudo_gt"
         )
+    return examples, manifest.audio_root
+
+
+def build_data(recipe: Recipe, model: torch.nn.Module, examples: Sequence[Any], audio_root: Path) -> TrainingData:
+    """`examples` batched for `model`, with their features and prefix cache.
+
+    A model without a history (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
+    """
+    from models.features import FeatureError, FeatureStore, extract_features
+
+    settings = recipe.data
     try:
         if settings.features is not None:
             store = FeatureStore.load(settings.features)
@@ -221,7 +242,7 @@ def build_data(recipe: Recipe, model: torch.nn.Module) -> TrainingData:
             store, problems = extract_features(
                 examples,
                 model.encode_audio,
-                audio_root=manifest.audio_root,
+                audio_root=audio_root,
                 max_seconds=settings.max_clip_seconds,
                 max_bad_fraction=settings.max_bad_fraction,
                 progress_bar=recipe.run.progress_bar,
@@ -233,6 +254,12 @@ def build_data(recipe: Recipe, model: torch.nn.Module) -> TrainingData:
     with_features = [e for e in examples if e.audio is None or e in store]
     if len(examples) - len(with_features) > settings.max_bad_fraction * len(examples):
         raise SourceError(f"data.features: {settings.features} lacks {len(examples) - len(with_features)} of the clips")
+    if settings.features is not None:
+        for example in examples:
+            if example.audio is not None and example not in store:
+                tqdm.write(f"skipped {example.id}: {settings.features} lacks its clip")
+    if recipe.model.folder is None and recipe.model.feature_statistics is None:
+        model.fit_feature_statistics(store.rows([e for e in with_features if e.audio is not None]))
     # Activation checkpointing drops the KV cache, so the two exclude each other.
     cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
     return make_training_data(model, with_features, store, prefix_cache_mib=recipe.model.prefix_cache_mib if cached else 0)
@@ -288,7 +315,11 @@ def build_teacher(
         from kdkernels.contrast_cache import ContrastCache
 
         head = LMHead.from_model(lm.to(device))
-        return CachedTeacher(ContrastCache(settings.cache), head, device=device)
+        try:
+            cache = ContrastCache(settings.cache)
+        except ValueError as error:
+            raise SourceError(f"teacher.cache: {error}") from error
+        return CachedTeacher(cache, head, device=device)
     own = make_training_data(lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib)
     return LiveTeacher(lm, own, device=device)
 

@@ -31,12 +31,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kdkernels import fused_linear_caad_loss
+from kdkernels.ops.dispatch import choose
 from models.checkpoint import (
     CheckpointError,
     find_checkpoint,
+    restore_model,
     restore_optimizer,
     restore_rng,
     save_checkpoint,
+    set_aside,
     trainable_state,
 )
 from models.config import ConfigError, LossConfig, Recipe, load_recipe, to_dict
@@ -49,7 +52,9 @@ from models.sources import (
     build_data,
     build_model,
     build_teacher,
+    check_folders,
     path_divergence,
+    read_examples,
 )
 
 
@@ -108,12 +113,14 @@ def train(
     out_dir = Path(run.out_dir)
     settings = _settings_that_matter(recipe)
 
+    if run.resume == "never":
+        set_aside(out_dir / "checkpoints")
     checkpoint = find_checkpoint(out_dir / "checkpoints", run.resume)
     first_step = 1
     if checkpoint is not None:
         state = checkpoint.trainer["state"]
         _check_same_settings(state["recipe"], settings, checkpoint.path)
-        model.load_state_dict(checkpoint.model, strict=False)
+        restore_model(model, checkpoint)
         restore_optimizer(optimizer, checkpoint, names)
         first_step = checkpoint.step + 1
     metrics = MetricsLogger(
@@ -361,22 +368,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+        device = pick_device(recipe.run.device)
+        if recipe.needs_teacher:
+            _check_impl(recipe.loss.impl, device)
+        check_folders(recipe)
+        examples, audio_root = read_examples(recipe)
         seed_everything(recipe.run.seed)
         model = build_model(recipe)
-        data = build_data(recipe, model)
-        teacher = build_teacher(recipe, data, device=pick_device(recipe.run.device))
+        data = build_data(recipe, model, examples, audio_root)
+        teacher = build_teacher(recipe, data, device=device)
         kept = [word for word in arguments.overrides if not word.startswith("run.resume=")]
         words = ["python", "-m", "models.train", arguments.recipe, *kept, "run.resume=auto"]
         result = train(recipe, model=model, data=data, teacher=teacher, resume_command=shlex.join(words))
-    except (ConfigError, CheckpointError, SourceError, NonFiniteError) as error:
+    except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the loop took over the signal: nothing to save yet
+    except KeyboardInterrupt:  # before the loop took over the signal, or the second one
+        print("Stopped; run.resume=auto goes on from the last checkpoint, if there is one.", file=sys.stderr)
         return 128 + signal.SIGINT
     if result.stopped_by is not None:
         return 128 + result.stopped_by
     print(f"{recipe.objective}: {result.step} steps -> {result.folder / 'final'}")
     return 0
+
+
+def _check_impl(impl: str, device: torch.device) -> None:
+    """Whether the loss can run as asked for: known now, not after the clips have been encoded."""
+    try:
+        choose(impl, device, [torch.float32])
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"loss.impl: {error}") from None
 
 
 def seed_everything(seed: int) -> None:

@@ -158,3 +158,13 @@ def test_state_of_another_model_is_refused(tmp_path):
 def test_never_and_nothing_there(tmp_path):
     assert find_checkpoint(tmp_path, "never") is None
     assert find_checkpoint(tmp_path / "none", "auto") is None
+
+
+@pytest.mark.parametrize("manifest", ['{"format": 1}', '{"format": 1, "files": {}}', '{"format": 1, "files": 3}', "[]", "", "{"])
+def test_a_damaged_manifest_is_a_clear_error(tmp_path, manifest):
+    net, optimizer, names = setup()
+    train(net, optimizer, 1)
+    path = save(tmp_path, 1, net, optimizer, names)
+    (path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=r"damaged|format 1 expected"):
+        load_checkpoint(path)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from models.metrics import MetricsLogger, read_metrics
@@ -49,3 +50,17 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 1.5)]
+
+
+def test_a_kill_while_a_resumed_run_opens_the_file_loses_no_line(tmp_path, monkeypatch):
+    log = MetricsLogger(tmp_path, tensorboard=False)
+    log.flush(1)
+    log.close()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("models.io_utils.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsLogger(tmp_path, tensorboard=False, resume_step=1)
+    assert [x["step"] for x in read_metrics(tmp_path / "metrics.jsonl")] == [1]

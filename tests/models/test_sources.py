@@ -1,6 +1,7 @@
 """Recipes on a real SpeechLM with tiny random backbones: the command line, the live teacher and its cache."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,15 +114,40 @@ def test_fresh_connector_keeps_the_statistics(world):
     ("words", "message"),
     [
         (["data.manifest=none.jsonl"], "error: data.manifest: none.jsonl"),
-        (["data.features=none.safetensors"], "error: data: none.safetensors: not a feature file"),
-        (["model.folder=none"], "error: model.folder: none: expected a saved speech LM"),
+        (["data.features=none.safetensors"], "error: data.features: expected a file, got none.safetensors"),
+        (["data.features=README.md"], "error: data: README.md: not a feature file"),
+        (["model.folder=none"], "error: model.folder: expected a folder with speech_lm.json, got none"),
         (["data.splits=[dev]"], "error: data: no example with a target"),
-        (["model.feature_statistics=none"], "error: model.feature_statistics: none"),
+        (["model.feature_statistics=none"], "error: model.feature_statistics: expected a folder with speech_lm.json"),
+        (["objective=kd", "teacher.folder=none"], "error: teacher.folder: expected a folder with speech_lm.json, got none"),
+        (["objective=kd", "teacher.folder=x", "loss.impl=cuda"], "error: loss.impl: impl='cuda' is not built yet"),
+        (["run.device=gpu"], "error: run.device: expected auto, cpu"),
+        (["run.resume=atuo"], "error: run.resume: expected never, auto, fallback or a checkpoint's folder, got 'atuo'"),
     ],
 )
-def test_mistakes_are_one_line(world, capsys, words, message):
+def test_mistakes_are_one_line(world, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert train(world, "sft_teacher", "never", *words) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_manifest_is_found_before_any_backbone_is_looked_for(world, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a backbone was looked for")
+
+    monkeypatch.setattr("models.backbones.resolve_backbone", refuse)
+    assert train(world, "sft_teacher", "never", "data.manifest=none.jsonl") == 1
+    assert "error: data.manifest: none.jsonl" in capsys.readouterr().err
+
+
+def test_a_new_model_is_fitted_to_its_training_features(world):
+    words = [f"run.out_dir={world / 'new'}", f"data.manifest={world / 'm.jsonl'}", f"data.features={world / 'f.safetensors'}"]
+    config = SpeechLM.from_pretrained(world / "untrained").config
+    words += [f"model.settings.{k}={getattr(config, k)}" for k in ("lm", "encoder", "connector_width", "audio_frames")]
+    words += ["model.settings.encoder_layers=[1,2]", "optim.steps=1", "optim.batch_examples=2", "run.device=cpu"]
+    assert main(["sft_teacher", *words, "run.tensorboard=false", "run.progress_bar=false"]) == 0
+    old, new = load_file(world / "untrained" / "connector.safetensors"), weights(world, "new")
+    assert torch.allclose(old["feature_mean"], new["feature_mean"]) and torch.allclose(old["feature_std"], new["feature_std"])
 
 
 def test_a_cache_of_other_targets_is_refused(world, capsys, tmp_path):

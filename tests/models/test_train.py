@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,49 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path, undisturbed
     assert final(undisturbed) == final(tmp_path / "b")
     assert lines(undisturbed) == lines(tmp_path / "b")
     assert [line["step"] for line in lines(tmp_path / "b")] == [4, 8, 12, 16, 20]
+
+
+def test_a_run_killed_outright_goes_on_from_its_last_checkpoint(tmp_path, undisturbed):
+    words = ("run.save_every_steps=5",)
+    assert run_killed(tmp_path, *words, kill_at=13, by="SIGKILL").returncode == -9
+    resumed = run_killed(tmp_path, *words, "run.resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert final(undisturbed) == final(tmp_path)
+    assert lines(undisturbed) == lines(tmp_path)
+
+
+def test_a_run_begun_anew_does_not_go_on_from_the_one_before_it(tmp_path):
+    class Stopping(fakes.TrainingData):
+        def draw(self, cursor, count, *, seed):
+            if cursor == 3 * 16:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().draw(cursor, count, seed=seed)
+
+    data = fakes.make_data()
+    fakes.run(tmp_path / "a", "kd", "optim.steps=6")
+    fakes.run(tmp_path / "b", "kd", "optim.steps=6", "run.seed=1")
+    result, _ = fakes.run(tmp_path / "b", "kd", "optim.steps=6", data=Stopping(data.examples, data.make_batch))
+    assert (result.step, result.stopped_by) == (4, signal.SIGINT)
+    assert [p.name for p in list_checkpoints(tmp_path / "b" / "checkpoints")] == ["step-00000004"]
+    assert [p.name for p in list_checkpoints(tmp_path / "b" / "checkpoints.previous")] == ["step-00000006"]
+    fakes.run(tmp_path / "b", "kd", "optim.steps=6", "run.resume=auto")
+    assert final(tmp_path / "a") == final(tmp_path / "b")
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path):
+    words = ("kd", "optim.steps=9", "run.save_every_steps=3", "run.keep_last_checkpoints=3")
+    fakes.run(tmp_path, *words)
+    good = final(tmp_path)
+    fakes.run(tmp_path, *words, "run.save_every_steps=4", f"run.resume={tmp_path / 'checkpoints' / 'step-00000003'}")
+    assert final(tmp_path) == good
+    assert [p.name[-1] for p in list_checkpoints(tmp_path / "checkpoints")] == ["4", "8", "9"]
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path, monkeypatch):
+    fakes.run(tmp_path, "kd", "optim.steps=3")
+    monkeypatch.setattr(fakes, "WIDTH", fakes.WIDTH + 1)
+    with pytest.raises(CheckpointError, match=r"step-00000003: of another model: connector\.bias is \(8,\) there, \(9,\) here"):
+        fakes.run(tmp_path, "kd", "optim.steps=3", "run.resume=auto")
 
 
 def test_resume_after_the_end_changes_nothing(tmp_path):
