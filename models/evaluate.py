@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections import defaultdict
@@ -28,10 +29,10 @@ import torch
 from tqdm import tqdm
 
 from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
-from models.data.manifest import Example, ManifestError, read_manifest
+from models.data.manifest import SPLITS, Example, read_manifest
 from models.data.prompts import target_template
 from models.features import FeatureError, FeatureStore, extract_features
-from models.io_utils import fingerprint
+from models.io_utils import atomic_write_text, fingerprint, sha256_file
 from models.scoring import Estimate, Prediction, score
 from models.sources import crop_to_targets
 
@@ -185,13 +186,18 @@ def evaluate(
         predictions by alpha, those of `done` first.
 
     Raises:
-        ValueError: unknown mode or control, or an example without an answer to score against.
+        ValueError: an argument outside its range, or an example without an answer to score against.
     """
     if mode not in ("choice", "generate"):
         raise ValueError(f"mode: expected 'choice' or 'generate', got {mode!r}")
     for control in controls:
         if control not in CONTROLS:
             raise ValueError(f"controls: expected some of {CONTROLS}, got {control!r}")
+    if batch_examples < 1:
+        raise ValueError(f"batch_examples: expected at least 1, got {batch_examples}")
+    for alpha in alphas:
+        if alpha is not None and not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
     for example in examples:
         if example.answer is None:
             raise ValueError(f"example {example.id}: expected an answer to score against, got none")
@@ -262,9 +268,7 @@ def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def write_header(path: str | Path, settings: dict[str, Any]) -> None:
     """Start a predictions file."""
     header = {FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(header) + "\n")
+    atomic_write_text(path, json.dumps(header) + "\n")
 
 
 def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
@@ -275,17 +279,21 @@ def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> N
         os.fsync(file.fileno())
 
 
-def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[Prediction]]:
-    """Header and predictions of a file. A last line that a kill cut off is removed from the file.
+def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
+    """Header and predictions of a file; a last line that a kill cut off is left out.
+
+    Args:
+        repair: cut such a line off the file too, before more is appended to it.
 
     Raises:
         EvaluationError: no such file, another kind of file, or a damaged line that is not the last.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: not readable: {error}") from error
+        # Bytes: a kill may cut a character in two, and text holds line separators that end no line of JSONL.
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise EvaluationError(f"{path}: not readable: {error.strerror}") from error
     try:
         header = json.loads(lines[0])
         known = header.get(FILE_KEY) == FILE_VERSION
@@ -296,13 +304,14 @@ def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[Prediction]
     predictions = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 raise ValueError("no line end")
             predictions.append(Prediction(**json.loads(line)))
         except (ValueError, TypeError) as error:
             if number < len(lines):
                 raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
-            os.truncate(path, sum(len(text.encode("utf-8")) for text in lines[:-1]))
+            if repair:
+                os.truncate(path, sum(map(len, lines[:-1])))
     return header, predictions
 
 
@@ -337,29 +346,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m models.evaluate", description="Evaluate a speech LM on a manifest.")
     parser.add_argument("checkpoint", nargs="?", help="SpeechLM folder, such as runs/caad/final")
-    parser.add_argument("manifest", nargs="?")
+    parser.add_argument("manifest", nargs="?", help="JSONL manifest (models/data/manifest.py)")
     parser.add_argument("--rescore", metavar="FILE", help="score a predictions file again; nothing else is needed")
-    parser.add_argument("--mode", choices=("choice", "generate"), default="choice")
-    parser.add_argument("--decoding", choices=("greedy", "contrastive"), default="greedy")
+    parser.add_argument(
+        "--mode", choices=("choice", "generate"), default="choice", help="rank the choices by likelihood, or answer freely"
+    )
+    parser.add_argument(
+        "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
+    )
     parser.add_argument("--alpha", type=float, default=1.0, help="strength of contrastive decoding")
-    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=[])
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=[], help="ask again without, or with other audio")
+    parser.add_argument("--split", default="test", choices=SPLITS)
     parser.add_argument("--tasks", nargs="*", default=[], help="only these tasks")
     parser.add_argument("--features", help="feature file (models/features.py); without it clips are encoded now")
-    parser.add_argument("--batch-examples", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=16)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
+    parser.add_argument("--batch-examples", type=int, default=32, help="questions a forward pass")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer in mode generate")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default="predictions.jsonl", help="predictions file; an unfinished one is gone on with")
     arguments = parser.parse_args(argv)
     try:
         if arguments.rescore:
             _, predictions = read_predictions(arguments.rescore)
+            if not predictions:
+                raise EvaluationError(f"{arguments.rescore}: no prediction in it")
         elif not arguments.checkpoint or not arguments.manifest:
             parser.error("expected CHECKPOINT and MANIFEST, or --rescore FILE")
         else:
             predictions = _evaluate_files(arguments)
         print_summary(summarize(predictions))
-    except (EvaluationError, ManifestError, FeatureError, ValueError) as error:
+    except (EvaluationError, FeatureError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -372,23 +388,39 @@ def _evaluate_files(arguments: argparse.Namespace) -> list[Prediction]:
     from models.speech_lm import SpeechLM
     from models.train import pick_device
 
-    manifest = read_manifest(arguments.manifest, check_audio=arguments.features is None)
+    if not Path(arguments.checkpoint).is_dir():
+        raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
+    device = pick_device(arguments.device)
+    manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root, check_audio=arguments.features is None)
+    for problem in manifest.problems:
+        print(f"skipped {problem}")
     examples = [e for e in manifest.examples if e.split == arguments.split and e.answer is not None]
     examples = [e for e in examples if not arguments.tasks or e.task in arguments.tasks]
     if not examples:
-        raise EvaluationError(f"{arguments.manifest}: no example with an answer in split {arguments.split!r}")
-    if not Path(arguments.checkpoint).is_dir():
-        raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "rescore", "batch_examples", "device", "features")}
+        raise EvaluationError(
+            f"{arguments.manifest}: no example with an answer in split {arguments.split!r}, "
+            f"tasks {arguments.tasks or 'all'}"
+        )
+    names = ("checkpoint", "manifest", "mode", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
+    settings = {name: getattr(arguments, name) for name in names}
+    # Trained again or written again under the same name, they are others: their old answers must not stand for the new.
+    settings["manifest_sha256"] = sha256_file(arguments.manifest)
+    settings["checkpoint_sha256"] = [sha256_file(p) for p in sorted(Path(arguments.checkpoint).rglob("*")) if p.is_file()]
     done: list[Prediction] = []
     if Path(arguments.out).exists():
-        header, done = read_predictions(arguments.out)
-        if header["fingerprint"] != fingerprint(settings):
-            raise EvaluationError(f"{arguments.out}: holds predictions of other settings; choose another --out or remove it")
+        header, done = read_predictions(arguments.out, repair=True)
+        if header.get("fingerprint") != fingerprint(settings):
+            raise EvaluationError(
+                f"{arguments.out}: holds predictions of other settings, of another model or of another manifest; "
+                "choose another --out or remove it"
+            )
         print(f"going on from {arguments.out}: {len(done)} answers are there")
-    else:
+    try:
+        model = SpeechLM.from_pretrained(arguments.checkpoint).to(device)
+    except RuntimeError as error:  # BackboneError and SpeechLMError both are
+        raise EvaluationError(f"checkpoint: {error}") from error
+    if not Path(arguments.out).exists():
         write_header(arguments.out, settings)
-    model = SpeechLM.from_pretrained(arguments.checkpoint).to(pick_device(arguments.device))
     if arguments.features:
         store = FeatureStore.load(arguments.features)
     else:

@@ -107,8 +107,11 @@ def extract_features(
         the store, and (example id, reason) of each clip that could not be read.
 
     Raises:
+        ValueError: `batch_clips` is below 1.
         FeatureError: more than `max_bad_fraction` of the clips could not be read; the message lists the first.
     """
+    if batch_clips < 1:
+        raise ValueError(f"batch_clips: expected at least 1, got {batch_clips}")
     clips = {clip_key(e): e for e in examples if e.audio is not None}
     keys: list[str] = []
     out: list[torch.Tensor] = []
@@ -146,24 +149,28 @@ def extract_features(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    from models.speech_lm import SpeechLM
+    from models.backbones import BackboneError
+    from models.speech_lm import SpeechLM, SpeechLMError
 
     parser = argparse.ArgumentParser(prog="python -m models.features", description="Encode a manifest's clips once.")
     parser.add_argument("manifest")
     parser.add_argument("--model", required=True, help="SpeechLM folder whose encoder is used")
     parser.add_argument("--out", required=True, help="safetensors file to write")
-    parser.add_argument("--batch-clips", type=int, default=8)
+    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
+    parser.add_argument("--batch-clips", type=int, default=8, help="clips read and encoded at once")
     arguments = parser.parse_args(argv)
-    manifest = read_manifest(arguments.manifest)
-    model = SpeechLM.from_pretrained(arguments.model)
     try:
+        manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root)
+        for problem in manifest.problems:
+            print(f"skipped {problem}")
+        model = SpeechLM.from_pretrained(arguments.model)
         store, problems = extract_features(
             manifest.examples, model.encode_audio, audio_root=manifest.audio_root, batch_clips=arguments.batch_clips
         )
-    except FeatureError as error:
+        store.save(arguments.out)
+    except (FeatureError, BackboneError, SpeechLMError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    store.save(arguments.out)
     for example_id, reason in problems:
         print(f"skipped {example_id}: {reason}")
     print(f"{len(store)} clips, {tuple(store.features.shape[1:])} each -> {arguments.out}")

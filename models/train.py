@@ -112,6 +112,7 @@ def train(
     )
     out_dir = Path(run.out_dir)
     settings = _settings_that_matter(recipe)
+    drawn_from = fingerprint([example.id for example in data.examples])  # the cursor means nothing in another list
 
     if run.resume == "never":
         set_aside(out_dir / "checkpoints")
@@ -120,6 +121,8 @@ def train(
     if checkpoint is not None:
         state = checkpoint.trainer["state"]
         _check_same_settings(state["recipe"], settings, checkpoint.path)
+        if state["examples"] != drawn_from:
+            raise CheckpointError(f"{checkpoint.path}: made with other examples than the {len(data)} that were read now")
         restore_model(model, checkpoint)
         restore_optimizer(optimizer, checkpoint, names)
         first_step = checkpoint.step + 1
@@ -138,7 +141,7 @@ def train(
             model_state=trainable_state(model),
             optimizer=optimizer,
             parameter_names=names,
-            trainer_state={"recipe": settings, "cursor": step * optim.batch_examples, "metrics": metrics.state_dict()},
+            trainer_state={"recipe": settings, "examples": drawn_from, "metrics": metrics.state_dict()},
             keep_last=run.keep_last_checkpoints,
         )
 

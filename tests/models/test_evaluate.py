@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -57,7 +58,6 @@ def store(model):
 
 def sequence_score(model, example, choice, features, alpha, heard=True):
     """The definition, token by token, from full logits without any of the shortcuts."""
-    import dataclasses
 
     collate = model.make_collator()
     forced = [dataclasses.replace(example, target=target_template(example, c)) for c in example.choices]
@@ -164,6 +164,10 @@ def test_mistakes_are_named(model, examples, store):
         evaluate(model, examples, store, mode="rank", **options)
     with pytest.raises(ValueError, match=r"controls: expected some of .* got 'deaf'"):
         evaluate(model, examples, store, controls=("deaf",), **options)
+    with pytest.raises(ValueError, match="batch_examples: expected at least 1, got 0"):
+        evaluate(model, examples, store, batch_examples=0, **options)
+    with pytest.raises(ValueError, match="alpha: expected a finite number >= 0, got -1"):
+        evaluate(model, examples, store, alphas=(-1.0,), **options)
     free = [Example(id="x", audio=None, question="?", answer="y", split="test")]
     with pytest.raises(ValueError, match="example x: expected choices"):
         evaluate(model, free, store, **options)
@@ -178,7 +182,8 @@ def test_predictions_file_survives_a_kill(model, examples, store, tmp_path):
     path.write_bytes(whole[:-20])  # killed while the last line was written
     header, kept = read_predictions(path)
     assert header["settings"] == {"a": 1}
-    assert kept == made[:-1]
+    assert kept == made[:-1] and path.read_bytes() == whole[:-20]  # reading alone writes nothing
+    assert read_predictions(path, repair=True)[1] == made[:-1]
     append_predictions(path, made[-1:])
     assert path.read_bytes() == whole
 
@@ -189,6 +194,19 @@ def test_predictions_file_survives_a_kill(model, examples, store, tmp_path):
     path.write_text('{"kdkernels_manifest": 1}\n')
     with pytest.raises(EvaluationError, match="kdkernels_predictions"):
         read_predictions(path)
+
+
+def test_predictions_of_any_text_are_read_back(model, examples, store, tmp_path):
+    path = tmp_path / "p.jsonl"
+    made = evaluate(model, examples[:2], store, collate=model.make_collator(), progress_bar=False)[None]
+    texts = ["one\u2028two\x85three\r\n\x0b", "café"]
+    made = [dataclasses.replace(p, prediction=text) for p, text in zip(made, texts, strict=True)]
+    write_header(path, {})
+    append_predictions(path, made)
+    assert read_predictions(path)[1] == made
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index("é".encode()) + 1])  # killed in the middle of a character
+    assert read_predictions(path)[1] == made[:1]
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +247,32 @@ def test_command_line_errors_are_one_line(files, capsys):
     assert capsys.readouterr().err.startswith("error: ")
     assert main(["--rescore", str(files / "none.jsonl")]) == 1
     assert "not readable" in capsys.readouterr().err
+    (files / "empty").mkdir(exist_ok=True)
+    assert main([str(files / "empty"), str(files / "m.jsonl"), "--out", str(files / "p.jsonl")]) == 1
+    assert capsys.readouterr().err.startswith("error: checkpoint: ")
+    assert not (files / "p.jsonl").exists()
+    assert main([str(files / "model"), str(files / "m.jsonl"), "--device", "gpu"]) == 1
+    assert "error: run.device" in capsys.readouterr().err
+    write_header(files / "none.p", {})
+    assert main(["--rescore", str(files / "none.p")]) == 1
+    assert "no prediction in it" in capsys.readouterr().err
+
+
+def test_a_model_trained_again_is_not_given_the_old_ones_answers(files, model, tmp_path, capsys):
+    words = [str(tmp_path / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    model.save_pretrained(tmp_path / "model")
+    assert main(words) == 0
+    other = SpeechLM.from_pretrained(tmp_path / "model")
+    other.connector.queries.data.add_(1)
+    other.save_pretrained(tmp_path / "model")
+    assert main(words) == 1
+    assert "of another model" in capsys.readouterr().err
+
+
+def test_skipped_rows_are_listed(files, tmp_path, capsys):
+    lines = (files / "m.jsonl").read_text()
+    gone = json.dumps(example(9).to_row() | {"audio": "gone.wav"})
+    more = [json.dumps(example(i % 4).to_row() | {"id": f"more{i}"}) for i in range(20)]
+    (files / "bad.jsonl").write_text(lines + "\n".join([gone, *more]) + "\n")
+    assert main([str(files / "model"), str(files / "bad.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]) == 0
+    assert "skipped row 10 (gender9/neutral): audio: missing file" in capsys.readouterr().out

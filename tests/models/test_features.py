@@ -4,7 +4,7 @@ import torch
 
 from models.data.audio import write_audio
 from models.data.manifest import Example
-from models.features import FeatureError, FeatureStore, clip_key, extract_features
+from models.features import FeatureError, FeatureStore, clip_key, extract_features, main
 
 
 def example(name, **fields):
@@ -72,3 +72,9 @@ def test_shapes_and_doubles_are_checked():
         FeatureStore(["a", "b"], torch.zeros(1, 2, 3, 4))
     with pytest.raises(ValueError, match="no key twice"):
         FeatureStore(["a", "a"], torch.zeros(2, 2, 3, 4))
+
+
+def test_command_line_errors_are_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none.jsonl"), "--model", str(tmp_path), "--out", str(tmp_path / "f")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1

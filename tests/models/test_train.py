@@ -157,6 +157,14 @@ def test_resume_with_other_settings_is_refused(tmp_path):
         fakes.run(tmp_path, "kd", "optim.steps=5", "run.resume=auto", "loss.temperature=3")
 
 
+def test_resume_with_other_examples_is_refused(tmp_path):
+    fakes.run(tmp_path, "kd", "optim.steps=5")
+    data = fakes.make_data()
+    with pytest.raises(CheckpointError, match="made with other examples than the 39 that were read now"):
+        fewer = fakes.TrainingData(data.examples[:-1], data.make_batch)
+        fakes.run(tmp_path, "kd", "optim.steps=5", "run.resume=auto", data=fewer)
+
+
 def test_resume_from_a_damaged_checkpoint(tmp_path):
     words = ("kd", "optim.steps=6", "run.save_every_steps=3")
     fakes.run(tmp_path, *words)
