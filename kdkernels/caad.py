@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from .ops import reference as _reference
 from .ops import schema as _schema
-from .ops.dispatch import checks_enabled, choose, logger
+from .ops.dispatch import IMPLEMENTATIONS, checks_enabled, choose, logger
 from .ops.rows import DIVERGENCES, RowResult, RowSpec
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -95,7 +97,8 @@ def fused_caad_loss(
         vocab_size: number of valid ids; default min(V_s, V_t). Logits beyond it count as -inf on both sides.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
         inplace: allow the gradient to overwrite ``student_logits``' memory (eager only; ignored under torch.compile and by
-            impl="reference"). Another use of the logits in the same graph is then an error.
+            impl="reference", and for logits whose rows share memory or are not contiguous). Another use of the logits in the
+            same graph is then an error.
         return_stats: also return :class:`CAADStats`.
 
     Returns:
@@ -108,7 +111,8 @@ def fused_caad_loss(
 
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
-    The gradient is made in the forward; the backward scales it. Second derivatives are not available.
+    The gradient is made in the forward; the backward scales it. Second derivatives and torch.func transforms are not available
+    (impl="reference" has both).
 
     Raises:
         ValueError, TypeError: naming the argument, expected and got. On the CPU also for a target outside [0, vocab) or a bad
@@ -150,6 +154,7 @@ def fused_caad_loss(
         ce_normalizer=ce_normalizer,
         reduction=reduction,
         vocab_size=vocab_size,
+        want_stats=return_stats,
     )
     chosen = _choose(impl, student_logits.device, [x.dtype for x in tensors], "fused_caad_loss")
     audio = teacher_audio_logits.detach()
@@ -167,7 +172,7 @@ def fused_caad_loss(
     want_grad = student_logits.requires_grad and torch.is_grad_enabled()
     spec = terms.spec
     tail = (audio, text, terms.target, terms.alpha, terms.kd_coef, terms.ce_coef)
-    if inplace and want_grad and student.stride(-1) == 1 and not torch.compiler.is_compiling():
+    if inplace and want_grad and not torch.compiler.is_compiling() and _rows_are_apart(student):
         loss, stats = _schema.InPlaceRows.apply(student, *tail, spec, return_stats, chosen)
     else:
         loss, _, stats = _schema.caad_rows(
@@ -305,7 +310,7 @@ def fused_linear_caad_loss(
                 f"{name}: expected a finite number > 0{' or None' if 'softcap' in name else ''}, got {x!r}"
             )
     for name, x in (("chunk_tokens", chunk_tokens), ("workspace_bytes", workspace_bytes)):
-        if x is not None and (not isinstance(x, int) or isinstance(x, bool) or x < 1):
+        if x is not None and not (_is_whole(x) and x >= 1):
             raise ValueError(f"{name}: expected a whole number >= 1 or None, got {x!r}")
     if chunk_tokens is not None and workspace_bytes is not None:
         raise ValueError("workspace_bytes: expected None where chunk_tokens is given, got both")
@@ -335,6 +340,7 @@ def fused_linear_caad_loss(
         ce_normalizer=ce_normalizer,
         reduction=reduction,
         vocab_size=vocab_size,
+        want_stats=return_stats,
         student_scale=float(student_logit_scale),
         teacher_scale=float(teacher_logit_scale),
         student_softcap=None if student_softcap is None else float(student_softcap),
@@ -415,11 +421,24 @@ class CAADLoss(torch.nn.Module):
         self._validate()
 
     def _validate(self) -> None:
-        row = torch.zeros(1, 2)
-        small = {k: v for k, v in self.options.items() if k not in (*self._PER_CALL, "vocab_size", "impl", "inplace")}
-        if not isinstance(self.options.get("alpha"), Tensor):
-            small["alpha"] = self.options.get("alpha", fused_caad_loss.__kwdefaults__["alpha"])
-        fused_caad_loss(row, row, row, torch.zeros(1, dtype=torch.int64), **small, impl="reference")
+        options = {**fused_caad_loss.__kwdefaults__, **self.options}
+        impl = options.pop("impl")
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+        del options["inplace"]
+        for name in self._PER_CALL:  # a tensor's shape can be judged only beside the logits
+            if isinstance(options[name], Tensor):
+                options[name] = fused_caad_loss.__kwdefaults__[name]
+        _Terms.build(
+            leading=torch.Size([1]),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            widths=(sys.maxsize, sys.maxsize),
+            has_text=True,
+            target=torch.zeros(1, dtype=torch.int64, device="cpu"),
+            want_stats=options.pop("return_stats"),
+            **options,
+        )
 
     def forward(
         self,
@@ -477,6 +496,7 @@ class _Terms(NamedTuple):
         ce_normalizer: float | Tensor | None,
         reduction: str,
         vocab_size: int | None,
+        want_stats: bool,
         **head: Any,
     ) -> _Terms:
         if divergence not in DIVERGENCES:
@@ -497,17 +517,17 @@ class _Terms(NamedTuple):
                     "plausibility: expected None with divergence='reverse_kl' (KL(q || p) is infinite where p is cut to 0), "
                     f"got {plausibility!r}"
                 )
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        if not _is_whole(ignore_index):
             raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
         vocab = min(widths)
         if vocab_size is not None:
-            if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+            if not _is_whole(vocab_size):
                 raise TypeError(f"vocab_size: expected an int or None, got {type(vocab_size).__name__}")
             if not 1 <= vocab_size <= vocab:
                 raise ValueError(
                     f"vocab_size: expected 1 to {vocab} (student {widths[0]}, teacher {widths[1]}), got {vocab_size}"
                 )
-            vocab = vocab_size
+            vocab = vocab_size if isinstance(vocab_size, (int, torch.SymInt)) else int(vocab_size)
         if vocab < 1:
             raise ValueError(
                 f"student_logits: expected a vocabulary of at least 1, got widths {widths[0]} and {widths[1]}"
@@ -520,7 +540,7 @@ class _Terms(NamedTuple):
             _check_shape("target", target, leading)
             if target.device != device:
                 raise ValueError(f"target: expected device {device}, got {target.device}")
-            target = target.reshape(-1)
+            target = target.reshape(-1).contiguous()
         if isinstance(alpha, Tensor):
             if not (alpha.is_floating_point() or alpha.dtype in (torch.int32, torch.int64)):
                 raise TypeError(f"alpha: expected a floating-point tensor, got {alpha.dtype}")
@@ -551,9 +571,9 @@ class _Terms(NamedTuple):
             divergence=divergence,
             jsd_beta=float(jsd_beta),
             plausibility=None if plausibility is None else float(plausibility),
-            ignore_index=ignore_index,
-            with_kd=lam > 0,
-            with_ce=lam < 1,
+            ignore_index=int(ignore_index),
+            with_kd=lam > 0 or want_stats,
+            with_ce=target is not None and (lam < 1 or want_stats),
             **head,
         )
         return cls(spec, target, alpha, coefficients[0], coefficients[1], leading, reduction)
@@ -599,6 +619,19 @@ def _three_dimensional(logits: Tensor) -> Tensor:
     return logits.reshape(-1, *logits.shape[-2:])
 
 
+def _rows_are_apart(logits: Tensor) -> bool:
+    """Whether every row of (B, T, V) is a run of memory of its own (not so for an expanded tensor)."""
+    if logits.stride(-1) != 1:
+        return False
+    free_from = logits.shape[-1]
+    for stride, size in sorted(zip(logits.stride()[:2], logits.shape[:2], strict=True)):
+        if size > 1:
+            if stride < free_from:
+                return False
+            free_from = stride * (size - 1) + free_from
+    return True
+
+
 def _token_weight(
     name: str,
     weight: Tensor | None,
@@ -635,7 +668,12 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
+    """Python's numbers and NumPy's scalars."""
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)) and not isinstance(x, bool)
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, (int, torch.SymInt, numbers.Integral)) and not isinstance(x, bool)
 
 
 def _check_tensor(name: str, x: Any, *, floating: bool = False) -> None:

@@ -103,16 +103,17 @@ class VocabularyParallelCAAD(torch.autograd.Function):
 
 
 def _run(tensors, spec, first, group, grads, want_stats, settings):
-    out = linear_caad_chunks(
-        *tensors,
-        spec,
-        rows=functools.partial(parallel_rows, group=group, first=first),
-        hidden_grad=grads[0],
-        weight_grad=grads[1],
-        bias_grad=grads[2],
-        want_stats=want_stats,
-        **settings,
-    )
+    with torch.amp.autocast(tensors[0].device.type, enabled=False):
+        out = linear_caad_chunks(
+            *tensors,
+            spec,
+            rows=functools.partial(parallel_rows, group=group, first=first),
+            hidden_grad=grads[0],
+            weight_grad=grads[1],
+            bias_grad=grads[2],
+            want_stats=want_stats,
+            **settings,
+        )
     if out.hidden_grad is not None:
         dist.all_reduce(out.hidden_grad, group=group)
     return out

@@ -41,7 +41,9 @@ def explain(
             lines.append(f"  {name}: available")
         except (RuntimeError, TypeError, ValueError) as error:
             lines.append(f"  {name}: not here: {error}")
-    if student_hidden_size is not None:
+    if student_hidden_size is not None and device.type == "cuda" and not torch.cuda.is_available():
+        lines.append("chunks: not known without the CUDA device (its free memory and multiprocessors decide)")
+    elif student_hidden_size is not None:
         plan = plan_chunks(
             n_tokens=n_tokens,
             bytes_per_token=2 * vocab_size * logits_dtype.itemsize,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,8 +102,10 @@ def linear_caad_chunks(
             audio = audio_hidden[chunk]
             if collapse:
                 audio = _contrastive_hidden(audio, text_hidden[chunk], row_alpha)
-            # The contrast of low-precision states is float32, yet as two low-precision summands exact enough.
-            audio_logits = _gemm(audio, w_t, b_t, scratch[1, :size], split=audio_hidden.dtype == w_t.dtype)
+            # The contrast of low-precision states is float32, yet as two low-precision summands exact enough. Two of float16
+            # save nothing on the CPU, and can overflow.
+            split = audio_hidden.dtype == w_t.dtype and (w_t.dtype == torch.bfloat16 or device.type != "cpu")
+            audio_logits = _gemm(audio, w_t, b_t, scratch[1, :size], split=split)
             if two_paths:
                 text_logits = _gemm(text_hidden[chunk], w_t, b_t, scratch[2, :size])
         grad = _gradient_view(student_logits, student_weight.dtype) if any_grad else None
@@ -176,16 +179,31 @@ def _mixed_gemm_on_cuda() -> bool:
     return any("out_dtype" in str(getattr(torch.ops.aten.mm, name)._schema) for name in torch.ops.aten.mm.overloads())
 
 
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before = "none"
+
+
 @contextlib.contextmanager
 def _bf16_inner_precision():
-    """float32 GEMMs multiply in bf16 and add in float32: exact for operands that hold bf16 values, and 3-4 times as fast."""
+    """float32 GEMMs multiply in bf16 and add in float32: exact for operands that hold bf16 values, and 3-4 times as fast.
+
+    The setting is the process's, so threads that overlap in here share it, and the last one restores it.
+    """
+    global _precision_users, _precision_before
     setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    with _precision_lock:
+        if _precision_users == 0:
+            _precision_before = setting.fp32_precision
+            setting.fp32_precision = "bf16"
+        _precision_users += 1
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                setting.fp32_precision = _precision_before
 
 
 def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_values: bool) -> None:

@@ -60,11 +60,6 @@ def instruction_set() -> str:
     return os.environ.get("KDKERNELS_CPU_ISA") or load_library().best_isa()
 
 
-def as_rows(logits: torch.Tensor) -> torch.Tensor:
-    """(B, T, V) view with last stride 1; the input itself where its strides allow, else a copy."""
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
 def caad_rows(
     student: torch.Tensor,
     audio: torch.Tensor,
@@ -93,14 +88,14 @@ def caad_rows(
         keep.append(x := x.to(dtype).contiguous())
         return x.data_ptr()
 
-    kd, ce = torch.empty(2, rows, dtype=torch.float32).unbind(0)
-    stats = torch.empty(len(STAT_NAMES), rows, dtype=torch.float32) if want_stats else None
+    kd, ce = torch.empty(2, rows, dtype=torch.float32, device="cpu").unbind(0)
+    stats = torch.empty(len(STAT_NAMES), rows, dtype=torch.float32, device="cpu") if want_stats else None
 
     p = lib.RowProblem()
     p.outer, p.inner, p.vocab, p.student_width = outer, inner, spec.vocab, student_width
-    p.student, p.audio = tensor(as_rows(student)), tensor(as_rows(audio))
+    p.student, p.audio = tensor(student), tensor(audio)
     if text is not None:
-        p.text = tensor(as_rows(text))
+        p.text = tensor(text)
         p.alpha, p.alpha_stride = vector(alpha, torch.float32), int(alpha.numel() > 1)
     if grad is not None:
         p.grad = tensor(grad)

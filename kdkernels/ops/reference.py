@@ -172,12 +172,8 @@ def linear_caad(
         bias = None if bias is None else bias[: spec.vocab].to(dtype)
         return torch.nn.functional.linear(hidden.to(dtype), weight[: spec.vocab].to(dtype), bias)[None]
 
-    return caad_rows(
-        logits(student_hidden, student_weight, student_bias),
-        logits(audio_hidden, teacher_weight, teacher_bias),
-        None if text_hidden is None else logits(text_hidden, teacher_weight, teacher_bias),
-        target,
-        alpha,
-        spec,
-        want_stats=want_stats,
-    )
+    with torch.amp.autocast(student_hidden.device.type, enabled=False):
+        student = logits(student_hidden, student_weight, student_bias)
+        audio = logits(audio_hidden, teacher_weight, teacher_bias)
+        text = None if text_hidden is None else logits(text_hidden, teacher_weight, teacher_bias)
+    return caad_rows(student, audio, text, target, alpha, spec, want_stats=want_stats)

@@ -113,10 +113,25 @@ def rows_into(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs the row kernel with the gradient going into ``grad``; returns (loss per token, statistics or None)."""
     check_values(target, alpha, spec.vocab, spec.ignore_index)
+    text = None if text is None else _as_rows(text)
     result = row_launcher(impl)(
-        student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad=grad, want_stats=want_stats
+        _as_rows(student),
+        _as_rows(audio),
+        text,
+        target,
+        alpha,
+        kd_coef,
+        ce_coef,
+        spec,
+        grad=grad,
+        want_stats=want_stats,
     )
     return weighted(result.kd, result.ce, kd_coef, ce_coef), all_stats(result) if want_stats else None
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """(B, T, V) with last stride 1, as the kernels want it: the input itself where its strides allow, else a copy."""
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 @caad_rows.register_fake
@@ -289,7 +304,8 @@ def _linear_setup(ctx, inputs, output):
     # factors in its coefficients. (The front end asked for no gradients in that forward.)
     ctx.again = not ctx.reduced and not any(inputs[_REDUCED + 1 : _REDUCED + 4])
     if ctx.again:
-        ctx.save_for_backward(*[x for x in inputs[:11] if x is not None])
+        # A teacher run under inference_mode gives tensors that autograd refuses to save.
+        ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in inputs[:11] if x is not None])
         ctx.absent = [x is None for x in inputs[:11]]
         ctx.options = inputs[11:]
     else:

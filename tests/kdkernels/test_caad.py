@@ -1,6 +1,9 @@
 """fused_caad_loss against the eager formula in float64, its properties, its edges and its errors."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from cases import BF16, FP16, FP32, FP64, logits, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdkernels import CAADLoss, fused_caad_loss
+from kdkernels import CAADLoss, explain, fused_caad_loss
 from kdkernels.ops import native, reference, schema
 from kdkernels.ops.rows import RowSpec
 
@@ -120,6 +123,24 @@ def test_layouts(layout):
     assert relative_error(grad, base["student"].grad) < 1e-5
 
 
+def test_triton_takes_any_strides():
+    """In a process of its own: TRITON_INTERPRET counts when Triton is imported."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from kdkernels import fused_caad_loss
+g = torch.Generator().manual_seed(0)
+dense = {k: torch.randn(5, 17, generator=g) for k in ("student", "audio", "text")}
+dense["target"] = torch.randint(0, 17, (5,), generator=g)
+expected = fused_caad_loss(*dense.values(), impl="reference")
+for name, x in dense.items():
+    strided = torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+    assert strided.stride(-1) == 2
+    torch.testing.assert_close(fused_caad_loss(*{**dense, name: strided}.values(), impl="triton"), expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, "TRITON_INTERPRET": "1"})
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_reductions_weights_and_normalizers(reduction, impl):
@@ -194,6 +215,18 @@ def test_statistics():
 
 
 # -- vocabularies, masks, empty batches ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("kd_weight", [0.0, 1.0])
+def test_statistics_hold_both_terms_whatever_their_weights(kd_weight, impl):
+    student, audio, text, target = logits(5)
+    _, expected = fused_caad_loss(student, audio, text, target, return_stats=True, impl=impl)
+    loss, stats = fused_caad_loss(student, audio, text, target, kd_weight=kd_weight, return_stats=True, impl=impl)
+    torch.testing.assert_close(stats, expected)
+    plain = fused_caad_loss(student, audio, text, target, kd_weight=kd_weight, impl=impl)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, plain)))
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -456,6 +489,20 @@ def test_inplace_gradient_lives_in_the_logits():
         loss.backward()
 
 
+@pytest.mark.parametrize("shared", ["expanded", "overlapping"])
+def test_inplace_leaves_logits_alone_whose_rows_share_memory(shared):
+    student, audio, text, target = logits(5)
+    base = student.detach()
+
+    def gradient(inplace):
+        leaf = base.clone().requires_grad_()
+        rows = (leaf * 1.0)[:1].expand(5, 97) if shared == "expanded" else (leaf * 1.0).as_strided((5, 97), (20, 1))
+        fused_caad_loss(rows, audio, text, target, inplace=inplace).backward()
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
 def test_inplace_is_refused_where_another_needs_the_logits():
     student, audio, text, target = logits(3)
     scores = torch.tanh(student)  # tanh's backward needs its output
@@ -637,3 +684,36 @@ def test_module():
         CAADLoss(aplha=1.0)
     with pytest.raises(ValueError, match="temperature"):
         CAADLoss(temperature=-1.0)
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        CAADLoss(impl="gpu")
+    with pytest.raises(ValueError, match="vocab_size: expected 1 to"):
+        CAADLoss(vocab_size=0)
+    with pytest.raises(ValueError, match="kd_normalizer"):
+        CAADLoss(kd_normalizer=-1.0)
+    CAADLoss(alpha=torch.ones(3), kd_token_weight=torch.ones(3), vocab_size=50, return_stats=True, inplace=True)
+
+
+def test_numpy_scalars_are_numbers():
+    np = pytest.importorskip("numpy")
+    student, audio, text, target = logits(3)
+    options = {"alpha": np.float32(1.5), "temperature": np.float32(2), "kd_normalizer": np.float64(3)}
+    whole = {"vocab_size": np.int64(90), "ignore_index": np.int64(-100)}
+    target = target.clamp(max=89)
+    torch.testing.assert_close(
+        fused_caad_loss(student, audio, text, target, **options, **whole),
+        fused_caad_loss(student, audio, text, target, alpha=1.5, kd_normalizer=3.0, vocab_size=90),
+    )
+
+
+def test_a_default_device_does_not_reach_the_cpu_kernel():
+    student, audio, text, target = logits(3)
+    expected = fused_caad_loss(student * 1.0, audio, text, target)
+    with torch.device("meta"):
+        assert torch.equal(fused_caad_loss(student * 1.0, audio, text, target, inplace=True), expected)
+
+
+def test_explain():
+    for device in ("cpu", "cuda"):
+        said = explain(device=device, n_tokens=1000, vocab_size=1000, student_hidden_size=64)
+        assert said.startswith("impl='auto' runs") and "chunks" in said
+    assert "not built yet" in explain(impl="cuda")

@@ -303,17 +303,52 @@ def test_compiled_fullgraph_gives_the_same_numbers():
     assert torch.equal(compiled, eager) and torch.equal(grad, expected)
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_autocast_changes_nothing(impl):
     arguments = hidden()
-    plain = fused_linear_caad_loss(**arguments)
+    plain = fused_linear_caad_loss(**arguments, impl=impl)
     with torch.autocast("cpu", dtype=BF16):
-        assert torch.equal(fused_linear_caad_loss(**arguments), plain)
+        assert torch.equal(fused_linear_caad_loss(**arguments, impl=impl), plain)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_run_in_inference_mode(reduction):
+    arguments = hidden()
+    arguments["student_weight"].requires_grad_()
+    loss, expected = run(arguments, torch.ones(23) if reduction == "none" else None, reduction=reduction)
+    with torch.inference_mode():
+        for name in ("teacher_audio_hidden", "teacher_text_hidden", "teacher_weight"):
+            arguments[name] = arguments[name].clone()
+    leaves = [arguments[k].requires_grad_() for k in ("student_hidden", "student_weight")]
+    actual = fused_linear_caad_loss(**arguments, reduction=reduction)
+    torch.testing.assert_close(actual.detach(), loss)
+    for grad, name in zip(torch.autograd.grad(actual.sum(), leaves), LEAVES, strict=False):
+        torch.testing.assert_close(grad, expected[name])
+
+
+def test_float16_states_with_a_contrast_beyond_its_range():
+    arguments = hidden(dtype=FP16)
+    arguments["teacher_audio_hidden"] *= 1500
+    arguments["teacher_weight"] /= 1500
+    check(arguments, loss_tolerance=1e-4, gradient_tolerance=2e-3, alpha=50.0)
 
 
 def test_the_global_matmul_precision_is_restored():
     before = torch.backends.mkldnn.matmul.fp32_precision
     run(hidden(8, 50, dtype=BF16))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_the_global_matmul_precision_is_restored_by_the_last_thread():
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    first, second = linear._bf16_inner_precision(), linear._bf16_inner_precision()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert setting.fp32_precision == "bf16"
+    second.__exit__(None, None, None)
+    assert setting.fp32_precision == before
 
 
 PEAK = """
