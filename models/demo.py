@@ -684,6 +684,24 @@ def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
     return [headline, *details]
 
 
+def caveat(folders: Mapping[str, Path], settings: DemoSettings) -> str:
+    """What the numbers stand on, so that nobody takes them for more."""
+    from models.data.manifest import read_manifest
+
+    def read(part: str) -> list[Any]:
+        return read_manifest(folders["corpus"] / f"{part}.jsonl", check_audio=False).examples
+
+    hinted = [e.kind for e in read("teacher") if e.kind != "neutral"]
+    true = sum(kind == "aligned" for kind in hinted) / max(1, len(hinted))
+    test = read("test")
+    voices = {e.metadata.get("speaker") for e in test}
+    clips = {e.audio for e in test}
+    return (
+        f"On one task ({settings.task}), one seed, {len(clips)} test clips of {len(voices)} unseen voices; the teacher's bias was "
+        f"induced: {true:.0%} of the hints it was trained with were true. Answers are the likelier of the two choices."
+    )
+
+
 def _points(difference: Any) -> str:
     low, high = 100 * difference.low, 100 * difference.high
     return f"{100 * difference.value:+.1f} points (95% {low:+.1f} to {high:+.1f}, {difference.count} clips)"
@@ -782,7 +800,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"warning: without the recordings of {source}: {reason}", markup=False)
     predictions = collect(folders)
     scores = print_table(console, predictions)
-    sentences = verdict(predictions)
+    sentences = [*verdict(predictions), caveat(folders, settings)]
     if arguments.fast_smoke:
         sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
     for sentence in sentences:
