@@ -33,7 +33,7 @@ from models.data.manifest import SPLITS, Example, read_manifest
 from models.data.prompts import target_template
 from models.features import FeatureError, FeatureStore, extract_features
 from models.io_utils import atomic_write_text, fingerprint, sha256_file
-from models.scoring import Estimate, Prediction, score
+from models.scoring import Estimate, Prediction, context_kind, score
 from models.sources import crop_to_targets
 
 CONTROLS = ("no_audio", "swapped_audio")
@@ -229,7 +229,7 @@ def evaluate(
                 )
             new = [
                 Prediction(
-                    id=_control_id(e.id, control), task=e.task, kind=e.kind, answer=e.answer, choices=e.choices,
+                    id=_control_id(e.id, control), task=e.task, kind=context_kind(e), answer=e.answer, choices=e.choices,
                     prediction=text, pair_id=e.pair_id, control=control, scores=s,
                 )
                 for e, text, s in zip(asked, texts, scores, strict=True)
@@ -318,6 +318,7 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
 def print_summary(summary: dict[str, Any]) -> None:
     """Tables of `summarize`'s result on the terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     for name, s in summary.items():
@@ -326,11 +327,11 @@ def print_summary(summary: dict[str, Any]) -> None:
             table.add_column(column)
         table.add_row("all tasks", str(s["accuracy"]), *(str(e) for e in s["by_kind"].values()))
         for task, t in s["by_task"].items():
-            table.add_row(task, str(t["all"]), *(str(e) for e in t["by_kind"].values()))
+            table.add_row(escape(task), str(t["all"]), *(str(e) for e in t["by_kind"].values()))
             for label, kinds in s["by_class"][task].items():
-                table.add_row(f"  {label}", "", *(str(e) for e in kinds.values()))
+                table.add_row(f"  {escape(label)}", "", *(str(e) for e in kinds.values()))
         Console().print(table)
-        shift = {k: s[k] for k in ("tir_adv", "tir_adversarial_all", "tir_faithful_all")}
+        shift = {k: e for k, e in s.items() if k.startswith("tir_")}
         lines = [f"{k} {e}" for k, e in shift.items() if e.value is not None]
         print(f"strict accuracy {s['strict_accuracy']}; mean of tasks {s['mean_of_tasks']:.3f}", *lines, sep="\n  ")
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from models.data.manifest import TARGET_SOURCES, Example, Manifest, ManifestError, read_manifest, write_manifest
 from models.data.prompts import TASKS, target_template
 from models.io_utils import atomic_write_text, fingerprint, fsync_dir
+from models.scoring import named_choices
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ def check_answer(text: str, example: Example, *, max_characters: int = _MAX_ANSW
         return "too long"
     if not example.choices:
         return None
-    named = named_choices(text, example.choices)
+    named = named_choices(text, example.choices, normalizer=_normal)
     if not named:
         return "no choice named"
     if len(named) > 1:
@@ -129,18 +130,6 @@ def check_answer(text: str, example: Example, *, max_characters: int = _MAX_ANSW
     if example.answer is not None and named != [example.answer]:
         return "wrong choice named"
     return None
-
-
-def named_choices(text: str, choices: Sequence[str]) -> list[str]:
-    """The choices that `text` names, in the order of `choices`."""
-    words = f" {_normal(text)} "
-    found = set()
-    for choice in sorted(choices, key=lambda choice: -len(_normal(choice))):
-        needle = f" {_normal(choice)} "
-        if needle.strip() and needle in words:
-            found.add(choice)
-            words = words.replace(needle, " | ")
-    return [choice for choice in choices if choice in found]
 
 
 def set_targets(

@@ -13,7 +13,6 @@ import base64
 import datetime
 import io
 import math
-import mimetypes
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,11 +22,12 @@ from typing import Any
 
 import jinja2
 
-from models.data.manifest import Example, ManifestError, read_manifest
+from models.data.audio import AudioError, encode_audio, load_audio
+from models.data.manifest import Example, read_manifest
 from models.evaluate import EvaluationError, read_predictions, summarize
 from models.io_utils import atomic_write_text
 from models.metrics import read_metrics
-from models.scoring import KINDS, Estimate, Prediction, judge
+from models.scoring import KINDS, Estimate, Prediction, context_kind, judge
 
 TEMPLATE_PATH = Path(__file__).parent / "report.html.j2"
 CURVES = (
@@ -40,7 +40,7 @@ CURVES = (
     ("grad_norm", "gradient norm before clipping"),
     ("learning_rate", "learning rate"),
 )
-_MAX_AUDIO_BYTES = 2 << 20
+_MAX_CLIP_SECONDS = 30.0
 
 
 @dataclass
@@ -186,10 +186,10 @@ def choose_clips(report: Report) -> list[Clip]:
         if len(clips) == report.max_clips:
             break
         first = group[0]
-        audio = _embed_audio(report.audio_root / first.audio)
+        audio = _embed_audio(report.audio_root, first)
         if audio is None:
             continue
-        by_kind = {e.kind: e for e in group}
+        by_kind = {context_kind(e): e for e in group}
         kinds = [k for k in KINDS if k in by_kind]
         answers = []
         for label, predictions in by_id.items():
@@ -215,48 +215,65 @@ def choose_clips(report: Report) -> list[Clip]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m models.report", description="Make an HTML report of saved predictions.")
-    parser.add_argument("--out", default="report.html")
+    parser.add_argument("--out", default="report.html", help="file to write")
     parser.add_argument("--title", default="Evaluation")
-    parser.add_argument("--predictions", nargs="+", required=True, metavar="LABEL=FILE")
-    parser.add_argument("--metrics", nargs="*", default=[], metavar="LABEL=FILE")
+    parser.add_argument(
+        "--predictions", nargs="+", required=True, metavar="LABEL=FILE", help="what models.evaluate wrote, a system each"
+    )
+    parser.add_argument("--metrics", nargs="*", default=[], metavar="LABEL=FILE", help="metrics.jsonl of training runs")
     parser.add_argument("--manifest", help="for clips to listen to")
-    parser.add_argument("--audio-root")
-    parser.add_argument("--max-clips", type=int, default=8)
+    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
+    parser.add_argument("--max-clips", type=int, default=8, help="clips to embed, 30 s each at most")
     arguments = parser.parse_args(argv)
     try:
+        systems, curves = _labelled(arguments.predictions), _labelled(arguments.metrics)
+        for path in curves.values():
+            if not Path(path).is_file():
+                raise ValueError(f"--metrics: no file {path!r}")
         report = Report(
             title=arguments.title,
-            systems={label: read_predictions(path)[1] for label, path in map(_labelled, arguments.predictions)},
-            curves={label: read_metrics(path) for label, path in map(_labelled, arguments.metrics)},
+            systems={label: read_predictions(path)[1] for label, path in systems.items()},
+            curves={label: read_metrics(path) for label, path in curves.items()},
             max_clips=arguments.max_clips,
         )
         if arguments.manifest:
             manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root, check_audio=False)
             report.examples, report.audio_root = manifest.examples, manifest.audio_root
-    except (EvaluationError, ManifestError, ValueError) as error:
+        path = write_report(arguments.out, report)
+    except (EvaluationError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(write_report(arguments.out, report))
+    print(path)
     return 0
 
 
-def _labelled(word: str) -> tuple[str, str]:
-    label, equals, path = word.partition("=")
-    if not equals or not label or not path:
-        raise ValueError(f"expected LABEL=FILE, got {word!r}")
-    return label, path
+def _labelled(words: Sequence[str]) -> dict[str, str]:
+    paths: dict[str, str] = {}
+    for word in words:
+        label, equals, path = word.partition("=")
+        if not equals or not label or not path:
+            raise ValueError(f"expected LABEL=FILE, got {word!r}")
+        if label in paths:
+            raise ValueError(f"expected each label once, got {label!r} twice")
+        paths[label] = path
+    return paths
 
 
-def _embed_audio(path: Path) -> str | None:
-    """Data URI of a short audio file; None if it is missing or too large to embed."""
+def _embed_audio(root: Path, example: Example) -> str | None:
+    """Data URI of an example's span as FLAC; None if it cannot be read, or is more than `_MAX_CLIP_SECONDS` long.
+
+    Decoded, not copied: a manifest's file may hold an hour around the span, or be no audio at all.
+    """
     try:
-        if path.stat().st_size > _MAX_AUDIO_BYTES:
-            return None
-        data = path.read_bytes()
-    except OSError:
+        samples = load_audio(
+            root / example.audio,
+            start_seconds=example.start_seconds,
+            end_seconds=example.end_seconds,
+            max_seconds=_MAX_CLIP_SECONDS,
+        )
+    except AudioError:
         return None
-    kind = mimetypes.guess_type(path.name)[0] or "audio/wav"
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    return f"data:audio/flac;base64,{base64.b64encode(encode_audio(samples)).decode('ascii')}"
 
 
 def _figure(width_inches: float, height_inches: float) -> tuple[Any, Any]:
@@ -272,6 +289,10 @@ def _figure(width_inches: float, height_inches: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # a system's name is no formula, whatever dollar signs it has
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

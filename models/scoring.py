@@ -11,6 +11,9 @@ Shift, the influence of a text that contradicts the sound, is in use under two d
     tir_adv              #(right under neutral and wrong under conflict) / #(right under neutral)
     tir_adversarial_all  #(right under neutral and wrong under conflict) / N
     tir_faithful_all     #(wrong under neutral and right under aligned) / N
+    tir_irrelevant_all   #(right under one of neutral and irrelevant, wrong under the other) / N
+
+where a manifest tells irrelevant contexts from none (metadata "context_type", see models/data/readers.py).
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-KINDS = ("neutral", "aligned", "conflict")
+if TYPE_CHECKING:
+    from models.data.manifest import Example
+
+KINDS = ("neutral", "aligned", "conflict", "irrelevant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class Prediction:
 
     id: str
     task: str
-    kind: str  # neutral | aligned | conflict
+    kind: str  # one of KINDS
     answer: str
     prediction: str
     choices: tuple[str, ...] = ()
@@ -72,18 +78,31 @@ def lenient_match(prediction: str, label: str) -> bool:
 
 
 def strict_match(prediction: str, label: str, choices: Sequence[str] = ()) -> bool:
-    """`lenient_match`, and no other choice is named.
-
-    A choice inside the label ("man" of "old man") is not held against it: its words are looked for in what is left when the
-    label's words are taken out. Without choices the prediction has to be the label.
-    """
+    """`lenient_match`, and no other choice is named (`named_choices`). Without choices the prediction has to be the label."""
     if not choices:
         return normalize(prediction) == normalize(label)
-    words, label_words = normalize(prediction).split(), normalize(label).split()
-    if not _contains(words, label_words):
-        return False
-    rest = _without(words, label_words)
-    return not any(_contains(rest, normalize(c).split()) for c in choices if normalize(c) != normalize(label))
+    return {normalize(c) for c in named_choices(prediction, (label, *choices))} == {normalize(label)}
+
+
+def named_choices(text: str, choices: Sequence[str], *, normalizer: Callable[[str], str] = normalize) -> list[str]:
+    """The choices whose words stand in `text`, in the order of `choices`.
+
+    Where one choice's words are part of another's ("fast" in "very fast") the longer one counts: its words are taken out
+    before the shorter one is looked for.
+    """
+    words = normalizer(text).split()
+    parts = {choice: normalizer(choice).split() for choice in choices}
+    found = set()
+    for choice in sorted(parts, key=lambda choice: -len(parts[choice])):
+        if _contains(words, parts[choice]):
+            found.add(choice)
+            words = _without(words, parts[choice])
+    return [choice for choice in parts if choice in found]
+
+
+def context_kind(example: Example) -> str:
+    """Under which of KINDS an example is scored: an irrelevant context is of kind neutral, but not the one to compare with."""
+    return "irrelevant" if example.metadata.get("context_type") == "irrelevant" else example.kind
 
 
 def score(
@@ -99,7 +118,8 @@ def score(
 
     Returns:
         accuracy, strict_accuracy, by_kind[kind], by_task[task] (each with by_kind), by_class[task][label][kind] -> Estimate;
-        tir_adv, tir_adversarial_all, tir_faithful_all -> Estimate; mean_of_tasks -> float (Dynamic-SUPERB's ALL).
+        tir_adv, tir_adversarial_all, tir_faithful_all, tir_irrelevant_all -> Estimate; mean_of_tasks -> float
+        (Dynamic-SUPERB's ALL).
 
     Raises:
         ValueError: no prediction, an id twice, or an unknown `match`.
@@ -158,7 +178,7 @@ def shift(predictions: Sequence[Prediction], right: np.ndarray, boot: _Bootstrap
             pairs[p.pair_id].setdefault(p.kind, i)
     n = len(predictions)
     both_adv, neutral_right, fell = (np.zeros(n, dtype=bool) for _ in range(3))
-    both_faithful, rose = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    both_faithful, rose, both_irrelevant, moved = (np.zeros(n, dtype=bool) for _ in range(4))
     for kinds in pairs.values():  # each pair is noted at its neutral item, so that a resampled pair counts once
         at = kinds.get("neutral")
         if at is None:
@@ -170,10 +190,14 @@ def shift(predictions: Sequence[Prediction], right: np.ndarray, boot: _Bootstrap
         if "aligned" in kinds:
             both_faithful[at] = True
             rose[at] = not right[at] and right[kinds["aligned"]]
+        if "irrelevant" in kinds:
+            both_irrelevant[at] = True
+            moved[at] = right[at] != right[kinds["irrelevant"]]
     return {
         "tir_adv": boot.ratio(fell, neutral_right),
         "tir_adversarial_all": boot.ratio(fell, both_adv),
         "tir_faithful_all": boot.ratio(rose, both_faithful),
+        "tir_irrelevant_all": boot.ratio(moved, both_irrelevant),
     }
 
 

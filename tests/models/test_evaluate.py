@@ -15,12 +15,14 @@ from models.evaluate import (
     choice_scores,
     evaluate,
     main,
+    print_summary,
     read_predictions,
     summarize,
     swapped,
     write_header,
 )
 from models.features import FeatureStore, clip_key
+from models.scoring import Prediction
 from models.speech_lm import SpeechLM, SpeechLMConfig
 
 
@@ -207,6 +209,13 @@ def test_predictions_of_any_text_are_read_back(model, examples, store, tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index("é".encode()) + 1])  # killed in the middle of a character
     assert read_predictions(path)[1] == made[:1]
+
+
+def test_labels_are_no_markup_on_the_terminal(capsys):
+    made = Prediction(id="1", task="[/red]", kind="neutral", answer="[bold]", prediction="[bold]", choices=("[bold]", "b"))
+    print_summary(summarize([made]))
+    shown = capsys.readouterr().out
+    assert "[/red]" in shown and "[bold]" in shown
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,12 @@
 import base64
+import dataclasses
+import io
+import os
 import re
 
 import numpy as np
 import pytest
+import soundfile
 
 from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
@@ -65,8 +69,8 @@ def test_one_file_that_loads_nothing(report, tmp_path):
     images = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", html)
     assert len(images) == 3  # bars, loss, kd
     assert all(b"<svg" in base64.b64decode(i) for i in images)
-    sounds = re.findall(r"data:audio/[a-z-]*wav;base64,([A-Za-z0-9+/=]+)", html)
-    assert base64.b64decode(sounds[0]).startswith(b"RIFF")
+    sounds = re.findall(r"data:audio/flac;base64,([A-Za-z0-9+/=]+)", html)
+    assert base64.b64decode(sounds[0]).startswith(b"fLaC")
 
 
 def test_what_comes_from_data_is_escaped(report, tmp_path):
@@ -99,6 +103,29 @@ def test_a_missing_clip_is_left_out(report, tmp_path):
     assert "c0" not in [clip.title for clip in choose_clips(report)]
 
 
+def test_a_clip_is_its_span_and_nothing_but_sound(report, tmp_path):
+    write_audio(tmp_path / "c1.wav", np.zeros(16_000 * 40, np.float32))  # longer than is embedded, but for the span
+    (tmp_path / "c2.wav").unlink()
+    os.mkfifo(tmp_path / "c2.wav")  # reading it would wait for ever
+    (tmp_path / "c3.wav").write_text("root:x:0:0")
+    report.examples = [
+        dataclasses.replace(e, start_seconds=35.0, end_seconds=36.0) if e.audio == "c1.wav" else e for e in report.examples
+    ]
+    clips = choose_clips(report)
+    assert [clip.title for clip in clips] == ["c1", "c0"]
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(clips[0].audio.partition(",")[2])))
+    assert len(samples) == rate == 16_000
+
+
+def test_a_label_is_no_formula(report, tmp_path):
+    hostile = r"$\frac{$ <script>alert(1)</script>"
+    report.systems, report.curves = {hostile: report.systems["always right"]}, {hostile: report.curves["run"]}
+    html = write_report(tmp_path / "r.html", report).read_text()
+    assert "<script>" not in html and "&lt;script&gt;" in html
+    for image in re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", html):
+        assert b"<script" not in base64.b64decode(image)
+
+
 def test_curves_that_no_run_has_are_not_drawn():
     assert [caption for caption, _ in draw_curves({"a": [{"step": 1, "loss": 1.0}], "b": []})] == ["loss"]
     assert draw_curves({}) == []
@@ -119,3 +146,12 @@ def test_command_line(report, tmp_path, capsys):
     assert "mine" in out.read_text() and "<audio" in out.read_text()
     assert main(["--out", str(out), "--predictions", "no-label"]) == 1
     assert capsys.readouterr().err == "error: expected LABEL=FILE, got 'no-label'\n"
+    for words, message in (
+        (["--metrics", f"mine={tmp_path / 'none.jsonl'}"], "--metrics: no file"),
+        (["--predictions", f"a={path}", f"a={path}"], "expected each label once, got 'a' twice"),
+        (["--manifest", str(tmp_path / "none.jsonl")], "none.jsonl: cannot be read"),
+        (["--out", str(tmp_path / "p.jsonl" / "r.html")], "p.jsonl"),
+    ):
+        assert main(["--out", str(out), "--predictions", f"mine={path}", *words]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error

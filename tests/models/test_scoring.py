@@ -1,10 +1,14 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.data.readers import read_foreign
 from models.scoring import (
     Prediction,
+    context_kind,
     judge,
     lenient_match,
     normalize,
@@ -48,6 +52,9 @@ def test_lenient_match(prediction, label, right):
         ("a man or a woman", "woman", ("man", "woman"), False),  # names every option
         ("an old man", "old man", ("man", "old man"), True),  # "man" stands inside the label only
         ("an old man, a man", "old man", ("man", "old man"), False),
+        ("an old man", "man", ("man", "old man"), False),  # the other one, which has the label's word in it
+        ("a man", "man", ("man", "old man"), True),
+        ("C", "c#", ("c#", "d"), True),  # symbols do not count, for labels either
         ("very clean noisy", "clean", ("clean", "noisy"), False),
         ("a b c", "b", ("a c", "b"), True),  # taking b out must not make "a c"
         ("Paris.", "paris", (), True),
@@ -89,6 +96,32 @@ def test_pairs_without_a_conflict_do_not_enter_the_shift():
     s = score([p(1, "neutral", True), p(2, "neutral", True), p(2, "conflict", False)], bootstrap_samples=50)
     assert (s["tir_adv"].value, s["tir_adv"].count) == (1.0, 1)
     assert s["tir_faithful_all"].value is None and str(s["tir_faithful_all"]) == "-"
+
+
+def test_irrelevant_contexts_are_not_the_neutral_ones():
+    # The irrelevant row comes first in each pair, as it may in a file; it must not stand for the neutral one.
+    table = {1: (1, 1, 0), 2: (0, 1, 1), 3: (1, 0, 1), 4: (0, 0, 0)}  # irrelevant, neutral, conflict
+    s = score(
+        [
+            p(i, kind, bool(v))
+            for i, values in table.items()
+            for kind, v in zip(("irrelevant", "neutral", "conflict"), values, strict=True)
+        ],
+        bootstrap_samples=50,
+    )
+    assert s["tir_irrelevant_all"].value == pytest.approx(2 / 4)
+    assert s["tir_adv"].value == pytest.approx(1 / 2) and s["tir_adversarial_all"].value == pytest.approx(1 / 4)
+    assert list(s["by_kind"]) == ["neutral", "conflict", "irrelevant"]
+
+
+def test_context_kind_follows_the_readers(tmp_path):
+    row = {
+        "id": "q1", "audio": "a.wav", "question": "Happy or sad?", "choices": ["happy", "sad"], "answer": "sad",
+        "contexts": {"irrelevant": "It rains.", "neutral": "", "faithful": "She cried.", "adversarial": "She laughed."},
+    }  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    examples = read_foreign(tmp_path / "rows.jsonl", form="mcr_bench", check_audio=False).examples
+    assert [context_kind(e) for e in examples] == ["irrelevant", "neutral", "aligned", "conflict"]
 
 
 def test_mean_of_tasks_is_over_tasks_not_items():
