@@ -116,6 +116,18 @@ class Context:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def run_backbones(context: Context) -> dict[str, Any]:
+    """Language model and encoder: found or fetched here, once, and not by several stages at the same time."""
+    from models.backbones import BackboneError, resolve_backbone
+
+    ids = _backbones(context.settings)
+    try:
+        found = [resolve_backbone(ids["lm"], kind="causal_lm"), resolve_backbone(ids["encoder"], kind="speech_encoder")]
+    except BackboneError as error:
+        raise SystemExit(str(error)) from error
+    return {b.kind: {"id": b.spec, "from": b.source, "sha256": b.sha256()} for b in found}
+
+
 def run_corpus(context: Context) -> dict[str, Any]:
     """Clips, questions and hints, in the demo's three parts: teacher, distill, test."""
     from models.data.corpus import build_corpus
@@ -291,14 +303,15 @@ def make_stages() -> list[Stage]:
     backbone = ("lm", "encoder", "tiny_backbones", "seed", "device")
     training = (*backbone, "batch_examples")
     stages = [
+        Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
         Stage(
             "corpus", "corpus", (),
             ("sources", "corpus_size", "task", "seed", "max_train_clips", "max_test_clips"), run_corpus,
         ),
-        Stage("features", "encoder features", ("corpus",), backbone, run_features),
-        Stage("stage1", "Stage 1: pseudo ground truth", ("corpus",), ("lm", "target_source"), run_stage1),
+        Stage("features", "encoder features", ("backbones", "corpus"), backbone, run_features),
+        Stage("stage1", "Stage 1: pseudo ground truth", ("backbones", "corpus"), ("lm", "target_source"), run_stage1),
         Stage(
-            "student_lm", "student: drop layers, heal", ("corpus",),
+            "student_lm", "student: drop layers, heal", ("backbones", "corpus"),
             (*backbone, "keep_layers", "healing_steps"), run_student_lm,
         ),
         Stage(
