@@ -276,7 +276,8 @@ def fused_linear_caad_loss(
         "student_bias": student_bias,
         "teacher_bias": teacher_bias,
     }
-    floating = {name: x for name, x in floating.items() if x is not None}
+    optional = ("teacher_text_hidden", "student_bias", "teacher_bias")
+    floating = {name: x for name, x in floating.items() if x is not None or name not in optional}
     for name, x in floating.items():
         _check_tensor(name, x, floating=True)
         _check_device(name, x, student_hidden)
@@ -284,7 +285,9 @@ def fused_linear_caad_loss(
         ("student", "student_hidden", student_weight, student_bias),
         ("teacher", "teacher_audio_hidden", teacher_weight, teacher_bias),
     ):
-        width = floating[hidden].shape[-1] if floating[hidden].dim() else None
+        if floating[hidden].dim() < 1:
+            raise ValueError(f"{hidden}: expected (..., width), got a scalar")
+        width = floating[hidden].shape[-1]
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(
                 f"{side}_weight: expected (vocabulary, {width}) to match {hidden}, got {tuple(weight.shape)}"
@@ -305,10 +308,9 @@ def fused_linear_caad_loss(
         ("student_logit_scale", student_logit_scale),
         ("teacher_logit_scale", teacher_logit_scale),
     ):
-        if x is not None and not (_is_number(x) and 0 < x < math.inf):
-            raise ValueError(
-                f"{name}: expected a finite number > 0{' or None' if 'softcap' in name else ''}, got {x!r}"
-            )
+        optional = name.endswith("softcap")
+        if not (x is None and optional) and not (_is_number(x) and 0 < x < math.inf):
+            raise ValueError(f"{name}: expected a finite number > 0{' or None' if optional else ''}, got {x!r}")
     for name, x in (("chunk_tokens", chunk_tokens), ("workspace_bytes", workspace_bytes)):
         if x is not None and not (_is_whole(x) and x >= 1):
             raise ValueError(f"{name}: expected a whole number >= 1 or None, got {x!r}")
@@ -661,7 +663,10 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a number or a tensor of one element, got {tuple(value.shape)}")
-        return value.detach().reshape(()).to(device=device, dtype=dtype)
+        value = value.detach().reshape(()).to(device=device, dtype=dtype)
+        if not torch.compiler.is_compiling() and checks_enabled(device) and not bool(value >= 0):
+            raise ValueError(f"{name}: expected a number >= 0, got {float(value)}")
+        return value
     if not (_is_number(value) and 0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
     return torch.full((), float(value), dtype=dtype, device=device)

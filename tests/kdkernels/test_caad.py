@@ -612,6 +612,7 @@ def test_row_offsets_beyond_two_to_the_31():
         ({"vocab_size": 98}, ValueError, r"vocab_size: expected 1 to 97 \(student 97, teacher 97\), got 98"),
         ({"vocab_size": 2.0}, TypeError, "vocab_size"),
         ({"kd_normalizer": -1}, ValueError, "kd_normalizer"),
+        ({"kd_normalizer": torch.tensor(-1.0)}, ValueError, "kd_normalizer: expected a number >= 0, got -1.0"),
         ({"ce_normalizer": torch.ones(2)}, ValueError, "ce_normalizer"),
         ({"kd_token_weight": torch.ones(5)}, ValueError, r"kd_token_weight: expected shape \(6,\), got \(5,\)"),
         ({"ce_token_weight": -torch.ones(6)}, ValueError, "ce_token_weight: expected weights >= 0"),

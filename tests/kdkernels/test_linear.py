@@ -405,6 +405,9 @@ def test_chunks_on_a_gpu_fill_its_multiprocessors(monkeypatch):
     [
         ({"student_weight": torch.zeros(61, 13)}, ValueError, r"student_weight: expected \(vocabulary, 12\)"),
         ({"student_weight": torch.zeros(0, 12)}, ValueError, "student_weight: .*0 rows"),
+        ({"student_weight": None}, TypeError, "student_weight: expected a torch.Tensor, got NoneType"),
+        ({"teacher_audio_hidden": torch.tensor(1.0)}, ValueError, "teacher_audio_hidden: expected .* got a scalar"),
+        ({"student_logit_scale": None}, ValueError, "student_logit_scale: expected a finite number > 0, got None"),
         ({"teacher_weight": torch.zeros(20)}, ValueError, "teacher_weight: expected"),
         ({"teacher_audio_hidden": torch.zeros(22, 20)}, ValueError, "teacher_audio_hidden: expected leading shape"),
         ({"teacher_text_hidden": torch.zeros(23, 21)}, ValueError, "teacher_text_hidden: expected shape"),
