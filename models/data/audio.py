@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ _BYTES_PER_SAMPLE = {
     "ULAW": 1,
     "ALAW": 1,
 }
+_CUT_DATA = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+# Programs that write to a pipe cannot know the length: sox claims some 2 GiB, ffmpeg 4.
+_STREAMED_BYTES = 0x7FFFF000
+_CUT_TOLERANCE = 0.01
 _UNCOMPRESSED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"}
 
 
@@ -79,7 +84,7 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
     if status.st_size == 0:
         raise AudioError("empty file (0 bytes)", path)
     try:
-        info = sf.info(str(path))
+        info = sf.info(str(path), verbose=True)
     except Exception as error:  # libsndfile raises several unrelated types for a broken header
         raise AudioError(f"corrupt or unknown header ({_short(error)})", path) from None
     if not _MIN_RATE_HZ <= info.samplerate <= _MAX_RATE_HZ:
@@ -93,6 +98,10 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
         raise AudioError(
             f"corrupt header: it claims {info.frames} samples, the file has only {status.st_size} bytes", path
         )
+    # libsndfile quietly takes what is there of a wav that was cut off; only its log tells.
+    cut = _CUT_DATA.search(info.extra_info)
+    if cut and int(cut[1]) < _STREAMED_BYTES and int(cut[1]) > int(cut[2]) * (1 + _CUT_TOLERANCE):
+        raise AudioError(f"corrupt or cut off: the header claims {cut[1]} bytes of sound, {cut[2]} are there", path)
     return AudioInfo(
         duration_seconds=info.frames / info.samplerate,
         sample_rate_hz=info.samplerate,

@@ -301,7 +301,13 @@ def parse_object(line: bytes | None) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_finite_int,
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"bad JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
@@ -461,6 +467,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"bad JSON: {name} is no number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # 1e999 is legal JSON, but could not be written back
+        raise ValueError(f"bad JSON: {text[:20]} is too large a number")
+    return value
+
+
+def _finite_int(text: str) -> int:
+    _finite_float(text)  # beyond it arithmetic with floats would overflow
+    return int(text)
 
 
 def _dump(value: Mapping[str, Any]) -> str:

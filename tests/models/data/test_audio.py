@@ -82,6 +82,21 @@ def test_a_header_that_claims_more_than_the_file_holds_takes_no_memory(tmp_path)
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("claimed_seconds", [2, 3 * 3600])
+def test_a_wav_that_was_cut_off_is_refused(tmp_path, claimed_seconds):
+    path = tmp_path / "cut.wav"
+    path.write_bytes(_wav_header(frames=claimed_seconds * 16_000) + b"\0\1" * 16_000)
+    with pytest.raises(AudioError, match=rf"cut off: the header claims {claimed_seconds * 32_000} bytes of sound, 32000"):
+        load_audio(path)
+
+
+@pytest.mark.parametrize("claimed_frames", [0x7FFFFFFF // 2, 2**40, 16_001])
+def test_a_wav_from_a_pipe_or_short_of_a_sample_is_read(tmp_path, claimed_frames):
+    path = tmp_path / "piped.wav"
+    path.write_bytes(_wav_header(frames=claimed_frames) + b"\0\1" * 16_000)
+    assert load_audio(path).size == 16_000
+
+
 def test_a_header_that_claims_a_few_seconds_too_many_is_never_padded(tmp_path):
     path = tmp_path / "liar.au"
     header = b".snd" + struct.pack(">IIIII", 24, 16_000 * 2 * 20, 3, 16_000, 1)
