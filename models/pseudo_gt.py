@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from tqdm import tqdm
 
-from models.data.manifest import TARGET_SOURCES, Example, Manifest, ManifestError, read_manifest, write_manifest
+from models.data.manifest import SPLITS, TARGET_SOURCES, Example, Manifest, ManifestError, read_manifest, write_manifest
 from models.data.prompts import TASKS, target_template
 from models.io_utils import atomic_write_text, fingerprint, fsync_dir
 from models.scoring import named_choices
@@ -191,7 +191,7 @@ def run_stage1(
 
     Raises:
         ValueError: an argument outside its range.
-        Stage1Error: too much was rejected, another run is writing, or the journal is of other settings.
+        Stage1Error: no such row, too much was rejected, another run is writing, or the journal is of other settings.
     """
     if source not in SOURCES:
         raise ValueError(f"source: expected one of {list(SOURCES)}, got {source!r}")
@@ -199,6 +199,9 @@ def run_stage1(
         raise ValueError(f"batch_examples: expected at least 1, got {batch_examples}")
     if not 0.0 <= max_reject_fraction <= 1.0:
         raise ValueError(f"max_reject_fraction: expected a number from 0 to 1, got {max_reject_fraction}")
+    for split in splits:
+        if split not in SPLITS:
+            raise ValueError(f"splits: expected some of {list(SPLITS)}, got {split!r}")
     out = Path(out)
     started = time.monotonic()
     selected = [
@@ -208,6 +211,8 @@ def run_stage1(
         and (pool is None or example.metadata.get("pool") == pool)
         and (task is None or example.task == task)
     ]
+    if not selected:
+        raise Stage1Error(f"no row to write a target for (splits {list(splits)}, pool {pool}, task {task})")
     identity = fingerprint(
         {
             "wording": WORDING_VERSION,
@@ -216,10 +221,11 @@ def run_stage1(
             "examples": [example.to_row() for example in selected],
         }
     )
+    rows = fingerprint([example.to_row() for example in manifest])  # those that pass through stand in `out` too
     report = Stage1Report(passed_through=len(manifest) - len(selected))
     prefix = _audio_prefix(manifest.audio_root, out)
     with _Journal(out.with_name(out.name + ".journal"), identity) as journal:
-        if _is_finished(out, identity, report):
+        if _is_finished(out, identity, rows, report):
             journal.discard()
             return report
         answers = journal.read({example.id for example in selected})
@@ -261,6 +267,7 @@ def run_stage1(
                 "source": source,
                 "backbone": backbone if source == "text_backbone" else None,
                 "fingerprint": identity,
+                "rows": rows,
                 "accepted": report.accepted,
                 "rejected": dict(report.rejected),
                 "passed_through": report.passed_through,
@@ -438,13 +445,16 @@ class _Journal:
         if len(whole) != len(data):
             self._file.truncate(len(whole))
         lines = whole.splitlines()
-        if not lines:
-            self._write([{"stage1_journal": 1, "fingerprint": self._identity}])
-            fsync_dir(self._path.parent)
-            return {}
+        header = {"stage1_journal": 1, "fingerprint": self._identity}
         answers: dict[str, str] = {}
         try:
-            if json.loads(lines[0]) != {"stage1_journal": 1, "fingerprint": self._identity}:
+            begun = json.loads(lines[0]) if lines else None
+            if len(lines) < 2 and (begun is None or begun["stage1_journal"] == 1):
+                self._file.truncate(0)  # begun with whatever settings, it holds no answer
+                self._write([header])
+                fsync_dir(self._path.parent)
+                return {}
+            if begun != header:
                 raise Stage1Error(
                     f"{self._path}: an unfinished run of other settings or rows; finish it or delete the file"
                 )
@@ -471,13 +481,13 @@ class _Journal:
         os.fsync(self._file.fileno())
 
 
-def _is_finished(out: Path, identity: str, report: Stage1Report) -> bool:
-    """Whether `out` is the complete result of these settings; fills the report from its header."""
+def _is_finished(out: Path, identity: str, rows: str, report: Stage1Report) -> bool:
+    """Whether `out` is the complete result of these settings and rows; fills the report from its header."""
     if not out.exists():
         return False
     try:
         stage1 = read_manifest(out, check_audio=False).header["stage1"]
-        if stage1["fingerprint"] != identity:
+        if (stage1["fingerprint"], stage1["rows"]) != (identity, rows):
             return False
         report.accepted = report.resumed = stage1["accepted"]
         report.rejected = Counter(stage1["rejected"])
@@ -526,16 +536,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m models.pseudo_gt", description="Stage 1: write pseudo ground truth."
     )
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="manifest to write")
+    parser.add_argument("manifest", type=Path, help="JSONL manifest (models/data/manifest.py)")
+    parser.add_argument("--out", type=Path, required=True, help="manifest to write, in the audio root or above it")
     parser.add_argument("--source", default="text_backbone", help=f"one of {', '.join(SOURCES)}")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="id or folder of a causal language model")
     parser.add_argument("--splits", default="train,dev", help="comma-separated; other splits pass through")
     parser.add_argument("--pool", default=None, help='only rows with this metadata["pool"]; others pass through')
     parser.add_argument("--task", default=None, help="only rows of this task; others pass through")
-    parser.add_argument("--batch-examples", type=int, default=64)
-    parser.add_argument("--max-reject-fraction", type=float, default=0.5)
-    parser.add_argument("--audio-root", type=Path, default=None)
+    parser.add_argument("--batch-examples", type=int, default=64, help="rows put to the backbone at once")
+    parser.add_argument("--max-reject-fraction", type=float, default=0.5, help="above it nothing is written but the rejects")
+    parser.add_argument("--audio-root", type=Path, default=None, help="folder of the audio (default: the manifest's)")
     arguments = parser.parse_args(argv)
     try:
         manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root)

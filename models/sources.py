@@ -217,7 +217,7 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
         raise SourceError(f"data.manifest: {error}") from error
     for problem in manifest.problems:
         tqdm.write(f"skipped {problem}")
-    examples = [e for e in manifest.examples if e.split in settings.splits and e.target]
+    examples = [e for e in manifest.examples if e.split in settings.splits and (e.target or "").strip()]
     examples = [e for e in examples if not settings.tasks or e.task in settings.tasks]
     if not examples:
         raise SourceError(

@@ -24,11 +24,11 @@ from models.pseudo_gt import (
     check_answer,
     describe,
     main,
-    named_choices,
     run_stage1,
     set_targets,
     worked_examples,
 )
+from models.scoring import named_choices
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -200,11 +200,13 @@ def test_a_journal_that_cannot_be_continued_is_an_error(tmp_path, cut):
     manifest = _manifest(tmp_path, [_gender(1), _gender(2)])
     journal = tmp_path / "out.jsonl.journal"
 
-    def fail(_batch):
-        raise KeyboardInterrupt
+    def fail(batch):
+        if batch[0].id != "clip-1":
+            raise KeyboardInterrupt
+        return ["The speaker is a man."]
 
     with pytest.raises(KeyboardInterrupt):
-        run_stage1(manifest, tmp_path / "out.jsonl", writer=fail, progress=False)
+        run_stage1(manifest, tmp_path / "out.jsonl", writer=fail, batch_examples=1, progress=False)
     if cut == "other settings":
         changed = dataclasses.replace(manifest, examples=[_gender(3)])
         with pytest.raises(Stage1Error, match="unfinished run of other settings"):
@@ -280,6 +282,31 @@ def test_audio_paths_stay_within_reach_of_the_new_manifest(tmp_path):
     assert read_manifest(tmp_path / "out.jsonl", check_audio=False).examples[0].audio == "deep/corpus/audio/a.flac"
     with pytest.raises(ValueError, match=r"out: expected a file in .* or above it"):
         run_stage1(manifest, folder / "below" / "out.jsonl", source="template", progress=False)
+
+
+def test_a_run_that_failed_before_its_first_answer_does_not_stand_in_the_way_of_another(tmp_path):
+    def fails(examples):
+        raise Stage1Error("no backbone")
+
+    manifest, out = _manifest(tmp_path, [_gender(1)]), tmp_path / "out.jsonl"
+    with pytest.raises(Stage1Error, match="no backbone"):
+        run_stage1(manifest, out, writer=fails, progress=False)
+    assert run_stage1(manifest, out, source="template", progress=False).accepted == 1
+
+
+def test_rows_that_pass_through_are_part_of_what_is_finished(tmp_path):
+    out = tmp_path / "out.jsonl"
+    run_stage1(_manifest(tmp_path, [_gender(1)]), out, source="template", progress=False)
+    run_stage1(_manifest(tmp_path, [_gender(1), _gender(2, split="test")]), out, source="template", progress=False)
+    assert [example.id for example in read_manifest(out)] == ["clip-1", "clip-2"]
+
+
+def test_a_selection_of_nothing_is_an_error(tmp_path):
+    manifest = _manifest(tmp_path, [_gender(1)])
+    with pytest.raises(Stage1Error, match=r"no row to write a target for .*task gendre"):
+        run_stage1(manifest, tmp_path / "out.jsonl", source="template", task="gendre", progress=False)
+    with pytest.raises(ValueError, match=r"splits: expected some of .*got 'trian'"):
+        run_stage1(manifest, tmp_path / "out.jsonl", source="template", splits=("trian",), progress=False)
 
 
 def test_bad_arguments_are_named(tmp_path):
