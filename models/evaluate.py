@@ -39,6 +39,7 @@ from models.sources import crop_to_targets
 CONTROLS = ("no_audio", "swapped_audio")
 FILE_KEY = "kdkernels_predictions"
 FILE_VERSION = 1
+_MAX_BAD_FRACTION = 0.05  # of the questions, for lack of features
 
 
 class EvaluationError(RuntimeError):
@@ -428,10 +429,17 @@ def _evaluate_files(arguments: argparse.Namespace) -> list[Prediction]:
         store, problems = extract_features(examples, model.encode_audio, audio_root=manifest.audio_root)
         for example_id, reason in problems:
             print(f"skipped {example_id}: {reason}")
+    usable = [e for e in examples if e.audio is None or e in store]
+    if len(examples) - len(usable) > _MAX_BAD_FRACTION * len(examples):
+        missing = f"{len(examples) - len(usable)} of {len(examples)}"
+        raise EvaluationError(f"{arguments.features}: lacks the clips of {missing} questions")
+    if arguments.features:
+        for example_id in sorted({e.id for e in examples} - {e.id for e in usable}):
+            print(f"skipped {example_id}: {arguments.features} lacks its clip")
     alpha = arguments.alpha if arguments.decoding == "contrastive" else None
     return evaluate(
         model,
-        [e for e in examples if e.audio is None or e in store],
+        usable,
         store,
         collate=model.make_collator(),
         mode=arguments.mode,

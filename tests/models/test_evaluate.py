@@ -285,3 +285,13 @@ def test_skipped_rows_are_listed(files, tmp_path, capsys):
     (files / "bad.jsonl").write_text(lines + "\n".join([gone, *more]) + "\n")
     assert main([str(files / "model"), str(files / "bad.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]) == 0
     assert "skipped row 10 (gender9/neutral): audio: missing file" in capsys.readouterr().out
+
+
+def test_clips_without_features_are_named_or_stop_the_evaluation(files, store, tmp_path, capsys):
+    store.save(tmp_path / "all.safetensors")
+    FeatureStore([clip_key(example(i)) for i in range(3)], store.features[:3]).save(tmp_path / "few.safetensors")
+    words = [str(files / "model"), str(files / "m.jsonl"), "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path / "a.jsonl"), "--features", str(tmp_path / "all.safetensors")]) == 0
+    assert "skipped" not in capsys.readouterr().out
+    assert main([*words, "--out", str(tmp_path / "b.jsonl"), "--features", str(tmp_path / "few.safetensors")]) == 1
+    assert "lacks the clips of 2 of 8 questions" in capsys.readouterr().err

@@ -42,10 +42,9 @@ def test_wrong_types_are_named(tmp_path):
 
 def test_dir_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "ckpt"
-    with pytest.raises(RuntimeError, match="halfway"):
-        with io_utils.atomic_dir(target) as folder:
-            (folder / "a").write_text("1")
-            raise RuntimeError("halfway")
+    with pytest.raises(RuntimeError, match="halfway"), io_utils.atomic_dir(target) as folder:
+        (folder / "a").write_text("1")
+        raise RuntimeError("halfway")
     assert list(tmp_path.iterdir()) == []
 
     with io_utils.atomic_dir(target) as folder:
@@ -61,9 +60,8 @@ def test_failed_replacement_keeps_the_old_dir(tmp_path):
     target = tmp_path / "ckpt"
     with io_utils.atomic_dir(target) as folder:
         (folder / "a").write_text("1")
-    with pytest.raises(RuntimeError):
-        with io_utils.atomic_dir(target) as folder:
-            raise RuntimeError
+    with pytest.raises(RuntimeError), io_utils.atomic_dir(target) as folder:
+        raise RuntimeError
     assert (target / "a").read_text() == "1"
 
 
