@@ -214,6 +214,16 @@ class Collator:
         return mask
 
 
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, L) int64, padded on the right with id 0."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids, mask
+
+
 def find_placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of a token the vocabulary has and text never uses; it marks audio positions without resizing embeddings.
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
+import textwrap
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -271,6 +273,20 @@ def find_recipe(recipe: str) -> Path:
     if Path(recipe).is_file():
         return Path(recipe)
     raise ConfigError(f"recipe {recipe!r}: no such file, and not one of the shipped {shipped}{_nearest(recipe, shipped)}")
+
+
+def describe_recipes() -> str:
+    """The shipped recipes by the first words of their files, and every key with its default: the help of the command line."""
+    lines = ["recipes:"]
+    for path in sorted(RECIPES_DIR.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+        lines.append(f"  {path.stem:12} {re.split(r'[.:;] ', comment)[0].rstrip('.')}")
+    lines += ["", "keys and defaults (models/config.py says what each means):", f"  objective = one of {', '.join(OBJECTIVES)}"]
+    for section in dataclasses.fields(Recipe)[1:]:
+        words = [f"{key}={value!r}" for key, value in to_dict(section.default_factory()).items()]
+        lines += textwrap.wrap(f"{section.name}.*: {'  '.join(words)}", 110, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join(lines)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from models import backbones
+from models.batching import pad_rows
 from models.data.prompts import AUDIO_PLACEHOLDER, render_prompt, target_template
 from models.io_utils import atomic_dir, atomic_write_json, cache_dir, fingerprint
 
@@ -322,12 +323,7 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_toke
 
 def _pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and mask (B, L), padded on the right, and the positions that predict a token of the text."""
-    columns = max(map(len, rows))
-    ids = torch.zeros(len(rows), columns, dtype=torch.int64)
-    mask = torch.zeros(len(rows), columns, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
+    ids, mask = pad_rows(rows)
     predicts = torch.cat([mask[:, 1:], mask.new_zeros(len(rows), 1)], dim=1).bool()
     return ids.to(device), mask.to(device), predicts.to(device)
 

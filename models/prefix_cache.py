@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from models.batching import pad_rows
 from models.io_utils import atomic_write_bytes
 
 _MIB = 1 << 20
@@ -167,12 +168,7 @@ class PrefixCache:
         """One forward pass over prefixes padded on the right, where causal attention never looks."""
         self.misses += len(prefixes)
         device = self.lm.get_input_embeddings().weight.device
-        longest = max(map(len, prefixes))
-        ids = torch.zeros(len(prefixes), longest, dtype=torch.int64)
-        mask = torch.zeros(len(prefixes), longest, dtype=torch.int64)
-        for row, prefix in enumerate(prefixes):
-            ids[row, : len(prefix)] = torch.tensor(prefix)
-            mask[row, : len(prefix)] = 1
+        ids, mask = pad_rows(prefixes)
         decoder = self.lm.get_decoder()
         was_training = decoder.training
         decoder.eval()

@@ -42,7 +42,7 @@ from models.checkpoint import (
     set_aside,
     trainable_state,
 )
-from models.config import ConfigError, LossConfig, Recipe, load_recipe, to_dict
+from models.config import ConfigError, LossConfig, Recipe, describe_recipes, load_recipe, to_dict
 from models.io_utils import atomic_write_json, fingerprint
 from models.metrics import MetricsLogger
 from models.sources import (
@@ -365,7 +365,12 @@ def pick_device(device: str) -> torch.device:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status: 0, 1, or 128 + the signal that stopped the run."""
-    parser = argparse.ArgumentParser(prog="python -m models.train", description="Train a speech LM by a recipe.")
+    parser = argparse.ArgumentParser(
+        prog="python -m models.train",
+        description="Train a speech LM by a recipe. Ctrl-C or SIGTERM saves; run.resume=auto goes on.",
+        epilog=describe_recipes(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recipe", help="a YAML file, or the name of one in models/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as loss.alpha=1 run.out_dir=runs/caad1")
     arguments = parser.parse_args(argv)

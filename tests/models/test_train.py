@@ -266,6 +266,14 @@ def test_command_line_errors_are_one_line(capsys):
     assert message.count("\n") == 1
 
 
+def test_help_lists_recipes_and_keys(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for word in ("sft_teacher", "caad  ", "manifest=", "alpha=2.0", "resume='never'", "Ctrl-C"):
+        assert word in shown
+
+
 @pytest.mark.gpu
 def test_bf16_autocast_on_cuda(tmp_path):
     result, _ = fakes.run(tmp_path, "caad", "run.device=cuda", "loss.impl=auto")
