@@ -55,7 +55,11 @@ def linear_caad_chunks(
     weight_grad: bool,
     bias_grad: bool,
     want_stats: bool,
+    gain: Tensor | None = None,
 ) -> LinearResult:
+    """``gain``: a factor on the gradients inside, which leaves hidden_grad too large by it, and no other result."""
+    if gain is not None:
+        kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
     device, n_total = student_hidden.device, student_hidden.shape[0]
     keep = _kept_tokens(target, spec.ignore_index)
     if keep is not None:
@@ -135,6 +139,8 @@ def linear_caad_chunks(
         kd, ce = (_spread(x, keep, n_total, 0) for x in (kd, ce))
         stats = None if stats is None else _spread(stats, keep, n_total, 1)
         dh = None if dh is None else _spread(dh, keep, n_total, 0)
+    if gain is not None:
+        dw, db = (None if x is None else x.div_(gain) for x in (dw, db))
     return LinearResult(
         rows=RowResult(kd=kd, ce=ce, stats=stats),
         hidden_grad=dh,

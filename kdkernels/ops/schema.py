@@ -41,6 +41,18 @@ def all_stats(result: RowResult) -> Tensor:
     return torch.cat([torch.stack([result.kd, result.ce]), result.stats])  # (_N_STATS, N)
 
 
+def half_gain(kd_coef: Tensor, ce_coef: Tensor, *dtypes: torch.dtype) -> Tensor | None:
+    """The power of two by which a float16 gradient is stored too large, and which the backward takes out again; else None.
+
+    Without it a mean over thousands of tokens would leave the gradient among float16's subnormals, where a gradient scaler,
+    which acts in the backward, comes too late.
+    """
+    if torch.float16 not in dtypes:
+        return None
+    largest = torch.cat([kd_coef.abs() + ce_coef.abs(), kd_coef.new_zeros(1)]).amax()
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+
+
 def _is_one(grad_output: Tensor) -> bool:
     """Whether scaling can be skipped; looked at only where that is neither a device sync nor traced."""
     plain = type(grad_output) is Tensor and grad_output.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -78,7 +90,7 @@ def caad_rows(
     want_stats: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss per token (N,), its gradient (B, T, V_s) or empty, statistics (6, N) or empty)."""
+    """(loss per token (N,), its gradient times half_gain (B, T, V_s) or empty, statistics (6, N) or empty)."""
     spec = RowSpec(
         vocab=vocab,
         temperature=temperature,
@@ -114,14 +126,15 @@ def rows_into(
     """Runs the row kernel with the gradient going into ``grad``; returns (loss per token, statistics or None)."""
     check_values(target, alpha, spec.vocab, spec.ignore_index)
     text = None if text is None else _as_rows(text)
+    gain = None if grad is None else half_gain(kd_coef, ce_coef, grad.dtype)
     result = row_launcher(impl)(
         _as_rows(student),
         _as_rows(audio),
         text,
         target,
         alpha,
-        kd_coef,
-        ce_coef,
+        kd_coef if gain is None else kd_coef * gain,
+        ce_coef if gain is None else ce_coef * gain,
         spec,
         grad=grad,
         want_stats=want_stats,
@@ -147,13 +160,15 @@ def _(student, audio, text, target, alpha, kd_coef, ce_coef, vocab, temperature,
 
 def _rows_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(output[1])
+    gain = half_gain(inputs[5], inputs[6], inputs[0].dtype)
+    ctx.save_for_backward(output[1], *([] if gain is None else [gain]))
     ctx.leading = inputs[0].shape[:2]
 
 
 def _rows_backward(ctx, grad_loss, _grad, _stats):
-    (grad,) = ctx.saved_tensors
-    return (_scaled(grad, grad_loss.reshape(ctx.leading)),) + (None,) * 17
+    grad, *gain = ctx.saved_tensors
+    factor = grad_loss / gain[0] if gain else grad_loss
+    return (_scaled(grad, factor.reshape(ctx.leading)),) + (None,) * 17
 
 
 caad_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
@@ -168,7 +183,7 @@ class InPlaceRows(torch.autograd.Function):
         loss, stats = rows_into(memory, audio, text, target, alpha, kd_coef, ce_coef, spec, memory, want_stats, impl)
         # Whoever else saved these logits for its backward must learn that they are gone.
         torch.autograd.graph.increment_version(student)
-        ctx.grad = memory
+        ctx.grad, ctx.gain = memory, half_gain(kd_coef, ce_coef, memory.dtype)
         stats = loss.new_empty(0) if stats is None else stats
         ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -181,6 +196,7 @@ class InPlaceRows(torch.autograd.Function):
             raise RuntimeError(
                 "inplace=True: the gradient was consumed by the first backward; a second one needs inplace=False"
             )
+        grad_loss = grad_loss if ctx.gain is None else grad_loss / ctx.gain
         if not _is_one(grad_loss):
             grad.mul_(grad_loss.reshape(*grad.shape[:2], 1))
         return (grad,) + (None,) * 9
@@ -224,7 +240,8 @@ def linear_caad(
     want_stats: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss: () if reduced else (N,); gradients of hidden, weight and bias, each full or empty; statistics (6, N) or empty)."""
+    """(loss: () if reduced else (N,); gradients of hidden (times half_gain), weight and bias, each full or empty; statistics
+    (6, N) or empty)."""
     check_values(target, alpha, vocab, ignore_index)
     spec = RowSpec(
         vocab=vocab,
@@ -241,6 +258,7 @@ def linear_caad(
         teacher_softcap=teacher_softcap,
     )
     device_type = student_hidden.device.type
+    gain = half_gain(kd_coef, ce_coef, student_hidden.dtype, student_weight.dtype, logits_dtype)
     with torch.amp.autocast(device_type, enabled=False):
         out = linear_caad_chunks(
             student_hidden,
@@ -263,6 +281,7 @@ def linear_caad(
             weight_grad=weight_grad,
             bias_grad=bias_grad,
             want_stats=want_stats,
+            gain=gain,
         )
     loss = weighted(out.rows.kd, out.rows.ce, kd_coef, ce_coef)
     return (
@@ -294,6 +313,7 @@ def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, t
 
 _HIDDEN, _WEIGHT, _BIAS = 0, 1, 2
 _KD_COEF, _CE_COEF = 9, 10
+_LOGITS_DTYPE = 23
 _REDUCED = 26
 
 
@@ -309,7 +329,12 @@ def _linear_setup(ctx, inputs, output):
         ctx.absent = [x is None for x in inputs[:11]]
         ctx.options = inputs[11:]
     else:
-        ctx.save_for_backward(*output[1:4])
+        gain = half_gain(inputs[_KD_COEF], inputs[_CE_COEF], *_grad_dtypes(inputs))
+        ctx.save_for_backward(*output[1:4], *([] if gain is None else [gain]))
+
+
+def _grad_dtypes(inputs) -> tuple[torch.dtype, ...]:
+    return inputs[_HIDDEN].dtype, inputs[_WEIGHT].dtype, inputs[_LOGITS_DTYPE]
 
 
 def _linear_backward(ctx, grad_loss, *_others):
@@ -323,10 +348,14 @@ def _linear_backward(ctx, grad_loss, *_others):
         options = list(ctx.options)
         options[_REDUCED - 11 : _REDUCED - 11 + 5] = [True, *needs, False]
         _, *grads, _ = linear_caad(*inputs, *options)
+        gain = half_gain(inputs[_KD_COEF], inputs[_CE_COEF], *_grad_dtypes([*inputs, *options]))
+        if gain is not None and needs[_HIDDEN]:
+            grads[_HIDDEN] = _scaled(grads[_HIDDEN], 1.0 / gain)
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + nothing[3:]
+    *grads, gain = (*ctx.saved_tensors, None)[:4]
+    factors = (grad_loss if gain is None else grad_loss / gain, grad_loss, grad_loss)
     return (
-        tuple(_scaled(g, grad_loss) if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True))
-        + nothing[3:]
+        tuple(_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)) + nothing[3:]
     )
 
 

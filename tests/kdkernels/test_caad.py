@@ -474,6 +474,18 @@ def test_backward_twice_and_scaled():
     torch.testing.assert_close(student.grad, 4 * once)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_float16_gradient_survives_a_large_normalizer(inplace):
+    """Its values lie far below float16's subnormals until the gradient scaler's factor arrives."""
+    student, audio, text, target = logits(6, 300, dtype=FP16)
+    norms = {"kd_normalizer": 1e6, "ce_normalizer": 1e6}
+    scale = torch.tensor(2.0**18)
+    scores = student * 1.0
+    fused_caad_loss(scores, audio, text, target, inplace=inplace, **norms).backward(scale)
+    _, expected = oracle(student, audio, text, target, grad_output=scale.double(), **norms)
+    assert relative_error(student.grad, expected) < 1e-3
+
+
 def test_inplace_gradient_lives_in_the_logits():
     student, audio, text, target = logits(5)
     _, expected = run(student, audio, text, target)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cases import BF16, FP16, FP32, hidden, relative_error, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -309,6 +310,25 @@ def test_autocast_changes_nothing(impl):
     plain = fused_linear_caad_loss(**arguments, impl=impl)
     with torch.autocast("cpu", dtype=BF16):
         assert torch.equal(fused_linear_caad_loss(**arguments, impl=impl), plain)
+
+
+@pytest.mark.parametrize(("head_trains", "reduction"), [(False, "sum"), (False, "none"), (True, "none")])
+def test_float16_gradient_survives_a_large_normalizer(head_trains, reduction):
+    arguments = hidden(vocab=300, dtype=FP16)
+    arguments["student_weight"].requires_grad_(head_trains)
+    options = {"kd_normalizer": 1e6, "ce_normalizer": 1e6, "reduction": reduction}
+    scale = torch.full((23,) if reduction == "none" else (), 2.0**18)
+    check(arguments, grad_output=scale, loss_tolerance=1e-4, gradient_tolerance=1e-3, **options)
+
+
+def test_under_activation_checkpointing():
+    arguments = hidden()
+    _, expected = run(arguments)
+    h = arguments.pop("student_hidden")
+    torch.utils.checkpoint.checkpoint(
+        lambda x: fused_linear_caad_loss(x, **arguments), h, use_reentrant=False
+    ).backward()
+    torch.testing.assert_close(h.grad, expected["student_hidden"])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
