@@ -98,6 +98,9 @@ class LossConfig:
     kd_background_weight: float = 0.0  # choice: weight of the tokens that do not spell the answer
     ce_token_weight: str = "choice"  # uniform | choice
     ce_background_weight: float = 0.05
+    # Of each step's examples, chosen at random: only these are charged for the tokens around the answer, the more for it
+    # (weight / fraction). The same objective on average, with a fraction of the rows of logits.
+    ce_background_fraction: float = 1.0
     chunk_tokens: int | None = None
     impl: str = "auto"
 
@@ -113,6 +116,8 @@ class LossConfig:
         _one_of(self.ce_token_weight, "loss.ce_token_weight", ("uniform", "choice"))
         _check(self.kd_background_weight >= 0, "loss.kd_background_weight", ">= 0", self.kd_background_weight)
         _check(self.ce_background_weight >= 0, "loss.ce_background_weight", ">= 0", self.ce_background_weight)
+        fraction = self.ce_background_fraction
+        _check(0 < fraction <= 1, "loss.ce_background_fraction", "in (0, 1]", fraction)
         ok = self.plausibility is None or 0 < self.plausibility <= 1
         _check(ok, "loss.plausibility", "in (0, 1]", self.plausibility)
         if self.plausibility is not None and self.divergence == "reverse_kl":

@@ -156,17 +156,19 @@ def train(
             # 1. The step's examples. The cursor alone decides which: that is what makes a resumed run the same run.
             rows = data.draw((step - 1) * optim.batch_examples, optim.batch_examples, seed=run.seed)
             hears = torch.rand(len(rows)) >= optim.audio_dropout
+            charged = torch.rand(len(rows)) < recipe.loss.ce_background_fraction
             parts = []
             for start in range(0, len(rows), micro_examples):
-                examples = [data.examples[row] for row in rows[start : start + micro_examples]]
+                here = slice(start, start + micro_examples)
+                examples = [data.examples[row] for row in rows[here]]
                 batch = data.make_batch(examples)
                 # What is not needed is left out before the batch moves: decided on a GPU it would be a wait.
-                counted = counted_positions(recipe, batch)
+                counted = counted_positions(recipe, batch, charged[here])
                 states = teacher(batch, examples) if recipe.needs_teacher else None
                 batch, states = select_positions(batch, states, counted)
                 batch = (data.crop(batch) if data.crop else batch).to(device)
-                weights = token_weights(recipe.loss, batch, states)
-                parts.append((batch, states, weights, hears[start : start + micro_examples].to(device)))
+                weights = token_weights(recipe.loss, batch, states, charged[here].to(device))
+                parts.append((batch, states, weights, hears[here].to(device)))
 
             # 2. Divisors of the whole step, so that 4 x 4 examples give the gradient of 16.
             kd_normalizer = torch.stack([w.kd.sum() for _, _, w, _ in parts]).sum()
@@ -228,37 +230,44 @@ class TokenWeights:
     ce: torch.Tensor
 
 
-def token_weights(loss: LossConfig, batch: Any, states: TeacherStates | None) -> TokenWeights:
+def token_weights(
+    loss: LossConfig, batch: Any, states: TeacherStates | None, charged: torch.Tensor | None = None
+) -> TokenWeights:
     """Weights of the N target tokens by `loss.kd_token_weight` and `loss.ce_token_weight`.
 
     uniform: 1. choice: 1 on the tokens that spell the answer, the background weight elsewhere (an example without such
     tokens counts uniformly). divergence: KL(p_audio || p_text), which says how much of the token is decided by the sound.
-    """
 
-    def choice(background: float) -> torch.Tensor:
-        mask = batch.choice_mask
-        rows = batch.target_row
-        spelled = torch.zeros(int(rows.max()) + 1 if len(rows) else 0, dtype=torch.bool, device=mask.device)
-        spelled[rows[mask]] = True
+    Args:
+        charged: (B,) bool, the examples whose background tokens are in the CE term; None = all (see
+            `loss.ce_background_fraction`).
+    """
+    mask, rows = batch.choice_mask, batch.target_row
+    spelled = torch.zeros(len(batch.ids), dtype=torch.bool, device=mask.device).index_put((rows[mask],), mask.new_tensor(True))
+
+    def choice(background: float | torch.Tensor) -> torch.Tensor:
         return torch.where(mask | ~spelled[rows], 1.0, background)
 
+    ce_background: float | torch.Tensor = loss.ce_background_weight
+    if charged is not None and loss.ce_background_fraction < 1:
+        ce_background = charged[rows] * (loss.ce_background_weight / loss.ce_background_fraction)
     ones = torch.ones(batch.target.shape, device=batch.target.device)
     if loss.kd_token_weight == "divergence" and states is not None:
         kd = path_divergence(states)
     else:
         kd = choice(loss.kd_background_weight) if loss.kd_token_weight == "choice" else ones
-    ce = choice(loss.ce_background_weight) if loss.ce_token_weight == "choice" else ones
+    ce = choice(ce_background) if loss.ce_token_weight == "choice" else ones
     return TokenWeights(kd=kd, ce=ce)
 
 
-def counted_positions(recipe: Recipe, batch: Any) -> torch.Tensor | None:
+def counted_positions(recipe: Recipe, batch: Any, charged: torch.Tensor | None = None) -> torch.Tensor | None:
     """(n,) int64 numbers of the target tokens with a weight above 0 in some term; None = all of them.
 
     With KD and CE on the answer's tokens alone seven in eight rows of logits would be made for nothing.
     """
     if recipe.loss.kd_token_weight == "divergence":
         return None  # known only when the teacher has run
-    weights = token_weights(recipe.loss, batch, None)
+    weights = token_weights(recipe.loss, batch, None, charged)
     counts = weights.ce > 0 if not recipe.needs_teacher or recipe.loss.kd_weight < 1 else torch.zeros_like(batch.choice_mask)
     if recipe.needs_teacher and recipe.loss.kd_weight > 0:
         counts = counts | (weights.kd > 0)
