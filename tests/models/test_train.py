@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,7 +17,15 @@ from models.checkpoint import CheckpointError, list_checkpoints
 from models.config import OBJECTIVES, ConfigError, LossConfig
 from models.metrics import read_metrics
 from models.sources import TeacherStates, path_divergence
-from models.train import NonFiniteError, main, pick_device, token_weights, train
+from models.train import (
+    NonFiniteError,
+    counted_positions,
+    main,
+    pick_device,
+    select_positions,
+    token_weights,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -226,6 +235,33 @@ def test_token_weights():
     # The second example spells no choice: it counts uniformly instead of vanishing.
     assert weights.kd.tolist() == [0.25, 1.0, 0.25, 1.0, 1.0]
     assert weights.ce.tolist() == [1.0] * 5
+
+
+def test_a_fraction_of_the_examples_carries_the_background():
+    loss = LossConfig(ce_background_weight=0.1, ce_background_fraction=0.25)
+    batch = dataclasses.replace(batch_of_two(), choice_mask=torch.tensor([False, True, False, True, False]))
+    for charged, expected in (([True, False], [0.4, 1, 0.4, 1, 0]), ([False, True], [0, 1, 0, 1, 0.4])):
+        weights = token_weights(loss, batch, None, torch.tensor(charged))
+        assert weights.ce.tolist() == pytest.approx(expected)
+        assert weights.kd.tolist() == [0, 1, 0, 1, 0]
+    assert token_weights(loss, batch, None).ce.tolist() == pytest.approx([0.1, 1, 0.1, 1, 0.1])
+
+
+def test_positions_without_weight_are_left_out():
+    batch = dataclasses.replace(batch_of_two(), choice_mask=torch.tensor([False, True, False, True, False]))
+    charged = torch.tensor([False, True])
+    for words, expected in (
+        ((), [1, 3, 4]),
+        (("loss.kd_weight=1",), [1, 3]),
+        (("loss.kd_token_weight=uniform",), None),
+        (("loss.kd_token_weight=divergence",), None),
+    ):
+        recipe = fakes.fake_recipe("x", "caad", "loss.ce_background_fraction=0.5", *words)
+        counted = counted_positions(recipe, batch, charged)
+        assert (counted if expected is None else counted.tolist()) == expected
+    kept, states = select_positions(batch, TeacherStates(torch.arange(5.0)[:, None], None, None), torch.tensor([1, 4]))
+    assert kept.target.tolist() == [1, 4] and kept.target_row.tolist() == [0, 1]
+    assert states.audio_hidden.tolist() == [[1.0], [4.0]] and states.text_hidden is None
 
 
 def test_divergence_weights_are_the_kl_between_the_paths():
