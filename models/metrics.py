@@ -45,7 +45,7 @@ class MetricsLogger:
             # Imported here: it costs a second, and evaluation and tests do not need it.
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = None if resume_step is None else resume_step + 1
+            purge = 0 if resume_step is None else resume_step + 1  # event files of an earlier run may lie there too
             self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
 
     def add(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float = 1.0) -> None:

@@ -251,16 +251,18 @@ class SpeechLM(nn.Module):
         folder = Path(folder)
         try:
             record = json.loads((folder / "speech_lm.json").read_text())
-            version = record["format_version"]
+            version, settings, frozen = (record[key] for key in ("format_version", "config", "frozen"))
         except FileNotFoundError:
             raise SpeechLMError(f"{folder}: expected a saved speech LM with speech_lm.json, found none") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise SpeechLMError(f"{folder}/speech_lm.json: damaged: it has no {error}") from None
+        except (OSError, ValueError, TypeError) as error:
             raise SpeechLMError(f"{folder}/speech_lm.json: unreadable: {error}") from None
         if version != _FORMAT_VERSION:
             raise SpeechLMError(f"{folder}: expected format version {_FORMAT_VERSION}, got {version}")
         try:
-            config = SpeechLMConfig.from_dict(record["config"])
-        except (TypeError, ValueError) as error:
+            config = SpeechLMConfig.from_dict(settings)
+        except (AttributeError, TypeError, ValueError) as error:
             raise SpeechLMError(f"{folder}/speech_lm.json: {error}") from None
         source = resolver if resolver is not None else backbones
         stored_lm = folder / "lm"
@@ -269,10 +271,13 @@ class SpeechLM(nn.Module):
         encoder, extractor = None, None
         if (folder / "encoder").is_dir():
             encoder, extractor = source.load_speech_encoder(str(folder / "encoder"))
-        model = cls(config, lm=lm, tokenizer=tokenizer, encoder=encoder, feature_extractor=extractor, resolver=source)
+        try:
+            model = cls(config, lm=lm, tokenizer=tokenizer, encoder=encoder, feature_extractor=extractor, resolver=source)
+        except ValueError as error:
+            raise SpeechLMError(f"{folder}/speech_lm.json: {error}") from None
         model._stored_parts = frozenset(part for part in ("lm", "encoder") if (folder / part).is_dir())
-        model._check_sha256("lm", record["frozen"].get("lm_sha256"), folder)
-        model._expected_encoder_sha256 = record["frozen"].get("encoder_sha256")  # checked when it is loaded
+        model._check_sha256("lm", frozen.get("lm_sha256"), folder)
+        model._expected_encoder_sha256 = frozen.get("encoder_sha256")  # checked when it is loaded
         try:
             model.connector.load_state_dict(load_file(folder / "connector.safetensors"), strict=True)
         except Exception as error:  # safetensors and torch raise several unrelated types

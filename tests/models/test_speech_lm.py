@@ -522,10 +522,17 @@ def test_damaged_folders_are_named(model, tmp_path):
     (folder / "speech_lm.json").write_text(json.dumps(record | {"format_version": 99}))
     with pytest.raises(SpeechLMError, match="expected format version 1, got 99"):
         SpeechLM.from_pretrained(folder, resolver=TinyBackbones())
-    record["config"]["num_querys"] = 3
-    (folder / "speech_lm.json").write_text(json.dumps(record))
-    with pytest.raises(SpeechLMError, match="num_querys: unknown setting; did you mean num_queries"):
-        SpeechLM.from_pretrained(folder, resolver=TinyBackbones())
+    settings = record["config"]
+    for text, message in (
+        ('{"format_version": 1}', r"damaged: it has no 'config'"),
+        ("[]", "unreadable"),
+        (json.dumps(record | {"config": settings | {"num_querys": 3}}), "num_querys: unknown setting; did you mean num_queries"),
+        (json.dumps(record | {"config": settings | {"connector_width": 33}}), "expected a multiple of num_heads"),
+        (json.dumps(record | {"config": 3}), r"speech_lm\.json: "),
+    ):
+        (folder / "speech_lm.json").write_text(text)
+        with pytest.raises(SpeechLMError, match=message):
+            SpeechLM.from_pretrained(folder, resolver=TinyBackbones())
     (folder / "speech_lm.json").write_text("{")
     with pytest.raises(SpeechLMError, match="unreadable"):
         SpeechLM.from_pretrained(folder, resolver=TinyBackbones())
