@@ -6,6 +6,7 @@ come from autograd, so they are independent of the analytic ones in the kernels.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -172,7 +173,9 @@ def linear_caad(
         bias = None if bias is None else bias[: spec.vocab].to(dtype)
         return torch.nn.functional.linear(hidden.to(dtype), weight[: spec.vocab].to(dtype), bias)[None]
 
-    with torch.amp.autocast(student_hidden.device.type, enabled=False):
+    device_type = student_hidden.device.type
+    available = torch.amp.is_autocast_available(device_type)  # not on "meta"
+    with torch.amp.autocast(device_type, enabled=False) if available else contextlib.nullcontext():
         student = logits(student_hidden, student_weight, student_bias)
         audio = logits(audio_hidden, teacher_weight, teacher_bias)
         text = None if text_hidden is None else logits(text_hidden, teacher_weight, teacher_bias)

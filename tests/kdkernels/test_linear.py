@@ -331,6 +331,13 @@ def test_under_activation_checkpointing():
     torch.testing.assert_close(h.grad, expected["student_hidden"])
 
 
+def test_shapes_without_memory():
+    arguments = {k: x.to("meta") for k, x in hidden().items()}
+    loss, grads = run(arguments)
+    assert loss.shape == () and grads["student_hidden"].shape == (23, 12)
+    assert fused_linear_caad_loss(**arguments, reduction="none").shape == (23,)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_teacher_run_in_inference_mode(reduction):
     arguments = hidden()
