@@ -206,6 +206,8 @@ def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterato
     if row.get("audio2") is not None or row.get("file2") is not None:
         raise ValueError("audio2: expected one clip, got two")
     instruction, label = str(row["instruction"]), str(row["label"])
+    if isinstance(row.get("choices"), str):
+        raise TypeError("choices: expected a list, got a string")
     choices = tuple(row["choices"]) if "choices" in row else _offered(instruction)
     if label not in choices:
         # Instructions and labels differ in case at times; a label that is not offered at all makes the question free.
@@ -238,9 +240,12 @@ def _offered(instruction: str) -> tuple[str, ...]:
 def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
     audio = defaults.audio(row["audio"])
     choices = row.get("choices", row.get("options", ()))
-    if isinstance(choices, Mapping):  # {"A": "happy", "B": "sad"}
-        choices = tuple(choices.values())
     answer = row["answer"]
+    if isinstance(choices, Mapping):  # {"A": "happy", "B": "sad"}, the answer by its words or its letter
+        answer = answer if answer in choices.values() else choices.get(answer, answer)
+        choices = tuple(choices.values())
+    if isinstance(choices, str):
+        raise TypeError("choices: expected a list or an object, got a string")
     if "contexts" in row:
         contexts = row["contexts"]
         if not isinstance(contexts, Mapping) or not contexts:

@@ -71,6 +71,12 @@ def test_dynamic_superb_rows_read_their_choices_from_the_instruction(root):
     assert example.choices == ("yes", "no")
 
 
+@pytest.mark.parametrize("answer", ["B", "sad"])
+def test_an_mcr_answer_may_be_a_letter(root, answer):
+    example, *_ = _read(root, [{**MCR, "answer": answer}], "mcr_bench")
+    assert (example.answer, example.choices) == ("sad", ("happy", "sad"))
+
+
 def test_mcr_rows_become_one_example_a_context_under_one_pair(root):
     examples = _read(root, [MCR], "mcr_bench").examples
     assert [e.kind for e in examples] == ["neutral", "aligned", "conflict", "neutral"]
@@ -100,6 +106,8 @@ def test_mcr_rows_become_one_example_a_context_under_one_pair(root):
         ("dynamic_superb", {k: v for k, v in SUPERB.items() if k != "file"}, "missing field 'audio'"),
         ("dynamic_superb", {**SUPERB, "audio2": "b.flac"}, "audio2: expected one clip, got two"),
         ("mcr_bench", {**MCR, "answer": "angry"}, "answer: expected one of"),
+        ("mcr_bench", {**MCR, "options": "happy or sad"}, "choices: expected a list or an object, got a string"),
+        ("dynamic_superb", {**SUPERB, "choices": "yes or no"}, "choices: expected a list, got a string"),
         ("mcr_bench", {**MCR, "contexts": {"hostile": ""}}, "context_type: expected one of"),
         ("mcr_bench", {**MCR, "contexts": []}, "contexts: expected an object"),
     ],
