@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -36,7 +37,11 @@ void parallel_rows(std::int64_t rows, std::int64_t width, int threads, Work work
     }
   };
   std::vector<std::thread> helpers;
-  for (int i = 1; i < count; ++i) helpers.emplace_back(guarded, i);
+  try {
+    for (int i = 1; i < count; ++i) helpers.emplace_back(guarded, i);
+  } catch (const std::system_error&) {
+    // No thread to be had (a process limit): those that started, and this one, take the rows.
+  }
   guarded(0);
   for (auto& t : helpers) t.join();
   for (auto& e : errors)
