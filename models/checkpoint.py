@@ -241,10 +241,12 @@ def restore_rng(checkpoint: Checkpoint) -> None:
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint has to hold: every entry of the state dict except frozen parameters.
 
-    Buffers stay in (feature statistics are buffers); backbones are frozen parameters and stay out.
+    Buffers stay in (feature statistics are buffers); backbones are frozen parameters and stay out. A parameter with two
+    names (a tied LM head) is held under the first.
     """
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {name: t for name, t in model.state_dict().items() if name not in frozen}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    others = {name for name, _ in model.named_parameters(remove_duplicate=False)} - trained
+    return {name: t for name, t in model.state_dict().items() if name not in others}
 
 
 def _split_optimizer(

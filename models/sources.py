@@ -320,7 +320,8 @@ def build_teacher(
         except ValueError as error:
             raise SourceError(f"teacher.cache: {error}") from error
         return CachedTeacher(cache, head, device=device)
-    own = make_training_data(lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib)
+    cache_mib = 0 if lm.config.train_lm else recipe.model.prefix_cache_mib
+    own = make_training_data(lm.requires_grad_(False), data.examples, data.store, prefix_cache_mib=cache_mib)
     return LiveTeacher(lm, own, device=device)
 
 

@@ -11,6 +11,7 @@ from models.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    restore_model,
     restore_optimizer,
     restore_rng,
     save_checkpoint,
@@ -52,6 +53,21 @@ def save(root, step, net, optimizer, names, **kw):
 
 def test_frozen_weights_stay_out_and_buffers_in():
     assert set(trainable_state(Net())) == {"adapter.weight", "adapter.bias", "mean"}
+
+
+def test_a_tied_head_that_trains_is_saved_once_and_restored_in_both_places(tmp_path):
+    def tied(seed):
+        torch.manual_seed(seed)
+        net = torch.nn.ModuleDict({"table": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5, bias=False)})
+        net.head.weight = net.table.weight
+        return net, dict.fromkeys(net.parameters(), "table.weight")
+
+    net, names = tied(0)
+    assert list(trainable_state(net)) == ["table.weight"]
+    save(tmp_path, 1, net, torch.optim.AdamW(list(names)), names)
+    other, _ = tied(1)
+    restore_model(other, find_checkpoint(tmp_path, "auto"))
+    assert torch.equal(other.head.weight, net.table.weight) and other.head.weight is other.table.weight
 
 
 def test_continuing_is_bitwise(tmp_path):

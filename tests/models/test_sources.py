@@ -94,6 +94,19 @@ def test_cached_states_train_the_very_same_student_as_the_live_teacher(world):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_a_language_model_that_trains_goes_through_every_stage(world, tmp_path):
+    old = SpeechLM.from_pretrained(world / "untrained")
+    model = SpeechLM.from_config(dataclasses.replace(old.config, train_lm=True))
+    model.connector.load_state_dict(old.connector.state_dict())
+    model.save_pretrained(tmp_path / "all")
+    words = ["optim.steps=2", f"model.folder={tmp_path / 'all'}"]
+    assert train(world, "sft_teacher", "all", *words) == 0
+    assert train(world, "sft_teacher", "all", *words, "run.resume=auto") == 0
+    trained = SpeechLM.from_pretrained(world / "all" / "final")
+    assert not torch.equal(trained.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert train(world, "caad", "of-all", "optim.steps=1", f"teacher.folder={world / 'all' / 'final'}") == 0
+
+
 @pytest.mark.parametrize("words", [("run.gradient_checkpointing=true",), ("model.prefix_cache_mib=0",)])
 def test_memory_options_change_nothing_but_rounding(world, words):
     base = ["optim.steps=3", f"teacher.folder={world / 'teacher' / 'final'}"]
