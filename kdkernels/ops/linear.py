@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,7 +84,9 @@ def linear_caad_chunks(
         chunk_tokens=chunk_tokens,
         workspace_bytes=workspace_bytes,
     )
-    scratch = torch.empty(buffers, min(plan.chunk_tokens, max(n, 1)), spec.vocab, dtype=logits_dtype, device=device)
+    shape = (buffers, min(plan.chunk_tokens, max(n, 1)), spec.vocab)
+    memory = _take_scratch(math.prod(shape) * logits_dtype.itemsize, device)
+    scratch = memory[: math.prod(shape) * logits_dtype.itemsize].view(logits_dtype).view(shape)
 
     any_grad = hidden_grad or weight_grad or bias_grad
     float32 = {"dtype": torch.float32, "device": device}
@@ -135,6 +138,7 @@ def linear_caad_chunks(
         if bias_grad:
             db[: spec.vocab] += grad.sum(0, dtype=torch.float32)
 
+    _return_scratch(memory)
     if keep is not None:
         kd, ce = (_spread(x, keep, n_total, 0) for x in (kd, ce))
         stats = None if stats is None else _spread(stats, keep, n_total, 1)
@@ -147,6 +151,30 @@ def linear_caad_chunks(
         weight_grad=None if dw is None else dw.to(student_weight.dtype),
         bias_grad=None if db is None else db.to(student_bias.dtype),
     )
+
+
+# On the CPU torch asks the system for every large buffer anew, and touching fresh pages costs as much as the GEMM that fills them:
+# the last call's scratch is kept for the next. (CUDA's allocator does this by itself.)
+KEPT_SCRATCH_BYTES = 256 << 20
+_kept_scratch: list[Tensor] = []
+_scratch_lock = threading.Lock()
+
+
+def _take_scratch(size: int, device: torch.device) -> Tensor:
+    """(at least `size`,) uint8"""
+    if device.type == "cpu":
+        with _scratch_lock:
+            memory = _kept_scratch.pop() if _kept_scratch else None
+        if memory is not None and memory.numel() >= size:
+            return memory
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _return_scratch(memory: Tensor) -> None:
+    if memory.device.type == "cpu" and 0 < memory.numel() <= KEPT_SCRATCH_BYTES and not memory.is_inference():
+        with _scratch_lock:
+            if not _kept_scratch:
+                _kept_scratch.append(memory)
 
 
 def _kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
