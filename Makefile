@@ -11,7 +11,7 @@ SOURCES := pyproject.toml csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 .PHONY: test demo smoke lint bench clean
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 demo: $(STAMP)
 	$(BIN)/python -m models.demo

@@ -285,12 +285,17 @@ def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor)
     """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
     bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
     parts = [p.float() for p in parts]
-    block = torch.empty(min(VOCAB_BLOCK, weight.shape[0]), weight.shape[1], dtype=torch.float32, device=weight.device)
+    widest = min(VOCAB_BLOCK, weight.shape[0])
+    block = torch.empty(widest, weight.shape[1], dtype=torch.float32, device=weight.device)
+    product = torch.empty(out.shape[0] * widest, dtype=torch.float32, device=out.device)
     for start in range(0, weight.shape[0], VOCAB_BLOCK):
         stop = min(start + VOCAB_BLOCK, weight.shape[0])
         w = block[: stop - start].copy_(weight[start:stop])
+        # Into contiguous memory first: oneDNN writes a slice of the rows at half the speed.
+        dense = product[: out.shape[0] * (stop - start)].view(out.shape[0], stop - start)
         for i, part in enumerate(parts):
-            _float32_gemm(part, w.T, out[:, start:stop], accumulate=i > 0, bf16_values=bf16)
+            _float32_gemm(part, w.T, dense, accumulate=i > 0, bf16_values=bf16)
+        out[:, start:stop] = dense
 
 
 def _hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
