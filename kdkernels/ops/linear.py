@@ -153,8 +153,8 @@ def linear_caad_chunks(
     )
 
 
-# On the CPU torch asks the system for every large buffer anew, and touching fresh pages costs as much as the GEMM that fills them:
-# the last call's scratch is kept for the next. (CUDA's allocator does this by itself.)
+# On the CPU torch asks the system for every large buffer anew, and touching fresh pages costs as much as the GEMM that
+# fills them: the last call's scratch is kept for the next. (CUDA's allocator does this by itself.)
 KEPT_SCRATCH_BYTES = 256 << 20
 _kept_scratch: list[Tensor] = []
 _scratch_lock = threading.Lock()
