@@ -20,7 +20,10 @@ made again, and a stopped demo goes on where it was. Independent stages run side
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
+import datetime
+import io
 import json
 import os
 import shutil
@@ -36,7 +39,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from models.io_utils import atomic_write_json, cache_dir, fingerprint
+from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, fingerprint
 
 DONE_NAME = "done.json"
 # Raised whenever a stage's code changes what it makes from the same settings.
@@ -826,9 +829,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(arguments.out)
     results = {"settings": dataclasses.asdict(settings), "scores": to_json(scores), "verdict": sentences, "seconds": seconds}
     atomic_write_json(out / "results.json", results)
+    atomic_write_text(out / "results.csv", results_csv(results))
     report = write_report(out / "report.html", make_report(settings, stages, folders, predictions, sentences, seconds))
     console.print(f"total {time.monotonic() - started:.0f} s; report: {report.resolve()}", soft_wrap=True)
     return 0
+
+
+def results_csv(results: Mapping[str, Any]) -> str:
+    """A row a system, from what results.json holds: accuracies by context with their 95% intervals, and TIR_adv."""
+    import torch
+
+    seconds = sum(results["seconds"].values())
+    rows = []
+    for system, by_control in results["scores"].items():
+        score = by_control["plain"]
+        row: dict[str, Any] = {"system": system, "seed": results["settings"]["seed"]}
+        for kind, _ in CONTEXTS:
+            value = score["by_kind"][kind]
+            ends = {f"{kind}_{end}": round(value[end], 4) for end in ("low", "high")}
+            row |= {kind: round(value["value"], 4), **ends}
+        tir = score["tir_adv"]["value"]
+        row |= {"tir_adv": "" if tir is None else round(tir, 4), "clips": score["by_kind"]["neutral"]["count"]}
+        row |= {"stage_seconds": round(seconds), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def make_report(

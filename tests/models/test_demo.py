@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import io
 import json
@@ -170,6 +171,12 @@ def test_smoke_run_twice(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "random models, the numbers mean nothing" in text and "report:" in text
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    with (tmp_path / "out" / "results.csv").open() as f:
+        table = {row["system"]: row for row in csv.DictReader(f)}
+    assert table.keys() == results["scores"].keys()
+    for system, row in table.items():
+        by_kind = results["scores"][system]["plain"]["by_kind"]
+        assert [float(row[kind]) for kind in by_kind] == [round(x["value"], 4) for x in by_kind.values()]
     assert set(results["scores"]) == {
         "teacher, greedy", "teacher, contrastive 1", "teacher, contrastive 2", *(label for _, label, _, _ in STUDENTS)
     }
