@@ -372,11 +372,13 @@ class SpeechLM(nn.Module):
         """Logits.
 
         Args:
-            input_ids: (B, L) int64; audio positions hold the placeholder id, `num_queries` times a row or not at all.
+            input_ids: (B, L) int64; audio positions hold the placeholder id, `num_queries` times a clip, text and clips
+                interleaved in any order; a row may have none.
             attention_mask: (B, L) of ones where there is a token, padded on either side; None = no padding. With
                 `past_key_values` it covers those positions first, as in transformers.
-            audio_features: (B, K, T, D) from `encode_audio`; None = every clip masked.
-            audio_present: (B,) bool; False masks the row's audio (standardised features zero): the negative path.
+            audio_features: (B, K, T, D) from `encode_audio`, one clip a row, or (B, M, K, T, D) with up to M clips a row in
+                the order of their placeholders; None = every clip masked.
+            audio_present: (B,) bool, or (B, M); False masks the audio (standardised features zero): the negative path.
             prefix_cache: keys and values of the text before the first audio position are taken from it. Logits at those
                 positions are zeros: they are not computed.
             past_key_values: of an earlier call with `use_cache`; audio then lies in the past, and none is taken here.
@@ -621,26 +623,34 @@ class SpeechLM(nn.Module):
     def _insert_audio(self, x: Tensor, is_audio: Tensor, features: Tensor | None, present: Tensor | None) -> Tensor:
         """Put the connector's vectors at the audio positions, by gather and where: no read-back from the device."""
         rows, queries = x.shape[0], self.config.num_queries
+        clips = 1 if features is None or features.dim() == 4 else features.shape[1]
         if is_audio.device.type == "cpu":
             counts = is_audio.sum(1)
             if not counts.any():
                 return x
-            wrong = ((counts != 0) & (counts != queries)).nonzero().flatten().tolist()
+            wrong = ((counts % queries != 0) | (counts > clips * queries)).nonzero().flatten().tolist()
             if wrong:
-                raise ValueError(
-                    f"input_ids: expected {queries} audio positions a row or none, got {counts[wrong[0]].item()} "
-                    f"in row {wrong[0]}"
-                )
+                expected = f"{queries} audio positions a row or none"
+                if clips > 1:
+                    expected = f"{queries} audio positions a clip, at most {clips} clips a row"
+                raise ValueError(f"input_ids: expected {expected}, got {counts[wrong[0]].item()} in row {wrong[0]}")
         if features is None:
             shape = self.connector.config
             features = x.new_zeros(rows, shape.num_feature_layers, shape.num_frames, shape.feature_dim)
             present = torch.zeros(rows, dtype=torch.bool, device=x.device)
         if features.shape[0] != rows:
             raise ValueError(f"audio_features: expected {rows} rows, one a row of input_ids, got {features.shape[0]}")
-        if present is not None and tuple(present.shape) != (rows,):
+        if features.dim() == 5:
+            if present is not None and present.dim() == 1:
+                present = present[:, None].expand(rows, clips)
+            if present is not None and tuple(present.shape) != (rows, clips):
+                raise ValueError(f"audio_present: expected ({rows},) or ({rows}, {clips}), got {tuple(present.shape)}")
+            features, present = features.flatten(0, 1), None if present is None else present.flatten()
+        elif present is not None and tuple(present.shape) != (rows,):
             raise ValueError(f"audio_present: expected ({rows},), got {tuple(present.shape)}")
-        audio = self.connector(features, present).to(x.dtype)  # (B, Q, H)
-        slot = (is_audio.cumsum(1) - 1).clamp(0, queries - 1)  # which query stands at each position
+        audio = self.connector(features, present).to(x.dtype)  # (B * M, Q, H)
+        audio = audio.reshape(rows, clips * queries, audio.shape[-1])
+        slot = (is_audio.cumsum(1) - 1).clamp(0, clips * queries - 1)  # which query stands at each position
         spread = audio.gather(1, slot[..., None].expand(-1, -1, audio.shape[-1]))
         return torch.where(is_audio[..., None], spread, x)
 

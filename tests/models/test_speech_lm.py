@@ -56,6 +56,54 @@ def test_forward_equals_the_language_model_on_hand_made_embeddings(model):
     torch.testing.assert_close(model(**batch.model_inputs()).logits, expected)
 
 
+def interleaved(model):
+    """Two rows of text and clips: clip, words, clip, words; and words, one clip, words."""
+    mark, words = [model.placeholder_token_id] * 3, [10, 11, 12, 13]
+    rows = [mark + words[:2] + mark + words[2:], [*words, *mark, *words[:3]]]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    features = make_features(model, 4).reshape(2, 2, *make_features(model, 1).shape[1:])
+    return ids, mask, features
+
+
+def test_several_clips_interleaved_with_text(model):
+    ids, mask, features = interleaved(model)
+    embeddings = model.lm.get_input_embeddings()(ids)
+    audio = model.connector(features.flatten(0, 1))
+    embeddings[0, 0:3], embeddings[0, 5:8], embeddings[1, 4:7] = audio[0], audio[1], audio[2]
+    expected = model.lm(inputs_embeds=embeddings, attention_mask=mask).logits[mask.bool()]
+    logits = model(ids, mask, audio_features=features).logits[mask.bool()]
+    torch.testing.assert_close(logits, expected)
+    # Masking one clip of one row changes that row alone.
+    present = torch.tensor([[True, False], [True, True]])
+    masked = model(ids, mask, audio_features=features, audio_present=present).logits
+    plain = model(ids, mask, audio_features=features).logits
+    torch.testing.assert_close(masked[1, : mask[1].sum()], plain[1, : mask[1].sum()])
+    assert (masked[0, 5:] - plain[0, 5:]).abs().max() > 1e-3
+    every = model(ids, mask, audio_features=features, audio_present=torch.tensor([False, True])).logits
+    torch.testing.assert_close(every[1, : mask[1].sum()], plain[1, : mask[1].sum()])
+    last, cache = torch.tensor([9, 10 + 9]), model.make_prefix_cache(dtype=torch.float32)
+    with_cache = model.hidden_states_at(last, ids, mask, audio_features=features, prefix_cache=cache)
+    without = model.hidden_states_at(last, ids, mask, audio_features=features)
+    torch.testing.assert_close(with_cache, without, rtol=1e-4, atol=1e-4)
+
+
+def test_one_clip_a_row_may_carry_the_dimension_of_clips(model):
+    inputs = make_batch(model, 3).model_inputs()
+    expected = model(**inputs).logits
+    inputs["audio_features"] = inputs["audio_features"][:, None]
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_more_clips_in_the_text_than_given(model):
+    ids, mask, features = interleaved(model)
+    with pytest.raises(ValueError, match="input_ids: expected 3 audio positions a row or none, got 6 in row 0"):
+        model(ids, mask, audio_features=features[:, 0])
+    with pytest.raises(ValueError, match=r"audio_present: expected \(2,\) or \(2, 2\), got \(2, 3\)"):
+        model(ids, mask, audio_features=features, audio_present=torch.ones(2, 3, dtype=torch.bool))
+
+
 def test_hidden_states_times_head_are_the_logits(model):
     batch = make_batch(model)
     logits = model(**batch.model_inputs()).logits.flatten(0, 1)[batch.target_index]
