@@ -64,7 +64,7 @@ class DemoSettings:
     target_source: str = "text_backbone"  # of the teacher's training targets
     teacher_steps: int = 150
     teacher_learning_rate: float = 1e-3
-    student_steps: int = 200
+    student_steps: int = 140
     student_learning_rate: float = 2e-3
     batch_examples: int = 16
     seed: int = 0
