@@ -256,6 +256,7 @@ def fused_linear_caad_loss(
     token's own grad_output reaches dW only inside the GEMM. Extra memory: one chunk of logits (2 tensors, 3 without the
     collapse), N * H_s items for dh, V_s * H_s float32 for dW where the head trains, and on the CPU, for float32 logits of
     low-precision weights, one float32 block of 4096 weight rows: independent of N but for dh.
+    On the CPU up to 256 MiB of that scratch stay with the process for the next call.
 
     Raises:
         As :func:`fused_caad_loss`.
