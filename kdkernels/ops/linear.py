@@ -85,8 +85,9 @@ def linear_caad_chunks(
         workspace_bytes=workspace_bytes,
     )
     shape = (buffers, min(plan.chunk_tokens, max(n, 1)), spec.vocab)
-    memory = _take_scratch(math.prod(shape) * logits_dtype.itemsize, device)
-    scratch = memory[: math.prod(shape) * logits_dtype.itemsize].view(logits_dtype).view(shape)
+    scratch_bytes = math.prod(shape) * logits_dtype.itemsize
+    memory = _take_scratch(scratch_bytes, device)
+    scratch = memory[:scratch_bytes].view(logits_dtype).view(shape)
 
     any_grad = hidden_grad or weight_grad or bias_grad
     float32 = {"dtype": torch.float32, "device": device}
