@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -368,7 +369,9 @@ class ContrastCacheWriter(AbstractContextManager):
             _write_atomically(self._index_path, b"".join(lines))
         named = {record["shard"] for record in good}
         for path in self.folder.glob(f"shard-{self.part}-*.safetensors*"):
-            if path.name not in named:  # bad, renamed just before a kill, or temporary
+            if path.is_dir():  # being written at a kill
+                shutil.rmtree(path)
+            elif path.name not in named:  # bad, or renamed just before a kill
                 path.unlink()
         return good, {sample_id for record in good for sample_id, _, _ in record["samples"]}
 
@@ -476,7 +479,10 @@ def _digest(file: Any) -> str:
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    """Written in a folder of its own: safetensors writes by way of a file of a random name, which a kill would leave."""
+    folder = path.with_name(f"{path.name}.tmp")
+    temporary = folder / path.name
+    folder.mkdir(exist_ok=True)
     try:
         _safetensors().torch.save_file(tensors, temporary, metadata={_MARK: str(FORMAT_VERSION)})
         with open(temporary, "rb+") as file:
@@ -484,7 +490,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         described = {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     _sync_folder(path.parent)
     return described
 

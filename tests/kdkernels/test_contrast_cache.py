@@ -172,6 +172,19 @@ class TestResume:
         assert len(ContrastCache(tmp_path)) == done + 1
         assert not list(tmp_path.glob("*.tmp*"))
 
+    def test_leftovers_of_a_kill_are_removed(self, tmp_path):
+        """safetensors writes by way of a file of a random name, and so the shard in the making has its own folder."""
+        filled(tmp_path, "a")
+        leftover = tmp_path / "shard-0-00001.safetensors.tmp"
+        leftover.mkdir()
+        (leftover / ".tmpB4D1to").write_bytes(b"half a shard")
+        other_part = tmp_path / "shard-1-00001.safetensors.tmp"
+        other_part.mkdir()
+        with writer(tmp_path) as cache:
+            cache.add("b", *states("b"))
+        assert not leftover.exists() and other_part.exists()
+        assert list(ContrastCache(tmp_path)) == ["a", "b"]
+
     @pytest.mark.parametrize("cut", [1, 40])
     def test_torn_index_line(self, tmp_path, cut):
         filled(tmp_path, "ab")
