@@ -5,7 +5,7 @@
 
     corpus -> features -> Stage 1 (the text backbone writes Y) -> teacher, biased by hints that are nearly always true
            -> its student: layers dropped, healed on text
-           -> the teacher's own answers as pseudo ground truth, both of its paths cached
+           -> the teacher's own answers as pseudo ground truth; both of its paths cached
            -> students: CE only, KD, sharpened control, CAAD alpha 1 and 2
            -> test clips under a true, a false and no hint -> table, verdict, report
 
@@ -62,9 +62,9 @@ class DemoSettings:
     keep_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
     healing_steps: int = 96
     target_source: str = "text_backbone"  # of the teacher's training targets
-    teacher_steps: int = 150
+    teacher_steps: int = 120
     teacher_learning_rate: float = 1e-3
-    student_steps: int = 140
+    student_steps: int = 120
     student_learning_rate: float = 2e-3
     batch_examples: int = 16
     seed: int = 0
@@ -232,13 +232,8 @@ def run_student_lm(context: Context) -> dict[str, Any]:
     return {"healing": json.loads((folder / "healing.json").read_text())["report"]}
 
 
-def run_distill(context: Context) -> dict[str, Any]:
-    """The teacher answers the distillation pool: its answers are the students' Y, both of its paths go into the cache."""
-    import torch
-    from tqdm import tqdm
-
-    from kdkernels.contrast_cache import ContrastCache
-    from kdkernels.teacher import DualPathTeacher, MarkAbsent
+def run_pool(context: Context) -> dict[str, Any]:
+    """The teacher answers the distillation pool: its answers are the students' Y."""
     from models.data.manifest import write_manifest
     from models.evaluate import evaluate
     from models.scoring import judge
@@ -249,7 +244,23 @@ def run_distill(context: Context) -> dict[str, Any]:
     texts = {p.id: p.prediction for p in answers}
     forced = [dataclasses.replace(e, target=texts[e.id], target_source="teacher") for e in examples]
     write_manifest(context.folder / "pool.jsonl", forced)
+    right = judge(answers)
+    kinds = {k: [r for p, r in zip(answers, right, strict=True) if p.kind == k] for k, _ in CONTEXTS}
+    return {"pool": len(forced), "pseudo_label_accuracy": {k: float(sum(v) / len(v)) for k, v in kinds.items() if v}}
 
+
+def run_cache(context: Context) -> dict[str, Any]:
+    """Both of the teacher's paths over its own answers, once, for all students that learn from it."""
+    import torch
+    from tqdm import tqdm
+
+    from kdkernels.contrast_cache import ContrastCache
+    from kdkernels.teacher import DualPathTeacher, MarkAbsent
+    from models.data.manifest import read_manifest
+
+    model, store, extra = _speech_lm(context, context.folders["teacher"] / "final")
+    pool = read_manifest(context.folders["pool"] / "pool.jsonl", audio_root=context.folders["corpus"], check_audio=False)
+    forced = pool.examples
     teacher = DualPathTeacher(model, negative=MarkAbsent())
     collate = model.make_collator()
     made_from = {"teacher": fingerprint(str(context.folders["teacher"].name)), "targets": fingerprint([e.target for e in forced])}
@@ -266,9 +277,7 @@ def run_distill(context: Context) -> dict[str, Any]:
                 if example.id not in writer:
                     writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], batch.target[here])
             bar.update(len(chosen))
-    right = judge(answers)
-    kinds = {k: [r for p, r in zip(answers, right, strict=True) if p.kind == k] for k, _ in CONTEXTS}
-    return {"pool": len(forced), "pseudo_label_accuracy": {k: float(sum(v) / len(v)) for k, v in kinds.items() if v}}
+    return {"examples": len(forced)}
 
 
 def run_student(context: Context) -> dict[str, Any]:
@@ -282,14 +291,14 @@ def run_student(context: Context) -> dict[str, Any]:
     if objective != "ce_only":
         words += [
             f"teacher.folder={context.folders['teacher'] / 'final'}",
-            f"teacher.cache={context.folders['distill'] / 'cache'}",
+            f"teacher.cache={context.folders['cache'] / 'cache'}",
             f"loss.alpha={alpha}",
         ]
     if not (context.folder / "final").exists():
         _train(
             context,
             objective,
-            manifest=context.folders["distill"] / "pool.jsonl",
+            manifest=context.folders["pool"] / "pool.jsonl",
             folder=context.folders["student_lm"] / "untrained",
             # The statistics of the features come from the teacher's clips: one standardisation for all.
             words=[*words, f"model.feature_statistics={context.folders['features'] / 'untrained'}"],
@@ -322,11 +331,13 @@ def make_stages() -> list[Stage]:
             "teacher", "teacher (sft, biased)", ("corpus", "features", "stage1"),
             (*training, "teacher_steps", "teacher_learning_rate"), run_teacher,
         ),
-        Stage("distill", "teacher's answers and cache", ("corpus", "features", "teacher"), training, run_distill),
+        Stage("pool", "teacher's answers on the pool", ("corpus", "features", "teacher"), training, run_pool),
+        Stage("cache", "cache of its two paths", ("corpus", "features", "teacher", "pool"), training, run_cache),
     ]  # fmt: skip
     for name, label, objective, alpha in STUDENTS:
+        taught = () if objective == "ce_only" else ("cache",)
         student = Stage(
-            f"student_{name}", label, ("corpus", "features", "teacher", "student_lm", "distill"),
+            f"student_{name}", label, ("corpus", "features", "teacher", "student_lm", "pool", *taught),
             (*training, "student_steps", "student_learning_rate"), run_student,
             extra={"objective": objective, "alpha": alpha},
         )  # fmt: skip

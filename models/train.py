@@ -175,6 +175,7 @@ def train(
             ce_normalizer = torch.stack([w.ce.sum() for _, _, w, _ in parts]).sum()
 
             # 3. Forward and backward, part by part.
+            logged = step % run.log_every_steps == 0 or step == optim.steps
             optimizer.zero_grad(set_to_none=True)
             losses = []
             for batch, states, weights, present in parts:
@@ -183,7 +184,7 @@ def train(
                 with autocast:
                     hidden = model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
                     loss, values = objective_loss(
-                        recipe, step, model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer
+                        recipe, step, model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer, logged
                     )
                 loss.backward()
                 losses.append(loss.detach())
@@ -204,7 +205,7 @@ def train(
             metrics.add("loss", total)
             metrics.add("grad_norm", grad_norm)
             bar.update()
-            if step % run.log_every_steps == 0 or step == optim.steps:
+            if logged:
                 alpha = {} if recipe.objective not in ("caad", "sharpened") else {"alpha": recipe.loss.alpha_at(step)}
                 line = metrics.flush(step, learning_rate=learning_rate, **alpha)
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
@@ -299,11 +300,14 @@ def objective_loss(
     weights: TokenWeights,
     kd_normalizer: torch.Tensor,
     ce_normalizer: torch.Tensor,
+    with_stats: bool = True,
 ) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor, torch.Tensor]]]:
     """The objective on one part of a step, divided by the normalizers of the whole step.
 
     Args:
         hidden: (N, H_s) what the student's LM head reads at the positions that predict `target` (N,).
+        with_stats: also the curves of `CAADStats`. The divergence of the teacher's two paths needs both of their logits,
+            a product with the whole vocabulary that the loss itself does without: ask for them at logged steps only.
 
     Returns:
         the loss, and (name, mean, weight) of each curve to log.
@@ -325,7 +329,7 @@ def objective_loss(
     elif recipe.objective == "sharpened":
         text_hidden = torch.zeros_like(states.audio_hidden)  # logits 0: (1 + alpha) z_audio, nothing subtracted
     teacher = states.head
-    loss, stats = fused_linear_caad_loss(
+    result = fused_linear_caad_loss(
         hidden,
         head.weight,
         states.audio_hidden,
@@ -348,8 +352,11 @@ def objective_loss(
         ce_normalizer=ce_normalizer,
         chunk_tokens=settings.chunk_tokens,
         impl=settings.impl,
-        return_stats=True,
+        return_stats=with_stats,
     )
+    if not with_stats:
+        return result, []
+    loss, stats = result
     kd_total, ce_total = weights.kd.sum(), weights.ce.sum()
     curves = [("kd", _mean(stats.kd, weights.kd), kd_total), ("ce", _mean(stats.ce, weights.ce), ce_total)]
     for name in ("student_entropy", "teacher_entropy", "top1_agreement", "path_divergence"):

@@ -84,7 +84,7 @@ def test_a_setting_renames_the_stages_that_depend_on_it_and_no_others(tmp_path):
     assert changed == {f"student_{name}" for name, *_ in STUDENTS}
     after = stage_folders(stages, dataclasses.replace(FULL, teacher_steps=7), tmp_path)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"teacher", "distill", "answers_teacher"} | {f"student_{name}" for name, *_ in STUDENTS}
+    assert changed == {"teacher", "pool", "cache", "answers_teacher"} | {f"student_{name}" for name, *_ in STUDENTS}
     after = stage_folders(stages, dataclasses.replace(FULL, corpus_size="full"), tmp_path)
     assert {name for name in before if before[name] == after[name]} == {"backbones"}
 
