@@ -2,10 +2,27 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
+#include "cpu/gemm.h"
 #include "cpu/row_problem.h"
 
 namespace py = pybind11;
 using namespace kdkernels;
+
+namespace {
+
+void gemm_bf16(const Bf16Gemm& problem) {
+#if defined(KDKERNELS_X86)
+  if (best_isa() == std::string("avx512_bf16")) return gemm_avx512_bf16(problem);
+#else
+  (void)problem;
+#endif
+  throw std::invalid_argument(std::string("gemm_bf16: expected a processor with avx512_bf16, got ") + best_isa());
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of kdkernels";
@@ -33,4 +50,17 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("caad_rows", &caad_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("best_isa", &best_isa);
+
+  py::class_<Bf16Gemm>(m, "Bf16Gemm")
+      .def(py::init<>())
+      .def("add_part", [](Bf16Gemm& g, int part, std::uintptr_t a, std::int64_t lda) { g.a[part] = a, g.lda[part] = lda; })
+      .def_readwrite("w", &Bf16Gemm::w)
+      .def_readwrite("ldw", &Bf16Gemm::ldw)
+      .def_readwrite("c", &Bf16Gemm::c)
+      .def_readwrite("ldc", &Bf16Gemm::ldc)
+      .def_readwrite("m", &Bf16Gemm::m)
+      .def_readwrite("n", &Bf16Gemm::n)
+      .def_readwrite("k", &Bf16Gemm::k)
+      .def_readwrite("threads", &Bf16Gemm::threads);
+  m.def("gemm_bf16", &gemm_bf16, py::arg("problem"), py::call_guard<py::gil_scoped_release>());
 }

@@ -48,13 +48,14 @@ void caad_rows_generic(const RowProblem& problem);
 #if defined(KDKERNELS_X86)
 void caad_rows_avx2(const RowProblem& problem);
 void caad_rows_avx512(const RowProblem& problem);
+void caad_rows_avx512_bf16(const RowProblem& problem);
 #endif
 
-// Runs on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512"); throws
+// Runs on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512", "avx512_bf16"); throws
 // std::invalid_argument for a name that is unknown or that this machine lacks.
 void caad_rows(const RowProblem& problem, const char* isa);
 
-// "generic", "avx2" or "avx512": what caad_rows picks.
+// What caad_rows picks.
 const char* best_isa();
 
 }  // namespace kdkernels

@@ -17,7 +17,7 @@
 namespace kdkernels {
 namespace {
 
-constexpr int BLOCK = 512;
+constexpr int BLOCK = 1024;
 // Start of every running maximum. Finite, so that differences of maxima never give inf - inf; a logit below it has
 // probability 0 in any row with a logit above it.
 constexpr float FLOOR = -1e30f;
@@ -68,6 +68,84 @@ void store_block(RowPointer row, std::int64_t start, int n, const float* in) {
     store16(tail, bf16 ? to_bf16(load(in + whole)) : to_f16(load(in + whole)));
     std::memcpy(target + whole, tail, std::size_t(n - whole) * 2);
   }
+}
+
+// One vector of logits of a known dtype, as fp32.
+template <DType D>
+inline vf load_as(const char* row, std::int64_t i) {
+  if constexpr (D == DType::f32) return load(reinterpret_cast<const float*>(row) + i);
+  vh half = load16(reinterpret_cast<const std::uint16_t*>(row) + i);
+  return D == DType::bf16 ? from_bf16(half) : from_f16(half);
+}
+
+template <DType D>
+inline void store_as(char* row, std::int64_t i, vf x) {
+  if constexpr (D == DType::f32) {
+    store(reinterpret_cast<float*>(row) + i, x);
+  } else {
+    store16(reinterpret_cast<std::uint16_t*>(row) + i, D == DType::bf16 ? to_bf16(x) : to_f16(x));
+  }
+}
+
+// The three sweeps below do for whole blocks of plain logits (no softcap, no scale) what Worker does step by step.
+
+// out = s * inverse_tau; returns the maximum
+template <DType D>
+float read_student(const char* student, float inverse_tau, float* out) {
+  vf m0 = splat(NEG_INF), m1 = m0;
+  for (int i = 0; i < BLOCK; i += 2 * W) {
+    vf x0 = load_as<D>(student, i) * inverse_tau, x1 = load_as<D>(student, i + W) * inverse_tau;
+    store(out + i, x0);
+    store(out + i + W, x1);
+    m0 = vmax(x0, m0);
+    m1 = vmax(x1, m1);
+  }
+  return hmax(vmax(m0, m1));
+}
+
+// out = (a + alpha (a - t)) * inverse_tau, -inf where either is; returns the maximum
+template <DType D>
+float read_contrast(const char* audio, const char* text, float alpha, float inverse_tau, float* out) {
+  const vf masked = splat(NEG_INF);
+  vf m = masked;
+  for (int i = 0; i < BLOCK; i += W) {
+    vf a = load_as<D>(audio, i), t = load_as<D>(text, i);
+    vf z = (a + alpha * (a - t)) * inverse_tau;
+    vi hidden = (a == masked) | (t == masked);
+    z = hidden ? masked : z;
+    store(out + i, z);
+    m = vmax(z, m);
+  }
+  return hmax(m);
+}
+
+// grad = e_s student_factor - e_z teacher_factor (+ e_s^2 square_factor)
+template <DType D, bool SQUARE>
+void write_gradient(const float* es, const float* ez, float student_factor, float teacher_factor, float square_factor, char* grad) {
+  for (int i = 0; i < BLOCK; i += W) {
+    vf e = load(es + i);
+    vf g = e * student_factor - load(ez + i) * teacher_factor;
+    if constexpr (SQUARE) g += e * e * square_factor;
+    store_as<D>(grad, i, g);
+  }
+}
+
+using ReadStudent = float (*)(const char*, float, float*);
+using ReadContrast = float (*)(const char*, const char*, float, float, float*);
+using WriteGradient = void (*)(const float*, const float*, float, float, float, char*);
+
+ReadStudent pick_read_student(DType d) {
+  return d == DType::f32 ? read_student<DType::f32> : d == DType::bf16 ? read_student<DType::bf16> : read_student<DType::f16>;
+}
+
+ReadContrast pick_read_contrast(DType d) {
+  return d == DType::f32 ? read_contrast<DType::f32> : d == DType::bf16 ? read_contrast<DType::bf16> : read_contrast<DType::f16>;
+}
+
+WriteGradient pick_write_gradient(DType d, bool square) {
+  if (d == DType::f32) return square ? write_gradient<DType::f32, true> : write_gradient<DType::f32, false>;
+  if (d == DType::bf16) return square ? write_gradient<DType::bf16, true> : write_gradient<DType::bf16, false>;
+  return square ? write_gradient<DType::f16, true> : write_gradient<DType::f16, false>;
 }
 
 // l -> softcap * tanh(scale * l / softcap), or scale * l
@@ -122,10 +200,11 @@ void move_maxima(PairSums& p, float Ms, float Mz, float tau) {
   p.Mz = Mz;
 }
 
-// Adds one block. es receives e_s; ez receives e_z (or, for of_s, the difference ds - dz); e1 the exponentials at temperature 1.
+// Adds one block, whose maxima are given. es receives e_s; ez receives e_z (or, for of_s, the difference ds - dz); e1 the exponentials at temperature 1.
 template <Cross CROSS, One ONE, bool HAS_Z, bool STORE>
-void add_block(PairSums& p, const float* s, const float* z, int n, float tau, float* es_out, float* ez_out, float* e1_out) {
-  move_maxima<CROSS>(p, std::max(p.Ms, block_max(s, n)), HAS_Z ? std::max(p.Mz, block_max(z, n)) : p.Mz, tau);
+void add_block(PairSums& p, const float* s, const float* z, float max_s, float max_z, int n, float tau, float* es_out,
+               float* ez_out, float* e1_out) {
+  move_maxima<CROSS>(p, std::max(p.Ms, max_s), HAS_Z ? std::max(p.Mz, max_z) : p.Mz, tau);
   const vf Ms = splat(p.Ms), Mz = splat(p.Mz), vtau = splat(tau), zero = vf{};
   vf sum_s = zero, sum_1 = zero, sum_z = zero, sum_c = zero;
   for (int i = 0; i < n; i += W) {
@@ -164,7 +243,7 @@ void add_block(PairSums& p, const float* s, const float* z, int n, float tau, fl
   if constexpr (CROSS != Cross::none) p.cross += hsum(sum_c);
 }
 
-using AddBlock = void (*)(PairSums&, const float*, const float*, int, float, float*, float*, float*);
+using AddBlock = void (*)(PairSums&, const float*, const float*, float, float, int, float, float*, float*, float*);
 
 template <Cross CROSS, bool HAS_Z, bool STORE>
 AddBlock pick_one(One one) {
@@ -201,6 +280,14 @@ class Worker {
     store_ = want_grad_ || (jsd_ && P.with_kd);
     add_ = store_ ? pick<true>(cross_, one_, read_teacher_) : pick<false>(cross_, one_, read_teacher_);
     blocks_ = (P.vocab + BLOCK - 1) / BLOCK;
+    const bool plain_student = P.student_softcap == 0.f && P.student_scale == 1.f;
+    read_student_ = plain_student ? pick_read_student(P.student.dtype) : nullptr;
+    read_plain_teacher_ = P.teacher_softcap == 0.f && P.teacher_scale == 1.f && !P.has_plausibility &&
+                          (!P.text.data || P.text.dtype == P.audio.dtype);
+    read_audio_ = pick_read_student(P.audio.dtype);
+    read_contrast_ = pick_read_contrast(P.audio.dtype);
+    const bool forward = P.with_kd && P.divergence == Divergence::forward_kl;
+    write_gradient_ = plain_student && forward && one_ != One::own ? pick_write_gradient(P.grad.dtype, one_ == One::square) : nullptr;
     if (store_) {
       std::size_t padded = std::size_t(blocks_) * BLOCK;
       es_.resize(padded);
@@ -234,12 +321,26 @@ class Worker {
 
     PairSums p;
     for (std::int64_t b = 0; b < blocks_; ++b) {
-      int n = load_student(b);
-      if (read_teacher_) load_contrast(b);
+      const bool whole = width(b) == BLOCK;
+      int n = BLOCK;
+      float max_s, max_z = NEG_INF;
+      if (whole && read_student_) {
+        max_s = read_student_(at(student_, b), 1.f / P.temperature, s_);
+      } else {
+        n = load_student(b);
+        max_s = block_max(s_, n);
+      }
+      if (read_teacher_ && whole && read_plain_teacher_) {
+        max_z = use_text_ ? read_contrast_(at(audio_, b), at(text_, b), alpha_, 1.f / P.temperature, z_)
+                          : read_audio_(at(audio_, b), 1.f / P.temperature, z_);
+      } else if (read_teacher_) {
+        load_contrast(b);
+        max_z = block_max(z_, n);
+      }
       float* es = store_ ? es_.data() + b * BLOCK : nullptr;
       float* ez = store_ && read_teacher_ ? ez_.data() + b * BLOCK : nullptr;
       float* e1 = store_ && one_ == One::own ? e1_.data() + b * BLOCK : nullptr;
-      add_(p, s_, z_, n, P.temperature, es, ez, e1);
+      add_(p, s_, z_, max_s, max_z, n, P.temperature, es, ez, e1);
       if (store_) {
         used_Ms_[std::size_t(b)] = p.Ms;
         used_Mz_[std::size_t(b)] = p.Mz;
@@ -279,6 +380,10 @@ class Worker {
   Cross cross_;
   One one_;
   AddBlock add_;
+  ReadStudent read_student_, read_audio_;  // read_student_: null where the student's logits are not plain
+  ReadContrast read_contrast_;
+  WriteGradient write_gradient_;  // null where there is no short way
+  bool read_plain_teacher_;
   std::int64_t blocks_;
   std::vector<float> es_, ez_, e1_, used_Ms_, used_Mz_;
   RowPointer student_{}, audio_{}, text_{};
@@ -292,6 +397,9 @@ class Worker {
     reinterpret_cast<float*>(P.kd)[r] = kd;
     reinterpret_cast<float*>(P.ce)[r] = ce;
   }
+
+  // The b-th block of a row.
+  static const char* at(RowPointer row, std::int64_t b) { return row.data + b * BLOCK * (row.dtype == DType::f32 ? 4 : 2); }
 
   int width(std::int64_t b) const { return int(std::min<std::int64_t>(BLOCK, P.vocab - b * BLOCK)); }
 
@@ -426,18 +534,44 @@ class Worker {
     const float log_ratio = float(std::log(p.Sz) - std::log(p.Ss));
     RowPointer out = row_of(P.grad, r, P.inner);
     const vf zero = vf{};
+    const bool short_way = write_gradient_ && !mask_student && c_kd != 0.f;
+    // The factors change only where the running maxima did: seldom.
+    float used_s = NOT_A_NUMBER, used_z = NOT_A_NUMBER, fs = 0.f, fz = 0.f, f1 = 0.f;
     for (std::int64_t b = 0; b < blocks_; ++b) {
       int n = width(b), padded = (n + W - 1) / W * W;
       const float* es = es_.data() + b * BLOCK;
       const float* ez = read_teacher_ ? ez_.data() + b * BLOCK : nullptr;
       const float* e1 = one_ == One::own ? e1_.data() + b * BLOCK : nullptr;
-      float used_s = used_Ms_[std::size_t(b)], used_z = used_Mz_[std::size_t(b)];
-      const float fs = rescale(used_s, p.Ms, p.Ss);
+      if (used_Ms_[std::size_t(b)] != used_s) {
+        used_s = used_Ms_[std::size_t(b)];
+        fs = rescale(used_s, p.Ms, p.Ss);
+        f1 = one_ == One::none ? 0.f : one_ == One::same ? c_ce * fs : c_ce * rescale_one(used_s, p);
+      }
+      if (used_Mz_[std::size_t(b)] != used_z) {
+        used_z = used_Mz_[std::size_t(b)];
+        fz = rescale(used_z, p.Mz, p.Sz);
+      }
+      const std::int64_t local = y - b * BLOCK;
+      const bool has_label = c_ce != 0.f && local >= 0 && local < n && s_y != NEG_INF;
+      if (short_way && n == BLOCK) {
+        const bool same = one_ == One::same;
+        const float factor_s = k * fs + (same ? f1 : 0.f), factor_z = k * fz, factor_1 = same ? 0.f : f1;
+        char* here = const_cast<char*>(at(out, b));
+        write_gradient_(es, ez, factor_s, factor_z, factor_1, here);
+        if (has_label) {  // the label's vector again: in fp32, less 1 there, rounded once
+          const int start = int(local) / W * W;
+          vf e = load(es + start);
+          store(g_, e * factor_s - load(ez + start) * factor_z + e * e * factor_1);
+          g_[local - start] -= c_ce;
+          store_block(out, b * BLOCK + start, W, g_);
+        }
+        continue;
+      }
       if (softcap || mask_student) load_student(b);  // before this block of a shared row is overwritten
       if (c_kd == 0.f) {
         for (int i = 0; i < padded; i += W) store(g_ + i, zero);
       } else if (P.divergence == Divergence::forward_kl) {
-        const vf kq = splat(k * fs), kp = splat(k * rescale(used_z, p.Mz, p.Sz));
+        const vf kq = splat(k * fs), kp = splat(k * fz);
         for (int i = 0; i < padded; i += W) store(g_ + i, load(es + i) * kq - load(ez + i) * kp);
       } else if (P.divergence == Divergence::reverse_kl) {
         // log(q / p) = (s - Ms) - (z - Mz) + log(Sz / Ss), with the maxima moved from the block's to the row's
@@ -453,21 +587,18 @@ class Worker {
         for (int i = 0; i < padded; i += W) store(g_ + i, load(es + i) * kq * (load(ez + i) - mean));
       }
       if (c_ce != 0.f) {
+        const vf factor = splat(f1);
         if (one_ == One::own) {
-          const vf f1 = splat(c_ce * rescale_one(used_s, p));
-          for (int i = 0; i < padded; i += W) store(g_ + i, load(g_ + i) + load(e1 + i) * f1);
+          for (int i = 0; i < padded; i += W) store(g_ + i, load(g_ + i) + load(e1 + i) * factor);
         } else if (one_ == One::square) {
-          const vf f1 = splat(c_ce * rescale_one(used_s, p));
           for (int i = 0; i < padded; i += W) {
             vf e = load(es + i);
-            store(g_ + i, load(g_ + i) + e * e * f1);
+            store(g_ + i, load(g_ + i) + e * e * factor);
           }
         } else {
-          const vf f1 = splat(c_ce * fs);
-          for (int i = 0; i < padded; i += W) store(g_ + i, load(g_ + i) + load(es + i) * f1);
+          for (int i = 0; i < padded; i += W) store(g_ + i, load(g_ + i) + load(es + i) * factor);
         }
-        std::int64_t local = y - b * BLOCK;
-        if (local >= 0 && local < n && s_y != NEG_INF) g_[local] -= c_ce;
+        if (has_label) g_[local] -= c_ce;
       }
       if (mask_student) {
         for (int i = 0; i < padded; i += W) {
@@ -519,7 +650,8 @@ class Worker {
         if (!use_text_) load_text(b);
         scale_block(a_, n, 1.f / P.temperature);
         scale_block(t_, n, 1.f / P.temperature);
-        add_block<Cross::of_z, One::none, true, false>(paths, t_, a_, n, 1.f, nullptr, nullptr, nullptr);
+        add_block<Cross::of_z, One::none, true, false>(paths, t_, a_, block_max(t_, n), block_max(a_, n), n, 1.f, nullptr, nullptr,
+                                                       nullptr);
       }
     }
     stat(0, r) = p.Ss == 0 ? 0.f : float(std::log(p.Ss) - entropy_s / p.Ss);

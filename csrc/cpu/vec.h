@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -46,24 +50,39 @@ inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
 inline float hmax(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(bits<__m512>(x));
+#else
   float m = x[0];
   for (int i = 1; i < W; ++i) m = x[i] > m ? x[i] : m;
   return m;
+#endif
 }
+// in double: what is added up are sums of a block, of which a row has hundreds
 inline double hsum(vf x) {
+#if defined(__AVX512F__)
+  __m512 v = bits<__m512>(x);
+  __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(high)));
+#else
   double s = 0;
   for (int i = 0; i < W; ++i) s += x[i];
   return s;
+#endif
 }
 
 inline vf from_bf16(vh h) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
 
 inline vh to_bf16(vf x) {  // to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)
+  return bits<vh>(_mm512_cvtneps_pbh(bits<__m512>(x)));  // numbers below 1e-38 become 0
+#else
   vu u = bits<vu>(x);
   vu rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;
   vu nan = (u >> 16) | 0x40u;
   vi is_nan = x != x;
   return __builtin_convertvector(is_nan ? nan : rounded, vh);
+#endif
 }
 
 inline vf from_f16(vh h) {
@@ -91,22 +110,31 @@ inline vh to_f16(vf x) {  // to nearest even; overflow to infinity; NaN stays Na
   return __builtin_convertvector(value | sign, vh);
 }
 
-// exp(x) for x <= 88; 0 below -87.3 (also at -inf); NaN stays NaN. Within 1.5 ulp (Cephes' expf polynomial).
+// exp(x) for x <= 88; 0 below -87.3 (also at -inf); NaN stays NaN; exp(0) = 1. As 2^n 2^f with |f| <= 1/2 and a polynomial for
+// 2^f within 1e-7; the rounding of x log2(e) adds 6e-8 |x|, which matters only where exp(x) does not.
 inline vf vexp(vf x) {
+  const vf log2e = splat(1.44269504088896341f);
+#if defined(__AVX512F__)
+  vf n = bits<vf>(_mm512_roundscale_ps(bits<__m512>(x * log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding and subtracting it rounds to the nearest integer
-  vf n = (x * splat(1.44269504088896341f) + magic) - magic;
-  vf f = x - n * splat(0.693359375f);
-  f = f - n * splat(-2.12194440e-4f);
-  vf p = splat(1.9875691500e-4f);
-  p = p * f + splat(1.3981999507e-3f);
-  p = p * f + splat(8.3334519073e-3f);
-  p = p * f + splat(4.1665795894e-2f);
-  p = p * f + splat(1.6666665459e-1f);
-  p = p * f + splat(5.0000001201e-1f);
-  p = p * (f * f) + f + splat(1.f);
+  vf n = (x * log2e + magic) - magic;
+#endif
+  vf f = x * log2e - n;
+  vf p = splat(1.326472731e-3f);
+  p = p * f + splat(9.671512991e-3f);
+  p = p * f + splat(5.550733581e-2f);
+  p = p * f + splat(2.402224243e-1f);
+  p = p * f + splat(6.931470037e-1f);
+  p = p * f + splat(1.f);
+#if defined(__AVX512F__)
+  __mmask16 counts = _mm512_cmp_ps_mask(bits<__m512>(x), _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
+  return bits<vf>(_mm512_maskz_scalef_ps(counts, bits<__m512>(p), bits<__m512>(n)));
+#else
   vi exponent = __builtin_convertvector(n, vi) << 23;
   vf y = bits<vf>(bits<vi>(p) + exponent);
   return x < splat(-87.33f) ? vf{} : y;
+#endif
 }
 
 // log(x) for normal x > 0 (Cephes' logf polynomial).

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import native
 from .chunking import plan_chunks
 from .rows import STAT_NAMES, RowResult, RowSpec
 
@@ -285,6 +286,9 @@ def _summands(hidden: Tensor, dtype: torch.dtype) -> list[Tensor]:
 def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor) -> None:
     """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
     bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
+    if bf16 and _native_gemm_takes(parts, weight, out):
+        native.bf16_gemm(parts, weight, out)
+        return
     parts = [p.float() for p in parts]
     widest = min(VOCAB_BLOCK, weight.shape[0])
     block = torch.empty(widest, weight.shape[1], dtype=torch.float32, device=weight.device)
@@ -297,6 +301,11 @@ def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor)
         for i, part in enumerate(parts):
             _float32_gemm(part, w.T, dense, accumulate=i > 0, bf16_values=bf16)
         out[:, start:stop] = dense
+
+
+def _native_gemm_takes(parts: list[Tensor], weight: Tensor, out: Tensor) -> bool:
+    beside_each_other = all(x.stride(1) == 1 for x in (*parts, weight, out))
+    return native.multiplies_bf16() and weight.shape[1] % 2 == 0 and beside_each_other
 
 
 def _hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -56,7 +57,7 @@ def available() -> bool:
 
 
 def instruction_set() -> str:
-    """ "generic", "avx2" or "avx512": the best this machine has, unless KDKERNELS_CPU_ISA names another."""
+    """ "generic", "avx2", "avx512" or "avx512_bf16": the best this machine has, unless KDKERNELS_CPU_ISA names another."""
     return os.environ.get("KDKERNELS_CPU_ISA") or load_library().best_isa()
 
 
@@ -116,3 +117,24 @@ def caad_rows(
     p.threads = torch.get_num_threads()
     lib.caad_rows(p, instruction_set())
     return RowResult(kd=kd, ce=ce, stats=stats)
+
+
+def multiplies_bf16() -> bool:
+    """Whether :func:`bf16_gemm` is the best way here: vdpbf16ps, and no AMX, whose products torch's own library makes faster."""
+    return available() and instruction_set() == "avx512_bf16" and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
+def bf16_gemm(parts: Sequence[torch.Tensor], weight: torch.Tensor, out: torch.Tensor) -> None:
+    """out (C, V) float32 = sum of parts (C, H) @ weight (V, H).T, all bf16, accumulated in float32.
+
+    At most two parts, which share one reading of the weight. Last strides are 1 and H is even. Scratch: 256 KiB a thread.
+    """
+    lib = load_library()
+    g = lib.Bf16Gemm()
+    for number, part in enumerate(parts):
+        g.add_part(number, part.data_ptr(), part.stride(0))
+    g.w, g.ldw = weight.data_ptr(), weight.stride(0)
+    g.c, g.ldc = out.data_ptr(), out.stride(0)
+    g.m, g.n, g.k = out.shape[0], out.shape[1], weight.shape[1]
+    g.threads = torch.get_num_threads()
+    lib.gemm_bf16(g)

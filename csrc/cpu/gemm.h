@@ -1,0 +1,25 @@
+// Products of bf16 matrices with a float32 result, which torch's CPU library offers only by way of float32 operands.
+#pragma once
+
+#include <cstdint>
+
+namespace kdkernels {
+
+// c (m, n) = sum over parts of a_part (m, k) w (n, k)^T, accumulated in float32. Rows lie `ld*` items apart, items of a row
+// beside each other; k is even. Scratch: 64 rows of w a thread.
+struct Bf16Gemm {
+  std::uintptr_t a[2] = {0, 0};  // bf16; the second is 0 where there is one part
+  std::int64_t lda[2] = {0, 0};
+  std::uintptr_t w = 0;  // bf16
+  std::int64_t ldw = 0;
+  std::uintptr_t c = 0;  // float32
+  std::int64_t ldc = 0;
+  std::int64_t m = 0, n = 0, k = 0;
+  int threads = 1;
+};
+
+#if defined(KDKERNELS_X86)
+void gemm_avx512_bf16(const Bf16Gemm& problem);  // on a processor whose best_isa() is avx512_bf16
+#endif
+
+}  // namespace kdkernels

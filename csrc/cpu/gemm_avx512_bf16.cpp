@@ -1,0 +1,159 @@
+// c = a w^T with vdpbf16ps: pairs of bf16 products added to a float32. A thread takes 64 rows of w (64 columns of c), packs them so
+// that a register holds the pair k, k + 1 of 16 columns, and multiplies all of a with them, in tiles of 6 x 64 held in registers.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace kdkernels {
+namespace {
+
+constexpr int COLUMNS = 64;  // of a tile: four registers
+constexpr int ROWS = 6;      // 24 accumulators, 4 registers of w, 1 of a: 29 of 32
+constexpr std::int64_t PAIRS = 1024;  // of a packed panel: 256 KiB, which L2 holds
+
+inline __m512i load_pairs(const std::uint32_t* row, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, row); }
+
+// 16 x 16 dwords, transposed in registers
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+// panel[pair][column] = w[column][2 pair, 2 pair + 1]; columns from `columns` on are 0
+void pack(const std::uint16_t* w, std::int64_t ldw, int columns, std::int64_t pairs, std::uint32_t* panel) {
+  for (int group = 0; group < COLUMNS; group += 16) {
+    for (std::int64_t first = 0; first < pairs; first += 16) {
+      const int count = int(std::min<std::int64_t>(16, pairs - first));
+      const __mmask16 mask = __mmask16((1u << count) - 1u);
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) {
+        r[i] = group + i < columns
+                   ? load_pairs(reinterpret_cast<const std::uint32_t*>(w + (group + i) * ldw) + first, mask)
+                   : _mm512_setzero_si512();
+      }
+      transpose(r);
+      for (int i = 0; i < count; ++i) _mm512_store_si512(panel + (first + i) * COLUMNS + group, r[i]);
+    }
+  }
+}
+
+struct Tile {
+  const std::uint16_t* a[2];
+  std::int64_t lda[2];
+  const std::uint32_t* panel;
+  std::int64_t pairs;
+  float* c;
+  std::int64_t ldc;
+  int columns;
+  bool add;  // to what c holds
+};
+
+template <int R, int PARTS>
+void multiply(const Tile& t) {
+  __m512 sum[R][4];
+  for (auto& row : sum)
+    for (auto& x : row) x = _mm512_setzero_ps();
+  const std::uint32_t* rows[PARTS][R];
+  for (int p = 0; p < PARTS; ++p)
+    for (int r = 0; r < R; ++r) rows[p][r] = reinterpret_cast<const std::uint32_t*>(t.a[p] + r * t.lda[p]);
+  for (std::int64_t k = 0; k < t.pairs; ++k) {
+    __m512bh w[4];
+    for (int j = 0; j < 4; ++j) w[j] = (__m512bh)_mm512_load_si512(t.panel + k * COLUMNS + j * 16);
+#pragma GCC unroll 2
+    for (int p = 0; p < PARTS; ++p) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(int(rows[p][r][k]));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, w[j]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < 4; ++j) {
+      const int count = std::min(16, t.columns - 16 * j);
+      if (count <= 0) break;
+      const __mmask16 mask = __mmask16((1u << count) - 1u);
+      float* to = t.c + r * t.ldc + 16 * j;
+      if (t.add) sum[r][j] = _mm512_add_ps(sum[r][j], _mm512_maskz_loadu_ps(mask, to));
+      _mm512_mask_storeu_ps(to, mask, sum[r][j]);
+    }
+  }
+}
+
+template <int PARTS>
+void multiply_rows(int rows, const Tile& t) {
+  switch (rows) {
+    case 6: return multiply<6, PARTS>(t);
+    case 5: return multiply<5, PARTS>(t);
+    case 4: return multiply<4, PARTS>(t);
+    case 3: return multiply<3, PARTS>(t);
+    case 2: return multiply<2, PARTS>(t);
+    default: return multiply<1, PARTS>(t);
+  }
+}
+
+template <int PARTS>
+void run(const Bf16Gemm& g) {
+  const std::int64_t blocks = (g.n + COLUMNS - 1) / COLUMNS, pairs = g.k / 2;
+  const auto* w = reinterpret_cast<const std::uint16_t*>(g.w);
+  parallel_rows(blocks, g.m * COLUMNS, g.threads, [&](auto&& next) {
+    constexpr std::align_val_t LINE{64};
+    auto release = [](std::uint32_t* x) { ::operator delete[](x, std::align_val_t{64}); };
+    std::unique_ptr<std::uint32_t[], decltype(release)> panel(
+        new (LINE) std::uint32_t[std::size_t(std::min(pairs, PAIRS) * COLUMNS)], release);
+    for (std::int64_t block; (block = next()) >= 0;) {
+      const std::int64_t column = block * COLUMNS;
+      const int columns = int(std::min<std::int64_t>(COLUMNS, g.n - column));
+      for (std::int64_t first = 0; first < pairs; first += PAIRS) {
+        const std::int64_t count = std::min(PAIRS, pairs - first);
+        pack(w + column * g.ldw + 2 * first, g.ldw, columns, count, panel.get());
+        for (std::int64_t row = 0; row < g.m; row += ROWS) {
+          Tile t{};
+          for (int p = 0; p < PARTS; ++p) {
+            t.a[p] = reinterpret_cast<const std::uint16_t*>(g.a[p]) + row * g.lda[p] + 2 * first;
+            t.lda[p] = g.lda[p];
+          }
+          t.panel = panel.get();
+          t.pairs = count;
+          t.c = reinterpret_cast<float*>(g.c) + row * g.ldc + column;
+          t.ldc = g.ldc;
+          t.columns = columns;
+          t.add = first > 0;
+          multiply_rows<PARTS>(int(std::min<std::int64_t>(ROWS, g.m - row)), t);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void gemm_avx512_bf16(const Bf16Gemm& problem) { problem.a[1] ? run<2>(problem) : run<1>(problem); }
+
+}  // namespace kdkernels

@@ -1,0 +1,694 @@
+// The arithmetic of the one-read row kernel, thread by thread. caad_rows.cu puts barriers, copies and exchanges between these
+// functions; emulate_rows.cpp calls the same functions on a CPU, in the same order of merging, so that they can be tested there.
+//
+// Notation: s student, a audio, t text, z = a + alpha (a - t) the contrast; q, p the softmax of s and z at temperature tau, q1 that
+// of s at 1. "shifted" is relative to a maximum.
+//
+// Masked logits, as in ops/triton_caad.py: a logit below -1e30, -inf above all, becomes the finite MASKED right after its load.
+// Running maxima start at FLOOR > MASKED, so e^(MASKED - max) is 0 also in a row that is masked throughout, and no inf - inf or
+// 0 * inf arises. NaN compares false and passes through all of it.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "row_problem.h"
+
+#if defined(__CUDA_ARCH__)
+#define KD_UNROLL _Pragma("unroll")
+#else
+#define KD_UNROLL
+#endif
+
+namespace kdkernels::cuda {
+
+constexpr float MASKED = -2e30f, FLOOR = -1e30f;
+constexpr float LOG2E = 1.44269504088896340736f;
+
+// -- numbers ------------------------------------------------------------------------------------------------------------------
+
+KD_HOST_DEVICE float as_float(std::uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+KD_HOST_DEVICE std::uint32_t as_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+#endif
+}
+
+KD_HOST_DEVICE float infinity() { return as_float(0x7f800000u); }
+KD_HOST_DEVICE float not_a_number() { return as_float(0x7fc00000u); }
+
+KD_HOST_DEVICE float half_to_float(std::uint32_t half) {  // the lower 16 bits
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<unsigned short>(half)));
+  return x;
+#else
+  const std::uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));  // exact, for subnormal halves too
+#endif
+}
+
+#if !defined(__CUDA_ARCH__)
+inline std::uint32_t nearest_bf16(float x) {
+  const std::uint32_t bits = as_bits(x);
+  if (x != x) return 0x7fffu;
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+inline std::uint32_t nearest_half(float x) {
+  const std::uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (x != x) return 0x7fffu;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;                                                 // from 65520 on
+  if (magnitude < 0x38800000u) return sign | static_cast<std::uint32_t>(std::nearbyint(as_float(magnitude) * 0x1p24f));
+  return sign | (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+}
+#endif
+
+// Two items of 2 bytes, rounded to nearest, the first in the lower half.
+KD_HOST_DEVICE std::uint32_t pack(float first, float second, bool bf16) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t packed;
+  if (bf16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  return packed;
+#else
+  return bf16 ? nearest_bf16(first) | nearest_bf16(second) << 16 : nearest_half(first) | nearest_half(second) << 16;
+#endif
+}
+
+KD_HOST_DEVICE float power_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+KD_HOST_DEVICE float quotient(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+
+KD_HOST_DEVICE float reciprocal(float x) { return x == 0.f ? 0.f : 1.f / x; }
+
+// e^x - 1 for x <= 0, to fp32 relative accuracy also near 0.
+KD_HOST_DEVICE float exp_minus_1(float x) {
+  float series = 1.f + x * (1.f / 7.f);
+  series = 1.f + x * (1.f / 6.f) * series;
+  series = 1.f + x * (1.f / 5.f) * series;
+  series = 1.f + x * (1.f / 4.f) * series;
+  series = 1.f + x * (1.f / 3.f) * series;
+  series = x * (1.f + x * 0.5f * series);
+  return x > -0.3f ? series : power_of_two(x * LOG2E) - 1.f;
+}
+
+// log(1 + x) for -1 < x <= 0: the rounding of 1 + x is divided out again.
+KD_HOST_DEVICE float log_1_plus(float x) {
+  const float rounded = 1.f + x;
+  return rounded == 1.f ? x : logf(rounded) * quotient(x, rounded - 1.f);
+}
+
+KD_HOST_DEVICE float lowest(const float (&x)[GROUP]) {
+  float m = x[0];
+  KD_UNROLL for (int e = 1; e < GROUP; ++e) m = fminf(m, x[e]);
+  return m;
+}
+
+KD_HOST_DEVICE float highest(const float (&x)[GROUP]) {
+  float m = x[0];
+  KD_UNROLL for (int e = 1; e < GROUP; ++e) m = fmaxf(m, x[e]);
+  return m;
+}
+
+// -- where things are -----------------------------------------------------------------------------------------------------------
+
+// The two halves of a thread's group: columns first + e, and second + e, e < 4, of the block's slice.
+struct Columns {
+  int first, second;
+};
+
+KD_HOST_DEVICE Columns columns_of(int arrangement, int chunk, int thread) {
+  if (arrangement == SPLIT) {
+    const int first = chunk * CHUNK + thread / 32 * WARP_COLUMNS + thread % 32 * 4;
+    return {first, first + WARP_COLUMNS / 2};
+  }
+  const int first = chunk * CHUNK + thread * GROUP;
+  if (arrangement == SWAPPED && (thread & 4) != 0) return {first + 4, first};
+  return {first, first + 4};
+}
+
+KD_HOST_DEVICE std::int64_t row_bytes_at(const RowTensor& t, std::int64_t row, std::int64_t inner) {
+  const std::int64_t outer_index = row / inner;
+  return (outer_index * t.stride_outer + (row - outer_index * inner) * t.stride_inner) * item_bytes(t.dtype);
+}
+
+// Address of a row's first column of a block's slice.
+KD_HOST_DEVICE char* slice_address(const RowProblem& p, const RowTensor& t, std::int64_t row, int start) {
+  return reinterpret_cast<char*>(t.data) + row_bytes_at(t, row, p.inner) + static_cast<std::int64_t>(start) * item_bytes(t.dtype);
+}
+
+// Valid columns in a block's slice.
+KD_HOST_DEVICE int valid_columns(const RowProblem& p, const RowLayout& layout, int block) {
+  const std::int64_t left = p.vocab - static_cast<std::int64_t>(block) * layout.slice;
+  return static_cast<int>(left < 0 ? 0 : left < layout.slice ? left : layout.slice);
+}
+
+KD_HOST_DEVICE int chunks_of(int columns) { return (columns + CHUNK - 1) / CHUNK; }
+
+// Bytes of a tensor's chunk: whole 16 bytes, of which the last may reach past the vocabulary (not past the tensor's memory: the
+// caller has made sure).
+KD_HOST_DEVICE int chunk_bytes(int columns, int chunk, int item) {
+  const int left = columns - chunk * CHUNK;
+  return ((left < CHUNK ? left : CHUNK) * item + 15) / 16 * 16;
+}
+
+// What all blocks of a cluster know of a row before it is read.
+struct RowInputs {
+  float alpha = 0.f;
+  bool use_text = false, alpha_legal = true;
+  std::int64_t label = -1;
+  bool label_inside = false;
+  float kd_coef = 0.f, ce_coef = 0.f;
+};
+
+KD_HOST_DEVICE bool is_ignored(const RowProblem& p, std::int64_t row) {
+  return p.target != 0 && reinterpret_cast<const std::int64_t*>(p.target)[row] == p.ignore_index;
+}
+
+// Where alpha is 0 the text path is not read: it may hold anything.
+KD_HOST_DEVICE bool uses_text(const RowProblem& p, std::int64_t row) {
+  return reads_text(p) && reinterpret_cast<const float*>(p.alpha)[row * p.alpha_stride] != 0.f;
+}
+
+KD_HOST_DEVICE RowInputs inputs_of(const RowProblem& p, std::int64_t row) {
+  RowInputs r;
+  if (reads_text(p)) {
+    r.alpha = reinterpret_cast<const float*>(p.alpha)[row * p.alpha_stride];
+    r.use_text = r.alpha != 0.f;
+    r.alpha_legal = r.alpha >= 0.f && r.alpha < infinity();
+  }
+  if (p.with_ce) {
+    r.label = reinterpret_cast<const std::int64_t*>(p.target)[row];
+    r.label_inside = r.label >= 0 && r.label < p.vocab;
+  }
+  if (p.grad.data != 0) {
+    r.kd_coef = reinterpret_cast<const float*>(p.kd_coef)[row];
+    r.ce_coef = reinterpret_cast<const float*>(p.ce_coef)[row];
+  }
+  return r;
+}
+
+// A block's part of a row, in its shared memory.
+struct Slice {
+  const char *student, *audio, *text;
+  int start;        // column of the row where it begins
+  int columns;      // valid ones
+  int arrangement;
+};
+
+// -- reading ------------------------------------------------------------------------------------------------------------------
+
+KD_HOST_DEVICE void load_16_bytes(const char* address, std::uint32_t (&words)[4]) {
+#if defined(__CUDA_ARCH__)
+  const uint4 v = *reinterpret_cast<const uint4*>(address);
+  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+#else
+  std::memcpy(words, address, 16);
+#endif
+}
+
+KD_HOST_DEVICE void store_16_bytes(char* address, const std::uint32_t (&words)[4]) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<uint4*>(address) = make_uint4(words[0], words[1], words[2], words[3]);
+#else
+  std::memcpy(address, words, 16);
+#endif
+}
+
+KD_HOST_DEVICE void swap_halves(std::uint32_t (&words)[4], bool swap) {
+  const std::uint32_t a = words[0], b = words[1], c = words[2], d = words[3];
+  words[0] = swap ? c : a, words[1] = swap ? d : b, words[2] = swap ? a : c, words[3] = swap ? b : d;
+}
+
+KD_HOST_DEVICE void load_group(const char* slice, std::int64_t dtype, Columns c, float (&x)[GROUP]) {
+  std::uint32_t words[4];
+  if (dtype == F32) {
+    load_16_bytes(slice + c.first * 4, words);
+    KD_UNROLL for (int e = 0; e < 4; ++e) x[e] = as_float(words[e]);
+    load_16_bytes(slice + c.second * 4, words);
+    KD_UNROLL for (int e = 0; e < 4; ++e) x[4 + e] = as_float(words[e]);
+    return;
+  }
+  const bool swap = c.second < c.first;
+  load_16_bytes(slice + (swap ? c.second : c.first) * 2, words);
+  swap_halves(words, swap);
+  if (dtype == BF16) {
+    KD_UNROLL for (int e = 0; e < 4; ++e) x[2 * e] = as_float(words[e] << 16), x[2 * e + 1] = as_float(words[e] & 0xffff0000u);
+  } else {
+    KD_UNROLL for (int e = 0; e < 4; ++e) x[2 * e] = half_to_float(words[e]), x[2 * e + 1] = half_to_float(words[e] >> 16);
+  }
+}
+
+// What a value in memory stands for: softcap * tanh(scale * value / softcap), or scale * value; and its derivative.
+KD_HOST_DEVICE float transformed(float value, float scale, float softcap, float& slope) {
+  value *= scale;
+  slope = scale;
+  if (softcap == 0.f) return value;
+  const float x = value * reciprocal(softcap);
+  const float twice = -2.f * fabsf(x);
+  const float decay = power_of_two(twice * LOG2E), minus = exp_minus_1(twice);
+  const float tanh = quotient(-minus, 2.f + minus);
+  slope = scale * quotient(4.f * decay, (1.f + decay) * (1.f + decay));  // 1 - tanh^2 without its cancellation
+  return (x < 0.f ? -softcap : softcap) * tanh;
+}
+
+KD_HOST_DEVICE void transform_group(float (&x)[GROUP], float scale, float softcap) {
+  float slope;
+  KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = transformed(x[e], scale, softcap, slope);
+}
+
+KD_HOST_DEVICE void mask_low(float (&x)[GROUP]) {
+  if (lowest(x) < FLOOR) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = x[e] < FLOOR ? MASKED : x[e];
+  }
+}
+
+// Columns beyond the vocabulary: what lies there in shared memory is not the row's.
+KD_HOST_DEVICE void mask_beyond(const Slice& s, Columns c, float (&x)[GROUP]) {
+  if (c.first + 4 <= s.columns && c.second + 4 <= s.columns) return;
+  KD_UNROLL for (int e = 0; e < 4; ++e) {
+    if (c.first + e >= s.columns) x[e] = MASKED;
+    if (c.second + e >= s.columns) x[4 + e] = MASKED;
+  }
+}
+
+KD_HOST_DEVICE bool is_beyond(const Slice& s, Columns c) { return c.first >= s.columns && c.second >= s.columns; }
+
+template <bool TRANSFORM>
+KD_HOST_DEVICE void read_student(const RowProblem& p, const Slice& s, Columns c, float (&x)[GROUP], float (&slope)[GROUP]) {
+  load_group(s.student, p.student.dtype, c, x);
+  if (TRANSFORM) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = transformed(x[e], p.student_scale, p.student_softcap, slope[e]);
+  }
+  mask_low(x);
+  mask_beyond(s, c, x);
+}
+
+template <bool TRANSFORM>
+KD_HOST_DEVICE void read_audio(const RowProblem& p, const Slice& s, Columns c, float (&x)[GROUP]) {
+  load_group(s.audio, p.audio.dtype, c, x);
+  if (TRANSFORM) transform_group(x, p.teacher_scale, p.teacher_softcap);
+}
+
+// The contrast. threshold: audio logits below it are masked (FLOOR masks no more than is masked anyway).
+template <bool TRANSFORM>
+KD_HOST_DEVICE void read_contrast(const RowProblem& p, const Slice& s, const RowInputs& r, float threshold, Columns c, float (&z)[GROUP]) {
+  float a[GROUP];
+  read_audio<TRANSFORM>(p, s, c, a);
+  float least = lowest(a);
+  if (r.use_text) {
+    float t[GROUP];
+    load_group(s.text, p.text.dtype, c, t);
+    if (TRANSFORM) transform_group(t, p.teacher_scale, p.teacher_softcap);
+    // Not (1 + alpha) a - alpha t: a constant in both cancels first.
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = a[e] + r.alpha * (a[e] - t[e]);
+    least = fminf(least, fminf(lowest(t), lowest(z)));
+    if (least < FLOOR) {
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = a[e] < FLOOR || t[e] < FLOOR || z[e] < FLOOR ? MASKED : z[e];
+    }
+  } else {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = a[e];
+    mask_low(z);
+  }
+  if (p.has_plausibility) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = a[e] < threshold ? MASKED : z[e];
+  }
+  mask_beyond(s, c, z);
+}
+
+// -- sums -----------------------------------------------------------------------------------------------------------------------
+
+// Where the softmax at temperature 1 comes from: not needed, tau is 1, tau is 2 (e^s = (e^(s/2))^2), an exponential of its own.
+constexpr int Q1_NONE = 0, Q1_SAME = 1, Q1_SQUARE = 2, Q1_OWN = 3;
+
+struct Formula {
+  float inverse_tau, rate;  // rate: log2(e) / tau
+  int q1;
+};
+
+KD_HOST_DEVICE Formula formula_of(const RowProblem& p) {
+  Formula f;
+  const float tau = p.with_kd ? p.temperature : 1.f;  // without kd the label's softmax is all there is
+  f.inverse_tau = tau == 2.f ? 0.5f : 1.f / tau;
+  f.rate = f.inverse_tau * LOG2E;
+  f.q1 = !p.with_ce ? Q1_NONE : tau == 1.f ? Q1_SAME : tau == 2.f ? Q1_SQUARE : Q1_OWN;
+  return f;
+}
+
+// Of a thread, a warp, a block or a row. Sums are relative to the maxima beside them.
+struct RowSums {
+  float s_max = FLOOR, z_max = FLOOR;
+  float q_sum = 0.f, q1_sum = 0.f, p_sum = 0.f;
+  float cross = 0.f;    // forward: sum e^z (z - s), reverse: sum e^s (s - z)
+  float hole = MASKED;  // largest logit of the weighting side where the other side is masked
+  float label = 0.f;    // the label's logit, in the sums of the one thread that looked it up
+
+  template <int DIVERGENCE>
+  KD_HOST_DEVICE static RowSums merge(const RowSums& a, const RowSums& b, const Formula& f) {
+    RowSums m;
+    m.s_max = fmaxf(a.s_max, b.s_max);
+    m.z_max = fmaxf(a.z_max, b.z_max);
+    const float a_s = a.s_max - m.s_max, b_s = b.s_max - m.s_max, a_z = a.z_max - m.z_max, b_z = b.z_max - m.z_max;
+    const float a_q = power_of_two(a_s * f.rate), b_q = power_of_two(b_s * f.rate);
+    const float a_p = power_of_two(a_z * f.rate), b_p = power_of_two(b_z * f.rate);
+    m.q_sum = a.q_sum * a_q + b.q_sum * b_q;
+    m.p_sum = a.p_sum * a_p + b.p_sum * b_p;
+    if (f.q1 == Q1_SQUARE) m.q1_sum = a.q1_sum * (a_q * a_q) + b.q1_sum * (b_q * b_q);
+    if (f.q1 == Q1_OWN) m.q1_sum = a.q1_sum * power_of_two(a_s * LOG2E) + b.q1_sum * power_of_two(b_s * LOG2E);
+    if (DIVERGENCE == FORWARD_KL) m.cross = a_p * (a.cross + a.p_sum * (a_z - a_s)) + b_p * (b.cross + b.p_sum * (b_z - b_s));
+    if (DIVERGENCE == REVERSE_KL) m.cross = a_q * (a.cross + a.q_sum * (a_s - a_z)) + b_q * (b.cross + b.q_sum * (b_s - b_z));
+    m.hole = fmaxf(a.hole, b.hole);
+    m.label = a.label + b.label;
+    return m;
+  }
+};
+
+// sum p log(p/m) and sum q log(q/m), without their 1 / sum.
+struct JsdSums {
+  float p = 0.f, q = 0.f;
+
+  template <int DIVERGENCE>
+  KD_HOST_DEVICE static JsdSums merge(const JsdSums& a, const JsdSums& b, const Formula&) {
+    JsdSums m;
+    m.p = a.p + b.p;
+    m.q = a.q + b.q;
+    return m;
+  }
+};
+
+struct AudioMax {
+  float value = FLOOR;
+
+  template <int DIVERGENCE>
+  KD_HOST_DEVICE static AudioMax merge(const AudioMax& a, const AudioMax& b, const Formula&) {
+    AudioMax m;
+    m.value = fmaxf(a.value, b.value);
+    return m;
+  }
+};
+
+static_assert(sizeof(RowSums) <= PARTIAL_BYTES && sizeof(JsdSums) <= PARTIAL_BYTES, "partials do not fit");
+
+template <bool TRANSFORM>
+KD_HOST_DEVICE void add_audio_max(const RowProblem& p, const Slice& s, Columns c, AudioMax& m) {
+  if (is_beyond(s, c)) return;
+  float a[GROUP];
+  read_audio<TRANSFORM>(p, s, c, a);
+  mask_low(a);
+  mask_beyond(s, c, a);
+  m.value = fmaxf(m.value, highest(a));
+}
+
+// One group of an online softmax: the maxima move first, then the older sums, then the group is added.
+template <int DIVERGENCE, bool TRANSFORM>
+KD_HOST_DEVICE void add_group(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
+                              Columns c, RowSums& sums) {
+  if (is_beyond(slice, c)) return;
+  float s[GROUP], z[GROUP], slope[GROUP];
+  read_student<TRANSFORM>(p, slice, c, s, slope);
+  const float s_max = fmaxf(sums.s_max, highest(s)), s_step = sums.s_max - s_max;
+  const float s_keep = power_of_two(s_step * f.rate);
+  const float q_old = sums.q_sum, p_old = sums.p_sum;
+  sums.s_max = s_max;
+  sums.q_sum *= s_keep;
+  if (f.q1 == Q1_SQUARE) sums.q1_sum *= s_keep * s_keep;
+  if (f.q1 == Q1_OWN) sums.q1_sum *= power_of_two(s_step * LOG2E);
+  if (!reads_teacher(p)) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q_sum += power_of_two((s[e] - s_max) * f.rate);
+    return;
+  }
+  read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
+  const float z_max = fmaxf(sums.z_max, highest(z)), z_step = sums.z_max - z_max;
+  const float z_keep = power_of_two(z_step * f.rate);
+  sums.z_max = z_max;
+  sums.p_sum *= z_keep;
+  if (DIVERGENCE == FORWARD_KL) {
+    sums.cross = z_keep * (sums.cross + p_old * (z_step - s_step));
+    if (lowest(s) < FLOOR) {
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.hole = fmaxf(sums.hole, s[e] < FLOOR ? z[e] : MASKED);
+    }
+  }
+  if (DIVERGENCE == REVERSE_KL) {
+    sums.cross = s_keep * (sums.cross + q_old * (s_step - z_step));
+    if (lowest(z) < FLOOR) {
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.hole = fmaxf(sums.hole, z[e] < FLOOR ? s[e] : MASKED);
+    }
+  }
+  if (f.q1 == Q1_OWN) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q1_sum += power_of_two((s[e] - s_max) * LOG2E);
+  }
+  float square_sum = 0.f;
+  KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+    const float s_shifted = s[e] - s_max, z_shifted = z[e] - z_max;
+    const float s_exp = power_of_two(s_shifted * f.rate), z_exp = power_of_two(z_shifted * f.rate);
+    sums.q_sum += s_exp;
+    sums.p_sum += z_exp;
+    square_sum += s_exp * s_exp;
+    if (DIVERGENCE == FORWARD_KL) sums.cross += z_exp * (z_shifted - s_shifted);
+    if (DIVERGENCE == REVERSE_KL) sums.cross += s_exp * (s_shifted - z_shifted);
+  }
+  if (f.q1 == Q1_SQUARE) sums.q1_sum += square_sum;
+}
+
+// The label's logit, looked up by one thread of the block that owns its column.
+KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInputs& r, RowSums& sums) {
+  const std::int64_t column = r.label - s.start;
+  if (!r.label_inside || column < 0 || column >= s.columns) return;
+  float x, slope;
+  if (p.student.dtype == F32) {
+    x = reinterpret_cast<const float*>(s.student)[column];
+  } else {
+    const std::uint32_t bits = reinterpret_cast<const std::uint16_t*>(s.student)[column];
+    x = p.student.dtype == BF16 ? as_float(bits << 16) : half_to_float(bits);
+  }
+  x = transformed(x, p.student_scale, p.student_softcap, slope);
+  sums.label = x < FLOOR ? MASKED : x;
+}
+
+// -- of the whole row -------------------------------------------------------------------------------------------------------------
+
+struct RowScalars {
+  float s_max, z_max;
+  float inverse_q, inverse_p, inverse_q1;
+  float log_z;     // log(p/q) = (z_shifted - s_shifted) / tau - log_z; where a side is masked throughout, any number
+  float centre;    // reverse: KL(q||p), jsd: KL(q||m): what makes the gradient sum to 0
+  float kd_scale, ce_scale;
+  float kd, ce;
+};
+
+KD_HOST_DEVICE RowScalars normalised(const RowSums& row, const Formula& f) {
+  RowScalars k = {};
+  k.s_max = row.s_max;
+  k.z_max = row.z_max;
+  k.inverse_q = reciprocal(row.q_sum);
+  k.inverse_p = reciprocal(row.p_sum);
+  k.inverse_q1 = f.q1 == Q1_SAME ? k.inverse_q : reciprocal(row.q1_sum);
+  k.log_z = row.p_sum == 0.f || row.q_sum == 0.f ? 0.f : logf(row.p_sum / row.q_sum);
+  return k;
+}
+
+// kd, ce and the factors of the gradient.
+template <int DIVERGENCE>
+KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowInputs& r, const RowSums& row, const JsdSums& jsd,
+                               RowScalars& k) {
+  if (p.with_kd) {
+    const bool empty = row.p_sum == 0.f;
+    bool infinite = false;
+    float kd;
+    if (DIVERGENCE == FORWARD_KL) {
+      kd = row.cross * k.inverse_p * f.inverse_tau - k.log_z;
+      infinite = power_of_two((row.hole - row.z_max) * f.rate) > 0.f;
+    } else if (DIVERGENCE == REVERSE_KL) {
+      k.centre = row.q_sum == 0.f ? 0.f : row.cross * k.inverse_q * f.inverse_tau + k.log_z;
+      kd = k.centre;
+      infinite = power_of_two((row.hole - row.s_max) * f.rate) > 0.f;
+    } else {
+      k.centre = jsd.q * k.inverse_q;
+      kd = p.jsd_beta * jsd.p * k.inverse_p + (1.f - p.jsd_beta) * k.centre;
+    }
+    kd /= f.inverse_tau * f.inverse_tau;
+    if (kd < 0.f) kd = 0.f;            // rounding; NaN passes
+    if (infinite) kd += infinity();    // a sum, so that a NaN elsewhere in the row stays one
+    if (empty) kd = 0.f;
+    k.kd = r.alpha_legal ? kd : not_a_number();
+    // tau^2 from kd, 1 / tau from d (s / tau) / d s
+    k.kd_scale = empty || (DIVERGENCE == REVERSE_KL && infinite) ? 0.f : r.kd_coef / f.inverse_tau;
+    if (!r.alpha_legal) k.kd_scale = not_a_number();
+  }
+  if (p.with_ce) {
+    const float q1_sum = f.q1 == Q1_SAME ? row.q_sum : row.q1_sum;
+    // A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
+    float ce = logf(q1_sum == 0.f ? 1.f : q1_sum) - (row.label - row.s_max);
+    ce = row.label == MASKED ? ce + infinity() : ce < 0.f ? 0.f : ce;
+    k.ce = r.label_inside ? ce : not_a_number();
+    k.ce_scale = r.label_inside ? r.ce_coef : not_a_number();
+  }
+}
+
+// log(p / m) and log(q / m) from log(p / q), m = beta p + (1 - beta) q. The larger of the two is
+// -log(1 + c (e^-|log p/q| - 1)), c being the other one's share of m; the smaller is |log p/q| less.
+KD_HOST_DEVICE void jsd_terms(float log_ratio, float beta, float& log_p_m, float& log_q_m) {
+  const float distance = fabsf(log_ratio);
+  const bool p_larger = log_ratio >= 0.f;
+  const float larger = -log_1_plus((p_larger ? 1.f - beta : beta) * exp_minus_1(-distance));
+  const float smaller = larger - distance;
+  log_p_m = p_larger ? larger : smaller;
+  log_q_m = p_larger ? smaller : larger;
+}
+
+template <bool TRANSFORM>
+KD_HOST_DEVICE void add_jsd(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold, Columns c,
+                            const RowScalars& k, JsdSums& sums) {
+  if (is_beyond(slice, c)) return;
+  float s[GROUP], z[GROUP], slope[GROUP];
+  read_student<TRANSFORM>(p, slice, c, s, slope);
+  read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
+  KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+    const float s_shifted = s[e] - k.s_max, z_shifted = z[e] - k.z_max;
+    float log_p_m, log_q_m;
+    jsd_terms((z_shifted - s_shifted) * f.inverse_tau - k.log_z, p.jsd_beta, log_p_m, log_q_m);
+    sums.p += power_of_two(z_shifted * f.rate) * log_p_m;
+    sums.q += power_of_two(s_shifted * f.rate) * log_q_m;
+  }
+}
+
+// -- gradient -----------------------------------------------------------------------------------------------------------------------
+
+// Items from `slice`'s columns on; `writable` columns of it exist. 2-byte items of a group are neighbours and go in one access.
+KD_HOST_DEVICE void store_group(char* slice, std::int64_t dtype, Columns c, int writable, const float (&x)[GROUP]) {
+  std::uint32_t words[4];
+  if (dtype == F32) {
+    const float first[4] = {x[0], x[1], x[2], x[3]}, second[4] = {x[4], x[5], x[6], x[7]};
+    if (c.first + 4 <= writable && c.second + 4 <= writable) {
+      KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = as_bits(first[e]);
+      store_16_bytes(slice + c.first * 4, words);
+      KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = as_bits(second[e]);
+      store_16_bytes(slice + c.second * 4, words);
+      return;
+    }
+    KD_UNROLL for (int e = 0; e < 4; ++e) {
+      if (c.first + e < writable) reinterpret_cast<float*>(slice)[c.first + e] = first[e];
+      if (c.second + e < writable) reinterpret_cast<float*>(slice)[c.second + e] = second[e];
+    }
+    return;
+  }
+  const bool swap = c.second < c.first;
+  const int column = swap ? c.second : c.first;
+  KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = pack(x[2 * e], x[2 * e + 1], dtype == BF16);
+  swap_halves(words, swap);
+  if (column + GROUP <= writable) {
+    store_16_bytes(slice + column * 2, words);
+    return;
+  }
+  KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+    if (column + e < writable)
+      reinterpret_cast<std::uint16_t*>(slice)[column + e] = static_cast<std::uint16_t>(words[e / 2] >> 16 * (e % 2));
+  }
+}
+
+// Gradient of one group, from shared memory into `grad`, the address of the slice's first column.
+template <int DIVERGENCE, bool TRANSFORM>
+KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
+                                   Columns c, const RowScalars& k, char* grad) {
+  if (is_beyond(slice, c)) return;
+  float s[GROUP], slope[GROUP], g[GROUP], q1[GROUP];
+  read_student<TRANSFORM>(p, slice, c, s, slope);
+  KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = 0.f;
+  if (p.with_kd) {
+    float z[GROUP];
+    read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+      const float s_shifted = s[e] - k.s_max, z_shifted = z[e] - k.z_max;
+      const float s_exp = power_of_two(s_shifted * f.rate), q = s_exp * k.inverse_q;
+      q1[e] = f.q1 == Q1_SQUARE ? s_exp * s_exp * k.inverse_q1 : q;
+      if (DIVERGENCE == FORWARD_KL) {
+        g[e] = k.kd_scale * (q - power_of_two(z_shifted * f.rate) * k.inverse_p);
+      } else {
+        const float log_ratio = (z_shifted - s_shifted) * f.inverse_tau - k.log_z;
+        if (DIVERGENCE == REVERSE_KL) {
+          g[e] = k.kd_scale * q * (-log_ratio - k.centre);
+        } else {
+          float log_p_m, log_q_m;
+          jsd_terms(log_ratio, p.jsd_beta, log_p_m, log_q_m);
+          g[e] = k.kd_scale * (1.f - p.jsd_beta) * q * (log_q_m - k.centre);
+        }
+      }
+    }
+  }
+  if (p.with_ce) {
+    if (!p.with_kd || f.q1 == Q1_OWN) {
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) q1[e] = power_of_two((s[e] - k.s_max) * LOG2E) * k.inverse_q1;
+    }
+    // Far from the label the difference is neither in [0, 4) nor, as an unsigned number, small.
+    const unsigned label = static_cast<unsigned>(r.label - slice.start);
+    if (r.label_inside && (label - c.first < 4u || label - c.second < 4u)) {
+      KD_UNROLL for (int e = 0; e < 4; ++e) {
+        if (label - c.first == static_cast<unsigned>(e)) q1[e] -= 1.f;
+        if (label - c.second == static_cast<unsigned>(e)) q1[4 + e] -= 1.f;
+      }
+    }
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] += k.ce_scale * q1[e];
+  }
+  KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+    if (TRANSFORM) g[e] *= slope[e];
+  }
+  if (lowest(s) < FLOOR) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = s[e] < FLOOR ? 0.f : g[e];
+  }
+  const std::int64_t exist = p.student_width - slice.start;
+  store_group(grad, p.grad.dtype, c, static_cast<int>(exist < 0x7fffffff ? exist : 0x7fffffff), g);
+}
+
+// First gradient column that no group writes: the group (or half, where halves lie apart) that holds the last valid id is whole.
+KD_HOST_DEVICE std::int64_t first_untouched(const RowProblem& p, const RowLayout& layout) {
+  const int step = layout.arrangement == SPLIT ? 4 : GROUP;
+  return (p.vocab + step - 1) / step * step;
+}
+
+// Zeroes columns [from, V_s) of a row's gradient; `from` columns are a multiple of 16 bytes. Thread `lane` of `lanes`.
+KD_HOST_DEVICE void zero_gradient(const RowProblem& p, std::int64_t row, std::int64_t from, int lane, int lanes) {
+  const int item = item_bytes(p.grad.dtype);
+  char* grad = slice_address(p, p.grad, row, 0);
+  const std::int64_t end = p.student_width * item;
+  const std::uint32_t zero[4] = {0, 0, 0, 0};
+  for (std::int64_t at = from * item + 16 * static_cast<std::int64_t>(lane); at < end; at += 16 * static_cast<std::int64_t>(lanes)) {
+    if (at + 16 <= end) {
+      store_16_bytes(grad + at, zero);
+    } else {
+      for (std::int64_t b = at; b < end; b += 2) *reinterpret_cast<std::uint16_t*>(grad + b) = 0;
+    }
+  }
+}
+
+}  // namespace kdkernels::cuda

@@ -1,0 +1,102 @@
+// The row problem on a CUDA device, and how a row is laid out over a cluster: plain numbers, no torch, no CUDA headers.
+// The meaning of every field of RowProblem is that of kdkernels/ops/rows.py.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define KD_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define KD_HOST_DEVICE inline
+#endif
+
+// A namespace of its own: kdkernels::RowProblem is the CPU's, and both modules may live in one process.
+namespace kdkernels::cuda {
+
+constexpr int F32 = 0, BF16 = 1, F16 = 2;
+constexpr int FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2;
+
+// A (outer, inner, width) view; row r = o * inner + i begins at data + (o * stride_outer + i * stride_inner) items.
+struct RowTensor {
+  std::uint64_t data = 0;  // 0: absent
+  std::int64_t stride_outer = 0, stride_inner = 0;
+  std::int64_t dtype = F32;
+};
+
+struct RowProblem {
+  std::int64_t outer = 0, inner = 0;      // N = outer * inner rows
+  std::int64_t vocab = 0;                 // valid ids
+  std::int64_t student_width = 0;         // V_s: gradient columns from vocab on are zeroed
+  RowTensor student, audio, text, grad;   // every row of each begins at a multiple of 16 bytes
+  std::uint64_t target = 0;               // int64 (N,), or 0
+  std::uint64_t alpha = 0;                // float32 (N,) or (1,)
+  std::int64_t alpha_stride = 0;
+  std::uint64_t kd_coef = 0, ce_coef = 0;  // float32 (N,)
+  std::uint64_t kd = 0, ce = 0;            // float32 (N,), written
+  std::int64_t ignore_index = -100;
+  std::int64_t divergence = FORWARD_KL;
+  std::int64_t has_plausibility = 0, with_kd = 1, with_ce = 1;
+  float temperature = 1.f, jsd_beta = 0.5f, log_plausibility = 0.f;
+  float student_scale = 1.f, teacher_scale = 1.f;
+  float student_softcap = 0.f, teacher_softcap = 0.f;  // 0: none
+};
+
+// One block: 16 warps, each thread 8 logits of each tensor at a time. A chunk is what the block takes in one go.
+constexpr int THREADS = 512, WARPS = THREADS / 32, GROUP = 8;
+constexpr int WARP_COLUMNS = 32 * GROUP, CHUNK = THREADS * GROUP;
+constexpr int MAX_CHUNKS = 16, MAX_BLOCKS = 16;  // of a block's slice; of a cluster
+constexpr int PARTIAL_BYTES = 32;                // what threads, warps and blocks hand to each other
+
+// Shared memory before the slices: a barrier a chunk, a partial a warp, a partial a block of the cluster, twice.
+constexpr int BARRIER_BYTES = 8 * MAX_CHUNKS;
+constexpr int WARP_PARTIALS = BARRIER_BYTES;
+constexpr int BLOCK_PARTIALS = WARP_PARTIALS + WARPS * PARTIAL_BYTES;
+constexpr int HEAD_BYTES = 2048;
+static_assert(BLOCK_PARTIALS + 2 * MAX_BLOCKS * PARTIAL_BYTES <= HEAD_BYTES, "the head of shared memory is too small");
+
+// Which of a warp's 256 columns a thread takes: two halves of 4. Every access of 16 bytes is then free of bank conflicts, and
+// every store to global memory fills whole sectors.
+//   ADJACENT  8 neighbours, for tensors of 2-byte items: one access.
+//   SWAPPED   8 neighbours, where 4-byte and 2-byte items meet: lanes 4 to 7 of every 8 begin with their second half, because 8
+//             lanes that read 16 bytes of 32 each would otherwise meet in the same banks.
+//   SPLIT     4 neighbours, and the 4 that lie 128 columns further, for tensors of 4-byte items alone.
+constexpr int ADJACENT = 0, SWAPPED = 1, SPLIT = 2;
+
+// How a row lies over a cluster: block b keeps columns [b * slice, (b + 1) * slice) of every tensor.
+struct RowLayout {
+  int blocks = 0;       // of the cluster; 0: the row does not fit
+  int slice = 0;        // a multiple of WARP_COLUMNS
+  int arrangement = 0;
+  int audio_offset = 0, text_offset = 0;  // in shared memory; the student's slice begins at HEAD_BYTES
+  int bytes = 0;                          // of shared memory a block
+};
+
+KD_HOST_DEVICE int item_bytes(std::int64_t dtype) { return dtype == F32 ? 4 : 2; }
+
+KD_HOST_DEVICE std::int64_t rows_of(const RowProblem& p) { return p.outer * p.inner; }
+
+// Of a teacher whose logits nothing depends on, nothing is read.
+KD_HOST_DEVICE bool reads_teacher(const RowProblem& p) { return p.with_kd != 0; }
+KD_HOST_DEVICE bool reads_text(const RowProblem& p) { return reads_teacher(p) && p.text.data != 0; }
+
+inline RowLayout layout_of(const RowProblem& p, int blocks, int shared_bytes) {
+  const std::int64_t columns = (p.vocab + blocks - 1) / blocks;
+  const std::int64_t slice = (columns + WARP_COLUMNS - 1) / WARP_COLUMNS * WARP_COLUMNS;
+  const std::int64_t audio = reads_teacher(p) ? item_bytes(p.audio.dtype) : 0, text = reads_text(p) ? item_bytes(p.text.dtype) : 0;
+  const std::int64_t student = item_bytes(p.student.dtype);
+  const std::int64_t bytes = HEAD_BYTES + slice * (student + audio + text);
+  RowLayout layout;
+  if (slice > CHUNK * MAX_CHUNKS || bytes > shared_bytes) return layout;
+  const int grad = p.grad.data != 0 ? item_bytes(p.grad.dtype) : 0;
+  const bool wide = student == 4 || audio == 4 || text == 4 || grad == 4;
+  const bool narrow = student == 2 || audio == 2 || text == 2 || grad == 2;
+  layout.blocks = blocks;
+  layout.slice = static_cast<int>(slice);
+  layout.arrangement = !wide ? ADJACENT : narrow ? SWAPPED : SPLIT;
+  layout.audio_offset = static_cast<int>(HEAD_BYTES + slice * student);
+  layout.text_offset = static_cast<int>(HEAD_BYTES + slice * (student + audio));
+  layout.bytes = static_cast<int>(bytes);
+  return layout;
+}
+
+}  // namespace kdkernels::cuda

@@ -1,0 +1,66 @@
+"""The CPU product of bf16 matrices with a float32 result, against float64."""
+
+import pytest
+import torch
+
+from kdkernels.ops import linear, native
+
+needs_instructions = pytest.mark.skipif(
+    not native.available() or native.load_library().best_isa() != "avx512_bf16", reason="needs a processor with avx512_bf16"
+)
+
+
+def bf16(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@needs_instructions
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "width"),
+    [(1, 1, 2), (5, 63, 30), (6, 64, 32), (7, 65, 34), (13, 200, 96), (2, 300, 2048), (3, 70, 2050), (4, 129, 4100)],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_matches_fp64(tokens, vocab, width, parts, threads):
+    weight = bf16(vocab, width + 6, seed=1)[:, :width]  # rows further apart than they are wide
+    hidden = [bf16(tokens, width + 2, seed=2 + i)[:, 2:] * 2.0 ** (-8 * i) for i in range(parts)]
+    memory = torch.full((tokens, vocab + 5), 7.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        native.bf16_gemm(hidden, weight, memory[:, :vocab])
+    finally:
+        torch.set_num_threads(before)
+    expected = sum(h.double() for h in hidden) @ weight.double().T
+    # Rounding of a float32 sum of `width` products of size 1.
+    assert (memory[:, :vocab] - expected).abs().max() < 2e-6 * width**0.5
+    assert (memory[:, vocab:] == 7).all()
+
+
+@needs_instructions
+def test_infinities_and_nan_arrive():
+    weight, hidden = bf16(70, 64, seed=0), bf16(3, 64, seed=1)
+    hidden[1, 5], hidden[2, 9] = float("inf"), float("nan")
+    out = torch.empty(3, 70)
+    native.bf16_gemm([hidden], weight, out)
+    assert out[0].isfinite().all() and out[1].isinf().all() and out[2].isnan().all()
+
+
+@pytest.mark.parametrize("width", [32, 33])
+@pytest.mark.parametrize("native_gemm", [True, False])
+def test_either_way_gives_the_same_logits(width, native_gemm, monkeypatch):
+    """An odd width and other processors go by way of float32 operands."""
+    if not native_gemm:
+        monkeypatch.setattr(native, "multiplies_bf16", lambda: False)
+    weight, parts = bf16(130, width, seed=0), [bf16(5, width, seed=1), bf16(5, width, seed=2) * 2.0**-9]
+    out = torch.empty(5, 130)
+    linear._gemm_by_vocabulary_blocks(parts, weight, out)
+    expected = sum(p.double() for p in parts) @ weight.double().T
+    assert (out - expected).abs().max() < 2e-6 * width**0.5
+
+
+def test_other_processors_are_refused():
+    if native.load_library().best_isa() == "avx512_bf16":
+        pytest.skip("this one is not")
+    with pytest.raises(ValueError, match="avx512_bf16"):
+        native.bf16_gemm([bf16(1, 2, seed=0)], bf16(1, 2, seed=1), torch.empty(1, 1))
