@@ -1,4 +1,5 @@
-# make test: the tests. make demo: the whole path, recorded speech to report. Both make their own virtual environment.
+# make test: the tests. make demo: the whole path, recorded speech to report. make aot: what the GPU compiler makes of the kernels.
+# make bench: every benchmark that runs on this device. All make their own virtual environment.
 # PYTHON and TORCH may be given: make test TORCH="torch==2.11.0"
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: test demo smoke lint bench clean
+.PHONY: test demo smoke lint aot bench clean
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -22,9 +23,19 @@ smoke: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
+aot: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aot --quick
+
+# Writes benchmarks/results/; half an hour of an idle machine.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.rows
-	$(BIN)/python -m benchmarks.linear
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(BIN)/python -m benchmarks.rows --write
+	$(BIN)/python -m benchmarks.linear --write
+	for sweep in tokens vocab width chunk threads; do $(BIN)/python -m benchmarks.linear --sweep $$sweep --write || exit 1; done
+	$(BIN)/python -m benchmarks.memory --write
+	$(BIN)/python -m benchmarks.accuracy --write
+	$(BIN)/python -m benchmarks.peers --write
+	$(BIN)/python -m benchmarks.plots
 
 # torch first and by version, so that the resolver keeps the build that is asked for.
 $(STAMP): $(SOURCES)

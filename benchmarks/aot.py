@@ -1,0 +1,490 @@
+"""The gate of the Triton kernels, without a GPU: `python -m benchmarks.aot`
+
+Compiles every kernel and configuration for sm_80, sm_90 and sm_100 as a launch would, disassembles what comes out, and holds it
+against limits: no stack, no local memory, 128-bit accesses of the rows, a cap on registers and shared memory, row offsets in 64
+bits. The figures of the same Triton (major.minor) in results/aot_triton.csv are a limit too: more than 8 registers above them,
+more shared memory, a spill or fewer wide accesses is a regression. Any breach is named, and the exit status is 1.
+
+    --quick     the configurations that matter most, in under a minute (CI); otherwise the whole grid, in some minutes
+    --write     replaces this Triton's rows of results/aot_triton.csv (after a look at what changed)
+
+The row kernel's options (5 dtypes, 3 divergences, 3 temperatures, 3 choices of terms, 6 switches) make 8,640 configurations.
+Compiled is a covering array of them: every combination of values that any three options can take is in some configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .common import RESULTS, print_table
+
+# compute capability -> multiprocessors and bytes of shared memory a block may use: A100, H100, B200.
+MACHINES = {80: (108, 163 << 10), 90: (132, 227 << 10), 100: (148, 227 << 10)}
+CAPABILITIES = tuple(MACHINES)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+POINTERS |= {torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}
+# Keywords of a launch that are the compiler's, not the kernel's.
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
+FIGURES = ("registers", "shared", "stack", "local", "ldg_128", "ldg_narrow", "stg_128", "stg_narrow", "ldl", "stl", "bar")
+REGISTERS_SLACK = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a compiled kernel may use and must do.
+
+    Attributes:
+        registers: most registers a thread.
+        shared: most bytes of static shared memory a block.
+        wide_loads: least number of 128-bit global loads (LDG, LDGSTS, or a bulk copy of any size).
+        narrow_loads: most narrower ones: a row's scalars; None: any number.
+        wide_stores: least number of 128-bit global stores.
+        rows: pointer arguments whose first offset, the one to the row, must be computed in 64 bits.
+    """
+
+    registers: int
+    shared: int
+    wide_loads: int = 0
+    narrow_loads: int | None = None
+    wide_stores: int = 0
+    rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel with the arguments of one launch (meta tensors stand for memory) and its limits."""
+
+    name: str
+    kernel: triton.JITFunction
+    arguments: dict[str, object]
+    limits: Limits
+    quick: bool = False
+
+
+def compile_for(kernel: triton.JITFunction, arguments: dict[str, object], capability: int):
+    """The kernel as a launch with these arguments would compile it: 16 divides pointers, and integers where it does."""
+    options = {k: arguments[k] for k in OPTIONS if k in arguments and k not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = arguments[name]
+        specialise = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialise and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialise and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def describe(compiled) -> dict:
+    """FIGURES of a compiled kernel, its memory instructions in order, and the index type of each pointer's first offset."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run_tool("-res-usage", file.name)
+        listing = _run_tool("-sass", file.name)
+    registers, stack, shared, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()
+    )
+    # Kernels that pipeline ask for their shared memory at launch; it is not in the cubin.
+    shared = max(shared, compiled.metadata.shared)
+    # One letter-dotted mnemonic an instruction, without its address, predicate and operands.
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", listing)
+    memory = [x for x in operations if x.split(".")[0] in ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG", "LDL", "STL", "BAR")]
+    figures = {"registers": registers, "shared": shared, "stack": stack, "local": local, **count_accesses(memory)}
+    return figures | {"memory": memory, "offsets": first_offsets(compiled.asm["ttir"])}
+
+
+def _run_tool(*arguments: str) -> str:
+    done = subprocess.run([str(TOOLS / "cuobjdump"), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def count_accesses(memory: Sequence[str]) -> dict[str, int]:
+    """Instructions by kind; wide: 128 or 256 bits, or a bulk copy (UTMA*)."""
+
+    def count(families: tuple[str, ...], *, wide: bool | None = None) -> int:
+        chosen = [x for x in memory if x.split(".")[0] in families]
+        return sum(wide is None or wide == bool(re.search(r"\.128|\.256|ENL2|^UTMA", x)) for x in chosen)
+
+    loads, stores = ("LDG", "LDGSTS", "UTMALDG"), ("STG", "UTMASTG")
+    return {
+        "ldg_128": count(loads, wide=True),
+        "ldg_narrow": count(loads, wide=False),
+        "stg_128": count(stores, wide=True),
+        "stg_narrow": count(stores, wide=False),
+        "ldl": count(("LDL",)),
+        "stl": count(("STL",)),
+        "bar": count(("BAR",)),
+    }
+
+
+def first_offsets(ttir: str) -> dict[str, str]:
+    """pointer argument (without _ptr) -> type of the index in the first `tt.addptr` on it, also through a splat."""
+    roots = {name: name.lstrip("%") for name in re.findall(r"(%\w+): !tt\.ptr<", ttir)}
+    found: dict[str, str] = {}
+    for line in ttir.splitlines():
+        if match := re.match(r"\s*(%\w+) = tt\.(?:splat|broadcast|expand_dims) (%\w+)\b.*!tt\.ptr<", line):
+            result, source = match.groups()
+            if source in roots:
+                roots[result] = roots[source]
+        elif match := re.match(r"\s*%\w+ = tt\.addptr (%\w+), .*?: .*, (?:tensor<[\dx]*)?(i\d+)", line):
+            source, index = match.groups()
+            if source in roots:
+                found.setdefault(roots[source].removesuffix("_ptr"), index)
+    return found
+
+
+def breaches(figures: dict, limits: Limits) -> list[str]:
+    """What is wrong with a compiled kernel, in words; nothing where all is well."""
+    out = []
+    if figures["stack"] or figures["local"]:
+        out.append(f"{figures['stack']} bytes of stack, {figures['local']} of local memory, expected none")
+    if figures["ldl"] or figures["stl"]:
+        out.append(f"spills: {figures['ldl']} loads from and {figures['stl']} stores to local memory")
+    if figures["registers"] > limits.registers:
+        out.append(f"{figures['registers']} registers, expected at most {limits.registers}")
+    if figures["shared"] > limits.shared:
+        out.append(f"{figures['shared']} bytes of shared memory, expected at most {limits.shared}")
+    if figures["ldg_128"] < limits.wide_loads:
+        out.append(f"{figures['ldg_128']} 128-bit loads, expected at least {limits.wide_loads}")
+    if limits.narrow_loads is not None and figures["ldg_narrow"] > limits.narrow_loads:
+        out.append(f"{figures['ldg_narrow']} loads narrower than 128 bits, expected at most {limits.narrow_loads}")
+    if figures["stg_128"] < limits.wide_stores:
+        out.append(f"{figures['stg_128']} 128-bit stores, expected at least {limits.wide_stores}")
+    for name in limits.rows:
+        if figures["offsets"].get(name) != "i64":
+            out.append(f"row offset of {name} in {figures['offsets'].get(name, 'nothing')}, expected i64")
+    return out
+
+
+def regressions(figures: dict, before: dict) -> list[str]:
+    """What got worse against committed figures (FIGURES as numbers or text)."""
+    old = {name: int(before[name]) for name in FIGURES}
+    out = []
+    if figures["registers"] > old["registers"] + REGISTERS_SLACK:
+        out.append(f"{figures['registers']} registers, {old['registers']} committed")
+    for name, what in (("shared", "bytes of shared memory"), ("stack", "bytes of stack"), ("local", "bytes of local memory"),
+                       ("ldl", "local loads"), ("stl", "local stores")):  # fmt: skip
+        if figures[name] > old[name]:
+            out.append(f"{figures[name]} {what}, {old[name]} committed")
+    for name, what in (("ldg_128", "loads"), ("stg_128", "stores")):
+        if figures[name] < old[name]:
+            out.append(f"{figures[name]} 128-bit {what}, {old[name]} committed")
+    return out
+
+
+def covering_array(factors: dict[str, Sequence], legal: Callable[[dict], bool], strength: int = 3) -> list[dict]:
+    """Few settings in which any `strength` factors take every legal combination of their values. The same ones every time.
+
+    Greedy: a setting starts from the first combination not covered yet and takes for each other factor, in order, the value that
+    covers most of those left.
+    """
+    names = list(factors)
+
+    def combinations(setting: dict) -> set:
+        return set(itertools.combinations([(n, setting[n]) for n in names if n in setting], strength))
+
+    left = dict.fromkeys(
+        tuple(zip(chosen, values, strict=True))
+        for chosen in itertools.combinations(names, strength)
+        for values in itertools.product(*(factors[name] for name in chosen))
+        if legal(dict(zip(chosen, values, strict=True)))
+    )
+    out = []
+    while left:
+        setting = dict(next(iter(left)))
+        for name in names:
+            if name not in setting:
+                options = [{**setting, name: v} for v in factors[name] if legal({**setting, name: v})]
+                setting = max(options, key=lambda x: len(combinations(x) & left.keys()))
+        for combination in combinations(setting):
+            left.pop(combination, None)
+        out.append({name: setting[name] for name in names})
+    return out
+
+
+# The row kernel. Dtypes: student's logits, teacher's logits, gradient.
+ROW_DTYPES = {
+    "bf16": ("bfloat16", "bfloat16", "bfloat16"),
+    "fp16": ("float16", "float16", "float16"),
+    "fp32": ("float32", "float32", "float32"),
+    "bf16 over fp32": ("float32", "float32", "bfloat16"),  # what the linear loss asks for
+    "bf16, teacher fp32": ("bfloat16", "float32", "bfloat16"),
+}
+ROW_FACTORS: dict[str, Sequence] = {
+    "dtypes": list(ROW_DTYPES),
+    "divergence": ["forward_kl", "reverse_kl", "jsd"],
+    "temperature": [2.0, 1.0, 3.0],
+    "terms": ["kd + ce", "kd", "ce"],
+    "text": [True, False],
+    "grad": [True, False],
+    "stats": [False, True],
+    "softcap": [None, 30.0],
+    "plausibility": [None, 0.1],
+    "vocab": [128256, 50257],  # the second: no 16-byte alignment, and a masked tail
+}
+ROW_MAIN = {name: values[0] for name, values in ROW_FACTORS.items()}
+# What trains and evaluates in practice; the rest of the grid comes after these.
+ROW_QUICK = [
+    {},
+    {"dtypes": "fp32"},
+    {"dtypes": "bf16 over fp32"},
+    {"dtypes": "bf16 over fp32", "text": False},
+    {"dtypes": "bf16 over fp32", "text": False, "terms": "kd"},
+    {"divergence": "reverse_kl", "temperature": 1.0},
+    {"divergence": "jsd", "temperature": 3.0},
+    {"stats": True, "softcap": 30.0},
+    {"grad": False},
+    {"plausibility": 0.1},
+    {"vocab": 50257},
+]
+
+
+def _legal_rows(setting: dict) -> bool:
+    """Reverse KL to a distribution with holes is infinite: the public function refuses it."""
+    return not (setting.get("divergence") == "reverse_kl" and setting.get("plausibility") is not None)
+
+
+class _Recorder:
+    """Stands for a kernel: a launch of it is written down instead of run."""
+
+    def __init__(self, kernel: triton.JITFunction, launches: list) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*positional: object, **keywords: object) -> None:
+            arguments = dict(zip(self.kernel.arg_names, positional, strict=False))
+            self.launches.append((self.kernel, {**arguments, **keywords}))
+
+        return launch
+
+
+@contextlib.contextmanager
+def recorded(module: ModuleType, **replaced: object) -> Iterator[list[tuple[triton.JITFunction, dict]]]:
+    """The launches of `module`'s kernels (its names that end in _kernel), in order, none of which runs.
+
+    So a launcher called on meta tensors says what it would launch. `replaced`: other names of the module that get another value.
+    """
+    launches: list[tuple[triton.JITFunction, dict]] = []
+    kernels = {k: v for k, v in vars(module).items() if k.endswith("_kernel") and isinstance(v, triton.JITFunction)}
+    before = {**kernels, **{name: getattr(module, name) for name in replaced}}
+    try:
+        for name, value in {**{k: _Recorder(v, launches) for k, v in kernels.items()}, **replaced}.items():
+            setattr(module, name, value)
+        yield launches
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def _meta(*shape: int, dtype: str = "float32") -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _spec(setting: dict):
+    from kdkernels.ops.rows import RowSpec
+
+    return RowSpec(
+        vocab=setting["vocab"],
+        temperature=setting["temperature"],
+        divergence=setting["divergence"],
+        plausibility=setting["plausibility"],
+        with_kd="kd" in setting["terms"],
+        with_ce="ce" in setting["terms"],
+        student_softcap=setting["softcap"],
+        teacher_softcap=setting["softcap"],
+    )
+
+
+def _label(setting: dict, main: dict) -> str:
+    """The dtypes and what differs from the main setting."""
+    words = ("dtypes", "divergence", "terms")
+    return ", ".join(str(v) if k in words else f"{k} {v}" for k, v in setting.items() if v != main[k] or k == "dtypes")
+
+
+def row_launch(setting: dict, *, batch: int = 8, seq: int = 1024) -> tuple[triton.JITFunction, dict]:
+    """The row kernel's launch over (batch, seq, vocab) logits."""
+    from kdkernels.ops import triton_caad
+
+    student, teacher, grad = ROW_DTYPES[setting["dtypes"]]
+    shape, n = (batch, seq, setting["vocab"]), batch * seq
+    with recorded(triton_caad) as launches:
+        triton_caad.caad_rows(
+            _meta(*shape, dtype=student),
+            _meta(*shape, dtype=teacher),
+            _meta(*shape, dtype=teacher) if setting["text"] else None,
+            _meta(n, dtype="int64"),
+            _meta(n),
+            _meta(n),
+            _meta(n),
+            _spec(setting),
+            grad=_meta(*shape, dtype=grad) if setting["grad"] else None,
+            want_stats=setting["stats"],
+        )
+    return launches[0]
+
+
+def row_limits(setting: dict) -> Limits:
+    """Each pass reads each tensor at least once, 16 bytes a thread; what is narrower are the row's own scalars."""
+    reads_teacher = "kd" in setting["terms"] or setting["stats"]
+    tensors = ["student"] + ["audio"] * reads_teacher + ["text"] * (reads_teacher and setting["text"])
+    aligned = setting["vocab"] % 16 == 0
+    passes = 1 + setting["grad"] + (setting["divergence"] == "jsd" and "kd" in setting["terms"])
+    heavy = setting["divergence"] == "jsd" or setting["softcap"] is not None
+    # 128 registers leave room for 16 warps on a multiprocessor, 168 for 12.
+    registers = 168 if setting["stats"] or heavy or not aligned else 128
+    # A thread's group is 16 bytes of the narrowest logits; bf16 gradients of float32 logits are half of that.
+    wide_grad = aligned and setting["grad"] and setting["dtypes"] != "bf16 over fp32"
+    return Limits(
+        registers=registers,
+        shared=2048,  # for merging alone: nothing of a row is staged
+        wide_loads=passes * len(tensors) if aligned else 0,
+        narrow_loads=5 if aligned else None,  # target, alpha, two coefficients, the label's logit
+        wide_stores=1 if wide_grad else 0,
+        rows=(*tensors, *(["grad"] if setting["grad"] else [])),
+    )
+
+
+def row_configurations(sm: int) -> Iterator[Configuration]:
+    settings = [{**ROW_MAIN, **changes} for changes in ROW_QUICK]
+    settings += [x for x in covering_array(ROW_FACTORS, _legal_rows) if x not in settings]
+    for i, setting in enumerate(settings):
+        quick = i < 3 or (sm == 90 and i < len(ROW_QUICK))
+        yield Configuration(_label(setting, ROW_MAIN), *row_launch(setting), row_limits(setting), quick)
+
+
+def scale_configurations(sm: int) -> Iterator[Configuration]:
+    from kdkernels.ops import triton_caad
+
+    limits = Limits(registers=64, shared=0, wide_loads=1, narrow_loads=1, wide_stores=1, rows=("source", "out"))
+    for dtype, in_place in itertools.product(("bfloat16", "float16", "float32"), (True, False)):
+        source = _meta(8, 1024, 128256, dtype=dtype)
+        with recorded(triton_caad) as launches:
+            triton_caad.scale_rows(source, _meta(8 * 1024), out=source if in_place else None)
+        yield Configuration(f"{dtype}{', in place' if in_place else ''}", *launches[0], limits, quick=sm == 90)
+
+
+# kernel's name in the table -> its configurations on a compute capability. A new kernel is a line here.
+Registry = dict[str, Callable[[int], Iterable[Configuration]]]
+REGISTRY: Registry = {
+    "caad_rows": row_configurations,
+    "scale_rows": scale_configurations,
+}
+
+
+def triton_series() -> str:
+    """major.minor: what the compiler makes of a kernel changes with these."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def committed(path: Path, series: str) -> dict[tuple[str, str, str], dict]:
+    """(kernel, configuration, sm) -> row of the CSV, for one Triton series."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as f:
+        rows = [row for row in csv.DictReader(f) if row["triton"] == series]
+    return {(row["kernel"], row["configuration"], row["sm"]): row for row in rows}
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Replaces this Triton's rows; those of others stay."""
+    columns = ["kernel", "configuration", "sm", "warps", *FIGURES, "triton"]
+    others = []
+    if path.exists():
+        with path.open(newline="") as f:
+            others = [row for row in csv.DictReader(f) if row["triton"] != triton_series()]
+    merged = others + [{k: row[k] for k in columns} for row in rows]
+    merged.sort(key=lambda row: [int(x) for x in row["triton"].split(".")])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged)
+
+
+def main(argv: list[str] | None = None, registry: Registry = REGISTRY) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a representative subset")
+    parser.add_argument("--kernel", nargs="+", choices=sorted(registry), help="these kernels alone")
+    parser.add_argument("--sm", nargs="+", type=int, default=CAPABILITIES, help="compute capabilities, like 90")
+    parser.add_argument("--write", action="store_true", help="replace this Triton's rows of the committed CSV")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "aot_triton.csv", help="the committed figures")
+    parser.add_argument("--json", type=Path, help="also leave all figures here, with the memory instructions in order")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler at import: unset it")
+    if not (TOOLS / "cuobjdump").exists():
+        parser.error("this Triton ships no cuobjdump to look at compiled kernels with")
+    if args.write and (args.quick or args.kernel or tuple(args.sm) != CAPABILITIES):
+        parser.error("--write goes with the whole grid alone")
+
+    before = {} if args.write else committed(args.csv, triton_series())
+    rows, wrong = [], []
+    for kernel, sm in itertools.product(args.kernel or registry, args.sm):
+        for configuration in registry[kernel](sm):
+            if args.quick and not configuration.quick:
+                continue
+            row = {"kernel": kernel, "configuration": configuration.name, "sm": sm}
+            try:
+                compiled = compile_for(configuration.kernel, configuration.arguments, sm)
+            except Exception as error:  # the compiler's errors have no common base
+                wrong.append((row, [f"does not compile: {type(error).__name__}: {str(error).strip()[:500]}"]))
+                continue
+            row |= {"warps": compiled.metadata.num_warps, **describe(compiled), "triton": triton_series()}
+            rows.append(row)
+            found = breaches(row, configuration.limits)
+            if before:
+                old = before.get((kernel, configuration.name, str(sm)))
+                found += regressions(row, old) if old else [f"not in {args.csv.name}: look at it, then --write"]
+            if found:
+                wrong.append((row, found))
+    if rows:
+        shown = [{k: v for k, v in row.items() if k not in ("memory", "offsets", "triton")} for row in rows]
+        print_table(f"Triton {triton.__version__}: registers a thread, bytes a block, instructions", shown)
+    if args.json:
+        args.json.write_text(json.dumps(rows))
+    if not before and not args.write:
+        print(f"{args.csv.name} has no figures of Triton {triton_series()}: held against the limits alone")
+    for row, found in wrong:
+        for breach in found:
+            print(f"BREACH {row['kernel']} [{row['configuration']}] sm_{row['sm']}: {breach}")
+    if not rows:
+        print("BREACH nothing was compiled")
+        return 1
+    if args.write and not wrong:
+        write(args.csv, rows)
+        print(args.csv)
+    print(f"{len(rows)} kernels compiled, {sum(len(found) for _, found in wrong)} breaches")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
