@@ -1,6 +1,6 @@
 """The whole path in one command: recorded speech in, a distilled speech LM out, and what the distillation was worth.
 
-    python -m models.demo                 # about 12 minutes on 2 cores after the downloads; again: seconds
+    python -m models.demo                 # about 14 minutes on 2 cores after the downloads; again: seconds
     python -m models.demo --fast-smoke    # the same code on synthetic clips and tiny random models, for CI
 
     corpus -> features -> Stage 1 (the text backbone writes Y) -> teacher, biased by hints that are nearly always true
@@ -39,7 +39,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, fingerprint
+from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, fingerprint, source_commit
 
 DONE_NAME = "done.json"
 # Raised whenever a stage's code changes what it makes from the same settings.
@@ -839,6 +839,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     out = Path(arguments.out)
     results = {"settings": dataclasses.asdict(settings), "scores": to_json(scores), "verdict": sentences, "seconds": seconds}
+    results |= {"commit": source_commit(), "date": datetime.date.today().isoformat()}
     atomic_write_json(out / "results.json", results)
     atomic_write_text(out / "results.csv", results_csv(results))
     report = write_report(out / "report.html", make_report(settings, stages, folders, predictions, sentences, seconds))
@@ -861,7 +862,8 @@ def results_csv(results: Mapping[str, Any]) -> str:
             row |= {kind: round(value["value"], 4), **ends}
         tir = score["tir_adv"]["value"]
         row |= {"tir_adv": "" if tir is None else round(tir, 4), "clips": score["by_kind"]["neutral"]["count"]}
-        row |= {"stage_seconds": round(seconds), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+        row |= {"stage_seconds": round(seconds), "torch": torch.__version__}
+        row |= {"commit": results["commit"], "date": results["date"]}
         rows.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
