@@ -31,6 +31,9 @@
 namespace kdkernels::cuda {
 namespace {
 
+// Older devices get an empty kernel: usable_shared_bytes keeps it from being launched there.
+#if __CUDA_ARCH__ >= 900
+
 // -- barriers, copies, clusters ---------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
@@ -66,7 +69,10 @@ __device__ __forceinline__ void bulk_copy(std::uint32_t to, const char* from, st
                : "memory");
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  __syncwarp();  // "aligned": a warp arrives as one
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ int cluster_rank() {
@@ -155,22 +161,21 @@ __device__ __forceinline__ T merged_cluster(T value, const Formula& f, char* mem
 // -- the kernel ---------------------------------------------------------------------------------------------------------------------
 
 // Sends for one chunk of a row's slice.
-__device__ __forceinline__ void fetch_chunk(const RowProblem& p, const RowLayout& layout, char* memory, std::int64_t row, int start,
+__device__ __forceinline__ void fetch_chunk(const RowProblem& p, const RowLayout& layout, char* memory, const RowSources& from,
                                             int columns, int chunk) {
-  const std::uint32_t barrier = shared_address(memory) + 8 * chunk;
-  const bool audio = reads_teacher(p), text = uses_text(p, row);
+  const std::uint32_t base = shared_address(memory), barrier = base + 8 * chunk;
   const int student_item = item_bytes(p.student.dtype), audio_item = item_bytes(p.audio.dtype), text_item = item_bytes(p.text.dtype);
-  const int student_bytes = chunk_bytes(columns, chunk, student_item);
-  const int audio_bytes = audio ? chunk_bytes(columns, chunk, audio_item) : 0;
-  const int text_bytes = text ? chunk_bytes(columns, chunk, text_item) : 0;
   const int column = chunk * CHUNK;
-  const std::uint32_t base = shared_address(memory);
+  const int student_bytes = chunk_bytes(columns, chunk, student_item);
+  const int audio_bytes = from.audio ? chunk_bytes(columns, chunk, audio_item) : 0;
+  const int text_bytes = from.text ? chunk_bytes(columns, chunk, text_item) : 0;
   barrier_expect(barrier, student_bytes + audio_bytes + text_bytes);
-  bulk_copy(base + HEAD_BYTES + column * student_item, slice_address(p, p.student, row, start + column), student_bytes, barrier);
-  if (audio)
-    bulk_copy(base + layout.audio_offset + column * audio_item, slice_address(p, p.audio, row, start + column), audio_bytes, barrier);
-  if (text) bulk_copy(base + layout.text_offset + column * text_item, slice_address(p, p.text, row, start + column), text_bytes, barrier);
+  bulk_copy(base + HEAD_BYTES + column * student_item, from.student + column * student_item, student_bytes, barrier);
+  if (from.audio) bulk_copy(base + layout.audio_offset + column * audio_item, from.audio + column * audio_item, audio_bytes, barrier);
+  if (from.text) bulk_copy(base + layout.text_offset + column * text_item, from.text + column * text_item, text_bytes, barrier);
 }
+
+#endif  // __CUDA_ARCH__ >= 900
 
 template <int DIVERGENCE, bool TRANSFORM>
 __global__ void __launch_bounds__(THREADS, 1)
@@ -191,11 +196,15 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int chunks = chunks_of(slice.columns);
   const bool want_grad = p.grad.data != 0;
 
-  // An ignored row is not read; its results are written by whoever passes over it.
-  auto skip_ignored = [&](std::int64_t row) {
-    while (row < rows && is_ignored(p, row)) row += clusters;
+  // The first row from `row` on that is not ignored, and its inputs.
+  auto find_row = [&](std::int64_t row, RowInputs& inputs) {
+    for (; row < rows; row += clusters) {
+      inputs = inputs_of(p, row);
+      if (!is_ignored(p, inputs)) break;
+    }
     return row;
   };
+  // An ignored row is not read; its results are written by the cluster that passes over it.
   auto zero_rows = [&](std::int64_t from, std::int64_t to) {
     for (std::int64_t row = from; row < to && row < rows; row += clusters) {
       if (want_grad) zero_gradient(p, row, 0, rank * THREADS + thread, blocks * THREADS);
@@ -207,12 +216,15 @@ __global__ void __launch_bounds__(THREADS, 1)
   };
 
   const std::int64_t first = blockIdx.x / blocks;
-  std::int64_t row = skip_ignored(first);
+  RowInputs r;
+  std::int64_t row = find_row(first, r);
   if (thread == 0) {
     for (int chunk = 0; chunk < chunks; ++chunk) barrier_init(shared_address(memory) + 8 * chunk);
     publish_barriers();
-    if (row < rows)
-      for (int chunk = 0; chunk < chunks; ++chunk) fetch_chunk(p, layout, memory, row, slice.start, slice.columns, chunk);
+    if (row < rows) {
+      const RowSources from = sources_of(p, r, row, slice.start);
+      for (int chunk = 0; chunk < chunks; ++chunk) fetch_chunk(p, layout, memory, from, slice.columns, chunk);
+    }
   }
   zero_rows(first, row);
   cluster_arrive();  // every block of the cluster has begun, so its shared memory can be written to
@@ -221,8 +233,9 @@ __global__ void __launch_bounds__(THREADS, 1)
   int exchange = 0;
   std::uint32_t parity = 0;
   while (row < rows) {
-    const std::int64_t next = skip_ignored(row + clusters);
-    const RowInputs r = inputs_of(p, row);
+    // Asked for now, looked at after the sums, when they have arrived.
+    RowInputs next_inputs;
+    if (row + clusters < rows) next_inputs = inputs_of(p, row + clusters);
 
     float threshold = FLOOR;
     if (p.has_plausibility && reads_teacher(p)) {
@@ -255,18 +268,23 @@ __global__ void __launch_bounds__(THREADS, 1)
       reinterpret_cast<float*>(p.ce)[row] = k.ce;
     }
 
-    char* grad = want_grad ? slice_address(p, p.grad, row, slice.start) : nullptr;
+    std::int64_t next = row + clusters;
+    if (next < rows && is_ignored(p, next_inputs)) next = find_row(next + clusters, next_inputs);
+    RowSources from = {};
+    if (next < rows) from = sources_of(p, next_inputs, next, slice.start);
+    char* grad = want_grad ? row_address(p, p.grad, row, slice.start) : nullptr;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (want_grad)
         write_gradient<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, columns_of(layout.arrangement, chunk, thread), k, grad);
       if (next < rows) {
         __syncthreads();  // the block is through with this chunk
-        if (thread == 0) fetch_chunk(p, layout, memory, next, slice.start, slice.columns, chunk);
+        if (thread == 0) fetch_chunk(p, layout, memory, from, slice.columns, chunk);
       }
     }
     if (want_grad) zero_gradient(p, row, first_untouched(p, layout), rank * THREADS + thread, blocks * THREADS);
     zero_rows(row + clusters, next);
     row = next;
+    r = next_inputs;
     parity ^= 1;
   }
 #endif
@@ -317,7 +335,6 @@ struct Launch {
 }  // namespace
 
 const void* row_kernel(const RowProblem& p) {
-  const bool transform = p.student_scale != 1.f || p.teacher_scale != 1.f || p.student_softcap != 0.f || p.teacher_softcap != 0.f;
   static const void* const kernels[3][2] = {
       {reinterpret_cast<const void*>(&caad_rows_kernel<FORWARD_KL, false>),
        reinterpret_cast<const void*>(&caad_rows_kernel<FORWARD_KL, true>)},
@@ -325,7 +342,7 @@ const void* row_kernel(const RowProblem& p) {
        reinterpret_cast<const void*>(&caad_rows_kernel<REVERSE_KL, true>)},
       {reinterpret_cast<const void*>(&caad_rows_kernel<JSD, false>), reinterpret_cast<const void*>(&caad_rows_kernel<JSD, true>)},
   };
-  return kernels[p.divergence][transform];
+  return kernels[p.divergence][is_transformed(p)];
 }
 
 int usable_shared_bytes(int device) {
@@ -357,7 +374,7 @@ RowPlan plan_rows(const RowProblem& p, int device, int blocks) {
   RowPlan plan;
   const int shared = usable_shared_bytes(device);
   const std::int64_t rows = rows_of(p);
-  if (shared == 0) return plan;
+  if (shared == 0 || rows >= 1ll << 31) return plan;
   for (int size = 1; size <= MAX_BLOCKS; size *= 2) {
     if (blocks > 0 && size != blocks) continue;
     const RowLayout layout = layout_of(p, size, shared);

@@ -158,14 +158,12 @@ KD_HOST_DEVICE Columns columns_of(int arrangement, int chunk, int thread) {
   return {first, first + 4};
 }
 
-KD_HOST_DEVICE std::int64_t row_bytes_at(const RowTensor& t, std::int64_t row, std::int64_t inner) {
-  const std::int64_t outer_index = row / inner;
-  return (outer_index * t.stride_outer + (row - outer_index * inner) * t.stride_inner) * item_bytes(t.dtype);
-}
-
-// Address of a row's first column of a block's slice.
-KD_HOST_DEVICE char* slice_address(const RowProblem& p, const RowTensor& t, std::int64_t row, int start) {
-  return reinterpret_cast<char*>(t.data) + row_bytes_at(t, row, p.inner) + static_cast<std::int64_t>(start) * item_bytes(t.dtype);
+// Address of a row's column `start`.
+KD_HOST_DEVICE char* row_address(const RowProblem& p, const RowTensor& t, std::int64_t row, int start) {
+  const std::uint32_t inner = static_cast<std::uint32_t>(p.inner), r = static_cast<std::uint32_t>(row);  // plan_rows: under 2^31
+  const std::int64_t outer_index = r / inner, inner_index = r % inner;
+  const std::int64_t items = outer_index * t.stride_outer + inner_index * t.stride_inner + start;
+  return reinterpret_cast<char*>(t.data) + items * item_bytes(t.dtype);
 }
 
 // Valid columns in a block's slice.
@@ -183,40 +181,44 @@ KD_HOST_DEVICE int chunk_bytes(int columns, int chunk, int item) {
   return ((left < CHUNK ? left : CHUNK) * item + 15) / 16 * 16;
 }
 
-// What all blocks of a cluster know of a row before it is read.
+// What all blocks of a cluster know of a row before it is read: as it lies in memory, so that a row's inputs can be asked for long
+// before they are looked at.
 struct RowInputs {
-  float alpha = 0.f;
-  bool use_text = false, alpha_legal = true;
-  std::int64_t label = -1;
-  bool label_inside = false;
-  float kd_coef = 0.f, ce_coef = 0.f;
+  std::int64_t target = -1;
+  float alpha = 0.f, kd_coef = 0.f, ce_coef = 0.f;
 };
-
-KD_HOST_DEVICE bool is_ignored(const RowProblem& p, std::int64_t row) {
-  return p.target != 0 && reinterpret_cast<const std::int64_t*>(p.target)[row] == p.ignore_index;
-}
-
-// Where alpha is 0 the text path is not read: it may hold anything.
-KD_HOST_DEVICE bool uses_text(const RowProblem& p, std::int64_t row) {
-  return reads_text(p) && reinterpret_cast<const float*>(p.alpha)[row * p.alpha_stride] != 0.f;
-}
 
 KD_HOST_DEVICE RowInputs inputs_of(const RowProblem& p, std::int64_t row) {
   RowInputs r;
-  if (reads_text(p)) {
-    r.alpha = reinterpret_cast<const float*>(p.alpha)[row * p.alpha_stride];
-    r.use_text = r.alpha != 0.f;
-    r.alpha_legal = r.alpha >= 0.f && r.alpha < infinity();
-  }
-  if (p.with_ce) {
-    r.label = reinterpret_cast<const std::int64_t*>(p.target)[row];
-    r.label_inside = r.label >= 0 && r.label < p.vocab;
-  }
+  if (p.target != 0) r.target = reinterpret_cast<const std::int64_t*>(p.target)[row];
+  if (reads_text(p)) r.alpha = reinterpret_cast<const float*>(p.alpha)[row * p.alpha_stride];
   if (p.grad.data != 0) {
     r.kd_coef = reinterpret_cast<const float*>(p.kd_coef)[row];
     r.ce_coef = reinterpret_cast<const float*>(p.ce_coef)[row];
   }
   return r;
+}
+
+KD_HOST_DEVICE bool is_ignored(const RowProblem& p, const RowInputs& r) { return p.target != 0 && r.target == p.ignore_index; }
+KD_HOST_DEVICE bool is_inside(const RowProblem& p, const RowInputs& r) { return r.target >= 0 && r.target < p.vocab; }
+KD_HOST_DEVICE bool is_legal(const RowProblem& p, const RowInputs& r) {
+  return !reads_text(p) || (r.alpha >= 0.f && r.alpha < infinity());
+}
+
+// Where alpha is 0 the text path is not read: it may hold anything.
+KD_HOST_DEVICE bool uses_text(const RowProblem& p, const RowInputs& r) { return reads_text(p) && r.alpha != 0.f; }
+
+// Where a row's slice of each tensor begins in global memory; null: it is not read.
+struct RowSources {
+  const char *student, *audio, *text;
+};
+
+KD_HOST_DEVICE RowSources sources_of(const RowProblem& p, const RowInputs& r, std::int64_t row, int start) {
+  RowSources from;
+  from.student = row_address(p, p.student, row, start);
+  from.audio = reads_teacher(p) ? row_address(p, p.audio, row, start) : nullptr;
+  from.text = uses_text(p, r) ? row_address(p, p.text, row, start) : nullptr;
+  return from;
 }
 
 // A block's part of a row, in its shared memory.
@@ -327,7 +329,7 @@ KD_HOST_DEVICE void read_contrast(const RowProblem& p, const Slice& s, const Row
   float a[GROUP];
   read_audio<TRANSFORM>(p, s, c, a);
   float least = lowest(a);
-  if (r.use_text) {
+  if (uses_text(p, r)) {
     float t[GROUP];
     load_group(s.text, p.text.dtype, c, t);
     if (TRANSFORM) transform_group(t, p.teacher_scale, p.teacher_softcap);
@@ -483,8 +485,8 @@ KD_HOST_DEVICE void add_group(const RowProblem& p, const Formula& f, const Slice
 
 // The label's logit, looked up by one thread of the block that owns its column.
 KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInputs& r, RowSums& sums) {
-  const std::int64_t column = r.label - s.start;
-  if (!r.label_inside || column < 0 || column >= s.columns) return;
+  const std::int64_t column = r.target - s.start;
+  if (!is_inside(p, r) || column < 0 || column >= s.columns) return;
   float x, slope;
   if (p.student.dtype == F32) {
     x = reinterpret_cast<const float*>(s.student)[column];
@@ -541,18 +543,18 @@ KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowI
     if (kd < 0.f) kd = 0.f;            // rounding; NaN passes
     if (infinite) kd += infinity();    // a sum, so that a NaN elsewhere in the row stays one
     if (empty) kd = 0.f;
-    k.kd = r.alpha_legal ? kd : not_a_number();
+    k.kd = is_legal(p, r) ? kd : not_a_number();
     // tau^2 from kd, 1 / tau from d (s / tau) / d s
     k.kd_scale = empty || (DIVERGENCE == REVERSE_KL && infinite) ? 0.f : r.kd_coef / f.inverse_tau;
-    if (!r.alpha_legal) k.kd_scale = not_a_number();
+    if (!is_legal(p, r)) k.kd_scale = not_a_number();
   }
   if (p.with_ce) {
     const float q1_sum = f.q1 == Q1_SAME ? row.q_sum : row.q1_sum;
     // A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
     float ce = logf(q1_sum == 0.f ? 1.f : q1_sum) - (row.label - row.s_max);
     ce = row.label == MASKED ? ce + infinity() : ce < 0.f ? 0.f : ce;
-    k.ce = r.label_inside ? ce : not_a_number();
-    k.ce_scale = r.label_inside ? r.ce_coef : not_a_number();
+    k.ce = is_inside(p, r) ? ce : not_a_number();
+    k.ce_scale = is_inside(p, r) ? r.ce_coef : not_a_number();
   }
 }
 
@@ -651,8 +653,8 @@ KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const 
       KD_UNROLL for (int e = 0; e < GROUP; ++e) q1[e] = power_of_two((s[e] - k.s_max) * LOG2E) * k.inverse_q1;
     }
     // Far from the label the difference is neither in [0, 4) nor, as an unsigned number, small.
-    const unsigned label = static_cast<unsigned>(r.label - slice.start);
-    if (r.label_inside && (label - c.first < 4u || label - c.second < 4u)) {
+    const unsigned label = static_cast<unsigned>(r.target - slice.start);
+    if (is_inside(p, r) && (label - c.first < 4u || label - c.second < 4u)) {
       KD_UNROLL for (int e = 0; e < 4; ++e) {
         if (label - c.first == static_cast<unsigned>(e)) q1[e] -= 1.f;
         if (label - c.second == static_cast<unsigned>(e)) q1[4 + e] -= 1.f;
@@ -679,7 +681,7 @@ KD_HOST_DEVICE std::int64_t first_untouched(const RowProblem& p, const RowLayout
 // Zeroes columns [from, V_s) of a row's gradient; `from` columns are a multiple of 16 bytes. Thread `lane` of `lanes`.
 KD_HOST_DEVICE void zero_gradient(const RowProblem& p, std::int64_t row, std::int64_t from, int lane, int lanes) {
   const int item = item_bytes(p.grad.dtype);
-  char* grad = slice_address(p, p.grad, row, 0);
+  char* grad = row_address(p, p.grad, row, 0);
   const std::int64_t end = p.student_width * item;
   const std::uint32_t zero[4] = {0, 0, 0, 0};
   for (std::int64_t at = from * item + 16 * static_cast<std::int64_t>(lane); at < end; at += 16 * static_cast<std::int64_t>(lanes)) {

@@ -79,6 +79,11 @@ KD_HOST_DEVICE std::int64_t rows_of(const RowProblem& p) { return p.outer * p.in
 KD_HOST_DEVICE bool reads_teacher(const RowProblem& p) { return p.with_kd != 0; }
 KD_HOST_DEVICE bool reads_text(const RowProblem& p) { return reads_teacher(p) && p.text.data != 0; }
 
+// Whether logits are anything but the values in memory.
+inline bool is_transformed(const RowProblem& p) {
+  return p.student_scale != 1.f || p.teacher_scale != 1.f || p.student_softcap != 0.f || p.teacher_softcap != 0.f;
+}
+
 inline RowLayout layout_of(const RowProblem& p, int blocks, int shared_bytes) {
   const std::int64_t columns = (p.vocab + blocks - 1) / blocks;
   const std::int64_t slice = (columns + WARP_COLUMNS - 1) / WARP_COLUMNS * WARP_COLUMNS;

@@ -1,4 +1,8 @@
-"""Which implementation runs, and why. `impl="auto"` chooses; an explicit choice never falls back to another."""
+"""Which implementation runs, and why. `impl="auto"` chooses; an explicit choice never falls back to another.
+
+On CUDA "auto" means Triton. KDKERNELS_CUDA_ROWS=1 lets it take the CUDA C++ row kernel for every call that fits it, and Triton
+for the others: not by default before that kernel has passed its items in benchmarks/gpu/QUEUE.md, for it has never run on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import native
+from . import cuda_caad, native
 
 logger = logging.getLogger("kdkernels")
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
+CUDA_OR_TRITON = "cuda_or_triton"  # what "auto" may choose, beside the names above
 
 
 def checks_enabled(device: torch.device) -> bool:
@@ -39,8 +44,14 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def cuda_rows_wanted() -> bool:
+    return os.environ.get("KDKERNELS_CUDA_ROWS", "0") == "1"
+
+
 def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
     """Returns (implementation, reason) for tensors of these dtypes on this device.
+
+    The implementation is one of IMPLEMENTATIONS but "auto", or CUDA_OR_TRITON.
 
     Raises ValueError for an unknown ``impl`` or one that cannot run on ``device``, TypeError for a dtype it lacks, RuntimeError
     where it is not installed.
@@ -49,7 +60,7 @@ def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tu
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
         return _automatic(device, dtypes)
-    if impl in ("cpu", "triton"):
+    if impl in ("cpu", "triton", "cuda"):
         unsupported = [d for d in dtypes if d not in native.DTYPES]
         if unsupported:
             raise TypeError(
@@ -67,9 +78,11 @@ def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tu
             )
         load_triton_rows()
     elif impl == "cuda":
-        raise RuntimeError(
-            "impl='cuda' is not built yet: the CUDA C++ row kernel is not part of this version; use impl='triton' or 'auto'"
-        )
+        if device.type != "cuda":
+            raise ValueError(f"impl='cuda': expected tensors on a CUDA device, got {device}")
+        reason = cuda_caad.unavailable(_index(device))
+        if reason is not None:
+            raise RuntimeError(f"impl='cuda': {reason}")
     return impl, "asked for by name"
 
 
@@ -83,11 +96,27 @@ def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str
         return "reference", "tensors on the CPU, and the native library is missing (pip install . builds it)"
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is not None:
-            return "triton", "tensors on a CUDA device"
+            if not cuda_rows_wanted():
+                return "triton", "tensors on a CUDA device"
+            reason = cuda_caad.unavailable(_index(device))
+            if reason is not None:
+                return "triton", f"tensors on a CUDA device; KDKERNELS_CUDA_ROWS=1, but {reason}"
+            return (
+                CUDA_OR_TRITON,
+                "tensors on a CUDA device; KDKERNELS_CUDA_ROWS=1, Triton for what does not fit a cluster",
+            )
         return "reference", "tensors on a CUDA device, and Triton is missing (pip install 'kdkernels[triton]')"
     return "reference", f"no kernel for device type {device.type!r}"
 
 
+def _index(device: torch.device) -> int:
+    if device.index is not None:
+        return device.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
 def row_launcher(impl: str) -> Callable:
     """The ``caad_rows`` function (see :mod:`kdkernels.ops.rows`) of a kernel implementation."""
-    return load_triton_rows() if impl == "triton" else native.caad_rows
+    if impl == "triton":
+        return load_triton_rows()
+    return {"cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: cuda_caad.caad_rows_or_triton}.get(impl, native.caad_rows)

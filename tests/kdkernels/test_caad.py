@@ -629,7 +629,7 @@ def test_row_offsets_beyond_two_to_the_31():
         ({"kd_token_weight": torch.ones(5)}, ValueError, r"kd_token_weight: expected shape \(6,\), got \(5,\)"),
         ({"ce_token_weight": -torch.ones(6)}, ValueError, "ce_token_weight: expected weights >= 0"),
         ({"impl": "gpu"}, ValueError, "impl: expected one of auto"),
-        ({"impl": "cuda"}, RuntimeError, "not built yet"),
+        ({"impl": "cuda"}, ValueError, "expected tensors on a CUDA device, got cpu"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index"),
         (
             {"target": torch.full((6,), 97)},
@@ -729,4 +729,4 @@ def test_explain():
     for device in ("cpu", "cuda"):
         said = explain(device=device, n_tokens=1000, vocab_size=1000, student_hidden_size=64)
         assert said.startswith("impl='auto' runs") and "chunks" in said
-    assert "not built yet" in explain(impl="cuda")
+    assert "expected tensors on a CUDA device" in explain(impl="cuda")
