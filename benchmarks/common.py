@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import platform
@@ -31,14 +32,25 @@ class Timing:
 
 
 def time_calls(
-    calls: dict[str, Callable[[], object]], *, repeats: int, device: torch.device, warmup: int = 2
+    calls: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    device: torch.device,
+    warmup: int = 2,
+    limit_seconds: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Times the calls in turn, round after round, so that a slow minute of the machine falls on all of them alike."""
+    """Times the calls in turn, round after round, so that a slow minute of the machine falls on all of them alike.
+
+    After ``limit_seconds`` no further round begins, but three are always run (fewer where ``repeats`` is smaller).
+    """
     for call in calls.values():
         for _ in range(warmup):
             call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    started = time.perf_counter()
+    for done in range(repeats):
+        if done >= 3 and time.perf_counter() - started > limit_seconds:
+            break
         for name, call in calls.items():
             seconds[name].append(_one_call(call, device))
     return {name: _summary(values) for name, values in seconds.items()}
@@ -106,9 +118,30 @@ def _resident_bytes() -> int:
         return int(f.read().split()[1]) * 4096
 
 
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be had without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     actual, expected = actual.double(), expected.double()
     return float((actual - expected).norm() / expected.norm())
+
+
+def refuse_wrong(errors: dict[str, float], budget: float) -> None:
+    """Stops the benchmark before anything is timed if a gradient is off by more than ``budget``, or is NaN."""
+    wrong = {name: e for name, e in errors.items() if not e < budget}
+    if wrong:
+        raise SystemExit(f"not timed: relative gradient error against float64 beyond {budget}: {wrong}")
+
+
+def time_columns(timing: Timing) -> dict[str, float]:
+    """Milliseconds: median and quartiles; rounds."""
+    columns = {"median_ms": timing.median * 1e3, "low_ms": timing.low * 1e3, "high_ms": timing.high * 1e3}
+    return {**columns, "repeats": timing.repeats}
 
 
 def device_name(device: torch.device) -> str:
@@ -147,31 +180,76 @@ def provenance(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "liger": version("liger-kernel"),
+        "trl": version("trl"),
+        "fla": version("fla-core"),
+        "cce": version("cut-cross-entropy"),
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
 
 
-def write_csv(name: str, device: torch.device, rows: list[dict], *, folder: Path = RESULTS) -> Path:
-    """results/<name>_<cpu|cuda>.csv, replaced as a whole; every row carries its provenance."""
+def write_csv(
+    name: str,
+    device: torch.device,
+    rows: list[dict],
+    *,
+    folder: Path = RESULTS,
+    keep: Callable[[dict[str, str]], bool] = lambda row: False,
+) -> Path:
+    """results/<name>_<cpu|cuda>.csv, written anew but for the old rows to ``keep``; every row carries its provenance."""
     origin = provenance(device)
     path = folder / f"{name}_{device.type}.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    kept: list[dict] = []
+    if path.exists():
+        with path.open(newline="") as f:
+            kept = [row for row in csv.DictReader(f) if keep(row)]
+    columns = list(dict.fromkeys(key for row in (*rows, *kept) for key in row if key not in origin))
     with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=[*columns, *origin], lineterminator="\n")
+        writer = csv.DictWriter(f, fieldnames=[*columns, *origin], restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **origin} for row in rows)
+        writer.writerows([*kept, *({**row, **origin} for row in rows)])
     return path
 
 
+def add_common_arguments(parser: argparse.ArgumentParser, *, repeats: int | None = None) -> None:
+    """--device, --write and --out; --repeats with its default where something is timed."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", action="store_true", help="write the CSV into benchmarks/results")
+    parser.add_argument("--out", type=Path, help="write the CSV into this folder instead")
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats, help="most rounds of timing")
+
+
+def finish(
+    args: argparse.Namespace,
+    name: str,
+    title: str,
+    rows: list[dict],
+    *,
+    keep: Callable[[dict[str, str]], bool] = lambda row: False,
+) -> None:
+    """Prints the table, and writes the CSV where --write or --out asked for it."""
+    print_table(title, rows)
+    folder = args.out or (RESULTS if args.write else None)
+    if folder is not None:
+        print(write_csv(name, torch.device(args.device), rows, folder=folder, keep=keep))
+
+
 def print_table(title: str, rows: list[dict]) -> None:
+    """A table of the columns that differ between rows; those that do not stand in the title."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", overflow="fold")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    same = [c for c in columns if len(rows) > 1 and len({str(row.get(c, "")) for row in rows}) == 1]
+    words = [f"{c} {rows[0][c]}" for c in same if str(rows[0][c]) not in ("", "nan")]
+    table = Table(title="; ".join([title, *words]))
+    shown = [c for c in columns if c not in same]
+    for column in shown:
+        first = next(row[column] for row in rows if column in row)
+        table.add_column(column, justify="left" if isinstance(first, str) else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        values = ("" if row.get(c, "") != row.get(c, "") else row.get(c, "") for c in shown)  # NaN: nothing to show
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -1,38 +1,93 @@
-"""The same objective in every way it is written today: eager PyTorch, torch.compile, Liger, and ours.
+"""The same objective in every way it is written today: eager PyTorch, torch.compile, Liger, TRL, FLA, CCE, and ours.
 
-All minimise  kd_weight tau^2 KL(softmax(z_hat / tau) || softmax(s / tau)) + (1 - kd_weight) CE(s, y), averaged over tokens.
+All minimise  kd_weight tau^2 KL(softmax(z_hat / tau) || softmax(s / tau)) + (1 - kd_weight) CE(s, y), averaged over tokens, with
+z_hat = (1 + alpha) z_audio - alpha z_text. A library that has only one of the terms is compared on that term (`Objective`), and
+the libraries get the collapsed teacher state (1 + alpha) h_audio - alpha h_text, so that they too run one teacher GEMM.
+
+Legend: N tokens, V vocabulary, H hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ALPHA, TEMPERATURE, KD_WEIGHT = 2.0, 2.0, 0.7
+VOCAB_BLOCK = 8192  # rows of a head converted to float64 at a time
 
 
-def eager_loss(student: Tensor, audio: Tensor, text: Tensor, target: Tensor) -> Tensor:
-    """The loss as one writes it: logits in float32, torch's own softmax, kl_div and cross_entropy."""
-    student = student.float()
-    z_hat = (1 + ALPHA) * audio.float() - ALPHA * text.float()
-    kd = F.kl_div(F.log_softmax(student / TEMPERATURE, -1), F.softmax(z_hat / TEMPERATURE, -1), reduction="batchmean")
-    return KD_WEIGHT * TEMPERATURE**2 * kd + (1 - KD_WEIGHT) * F.cross_entropy(student, target)
+@dataclass(frozen=True)
+class Objective:
+    name: str
+    kd_weight: float
+    alpha: float = ALPHA
+    temperature: float = TEMPERATURE
 
 
-def exact_loss(student: Tensor, audio: Tensor, text: Tensor, target: Tensor) -> Tensor:
+FULL = Objective("KD + CE", KD_WEIGHT)
+KD = Objective("KD", 1.0)
+CE = Objective("CE", 0.0)
+OBJECTIVES = (FULL, KD, CE)
+
+
+class Unavailable(Exception):
+    """Why a contender cannot run here: not installed, or no GPU."""
+
+
+def eager_loss(
+    student: Tensor,
+    audio: Tensor | None,
+    text: Tensor | None,
+    target: Tensor,
+    objective: Objective = FULL,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The loss as one writes it, from logits (N, V): torch's own softmax, kl_div and cross_entropy in ``dtype``."""
+    tau, alpha, weight = objective.temperature, objective.alpha, objective.kd_weight
+    student = student.to(dtype)
+    loss = student.new_zeros(())
+    if weight > 0:
+        z_hat = (1 + alpha) * audio.to(dtype) - alpha * text.to(dtype)
+        kd = F.kl_div(F.log_softmax(student / tau, -1), F.softmax(z_hat / tau, -1), reduction="batchmean")
+        loss = loss + weight * tau**2 * kd
+    if weight < 1:
+        loss = loss + (1 - weight) * F.cross_entropy(student, target)
+    return loss
+
+
+def exact_loss(
+    student: Tensor, audio: Tensor | None, text: Tensor | None, target: Tensor, objective: Objective = FULL
+) -> Tensor:
     """The same in float64."""
-    student, z_hat = student.double(), (1 + ALPHA) * audio.double() - ALPHA * text.double()
-    kd = F.kl_div(F.log_softmax(student / TEMPERATURE, -1), F.softmax(z_hat / TEMPERATURE, -1), reduction="batchmean")
-    return KD_WEIGHT * TEMPERATURE**2 * kd + (1 - KD_WEIGHT) * F.cross_entropy(student, target)
+    return eager_loss(student, audio, text, target, objective, torch.float64)
+
+
+def authors_loss(student: Tensor, audio: Tensor, text: Tensor, target: Tensor, objective: Objective = FULL) -> Tensor:
+    """CAAD as its authors average it: KD over the tokens of each sample, then over samples; CE over all tokens of the batch.
+
+    Samples of equal length here, so that it is the same loss as the others'. Logits in full and sample after sample.
+    """
+    samples = next(k for k in (8, 4, 2, 1) if student.shape[0] % k == 0)
+    tau, alpha = objective.temperature, objective.alpha
+    kd = student.new_zeros((), dtype=torch.float32)
+    for s, a, t in zip(*(x.chunk(samples) for x in (student, audio, text)), strict=True):
+        z_hat = (1 + alpha) * a.float() - alpha * t.float()
+        kd = kd + F.kl_div(F.log_softmax(s.float() / tau, -1), F.softmax(z_hat / tau, -1), reduction="batchmean")
+    ce = F.cross_entropy(student.float(), target)
+    return objective.kd_weight * tau**2 * kd / samples + (1 - objective.kd_weight) * ce
 
 
 @dataclass
 class LinearCase:
-    """Hidden states (N, H), heads (V, H) and targets of one shape; the head is frozen, as in the paper."""
+    """Hidden states (N, H), heads (V, H) and targets of one shape; the head is frozen, as in the paper.
+
+    The heads may differ in V by padding: the shared ids count.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -43,30 +98,79 @@ class LinearCase:
 
     @classmethod
     def random(
-        cls, n: int, vocab: int, width: int, teacher_width: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+        cls,
+        n: int,
+        vocab: int,
+        width: int,
+        teacher_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+        *,
+        teacher_vocab: int | None = None,
     ) -> LinearCase:
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator(device).manual_seed(seed)
 
         def normal(rows: int, columns: int, scale: float) -> Tensor:
-            return (torch.randn(rows, columns, generator=g) * scale).to(device=device, dtype=dtype)
+            # In its own dtype: a float32 copy of a large head would not fit beside it.
+            return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, scale, generator=g)
 
+        teacher_vocab = vocab if teacher_vocab is None else teacher_vocab
         # Logits with a standard deviation near 3, as language models have.
         return cls(
             hidden=normal(n, width, 1.0),
             weight=normal(vocab, width, 3.0 * width**-0.5),
             audio=normal(n, teacher_width, 1.0),
             text=normal(n, teacher_width, 1.0),
-            teacher_weight=normal(vocab, teacher_width, 3.0 * teacher_width**-0.5),
-            target=torch.randint(0, vocab, (n,), generator=g).to(device),
+            teacher_weight=normal(teacher_vocab, teacher_width, 3.0 * teacher_width**-0.5),
+            target=torch.randint(0, min(vocab, teacher_vocab), (n,), generator=g, device=device),
         )
 
+    @classmethod
+    def near_convergence(
+        cls, n: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device, *, kl: float = 0.004, seed: int = 0
+    ) -> LinearCase:
+        """A student whose divergence from z_hat is about ``kl`` nats at temperature tau: what the end of a training looks like.
+
+        It shares the teacher's head; its states are the contrast's plus noise.
+        """
+        case = cls.random(n, vocab, width, width, dtype, device, seed)
+        noise = torch.empty(n, width, device=device).normal_(generator=torch.Generator(device).manual_seed(seed + 1))
+        contrast = contrastive_hidden(case, torch.float32)
+        scale = 0.01
+        for _ in range(6):  # the divergence is quadratic in the noise, but for rounding
+            case = replace(case, hidden=(contrast + scale * noise).to(dtype), weight=case.teacher_weight)
+            scale *= math.sqrt(kl / max(mean_kl(case), 1e-12))
+        return case
+
+    @property
+    def vocab(self) -> int:
+        return min(self.weight.shape[0], self.teacher_weight.shape[0])
+
+    @property
+    def flop(self) -> float:
+        """Of a frozen head: student's logits, one teacher GEMM, dh."""
+        return 2.0 * self.hidden.shape[0] * self.vocab * (2 * self.weight.shape[1] + self.teacher_weight.shape[1])
+
+    @property
+    def least_bytes(self) -> float:
+        """What a step must at least move: the student's head twice, the teacher's once, hidden states and dh."""
+        v, (n, width), teacher_width = self.vocab, self.hidden.shape, self.teacher_weight.shape[1]
+        return float(self.weight.element_size()) * (v * (2 * width + teacher_width) + n * 2 * (width + teacher_width))
+
     def head(self, n: int) -> LinearCase:
-        return LinearCase(
-            self.hidden[:n], self.weight, self.audio[:n], self.text[:n], self.teacher_weight, self.target[:n]
-        )
+        return replace(self, hidden=self.hidden[:n], audio=self.audio[:n], text=self.text[:n], target=self.target[:n])
+
+    def trimmed(self) -> LinearCase:
+        """With heads of the shared ids alone, for those that cannot take two vocabularies."""
+        return replace(self, weight=self.weight[: self.vocab], teacher_weight=self.teacher_weight[: self.vocab])
 
 
 Step = Callable[[LinearCase], Tensor]  # returns dL/dh
+
+
+def contrastive_hidden(c: LinearCase, dtype: torch.dtype, alpha: float = ALPHA) -> Tensor:
+    return ((1 + alpha) * c.audio.float() - alpha * c.text.float()).to(dtype)
 
 
 def _gradient(loss: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -75,23 +179,27 @@ def _gradient(loss: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     return hidden.grad
 
 
-def naive_step(loss_function: Callable[..., Tensor] = eager_loss) -> Step:
+def naive_step(loss_function: Callable[..., Tensor] = eager_loss, objective: Objective = FULL) -> Step:
+    """GEMMs for logits in full (both teacher paths, where the objective has a teacher), then the loss of these."""
+
     def step(c: LinearCase) -> Tensor:
-        with torch.no_grad():
+        c = c.trimmed()
+        audio = text = None
+        if objective.kd_weight > 0:
             audio, text = c.audio @ c.teacher_weight.T, c.text @ c.teacher_weight.T
-        return _gradient(lambda h: loss_function(h @ c.weight.T, audio, text, c.target), c.hidden)
+        return _gradient(lambda h: loss_function(h @ c.weight.T, audio, text, c.target, objective), c.hidden)
 
     return step
 
 
-def ours_step(logits_dtype: torch.dtype | None, **options) -> Step:
+def ours_step(logits_dtype: torch.dtype | None, objective: Objective = FULL, **options) -> Step:
     from kdkernels import fused_linear_caad_loss
 
     def step(c: LinearCase) -> Tensor:
         return _gradient(
             lambda h: fused_linear_caad_loss(
-                h, c.weight, c.audio, c.text, c.teacher_weight, c.target, alpha=ALPHA, temperature=TEMPERATURE,
-                kd_weight=KD_WEIGHT, logits_dtype=logits_dtype, **options,
+                h, c.weight, c.audio, c.text, c.teacher_weight, c.target, alpha=objective.alpha,
+                temperature=objective.temperature, kd_weight=objective.kd_weight, logits_dtype=logits_dtype, **options,
             ),
             c.hidden,
         )  # fmt: skip
@@ -99,39 +207,230 @@ def ours_step(logits_dtype: torch.dtype | None, **options) -> Step:
     return step
 
 
-def liger_step(chunk_size: int, compiled: bool = True) -> Step:
-    """Liger's chunked JSD at beta 0 (forward KL), fed the collapsed teacher state, so that it runs one teacher GEMM like ours.
-
-    Its soft loss lacks tau^2, which goes into the weight. Raises ImportError where Liger is not installed.
-    """
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+def liger_step(chunk_size: int, compiled: bool = True, objective: Objective = FULL) -> Step:
+    """Liger's chunked JSD at beta 0 (forward KL). Its soft loss lacks tau^2, which goes into the weight."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError as error:
+        raise Unavailable(f"not installed (pip install liger-kernel): {error}") from error
 
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=1 - KD_WEIGHT,
-        weight_soft_loss=KD_WEIGHT * TEMPERATURE**2,
+        weight_hard_loss=1 - objective.kd_weight,
+        weight_soft_loss=objective.kd_weight * objective.temperature**2,
         beta=0.0,
-        temperature=TEMPERATURE,
+        temperature=objective.temperature,
         compiled=compiled,
         chunk_size=chunk_size,
     )
 
     def step(c: LinearCase) -> Tensor:
-        contrast = ((1 + ALPHA) * c.audio.float() - ALPHA * c.text.float()).to(c.audio.dtype)
+        c = c.trimmed()
+        contrast = contrastive_hidden(c, c.audio.dtype, objective.alpha)
         return _gradient(lambda h: loss(h, c.weight, contrast, c.teacher_weight, c.target), c.hidden)
 
     return step
 
 
-def exact_gradient(c: LinearCase) -> Tensor:
-    """dL/dh by the formula in float64 on the CPU."""
-    double = LinearCase(*(x.cpu().double() if x.is_floating_point() else x.cpu() for x in vars(c).values()))
+def _need_cuda(device_type: str) -> None:
+    if device_type != "cuda":
+        raise Unavailable("its kernels need a CUDA device")
 
-    audio, text = double.audio @ double.teacher_weight.T, double.text @ double.teacher_weight.T
-    return _gradient(lambda h: exact_loss(h @ double.weight.T, audio, text, double.target), double.hidden)
+
+def liger_fused_jsd_step(device_type: str, objective: Objective = KD) -> Step:
+    """Liger's fused_linear_jsd (Triton) at beta 0; no CE term."""
+    _need_cuda(device_type)
+    try:
+        from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+    except ImportError as error:
+        raise Unavailable(f"not installed (pip install liger-kernel): {error}") from error
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.0, temperature=objective.temperature)
+    square = objective.temperature**2
+
+    def step(c: LinearCase) -> Tensor:
+        c = c.trimmed()
+        contrast = contrastive_hidden(c, c.audio.dtype, objective.alpha)
+        return _gradient(lambda h: square * loss(h, c.weight, contrast, c.teacher_weight, None), c.hidden)
+
+    return step
+
+
+def trl_step(objective: Objective = KD) -> Step:
+    """TRL's chunked divergence (DistillationTrainer) at beta 0; no CE term, and its loss lacks tau^2."""
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    except ImportError as error:
+        raise Unavailable(f"not installed (pip install trl, 1.15 or later): {error}") from error
+
+    tau = objective.temperature
+
+    def step(c: LinearCase) -> Tensor:
+        c = c.trimmed()
+        contrast = contrastive_hidden(c, c.audio.dtype, objective.alpha)
+
+        def loss(h: Tensor) -> Tensor:
+            divergence, _ = ChunkedDivergenceFunction.apply(
+                h, c.weight, None, contrast, c.teacher_weight, None, 0.0, tau, 1.0, None, 1.0, None
+            )
+            return tau**2 * divergence.mean()
+
+        return _gradient(loss, c.hidden)
+
+    return step
+
+
+def fla_step(device_type: str, objective: Objective = KD) -> Step:
+    """flash-linear-attention's fused_kl_div (Triton). It has no temperature: the states are divided by it, exact for tau 2."""
+    _need_cuda(device_type)
+    try:
+        from fla.modules.fused_kl_div import fused_kl_div_loss
+    except ImportError as error:
+        raise Unavailable(f"not installed (pip install fla-core): {error}") from error
+
+    tau = objective.temperature
+
+    def step(c: LinearCase) -> Tensor:
+        c = c.trimmed()
+        contrast = contrastive_hidden(c, c.audio.dtype, objective.alpha) / tau
+        return _gradient(
+            lambda h: tau**2 * fused_kl_div_loss(h / tau, contrast, c.weight, c.teacher_weight), c.hidden
+        )  # fmt: skip
+
+    return step
+
+
+def cce_step(device_type: str) -> Step:
+    """Apple's cut cross-entropy: CE alone. On the CPU its torch.compile form; its own kernels need a GPU."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable(f"not installed (pip install cut-cross-entropy): {error}") from error
+
+    impl = "cce" if device_type == "cuda" else "torch_compile"
+
+    def step(c: LinearCase) -> Tensor:
+        c = c.trimmed()
+        return _gradient(lambda h: linear_cross_entropy(h, c.weight, c.target, impl=impl), c.hidden)
+
+    return step
+
+
+def compiled_step(objective: Objective = FULL) -> Step:
+    return naive_step(torch.compile(eager_loss), objective)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to compute dL/dh of one objective. ``build`` raises Unavailable where it cannot run."""
+
+    name: str
+    objective: Objective
+    build: Callable[[], Step]
+    compiles: bool = False  # by torch.compile: the first call of a shape is no measure of anything
+
+
+# What each library does best with; several where that depends on the shape.
+LIGER_CHUNKS = {"cpu": (256, 1024), "cuda": (1024, 2048)}
+CHUNKS = {"cpu": (128, 256, 512), "cuda": (1024, 1408, 2048)}  # ours, and the bare GEMMs'
+
+
+def contenders(device_type: str, objectives: tuple[Objective, ...] = OBJECTIVES) -> list[Contender]:
+    """Everyone, ours last; eager and ours once an objective."""
+    bf16 = torch.bfloat16
+    everyone = [
+        Contender("eager", FULL, naive_step),
+        Contender("torch.compile", FULL, compiled_step, compiles=True),
+        Contender("CAAD authors' form", FULL, lambda: naive_step(authors_loss)),
+        *(
+            Contender(f"Liger chunked JSD, compiled, chunk {n}", FULL, lambda n=n: liger_step(n), compiles=True)
+            for n in LIGER_CHUNKS[device_type]
+        ),
+        Contender("kdkernels bf16 logits", FULL, lambda: ours_step(bf16)),
+        Contender("kdkernels (default: fp32 logits)", FULL, lambda: ours_step(None)),
+        Contender("eager", KD, lambda: naive_step(objective=KD)),
+        Contender("TRL chunked divergence", KD, trl_step),
+        Contender("Liger fused_linear_jsd", KD, lambda: liger_fused_jsd_step(device_type)),
+        Contender("FLA fused_kl_div", KD, lambda: fla_step(device_type)),
+        Contender("kdkernels bf16 logits", KD, lambda: ours_step(bf16, KD)),
+        Contender("kdkernels (default: fp32 logits)", KD, lambda: ours_step(None, KD)),
+        Contender("eager", CE, lambda: naive_step(objective=CE)),
+        Contender("CCE", CE, lambda: cce_step(device_type), compiles=True),
+        Contender("kdkernels bf16 logits", CE, lambda: ours_step(bf16, CE)),
+        Contender("kdkernels (default: fp32 logits)", CE, lambda: ours_step(None, CE)),
+    ]
+    return [x for x in everyone if x.objective in objectives]
+
+
+def fixed_chunks(device_type: str) -> list[Contender]:
+    """Ours with bf16 logits at given chunks, beside the chunk it chooses."""
+    return [
+        Contender(f"kdkernels bf16 logits, chunk {n}", FULL, lambda n=n: ours_step(torch.bfloat16, chunk_tokens=n))
+        for n in CHUNKS[device_type]
+    ]
+
+
+def build(listed: Iterable[Contender]) -> tuple[dict[str, Step], dict[str, str]]:
+    """name -> step, and name -> why it is unavailable here. The names must differ."""
+    steps, missing = {}, {}
+    for contender in listed:
+        try:
+            steps[contender.name] = contender.build()
+        except Unavailable as why:
+            missing[contender.name] = str(why)
+    return steps, missing
+
+
+def full_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(n, V) in float64 on the CPU, the head converted a block of rows at a time."""
+    hidden = hidden.cpu().double()
+    return torch.cat([hidden @ w.cpu().double().T for w in weight.split(VOCAB_BLOCK)], dim=1)
+
+
+def exact_gradient(c: LinearCase, objective: Objective = FULL) -> Tensor:
+    """dL/dh by the formula in float64 on the CPU."""
+    c = c.trimmed()
+    student = full_logits(c.hidden, c.weight).requires_grad_()
+    audio, text = (full_logits(x, c.teacher_weight) for x in (c.audio, c.text))
+    (d_logits,) = torch.autograd.grad(exact_loss(student, audio, text, c.target.cpu(), objective), student)
+    blocks = zip(d_logits.split(VOCAB_BLOCK, dim=1), c.weight.split(VOCAB_BLOCK), strict=True)
+    return sum(d @ w.cpu().double() for d, w in blocks)
+
+
+def mean_kl(c: LinearCase, objective: Objective = KD) -> float:
+    """KL(softmax(z_hat / tau) || softmax(s / tau)) in nats, mean over tokens, in float64."""
+    c = c.trimmed()
+    student, audio, text = (
+        full_logits(h, w) for h, w in ((c.hidden, c.weight), (c.audio, c.teacher_weight), (c.text, c.teacher_weight))
+    )
+    loss = exact_loss(student, audio, text, c.target.cpu(), objective)
+    return float(loss) / objective.temperature**2
+
+
+def gradient_errors(
+    steps: dict[str, tuple[Objective, Step]], case: LinearCase, check_tokens: int = 64
+) -> dict[str, float]:
+    """Relative error of each step's gradient of the first tokens against float64."""
+    from .common import relative_error
+
+    n = case.hidden.shape[0]
+    check_tokens = min(check_tokens, n)
+    few = case.head(check_tokens)
+    exact = {objective: exact_gradient(few, objective) for objective, _ in steps.values()}
+    # The mean over fewer tokens is another loss; the gradient of these tokens differs by that factor alone.
+    scale = n / check_tokens
+    return {
+        name: relative_error(step(case)[:check_tokens].cpu() * scale, exact[objective])
+        for name, (objective, step) in steps.items()
+    }
+
+
+# The budget below which a contender counts as right. It tells a wrong formula from a coarse dtype, no more.
+ERROR_BUDGETS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def bare_gemms(c: LinearCase, chunk: int) -> Callable[[], None]:
     """The floor: the three GEMMs of a frozen head, in chunks into reused scratch, and nothing else."""
+    c = c.trimmed()
     n, vocab = c.hidden.shape[0], c.weight.shape[0]
     chunk = min(chunk, n)
     student, teacher = (torch.empty(chunk, vocab, dtype=c.weight.dtype, device=c.weight.device) for _ in range(2))

@@ -2,130 +2,230 @@
 
 Correctness first: every contender's gradient against float64 on the first tokens. Then time, in turn in one process, beside the
 floor (the three bare GEMMs at their best chunk), and peak extra memory of each in a process of its own.
+
+`--sweep tokens|vocab|width|chunk|threads` varies one size instead: ours with float32 and bf16 logits beside the bare GEMMs, and
+where the time goes: bare GEMMs of the same chunk, the row kernel alone, and the rest, each timed by itself in the same run
+(float32 logits cost more than the bare bf16 GEMMs, and that is part of the rest; a fused path may make it negative).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 
-from .common import PeakMemory, print_table, relative_error, time_calls, write_csv
-from .contenders import LinearCase, Step, bare_gemms, eager_loss, exact_gradient, liger_step, naive_step, ours_step
+from . import memory
+from .common import add_common_arguments, finish, refuse_wrong, time_calls, time_columns
+from .contenders import (
+    CHUNKS,
+    ERROR_BUDGETS,
+    FULL,
+    TEMPERATURE,
+    LinearCase,
+    bare_gemms,
+    build,
+    contenders,
+    fixed_chunks,
+    gradient_errors,
+    ours_step,
+)
 
 FLOOR = "bare GEMMs"
-CHUNKS = {"cpu": (128, 256, 512), "cuda": (1024, 1408, 2048)}
-LIGER_CHUNKS = {"cpu": (256, 1024), "cuda": (1024, 2048)}
-
-
-def builders(device: str, *, compile_naive: bool) -> dict[str, Callable[[], Step]]:
-    """name -> a function that makes the step, or raises ImportError where its package is missing."""
-    out: dict[str, Callable[[], Step]] = {"eager": naive_step}
-    if compile_naive:
-        out["torch.compile"] = lambda: naive_step(torch.compile(eager_loss))
-    for size in LIGER_CHUNKS[device]:
-        out[f"Liger chunked JSD, compiled, chunk {size}"] = lambda size=size: liger_step(size)
-    for size in CHUNKS[device]:
-        out[f"kdkernels bf16 logits, chunk {size}"] = lambda size=size: ours_step(torch.bfloat16, chunk_tokens=size)
-    out["kdkernels bf16 logits"] = lambda: ours_step(torch.bfloat16)
-    out["kdkernels (default: fp32 logits)"] = lambda: ours_step(None)
-    return out
+# size -> values; the others stay at the command's own sizes, but for fewer tokens where the vocabulary or the width grows.
+SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {
+    "cpu": {
+        "tokens": (128, 512, 2048, 8192),
+        "vocab": (16384, 49152, 131072, 262144),
+        "width": (576, 1152, 2304, 4096),
+        "chunk": (64, 128, 256, 512, 1024),
+        "threads": (1, 2, 4, 8),
+    },
+    "cuda": {
+        "tokens": (1024, 4096, 16384, 32768),
+        "vocab": (32768, 65536, 128256, 262144),
+        "width": (1024, 2048, 4096, 8192),
+        "chunk": (512, 1024, 1408, 2048, 4096),
+    },
+}
+SWEEP_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser, repeats=9)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--student-width", type=int, default=576)
     parser.add_argument("--teacher-width", type=int, default=960)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile-naive", action="store_true", help="also time torch.compile of the naive loss")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes (it takes a minute)")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory runs (one process each)")
-    parser.add_argument("--write", action="store_true", help="replace benchmarks/results/linear_<device>.csv")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--sweep", choices=("tokens", "vocab", "width", "chunk", "threads"))
+    parser.add_argument("--values", type=int, nargs="+", help="of the sweep, instead of its own")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    case = LinearCase.random(
-        args.tokens, args.vocab, args.student_width, args.teacher_width, getattr(torch, args.dtype), device
-    )
-    made = builders(device.type, compile_naive=args.compile_naive)
-    if args.peak_of:
-        print(json.dumps(peak_bytes(made[args.peak_of](), case, device)))
-        return
+    if args.sweep:
+        rows = sweep(args)
+        finish(args, "linear_sweep", f"over {args.sweep}, {args.dtype}", rows, keep=lambda row: row["sweep"] != args.sweep)
+    else:
+        title = f"N {args.tokens}, V {args.vocab}, H {args.student_width}/{args.teacher_width}, {args.dtype}"
+        finish(args, "linear", title, compare(args))
 
-    steps, missing = {}, {}
-    for name, make in made.items():
-        try:
-            steps[name] = make()
-        except ImportError as error:
-            missing[name] = str(error)
-    check_tokens = min(args.tokens, 64)
-    exact = exact_gradient(case.head(check_tokens))
-    # The mean over fewer tokens is another loss; the gradient of these tokens differs by that factor alone.
-    errors = {
-        name: relative_error(step(case)[:check_tokens].cpu() * (args.tokens / check_tokens), exact)
-        for name, step in steps.items()
-    }
-    wrong = {name: e for name, e in errors.items() if not e < 0.1}
-    if wrong:
-        raise SystemExit(f"not timed: gradient error against float64 beyond 10%: {wrong}")
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    case = LinearCase.random(args.tokens, args.vocab, args.student_width, args.teacher_width, dtype, device)
+    listed = [*contenders(device.type, (FULL,)), *fixed_chunks(device.type)]
+    steps, missing = build(x for x in listed if not (args.no_compile and x.compiles))
+    errors = gradient_errors({name: (FULL, step) for name, step in steps.items()}, case)
+    refuse_wrong(errors, ERROR_BUDGETS[dtype])
 
     calls = {name: (lambda step=step: step(case)) for name, step in steps.items()}
     floors = {f"{FLOOR}, chunk {c}": bare_gemms(case, c) for c in CHUNKS[device.type]}
     timings = time_calls({**calls, **floors}, repeats=args.repeats, device=device)
-    best_floor = min(timings[name].median for name in floors)
+    floor = min(timings[name].median for name in floors)
+    sizes = {
+        "tokens": args.tokens,
+        "vocab": args.vocab,
+        "student_width": args.student_width,
+        "teacher_width": args.teacher_width,
+        "dtype": args.dtype,
+    }
     rows = []
     for name, timing in timings.items():
-        memory = float("nan")
+        peak = float("nan")
         if name in steps and not args.no_memory:
-            memory = _peak_in_own_process(name, args) / 2**20
+            peak = memory.peak_mib_in_own_process(name, FULL.name, sizes, args.device)
         rows.append(
             {
                 "contender": name,
-                "tokens": args.tokens,
-                "vocab": args.vocab,
-                "student_width": args.student_width,
-                "teacher_width": args.teacher_width,
-                "dtype": args.dtype,
-                "median_ms": timing.median * 1e3,
-                "low_ms": timing.low * 1e3,
-                "high_ms": timing.high * 1e3,
-                "times_floor": timing.median / best_floor,
+                **sizes,
+                **time_columns(timing),
+                **rates(case, timing.median, floor),
                 "speedup_over_eager": timings["eager"].median / timing.median,
                 "gradient_error": errors.get(name, float("nan")),
-                "peak_extra_mib": memory,
+                "peak_extra_mib": peak,
                 "note": "",
             }
         )
     empty = dict.fromkeys(rows[0], "")
-    rows += [{**empty, "contender": name, "note": f"not installed: {why}"} for name, why in missing.items()]
-    print_table(f"N {args.tokens}, V {args.vocab}, H {args.student_width}/{args.teacher_width}, {args.dtype}", rows)
-    if args.write:
-        print(write_csv("linear", device, rows))
+    return rows + [{**empty, "contender": name, "note": why} for name, why in missing.items()]
 
 
-def peak_bytes(step: Step, case: LinearCase, device: torch.device) -> int:
-    """Growth over a warm start: the first tokens go through beforehand, so that library buffers are not counted."""
-    step(case.head(min(16, case.hidden.shape[0])))
-    with PeakMemory(device) as memory:
-        step(case)
-    return memory.bytes
+def rates(case: LinearCase, seconds: float, floor_seconds: float) -> dict[str, float]:
+    """Per logit pair; FLOP of one frozen-head step and the least bytes it must move, whatever the contender spends."""
+    return {
+        "ns_per_position": seconds / (case.hidden.shape[0] * case.vocab) * 1e9,
+        "gflop_per_s": case.flop / seconds / 1e9,
+        "gbytes_per_s": case.least_bytes / seconds / 1e9,
+        "fraction_of_floor": floor_seconds / seconds,
+        "times_floor": seconds / floor_seconds,
+    }
 
 
-def _peak_in_own_process(name: str, args: argparse.Namespace) -> float:
-    command = [sys.executable, "-m", "benchmarks.linear", "--peak-of", name]
-    for option in ("device", "tokens", "vocab", "student_width", "teacher_width", "dtype"):
-        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    if args.compile_naive:
-        command.append("--compile-naive")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else float("nan")
+def sweep_points(args: argparse.Namespace) -> Iterator[tuple[int, dict, int | None, int | None]]:
+    """value, sizes, chunk (None: ours chooses), threads (None: as they are)."""
+    device_type = torch.device(args.device).type
+    values = args.values or SWEEPS[device_type].get(args.sweep)
+    if not values:
+        raise SystemExit(f"--sweep {args.sweep}: not on {device_type}")
+    if args.sweep == "threads" and not args.values:
+        values = [v for v in values if v <= len(os.sched_getaffinity(0))]
+    for value in values:
+        tokens = min(args.tokens, SWEEP_TOKENS[device_type]) if args.sweep in ("vocab", "width") else args.tokens
+        sizes = {
+            "tokens": value if args.sweep == "tokens" else tokens,
+            "vocab": value if args.sweep == "vocab" else args.vocab,
+            "student_width": value if args.sweep == "width" else args.student_width,
+            "teacher_width": value if args.sweep == "width" else args.teacher_width,
+        }
+        yield value, sizes, value if args.sweep == "chunk" else None, value if args.sweep == "threads" else None
+
+
+def sweep(args: argparse.Namespace) -> list[dict]:
+    before = torch.get_num_threads()
+    try:
+        return [row for point in sweep_points(args) for row in sweep_one(args, *point)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def sweep_one(args: argparse.Namespace, value: int, sizes: dict, chunk: int | None, threads: int | None) -> list[dict]:
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    case = LinearCase.random(**{_ARGUMENTS[k]: v for k, v in sizes.items()}, dtype=dtype, device=device)
+    own_chunk = chunk or planned_chunk(case)
+    logits = {"kdkernels (default: fp32 logits)": None, "kdkernels bf16 logits": torch.bfloat16}
+    steps = {name: ours_step(x, chunk_tokens=chunk) for name, x in logits.items()}
+    errors = gradient_errors({name: (FULL, step) for name, step in steps.items()}, case, check_tokens=16)
+    refuse_wrong(errors, ERROR_BUDGETS[dtype])
+    calls: dict[str, Callable[[], object]] = {name: (lambda step=step: step(case)) for name, step in steps.items()}
+    calls[FLOOR] = bare_gemms(case, own_chunk)
+    rows_alone = {name: row_kernel(case, own_chunk, x or torch.float32) for name, x in logits.items()}
+    calls |= {f"{name}: rows": call for name, call in rows_alone.items()}
+    timings = time_calls(calls, repeats=args.repeats, device=device, warmup=1, limit_seconds=20)
+    floor = timings[FLOOR].median
+    out = []
+    for name in (*steps, FLOOR):
+        total = timings[name].median
+        row = {"sweep": args.sweep, "value": value, "contender": name, **sizes, "dtype": args.dtype, "chunk": own_chunk}
+        row |= {"threads": torch.get_num_threads(), **time_columns(timings[name]), **rates(case, total, floor)}
+        row["gradient_error"] = errors.get(name, float("nan"))
+        rows_share = timings[f"{name}: rows"].median / total if name in steps else 0.0
+        row |= {"gemm_share": floor / total, "rows_share": rows_share, "rest_share": 1 - floor / total - rows_share}
+        out.append(row)
+    return out
+
+
+_ARGUMENTS = {"tokens": "n", "vocab": "vocab", "student_width": "width", "teacher_width": "teacher_width"}
+
+
+def planned_chunk(case: LinearCase) -> int:
+    """Tokens a chunk that the default plan takes for float32 logits."""
+    from kdkernels.ops.chunking import plan_chunks
+
+    plan = plan_chunks(
+        n_tokens=case.hidden.shape[0],
+        bytes_per_token=2 * case.vocab * torch.float32.itemsize,
+        student_width=case.weight.shape[1],
+        device=case.hidden.device,
+    )
+    return plan.chunk_tokens
+
+
+def row_kernel(case: LinearCase, chunk: int, logits_dtype: torch.dtype) -> Callable[[], None]:
+    """The row kernel alone, over as many rows as the case has tokens, in scratch of one chunk, as the linear loss calls it."""
+    from kdkernels.ops import dispatch
+    from kdkernels.ops.rows import RowSpec
+
+    device, n = case.hidden.device, case.hidden.shape[0]
+    chunk = min(chunk, n)
+    implementation, _ = dispatch.choose("auto", device, [logits_dtype])
+    launch = dispatch.row_launcher(implementation)
+    student, contrast = (
+        torch.empty(1, chunk, case.vocab, dtype=logits_dtype, device=device).normal_(0, 3) for _ in range(2)
+    )
+    memory_of_student = student.clone()
+    items = logits_dtype.itemsize // case.weight.dtype.itemsize or 1
+    grad_dtype = case.weight.dtype if items > 1 else logits_dtype
+    grad = memory_of_student.view(grad_dtype).as_strided(student.shape, (0, case.vocab * items, 1))
+    alpha, coef = torch.full((1,), 2.0, device=device), torch.full((chunk,), 1 / n, device=device)
+    spec = RowSpec(vocab=case.vocab, temperature=TEMPERATURE)
+
+    def run() -> None:
+        for start in range(0, n, chunk):
+            # On what the last call left: neither time nor correctness of the timed path depends on the values.
+            size = min(chunk, n - start)
+            launch(
+                memory_of_student[:, :size], contrast[:, :size], None, case.target[start : start + size], alpha,
+                coef[:size], coef[:size], spec, grad=grad[:, :size],
+            )  # fmt: skip
+
+    return run
 
 
 if __name__ == "__main__":

@@ -1,94 +1,94 @@
-"""Row kernels: the loss and its gradient from three logit tensors. `python -m benchmarks.rows`"""
+"""Row kernels: the loss and its gradient from three logit tensors. `python -m benchmarks.rows`
+
+Correctness first, against float64; then time, in turn, beside the floor: a plain copy that moves as many bytes as the loss must
+(three inputs read, one gradient written).
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from kdkernels import fused_caad_loss
 
-from .common import print_table, relative_error, time_calls, write_csv
-from .contenders import ALPHA, KD_WEIGHT, TEMPERATURE, eager_loss, exact_loss
+from .common import PeakMemory, add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
+from .contenders import ALPHA, KD_WEIGHT, TEMPERATURE, authors_loss, eager_loss, exact_loss
+
+FLOOR = "copy"
+BUDGETS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_common_arguments(parser, repeats=15)
     parser.add_argument("--rows", type=int, default=256, help="tokens")
     parser.add_argument("--vocab", type=int, default=49152, help="vocabulary width")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
-    parser.add_argument("--write", action="store_true", help="replace benchmarks/results/rows_<device>.csv")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    results = [row for name in args.dtypes for row in measure(args, device, getattr(torch, name))]
-    print_table(f"{args.rows} rows x {args.vocab}", results)
-    if args.write:
-        print(write_csv("rows", device, results))
+    results = [row for name in args.dtypes for row in measure(args, getattr(torch, name))]
+    finish(args, "rows", f"{args.rows} rows x {args.vocab}", results)
 
 
-def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
-    g = torch.Generator().manual_seed(0)
-    student, audio, text = (
-        (torch.randn(args.rows, args.vocab, generator=g) * 3).to(device=device, dtype=dtype) for _ in range(3)
-    )
-    target = torch.randint(0, args.vocab, (args.rows,), generator=g).to(device)
-    student.requires_grad_()
+class RowCase:
+    """Logits (N, V) with a standard deviation of 3 and targets; every contender's gradient with respect to the student's."""
 
-    def ours(impl: str, **options):
-        return lambda: torch.autograd.grad(
-            fused_caad_loss(
-                student,
-                audio,
-                text,
-                target,
-                alpha=ALPHA,
-                temperature=TEMPERATURE,
-                kd_weight=KD_WEIGHT,
-                impl=impl,
-                **options,
-            ),
-            student,
-        )[0]
-
-    contenders = {"eager": lambda: torch.autograd.grad(eager_loss(student, audio, text, target), student)[0]}
-    if not args.no_compile:
-        compiled = torch.compile(eager_loss)
-        contenders["torch.compile"] = lambda: torch.autograd.grad(compiled(student, audio, text, target), student)[0]
-    impl = "triton" if device.type == "cuda" else "cpu"
-    contenders["kdkernels"] = ours(impl)
-    memory = torch.empty_like(student.detach())
-
-    def in_place() -> torch.Tensor:
-        # The logits are restored first, so the copy of the row above is counted against it.
-        logits = memory.copy_(student.detach()).detach().requires_grad_()
-        loss = fused_caad_loss(
-            logits, audio, text, target, alpha=ALPHA, temperature=TEMPERATURE, kd_weight=KD_WEIGHT, impl=impl, inplace=True
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        g = torch.Generator(device).manual_seed(0)
+        shape = (rows, vocab)
+        self.student, self.audio, self.text = (
+            torch.empty(shape, device=device, dtype=dtype).normal_(0, 3, generator=g) for _ in range(3)
         )
-        return torch.autograd.grad(loss, logits)[0]
+        self.target = torch.randint(0, vocab, (rows,), generator=g, device=device)
+        self.memory = torch.empty_like(self.student)
 
-    contenders["kdkernels, in place"] = in_place
+    def gradient(self, loss: Callable[..., Tensor], student: Tensor | None = None) -> Tensor:
+        leaf = (self.student if student is None else student).detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf, self.audio, self.text, self.target), leaf)[0]
 
-    exact_student = student.detach().double().requires_grad_()  # a float64 leaf: its gradient is not rounded to `dtype`
-    exact = torch.autograd.grad(exact_loss(exact_student, audio, text, target), exact_student)[0]
-    errors = {name: relative_error(call(), exact) for name, call in contenders.items()}
-    budget = 1e-4 if dtype == torch.float32 else 2e-2
-    wrong = {name: e for name, e in errors.items() if not e < budget}
-    if wrong:
-        raise SystemExit(f"not timed: gradient error against float64 beyond {budget}: {wrong}")
+    def ours(self, *, inplace: bool = False) -> Tensor:
+        # In place, the logits are restored first, so that copy is counted against it.
+        student = self.memory.copy_(self.student) if inplace else self.student
+        keywords = {"alpha": ALPHA, "temperature": TEMPERATURE, "kd_weight": KD_WEIGHT, "inplace": inplace}
+        return self.gradient(lambda *x: fused_caad_loss(*x, **keywords), student)
 
-    # What must move: three inputs read, one gradient written. A plain copy of as much is the yardstick.
-    copies = [torch.empty_like(student.detach()) for _ in range(2)]
+    def contenders(self, *, compiled: bool = True) -> dict[str, Callable[[], Tensor]]:
+        losses = {"eager": eager_loss, "CAAD authors' form": authors_loss}
+        if compiled:
+            losses["torch.compile"] = torch.compile(eager_loss)
+        calls = {name: (lambda loss=loss: self.gradient(loss)) for name, loss in losses.items()}
+        return {**calls, "kdkernels": self.ours, "kdkernels, in place": lambda: self.ours(inplace=True)}
 
-    def copy() -> None:
-        copies[0].copy_(student.detach())
-        copies[1].copy_(audio)
+    def copies(self) -> Callable[[], None]:
+        """The floor: as many bytes as three inputs read and one gradient written."""
+        outs = [torch.empty_like(self.student) for _ in range(2)]
 
-    timings = time_calls({**contenders, "copy": copy}, repeats=args.repeats, device=device)
+        def copy() -> None:
+            outs[0].copy_(self.student)
+            outs[1].copy_(self.audio)
+
+        return copy
+
+
+def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
+    device = torch.device(args.device)
+    case = RowCase(args.rows, args.vocab, dtype, device)
+    contenders = case.contenders(compiled=not args.no_compile)
+    exact = case.gradient(exact_loss, case.student.double())
+    refuse_wrong(errors := {name: relative_error(call(), exact) for name, call in contenders.items()}, BUDGETS[dtype])
+    del exact
+    peaks = {}
+    for name, call in contenders.items():
+        with PeakMemory(device) as memory:
+            call()
+        peaks[name] = memory.bytes / 2**20
+
+    timings = time_calls({**contenders, FLOOR: case.copies()}, repeats=args.repeats, device=device)
     positions = args.rows * args.vocab
-    item_bytes = student.element_size()
+    least_bytes = 4 * positions * case.student.element_size()
     rows = []
     for name, timing in timings.items():
         rows.append(
@@ -97,13 +97,13 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
                 "dtype": str(dtype).removeprefix("torch."),
                 "rows": args.rows,
                 "vocab": args.vocab,
-                "median_ms": timing.median * 1e3,
-                "low_ms": timing.low * 1e3,
-                "high_ms": timing.high * 1e3,
+                **time_columns(timing),
                 "ns_per_position": timing.median / positions * 1e9,
-                "gbytes_per_s": 4 * positions * item_bytes / timing.median / 1e9,
+                "gbytes_per_s": least_bytes / timing.median / 1e9,
+                "fraction_of_floor": timings[FLOOR].median / timing.median,
                 "speedup_over_eager": timings["eager"].median / timing.median,
                 "gradient_error": errors.get(name, float("nan")),
+                "peak_extra_mib": peaks.get(name, float("nan")),
             }
         )
     return rows

@@ -1,0 +1,129 @@
+"""Everyone at the shapes of real model pairs. `python -m benchmarks.peers`
+
+Student from teacher, with the vocabularies and hidden widths of their public configurations; heads frozen, bf16. Each objective
+(KD + CE, KD alone, CE alone) is a comparison of its own: a library is compared on the terms it has. A peer that is not installed
+or needs a GPU is a row that says so, and so is a pair that does not fit into memory. Correctness of everyone comes before time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .common import PeakMemory, add_common_arguments, available_bytes, finish, refuse_wrong, time_calls, time_columns
+from .contenders import (
+    CHUNKS,
+    ERROR_BUDGETS,
+    OBJECTIVES,
+    LinearCase,
+    Objective,
+    bare_gemms,
+    build,
+    contenders,
+    gradient_errors,
+)
+from .linear import FLOOR, rates
+from .memory import naive_bytes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Vocabulary and hidden width of the two LM heads."""
+
+    student: str
+    teacher: str
+    vocab: int
+    width: int
+    teacher_vocab: int
+    teacher_width: int
+
+    @property
+    def head_bytes(self) -> int:
+        """Of both heads in bf16, and twice the student's: Liger accumulates its gradient whether or not it trains."""
+        return 2 * (3 * self.vocab * self.width + self.teacher_vocab * self.teacher_width)
+
+
+PAIRS = {
+    "smollm2": Pair("SmolLM2-135M", "SmolLM2-360M", 49152, 576, 49152, 960),
+    "llama": Pair("Llama-3.2-3B", "Llama-3.1-8B", 128256, 3072, 128256, 4096),
+    # Padded differently: 151,936 ids are shared.
+    "qwen": Pair("Qwen2.5-Omni-7B", "Qwen3-8B", 152064, 3584, 151936, 4096),
+    "gemma": Pair("Gemma-3-1B", "Gemma-3-4B", 262144, 1152, 262208, 2560),
+}
+TOKENS = {"cpu": 256, "cuda": 8192}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    add_common_arguments(parser, repeats=7)
+    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--tokens", type=int, help="N; 256 on the CPU, 8192 on CUDA")
+    parser.add_argument("--objectives", nargs="+", choices=[x.name for x in OBJECTIVES], help="these alone")
+    parser.add_argument("--shrink", type=int, default=1, help="divide vocabularies and widths by this (for a try-out)")
+    parser.add_argument("--limit-seconds", type=float, default=20, help="of timing, an objective of a pair")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    args = parser.parse_args(argv)
+    tokens = args.tokens or TOKENS[torch.device(args.device).type]
+    rows = []
+    for name in args.pairs:
+        rows += measure(args, shrunk(PAIRS[name], args.shrink), tokens)
+        gc.collect()
+    measured = {row["pair"] for row in rows}
+    finish(args, "peers", f"N {tokens}, bf16", rows, keep=lambda row: row["pair"] not in measured)
+
+
+def shrunk(pair: Pair, by: int) -> Pair:
+    sizes = (pair.vocab, pair.width, pair.teacher_vocab, pair.teacher_width)
+    return Pair(pair.student, pair.teacher, *(max(8, x // by) for x in sizes))
+
+
+def measure(args: argparse.Namespace, pair: Pair, tokens: int) -> list[dict]:
+    device = torch.device(args.device)
+    sizes = {"pair": f"{pair.student} from {pair.teacher}", "tokens": tokens, "vocab": min(pair.vocab, pair.teacher_vocab)}
+    sizes |= {"student_width": pair.width, "teacher_width": pair.teacher_width}
+    needed = pair.head_bytes + naive_bytes(tokens, sizes["vocab"])
+    if needed > available_bytes(device):
+        note = f"skipped: needs {needed / 2**30:.1f} GiB, {available_bytes(device) / 2**30:.1f} available"
+        return [{**sizes, "objective": "", "contender": "all", "note": note}]
+    case = LinearCase.random(
+        tokens, pair.vocab, pair.width, pair.teacher_width, torch.bfloat16, device, teacher_vocab=pair.teacher_vocab
+    )
+    chosen = [x for x in OBJECTIVES if args.objectives is None or x.name in args.objectives]
+    return [{**sizes, **row} for objective in chosen for row in compare(args, case, objective)]
+
+
+def compare(args: argparse.Namespace, case: LinearCase, objective: Objective) -> list[dict]:
+    device = torch.device(args.device)
+    listed = [x for x in contenders(device.type, (objective,)) if not (args.no_compile and x.compiles)]
+    steps, missing = build(listed)
+    errors = gradient_errors({name: (objective, step) for name, step in steps.items()}, case, check_tokens=16)
+    refuse_wrong(errors, ERROR_BUDGETS[torch.bfloat16])
+    peaks = {}
+    for name, step in steps.items():
+        with PeakMemory(device) as memory:
+            step(case)
+        peaks[name] = memory.bytes / 2**20
+    calls = {name: (lambda step=step: step(case)) for name, step in steps.items()}
+    floor_calls = {}
+    if objective.kd_weight > 0:  # the floor of CE alone has no teacher GEMM: two of the three
+        floor_calls = {f"{FLOOR}, chunk {c}": bare_gemms(case, c) for c in CHUNKS[device.type] if c <= 2 * case.hidden.shape[0]}
+    timings = time_calls(
+        {**calls, **floor_calls}, repeats=args.repeats, device=device, warmup=0, limit_seconds=args.limit_seconds
+    )
+    floor = min((timings[name].median for name in floor_calls), default=math.nan)
+    rows = []
+    for name, timing in timings.items():
+        row = {"objective": objective.name, "contender": name, **time_columns(timing), **rates(case, timing.median, floor)}
+        row["speedup_over_eager"] = timings["eager"].median / timing.median
+        row |= {"gradient_error": errors.get(name, math.nan), "peak_extra_mib": peaks.get(name, math.nan), "note": ""}
+        rows.append(row)
+    empty = dict.fromkeys(rows[0], "")
+    return rows + [{**empty, "objective": objective.name, "contender": x, "note": why} for x, why in missing.items()]
+
+
+if __name__ == "__main__":
+    main()

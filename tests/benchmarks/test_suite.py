@@ -1,0 +1,276 @@
+"""Every benchmark command runs end to end at tiny sizes; contenders agree with float64, and a wrong one is never timed."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import accuracy, common, contenders, linear, memory, peers, plots, rows
+from benchmarks.contenders import CE, FULL, KD, Contender, LinearCase, Unavailable
+
+CPU = torch.device("cpu")
+SIZES = ["--device", "cpu", "--tokens", "8", "--vocab", "64", "--student-width", "16", "--teacher-width", "24"]
+PROVENANCE = ("device", "python", "torch", "triton", "liger", "commit", "date")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as f:
+        found = list(csv.DictReader(f))
+    assert found and all(found[0][column] for column in PROVENANCE)
+    return found
+
+
+def timed(found: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows with a time, which must be in order and beside a floor and an error."""
+    out = [row for row in found if row["median_ms"]]
+    assert all(0 < float(x["low_ms"]) <= float(x["median_ms"]) <= float(x["high_ms"]) for x in out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def small():
+    return LinearCase.random(8, 60, 16, 24, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("contender", contenders.contenders("cpu"), ids=lambda x: f"{x.name}, {x.objective.name}")
+def test_contenders_agree_with_float64(contender, small):
+    if contender.compiles:
+        pytest.skip("its arithmetic is tested without compiling, in test_liger")
+    try:
+        step = contender.build()
+    except Unavailable as why:
+        pytest.skip(str(why))
+    error = contenders.gradient_errors({"it": (contender.objective, step)}, small)["it"]
+    assert error < (0.02 if "bf16" in contender.name else 1e-5)
+
+
+def test_liger(small):
+    pytest.importorskip("liger_kernel")
+    step = contenders.liger_step(4, compiled=False)
+    assert contenders.gradient_errors({"it": (FULL, step)}, small)["it"] < 1e-5
+
+
+@pytest.mark.parametrize("objective", [FULL, KD, CE], ids=lambda x: x.name)
+def test_the_reference_is_the_formula(small, objective):
+    """exact_gradient goes by blocks of the vocabulary; here the formula in one piece, and by finite differences."""
+    h = small.hidden.double().requires_grad_()
+
+    def loss(h):
+        z = 3 * small.audio.double() @ small.teacher_weight.double().T
+        z = z - 2 * small.text.double() @ small.teacher_weight.double().T
+        s = h @ small.weight.double().T
+        p, log_q = torch.softmax(z / 2, -1), torch.log_softmax(s / 2, -1)
+        kd = 4 * (p * (p.log() - log_q)).sum(-1).mean()
+        ce = -torch.log_softmax(s, -1)[torch.arange(8), small.target].mean()
+        return objective.kd_weight * kd + (1 - objective.kd_weight) * ce
+
+    (expected,) = torch.autograd.grad(loss(h), h)
+    assert common.relative_error(contenders.exact_gradient(small, objective), expected) < 1e-12
+    direction = torch.randn(h.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        slope = (loss(h + 1e-5 * direction) - loss(h - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((expected * direction).sum(), slope, rtol=1e-7, atol=0)
+
+
+def test_two_vocabularies():
+    """As in the Qwen pair: the student's head is longer by padding that nobody may count."""
+    case = LinearCase.random(6, 80, 16, 24, torch.float32, CPU, teacher_vocab=60)
+    assert case.vocab == 60
+    trimmed = case.trimmed()
+    assert (trimmed.weight.shape[0], trimmed.teacher_weight.shape[0]) == (60, 60)
+    steps = {"eager": (FULL, contenders.naive_step()), "ours": (FULL, contenders.ours_step(None))}
+    assert max(contenders.gradient_errors(steps, case).values()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_near_convergence_is_near(dtype):
+    case = LinearCase.near_convergence(16, 500, 32, dtype, CPU, kl=0.004)
+    assert contenders.mean_kl(case) == pytest.approx(0.004, rel=0.2)
+
+
+def test_rows(tmp_path):
+    rows.main(["--device", "cpu", "--rows", "4", "--vocab", "64", "--no-compile", "--repeats", "2", "--out", str(tmp_path)])
+    found = timed(read(tmp_path / "rows_cpu.csv"))
+    assert {x["dtype"] for x in found} == {"float32", "bfloat16"}
+    assert {x["contender"] for x in found} >= {"eager", "CAAD authors' form", "kdkernels", "kdkernels, in place", "copy"}
+    for row in found:
+        assert float(row["ns_per_position"]) == pytest.approx(float(row["median_ms"]) * 1e6 / (4 * 64))
+        if row["contender"] == "copy":
+            assert float(row["fraction_of_floor"]) == 1
+
+
+def test_linear(tmp_path):
+    linear.main([*SIZES, "--no-compile", "--no-memory", "--repeats", "2", "--out", str(tmp_path)])
+    found = timed(read(tmp_path / "linear_cpu.csv"))
+    floors = [float(x["fraction_of_floor"]) for x in found if x["contender"].startswith("bare GEMMs")]
+    assert max(floors) == 1
+    row = next(x for x in found if x["contender"] == "kdkernels bf16 logits")
+    flop = 2 * 8 * 64 * (16 + 16 + 24)
+    assert float(row["gflop_per_s"]) == pytest.approx(flop / float(row["median_ms"]) / 1e6)
+    assert float(row["times_floor"]) == pytest.approx(1 / float(row["fraction_of_floor"]))
+
+
+def test_linear_sweeps_stand_side_by_side(tmp_path):
+    for sweep, values in {"tokens": "4 9", "vocab": "64 96", "width": "16", "chunk": "3 8", "threads": "1"}.items():
+        linear.main([*SIZES, "--repeats", "2", "--out", str(tmp_path), "--sweep", sweep, "--values", *values.split()])
+    linear.main([*SIZES, "--repeats", "2", "--out", str(tmp_path), "--sweep", "chunk", "--values", "5"])  # replaces its own
+    found = timed(read(tmp_path / "linear_sweep_cpu.csv"))
+    points = {(x["sweep"], x["value"]) for x in found}
+    assert points == {
+        ("tokens", "4"), ("tokens", "9"), ("vocab", "64"), ("vocab", "96"), ("width", "16"), ("chunk", "5"), ("threads", "1")
+    }  # fmt: skip
+    assert len(found) == 3 * len(points)
+    for row in found:
+        shares = [float(row[x]) for x in ("gemm_share", "rows_share", "rest_share")]
+        assert sum(shares) == pytest.approx(1)
+        assert row["contender"] == "bare GEMMs" or min(shares[:2]) > 0
+    assert {x["chunk"] for x in found if x["sweep"] == "chunk"} == {"5"}
+
+
+def test_memory_in_own_processes(tmp_path):
+    arguments = ["--tokens", "64", "--vocab", "4096", "--vocabs", "--student-width", "16", "--teacher-width", "24"]
+    arguments += ["--no-compile", "--contenders", "eager", "bf16", "--out", str(tmp_path), "--device", "cpu"]
+    memory.main(arguments)
+    found = {x["contender"]: float(x["peak_extra_mib"]) for x in read(tmp_path / "memory_cpu.csv")}
+    assert set(found) == {"eager", "kdkernels bf16 logits"}
+    # Eager holds at least the three float32 tensors z_hat, log q and p of (64, 4096); each is 1 MiB.
+    assert 3 < found["eager"] < 50
+
+
+def test_memory_that_is_not_there_is_a_row_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "peak_mib_in_own_process", lambda *_: math.nan)
+    memory.main(["--device", "cpu", "--tokens", "8", "--vocabs", "--contenders", "eager", "--out", str(tmp_path)])
+    assert [x["note"] for x in read(tmp_path / "memory_cpu.csv")] == ["did not fit"]
+    monkeypatch.setattr(peers, "available_bytes", lambda device: 1 << 20)
+    peers.main(["--device", "cpu", "--pairs", "llama", "--out", str(tmp_path)])
+    (row,) = read(tmp_path / "peers_cpu.csv")
+    assert row["note"].startswith("skipped: needs") and not row.get("median_ms")
+
+
+def test_accuracy(tmp_path):
+    arguments = ["--device", "cpu", "--tokens", "6", "--vocab", "200", "--width", "24", "--no-compile", "--out", str(tmp_path)]
+    accuracy.main(arguments)
+    found = read(tmp_path / "accuracy_cpu.csv")
+    assert {x["dtype"] for x in found} == {"float32", "bfloat16", "float16"}
+    measured = {
+        (x["kind"], x["place"], x["objective"], x["contender"], x["dtype"]): float(x["gradient_error"])
+        for x in found
+        if not x["note"]
+    }
+    key = ("linear", "near convergence", "KD")
+    ours = measured[(*key, "kdkernels (default: fp32 logits)", "bfloat16")]
+    assert ours < 0.1 * measured[(*key, "eager", "bfloat16")]
+    assert {x["contender"] for x in found if x["note"]} >= {"Liger fused_linear_jsd", "FLA fused_kl_div"}
+
+
+def test_peers(tmp_path):
+    arguments = ["--device", "cpu", "--pairs", "qwen", "smollm2", "--tokens", "8", "--shrink", "256", "--no-compile"]
+    peers.main([*arguments, "--repeats", "2", "--out", str(tmp_path)])
+    found = read(tmp_path / "peers_cpu.csv")
+    timed(found)
+    assert {x["pair"] for x in found} == {"Qwen2.5-Omni-7B from Qwen3-8B", "SmolLM2-135M from SmolLM2-360M"}
+    assert {x["objective"] for x in found} == {"KD + CE", "KD", "CE"}
+    notes = {x["contender"]: x["note"] for x in found if x["note"]}
+    assert notes["Liger fused_linear_jsd"] == notes["FLA fused_kl_div"] == "its kernels need a CUDA device"
+    assert {"TRL chunked divergence"} <= {x["contender"] for x in found}
+
+
+def test_a_missing_peer_is_a_row_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", None)
+    listed = [Contender("Liger", FULL, lambda: contenders.liger_step(4)), Contender("eager", FULL, contenders.naive_step)]
+    monkeypatch.setattr(linear, "contenders", lambda *_: listed)
+    linear.main([*SIZES, "--no-memory", "--repeats", "1", "--out", str(tmp_path)])
+    row = next(x for x in read(tmp_path / "linear_cpu.csv") if x["contender"] == "Liger")
+    assert "not installed (pip install liger-kernel)" in row["note"] and not row["median_ms"]
+
+
+def wrong_step(case: LinearCase) -> torch.Tensor:
+    return 1.2 * contenders.naive_step()(case)
+
+
+def nan_step(case: LinearCase) -> torch.Tensor:
+    return math.nan * contenders.naive_step()(case)
+
+
+@pytest.mark.parametrize("step", [wrong_step, nan_step])
+@pytest.mark.parametrize("module", [linear, peers])
+def test_a_wrong_contender_is_refused(module, step, tmp_path, monkeypatch):
+    listed = [Contender("eager", FULL, contenders.naive_step), Contender("wrong", FULL, lambda: step)]
+    monkeypatch.setattr(module, "contenders", lambda *_: listed)
+    monkeypatch.setattr(module, "time_calls", lambda *_, **__: pytest.fail("was timed"))
+    arguments = {linear: [*SIZES, "--no-memory"], peers: ["--device", "cpu", "--tokens", "8", "--shrink", "256"]}[module]
+    with pytest.raises(SystemExit, match=r"not timed.*'wrong'"):
+        module.main([*arguments, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_row_kernel_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows.RowCase, "ours", lambda self, **_: torch.zeros_like(self.student))
+    with pytest.raises(SystemExit, match=r"not timed.*'kdkernels'"):
+        rows.main(["--device", "cpu", "--rows", "4", "--vocab", "64", "--no-compile", "--out", str(tmp_path)])
+
+
+def test_plots_are_drawn_from_the_results_and_from_nothing_else(tmp_path):
+    results = tmp_path / "results"
+    test_rows(results)
+    test_linear(results)
+    drawn = []
+    for attempt in ("first", "second"):
+        plots.main(["--results", str(results), "--out", str(tmp_path / attempt)])
+        drawn.append({path.name: path.read_bytes() for path in (tmp_path / attempt).iterdir()})
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) == {"rows_cpu.svg", "linear_cpu.svg"}
+    assert b"kdkernels bf16 logits" in drawn[0]["linear_cpu.svg"]
+    with pytest.raises(SystemExit, match="no results"):
+        plots.main(["--results", str(tmp_path)])
+
+
+def test_every_kind_of_plot(tmp_path):
+    test_linear_sweeps_stand_side_by_side(tmp_path)
+    test_accuracy(tmp_path)
+    test_peers(tmp_path)
+    common.write_csv(
+        "memory",
+        CPU,
+        [{"contender": "eager", "over": over, "tokens": 8, "vocab": 64, "peak_extra_mib": 1.0} for over in ("tokens", "vocab")],
+        folder=tmp_path,
+    )
+    plots.main(["--results", str(tmp_path)])
+    names = {"sweep", "breakdown", "accuracy", "peers", "memory"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {f"{name}_cpu.svg" for name in names}
+
+
+def test_the_committed_results_can_be_drawn(tmp_path):
+    plots.main(["--out", str(tmp_path)])
+    assert {"rows_cpu.svg", "linear_cpu.svg"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_timing_stops_at_its_limit_after_three_rounds():
+    calls = []
+    timing = common.time_calls(
+        {"call": lambda: calls.append(0)}, repeats=50, device=CPU, warmup=1, limit_seconds=0.0
+    )["call"]  # fmt: skip
+    assert (len(calls), timing.repeats) == (4, 3)
+    assert timing.low <= timing.median <= timing.high
+
+
+def test_pytest_benchmark_entry_points():
+    environment = {**os.environ, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ("test_rows[bfloat16-kdkernels, in place]", "test_rows_floor", "test_linear[kdkernels bf16 logits]")
+    for name in (*names, "test_linear_floor"):
+        assert name in done.stdout
