@@ -22,7 +22,7 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.def("probe", &probe_cuda, py::arg("device"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<RowTensor>(m, "RowTensor")
-      .def(py::init([](std::uint64_t data, std::int64_t stride_outer, std::int64_t stride_inner, std::int64_t dtype) {
+      .def(py::init([](std::uint64_t data, std::int64_t stride_outer, std::int64_t stride_inner, std::int32_t dtype) {
              return RowTensor{data, stride_outer, stride_inner, dtype};
            }),
            py::arg("data"), py::arg("stride_outer"), py::arg("stride_inner"), py::arg("dtype"));

@@ -34,7 +34,7 @@ namespace {
 // Older devices get an empty kernel: usable_shared_bytes keeps it from being launched there.
 #if __CUDA_ARCH__ >= 900
 
-// -- barriers, copies, clusters ---------------------------------------------------------------------------------------------------
+// -- barriers, copies, clusters -----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
@@ -93,7 +93,7 @@ __device__ __forceinline__ void store_remote(std::uint32_t local, int rank, cons
       : "memory");
 }
 
-// -- merging ------------------------------------------------------------------------------------------------------------------------
+// -- merging ------------------------------------------------------------------------------------------------------------------
 
 template <class T>
 union Partial {
@@ -158,21 +158,21 @@ __device__ __forceinline__ T merged_cluster(T value, const Formula& f, char* mem
   return from_lane_0(merged_lanes<DIVERGENCE, MAX_BLOCKS / 2>(value, f));
 }
 
-// -- the kernel ---------------------------------------------------------------------------------------------------------------------
+// -- the kernel ---------------------------------------------------------------------------------------------------------------
 
 // Sends for one chunk of a row's slice.
 __device__ __forceinline__ void fetch_chunk(const RowProblem& p, const RowLayout& layout, char* memory, const RowSources& from,
                                             int columns, int chunk) {
   const std::uint32_t base = shared_address(memory), barrier = base + 8 * chunk;
-  const int student_item = item_bytes(p.student.dtype), audio_item = item_bytes(p.audio.dtype), text_item = item_bytes(p.text.dtype);
-  const int column = chunk * CHUNK;
-  const int student_bytes = chunk_bytes(columns, chunk, student_item);
-  const int audio_bytes = from.audio ? chunk_bytes(columns, chunk, audio_item) : 0;
-  const int text_bytes = from.text ? chunk_bytes(columns, chunk, text_item) : 0;
+  const int student_bytes = chunk_bytes(columns, chunk, item_bytes(p.student.dtype));
+  const int audio_bytes = from.audio ? chunk_bytes(columns, chunk, item_bytes(p.audio.dtype)) : 0;
+  const int text_bytes = from.text ? chunk_bytes(columns, chunk, item_bytes(p.text.dtype)) : 0;
+  const int student_at = chunk * CHUNK * item_bytes(p.student.dtype);
+  const int audio_at = chunk * CHUNK * item_bytes(p.audio.dtype), text_at = chunk * CHUNK * item_bytes(p.text.dtype);
   barrier_expect(barrier, student_bytes + audio_bytes + text_bytes);
-  bulk_copy(base + HEAD_BYTES + column * student_item, from.student + column * student_item, student_bytes, barrier);
-  if (from.audio) bulk_copy(base + layout.audio_offset + column * audio_item, from.audio + column * audio_item, audio_bytes, barrier);
-  if (from.text) bulk_copy(base + layout.text_offset + column * text_item, from.text + column * text_item, text_bytes, barrier);
+  bulk_copy(base + HEAD_BYTES + student_at, from.student + student_at, student_bytes, barrier);
+  if (from.audio) bulk_copy(base + layout.audio_offset + audio_at, from.audio + audio_at, audio_bytes, barrier);
+  if (from.text) bulk_copy(base + layout.text_offset + text_at, from.text + text_at, text_bytes, barrier);
 }
 
 #endif  // __CUDA_ARCH__ >= 900
@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   slice.text = memory + layout.text_offset;
   slice.start = rank * layout.slice;
   slice.columns = valid_columns(p, layout, rank);
-  slice.arrangement = layout.arrangement;
   const int chunks = chunks_of(slice.columns);
+  const Columns columns = columns_of(layout.arrangement, thread);
   const bool want_grad = p.grad.data != 0;
 
   // The first row from `row` on that is not ignored, and its inputs.
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       AudioMax audio_max;
       for (int chunk = 0; chunk < chunks; ++chunk) {
         barrier_wait(shared_address(memory) + 8 * chunk, parity);
-        add_audio_max<TRANSFORM>(p, slice, columns_of(layout.arrangement, chunk, thread), audio_max);
+        add_audio_max<TRANSFORM>(p, slice, in_chunk(columns, chunk), audio_max);
       }
       threshold = merged_cluster<DIVERGENCE>(audio_max, f, memory, rank, blocks, exchange).value + p.log_plausibility;
     }
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     RowSums sums;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       barrier_wait(shared_address(memory) + 8 * chunk, parity);
-      add_group<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, columns_of(layout.arrangement, chunk, thread), sums);
+      add_group<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk), sums);
     }
     if (thread == 0) add_label(p, slice, r, sums);
     sums = merged_cluster<DIVERGENCE>(sums, f, memory, rank, blocks, exchange);
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     JsdSums jsd;
     if (DIVERGENCE == JSD && p.with_kd) {
       for (int chunk = 0; chunk < chunks; ++chunk)
-        add_jsd<TRANSFORM>(p, f, slice, r, threshold, columns_of(layout.arrangement, chunk, thread), k, jsd);
+        add_jsd<TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk), k, jsd);
       jsd = merged_cluster<DIVERGENCE>(jsd, f, memory, rank, blocks, exchange);
     }
     finish_row<DIVERGENCE>(p, f, r, sums, jsd, k);
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     char* grad = want_grad ? row_address(p, p.grad, row, slice.start) : nullptr;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (want_grad)
-        write_gradient<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, columns_of(layout.arrangement, chunk, thread), k, grad);
+        write_gradient<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk), k, grad);
       if (next < rows) {
         __syncthreads();  // the block is through with this chunk
         if (thread == 0) fetch_chunk(p, layout, memory, from, slice.columns, chunk);
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #endif
 }
 
-// -- launching ------------------------------------------------------------------------------------------------------------------------
+// -- launching ----------------------------------------------------------------------------------------------------------------
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));

@@ -125,7 +125,7 @@ class Cluster {
     for (int b = 0; b < layout_.blocks; ++b)
       for (int chunk = 0; chunk < blocks_[b].chunks; ++chunk)
         for (int t = 0; t < THREADS; ++t)
-          phase(blocks_[b].slice, columns_of(layout_.arrangement, chunk, t), threads[b * THREADS + t]);
+          phase(blocks_[b].slice, in_chunk(columns_of(layout_.arrangement, t), chunk), threads[b * THREADS + t]);
     return threads;
   }
 
@@ -157,8 +157,10 @@ class Cluster {
       for (int chunk = 0; chunk < block.chunks; ++chunk) {
         if (p.grad.data != 0) {
           char* grad = row_address(p, p.grad, row, block.slice.start);
-          for (int t = 0; t < THREADS; ++t)
-            write_gradient<DIVERGENCE, TRANSFORM>(p, f, block.slice, r, threshold, columns_of(layout_.arrangement, chunk, t), k, grad);
+          for (int t = 0; t < THREADS; ++t) {
+            const Columns c = in_chunk(columns_of(layout_.arrangement, t), chunk);
+            write_gradient<DIVERGENCE, TRANSFORM>(p, f, block.slice, r, threshold, c, k, grad);
+          }
         }
         if (next < rows_of(p)) fetch_chunk(block, from, chunk);
       }

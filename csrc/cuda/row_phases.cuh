@@ -2,7 +2,10 @@
 // functions; emulate_rows.cpp calls the same functions on a CPU, in the same order of merging, so that they can be tested there.
 //
 // Notation: s student, a audio, t text, z = a + alpha (a - t) the contrast; q, p the softmax of s and z at temperature tau, q1 that
-// of s at 1. "shifted" is relative to a maximum.
+// of s at 1.
+//
+// Exponents are in units of log 2: x * rate - top, one fused multiply-add, where rate = log2(e) / tau and top = max * rate rounded
+// to fp32. The same rounded top stands in every place, so that its rounding cancels, however large the logits are.
 //
 // Masked logits, as in ops/triton_caad.py: a logit below -1e30, -inf above all, becomes the finite MASKED right after its load.
 // Running maxima start at FLOOR > MASKED, so e^(MASKED - max) is 0 also in a row that is masked throughout, and no inf - inf or
@@ -23,7 +26,7 @@
 namespace kdkernels::cuda {
 
 constexpr float MASKED = -2e30f, FLOOR = -1e30f;
-constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 
 // -- numbers ------------------------------------------------------------------------------------------------------------------
 
@@ -102,6 +105,24 @@ KD_HOST_DEVICE float power_of_two(float x) {
 #endif
 }
 
+// Rounded, whatever stands beside it: a compiler may not fuse it.
+KD_HOST_DEVICE float product(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(x, y);
+#else
+  return x * y;
+#endif
+}
+
+// x * y + z in one rounding.
+KD_HOST_DEVICE float fused(float x, float y, float z) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(x, y, z);
+#else
+  return std::fma(x, y, z);
+#endif
+}
+
 KD_HOST_DEVICE float quotient(float x, float y) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(x, y);
@@ -141,22 +162,25 @@ KD_HOST_DEVICE float highest(const float (&x)[GROUP]) {
   return m;
 }
 
-// -- where things are -----------------------------------------------------------------------------------------------------------
+// -- where things are ---------------------------------------------------------------------------------------------------------
 
 // The two halves of a thread's group: columns first + e, and second + e, e < 4, of the block's slice.
 struct Columns {
   int first, second;
 };
 
-KD_HOST_DEVICE Columns columns_of(int arrangement, int chunk, int thread) {
+// In chunk 0.
+KD_HOST_DEVICE Columns columns_of(int arrangement, int thread) {
   if (arrangement == SPLIT) {
-    const int first = chunk * CHUNK + thread / 32 * WARP_COLUMNS + thread % 32 * 4;
+    const int first = thread / 32 * WARP_COLUMNS + thread % 32 * 4;
     return {first, first + WARP_COLUMNS / 2};
   }
-  const int first = chunk * CHUNK + thread * GROUP;
+  const int first = thread * GROUP;
   if (arrangement == SWAPPED && (thread & 4) != 0) return {first + 4, first};
   return {first, first + 4};
 }
+
+KD_HOST_DEVICE Columns in_chunk(Columns c, int chunk) { return {c.first + chunk * CHUNK, c.second + chunk * CHUNK}; }
 
 // Address of a row's column `start`.
 KD_HOST_DEVICE char* row_address(const RowProblem& p, const RowTensor& t, std::int64_t row, int start) {
@@ -224,9 +248,8 @@ KD_HOST_DEVICE RowSources sources_of(const RowProblem& p, const RowInputs& r, st
 // A block's part of a row, in its shared memory.
 struct Slice {
   const char *student, *audio, *text;
-  int start;        // column of the row where it begins
-  int columns;      // valid ones
-  int arrangement;
+  int start;    // column of the row where it begins
+  int columns;  // valid ones
 };
 
 // -- reading ------------------------------------------------------------------------------------------------------------------
@@ -253,7 +276,7 @@ KD_HOST_DEVICE void swap_halves(std::uint32_t (&words)[4], bool swap) {
   words[0] = swap ? c : a, words[1] = swap ? d : b, words[2] = swap ? a : c, words[3] = swap ? b : d;
 }
 
-KD_HOST_DEVICE void load_group(const char* slice, std::int64_t dtype, Columns c, float (&x)[GROUP]) {
+KD_HOST_DEVICE void load_group(const char* slice, int dtype, Columns c, float (&x)[GROUP]) {
   std::uint32_t words[4];
   if (dtype == F32) {
     load_16_bytes(slice + c.first * 4, words);
@@ -290,31 +313,38 @@ KD_HOST_DEVICE void transform_group(float (&x)[GROUP], float scale, float softca
   KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = transformed(x[e], scale, softcap, slope);
 }
 
-KD_HOST_DEVICE void mask_low(float (&x)[GROUP]) {
-  if (lowest(x) < FLOOR) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = x[e] < FLOOR ? MASKED : x[e];
-  }
-}
+KD_HOST_DEVICE bool is_whole(const Slice& s, Columns c) { return c.first + 4 <= s.columns && c.second + 4 <= s.columns; }
+KD_HOST_DEVICE bool is_beyond(const Slice& s, Columns c) { return c.first >= s.columns && c.second >= s.columns; }
 
 // Columns beyond the vocabulary: what lies there in shared memory is not the row's.
 KD_HOST_DEVICE void mask_beyond(const Slice& s, Columns c, float (&x)[GROUP]) {
-  if (c.first + 4 <= s.columns && c.second + 4 <= s.columns) return;
   KD_UNROLL for (int e = 0; e < 4; ++e) {
     if (c.first + e >= s.columns) x[e] = MASKED;
     if (c.second + e >= s.columns) x[4 + e] = MASKED;
   }
 }
 
-KD_HOST_DEVICE bool is_beyond(const Slice& s, Columns c) { return c.first >= s.columns && c.second >= s.columns; }
+// Whether any is masked. One comparison a group, where nothing is.
+KD_HOST_DEVICE bool mask(const Slice& s, Columns c, float (&x)[GROUP]) {
+  bool any = lowest(x) < FLOOR;
+  if (any) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = x[e] < FLOOR ? MASKED : x[e];
+  }
+  if (!is_whole(s, c)) {
+    mask_beyond(s, c, x);
+    any = true;
+  }
+  return any;
+}
 
+// These return whether any logit of the group is masked.
 template <bool TRANSFORM>
-KD_HOST_DEVICE void read_student(const RowProblem& p, const Slice& s, Columns c, float (&x)[GROUP], float (&slope)[GROUP]) {
+KD_HOST_DEVICE bool read_student(const RowProblem& p, const Slice& s, Columns c, float (&x)[GROUP], float (&slope)[GROUP]) {
   load_group(s.student, p.student.dtype, c, x);
   if (TRANSFORM) {
     KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = transformed(x[e], p.student_scale, p.student_softcap, slope[e]);
   }
-  mask_low(x);
-  mask_beyond(s, c, x);
+  return mask(s, c, x);
 }
 
 template <bool TRANSFORM>
@@ -323,33 +353,43 @@ KD_HOST_DEVICE void read_audio(const RowProblem& p, const Slice& s, Columns c, f
   if (TRANSFORM) transform_group(x, p.teacher_scale, p.teacher_softcap);
 }
 
-// The contrast. threshold: audio logits below it are masked (FLOOR masks no more than is masked anyway).
+// The contrast. threshold: audio logits below it are masked.
 template <bool TRANSFORM>
-KD_HOST_DEVICE void read_contrast(const RowProblem& p, const Slice& s, const RowInputs& r, float threshold, Columns c, float (&z)[GROUP]) {
-  float a[GROUP];
-  read_audio<TRANSFORM>(p, s, c, a);
-  float least = lowest(a);
+KD_HOST_DEVICE bool read_contrast(const RowProblem& p, const Slice& s, const RowInputs& r, float threshold, Columns c,
+                                  float (&z)[GROUP]) {
+  read_audio<TRANSFORM>(p, s, c, z);
+  // Masks, before z is the contrast; NaN hides nothing.
+  float least = lowest(z);
+  bool any = false;
+  unsigned below = 0;  // a bit a logit that the plausibility mask takes
+  if (p.has_plausibility) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) below |= z[e] < threshold ? 1u << e : 0u;
+  }
   if (uses_text(p, r)) {
     float t[GROUP];
     load_group(s.text, p.text.dtype, c, t);
     if (TRANSFORM) transform_group(t, p.teacher_scale, p.teacher_softcap);
-    // Not (1 + alpha) a - alpha t: a constant in both cancels first.
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = a[e] + r.alpha * (a[e] - t[e]);
-    least = fminf(least, fminf(lowest(t), lowest(z)));
+    least = fminf(least, lowest(t));
     if (least < FLOOR) {
-      KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = a[e] < FLOOR || t[e] < FLOOR || z[e] < FLOOR ? MASKED : z[e];
+      // -inf on either path would make the contrast +inf or NaN.
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) below |= z[e] < FLOOR || t[e] < FLOOR ? 1u << e : 0u;
     }
-  } else {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = a[e];
-    mask_low(z);
+    // Not (1 + alpha) a - alpha t: a constant in both cancels first.
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] += r.alpha * (z[e] - t[e]);
+    least = lowest(z);
   }
-  if (p.has_plausibility) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = a[e] < threshold ? MASKED : z[e];
+  if (least < FLOOR || below != 0) {
+    any = true;
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = z[e] < FLOOR || (below >> e & 1u) != 0 ? MASKED : z[e];
   }
-  mask_beyond(s, c, z);
+  if (!is_whole(s, c)) {
+    mask_beyond(s, c, z);
+    any = true;
+  }
+  return any;
 }
 
-// -- sums -----------------------------------------------------------------------------------------------------------------------
+// -- sums ---------------------------------------------------------------------------------------------------------------------
 
 // Where the softmax at temperature 1 comes from: not needed, tau is 1, tau is 2 (e^s = (e^(s/2))^2), an exponential of its own.
 constexpr int Q1_NONE = 0, Q1_SAME = 1, Q1_SQUARE = 2, Q1_OWN = 3;
@@ -372,7 +412,7 @@ KD_HOST_DEVICE Formula formula_of(const RowProblem& p) {
 struct RowSums {
   float s_max = FLOOR, z_max = FLOOR;
   float q_sum = 0.f, q1_sum = 0.f, p_sum = 0.f;
-  float cross = 0.f;    // forward: sum e^z (z - s), reverse: sum e^s (s - z)
+  float cross = 0.f;    // of the exponents; forward: sum 2^z (z - s), reverse: sum 2^s (s - z)
   float hole = MASKED;  // largest logit of the weighting side where the other side is masked
   float label = 0.f;    // the label's logit, in the sums of the one thread that looked it up
 
@@ -381,13 +421,17 @@ struct RowSums {
     RowSums m;
     m.s_max = fmaxf(a.s_max, b.s_max);
     m.z_max = fmaxf(a.z_max, b.z_max);
-    const float a_s = a.s_max - m.s_max, b_s = b.s_max - m.s_max, a_z = a.z_max - m.z_max, b_z = b.z_max - m.z_max;
-    const float a_q = power_of_two(a_s * f.rate), b_q = power_of_two(b_s * f.rate);
-    const float a_p = power_of_two(a_z * f.rate), b_p = power_of_two(b_z * f.rate);
+    const float s_top = product(m.s_max, f.rate), z_top = product(m.z_max, f.rate);
+    const float a_s = product(a.s_max, f.rate) - s_top, b_s = product(b.s_max, f.rate) - s_top;
+    const float a_z = product(a.z_max, f.rate) - z_top, b_z = product(b.z_max, f.rate) - z_top;
+    const float a_q = power_of_two(a_s), b_q = power_of_two(b_s), a_p = power_of_two(a_z), b_p = power_of_two(b_z);
     m.q_sum = a.q_sum * a_q + b.q_sum * b_q;
     m.p_sum = a.p_sum * a_p + b.p_sum * b_p;
     if (f.q1 == Q1_SQUARE) m.q1_sum = a.q1_sum * (a_q * a_q) + b.q1_sum * (b_q * b_q);
-    if (f.q1 == Q1_OWN) m.q1_sum = a.q1_sum * power_of_two(a_s * LOG2E) + b.q1_sum * power_of_two(b_s * LOG2E);
+    if (f.q1 == Q1_OWN) {
+      const float top = product(m.s_max, LOG2E);
+      m.q1_sum = a.q1_sum * power_of_two(product(a.s_max, LOG2E) - top) + b.q1_sum * power_of_two(product(b.s_max, LOG2E) - top);
+    }
     if (DIVERGENCE == FORWARD_KL) m.cross = a_p * (a.cross + a.p_sum * (a_z - a_s)) + b_p * (b.cross + b.p_sum * (b_z - b_s));
     if (DIVERGENCE == REVERSE_KL) m.cross = a_q * (a.cross + a.q_sum * (a_s - a_z)) + b_q * (b.cross + b.q_sum * (b_s - b_z));
     m.hole = fmaxf(a.hole, b.hole);
@@ -427,8 +471,7 @@ KD_HOST_DEVICE void add_audio_max(const RowProblem& p, const Slice& s, Columns c
   if (is_beyond(s, c)) return;
   float a[GROUP];
   read_audio<TRANSFORM>(p, s, c, a);
-  mask_low(a);
-  mask_beyond(s, c, a);
+  mask(s, c, a);
   m.value = fmaxf(m.value, highest(a));
 }
 
@@ -438,47 +481,48 @@ KD_HOST_DEVICE void add_group(const RowProblem& p, const Formula& f, const Slice
                               Columns c, RowSums& sums) {
   if (is_beyond(slice, c)) return;
   float s[GROUP], z[GROUP], slope[GROUP];
-  read_student<TRANSFORM>(p, slice, c, s, slope);
-  const float s_max = fmaxf(sums.s_max, highest(s)), s_step = sums.s_max - s_max;
-  const float s_keep = power_of_two(s_step * f.rate);
+  const bool s_masked = read_student<TRANSFORM>(p, slice, c, s, slope);
+  const float s_max = fmaxf(sums.s_max, highest(s)), s_top = product(s_max, f.rate);
+  const float s_step = product(sums.s_max, f.rate) - s_top, s_keep = power_of_two(s_step);
   const float q_old = sums.q_sum, p_old = sums.p_sum;
-  sums.s_max = s_max;
   sums.q_sum *= s_keep;
   if (f.q1 == Q1_SQUARE) sums.q1_sum *= s_keep * s_keep;
-  if (f.q1 == Q1_OWN) sums.q1_sum *= power_of_two(s_step * LOG2E);
+  if (f.q1 == Q1_OWN) {
+    const float top = product(s_max, LOG2E);
+    sums.q1_sum *= power_of_two(product(sums.s_max, LOG2E) - top);
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q1_sum += power_of_two(fused(s[e], LOG2E, -top));
+  }
+  sums.s_max = s_max;
   if (!reads_teacher(p)) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q_sum += power_of_two((s[e] - s_max) * f.rate);
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q_sum += power_of_two(fused(s[e], f.rate, -s_top));
     return;
   }
-  read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
-  const float z_max = fmaxf(sums.z_max, highest(z)), z_step = sums.z_max - z_max;
-  const float z_keep = power_of_two(z_step * f.rate);
+  const bool z_masked = read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
+  const float z_max = fmaxf(sums.z_max, highest(z)), z_top = product(z_max, f.rate);
+  const float z_step = product(sums.z_max, f.rate) - z_top, z_keep = power_of_two(z_step);
   sums.z_max = z_max;
   sums.p_sum *= z_keep;
   if (DIVERGENCE == FORWARD_KL) {
     sums.cross = z_keep * (sums.cross + p_old * (z_step - s_step));
-    if (lowest(s) < FLOOR) {
+    if (s_masked) {
       KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.hole = fmaxf(sums.hole, s[e] < FLOOR ? z[e] : MASKED);
     }
   }
   if (DIVERGENCE == REVERSE_KL) {
     sums.cross = s_keep * (sums.cross + q_old * (s_step - z_step));
-    if (lowest(z) < FLOOR) {
+    if (z_masked) {
       KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.hole = fmaxf(sums.hole, z[e] < FLOOR ? s[e] : MASKED);
     }
   }
-  if (f.q1 == Q1_OWN) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q1_sum += power_of_two((s[e] - s_max) * LOG2E);
-  }
   float square_sum = 0.f;
   KD_UNROLL for (int e = 0; e < GROUP; ++e) {
-    const float s_shifted = s[e] - s_max, z_shifted = z[e] - z_max;
-    const float s_exp = power_of_two(s_shifted * f.rate), z_exp = power_of_two(z_shifted * f.rate);
+    const float s_exponent = fused(s[e], f.rate, -s_top), z_exponent = fused(z[e], f.rate, -z_top);
+    const float s_exp = power_of_two(s_exponent), z_exp = power_of_two(z_exponent);
     sums.q_sum += s_exp;
     sums.p_sum += z_exp;
     square_sum += s_exp * s_exp;
-    if (DIVERGENCE == FORWARD_KL) sums.cross += z_exp * (z_shifted - s_shifted);
-    if (DIVERGENCE == REVERSE_KL) sums.cross += s_exp * (s_shifted - z_shifted);
+    if (DIVERGENCE == FORWARD_KL) sums.cross += z_exp * (z_exponent - s_exponent);
+    if (DIVERGENCE == REVERSE_KL) sums.cross += s_exp * (s_exponent - z_exponent);
   }
   if (f.q1 == Q1_SQUARE) sums.q1_sum += square_sum;
 }
@@ -498,24 +542,26 @@ KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInpu
   sums.label = x < FLOOR ? MASKED : x;
 }
 
-// -- of the whole row -------------------------------------------------------------------------------------------------------------
+// -- of the whole row ---------------------------------------------------------------------------------------------------------
 
 struct RowScalars {
-  float s_max, z_max;
-  float inverse_q, inverse_p, inverse_q1;
-  float log_z;     // log(p/q) = (z_shifted - s_shifted) / tau - log_z; where a side is masked throughout, any number
-  float centre;    // reverse: KL(q||p), jsd: KL(q||m): what makes the gradient sum to 0
-  float kd_scale, ce_scale;
+  float s_top, z_top, q1_top;  // maxima times the rate of their softmax
+  float inverse_q, inverse_p;
+  float log_z;   // log(p/q) = (z_exponent - s_exponent) log 2 - log_z; where a side is masked throughout, any number
+  float centre;  // reverse: KL(q||p), jsd: KL(q||m): what makes the gradient sum to 0
+  // Factors of the gradient: of 2^s and 2^z for the divergence; for the label's softmax of 2^s, of its square, or of its own
+  // exponential; and what the label's column takes.
+  float of_q, of_p, of_same, of_square, of_own, of_label;
   float kd, ce;
 };
 
 KD_HOST_DEVICE RowScalars normalised(const RowSums& row, const Formula& f) {
   RowScalars k = {};
-  k.s_max = row.s_max;
-  k.z_max = row.z_max;
+  k.s_top = product(row.s_max, f.rate);
+  k.z_top = product(row.z_max, f.rate);
+  k.q1_top = product(row.s_max, LOG2E);
   k.inverse_q = reciprocal(row.q_sum);
   k.inverse_p = reciprocal(row.p_sum);
-  k.inverse_q1 = f.q1 == Q1_SAME ? k.inverse_q : reciprocal(row.q1_sum);
   k.log_z = row.p_sum == 0.f || row.q_sum == 0.f ? 0.f : logf(row.p_sum / row.q_sum);
   return k;
 }
@@ -529,32 +575,40 @@ KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowI
     bool infinite = false;
     float kd;
     if (DIVERGENCE == FORWARD_KL) {
-      kd = row.cross * k.inverse_p * f.inverse_tau - k.log_z;
-      infinite = power_of_two((row.hole - row.z_max) * f.rate) > 0.f;
+      kd = row.cross * k.inverse_p * LN2 - k.log_z;
+      infinite = power_of_two(fused(row.hole, f.rate, -k.z_top)) > 0.f;
     } else if (DIVERGENCE == REVERSE_KL) {
-      k.centre = row.q_sum == 0.f ? 0.f : row.cross * k.inverse_q * f.inverse_tau + k.log_z;
+      k.centre = row.q_sum == 0.f ? 0.f : row.cross * k.inverse_q * LN2 + k.log_z;
       kd = k.centre;
-      infinite = power_of_two((row.hole - row.s_max) * f.rate) > 0.f;
+      infinite = power_of_two(fused(row.hole, f.rate, -k.s_top)) > 0.f;
     } else {
       k.centre = jsd.q * k.inverse_q;
       kd = p.jsd_beta * jsd.p * k.inverse_p + (1.f - p.jsd_beta) * k.centre;
     }
     kd /= f.inverse_tau * f.inverse_tau;
-    if (kd < 0.f) kd = 0.f;            // rounding; NaN passes
-    if (infinite) kd += infinity();    // a sum, so that a NaN elsewhere in the row stays one
+    if (kd < 0.f) kd = 0.f;          // rounding; NaN passes
+    if (infinite) kd += infinity();  // a sum, so that a NaN elsewhere in the row stays one
     if (empty) kd = 0.f;
     k.kd = is_legal(p, r) ? kd : not_a_number();
     // tau^2 from kd, 1 / tau from d (s / tau) / d s
-    k.kd_scale = empty || (DIVERGENCE == REVERSE_KL && infinite) ? 0.f : r.kd_coef / f.inverse_tau;
-    if (!is_legal(p, r)) k.kd_scale = not_a_number();
+    float scale = empty || (DIVERGENCE == REVERSE_KL && infinite) ? 0.f : r.kd_coef / f.inverse_tau;
+    if (!is_legal(p, r)) scale = not_a_number();
+    k.of_q = scale * k.inverse_q;
+    k.of_p = scale * k.inverse_p;
+    if (DIVERGENCE == JSD) k.of_q *= 1.f - p.jsd_beta;
   }
   if (p.with_ce) {
     const float q1_sum = f.q1 == Q1_SAME ? row.q_sum : row.q1_sum;
+    const float exponent = f.q1 == Q1_SQUARE ? 2.f * fused(row.label, f.rate, -k.s_top) : fused(row.label, LOG2E, -k.q1_top);
     // A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
-    float ce = logf(q1_sum == 0.f ? 1.f : q1_sum) - (row.label - row.s_max);
+    float ce = logf(q1_sum == 0.f ? 1.f : q1_sum) - exponent * LN2;
     ce = row.label == MASKED ? ce + infinity() : ce < 0.f ? 0.f : ce;
     k.ce = is_inside(p, r) ? ce : not_a_number();
-    k.ce_scale = is_inside(p, r) ? r.ce_coef : not_a_number();
+    k.of_label = is_inside(p, r) ? r.ce_coef : not_a_number();
+    const float factor = k.of_label * reciprocal(q1_sum);
+    k.of_same = f.q1 == Q1_SAME ? factor : 0.f;
+    k.of_square = f.q1 == Q1_SQUARE ? factor : 0.f;
+    k.of_own = f.q1 == Q1_OWN ? factor : 0.f;
   }
 }
 
@@ -570,25 +624,25 @@ KD_HOST_DEVICE void jsd_terms(float log_ratio, float beta, float& log_p_m, float
 }
 
 template <bool TRANSFORM>
-KD_HOST_DEVICE void add_jsd(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold, Columns c,
-                            const RowScalars& k, JsdSums& sums) {
+KD_HOST_DEVICE void add_jsd(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
+                            Columns c, const RowScalars& k, JsdSums& sums) {
   if (is_beyond(slice, c)) return;
   float s[GROUP], z[GROUP], slope[GROUP];
   read_student<TRANSFORM>(p, slice, c, s, slope);
   read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
   KD_UNROLL for (int e = 0; e < GROUP; ++e) {
-    const float s_shifted = s[e] - k.s_max, z_shifted = z[e] - k.z_max;
+    const float s_exponent = fused(s[e], f.rate, -k.s_top), z_exponent = fused(z[e], f.rate, -k.z_top);
     float log_p_m, log_q_m;
-    jsd_terms((z_shifted - s_shifted) * f.inverse_tau - k.log_z, p.jsd_beta, log_p_m, log_q_m);
-    sums.p += power_of_two(z_shifted * f.rate) * log_p_m;
-    sums.q += power_of_two(s_shifted * f.rate) * log_q_m;
+    jsd_terms((z_exponent - s_exponent) * LN2 - k.log_z, p.jsd_beta, log_p_m, log_q_m);
+    sums.p += power_of_two(z_exponent) * log_p_m;
+    sums.q += power_of_two(s_exponent) * log_q_m;
   }
 }
 
-// -- gradient -----------------------------------------------------------------------------------------------------------------------
+// -- gradient -----------------------------------------------------------------------------------------------------------------
 
 // Items from `slice`'s columns on; `writable` columns of it exist. 2-byte items of a group are neighbours and go in one access.
-KD_HOST_DEVICE void store_group(char* slice, std::int64_t dtype, Columns c, int writable, const float (&x)[GROUP]) {
+KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable, const float (&x)[GROUP]) {
   std::uint32_t words[4];
   if (dtype == F32) {
     const float first[4] = {x[0], x[1], x[2], x[3]}, second[4] = {x[4], x[5], x[6], x[7]};
@@ -624,48 +678,43 @@ template <int DIVERGENCE, bool TRANSFORM>
 KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
                                    Columns c, const RowScalars& k, char* grad) {
   if (is_beyond(slice, c)) return;
-  float s[GROUP], slope[GROUP], g[GROUP], q1[GROUP];
-  read_student<TRANSFORM>(p, slice, c, s, slope);
-  KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = 0.f;
+  float s[GROUP], slope[GROUP], g[GROUP];
+  const bool masked = read_student<TRANSFORM>(p, slice, c, s, slope);
   if (p.with_kd) {
     float z[GROUP];
     read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
     KD_UNROLL for (int e = 0; e < GROUP; ++e) {
-      const float s_shifted = s[e] - k.s_max, z_shifted = z[e] - k.z_max;
-      const float s_exp = power_of_two(s_shifted * f.rate), q = s_exp * k.inverse_q;
-      q1[e] = f.q1 == Q1_SQUARE ? s_exp * s_exp * k.inverse_q1 : q;
+      const float s_exponent = fused(s[e], f.rate, -k.s_top), z_exponent = fused(z[e], f.rate, -k.z_top);
+      const float s_exp = power_of_two(s_exponent), of_label_softmax = s_exp * k.of_square + k.of_same;
       if (DIVERGENCE == FORWARD_KL) {
-        g[e] = k.kd_scale * (q - power_of_two(z_shifted * f.rate) * k.inverse_p);
+        g[e] = s_exp * (of_label_softmax + k.of_q) - power_of_two(z_exponent) * k.of_p;
       } else {
-        const float log_ratio = (z_shifted - s_shifted) * f.inverse_tau - k.log_z;
-        if (DIVERGENCE == REVERSE_KL) {
-          g[e] = k.kd_scale * q * (-log_ratio - k.centre);
-        } else {
-          float log_p_m, log_q_m;
-          jsd_terms(log_ratio, p.jsd_beta, log_p_m, log_q_m);
-          g[e] = k.kd_scale * (1.f - p.jsd_beta) * q * (log_q_m - k.centre);
-        }
+        const float log_ratio = (z_exponent - s_exponent) * LN2 - k.log_z;
+        float log_p_m, log_q_m = -log_ratio;
+        if (DIVERGENCE == JSD) jsd_terms(log_ratio, p.jsd_beta, log_p_m, log_q_m);
+        g[e] = s_exp * (k.of_q * (log_q_m - k.centre) + of_label_softmax);
       }
     }
+  } else {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = p.with_ce ? power_of_two(fused(s[e], f.rate, -k.s_top)) * k.of_same : 0.f;
+  }
+  if (f.q1 == Q1_OWN) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] += power_of_two(fused(s[e], LOG2E, -k.q1_top)) * k.of_own;
   }
   if (p.with_ce) {
-    if (!p.with_kd || f.q1 == Q1_OWN) {
-      KD_UNROLL for (int e = 0; e < GROUP; ++e) q1[e] = power_of_two((s[e] - k.s_max) * LOG2E) * k.inverse_q1;
-    }
     // Far from the label the difference is neither in [0, 4) nor, as an unsigned number, small.
     const unsigned label = static_cast<unsigned>(r.target - slice.start);
-    if (is_inside(p, r) && (label - c.first < 4u || label - c.second < 4u)) {
+    if (label - c.first < 4u || label - c.second < 4u) {
       KD_UNROLL for (int e = 0; e < 4; ++e) {
-        if (label - c.first == static_cast<unsigned>(e)) q1[e] -= 1.f;
-        if (label - c.second == static_cast<unsigned>(e)) q1[4 + e] -= 1.f;
+        if (label - c.first == static_cast<unsigned>(e)) g[e] -= k.of_label;
+        if (label - c.second == static_cast<unsigned>(e)) g[4 + e] -= k.of_label;
       }
     }
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] += k.ce_scale * q1[e];
   }
-  KD_UNROLL for (int e = 0; e < GROUP; ++e) {
-    if (TRANSFORM) g[e] *= slope[e];
+  if (TRANSFORM) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] *= slope[e];
   }
-  if (lowest(s) < FLOOR) {
+  if (masked) {
     KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = s[e] < FLOOR ? 0.f : g[e];
   }
   const std::int64_t exist = p.student_width - slice.start;
@@ -684,7 +733,7 @@ KD_HOST_DEVICE void zero_gradient(const RowProblem& p, std::int64_t row, std::in
   char* grad = row_address(p, p.grad, row, 0);
   const std::int64_t end = p.student_width * item;
   const std::uint32_t zero[4] = {0, 0, 0, 0};
-  for (std::int64_t at = from * item + 16 * static_cast<std::int64_t>(lane); at < end; at += 16 * static_cast<std::int64_t>(lanes)) {
+  for (std::int64_t at = from * item + 16ll * lane; at < end; at += 16ll * lanes) {
     if (at + 16 <= end) {
       store_16_bytes(grad + at, zero);
     } else {

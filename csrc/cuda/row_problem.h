@@ -20,7 +20,7 @@ constexpr int FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2;
 struct RowTensor {
   std::uint64_t data = 0;  // 0: absent
   std::int64_t stride_outer = 0, stride_inner = 0;
-  std::int64_t dtype = F32;
+  std::int32_t dtype = F32, unused = 0;
 };
 
 struct RowProblem {
@@ -71,7 +71,7 @@ struct RowLayout {
   int bytes = 0;                          // of shared memory a block
 };
 
-KD_HOST_DEVICE int item_bytes(std::int64_t dtype) { return dtype == F32 ? 4 : 2; }
+KD_HOST_DEVICE int item_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
 
 KD_HOST_DEVICE std::int64_t rows_of(const RowProblem& p) { return p.outer * p.inner; }
 

@@ -34,7 +34,8 @@ class RowTensor(ctypes.Structure):
         ("data", ctypes.c_uint64),
         ("stride_outer", ctypes.c_int64),
         ("stride_inner", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     ]
 
 
@@ -90,6 +91,7 @@ def emulator(tmp_path_factory):
         compiler,
         "-std=c++17",
         "-O1",
+        "-ffp-contract=off",
         "-Wall",
         "-Wextra",
         "-Werror",
@@ -176,6 +178,7 @@ def check(rows, arguments, spec, *, grad_dtype=None, **options):
         torch.testing.assert_close(actual.double(), exact.detach(), rtol=1e-5, atol=1e-5)
     # A quarter of the step between subnormals is what rounding to fp16 leaves of tiny gradients.
     budget = ROUNDING[grad.dtype] * expected_grad.abs() + 1e-5 * scale + (2.0**-25 if grad.dtype == FP16 else 0.0)
+    budget = budget + 2.0**-21  # probabilities of 1 that cancel (a vocabulary of one) leave their rounding
     error = (grad.double() - expected_grad).abs()
     assert bool((error <= budget).all()), f"gradient off by {float((error - budget).max())} beyond its budget"
 
@@ -599,7 +602,7 @@ def test_rows_too_large_for_a_cluster(emulator):
     fits = {}
     for vocab in (128256, 152064, 262144, 524288):
         problem = RowProblem(outer=0, inner=1, vocab=vocab, with_kd=1)
-        problem.student = problem.audio = problem.text = RowTensor(16, 0, 0, 0)
+        problem.student = problem.audio = problem.text = RowTensor(16, 0, 0, 0, 0)
         fits[vocab] = [
             b
             for b in (1, 2, 4, 8, 16)
