@@ -48,7 +48,14 @@ PYBIND11_MODULE(_native, m) {
                       FIELD(student_softcap) FIELD(teacher_softcap) FIELD(threads);
 #undef FIELD
 
+#define FIELD(name) .def_readwrite(#name, &LayerProblem::name)
+  py::class_<LayerProblem>(m, "LayerProblem")
+      .def(py::init<>()) FIELD(rows) FIELD(width) FIELD(u) FIELD(v) FIELD(text) FIELD(grad_u) FIELD(grad_v) FIELD(valid) FIELD(alpha)
+          FIELD(alpha_stride) FIELD(coef) FIELD(loss) FIELD(normalize) FIELD(threads);
+#undef FIELD
+
   m.def("caad_rows", &caad_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
+  m.def("layer_rows", &layer_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("best_isa", &best_isa);
 
   py::class_<Bf16Gemm>(m, "Bf16Gemm")

@@ -15,6 +15,7 @@ from .ops.explain import explain
 if TYPE_CHECKING:
     from .contrast_cache import ContrastCache, ContrastCacheWriter
     from .decoding import contrast_logits, contrastive_generate
+    from .layer_mse import LayerProjections, fused_layer_mse_loss, layer_map
     from .lm_head import LMHead
     from .paths import DropKey, MarkAbsent, MaskFeatures
     from .teacher import DualPathTeacher, answer_index
@@ -27,11 +28,14 @@ _LAZY = {
     "DropKey": ".paths",
     "DualPathTeacher": ".teacher",
     "LMHead": ".lm_head",
+    "LayerProjections": ".layer_mse",
     "MarkAbsent": ".paths",
     "MaskFeatures": ".paths",
     "answer_index": ".teacher",
     "contrast_logits": ".decoding",
     "contrastive_generate": ".decoding",
+    "fused_layer_mse_loss": ".layer_mse",
+    "layer_map": ".layer_mse",
 }
 
 __all__ = [
@@ -42,6 +46,7 @@ __all__ = [
     "DropKey",
     "DualPathTeacher",
     "LMHead",
+    "LayerProjections",
     "MarkAbsent",
     "MaskFeatures",
     "answer_index",
@@ -49,7 +54,9 @@ __all__ = [
     "contrastive_generate",
     "explain",
     "fused_caad_loss",
+    "fused_layer_mse_loss",
     "fused_linear_caad_loss",
+    "layer_map",
 ]
 
 

@@ -1,5 +1,3 @@
-#include <algorithm>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -11,15 +9,16 @@ namespace {
 struct Isa {
   const char* name;
   void (*rows)(const RowProblem&);
+  void (*layers)(const LayerProblem&);
 };
 
 // From the plainest to the best; each has what those before it have.
 const Isa ISAS[] = {
-    {"generic", caad_rows_generic},
+    {"generic", caad_rows_generic, layer_rows_generic},
 #if defined(KDKERNELS_X86)
-    {"avx2", caad_rows_avx2},
-    {"avx512", caad_rows_avx512},
-    {"avx512_bf16", caad_rows_avx512_bf16},
+    {"avx2", caad_rows_avx2, layer_rows_avx2},
+    {"avx512", caad_rows_avx512, layer_rows_avx512},
+    {"avx512_bf16", caad_rows_avx512_bf16, layer_rows_avx512_bf16},
 #endif
 };
 
@@ -35,17 +34,18 @@ int best() {
 #endif
 }
 
+const Isa& find(const char* isa) {
+  for (int i = 0; i <= best(); ++i)
+    if (ISAS[i].name == std::string(isa)) return ISAS[i];
+  throw std::invalid_argument("isa: expected generic, avx2, avx512 or avx512_bf16, as far as this machine has it (best here: " +
+                              std::string(best_isa()) + "), got " + isa);
+}
+
 }  // namespace
 
 const char* best_isa() { return ISAS[best()].name; }
 
-void caad_rows(const RowProblem& problem, const char* isa) {
-  const Isa* end = ISAS + best() + 1;
-  const Isa* found = std::find_if(std::begin(ISAS), end, [&](const Isa& x) { return x.name == std::string(isa); });
-  if (found == end)
-    throw std::invalid_argument("isa: expected generic, avx2, avx512 or avx512_bf16, as far as this machine has it (best here: " +
-                                std::string(best_isa()) + "), got " + isa);
-  found->rows(problem);
-}
+void caad_rows(const RowProblem& problem, const char* isa) { find(isa).rows(problem); }
+void layer_rows(const LayerProblem& problem, const char* isa) { find(isa).layers(problem); }
 
 }  // namespace kdkernels

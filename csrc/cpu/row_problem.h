@@ -43,19 +43,36 @@ struct RowProblem {
   int threads = 1;
 };
 
-// One per instruction set; the same source (rows.inl) compiled with other flags.
+// Squared errors of rows (N, width): kdkernels/ops/layer_rows.py gives the meaning of every field.
+struct LayerProblem {
+  std::int64_t rows = 0, width = 0;
+  RowTensor u, v, text, grad_u, grad_v;  // row r begins stride_outer * r items on
+  std::uintptr_t valid = 0;              // uint8 (N,), or 0: all
+  std::uintptr_t alpha = 0;              // float32 (N,) or (1,)
+  std::int64_t alpha_stride = 0;
+  std::uintptr_t coef = 0, loss = 0;  // float32 (N,)
+  bool normalize = false;
+  int threads = 1;
+};
+
+// One per instruction set; the same sources (rows.inl, layer_rows.inl) compiled with other flags.
 void caad_rows_generic(const RowProblem& problem);
+void layer_rows_generic(const LayerProblem& problem);
 #if defined(KDKERNELS_X86)
 void caad_rows_avx2(const RowProblem& problem);
+void layer_rows_avx2(const LayerProblem& problem);
 void caad_rows_avx512(const RowProblem& problem);
+void layer_rows_avx512(const LayerProblem& problem);
 void caad_rows_avx512_bf16(const RowProblem& problem);
+void layer_rows_avx512_bf16(const LayerProblem& problem);
 #endif
 
-// Runs on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512", "avx512_bf16"); throws
+// Run on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512", "avx512_bf16"); throw
 // std::invalid_argument for a name that is unknown or that this machine lacks.
 void caad_rows(const RowProblem& problem, const char* isa);
+void layer_rows(const LayerProblem& problem, const char* isa);
 
-// What caad_rows picks.
+// What they run on if asked for the best.
 const char* best_isa();
 
 }  // namespace kdkernels

@@ -2,3 +2,6 @@
 
 #define KDKERNELS_ENTRY caad_rows_avx2
 #include "rows.inl"
+
+#define KDKERNELS_LAYER_ENTRY layer_rows_avx2
+#include "layer_rows.inl"

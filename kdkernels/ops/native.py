@@ -119,6 +119,40 @@ def caad_rows(
     return RowResult(kd=kd, ce=ce, stats=stats)
 
 
+def layer_rows(
+    u: torch.Tensor,
+    v: torch.Tensor,
+    text: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    alpha: torch.Tensor,
+    coef: torch.Tensor,
+    *,
+    normalize: bool,
+    grad_u: torch.Tensor | None = None,
+    grad_v: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :mod:`kdkernels.ops.layer_rows`. Scratch: two float32 rows a thread."""
+    lib = load_library()
+    codes = {torch.float32: lib.DType.f32, torch.bfloat16: lib.DType.bf16, torch.float16: lib.DType.f16}
+    loss = torch.empty(u.shape[0], dtype=torch.float32, device="cpu")
+    coef = coef.float().contiguous()
+    p = lib.LayerProblem()
+    p.rows, p.width = u.shape
+    for name, x in (("u", u), ("v", v), ("text", text), ("grad_u", grad_u), ("grad_v", grad_v)):
+        if x is not None:
+            setattr(p, name, lib.RowTensor(x.data_ptr(), codes[x.dtype], x.stride(0), 0))
+    if text is not None:
+        alpha = alpha.float().contiguous()
+        p.alpha, p.alpha_stride = alpha.data_ptr(), int(alpha.numel() > 1)
+    if valid is not None:
+        valid = valid.contiguous()
+        p.valid = valid.data_ptr()
+    p.coef, p.loss = coef.data_ptr(), loss.data_ptr()
+    p.normalize, p.threads = normalize, torch.get_num_threads()
+    lib.layer_rows(p, instruction_set())
+    return loss
+
+
 def multiplies_bf16() -> bool:
     """Whether :func:`bf16_gemm` is the best way here: vdpbf16ps, and no AMX, whose products torch's own library makes faster."""
     return available() and instruction_set() == "avx512_bf16" and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()

@@ -1,0 +1,395 @@
+"""Layer-wise distillation: squared error between projected hidden states of student and teacher, and the projections.
+
+Legend: ... leading dimensions (their product is N tokens), L pairs of layers, H_s / H_t hidden widths of student and teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .caad import (
+    REDUCTIONS,
+    _accumulation_dtype,
+    _check_device,
+    _check_leading,
+    _check_shape,
+    _check_tensor,
+    _choose,
+    _is_number,
+    _is_whole,
+)
+from .ops import layers as _layers
+from .ops.dispatch import checks_enabled
+
+DIRECTIONS = ("student_to_teacher", "teacher_to_student")
+LAYER_MAPS = ("top", "skip", "all")
+
+
+def fused_layer_mse_loss(
+    student_hidden: Sequence[Tensor],
+    teacher_hidden: Sequence[Tensor],
+    projections: Sequence[Tensor | None] | None = None,
+    *,
+    teacher_text_hidden: Sequence[Tensor] | None = None,
+    alpha: float | Tensor = 0.0,
+    direction: str = "student_to_teacher",
+    normalize: bool = False,
+    mask: Tensor | None = None,
+    layer_weight: Sequence[float] | Tensor | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    r"""Mean squared error between L pairs of layers, projections included, in token chunks.
+
+    ::
+
+        t_l    = (1 + alpha) h_audio_l - alpha h_text_l          (h_audio_l without a text path)
+        e_li   = |P_l s_li - t_li|^2 / H_t       direction student_to_teacher, P_l (H_t, H_s)
+                 |s_li - P_l t_li|^2 / H_s       direction teacher_to_student, P_l (H_s, H_t)
+        loss   = sum_l layer_weight_l sum_{i valid} e_li / (number of valid tokens)
+
+    With ``normalize`` both sides of the difference are divided by their Euclidean norms: e = (2 - 2 cos) / width. A zero vector
+    stays zero there, and gets no gradient.
+
+    Args:
+        student_hidden: L tensors (..., H_s) float32, bfloat16 or float16 (float64 with impl="reference").
+        teacher_hidden: L tensors (..., H_t), the audio path; their dtype may differ. Never get a gradient. Widths may differ from
+            layer to layer, leading dimensions may not.
+        projections: L weights (no bias), or None for a pair of equal widths; None: none at all. :class:`LayerProjections` holds
+            trainable ones.
+        teacher_text_hidden: L tensors like ``teacher_hidden``, the path without audio, or None.
+        alpha: contrast strength >= 0 of the layer target: a number, or a tensor (...) per token. Where it is 0 the text path is
+            not read.
+        direction: which side is projected.
+        normalize: compare directions only.
+        mask: (...) bool, True where a token counts; None: everywhere. Other tokens are not read.
+        layer_weight: L numbers >= 0, or a tensor (L,); None: 1 each.
+        reduction: "mean" divides by the number of valid tokens, "sum" does not, "none" returns sum_l layer_weight_l e_li per
+            token. All three divide by the width.
+        impl: "auto", "reference", "cpu" or "triton"; an explicit choice never falls back.
+
+    Returns:
+        float32 loss (float64 for float64 inputs): () or (...). Without a valid token it is 0 with zero gradients. Gradients reach
+        ``student_hidden`` and ``projections`` only.
+
+    GEMMs accumulate in float32, and the difference is taken from float32. Extra memory: the gradients, and one chunk of projected
+    states (float32), whatever N and L. The gradients are made in the forward; the backward scales them. With reduction="none" and
+    trainable projections the backward runs the chunks a second time. No second derivatives (impl="reference" has them).
+
+    Raises:
+        ValueError, TypeError: naming the argument and the pair, expected and got. On the CPU also for a negative alpha.
+        RuntimeError: where ``impl`` names something that is not installed.
+
+    Source: source- and layer-wise distillation, arXiv 2509.18579; the contrastive layer target, CAAD, arXiv 2606.23052.
+    """
+    students = _check_states("student_hidden", student_hidden)
+    if not students:
+        raise ValueError("student_hidden: expected at least one layer, got none")
+    teachers = _check_states("teacher_hidden", teacher_hidden, len(students))
+    texts = None if teacher_text_hidden is None else _check_states("teacher_text_hidden", teacher_text_hidden, len(students))
+    weights = [None] * len(students) if projections is None else list(projections)
+    if len(weights) != len(students):
+        raise ValueError(f"projections: expected {len(students)} as student_hidden has layers, got {len(weights)}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if impl == "cuda":
+        raise ValueError("impl: expected 'auto', 'reference', 'cpu' or 'triton' for layers, got 'cuda'")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
+    first = students[0]
+    leading, device = first.shape[:-1], first.device
+    project_teacher = direction == "teacher_to_student"
+    for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
+        for name, x in ((f"student_hidden[{i}]", s), (f"teacher_hidden[{i}]", t)):
+            _check_leading(name, x, leading, "student_hidden[0]")
+            _check_device(name, x, first)
+        if texts is not None:
+            _check_shape(f"teacher_text_hidden[{i}]", texts[i], t.shape)
+            _check_device(f"teacher_text_hidden[{i}]", texts[i], first)
+        _check_projection(f"projections[{i}]", p, s, t, project_teacher)
+
+    flat = [x for x in (*students, *teachers, *(texts or []), *weights) if x is not None]
+    dtype = _accumulation_dtype(flat)
+    n = math.prod(leading)
+    valid = None
+    if mask is not None:
+        _check_tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected bool, got {mask.dtype}")
+        _check_shape("mask", mask, leading)
+        _check_device("mask", mask, first)
+        valid = mask.reshape(-1)
+    alphas = _alpha(alpha, leading, device, dtype)
+    layer_weights = _layer_weights(layer_weight, len(students), device, dtype)
+    counts = torch.ones(n, dtype=dtype, device=device) if valid is None else valid.to(dtype)
+    if reduction == "mean":
+        counts = counts / counts.sum().clamp_min(1)
+
+    chosen = _choose("auto" if impl == "auto" else impl, device, [x.dtype for x in flat], "fused_layer_mse_loss")
+    if chosen == "cuda":  # which has no kernel for layers
+        chosen = "triton"
+    total = torch.zeros(n if reduction == "none" else (), dtype=dtype, device=device)
+    for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
+        width = s.shape[-1] if project_teacher else t.shape[-1]
+        coef = counts * (layer_weights[i] / width)
+        hidden, audio = s.reshape(-1, s.shape[-1]), t.detach().reshape(-1, t.shape[-1])
+        text = None if texts is None else texts[i].detach().reshape(audio.shape)
+        hidden, audio, text = (_dense(x) for x in (hidden, audio, text))
+        if chosen == "reference":
+            loss = _layers.reference_layer_mse(
+                hidden, audio, text, p, valid, alphas, coef, project_teacher=project_teacher, normalize=normalize
+            )
+            loss = loss if reduction == "none" else loss.sum()
+        else:
+            enabled = torch.is_grad_enabled()
+            grads = [enabled and s.requires_grad, enabled and p is not None and p.requires_grad]
+            if reduction == "none" and grads[1]:
+                grads = [False, False]  # the backward runs the chunks with each token's own factor
+            loss, _, _ = _layers.layer_mse(
+                hidden, audio, text, _dense(p), valid, alphas, coef, project_teacher, normalize, reduction != "none",
+                *grads, chosen,
+            )  # fmt: skip
+        total = total + loss
+    return total.reshape(leading) if reduction == "none" else total
+
+
+def layer_map(
+    student_layers: int,
+    teacher_layers: int,
+    kind: str | Iterable[tuple[int, int]] = "all",
+    *,
+    every: int = 7,
+    embeddings: bool = False,
+) -> list[tuple[int, int]]:
+    """Which layers of student and teacher are compared, as indices into transformers' ``hidden_states``.
+
+    There 0 is the embeddings' output and k that of layer k; the last one is behind the final norm in most models.
+
+    Args:
+        student_layers, teacher_layers: number of layers of each.
+        kind: "top": the last of each. "all": every student layer k with the teacher's at the same relative depth,
+            round(k * teacher_layers / student_layers). "skip": of those, one in ``every``, counted down from the top. Or explicit
+            (student, teacher) pairs.
+        every: stride of "skip".
+        embeddings: also (0, 0); not with explicit pairs.
+
+    Returns:
+        pairs in ascending order of the student's layer.
+
+    Raises:
+        ValueError, TypeError: naming the argument; for a pair out of range also the range.
+    """
+    for name, x in (("student_layers", student_layers), ("teacher_layers", teacher_layers), ("every", every)):
+        if not _is_whole(x):
+            raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+        if x < 1:
+            raise ValueError(f"{name}: expected at least 1, got {x}")
+    if isinstance(kind, str):
+        if kind not in LAYER_MAPS:
+            raise ValueError(f"kind: expected one of {', '.join(LAYER_MAPS)} or (student, teacher) pairs, got {kind!r}")
+        steps = {"top": [student_layers], "all": range(1, student_layers + 1), "skip": range(student_layers, 0, -every)}
+        chosen = sorted(steps[kind])
+        pairs = [(k, max(1, (2 * k * teacher_layers + student_layers) // (2 * student_layers))) for k in chosen]
+        return [(0, 0), *pairs] if embeddings else pairs
+    if embeddings:
+        raise ValueError("embeddings: expected False with explicit pairs (add (0, 0) to them), got True")
+    pairs = []
+    for pair in kind:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(_is_whole(x) for x in pair)):
+            raise TypeError(f"kind: expected pairs (student layer, teacher layer) of ints, got {pair!r}")
+        s, t = pair
+        if not (0 <= s <= student_layers and 0 <= t <= teacher_layers):
+            raise ValueError(f"kind: expected pairs in 0..{student_layers} and 0..{teacher_layers}, got {tuple(pair)}")
+        pairs.append((int(s), int(t)))
+    if not pairs:
+        raise ValueError("kind: expected at least one pair, got none")
+    return pairs
+
+
+class LayerProjections(torch.nn.Module):
+    """The projections of :func:`fused_layer_mse_loss`, one a pair of layers, as parameters that an optimiser finds.
+
+    They are made here, so they are in ``parameters()`` and ``state_dict()`` from the first step on. They serve training only: an
+    exported student does without them.
+
+    Args:
+        student_width, teacher_width: H_s, H_t of all pairs, or one number a pair.
+        pairs: number of pairs L, or what :func:`layer_map` returned (kept as ``pairs``).
+        direction: as in :func:`fused_layer_mse_loss`; decides the weights' shapes.
+        identity_where_equal: no projection (and no parameter) for pairs of equal widths.
+        generator: of the random initialisation.
+        dtype, device: of the weights.
+
+    Initialisation: rows (or columns, whichever are fewer) orthonormal, the identity for equal widths, so that lengths are kept on
+    average; :meth:`fit` replaces it by the least-squares solution on given states.
+
+    ``LayerProjections(576, 960, 4)(student_states, teacher_states, mask=mask)`` is the loss.
+    """
+
+    def __init__(
+        self,
+        student_width: int | Sequence[int],
+        teacher_width: int | Sequence[int],
+        pairs: int | Sequence[tuple[int, int]],
+        *,
+        direction: str = "student_to_teacher",
+        identity_where_equal: bool = False,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
+        count = pairs if _is_whole(pairs) else len(pairs)
+        if count < 1:
+            raise ValueError(f"pairs: expected at least one, got {pairs!r}")
+        self.direction = direction
+        self.pairs = None if _is_whole(pairs) else [tuple(p) for p in pairs]
+        widths = zip(_widths("student_width", student_width, count), _widths("teacher_width", teacher_width, count), strict=True)
+        weights: list[torch.nn.Parameter | None] = []
+        for s, t in widths:
+            if identity_where_equal and s == t:
+                weights.append(None)
+                continue
+            shape = (t, s) if direction == "student_to_teacher" else (s, t)
+            weight = torch.empty(shape, dtype=dtype, device=device)
+            weights.append(torch.nn.Parameter(_initial(weight, generator)))
+        # ParameterList takes no None.
+        for i, weight in enumerate(weights):
+            self.register_parameter(f"weight_{i}", weight)
+        self._count = count
+
+    @property
+    def weights(self) -> list[torch.nn.Parameter | None]:
+        """The L weights in order, None where widths are equal and ``identity_where_equal`` was given."""
+        return [getattr(self, f"weight_{i}") for i in range(self._count)]
+
+    def forward(self, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor], **options: Any) -> Tensor:
+        """:func:`fused_layer_mse_loss` with these weights; ``options`` are its other keywords."""
+        if "direction" in options:
+            raise TypeError(f"direction: expected at construction ({self.direction!r} there), got it in the call")
+        return fused_layer_mse_loss(student_hidden, teacher_hidden, self.weights, direction=self.direction, **options)
+
+    @torch.no_grad()
+    def fit(self, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor], *, ridge: float = 1e-3) -> None:
+        """Sets each weight to the least-squares solution on these states: P = argmin |X P^T - Y|^2 + ridge |X|^2 |P|^2 / N.
+
+        Args:
+            student_hidden, teacher_hidden: L tensors each, (..., H_s) and (..., H_t); X is the projected side's, Y the other's.
+            ridge: >= 0, relative to the mean square of X. Needed with fewer tokens than X is wide.
+
+        Raises:
+            ValueError: shapes that do not fit, naming the pair; states that are not finite.
+        """
+        students = _check_states("student_hidden", student_hidden, self._count)
+        teachers = _check_states("teacher_hidden", teacher_hidden, self._count)
+        if not (_is_number(ridge) and 0 <= ridge < math.inf):
+            raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
+        for i, (weight, s, t) in enumerate(zip(self.weights, students, teachers, strict=True)):
+            if weight is None:
+                continue
+            project_teacher = self.direction == "teacher_to_student"
+            _check_projection(f"projections[{i}]", weight, s, t, project_teacher)
+            _check_leading(f"teacher_hidden[{i}]", t, s.shape[:-1], f"student_hidden[{i}]")
+            x, y = (h.reshape(-1, h.shape[-1]).double() for h in ((t, s) if project_teacher else (s, t)))
+            if not bool(x.isfinite().all() and y.isfinite().all()):
+                raise ValueError(f"student_hidden[{i}], teacher_hidden[{i}]: expected finite states")
+            gram = x.T @ x
+            gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float64).tiny)
+            weight.copy_(torch.linalg.lstsq(gram, x.T @ y, driver="gelsd" if gram.device.type == "cpu" else None).solution.T)
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join("equal widths" if w is None else "x".join(map(str, w.shape)) for w in self.weights)
+        return f"direction={self.direction!r}, weights: {shapes}"
+
+
+def _initial(weight: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Orthonormal rows or columns; the identity where it is square."""
+    if weight.is_meta:
+        return weight
+    if weight.shape[0] == weight.shape[1]:
+        return torch.nn.init.eye_(weight)
+    # In float32 on the CPU: QR has no half precision, and the draw is the same on every device.
+    drawn = torch.nn.init.orthogonal_(torch.empty(weight.shape, dtype=torch.float32), generator=generator)
+    return weight.copy_(drawn)
+
+
+def _widths(name: str, value: int | Sequence[int], count: int) -> list[int]:
+    widths = [value] * count if _is_whole(value) else list(value)
+    if len(widths) != count:
+        raise ValueError(f"{name}: expected one number or {count}, got {len(widths)}")
+    for w in widths:
+        if not _is_whole(w) or w < 1:
+            raise ValueError(f"{name}: expected whole numbers >= 1, got {w!r}")
+    return [int(w) for w in widths]
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """The kernels want the items of a row beside each other."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_states(name: str, states: Any, count: int | None = None) -> list[Tensor]:
+    if isinstance(states, Tensor) or not isinstance(states, Sequence):
+        raise TypeError(f"{name}: expected a list of tensors, one a layer, got {type(states).__name__}")
+    if count is not None and len(states) != count:
+        raise ValueError(f"{name}: expected {count} layers as student_hidden has, got {len(states)}")
+    for i, x in enumerate(states):
+        _check_tensor(f"{name}[{i}]", x, floating=True)
+        if x.dim() < 1 or x.shape[-1] < 1:
+            raise ValueError(f"{name}[{i}]: expected (..., width), got {tuple(x.shape)}")
+    return list(states)
+
+
+def _check_projection(name: str, p: Tensor | None, s: Tensor, t: Tensor, project_teacher: bool) -> None:
+    widths = s.shape[-1], t.shape[-1]
+    if p is None:
+        if widths[0] != widths[1]:
+            raise ValueError(f"{name}: expected a weight for widths {widths[0]} (student) and {widths[1]} (teacher), got None")
+        return
+    _check_tensor(name, p, floating=True)
+    _check_shape(name, p, torch.Size(widths if project_teacher else widths[::-1]))
+    _check_device(name, p, s)
+
+
+def _alpha(alpha: float | Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1,) or (N,)"""
+    if not isinstance(alpha, Tensor):
+        if not (_is_number(alpha) and 0 <= alpha < math.inf):
+            raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+        return torch.full((1,), float(alpha), dtype=dtype, device=device)
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha: expected a floating-point tensor, got {alpha.dtype}")
+    if alpha.dim() and alpha.shape != leading:
+        raise ValueError(f"alpha: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
+    alpha = alpha.detach().to(device=device, dtype=dtype).reshape(-1)
+    if not torch.compiler.is_compiling() and checks_enabled(device):
+        bad = ~((alpha >= 0) & alpha.isfinite())
+        if bool(bad.any()):
+            raise ValueError(f"alpha: expected finite values >= 0, got {float(alpha[bad][0])}")
+    return alpha
+
+
+def _layer_weights(
+    layer_weight: Sequence[float] | Tensor | None, count: int, device: torch.device, dtype: torch.dtype
+) -> Tensor | list[float]:
+    if layer_weight is None:
+        return [1.0] * count
+    if isinstance(layer_weight, Tensor):
+        _check_shape("layer_weight", layer_weight, torch.Size([count]))
+        return layer_weight.detach().to(device=device, dtype=dtype)
+    weights = list(layer_weight)
+    if len(weights) != count:
+        raise ValueError(f"layer_weight: expected {count} as student_hidden has layers, got {len(weights)}")
+    for w in weights:
+        if not (_is_number(w) and 0 <= w < math.inf):
+            raise ValueError(f"layer_weight: expected finite numbers >= 0, got {w!r}")
+    return [float(w) for w in weights]

@@ -1,0 +1,250 @@
+"""The layer loss in token chunks: projection GEMM, row kernel, GEMMs of the gradients; and its operator.
+
+Per chunk of C tokens: the projected states into scratch, one row kernel that leaves the loss and, in the scratch, the gradient,
+then one GEMM to the student's gradient and one to the projection's. Without a projection the row kernel alone.
+
+Legend: N tokens, C tokens of a chunk, H_s / H_t hidden widths of student and teacher, W the width in which they are compared.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import layer_rows, native
+from .chunking import plan_chunks
+from .linear import (
+    _add_weight_gradient,
+    _contrastive_hidden,
+    _gemm,
+    _gradient_view,
+    _hidden_gradient,
+    _return_scratch,
+    _spread,
+    _take_scratch,
+)
+from .schema import _scaled, half_gain
+
+# Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504; of unit vectors
+# they are small, and divided by the vector's length besides.
+_GAIN_PLAIN, _GAIN_NORMALIZED = 2.0**-6, 2.0**6
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """loss (N,) float32 unweighted; gradients (N, H_s), the projection's shape, or None."""
+
+    loss: Tensor
+    hidden_grad: Tensor | None
+    projection_grad: Tensor | None
+
+
+def layer_rows_of(impl: str) -> Callable[..., Tensor]:
+    """The ``layer_rows`` function (see :mod:`kdkernels.ops.layer_rows`) of a kernel implementation."""
+    if impl == "triton":
+        return importlib.import_module(".triton_layers", __package__).layer_rows
+    return native.layer_rows
+
+
+def layer_chunks(
+    student: Tensor,
+    audio: Tensor,
+    text: Tensor | None,
+    projection: Tensor | None,
+    valid: Tensor | None,
+    alpha: Tensor,
+    coef: Tensor,
+    *,
+    project_teacher: bool,
+    normalize: bool,
+    hidden_grad: bool,
+    projection_grad: bool,
+    rows: Callable[..., Tensor],
+) -> LayerResult:
+    """One pair of layers: student (N, H_s) against audio (N, H_t), or their contrast with text.
+
+    ``projection``: (H_t, H_s) for the student's states, (H_s, H_t) with ``project_teacher``, or None.
+    """
+    device, n_total = student.device, student.shape[0]
+    keep = None
+    if valid is not None and device.type == "cpu":  # elsewhere their number would need a sync
+        keep = valid.nonzero()[:, 0]
+        student, audio, coef = student[keep], audio[keep], coef[keep]
+        text = None if text is None else text[keep]
+        alpha = alpha[keep] if alpha.numel() > 1 else alpha
+        valid = None
+    n = student.shape[0]
+    loss = torch.empty(n, dtype=torch.float32, device=device)
+    dh = torch.empty_like(student, memory_format=torch.contiguous_format) if hidden_grad else None
+    dp = None
+    if projection is None:
+        loss = rows(student, audio, text, valid, alpha, coef, normalize=normalize, grad_u=dh)
+    else:
+        dp = torch.zeros(projection.shape, dtype=torch.float32, device=device) if projection_grad else None
+        width = projection.shape[0]
+        plan = plan_chunks(n_tokens=n, bytes_per_token=4 * width, student_width=student.shape[1], device=device)
+        shape = (min(plan.chunk_tokens, max(n, 1)), width)
+        memory = _take_scratch(4 * math.prod(shape), device)
+        scratch = memory[: 4 * math.prod(shape)].view(torch.float32).view(shape)
+        for start in range(0, n, plan.chunk_tokens):
+            chunk = slice(start, min(start + plan.chunk_tokens, n))
+            out = scratch[: chunk.stop - start]
+            row_alpha = alpha[chunk] if alpha.numel() > 1 else alpha
+            shared = (None if valid is None else valid[chunk], row_alpha, coef[chunk])
+            if project_teacher:
+                hidden = audio[chunk]
+                if text is not None:
+                    hidden = _contrastive_hidden(hidden, text[chunk], row_alpha)
+                split = audio.dtype == projection.dtype and (audio.dtype == torch.bfloat16 or device.type != "cpu")
+                _gemm(hidden, projection, None, out, split=split)
+                grad = _gradient_view(out, projection.dtype) if projection_grad else None
+                here = None if dh is None else dh[chunk]
+                loss[chunk] = rows(student[chunk], out, None, *shared, normalize=normalize, grad_u=here, grad_v=grad)
+                hidden = hidden.to(projection.dtype) if projection_grad else hidden
+            else:
+                hidden = student[chunk]
+                _gemm(hidden, projection, None, out)
+                grad = _gradient_view(out, projection.dtype) if hidden_grad or projection_grad else None
+                there = None if text is None else text[chunk]
+                loss[chunk] = rows(out, audio[chunk], there, *shared, normalize=normalize, grad_u=grad)
+                if hidden_grad:
+                    _hidden_gradient(grad, projection, dh[chunk])
+            if projection_grad:
+                _add_weight_gradient(dp, grad, hidden)
+        _return_scratch(memory)
+    if keep is not None:
+        loss = _spread(loss, keep, n_total, 0)
+        dh = None if dh is None else _spread(dh, keep, n_total, 0)
+    return LayerResult(loss, dh, dp)
+
+
+@torch.library.custom_op("kdkernels::layer_mse", mutates_args=())
+def layer_mse(
+    student: Tensor,  # (N, H_s)
+    audio: Tensor,  # (N, H_t)
+    text: Tensor | None,
+    projection: Tensor | None,
+    valid: Tensor | None,  # (N,) bool
+    alpha: Tensor,  # (1,) or (N,) float32
+    coef: Tensor,  # (N,) float32: d loss / d squared error of the token
+    project_teacher: bool,
+    normalize: bool,
+    reduced: bool,
+    hidden_grad: bool,
+    projection_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss: () if reduced else (N,); gradient of the student's states, times _gain; of the projection; each full or empty)."""
+    gain = _gain(coef, student, projection, normalize)
+    with torch.amp.autocast(student.device.type, enabled=False):
+        out = layer_chunks(
+            student,
+            audio,
+            text,
+            projection,
+            valid,
+            alpha,
+            coef if gain is None else coef * gain,
+            project_teacher=project_teacher,
+            normalize=normalize,
+            hidden_grad=hidden_grad,
+            projection_grad=projection_grad,
+            rows=layer_rows_of(impl),
+        )
+    loss = torch.where(coef == 0, 0.0, coef * out.loss)
+    dp = out.projection_grad
+    if dp is not None:
+        dp = (dp if gain is None else dp / gain).to(projection.dtype)
+    return (
+        loss.sum() if reduced else loss,
+        student.new_empty(0) if out.hidden_grad is None else out.hidden_grad,
+        student.new_empty(0) if dp is None else dp,
+    )
+
+
+def _gain(coef: Tensor, student: Tensor, projection: Tensor | None, normalize: bool) -> Tensor | None:
+    """By what a float16 gradient is too large inside, see half_gain."""
+    gain = half_gain(coef, coef, student.dtype, *([] if projection is None else [projection.dtype]))
+    return None if gain is None else gain * (_GAIN_NORMALIZED if normalize else _GAIN_PLAIN)
+
+
+@layer_mse.register_fake
+def _(student, audio, text, projection, valid, alpha, coef, project_teacher, normalize, reduced, hidden_grad,
+      projection_grad, impl):  # fmt: skip
+    return (
+        coef.new_empty(() if reduced else coef.shape),
+        torch.empty_like(student, memory_format=torch.contiguous_format) if hidden_grad else student.new_empty(0),
+        torch.empty_like(projection, memory_format=torch.contiguous_format) if projection_grad else student.new_empty(0),
+    )
+
+
+_STUDENT, _PROJECTION, _COEF = 0, 3, 6
+_TENSORS = 7
+_NORMALIZE, _REDUCED, _HIDDEN_GRAD, _PROJECTION_GRAD = 8, 9, 10, 11
+
+
+def _setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    # A token's own factor reaches the projection's gradient only inside the GEMM: an unreduced loss runs again in the backward.
+    ctx.again = not inputs[_REDUCED] and not inputs[_HIDDEN_GRAD] and not inputs[_PROJECTION_GRAD]
+    if ctx.again:
+        ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in inputs[:_TENSORS] if x is not None])
+        ctx.absent = [x is None for x in inputs[:_TENSORS]]
+        ctx.options = inputs[_TENSORS:]
+    else:
+        gain = _gain(inputs[_COEF], inputs[_STUDENT], inputs[_PROJECTION], inputs[_NORMALIZE])
+        ctx.save_for_backward(*output[1:], *([] if gain is None else [gain]))
+
+
+def _backward(ctx, grad_loss, *_others):
+    nothing = [None] * 13
+    needs = ctx.needs_input_grad[_STUDENT], ctx.needs_input_grad[_PROJECTION]
+    if ctx.again:
+        saved = iter(ctx.saved_tensors)
+        inputs = [None if absent else next(saved) for absent in ctx.absent]
+        inputs[_COEF] = inputs[_COEF] * grad_loss
+        project_teacher, normalize, *_, impl = ctx.options
+        _, dh, dp = layer_mse(*inputs, project_teacher, normalize, True, *needs, impl)
+        gain, grad_loss = _gain(inputs[_COEF], inputs[_STUDENT], inputs[_PROJECTION], normalize), None
+    else:
+        dh, dp, gain = (*ctx.saved_tensors, None)[:3]
+    if needs[0]:
+        factor = grad_loss if gain is None else (1.0 if grad_loss is None else grad_loss) / gain
+        nothing[_STUDENT] = dh if factor is None else _scaled(dh, factor)
+    if needs[1]:
+        nothing[_PROJECTION] = dp if grad_loss is None else _scaled(dp, grad_loss)
+    return tuple(nothing)
+
+
+layer_mse.register_autograd(_backward, setup_context=_setup)
+
+
+def reference_layer_mse(
+    student: Tensor,
+    audio: Tensor,
+    text: Tensor | None,
+    projection: Tensor | None,
+    valid: Tensor | None,
+    alpha: Tensor,
+    coef: Tensor,
+    *,
+    project_teacher: bool,
+    normalize: bool,
+) -> Tensor:
+    """The loss per token (N,) by eager PyTorch in coef's dtype, gradients by autograd."""
+    dtype = coef.dtype
+    u, v = student.to(dtype), layer_rows.contrastive(audio, text, alpha).to(dtype)
+    if valid is not None:  # a masked row may hold anything
+        u, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (u, v))
+    if projection is not None:
+        if project_teacher:
+            v = v @ projection.to(dtype).T
+        else:
+            u = u @ projection.to(dtype).T
+    loss = layer_rows.squared_errors(u, v, normalize=normalize)
+    return torch.where(coef == 0, 0.0, coef * loss)
