@@ -70,20 +70,20 @@ def linear_errors(args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
         Contender("Liger chunked JSD, not compiled", FULL, lambda: liger_step(1024, compiled=False)),
         *contenders(device.type, (FULL, KD)),
     ]
-    out = []
+    steps, out = {}, []
     for contender in listed:
-        if contender.compiles and args.no_compile:
-            continue
+        if (contender.compiles and args.no_compile) or ("bf16" in contender.name and dtype != torch.bfloat16):
+            continue  # nobody stores the logits of float32 or float16 weights in bf16
         try:
-            step = contender.build()
+            steps[(contender.name, contender.objective)] = (contender.objective, contender.build())
         except Unavailable as why:
-            out.append(_row(args, "linear", dtype, "", math.nan, contender.objective, contender.name))
-            out[-1] |= {"gradient_error": math.nan, "note": str(why)}
-            continue
-        for place, case in cases.items():
-            error = gradient_errors({contender.name: (contender.objective, step)}, case, check_tokens=args.tokens)
-            row = _row(args, "linear", dtype, place, mean_kl(case), contender.objective, contender.name)
-            out.append({**row, "gradient_error": error[contender.name], "note": ""})
+            row = _row(args, "linear", dtype, "", math.nan, contender.objective, contender.name)
+            out.append({**row, "gradient_error": math.nan, "note": str(why)})
+    for place, case in cases.items():
+        kl = mean_kl(case)
+        for (name, objective), error in gradient_errors(steps, case, check_tokens=args.tokens).items():
+            row = _row(args, "linear", dtype, place, kl, objective, name)
+            out.append({**row, "gradient_error": error, "note": ""})
     return out
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +168,7 @@ class LinearCase:
 
 
 Step = Callable[[LinearCase], Tensor]  # returns dL/dh
+Key = TypeVar("Key")
 
 
 def contrastive_hidden(c: LinearCase, dtype: torch.dtype, alpha: float = ALPHA) -> Tensor:
@@ -407,9 +409,9 @@ def mean_kl(c: LinearCase, objective: Objective = KD) -> float:
 
 
 def gradient_errors(
-    steps: dict[str, tuple[Objective, Step]], case: LinearCase, check_tokens: int = 64
-) -> dict[str, float]:
-    """Relative error of each step's gradient of the first tokens against float64."""
+    steps: dict[Key, tuple[Objective, Step]], case: LinearCase, check_tokens: int = 64
+) -> dict[Key, float]:
+    """Relative error of each step's gradient of the first tokens against float64, under the step's own key."""
     from .common import relative_error
 
     n = case.hidden.shape[0]
