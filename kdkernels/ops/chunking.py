@@ -1,4 +1,9 @@
-"""How many tokens one chunk of the fused linear loss takes: from the scratch it may use, and from what fills the machine."""
+"""How the fused linear loss is cut up: which path runs, how many tokens a chunk takes, and what that should cost.
+
+The table of devices lets a plan be made, and its time predicted, for a GPU that is not at hand.
+
+Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths, F_s = 2 N V H_s and F_t = 2 N V H_t FLOP.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,54 @@ CUDA_FREE_FRACTION = 0.1
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of the GEMM that writes dh, the smallest of the three
 MAX_CUDA_CHUNK_TOKENS = 4096
 
+CHUNKS, NO_LOGITS = "chunks", "no logits"
+
+
+@dataclass(frozen=True)
+class DeviceModel:
+    """A GPU as the planner sees it; the rates are what kernels reach, not what a data sheet promises."""
+
+    multiprocessors: int
+    memory_bytes: int
+    bytes_per_second: float  # of device memory
+    flop_per_second: float  # of bf16 GEMMs with fp32 accumulation
+    source: str
+
+
+# What an H100 reaches of its data sheet (3.35 TB/s, 989 TFLOP/s) is granted to the others as well.
+_MEASURED = "measured"
+_DERATED = "data sheet, derated by what an H100 reaches of its own"
+_REACHED_BANDWIDTH, _REACHED_FLOP = 3.0 / 3.35, 800 / 989
+
+
+def _derated(multiprocessors: int, gib: int, terabytes: float, teraflop: float) -> DeviceModel:
+    return DeviceModel(
+        multiprocessors, gib << 30, terabytes * 1e12 * _REACHED_BANDWIDTH, teraflop * 1e12 * _REACHED_FLOP, _DERATED
+    )
+
+
+# Found by name in what torch.cuda.get_device_name says. Dense bf16 rates; the SXM boards of H100, H200 and A100.
+DEVICES = {
+    "H100": DeviceModel(132, 80 << 30, 3.0e12, 800e12, _MEASURED),
+    "H200": _derated(132, 141, 4.8, 989),
+    "A100": _derated(108, 80, 2.039, 312),
+    "RTX 4090": _derated(128, 24, 1.008, 165.2),
+    "RTX 5090": _derated(170, 32, 1.792, 209.5),
+}
+
+
+def device_model(name: str) -> DeviceModel | None:
+    """The entry of DEVICES whose name occurs in ``name`` ("NVIDIA H100 80GB HBM3"), or None."""
+    return next((model for key, model in DEVICES.items() if key.lower() in name.lower()), None)
+
+
+def known_device(name: str) -> DeviceModel:
+    """:func:`device_model`, or a ValueError that lists the table."""
+    model = device_model(name)
+    if model is None:
+        raise ValueError(f"device_name: expected a name with one of {', '.join(DEVICES)} in it, got {name!r}")
+    return model
+
 
 @dataclass(frozen=True)
 class ChunkPlan:
@@ -32,19 +85,33 @@ def plan_chunks(
     n_tokens: int,
     bytes_per_token: int,
     student_width: int,
-    device: torch.device,
+    device: torch.device | None = None,
+    device_name: str | None = None,
     chunk_tokens: int | None = None,
     workspace_bytes: int | None = None,
 ) -> ChunkPlan:
     """Plans the chunks of ``n_tokens`` tokens whose logits take ``bytes_per_token`` scratch.
 
-    ``chunk_tokens`` fixes the size; ``workspace_bytes`` bounds the scratch. Raises ValueError where the workspace does not hold
-    one token.
+    Args:
+        student_width: H_s, from which the tiles of dh follow.
+        device: where it runs; or
+        device_name: a GPU of DEVICES that need not be there (its memory counts as free).
+        chunk_tokens: fixes C; workspace_bytes: bounds the scratch.
+
+    Raises ValueError where the workspace does not hold one token, and for a name that is not in the table.
     """
+    if (device is None) == (device_name is None):
+        raise ValueError(f"device: expected either a device or a device_name, got {device} and {device_name!r}")
+    model = None if device_name is None else known_device(device_name)
     if chunk_tokens is not None:
         size, reason = chunk_tokens, "chunk_tokens given"
     else:
-        budget = workspace_bytes if workspace_bytes is not None else default_workspace_bytes(device)
+        if workspace_bytes is not None:
+            budget = workspace_bytes
+        elif model is not None:
+            budget = _share_of_free(model.memory_bytes)
+        else:
+            budget = default_workspace_bytes(device)
         most = budget // bytes_per_token
         if most < 1:
             raise ValueError(
@@ -52,9 +119,10 @@ def plan_chunks(
                 if workspace_bytes is not None
                 else f"out of memory: one token's logits take {bytes_per_token} bytes, the default workspace has {budget}"
             )
-        if device.type == "cuda":
-            size = _fill_machine(most, student_width, _multiprocessors(device))
-            reason = f"fits {budget} bytes; tiles of dh fill {_multiprocessors(device)} multiprocessors best"
+        if model is not None or device.type == "cuda":
+            processors = _multiprocessors(device) if model is None else model.multiprocessors
+            size, use = _fill_machine(most, n_tokens, student_width, processors)
+            reason = f"fits {budget} bytes; tiles of dh fill {processors} multiprocessors to {use:.0%}"
         else:
             size = min(CPU_CHUNK_TOKENS, most)
             reason = f"CPU default {CPU_CHUNK_TOKENS}, within {budget} bytes"
@@ -67,20 +135,109 @@ def default_workspace_bytes(device: torch.device) -> int:
         return CPU_WORKSPACE_BYTES
     free, _ = torch.cuda.mem_get_info(device)  # a driver query, not a synchronisation
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1 << 26, min(CUDA_WORKSPACE_BYTES, int((free + cached) * CUDA_FREE_FRACTION)))
+    return _share_of_free(free + cached)
+
+
+def _share_of_free(free_bytes: int) -> int:
+    return max(1 << 26, min(CUDA_WORKSPACE_BYTES, int(free_bytes * CUDA_FREE_FRACTION)))
 
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _fill_machine(most: int, student_width: int, multiprocessors: int) -> int:
-    """The multiple of TILE_ROWS up to ``most`` whose last wave of tiles is fullest; the largest of equals."""
+def _fill_machine(most: int, n_tokens: int, student_width: int, multiprocessors: int) -> tuple[int, float]:
+    """(C, share of the multiprocessors that is busy): the multiple of TILE_ROWS up to ``most`` whose dh takes the fewest waves
+    of tiles over all chunks, the last and shorter one counted; the largest of equals."""
     columns = math.ceil(student_width / TILE_COLUMNS)
-    best, best_use = min(most, TILE_ROWS), 0.0
+
+    def waves(tokens: int) -> int:
+        return math.ceil(math.ceil(tokens / TILE_ROWS) * columns / multiprocessors)
+
+    best, fewest = min(most, TILE_ROWS), None
     for size in range(TILE_ROWS, min(most, MAX_CUDA_CHUNK_TOKENS) + 1, TILE_ROWS):
-        tiles = size // TILE_ROWS * columns
-        use = tiles / (math.ceil(tiles / multiprocessors) * multiprocessors)
-        if use >= best_use:
-            best, best_use = size, use
-    return best
+        whole, rest = divmod(n_tokens, size)
+        total = whole * waves(size) + waves(rest)
+        if fewest is None or total <= fewest:
+            best, fewest = size, total
+    whole, rest = divmod(n_tokens, best)
+    total = whole * waves(best) + waves(rest)
+    tiles = math.ceil(n_tokens / TILE_ROWS) * columns
+    return best, tiles / (total * multiprocessors) if total else 1.0
+
+
+def choose_path(
+    *,
+    impl: str,
+    gradient: bool,
+    divergence: str,
+    want_stats: bool,
+    chunk_tokens: int | None,
+    bytes_per_token: int,
+    workspace_bytes: int | None,
+) -> tuple[str, str]:
+    """(CHUNKS or NO_LOGITS, the reason in words): the one place that decides how the fused linear loss runs.
+
+    ``impl`` is the chosen implementation, never "auto"; ``bytes_per_token`` what a token's logits take in chunks.
+    """
+    if impl not in ("triton", "cuda"):
+        return CHUNKS, f"impl {impl!r} has no kernel that does without logits"
+    if gradient:
+        return CHUNKS, "a gradient is asked for, and it is made from the logits"
+    if divergence == "jsd":
+        return CHUNKS, "the jsd needs p and q of the whole row twice"
+    if want_stats:
+        return CHUNKS, "statistics are asked for"
+    if chunk_tokens is not None:
+        return CHUNKS, "chunk_tokens given"
+    if impl == "triton":
+        return NO_LOGITS, "no gradient is asked for: GEMMs with the online softmax in their epilogue"
+    if workspace_bytes is not None and workspace_bytes < bytes_per_token:
+        return NO_LOGITS, f"workspace_bytes {workspace_bytes} does not hold a token's logits ({bytes_per_token} bytes)"
+    return CHUNKS, "the row kernel reads a chunk's logits"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a call should cost on a device: FLOP and seconds of the GEMMs, bytes and seconds of the row kernel."""
+
+    gemm_flop: float
+    gemm_seconds: float
+    row_bytes: float
+    row_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.gemm_seconds + self.row_seconds
+
+
+def predict(
+    model: DeviceModel,
+    *,
+    n_tokens: int,
+    vocab: int,
+    student_width: int,
+    teacher_width: int,
+    teacher_gemms: int = 1,
+    teacher_tensors: int = 1,
+    logits_bytes: int = 4,
+    gradient_bytes: int = 2,
+    gradient: bool = True,
+    head_trains: bool = False,
+    path: str = CHUNKS,
+    passes: int = 2,
+) -> Prediction:
+    """Time at the device's rates, every multiprocessor busy: (1 + gradient + head_trains) F_s + teacher_gemms F_t in the GEMMs;
+    in the row kernel ``passes`` reads of the student's and ``teacher_tensors`` teacher logits and one write of the gradient.
+
+    Args:
+        logits_bytes, gradient_bytes: of one item. passes: 2 for the streaming kernel (1 without a gradient), 1 for one that
+            keeps the row on the chip. path: NO_LOGITS has no row kernel.
+    """
+    logits = n_tokens * vocab
+    student_gemms = 1 + gradient + (gradient and head_trains)
+    flop = 2.0 * logits * (student_gemms * student_width + teacher_gemms * teacher_width)
+    reads = passes if gradient else 1
+    moved = logits * (reads * (1 + teacher_tensors) * logits_bytes + gradient * gradient_bytes)
+    moved = 0.0 if path == NO_LOGITS else float(moved)
+    return Prediction(flop, flop / model.flop_per_second, moved, moved / model.bytes_per_second)

@@ -60,9 +60,9 @@ def _log1p(x):
 
 
 @triton.jit
-def _read_with_slope(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Logits in fp32 (masked: _MASKED) and d logit / d stored value."""
-    value = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32) * SCALE
+def _logit_with_slope(value, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits (masked, or not inside: _MASKED) and d logit / d value from fp32 values, -inf where not inside."""
+    value *= SCALE
     slope = SCALE
     if SOFTCAP is not None:
         x = value * (1.0 / SOFTCAP)
@@ -76,8 +76,22 @@ def _read_with_slope(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.
 
 
 @triton.jit
+def _read_with_slope(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    value = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    return _logit_with_slope(value, inside, SCALE, SOFTCAP)
+
+
+@triton.jit
 def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     return _read_with_slope(row_ptr, columns, inside, SCALE, SOFTCAP)[0]
+
+
+@triton.jit
+def _contrast(audio, text, alpha):
+    """z_hat"""
+    z = audio + alpha * (audio - text)  # not (1 + alpha) audio - alpha text: a constant in both cancels first
+    z = tl.where((audio == _MASKED) | (text == _MASKED) | (z < _FLOOR), _MASKED, z)
+    return tl.where(alpha == 0.0, audio, z)
 
 
 @triton.jit
@@ -100,12 +114,48 @@ def _read_teacher(
     z = audio
     if HAS_TEXT:
         text = _read(text_ptr, columns, columns < text_vocab, SCALE, SOFTCAP)
-        z = audio + alpha * (audio - text)  # not (1 + alpha) audio - alpha text: a constant in both cancels first
-        z = tl.where((audio == _MASKED) | (text == _MASKED) | (z < _FLOOR), _MASKED, z)
-        z = tl.where(alpha == 0.0, audio, z)
+        z = _contrast(audio, text, alpha)
     if HAS_THRESHOLD:
         z = tl.where(audio < threshold, _MASKED, z)
     return audio, text, z
+
+
+@triton.jit
+def _read_pair(
+    student_ptr,
+    audio_ptr,
+    text_ptr,
+    columns,
+    inside,
+    text_vocab,
+    alpha,
+    threshold,
+    WITH_TEACHER: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    STUDENT_SCALE: tl.constexpr,
+    TEACHER_SCALE: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+):
+    """s, d s / d stored value, and z_hat (s itself without a teacher)."""
+    s, slope = _read_with_slope(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+    z = s
+    if WITH_TEACHER:
+        z = _read_teacher(
+            audio_ptr,
+            text_ptr,
+            columns,
+            inside,
+            text_vocab,
+            alpha,
+            threshold,
+            HAS_TEXT,
+            HAS_THRESHOLD,
+            TEACHER_SCALE,
+            TEACHER_SOFTCAP,
+        )[2]
+    return s, slope, z
 
 
 @triton.jit
@@ -147,6 +197,37 @@ def _latest_argmax(values, columns, old_maximum, old_index):
 @triton.jit
 def _reciprocal(x):
     return tl.where(x == 0.0, 0.0, 1.0 / tl.where(x == 0.0, 1.0, x))
+
+
+@triton.jit
+def _kl(cross, x_sum, hole, x_max, y_max, x_row, y_row, x_weight, inverse_x, log_sums, inverse_tau, rate):
+    """KL(x || y) of the row from the groups' sums, and whether it is infinite; log_sums: log of sum e^y / sum e^x."""
+    mean = _merge_cross(cross, x_sum, x_max, y_max, x_row, y_row, x_weight) * inverse_x
+    return mean * inverse_tau + log_sums, tl.exp2((tl.max(hole, axis=0) - x_row) * rate) > 0.0
+
+
+@triton.jit
+def _log_ratio_of_sums(p_row, q_row):
+    """log(p_row / q_row); where a side is masked throughout, any number will do."""
+    return tl.log(tl.where((p_row == 0.0) | (q_row == 0.0), 1.0, p_row / tl.where(q_row == 0.0, 1.0, q_row)))
+
+
+@triton.jit
+def _finish_kd(kd, inverse_tau, infinite, empty, alpha_legal):
+    """tau^2 D with its limits."""
+    kd = kd / (inverse_tau * inverse_tau)
+    kd = tl.where(kd < 0.0, 0.0, kd)
+    kd = tl.where(infinite, kd + float("inf"), kd)  # a sum, so that a NaN elsewhere in the row stays one
+    kd = tl.where(empty, 0.0, kd)
+    return tl.where(alpha_legal, kd, float("nan"))
+
+
+@triton.jit
+def _cross_entropy(q1_row, s_row, label_logit, label_inside):
+    # A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
+    ce = tl.log(tl.where(q1_row == 0.0, 1.0, q1_row)) - (label_logit - s_row)
+    ce = tl.where(label_logit == _MASKED, ce + float("inf"), tl.where(ce < 0.0, 0.0, ce))
+    return tl.where(label_inside, ce, float("nan"))
 
 
 @triton.jit
@@ -361,11 +442,7 @@ def _caad_row_kernel(
             q1_sum = q_sum
         s1_weight = _merge_weight(s_max, _LOG2E)[1]
         q1_row = tl.sum(q1_sum * s1_weight, axis=0)
-        # A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
-        ce = tl.log(tl.where(q1_row == 0.0, 1.0, q1_row)) - (label_logit - s_row)
-        ce = tl.where(label_logit == _MASKED, ce + float("inf"), tl.where(ce < 0.0, 0.0, ce))
-        ce = tl.where(label_inside, ce, float("nan"))
-        tl.store(ce_ptr + row, ce)
+        tl.store(ce_ptr + row, _cross_entropy(q1_row, s_row, label_logit, label_inside))
     else:
         tl.store(ce_ptr + row, 0.0)
 
@@ -375,28 +452,28 @@ def _caad_row_kernel(
         p_row = tl.sum(p_sum * z_weight, axis=0)
         inverse_q = _reciprocal(q_row)
         inverse_p = _reciprocal(p_row)
-        # log(p/q) = ((z - max z) - (s - max s)) / tau - log_z. Where a side is masked throughout, any number will do.
-        log_z = tl.log(tl.where((p_row == 0.0) | (q_row == 0.0), 1.0, p_row / tl.where(q_row == 0.0, 1.0, q_row)))
+        log_z = _log_ratio_of_sums(p_row, q_row)  # log(p/q) = ((z - max z) - (s - max s)) / tau - log_z
     if WITH_KD:
         empty = p_row == 0.0
         infinite = empty & (p_row > 0.0)  # never, for the jsd
         if DIVERGENCE == _FORWARD:
-            mean = _merge_cross(cross, p_sum, z_max, s_max, z_row, s_row, z_weight) * inverse_p
-            kd = mean * inverse_tau - log_z
-            infinite = tl.exp2((tl.max(hole, axis=0) - z_row) * rate) > 0.0
+            kd, infinite = _kl(
+                cross, p_sum, hole, z_max, s_max, z_row, s_row, z_weight, inverse_p, -log_z, inverse_tau, rate
+            )
         elif DIVERGENCE == _REVERSE:
-            mean = _merge_cross(cross, q_sum, s_max, z_max, s_row, z_row, s_weight) * inverse_q
-            reverse_kl = tl.where(q_row == 0.0, 0.0, mean * inverse_tau + log_z)
-            kd = reverse_kl
-            infinite = tl.exp2((tl.max(hole, axis=0) - s_row) * rate) > 0.0
+            kd, infinite = _kl(
+                cross, q_sum, hole, s_max, z_max, s_row, z_row, s_weight, inverse_q, log_z, inverse_tau, rate
+            )
+            kd = tl.where(q_row == 0.0, 0.0, kd)
+            reverse_kl = kd
         else:
             kl_p = tl.zeros([GROUPS], tl.float32)
             kl_q = tl.zeros([GROUPS], tl.float32)
             for i in range(0, blocks):
                 columns = i * BLOCK + local
                 inside = columns < vocab
-                s = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
-                z = _read_teacher(
+                s, slope, z = _read_pair(
+                    student_ptr,
                     audio_ptr,
                     text_ptr,
                     columns,
@@ -404,23 +481,21 @@ def _caad_row_kernel(
                     text_vocab,
                     alpha,
                     threshold,
+                    WITH_KD,
                     HAS_TEXT,
                     HAS_PLAUSIBILITY,
+                    STUDENT_SCALE,
                     TEACHER_SCALE,
+                    STUDENT_SOFTCAP,
                     TEACHER_SOFTCAP,
-                )[2]
+                )
                 log_ratio = ((z - z_row) - (s - s_row)) * inverse_tau - log_z
                 log_p_m, log_q_m = _jsd_terms(log_ratio, jsd_beta)
                 kl_p += tl.sum(tl.exp2((z - z_row) * rate) * log_p_m, axis=1)
                 kl_q += tl.sum(tl.exp2((s - s_row) * rate) * log_q_m, axis=1)
             jsd_q = tl.sum(kl_q, axis=0) * inverse_q
             kd = jsd_beta * tl.sum(kl_p, axis=0) * inverse_p + (1.0 - jsd_beta) * jsd_q
-        kd = kd / (inverse_tau * inverse_tau)
-        kd = tl.where(kd < 0.0, 0.0, kd)
-        kd = tl.where(infinite, kd + float("inf"), kd)  # a sum, so that a NaN elsewhere in the row stays one
-        kd = tl.where(empty, 0.0, kd)
-        kd = tl.where(alpha_legal, kd, float("nan"))
-        tl.store(kd_ptr + row, kd)
+        tl.store(kd_ptr + row, _finish_kd(kd, inverse_tau, infinite, empty, alpha_legal))
     else:
         tl.store(kd_ptr + row, 0.0)
 
@@ -462,22 +537,25 @@ def _caad_row_kernel(
         for start in range(0, width, BLOCK):
             columns = start + local
             inside = columns < vocab
-            s, slope = _read_with_slope(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+            s, slope, z = _read_pair(
+                student_ptr,
+                audio_ptr,
+                text_ptr,
+                columns,
+                inside,
+                text_vocab,
+                alpha,
+                threshold,
+                WITH_KD,
+                HAS_TEXT,
+                HAS_PLAUSIBILITY,
+                STUDENT_SCALE,
+                TEACHER_SCALE,
+                STUDENT_SOFTCAP,
+                TEACHER_SOFTCAP,
+            )
             gradient = tl.zeros([GROUPS, GROUP], tl.float32)
             if WITH_KD:
-                z = _read_teacher(
-                    audio_ptr,
-                    text_ptr,
-                    columns,
-                    inside,
-                    text_vocab,
-                    alpha,
-                    threshold,
-                    HAS_TEXT,
-                    HAS_PLAUSIBILITY,
-                    TEACHER_SCALE,
-                    TEACHER_SOFTCAP,
-                )[2]
                 s_exp = tl.exp2((s - s_row) * rate)
                 q = s_exp * inverse_q
                 if DIVERGENCE == _FORWARD:
@@ -502,24 +580,29 @@ def _caad_row_kernel(
             tl.store(grad_ptr + columns, gradient.to(grad_ptr.dtype.element_ty), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequence"])
 def _scale_rows_kernel(
     source_ptr,
     factor_ptr,
     out_ptr,
-    stride_source,
-    stride_out,
+    stride_source_batch,
+    stride_source_seq,
+    stride_out_batch,
+    stride_out_seq,
     stride_factor,
+    sequence,
     width,
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
+    batch = (row // sequence).to(tl.int64)
+    position = (row % sequence).to(tl.int64)
     factor = tl.load(factor_ptr + row * stride_factor).to(tl.float32)
     if IN_PLACE and factor == 1.0:
         return
-    source_ptr += row * stride_source
-    out_ptr += row * stride_out
+    source_ptr += batch * stride_source_batch + position * stride_source_seq
+    out_ptr += batch * stride_out_batch + position * stride_out_seq
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
@@ -679,33 +762,41 @@ def _check_overlap(student: torch.Tensor, grad: torch.Tensor) -> None:
         )
 
 
+def _scale_arguments(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> dict[str, object]:
+    """Arguments of _scale_rows_kernel over (B, T, V), and launch options."""
+    return {
+        "source_ptr": source,
+        "factor_ptr": factor,
+        "out_ptr": out,
+        "stride_source_batch": _stride(source, 0),
+        "stride_source_seq": _stride(source, 1),
+        "stride_out_batch": _stride(out, 0),
+        "stride_out_seq": _stride(out, 1),
+        "stride_factor": 0 if factor.numel() == 1 else factor.stride(0),
+        "sequence": source.shape[1],
+        "width": source.shape[2],
+        "IN_PLACE": out is source,
+        "BLOCK": min(4096, max(128, triton.next_power_of_2(source.shape[2]))),
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+
+
 def scale_rows(source: torch.Tensor, factor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """source[n, :] * factor (one number) or source[n, :] * factor[n], in float32, rounded to ``out``'s dtype.
+    """source[b, t, :] * factor (one number) or source[b, t, :] * factor[b * T + t], in float32, rounded to ``out``'s dtype.
 
     With ``out`` being ``source`` a row whose factor is 1 is left alone without being read: the usual
     ``loss.backward()`` costs one scalar load a row, and no value is read back to the host.
 
     Args:
-        source: (N, V), last stride 1.
-        factor: one element or (N,), any floating dtype, on the same device.
-        out: None for a new tensor like ``source``, or (N, V) with last stride 1; may be ``source``.
+        source: (B, T, V), last stride 1.
+        factor: one element or (B * T,), any floating dtype, on the same device.
+        out: None for a new contiguous tensor, or (B, T, V) with last stride 1; may be ``source``.
     """
     if out is None:
         out = torch.empty_like(source, memory_format=torch.contiguous_format)
-    rows, width = source.shape
+    rows = source.shape[0] * source.shape[1]
     if rows > 0:
         with _device_of(source, _scale_rows_kernel):
-            _scale_rows_kernel[(rows,)](
-                source,
-                factor,
-                out,
-                source.stride(0),
-                out.stride(0),
-                0 if factor.numel() == 1 else factor.stride(0),
-                width,
-                IN_PLACE=out is source,
-                BLOCK=min(4096, max(128, triton.next_power_of_2(width))),
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+            _scale_rows_kernel[(rows,)](**_scale_arguments(source, factor, out))
     return out

@@ -463,22 +463,23 @@ def test_cpu_tensors_need_the_interpreter():
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("rowwise", [False, True])
 def test_scale_rows(rowwise, dtype):
-    source = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
-    factor = torch.tensor([0.5, 1.0, 0.0, -2.0, 3.0], device=DEVICE) if rowwise else torch.tensor(0.3, device=DEVICE)
-    expected = (source.float() * (factor[:, None] if rowwise else factor)).to(dtype)
+    source = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
+    factor = torch.tensor([0.5, 1.0, 0.0, -2.0, 3.0, 0.1], device=DEVICE) if rowwise else torch.tensor(0.3, device=DEVICE)
+    spread = factor.reshape(2, 3, 1) if rowwise else factor
+    expected = (source.float() * spread).to(dtype)
     if INTERPRETED:  # rounds to bf16 by cutting off
         expected = triton_caad.scale_rows(source, factor)
-        exact = source.double() * (factor[:, None] if rowwise else factor).double()
+        exact = source.double() * spread.double()
         assert bool(((expected.double() - exact).abs() <= (ROUNDING[dtype] + 1e-7) * exact.abs()).all())
     assert torch.equal(triton_caad.scale_rows(source, factor), expected)
-    padded = torch.full((5, 311), math.nan, device=DEVICE, dtype=dtype)
-    out = triton_caad.scale_rows(source, factor, out=padded[:, :300])
-    assert torch.equal(out, expected) and padded[:, 300:].isnan().all()
+    padded = torch.full((3, 2, 311), math.nan, device=DEVICE, dtype=dtype)
+    out = triton_caad.scale_rows(source, factor, out=padded.transpose(0, 1)[..., :300])
+    assert torch.equal(out, expected) and padded[..., 300:].isnan().all()
     assert triton_caad.scale_rows(source, factor, out=source) is source and torch.equal(source, expected)
 
 
 def test_scale_rows_by_one_leaves_nan_alone():
-    source = torch.full((2, 40), math.nan, device=DEVICE)
+    source = torch.full((1, 2, 40), math.nan, device=DEVICE)
     assert triton_caad.scale_rows(source, torch.ones((), device=DEVICE), out=source).isnan().all()
 
 
