@@ -1,4 +1,4 @@
-"""One measurement on a CUDA device: `python -m benchmarks.gpu.measure rows|table|linear|capture`.
+"""One measurement on a CUDA device: `python -m benchmarks.gpu.measure rows|cuda-rows|table|linear|capture`.
 
 Correctness first, then time; the last line printed is JSON with `met`, `result` and the figures. Needs torch and Triton alone.
 """
@@ -31,9 +31,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Rows:
-    """The row problem over random logits (1, N, V), with or without a text path; the gradient goes over the student."""
+    """The row problem over random logits (1, N, V), with or without a text path; the gradient goes over the student.
 
-    def __init__(self, tokens: int, dtype: torch.dtype, grad_dtype: torch.dtype, *, text: bool) -> None:
+    ``impl``: "triton", which reads every input in each of its two passes, or "cuda", which reads them once.
+    """
+
+    def __init__(
+        self, tokens: int, dtype: torch.dtype, grad_dtype: torch.dtype, *, text: bool, impl: str = "triton"
+    ) -> None:
+        from kdkernels.ops.dispatch import row_launcher
         from kdkernels.ops.rows import RowSpec
 
         g = torch.Generator(device="cuda").manual_seed(0)
@@ -47,18 +53,17 @@ class Rows:
         self.alpha = torch.full((1,), 2.0, device="cuda")
         self.coef = torch.full((tokens,), 0.5, device="cuda")
         self.grad_dtype = grad_dtype
-        # Each pass reads every input, the second writes the gradient as well.
-        item, grad_item = dtype.itemsize, grad_dtype.itemsize
-        self.bytes = tokens * VOCAB * (2 * (3 if text else 2) * item + grad_item)
+        self.launch = row_launcher(impl)
+        # Each pass reads every input, the last writes the gradient as well.
+        self.read_bytes = tokens * VOCAB * (3 if text else 2) * dtype.itemsize * (2 if impl == "triton" else 1)
+        self.bytes = self.read_bytes + tokens * VOCAB * grad_dtype.itemsize
 
-    def into(self, memory: torch.Tensor) -> torch.Tensor:
+    def into(self, memory: torch.Tensor, **options: int) -> torch.Tensor:
         """Runs the kernel on the student's logits in ``memory`` and leaves the gradient there."""
-        from kdkernels.ops import triton_caad
-
         items = memory.element_size() // self.grad_dtype.itemsize
         grad = memory.view(self.grad_dtype).as_strided(memory.shape, (0, VOCAB * items, 1))
         arguments = (self.audio, self.text, self.target, self.alpha, self.coef, self.coef, self.spec)
-        triton_caad.caad_rows(memory, *arguments, grad=grad)
+        self.launch(memory, *arguments, grad=grad, **options)
         return grad
 
     def error(self, rows: int = 8) -> float:
@@ -110,6 +115,41 @@ def measure_rows(tokens: int, repeats: int) -> dict:
         rows[-1] |= {"share_of_copy": share, "gradient_error": error}
         del case, memory
     result = "; ".join(f"{r['case']} {r['ms']:.2f} ms, {r['share_of_copy']:.0%} of copy" for r in rows)
+    return {"met": met, "result": result, "copy_gbytes_per_s": copy / 1e9, "rows": rows}
+
+
+def measure_cuda_rows(tokens: int, repeats: int) -> dict:
+    """Target: one read's traffic at no less than 90% of a copy's bandwidth, gradient within one rounding.
+
+    Every size of cluster that holds a row is timed too, to see whether the smallest is the best one to take.
+    """
+    copy = _copy_bytes_per_second(repeats)
+    rows, met = [], True
+    for name, grad_name, text in CASES:
+        case = Rows(tokens, DTYPES[name], DTYPES[grad_name], text=text, impl="cuda")
+        error = case.error()
+        memory = case.student.clone()
+        seconds = {0: _median_seconds(lambda case=case, memory=memory: case.into(memory), repeats)}
+        for blocks in (2, 4, 8, 16):
+            try:
+                seconds[blocks] = _median_seconds(
+                    lambda case=case, memory=memory, blocks=blocks: case.into(memory, blocks=blocks), repeats
+                )
+            except ValueError:  # the row does not fit so few blocks
+                continue
+        share = case.bytes / seconds[0] / copy
+        best = min(seconds, key=seconds.get)
+        met &= share >= 0.9 and error < (1e-5 if grad_name == "fp32" else 4e-3)
+        label = f"{name}{' + text' if text else ''} -> {grad_name}"
+        rows.append({"case": label, "ms": seconds[0] * 1e3, "gbytes_per_s": case.bytes / seconds[0] / 1e9})
+        rows[-1] |= {"share_of_copy": share, "gradient_error": error, "best_blocks": best}
+        rows[-1] |= {f"ms_{b}_blocks": s * 1e3 for b, s in seconds.items() if b}
+        del case, memory
+    result = "; ".join(
+        f"{r['case']} {r['ms']:.2f} ms, {r['share_of_copy']:.0%} of copy"
+        + (f" (best: {r['best_blocks']} blocks)" if r["best_blocks"] else "")
+        for r in rows
+    )
     return {"met": met, "result": result, "copy_gbytes_per_s": copy / 1e9, "rows": rows}
 
 
@@ -228,7 +268,13 @@ def measure_capture(tokens: int, repeats: int) -> dict:
     }
 
 
-MEASURES = {"rows": measure_rows, "table": measure_table, "linear": measure_linear, "capture": measure_capture}
+MEASURES = {
+    "rows": measure_rows,
+    "cuda-rows": measure_cuda_rows,
+    "table": measure_table,
+    "linear": measure_linear,
+    "capture": measure_capture,
+}
 
 if __name__ == "__main__":
     main()

@@ -32,11 +32,25 @@ class Item:
 QUEUE = [
     Item("rows-correct", "-m pytest -q -x tests/kdkernels/test_triton_caad.py", "every test passes on the device", 220),
     Item("rows-speed", "-m benchmarks.gpu.measure rows", "two-pass traffic at >= 80% of a copy's bandwidth", 60),
+    Item(
+        "cuda-rows-correct",
+        "-m pytest -q -x tests/kdkernels/test_cuda_caad.py",
+        "every test passes on the device, none is skipped but for the undefined",
+        120,
+    ),
+    Item(
+        "cuda-rows-speed",
+        "-m benchmarks.gpu.measure cuda-rows",
+        "one read's traffic at >= 90% of a copy's bandwidth",
+        60,
+    ),
     Item("linear", "-m benchmarks.gpu.measure linear", "bf16 logits <= 1.25x bare GEMMs; scratch independent of N", 90),
     Item("capture", "-m benchmarks.gpu.measure capture", "CUDA graph and torch.compile give the eager bits", 90),
     Item("gpu-tests", "-m pytest -q -m gpu tests", "every test marked gpu passes", 120),
     Item("demo-smoke", "-m models.demo --fast-smoke --device cuda", "ends with the table and a report", 150),
     Item("table", "-m benchmarks.gpu.measure table", "launch table within 5% of the best", 90),
+    Item("ncu", "-m benchmarks.gpu.ncu", "the CUDA row kernel reads its inputs from DRAM once, within 5%", 90),
+    Item("sanitizer", "-m benchmarks.gpu.sanitizer", "memcheck, racecheck and synccheck find nothing", 200),
 ]
 
 

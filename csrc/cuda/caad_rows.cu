@@ -40,6 +40,13 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// The same in a register of its own: the compiler would work it out anew at every access, from a slow special register.
+__device__ __forceinline__ std::uint32_t fixed_address(const void* p) {
+  std::uint32_t address = shared_address(p);
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
 __device__ __forceinline__ void barrier_init(std::uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
@@ -161,9 +168,9 @@ __device__ __forceinline__ T merged_cluster(T value, const Formula& f, char* mem
 // -- the kernel ---------------------------------------------------------------------------------------------------------------
 
 // Sends for one chunk of a row's slice.
-__device__ __forceinline__ void fetch_chunk(const RowProblem& p, const RowLayout& layout, char* memory, const RowSources& from,
-                                            int columns, int chunk) {
-  const std::uint32_t base = shared_address(memory), barrier = base + 8 * chunk;
+__device__ __forceinline__ void fetch_chunk(const RowProblem& p, const RowLayout& layout, std::uint32_t base,
+                                            const RowSources& from, int columns, int chunk) {
+  const std::uint32_t barrier = base + 8 * chunk;
   const int student_bytes = chunk_bytes(columns, chunk, item_bytes(p.student.dtype));
   const int audio_bytes = from.audio ? chunk_bytes(columns, chunk, item_bytes(p.audio.dtype)) : 0;
   const int text_bytes = from.text ? chunk_bytes(columns, chunk, item_bytes(p.text.dtype)) : 0;
@@ -187,9 +194,10 @@ __global__ void __launch_bounds__(THREADS, 1)
   const std::int64_t rows = rows_of(p);
   const Formula f = formula_of(p);
   Slice slice;
-  slice.student = memory + HEAD_BYTES;
-  slice.audio = memory + layout.audio_offset;
-  slice.text = memory + layout.text_offset;
+  const std::uint32_t base = fixed_address(memory);
+  slice.student = base + HEAD_BYTES;
+  slice.audio = base + layout.audio_offset;
+  slice.text = base + layout.text_offset;
   slice.start = rank * layout.slice;
   slice.columns = valid_columns(p, layout, rank);
   const int chunks = chunks_of(slice.columns);
@@ -219,11 +227,11 @@ __global__ void __launch_bounds__(THREADS, 1)
   RowInputs r;
   std::int64_t row = find_row(first, r);
   if (thread == 0) {
-    for (int chunk = 0; chunk < chunks; ++chunk) barrier_init(shared_address(memory) + 8 * chunk);
+    for (int chunk = 0; chunk < chunks; ++chunk) barrier_init(base + 8 * chunk);
     publish_barriers();
     if (row < rows) {
       const RowSources from = sources_of(p, r, row, slice.start);
-      for (int chunk = 0; chunk < chunks; ++chunk) fetch_chunk(p, layout, memory, from, slice.columns, chunk);
+      for (int chunk = 0; chunk < chunks; ++chunk) fetch_chunk(p, layout, base, from, slice.columns, chunk);
     }
   }
   zero_rows(first, row);
@@ -241,7 +249,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (p.has_plausibility && reads_teacher(p)) {
       AudioMax audio_max;
       for (int chunk = 0; chunk < chunks; ++chunk) {
-        barrier_wait(shared_address(memory) + 8 * chunk, parity);
+        barrier_wait(base + 8 * chunk, parity);
         add_audio_max<TRANSFORM>(p, slice, in_chunk(columns, chunk), audio_max);
       }
       threshold = merged_cluster<DIVERGENCE>(audio_max, f, memory, rank, blocks, exchange).value + p.log_plausibility;
@@ -249,7 +257,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     RowSums sums;
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      barrier_wait(shared_address(memory) + 8 * chunk, parity);
+      barrier_wait(base + 8 * chunk, parity);
       add_group<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk), sums);
     }
     if (thread == 0) add_label(p, slice, r, sums);
@@ -278,7 +286,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         write_gradient<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk), k, grad);
       if (next < rows) {
         __syncthreads();  // the block is through with this chunk
-        if (thread == 0) fetch_chunk(p, layout, memory, from, slice.columns, chunk);
+        if (thread == 0) fetch_chunk(p, layout, base, from, slice.columns, chunk);
       }
     }
     if (want_grad) zero_gradient(p, row, first_untouched(p, layout), rank * THREADS + thread, blocks * THREADS);

@@ -245,19 +245,28 @@ KD_HOST_DEVICE RowSources sources_of(const RowProblem& p, const RowInputs& r, st
   return from;
 }
 
-// A block's part of a row, in its shared memory.
+// In a block's shared memory: a number in its own address space, which the compiler cannot take for an address in the cluster's.
+#if defined(__CUDA_ARCH__)
+using SharedAddress = std::uint32_t;
+#else
+using SharedAddress = const char*;
+#endif
+
+// A block's part of a row.
 struct Slice {
-  const char *student, *audio, *text;
+  SharedAddress student, audio, text;
   int start;    // column of the row where it begins
   int columns;  // valid ones
 };
 
 // -- reading ------------------------------------------------------------------------------------------------------------------
 
-KD_HOST_DEVICE void load_16_bytes(const char* address, std::uint32_t (&words)[4]) {
+// Volatile, as the waiting for the copies is: what stands after it stays there.
+KD_HOST_DEVICE void load_16_bytes(SharedAddress address, std::uint32_t (&words)[4]) {
 #if defined(__CUDA_ARCH__)
-  const uint4 v = *reinterpret_cast<const uint4*>(address);
-  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address));
 #else
   std::memcpy(words, address, 16);
 #endif
@@ -276,7 +285,7 @@ KD_HOST_DEVICE void swap_halves(std::uint32_t (&words)[4], bool swap) {
   words[0] = swap ? c : a, words[1] = swap ? d : b, words[2] = swap ? a : c, words[3] = swap ? b : d;
 }
 
-KD_HOST_DEVICE void load_group(const char* slice, int dtype, Columns c, float (&x)[GROUP]) {
+KD_HOST_DEVICE void load_group(SharedAddress slice, int dtype, Columns c, float (&x)[GROUP]) {
   std::uint32_t words[4];
   if (dtype == F32) {
     load_16_bytes(slice + c.first * 4, words);
@@ -531,13 +540,14 @@ KD_HOST_DEVICE void add_group(const RowProblem& p, const Formula& f, const Slice
 KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInputs& r, RowSums& sums) {
   const std::int64_t column = r.target - s.start;
   if (!is_inside(p, r) || column < 0 || column >= s.columns) return;
-  float x, slope;
-  if (p.student.dtype == F32) {
-    x = reinterpret_cast<const float*>(s.student)[column];
-  } else {
-    const std::uint32_t bits = reinterpret_cast<const std::uint16_t*>(s.student)[column];
-    x = p.student.dtype == BF16 ? as_float(bits << 16) : half_to_float(bits);
-  }
+  const int index = static_cast<int>(column), item = item_bytes(p.student.dtype);
+  std::uint32_t words[4];
+  load_16_bytes(s.student + index * item / 16 * 16, words);
+  const int word = index * item / 4 % 4;
+  const std::uint32_t bits = word == 0 ? words[0] : word == 1 ? words[1] : word == 2 ? words[2] : words[3];
+  const std::uint32_t half = index % 2 == 0 ? bits : bits >> 16;
+  float x = p.student.dtype == F32 ? as_float(bits) : p.student.dtype == BF16 ? as_float(half << 16) : half_to_float(half);
+  float slope;
   x = transformed(x, p.student_scale, p.student_softcap, slope);
   sums.label = x < FLOOR ? MASKED : x;
 }

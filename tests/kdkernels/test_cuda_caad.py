@@ -77,6 +77,11 @@ class Emulated:
 class OnDevice:
     device = "cuda"
 
+    def __init__(self) -> None:
+        reason = cuda_caad.unavailable(torch.cuda.current_device())
+        if reason is not None:  # test_gpu_the_kernel_is_there fails where that should not be
+            pytest.skip(reason)
+
     def __call__(self, *arguments, grad=None, blocks=2, clusters=None) -> RowResult:
         return cuda_caad.caad_rows(*arguments, grad=grad, blocks=blocks)
 
@@ -673,6 +678,16 @@ def test_auto_falls_back_to_triton(monkeypatch):
 
 
 # -- on a GPU -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_gpu_the_kernel_is_there():
+    """On Hopper and the Blackwell of data centres, and its clusters reach 8 blocks at least."""
+    capability = torch.cuda.get_device_capability()
+    if capability not in ((9, 0), (10, 0)):
+        pytest.skip(f"not compiled for compute capability {capability[0]}.{capability[1]}")
+    assert cuda_caad.unavailable(torch.cuda.current_device()) is None
+    assert cuda_caad.load_library().probe(torch.cuda.current_device()).max_cluster_blocks >= 8
 
 
 @pytest.mark.gpu
