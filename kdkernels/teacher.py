@@ -10,11 +10,13 @@ Legend: B rows of a batch, L columns of its longest row, N positions that predic
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .layer_states import LayerStates
 from .lm_head import HeadCapture, LMHead, evaluating, fit_post, head_module, probe_values
 from .paths import DropKey, Inputs, MarkAbsent, MaskFeatures, Negative, PathBatch, as_batch, clean, join
 
@@ -60,10 +62,22 @@ def answer_index(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True, eq=False)
 class DualPathStates:
-    """The LM head's inputs at the N positions that predict Y, on both paths: (N, H) each, in the model's dtype."""
+    """The LM head's inputs at the N positions that predict Y, on both paths: (N, H) each, in the model's dtype.
+
+    audio_layers, text_layers: (N, K, H), the K layers asked for, or None.
+    """
 
     audio_hidden: Tensor
     text_hidden: Tensor
+    audio_layers: Tensor | None = None
+    text_layers: Tensor | None = None
+
+    @classmethod
+    def _split(cls, audio: Tensor, text: Tensor) -> DualPathStates:
+        """From (N, H) each, or (N, 1 + K, H) with layers."""
+        if audio.dim() == 2:
+            return cls(audio, text)
+        return cls(audio[:, 0], text[:, 0], audio[:, 1:], text[:, 1:])
 
 
 class DualPathTeacher(nn.Module):
@@ -72,7 +86,8 @@ class DualPathTeacher(nn.Module):
         z_audio = head(audio_hidden),  z_text = head(text_hidden)      at the positions that predict Y
 
     Works with any causal LM of transformers (the LM head's input is taken by hooks, the head itself computes nothing)
-    and with any module that has `hidden_states_at(index, **inputs) -> (N, H)`, index being row * L + column.
+    and with any module that has `hidden_states_at(index, **inputs) -> (N, H)`, index being row * L + column (and, where
+    layers are asked for, takes `layers=` and returns (N, 1 + K, H): the head's input, then the layers).
 
     Args:
         model: the teacher.  It is used in evaluation mode and without gradients; `freeze()` also clears requires_grad.
@@ -83,6 +98,7 @@ class DualPathTeacher(nn.Module):
             with one wait for a CUDA device each.
         head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why).
         merge_lora: see `LMHead.from_model`.
+        layers: also hand out the states of these layers at the same positions, counted as in `kdkernels.layer_map`.
 
     Attributes:
         head: `LMHead`; `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
@@ -90,7 +106,8 @@ class DualPathTeacher(nn.Module):
     Raises:
         TypeError, ValueError: see `LMHead.from_model`; rows_per_pass is not a positive int.
 
-    Memory beyond the model's own activations: rows_per_pass * L * H for one pass's hidden states, 2 N H for the result.
+    Memory beyond the model's own activations: rows_per_pass * L * H for one pass's hidden states, 2 N H for the result, and as
+    much again for every layer asked for.
     """
 
     def __init__(
@@ -101,6 +118,7 @@ class DualPathTeacher(nn.Module):
         rows_per_pass: int | None = None,
         head: LMHead | None = None,
         merge_lora: bool = False,
+        layers: Sequence[int] = (),
     ):
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -112,6 +130,7 @@ class DualPathTeacher(nn.Module):
         self.model = model
         self.negative = negative
         self.rows_per_pass = rows_per_pass
+        self.layers = tuple(layers)
         self.head = head if head is not None else LMHead.from_model(model, merge_lora=merge_lora)
         self._post_checked = False
         self.eval()
@@ -177,14 +196,14 @@ class DualPathTeacher(nn.Module):
         if index.shape != text_index.shape:
             raise ValueError(f"text_index: expected as many positions as index, {len(index)}, got {len(text_index)}")
         if not same_batch:
-            return DualPathStates(self._states(audio, index), self._states(text, text_index))
+            return DualPathStates._split(self._states(audio, index), self._states(text, text_index))
         both = join(audio, text)
         positions = [
             _relocate(index, audio, both, first_row=0),
             _relocate(text_index.to(index.device), text, both, first_row=audio.rows),
         ]
         states = self._states(both, torch.cat(positions))
-        return DualPathStates(states[: len(index)], states[len(index) :])
+        return DualPathStates._split(states[: len(index)], states[len(index) :])
 
     @property
     def _has_protocol(self) -> bool:
@@ -196,7 +215,7 @@ class DualPathTeacher(nn.Module):
         return as_batch(cleaned if positive is None else positive(cleaned), "inputs")
 
     def _states(self, batch: PathBatch, index: Tensor) -> Tensor:
-        """(N, H) at `index`, in passes of at most rows_per_pass rows."""
+        """(N, H) at `index`, or (N, 1 + K, H) with layers, in passes of at most rows_per_pass rows."""
         if batch.rows == 0:
             raise ValueError("inputs: expected at least one row, got none")
         if self.rows_per_pass is None or self.rows_per_pass >= batch.rows:
@@ -210,27 +229,33 @@ class DualPathTeacher(nn.Module):
             if len(here):
                 states = self._one_pass(part, local[here])
                 if result is None:
-                    result = states.new_empty(len(index), states.shape[-1])
+                    result = states.new_empty(len(index), *states.shape[1:])
                 result[here.to(states.device)] = states
         return self._one_pass(batch.slice(0, 1), index) if result is None else result  # no position at all: (0, H)
 
     def _one_pass(self, batch: PathBatch, index: Tensor) -> Tensor:
         with evaluating(self.model):
             if self._has_protocol:
-                states = self.model.hidden_states_at(index, **batch.inputs)
-                if states.shape[:-1] != index.shape:
-                    raise ValueError(
-                        f"model.hidden_states_at: expected shape ({len(index)}, H), got {tuple(states.shape)}"
-                    )
+                keywords = {"layers": self.layers} if self.layers else {}
+                states = self.model.hidden_states_at(index, **batch.inputs, **keywords)
+                expected = (len(index), 1 + len(self.layers)) if self.layers else (len(index),)
+                if states.shape[:-1] != expected:
+                    shape = ", ".join(map(str, expected))
+                    raise ValueError(f"model.hidden_states_at: expected shape ({shape}, H), got {tuple(states.shape)}")
                 return states.detach()
-            hidden = self._captured(batch)
+            if self.layers:
+                with LayerStates(self.model, self.layers, index) as layers:
+                    hidden = self._captured(batch)
+            else:
+                hidden = self._captured(batch)
         if hidden.shape[:-1] not in ((batch.rows, batch.length), (batch.rows * batch.length,)):
             raise ValueError(
                 f"model: expected its LM head to see ({batch.rows}, {batch.length}, H), got {tuple(hidden.shape)}; if "
                 "it expands an audio placeholder into several positions, expand placeholders in input_ids beforehand"
             )
         hidden = hidden.reshape(-1, hidden.shape[-1])  # (B * L, H)
-        return hidden.index_select(0, index.to(hidden.device))
+        states = hidden.index_select(0, index.to(hidden.device))
+        return torch.cat([states[:, None], layers.stacked().to(states.device)], 1) if self.layers else states
 
     def _captured(self, batch: PathBatch) -> Tensor:
         options = {"use_cache": False} if _accepts(self.model, "use_cache") else {}

@@ -24,6 +24,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kdkernels.layer_mse import DIRECTIONS, LAYER_MAPS, layer_map
 from kdkernels.ops.dispatch import IMPLEMENTATIONS
 from models.data.manifest import SPLITS
 
@@ -133,6 +134,44 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class LayersConfig:
+    """Layer distillation beside the objective: weight * mean squared error; see kdkernels.fused_layer_mse_loss, layer_map."""
+
+    weight: float = 0.0  # added to the objective; 0 = no layer is compared
+    map: str = "all"  # top | skip | all
+    every: int = 7  # stride of "skip"
+    embeddings: bool = False  # also the layers' first input
+    pairs: tuple[str, ...] = ()  # "student-teacher" instead of a map, such as [7-9,14-18]
+    alpha: float = 0.0  # contrast of the layer target: (1 + alpha) h_audio - alpha h_text
+    direction: str = "student_to_teacher"  # which side is projected where widths differ
+    normalize: bool = False  # compare directions only
+
+    def __post_init__(self) -> None:
+        _check(self.weight >= 0, "layers.weight", ">= 0", self.weight)
+        _one_of(self.map, "layers.map", LAYER_MAPS)
+        _check(self.every >= 1, "layers.every", ">= 1", self.every)
+        _check(self.alpha >= 0, "layers.alpha", ">= 0", self.alpha)
+        _one_of(self.direction, "layers.direction", DIRECTIONS)
+        for pair in self.pairs:
+            _check(re.fullmatch(r"\d+-\d+", pair) is not None, "layers.pairs", "student-teacher, such as 7-9", pair)
+
+    def layer_pairs(self, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+        """(student, teacher) layers that are compared, given the depths of both.
+
+        Raises:
+            ConfigError: a pair out of range, or one layer in two pairs.
+        """
+        kind = [tuple(map(int, p.split("-"))) for p in self.pairs] or self.map
+        try:
+            pairs = layer_map(
+                student_layers, teacher_layers, kind, every=self.every, embeddings=self.embeddings and not self.pairs
+            )
+        except ValueError as error:
+            raise ConfigError(f"layers.pairs: {error}") from None
+        return pairs
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW with warm-up and a cosine."""
 
@@ -214,6 +253,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -223,6 +263,14 @@ class Recipe:
             raise ConfigError(f"teacher.folder: objective {self.objective!r} needs a teacher, got none")
         if self.loss.kd_token_weight == "divergence" and self.objective == "sharpened":
             raise ConfigError("loss.kd_token_weight: 'divergence' needs the text path, which objective 'sharpened' lacks")
+
+        if self.layers.weight > 0:
+            if self.objective not in TEACHER_OBJECTIVES:
+                raise ConfigError(f"layers.weight: expected 0 with objective {self.objective!r}, which has no teacher")
+            if self.teacher.cache is not None:
+                raise ConfigError("layers.weight: expected 0 with teacher.cache, which holds no layers; leave teacher.cache null")
+            if self.run.gradient_checkpointing:
+                raise ConfigError("layers.weight: expected 0 with run.gradient_checkpointing, which hides the layers' states")
 
     @property
     def needs_teacher(self) -> bool:

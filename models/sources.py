@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from kdkernels.layer_mse import LayerProjections
+from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
-from models.config import Recipe
+from models.config import LayersConfig, Recipe
 from models.frozen_linear import use_bf16_products
 
 
@@ -28,12 +30,22 @@ class SourceError(RuntimeError):
 class TeacherStates:
     """What the frozen teacher says about the N target tokens of a batch, before its LM head.
 
-    audio_hidden: (N, H_t); text_hidden: (N, H_t) or None; head: weight, bias, softcap, logit_scale of the LM head.
+    audio_hidden: (N, H_t); text_hidden: (N, H_t) or None; head: weight, bias, softcap, logit_scale of the LM head;
+    audio_layers, text_layers: (N, K, H_t), the layers the recipe compares, or None.
     """
 
     audio_hidden: torch.Tensor
     text_hidden: torch.Tensor | None
     head: Any
+    audio_layers: torch.Tensor | None = None
+    text_layers: torch.Tensor | None = None
+
+    def at(self, positions: torch.Tensor) -> TeacherStates:
+        """Those of the target tokens `positions`, (n,) int64."""
+        positions = positions.to(self.audio_hidden.device, non_blocking=True)
+        names = ("audio_hidden", "text_hidden", "audio_layers", "text_layers")
+        chosen = {name: getattr(self, name)[positions] for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(self, **chosen)
 
 
 @dataclass
@@ -83,10 +95,13 @@ class LiveTeacher:
         lm: the teacher's SpeechLM.
         data: how its batches are made; its prompt may use another number of audio tokens than the student's.
         device: where it runs.
+        layers: whose states are handed out as well.
     """
 
-    def __init__(self, lm: torch.nn.Module, data: TrainingData, *, device: torch.device) -> None:
-        self._teacher = DualPathTeacher(lm.to(device).eval(), negative=MarkAbsent("audio_present"))
+    def __init__(
+        self, lm: torch.nn.Module, data: TrainingData, *, device: torch.device, layers: Sequence[int] = ()
+    ) -> None:
+        self._teacher = DualPathTeacher(lm.to(device).eval(), negative=MarkAbsent("audio_present"), layers=layers)
         self._data = data
         self._device = device
 
@@ -95,7 +110,9 @@ class LiveTeacher:
         _same_targets(own, batch)
         own = (self._data.crop(own) if self._data.crop else own).to(self._device)
         states = self._teacher(self._data.model_inputs(own), own.target_index)
-        return TeacherStates(states.audio_hidden, states.text_hidden, self._teacher.head)
+        return TeacherStates(
+            states.audio_hidden, states.text_hidden, self._teacher.head, states.audio_layers, states.text_layers
+        )
 
 
 class CachedTeacher:
@@ -299,11 +316,12 @@ def crop_to_targets(batch: Any) -> Any:
 
 
 def build_teacher(
-    recipe: Recipe, data: TrainingData, *, device: torch.device
-) -> Callable[[Any, Sequence[Any]], TeacherStates] | None:
-    """The teacher's side of `recipe`: None, its cache, or a live model that reads the same clips as the student."""
+    recipe: Recipe, data: TrainingData, model: torch.nn.Module, *, device: torch.device
+) -> tuple[Callable[[Any, Sequence[Any]], TeacherStates] | None, LayerDistillation | None]:
+    """The teacher's side of `recipe` for the student `model`: its states (from its cache, or a live model that reads the same
+    clips as the student), and the layers that are compared; None where there is none."""
     if not recipe.needs_teacher:
-        return None
+        return None, None
     from models.speech_lm import SpeechLM
 
     settings = recipe.teacher
@@ -319,10 +337,62 @@ def build_teacher(
             cache = ContrastCache(settings.cache)
         except ValueError as error:
             raise SourceError(f"teacher.cache: {error}") from error
-        return CachedTeacher(cache, head, device=device)
+        return CachedTeacher(cache, head, device=device), None
     cache_mib = 0 if lm.config.train_lm else recipe.model.prefix_cache_mib
     own = make_training_data(lm.requires_grad_(False), data.examples, data.store, prefix_cache_mib=cache_mib)
-    return LiveTeacher(lm, own, device=device)
+    layers = None
+    if recipe.layers.weight > 0:
+        depths = [len(decoder_layers(m.lm)) for m in (model, lm)]
+        widths = [m.get_output_embeddings().weight.shape[1] for m in (model, lm)]
+        layers = LayerDistillation.build(recipe.layers, depths=depths, widths=widths)
+    return LiveTeacher(lm, own, device=device, layers=layers.teacher_layers if layers else ()), layers
+
+
+class LayerDistillation(torch.nn.Module):
+    """Which layers of student and teacher are compared, and the projections between their widths, which train.
+
+    Args:
+        settings: the recipe's `layers`.
+        pairs: (student, teacher) layers; one layer may stand in several pairs.
+        projections: of those pairs.
+    """
+
+    def __init__(self, settings: LayersConfig, pairs: Sequence[tuple[int, int]], projections: LayerProjections) -> None:
+        super().__init__()
+        self.settings = settings
+        self.pairs = list(pairs)
+        self.projections = projections
+        self.student_layers, self.teacher_layers = (sorted(set(side)) for side in zip(*pairs, strict=True))
+
+    @classmethod
+    def build(cls, settings: LayersConfig, *, depths: Sequence[int], widths: Sequence[int]) -> LayerDistillation:
+        """For a student and a teacher of these depths and widths."""
+        pairs = settings.layer_pairs(*depths)
+        projections = LayerProjections(*widths, pairs, direction=settings.direction, identity_where_equal=True)
+        return cls(settings, pairs, projections)
+
+    def loss(self, student: torch.Tensor, states: TeacherStates, counts: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
+        """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
+
+        Args:
+            student: (N, K, H_s), its layers in the order of `student_layers`.
+            counts: (N,) bool.
+        """
+        def take(stacked: torch.Tensor, layers: list[int], side: int) -> list[torch.Tensor]:
+            return [stacked[:, layers.index(pair[side])] for pair in self.pairs]
+
+        text = self.settings.alpha > 0 and states.text_layers is not None
+        total = self.projections(
+            take(student, self.student_layers, 0),
+            take(states.audio_layers, self.teacher_layers, 1),
+            teacher_text_hidden=take(states.text_layers, self.teacher_layers, 1) if text else None,
+            alpha=self.settings.alpha if text else 0.0,
+            normalize=self.settings.normalize,
+            mask=counts,
+            layer_weight=[1.0 / len(self.pairs)] * len(self.pairs),
+            reduction="sum",
+        )
+        return total / normalizer.clamp_min(1)
 
 
 def _same_targets(own: Any, batch: Any) -> None:

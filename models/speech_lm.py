@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kdkernels.layer_states import LayerStates
 from models import backbones
 from models.batching import Collator, SpeechBatch, find_placeholder_id
 from models.connector import Connector, ConnectorConfig
@@ -413,23 +414,28 @@ class SpeechLM(nn.Module):
         audio_present: Tensor | None = None,
         *,
         prefix_cache: PrefixCache | None = None,
+        layers: Sequence[int] = (),
     ) -> Tensor:
         """The LM head's inputs at chosen positions; the head is not run and no logits exist.
 
         Args:
             index: (N,) int64, row * L + column; after the first audio position where `prefix_cache` is given.
             input_ids, attention_mask, audio_features, audio_present, prefix_cache: see `forward`.
+            layers: also the states of these layers of the language model, counted as in `kdkernels.layer_map`.
 
         Returns:
-            (N, H) in the language model's dtype, with a gradient to the connector (and to the LM if it trains).
+            (N, H) in the language model's dtype, with a gradient to the connector (and to the LM if it trains); with K layers
+            (N, 1 + K, H), what the head reads first.
 
         Raises:
-            ValueError: `index` is not 1-D int64, or (on the CPU) out of range or inside the cached prefix.
+            ValueError: `index` is not 1-D int64, or (on the CPU) out of range or inside the cached prefix; no such layer; layers
+                with gradient checkpointing, which runs each layer without a gradient first.
         """
         if index.dim() != 1 or index.dtype != torch.int64:
             raise ValueError(f"index: expected (N,) int64, got {tuple(index.shape)} {index.dtype}")
+        if layers and self._gradient_checkpointing and self.training:
+            raise ValueError("layers: cannot be combined with gradient checkpointing")
         layout = self._layout(input_ids, attention_mask, prefix_cache, None, False)
-        hidden = self._run(layout, audio_features, audio_present)  # (B, S, H)
         columns = input_ids.shape[1]
         row, column = index // columns, index % columns
         if layout.start is not None:
@@ -443,7 +449,11 @@ class SpeechLM(nn.Module):
                 raise ValueError(
                     "index: expected positions after the first audio token, got some inside the cached prefix"
                 )
-        return hidden[row, column]
+        if not layers:
+            return self._run(layout, audio_features, audio_present)[row, column]
+        with LayerStates(self.lm, layers, row * layout.ids.shape[1] + column) as taken:
+            hidden = self._run(layout, audio_features, audio_present)  # (B, S, H)
+        return torch.cat([hidden[row, column][:, None], taken.stacked()], 1)
 
     @torch.no_grad()
     def generate(

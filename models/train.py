@@ -46,6 +46,7 @@ from models.config import ConfigError, LossConfig, Recipe, describe_recipes, loa
 from models.io_utils import atomic_write_json, fingerprint
 from models.metrics import MetricsLogger
 from models.sources import (
+    LayerDistillation,
     SourceError,
     TeacherStates,
     TrainingData,
@@ -77,6 +78,7 @@ def train(
     model: torch.nn.Module,
     data: TrainingData,
     teacher: Callable[[Any, Sequence[Any]], TeacherStates] | None = None,
+    layers: LayerDistillation | None = None,
     resume_command: str | None = None,
 ) -> TrainResult:
     """Run a recipe to its end, or to the next whole step after SIGINT / SIGTERM.
@@ -87,6 +89,8 @@ def train(
             `save_pretrained(folder)`; what requires grad is trained.
         data: examples and how a batch is made of them.
         teacher: batch, its examples -> `TeacherStates`; needed by kd, sharpened and caad.
+        layers: the layers that are compared; needed with layers.weight above 0. Its projections train, lie in the checkpoints,
+            and are not in run.out_dir/final.
         resume_command: printed when a signal stops the run.
 
     Returns:
@@ -99,14 +103,18 @@ def train(
     """
     if recipe.needs_teacher and teacher is None:
         raise ValueError(f"teacher: objective {recipe.objective!r} needs one, got None")
+    if recipe.layers.weight > 0 and layers is None:
+        raise ValueError("layers: expected a LayerDistillation with layers.weight above 0, got None")
     if len(data) == 0:
         raise ValueError("data: expected at least one example, got none")
     optim, run = recipe.optim, recipe.run
     device = pick_device(run.device)
     model.to(device)
-    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    if not names:
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected a parameter that requires grad, got none")
+    if layers is not None:
+        model.layer_distillation = layers.to(device)  # one state dict, one list of parameters, for optimiser and checkpoints
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         list(names), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
     )
@@ -173,6 +181,7 @@ def train(
             # 2. Divisors of the whole step, so that 4 x 4 examples give the gradient of 16.
             kd_normalizer = torch.stack([w.kd.sum() for _, _, w, _ in parts]).sum()
             ce_normalizer = torch.stack([w.ce.sum() for _, _, w, _ in parts]).sum()
+            layer_normalizer = torch.stack([(w.kd > 0).sum() for _, _, w, _ in parts]).sum()
 
             # 3. Forward and backward, part by part.
             logged = step % run.log_every_steps == 0 or step == optim.steps
@@ -182,10 +191,18 @@ def train(
                 inputs = data.model_inputs(batch)
                 inputs["audio_present"] = inputs["audio_present"] & present if "audio_present" in inputs else present
                 with autocast:
-                    hidden = model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
+                    if layers is None:
+                        hidden = model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
+                    else:
+                        taken = model.hidden_states_at(batch.target_index, **inputs, layers=layers.student_layers)
+                        hidden, student_layers = taken[:, 0], taken[:, 1:]
                     loss, values = objective_loss(
                         recipe, step, model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer, logged
                     )
+                    if layers is not None:
+                        layer_loss = layers.loss(student_layers, states, weights.kd > 0, layer_normalizer)
+                        loss = loss + recipe.layers.weight * layer_loss
+                        metrics.add("layers", layer_loss * len(parts))  # each part's share of the step's mean
                 loss.backward()
                 losses.append(loss.detach())
                 for name, value, weight in values:
@@ -218,6 +235,8 @@ def train(
                     bar.write(f"Stopped after step {step}, saved. Go on with:\n  {resume_command}", file=sys.stderr)
                 return TrainResult(step, out_dir, stopped[0])
     metrics.close()
+    if layers is not None:
+        del model.layer_distillation  # serves training alone
     model.eval()
     model.save_pretrained(out_dir / "final")
     return TrainResult(optim.steps, out_dir)
@@ -283,11 +302,7 @@ def select_positions(
         return batch, states
     names = ("target_index", "target", "target_row", "choice_mask")
     batch = dataclasses.replace(batch, **{name: getattr(batch, name)[positions] for name in names})
-    if states is not None:
-        positions = positions.to(states.audio_hidden.device, non_blocking=True)
-        text = None if states.text_hidden is None else states.text_hidden[positions]
-        states = TeacherStates(states.audio_hidden[positions], text, states.head)
-    return batch, states
+    return batch, None if states is None else states.at(positions)
 
 
 def objective_loss(
@@ -400,10 +415,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed_everything(recipe.run.seed)
         model = build_model(recipe)
         data = build_data(recipe, model, examples, audio_root)
-        teacher = build_teacher(recipe, data, device=device)
+        teacher, layers = build_teacher(recipe, data, model, device=device)
         kept = [word for word in arguments.overrides if not word.startswith("run.resume=")]
         words = ["python", "-m", "models.train", arguments.recipe, *kept, "run.resume=auto"]
-        result = train(recipe, model=model, data=data, teacher=teacher, resume_command=shlex.join(words))
+        result = train(
+            recipe, model=model, data=data, teacher=teacher, layers=layers, resume_command=shlex.join(words)
+        )
     except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

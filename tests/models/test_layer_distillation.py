@@ -1,0 +1,100 @@
+"""Layers in the training loop: from the recipe to the projections' last step."""
+
+import pytest
+import torch
+from test_sources import train, world  # noqa: F401 (world is a fixture)
+
+from models.checkpoint import find_checkpoint
+from models.config import ConfigError, load_recipe
+from models.metrics import read_metrics
+from models.speech_lm import SpeechLM
+
+LAYERS = ["optim.steps=6", "layers.weight=0.5", "layers.map=skip", "layers.every=2", "layers.embeddings=true"]
+
+
+def final(root, out):
+    return SpeechLM.from_pretrained(root / out / "final")
+
+
+def test_layers_at_equal_widths(world):  # noqa: F811
+    """A student that is its teacher is at distance 0, and another one comes nearer."""
+    teacher = world / "teacher" / "final"
+    same = [
+        *LAYERS,
+        f"teacher.folder={teacher}",
+        f"model.folder={teacher}",
+        "optim.steps=1",
+        "optim.learning_rate=1e-9",
+    ]
+    assert train(world, "caad", "same", *same) == 0
+    assert read_metrics(world / "same" / "metrics.jsonl")[0]["layers"] < 1e-9
+    assert (
+        train(world, "caad", "nearer", *LAYERS, f"teacher.folder={teacher}", "layers.weight=100", "optim.steps=12") == 0
+    )
+    curve = [line["layers"] for line in read_metrics(world / "nearer" / "metrics.jsonl")]
+    assert 0 < curve[-1] < curve[0]
+
+
+def test_resumes_bit_for_bit_and_leaves_nothing_behind(world, tmp_path):  # noqa: F811
+    words = [*LAYERS, f"teacher.folder={world / 'teacher' / 'final'}", "layers.alpha=0.5", "run.save_every_steps=3"]
+    assert train(world, "caad", "whole", *words) == 0
+    assert train(world, "caad", "parts", *words) == 0
+    newest = find_checkpoint(world / "parts" / "checkpoints", "auto")
+    for file in newest.path.iterdir():  # as if it had been killed after step 3
+        file.unlink()
+    newest.path.rmdir()
+    assert train(world, "caad", "parts", *words, "run.resume=auto") == 0
+    one, other = (final(world, out).connector.state_dict() for out in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_parts_of_a_step_add_up(world):  # noqa: F811
+    words = [*LAYERS, f"teacher.folder={world / 'teacher' / 'final'}", "optim.steps=1", "loss.ce_background_fraction=1"]
+    assert train(world, "caad", "one-part", *words) == 0
+    assert train(world, "caad", "two-parts", *words, "optim.micro_batch_examples=2") == 0
+    lines = [read_metrics(world / out / "metrics.jsonl")[0] for out in ("one-part", "two-parts")]
+    for name in ("loss", "layers", "grad_norm"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4)
+
+
+def test_layer_states_match_a_run_without_the_prefix_cache(world):  # noqa: F811
+    model = final(world, "teacher")
+    from models.data.manifest import read_manifest
+    from models.features import FeatureStore
+
+    examples = read_manifest(world / "m.jsonl").examples[:3]
+    batch = model.make_collator()(examples, FeatureStore.load(world / "f.safetensors").rows(examples))
+    inputs = batch.model_inputs()
+    plain = model.hidden_states_at(batch.target_index, **inputs)
+    states = model.hidden_states_at(batch.target_index, **inputs, layers=[0, 1, 3])
+    cached = model.hidden_states_at(
+        batch.target_index, **inputs, prefix_cache=model.make_prefix_cache(dtype=torch.float32), layers=[0, 1, 3]
+    )
+    assert states.shape == (len(batch.target_index), 4, plain.shape[1])
+    assert torch.equal(states[:, 0], plain) and torch.equal(
+        states[:, 3], plain
+    )  # 3 layers: the last is behind the norm
+    torch.testing.assert_close(cached, states, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layers.weight=-1"], "layers.weight: expected >= 0"),
+        (["layers.map=some"], "layers.map: expected one of top, skip, all"),
+        (["layers.pairs=[top]"], "layers.pairs: expected student-teacher, such as 7-9"),
+        (["layers.weight=1", "objective=ce_only"], "layers.weight: expected 0 with objective 'ce_only'"),
+        (["layers.weight=1", "teacher.cache=somewhere"], "layers.weight: expected 0 with teacher.cache"),
+        (["layers.weight=1", "run.gradient_checkpointing=true"], "expected 0 with run.gradient_checkpointing"),
+    ],
+)
+def test_recipe_errors(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("caad", words)
+
+
+def test_pairs():
+    recipe = load_recipe("caad", ["layers.pairs=[1-2,3-9]"])
+    assert recipe.layers.layer_pairs(3, 9) == [(1, 2), (3, 9)]
+    with pytest.raises(ConfigError, match=r"layers.pairs: .* got \(3, 9\)"):
+        recipe.layers.layer_pairs(3, 8)
