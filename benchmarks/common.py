@@ -73,7 +73,7 @@ def _summary(values: list[float]) -> Timing:
     ordered = sorted(values)
     if len(ordered) < 2:
         return Timing(ordered[0], ordered[0], ordered[0], 1)
-    low, _, high = statistics.quantiles(ordered, n=4)
+    low, _, high = statistics.quantiles(ordered, n=4, method="inclusive")  # never beyond what was measured
     return Timing(statistics.median(ordered), low, high, len(ordered))
 
 

@@ -30,7 +30,7 @@ from .contenders import (
 
 SIZES = ("tokens", "vocab", "student_width", "teacher_width", "dtype")
 TOKENS = {"cpu": (256, 1024, 4096), "cuda": (1024, 4096, 16384)}
-VOCABS = {"cpu": (16384, 131072), "cuda": (65536, 262144)}
+VOCABS = {"cpu": (131072,), "cuda": (65536, 262144)}
 WIDTHS = {"cpu": (576, 960), "cuda": (3072, 4096)}
 VOCAB = {"cpu": 49152, "cuda": 128256}
 
@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     vocab = args.vocab or VOCAB[device_type]
     vocabs = VOCABS[device_type] if args.vocabs is None else args.vocabs
     widths = args.student_width or WIDTHS[device_type][0], args.teacher_width or WIDTHS[device_type][1]
-    points = [(n, vocab, "tokens") for n in tokens] + [(min(tokens), v, "vocab") for v in vocabs]
+    smallest = min(tokens)
+    points = [(n, vocab, "tokens") for n in tokens]
+    points += [(smallest, v, "vocab") for v in ([vocab, *vocabs] if vocabs else [])]
     listed = [x for x in contenders(device_type, (FULL,)) if not (args.no_compile and x.compiles)]
     if args.contenders:
         listed = [x for x in listed if any(word in x.name for word in args.contenders)]
@@ -67,13 +69,14 @@ def main(argv: list[str] | None = None) -> None:
             contender.build()
         except Unavailable as why:
             note = str(why)
+        known: dict[tuple[int, int], float] = {}
         for n, v, over in points if not note else [(math.nan, math.nan, "")]:
             row = {"contender": contender.name, "over": over, "tokens": n, "vocab": v}
             row |= {"student_width": widths[0], "teacher_width": widths[1], "dtype": args.dtype}
-            peak = math.nan
-            if not note:
+            if not note and (n, v) not in known:
                 sizes = {key: row[key] for key in SIZES}
-                peak = peak_mib_in_own_process(contender.name, FULL.name, sizes, args.device)
+                known[n, v] = peak_mib_in_own_process(contender.name, FULL.name, sizes, args.device)
+            peak = known.get((n, v), math.nan)
             rows.append({**row, "peak_extra_mib": peak, "note": note or ("" if peak == peak else "did not fit")})
     finish(args, "memory", "peak extra memory, MiB", rows)
 
