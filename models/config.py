@@ -406,7 +406,7 @@ def _nearest(word: str, known: Any, prefix: str = "") -> str:
         return f"; did you mean {prefix + near[0]!r}?"
     everywhere = {
         f.name: f"{section.name}.{f.name}"
-        for section in dataclasses.fields(Recipe)
+        for section in reversed(dataclasses.fields(Recipe))  # of a name in two sections the first section's is meant
         if dataclasses.is_dataclass(section.default_factory)
         for f in dataclasses.fields(section.default_factory)
     }

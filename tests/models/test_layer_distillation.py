@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_sources import train, world  # noqa: F401 (world is a fixture)
 
+from kdkernels.layer_mse import LayerProjections
+from models import sources
 from models.checkpoint import find_checkpoint
 from models.config import ConfigError, load_recipe
 from models.metrics import read_metrics
@@ -46,6 +49,21 @@ def test_resumes_bit_for_bit_and_leaves_nothing_behind(world, tmp_path):  # noqa
     assert train(world, "caad", "parts", *words, "run.resume=auto") == 0
     one, other = (final(world, out).connector.state_dict() for out in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_projections_train_are_saved_and_are_not_exported(world, monkeypatch):  # noqa: F811
+    def with_a_weight(*arguments, **options):
+        return LayerProjections(*arguments, **{**options, "identity_where_equal": False})
+
+    monkeypatch.setattr(sources, "LayerProjections", with_a_weight)
+    assert train(world, "caad", "projected", *LAYERS, f"teacher.folder={world / 'teacher' / 'final'}") == 0
+    saved = load_file(find_checkpoint(world / "projected" / "checkpoints", "auto").path / "model.safetensors")
+    weights = {name: w for name, w in saved.items() if name.startswith("layer_distillation.")}
+    assert len(weights) == 3
+    for w in weights.values():
+        assert (w - torch.eye(len(w))).abs().max() > 1e-3  # it was the identity
+    exported = load_file(world / "projected" / "final" / "connector.safetensors")
+    assert not [name for name in exported if "distillation" in name]
 
 
 def test_parts_of_a_step_add_up(world):  # noqa: F811
