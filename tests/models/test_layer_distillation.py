@@ -61,7 +61,7 @@ def test_projections_train_are_saved_and_are_not_exported(world, monkeypatch):  
     weights = {name: w for name, w in saved.items() if name.startswith("layer_distillation.")}
     assert len(weights) == 3
     for w in weights.values():
-        assert (w - torch.eye(len(w))).abs().max() > 1e-3  # it was the identity
+        assert (w - w.diag().diag()).abs().max() > 1e-4  # it was the identity, and weight decay leaves zeros alone
     exported = load_file(world / "projected" / "final" / "connector.safetensors")
     assert not [name for name in exported if "distillation" in name]
 
