@@ -175,7 +175,7 @@ def fused_caad_loss(
     if inplace and want_grad and not torch.compiler.is_compiling() and _rows_are_apart(student):
         loss, stats = _schema.InPlaceRows.apply(student, *tail, spec, return_stats, chosen)
     else:
-        loss, _, stats = _schema.caad_rows(
+        loss, _, stats, _ = _schema.caad_rows(
             student, *tail, spec.vocab, spec.temperature, spec.divergence, spec.jsd_beta, spec.plausibility,
             spec.ignore_index, spec.with_kd, spec.with_ce, want_grad, return_stats, chosen,
         )  # fmt: skip
@@ -387,7 +387,7 @@ def fused_linear_caad_loss(
     reduced = reduction != "none"
     if not reduced and (grads[1] or grads[2]):
         grads = [False] * 3  # the backward runs the chunks with each token's own factor
-    loss, _, _, _, stats = _schema.linear_caad(
+    loss, _, _, _, stats, _ = _schema.linear_caad(
         hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias, terms.target, terms.alpha,
         terms.kd_coef, terms.ce_coef, spec.vocab, spec.temperature, spec.divergence, spec.jsd_beta, spec.plausibility,
         spec.ignore_index, spec.with_kd, spec.with_ce, spec.student_scale, spec.teacher_scale, spec.student_softcap,

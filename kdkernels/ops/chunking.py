@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .dispatch import CUDA_OR_TRITON
+
 # CPU: measured best for bf16 GEMMs into reused scratch on 2 cores; larger chunks leave the cache, smaller ones starve oneDNN.
 CPU_CHUNK_TOKENS = 256
 CPU_WORKSPACE_BYTES = 1 << 30
@@ -21,7 +23,9 @@ CUDA_FREE_FRACTION = 0.1
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of the GEMM that writes dh, the smallest of the three
 MAX_CUDA_CHUNK_TOKENS = 4096
 
+# The paths of the fused linear loss, and the implementations that have the second.
 CHUNKS, NO_LOGITS = "chunks", "no logits"
+WITHOUT_LOGITS = ("triton", CUDA_OR_TRITON)
 
 
 @dataclass(frozen=True)
@@ -167,20 +171,15 @@ def _fill_machine(most: int, n_tokens: int, student_width: int, multiprocessors:
 
 
 def choose_path(
-    *,
-    impl: str,
-    gradient: bool,
-    divergence: str,
-    want_stats: bool,
-    chunk_tokens: int | None,
-    bytes_per_token: int,
-    workspace_bytes: int | None,
+    *, impl: str, gradient: bool, divergence: str, want_stats: bool, chunk_tokens: int | None
 ) -> tuple[str, str]:
     """(CHUNKS or NO_LOGITS, the reason in words): the one place that decides how the fused linear loss runs.
 
-    ``impl`` is the chosen implementation, never "auto"; ``bytes_per_token`` what a token's logits take in chunks.
+    ``impl`` is the chosen implementation, never "auto". Without logits a call needs next to no memory, and never fails for
+    want of ``workspace_bytes``. A gradient is not offered there: dh needs every logit again, once the row's sums are known, so
+    both heads' GEMMs would run twice; where memory is short, short chunks are cheaper.
     """
-    if impl not in ("triton", "cuda"):
+    if impl not in WITHOUT_LOGITS:
         return CHUNKS, f"impl {impl!r} has no kernel that does without logits"
     if gradient:
         return CHUNKS, "a gradient is asked for, and it is made from the logits"
@@ -190,11 +189,7 @@ def choose_path(
         return CHUNKS, "statistics are asked for"
     if chunk_tokens is not None:
         return CHUNKS, "chunk_tokens given"
-    if impl == "triton":
-        return NO_LOGITS, "no gradient is asked for: GEMMs with the online softmax in their epilogue"
-    if workspace_bytes is not None and workspace_bytes < bytes_per_token:
-        return NO_LOGITS, f"workspace_bytes {workspace_bytes} does not hold a token's logits ({bytes_per_token} bytes)"
-    return CHUNKS, "the row kernel reads a chunk's logits"
+    return NO_LOGITS, "no gradient is asked for: GEMMs with the online softmax in their epilogue"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import importlib
 import math
 import threading
 from collections.abc import Callable
@@ -58,8 +60,12 @@ def linear_caad_chunks(
     bias_grad: bool,
     want_stats: bool,
     gain: Tensor | None = None,
+    survivors: Callable[..., None] | None = None,
 ) -> LinearResult:
-    """``gain``: a factor on the gradients inside, which leaves hidden_grad too large by it, and no other result."""
+    """``gain``: a factor on the gradients inside, which leaves hidden_grad too large by it, and no other result.
+
+    ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask; None: both paths densely.
+    """
     if gain is not None:
         kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
     device, n_total = student_hidden.device, student_hidden.shape[0]
@@ -75,7 +81,12 @@ def linear_caad_chunks(
     need_teacher = spec.with_kd or want_stats
     # Statistics compare the two paths, a softcap is not linear, plausibility looks at the audio path alone.
     collapse = text_hidden is not None and spec.teacher_softcap is None and spec.plausibility is None and not want_stats
-    two_paths = need_teacher and text_hidden is not None and not collapse
+    masked = spec.plausibility is not None and not want_stats and logits_dtype != torch.float16  # z_hat could overflow
+    at_survivors = need_teacher and text_hidden is not None and masked and survivors is not None
+    two_paths = need_teacher and text_hidden is not None and not collapse and not at_survivors
+    row_spec = spec
+    if at_survivors:
+        row_spec = dataclasses.replace(spec, plausibility=None, teacher_scale=1.0, teacher_softcap=None)
     buffers = 1 + need_teacher + two_paths
     plan = plan_chunks(
         n_tokens=n,
@@ -117,6 +128,9 @@ def linear_caad_chunks(
             audio_logits = _gemm(audio, w_t, b_t, scratch[1, :size], split=split)
             if two_paths:
                 text_logits = _gemm(text_hidden[chunk], w_t, b_t, scratch[2, :size])
+            if at_survivors:
+                labels = None if target is None else target[chunk]
+                survivors(audio_logits, text_hidden[chunk], w_t, b_t, labels, row_alpha, spec)
         grad = _gradient_view(student_logits, student_weight.dtype) if any_grad else None
         out = rows(
             student_logits[None],
@@ -126,7 +140,7 @@ def linear_caad_chunks(
             row_alpha,
             kd_coef[chunk],
             ce_coef[chunk],
-            spec,
+            row_spec,
             grad=None if grad is None else grad[None],
             want_stats=want_stats,
         )
@@ -199,6 +213,62 @@ def _contrastive_hidden(audio: Tensor, text: Tensor, alpha: Tensor) -> Tensor:
     a = alpha[:, None]
     # Where alpha is 0 the text path is not read: it may hold anything.
     return torch.where(a == 0, audio, audio + a * (audio - text.float()))
+
+
+# Union of the survivors, as a share of the vocabulary, from which gathering their weights costs more than it saves.
+DENSE_SHARE = 0.5
+_FLOOR = -1e30  # logits below it count as -inf, as in the kernels
+
+
+def survivors_launcher(impl: str) -> Callable[..., None] | None:
+    """The implementation of :func:`contrast_at_survivors`; None where there is none (a CUDA device without Triton)."""
+    if impl == "cpu":
+        return contrast_at_survivors
+    try:
+        return importlib.import_module(".triton_survivors", __package__).contrast_at_survivors
+    except ImportError:
+        return None
+
+
+def contrast_at_survivors(
+    audio_logits: Tensor,  # (C, V)
+    text_hidden: Tensor,  # (C, H_t)
+    weight: Tensor,  # (V, H_t)
+    bias: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    spec: RowSpec,
+) -> None:
+    """z_audio becomes z_hat in place, on the CPU: z_text = h_text W_t^T + b_t only at ids that some token of the chunk keeps.
+
+    ``spec``'s teacher scale and softcap are applied; what plausibility drops becomes -inf. Where the chunk keeps more than
+    DENSE_SHARE of the vocabulary, the weights are taken as they lie, a block at a time, instead of being gathered. Extra memory:
+    C * V bytes for the mask, and one block of VOCAB_BLOCK ids.
+    """
+    _as_logits(audio_logits, spec)
+    threshold = audio_logits.amax(1).float().clamp_min_(_FLOOR) + math.log(spec.plausibility)
+    dropped = audio_logits < threshold[:, None]
+    unread = alpha[:, None] == 0  # the text path is not read there
+    ids = (dropped | unread).all(0).logical_not_().nonzero()[:, 0]
+    vocab = audio_logits.shape[1]
+    gather = ids.numel() <= DENSE_SHARE * vocab
+    for start in range(0, ids.numel() if gather else vocab, VOCAB_BLOCK):
+        block = ids[start : start + VOCAB_BLOCK] if gather else slice(start, min(start + VOCAB_BLOCK, vocab))
+        w, audio = weight[block], audio_logits[:, block]
+        text = torch.empty(audio.shape, dtype=audio.dtype, device=audio.device)
+        _as_logits(_gemm(text_hidden, w, None if bias is None else bias[block], text), spec)
+        contrast = torch.where(text < _FLOOR, -math.inf, audio + alpha[:, None] * (audio - text))
+        audio_logits[:, block] = torch.where(unread, audio, contrast).to(audio.dtype)
+    audio_logits.masked_fill_(dropped, -math.inf)
+
+
+def _as_logits(stored: Tensor, spec: RowSpec) -> Tensor:
+    """The teacher's scale and softcap, in place."""
+    if spec.teacher_scale != 1.0:
+        stored.mul_(spec.teacher_scale)
+    return (
+        stored if spec.teacher_softcap is None else stored.div_(spec.teacher_softcap).tanh_().mul_(spec.teacher_softcap)
+    )
 
 
 def _gradient_view(logits: Tensor, weight_dtype: torch.dtype) -> Tensor:

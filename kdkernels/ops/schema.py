@@ -7,11 +7,14 @@ Legend: B, T leading dimensions, N = B * T tokens, V_s / V_t vocabulary widths, 
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
+from .chunking import NO_LOGITS, choose_path
 from .dispatch import checks_enabled, row_launcher
-from .linear import linear_caad_chunks
+from .linear import LinearResult, linear_caad_chunks, survivors_launcher
 from .rows import STAT_NAMES, RowResult, RowSpec
 
 _N_STATS = 2 + len(STAT_NAMES)  # kd, ce, then STAT_NAMES
@@ -59,9 +62,32 @@ def _is_one(grad_output: Tensor) -> bool:
     return plain and bool((grad_output == 1).all())
 
 
+def _without_gain(grad_output: Tensor, gain: Tensor) -> Tensor:
+    """``gain`` as the operators return it: half_gain, or empty for none."""
+    return grad_output / gain if gain.numel() else grad_output
+
+
+def _triton_scales(grad: Tensor) -> bool:
+    """Whether a gradient is scaled by the Triton kernel: one read and one write, and no float32 copy of a narrower one. Not
+    while tracing: there the compiler fuses what it sees."""
+    plain = type(grad) is Tensor and grad.is_cuda and not torch.compiler.is_compiling()
+    return plain and grad.stride(-1) == 1 and importlib.util.find_spec("triton") is not None
+
+
+def _scale_rows(grad: Tensor, factor: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """grad * factor, factor () or of grad's leading shape."""
+    from .triton_caad import scale_rows
+
+    rows = grad if grad.dim() == 3 else grad[None]
+    return scale_rows(rows, factor.reshape(-1), out=rows if out is grad else out).view(grad.shape)
+
+
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
+    """A new tensor: the saved one may be wanted again (retain_graph). On the CPU the saved one where the factor is 1."""
     if _is_one(grad_output):
         return grad
+    if grad.dim() in (2, 3) and _triton_scales(grad):
+        return _scale_rows(grad, grad_output)
     factor = grad_output.to(torch.promote_types(grad.dtype, torch.float32))
     return (grad * factor.reshape(factor.shape + (1,) * (grad.dim() - factor.dim()))).to(grad.dtype)
 
@@ -89,8 +115,9 @@ def caad_rows(
     want_grad: bool,
     want_stats: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss per token (N,), its gradient times half_gain (B, T, V_s) or empty, statistics (6, N) or empty)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss per token (N,), its gradient times half_gain (B, T, V_s), statistics (6, N), half_gain); each but the first may be
+    empty."""
     spec = RowSpec(
         vocab=vocab,
         temperature=temperature,
@@ -102,11 +129,12 @@ def caad_rows(
         with_ce=with_ce,
     )
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else None
-    loss, stats = rows_into(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats, impl)
+    loss, stats, gain = rows_into(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats, impl)
     return (
         loss,
         student.new_empty(0) if grad is None else grad,
         loss.new_empty(0) if stats is None else stats,
+        loss.new_empty(0) if gain is None else gain,
     )
 
 
@@ -122,8 +150,8 @@ def rows_into(
     grad: Tensor | None,
     want_stats: bool,
     impl: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Runs the row kernel with the gradient going into ``grad``; returns (loss per token, statistics or None)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Runs the row kernel with the gradient going into ``grad``; returns (loss per token, statistics or None, half_gain)."""
     check_values(target, alpha, spec.vocab, spec.ignore_index)
     text = None if text is None else _as_rows(text)
     gain = None if grad is None else half_gain(kd_coef, ce_coef, grad.dtype)
@@ -139,7 +167,7 @@ def rows_into(
         grad=grad,
         want_stats=want_stats,
     )
-    return weighted(result.kd, result.ce, kd_coef, ce_coef), all_stats(result) if want_stats else None
+    return weighted(result.kd, result.ce, kd_coef, ce_coef), all_stats(result) if want_stats else None, gain
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -155,20 +183,19 @@ def _(student, audio, text, target, alpha, kd_coef, ce_coef, vocab, temperature,
         kd_coef.new_empty(rows),
         torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else student.new_empty(0),
         kd_coef.new_empty((_N_STATS, rows)) if want_stats else kd_coef.new_empty(0),
+        kd_coef.new_empty(() if want_grad and student.dtype == torch.float16 else 0),
     )
 
 
 def _rows_setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1], output[2])
-    gain = half_gain(inputs[5], inputs[6], inputs[0].dtype)
-    ctx.save_for_backward(output[1], *([] if gain is None else [gain]))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1], output[3])
     ctx.leading = inputs[0].shape[:2]
 
 
-def _rows_backward(ctx, grad_loss, _grad, _stats):
-    grad, *gain = ctx.saved_tensors
-    factor = grad_loss / gain[0] if gain else grad_loss
-    return (_scaled(grad, factor.reshape(ctx.leading)),) + (None,) * 17
+def _rows_backward(ctx, grad_loss, *_others):
+    grad, gain = ctx.saved_tensors
+    return (_scaled(grad, _without_gain(grad_loss, gain).reshape(ctx.leading)),) + (None,) * 17
 
 
 caad_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
@@ -180,10 +207,12 @@ class InPlaceRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, audio, text, target, alpha, kd_coef, ce_coef, spec, want_stats, impl):
         memory = student.detach()
-        loss, stats = rows_into(memory, audio, text, target, alpha, kd_coef, ce_coef, spec, memory, want_stats, impl)
+        loss, stats, ctx.gain = rows_into(
+            memory, audio, text, target, alpha, kd_coef, ce_coef, spec, memory, want_stats, impl
+        )
         # Whoever else saved these logits for its backward must learn that they are gone.
         torch.autograd.graph.increment_version(student)
-        ctx.grad, ctx.gain = memory, half_gain(kd_coef, ce_coef, memory.dtype)
+        ctx.grad = memory
         stats = loss.new_empty(0) if stats is None else stats
         ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -197,7 +226,9 @@ class InPlaceRows(torch.autograd.Function):
                 "inplace=True: the gradient was consumed by the first backward; a second one needs inplace=False"
             )
         grad_loss = grad_loss if ctx.gain is None else grad_loss / ctx.gain
-        if not _is_one(grad_loss):
+        if _triton_scales(grad):
+            _scale_rows(grad, grad_loss, out=grad)
+        elif not _is_one(grad_loss):
             grad.mul_(grad_loss.reshape(*grad.shape[:2], 1))
         return (grad,) + (None,) * 9
 
@@ -239,9 +270,9 @@ def linear_caad(
     bias_grad: bool,
     want_stats: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss: () if reduced else (N,); gradients of hidden (times half_gain), weight and bias, each full or empty; statistics
-    (6, N) or empty)."""
+    (6, N) or empty; half_gain or empty)."""
     check_values(target, alpha, vocab, ignore_index)
     spec = RowSpec(
         vocab=vocab,
@@ -258,31 +289,37 @@ def linear_caad(
         teacher_softcap=teacher_softcap,
     )
     device_type = student_hidden.device.type
-    gain = half_gain(kd_coef, ce_coef, student_hidden.dtype, student_weight.dtype, logits_dtype)
+    any_grad = hidden_grad or weight_grad or bias_grad
+    gain = half_gain(kd_coef, ce_coef, student_hidden.dtype, student_weight.dtype, logits_dtype) if any_grad else None
+    path, _ = choose_path(
+        impl=impl, gradient=any_grad, divergence=divergence, want_stats=want_stats, chunk_tokens=chunk_tokens
+    )
+    tensors = (student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias)
     with torch.amp.autocast(device_type, enabled=False):
-        out = linear_caad_chunks(
-            student_hidden,
-            student_weight,
-            student_bias,
-            audio_hidden,
-            text_hidden,
-            teacher_weight,
-            teacher_bias,
-            target,
-            alpha,
-            kd_coef,
-            ce_coef,
-            spec,
-            rows=row_launcher(impl),
-            logits_dtype=logits_dtype,
-            chunk_tokens=chunk_tokens,
-            workspace_bytes=workspace_bytes,
-            hidden_grad=hidden_grad,
-            weight_grad=weight_grad,
-            bias_grad=bias_grad,
-            want_stats=want_stats,
-            gain=gain,
-        )
+        if path == NO_LOGITS:
+            from .triton_no_logits import linear_caad_no_logits
+
+            rows = linear_caad_no_logits(*tensors, target, alpha, spec, workspace_bytes=workspace_bytes)
+            out = LinearResult(rows, None, None, None)
+        else:
+            out = linear_caad_chunks(
+                *tensors,
+                target,
+                alpha,
+                kd_coef,
+                ce_coef,
+                spec,
+                rows=row_launcher(impl),
+                survivors=survivors_launcher(impl),
+                logits_dtype=logits_dtype,
+                chunk_tokens=chunk_tokens,
+                workspace_bytes=workspace_bytes,
+                hidden_grad=hidden_grad,
+                weight_grad=weight_grad,
+                bias_grad=bias_grad,
+                want_stats=want_stats,
+                gain=gain,
+            )
     loss = weighted(out.rows.kd, out.rows.ce, kd_coef, ce_coef)
     return (
         loss.sum() if reduced else loss,
@@ -290,6 +327,7 @@ def linear_caad(
         student_weight.new_empty(0) if out.weight_grad is None else out.weight_grad,
         student_weight.new_empty(0) if out.bias_grad is None else out.bias_grad,
         all_stats(out.rows) if want_stats else loss.new_empty(0),
+        loss.new_empty(0) if gain is None else gain,
     )
 
 
@@ -300,6 +338,8 @@ def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, t
       weight_grad, bias_grad, want_stats, impl):  # fmt: skip
     n = student_hidden.shape[0]
     empty = student_weight.new_empty(0)
+    dtypes = (student_hidden.dtype, student_weight.dtype, logits_dtype)
+    has_gain = torch.float16 in dtypes and (hidden_grad or weight_grad or bias_grad)
     return (
         kd_coef.new_empty(() if reduced else (n,)),
         torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
@@ -308,12 +348,11 @@ def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, t
         torch.empty_like(student_weight, memory_format=torch.contiguous_format) if weight_grad else empty,
         torch.empty_like(student_bias, memory_format=torch.contiguous_format) if bias_grad else empty.new_empty(0),
         kd_coef.new_empty((_N_STATS, n)) if want_stats else kd_coef.new_empty(0),
+        kd_coef.new_empty(() if has_gain else 0),
     )
 
 
-_HIDDEN, _WEIGHT, _BIAS = 0, 1, 2
 _KD_COEF, _CE_COEF = 9, 10
-_LOGITS_DTYPE = 23
 _REDUCED = 26
 
 
@@ -329,12 +368,7 @@ def _linear_setup(ctx, inputs, output):
         ctx.absent = [x is None for x in inputs[:11]]
         ctx.options = inputs[11:]
     else:
-        gain = half_gain(inputs[_KD_COEF], inputs[_CE_COEF], *_grad_dtypes(inputs))
-        ctx.save_for_backward(*output[1:4], *([] if gain is None else [gain]))
-
-
-def _grad_dtypes(inputs) -> tuple[torch.dtype, ...]:
-    return inputs[_HIDDEN].dtype, inputs[_WEIGHT].dtype, inputs[_LOGITS_DTYPE]
+        ctx.save_for_backward(*output[1:4], output[5])
 
 
 def _linear_backward(ctx, grad_loss, *_others):
@@ -347,16 +381,14 @@ def _linear_backward(ctx, grad_loss, *_others):
         inputs[_CE_COEF] = inputs[_CE_COEF] * grad_loss
         options = list(ctx.options)
         options[_REDUCED - 11 : _REDUCED - 11 + 5] = [True, *needs, False]
-        _, *grads, _ = linear_caad(*inputs, *options)
-        gain = half_gain(inputs[_KD_COEF], inputs[_CE_COEF], *_grad_dtypes([*inputs, *options]))
-        if gain is not None and needs[_HIDDEN]:
-            grads[_HIDDEN] = _scaled(grads[_HIDDEN], 1.0 / gain)
-        return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + nothing[3:]
-    *grads, gain = (*ctx.saved_tensors, None)[:4]
-    factors = (grad_loss if gain is None else grad_loss / gain, grad_loss, grad_loss)
-    return (
-        tuple(_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)) + nothing[3:]
-    )
+        _, *grads, _, gain = linear_caad(*inputs, *options)
+        if gain.numel() and needs[0]:
+            grads[0] = _scaled(grads[0], 1.0 / gain)
+    else:
+        *grads, gain = ctx.saved_tensors
+        factors = (_without_gain(grad_loss, gain), grad_loss, grad_loss)
+        grads = [_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)]
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + nothing[3:]
 
 
 linear_caad.register_autograd(_linear_backward, setup_context=_linear_setup)

@@ -560,14 +560,14 @@ def _tiles(n_tokens: int, itemsize: int, operands: int, limits: _Limits) -> dict
 
 
 def _split_count(token_tiles: int, vocab_tiles: int, processors: int) -> tuple[int, int]:
-    """(splits, tiles of the vocabulary a split): the fewest splits within 2% of the shortest time in waves of programs."""
+    """(splits, tiles of the vocabulary a split): the fewest splits within 5% of the shortest time in waves of programs."""
 
     def rounds(splits: int) -> int:
         return math.ceil(token_tiles * splits / processors) * math.ceil(vocab_tiles / splits)
 
     most = min(vocab_tiles, MAX_SPLITS)
     shortest = min(map(rounds, range(1, most + 1)))
-    splits = next(s for s in range(1, most + 1) if rounds(s) <= 1.02 * shortest)
+    splits = next(s for s in range(1, most + 1) if rounds(s) <= 1.05 * shortest)
     per_split = math.ceil(vocab_tiles / splits)
     return math.ceil(vocab_tiles / per_split), per_split
 
