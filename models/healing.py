@@ -3,6 +3,8 @@
     path = healed_student("HuggingFaceTB/SmolLM2-135M-Instruct", healing_texts(examples))      # cached on disk
     model = SpeechLM.from_config(SpeechLMConfig(lm=str(path)))
 
+    python -m models.healing MODEL manifest.jsonl --keep-layers 0-6,27-29      # the same; prints the folder
+
 Dropping layers destroys a model (the KL to the full one jumps to about 8 nats); a hundred steps on text of the kind
 that it will read bring back what matters (Men et al., "ShortGPT", 2024; Gromov et al., 2024). Embeddings and head stay
 frozen, so the fused loss takes its frozen-head path: hidden states in, no logits stored.
@@ -10,10 +12,13 @@ frozen, so the fused loss takes its frozen-head path: hidden states in, no logit
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
+import json
 import math
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -345,3 +350,72 @@ def _held_out_kl(kl: Any, student: nn.Module, rows: list[list[int]], batch_size:
 def _learning_rate_factor(step: int, config: HealingConfig) -> float:
     warmup = min(1.0, step / max(1, config.warmup_steps))
     return warmup * max(0.05, 1.0 - step / (config.steps + 1))
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """"0-6,27-29" as numbers.
+
+    Raises:
+        ValueError: something else than numbers and ranges.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"keep_layers: expected numbers and ranges such as 0-6,27-29, got {text!r}")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)
+
+
+def read_texts(path: str | Path, *, seed: int = 0) -> list[str]:
+    """Healing texts of a manifest (.jsonl), or the lines of a text file.
+
+    Raises:
+        ValueError, OSError: neither can be read; the message names the file.
+    """
+    from models.data.manifest import read_manifest
+
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        return healing_texts(read_manifest(path, check_audio=False).examples, seed=seed)
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, one text a line: {error}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit status."""
+    defaults = HealingConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m models.healing", description="A smaller language model: drop layers, heal on text; cached."
+    )
+    parser.add_argument("model", help="hub id or folder of the full causal language model")
+    parser.add_argument("texts", help="manifest (.jsonl), or a text file with one text a line")
+    parser.add_argument("--keep-layers", default=",".join(map(str, KEEP_LAYERS)), help="such as 0-6,27-29")
+    parser.add_argument("--out", help="folder of the students (default: in the cache)")
+    for name in ("steps", "batch_size", "max_tokens", "held_out", "seed"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+    parser.add_argument("--lr", type=float, default=defaults.lr)
+    arguments = parser.parse_args(argv)
+    names = ("steps", "batch_size", "max_tokens", "held_out", "seed", "lr")
+    try:
+        config = HealingConfig(**{name: getattr(arguments, name) for name in names})
+        folder = healed_student(
+            arguments.model,
+            read_texts(arguments.texts, seed=arguments.seed),
+            keep_layers=parse_layers(arguments.keep_layers),
+            config=config,
+            cache=arguments.out,
+        )
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))["report"]
+    print(f"KL to the full model, held-out texts: {report['kl_before']:.3f} -> {report['kl_after']:.3f} nats a token")
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

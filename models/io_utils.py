@@ -98,6 +98,31 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(replaced.parent, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Hold `folder` against other processes that ask the same; a killed process lets go of it.
+
+    Args:
+        folder: made if missing; gets an empty file `.lock`.
+        what: what is being done there, for the message.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not POSIX: two at a time are then the caller's care
+            pass
+        except BlockingIOError:
+            raise BlockingIOError(f"{folder}: {what} is at work there already, in another process") from None
+        yield
+
+
 def fsync_dir(path: str | os.PathLike[str]) -> None:
     """Flush a folder's own entries (names), which a rename changes; does nothing where the system cannot."""
     try:

@@ -43,7 +43,7 @@ from models.checkpoint import (
     trainable_state,
 )
 from models.config import ConfigError, LossConfig, Recipe, describe_recipes, load_recipe, to_dict
-from models.io_utils import atomic_write_json, fingerprint
+from models.io_utils import atomic_write_json, exclusive, fingerprint
 from models.metrics import MetricsLogger
 from models.sources import (
     LayerDistillation,
@@ -418,9 +418,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         teacher, layers = build_teacher(recipe, data, model, device=device)
         kept = [word for word in arguments.overrides if not word.startswith("run.resume=")]
         words = ["python", "-m", "models.train", arguments.recipe, *kept, "run.resume=auto"]
-        result = train(
-            recipe, model=model, data=data, teacher=teacher, layers=layers, resume_command=shlex.join(words)
-        )
+        with exclusive(recipe.run.out_dir, "a training"):
+            result = train(
+                recipe, model=model, data=data, teacher=teacher, layers=layers, resume_command=shlex.join(words)
+            )
     except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,8 @@ import torch
 from tiny_speech import TinyBackbones, make_examples, make_lm, make_tokenizer
 
 from models.backbones import load_causal_lm
-from models.healing import HealingConfig, build_student, heal, healed_student, healing_texts
+from models.demo import make_tiny_backbones
+from models.healing import HealingConfig, build_student, heal, healed_student, healing_texts, main, parse_layers
 
 QUICK = HealingConfig(steps=30, batch_size=4, lr=3e-3, warmup_steps=3, held_out=8, max_tokens=32, precision="float32")
 TEXTS = [
@@ -166,3 +167,34 @@ def test_texts_hold_the_prompt_without_audio_and_an_answer():
     )
     answers = {text.rsplit("Answer: ", 1)[1] for text in texts}
     assert answers == {"The speaker is a man.", "The speaker is a woman."}
+
+
+def test_layers_as_words():
+    assert parse_layers("0-2,5, 7-8") == (0, 1, 2, 5, 7, 8)
+    for wrong in ("", "a", "1-", "-3", "1--2", "1;2"):
+        with pytest.raises(ValueError, match="keep_layers: expected numbers and ranges such as 0-6,27-29"):
+            parse_layers(wrong)
+
+
+def test_command_line(tmp_path, capsys):
+    lm = make_tiny_backbones(tmp_path / "backbones") / "lm"
+    (tmp_path / "texts.txt").write_text("\n".join(t.replace("\n", " ") for t in TEXTS), encoding="utf-8")
+    words = [str(lm), str(tmp_path / "texts.txt"), "--out", str(tmp_path / "students"), "--steps", "2", "--held-out", "8"]
+    assert main([*words, "--keep-layers", "0,2"]) == 0
+    printed, folder = capsys.readouterr().out.strip().splitlines()
+    assert printed.startswith("KL to the full model") and " nats a token" in printed
+    student, _ = load_causal_lm(folder)
+    assert len(student.get_decoder().layers) == 2
+    assert main([*words, "--keep-layers", "0-9"]) == 1
+    assert "keep_layers: expected increasing numbers in [0, 3)" in capsys.readouterr().err
+    assert main([str(lm), str(tmp_path / "absent.txt"), "--keep-layers", "0"]) == 1
+    assert "absent.txt" in capsys.readouterr().err
+
+
+def test_the_command_line_takes_a_manifest(tmp_path, capsys):
+    from models.data.manifest import write_manifest
+
+    lm = make_tiny_backbones(tmp_path / "backbones") / "lm"
+    write_manifest(tmp_path / "m.jsonl", make_examples(24))
+    words = [str(lm), str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "s"), "--steps", "1", "--held-out", "2"]
+    assert main([*words, "--batch-size", "2", "--keep-layers", "0,2"]) == 0, capsys.readouterr().err

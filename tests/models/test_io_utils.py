@@ -1,6 +1,9 @@
 import dataclasses
 import hashlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +105,12 @@ def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("KDKERNELS_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert io_utils.cache_dir() == tmp_path / ".cache" / "kdkernels"
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    code = "import sys; from models.io_utils import exclusive\nwith exclusive(sys.argv[1], 'a training'): pass"
+    command, root = [sys.executable, "-c", code, str(tmp_path / "run")], Path(__file__).parents[2]
+    with io_utils.exclusive(tmp_path / "run", "a training"):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+        assert done.returncode != 0 and "run: a training is at work there already" in done.stderr
+    assert subprocess.run(command, cwd=root).returncode == 0
