@@ -226,7 +226,12 @@ def fused_linear_caad_loss(
         loss    = fused_caad_loss(s, z_audio, z_text, target, ...)
 
     With neither ``teacher_softcap`` nor ``plausibility`` nor ``return_stats`` the two teacher paths collapse into one GEMM:
-    z_hat = scale_t (W_t ((1 + alpha) h_audio - alpha h_text) + b_t), for per-token alpha too.
+    z_hat = scale_t (W_t ((1 + alpha) h_audio - alpha h_text) + b_t), for per-token alpha too. With ``plausibility`` z_text is
+    formed only at tokens that survive it (densely where those are many).
+
+    Without a gradient (torch.no_grad, or no input of the student's requires one) impl="triton" forms no logits at all: both
+    heads' GEMMs carry the online softmax in their epilogue, with a few tens of MiB of scratch whatever N and V. Not so for the
+    jsd, ``return_stats`` and a given ``chunk_tokens``, which run in chunks. ``kdkernels.explain`` says which path a call takes.
 
     Args:
         student_hidden: (..., H_s) float32, bfloat16 or float16: the LM head's inputs at the positions that predict ``target``.
@@ -239,7 +244,8 @@ def fused_linear_caad_loss(
         student_softcap, teacher_softcap: > 0, as in Gemma 2; applied after the scale. None: none.
         student_logit_scale, teacher_logit_scale: factors on the logits (Cohere; 1 / logits_scaling for Granite).
         chunk_tokens: tokens a chunk; None: from ``workspace_bytes`` and what fills the machine.
-        workspace_bytes: bound on the scratch for logits; None: 1 GiB on the CPU; on CUDA a tenth of free memory, at most 2 GiB.
+        workspace_bytes: bound on the scratch for logits; None: 1 GiB on the CPU; on CUDA a tenth of free memory, at most 2 GiB. A
+            chunk holds at least one token's logits, a call without logits at least one tile of 64 or 128 tokens.
         logits_dtype: dtype in which a chunk's logits are stored; None: float32. bfloat16 is faster and coarser (gradient error
             2-5%, far more near convergence, against 0.6%).
         process_group: a ProcessGroup or one-dimensional DeviceMesh: vocabulary-parallel. Weights and biases are then this rank's
@@ -253,8 +259,8 @@ def fused_linear_caad_loss(
         As :func:`fused_caad_loss`. Gradients reach student_hidden, student_weight and student_bias only.
 
     dW is accumulated in float32. With reduction="none" and a training head the backward runs the chunks a second time, since a
-    token's own grad_output reaches dW only inside the GEMM. Extra memory: one chunk of logits (2 tensors, 3 without the
-    collapse), N * H_s items for dh, V_s * H_s float32 for dW where the head trains, and on the CPU, for float32 logits of
+    token's own grad_output reaches dW only inside the GEMM. Extra memory: one chunk of logits (2 tensors; 3 with
+    ``teacher_softcap`` and no ``plausibility``, or with ``return_stats``), N * H_s items for dh, V_s * H_s float32 for dW where the head trains, and on the CPU, for float32 logits of
     low-precision weights, one float32 block of 4096 weight rows: independent of N but for dh.
     On the CPU up to 256 MiB of that scratch stay with the process for the next call.
 

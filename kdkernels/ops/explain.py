@@ -1,10 +1,10 @@
-"""Says which implementation a call would run, why, and in what chunks, without running it."""
+"""Says which implementation a call would run, why, in what chunks and about how long, without running it."""
 
 from __future__ import annotations
 
 import torch
 
-from .chunking import plan_chunks
+from .chunking import CHUNKS, DEVICES, ChunkPlan, DeviceModel, Prediction, choose_path, device_model, plan_chunks, predict
 from .dispatch import IMPLEMENTATIONS, choose
 
 
@@ -15,46 +15,116 @@ def explain(
     n_tokens: int = 8192,
     vocab_size: int = 128256,
     student_hidden_size: int | None = None,
+    teacher_hidden_size: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     workspace_bytes: int | None = None,
     impl: str = "auto",
+    gradient: bool = True,
+    divergence: str = "forward_kl",
+    return_stats: bool = False,
 ) -> str:
-    """The plan of a loss call in words: implementation and reason; with ``student_hidden_size`` the chunks of the linear loss.
+    """The plan of a loss call in words: implementation and reason; with ``student_hidden_size`` the path and the chunks of the
+    linear loss; with ``teacher_hidden_size`` too, on a GPU whose rates are known, the time that should take.
 
     Args:
-        device, dtype: of the logits or hidden states; n_tokens: N; vocab_size: V; student_hidden_size: H_s, or None for
-            ``fused_caad_loss``. The rest as in :func:`kdkernels.fused_linear_caad_loss`.
+        device: of the logits or hidden states; or a GPU's name ("H100", "H200", "A100", "RTX 4090", "RTX 5090"), which need not
+            be there. dtype: of the hidden states and weights; n_tokens: N; vocab_size: V; student_hidden_size: H_s, or None for
+            ``fused_caad_loss``; teacher_hidden_size: H_t.
+        gradient: whether one is asked for (False: evaluation). The rest as in :func:`kdkernels.fused_linear_caad_loss`.
 
-    Every implementation is listed with what stands in its way. Nothing is allocated.
+    Every implementation is listed with what stands in its way. Nothing is allocated. Times are work over the device's rate, every
+    multiprocessor busy, with the head frozen and the two teacher paths collapsed; measured ones are longer.
     """
-    device = torch.device(device)
+    name, device = _device(device)
     lines = []
+    chosen = None
     try:
         chosen, reason = choose(impl, device, [dtype])
         lines.append(f"impl={impl!r} runs {chosen!r}: {reason}")
     except (RuntimeError, TypeError, ValueError) as error:
         lines.append(f"impl={impl!r} fails: {error}")
-    for name in IMPLEMENTATIONS[1:]:
+    for other in IMPLEMENTATIONS[1:]:
         try:
-            choose(name, device, [dtype])
-            lines.append(f"  {name}: available")
+            choose(other, device, [dtype])
+            lines.append(f"  {other}: available")
         except (RuntimeError, TypeError, ValueError) as error:
-            lines.append(f"  {name}: not here: {error}")
-    if student_hidden_size is not None and device.type == "cuda" and not torch.cuda.is_available():
-        lines.append("chunks: not known without the CUDA device (its free memory and multiprocessors decide)")
-    elif student_hidden_size is not None:
+            lines.append(f"  {other}: not here: {error}")
+    if student_hidden_size is None:
+        return "\n".join(lines)
+    path, reason = choose_path(
+        impl=chosen or "reference",
+        gradient=gradient,
+        divergence=divergence,
+        want_stats=return_stats,
+        chunk_tokens=chunk_tokens,
+    )
+    lines.append(f"path: {path} ({reason})")
+    if path == CHUNKS and name is None and device.type == "cuda" and not torch.cuda.is_available():
+        lines.append(
+            "chunks: not known without the CUDA device (its free memory and multiprocessors decide); name one, device='H100'"
+        )
+        return "\n".join(lines)
+    teacher_tensors = 2 if return_stats else 1
+    if path == CHUNKS:
         plan = plan_chunks(
             n_tokens=n_tokens,
-            bytes_per_token=2 * vocab_size * logits_dtype.itemsize,
+            bytes_per_token=(1 + teacher_tensors) * vocab_size * logits_dtype.itemsize,
             student_width=student_hidden_size,
-            device=device,
+            device=None if name is not None else device,
+            device_name=name,
             chunk_tokens=chunk_tokens,
             workspace_bytes=workspace_bytes,
         )
-        naive = 3 * n_tokens * vocab_size * 4
-        lines.append(
-            f"{plan.chunks} chunks of {plan.chunk_tokens} tokens, {plan.scratch_bytes / 2**20:.0f} MiB of logits at a time "
-            f"({plan.reason}); three float32 logit tensors would be {naive / 2**20:.0f} MiB"
+        lines.append(_chunks_in_words(plan, n_tokens, vocab_size))
+    if name is None and device.type == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(device)
+    model = None if name is None else device_model(name)
+    if model is not None and teacher_hidden_size is not None:
+        expected = predict(
+            model,
+            n_tokens=n_tokens,
+            vocab=vocab_size,
+            student_width=student_hidden_size,
+            teacher_width=teacher_hidden_size,
+            teacher_gemms=teacher_tensors,
+            teacher_tensors=teacher_tensors,
+            logits_bytes=logits_dtype.itemsize,
+            gradient_bytes=min(dtype.itemsize, logits_dtype.itemsize),
+            gradient=gradient,
+            path=path,
         )
+        lines += _times_in_words(expected, model, path)
+        if dtype == torch.bfloat16 and logits_dtype == torch.float32 and not return_stats:
+            half = 2.0 * n_tokens * vocab_size * teacher_hidden_size / model.flop_per_second
+            lines.append(f"  and {half * 1e3:.1f} ms for the contrast's second bf16 summand, which float32 logits take")
     return "\n".join(lines)
+
+
+def _device(device: str | torch.device) -> tuple[str | None, torch.device]:
+    """(name in DEVICES or None, device)"""
+    if isinstance(device, str) and device_model(device) is not None:
+        return device, torch.device("cuda")
+    try:
+        return None, torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected a torch device or one of {', '.join(DEVICES)}, got {device!r}") from error
+
+
+def _chunks_in_words(plan: ChunkPlan, n_tokens: int, vocab: int) -> str:
+    naive = 3 * n_tokens * vocab * 4
+    return (
+        f"{plan.chunks} chunks of {plan.chunk_tokens} tokens, {plan.scratch_bytes / 2**20:.0f} MiB of logits at a time "
+        f"({plan.reason}); three float32 logit tensors would be {naive / 2**20:.0f} MiB"
+    )
+
+
+def _times_in_words(expected: Prediction, model: DeviceModel, path: str) -> list[str]:
+    tera, terabytes = model.flop_per_second / 1e12, model.bytes_per_second / 1e12
+    lines = [
+        f"predicted, at {tera:.0f} TFLOP/s and {terabytes:.1f} TB/s ({model.source}): {expected.seconds * 1e3:.1f} ms",
+        f"  GEMMs {expected.gemm_seconds * 1e3:.1f} ms ({expected.gemm_flop / 1e12:.1f} TFLOP)",
+    ]
+    if path == CHUNKS:
+        lines.append(f"  row kernel {expected.row_seconds * 1e3:.1f} ms ({expected.row_bytes / 1e9:.1f} GB)")
+    return lines

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from kdkernels import fused_caad_loss, fused_linear_caad_loss
 from kdkernels.ops import linear, native, schema
-from kdkernels.ops.chunking import plan_chunks
 
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 
@@ -401,30 +400,6 @@ def test_peak_memory_is_one_chunk_whatever_the_tokens():
     kib = int(subprocess.run([sys.executable, "-c", PEAK, "2048"], capture_output=True, text=True, check=True).stdout)
     chunk_kib = 2 * 64 * 32768 * 4 // 1024
     assert kib < chunk_kib
-
-
-def test_chunk_plan():
-    cpu = torch.device("cpu")
-    plan = plan_chunks(n_tokens=1000, bytes_per_token=1000, student_width=64, device=cpu, workspace_bytes=100_000)
-    assert (plan.chunk_tokens, plan.chunks, plan.scratch_bytes) == (100, 10, 100_000)
-    assert plan_chunks(n_tokens=10, bytes_per_token=8, student_width=64, device=cpu).chunk_tokens == 10
-    with pytest.raises(ValueError, match="workspace_bytes: expected at least 1000"):
-        plan_chunks(n_tokens=10, bytes_per_token=1000, student_width=64, device=cpu, workspace_bytes=999)
-
-
-def test_chunks_on_a_gpu_fill_its_multiprocessors(monkeypatch):
-    """design: at H_s 3072 on 132 multiprocessors 1408 tokens fill the last wave of tiles, 1024 only 73% of it."""
-    from kdkernels.ops import chunking
-
-    monkeypatch.setattr(chunking, "_multiprocessors", lambda device: 132)
-    plan = plan_chunks(
-        n_tokens=8192,
-        bytes_per_token=1_000_000,
-        student_width=3072,
-        device=torch.device("cuda"),
-        workspace_bytes=2_000_000_000,
-    )
-    assert plan.chunk_tokens == 1408
 
 
 @pytest.mark.parametrize(
