@@ -67,8 +67,11 @@ def linear_errors(args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
     }
     # Liger's arithmetic is the same with and without compilation but for what inductor keeps in float32.
     listed = [
-        Contender("Liger chunked JSD, not compiled", FULL, lambda: liger_step(1024, compiled=False)),
         *contenders(device.type, (FULL, KD)),
+        *(
+            Contender("Liger chunked JSD, not compiled", o, lambda o=o: liger_step(1024, compiled=False, objective=o))
+            for o in (FULL, KD)
+        ),
     ]
     steps, out = {}, []
     for contender in listed:

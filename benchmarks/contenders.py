@@ -350,6 +350,7 @@ def contenders(device_type: str, objectives: tuple[Objective, ...] = OBJECTIVES)
         Contender("kdkernels bf16 logits", FULL, lambda: ours_step(bf16)),
         Contender("kdkernels (default: fp32 logits)", FULL, lambda: ours_step(None)),
         Contender("eager", KD, lambda: naive_step(objective=KD)),
+        Contender("Liger chunked JSD, compiled, chunk 1024", KD, lambda: liger_step(1024, objective=KD), compiles=True),
         Contender("TRL chunked divergence", KD, trl_step),
         Contender("Liger fused_linear_jsd", KD, lambda: liger_fused_jsd_step(device_type)),
         Contender("FLA fused_kl_div", KD, lambda: fla_step(device_type)),

@@ -51,10 +51,20 @@ def test_contenders_agree_with_float64(contender, small):
     assert error < (0.02 if "bf16" in contender.name else 1e-5)
 
 
-def test_liger(small):
+@pytest.mark.parametrize("objective", [FULL, KD], ids=lambda x: x.name)
+def test_liger(small, objective):
     pytest.importorskip("liger_kernel")
-    step = contenders.liger_step(4, compiled=False)
-    assert contenders.gradient_errors({"it": (FULL, step)}, small)["it"] < 1e-5
+    step = contenders.liger_step(4, compiled=False, objective=objective)
+    assert contenders.gradient_errors({"it": (objective, step)}, small)["it"] < 1e-5
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_names_are_unique_within_an_objective(device_type):
+    listed = [*contenders.contenders(device_type), *contenders.fixed_chunks(device_type)]
+    assert len({(x.name, x.objective) for x in listed}) == len(listed)
+    for objective in (FULL, KD, CE):
+        names = {x.name for x in contenders.contenders(device_type, (objective,))}
+        assert {"eager", "kdkernels bf16 logits", "kdkernels (default: fp32 logits)"} <= names
 
 
 @pytest.mark.parametrize("objective", [FULL, KD, CE], ids=lambda x: x.name)
