@@ -103,13 +103,6 @@ __device__ __forceinline__ void store_remote(std::uint32_t local, int rank, cons
 // -- merging ------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-union Partial {
-  T value;
-  float words[PARTIAL_BYTES / 4];
-  __device__ Partial() : words{} {}
-};
-
-template <class T>
 __device__ __forceinline__ T shuffled_down(const T& value, int offset) {
   T other;
   const float* in = reinterpret_cast<const float*>(&value);
@@ -151,12 +144,13 @@ __device__ __forceinline__ T merged_cluster(T value, const Formula& f, char* mem
   if (lane == 0) warps[warp] = value;
   __syncthreads();
   if (warp == 0) {
-    Partial<T> block;
-    block.value = from_lane_0(merged_lanes<DIVERGENCE, WARPS / 2>(lane < WARPS ? warps[lane] : T(), f));
+    const T block = from_lane_0(merged_lanes<DIVERGENCE, WARPS / 2>(lane < WARPS ? warps[lane] : T(), f));
+    float words[PARTIAL_BYTES / 4] = {};
+    memcpy(words, &block, sizeof(T));
     if (lane < blocks) {
       const std::uint32_t slot = shared_address(slots + rank * PARTIAL_BYTES);
-      store_remote(slot, lane, block.words);
-      if (sizeof(T) > 16) store_remote(slot + 16, lane, block.words + 4);
+      store_remote(slot, lane, words);
+      if (sizeof(T) > 16) store_remote(slot + 16, lane, words + 4);
     }
   }
   cluster_arrive();
@@ -304,25 +298,6 @@ void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Makes `device` current for one scope: this module has a CUDA runtime of its own, which knows nothing of torch's.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != before_;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 struct Launch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute cluster = {};
@@ -367,7 +342,7 @@ int resident_clusters(const void* kernel, int device, int blocks, int shared_byt
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_tuple(kernel, device, blocks, shared_bytes);
   if (const auto found = known.find(key); found != known.end()) return found->second;
-  const OnDevice on(device);
+  check(cudaSetDevice(device), "cudaSetDevice");
   Launch launch(1, blocks, shared_bytes, nullptr);
   int resident = 0;
   const bool allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, usable_shared_bytes(device)) ==
@@ -400,7 +375,7 @@ RowPlan plan_rows(const RowProblem& p, int device, int blocks) {
 
 void caad_rows(const RowProblem& p, const RowPlan& plan, int device, std::uintptr_t stream) {
   if (plan.clusters == 0) return;  // no rows
-  const OnDevice on(device);
+  check(cudaSetDevice(device), "cudaSetDevice");
   Launch launch(plan.clusters, plan.layout.blocks, plan.layout.bytes, reinterpret_cast<cudaStream_t>(stream));
   RowProblem problem = p;
   RowLayout layout = plan.layout;

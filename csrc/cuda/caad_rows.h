@@ -1,4 +1,6 @@
-// Host side of the one-read row kernel.
+// Host side of the one-read row kernel. Functions that take a device make it current and leave it so: this module has a CUDA
+// runtime of its own beside torch's, and the driver's current device is what both share, so the caller, who knows torch's, is the
+// one to put it back.
 #pragma once
 
 #include "row_problem.h"

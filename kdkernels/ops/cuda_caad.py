@@ -6,6 +6,7 @@ not run on a GPU yet: ``impl="auto"`` takes it only with KDKERNELS_CUDA_ROWS=1 (
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -61,7 +62,8 @@ def unavailable(device_index: int) -> str | None:
     """Why no row kernel can run on this CUDA device, or None: asked of the device, for the kernel itself."""
     try:
         library = load_library()
-        probe = library.probe(device_index)
+        with torch.cuda.device(device_index) if torch.cuda.is_available() else contextlib.nullcontext():
+            probe = library.probe(device_index)
     except RuntimeError as error:
         return str(error)
     if probe.max_cluster_blocks == 0:
@@ -191,7 +193,12 @@ def _run(arguments: tuple, grad: torch.Tensor | None, want_stats: bool, blocks: 
     keep = fill_problem(
         problem, library.RowTensor, student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, kd, ce
     )
-    plan = library.plan_rows(problem, student.device.index, blocks)
+    with torch.cuda.device(student.device):
+        plan = library.plan_rows(problem, student.device.index, blocks)
+        if plan.blocks > 0:
+            stream = torch.cuda.current_stream().cuda_stream
+            library.caad_rows(problem, plan, student.device.index, stream)
+    del keep  # the stream's order keeps this memory from being used again before the kernel is through with it
     if plan.blocks == 0:
         read = [student, audio, text] if spec.with_kd else [student]
         row = spec.vocab * sum(x.element_size() for x in read if x is not None)
@@ -199,9 +206,6 @@ def _run(arguments: tuple, grad: torch.Tensor | None, want_stats: bool, blocks: 
             f"spec.vocab: expected a row that fits the shared memory of {blocks or 'at most 16'} thread blocks, got "
             f"{spec.vocab} ids, {row} bytes"
         )
-    library.caad_rows(problem, plan, student.device.index, torch.cuda.current_stream(student.device).cuda_stream)
-    # The stream's order keeps the memory of `keep` from being used again before the kernel is through with it.
-    del keep
     return RowResult(kd=kd, ce=ce, stats=None)
 
 
