@@ -52,7 +52,7 @@ def load_library():
     except ImportError as error:
         raise RuntimeError(
             f"kdkernels' CUDA library (kdkernels._native_cuda) could not be loaded: {error}. It is compiled when the package is "
-            "installed where nvcc is found: put the CUDA toolkit (12.4 or newer) on PATH and run "
+            "installed where nvcc is found: put the CUDA toolkit (12.0 or newer) on PATH and run "
             "`pip install . -C cmake.define.KDKERNELS_CUDA=ON` from a checkout, or use impl='triton'."
         ) from error
 

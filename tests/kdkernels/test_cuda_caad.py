@@ -802,3 +802,37 @@ def test_gpu_names_what_does_not_fit():
         rows(x, x, None, None, one, two, two, RowSpec(vocab=8 << 20), blocks=0)
     with pytest.raises(ValueError, match="impl='cuda': student: expected rows that begin at multiples of 16 bytes"):
         rows(x[..., 1:65], x, None, None, one, two, two, RowSpec(vocab=64), blocks=0)
+
+
+@pytest.mark.gpu
+def test_gpu_public_face(monkeypatch):
+    """Both losses by name against Triton's; "auto", asked to, takes this kernel where a row fits, and Triton elsewhere."""
+    from kdkernels import fused_caad_loss, fused_linear_caad_loss
+
+    OnDevice()
+    g = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, device="cuda", dtype=BF16)
+
+    for vocab in (32000, 1003):  # rows of 1003 do not begin at multiples of 16 bytes
+        logits = [normal(33, vocab) * 3 for _ in range(3)]
+        hidden = [normal(33, 64), normal(vocab, 64), normal(33, 96), normal(33, 96), normal(vocab, 96)]
+        target = torch.randint(0, vocab, (33,), generator=g, device="cuda")
+        target[3] = -100
+        for function, inputs in ((fused_caad_loss, logits), (fused_linear_caad_loss, hidden)):
+            outcomes = {}
+            for impl in ("triton", "cuda", "auto"):
+                monkeypatch.setenv("KDKERNELS_CUDA_ROWS", "1" if impl == "auto" else "0")
+                if impl == "cuda" and vocab % 8:
+                    with pytest.raises(ValueError, match="impl='cuda': .* multiples of 16 bytes"):
+                        function(*inputs, target, impl=impl)
+                    continue
+                leaf = inputs[0].clone().requires_grad_()
+                loss = function(leaf, *inputs[1:], target, impl=impl)
+                loss.backward()
+                outcomes[impl] = (loss.detach(), leaf.grad)
+            by_name = outcomes["triton" if vocab % 8 else "cuda"]
+            assert all(torch.equal(x, y) for x, y in zip(outcomes["auto"], by_name, strict=True))
+            torch.testing.assert_close(by_name[0], outcomes["triton"][0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(by_name[1], outcomes["triton"][1], rtol=2e-2, atol=1e-4)
