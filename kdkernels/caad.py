@@ -260,8 +260,9 @@ def fused_linear_caad_loss(
 
     dW is accumulated in float32. With reduction="none" and a training head the backward runs the chunks a second time, since a
     token's own grad_output reaches dW only inside the GEMM. Extra memory: one chunk of logits (2 tensors; 3 with
-    ``teacher_softcap`` and no ``plausibility``, or with ``return_stats``), N * H_s items for dh, V_s * H_s float32 for dW where the head trains, and on the CPU, for float32 logits of
-    low-precision weights, one float32 block of 4096 weight rows: independent of N but for dh.
+    ``teacher_softcap`` and no ``plausibility``, or with ``return_stats``), N * H_s items for dh, V_s * H_s float32 for dW where
+    the head trains, and on the CPU, for float32 logits of low-precision weights, one float32 block of 4096 weight rows:
+    independent of N but for dh.
     On the CPU up to 256 MiB of that scratch stay with the process for the next call.
 
     Raises:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from .chunking import CHUNKS, DEVICES, ChunkPlan, DeviceModel, Prediction, choose_path, device_model, plan_chunks, predict
+from .chunking import (
+    CHUNKS,
+    DEVICES,
+    ChunkPlan,
+    DeviceModel,
+    Prediction,
+    choose_path,
+    device_model,
+    plan_chunks,
+    predict,
+)
 from .dispatch import IMPLEMENTATIONS, choose
 
 

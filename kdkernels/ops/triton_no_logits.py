@@ -542,8 +542,8 @@ def _tiles(n_tokens: int, itemsize: int, operands: int, limits: _Limits) -> dict
     if itemsize == 4:  # no tensor cores: float32 products are exact ones
         rows, columns, inner = 64, 64, 32
     else:
-        # Before sm_90 tensor cores take their operands from registers: a step of 64 spills.
-        rows, columns, inner = (128 if n_tokens > 64 else 64), 128, (64 if limits.capability >= 9 else 32)
+        # Where tensor cores take their operands from registers (not on sm_90 to sm_110) a step of 64 spills.
+        rows, columns, inner = (128 if n_tokens > 64 else 64), 128, (64 if 9 <= limits.capability < 12 else 32)
     stage = (columns + rows * operands) * inner * itemsize
     # Left to itself, ptxas spills float32's accumulators to fit one more block.
     registers = {"maxnreg": 168} if itemsize == 4 else {}
