@@ -68,6 +68,8 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("m", &Bf16Gemm::m)
       .def_readwrite("n", &Bf16Gemm::n)
       .def_readwrite("k", &Bf16Gemm::k)
+      .def_readwrite("accumulate", &Bf16Gemm::accumulate)
+      .def_readwrite("w_by_rows", &Bf16Gemm::w_by_rows)
       .def_readwrite("threads", &Bf16Gemm::threads);
   m.def("gemm_bf16", &gemm_bf16, py::arg("problem"), py::call_guard<py::gil_scoped_release>());
 }

@@ -5,8 +5,8 @@
 
 namespace kdkernels {
 
-// c (m, n) = sum over parts of a_part (m, k) w (n, k)^T, accumulated in float32. Rows lie `ld*` items apart, items of a row
-// beside each other; k is even. Scratch: 64 rows of w a thread.
+// c (m, n) = sum over parts of a_part (m, k) w (n, k)^T, accumulated in float32; added to what c holds with `accumulate`; w given
+// as (k, n) with `w_by_rows`. Rows lie `ld*` items apart, items of a row beside each other; k is even. Scratch: 256 KiB a thread.
 struct Bf16Gemm {
   std::uintptr_t a[2] = {0, 0};  // bf16; the second is 0 where there is one part
   std::int64_t lda[2] = {0, 0};
@@ -15,6 +15,7 @@ struct Bf16Gemm {
   std::uintptr_t c = 0;  // float32
   std::int64_t ldc = 0;
   std::int64_t m = 0, n = 0, k = 0;
+  bool accumulate = false, w_by_rows = false;
   int threads = 1;
 };
 

@@ -62,6 +62,20 @@ void pack(const std::uint16_t* w, std::int64_t ldw, int columns, std::int64_t pa
   }
 }
 
+// The same from w as (k, n): two rows, interleaved
+void pack_rows(const std::uint16_t* w, std::int64_t ldw, int columns, std::int64_t pairs, std::uint32_t* panel) {
+  for (std::int64_t pair = 0; pair < pairs; ++pair) {
+    const std::uint16_t* row = w + 2 * pair * ldw;
+    for (int group = 0; group < COLUMNS; group += 16) {
+      const int count = std::clamp(columns - group, 0, 16);
+      const __mmask16 mask = __mmask16((1u << count) - 1u);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + group));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + ldw + group));
+      _mm512_store_si512(panel + pair * COLUMNS + group, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+
 struct Tile {
   const std::uint16_t* a[2];
   std::int64_t lda[2];
@@ -132,7 +146,11 @@ void run(const Bf16Gemm& g) {
       const int columns = int(std::min<std::int64_t>(COLUMNS, g.n - column));
       for (std::int64_t first = 0; first < pairs; first += PAIRS) {
         const std::int64_t count = std::min(PAIRS, pairs - first);
-        pack(w + column * g.ldw + 2 * first, g.ldw, columns, count, panel.get());
+        if (g.w_by_rows) {
+          pack_rows(w + 2 * first * g.ldw + column, g.ldw, columns, count, panel.get());
+        } else {
+          pack(w + column * g.ldw + 2 * first, g.ldw, columns, count, panel.get());
+        }
         for (std::int64_t row = 0; row < g.m; row += ROWS) {
           Tile t{};
           for (int p = 0; p < PARTS; ++p) {
@@ -144,7 +162,7 @@ void run(const Bf16Gemm& g) {
           t.c = reinterpret_cast<float*>(g.c) + row * g.ldc + column;
           t.ldc = g.ldc;
           t.columns = columns;
-          t.add = first > 0;
+          t.add = g.accumulate || first > 0;
           multiply_rows<PARTS>(int(std::min<std::int64_t>(ROWS, g.m - row)), t);
         }
       }

@@ -27,6 +27,7 @@ from .linear import (
     _return_scratch,
     _spread,
     _take_scratch,
+    _zero_weight_gradient,
 )
 from .schema import _scaled, half_gain
 
@@ -85,7 +86,7 @@ def layer_chunks(
     if projection is None:
         loss = rows(student, audio, text, valid, alpha, coef, normalize=normalize, grad_u=dh)
     else:
-        dp = torch.zeros(projection.shape, dtype=torch.float32, device=device) if projection_grad else None
+        dp = _zero_weight_gradient(projection) if projection_grad else None
         width = projection.shape[0]
         plan = plan_chunks(n_tokens=n, bytes_per_token=4 * width, student_width=student.shape[1], device=device)
         shape = (min(plan.chunk_tokens, max(n, 1)), width)
@@ -159,7 +160,7 @@ def layer_mse(
     loss = torch.where(coef == 0, 0.0, coef * out.loss)
     dp = out.projection_grad
     if dp is not None:
-        dp = (dp if gain is None else dp / gain).to(projection.dtype)
+        dp = (dp if gain is None else dp / gain).to(projection.dtype, memory_format=torch.contiguous_format)
     return (
         loss.sum() if reduced else loss,
         student.new_empty(0) if out.hidden_grad is None else out.hidden_grad,

@@ -106,7 +106,7 @@ def linear_caad_chunks(
     kd, ce = torch.empty(2, n, **float32).unbind(0)
     stats = torch.empty(len(STAT_NAMES), n, **float32) if want_stats else None
     dh = torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else None
-    dw = torch.zeros(student_weight.shape, **float32) if weight_grad else None
+    dw = _zero_weight_gradient(student_weight) if weight_grad else None
     db = torch.zeros(student_weight.shape[0], **float32) if bias_grad else None
     w_s, w_t = student_weight[: spec.vocab], teacher_weight[: spec.vocab]
     b_s = None if student_bias is None else student_bias[: spec.vocab]
@@ -164,7 +164,7 @@ def linear_caad_chunks(
     return LinearResult(
         rows=RowResult(kd=kd, ce=ce, stats=stats),
         hidden_grad=dh,
-        weight_grad=None if dw is None else dw.to(student_weight.dtype),
+        weight_grad=None if dw is None else dw.to(student_weight.dtype, memory_format=torch.contiguous_format),
         bias_grad=None if db is None else db.to(student_bias.dtype),
     )
 
@@ -390,10 +390,28 @@ def _hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     out.copy_(total)
 
 
+def _zero_weight_gradient(weight: Tensor) -> Tensor:
+    """(V, H) float32 zeros to add to; with the memory order of (H, V) where the native product adds to it."""
+    float32 = {"dtype": torch.float32, "device": weight.device}
+    if _native_weight_gradient(weight):
+        return torch.zeros(weight.shape[1], weight.shape[0], **float32).T
+    return torch.zeros(weight.shape, **float32)
+
+
+def _native_weight_gradient(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and native.multiplies_bf16()
+
+
 def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """total (V, H) float32 += grad (C, V).T @ hidden (C, H)"""
     if grad.dtype == hidden.dtype == torch.float32:
         total.addmm_(grad.T, hidden)
+        return
+    if _native_weight_gradient(grad) and hidden.dtype == grad.dtype and total.stride(0) == 1 and grad.stride(1) == 1:
+        pairs = grad.shape[0] // 2 * 2
+        native.bf16_gemm([hidden[:pairs].T.contiguous()], grad[:pairs], total.T, accumulate=True, weight_by_rows=True)
+        if pairs < len(grad):
+            total.T.addmm_(hidden[pairs:].T.float(), grad[pairs:].float())
         return
     bf16 = grad.dtype == hidden.dtype == torch.bfloat16 and grad.device.type == "cpu"
     if grad.device.type == "cuda" and grad.dtype == hidden.dtype and _mixed_gemm_on_cuda():

@@ -158,10 +158,19 @@ def multiplies_bf16() -> bool:
     return available() and instruction_set() == "avx512_bf16" and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
-def bf16_gemm(parts: Sequence[torch.Tensor], weight: torch.Tensor, out: torch.Tensor) -> None:
+def bf16_gemm(
+    parts: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    accumulate: bool = False,
+    weight_by_rows: bool = False,
+) -> None:
     """out (C, V) float32 = sum of parts (C, H) @ weight (V, H).T, all bf16, accumulated in float32.
 
     At most two parts, which share one reading of the weight. Last strides are 1 and H is even. Scratch: 256 KiB a thread.
+
+    ``accumulate`` adds to what out holds; with ``weight_by_rows`` the weight is given as (H, V).
     """
     lib = load_library()
     g = lib.Bf16Gemm()
@@ -169,6 +178,7 @@ def bf16_gemm(parts: Sequence[torch.Tensor], weight: torch.Tensor, out: torch.Te
         g.add_part(number, part.data_ptr(), part.stride(0))
     g.w, g.ldw = weight.data_ptr(), weight.stride(0)
     g.c, g.ldc = out.data_ptr(), out.stride(0)
-    g.m, g.n, g.k = out.shape[0], out.shape[1], weight.shape[1]
+    g.m, g.n, g.k = out.shape[0], out.shape[1], parts[0].shape[1]
+    g.accumulate, g.w_by_rows = accumulate, weight_by_rows
     g.threads = torch.get_num_threads()
     lib.gemm_bf16(g)

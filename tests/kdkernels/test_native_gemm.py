@@ -44,6 +44,17 @@ def test_matches_fp64(tokens, vocab, width, parts, threads):
 
 
 @needs_instructions
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(1, 1, 2), (7, 65, 34), (13, 200, 96), (3, 70, 2050)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_weight_by_rows_and_sums(rows, columns, inner, accumulate):
+    weight, a = bf16(inner, columns + 3, seed=1)[:, :columns], bf16(rows, inner, seed=2)
+    out = torch.full((rows, columns), 3.0)
+    native.bf16_gemm([a], weight, out, accumulate=accumulate, weight_by_rows=True)
+    expected = a.double() @ weight.double() + 3.0 * accumulate
+    assert (out - expected).abs().max() < rounding(inner, 1) + 3e-6
+
+
+@needs_instructions
 def test_infinities_and_nan_arrive():
     weight, hidden = bf16(70, 64, seed=0), bf16(3, 64, seed=1)
     hidden[1, 5], hidden[2, 9] = float("inf"), float("nan")
