@@ -6,7 +6,7 @@ bits. The figures of the same Triton (major.minor) in results/aot_triton.csv are
 more shared memory, a spill or fewer wide accesses is a regression. Any breach is named, and the exit status is 1.
 
     --quick     the configurations that matter most, in under a minute (CI); otherwise the whole grid, in some minutes
-    --write     replaces this Triton's rows of results/aot_triton.csv (after a look at what changed)
+    --write     replaces this Triton's rows of results/aot_triton.csv, with --kernel NAME those alone (look at the diff)
 
 The row kernel's options (5 dtypes, 3 divergences, 3 temperatures, 3 choices of terms, 6 switches) make 8,640 configurations.
 Compiled is a covering array of them: every combination of values that any three options can take is in some configuration.
@@ -271,7 +271,7 @@ def _legal_rows(setting: dict) -> bool:
     return not (setting.get("divergence") == "reverse_kl" and setting.get("plausibility") is not None)
 
 
-class _Recorder:
+class _Recorder(triton.JITFunction):
     """Stands for a kernel: a launch of it is written down instead of run."""
 
     def __init__(self, kernel: triton.JITFunction, launches: list) -> None:
@@ -293,9 +293,11 @@ def recorded(module: ModuleType, **replaced: object) -> Iterator[list[tuple[trit
     """
     launches: list[tuple[triton.JITFunction, dict]] = []
     kernels = {k: v for k, v in vars(module).items() if k.endswith("_kernel") and isinstance(v, triton.JITFunction)}
-    before = {**kernels, **{name: getattr(module, name) for name in replaced}}
+    stand_ins = {k: _Recorder(v, launches) for k, v in kernels.items()}
+    stand_ins |= {"_device_of": lambda tensor, kernel: contextlib.nullcontext(), **replaced}
+    before = {name: getattr(module, name) for name in stand_ins}
     try:
-        for name, value in {**{k: _Recorder(v, launches) for k, v in kernels.items()}, **replaced}.items():
+        for name, value in stand_ins.items():
             setattr(module, name, value)
         yield launches
     finally:
@@ -390,11 +392,168 @@ def scale_configurations(sm: int) -> Iterator[Configuration]:
         yield Configuration(f"{dtype}{', in place' if in_place else ''}", *launches[0], limits, quick=sm == 90)
 
 
+# The loss without logits. Dtypes: hidden states, weights.
+NO_LOGITS_DTYPES = {
+    "bf16": ("bfloat16", "bfloat16"),
+    "fp16": ("float16", "float16"),
+    "fp32": ("float32", "float32"),
+    "fp32 by bf16": ("float32", "bfloat16"),
+}
+NO_LOGITS_FACTORS: dict[str, Sequence] = {
+    "dtypes": list(NO_LOGITS_DTYPES),
+    "divergence": ["forward_kl", "reverse_kl"],
+    "temperature": [2.0, 1.0, 3.0],
+    "terms": ["kd + ce", "kd", "ce"],
+    "text": [True, False],
+    "softcap": [None, 30.0],
+    "plausibility": [None, 0.1],
+    "bias": [False, True],
+    "vocab": [128256, 50257],
+}
+NO_LOGITS_MAIN = {name: values[0] for name, values in NO_LOGITS_FACTORS.items()}
+NO_LOGITS_QUICK = [{}, {"plausibility": 0.1}, {"dtypes": "fp32", "divergence": "reverse_kl"}]
+
+
+def _device_limits(sm: int):
+    """What the launchers would read from the device that stands for `sm`."""
+    from kdkernels.ops import triton_no_logits
+
+    processors, shared = MACHINES[sm]
+    return triton_no_logits._Limits(processors, shared, sm // 10)
+
+
+def no_logits_launches(setting: dict, sm: int, *, tokens: int = 4096) -> dict[str, tuple[triton.JITFunction, dict]]:
+    """kernel's name -> its launch by the loss without logits, on the machine that stands for `sm`."""
+    from kdkernels.ops import triton_no_logits
+
+    hidden, weight = NO_LOGITS_DTYPES[setting["dtypes"]]
+    vocab = setting["vocab"]
+    bias = _meta(vocab, dtype=weight) if setting["bias"] else None
+    with recorded(triton_no_logits, _device_limits=lambda device: _device_limits(sm)) as launches:
+        triton_no_logits.linear_caad_no_logits(
+            _meta(tokens, 3072, dtype=hidden),
+            _meta(vocab, 3072, dtype=weight),
+            bias,
+            _meta(tokens, 4096, dtype=hidden),
+            _meta(tokens, 4096, dtype=hidden) if setting["text"] else None,
+            _meta(vocab, 4096, dtype=weight),
+            bias,
+            _meta(tokens, dtype="int64"),
+            _meta(tokens),
+            _spec(setting),
+        )
+    return {kernel.__name__: (kernel, arguments) for kernel, arguments in launches}
+
+
+def no_logits_configurations(sm: int) -> Iterator[Configuration]:
+    """Every kernel that the loss without logits launches, each distinct one once."""
+    settings = [{**NO_LOGITS_MAIN, **changes} for changes in NO_LOGITS_QUICK]
+    settings += [x for x in covering_array(NO_LOGITS_FACTORS, _legal_rows, strength=2) if x not in settings]
+    _, shared = MACHINES[sm]
+    heads = ("student", "student_weight")
+    limits = {
+        "_no_logits_kernel": Limits(registers=255, shared=shared, wide_loads=2, rows=heads),
+        "_audio_max_kernel": Limits(registers=255, shared=shared, wide_loads=2, rows=("audio", "weight")),
+        "_contrast_kernel": Limits(registers=128, shared=0, wide_loads=2, rows=("audio", "text", "high")),
+        "_merge_kernel": Limits(registers=128, shared=0, rows=("partial",)),
+    }
+    seen = set()
+    for i, setting in enumerate(settings):
+        for name, (kernel, arguments) in no_logits_launches(setting, sm).items():
+            # Pointers count by their dtype, sizes by what the compiler sees of them: whether 16 divides them.
+            identity = (name, *((k, v.dtype if isinstance(v, torch.Tensor) else v) for k, v in sorted(arguments.items())))
+            if identity not in seen:
+                seen.add(identity)
+                label = f"{name.strip('_').removesuffix('_kernel')}: {_label(setting, NO_LOGITS_MAIN)}"
+                quick = sm == 90 and i < len(NO_LOGITS_QUICK)
+                yield Configuration(label, kernel, arguments, limits[name], quick)
+
+
+SURVIVORS_FACTORS: dict[str, Sequence] = {
+    "dtypes": list(NO_LOGITS_DTYPES),
+    "logits": ["float32", "bfloat16"],
+    "softcap": [None, 30.0],
+    "bias": [False, True],
+    "vocab": [128256, 50257],
+}
+SURVIVORS_MAIN = {name: values[0] for name, values in SURVIVORS_FACTORS.items()}
+
+
+def survivors_configurations(sm: int) -> Iterator[Configuration]:
+    """The plausibility mask's z_text, formed only where a token survives."""
+    from kdkernels.ops import triton_survivors
+    from kdkernels.ops.rows import RowSpec
+
+    settings = [SURVIVORS_MAIN]
+    settings += [x for x in covering_array(SURVIVORS_FACTORS, lambda _: True, strength=2) if x not in settings]
+    limits = Limits(registers=255, shared=MACHINES[sm][1], wide_loads=2, rows=("text", "weight", "logits"))
+    for i, setting in enumerate(settings):
+        hidden, weight = NO_LOGITS_DTYPES[setting["dtypes"]]
+        vocab = setting["vocab"]
+        with recorded(triton_survivors, _device_limits=lambda device: _device_limits(sm)) as launches:
+            triton_survivors.contrast_at_survivors(
+                _meta(1408, vocab, dtype=setting["logits"]),
+                _meta(1408, 4096, dtype=hidden),
+                _meta(vocab, 4096, dtype=weight),
+                _meta(vocab, dtype=weight) if setting["bias"] else None,
+                _meta(1408, dtype="int64"),
+                _meta(1408),
+                RowSpec(vocab=vocab, plausibility=0.1, teacher_softcap=setting["softcap"]),
+            )
+        yield Configuration(_label(setting, SURVIVORS_MAIN), *launches[0], limits, quick=sm == 90 and i == 0)
+
+
+LAYER_FACTORS: dict[str, Sequence] = {
+    "dtypes": ["bfloat16", "float16", "float32"],
+    "width": [4096, 576, 3584, 16384],
+    "text": [True, False],
+    "normalize": [False, True],
+    "grads": ["u", "v", "both", "none"],
+}
+LAYER_MAIN = {name: values[0] for name, values in LAYER_FACTORS.items()}
+
+
+def layer_configurations(sm: int) -> Iterator[Configuration]:
+    """The layer MSE: a program keeps its row in registers."""
+    from kdkernels.ops import triton_layers
+
+    settings = [LAYER_MAIN]
+    settings += [x for x in covering_array(LAYER_FACTORS, lambda _: True, strength=2) if x not in settings]
+    for i, setting in enumerate(settings):
+        u, v, text, grad_u, grad_v = (_meta(8192, setting["width"], dtype=setting["dtypes"]) for _ in range(5))
+        with recorded(triton_layers) as launches:
+            triton_layers.layer_rows(
+                u,
+                v,
+                text if setting["text"] else None,
+                _meta(8192, dtype="bool"),
+                _meta(8192),
+                _meta(8192),
+                normalize=setting["normalize"],
+                grad_u=grad_u if setting["grads"] in ("u", "both") else None,
+                grad_v=grad_v if setting["grads"] in ("v", "both") else None,
+            )
+        rows = ["u", "v", *(["text"] if setting["text"] else [])]
+        rows += [f"grad_{x}" for x in "uv" if setting["grads"] in (x, "both")]
+        limits = Limits(
+            registers=128 if setting["width"] < 8192 else 255,
+            shared=4096,
+            wide_loads=2 + setting["text"],
+            narrow_loads=3,  # valid, alpha, the coefficient
+            wide_stores=len([x for x in rows if x.startswith("grad")]),
+            rows=tuple(rows),
+        )
+        yield Configuration(_label(setting, LAYER_MAIN), *launches[0], limits, quick=sm == 90 and i == 0)
+
+
 # kernel's name in the table -> its configurations on a compute capability. A new kernel is a line here.
 Registry = dict[str, Callable[[int], Iterable[Configuration]]]
 REGISTRY: Registry = {
     "caad_rows": row_configurations,
     "scale_rows": scale_configurations,
+    "no_logits": no_logits_configurations,
+    "survivors": survivors_configurations,
+    "layer_rows": layer_configurations,
 }
 
 
@@ -412,13 +571,17 @@ def committed(path: Path, series: str) -> dict[tuple[str, str, str], dict]:
     return {(row["kernel"], row["configuration"], row["sm"]): row for row in rows}
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    """Replaces this Triton's rows; those of others stay."""
+def write(path: Path, rows: list[dict], kernels: Sequence[str] | None = None) -> None:
+    """Replaces this Triton's rows, or those of some kernels; the others stay."""
     columns = ["kernel", "configuration", "sm", "warps", *FIGURES, "triton"]
     others = []
     if path.exists():
         with path.open(newline="") as f:
-            others = [row for row in csv.DictReader(f) if row["triton"] != triton_series()]
+            others = [
+                row
+                for row in csv.DictReader(f)
+                if row["triton"] != triton_series() or (kernels is not None and row["kernel"] not in kernels)
+            ]
     merged = others + [{k: row[k] for k in columns} for row in rows]
     merged.sort(key=lambda row: [int(x) for x in row["triton"].split(".")])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -443,8 +606,8 @@ def main(argv: list[str] | None = None, registry: Registry = REGISTRY) -> int:
         parser.error("TRITON_INTERPRET=1 replaces the compiler at import: unset it")
     if not (TOOLS / "cuobjdump").exists():
         parser.error("this Triton ships no cuobjdump to look at compiled kernels with")
-    if args.write and (args.quick or args.kernel or tuple(args.sm) != CAPABILITIES):
-        parser.error("--write goes with the whole grid alone")
+    if args.write and (args.quick or tuple(args.sm) != CAPABILITIES):
+        parser.error("--write goes with the whole grid alone (of all kernels or of those given)")
 
     before = {} if args.write else committed(args.csv, triton_series())
     rows, wrong = [], []
@@ -479,8 +642,8 @@ def main(argv: list[str] | None = None, registry: Registry = REGISTRY) -> int:
     if not rows:
         print("BREACH nothing was compiled")
         return 1
-    if args.write and not wrong:
-        write(args.csv, rows)
+    if args.write:  # a breach of the limits stays one, whatever is committed
+        write(args.csv, rows, args.kernel)
         print(args.csv)
     print(f"{len(rows)} kernels compiled, {sum(len(found) for _, found in wrong)} breaches")
     return 1 if wrong else 0

@@ -69,6 +69,7 @@ def test_a_good_kernel_passes_until_its_figures_regress(bad, tmp_path):
     aot.write(figures, [row])
     status, output = run_gate("--kernel", "good", "--csv", str(figures))
     assert status == 1
+    assert "BREACH good [good] sm_90: " in output
     assert "128-bit loads, 99 committed" in output
     assert "registers, 0 committed" in output
 
@@ -112,6 +113,10 @@ def test_writing_keeps_the_figures_of_other_tritons(tmp_path):
     assert [(x["triton"], x["registers"]) for x in rows] == [("3.2", "2"), (aot.triton_series(), "81"), ("3.10", "1")]
     assert aot.committed(figures, "3.2")[("k", "c", "90")]["registers"] == "2"
     assert aot.committed(tmp_path / "absent.csv", "3.2") == {}
+    aot.write(figures, [{**row, "kernel": "another", "triton": aot.triton_series()}], ["another"])
+    assert {kernel for kernel, _, _ in aot.committed(figures, aot.triton_series())} == {"k", "another"}
+    aot.write(figures, [{**row, "kernel": "another", "triton": aot.triton_series()}])
+    assert {kernel for kernel, _, _ in aot.committed(figures, aot.triton_series())} == {"another"}
 
 
 def test_a_covering_array_covers():
