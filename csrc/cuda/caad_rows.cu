@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       AudioMax audio_max;
       for (int chunk = 0; chunk < chunks; ++chunk) {
         barrier_wait(base + 8 * chunk, parity);
-        add_audio_max<TRANSFORM>(p, slice, in_chunk(columns, chunk), audio_max);
+        add_audio_max<TRANSFORM>(p, slice, in_chunk(columns, chunk, slice.columns), audio_max);
       }
       threshold = merged_cluster<DIVERGENCE>(audio_max, f, memory, rank, blocks, exchange).value + p.log_plausibility;
     }
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     RowSums sums;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       barrier_wait(base + 8 * chunk, parity);
-      add_group<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk), sums);
+      add_group<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk, slice.columns), sums);
     }
     if (thread == 0) add_label(p, slice, r, sums);
     sums = merged_cluster<DIVERGENCE>(sums, f, memory, rank, blocks, exchange);
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     JsdSums jsd;
     if (DIVERGENCE == JSD && p.with_kd) {
       for (int chunk = 0; chunk < chunks; ++chunk)
-        add_jsd<TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk), k, jsd);
+        add_jsd<TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk, slice.columns), k, jsd);
       jsd = merged_cluster<DIVERGENCE>(jsd, f, memory, rank, blocks, exchange);
     }
     finish_row<DIVERGENCE>(p, f, r, sums, jsd, k);
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     char* grad = want_grad ? row_address(p, p.grad, row, slice.start) : nullptr;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (want_grad)
-        write_gradient<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk), k, grad);
+        write_gradient<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk, slice.columns), k, grad);
       if (next < rows) {
         __syncthreads();  // the block is through with this chunk
         if (thread == 0) fetch_chunk(p, layout, base, from, slice.columns, chunk);

@@ -118,6 +118,10 @@ class Cluster {
     if (from.text) copy(layout_.text_offset, from.text, item_bytes(p.text.dtype));
   }
 
+  Columns columns(const Slice& slice, int chunk, int thread) const {
+    return in_chunk(columns_of(layout_.arrangement, thread), chunk, slice.columns);
+  }
+
   // phase(slice, columns, value) for every group of every thread of every block; a T a thread.
   template <class T, class Phase>
   std::vector<T> each_thread(Phase phase) {
@@ -125,7 +129,7 @@ class Cluster {
     for (int b = 0; b < layout_.blocks; ++b)
       for (int chunk = 0; chunk < blocks_[b].chunks; ++chunk)
         for (int t = 0; t < THREADS; ++t)
-          phase(blocks_[b].slice, in_chunk(columns_of(layout_.arrangement, t), chunk), threads[b * THREADS + t]);
+          phase(blocks_[b].slice, columns(blocks_[b].slice, chunk, t), threads[b * THREADS + t]);
     return threads;
   }
 
@@ -158,7 +162,7 @@ class Cluster {
         if (p.grad.data != 0) {
           char* grad = row_address(p, p.grad, row, block.slice.start);
           for (int t = 0; t < THREADS; ++t) {
-            const Columns c = in_chunk(columns_of(layout_.arrangement, t), chunk);
+            const Columns c = columns(block.slice, chunk, t);
             write_gradient<DIVERGENCE, TRANSFORM>(p, f, block.slice, r, threshold, c, k, grad);
           }
         }

@@ -167,20 +167,25 @@ KD_HOST_DEVICE float highest(const float (&x)[GROUP]) {
 // The two halves of a thread's group: columns first + e, and second + e, e < 4, of the block's slice.
 struct Columns {
   int first, second;
+  bool inside;  // the whole chunk is valid: the same for all threads, and spares the usual chunk what the last one needs
 };
 
 // In chunk 0.
 KD_HOST_DEVICE Columns columns_of(int arrangement, int thread) {
   if (arrangement == SPLIT) {
     const int first = thread / 32 * WARP_COLUMNS + thread % 32 * 4;
-    return {first, first + WARP_COLUMNS / 2};
+    return {first, first + WARP_COLUMNS / 2, false};
   }
   const int first = thread * GROUP;
-  if (arrangement == SWAPPED && (thread & 4) != 0) return {first + 4, first};
-  return {first, first + 4};
+  if (arrangement == SWAPPED && (thread & 4) != 0) return {first + 4, first, false};
+  return {first, first + 4, false};
 }
 
-KD_HOST_DEVICE Columns in_chunk(Columns c, int chunk) { return {c.first + chunk * CHUNK, c.second + chunk * CHUNK}; }
+// `columns` are valid in the slice.
+KD_HOST_DEVICE Columns in_chunk(Columns c, int chunk, int columns) {
+  const int at = chunk * CHUNK;
+  return {c.first + at, c.second + at, at + CHUNK <= columns};
+}
 
 // Address of a row's column `start`.
 KD_HOST_DEVICE char* row_address(const RowProblem& p, const RowTensor& t, std::int64_t row, int start) {
@@ -259,6 +264,9 @@ struct Slice {
   int columns;  // valid ones
 };
 
+// Of a group whose halves are neighbours.
+KD_HOST_DEVICE int leftmost(Columns c) { return c.second < c.first ? c.second : c.first; }
+
 // -- reading ------------------------------------------------------------------------------------------------------------------
 
 // Volatile, as the waiting for the copies is: what stands after it stays there.
@@ -280,9 +288,11 @@ KD_HOST_DEVICE void store_16_bytes(char* address, const std::uint32_t (&words)[4
 #endif
 }
 
-KD_HOST_DEVICE void swap_halves(std::uint32_t (&words)[4], bool swap) {
-  const std::uint32_t a = words[0], b = words[1], c = words[2], d = words[3];
-  words[0] = swap ? c : a, words[1] = swap ? d : b, words[2] = swap ? a : c, words[3] = swap ? b : d;
+KD_HOST_DEVICE void swap_halves(std::uint32_t (&words)[4], Columns c) {
+  const bool swap = c.second < c.first;
+  const std::uint32_t lower[2] = {words[0], words[1]}, upper[2] = {words[2], words[3]};
+  words[0] = swap ? upper[0] : lower[0], words[1] = swap ? upper[1] : lower[1];
+  words[2] = swap ? lower[0] : upper[0], words[3] = swap ? lower[1] : upper[1];
 }
 
 KD_HOST_DEVICE void load_group(SharedAddress slice, int dtype, Columns c, float (&x)[GROUP]) {
@@ -294,9 +304,8 @@ KD_HOST_DEVICE void load_group(SharedAddress slice, int dtype, Columns c, float 
     KD_UNROLL for (int e = 0; e < 4; ++e) x[4 + e] = as_float(words[e]);
     return;
   }
-  const bool swap = c.second < c.first;
-  load_16_bytes(slice + (swap ? c.second : c.first) * 2, words);
-  swap_halves(words, swap);
+  load_16_bytes(slice + leftmost(c) * 2, words);
+  swap_halves(words, c);
   if (dtype == BF16) {
     KD_UNROLL for (int e = 0; e < 4; ++e) x[2 * e] = as_float(words[e] << 16), x[2 * e + 1] = as_float(words[e] & 0xffff0000u);
   } else {
@@ -322,8 +331,12 @@ KD_HOST_DEVICE void transform_group(float (&x)[GROUP], float scale, float softca
   KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = transformed(x[e], scale, softcap, slope);
 }
 
-KD_HOST_DEVICE bool is_whole(const Slice& s, Columns c) { return c.first + 4 <= s.columns && c.second + 4 <= s.columns; }
-KD_HOST_DEVICE bool is_beyond(const Slice& s, Columns c) { return c.first >= s.columns && c.second >= s.columns; }
+KD_HOST_DEVICE bool is_whole(const Slice& s, Columns c) {
+  return c.inside || (c.first + 4 <= s.columns && c.second + 4 <= s.columns);
+}
+KD_HOST_DEVICE bool is_beyond(const Slice& s, Columns c) {
+  return !c.inside && c.first >= s.columns && c.second >= s.columns;
+}
 
 // Columns beyond the vocabulary: what lies there in shared memory is not the row's.
 KD_HOST_DEVICE void mask_beyond(const Slice& s, Columns c, float (&x)[GROUP]) {
@@ -669,10 +682,9 @@ KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable,
     }
     return;
   }
-  const bool swap = c.second < c.first;
-  const int column = swap ? c.second : c.first;
+  const int column = leftmost(c);
   KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = pack(x[2 * e], x[2 * e + 1], dtype == BF16);
-  swap_halves(words, swap);
+  swap_halves(words, c);
   if (column + GROUP <= writable) {
     store_16_bytes(slice + column * 2, words);
     return;
