@@ -533,7 +533,7 @@ def _merge_kernel(
         tl.store(kd_ptr + token, 0.0)
 
 
-def _tiles(n_tokens: int, itemsize: int, operands: int, limits: _Limits) -> dict[str, int]:
+def _tiles(n_tokens: int, itemsize: int, operands: int, limits: _Limits, products: int = 2) -> dict[str, int]:
     """BLOCK_M, BLOCK_E, BLOCK_K, SLICE and launch options of the GEMM kernels.
 
     The pipeline has as many stages as shared memory holds of one weight's tile and ``operands`` tiles of hidden states. A slice
@@ -542,11 +542,13 @@ def _tiles(n_tokens: int, itemsize: int, operands: int, limits: _Limits) -> dict
     if itemsize == 4:  # no tensor cores: float32 products are exact ones
         rows, columns, inner = 64, 64, 32
     else:
-        # Where tensor cores take their operands from registers (not on sm_90 to sm_110) a step of 64 spills.
-        rows, columns, inner = (128 if n_tokens > 64 else 64), 128, (64 if 9 <= limits.capability < 12 else 32)
+        # A step of 64 spills where tensor cores take their operands from registers (all but sm_90 to sm_110), and where a
+        # program forms three products.
+        rows, columns = (128 if n_tokens > 64 else 64), 128
+        inner = 64 if 9 <= limits.capability < 12 and products < 3 else 32
     stage = (columns + rows * operands) * inner * itemsize
     # Left to itself, ptxas spills float32's accumulators to fit one more block.
-    registers = {"maxnreg": 168} if itemsize == 4 else {}
+    registers = {"maxnreg": 255} if itemsize == 4 else {}
     return {
         "BLOCK_M": rows,
         "BLOCK_E": columns,
@@ -772,12 +774,14 @@ class _Plan:
     scratch_bytes: int
 
 
-def _plan(n: int, vocab: int, teacher_width: int, itemsize: int, second_is: int, spec: RowSpec, device) -> _Plan:
+def _plan(
+    n: int, vocab: int, teacher_width: int, itemsize: int, second_is: int, spec: RowSpec, device: torch.device
+) -> _Plan:
     limits = _device_limits(device)
-    tiles = _tiles(n, itemsize, 2 if second_is == _LOW.value else 1, limits)
+    products = 1 if not spec.with_kd else 3 if second_is == _TEXT.value else 2
+    tiles = _tiles(n, itemsize, 2 if second_is == _LOW.value else 1, limits, products)
     token_tiles = math.ceil(n / tiles["BLOCK_M"])
     splits, per_split = _split_count(token_tiles, math.ceil(vocab / tiles["BLOCK_E"]), limits.processors)
-    products = 1 if not spec.with_kd else 3 if second_is == _TEXT.value else 2
     operands = {_LOW.value: 2 * itemsize, _TEXT.value: 0, _NOTHING.value: 4}[second_is] * teacher_width
     scratch = 4 * token_tiles * splits * products * tiles["BLOCK_M"] * tiles["BLOCK_E"]
     scratch += n * (operands + 4 * (_FIELDS + 1) * splits)
