@@ -22,6 +22,7 @@ Legend: N tokens, V valid ids, H_s / H_t hidden widths, M x E a tile of tokens a
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -561,6 +562,7 @@ def _tiles(n_tokens: int, itemsize: int, operands: int, limits: _Limits, product
     }
 
 
+@functools.cache
 def _split_count(token_tiles: int, vocab_tiles: int, processors: int) -> tuple[int, int]:
     """(splits, tiles of the vocabulary a split): the fewest splits within 5% of the shortest time in waves of programs."""
 
