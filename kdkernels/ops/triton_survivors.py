@@ -197,7 +197,7 @@ def _survivors_arguments(
         "UPCAST": _upcast(text_hidden, weight),
         **tiles,
         "BLOCK_E": COLUMNS,
-        "maxnreg": 224,  # left to itself, ptxas spills to fit one more block
+        "maxnreg": 255,  # left to itself, ptxas spills to fit one more block
     }
 
 
