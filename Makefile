@@ -31,7 +31,8 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	$(BIN)/python -m benchmarks.rows --write
 	$(BIN)/python -m benchmarks.linear --write
-	for sweep in tokens vocab width chunk threads; do $(BIN)/python -m benchmarks.linear --sweep $$sweep --write || exit 1; done
+	for sweep in tokens vocab width chunk; do $(BIN)/python -m benchmarks.linear --sweep $$sweep --write || exit 1; done
+	$(BIN)/python -m benchmarks.linear --device cpu --sweep threads --write
 	$(BIN)/python -m benchmarks.memory --write
 	$(BIN)/python -m benchmarks.accuracy --write
 	$(BIN)/python -m benchmarks.peers --write
