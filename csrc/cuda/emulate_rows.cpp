@@ -1,11 +1,177 @@
-// The one-read row kernel on a CPU, for the tests: the phases of row_phases.cuh thread by thread and block by block, with the
-// kernel's own layout, copies and order of merging. Only the hardware's part (barriers, the copy engine, addresses in other blocks'
-// shared memory) is left to the GPU. A C interface, so that a test can compile this file alone and call it.
+// The one-read row kernel on a CPU, for the tests; a C interface, so that a test can compile this file alone and call it.
+//
+// emulate_rows runs the phases of row_phases.cuh thread by thread and block by block, with the kernel's own layout, copies and order
+// of merging: quick, and free of everything that could go wrong between threads.
+//
+// run_kernel runs row_kernel.cuh itself, each CUDA thread a coroutine, in an order drawn from a seed wherever barriers leave one.
+// Copies arrive late and out of order, and their destination is NaN until they do. So a missing barrier, a barrier that not all reach,
+// memory that is reused too early, or a slot that is written before it was read shows as a deadlock or as other bits than those of
+// emulate_rows. What is left to the GPU is whether its instructions do what their manual says.
+
+#include <ucontext.h>
 
 #include <algorithm>
+#include <map>
+#include <memory>
+#include <random>
 #include <vector>
 
 #include "row_phases.cuh"
+
+#define DEVICE inline
+
+namespace kdkernels::cuda {
+namespace {
+
+// -- the machine ----------------------------------------------------------------------------------------------------------------
+
+// Of threads: opens when all have arrived.
+struct ThreadBarrier {
+  int expected = 0, arrived = 0;
+  std::uint64_t generation = 0;
+
+  void arrive() {
+    if (++arrived == expected) arrived = 0, ++generation;
+  }
+};
+
+// Of copies, as an mbarrier initialised for one arrival: a phase completes when that and all announced bytes have arrived.
+struct CopyBarrier {
+  bool arrived = false;
+  std::int64_t bytes = 0;
+  std::uint64_t generation = 0;
+
+  void settle() {
+    if (arrived && bytes == 0) arrived = false, ++generation;
+  }
+};
+
+struct PendingCopy {
+  char* to;
+  const char* from;
+  std::uint32_t bytes;
+  CopyBarrier* barrier;
+};
+
+struct Warp {
+  ThreadBarrier barrier;
+  float lanes[2][32];
+};
+
+struct MachineBlock {
+  std::vector<std::uint32_t> memory;
+  std::vector<Warp> warps = std::vector<Warp>(WARPS);
+  std::map<const char*, CopyBarrier> copy_barriers;
+  ThreadBarrier barrier;
+
+  char* bytes() { return reinterpret_cast<char*>(memory.data()); }
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  int block, index;
+  const std::uint64_t* watched = nullptr;  // not to be run before this has changed from `seen`
+  std::uint64_t seen = 0, cluster_generation = 0;
+  bool done = false;
+};
+
+struct Machine {
+  std::vector<MachineBlock> blocks;
+  std::vector<Thread> threads;
+  std::vector<PendingCopy> copies;
+  ThreadBarrier cluster_barrier;
+  ucontext_t scheduler;
+  Thread* current = nullptr;
+  std::int64_t cluster = 0, clusters = 0;
+  bool broken = false;
+
+  MachineBlock& block() { return blocks[current->block]; }
+
+  void wait(const std::uint64_t& generation, std::uint64_t seen) {
+    if (generation != seen) return;
+    current->watched = &generation;
+    current->seen = seen;
+    swapcontext(&current->context, &scheduler);
+  }
+};
+
+Machine* machine;  // the one that runs
+
+DEVICE int thread_index() { return machine->current->index; }
+DEVICE int cluster_rank() { return machine->current->block; }
+DEVICE int block_index() { return static_cast<int>(machine->cluster * machine->blocks.size()) + cluster_rank(); }
+DEVICE int grid_blocks() { return static_cast<int>(machine->clusters * machine->blocks.size()); }
+DEVICE char* block_memory() { return machine->block().bytes(); }
+
+DEVICE void block_barrier() {
+  ThreadBarrier& barrier = machine->block().barrier;
+  const std::uint64_t seen = barrier.generation;
+  barrier.arrive();
+  machine->wait(barrier.generation, seen);
+}
+
+DEVICE void cluster_arrive() {
+  machine->current->cluster_generation = machine->cluster_barrier.generation;
+  machine->cluster_barrier.arrive();
+}
+
+DEVICE void cluster_wait() { machine->wait(machine->cluster_barrier.generation, machine->current->cluster_generation); }
+
+// Buffers alternate: whoever writes one again has passed a barrier that its readers reached after reading.
+DEVICE float from_lane(float x, int lane) {
+  Warp& warp = machine->block().warps[thread_index() / 32];
+  const std::uint64_t seen = warp.barrier.generation;
+  float(&lanes)[32] = warp.lanes[seen % 2];
+  lanes[thread_index() % 32] = x;
+  warp.barrier.arrive();
+  machine->wait(warp.barrier.generation, seen);
+  return lane < 32 ? lanes[lane] : x;
+}
+
+DEVICE float shuffle_down(float x, int lanes) { return from_lane(x, thread_index() % 32 + lanes); }
+DEVICE float shuffle_first(float x) { return from_lane(x, 0); }
+
+DEVICE SharedAddress fixed_address(const char* p) { return p; }
+DEVICE void barrier_init(SharedAddress barrier) { machine->block().copy_barriers[barrier] = CopyBarrier(); }
+DEVICE void publish_barriers() {}
+
+DEVICE CopyBarrier& copy_barrier(SharedAddress address) {
+  const auto found = machine->block().copy_barriers.find(address);
+  if (found != machine->block().copy_barriers.end()) return found->second;
+  machine->broken = true;
+  static CopyBarrier none;
+  return none;
+}
+
+DEVICE void barrier_expect(SharedAddress address, std::uint32_t bytes) {
+  CopyBarrier& barrier = copy_barrier(address);
+  if (barrier.arrived) machine->broken = true;  // announced twice in one phase
+  barrier.arrived = true;
+  barrier.bytes += bytes;
+  barrier.settle();
+}
+
+DEVICE void barrier_wait(SharedAddress address, std::uint32_t parity) {
+  CopyBarrier& barrier = copy_barrier(address);
+  while (barrier.generation % 2 == parity && !machine->broken) machine->wait(barrier.generation, barrier.generation);
+}
+
+DEVICE void bulk_copy(SharedAddress to, const char* from, std::uint32_t bytes, SharedAddress address) {
+  char* target = const_cast<char*>(to);
+  if (bytes % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0 || (to - block_memory()) % 16 != 0) machine->broken = true;
+  std::fill_n(reinterpret_cast<std::uint32_t*>(target), bytes / 4, 0x7fffffffu);
+  machine->copies.push_back({target, from, bytes, &copy_barrier(address)});
+}
+
+DEVICE void store_remote(SharedAddress local, int rank, const float* v) {
+  std::memcpy(machine->blocks[rank].bytes() + (local - block_memory()), v, 16);
+}
+
+}  // namespace
+}  // namespace kdkernels::cuda
+
+#include "row_kernel.cuh"
 
 namespace kdkernels::cuda {
 namespace {
@@ -19,9 +185,11 @@ struct Block {
   char* bytes() { return reinterpret_cast<char*>(memory.data()); }
 };
 
+// -- the phases in sequence ---------------------------------------------------------------------------------------------------
+
 // The merge of the lower 2 * half values, pairwise from far to near, as shuffles down a warp do it.
 template <int DIVERGENCE, class T>
-T merged_lanes(std::vector<T> values, int half, const Formula& f) {
+T merged_values(std::vector<T> values, int half, const Formula& f) {
   for (int offset = half; offset > 0; offset /= 2)
     for (int lane = 0; lane < offset; ++lane) values[lane] = T::template merge<DIVERGENCE>(values[lane], values[lane + offset], f);
   return values[0];
@@ -29,17 +197,17 @@ T merged_lanes(std::vector<T> values, int half, const Formula& f) {
 
 // threads[b * THREADS + t]: what thread t of block b holds.
 template <int DIVERGENCE, class T>
-T merged_cluster(const std::vector<T>& threads, int blocks, const Formula& f) {
+T merged_threads(const std::vector<T>& threads, int blocks, const Formula& f) {
   std::vector<T> of_blocks(MAX_BLOCKS);
   for (int b = 0; b < blocks; ++b) {
     std::vector<T> of_warps;
     for (int w = 0; w < WARPS; ++w) {
       const auto first = threads.begin() + b * THREADS + w * 32;
-      of_warps.push_back(merged_lanes<DIVERGENCE>(std::vector<T>(first, first + 32), 16, f));
+      of_warps.push_back(merged_values<DIVERGENCE>(std::vector<T>(first, first + 32), 16, f));
     }
-    of_blocks[b] = merged_lanes<DIVERGENCE>(of_warps, WARPS / 2, f);
+    of_blocks[b] = merged_values<DIVERGENCE>(of_warps, WARPS / 2, f);
   }
-  return merged_lanes<DIVERGENCE>(of_blocks, MAX_BLOCKS / 2, f);
+  return merged_values<DIVERGENCE>(of_blocks, MAX_BLOCKS / 2, f);
 }
 
 template <int DIVERGENCE, bool TRANSFORM>
@@ -138,18 +306,18 @@ class Cluster {
     if (p.has_plausibility && reads_teacher(p)) {
       const auto maxima =
           each_thread<AudioMax>([&](const Slice& s, Columns c, AudioMax& m) { add_audio_max<TRANSFORM>(p, s, c, m); });
-      threshold = merged_cluster<DIVERGENCE>(maxima, layout_.blocks, f).value + p.log_plausibility;
+      threshold = merged_threads<DIVERGENCE>(maxima, layout_.blocks, f).value + p.log_plausibility;
     }
     auto threads = each_thread<RowSums>(
         [&](const Slice& s, Columns c, RowSums& sums) { add_group<DIVERGENCE, TRANSFORM>(p, f, s, r, threshold, c, sums); });
     for (int b = 0; b < layout_.blocks; ++b) add_label(p, blocks_[b].slice, r, threads[b * THREADS]);
-    const RowSums sums = merged_cluster<DIVERGENCE>(threads, layout_.blocks, f);
+    const RowSums sums = merged_threads<DIVERGENCE>(threads, layout_.blocks, f);
     RowScalars k = normalised(sums, f);
     JsdSums jsd;
     if (DIVERGENCE == JSD && p.with_kd) {
       const auto parts =
           each_thread<JsdSums>([&](const Slice& s, Columns c, JsdSums& j) { add_jsd<TRANSFORM>(p, f, s, r, threshold, c, k, j); });
-      jsd = merged_cluster<DIVERGENCE>(parts, layout_.blocks, f);
+      jsd = merged_threads<DIVERGENCE>(parts, layout_.blocks, f);
     }
     finish_row<DIVERGENCE>(p, f, r, sums, jsd, k);
     reinterpret_cast<float*>(p.kd)[row] = k.kd;
@@ -178,6 +346,106 @@ void run_clusters(const RowProblem& p, const RowLayout& layout, std::int64_t clu
   for (std::int64_t first = 0; first < clusters; ++first) Cluster<DIVERGENCE, TRANSFORM>(p, layout, clusters).run(first);
 }
 
+// -- the kernel -------------------------------------------------------------------------------------------------------------------
+
+template <int DIVERGENCE, bool TRANSFORM>
+struct Arguments {
+  static const RowProblem* problem;
+  static const RowLayout* layout;
+
+  static void enter() {
+    run_thread<DIVERGENCE, TRANSFORM>(*problem, *layout);
+    machine->current->done = true;
+  }
+};
+template <int DIVERGENCE, bool TRANSFORM>
+const RowProblem* Arguments<DIVERGENCE, TRANSFORM>::problem;
+template <int DIVERGENCE, bool TRANSFORM>
+const RowLayout* Arguments<DIVERGENCE, TRANSFORM>::layout;
+
+// Apart from its caller's variables, because getcontext is a call that might return twice.
+[[gnu::noinline]] void prepare(Thread& thread, ucontext_t* scheduler, void (*entry)()) {
+  constexpr std::size_t STACK_BYTES = 64 << 10;
+  thread.stack = std::make_unique<char[]>(STACK_BYTES);
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.get();
+  thread.context.uc_stack.ss_size = STACK_BYTES;
+  thread.context.uc_link = scheduler;
+  makecontext(&thread.context, entry, 0);
+}
+
+// False where threads wait for what cannot come, or copies are used as they may not be.
+template <int DIVERGENCE, bool TRANSFORM>
+bool run_machine(const RowProblem& p, const RowLayout& layout, std::int64_t cluster, std::int64_t clusters, std::uint64_t seed) {
+  using Entry = Arguments<DIVERGENCE, TRANSFORM>;
+  Entry::problem = &p;
+  Entry::layout = &layout;
+  Machine m;
+  machine = &m;
+  m.cluster = cluster;
+  m.clusters = clusters;
+  m.cluster_barrier.expected = layout.blocks * THREADS;
+  m.blocks.resize(layout.blocks);
+  m.threads.resize(static_cast<std::size_t>(layout.blocks) * THREADS);
+  for (int b = 0; b < layout.blocks; ++b) {
+    m.blocks[b].memory.assign(layout.bytes / 4, 0x7fffffffu);
+    m.blocks[b].barrier.expected = THREADS;
+    for (Warp& warp : m.blocks[b].warps) warp.barrier.expected = 32;
+    for (int t = 0; t < THREADS; ++t) {
+      Thread& thread = m.threads[b * THREADS + t];
+      thread.block = b;
+      thread.index = t;
+      prepare(thread, &m.scheduler, &Entry::enter);
+    }
+  }
+
+  std::mt19937_64 random(seed);
+  const auto deliver = [&] {
+    std::swap(m.copies[random() % m.copies.size()], m.copies.back());
+    const PendingCopy copy = m.copies.back();
+    m.copies.pop_back();
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    copy.barrier->bytes -= copy.bytes;
+    copy.barrier->settle();
+  };
+  std::vector<Thread*> order;
+  for (Thread& thread : m.threads) order.push_back(&thread);
+  std::size_t left = order.size();
+  // A warp stands still until the others can do no more, then it is another one's turn: the most unfair order there is.
+  const int warps = layout.blocks * WARPS, nobody = -1;
+  int still = nobody;
+  while (left > 0 && !m.broken) {
+    std::shuffle(order.begin(), order.end(), random);
+    bool progress = false;
+    for (Thread* thread : order) {
+      if (thread->done || (thread->watched && *thread->watched == thread->seen)) continue;
+      if (thread->block * WARPS + thread->index / 32 == still) continue;
+      if (!m.copies.empty() && random() % 256 == 0) deliver();
+      thread->watched = nullptr;
+      m.current = thread;
+      swapcontext(&m.scheduler, &thread->context);
+      left -= thread->done;
+      progress = true;
+    }
+    if (!progress && still != nobody) {
+      still = nobody;
+    } else if (!progress) {
+      if (m.copies.empty()) return false;
+      deliver();
+    } else if (still == nobody) {
+      still = static_cast<int>(random() % warps);
+    }
+  }
+  return left == 0 && m.copies.empty() && !m.broken;
+}
+
+template <int DIVERGENCE, bool TRANSFORM>
+bool run_machines(const RowProblem& p, const RowLayout& layout, std::int64_t clusters, std::uint64_t seed) {
+  for (std::int64_t cluster = 0; cluster < clusters; ++cluster)
+    if (!run_machine<DIVERGENCE, TRANSFORM>(p, layout, cluster, clusters, seed + cluster)) return false;
+  return true;
+}
+
 }  // namespace
 }  // namespace kdkernels::cuda
 
@@ -197,4 +465,17 @@ extern "C" int emulate_rows(const RowProblem* problem, int blocks, int shared_by
   };
   RUN[problem->divergence][is_transformed(*problem)](*problem, layout, std::min(clusters, rows_of(*problem)));
   return layout.arrangement;
+}
+
+// The same by the kernel's own code, threads in the order of `seed`. Returns -2 where they do not all come to an end.
+extern "C" int run_kernel(const RowProblem* problem, int blocks, int shared_bytes, std::int64_t clusters, std::uint64_t seed) {
+  const RowLayout layout = layout_of(*problem, blocks, shared_bytes);
+  if (layout.blocks == 0) return -1;
+  constexpr bool (*RUN[3][2])(const RowProblem&, const RowLayout&, std::int64_t, std::uint64_t) = {
+      {run_machines<FORWARD_KL, false>, run_machines<FORWARD_KL, true>},
+      {run_machines<REVERSE_KL, false>, run_machines<REVERSE_KL, true>},
+      {run_machines<JSD, false>, run_machines<JSD, true>},
+  };
+  const bool ended = RUN[problem->divergence][is_transformed(*problem)](*problem, layout, std::min(clusters, rows_of(*problem)), seed);
+  return ended ? layout.arrangement : -2;
 }

@@ -1,7 +1,8 @@
 """The CUDA C++ row kernel against the eager formula in float64: on the GPU where there is one, emulated on the CPU everywhere.
 
 The emulation (csrc/cuda/emulate_rows.cpp) runs the kernel's own arithmetic, layout, copies and order of merging, thread by
-thread. What only the GPU shows are barriers, the copy engine and the addresses in other blocks' shared memory.
+thread; and, in some tests, the kernel's own code with its threads in random orders. What only the GPU shows is whether the
+primitives under it, in PTX, do what is expected of them.
 """
 
 from __future__ import annotations
@@ -68,10 +69,27 @@ class Emulated:
         kd, ce = torch.full((2, rows), math.nan).unbind(0)
         problem = RowProblem()
         keep = cuda_caad.fill_problem(problem, RowTensor, *arguments, grad, kd, ce)
-        arrangement = self.library.emulate_rows(ctypes.byref(problem), blocks, SHARED_BYTES, ctypes.c_int64(clusters))
+        arrangement = self.start(problem, blocks, clusters)
         del keep
         assert arrangement >= 0, "the row does not fit"
         return RowResult(kd=kd, ce=ce, stats=None)
+
+    def start(self, problem: RowProblem, blocks: int, clusters: int) -> int:
+        return self.library.emulate_rows(ctypes.byref(problem), blocks, SHARED_BYTES, ctypes.c_int64(clusters))
+
+
+class Scheduled(Emulated):
+    """The kernel's own code, its threads in the order of a seed wherever its barriers leave one."""
+
+    def __init__(self, library: ctypes.CDLL, seed: int) -> None:
+        super().__init__(library)
+        self.seed = seed
+
+    def start(self, problem: RowProblem, blocks: int, clusters: int) -> int:
+        address, clusters = ctypes.byref(problem), ctypes.c_int64(clusters)
+        arrangement = self.library.run_kernel(address, blocks, SHARED_BYTES, clusters, ctypes.c_uint64(self.seed))
+        assert arrangement != -2, "a deadlock, or copies used as they may not be"
+        return arrangement
 
 
 class OnDevice:
@@ -562,6 +580,47 @@ def test_every_bf16_and_fp16_value(emulator):
         spec = RowSpec(vocab=student.shape[-1], with_kd=False)
         target = torch.tensor([5])
         check(rows, (student, student, None, target, one, one, one), spec, blocks=1)
+
+
+# -- the kernel's own code, in any order of threads ------------------------------------------------------------------------
+
+SCHEDULES = {
+    "one block, chunks": ({"vocab": 9001}, {"blocks": 1, "clusters": 2}, {}),
+    "two blocks, fp32": ({"vocab": 600}, {"blocks": 2, "clusters": 1}, {}),
+    "four blocks, mixed": ({"vocab": 17000, "dtypes": (FP32, BF16)}, {"blocks": 4, "clusters": 2}, {}),
+    "reverse": ({"vocab": 5000, "dtypes": (BF16, BF16)}, {"blocks": 2, "clusters": 1}, {"divergence": "reverse_kl"}),
+    "jsd, plausibility": (
+        {"vocab": 5000, "dtypes": (BF16, BF16)},
+        {"blocks": 2, "clusters": 2},
+        {"divergence": "jsd", "plausibility": 0.01, "temperature": 3.0},
+    ),
+    "softcap": ({"vocab": 300}, {"blocks": 4, "clusters": 1}, {"student_softcap": 4.0, "temperature": 1.0}),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_no_order_of_threads_changes_a_bit(emulator, case, seed):
+    """Rows follow each other through the same shared memory, some are ignored, one does without its text path."""
+    inputs, launch, options = SCHEDULES[case]
+    arguments = make(Emulated(emulator), 5, **inputs, seed=seed)
+    spec = RowSpec(vocab=inputs["vocab"], **options)
+    expected, expected_grad = run(Emulated(emulator), *arguments, spec, **launch)
+    result, grad = run(Scheduled(emulator, seed), *arguments, spec, **launch)
+    assert torch.equal(result.kd, expected.kd) and torch.equal(result.ce, expected.ce)
+    assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_no_order_of_threads_overwrites_logits_before_they_are_read(emulator, dtype):
+    student, *others = make(Emulated(emulator), 4, 8000)
+    spec = RowSpec(vocab=8000)
+    expected, expected_grad = run(Emulated(emulator), student, *others, spec, grad_dtype=dtype)
+    for seed in range(2):
+        memory = student.contiguous().clone()
+        grad = memory.view(dtype).as_strided(student.shape, (0, 8000 * 4 // dtype.itemsize, 1))
+        result = Scheduled(emulator, seed)(memory, *others, spec, grad=grad, clusters=2)
+        assert torch.equal(result.kd, expected.kd) and torch.equal(grad, expected_grad)
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------------------
