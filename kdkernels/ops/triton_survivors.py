@@ -25,11 +25,12 @@ from .rows import RowSpec
 from .triton_caad import _FLOOR, _MASKED, _contrast, _device_of, _logit_with_slope
 from .triton_no_logits import _device_limits, _Limits, _product, _tiles, _upcast
 
-# Survivors a tile from which the dense product is cheaper, reasoned and not measured: for H_t 4096 a 128 x 64 tile is 67 MFLOP,
-# 20 us at 3.3 TFLOP/s a multiprocessor; a dot product reads two rows of 8 KiB out of L2 and reduces them, about 1 us.
-DENSE_FROM = 20
-# The dense product and z_audio are in registers together: half a GEMM kernel's tile.
-COLUMNS = 64
+# The dense product and z_audio are in registers together, one address a logit where rows are not aligned: a quarter of a GEMM
+# kernel's tile.
+ROWS, ROWS_FP32, COLUMNS = 64, 32, 64
+# Survivors a tile from which the dense product is cheaper, reasoned and not measured: for H_t 4096 a tile is 34 MFLOP, 13 us at
+# 2.6 TFLOP/s a multiprocessor; a dot product reads two rows of 8 KiB out of L2 and reduces them, about 1 us.
+DENSE_FROM = 12
 
 
 @triton.jit
@@ -170,7 +171,9 @@ def _survivors_arguments(
 ) -> dict[str, object]:
     """Arguments of _survivors_kernel, and launch options."""
     width = text_hidden.shape[1]
-    tiles = _tiles(audio_logits.shape[0], max(text_hidden.element_size(), weight.element_size()), 1, limits)
+    itemsize = max(text_hidden.element_size(), weight.element_size())
+    tiles = _tiles(audio_logits.shape[0], itemsize, 1, limits)
+    inner = 16 if itemsize == 4 else tiles["BLOCK_K"]
     return {
         "logits_ptr": audio_logits,
         "row_max_ptr": row_max,
@@ -193,10 +196,12 @@ def _survivors_arguments(
         "DENSE_FROM": DENSE_FROM,
         "SCALE": float(spec.teacher_scale),
         "SOFTCAP": spec.teacher_softcap,
-        "EVEN": width % tiles["BLOCK_K"] == 0,
+        "EVEN": width % inner == 0,
         "UPCAST": _upcast(text_hidden, weight),
         **tiles,
+        "BLOCK_M": ROWS_FP32 if itemsize == 4 else ROWS,
         "BLOCK_E": COLUMNS,
+        "BLOCK_K": inner,
         "maxnreg": 255,  # left to itself, ptxas spills to fit one more block
     }
 
