@@ -541,7 +541,7 @@ def _tiles(n_tokens: int, itemsize: int, operands: int, limits: _Limits, product
     is 16 or fewer logits a thread and tensor. Fixed, because a tuner would have to synchronise.
     """
     if itemsize == 4:  # no tensor cores: float32 products are exact ones
-        rows, columns, inner = 64, 64, 32
+        rows, columns, inner = 64, 64, (32 if products < 3 else 16)
     else:
         # A step of 64 spills where tensor cores take their operands from registers (all but sm_90 to sm_110), and where a
         # program forms three products.
