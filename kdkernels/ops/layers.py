@@ -18,16 +18,16 @@ from torch import Tensor
 
 from . import layer_rows, native
 from .chunking import plan_chunks
-from .linear import (
-    _add_weight_gradient,
-    _contrastive_hidden,
-    _gemm,
-    _gradient_view,
-    _hidden_gradient,
-    _return_scratch,
-    _spread,
-    _take_scratch,
-    _zero_weight_gradient,
+from .gemm import (
+    add_weight_gradient,
+    contrastive_hidden,
+    gemm,
+    gradient_view,
+    hidden_gradient,
+    return_scratch,
+    spread,
+    take_scratch,
+    zero_weight_gradient,
 )
 from .schema import _scaled, half_gain
 
@@ -86,11 +86,11 @@ def layer_chunks(
     if projection is None:
         loss = rows(student, audio, text, valid, alpha, coef, normalize=normalize, grad_u=dh)
     else:
-        dp = _zero_weight_gradient(projection) if projection_grad else None
+        dp = zero_weight_gradient(projection) if projection_grad else None
         width = projection.shape[0]
         plan = plan_chunks(n_tokens=n, bytes_per_token=4 * width, student_width=student.shape[1], device=device)
         shape = (min(plan.chunk_tokens, max(n, 1)), width)
-        memory = _take_scratch(4 * math.prod(shape), device)
+        memory = take_scratch(4 * math.prod(shape), device)
         scratch = memory[: 4 * math.prod(shape)].view(torch.float32).view(shape)
         for start in range(0, n, plan.chunk_tokens):
             chunk = slice(start, min(start + plan.chunk_tokens, n))
@@ -100,27 +100,27 @@ def layer_chunks(
             if project_teacher:
                 hidden = audio[chunk]
                 if text is not None:
-                    hidden = _contrastive_hidden(hidden, text[chunk], row_alpha)
+                    hidden = contrastive_hidden(hidden, text[chunk], row_alpha)
                 split = audio.dtype == projection.dtype and (audio.dtype == torch.bfloat16 or device.type != "cpu")
-                _gemm(hidden, projection, None, out, split=split)
-                grad = _gradient_view(out, projection.dtype) if projection_grad else None
+                gemm(hidden, projection, None, out, split=split)
+                grad = gradient_view(out, projection.dtype) if projection_grad else None
                 here = None if dh is None else dh[chunk]
                 loss[chunk] = rows(student[chunk], out, None, *shared, normalize=normalize, grad_u=here, grad_v=grad)
                 hidden = hidden.to(projection.dtype) if projection_grad else hidden
             else:
                 hidden = student[chunk]
-                _gemm(hidden, projection, None, out)
-                grad = _gradient_view(out, projection.dtype) if hidden_grad or projection_grad else None
+                gemm(hidden, projection, None, out)
+                grad = gradient_view(out, projection.dtype) if hidden_grad or projection_grad else None
                 there = None if text is None else text[chunk]
                 loss[chunk] = rows(out, audio[chunk], there, *shared, normalize=normalize, grad_u=grad)
                 if hidden_grad:
-                    _hidden_gradient(grad, projection, dh[chunk])
+                    hidden_gradient(grad, projection, dh[chunk])
             if projection_grad:
-                _add_weight_gradient(dp, grad, hidden)
-        _return_scratch(memory)
+                add_weight_gradient(dp, grad, hidden)
+        return_scratch(memory)
     if keep is not None:
-        loss = _spread(loss, keep, n_total, 0)
-        dh = None if dh is None else _spread(dh, keep, n_total, 0)
+        loss = spread(loss, keep, n_total, 0)
+        dh = None if dh is None else spread(dh, keep, n_total, 0)
     return LayerResult(loss, dh, dp)
 
 

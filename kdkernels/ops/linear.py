@@ -9,24 +9,30 @@ Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import native
 from .chunking import plan_chunks
+from .gemm import (
+    VOCAB_BLOCK,
+    add_weight_gradient,
+    contrastive_hidden,
+    gemm,
+    gradient_view,
+    hidden_gradient,
+    return_scratch,
+    spread,
+    take_scratch,
+    zero_weight_gradient,
+)
 from .rows import STAT_NAMES, RowResult, RowSpec
-
-# Rows of the weight upcast at a time where a GEMM needs float32 operands: 4096 x 4096 float32 is 64 MiB.
-VOCAB_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def linear_caad_chunks(
     )
     shape = (buffers, min(plan.chunk_tokens, max(n, 1)), spec.vocab)
     scratch_bytes = math.prod(shape) * logits_dtype.itemsize
-    memory = _take_scratch(scratch_bytes, device)
+    memory = take_scratch(scratch_bytes, device)
     scratch = memory[:scratch_bytes].view(logits_dtype).view(shape)
 
     any_grad = hidden_grad or weight_grad or bias_grad
@@ -106,7 +112,7 @@ def linear_caad_chunks(
     kd, ce = torch.empty(2, n, **float32).unbind(0)
     stats = torch.empty(len(STAT_NAMES), n, **float32) if want_stats else None
     dh = torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else None
-    dw = _zero_weight_gradient(student_weight) if weight_grad else None
+    dw = zero_weight_gradient(student_weight) if weight_grad else None
     db = torch.zeros(student_weight.shape[0], **float32) if bias_grad else None
     w_s, w_t = student_weight[: spec.vocab], teacher_weight[: spec.vocab]
     b_s = None if student_bias is None else student_bias[: spec.vocab]
@@ -115,23 +121,23 @@ def linear_caad_chunks(
     for start in range(0, n, plan.chunk_tokens):
         chunk = slice(start, min(start + plan.chunk_tokens, n))
         size = chunk.stop - start
-        student_logits = _gemm(student_hidden[chunk], w_s, b_s, scratch[0, :size])  # (C, V)
+        student_logits = gemm(student_hidden[chunk], w_s, b_s, scratch[0, :size])  # (C, V)
         audio_logits = text_logits = None
         row_alpha = alpha[chunk] if alpha.numel() > 1 else alpha
         if need_teacher:
             audio = audio_hidden[chunk]
             if collapse:
-                audio = _contrastive_hidden(audio, text_hidden[chunk], row_alpha)
+                audio = contrastive_hidden(audio, text_hidden[chunk], row_alpha)
             # The contrast of low-precision states is float32, yet as two low-precision summands exact enough. Two of float16
             # save nothing on the CPU, and can overflow.
             split = audio_hidden.dtype == w_t.dtype and (w_t.dtype == torch.bfloat16 or device.type != "cpu")
-            audio_logits = _gemm(audio, w_t, b_t, scratch[1, :size], split=split)
+            audio_logits = gemm(audio, w_t, b_t, scratch[1, :size], split=split)
             if two_paths:
-                text_logits = _gemm(text_hidden[chunk], w_t, b_t, scratch[2, :size])
+                text_logits = gemm(text_hidden[chunk], w_t, b_t, scratch[2, :size])
             if at_survivors:
                 labels = None if target is None else target[chunk]
                 survivors(audio_logits, text_hidden[chunk], w_t, b_t, labels, row_alpha, spec)
-        grad = _gradient_view(student_logits, student_weight.dtype) if any_grad else None
+        grad = gradient_view(student_logits, student_weight.dtype) if any_grad else None
         out = rows(
             student_logits[None],
             student_logits[None] if audio_logits is None else audio_logits[None],
@@ -148,17 +154,17 @@ def linear_caad_chunks(
         if stats is not None:
             stats[:, chunk] = out.stats
         if hidden_grad:
-            _hidden_gradient(grad, w_s, dh[chunk])
+            hidden_gradient(grad, w_s, dh[chunk])
         if weight_grad:
-            _add_weight_gradient(dw[: spec.vocab], grad, student_hidden[chunk])
+            add_weight_gradient(dw[: spec.vocab], grad, student_hidden[chunk])
         if bias_grad:
             db[: spec.vocab] += grad.sum(0, dtype=torch.float32)
 
-    _return_scratch(memory)
+    return_scratch(memory)
     if keep is not None:
-        kd, ce = (_spread(x, keep, n_total, 0) for x in (kd, ce))
-        stats = None if stats is None else _spread(stats, keep, n_total, 1)
-        dh = None if dh is None else _spread(dh, keep, n_total, 0)
+        kd, ce = (spread(x, keep, n_total, 0) for x in (kd, ce))
+        stats = None if stats is None else spread(stats, keep, n_total, 1)
+        dh = None if dh is None else spread(dh, keep, n_total, 0)
     if gain is not None:
         dw, db = (None if x is None else x.div_(gain) for x in (dw, db))
     return LinearResult(
@@ -169,50 +175,12 @@ def linear_caad_chunks(
     )
 
 
-# On the CPU torch asks the system for every large buffer anew, and touching fresh pages costs as much as the GEMM that
-# fills them: the last call's scratch is kept for the next. (CUDA's allocator does this by itself.)
-KEPT_SCRATCH_BYTES = 256 << 20
-_kept_scratch: list[Tensor] = []
-_scratch_lock = threading.Lock()
-
-
-def _take_scratch(size: int, device: torch.device) -> Tensor:
-    """(at least `size`,) uint8"""
-    if device.type == "cpu":
-        with _scratch_lock:
-            memory = _kept_scratch.pop() if _kept_scratch else None
-        if memory is not None and memory.numel() >= size:
-            return memory
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
-def _return_scratch(memory: Tensor) -> None:
-    if memory.device.type == "cpu" and 0 < memory.numel() <= KEPT_SCRATCH_BYTES and not memory.is_inference():
-        with _scratch_lock:
-            if not _kept_scratch:
-                _kept_scratch.append(memory)
-
-
 def _kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
     """Indices of the valid tokens, or None for all of them. On the CPU only: elsewhere their number would need a sync."""
     if target is None or target.device.type != "cpu":
         return None
     valid = target != ignore_index
     return None if bool(valid.all()) else valid.nonzero()[:, 0]
-
-
-def _spread(x: Tensor, keep: Tensor, n_total: int, dim: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = n_total
-    return x.new_zeros(shape).index_copy_(dim, keep, x)
-
-
-def _contrastive_hidden(audio: Tensor, text: Tensor, alpha: Tensor) -> Tensor:
-    """(1 + alpha) h_audio - alpha h_text in float32, (C, H_t): both paths share W_t, so one GEMM serves the contrast."""
-    audio = audio.float()
-    a = alpha[:, None]
-    # Where alpha is 0 the text path is not read: it may hold anything.
-    return torch.where(a == 0, audio, audio + a * (audio - text.float()))
 
 
 # Union of the survivors, as a share of the vocabulary, from which gathering their weights costs more than it saves: the two are
@@ -257,7 +225,7 @@ def contrast_at_survivors(
         block = ids[start : start + VOCAB_BLOCK] if gather else slice(start, min(start + VOCAB_BLOCK, vocab))
         w, audio = weight[block], audio_logits[:, block]
         text = torch.empty(audio.shape, dtype=audio.dtype, device=audio.device)
-        _as_logits(_gemm(text_hidden, w, None if bias is None else bias[block], text), spec)
+        _as_logits(gemm(text_hidden, w, None if bias is None else bias[block], text), spec)
         contrast = torch.where(text < _FLOOR, -math.inf, audio + alpha[:, None] * (audio - text))
         audio_logits[:, block] = torch.where(unread, audio, contrast).to(audio.dtype)
     audio_logits.masked_fill_(dropped, -math.inf)
@@ -270,155 +238,3 @@ def _as_logits(stored: Tensor, spec: RowSpec) -> Tensor:
     return (
         stored if spec.teacher_softcap is None else stored.div_(spec.teacher_softcap).tanh_().mul_(spec.teacher_softcap)
     )
-
-
-def _gradient_view(logits: Tensor, weight_dtype: torch.dtype) -> Tensor:
-    """Where the row kernel leaves d loss / d logits: the logits' own rows, in the weight's dtype if that is narrower."""
-    if weight_dtype.itemsize >= logits.dtype.itemsize:
-        return logits
-    ratio = logits.dtype.itemsize // weight_dtype.itemsize
-    return logits.view(weight_dtype).as_strided(logits.shape, (logits.stride(0) * ratio, 1))
-
-
-@functools.cache
-def _mixed_gemm_on_cuda() -> bool:
-    """Whether torch.mm writes float32 from low-precision operands."""
-    return any("out_dtype" in str(getattr(torch.ops.aten.mm, name)._schema) for name in torch.ops.aten.mm.overloads())
-
-
-_precision_lock = threading.Lock()
-_precision_users = 0
-_precision_before = "none"
-
-
-@contextlib.contextmanager
-def _bf16_inner_precision():
-    """float32 GEMMs multiply in bf16 and add in float32: exact for operands that hold bf16 values, and 3-4 times as fast.
-
-    The setting is the process's, so threads that overlap in here share it, and the last one restores it.
-    """
-    global _precision_users, _precision_before
-    setting = torch.backends.mkldnn.matmul
-    with _precision_lock:
-        if _precision_users == 0:
-            _precision_before = setting.fp32_precision
-            setting.fp32_precision = "bf16"
-        _precision_users += 1
-    try:
-        yield
-    finally:
-        with _precision_lock:
-            _precision_users -= 1
-            if _precision_users == 0:
-                setting.fp32_precision = _precision_before
-
-
-def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_values: bool) -> None:
-    with _bf16_inner_precision() if bf16_values else contextlib.nullcontext():
-        if accumulate:
-            torch.addmm(out, a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
-
-
-def _gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, split: bool = False) -> Tensor:
-    """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
-
-    ``split`` allows a float32 ``hidden`` to be taken as the sum of two tensors of the weight's dtype (relative error 1e-5 with
-    bf16), each in a GEMM of low-precision operands.
-    """
-    if out.dtype == weight.dtype:
-        torch.mm(hidden.to(weight.dtype), weight.T, out=out)
-    elif out.dtype != torch.float32:
-        out.copy_(
-            _gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device), split=split)
-        )
-    elif hidden.dtype == weight.dtype or split:
-        parts = _summands(hidden, weight.dtype)
-        if hidden.device.type == "cuda" and _mixed_gemm_on_cuda():
-            torch.mm(parts[0], weight.T, out_dtype=torch.float32, out=out)
-            for part in parts[1:]:
-                out += torch.mm(part, weight.T, out_dtype=torch.float32)
-        else:
-            _gemm_by_vocabulary_blocks(parts, weight, out)
-    else:
-        _gemm_by_vocabulary_blocks([hidden], weight, out)
-    return out if bias is None else out.add_(bias)
-
-
-def _summands(hidden: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """hidden as a sum of tensors of a low precision: the second holds what the first rounds away."""
-    if hidden.dtype == dtype:
-        return [hidden]
-    high = hidden.to(dtype)
-    return [high, (hidden - high).to(dtype)]
-
-
-def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor) -> None:
-    """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
-    bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
-    if bf16 and _native_gemm_takes(parts, weight, out):
-        native.bf16_gemm(parts, weight, out)
-        return
-    parts = [p.float() for p in parts]
-    widest = min(VOCAB_BLOCK, weight.shape[0])
-    block = torch.empty(widest, weight.shape[1], dtype=torch.float32, device=weight.device)
-    product = torch.empty(out.shape[0] * widest, dtype=torch.float32, device=out.device)
-    for start in range(0, weight.shape[0], VOCAB_BLOCK):
-        stop = min(start + VOCAB_BLOCK, weight.shape[0])
-        w = block[: stop - start].copy_(weight[start:stop])
-        # Into contiguous memory first: oneDNN writes a slice of the rows at half the speed.
-        dense = product[: out.shape[0] * (stop - start)].view(out.shape[0], stop - start)
-        for i, part in enumerate(parts):
-            _float32_gemm(part, w.T, dense, accumulate=i > 0, bf16_values=bf16)
-        out[:, start:stop] = dense
-
-
-def _native_gemm_takes(parts: list[Tensor], weight: Tensor, out: Tensor) -> bool:
-    beside_each_other = all(x.stride(1) == 1 for x in (*parts, weight, out))
-    return native.multiplies_bf16() and weight.shape[1] % 2 == 0 and beside_each_other
-
-
-def _hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (C, H) = grad (C, V) @ weight (V, H)"""
-    if grad.dtype == weight.dtype == out.dtype:
-        torch.mm(grad, weight, out=out)
-        return
-    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-    for start in range(0, weight.shape[0], VOCAB_BLOCK):
-        stop = min(start + VOCAB_BLOCK, weight.shape[0])
-        total.addmm_(grad[:, start:stop].float(), weight[start:stop].float())
-    out.copy_(total)
-
-
-def _zero_weight_gradient(weight: Tensor) -> Tensor:
-    """(V, H) float32 zeros to add to; with the memory order of (H, V) where the native product adds to it."""
-    float32 = {"dtype": torch.float32, "device": weight.device}
-    if _native_weight_gradient(weight):
-        return torch.zeros(weight.shape[1], weight.shape[0], **float32).T
-    return torch.zeros(weight.shape, **float32)
-
-
-def _native_weight_gradient(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and native.multiplies_bf16()
-
-
-def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total (V, H) float32 += grad (C, V).T @ hidden (C, H)"""
-    if grad.dtype == hidden.dtype == torch.float32:
-        total.addmm_(grad.T, hidden)
-        return
-    if _native_weight_gradient(grad) and hidden.dtype == grad.dtype and total.stride(0) == 1 and grad.stride(1) == 1:
-        pairs = grad.shape[0] // 2 * 2
-        native.bf16_gemm([hidden[:pairs].T.contiguous()], grad[:pairs], total.T, accumulate=True, weight_by_rows=True)
-        if pairs < len(grad):
-            total.T.addmm_(hidden[pairs:].T.float(), grad[pairs:].float())
-        return
-    bf16 = grad.dtype == hidden.dtype == torch.bfloat16 and grad.device.type == "cpu"
-    if grad.device.type == "cuda" and grad.dtype == hidden.dtype and _mixed_gemm_on_cuda():
-        total += torch.mm(grad.T, hidden, out_dtype=torch.float32)
-        return
-    h = hidden.float()
-    for start in range(0, total.shape[0], VOCAB_BLOCK):
-        stop = min(start + VOCAB_BLOCK, total.shape[0])
-        _float32_gemm(grad[:, start:stop].float().T, h, total[start:stop], accumulate=True, bf16_values=bf16)

@@ -624,7 +624,7 @@ def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool) -> dict[str, i
         warps *= 2
     group = 16 // itemsize
     table = {"GROUPS": 32 * warps * elements // group, "GROUP": group, "num_warps": warps, "enable_fp_fusion": True}
-    if heavy and want_stats:
+    if heavy or want_stats:
         table["maxnreg"] = 160  # left to itself, ptxas spills the row's scalars to fit one more block
     return table
 

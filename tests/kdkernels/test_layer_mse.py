@@ -235,8 +235,8 @@ def test_chunks_do_not_change_the_result(direction, monkeypatch):
 
 def test_scratch_does_not_grow_with_the_tokens(monkeypatch):
     sizes = []
-    take = layer_ops._take_scratch
-    monkeypatch.setattr(layer_ops, "_take_scratch", lambda size, device: sizes.append(size) or take(size, device))
+    take = layer_ops.take_scratch
+    monkeypatch.setattr(layer_ops, "take_scratch", lambda size, device: sizes.append(size) or take(size, device))
     for n in (1000, 4000):
         fused_layer_mse_loss(**case(leading=(n,), pairs=1)).backward()
     assert sizes[0] == sizes[1] == 256 * WIDTHS[1] * 4
@@ -244,7 +244,7 @@ def test_scratch_does_not_grow_with_the_tokens(monkeypatch):
 
 def test_nothing_is_computed_for_nothing(monkeypatch):
     calls = []
-    for name in ("_hidden_gradient", "_add_weight_gradient"):
+    for name in ("hidden_gradient", "add_weight_gradient"):
         monkeypatch.setattr(layer_ops, name, lambda *_, name=name: calls.append(name))
     arguments = case(pairs=1)
     with torch.no_grad():
@@ -252,11 +252,11 @@ def test_nothing_is_computed_for_nothing(monkeypatch):
     assert calls == []
     arguments["projections"][0].requires_grad_(False)
     fused_layer_mse_loss(**arguments)
-    assert calls == ["_hidden_gradient"]
+    assert calls == ["hidden_gradient"]
     arguments["projections"][0].requires_grad_(True)
     arguments["student_hidden"][0].requires_grad_(False)
     fused_layer_mse_loss(**arguments)
-    assert calls == ["_hidden_gradient", "_add_weight_gradient"]
+    assert calls == ["hidden_gradient", "add_weight_gradient"]
 
 
 def test_the_teacher_gets_no_gradient():

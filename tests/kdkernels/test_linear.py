@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdkernels import fused_caad_loss, fused_linear_caad_loss
-from kdkernels.ops import linear, native, schema
+from kdkernels.ops import gemm, linear, native, schema
 
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 
@@ -205,8 +205,8 @@ def test_ignored_positions_are_neither_read_nor_multiplied(monkeypatch):
     arguments["target"][5:] = -100
     expected, expected_grads = run(arguments)
     seen = []
-    original = linear._gemm
-    monkeypatch.setattr(linear, "_gemm", lambda h, *rest, **k: seen.append(h.shape[0]) or original(h, *rest, **k))
+    original = linear.gemm
+    monkeypatch.setattr(linear, "gemm", lambda h, *rest, **k: seen.append(h.shape[0]) or original(h, *rest, **k))
     for k in ("student_hidden", "teacher_audio_hidden", "teacher_text_hidden"):
         arguments[k] = arguments[k].detach().clone().requires_grad_(arguments[k].requires_grad)
         with torch.no_grad():
@@ -229,8 +229,8 @@ def test_ignored_positions_are_neither_read_nor_multiplied(monkeypatch):
 )
 def test_the_two_teacher_paths_collapse_into_one_gemm(options, paths, monkeypatch):
     arguments, widths = hidden(), []
-    original = linear._gemm
-    monkeypatch.setattr(linear, "_gemm", lambda h, *rest, **k: widths.append(h.shape[1]) or original(h, *rest, **k))
+    original = linear.gemm
+    monkeypatch.setattr(linear, "gemm", lambda h, *rest, **k: widths.append(h.shape[1]) or original(h, *rest, **k))
     fused_linear_caad_loss(**arguments, **options)
     assert widths == [12] + [20] * paths
 
@@ -239,7 +239,7 @@ def test_the_two_teacher_paths_collapse_into_one_gemm(options, paths, monkeypatc
 def test_nothing_is_computed_for_nothing(mode, monkeypatch):
     arguments = hidden()
     calls = {"dh": 0, "dw": 0, "grads": []}
-    dh, dw, rows = linear._hidden_gradient, linear._add_weight_gradient, native.caad_rows
+    dh, dw, rows = linear.hidden_gradient, linear.add_weight_gradient, native.caad_rows
 
     def count(name, function):
         def counted(*args):
@@ -248,8 +248,8 @@ def test_nothing_is_computed_for_nothing(mode, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(linear, "_hidden_gradient", count("dh", dh))
-    monkeypatch.setattr(linear, "_add_weight_gradient", count("dw", dw))
+    monkeypatch.setattr(linear, "hidden_gradient", count("dh", dh))
+    monkeypatch.setattr(linear, "add_weight_gradient", count("dw", dw))
     monkeypatch.setattr(
         native, "caad_rows", lambda *a, **k: calls["grads"].append(k["grad"] is not None) or rows(*a, **k)
     )
@@ -368,7 +368,7 @@ def test_the_global_matmul_precision_is_restored():
 def test_the_global_matmul_precision_is_restored_by_the_last_thread():
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
-    first, second = linear._bf16_inner_precision(), linear._bf16_inner_precision()
+    first, second = gemm._bf16_inner_precision(), gemm._bf16_inner_precision()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)

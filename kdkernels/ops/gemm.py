@@ -1,0 +1,208 @@
+"""The products of the linear and of the layer loss: float32 sums of low-precision operands, and the scratch they go into.
+
+Legend: N tokens, C tokens of a chunk, V ids (or the width that is projected to), H hidden width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+
+import torch
+from torch import Tensor
+
+from . import native
+
+# Rows of the weight upcast at a time where a GEMM needs float32 operands: 4096 x 4096 float32 is 64 MiB.
+VOCAB_BLOCK = 4096
+
+
+# On the CPU torch asks the system for every large buffer anew, and touching fresh pages costs as much as the GEMM that
+# fills them: the last call's scratch is kept for the next. (CUDA's allocator does this by itself.)
+KEPT_SCRATCH_BYTES = 256 << 20
+_kept_scratch: list[Tensor] = []
+_scratch_lock = threading.Lock()
+
+
+def take_scratch(size: int, device: torch.device) -> Tensor:
+    """(at least `size`,) uint8"""
+    if device.type == "cpu":
+        with _scratch_lock:
+            memory = _kept_scratch.pop() if _kept_scratch else None
+        if memory is not None and memory.numel() >= size:
+            return memory
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def return_scratch(memory: Tensor) -> None:
+    if memory.device.type == "cpu" and 0 < memory.numel() <= KEPT_SCRATCH_BYTES and not memory.is_inference():
+        with _scratch_lock:
+            if not _kept_scratch:
+                _kept_scratch.append(memory)
+
+
+def spread(x: Tensor, keep: Tensor, n_total: int, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = n_total
+    return x.new_zeros(shape).index_copy_(dim, keep, x)
+
+
+def contrastive_hidden(audio: Tensor, text: Tensor, alpha: Tensor) -> Tensor:
+    """(1 + alpha) h_audio - alpha h_text in float32, (C, H_t): both paths share W_t, so one GEMM serves the contrast."""
+    audio = audio.float()
+    a = alpha[:, None]
+    # Where alpha is 0 the text path is not read: it may hold anything.
+    return torch.where(a == 0, audio, audio + a * (audio - text.float()))
+
+
+def gradient_view(logits: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """Where the row kernel leaves d loss / d logits: the logits' own rows, in the weight's dtype if that is narrower."""
+    if weight_dtype.itemsize >= logits.dtype.itemsize:
+        return logits
+    ratio = logits.dtype.itemsize // weight_dtype.itemsize
+    return logits.view(weight_dtype).as_strided(logits.shape, (logits.stride(0) * ratio, 1))
+
+
+@functools.cache
+def _mixed_gemm_on_cuda() -> bool:
+    """Whether torch.mm writes float32 from low-precision operands."""
+    return any("out_dtype" in str(getattr(torch.ops.aten.mm, name)._schema) for name in torch.ops.aten.mm.overloads())
+
+
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before = "none"
+
+
+@contextlib.contextmanager
+def _bf16_inner_precision():
+    """float32 GEMMs multiply in bf16 and add in float32: exact for operands that hold bf16 values, and 3-4 times as fast.
+
+    The setting is the process's, so threads that overlap in here share it, and the last one restores it.
+    """
+    global _precision_users, _precision_before
+    setting = torch.backends.mkldnn.matmul
+    with _precision_lock:
+        if _precision_users == 0:
+            _precision_before = setting.fp32_precision
+            setting.fp32_precision = "bf16"
+        _precision_users += 1
+    try:
+        yield
+    finally:
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                setting.fp32_precision = _precision_before
+
+
+def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_values: bool) -> None:
+    with _bf16_inner_precision() if bf16_values else contextlib.nullcontext():
+        if accumulate:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+
+def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, split: bool = False) -> Tensor:
+    """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
+
+    ``split`` allows a float32 ``hidden`` to be taken as the sum of two tensors of the weight's dtype (relative error 1e-5 with
+    bf16), each in a GEMM of low-precision operands.
+    """
+    if out.dtype == weight.dtype:
+        torch.mm(hidden.to(weight.dtype), weight.T, out=out)
+    elif out.dtype != torch.float32:
+        out.copy_(
+            gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device), split=split)
+        )
+    elif hidden.dtype == weight.dtype or split:
+        parts = _summands(hidden, weight.dtype)
+        if hidden.device.type == "cuda" and _mixed_gemm_on_cuda():
+            torch.mm(parts[0], weight.T, out_dtype=torch.float32, out=out)
+            for part in parts[1:]:
+                out += torch.mm(part, weight.T, out_dtype=torch.float32)
+        else:
+            _gemm_by_vocabulary_blocks(parts, weight, out)
+    else:
+        _gemm_by_vocabulary_blocks([hidden], weight, out)
+    return out if bias is None else out.add_(bias)
+
+
+def _summands(hidden: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """hidden as a sum of tensors of a low precision: the second holds what the first rounds away."""
+    if hidden.dtype == dtype:
+        return [hidden]
+    high = hidden.to(dtype)
+    return [high, (hidden - high).to(dtype)]
+
+
+def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor) -> None:
+    """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
+    bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
+    if bf16 and _native_gemm_takes(parts, weight, out):
+        native.bf16_gemm(parts, weight, out)
+        return
+    parts = [p.float() for p in parts]
+    widest = min(VOCAB_BLOCK, weight.shape[0])
+    block = torch.empty(widest, weight.shape[1], dtype=torch.float32, device=weight.device)
+    product = torch.empty(out.shape[0] * widest, dtype=torch.float32, device=out.device)
+    for start in range(0, weight.shape[0], VOCAB_BLOCK):
+        stop = min(start + VOCAB_BLOCK, weight.shape[0])
+        w = block[: stop - start].copy_(weight[start:stop])
+        # Into contiguous memory first: oneDNN writes a slice of the rows at half the speed.
+        dense = product[: out.shape[0] * (stop - start)].view(out.shape[0], stop - start)
+        for i, part in enumerate(parts):
+            _float32_gemm(part, w.T, dense, accumulate=i > 0, bf16_values=bf16)
+        out[:, start:stop] = dense
+
+
+def _native_gemm_takes(parts: list[Tensor], weight: Tensor, out: Tensor) -> bool:
+    beside_each_other = all(x.stride(1) == 1 for x in (*parts, weight, out))
+    return native.multiplies_bf16() and weight.shape[1] % 2 == 0 and beside_each_other
+
+
+def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (C, H) = grad (C, V) @ weight (V, H)"""
+    if grad.dtype == weight.dtype == out.dtype:
+        torch.mm(grad, weight, out=out)
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for start in range(0, weight.shape[0], VOCAB_BLOCK):
+        stop = min(start + VOCAB_BLOCK, weight.shape[0])
+        total.addmm_(grad[:, start:stop].float(), weight[start:stop].float())
+    out.copy_(total)
+
+
+def zero_weight_gradient(weight: Tensor) -> Tensor:
+    """(V, H) float32 zeros to add to; with the memory order of (H, V) where the native product adds to it."""
+    float32 = {"dtype": torch.float32, "device": weight.device}
+    if _native_weight_gradient(weight):
+        return torch.zeros(weight.shape[1], weight.shape[0], **float32).T
+    return torch.zeros(weight.shape, **float32)
+
+
+def _native_weight_gradient(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and native.multiplies_bf16()
+
+
+def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total (V, H) float32 += grad (C, V).T @ hidden (C, H)"""
+    if grad.dtype == hidden.dtype == torch.float32:
+        total.addmm_(grad.T, hidden)
+        return
+    if _native_weight_gradient(grad) and hidden.dtype == grad.dtype and total.stride(0) == 1 and grad.stride(1) == 1:
+        pairs = grad.shape[0] // 2 * 2
+        native.bf16_gemm([hidden[:pairs].T.contiguous()], grad[:pairs], total.T, accumulate=True, weight_by_rows=True)
+        if pairs < len(grad):
+            total.T.addmm_(hidden[pairs:].T.float(), grad[pairs:].float())
+        return
+    bf16 = grad.dtype == hidden.dtype == torch.bfloat16 and grad.device.type == "cpu"
+    if grad.device.type == "cuda" and grad.dtype == hidden.dtype and _mixed_gemm_on_cuda():
+        total += torch.mm(grad.T, hidden, out_dtype=torch.float32)
+        return
+    h = hidden.float()
+    for start in range(0, total.shape[0], VOCAB_BLOCK):
+        stop = min(start + VOCAB_BLOCK, total.shape[0])
+        _float32_gemm(grad[:, start:stop].float().T, h, total[start:stop], accumulate=True, bf16_values=bf16)
