@@ -244,8 +244,8 @@ def fused_linear_caad_loss(
         student_softcap, teacher_softcap: > 0, as in Gemma 2; applied after the scale. None: none.
         student_logit_scale, teacher_logit_scale: factors on the logits (Cohere; 1 / logits_scaling for Granite).
         chunk_tokens: tokens a chunk; None: from ``workspace_bytes`` and what fills the machine.
-        workspace_bytes: bound on the scratch for logits; None: 1 GiB on the CPU; on CUDA a tenth of free memory, at most 2 GiB. A
-            chunk holds at least one token's logits, a call without logits at least one tile of 64 or 128 tokens.
+        workspace_bytes: bound on the scratch for logits; None: 512 MiB on the CPU; on CUDA a tenth of free memory, at most 2 GiB.
+            A chunk holds at least one token's logits, a call without logits at least one tile of 64 or 128 tokens.
         logits_dtype: dtype in which a chunk's logits are stored; None: float32. bfloat16 is faster and coarser (gradient error
             2-5%, far more near convergence, against 0.6%).
         process_group: a ProcessGroup or one-dimensional DeviceMesh: vocabulary-parallel. Weights and biases are then this rank's
@@ -263,7 +263,7 @@ def fused_linear_caad_loss(
     ``teacher_softcap`` and no ``plausibility``, or with ``return_stats``), N * H_s items for dh, V_s * H_s float32 for dW where
     the head trains, and on the CPU, for float32 logits of low-precision weights, one float32 block of 4096 weight rows:
     independent of N but for dh.
-    On the CPU up to 256 MiB of that scratch stay with the process for the next call.
+    On the CPU up to 512 MiB of that scratch stay with the process for the next call.
 
     Raises:
         As :func:`fused_caad_loss`.

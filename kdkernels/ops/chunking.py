@@ -16,7 +16,7 @@ from .dispatch import CUDA_OR_TRITON
 
 # CPU: measured best for bf16 GEMMs into reused scratch on 2 cores; larger chunks leave the cache, smaller ones starve oneDNN.
 CPU_CHUNK_TOKENS = 256
-CPU_WORKSPACE_BYTES = 1 << 30
+CPU_WORKSPACE_BYTES = 512 << 20  # what is kept for the next call: the chunk shrinks before pages come fresh
 # CUDA: a tenth of what is free, at most this. Longer chunks gain little once every multiprocessor is busy.
 CUDA_WORKSPACE_BYTES = 2 << 30
 CUDA_FREE_FRACTION = 0.1

@@ -20,7 +20,7 @@ VOCAB_BLOCK = 4096
 
 # On the CPU torch asks the system for every large buffer anew, and touching fresh pages costs as much as the GEMM that
 # fills them: the last call's scratch is kept for the next. (CUDA's allocator does this by itself.)
-KEPT_SCRATCH_BYTES = 256 << 20
+KEPT_SCRATCH_BYTES = 512 << 20  # CPU_WORKSPACE_BYTES: what a call takes by default
 _kept_scratch: list[Tensor] = []
 _scratch_lock = threading.Lock()
 
