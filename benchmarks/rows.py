@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import fused_caad_loss
+from kdkernels.ops.dispatch import choose, row_launcher
+from kdkernels.ops.rows import RowSpec
 
 from .common import PeakMemory, add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
 from .contenders import ALPHA, KD_WEIGHT, TEMPERATURE, authors_loss, eager_loss, exact_loss
@@ -55,12 +57,25 @@ class RowCase:
         keywords = {"alpha": ALPHA, "temperature": TEMPERATURE, "kd_weight": KD_WEIGHT, "inplace": inplace}
         return self.gradient(lambda *x: fused_caad_loss(*x, **keywords), student)
 
+    def kernel_alone(self) -> Tensor:
+        """What a chunk of the linear loss runs: the row kernel, its gradient going into memory that is already there."""
+        device, rows = self.student.device, self.student.shape[0]
+        chosen, _ = choose("auto", device, [self.student.dtype])
+        of_each = torch.full((2, rows), 1 / rows, device=device)
+        spec = RowSpec(vocab=self.student.shape[1], temperature=TEMPERATURE)
+        row_launcher(chosen)(
+            self.student[None], self.audio[None], self.text[None], self.target, torch.full((1,), ALPHA, device=device),
+            KD_WEIGHT * of_each[0], (1 - KD_WEIGHT) * of_each[1], spec, grad=self.memory[None],
+        )  # fmt: skip
+        return self.memory
+
     def contenders(self, *, compiled: bool = True) -> dict[str, Callable[[], Tensor]]:
         losses = {"eager": eager_loss, "CAAD authors' form": authors_loss}
         if compiled:
             losses["torch.compile"] = torch.compile(eager_loss)
         calls = {name: (lambda loss=loss: self.gradient(loss)) for name, loss in losses.items()}
-        return {**calls, "kdkernels": self.ours, "kdkernels, in place": lambda: self.ours(inplace=True)}
+        ours = {"kdkernels": self.ours, "kdkernels, in place": lambda: self.ours(inplace=True)}
+        return {**calls, **ours, "kdkernels, row kernel alone": self.kernel_alone}
 
     def copies(self) -> Callable[[], None]:
         """The floor: as many bytes as three inputs read and one gradient written."""
