@@ -7,7 +7,6 @@ import csv
 import datetime
 import platform
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from models.io_utils import source_commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -165,15 +166,6 @@ def provenance(device: torch.device) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             return "absent"
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-        )
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--untracked-files=no", "--", "../kdkernels", "../csrc", "."):
-        commit += "+changes"
     return {
         "device": device_name(device),
         "python": platform.python_version(),
@@ -183,7 +175,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         "trl": version("trl"),
         "fla": version("fla-core"),
         "cce": version("cut-cross-entropy"),
-        "commit": commit,
+        "commit": source_commit("kdkernels", "csrc", "benchmarks"),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -160,11 +160,15 @@ def fingerprint(obj: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def source_commit() -> str:
-    """Commit of the checkout that this file belongs to, with "+changes" if tracked files differ from it; else "unknown"."""
+def source_commit(*paths: str) -> str:
+    """Commit of the checkout that this file belongs to, with "+changes" if tracked files differ from it; else "unknown".
+
+    Args:
+        paths: from the checkout's root; a difference counts in these alone. None: everywhere.
+    """
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
@@ -173,7 +177,7 @@ def source_commit() -> str:
     commit = git("rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"
-    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *paths) else "")
 
 
 def cache_dir() -> Path:

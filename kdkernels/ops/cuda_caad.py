@@ -8,47 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import importlib.metadata
-import importlib.util
 import math
 from collections.abc import Callable
 
 import torch
 
-from .rows import DIVERGENCES, RowResult, RowSpec
+from . import native
+from .rows import DIVERGENCES, RowResult, RowSpec, check_overlap
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the library's codes
 _ALIGNMENT = 16  # bytes, of a bulk copy
-
-
-def _import_library():
-    try:
-        return importlib.import_module("kdkernels._native_cuda")
-    except ModuleNotFoundError:
-        # In a checkout whose package shadows the installed one, the library lies with the installed one.
-        try:
-            files = importlib.metadata.files("kdkernels") or []
-        except importlib.metadata.PackageNotFoundError:
-            files = []
-        for file in files:
-            if (
-                file.parent.name == "kdkernels"
-                and file.name.startswith("_native_cuda.")
-                and file.suffix in (".so", ".pyd")
-            ):
-                spec = importlib.util.spec_from_file_location("kdkernels._native_cuda", file.locate())
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                return module
-        raise
 
 
 @functools.cache
 def load_library():
     """The extension module ``kdkernels._native_cuda``. Raises RuntimeError saying why it is missing and how to get it."""
     try:
-        return _import_library()
+        return native.import_extension("_native_cuda")
     except ImportError as error:
         raise RuntimeError(
             f"kdkernels' CUDA library (kdkernels._native_cuda) could not be loaded: {error}. It is compiled when the package is "
@@ -160,20 +136,6 @@ def misfit(
                 f"{item} bytes at the very end of the tensor's storage"
             )
     return None
-
-
-def check_overlap(student: torch.Tensor, grad: torch.Tensor) -> None:
-    """Raises ValueError where a gradient in the student's memory would reach another row's logits."""
-    if student.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
-        return
-    shift = grad.data_ptr() - student.data_ptr()
-    if 0 < shift < student.shape[-1] * student.element_size() or (
-        shift == 0 and grad.element_size() > student.element_size()
-    ):
-        raise ValueError(
-            "grad: expected memory of its own, or rows that begin where the student's begin, with items no wider; got rows that "
-            f"begin {shift} bytes later, {grad.dtype} over {student.dtype}"
-        )
 
 
 def _run(arguments: tuple, grad: torch.Tensor | None, want_stats: bool, blocks: int) -> RowResult | str:

@@ -17,9 +17,10 @@ from .rows import STAT_NAMES, RowResult, RowSpec
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _import_library():
+def import_extension(name: str):
+    """The compiled module ``kdkernels.<name>``. Raises ImportError where there is none."""
     try:
-        return importlib.import_module("kdkernels._native")
+        return importlib.import_module(f"kdkernels.{name}")
     except ModuleNotFoundError:
         # In a checkout whose package shadows the installed one, the library lies with the installed one.
         try:
@@ -27,8 +28,8 @@ def _import_library():
         except importlib.metadata.PackageNotFoundError:
             files = []
         for file in files:
-            if file.parent.name == "kdkernels" and file.name.startswith("_native.") and file.suffix in (".so", ".pyd"):
-                spec = importlib.util.spec_from_file_location("kdkernels._native", file.locate())
+            if file.parent.name == "kdkernels" and file.name.startswith(f"{name}.") and file.suffix in (".so", ".pyd"):
+                spec = importlib.util.spec_from_file_location(f"kdkernels.{name}", file.locate())
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
                 return module
@@ -39,7 +40,7 @@ def _import_library():
 def load_library():
     """The extension module ``kdkernels._native``. Raises RuntimeError saying why it is missing and how to get it."""
     try:
-        return _import_library()
+        return import_extension("_native")
     except ImportError as error:
         raise RuntimeError(
             f"kdkernels' native CPU library (kdkernels._native) could not be loaded: {error}. It is compiled when the package "

@@ -62,3 +62,16 @@ class RowResult:
     kd: torch.Tensor
     ce: torch.Tensor
     stats: torch.Tensor | None
+
+
+def check_overlap(student: torch.Tensor, grad: torch.Tensor) -> None:
+    """Raises ValueError for a gradient in the student's memory whose stores would reach logits before they are read."""
+    if student.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
+        return
+    shift = grad.data_ptr() - student.data_ptr()
+    row_bytes = student.shape[-1] * student.element_size()
+    if 0 < shift < row_bytes or (shift == 0 and grad.element_size() > student.element_size()):
+        raise ValueError(
+            "grad: expected memory of its own, or rows that begin where the student's begin, with items no wider; got "
+            f"rows that begin {shift} bytes later, {grad.dtype} over {student.dtype}"
+        )

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import DIVERGENCES, STAT_NAMES, RowResult, RowSpec
+from .rows import DIVERGENCES, STAT_NAMES, RowResult, RowSpec, check_overlap
 
 _MASKED = tl.constexpr(-2e30)
 _FLOOR = tl.constexpr(-1e30)
@@ -741,25 +741,12 @@ def caad_rows(
     kd, ce = torch.empty(2, rows, dtype=torch.float32, device=student.device)
     stats = torch.empty(len(STAT_NAMES), rows, dtype=torch.float32, device=student.device) if want_stats else None
     if grad is not None:
-        _check_overlap(student, grad)
+        check_overlap(student, grad)
     if rows > 0:
         arguments = _row_arguments(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, kd, ce, stats)
         with _device_of(student, _caad_row_kernel):
             _caad_row_kernel[(rows,)](**arguments)
     return RowResult(kd=kd, ce=ce, stats=stats)
-
-
-def _check_overlap(student: torch.Tensor, grad: torch.Tensor) -> None:
-    """A gradient inside the student's rows may not begin after them, nor have wider items (the module says why)."""
-    if student.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
-        return
-    shift = grad.data_ptr() - student.data_ptr()
-    row_bytes = student.shape[-1] * student.element_size()
-    if 0 < shift < row_bytes or (shift == 0 and grad.element_size() > student.element_size()):
-        raise ValueError(
-            "grad: expected memory of its own, or rows that begin where the student's begin, with items no wider; got "
-            f"rows that begin {shift} bytes later, {grad.dtype} over {student.dtype}"
-        )
 
 
 def _scale_arguments(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> dict[str, object]:

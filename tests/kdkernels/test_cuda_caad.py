@@ -59,7 +59,7 @@ class Emulated:
     device = "cpu"
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
+        self.emulator = library
         assert library.row_problem_bytes() == ctypes.sizeof(RowProblem)
 
     def __call__(self, *arguments, grad=None, blocks=2, clusters=2) -> RowResult:
@@ -75,7 +75,7 @@ class Emulated:
         return RowResult(kd=kd, ce=ce, stats=None)
 
     def start(self, problem: RowProblem, blocks: int, clusters: int) -> int:
-        return self.library.emulate_rows(ctypes.byref(problem), blocks, SHARED_BYTES, ctypes.c_int64(clusters))
+        return self.emulator.emulate_rows(ctypes.byref(problem), blocks, SHARED_BYTES, ctypes.c_int64(clusters))
 
 
 class Scheduled(Emulated):
@@ -87,7 +87,7 @@ class Scheduled(Emulated):
 
     def start(self, problem: RowProblem, blocks: int, clusters: int) -> int:
         address, clusters = ctypes.byref(problem), ctypes.c_int64(clusters)
-        arrangement = self.library.run_kernel(address, blocks, SHARED_BYTES, clusters, ctypes.c_uint64(self.seed))
+        arrangement = self.emulator.run_kernel(address, blocks, SHARED_BYTES, clusters, ctypes.c_uint64(self.seed))
         assert arrangement != -2, "a deadlock, or copies used as they may not be"
         return arrangement
 
@@ -692,10 +692,10 @@ def test_cpu_tensors_are_refused():
 
 
 def test_a_missing_library_says_how_to_get_it(monkeypatch):
-    def missing():
-        raise ImportError("No module named 'kdkernels._native_cuda'")
+    def missing(name):
+        raise ImportError(f"No module named 'kdkernels.{name}'")
 
-    monkeypatch.setattr(cuda_caad, "_import_library", missing)
+    monkeypatch.setattr(cuda_caad.native, "import_extension", missing)
     cuda_caad.load_library.cache_clear()
     cuda_caad.unavailable.cache_clear()
     try:
