@@ -54,8 +54,14 @@ PYBIND11_MODULE(_native, m) {
           FIELD(alpha_stride) FIELD(coef) FIELD(loss) FIELD(normalize) FIELD(threads);
 #undef FIELD
 
+#define FIELD(name) .def_readwrite(#name, &MixProblem::name)
+  py::class_<MixProblem>(m, "MixProblem")
+      .def(py::init<>()) FIELD(source) FIELD(total) FIELD(share) FIELD(sums) FIELD(first) FIELD(last);
+#undef FIELD
+
   m.def("caad_rows", &caad_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("layer_rows", &layer_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
+  m.def("mix_rows", &mix_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("best_isa", &best_isa);
 
   py::class_<Bf16Gemm>(m, "Bf16Gemm")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .decoding import contrast_logits, contrastive_generate
     from .layer_mse import LayerProjections, fused_layer_mse_loss, layer_map
     from .lm_head import LMHead
+    from .multi_teacher import MultiTeacherStats, TeacherSource, fused_linear_multi_teacher_loss
     from .paths import DropKey, MarkAbsent, MaskFeatures
     from .teacher import DualPathTeacher, answer_index
 
@@ -31,10 +32,13 @@ _LAZY = {
     "LayerProjections": ".layer_mse",
     "MarkAbsent": ".paths",
     "MaskFeatures": ".paths",
+    "MultiTeacherStats": ".multi_teacher",
+    "TeacherSource": ".multi_teacher",
     "answer_index": ".teacher",
     "contrast_logits": ".decoding",
     "contrastive_generate": ".decoding",
     "fused_layer_mse_loss": ".layer_mse",
+    "fused_linear_multi_teacher_loss": ".multi_teacher",
     "layer_map": ".layer_mse",
 }
 
@@ -49,6 +53,8 @@ __all__ = [
     "LayerProjections",
     "MarkAbsent",
     "MaskFeatures",
+    "MultiTeacherStats",
+    "TeacherSource",
     "answer_index",
     "contrast_logits",
     "contrastive_generate",
@@ -56,6 +62,7 @@ __all__ = [
     "fused_caad_loss",
     "fused_layer_mse_loss",
     "fused_linear_caad_loss",
+    "fused_linear_multi_teacher_loss",
     "layer_map",
 ]
 

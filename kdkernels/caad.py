@@ -133,11 +133,11 @@ def fused_caad_loss(
         _check_tensor("teacher_text_logits", teacher_text_logits, floating=True)
         _check_shape("teacher_text_logits", teacher_text_logits, teacher_audio_logits.shape)
         _check_device("teacher_text_logits", teacher_text_logits, student_logits)
-    tensors = [x for x in (student_logits, teacher_audio_logits, teacher_text_logits) if x is not None]
+    dtypes = [x.dtype for x in (student_logits, teacher_audio_logits, teacher_text_logits) if x is not None]
     terms = _Terms.build(
         leading=leading,
         device=student_logits.device,
-        dtype=_accumulation_dtype(tensors),
+        dtype=_accumulation_dtype(dtypes),
         widths=(student_logits.shape[-1], teacher_audio_logits.shape[-1]),
         has_text=teacher_text_logits is not None,
         target=target,
@@ -156,16 +156,14 @@ def fused_caad_loss(
         vocab_size=vocab_size,
         want_stats=return_stats,
     )
-    chosen = _choose(impl, student_logits.device, [x.dtype for x in tensors], "fused_caad_loss")
+    chosen = _choose(impl, student_logits.device, dtypes, "fused_caad_loss")
     audio = teacher_audio_logits.detach()
     text = None if teacher_text_logits is None else teacher_text_logits.detach()
     if chosen == "reference":
-        return terms.finish_reference(
-            _reference.caad_rows(
-                student_logits, audio, text, terms.target, terms.alpha, terms.spec, want_stats=return_stats
-            ),
-            return_stats,
+        result = _reference.caad_rows(
+            student_logits, audio, text, terms.target, terms.alpha, terms.spec, want_stats=return_stats
         )
+        return terms.finish(*terms.weigh_reference(result, return_stats), return_stats)
     student = _three_dimensional(student_logits)
     audio = _three_dimensional(audio)
     text = None if text is None else _three_dimensional(text)
@@ -275,57 +273,17 @@ def fused_linear_caad_loss(
         from . import parallel
 
         group = parallel.as_group(process_group)
-    floating = {
-        "student_hidden": student_hidden,
-        "student_weight": student_weight,
-        "teacher_audio_hidden": teacher_audio_hidden,
-        "teacher_text_hidden": teacher_text_hidden,
-        "teacher_weight": teacher_weight,
-        "student_bias": student_bias,
-        "teacher_bias": teacher_bias,
-    }
-    optional = ("teacher_text_hidden", "student_bias", "teacher_bias")
-    floating = {name: x for name, x in floating.items() if x is not None or name not in optional}
-    for name, x in floating.items():
-        _check_tensor(name, x, floating=True)
-        _check_device(name, x, student_hidden)
-    for side, hidden, weight, bias in (
-        ("student", "student_hidden", student_weight, student_bias),
-        ("teacher", "teacher_audio_hidden", teacher_weight, teacher_bias),
-    ):
-        if floating[hidden].dim() < 1:
-            raise ValueError(f"{hidden}: expected (..., width), got a scalar")
-        width = floating[hidden].shape[-1]
-        if weight.dim() != 2 or weight.shape[1] != width:
-            raise ValueError(
-                f"{side}_weight: expected (vocabulary, {width}) to match {hidden}, got {tuple(weight.shape)}"
-            )
-        if weight.shape[0] == 0 and group is None:
-            raise ValueError(
-                f"{side}_weight: expected a vocabulary, got 0 rows (is the head sharded by FSDP or ZeRO-3?)"
-            )
-        if bias is not None:
-            _check_shape(f"{side}_bias", bias, weight.shape[:1])
+    empty = group is not None  # a rank may hold no rows
+    _check_head("student_{}", student_hidden, student_weight, student_bias, student_hidden, empty=empty)
+    _check_head("teacher_{}", teacher_audio_hidden, teacher_weight, teacher_bias, student_hidden, "audio_hidden", empty=empty)
+    _check_head_options("student_{}", student_softcap, student_logit_scale)
+    _check_head_options("teacher_{}", teacher_softcap, teacher_logit_scale)
     leading = student_hidden.shape[:-1]
     _check_leading("teacher_audio_hidden", teacher_audio_hidden, leading, "student_hidden")
-    if teacher_text_hidden is not None:
-        _check_shape("teacher_text_hidden", teacher_text_hidden, teacher_audio_hidden.shape)
-    for name, x in (
-        ("student_softcap", student_softcap),
-        ("teacher_softcap", teacher_softcap),
-        ("student_logit_scale", student_logit_scale),
-        ("teacher_logit_scale", teacher_logit_scale),
-    ):
-        optional = name.endswith("softcap")
-        if not (x is None and optional) and not (_is_number(x) and 0 < x < math.inf):
-            raise ValueError(f"{name}: expected a finite number > 0{' or None' if optional else ''}, got {x!r}")
-    for name, x in (("chunk_tokens", chunk_tokens), ("workspace_bytes", workspace_bytes)):
-        if x is not None and not (_is_whole(x) and x >= 1):
-            raise ValueError(f"{name}: expected a whole number >= 1 or None, got {x!r}")
-    if chunk_tokens is not None and workspace_bytes is not None:
-        raise ValueError("workspace_bytes: expected None where chunk_tokens is given, got both")
-    if logits_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"logits_dtype: expected None, float32, bfloat16 or float16, got {logits_dtype}")
+    _check_text_hidden("teacher_text_hidden", teacher_text_hidden, teacher_audio_hidden)
+    _check_chunks(chunk_tokens, workspace_bytes, logits_dtype)
+    teacher = (teacher_audio_hidden, teacher_text_hidden, teacher_weight, teacher_bias)
+    dtypes = [x.dtype for x in (student_hidden, student_weight, student_bias, *teacher) if x is not None]
 
     first, widths = 0, (student_weight.shape[0], teacher_weight.shape[0])
     if group is not None:
@@ -333,7 +291,7 @@ def fused_linear_caad_loss(
     terms = _Terms.build(
         leading=leading,
         device=student_hidden.device,
-        dtype=_accumulation_dtype(list(floating.values())),
+        dtype=_accumulation_dtype(dtypes),
         widths=tuple(widths),
         has_text=teacher_text_hidden is not None,
         target=target,
@@ -356,7 +314,6 @@ def fused_linear_caad_loss(
         student_softcap=None if student_softcap is None else float(student_softcap),
         teacher_softcap=None if teacher_softcap is None else float(teacher_softcap),
     )
-    dtypes = [x.dtype for x in floating.values()]
     if group is not None and impl not in ("auto", "reference"):
         raise ValueError(
             f"impl: expected 'auto' or 'reference' with a process_group (its rows are eager PyTorch), got {impl!r}"
@@ -378,30 +335,47 @@ def fused_linear_caad_loss(
             reduction != "none", return_stats, settings,
         )  # fmt: skip
         return terms.finish(loss, stats, return_stats)
+    loss, stats = _linear_loss(
+        terms, hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias, logits_dtype=logits_dtype,
+        chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes, want_stats=return_stats, chosen=chosen,
+    )  # fmt: skip
+    return terms.finish(loss, stats, return_stats)
+
+
+def _linear_loss(
+    terms: _Terms,
+    hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    audio: Tensor,
+    text: Tensor | None,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    *,
+    logits_dtype: torch.dtype,
+    chunk_tokens: int | None,
+    workspace_bytes: int | None,
+    want_stats: bool,
+    chosen: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss per token or reduced, statistics (6, N) where wanted) of checked arguments, hidden states (N, H)."""
     if chosen == "reference":
-        return terms.finish_reference(
-            _reference.linear_caad(
-                hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias,
-                terms.target, terms.alpha, terms.spec, want_stats=return_stats,
-            ),
-            return_stats,
+        result = _reference.linear_caad(
+            hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias, terms.target, terms.alpha,
+            terms.spec, want_stats=want_stats,
         )  # fmt: skip
+        return terms.weigh_reference(result, want_stats)
     spec = terms.spec
-    grads = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (student_hidden, student_weight, student_bias)
-    ]
-    reduced = reduction != "none"
-    if not reduced and (grads[1] or grads[2]):
-        grads = [False] * 3  # the backward runs the chunks with each token's own factor
+    reduced = terms.reduction != "none"
+    grads = _wanted_gradients(hidden, student_weight, student_bias, reduced)
     loss, _, _, _, stats, _ = _schema.linear_caad(
         hidden, student_weight, student_bias, audio, text, teacher_weight, teacher_bias, terms.target, terms.alpha,
         terms.kd_coef, terms.ce_coef, spec.vocab, spec.temperature, spec.divergence, spec.jsd_beta, spec.plausibility,
         spec.ignore_index, spec.with_kd, spec.with_ce, spec.student_scale, spec.teacher_scale, spec.student_softcap,
         spec.teacher_softcap, logits_dtype, chunk_tokens, workspace_bytes,
-        reduced, *grads, return_stats, chosen,
+        reduced, *grads, want_stats, chosen,
     )  # fmt: skip
-    return terms.finish(loss, stats, return_stats)
+    return loss, stats
 
 
 class CAADLoss(torch.nn.Module):
@@ -490,7 +464,7 @@ class _Terms(NamedTuple):
         leading: torch.Size,
         device: torch.device,
         dtype: torch.dtype,
-        widths: tuple[int, int],
+        widths: tuple[int, ...],
         has_text: bool,
         target: Tensor | None,
         alpha: float | Tensor,
@@ -509,24 +483,13 @@ class _Terms(NamedTuple):
         want_stats: bool,
         **head: Any,
     ) -> _Terms:
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+        _check_divergence(divergence, jsd_beta, plausibility)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         if not (_is_number(temperature) and 0 < temperature < math.inf):
             raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
         if not (_is_number(kd_weight) and 0 <= kd_weight <= 1):
             raise ValueError(f"kd_weight: expected a number in [0, 1], got {kd_weight!r}")
-        if not (_is_number(jsd_beta) and 0 < jsd_beta < 1):
-            raise ValueError(f"jsd_beta: expected a number in (0, 1), got {jsd_beta!r}")
-        if plausibility is not None:
-            if not (_is_number(plausibility) and 0 < plausibility <= 1):
-                raise ValueError(f"plausibility: expected a number in (0, 1] or None, got {plausibility!r}")
-            if divergence == "reverse_kl":
-                raise ValueError(
-                    "plausibility: expected None with divergence='reverse_kl' (KL(q || p) is infinite where p is cut to 0), "
-                    f"got {plausibility!r}"
-                )
         if not _is_whole(ignore_index):
             raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
         vocab = min(widths)
@@ -534,13 +497,14 @@ class _Terms(NamedTuple):
             if not _is_whole(vocab_size):
                 raise TypeError(f"vocab_size: expected an int or None, got {type(vocab_size).__name__}")
             if not 1 <= vocab_size <= vocab:
+                teachers = ", ".join(map(str, widths[1:]))
                 raise ValueError(
-                    f"vocab_size: expected 1 to {vocab} (student {widths[0]}, teacher {widths[1]}), got {vocab_size}"
+                    f"vocab_size: expected 1 to {vocab} (student {widths[0]}, teacher {teachers}), got {vocab_size}"
                 )
             vocab = vocab_size if isinstance(vocab_size, (int, torch.SymInt)) else int(vocab_size)
         if vocab < 1:
             raise ValueError(
-                f"student_logits: expected a vocabulary of at least 1, got widths {widths[0]} and {widths[1]}"
+                f"student_logits: expected a vocabulary of at least 1, got widths {' and '.join(map(str, widths))}"
             )
 
         if target is not None:
@@ -551,16 +515,7 @@ class _Terms(NamedTuple):
             if target.device != device:
                 raise ValueError(f"target: expected device {device}, got {target.device}")
             target = target.reshape(-1).contiguous()
-        if isinstance(alpha, Tensor):
-            if not (alpha.is_floating_point() or alpha.dtype in (torch.int32, torch.int64)):
-                raise TypeError(f"alpha: expected a floating-point tensor, got {alpha.dtype}")
-            if alpha.dim() and alpha.shape != leading:
-                raise ValueError(f"alpha: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
-            alpha = alpha.detach().to(device=device, dtype=dtype).reshape(-1)
-        else:
-            if not (_is_number(alpha) and 0 <= alpha < math.inf):
-                raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
-            alpha = torch.full((1,), float(alpha), dtype=dtype, device=device)
+        alpha = _alpha_tensor("alpha", alpha, leading, device, dtype)
 
         n = math.prod(leading)
         valid = None if target is None else target != ignore_index
@@ -598,11 +553,104 @@ class _Terms(NamedTuple):
             return loss
         return loss, CAADStats(*(row.reshape(self.leading) for row in stats.detach().unbind(0)))
 
-    def finish_reference(self, result: RowResult, return_stats: bool) -> Tensor | tuple[Tensor, CAADStats]:
+    def weigh_reference(self, result: RowResult, want_stats: bool) -> tuple[Tensor, Tensor]:
+        """(loss per token, statistics where wanted), values checked."""
         if not torch.compiler.is_compiling():
             _schema.check_values(self.target, self.alpha, self.spec.vocab, self.spec.ignore_index)
         loss = _schema.weighted(result.kd, result.ce, self.kd_coef, self.ce_coef)
-        return self.finish(loss, _schema.all_stats(result) if return_stats else loss, return_stats)
+        return loss, _schema.all_stats(result) if want_stats else loss
+
+
+def _check_divergence(divergence: str, jsd_beta: float, plausibility: float | None, source: str = "") -> None:
+    """``source``: what precedes the arguments' names where there are several."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"{source}divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if not (_is_number(jsd_beta) and 0 < jsd_beta < 1):
+        raise ValueError(f"{source}jsd_beta: expected a number in (0, 1), got {jsd_beta!r}")
+    if plausibility is not None:
+        if not (_is_number(plausibility) and 0 < plausibility <= 1):
+            raise ValueError(f"{source}plausibility: expected a number in (0, 1] or None, got {plausibility!r}")
+        if divergence == "reverse_kl":
+            raise ValueError(
+                f"{source}plausibility: expected None with divergence='reverse_kl' (KL(q || p) is infinite where p is cut to "
+                f"0), got {plausibility!r}"
+            )
+
+
+def _alpha_tensor(
+    name: str, alpha: float | Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(1,) or (N,)"""
+    if not isinstance(alpha, Tensor):
+        if not (_is_number(alpha) and 0 <= alpha < math.inf):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {alpha!r}")
+        return torch.full((1,), float(alpha), dtype=dtype, device=device)
+    if not (alpha.is_floating_point() or alpha.dtype in (torch.int32, torch.int64)):
+        raise TypeError(f"{name}: expected a floating-point tensor, got {alpha.dtype}")
+    if alpha.dim() and alpha.shape != leading:
+        raise ValueError(f"{name}: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
+    return alpha.detach().to(device=device, dtype=dtype).reshape(-1)
+
+
+def _check_head(
+    pattern: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    like: Tensor,
+    hidden_name: str = "hidden",
+    *,
+    empty: bool = False,
+) -> None:
+    """Hidden states (..., H), weight (V, H) and bias (V,) on ``like``'s device; ``pattern`` makes names: "student_{}"."""
+    names = [pattern.format(x) for x in (hidden_name, "weight", "bias")]
+    for name, x in zip(names, (hidden, weight, bias), strict=True):
+        if x is None and name == names[2]:
+            continue
+        _check_tensor(name, x, floating=True)
+        _check_device(name, x, like)
+    if hidden.dim() < 1:
+        raise ValueError(f"{names[0]}: expected (..., width), got a scalar")
+    width = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"{names[1]}: expected (vocabulary, {width}) to match {names[0]}, got {tuple(weight.shape)}")
+    if weight.shape[0] == 0 and not empty:
+        raise ValueError(f"{names[1]}: expected a vocabulary, got 0 rows (is the head sharded by FSDP or ZeRO-3?)")
+    if bias is not None:
+        _check_shape(names[2], bias, weight.shape[:1])
+
+
+def _check_text_hidden(name: str, text: Tensor | None, audio: Tensor) -> None:
+    if text is not None:
+        _check_tensor(name, text, floating=True)
+        _check_shape(name, text, audio.shape)
+        _check_device(name, text, audio)
+
+
+def _check_head_options(pattern: str, softcap: float | None, logit_scale: float) -> None:
+    for name, x in (("softcap", softcap), ("logit_scale", logit_scale)):
+        optional = name == "softcap"
+        if not (x is None and optional) and not (_is_number(x) and 0 < x < math.inf):
+            expected = f"a finite number > 0{' or None' if optional else ''}"
+            raise ValueError(f"{pattern.format(name)}: expected {expected}, got {x!r}")
+
+
+def _check_chunks(chunk_tokens: int | None, workspace_bytes: int | None, logits_dtype: torch.dtype | None) -> None:
+    for name, x in (("chunk_tokens", chunk_tokens), ("workspace_bytes", workspace_bytes)):
+        if x is not None and not (_is_whole(x) and x >= 1):
+            raise ValueError(f"{name}: expected a whole number >= 1 or None, got {x!r}")
+    if chunk_tokens is not None and workspace_bytes is not None:
+        raise ValueError("workspace_bytes: expected None where chunk_tokens is given, got both")
+    if logits_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits_dtype: expected None, float32, bfloat16 or float16, got {logits_dtype}")
+
+
+def _wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduced: bool) -> list[bool]:
+    """Of hidden states, weight and bias: which gradients the forward makes."""
+    grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if not reduced and (grads[1] or grads[2]):
+        return [False] * 3  # the backward runs the chunks with each token's own factor
+    return grads
 
 
 def _choose(impl: str, device: torch.device, dtypes: list[torch.dtype], caller: str) -> str:
@@ -616,8 +664,8 @@ def _choose(impl: str, device: torch.device, dtypes: list[torch.dtype], caller: 
 _choose._dynamo_marked_constant = True
 
 
-def _accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+def _accumulation_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _three_dimensional(logits: Tensor) -> Tensor:

@@ -55,22 +55,36 @@ struct LayerProblem {
   int threads = 1;
 };
 
-// One per instruction set; the same sources (rows.inl, layer_rows.inl) compiled with other flags.
+// One teacher's rows into the mixture of several: kdkernels/ops/mixture.py gives the meaning of every field.
+struct MixProblem {
+  RowProblem source;         // its teacher, target, temperature, divergence and threads count
+  RowTensor total;           // float32
+  std::uintptr_t share = 0;  // float32 (N,)
+  std::uintptr_t sums = 0;   // float64 (2, N)
+  bool first = true, last = true;
+};
+
+// One per instruction set; the same sources (rows.inl, layer_rows.inl, mix_rows.inl) compiled with other flags.
 void caad_rows_generic(const RowProblem& problem);
 void layer_rows_generic(const LayerProblem& problem);
+void mix_rows_generic(const MixProblem& problem);
 #if defined(KDKERNELS_X86)
 void caad_rows_avx2(const RowProblem& problem);
 void layer_rows_avx2(const LayerProblem& problem);
+void mix_rows_avx2(const MixProblem& problem);
 void caad_rows_avx512(const RowProblem& problem);
 void layer_rows_avx512(const LayerProblem& problem);
+void mix_rows_avx512(const MixProblem& problem);
 void caad_rows_avx512_bf16(const RowProblem& problem);
 void layer_rows_avx512_bf16(const LayerProblem& problem);
+void mix_rows_avx512_bf16(const MixProblem& problem);
 #endif
 
 // Run on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512", "avx512_bf16"); throw
 // std::invalid_argument for a name that is unknown or that this machine lacks.
 void caad_rows(const RowProblem& problem, const char* isa);
 void layer_rows(const LayerProblem& problem, const char* isa);
+void mix_rows(const MixProblem& problem, const char* isa);
 
 // What they run on if asked for the best.
 const char* best_isa();

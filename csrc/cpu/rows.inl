@@ -265,154 +265,53 @@ AddBlock pick(Cross cross, One one, bool has_z) {
   }
 }
 
-class Worker {
- public:
-  explicit Worker(const RowProblem& problem) : P(problem) {
-    want_grad_ = P.grad.data != 0;
-    want_stats_ = P.stats != 0;
-    read_teacher_ = P.with_kd || want_stats_;
-    jsd_ = P.divergence == Divergence::jsd;
-    cross_ = !P.with_kd ? Cross::none : jsd_ ? Cross::none : P.divergence == Divergence::forward_kl ? Cross::of_z : Cross::of_s;
-    one_ = !P.with_ce                ? One::none
-           : P.temperature == 1.f ? One::same
-           : P.temperature == 2.f ? One::square
-                                  : One::own;
-    store_ = want_grad_ || (jsd_ && P.with_kd);
-    add_ = store_ ? pick<true>(cross_, one_, read_teacher_) : pick<false>(cross_, one_, read_teacher_);
+// The teacher's side of a row: z_ holds the contrast, divided by tau, one block at a time.
+class TeacherRow {
+ protected:
+  explicit TeacherRow(const RowProblem& problem) : P(problem) {
     blocks_ = (P.vocab + BLOCK - 1) / BLOCK;
-    const bool plain_student = P.student_softcap == 0.f && P.student_scale == 1.f;
-    read_student_ = plain_student ? pick_read_student(P.student.dtype) : nullptr;
     read_plain_teacher_ = P.teacher_softcap == 0.f && P.teacher_scale == 1.f && !P.has_plausibility &&
                           (!P.text.data || P.text.dtype == P.audio.dtype);
     read_audio_ = pick_read_student(P.audio.dtype);
     read_contrast_ = pick_read_contrast(P.audio.dtype);
-    const bool forward = P.with_kd && P.divergence == Divergence::forward_kl;
-    write_gradient_ = plain_student && forward && one_ != One::own ? pick_write_gradient(P.grad.dtype, one_ == One::square) : nullptr;
-    if (store_) {
-      std::size_t padded = std::size_t(blocks_) * BLOCK;
-      es_.resize(padded);
-      if (read_teacher_) ez_.resize(padded);
-      if (one_ == One::own) e1_.resize(padded);
-      used_Ms_.resize(std::size_t(blocks_));
-      used_Mz_.resize(std::size_t(blocks_));
-    }
   }
 
-  void row(std::int64_t r) {
-    const auto* targets = reinterpret_cast<const std::int64_t*>(P.target);
-    std::int64_t y = targets ? targets[r] : -1;
-    if (targets && y == P.ignore_index) {
-      write(r, 0.f, 0.f);
-      for (int k = 0; want_stats_ && k < 4; ++k) stat(k, r) = 0.f;
-      zero_gradient(r, 0);
-      return;
-    }
-    student_ = row_of(P.student, r, P.inner);
-    if (read_teacher_) audio_ = row_of(P.audio, r, P.inner);
-    float alpha = P.text.data ? reinterpret_cast<const float*>(P.alpha)[r * P.alpha_stride] : 0.f;
-    if (!(alpha >= 0.f) || std::isinf(alpha)) alpha = NOT_A_NUMBER;
-    use_text_ = read_teacher_ && P.text.data && alpha != 0.f;
-    alpha_ = alpha;
-    if (P.text.data) text_ = row_of(P.text, r, P.inner);
-    bool bad_target = targets && (y < 0 || y >= P.vocab);
-
-    threshold_ = NEG_INF;
-    if (read_teacher_ && P.has_plausibility) find_threshold();
-
-    PairSums p;
-    for (std::int64_t b = 0; b < blocks_; ++b) {
-      const bool whole = width(b) == BLOCK;
-      int n = BLOCK;
-      float max_s, max_z = NEG_INF;
-      if (whole && read_student_) {
-        max_s = read_student_(at(student_, b), 1.f / P.temperature, s_);
-      } else {
-        n = load_student(b);
-        max_s = block_max(s_, n);
-      }
-      if (read_teacher_ && whole && read_plain_teacher_) {
-        max_z = use_text_ ? read_contrast_(at(audio_, b), at(text_, b), alpha_, 1.f / P.temperature, z_)
-                          : read_audio_(at(audio_, b), 1.f / P.temperature, z_);
-      } else if (read_teacher_) {
-        load_contrast(b);
-        max_z = block_max(z_, n);
-      }
-      float* es = store_ ? es_.data() + b * BLOCK : nullptr;
-      float* ez = store_ && read_teacher_ ? ez_.data() + b * BLOCK : nullptr;
-      float* e1 = store_ && one_ == One::own ? e1_.data() + b * BLOCK : nullptr;
-      add_(p, s_, z_, max_s, max_z, n, P.temperature, es, ez, e1);
-      if (store_) {
-        used_Ms_[std::size_t(b)] = p.Ms;
-        used_Mz_[std::size_t(b)] = p.Mz;
-      }
-    }
-
-    float tau = P.temperature;
-    bool no_teacher = p.Sz == 0;  // every token masked: there is nothing to learn from
-    double raw_kd = 0;            // D(p, q), without tau^2
-    if (P.with_kd && !no_teacher) {
-      if (jsd_) {
-        raw_kd = jsd_pass(p);
-      } else if (P.divergence == Divergence::forward_kl) {
-        raw_kd = p.Ss == 0 || std::isinf(p.cross) ? HUGE_VAL : p.cross / p.Sz - std::log(p.Sz) + std::log(p.Ss);
-      } else {
-        raw_kd = p.Ss == 0 ? 0 : std::isinf(p.cross) ? HUGE_VAL : p.cross / p.Ss - std::log(p.Ss) + std::log(p.Sz);
-      }
-      if (raw_kd < 0) raw_kd = 0;  // rounding; NaN passes
-    }
-    double ce = 0;
-    float s_y = 0.f;
-    if (P.with_ce) {
-      s_y = bad_target ? NOT_A_NUMBER : student_logit(y);
-      // Scaled as the row was, so that the maximum cancels exactly where the label is the maximum.
-      double below_max = double(p.Ms) - s_y * (1.f / tau);
-      ce = s_y == NEG_INF ? HUGE_VAL : std::log(p.S1) + below_max * tau;
-      if (ce < 0) ce = 0;
-    }
-    write(r, float(double(tau) * tau * raw_kd), float(ce));
-    if (want_stats_) statistics(r, p);
-    if (want_grad_) gradient(r, p, raw_kd, no_teacher, y, s_y, bad_target);
-  }
-
- private:
   const RowProblem& P;
-  bool want_grad_, want_stats_, read_teacher_, jsd_, store_;
-  Cross cross_;
-  One one_;
-  AddBlock add_;
-  ReadStudent read_student_, read_audio_;  // read_student_: null where the student's logits are not plain
+  ReadStudent read_audio_;
   ReadContrast read_contrast_;
-  WriteGradient write_gradient_;  // null where there is no short way
   bool read_plain_teacher_;
   std::int64_t blocks_;
-  std::vector<float> es_, ez_, e1_, used_Ms_, used_Mz_;
-  RowPointer student_{}, audio_{}, text_{};
+  RowPointer audio_{}, text_{};
   float alpha_ = 0.f, threshold_ = 0.f;
   bool use_text_ = false;
-  alignas(64) float s_[BLOCK], z_[BLOCK], a_[BLOCK], t_[BLOCK], g_[BLOCK];
+  alignas(64) float z_[BLOCK], a_[BLOCK], t_[BLOCK];
 
-  float& stat(int k, std::int64_t r) { return reinterpret_cast<float*>(P.stats)[k * P.outer * P.inner + r]; }
+  // Row r from here on; nothing of the teacher's is read where it is not wanted.
+  void open_teacher(std::int64_t r, bool wanted) {
+    if (wanted) audio_ = row_of(P.audio, r, P.inner);
+    float alpha = P.text.data ? reinterpret_cast<const float*>(P.alpha)[r * P.alpha_stride] : 0.f;
+    if (!(alpha >= 0.f) || std::isinf(alpha)) alpha = NOT_A_NUMBER;
+    use_text_ = wanted && P.text.data && alpha != 0.f;
+    alpha_ = alpha;
+    if (P.text.data) text_ = row_of(P.text, r, P.inner);
+    threshold_ = NEG_INF;
+    if (wanted && P.has_plausibility) find_threshold();
+  }
 
-  void write(std::int64_t r, float kd, float ce) {
-    reinterpret_cast<float*>(P.kd)[r] = kd;
-    reinterpret_cast<float*>(P.ce)[r] = ce;
+  // Fills z_, padded with -inf to a whole vector; returns its maximum.
+  float read_teacher_block(std::int64_t b) {
+    if (width(b) == BLOCK && read_plain_teacher_)
+      return use_text_ ? read_contrast_(at(audio_, b), at(text_, b), alpha_, 1.f / P.temperature, z_)
+                       : read_audio_(at(audio_, b), 1.f / P.temperature, z_);
+    load_contrast(b);
+    return block_max(z_, padded(b));
   }
 
   // The b-th block of a row.
   static const char* at(RowPointer row, std::int64_t b) { return row.data + b * BLOCK * (row.dtype == DType::f32 ? 4 : 2); }
 
   int width(std::int64_t b) const { return int(std::min<std::int64_t>(BLOCK, P.vocab - b * BLOCK)); }
-
-  // s_ = logits / tau, padded with -inf to a whole vector; returns the padded length
-  int load_student(std::int64_t b) {
-    int n = width(b);
-    load_block(student_, b * BLOCK, n, NEG_INF, s_);
-    int padded = (n + W - 1) / W * W;
-    transform_block(s_, padded, P.student_scale, P.student_softcap);
-    for (int i = n; i < padded; ++i) s_[i] = NEG_INF;  // a softcap makes -inf finite
-    scale_block(s_, padded, 1.f / P.temperature);
-    return padded;
-  }
+  int padded(std::int64_t b) const { return (width(b) + W - 1) / W * W; }
 
   int load_audio(std::int64_t b) {
     int n = width(b), padded = (n + W - 1) / W * W;
@@ -461,6 +360,126 @@ class Worker {
       best = std::max(best, block_max(a_, n));
     }
     threshold_ = best + P.log_plausibility;
+  }
+};
+
+class Worker : TeacherRow {
+ public:
+  explicit Worker(const RowProblem& problem) : TeacherRow(problem) {
+    want_grad_ = P.grad.data != 0;
+    want_stats_ = P.stats != 0;
+    read_teacher_ = P.with_kd || want_stats_;
+    jsd_ = P.divergence == Divergence::jsd;
+    cross_ = !P.with_kd ? Cross::none : jsd_ ? Cross::none : P.divergence == Divergence::forward_kl ? Cross::of_z : Cross::of_s;
+    one_ = !P.with_ce                ? One::none
+           : P.temperature == 1.f ? One::same
+           : P.temperature == 2.f ? One::square
+                                  : One::own;
+    store_ = want_grad_ || (jsd_ && P.with_kd);
+    add_ = store_ ? pick<true>(cross_, one_, read_teacher_) : pick<false>(cross_, one_, read_teacher_);
+    const bool plain_student = P.student_softcap == 0.f && P.student_scale == 1.f;
+    read_student_ = plain_student ? pick_read_student(P.student.dtype) : nullptr;
+    const bool forward = P.with_kd && P.divergence == Divergence::forward_kl;
+    write_gradient_ = plain_student && forward && one_ != One::own ? pick_write_gradient(P.grad.dtype, one_ == One::square) : nullptr;
+    if (store_) {
+      std::size_t padded = std::size_t(blocks_) * BLOCK;
+      es_.resize(padded);
+      if (read_teacher_) ez_.resize(padded);
+      if (one_ == One::own) e1_.resize(padded);
+      used_Ms_.resize(std::size_t(blocks_));
+      used_Mz_.resize(std::size_t(blocks_));
+    }
+  }
+
+  void row(std::int64_t r) {
+    const auto* targets = reinterpret_cast<const std::int64_t*>(P.target);
+    std::int64_t y = targets ? targets[r] : -1;
+    if (targets && y == P.ignore_index) {
+      write(r, 0.f, 0.f);
+      for (int k = 0; want_stats_ && k < 4; ++k) stat(k, r) = 0.f;
+      zero_gradient(r, 0);
+      return;
+    }
+    student_ = row_of(P.student, r, P.inner);
+    open_teacher(r, read_teacher_);
+    bool bad_target = targets && (y < 0 || y >= P.vocab);
+
+    PairSums p;
+    for (std::int64_t b = 0; b < blocks_; ++b) {
+      const bool whole = width(b) == BLOCK;
+      int n = BLOCK;
+      float max_s, max_z = NEG_INF;
+      if (whole && read_student_) {
+        max_s = read_student_(at(student_, b), 1.f / P.temperature, s_);
+      } else {
+        n = load_student(b);
+        max_s = block_max(s_, n);
+      }
+      if (read_teacher_) max_z = read_teacher_block(b);
+      float* es = store_ ? es_.data() + b * BLOCK : nullptr;
+      float* ez = store_ && read_teacher_ ? ez_.data() + b * BLOCK : nullptr;
+      float* e1 = store_ && one_ == One::own ? e1_.data() + b * BLOCK : nullptr;
+      add_(p, s_, z_, max_s, max_z, n, P.temperature, es, ez, e1);
+      if (store_) {
+        used_Ms_[std::size_t(b)] = p.Ms;
+        used_Mz_[std::size_t(b)] = p.Mz;
+      }
+    }
+
+    float tau = P.temperature;
+    bool no_teacher = p.Sz == 0;  // every token masked: there is nothing to learn from
+    double raw_kd = 0;            // D(p, q), without tau^2
+    if (P.with_kd && !no_teacher) {
+      if (jsd_) {
+        raw_kd = jsd_pass(p);
+      } else if (P.divergence == Divergence::forward_kl) {
+        raw_kd = p.Ss == 0 || std::isinf(p.cross) ? HUGE_VAL : p.cross / p.Sz - std::log(p.Sz) + std::log(p.Ss);
+      } else {
+        raw_kd = p.Ss == 0 ? 0 : std::isinf(p.cross) ? HUGE_VAL : p.cross / p.Ss - std::log(p.Ss) + std::log(p.Sz);
+      }
+      if (raw_kd < 0) raw_kd = 0;  // rounding; NaN passes
+    }
+    double ce = 0;
+    float s_y = 0.f;
+    if (P.with_ce) {
+      s_y = bad_target ? NOT_A_NUMBER : student_logit(y);
+      // Scaled as the row was, so that the maximum cancels exactly where the label is the maximum.
+      double below_max = double(p.Ms) - s_y * (1.f / tau);
+      ce = s_y == NEG_INF ? HUGE_VAL : std::log(p.S1) + below_max * tau;
+      if (ce < 0) ce = 0;
+    }
+    write(r, float(double(tau) * tau * raw_kd), float(ce));
+    if (want_stats_) statistics(r, p);
+    if (want_grad_) gradient(r, p, raw_kd, no_teacher, y, s_y, bad_target);
+  }
+
+ private:
+  bool want_grad_, want_stats_, read_teacher_, jsd_, store_;
+  Cross cross_;
+  One one_;
+  AddBlock add_;
+  ReadStudent read_student_;  // null where the student's logits are not plain
+  WriteGradient write_gradient_;  // null where there is no short way
+  std::vector<float> es_, ez_, e1_, used_Ms_, used_Mz_;
+  RowPointer student_{};
+  alignas(64) float s_[BLOCK], g_[BLOCK];
+
+  float& stat(int k, std::int64_t r) { return reinterpret_cast<float*>(P.stats)[k * P.outer * P.inner + r]; }
+
+  void write(std::int64_t r, float kd, float ce) {
+    reinterpret_cast<float*>(P.kd)[r] = kd;
+    reinterpret_cast<float*>(P.ce)[r] = ce;
+  }
+
+  // s_ = logits / tau, padded with -inf to a whole vector; returns the padded length
+  int load_student(std::int64_t b) {
+    int n = width(b);
+    load_block(student_, b * BLOCK, n, NEG_INF, s_);
+    int padded = (n + W - 1) / W * W;
+    transform_block(s_, padded, P.student_scale, P.student_softcap);
+    for (int i = n; i < padded; ++i) s_[i] = NEG_INF;  // a softcap makes -inf finite
+    scale_block(s_, padded, 1.f / P.temperature);
+    return padded;
   }
 
   float student_logit(std::int64_t v) {

@@ -5,3 +5,6 @@
 
 #define KDKERNELS_LAYER_ENTRY layer_rows_avx512
 #include "layer_rows.inl"
+
+#define KDKERNELS_MIX_ENTRY mix_rows_avx512
+#include "mix_rows.inl"

@@ -10,11 +10,11 @@ Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +43,69 @@ class LinearResult:
     bias_grad: Tensor | None  # (V_s,)
 
 
+@dataclass(frozen=True)
+class TeacherHead:
+    """A teacher in the chunk loop: what its logits are made of, and how.
+
+    ``spec`` describes the logits of its own products; ``row_spec`` what :meth:`logits` leaves for the row kernel.
+    """
+
+    audio_hidden: Tensor  # (N, H_t)
+    text_hidden: Tensor | None
+    weight: Tensor  # (V_t, H_t)
+    bias: Tensor | None
+    alpha: Tensor  # (1,) or (N,)
+    spec: RowSpec
+    want_stats: bool
+    logits_dtype: torch.dtype
+    survivors: Callable[..., None] | None
+
+    @property
+    def collapse(self) -> bool:
+        # Statistics compare the two paths, a softcap is not linear, plausibility looks at the audio path alone.
+        linear = self.spec.teacher_softcap is None and self.spec.plausibility is None
+        return self.text_hidden is not None and linear and not self.want_stats
+
+    @property
+    def at_survivors(self) -> bool:
+        masked = self.spec.plausibility is not None and not self.want_stats
+        masked = masked and self.logits_dtype != torch.float16  # z_hat could overflow
+        return self.text_hidden is not None and masked and self.survivors is not None
+
+    @property
+    def two_paths(self) -> bool:
+        return self.text_hidden is not None and not self.collapse and not self.at_survivors
+
+    @property
+    def row_spec(self) -> RowSpec:
+        if not self.at_survivors:
+            return self.spec
+        return dataclasses.replace(self.spec, plausibility=None, teacher_scale=1.0, teacher_softcap=None)
+
+    def pick(self, keep: Tensor | None) -> TeacherHead:
+        """The same teacher at some of the tokens."""
+        audio, text = picked(keep, self.audio_hidden, self.text_hidden)
+        (alpha,) = picked(keep, self.alpha) if self.alpha.numel() > 1 else (self.alpha,)
+        return dataclasses.replace(self, audio_hidden=audio, text_hidden=text, alpha=alpha)
+
+    def alpha_of(self, chunk: slice) -> Tensor:
+        return self.alpha[chunk] if self.alpha.numel() > 1 else self.alpha
+
+    def logits(self, chunk: slice, labels: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A chunk's logits in ``scratch`` (1 + two_paths, C, V): (audio path or contrast, text path or None)."""
+        w, b = (None if x is None else x[: self.spec.vocab] for x in (self.weight, self.bias))
+        audio, alpha = self.audio_hidden[chunk], self.alpha_of(chunk)
+        if self.collapse:
+            audio = contrastive_hidden(audio, self.text_hidden[chunk], alpha)
+        # The contrast of low-precision states is float32, yet as two low-precision summands exact enough. Two of float16
+        # save nothing on the CPU, and can overflow.
+        split = self.audio_hidden.dtype == w.dtype and (w.dtype == torch.bfloat16 or w.device.type != "cpu")
+        audio_logits = gemm(audio, w, b, scratch[0], split=split)
+        if self.at_survivors:
+            self.survivors(audio_logits, self.text_hidden[chunk], w, b, labels, alpha, self.spec)
+        return audio_logits, gemm(self.text_hidden[chunk], w, b, scratch[1]) if self.two_paths else None
+
+
 def linear_caad_chunks(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -59,106 +122,129 @@ def linear_caad_chunks(
     *,
     rows: Callable[..., RowResult],
     logits_dtype: torch.dtype,
+    want_stats: bool,
+    gain: Tensor | None = None,
+    survivors: Callable[..., None] | None = None,
+    **chunks: Any,
+) -> LinearResult:
+    """``gain``: a factor on the gradients inside, which leaves hidden_grad too large by it, and no other result.
+
+    ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask; None: both paths densely.
+    ``chunks``: keywords of :func:`student_chunks`.
+    """
+    if gain is not None:
+        kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
+    keep = kept_tokens(target, spec.ignore_index)
+    target, kd_coef, ce_coef = picked(keep, target, kd_coef, ce_coef)
+    teacher = TeacherHead(
+        audio_hidden, text_hidden, teacher_weight, teacher_bias, alpha, spec, want_stats, logits_dtype, survivors
+    ).pick(keep)
+    need_teacher = spec.with_kd or want_stats
+
+    def chunk_rows(
+        chunk: slice, student_logits: Tensor, scratch: Tensor, _float32: Tensor, grad: Tensor | None
+    ) -> RowResult:
+        labels = None if target is None else target[chunk]
+        audio_logits, text_logits = student_logits, None
+        if need_teacher:
+            audio_logits, text_logits = teacher.logits(chunk, labels, scratch)
+        return rows(
+            student_logits[None],
+            audio_logits[None],
+            None if text_logits is None else text_logits[None],
+            labels,
+            teacher.alpha_of(chunk),
+            kd_coef[chunk],
+            ce_coef[chunk],
+            teacher.row_spec,
+            grad=None if grad is None else grad[None],
+            want_stats=want_stats,
+        )
+
+    return student_chunks(
+        student_hidden,
+        student_weight,
+        student_bias,
+        chunk_rows,
+        keep=keep,
+        vocab=spec.vocab,
+        logits_dtype=logits_dtype,
+        teacher_buffers=need_teacher * (1 + teacher.two_paths),
+        n_stats=len(STAT_NAMES) if want_stats else 0,
+        gain=gain,
+        **chunks,
+    )
+
+
+def student_chunks(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    chunk_rows: Callable[[slice, Tensor, Tensor, Tensor, Tensor | None], RowResult],
+    *,
+    keep: Tensor | None,
+    vocab: int,
+    logits_dtype: torch.dtype,
+    teacher_buffers: int,
+    float32_buffers: int = 0,
+    n_stats: int,
     chunk_tokens: int | None,
     workspace_bytes: int | None,
     hidden_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
-    want_stats: bool,
-    gain: Tensor | None = None,
-    survivors: Callable[..., None] | None = None,
+    gain: Tensor | None,
 ) -> LinearResult:
-    """``gain``: a factor on the gradients inside, which leaves hidden_grad too large by it, and no other result.
+    """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, and what becomes of the gradient.
 
-    ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask; None: both paths densely.
+    ``chunk_rows(chunk, student logits (C, V), scratch (teacher_buffers, C, V) in logits_dtype and (float32_buffers, C, V) in
+    float32, grad (C, V) or None)`` fills ``grad``, which lies over the student's logits. ``keep``: the tokens that count (see
+    :func:`kept_tokens`), which ``chunk`` indexes.
     """
-    if gain is not None:
-        kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
     device, n_total = student_hidden.device, student_hidden.shape[0]
-    keep = _kept_tokens(target, spec.ignore_index)
-    if keep is not None:
-        pick = functools.partial(torch.index_select, dim=0, index=keep)
-        student_hidden, audio_hidden, kd_coef, ce_coef = map(pick, (student_hidden, audio_hidden, kd_coef, ce_coef))
-        text_hidden = None if text_hidden is None else pick(text_hidden)
-        target = pick(target)
-        alpha = pick(alpha) if alpha.numel() > 1 else alpha
+    (student_hidden,) = picked(keep, student_hidden)
     n = student_hidden.shape[0]
-
-    need_teacher = spec.with_kd or want_stats
-    # Statistics compare the two paths, a softcap is not linear, plausibility looks at the audio path alone.
-    collapse = text_hidden is not None and spec.teacher_softcap is None and spec.plausibility is None and not want_stats
-    masked = spec.plausibility is not None and not want_stats and logits_dtype != torch.float16  # z_hat could overflow
-    at_survivors = need_teacher and text_hidden is not None and masked and survivors is not None
-    two_paths = need_teacher and text_hidden is not None and not collapse and not at_survivors
-    row_spec = spec
-    if at_survivors:
-        row_spec = dataclasses.replace(spec, plausibility=None, teacher_scale=1.0, teacher_softcap=None)
-    buffers = 1 + need_teacher + two_paths
+    buffers = 1 + teacher_buffers
     plan = plan_chunks(
         n_tokens=n,
-        bytes_per_token=max(1, buffers * spec.vocab * logits_dtype.itemsize),
+        bytes_per_token=max(1, (buffers * logits_dtype.itemsize + 4 * float32_buffers) * vocab),
         student_width=student_hidden.shape[1],
         device=device,
         chunk_tokens=chunk_tokens,
         workspace_bytes=workspace_bytes,
     )
-    shape = (buffers, min(plan.chunk_tokens, max(n, 1)), spec.vocab)
-    scratch_bytes = math.prod(shape) * logits_dtype.itemsize
-    memory = take_scratch(scratch_bytes, device)
-    scratch = memory[:scratch_bytes].view(logits_dtype).view(shape)
+    shape = (min(plan.chunk_tokens, max(n, 1)), vocab)
+    float32_bytes = 4 * float32_buffers * math.prod(shape)
+    logits_bytes = buffers * logits_dtype.itemsize * math.prod(shape)
+    memory = take_scratch(float32_bytes + logits_bytes, device)
+    totals = memory[:float32_bytes].view(torch.float32).view(float32_buffers, *shape)
+    scratch = memory[float32_bytes : float32_bytes + logits_bytes].view(logits_dtype).view(buffers, *shape)
 
     any_grad = hidden_grad or weight_grad or bias_grad
     float32 = {"dtype": torch.float32, "device": device}
     kd, ce = torch.empty(2, n, **float32).unbind(0)
-    stats = torch.empty(len(STAT_NAMES), n, **float32) if want_stats else None
+    stats = torch.empty(n_stats, n, **float32) if n_stats else None
     dh = torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else None
     dw = zero_weight_gradient(student_weight) if weight_grad else None
     db = torch.zeros(student_weight.shape[0], **float32) if bias_grad else None
-    w_s, w_t = student_weight[: spec.vocab], teacher_weight[: spec.vocab]
-    b_s = None if student_bias is None else student_bias[: spec.vocab]
-    b_t = None if teacher_bias is None else teacher_bias[: spec.vocab]
+    w_s = student_weight[:vocab]
+    b_s = None if student_bias is None else student_bias[:vocab]
 
     for start in range(0, n, plan.chunk_tokens):
         chunk = slice(start, min(start + plan.chunk_tokens, n))
         size = chunk.stop - start
         student_logits = gemm(student_hidden[chunk], w_s, b_s, scratch[0, :size])  # (C, V)
-        audio_logits = text_logits = None
-        row_alpha = alpha[chunk] if alpha.numel() > 1 else alpha
-        if need_teacher:
-            audio = audio_hidden[chunk]
-            if collapse:
-                audio = contrastive_hidden(audio, text_hidden[chunk], row_alpha)
-            # The contrast of low-precision states is float32, yet as two low-precision summands exact enough. Two of float16
-            # save nothing on the CPU, and can overflow.
-            split = audio_hidden.dtype == w_t.dtype and (w_t.dtype == torch.bfloat16 or device.type != "cpu")
-            audio_logits = gemm(audio, w_t, b_t, scratch[1, :size], split=split)
-            if two_paths:
-                text_logits = gemm(text_hidden[chunk], w_t, b_t, scratch[2, :size])
-            if at_survivors:
-                labels = None if target is None else target[chunk]
-                survivors(audio_logits, text_hidden[chunk], w_t, b_t, labels, row_alpha, spec)
         grad = gradient_view(student_logits, student_weight.dtype) if any_grad else None
-        out = rows(
-            student_logits[None],
-            student_logits[None] if audio_logits is None else audio_logits[None],
-            None if text_logits is None else text_logits[None],
-            None if target is None else target[chunk],
-            row_alpha,
-            kd_coef[chunk],
-            ce_coef[chunk],
-            row_spec,
-            grad=None if grad is None else grad[None],
-            want_stats=want_stats,
-        )
+        out = chunk_rows(chunk, student_logits, scratch[1:, :size], totals[:, :size], grad)
         kd[chunk], ce[chunk] = out.kd, out.ce
         if stats is not None:
             stats[:, chunk] = out.stats
         if hidden_grad:
             hidden_gradient(grad, w_s, dh[chunk])
         if weight_grad:
-            add_weight_gradient(dw[: spec.vocab], grad, student_hidden[chunk])
+            add_weight_gradient(dw[:vocab], grad, student_hidden[chunk])
         if bias_grad:
-            db[: spec.vocab] += grad.sum(0, dtype=torch.float32)
+            db[:vocab] += grad.sum(0, dtype=torch.float32)
 
     return_scratch(memory)
     if keep is not None:
@@ -175,12 +261,17 @@ def linear_caad_chunks(
     )
 
 
-def _kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
+def kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
     """Indices of the valid tokens, or None for all of them. On the CPU only: elsewhere their number would need a sync."""
     if target is None or target.device.type != "cpu":
         return None
     valid = target != ignore_index
     return None if bool(valid.all()) else valid.nonzero()[:, 0]
+
+
+def picked(keep: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The kept tokens of each; None stands for all."""
+    return [x if x is None or keep is None else x.index_select(0, keep) for x in tensors]
 
 
 # Union of the survivors, as a share of the vocabulary, from which gathering their weights costs more than it saves: the two are

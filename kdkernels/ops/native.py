@@ -77,47 +77,81 @@ def caad_rows(
 ) -> RowResult:
     """See :mod:`kdkernels.ops.rows`. Scratch: up to 12 bytes per vocabulary entry and thread."""
     lib = load_library()
-    outer, inner, student_width = student.shape
-    rows = outer * inner
-    codes = {torch.float32: lib.DType.f32, torch.bfloat16: lib.DType.bf16, torch.float16: lib.DType.f16}
-    keep = []  # what the addresses below point into
-
-    def tensor(x: torch.Tensor):
-        keep.append(x)
-        return lib.RowTensor(x.data_ptr(), codes[x.dtype], x.stride(0), x.stride(1))
-
-    def vector(x: torch.Tensor, dtype: torch.dtype) -> int:
-        keep.append(x := x.to(dtype).contiguous())
-        return x.data_ptr()
-
+    rows = student.shape[0] * student.shape[1]
     kd, ce = torch.empty(2, rows, dtype=torch.float32, device="cpu").unbind(0)
     stats = torch.empty(len(STAT_NAMES), rows, dtype=torch.float32, device="cpu") if want_stats else None
 
-    p = lib.RowProblem()
-    p.outer, p.inner, p.vocab, p.student_width = outer, inner, spec.vocab, student_width
-    p.student, p.audio = tensor(student), tensor(audio)
-    if text is not None:
-        p.text = tensor(text)
-        p.alpha, p.alpha_stride = vector(alpha, torch.float32), int(alpha.numel() > 1)
+    p, keep = _teacher_problem(audio, text, target, alpha, spec)
+    p.student_width = student.shape[2]
+    p.student = _row_tensor(student)
     if grad is not None:
-        p.grad = tensor(grad)
-    if target is not None:
-        p.target = vector(target, torch.int64)
-    p.kd_coef, p.ce_coef = vector(kd_coef, torch.float32), vector(ce_coef, torch.float32)
+        p.grad = _row_tensor(grad)
+    keep += (kd_coef := kd_coef.float().contiguous()), (ce_coef := ce_coef.float().contiguous())
+    p.kd_coef, p.ce_coef = kd_coef.data_ptr(), ce_coef.data_ptr()
     p.kd, p.ce = kd.data_ptr(), ce.data_ptr()
     p.stats = stats.data_ptr() if stats is not None else 0
+    p.with_kd, p.with_ce = spec.with_kd, spec.with_ce and target is not None
+    p.student_scale, p.student_softcap = spec.student_scale, spec.student_softcap or 0.0
+    lib.caad_rows(p, instruction_set())
+    return RowResult(kd=kd, ce=ce, stats=stats)
+
+
+def _row_tensor(x: torch.Tensor):
+    lib = load_library()
+    codes = {torch.float32: lib.DType.f32, torch.bfloat16: lib.DType.bf16, torch.float16: lib.DType.f16}
+    return lib.RowTensor(x.data_ptr(), codes[x.dtype], x.stride(0), x.stride(1))
+
+
+def _teacher_problem(
+    audio: torch.Tensor, text: torch.Tensor | None, target: torch.Tensor | None, alpha: torch.Tensor, spec: RowSpec
+) -> tuple[object, list[torch.Tensor]]:
+    """(RowProblem with what concerns the teacher and both sides alike, new tensors that its addresses point into)"""
+    lib = load_library()
+    keep = []
+    p = lib.RowProblem()
+    p.outer, p.inner, p.vocab = audio.shape[0], audio.shape[1], spec.vocab
+    p.audio = _row_tensor(audio)
+    if text is not None:
+        keep.append(alpha := alpha.float().contiguous())
+        p.text, p.alpha, p.alpha_stride = _row_tensor(text), alpha.data_ptr(), int(alpha.numel() > 1)
+    if target is not None:
+        keep.append(target := target.contiguous())
+        p.target = target.data_ptr()
     p.temperature = spec.temperature
     p.divergence = getattr(lib.Divergence, spec.divergence)
     p.jsd_beta = spec.jsd_beta
     p.has_plausibility = spec.plausibility is not None
     p.log_plausibility = 0.0 if spec.plausibility is None else math.log(spec.plausibility)
     p.ignore_index = spec.ignore_index
-    p.with_kd, p.with_ce = spec.with_kd, spec.with_ce and target is not None
-    p.student_scale, p.teacher_scale = spec.student_scale, spec.teacher_scale
-    p.student_softcap, p.teacher_softcap = spec.student_softcap or 0.0, spec.teacher_softcap or 0.0
+    p.teacher_scale, p.teacher_softcap = spec.teacher_scale, spec.teacher_softcap or 0.0
     p.threads = torch.get_num_threads()
-    lib.caad_rows(p, instruction_set())
-    return RowResult(kd=kd, ce=ce, stats=stats)
+    return p, keep
+
+
+def mix_rows(
+    audio: torch.Tensor,
+    text: torch.Tensor | None,
+    target: torch.Tensor | None,
+    alpha: torch.Tensor,
+    share: torch.Tensor,
+    spec: RowSpec,
+    total: torch.Tensor,
+    sums: torch.Tensor | None,
+    *,
+    last: bool,
+) -> torch.Tensor:
+    """See :mod:`kdkernels.ops.mixture`; sums are float64. Scratch: 4 bytes per vocabulary entry and thread."""
+    lib = load_library()
+    m = lib.MixProblem()
+    m.first, m.last = sums is None, last
+    if sums is None:
+        sums = torch.empty(2, share.numel(), dtype=torch.float64, device="cpu")
+    share = share.float().contiguous()
+    m.source, keep = _teacher_problem(audio, text, target, alpha, spec)
+    m.total, m.share, m.sums = _row_tensor(total), share.data_ptr(), sums.data_ptr()
+    lib.mix_rows(m, instruction_set())
+    del keep
+    return sums
 
 
 def layer_rows(
@@ -134,14 +168,13 @@ def layer_rows(
 ) -> torch.Tensor:
     """See :mod:`kdkernels.ops.layer_rows`. Scratch: two float32 rows a thread."""
     lib = load_library()
-    codes = {torch.float32: lib.DType.f32, torch.bfloat16: lib.DType.bf16, torch.float16: lib.DType.f16}
     loss = torch.empty(u.shape[0], dtype=torch.float32, device="cpu")
     coef = coef.float().contiguous()
     p = lib.LayerProblem()
     p.rows, p.width = u.shape
     for name, x in (("u", u), ("v", v), ("text", text), ("grad_u", grad_u), ("grad_v", grad_v)):
         if x is not None:
-            setattr(p, name, lib.RowTensor(x.data_ptr(), codes[x.dtype], x.stride(0), 0))
+            setattr(p, name, _row_tensor(x))
     if text is not None:
         alpha = alpha.float().contiguous()
         p.alpha, p.alpha_stride = alpha.data_ptr(), int(alpha.numel() > 1)

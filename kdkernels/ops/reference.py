@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 
-from .rows import RowResult, RowSpec
+from .rows import RowResult, RowSpec, joined_stats
 
 _NEG_INF = float("-inf")
 
@@ -180,3 +181,34 @@ def linear_caad(
         audio = logits(audio_hidden, teacher_weight, teacher_bias)
         text = None if text_hidden is None else logits(text_hidden, teacher_weight, teacher_bias)
     return caad_rows(student, audio, text, target, alpha, spec, want_stats=want_stats)
+
+
+def linear_multi_teacher(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    student_bias: torch.Tensor | None,
+    teachers: Sequence[tuple],
+    target: torch.Tensor | None,
+    omega: torch.Tensor,
+    *,
+    want_stats: bool = False,
+) -> RowResult:
+    """kd_i = sum_k omega_ki tau^2 D_k, teacher by teacher; ce as against any one of them.
+
+    Args:
+        teachers: for each audio_hidden, text_hidden, weight, bias, alpha and RowSpec, as :func:`linear_caad` takes them.
+        omega: (K, N).
+    """
+    student = (student_hidden, student_weight, student_bias)
+    results = [
+        linear_caad(*student, *tensors, target, alpha, spec, want_stats=want_stats)
+        for *tensors, alpha, spec in teachers
+    ]
+    kd = {True: 0.0, False: 0.0}
+    for weight, result, (*_, spec) in zip(omega, results, teachers, strict=True):
+        kd[spec.divergence == "reverse_kl"] += torch.where(weight == 0, 0.0, weight * result.kd)
+    if isinstance(kd[True], torch.Tensor):  # an infinite reverse KL takes its token's gradient, and those it is added to
+        kd[True] = torch.where(torch.isinf(kd[True]), kd[True].detach(), kd[True])
+    return RowResult(
+        kd=kd[True] + kd[False], ce=results[0].ce, stats=joined_stats(results) if want_stats else None
+    )

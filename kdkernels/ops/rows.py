@@ -15,7 +15,7 @@ Each backend (``native``, ``triton_caad``) offers one function of this signature
     kd_coef   (N,) float32: d loss / d kd_i;  ce_coef (N,) float32: d loss / d ce_i
     grad      None, or (B, T, V_s) fp32 | bf16 | fp16 with last stride 1, which receives
               kd_coef_i * d kd_i / d s + ce_coef_i * d ce_i / d s. It may share ``student``'s memory: row r of ``grad`` may
-              overlap row r of ``student`` (and no other row), also at a smaller item size.
+              overlap row r of ``student`` (and no other row), also at a smaller item size; or likewise ``audio``'s.
 
 Rows whose target is ``ignore_index`` are never read: their kd, ce and statistics are 0 and their gradient is 0.
 A row with a target outside [0, V) or a negative or non-finite alpha gives NaN (the CPU front end refuses it before).
@@ -23,6 +23,7 @@ A row with a target outside [0, V) or a negative or non-finite alpha gives NaN (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,18 @@ class RowResult:
     kd: torch.Tensor
     ce: torch.Tensor
     stats: torch.Tensor | None
+
+
+def stat_count(teachers: int) -> int:
+    """Rows of RowResult.stats with several teachers: the student's entropy, then one a teacher of each: kd, its entropy, top-1
+    agreement, path divergence."""
+    return 1 + teachers * len(STAT_NAMES)
+
+
+def joined_stats(results: Sequence[RowResult]) -> torch.Tensor:
+    """(stat_count, N) from the results against each teacher."""
+    by_name = [torch.stack([r.stats[i] for r in results]) for i in range(1, len(STAT_NAMES))]
+    return torch.cat([results[0].stats[:1], torch.stack([r.kd for r in results]), *by_name])
 
 
 def check_overlap(student: torch.Tensor, grad: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .chunking import NO_LOGITS, choose_path
 from .dispatch import checks_enabled, row_launcher
@@ -20,8 +21,11 @@ from .rows import STAT_NAMES, RowResult, RowSpec
 _N_STATS = 2 + len(STAT_NAMES)  # kd, ce, then STAT_NAMES
 
 
-def check_values(target: Tensor | None, alpha: Tensor, vocab: int, ignore_index: int) -> None:
-    """ValueError for a target outside [0, vocab) or a negative or non-finite alpha, where looking costs no device sync."""
+def check_values(target: Tensor | None, alpha: Tensor, vocab: int, ignore_index: int, *, source: str = "") -> None:
+    """ValueError for a target outside [0, vocab) or a negative or non-finite alpha, where looking costs no device sync.
+
+    ``source``: what precedes alpha's name where there are several.
+    """
     if target is not None and checks_enabled(target.device) and target.numel():
         bad = (target != ignore_index) & ((target < 0) | (target >= vocab))
         if bool(bad.any()):
@@ -32,7 +36,7 @@ def check_values(target: Tensor | None, alpha: Tensor, vocab: int, ignore_index:
     if checks_enabled(alpha.device) and alpha.numel():
         bad = ~((alpha >= 0) & torch.isfinite(alpha))
         if bool(bad.any()):
-            raise ValueError(f"alpha: expected finite values >= 0, got {float(alpha[bad][0])}")
+            raise ValueError(f"{source}alpha: expected finite values >= 0, got {float(alpha[bad][0])}")
 
 
 def weighted(kd: Tensor, ce: Tensor, kd_coef: Tensor, ce_coef: Tensor) -> Tensor:
@@ -320,22 +324,43 @@ def linear_caad(
                 want_stats=want_stats,
                 gain=gain,
             )
+    return linear_results(out, student_hidden, student_weight, kd_coef, ce_coef, reduced, gain)
+
+
+def linear_results(
+    out: LinearResult,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    kd_coef: Tensor,
+    ce_coef: Tensor,
+    reduced: bool,
+    gain: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What an operator over LM heads returns, empty where there is nothing."""
     loss = weighted(out.rows.kd, out.rows.ce, kd_coef, ce_coef)
     return (
         loss.sum() if reduced else loss,
         student_hidden.new_empty(0) if out.hidden_grad is None else out.hidden_grad,
         student_weight.new_empty(0) if out.weight_grad is None else out.weight_grad,
         student_weight.new_empty(0) if out.bias_grad is None else out.bias_grad,
-        all_stats(out.rows) if want_stats else loss.new_empty(0),
+        loss.new_empty(0) if out.rows.stats is None else all_stats(out.rows),
         loss.new_empty(0) if gain is None else gain,
     )
 
 
-@linear_caad.register_fake
-def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias, target, alpha,
-      kd_coef, ce_coef, vocab, temperature, divergence, jsd_beta, plausibility, ignore_index, with_kd, with_ce, student_scale,
-      teacher_scale, student_softcap, teacher_softcap, logits_dtype, chunk_tokens, workspace_bytes, reduced, hidden_grad,
-      weight_grad, bias_grad, want_stats, impl):  # fmt: skip
+def fake_linear_results(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    kd_coef: Tensor,
+    logits_dtype: torch.dtype,
+    reduced: bool,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+    n_stats: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The shapes of linear_results; n_stats 0: no statistics."""
     n = student_hidden.shape[0]
     empty = student_weight.new_empty(0)
     dtypes = (student_hidden.dtype, student_weight.dtype, logits_dtype)
@@ -347,48 +372,68 @@ def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, t
         else student_hidden.new_empty(0),
         torch.empty_like(student_weight, memory_format=torch.contiguous_format) if weight_grad else empty,
         torch.empty_like(student_bias, memory_format=torch.contiguous_format) if bias_grad else empty.new_empty(0),
-        kd_coef.new_empty((_N_STATS, n)) if want_stats else kd_coef.new_empty(0),
+        kd_coef.new_empty((n_stats, n)) if n_stats else kd_coef.new_empty(0),
         kd_coef.new_empty(() if has_gain else 0),
     )
 
 
-_KD_COEF, _CE_COEF = 9, 10
-_REDUCED = 26
+@linear_caad.register_fake
+def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias, target, alpha,
+      kd_coef, ce_coef, vocab, temperature, divergence, jsd_beta, plausibility, ignore_index, with_kd, with_ce, student_scale,
+      teacher_scale, student_softcap, teacher_softcap, logits_dtype, chunk_tokens, workspace_bytes, reduced, hidden_grad,
+      weight_grad, bias_grad, want_stats, impl):  # fmt: skip
+    return fake_linear_results(
+        student_hidden, student_weight, student_bias, kd_coef, logits_dtype, reduced, hidden_grad, weight_grad, bias_grad,
+        _N_STATS * want_stats,
+    )  # fmt: skip
 
 
-def _linear_setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.reduced = inputs[_REDUCED]
-    # A token's own factor reaches dW only inside the GEMM, so an unreduced loss with a training head is run again with the
-    # factors in its coefficients. (The front end asked for no gradients in that forward.)
-    ctx.again = not ctx.reduced and not any(inputs[_REDUCED + 1 : _REDUCED + 4])
-    if ctx.again:
-        # A teacher run under inference_mode gives tensors that autograd refuses to save.
-        ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in inputs[:11] if x is not None])
-        ctx.absent = [x is None for x in inputs[:11]]
-        ctx.options = inputs[11:]
-    else:
-        ctx.save_for_backward(*output[1:4], output[5])
+def register_linear_autograd(op, *, tensors: int) -> None:
+    """Autograd of an operator over LM heads, whose first three inputs are the student's hidden states, weight and bias, and whose
+    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Its flags reduced, hidden_grad, weight_grad,
+    bias_grad and want_stats follow each other; it returns what linear_caad does."""
+    reduced = [x.name for x in op._opoverload._schema.arguments].index("reduced")
+
+    def setup(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.reduced = inputs[reduced]
+        ctx.structure = [_is_tensor_list(x) and len(x) for x in inputs]
+        # A token's own factor reaches dW only inside the GEMM, so an unreduced loss with a training head is run again with the
+        # factors in its coefficients. (The front end asked for no gradients in that forward.)
+        ctx.again = not ctx.reduced and not any(inputs[reduced + 1 : reduced + 4])
+        if ctx.again:
+            flat, ctx.tree = tree_flatten(list(inputs[:tensors]))
+            # A teacher run under inference_mode gives tensors that autograd refuses to save.
+            ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in flat if x is not None])
+            ctx.absent = [x is None for x in flat]
+            ctx.options = inputs[tensors:]
+        else:
+            ctx.save_for_backward(*output[1:4], output[5])
+
+    def backward(ctx, grad_loss, *_others):
+        needs = ctx.needs_input_grad[:3]
+        if ctx.again:
+            saved = iter(ctx.saved_tensors)
+            inputs = tree_unflatten([None if absent else next(saved) for absent in ctx.absent], ctx.tree)
+            inputs[-2:] = [x * grad_loss for x in inputs[-2:]]
+            options = list(ctx.options)
+            options[reduced - tensors : reduced - tensors + 5] = [True, *needs, False]
+            _, *grads, _, gain = op(*inputs, *options)
+            if gain.numel() and needs[0]:
+                grads[0] = _scaled(grads[0], 1.0 / gain)
+        else:
+            *grads, gain = ctx.saved_tensors
+            factors = (_without_gain(grad_loss, gain), grad_loss, grad_loss)
+            grads = [_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)]
+        # Autograd wants a list of tensors answered by a list.
+        nothing = [[None] * size if size else None for size in ctx.structure]
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing[3:])
+
+    op.register_autograd(backward, setup_context=setup)
 
 
-def _linear_backward(ctx, grad_loss, *_others):
-    nothing = (None,) * 32
-    needs = ctx.needs_input_grad[:3]
-    if ctx.again:
-        saved = iter(ctx.saved_tensors)
-        inputs = [None if absent else next(saved) for absent in ctx.absent]
-        inputs[_KD_COEF] = inputs[_KD_COEF] * grad_loss
-        inputs[_CE_COEF] = inputs[_CE_COEF] * grad_loss
-        options = list(ctx.options)
-        options[_REDUCED - 11 : _REDUCED - 11 + 5] = [True, *needs, False]
-        _, *grads, _, gain = linear_caad(*inputs, *options)
-        if gain.numel() and needs[0]:
-            grads[0] = _scaled(grads[0], 1.0 / gain)
-    else:
-        *grads, gain = ctx.saved_tensors
-        factors = (_without_gain(grad_loss, gain), grad_loss, grad_loss)
-        grads = [_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)]
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + nothing[3:]
+def _is_tensor_list(x: object) -> bool:
+    return isinstance(x, list) and all(isinstance(item, Tensor) for item in x)
 
 
-linear_caad.register_autograd(_linear_backward, setup_context=_linear_setup)
+register_linear_autograd(linear_caad, tensors=11)

@@ -1,0 +1,313 @@
+"""Distillation from several teachers in one pass over the student's logits: public signature, validation, dispatch.
+
+Legend: ... leading dimensions (their product is N tokens), K sources, V_s / V_k vocabulary widths of the student and of source k,
+V valid ids, H_s / H_k hidden widths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .caad import (
+    _accumulation_dtype,
+    _alpha_tensor,
+    _check_chunks,
+    _check_divergence,
+    _check_head,
+    _check_head_options,
+    _check_leading,
+    _check_text_hidden,
+    _choose,
+    _is_number,
+    _linear_loss,
+    _Terms,
+    _token_weight,
+    _wanted_gradients,
+)
+from .ops import multi_teacher as _multi_teacher
+from .ops import reference as _reference
+from .ops import schema as _schema
+from .ops.dispatch import checks_enabled
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherSource:
+    """One teacher of :func:`fused_linear_multi_teacher_loss`, which checks it. None of its tensors gets a gradient.
+
+    Args:
+        hidden: (..., H_k) float32, bfloat16 or float16: the LM head's inputs (with the audio, for a dual-path teacher).
+        weight: (V_k, H_k), the LM head.
+        text_hidden: (..., H_k), the negative path, or None: no contrast.
+        bias: (V_k,) or None.
+        softcap: > 0, as in Gemma 2, applied after the scale; or None.
+        logit_scale: factor on the logits.
+        alpha: contrast strength >= 0, a number or a tensor (...) per token; not looked at where ``text_hidden`` is None.
+        source_weight: omega >= 0, a number or a tensor (...) per token. Where it is 0 the source may hold anything finite.
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        jsd_beta: beta in (0, 1) of the jsd.
+        plausibility: beta in (0, 1] of the plausibility mask, or None; not with "reverse_kl".
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    text_hidden: Tensor | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    alpha: float | Tensor = 2.0
+    source_weight: float | Tensor = 1.0
+    divergence: str = "forward_kl"
+    jsd_beta: float = 0.5
+    plausibility: float | None = None
+
+
+class MultiTeacherStats(NamedTuple):
+    """Detached per-token statistics, float32, of the targets' leading shape or (K, ...), 0 at ignored positions.
+
+    kd               (...) tau^2 sum_k omega_k D_k(p_k, q)
+    ce               (...) -log softmax(s)[y] (0 without a target)
+    source_kd        (K, ...) tau^2 D_k(p_k, q), without omega_k
+    student_entropy  (...) of q = softmax(s / tau), in nats
+    source_entropy   (K, ...) of p_k, in nats
+    top1_agreement   (K, ...) 1 where argmax s == argmax z_k, else 0
+    path_divergence  (K, ...) KL(softmax(z_audio / tau) || softmax(z_text / tau)) of source k in nats; 0 without a text path
+    """
+
+    kd: Tensor
+    ce: Tensor
+    source_kd: Tensor
+    student_entropy: Tensor
+    source_entropy: Tensor
+    top1_agreement: Tensor
+    path_divergence: Tensor
+
+
+def fused_linear_multi_teacher_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    sources: Sequence[TeacherSource],
+    target: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+    workspace_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    temperature: float = 2.0,
+    kd_weight: float = 0.7,
+    ignore_index: int = -100,
+    kd_token_weight: Tensor | None = None,
+    ce_token_weight: Tensor | None = None,
+    kd_normalizer: float | Tensor | None = None,
+    ce_normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    impl: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, MultiTeacherStats]:
+    r"""Distillation from K teachers at once, from hidden states and LM heads, in token chunks: one gradient for what mixes.
+
+    ::
+
+        z_k  = (1 + alpha_k) z_audio,k - alpha_k z_text,k       (z_audio,k without a text path)
+        p_k  = softmax(z_k / tau),  q = softmax(s / tau)
+        kd_i = tau^2 sum_k omega_ki D_k(p_ki, q_i)
+        loss = kd_weight sum_i w_i kd_i / norm_kd + (1 - kd_weight) sum_i u_i ce_i / norm_ce
+
+    A weighted sum of forward KLs is W = sum_k omega_k times the KL of one distribution, p = sum_k omega_k p_k / W, plus what does
+    not depend on the student; of reverse KLs likewise with the mean of the logits. So all forward_kl sources share one gradient,
+    all reverse_kl sources another; a jsd source has its own. One source is :func:`fused_linear_caad_loss`, to the bit.
+
+    Args:
+        student_hidden: (..., H_s) float32, bfloat16 or float16 (float64 with impl="reference").
+        student_weight: (V_s, H_s). Its gradient is computed only if it requires one.
+        sources: one or more :class:`TeacherSource`. Widths, dtypes and padded vocabularies may differ; ids must mean the same.
+        target: (...) int64 or None, as in :func:`fused_caad_loss`. On the CPU ignored positions are left out of the GEMMs.
+        student_bias, student_softcap, student_logit_scale, chunk_tokens, workspace_bytes: as in :func:`fused_linear_caad_loss`.
+        logits_dtype: dtype of the student's and of one source's logits of a chunk; None: float32. The mixture is float32 always.
+        temperature, kd_weight, ignore_index, kd_token_weight, ce_token_weight: as in :func:`fused_caad_loss`.
+        kd_normalizer, ce_normalizer, reduction: likewise. The sources' weights do not enter the normalizers.
+        vocab_size: number of valid ids; default the smallest of V_s and all V_k. Logits beyond it count as -inf on all sides.
+        impl: "auto", "reference", "cpu", "triton" or "cuda" (row kernel in CUDA C++, mixing in Triton).
+        return_stats: also return :class:`MultiTeacherStats`; takes both paths of each source, and a row pass more a source.
+
+    There is no process_group: a vocabulary-parallel head takes one teacher (:func:`fused_linear_caad_loss`).
+
+    Returns:
+        float32 loss (float64 for float64 inputs): () or, with reduction="none", (...); with ``return_stats`` a pair. Gradients
+        reach student_hidden, student_weight and student_bias only. A token at which all omega are 0 has kd 0.
+
+    -inf logits are legal as in :func:`fused_caad_loss`. Where a reverse KL is infinite, the token gets no gradient from any
+    reverse_kl source. A source that is masked throughout at a token contributes nothing there.
+
+    Extra memory: one chunk of logits, whatever K and N: the student's and one source's in ``logits_dtype`` and the mixture in
+    float32; one more in ``logits_dtype`` where a source needs both paths (a softcap with a contrast, or ``return_stats``), one
+    more in float32 where several forward_kl meet several reverse_kl sources. Besides N * H_s items for dh, V_s * H_s float32 for
+    dW where the head trains. Computes in float32 (float64 for the sums of a row on the CPU).
+
+    Raises:
+        ValueError, TypeError: naming the argument (``sources[1].weight``), expected and got. On the CPU also for a target outside
+            [0, vocab), a bad alpha or source_weight; on CUDA such a row's loss is NaN, unless KDKERNELS_CHECK=1.
+        RuntimeError: where ``impl`` names something that is not installed.
+
+    Source: source- and layer-wise distillation, arXiv 2509.18579; CAAD, arXiv 2606.23052.
+    """
+    sources = _check_sources(sources)
+    _check_head("student_{}", student_hidden, student_weight, student_bias, student_hidden)
+    _check_head_options("student_{}", student_softcap, student_logit_scale)
+    _check_chunks(chunk_tokens, workspace_bytes, logits_dtype)
+    leading, device = student_hidden.shape[:-1], student_hidden.device
+    given = [student_hidden, student_weight, student_bias]
+    for k, source in enumerate(sources):
+        name = f"sources[{k}]."
+        _check_head(name + "{}", source.hidden, source.weight, source.bias, student_hidden)
+        _check_head_options(name + "{}", source.softcap, source.logit_scale)
+        _check_leading(f"{name}hidden", source.hidden, leading, "student_hidden")
+        _check_text_hidden(f"{name}text_hidden", source.text_hidden, source.hidden)
+        _check_divergence(source.divergence, source.jsd_beta, source.plausibility, name)
+        given += [source.hidden, source.weight, source.text_hidden, source.bias]
+    dtypes = [x.dtype for x in given if x is not None]
+    dtype = _accumulation_dtype(dtypes)
+    first = sources[0]
+    terms = _Terms.build(
+        leading=leading,
+        device=device,
+        dtype=dtype,
+        widths=(student_weight.shape[0], *(x.weight.shape[0] for x in sources)),
+        has_text=False,
+        target=target,
+        alpha=0.0,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        divergence=first.divergence,
+        jsd_beta=first.jsd_beta,
+        plausibility=None,
+        ignore_index=ignore_index,
+        kd_token_weight=kd_token_weight,
+        ce_token_weight=ce_token_weight,
+        kd_normalizer=kd_normalizer,
+        ce_normalizer=ce_normalizer,
+        reduction=reduction,
+        vocab_size=vocab_size,
+        want_stats=return_stats,
+        student_scale=float(student_logit_scale),
+        student_softcap=None if student_softcap is None else float(student_softcap),
+    )
+    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    heads, alphas, specs, omegas = [], [], [], []
+    for k, source in enumerate(sources):
+        audio = source.hidden.detach().reshape(-1, source.hidden.shape[-1])
+        text = None if source.text_hidden is None else source.text_hidden.detach().reshape(audio.shape)
+        heads.append((audio, text, source.weight.detach(), None if source.bias is None else source.bias.detach()))
+        alpha = 0.0 if text is None else source.alpha
+        alphas.append(_alpha_tensor(f"sources[{k}].alpha", alpha, leading, device, dtype))
+        omegas.append(_omega(f"sources[{k}].source_weight", source.source_weight, leading, device, dtype))
+        specs.append(
+            dataclasses.replace(
+                terms.spec,
+                divergence=source.divergence,
+                jsd_beta=float(source.jsd_beta),
+                plausibility=None if source.plausibility is None else float(source.plausibility),
+                teacher_scale=float(source.logit_scale),
+                teacher_softcap=None if source.softcap is None else float(source.softcap),
+            )
+        )
+    chosen = _choose(impl, device, dtypes, "fused_linear_multi_teacher_loss")
+    logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
+    if len(sources) == 1:
+        one = terms._replace(spec=specs[0], alpha=alphas[0], kd_coef=terms.kd_coef * omegas[0])
+        loss, stats = _linear_loss(
+            one, hidden, student_weight, student_bias, *heads[0], logits_dtype=logits_dtype, chunk_tokens=chunk_tokens,
+            workspace_bytes=workspace_bytes, want_stats=return_stats, chosen=chosen,
+        )  # fmt: skip
+        if return_stats:
+            kd, ce, student_entropy, *others = stats.unbind(0)
+            weighted = torch.where(omegas[0] == 0, 0.0, omegas[0] * kd)
+            stats = torch.stack([weighted, ce, student_entropy, kd, *others])
+    else:
+        loss, stats = _several(
+            terms, hidden, student_weight, student_bias, heads, alphas, specs, torch.stack(omegas), logits_dtype=logits_dtype,
+            chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes, want_stats=return_stats, chosen=chosen,
+        )  # fmt: skip
+    loss = terms.finish(loss, stats, False)
+    if not return_stats:
+        return loss
+    kd, ce, student_entropy, *others = (row.reshape(leading) for row in stats.detach().float().unbind(0))
+    by_source = torch.stack(others).unflatten(0, (-1, len(sources))).unbind(0)
+    source_kd, *others = by_source
+    return loss, MultiTeacherStats(kd, ce, source_kd, student_entropy, *others)
+
+
+def _several(
+    terms: _Terms,
+    hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    heads: list[tuple],
+    alphas: list[Tensor],
+    specs: list,
+    omega: Tensor,
+    *,
+    logits_dtype: torch.dtype,
+    chunk_tokens: int | None,
+    workspace_bytes: int | None,
+    want_stats: bool,
+    chosen: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss per token or reduced, statistics where wanted) of checked arguments."""
+    spec = terms.spec
+    if chosen == "reference":
+        for k, alpha in enumerate(() if torch.compiler.is_compiling() else alphas):
+            _schema.check_values(None, alpha, spec.vocab, spec.ignore_index, source=f"sources[{k}].")
+        teachers = [(*head, alpha, s) for head, alpha, s in zip(heads, alphas, specs, strict=True)]
+        result = _reference.linear_multi_teacher(
+            hidden, student_weight, student_bias, teachers, terms.target, omega, want_stats=want_stats
+        )
+        return terms.weigh_reference(result, want_stats)
+    reduced = terms.reduction != "none"
+    grads = _wanted_gradients(hidden, student_weight, student_bias, reduced)
+    audio, text, weight, bias = (list(x) for x in zip(*heads, strict=True))
+    loss, _, _, _, stats, _ = _multi_teacher.linear_multi_teacher(
+        hidden, student_weight, student_bias, audio, text, weight, bias, alphas, terms.target, omega, terms.kd_coef,
+        terms.ce_coef, spec.vocab, spec.temperature, ",".join(s.divergence for s in specs), [s.jsd_beta for s in specs],
+        [s.plausibility or 0.0 for s in specs], spec.ignore_index, spec.with_kd, spec.with_ce, spec.student_scale,
+        [s.teacher_scale for s in specs], spec.student_softcap, [s.teacher_softcap or 0.0 for s in specs], logits_dtype,
+        chunk_tokens, workspace_bytes, reduced, *grads, want_stats, chosen,
+    )  # fmt: skip
+    return loss, stats
+
+
+def _check_sources(sources: Any) -> list[TeacherSource]:
+    if isinstance(sources, Tensor) or not isinstance(sources, Sequence):
+        raise TypeError(f"sources: expected a list of TeacherSource, got {type(sources).__name__}")
+    if not sources:
+        raise ValueError("sources: expected at least one TeacherSource, got none")
+    for k, source in enumerate(sources):
+        if not isinstance(source, TeacherSource):
+            raise TypeError(f"sources[{k}]: expected a TeacherSource, got {type(source).__name__}")
+    return list(sources)
+
+
+def _omega(
+    name: str, weight: float | Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(N,)"""
+    n = math.prod(leading)
+    if not isinstance(weight, Tensor):
+        if not (_is_number(weight) and 0 <= weight < math.inf):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {weight!r}")
+        return torch.full((n,), float(weight), dtype=dtype, device=device)
+    if weight.dim() == 0:
+        weight = weight.expand(leading)
+    weight = _token_weight(name, weight, leading, None, n, device, dtype)
+    if not torch.compiler.is_compiling() and checks_enabled(device) and not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name}: expected finite weights, got {float(weight[~torch.isfinite(weight)][0])}")
+    return weight
