@@ -326,7 +326,7 @@ def _spec(setting: dict):
 
 def _label(setting: dict, main: dict) -> str:
     """The dtypes and what differs from the main setting."""
-    words = ("dtypes", "divergence", "terms")
+    words = ("dtypes", "divergence", "terms", "teacher")
     return ", ".join(str(v) if k in words else f"{k} {v}" for k, v in setting.items() if v != main[k] or k == "dtypes")
 
 
@@ -546,6 +546,60 @@ def layer_configurations(sm: int) -> Iterator[Configuration]:
         yield Configuration(_label(setting, LAYER_MAIN), *launches[0], limits, quick=sm == 90 and i == 0)
 
 
+MIX_FACTORS: dict[str, Sequence] = {
+    "dtypes": ["float32", "bfloat16", "float16"],
+    "divergence": ["forward_kl", "reverse_kl"],
+    "teacher": ["last", "first", "between"],
+    "text": [False, True],
+    "softcap": [None, 30.0],
+    "plausibility": [None, 0.1],
+    "vocab": [128256, 50257],
+}
+MIX_MAIN = {name: values[0] for name, values in MIX_FACTORS.items()}
+MIX_QUICK = [{}, {"teacher": "first"}, {"divergence": "reverse_kl"}]
+
+
+def mix_configurations(sm: int) -> Iterator[Configuration]:
+    """One of several teachers into the mixture."""
+    from kdkernels.ops import triton_mixture
+    from kdkernels.ops.rows import RowSpec
+
+    settings = [{**MIX_MAIN, **changes} for changes in MIX_QUICK]
+    settings += [x for x in covering_array(MIX_FACTORS, _legal_rows, strength=2) if x not in settings]
+    for i, setting in enumerate(settings):
+        shape, n = (1, 1408, setting["vocab"]), 1408
+        spec = RowSpec(
+            vocab=setting["vocab"],
+            divergence=setting["divergence"],
+            plausibility=setting["plausibility"],
+            teacher_softcap=setting["softcap"],
+        )
+        with recorded(triton_mixture) as launches:
+            triton_mixture.mix_rows(
+                _meta(*shape, dtype=setting["dtypes"]),
+                _meta(*shape, dtype=setting["dtypes"]) if setting["text"] else None,
+                _meta(n, dtype="int64"),
+                _meta(n),
+                _meta(n),
+                spec,
+                _meta(*shape),
+                None if setting["teacher"] == "first" else _meta(2, n),
+                last=setting["teacher"] == "last",
+            )
+        aligned = setting["vocab"] % 16 == 0
+        rows = ("audio", "total", *(["text"] if setting["text"] else []))
+        reads = 2 * (1 + setting["text"]) + (setting["teacher"] != "first")
+        limits = Limits(
+            registers=128,
+            shared=4096,  # a group of 8 16-bit logits is stored as float32 in two steps, by way of shared memory
+            wide_loads=reads if aligned else 0,
+            narrow_loads=5 if aligned else None,  # target, alpha, share, two sums
+            wide_stores=1 if aligned else 0,
+            rows=rows,
+        )
+        yield Configuration(_label(setting, MIX_MAIN), *launches[0], limits, quick=sm == 90 and i < len(MIX_QUICK))
+
+
 # kernel's name in the table -> its configurations on a compute capability. A new kernel is a line here.
 Registry = dict[str, Callable[[int], Iterable[Configuration]]]
 REGISTRY: Registry = {
@@ -554,6 +608,7 @@ REGISTRY: Registry = {
     "no_logits": no_logits_configurations,
     "survivors": survivors_configurations,
     "layer_rows": layer_configurations,
+    "mix_rows": mix_configurations,
 }
 
 
