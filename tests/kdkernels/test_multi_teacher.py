@@ -101,7 +101,9 @@ def separate(arguments, sources, **options):
     kd_weight = valid if kd_weight is None else valid * kd_weight
     losses = []
     for k, s in enumerate(sources):
-        omega = s.source_weight if isinstance(s.source_weight, torch.Tensor) else torch.full(leading, float(s.source_weight))
+        omega = s.source_weight
+        if not isinstance(omega, torch.Tensor):
+            omega = torch.full(leading, float(omega), dtype=valid.dtype)
         losses.append(
             fused_linear_caad_loss(
                 h, w, s.hidden, s.text_hidden, s.weight, y, teacher_bias=s.bias, teacher_softcap=s.softcap,
