@@ -480,7 +480,7 @@ def test_a_second_derivative_is_refused_and_not_0(inplace):
     scores = student * 1.0
     penalty = (student**2).sum()  # through it a second backward would find a graph
     loss = fused_caad_loss(scores, audio, text, target, inplace=inplace) + penalty
-    with pytest.raises(RuntimeError, match="create_graph=True.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*impl='reference'"):
         torch.autograd.grad(loss, student, create_graph=True)
     loss = fused_caad_loss(student, audio, text, target, impl="reference") + penalty
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
