@@ -269,7 +269,7 @@ def collect(folders: Mapping[str, Path], settings: AblationSettings) -> list[dic
                     "content": mean(CONTENT),
                     "all": mean((*PERCEPTION, *CONTENT)),
                     "conflict": mean((*PERCEPTION, *CONTENT), "conflict"),
-                    **{task: accuracy["neutral", task] for task in (*PERCEPTION, *CONTENT)},
+                    **{f"task_{task}": accuracy["neutral", task] for task in (*PERCEPTION, *CONTENT)},
                     "questions": len(predictions),
                 }
             )
@@ -298,10 +298,11 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Means and spreads over seeds."""
     table = Table(title="accuracy in %, mean and standard deviation over seeds")
-    columns = ("perception", "content", "all", "conflict", *PERCEPTION, *CONTENT)
+    columns = ("perception", "content", "all", "conflict")
+    columns += tuple(f"task_{task}" for task in (*PERCEPTION, *CONTENT))
     table.add_column("system", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column.removeprefix("task_"), justify="right", no_wrap=True)
     for name, label, _ in SYSTEMS:
         own = [row for row in rows if row["system"] == name]
         cells = []

@@ -224,7 +224,7 @@ def check_status(what: str, status: int) -> None:
 def log_console() -> Console:
     """The console of a pipeline; a log file has no width, and 80 columns would break the tables."""
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    return console if console.is_terminal else Console(width=160)
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:

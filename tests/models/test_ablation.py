@@ -61,6 +61,6 @@ def test_the_whole_ablation_in_small(tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert [r["system"] for r in rows] == ["baseline", "sft", "everything"]
     for r in rows:
-        assert float(r["perception"]) == pytest.approx(sum(float(r[t]) for t in PERCEPTION) / len(PERCEPTION), abs=1e-3)
-        assert float(r["content"]) == pytest.approx(sum(float(r[t]) for t in CONTENT) / len(CONTENT), abs=1e-3)
+        assert float(r["perception"]) == pytest.approx(sum(float(r[f"task_{t}"]) for t in PERCEPTION) / len(PERCEPTION), abs=1e-3)
+        assert float(r["content"]) == pytest.approx(sum(float(r[f"task_{t}"]) for t in CONTENT) / len(CONTENT), abs=1e-3)
     assert "SFT alone forgets perception: within noise" in capsys.readouterr().out
