@@ -112,7 +112,7 @@ def fused_caad_loss(
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
     The gradient is made in the forward; the backward scales it. Second derivatives and torch.func transforms are not available
-    (impl="reference" has both).
+    (impl="reference" has both): a backward with create_graph=True is a RuntimeError.
 
     Raises:
         ValueError, TypeError: naming the argument, expected and got. On the CPU also for a target outside [0, vocab) or a bad
@@ -490,6 +490,8 @@ class _Terms(NamedTuple):
             raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
         if not (_is_number(kd_weight) and 0 <= kd_weight <= 1):
             raise ValueError(f"kd_weight: expected a number in [0, 1], got {kd_weight!r}")
+        if not isinstance(want_stats, bool):
+            raise TypeError(f"return_stats: expected a bool, got {type(want_stats).__name__}")
         if not _is_whole(ignore_index):
             raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
         vocab = min(widths)

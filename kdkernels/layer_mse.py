@@ -92,6 +92,8 @@ def fused_layer_mse_loss(
         raise ValueError("student_hidden: expected at least one layer, got none")
     teachers = _check_states("teacher_hidden", teacher_hidden, len(students))
     texts = None if teacher_text_hidden is None else _check_states("teacher_text_hidden", teacher_text_hidden, len(students))
+    if not (projections is None or isinstance(projections, Iterable)):
+        raise TypeError(f"projections: expected a list of weights, one a layer, or None, got {type(projections).__name__}")
     weights = [None] * len(students) if projections is None else list(projections)
     if len(weights) != len(students):
         raise ValueError(f"projections: expected {len(students)} as student_hidden has layers, got {len(weights)}")
@@ -248,6 +250,8 @@ class LayerProjections(torch.nn.Module):
         super().__init__()
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
+        if not (_is_whole(pairs) or isinstance(pairs, Sequence)):
+            raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
         count = pairs if _is_whole(pairs) else len(pairs)
         if count < 1:
             raise ValueError(f"pairs: expected at least one, got {pairs!r}")
@@ -323,6 +327,8 @@ def _initial(weight: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _widths(name: str, value: int | Sequence[int], count: int) -> list[int]:
+    if not (_is_whole(value) or (isinstance(value, Iterable) and not isinstance(value, str))):
+        raise TypeError(f"{name}: expected a whole number, or one a pair, got {value!r}")
     widths = [value] * count if _is_whole(value) else list(value)
     if len(widths) != count:
         raise ValueError(f"{name}: expected one number or {count}, got {len(widths)}")
@@ -385,7 +391,14 @@ def _layer_weights(
         return [1.0] * count
     if isinstance(layer_weight, Tensor):
         _check_shape("layer_weight", layer_weight, torch.Size([count]))
-        return layer_weight.detach().to(device=device, dtype=dtype)
+        layer_weight = layer_weight.detach().to(device=device, dtype=dtype)
+        if not torch.compiler.is_compiling() and checks_enabled(device):
+            bad = ~((layer_weight >= 0) & layer_weight.isfinite())
+            if bool(bad.any()):
+                raise ValueError(f"layer_weight: expected finite numbers >= 0, got {float(layer_weight[bad][0])}")
+        return layer_weight
+    if not isinstance(layer_weight, Iterable):
+        raise TypeError(f"layer_weight: expected {count} numbers, one a layer, or a tensor, got {type(layer_weight).__name__}")
     weights = list(layer_weight)
     if len(weights) != count:
         raise ValueError(f"layer_weight: expected {count} as student_hidden has layers, got {len(weights)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from .ops.linear import linear_caad_chunks
 from .ops.reference import contrastive_logits
 from .ops.rows import RowResult, RowSpec
-from .ops.schema import all_stats, weighted
+from .ops.schema import all_stats, refuse_second_derivative, weighted
 
 # As in the CPU kernel: a finite start of every maximum, so that no difference of maxima is inf - inf.
 _FLOOR = -1e30
@@ -76,7 +76,8 @@ class VocabularyParallelCAAD(torch.autograd.Function):
         grads = (False,) * 3 if ctx.again else needs
         out = _run(tensors, spec, first, group, grads, want_stats, settings)
         if ctx.again:
-            ctx.save_for_backward(*tensors)
+            # A teacher run under inference_mode gives tensors that autograd refuses to save.
+            ctx.save_for_backward(*[x.clone() if x is not None and x.is_inference() else x for x in tensors])
             ctx.rest = (spec, first, group, settings)
         else:
             ctx.save_for_backward(out.hidden_grad, out.weight_grad, out.bias_grad)
@@ -87,8 +88,8 @@ class VocabularyParallelCAAD(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _stats):
+        refuse_second_derivative()
         if ctx.again:
             *tensors, kd_coef, ce_coef = ctx.saved_tensors
             spec, first, group, settings = ctx.rest

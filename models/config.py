@@ -26,12 +26,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kdkernels.layer_mse import DIRECTIONS, LAYER_MAPS, layer_map
 from kdkernels.ops.dispatch import IMPLEMENTATIONS
+from kdkernels.ops.rows import DIVERGENCES
 from models.data.manifest import SPLITS
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
-OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad")
+OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "sources")
 TEACHER_OBJECTIVES = ("kd", "sharpened", "caad")
+ROLES = ("audio", "text", "acoustic")
 TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
 
 
@@ -81,6 +83,10 @@ class TeacherConfig:
 
     folder: str | None = None  # SpeechLM folder; always needed for kd / caad, since its LM head is
     cache: str | None = None  # ContrastCache folder: the teacher's body is then never run
+    keep_mib: int = 0  # a live teacher's states of all examples, computed once before the first step, up to this; 0 = off
+
+    def __post_init__(self) -> None:
+        _check(self.keep_mib >= 0, "teacher.keep_mib", ">= 0", self.keep_mib)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class LossConfig:
         _check(self.temperature > 0, "loss.temperature", "> 0", self.temperature)
         _check(0 <= self.kd_weight <= 1, "loss.kd_weight", "in [0, 1]", self.kd_weight)
         _check(0 < self.jsd_beta < 1, "loss.jsd_beta", "in (0, 1)", self.jsd_beta)
-        _one_of(self.divergence, "loss.divergence", ("forward_kl", "reverse_kl", "jsd"))
+        _one_of(self.divergence, "loss.divergence", DIVERGENCES)
         _one_of(self.kd_token_weight, "loss.kd_token_weight", TOKEN_WEIGHTS)
         _one_of(self.ce_token_weight, "loss.ce_token_weight", ("uniform", "choice"))
         _check(self.kd_background_weight >= 0, "loss.kd_background_weight", ">= 0", self.kd_background_weight)
@@ -128,9 +134,7 @@ class LossConfig:
 
     def alpha_at(self, step: int) -> float:
         """Contrast strength of optimiser step `step` (the first is 1): linear from alpha_start to alpha."""
-        if self.alpha_start is None or step > self.alpha_ramp_steps:
-            return self.alpha
-        return self.alpha_start + (self.alpha - self.alpha_start) * (step - 1) / self.alpha_ramp_steps
+        return ramp(self.alpha, self.alpha_start, self.alpha_ramp_steps, step)
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,58 @@ class LayersConfig:
         except ValueError as error:
             raise ConfigError(f"layers.pairs: {error}") from None
         return pairs
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One more teacher of the same answer tokens; its term is weight * D(p_source || q), in the place of the objective's D.
+
+    role:
+        text      a language model reads what is known about the clip in words (Stage 1's wording) instead of the audio
+        acoustic  a frozen speech LM that hears what the student hears: by default the student itself before its first step,
+                  which keeps what it can hear already
+        audio     a speech LM seen with and without the audio, as the objective's own teacher
+    """
+
+    role: str = "text"
+    # text: hub id or folder of a causal LM; audio, acoustic: SpeechLM folder; null = the student's start (acoustic only)
+    folder: str | None = None
+    weight: float = 1.0  # of this source's divergence, beside 1 for the objective's own teacher
+    weight_start: float | None = None  # ramp from here to weight; None = constant
+    weight_ramp_steps: int = 0
+    alpha: float = 0.0  # audio: contrast strength
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
+    jsd_beta: float = 0.5
+    reasoning: bool = False  # text: put an example's metadata["reasoning"], where it has one, before the answer
+    layers: LayersConfig = field(default_factory=LayersConfig)  # compared with this source's layers
+    keep_mib: int = 1024  # its states of all examples are computed once before the first step, up to this; 0 = every step
+
+    def __post_init__(self) -> None:
+        _one_of(self.role, "role", ROLES)
+        _check(self.weight >= 0, "weight", ">= 0", self.weight)
+        _check(self.weight_start is None or self.weight_start >= 0, "weight_start", ">= 0", self.weight_start)
+        _check(self.weight_ramp_steps >= 0, "weight_ramp_steps", ">= 0", self.weight_ramp_steps)
+        _check(self.alpha >= 0, "alpha", ">= 0", self.alpha)
+        _one_of(self.divergence, "divergence", DIVERGENCES)
+        _check(0 < self.jsd_beta < 1, "jsd_beta", "in (0, 1)", self.jsd_beta)
+        _check(self.keep_mib >= 0, "keep_mib", ">= 0", self.keep_mib)
+        if self.folder is None and self.role != "acoustic":
+            raise ConfigError(f"folder: role {self.role!r} needs one, got none")
+        if self.role != "audio" and (self.alpha > 0 or self.layers.alpha > 0):
+            raise ConfigError(f"alpha: expected 0 with role {self.role!r}, which has no path without the audio")
+        if self.role != "text" and self.reasoning:
+            raise ConfigError(f"reasoning: expected false with role {self.role!r}, which reads no metadata")
+
+    def weight_at(self, step: int) -> float:
+        """Weight at optimiser step `step` (the first is 1): linear from weight_start to weight."""
+        return ramp(self.weight, self.weight_start, self.weight_ramp_steps, step)
+
+
+def ramp(value: float, start: float | None, steps: int, step: int) -> float:
+    """Linear from `start` at step 1 to `value` after `steps`; None = constant."""
+    if start is None or step > steps:
+        return value
+    return start + (value - start) * (step - 1) / steps
 
 
 @dataclass(frozen=True)
@@ -246,6 +302,9 @@ class Recipe:
         kd         plain distillation from the teacher's audio path, plus CE
         sharpened  the control with (1 + alpha) * z_audio and nothing subtracted, plus CE
         caad       the contrast of the teacher's two paths, plus CE
+        sources    no teacher of its own: those named in `sources` alone, plus CE
+
+    sources: further teachers by name, beside the objective's own where it has one.
     """
 
     objective: str = "caad"
@@ -254,6 +313,7 @@ class Recipe:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -266,15 +326,35 @@ class Recipe:
 
         if self.layers.weight > 0:
             if self.objective not in TEACHER_OBJECTIVES:
-                raise ConfigError(f"layers.weight: expected 0 with objective {self.objective!r}, which has no teacher")
+                raise ConfigError(f"layers.weight: expected 0 with objective {self.objective!r}, which has no teacher of its own")
             if self.teacher.cache is not None:
                 raise ConfigError("layers.weight: expected 0 with teacher.cache, which holds no layers; leave teacher.cache null")
-            if self.run.gradient_checkpointing:
-                raise ConfigError("layers.weight: expected 0 with run.gradient_checkpointing, which hides the layers' states")
+        if self.run.gradient_checkpointing:
+            for key, layers in self.compared_layers():
+                if layers.weight > 0:
+                    raise ConfigError(f"{key}.weight: expected 0 with run.gradient_checkpointing, which hides the layers' states")
+        if self.objective == "sources" and not self.sources:
+            raise ConfigError("sources: objective 'sources' needs at least one, got none")
+        if self.sources and self.objective in ("sft", "ce_only"):
+            raise ConfigError(f"sources: expected none with objective {self.objective!r}, which has no divergence; use 'sources'")
+        if self.sources and self.loss.kd_token_weight == "divergence" and self.objective == "sources":
+            raise ConfigError("loss.kd_token_weight: 'divergence' needs the objective's own teacher, got objective 'sources'")
+        if "teacher" in self.sources:
+            raise ConfigError("sources.teacher: this name stands for the objective's own teacher; choose another")
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the objective has a teacher of its own, that of `teacher`."""
         return self.objective in TEACHER_OBJECTIVES
+
+    @property
+    def distils(self) -> bool:
+        """Whether any teacher's distribution is learned."""
+        return self.needs_teacher or bool(self.sources)
+
+    def compared_layers(self) -> list[tuple[str, LayersConfig]]:
+        """The layer settings by their keys in the recipe."""
+        return [("layers", self.layers), *((f"sources.{name}.layers", s.layers) for name, s in self.sources.items())]
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -336,10 +416,20 @@ def describe_recipes() -> str:
         comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
         lines.append(f"  {path.stem:12} {re.split(r'[.:;] ', comment)[0].rstrip('.')}")
     lines += ["", "keys and defaults (models/config.py says what each means):", f"  objective = one of {', '.join(OBJECTIVES)}"]
-    for section in dataclasses.fields(Recipe)[1:]:
-        words = [f"{key}={value!r}" for key, value in to_dict(section.default_factory()).items()]
-        lines += textwrap.wrap(f"{section.name}.*: {'  '.join(words)}", 110, initial_indent="  ", subsequent_indent="      ")
+    for f in dataclasses.fields(Recipe)[1:]:
+        section, name = _section(Recipe, f.name), f"{f.name}.*"
+        if section is None:
+            section, name = _entry(Recipe, f.name), f"{f.name}.NAME.*"
+        words = [f"{key}={value!r}" for key, value in _defaults(section).items()]
+        lines += textwrap.wrap(f"{name}: {'  '.join(words)}", 110, initial_indent="  ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def _defaults(section: type) -> dict[str, Any]:
+    """Keys and defaults; those of a section inside as `inner.*`, since they are listed where it stands by itself."""
+    shown = dataclasses.asdict(_plain(section)())
+    return {key if _section(section, key) is None else f"{key}.*": value if _section(section, key) is None else "as above"
+            for key, value in shown.items()}  # fmt: skip
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -356,27 +446,50 @@ def _plain(cls: type) -> Any:
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         default = f.default_factory if f.default_factory is not dataclasses.MISSING else None
-        if default is not None and dataclasses.is_dataclass(default):
-            twin = _plain(default)
+        if (section := _section(cls, f.name)) is not None:
+            twin = _plain(section)
             fields.append((f.name, twin, field(default_factory=twin)))
+        elif (entry := _entry(cls, f.name)) is not None:
+            fields.append((f.name, dict[str, _plain(entry)], field(default_factory=dict)))
         else:
             value = field(default_factory=default) if default is not None else field(default=f.default)
             fields.append((f.name, hints[f.name], value))
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
+def _section(cls: type, name: str) -> type | None:
+    """The config class of a field that is a section of its own; None for a plain value."""
+    hint = typing.get_type_hints(cls)[name]
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
+def _entry(cls: type, name: str) -> type | None:
+    """The config class of the entries of a field that maps names to sections; None for any other."""
+    arguments = typing.get_args(typing.get_type_hints(cls)[name])
+    return arguments[1] if len(arguments) == 2 and dataclasses.is_dataclass(arguments[1]) else None
+
+
 def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     arguments = {}
     for f in dataclasses.fields(cls):
         value = values[f.name]
-        if dataclasses.is_dataclass(f.default_factory):
-            value = _build(f.default_factory, value, f"{prefix}{f.name}.")
+        if (section := _section(cls, f.name)) is not None:
+            value = _build(section, value, f"{prefix}{f.name}.")
+        elif (entry := _entry(cls, f.name)) is not None:
+            value = {name: _build_entry(entry, v, f"{prefix}{f.name}.{name}.") for name, v in value.items()}
         elif isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, float):
             _check(math.isfinite(value), prefix + f.name, "a finite number", value)
         arguments[f.name] = value
     return cls(**arguments)
+
+
+def _build_entry(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    try:
+        return _build(cls, values, "")
+    except ConfigError as error:  # which names the key as the section does
+        raise ConfigError(f"{prefix}{error}") from None
 
 
 def _merge(base: DictConfig, other: DictConfig, *, source: str) -> DictConfig:
@@ -394,9 +507,13 @@ def _check_keys(values: Any, cls: type, *, source: str, prefix: str = "") -> Non
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{_nearest(str(key), known, prefix)}")
-        section = known[key].default_factory
-        if dataclasses.is_dataclass(section):
+        if (section := _section(cls, key)) is not None:
             _check_keys(value, section, source=source, prefix=f"{prefix}{key}.")
+        elif (entry := _entry(cls, key)) is not None:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {prefix}{key}: expected names, each with its keys, got {value!r}")
+            for name, inner in value.items():
+                _check_keys(inner, entry, source=source, prefix=f"{prefix}{key}.{name}.")
 
 
 def _nearest(word: str, known: Any, prefix: str = "") -> str:

@@ -13,8 +13,7 @@ What it shows: a teacher that has learned to trust hints answers from the hint w
 bias down. CAAD's target subtracts what the teacher would have said without hearing anything. The verdict is computed from the
 numbers; where CAAD does not win, it says so.
 
-Each stage is a process of its own and leaves a folder named by the fingerprint of its settings and inputs: what is there is not
-made again, and a stopped demo goes on where it was. Independent stages run side by side, one core each.
+Each stage is made once, and a stopped demo goes on where it was (models/stages.py).
 """
 
 from __future__ import annotations
@@ -25,13 +24,9 @@ import dataclasses
 import datetime
 import io
 import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +35,17 @@ from rich.console import Console
 from rich.table import Table
 
 from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, fingerprint, source_commit
+from models.stage_steps import (
+    ask,
+    load_speech_lm,
+    read_items,
+    run_backbones,
+    run_features,
+    run_student_lm,
+    train_by_recipe,
+)
+from models.stages import Context, Stage, add_stage_arguments, check_status, log_console, read_done, run_pipeline
 
-DONE_NAME = "done.json"
-# Raised whenever a stage's code changes what it makes from the same settings.
-STAGES_VERSION = 1
 CONTEXTS = (("neutral", "no hint"), ("aligned", "true hint"), ("conflict", "false hint"))
 
 
@@ -88,47 +90,9 @@ STUDENTS = (
 TEACHER_ALPHAS = (None, 1.0, 2.0)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step: what it needs, the settings it depends on, and the function that fills its folder."""
-
-    name: str
-    title: str
-    needs: tuple[str, ...]
-    settings: tuple[str, ...]
-    run: Callable[[Context], dict[str, Any]]
-    extra: Any = None  # further input, part of the fingerprint
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a stage's function gets: settings, its own folder, and the folders and results of the stages it needs."""
-
-    settings: DemoSettings
-    folder: Path
-    folders: Mapping[str, Path]
-    extra: Any
-
-    def result(self, stage: str) -> dict[str, Any]:
-        """What a needed stage returned."""
-        return read_done(self.folders[stage])["result"]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The stages
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def run_backbones(context: Context) -> dict[str, Any]:
-    """Language model and encoder: found or fetched here, once, and not by several stages at the same time."""
-    from models.backbones import BackboneError, resolve_backbone
-
-    ids = _backbones(context.settings)
-    try:
-        found = [resolve_backbone(ids["lm"], kind="causal_lm"), resolve_backbone(ids["encoder"], kind="speech_encoder")]
-    except BackboneError as error:
-        raise SystemExit(str(error)) from error
-    return {b.kind: {"id": b.spec, "from": b.source, "sha256": b.sha256()} for b in found}
 
 
 def run_corpus(context: Context) -> dict[str, Any]:
@@ -155,25 +119,18 @@ def run_corpus(context: Context) -> dict[str, Any]:
     }
 
 
-def run_features(context: Context) -> dict[str, Any]:
-    """Every clip through the frozen encoder, once; and the untrained teacher with the features' statistics."""
-    import torch
-
-    from models.features import extract_features
-    from models.speech_lm import SpeechLM, SpeechLMConfig
-    from models.train import pick_device
-
-    examples = {name: _read_items(context, name) for name in ("teacher", "distill", "test")}
-    torch.manual_seed(context.settings.seed)
-    model = SpeechLM.from_config(SpeechLMConfig(**_backbones(context.settings))).to(pick_device(context.settings.device))
-    store, problems = extract_features(
-        [e for part in examples.values() for e in part], model.encode_audio, audio_root=context.folders["corpus"]
-    )
-    store.save(context.folder / "features.safetensors")
-    usable = [e for e in examples["teacher"] if e in store]
-    model.fit_feature_statistics(store.rows(usable))
-    model.save_pretrained(context.folder / "untrained")
-    return {"clips": len(store), "skipped": [list(p) for p in problems]}
+def _limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
+    """Examples of the first `clips` clips, men and women in turn; all where there is no limit."""
+    if clips is None:
+        return list(examples)
+    by_answer: dict[str, list[str]] = {}
+    for e in examples:
+        names = by_answer.setdefault(e.answer, [])
+        if e.audio not in names:
+            names.append(e.audio)
+    turns = [name for group in zip(*by_answer.values(), strict=False) for name in group]
+    chosen = set(turns[:clips])
+    return [e for e in examples if e.audio in chosen]
 
 
 def run_stage1(context: Context) -> dict[str, Any]:
@@ -187,7 +144,7 @@ def run_stage1(context: Context) -> dict[str, Any]:
     words += ["--audio-root", str(context.folders["corpus"])]
     if settings.target_source == "text_backbone":
         words += ["--backbone", settings.lm]
-    _check_status("models.pseudo_gt", pseudo_gt.main(words))
+    check_status("models.pseudo_gt", pseudo_gt.main(words))
     examples = read_manifest(out, check_audio=False).examples
     return {"targets": len(examples), "examples_of_targets": sorted({e.target for e in examples if e.target})[:6]}
 
@@ -200,7 +157,7 @@ def stage1_manifest(folders: Mapping[str, Path]) -> Path:
 def run_teacher(context: Context) -> dict[str, Any]:
     """The teacher: supervised on its biased training items; one clip in ten masked."""
     settings = context.settings
-    _train(
+    train_by_recipe(
         context,
         "sft_teacher",
         manifest=stage1_manifest(context.folders),
@@ -210,36 +167,14 @@ def run_teacher(context: Context) -> dict[str, Any]:
     return {}
 
 
-def run_student_lm(context: Context) -> dict[str, Any]:
-    """The student's language model: layers dropped, then healed on text; with an untrained connector."""
-    import torch
-
-    from models.healing import HealingConfig, healed_student, healing_texts
-    from models.speech_lm import SpeechLM, SpeechLMConfig
-
-    settings = context.settings
-    backbone = _backbones(settings)
-    texts = healing_texts(_read_items(context, "teacher") + _read_items(context, "distill"), seed=settings.seed)
-    held_out = min(64, len(texts) // 4)
-    folder = healed_student(
-        backbone["lm"],
-        texts,
-        keep_layers=settings.keep_layers,
-        config=HealingConfig(steps=settings.healing_steps, held_out=held_out, batch_size=min(8, len(texts) - held_out)),
-    )
-    torch.manual_seed(settings.seed)
-    SpeechLM.from_config(SpeechLMConfig(**{**backbone, "lm": str(folder)})).save_pretrained(context.folder / "untrained")
-    return {"healing": json.loads((folder / "healing.json").read_text())["report"]}
-
-
 def run_pool(context: Context) -> dict[str, Any]:
     """The teacher answers the distillation pool: its answers are the students' Y."""
     from models.data.manifest import write_manifest
     from models.evaluate import evaluate
     from models.scoring import judge
 
-    model, store, extra = _speech_lm(context, context.folders["teacher"] / "final")
-    examples = [e for e in _read_items(context, "distill") if e in store]
+    model, store, extra = load_speech_lm(context, context.folders["teacher"] / "final")
+    examples = [e for e in read_items(context, "distill") if e in store]
     answers = evaluate(model, examples, store, collate=model.make_collator(), extra_inputs=extra)[None]
     texts = {p.id: p.prediction for p in answers}
     forced = [dataclasses.replace(e, target=texts[e.id], target_source="teacher") for e in examples]
@@ -258,7 +193,7 @@ def run_cache(context: Context) -> dict[str, Any]:
     from kdkernels.teacher import DualPathTeacher, MarkAbsent
     from models.data.manifest import read_manifest
 
-    model, store, extra = _speech_lm(context, context.folders["teacher"] / "final")
+    model, store, extra = load_speech_lm(context, context.folders["teacher"] / "final")
     pool = read_manifest(context.folders["pool"] / "pool.jsonl", audio_root=context.folders["corpus"], check_audio=False)
     forced = pool.examples
     teacher = DualPathTeacher(model, negative=MarkAbsent())
@@ -295,7 +230,7 @@ def run_student(context: Context) -> dict[str, Any]:
             f"loss.alpha={alpha}",
         ]
     if not (context.folder / "final").exists():
-        _train(
+        train_by_recipe(
             context,
             objective,
             manifest=context.folders["pool"] / "pool.jsonl",
@@ -303,12 +238,12 @@ def run_student(context: Context) -> dict[str, Any]:
             # The statistics of the features come from the teacher's clips: one standardisation for all.
             words=[*words, f"model.feature_statistics={context.folders['features'] / 'untrained'}"],
         )
-    return _ask(context, context.folder / "final", alphas=(None,))
+    return ask(context, context.folder / "final", alphas=(None,))
 
 
 def run_teacher_answers(context: Context) -> dict[str, Any]:
     """The teacher on the test questions: greedy, and by contrastive decoding."""
-    return _ask(context, context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS)
+    return ask(context, context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS)
 
 
 def make_stages() -> list[Stage]:
@@ -345,323 +280,6 @@ def make_stages() -> list[Stage]:
     needs = ("corpus", "features", "teacher")
     stages.append(Stage("answers_teacher", "teacher's test answers", needs, training, run_teacher_answers, list(TEACHER_ALPHAS)))
     return stages
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What stages share
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
-    """Examples of the first `clips` clips, men and women in turn; all where there is no limit."""
-    if clips is None:
-        return list(examples)
-    by_answer: dict[str, list[str]] = {}
-    for e in examples:
-        names = by_answer.setdefault(e.answer, [])
-        if e.audio not in names:
-            names.append(e.audio)
-    turns = [name for group in zip(*by_answer.values(), strict=False) for name in group]
-    chosen = set(turns[:clips])
-    return [e for e in examples if e.audio in chosen]
-
-
-def _read_items(context: Context, name: str) -> list[Any]:
-    from models.data.manifest import read_manifest
-
-    return list(
-        read_manifest(
-            context.folders["corpus"] / f"{name}.jsonl", audio_root=context.folders["corpus"], check_audio=False
-        ).examples
-    )
-
-
-def _speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """A trained model on its device, the features, and its prefix cache as extra inputs."""
-    from models.features import FeatureStore
-    from models.frozen_linear import use_bf16_products
-    from models.speech_lm import SpeechLM
-    from models.train import pick_device
-
-    model = SpeechLM.from_pretrained(folder).to(pick_device(context.settings.device)).eval()
-    if _bf16_products(context.settings):
-        use_bf16_products(model.lm.get_decoder())
-    store = FeatureStore.load(context.folders["features"] / "features.safetensors")
-    return model, store, {"prefix_cache": model.make_prefix_cache()}
-
-
-def _train(context: Context, recipe: str, *, manifest: Path, folder: Path, words: list[str]) -> None:
-    from models.train import main
-
-    settings = context.settings
-    all_words = [
-        recipe,
-        f"data.manifest={manifest}",
-        f"data.audio_root={context.folders['corpus']}",
-        f"data.features={context.folders['features'] / 'features.safetensors'}",
-        f"model.folder={folder}",
-        f"optim.batch_examples={settings.batch_examples}",
-        f"run.out_dir={context.folder}",
-        f"run.seed={settings.seed}",
-        f"run.device={settings.device}",
-        f"model.bf16_products={str(_bf16_products(settings)).lower()}",
-        "run.resume=auto",
-        *words,
-    ]
-    _check_status("models.train", main(all_words))
-
-
-def _ask(context: Context, folder: Path, *, alphas: Sequence[float | None]) -> dict[str, Any]:
-    """Test questions under all contexts; the two controls on the neutral ones. Predictions are saved for the report."""
-    from models.evaluate import append_predictions, evaluate, write_header
-
-    model, store, extra = _speech_lm(context, folder)
-    test = [e for e in _read_items(context, "test") if e in store]
-    options = {"collate": model.make_collator(), "extra_inputs": extra}
-    answers = evaluate(model, test, store, alphas=alphas, **options)
-    neutral = [e for e in test if e.kind == "neutral"]
-    answers[None] += evaluate(model, neutral, store, controls=("no_audio", "swapped_audio"), plain=False, **options)[None]
-    for alpha, predictions in answers.items():
-        path = context.folder / f"test-{'greedy' if alpha is None else f'contrastive{alpha:g}'}.jsonl"
-        write_header(path, {"model": str(folder), "alpha": alpha, "split": "test", "mode": "choice"})
-        append_predictions(path, predictions)
-    return {"answers": {str(alpha): len(predictions) for alpha, predictions in answers.items()}}
-
-
-def _backbones(settings: DemoSettings) -> dict[str, Any]:
-    if not settings.tiny_backbones:
-        return {"lm": settings.lm, "encoder": settings.encoder}
-    folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones")
-    return {"lm": str(folder / "lm"), "encoder": str(folder / "encoder"), "encoder_layers": (1, 2), "connector_width": 32}
-
-
-def make_tiny_backbones(folder: Path) -> Path:
-    """A random Llama of three layers with a byte-level tokenizer and a random Whisper encoder: shape, not skill."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-        WhisperConfig,
-        WhisperFeatureExtractor,
-        WhisperModel,
-        set_seed,
-    )
-
-    from models.io_utils import atomic_dir
-
-    if folder.is_dir():
-        return folder
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<|endoftext|>", "<|audio|>"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=specials[0], pad_token=specials[0], additional_special_tokens=specials[1:]
-    )
-    set_seed(0)
-    lm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    speech = WhisperModel(
-        WhisperConfig(
-            d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-            encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=64, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-            decoder_start_token_id=0,
-        )
-    )  # fmt: skip
-    with atomic_dir(folder) as target:
-        lm.save_pretrained(target / "lm")
-        wrapped.save_pretrained(target / "lm")
-        speech.save_pretrained(target / "encoder")
-        WhisperFeatureExtractor(feature_size=80).save_pretrained(target / "encoder")
-    return folder
-
-
-def _bf16_products(settings: DemoSettings) -> bool:
-    """Short products where the processor has them: the demo's steps then take two thirds of the time."""
-    from models.frozen_linear import cpu_multiplies_bf16
-    from models.train import pick_device
-
-    return pick_device(settings.device).type == "cpu" and cpu_multiplies_bf16()
-
-
-def _check_status(what: str, status: int) -> None:
-    if status:
-        raise SystemExit(status if status > 128 else f"{what} ended with status {status}")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Running them
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class StageError(RuntimeError):
-    """A stage ended badly; the message has the end of its log."""
-
-
-def stage_folders(stages: Sequence[Stage], settings: DemoSettings, root: Path) -> dict[str, Path]:
-    """Each stage's folder, named by its fingerprint: version, settings it depends on, folders it reads."""
-    folders: dict[str, Path] = {}
-    for stage in stages:
-        key = {
-            "version": STAGES_VERSION,
-            "settings": {name: getattr(settings, name) for name in stage.settings},
-            "needs": [folders[name].name for name in stage.needs],
-            "extra": stage.extra,
-        }
-        folders[stage.name] = root / f"{stage.name}-{fingerprint(key)[:12]}"
-    return folders
-
-
-def read_done(folder: Path) -> dict[str, Any] | None:
-    """What a finished stage noted: result and seconds. None = not finished."""
-    try:
-        return json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def run_stages(
-    stages: Sequence[Stage],
-    folders: Mapping[str, Path],
-    *,
-    command: Callable[[Stage], list[str]],
-    workers: int,
-    threads: int,
-    console: Console,
-) -> dict[str, float]:
-    """Run what is not done, `workers` processes at a time.
-
-    Args:
-        command: the command line that runs a stage in its own process.
-        threads: of each process.
-
-    Returns:
-        seconds of each stage, as measured when it was made.
-
-    Raises:
-        StageError: a stage failed; the others that ran were stopped (and can be gone on with).
-        KeyboardInterrupt: Ctrl-C; running stages have saved what they had.
-    """
-    done = {s.name for s in stages if read_done(folders[s.name]) is not None}
-    for stage in stages:
-        if stage.name in done:
-            console.print(f"  [dim]{stage.title:34} cached ({folders[stage.name].name})[/dim]")
-    running: dict[str, tuple[subprocess.Popen, Path, float]] = {}
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-    status = console.status("") if console.is_terminal else None
-    if status:
-        status.start()
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    except ValueError:  # not in the main thread
-        before = None
-    try:
-        while len(done) < len(stages):
-            ready = [s for s in stages if s.name not in done and s.name not in running and set(s.needs) <= done]
-            for stage in ready[: workers - len(running)]:
-                folder = folders[stage.name]
-                folder.mkdir(parents=True, exist_ok=True)
-                log = folder / "log.txt"
-                with open(log, "ab") as file:
-                    # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once. A
-                    # second one would break off the saving.
-                    process = subprocess.Popen(
-                        command(stage), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                    )
-                running[stage.name] = (process, log, time.monotonic())
-                if not status:
-                    console.print(f"  {stage.title:34} started")
-            for stage in [s for s in stages if s.name in running]:
-                process, log, started = running[stage.name]
-                if process.poll() is None:
-                    continue
-                del running[stage.name]
-                noted = read_done(folders[stage.name])
-                if process.returncode != 0 or noted is None:
-                    raise StageError(f"{stage.title}: status {process.returncode}; the end of {log}:\n{_tail(log)}")
-                done.add(stage.name)
-                console.print(f"  {stage.title:34} {time.monotonic() - started:5.0f} s")
-            if status:
-                now = time.monotonic()
-                shown = [f"{name} {now - began:.0f} s {_progress(log)}" for name, (_, log, began) in running.items()]
-                status.update("; ".join(shown))
-            time.sleep(0.1)
-    except BaseException:
-        for process, _, _ in running.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)  # they save and go
-        for process, _, _ in running.values():
-            process.wait()
-        raise
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-        if status:
-            status.stop()
-    return {s.name: read_done(folders[s.name])["seconds"] for s in stages}
-
-
-def run_stages_here(
-    stages: Sequence[Stage], folders: Mapping[str, Path], *, settings: DemoSettings, root: Path, console: Console
-) -> dict[str, float]:
-    """`run_stages` in this process, one after the other."""
-    seconds = {}
-    for stage in stages:
-        cached = read_done(folders[stage.name]) is not None
-        if not cached:
-            folders[stage.name].mkdir(parents=True, exist_ok=True)
-            try:
-                run_one_stage(stage.name, settings, root)
-            except SystemExit as error:
-                raise StageError(f"{stage.title}: {error}") from error
-        seconds[stage.name] = read_done(folders[stage.name])["seconds"]
-        console.print(f"  {stage.title:34} " + ("cached" if cached else f"{seconds[stage.name]:5.0f} s"))
-    return seconds
-
-
-def run_one_stage(name: str, settings: DemoSettings, root: Path) -> None:
-    """What a stage's process does: run it and note that it is done."""
-    stages = {s.name: s for s in make_stages()}
-    if name not in stages:
-        raise ValueError(f"stage: expected one of {', '.join(stages)}, got {name!r}")
-    folders = stage_folders(list(stages.values()), settings, root)
-    stage = stages[name]
-    started = time.monotonic()
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    needed = {need: folders[need] for need in stage.needs}
-    result = stage.run(Context(settings, folders[name], needed, stage.extra))
-    # CPU seconds as well: what a stage takes on a machine that has nothing else to do.
-    noted = {"result": result, "seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(time.process_time(), 1)}
-    atomic_write_json(folders[name] / DONE_NAME, noted)
-
-
-def _tail(log: Path, lines: int = 25) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
-
-
-def _progress(log: Path) -> str:
-    """The counter of the last progress bar in a log: "120/300"."""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 400))
-        text = file.read().decode("utf-8", errors="replace")
-    words = [w for line in text.replace("\r", "\n").splitlines() for w in line.replace("|", " ").split() if "/" in w]
-    counters = [w for w in words if all(part.isdigit() for part in w.split("/", 1))]
-    return counters[-1] if counters else ""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -774,56 +392,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models: a minute, for CI")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/demo", help="folder of report.html and results.json")
-    parser.add_argument("--fresh", action="store_true", help="make every stage anew (downloads are kept)")
-    parser.add_argument(
-        "--workers", type=int, default=None, help="stages at a time, each a process; 0 = all in this process, one by one"
-    )
-    parser.add_argument("--run-stage", help=argparse.SUPPRESS)
+    add_stage_arguments(parser, out="runs/demo")
     arguments = parser.parse_args(argv)
     settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device, seed=arguments.seed)
-    root = cache_dir() / "demo"
-    if arguments.run_stage:
-        try:
-            run_one_stage(arguments.run_stage, settings, root)
-        except KeyboardInterrupt:
-            return 130
-        return 0
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log file has no width; 80 would break the table
-    stages = make_stages()
-    folders = stage_folders(stages, settings, root)
-    if arguments.fresh:
-        for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    console, stages = log_console(), make_stages()
+    command = [sys.executable, "-m", "models.demo", "--device", settings.device, "--seed", str(settings.seed)]
+    command += ["--fast-smoke"] if arguments.fast_smoke else []
     # A smoke stage is shorter than the imports of a process of its own.
-    workers = arguments.workers if arguments.workers is not None else 0 if arguments.fast_smoke else min(2, cores)
-    threads = max(1, cores // max(1, workers))
-    base = [sys.executable, "-m", "models.demo", "--device", settings.device, "--seed", str(settings.seed)]
-    base += ["--fast-smoke"] if arguments.fast_smoke else []
+    workers = 0 if arguments.fast_smoke else 2
     started = time.monotonic()
-    console.print(f"demo: {workers or 1} stage(s) at a time, {threads} thread(s) each; stages are kept in", root, soft_wrap=True)
     try:
-        if workers:
-            seconds = run_stages(
-                stages,
-                folders,
-                command=lambda s: [*base, "--run-stage", s.name],
-                workers=workers,
-                threads=threads,
-                console=console,
-            )
-        else:
-            seconds = run_stages_here(stages, folders, settings=settings, root=root, console=console)
-    except StageError as error:
-        console.print(f"error: {error}", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
-        return 130
+        folders, seconds = run_pipeline(
+            arguments, stages, settings, cache_dir() / "demo", command=command, workers=workers, console=console
+        )
+    except SystemExit as ended:
+        return ended.code
     for source, reason in read_done(folders["corpus"])["result"]["unavailable"].items():
         console.print(f"warning: without the recordings of {source}: {reason}", markup=False)
     predictions = collect(folders)

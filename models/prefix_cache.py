@@ -7,6 +7,7 @@ ids.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ from models.batching import pad_rows
 from models.io_utils import atomic_write_bytes
 
 _MIB = 1 << 20
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name of the KV cache among `model.forward`'s arguments: transformers 5.24 renamed `past_key_values` to `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 _FORMAT_VERSION = "1"
 
 
@@ -175,9 +183,8 @@ class PrefixCache:
         autocast = torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
         try:
             with autocast:
-                cache = decoder(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True
-                ).past_key_values
+                output = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True)
+                cache = getattr(output, cache_keyword(decoder))
         finally:
             decoder.train(was_training)
         # One copy to the host a batch; (layers, 2, B, heads, P, head width)

@@ -289,7 +289,7 @@ class BackboneWriter:
         self._model = model
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._prefixes: dict[str, tuple[Any, Any]] = {}
+        self._prefixes = WorkedPrefixes(model, tokenizer)
         newline = tokenizer.encode("\n", add_special_tokens=False)
         # An answer ends with its line; where that has no token of its own, the text is cut below.
         self._stop = [
@@ -311,17 +311,18 @@ class BackboneWriter:
         for index, example in enumerate(examples):
             by_prefix.setdefault(worked_examples(example), []).append(index)
         for prefix, indices in by_prefix.items():
-            texts = self._continue(prefix, [_prompt_end(examples[index]) for index in indices])
+            texts = self._continue(prefix, [prompt_end(examples[index]) for index in indices])
             answers.update(zip(indices, texts, strict=True))
         return [answers[index] for index in range(len(examples))]
 
     def _continue(self, prefix: str, questions: list[str]) -> list[str]:
         import torch
-        from transformers import DynamicCache
 
-        prefix_ids, prefix_cache = self._prefix(prefix)
-        device = prefix_ids.device
+        from models.prefix_cache import cache_keyword
+
         rows = [self._tokenizer.encode(question, add_special_tokens=False) for question in questions]
+        prefix_ids, cache = self._prefixes.expanded(prefix, len(rows))
+        device = prefix_ids.device
         width = max(map(len, rows))
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0
         # Padding stands between the shared prefix and each question; the mask takes it out of attention and positions.
@@ -329,14 +330,11 @@ class BackboneWriter:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         input_ids = torch.cat([prefix_ids.expand(len(rows), -1), tokens], 1)  # (B, P + width)
         attention_mask = torch.cat([torch.ones_like(prefix_ids).expand(len(rows), -1), mask], 1)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(prefix_cache):
-            cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
         with torch.no_grad():
             output = self._model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=cache,
+                **{cache_keyword(self._model): cache},
                 max_new_tokens=self._max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -349,17 +347,33 @@ class BackboneWriter:
         texts = self._tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
         return [text.strip().split("\n")[0].strip() for text in texts]
 
-    def _prefix(self, prefix: str) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+
+class WorkedPrefixes:
+    """Keys and values of the worked examples: computed once a text by a frozen causal LM, shared by a batch."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._states: dict[str, tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+
+    def expanded(self, prefix: str, rows: int) -> tuple[torch.Tensor, Any]:
+        """Its token ids (1, P), and a new KV cache of `rows` rows that has read it."""
         import torch
         from transformers import DynamicCache
 
-        if prefix not in self._prefixes:
+        from models.prefix_cache import cache_keyword
+
+        if prefix not in self._states:
             ids = torch.tensor([self._tokenizer.encode(prefix)], device=self._model.device)
-            cache = DynamicCache()
+            read = DynamicCache()
             with torch.no_grad():
-                self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self._prefixes[prefix] = ids, [(layer.keys, layer.values) for layer in cache.layers]
-        return self._prefixes[prefix]
+                self._model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_keyword(self._model): read})
+            self._states[prefix] = ids, [(layer.keys, layer.values) for layer in read.layers]
+        ids, states = self._states[prefix]
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(states):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return ids, cache
 
 
 def worked_examples(example: Example) -> str:
@@ -385,12 +399,28 @@ def worked_examples(example: Example) -> str:
             task=kind.name,
             question=_MIXED_QUESTIONS.get(label, kind.question),
             end_seconds=2.0 + number % 3,
-            metadata={kind.name: label, "text": _FILLERS[number % len(_FILLERS)], "snr_db": 3 * number - 5},
+            metadata={kind.name: label, "text": _worked_text(kind.name, label, number), "snr_db": 3 * number - 5},
         )
         blocks.append(f"{in_words(clip)} -> {target_template(clip, label)}")
     return "\n\n".join(blocks) + "\n\n"
 
 
+def _worked_text(task: str, label: str, number: int) -> str:
+    """What the clip of a worked example says: anything where the metadata decide, or else what the label is about."""
+    texts = _WORKED_TEXTS.get(task, {}).get(label, _FILLERS)
+    return texts[number // 2 % len(texts)] if task in _WORKED_TEXTS else texts[number % len(texts)]
+
+
+_WORKED_TEXTS = {
+    "place": {
+        "indoors": ("We sat down in the waiting room.", "He slept on the couch."),
+        "outdoors": ("They walked through the jungle.", "She swam in the sea."),
+    },
+    "mood": {
+        "good": ("We won the game.", "It is my birthday today."),
+        "bad": ("My dog is ill.", "Our house burned down."),
+    },
+}
 _WORKED_LABELS = {"language": ("Danish", "Hindi"), "content": ("table", "chair")}
 _MIXED_EXAMPLES = (("content", "table"), ("gender", "woman"), ("content", "horse"), ("language", "Danish"))
 _MIXED_QUESTIONS = {"table": "Which word is spoken, chair or table?", "horse": "Which word is spoken, horse or door?"}
@@ -406,8 +436,14 @@ def _asked(example: Example) -> str:
     return f"Question: {' '.join(example.question.split())}\n{describe(example)}"
 
 
-def _prompt_end(example: Example) -> str:
-    return f"{describe(example) if _asks_the_same(example) else _asked(example)} ->"
+def prompt_end(example: Example, reasoning: str | None = None) -> str:
+    """The end of the prompt, behind `worked_examples(example)`: the clip in words, and what is asked where that differs.
+
+    Args:
+        reasoning: a reasoning trace about the clip, put between its words and the answer.
+    """
+    words = describe(example) if _asks_the_same(example) else _asked(example)
+    return f"{words}\nReasoning: {' '.join(reasoning.split())} ->" if reasoning else f"{words} ->"
 
 
 def _template_writer(examples: Sequence[Example]) -> list[str]:

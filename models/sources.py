@@ -1,4 +1,4 @@
-"""What a training step is fed with: examples as batches, and the teacher's hidden states, live or from a cache."""
+"""What a training run is made of, by its recipe: the student, its examples as batches, and its teachers."""
 
 from __future__ import annotations
 
@@ -10,42 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from kdkernels.layer_mse import LayerProjections
 from kdkernels.layer_states import decoder_layers
-from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
-from models.config import LayersConfig, Recipe
+from kdkernels.teacher import LMHead
+from models.config import Recipe, SourceConfig
 from models.frozen_linear import use_bf16_products
+from models.teachers import (
+    CachedTeacher,
+    KeptTeacher,
+    LayerDistillation,
+    ListeningTeacher,
+    LiveTeacher,
+    Source,
+    SourceError,
+    TextTeacher,
+    check_same_tokenizer,
+    kept_bytes,
+    snapshot,
+)
 
-
-class SourceError(RuntimeError):
-    """Data or a model of the recipe is missing or unusable; the message says which and what was expected."""
-
-
-@dataclass(frozen=True)
-class TeacherStates:
-    """What the frozen teacher says about the N target tokens of a batch, before its LM head.
-
-    audio_hidden: (N, H_t); text_hidden: (N, H_t) or None; head: weight, bias, softcap, logit_scale of the LM head;
-    audio_layers, text_layers: (N, K, H_t), the layers the recipe compares, or None.
-    """
-
-    audio_hidden: torch.Tensor
-    text_hidden: torch.Tensor | None
-    head: Any
-    audio_layers: torch.Tensor | None = None
-    text_layers: torch.Tensor | None = None
-
-    def at(self, positions: torch.Tensor) -> TeacherStates:
-        """Those of the target tokens `positions`, (n,) int64."""
-        positions = positions.to(self.audio_hidden.device, non_blocking=True)
-        names = ("audio_hidden", "text_hidden", "audio_layers", "text_layers")
-        chosen = {name: getattr(self, name)[positions] for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(self, **chosen)
+OWN_TEACHER = "teacher"  # the name among the sources of the objective's own
 
 
 @dataclass
@@ -86,74 +73,6 @@ class TrainingData:
     def model_inputs(self, batch: Any) -> dict[str, Any]:
         """The keyword arguments of the model for `batch`."""
         return {**batch.model_inputs(), **self.extra_inputs}
-
-
-class LiveTeacher:
-    """Runs the frozen teacher on each batch: both paths in one pass (kdkernels.DualPathTeacher).
-
-    Args:
-        lm: the teacher's SpeechLM.
-        data: how its batches are made; its prompt may use another number of audio tokens than the student's.
-        device: where it runs.
-        layers: whose states are handed out as well.
-    """
-
-    def __init__(
-        self, lm: torch.nn.Module, data: TrainingData, *, device: torch.device, layers: Sequence[int] = ()
-    ) -> None:
-        self._teacher = DualPathTeacher(lm.to(device).eval(), negative=MarkAbsent("audio_present"), layers=layers)
-        self._data = data
-        self._device = device
-
-    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
-        own = self._data.make_batch(examples)
-        _same_targets(own, batch)
-        own = (self._data.crop(own) if self._data.crop else own).to(self._device)
-        states = self._teacher(self._data.model_inputs(own), own.target_index)
-        return TeacherStates(
-            states.audio_hidden, states.text_hidden, self._teacher.head, states.audio_layers, states.text_layers
-        )
-
-
-class CachedTeacher:
-    """Reads the teacher's hidden states from a ContrastCache; the teacher's body is never run.
-
-    Args:
-        cache: an open kdkernels.ContrastCache.
-        head: the teacher's LM head, on the device of the loss.
-    """
-
-    def __init__(self, cache: Any, head: Any, *, device: torch.device) -> None:
-        self._cache = cache
-        self._head = head
-        self._device = device
-
-    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
-        try:
-            states = self._cache.get(batch.ids)
-        except KeyError as error:
-            raise SourceError(f"teacher.cache: {error.args[0] if error.args else error}") from error
-        if not torch.equal(states.target, batch.target.cpu()):
-            raise SourceError(f"teacher.cache: made for other targets than those of the batch {batch.ids[0]} ...")
-        dtype = self._head.weight.dtype
-        audio, text = (h.to(self._device, dtype) for h in (states.audio_hidden, states.text_hidden))
-        return TeacherStates(audio, text, self._head)
-
-
-@torch.no_grad()
-def path_divergence(states: TeacherStates, *, chunk_tokens: int = 256) -> torch.Tensor:
-    """KL(softmax z_audio || softmax z_text) of each token, (N,) float32, in chunks of `chunk_tokens` rows of logits."""
-    if states.text_hidden is None:
-        raise ValueError("states: expected both paths, got no text_hidden")
-    out = []
-    for start in range(0, len(states.audio_hidden), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        audio, text = (
-            F.log_softmax(states.head.logits(hidden[rows]).float(), dim=-1)
-            for hidden in (states.audio_hidden, states.text_hidden)
-        )
-        out.append((audio.exp() * (audio - text)).sum(-1).clamp(min=0))
-    return torch.cat(out) if out else states.audio_hidden.new_zeros(0)
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
@@ -206,6 +125,7 @@ def check_folders(recipe: Recipe) -> None:
     if recipe.needs_teacher:
         wanted += [("teacher.folder", recipe.teacher.folder, "speech_lm.json")]
         wanted += [("teacher.cache", recipe.teacher.cache, "cache.json")]
+    wanted += [(f"sources.{name}.folder", s.folder, "speech_lm.json") for name, s in recipe.sources.items() if s.role != "text"]
     for key, given, inside in wanted:
         if given is not None and not (Path(given) / inside).is_file():
             raise SourceError(f"{key}: expected {'a folder with ' + inside if inside else 'a file'}, got {given}")
@@ -315,89 +235,86 @@ def crop_to_targets(batch: Any) -> Any:
     )
 
 
-def build_teacher(
-    recipe: Recipe, data: TrainingData, model: torch.nn.Module, *, device: torch.device
-) -> tuple[Callable[[Any, Sequence[Any]], TeacherStates] | None, LayerDistillation | None]:
-    """The teacher's side of `recipe` for the student `model`: its states (from its cache, or a live model that reads the same
-    clips as the student), and the layers that are compared; None where there is none."""
-    if not recipe.needs_teacher:
-        return None, None
-    from models.speech_lm import SpeechLM
+def build_sources(recipe: Recipe, data: TrainingData, model: torch.nn.Module, *, device: torch.device) -> list[Source]:
+    """Every teacher of `recipe` for the student `model`, the objective's own first, under the name OWN_TEACHER.
 
-    settings = recipe.teacher
-    try:
-        lm = SpeechLM.from_pretrained(settings.folder)
-    except RuntimeError as error:  # BackboneError and SpeechLMError both are
-        raise SourceError(f"teacher.folder: {error}") from error
-    if settings.cache is not None:
+    To be called before training or resuming changes the student: a snapshot of it is taken here. A teacher's states are
+    computed once for all examples where they fit into its keep_mib, else in every step.
+
+    Raises:
+        SourceError: a model that cannot be had, or whose tokenizer is another.
+    """
+    sources = []
+    if recipe.needs_teacher:
+        own = SourceConfig(
+            role="audio",
+            folder=recipe.teacher.folder,
+            alpha=recipe.loss.alpha,
+            divergence=recipe.loss.divergence,
+            jsd_beta=recipe.loss.jsd_beta,
+            layers=recipe.layers,
+            keep_mib=recipe.teacher.keep_mib,
+        )
+        sources.append(_build_source(recipe, OWN_TEACHER, own, data, model, device))
+    return sources + [_build_source(recipe, name, each, data, model, device) for name, each in recipe.sources.items()]
+
+
+def _build_source(
+    recipe: Recipe, name: str, settings: SourceConfig, data: TrainingData, model: torch.nn.Module, device: torch.device
+) -> Source:
+    key = name if name == OWN_TEACHER else f"sources.{name}"
+    lm, tokenizer = _load_source(key, settings, model)
+    check_same_tokenizer(f"{key}.folder", model.tokenizer, tokenizer)
+    if name == OWN_TEACHER and recipe.teacher.cache is not None:
         from kdkernels.contrast_cache import ContrastCache
 
         head = LMHead.from_model(lm.to(device))
         try:
-            cache = ContrastCache(settings.cache)
+            return Source(name, settings, CachedTeacher(ContrastCache(recipe.teacher.cache), head, device=device))
         except ValueError as error:
             raise SourceError(f"teacher.cache: {error}") from error
-        return CachedTeacher(cache, head, device=device), None
-    cache_mib = 0 if lm.config.train_lm else recipe.model.prefix_cache_mib
-    own = make_training_data(lm.requires_grad_(False), data.examples, data.store, prefix_cache_mib=cache_mib)
     layers = None
-    if recipe.layers.weight > 0:
-        depths = [len(decoder_layers(m.lm)) for m in (model, lm)]
+    if settings.layers.weight > 0:
+        depths = [len(decoder_layers(m)) for m in (model.lm, getattr(lm, "lm", lm))]
         widths = [m.get_output_embeddings().weight.shape[1] for m in (model, lm)]
-        layers = LayerDistillation.build(recipe.layers, depths=depths, widths=widths)
-    return LiveTeacher(lm, own, device=device, layers=layers.teacher_layers if layers else ()), layers
-
-
-class LayerDistillation(torch.nn.Module):
-    """Which layers of student and teacher are compared, and the projections between their widths, which train.
-
-    Args:
-        settings: the recipe's `layers`.
-        pairs: (student, teacher) layers; one layer may stand in several pairs.
-        projections: of those pairs.
-    """
-
-    def __init__(self, settings: LayersConfig, pairs: Sequence[tuple[int, int]], projections: LayerProjections) -> None:
-        super().__init__()
-        self.settings = settings
-        self.pairs = list(pairs)
-        self.projections = projections
-        self.student_layers, self.teacher_layers = (sorted(set(side)) for side in zip(*pairs, strict=True))
-
-    @classmethod
-    def build(cls, settings: LayersConfig, *, depths: Sequence[int], widths: Sequence[int]) -> LayerDistillation:
-        """For a student and a teacher of these depths and widths."""
-        pairs = settings.layer_pairs(*depths)
-        projections = LayerProjections(*widths, pairs, direction=settings.direction, identity_where_equal=True)
-        return cls(settings, pairs, projections)
-
-    def loss(self, student: torch.Tensor, states: TeacherStates, counts: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
-        """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
-
-        Args:
-            student: (N, K, H_s), its layers in the order of `student_layers`.
-            counts: (N,) bool.
-        """
-        def take(stacked: torch.Tensor, layers: list[int], side: int) -> list[torch.Tensor]:
-            return [stacked[:, layers.index(pair[side])] for pair in self.pairs]
-
-        text = self.settings.alpha > 0 and states.text_layers is not None
-        total = self.projections(
-            take(student, self.student_layers, 0),
-            take(states.audio_layers, self.teacher_layers, 1),
-            teacher_text_hidden=take(states.text_layers, self.teacher_layers, 1) if text else None,
-            alpha=self.settings.alpha if text else 0.0,
-            normalize=self.settings.normalize,
-            mask=counts,
-            layer_weight=[1.0 / len(self.pairs)] * len(self.pairs),
-            reduction="sum",
+        layers = LayerDistillation.build(settings.layers, depths=depths, widths=widths)
+    options = {"device": device, "layers": layers.teacher_layers if layers else ()}
+    if settings.role == "text":
+        collator = model.make_collator()
+        end_id = collator.tokenizer.eos_token_id if collator.append_eos else None
+        teacher: Any = TextTeacher(
+            lm, tokenizer, target_ids=collator.target_ids, end_id=end_id, reasoning=settings.reasoning, **options
         )
-        return total / normalizer.clamp_min(1)
+    else:
+        cache_mib = 0 if lm.config.train_lm else recipe.model.prefix_cache_mib
+        own = make_training_data(lm, data.examples, data.store, prefix_cache_mib=cache_mib)
+        hears_both = settings.role == "audio" and (name == OWN_TEACHER or settings.alpha > 0 or settings.layers.alpha > 0)
+        teacher = (LiveTeacher if hears_both else ListeningTeacher)(lm, own, **options)
+    if settings.keep_mib:
+        needed_mib = kept_bytes(teacher, data) / (1 << 20)
+        if needed_mib <= settings.keep_mib:
+            teacher = KeptTeacher(teacher, data, title=f"states of {name}", progress_bar=recipe.run.progress_bar)
+        else:
+            tqdm.write(
+                f"{key}.keep_mib: the states of {len(data)} examples take {needed_mib:.0f} MiB, {settings.keep_mib} are allowed; "
+                "this teacher runs in every step"
+            )
+    return Source(name, settings, teacher, layers)
 
 
-def _same_targets(own: Any, batch: Any) -> None:
-    if own.target.shape != batch.target.shape:
-        raise SourceError(
-            f"teacher and student: the batch of {batch.ids[0]} ... has {len(own.target)} and {len(batch.target)} target "
-            "tokens; distillation by token needs one tokenizer"
-        )
+def _load_source(key: str, settings: SourceConfig, model: torch.nn.Module) -> tuple[Any, Any]:
+    """A source's model, frozen, and its tokenizer."""
+    from models.backbones import BackboneError, load_causal_lm
+    from models.speech_lm import SpeechLM, SpeechLMError
+
+    if settings.folder is None:
+        return snapshot(model), model.tokenizer
+    try:
+        if settings.role == "text":
+            lm, tokenizer = load_causal_lm(settings.folder, dtype=torch.bfloat16)  # as in Stage 1: nothing of it is trained
+        else:
+            lm = SpeechLM.from_pretrained(settings.folder)
+            tokenizer = lm.tokenizer
+    except (BackboneError, SpeechLMError) as error:
+        raise SourceError(f"{key}.folder: {error}") from error
+    return lm.requires_grad_(False), tokenizer

@@ -38,7 +38,7 @@ from models import backbones
 from models.batching import Collator, SpeechBatch, find_placeholder_id
 from models.connector import Connector, ConnectorConfig
 from models.io_utils import atomic_dir, atomic_write_json
-from models.prefix_cache import PrefixCache
+from models.prefix_cache import PrefixCache, cache_keyword
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -665,12 +665,13 @@ class SpeechLM(nn.Module):
         return torch.where(is_audio[..., None], spread, x)
 
     def _body(self, embeddings: Tensor, mask: Tensor, position_ids: Tensor, past: Any, use_cache: bool) -> Tensor:
-        return self.lm.get_decoder()(
+        decoder = self.lm.get_decoder()
+        return decoder(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past,
             use_cache=use_cache,
+            **{cache_keyword(decoder): past},
         ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -5,9 +5,10 @@
     python -m models.train sft_teacher data.manifest=corpus/teacher.jsonl model.folder=base run.out_dir=runs/teacher
     python -m models.train caad data.manifest=pool.jsonl model.folder=student teacher.folder=runs/teacher/final loss.alpha=1
 
-The whole story of a step: draw examples; the frozen teacher's hidden states at the positions that predict the target; the
-student's; `fused_linear_caad_loss`; AdamW on the connector. Ctrl-C or SIGTERM finishes the step, saves, and prints the
-command that goes on (`run.resume=auto`): on a CPU that continuation is the undisturbed run, bit for bit.
+The whole story of a step: draw examples; the frozen teachers' hidden states at the positions that predict the target; the
+student's; `fused_linear_caad_loss` (of several teachers `fused_linear_multi_teacher_loss`); AdamW on the connector. Ctrl-C or
+SIGTERM finishes the step, saves, and prints the command that goes on (`run.resume=auto`): on a CPU that continuation is the
+undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import random
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kdkernels import fused_linear_caad_loss
+from kdkernels import TeacherSource, fused_linear_caad_loss, fused_linear_multi_teacher_loss
 from kdkernels.ops.dispatch import choose
 from models.checkpoint import (
     CheckpointError,
@@ -46,17 +47,15 @@ from models.config import ConfigError, LossConfig, Recipe, describe_recipes, loa
 from models.io_utils import atomic_write_json, exclusive, fingerprint
 from models.metrics import MetricsLogger
 from models.sources import (
-    LayerDistillation,
-    SourceError,
-    TeacherStates,
+    OWN_TEACHER,
     TrainingData,
     build_data,
     build_model,
-    build_teacher,
+    build_sources,
     check_folders,
-    path_divergence,
     read_examples,
 )
+from models.teachers import Source, SourceError, TeacherStates, path_divergence
 
 
 class NonFiniteError(RuntimeError):
@@ -77,8 +76,7 @@ def train(
     *,
     model: torch.nn.Module,
     data: TrainingData,
-    teacher: Callable[[Any, Sequence[Any]], TeacherStates] | None = None,
-    layers: LayerDistillation | None = None,
+    sources: Sequence[Source] = (),
     resume_command: str | None = None,
 ) -> TrainResult:
     """Run a recipe to its end, or to the next whole step after SIGINT / SIGTERM.
@@ -88,9 +86,8 @@ def train(
         model: a SpeechLM, or anything with `hidden_states_at(index, **inputs) -> (N, H)`, `get_output_embeddings()` and
             `save_pretrained(folder)`; what requires grad is trained.
         data: examples and how a batch is made of them.
-        teacher: batch, its examples -> `TeacherStates`; needed by kd, sharpened and caad.
-        layers: the layers that are compared; needed with layers.weight above 0. Its projections train, lie in the checkpoints,
-            and are not in run.out_dir/final.
+        sources: the teachers; kd, sharpened and caad need their own, named `OWN_TEACHER`. The projections of a source's layers
+            train, lie in the checkpoints, and are not in run.out_dir/final.
         resume_command: printed when a signal stops the run.
 
     Returns:
@@ -101,10 +98,10 @@ def train(
         NonFiniteError: naming the examples; before the optimiser's step.
         CheckpointError: the checkpoint to resume from is damaged or of another recipe.
     """
-    if recipe.needs_teacher and teacher is None:
-        raise ValueError(f"teacher: objective {recipe.objective!r} needs one, got None")
-    if recipe.layers.weight > 0 and layers is None:
-        raise ValueError("layers: expected a LayerDistillation with layers.weight above 0, got None")
+    wanted = [OWN_TEACHER] * recipe.needs_teacher + list(recipe.sources)
+    if [source.name for source in sources] != wanted:
+        got = [source.name for source in sources]
+        raise ValueError(f"sources: objective {recipe.objective!r} with this recipe needs {wanted}, got {got}")
     if len(data) == 0:
         raise ValueError("data: expected at least one example, got none")
     optim, run = recipe.optim, recipe.run
@@ -112,8 +109,10 @@ def train(
     model.to(device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected a parameter that requires grad, got none")
-    if layers is not None:
-        model.layer_distillation = layers.to(device)  # one state dict, one list of parameters, for optimiser and checkpoints
+    compared = {source.name: source.layers for source in sources if source.layers is not None}
+    if compared:  # one state dict, one list of parameters, for optimiser and checkpoints
+        model.layer_distillation = torch.nn.ModuleDict(compared).to(device)
+    student_layers = sorted({layer for layers in compared.values() for layer in layers.student_layers})
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         list(names), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
@@ -172,10 +171,10 @@ def train(
                 batch = data.make_batch(examples)
                 # What is not needed is left out before the batch moves: decided on a GPU it would be a wait.
                 counted = counted_positions(recipe, batch, charged[here])
-                states = teacher(batch, examples) if recipe.needs_teacher else None
+                states = {source.name: source.teacher(batch, examples) for source in sources}
                 batch, states = select_positions(batch, states, counted)
                 batch = (data.crop(batch) if data.crop else batch).to(device)
-                weights = token_weights(recipe.loss, batch, states, charged[here].to(device))
+                weights = token_weights(recipe.loss, batch, states.get(OWN_TEACHER), charged[here].to(device))
                 parts.append((batch, states, weights, hears[here].to(device)))
 
             # 2. Divisors of the whole step, so that 4 x 4 examples give the gradient of 16.
@@ -191,18 +190,20 @@ def train(
                 inputs = data.model_inputs(batch)
                 inputs["audio_present"] = inputs["audio_present"] & present if "audio_present" in inputs else present
                 with autocast:
-                    if layers is None:
+                    if not compared:
                         hidden = model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
                     else:
-                        taken = model.hidden_states_at(batch.target_index, **inputs, layers=layers.student_layers)
-                        hidden, student_layers = taken[:, 0], taken[:, 1:]
+                        taken = model.hidden_states_at(batch.target_index, **inputs, layers=student_layers)
+                        hidden, *by_layer = taken.unbind(1)
+                        layer_states = dict(zip(student_layers, by_layer, strict=True))
                     loss, values = objective_loss(
                         recipe, step, model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer, logged
                     )
-                    if layers is not None:
-                        layer_loss = layers.loss(student_layers, states, weights.kd > 0, layer_normalizer)
-                        loss = loss + recipe.layers.weight * layer_loss
-                        metrics.add("layers", layer_loss * len(parts))  # each part's share of the step's mean
+                    for name, layers in compared.items():
+                        layer_loss = layers.loss(layer_states, states[name], weights.kd > 0, layer_normalizer)
+                        loss = loss + layers.settings.weight * layer_loss
+                        curve = "layers" if name == OWN_TEACHER else f"layers_{name}"
+                        metrics.add(curve, layer_loss * len(parts))  # each part's share of the step's mean
                 loss.backward()
                 losses.append(loss.detach())
                 for name, value, weight in values:
@@ -235,7 +236,7 @@ def train(
                     bar.write(f"Stopped after step {step}, saved. Go on with:\n  {resume_command}", file=sys.stderr)
                 return TrainResult(step, out_dir, stopped[0])
     metrics.close()
-    if layers is not None:
+    if compared:
         del model.layer_distillation  # serves training alone
     model.eval()
     model.save_pretrained(out_dir / "final")
@@ -288,21 +289,21 @@ def counted_positions(recipe: Recipe, batch: Any, charged: torch.Tensor | None =
     if recipe.loss.kd_token_weight == "divergence":
         return None  # known only when the teacher has run
     weights = token_weights(recipe.loss, batch, None, charged)
-    counts = weights.ce > 0 if not recipe.needs_teacher or recipe.loss.kd_weight < 1 else torch.zeros_like(batch.choice_mask)
-    if recipe.needs_teacher and recipe.loss.kd_weight > 0:
+    counts = weights.ce > 0 if not recipe.distils or recipe.loss.kd_weight < 1 else torch.zeros_like(batch.choice_mask)
+    if recipe.distils and recipe.loss.kd_weight > 0:
         counts = counts | (weights.kd > 0)
     return None if bool(counts.all()) else counts.nonzero()[:, 0]
 
 
 def select_positions(
-    batch: Any, states: TeacherStates | None, positions: torch.Tensor | None
-) -> tuple[Any, TeacherStates | None]:
-    """`batch` and `states` with only these target tokens."""
+    batch: Any, states: dict[str, TeacherStates], positions: torch.Tensor | None
+) -> tuple[Any, dict[str, TeacherStates]]:
+    """`batch` and each teacher's `states` with only these target tokens."""
     if positions is None:
         return batch, states
     names = ("target_index", "target", "target_row", "choice_mask")
     batch = dataclasses.replace(batch, **{name: getattr(batch, name)[positions] for name in names})
-    return batch, None if states is None else states.at(positions)
+    return batch, {name: one.at(positions) for name, one in states.items()}
 
 
 def objective_loss(
@@ -311,7 +312,7 @@ def objective_loss(
     model: torch.nn.Module,
     hidden: torch.Tensor,
     target: torch.Tensor,
-    states: TeacherStates | None,
+    states: Mapping[str, TeacherStates],
     weights: TokenWeights,
     kd_normalizer: torch.Tensor,
     ce_normalizer: torch.Tensor,
@@ -321,7 +322,8 @@ def objective_loss(
 
     Args:
         hidden: (N, H_s) what the student's LM head reads at the positions that predict `target` (N,).
-        with_stats: also the curves of `CAADStats`. The divergence of the teacher's two paths needs both of their logits,
+        states: of every teacher, by its name.
+        with_stats: also the curves of the statistics. The divergence of the teacher's two paths needs both of their logits,
             a product with the whole vocabulary that the loss itself does without: ask for them at logged steps only.
 
     Returns:
@@ -329,7 +331,7 @@ def objective_loss(
     """
     head = model.get_output_embeddings()
     hidden = hidden.to(head.weight.dtype)  # autocast hands out bfloat16 states of a float32 model
-    if not recipe.needs_teacher:
+    if not recipe.distils:
         logits = F.linear(hidden, head.weight, head.bias)  # (N, V)
         token_loss = F.cross_entropy(logits.float(), target, reduction="none")  # (N,)
         loss = (token_loss * weights.ce).sum() / ce_normalizer
@@ -338,37 +340,39 @@ def objective_loss(
         return loss, [("ce", _mean(token_loss, weights.ce), total), ("top1_target", _mean(right, weights.ce), total)]
 
     settings = recipe.loss
-    alpha, text_hidden = settings.alpha_at(step), states.text_hidden
-    if recipe.objective == "kd":
-        alpha, text_hidden = 0.0, None
-    elif recipe.objective == "sharpened":
-        text_hidden = torch.zeros_like(states.audio_hidden)  # logits 0: (1 + alpha) z_audio, nothing subtracted
-    teacher = states.head
-    result = fused_linear_caad_loss(
-        hidden,
-        head.weight,
-        states.audio_hidden,
-        text_hidden,
-        teacher.weight,
-        target,
-        student_bias=head.bias,
-        teacher_bias=teacher.bias,
-        teacher_softcap=teacher.softcap,
-        teacher_logit_scale=teacher.logit_scale,
-        alpha=alpha,
-        temperature=settings.temperature,
-        kd_weight=settings.kd_weight,
-        divergence=settings.divergence,
-        jsd_beta=settings.jsd_beta,
-        plausibility=settings.plausibility,
-        kd_token_weight=weights.kd,
-        ce_token_weight=weights.ce,
-        kd_normalizer=kd_normalizer,
-        ce_normalizer=ce_normalizer,
-        chunk_tokens=settings.chunk_tokens,
-        impl=settings.impl,
-        return_stats=with_stats,
-    )
+    shared = {
+        "student_bias": head.bias,
+        "temperature": settings.temperature,
+        "kd_weight": settings.kd_weight,
+        "kd_token_weight": weights.kd,
+        "ce_token_weight": weights.ce,
+        "kd_normalizer": kd_normalizer,
+        "ce_normalizer": ce_normalizer,
+        "chunk_tokens": settings.chunk_tokens,
+        "impl": settings.impl,
+        "return_stats": with_stats,
+    }
+    teachers = [_teacher_source(recipe, name, step, one) for name, one in states.items()]
+    if not recipe.sources:
+        (only,) = teachers
+        result = fused_linear_caad_loss(
+            hidden,
+            head.weight,
+            only.hidden,
+            only.text_hidden,
+            only.weight,
+            target,
+            teacher_bias=only.bias,
+            teacher_softcap=only.softcap,
+            teacher_logit_scale=only.logit_scale,
+            alpha=only.alpha,
+            divergence=only.divergence,
+            jsd_beta=only.jsd_beta,
+            plausibility=only.plausibility,
+            **shared,
+        )
+    else:
+        result = fused_linear_multi_teacher_loss(hidden, head.weight, teachers, target, **shared)
     if not with_stats:
         return result, []
     loss, stats = result
@@ -376,9 +380,45 @@ def objective_loss(
     curves = [("kd", _mean(stats.kd, weights.kd), kd_total), ("ce", _mean(stats.ce, weights.ce), ce_total)]
     for name in ("student_entropy", "teacher_entropy", "top1_agreement", "path_divergence"):
         value = getattr(stats, name, None)
-        if value is not None:
+        if value is not None and value.shape == target.shape:
             curves.append((name, _mean(value, weights.kd), kd_total))
+    if recipe.sources:
+        for k, name in enumerate(states):
+            curves.append((f"kd_{name}", _mean(stats.source_kd[k], weights.kd), kd_total))
+            curves.append((f"top1_agreement_{name}", _mean(stats.top1_agreement[k], weights.kd), kd_total))
     return loss, curves
+
+
+def _teacher_source(recipe: Recipe, name: str, step: int, states: TeacherStates) -> TeacherSource:
+    """A teacher at optimiser step `step`, as the losses take it."""
+    text_hidden = states.text_hidden
+    if name == OWN_TEACHER:
+        loss = recipe.loss
+        alpha, weight, divergence, jsd_beta = loss.alpha_at(step), 1.0, loss.divergence, loss.jsd_beta
+        plausibility = loss.plausibility
+        if recipe.objective == "kd":
+            alpha, text_hidden = 0.0, None
+        elif recipe.objective == "sharpened":
+            text_hidden = torch.zeros_like(states.audio_hidden)  # logits 0: (1 + alpha) z_audio, nothing subtracted
+    else:
+        source = recipe.sources[name]
+        alpha, weight, divergence, jsd_beta = source.alpha, source.weight_at(step), source.divergence, source.jsd_beta
+        plausibility = None
+        if alpha == 0:
+            text_hidden = None
+    return TeacherSource(
+        hidden=states.audio_hidden,
+        weight=states.head.weight,
+        text_hidden=text_hidden,
+        bias=states.head.bias,
+        softcap=states.head.softcap,
+        logit_scale=states.head.logit_scale,
+        alpha=alpha,
+        source_weight=weight if states.speaks is None else weight * states.speaks,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        plausibility=plausibility,
+    )
 
 
 def pick_device(device: str) -> torch.device:
@@ -408,20 +448,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         device = pick_device(recipe.run.device)
-        if recipe.needs_teacher:
+        if recipe.distils:
             _check_impl(recipe.loss.impl, device)
         check_folders(recipe)
         examples, audio_root = read_examples(recipe)
         seed_everything(recipe.run.seed)
         model = build_model(recipe)
         data = build_data(recipe, model, examples, audio_root)
-        teacher, layers = build_teacher(recipe, data, model, device=device)
+        sources = build_sources(recipe, data, model, device=device)
         kept = [word for word in arguments.overrides if not word.startswith("run.resume=")]
         words = ["python", "-m", "models.train", arguments.recipe, *kept, "run.resume=auto"]
         with exclusive(recipe.run.out_dir, "a training"):
-            result = train(
-                recipe, model=model, data=data, teacher=teacher, layers=layers, resume_command=shlex.join(words)
-            )
+            result = train(recipe, model=model, data=data, sources=sources, resume_command=shlex.join(words))
     except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -29,7 +29,7 @@ from .gemm import (
     take_scratch,
     zero_weight_gradient,
 )
-from .schema import _scaled, half_gain
+from .schema import _scaled, half_gain, refuse_second_derivative
 
 # Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504; of unit vectors
 # they are small, and divided by the vector's length besides.
@@ -203,6 +203,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_others):
+    refuse_second_derivative()
     nothing = [None] * 13
     needs = ctx.needs_input_grad[_STUDENT], ctx.needs_input_grad[_PROJECTION]
     if ctx.again:

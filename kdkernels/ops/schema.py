@@ -60,6 +60,15 @@ def half_gain(kd_coef: Tensor, ce_coef: Tensor, *dtypes: torch.dtype) -> Tensor 
     return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
 
 
+def refuse_second_derivative() -> None:
+    """For a backward: autograd records it exactly under create_graph=True. The gradient it hands out was made in the forward and
+    depends on nothing that is recorded, so a second derivative would silently come out as 0."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: the fused losses have no second derivatives; impl='reference' computes them by autograd"
+        )
+
+
 def _is_one(grad_output: Tensor) -> bool:
     """Whether scaling can be skipped; looked at only where that is neither a device sync nor traced."""
     plain = type(grad_output) is Tensor and grad_output.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -198,6 +207,7 @@ def _rows_setup(ctx, inputs, output):
 
 
 def _rows_backward(ctx, grad_loss, *_others):
+    refuse_second_derivative()
     grad, gain = ctx.saved_tensors
     return (_scaled(grad, _without_gain(grad_loss, gain).reshape(ctx.leading)),) + (None,) * 17
 
@@ -222,8 +232,8 @@ class InPlaceRows(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _stats):
+        refuse_second_derivative()
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError(
@@ -411,6 +421,7 @@ def register_linear_autograd(op, *, tensors: int) -> None:
             ctx.save_for_backward(*output[1:4], output[5])
 
     def backward(ctx, grad_loss, *_others):
+        refuse_second_derivative()
         needs = ctx.needs_input_grad[:3]
         if ctx.again:
             saved = iter(ctx.saved_tensors)

@@ -10,6 +10,8 @@ from espeak-ng. Equal settings give equal bytes. The tasks:
     accent         four espeak accents of English
     noise          is there noise
     content        which of two words is said; the transcript is missing, right or wrong
+    place, mood    what the words mean: is it indoors or outdoors, is the news good or bad; the test's places and events are
+                   never mentioned in training
     language       Tux Paint recordings in eight languages (source "tux": 154 MiB); the transcript is the English name
 
 Splits go by speaker AND by text: no voice and no sentence of dev or test occurs in training. The language task is the
@@ -49,7 +51,7 @@ from models.io_utils import fingerprint, sha256_file
 
 SOURCES = ("queen", "espeak", "tux")
 # Changes whenever the same settings would give other bytes.
-BUILDER_VERSION = 4
+BUILDER_VERSION = 5
 _MANIFEST_NAME = "manifest.jsonl"
 _SYNTHESIS_BATCH = 256
 _MAX_BAD_FRACTION = 0.02
@@ -85,6 +87,39 @@ _SUBJECTS = ("teacher", "sailor", "painter", "farmer", "doctor", "baker", "singe
 _VERBS = ("found", "carried", "painted", "sold", "borrowed", "dropped", "wanted", "repaired")
 _OBJECTS = ("window", "basket", "ladder", "mirror", "carpet", "bottle", "hammer", "blanket", "camera", "candle")
 _PLACES = ("in the garden", "near the river", "behind the church", "on the train", "at the market", "under the bridge")
+# What the words of the place and mood tasks mean, by split and label: the test asks about others than training.
+_MEANT_PLACES = {
+    "train": {
+        "indoors": ("in the kitchen", "in the office", "in the bathroom", "in the library", "in the hall", "in the cellar",
+                    "in the elevator", "in the museum"),
+        "outdoors": ("in the garden", "near the river", "in the forest", "on the beach", "in the field", "on the mountain",
+                     "on the road", "in the desert"),
+    },
+    "dev": {"indoors": ("in the attic", "in the pantry"), "outdoors": ("on the hill", "in the orchard")},
+    "test": {
+        "indoors": ("in the bedroom", "in the classroom", "in the living room", "in the shop", "in the theatre", "on the sofa"),
+        "outdoors": ("by the lake", "in the meadow", "in the swamp", "on the cliff", "under the stars", "in the park"),
+    },
+}  # fmt: skip
+_MEANT_EVENTS = {
+    "train": {
+        "good": ("won a prize", "found a treasure", "got a new job", "passed the exam", "made a good friend", "had a great day",
+                 "sold every painting", "was praised by everyone", "got well again", "saved a child", "paid all the debts",
+                 "became a father"),
+        "bad": ("lost a wallet", "missed the train", "broke a leg", "failed the exam", "crashed the car", "had a terrible day",
+                "lost the case", "was blamed by everyone", "fell ill", "was bitten by a dog", "owes a lot of money",
+                "is in prison"),
+    },
+    "dev": {"good": ("won the race", "was promoted"), "bad": ("lost the race", "was fired")},
+    "test": {
+        "good": ("enjoyed the party", "received a lovely gift", "fell in love", "was rescued", "got a pay rise",
+                 "found the lost dog"),
+        "bad": ("caught a bad cold", "was robbed", "burned the dinner", "was injured", "lost the house",
+                "drowned in the river"),
+    },
+}  # fmt: skip
+_PEOPLE = (*(f"the {name}" for name in _SUBJECTS), *(f"my {name}" for name in (
+    "brother", "sister", "uncle", "aunt", "neighbour", "boss", "cousin", "teacher", "best friend", "landlord")))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,6 +140,7 @@ class _Size:
 SIZES = {
     "tiny": _Size(4, 4, 2, 3, 1, 8, 4, 4, 10),
     "demo": _Size(1000, 120, 40, 1000, 1, 40, 12, 40, 40),
+    "sources": _Size(200, 0, 20, 60, 1, 120, 12, 60, 40),  # models/ablation.py
     "full": _Size(1000, 300, 1000, 1000, 3, 400, 40, 200, 400),
 }
 
@@ -160,7 +196,7 @@ def build_corpus(
     Args:
         sources: of "queen", "espeak" and "tux". A Debian source that cannot be had is left out if espeak is among the
             others, and named in the header's "unavailable" and on stderr.
-        size: "tiny" (tests), "demo" or "full".
+        size: "tiny" (tests), "demo", "sources" (models.ablation) or "full".
         seed: decides which sentences, noises and hints are drawn.
         tasks: which to build; None is all that the sources allow.
         hint_correlation: probability that a hint in the teacher's training set is true.
@@ -324,6 +360,8 @@ def _plan(settings: _Settings, material: _Material) -> list[_Recording]:
         ("noise", _plan_noise),
         ("content", _plan_content),
         ("language", _plan_language),
+        ("place", _plan_place),
+        ("mood", _plan_mood),
     ):
         if settings.wants(task):
             planned += plan(settings, material, sentences)
@@ -523,6 +561,42 @@ def _plan_language(settings: _Settings, material: _Material, _sentences: _Senten
                     choices=tuple(LANGUAGES.values()),
                 )
             )
+    return [_with_draws(recording, settings, (5.0, 20.0)) for recording in planned]
+
+
+def _plan_place(settings: _Settings, material: _Material, _sentences: _SentenceDeck) -> list[_Recording]:
+    def sentences(split: str, label: str) -> list[str]:
+        told = [(s, v, o) for s in _PEOPLE for v in _VERBS for o in _OBJECTS]
+        return [f"{s.capitalize()} {v} the {o} {p}." for s, v, o in told for p in _MEANT_PLACES[split][label]]
+
+    return _plan_meaning("place", sentences, settings, material)
+
+
+def _plan_mood(settings: _Settings, material: _Material, _sentences: _SentenceDeck) -> list[_Recording]:
+    def sentences(split: str, label: str) -> list[str]:
+        return [f"{person.capitalize()} {event}." for person in _PEOPLE for event in _MEANT_EVENTS[split][label]]
+
+    return _plan_meaning("mood", sentences, settings, material)
+
+
+def _plan_meaning(
+    task: str, sentences: Callable[[str, str], list[str]], settings: _Settings, material: _Material
+) -> list[_Recording]:
+    """Sentences whose meaning is asked for, each spoken once."""
+    if not material.espeak:
+        return []
+    planned = []
+    decks: dict[tuple[str, str], Iterator[str]] = {}
+    for split, label, number, rng in _slots(settings, task, TASKS[task].choices):
+        if (split, label) not in decks:
+            texts = sentences(split, label)
+            order = settings.rng(task, "deck", split, label).permutation(len(texts))
+            decks[split, label] = iter([texts[index] for index in order])
+        text = next(decks[split, label], None)
+        if text is None:
+            continue  # all have been said
+        variant = _pick(rng, _any_voice(split))
+        planned.append(_espeak_recording(task, label, split, f"{split}-{label}-{number}", variant, text, "en-us"))
     return [_with_draws(recording, settings, (5.0, 20.0)) for recording in planned]
 
 

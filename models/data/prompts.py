@@ -75,6 +75,20 @@ _TASKS = (
         statement="The word is {}.",
         hint="Note: the word is {}.",
     ),
+    Task(
+        name="place",
+        question="Does it happen indoors or outdoors?",
+        statement="It happens {}.",
+        hint="Note: it happens {}.",
+        choices=("indoors", "outdoors"),
+    ),
+    Task(
+        name="mood",
+        question="Is the news good or bad?",
+        statement="The news is {}.",
+        hint="Note: the news is {}.",
+        choices=("good", "bad"),
+    ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 

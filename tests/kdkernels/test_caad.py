@@ -475,6 +475,20 @@ def test_backward_twice_and_scaled():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+def test_a_second_derivative_is_refused_and_not_0(inplace):
+    student, audio, text, target = logits(3)
+    scores = student * 1.0
+    penalty = (student**2).sum()  # through it a second backward would find a graph
+    loss = fused_caad_loss(scores, audio, text, target, inplace=inplace) + penalty
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*impl='reference'"):
+        torch.autograd.grad(loss, student, create_graph=True)
+    loss = fused_caad_loss(student, audio, text, target, impl="reference") + penalty
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    grad.square().sum().backward()
+    assert student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("inplace", [False, True])
 def test_float16_gradient_survives_a_large_normalizer(inplace):
     """Its values lie far below float16's subnormals until the gradient scaler's factor arrives."""
     student, audio, text, target = logits(6, 300, dtype=FP16)
@@ -631,6 +645,7 @@ def test_row_offsets_beyond_two_to_the_31():
         ({"impl": "gpu"}, ValueError, "impl: expected one of auto"),
         ({"impl": "cuda"}, ValueError, "expected tensors on a CUDA device, got cpu"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index"),
+        ({"return_stats": "yes"}, TypeError, "return_stats: expected a bool, got str"),
         (
             {"target": torch.full((6,), 97)},
             ValueError,

@@ -315,6 +315,9 @@ WRONG = [
     ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask: expected shape \(3, 5\)"),
     ({"layer_weight": [1.0]}, ValueError, "layer_weight: expected 2"),
     ({"layer_weight": [1.0, -1.0]}, ValueError, "layer_weight: expected finite numbers >= 0"),
+    ({"layer_weight": torch.tensor([1.0, -1.0])}, ValueError, "layer_weight: expected finite numbers >= 0, got -1.0"),
+    ({"layer_weight": 0.5}, TypeError, "layer_weight: expected 2 numbers, one a layer, or a tensor, got float"),
+    ({"projections": 3}, TypeError, "projections: expected a list of weights, one a layer, or None, got int"),
     ({"reduction": "average"}, ValueError, "reduction: expected one of mean"),
     ({"impl": "cuda"}, ValueError, "impl: expected 'auto'"),
     ({"impl": "fast"}, ValueError, "impl: expected one of"),
@@ -325,6 +328,14 @@ WRONG = [
 def test_errors_name_the_argument(change, error, message):
     with pytest.raises(error, match=message):
         fused_layer_mse_loss(**{**case(), **change})
+
+
+def test_a_second_derivative_is_refused_and_not_0():
+    arguments = case()
+    states = [x.requires_grad_() for x in arguments["student_hidden"]]
+    loss = fused_layer_mse_loss(**{**arguments, "student_hidden": states})
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(loss, states, create_graph=True)
 
 
 class TestLayerMap:

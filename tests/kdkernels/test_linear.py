@@ -352,6 +352,15 @@ def test_a_teacher_run_in_inference_mode(reduction):
         torch.testing.assert_close(grad, expected[name])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused_and_not_0(reduction):
+    arguments = hidden()
+    arguments["student_weight"].requires_grad_()
+    loss = fused_linear_caad_loss(**arguments, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(loss, arguments["student_weight"], create_graph=True)
+
+
 def test_float16_states_with_a_contrast_beyond_its_range():
     arguments = hidden(dtype=FP16)
     arguments["teacher_audio_hidden"] *= 1500

@@ -380,7 +380,9 @@ def test_property_chunk_size_and_token_order_do_not_matter(n, chunk, seed):
     torch.testing.assert_close(grads["student_hidden"], whole_grads["student_hidden"], rtol=1e-4, atol=1e-6)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     moved = [dataclasses.replace(s, hidden=s.hidden[order], source_weight=omega[order]) for s in sources]
-    shuffled = {k: x if k == "student_weight" else x.detach()[order].requires_grad_(x.requires_grad) for k, x in arguments.items()}
+    shuffled = {
+        k: x if k == "student_weight" else x.detach()[order].requires_grad_(x.requires_grad) for k, x in arguments.items()
+    }
     permuted, permuted_grads = run(shuffled, moved, chunk_tokens=chunk)
     torch.testing.assert_close(permuted, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(permuted_grads["student_hidden"], grads["student_hidden"][order], rtol=1e-4, atol=1e-6)
@@ -824,7 +826,7 @@ def with_source(**change):
         ({"sources": teacher(1)}, TypeError, "sources: expected a list of TeacherSource, got TeacherSource"),
         ({"sources": torch.zeros(2)}, TypeError, "sources: expected a list of TeacherSource, got Tensor"),
         ({"sources": [teacher(1), None]}, TypeError, r"sources\[1\]: expected a TeacherSource, got NoneType"),
-        (with_source(weight=torch.zeros(61, 13)), ValueError, r"sources\[1\]\.weight: expected \(vocabulary, 16\).*got \(61, 13\)"),
+        (with_source(weight=torch.zeros(61, 13)), ValueError, r"sources\[1\]\.weight: expected \(vocabulary, 16\)"),
         (with_source(weight=torch.zeros(0, 16)), ValueError, r"sources\[1\]\.weight: .*0 rows"),
         (with_source(weight=None), TypeError, r"sources\[1\]\.weight: expected a torch.Tensor, got NoneType"),
         (with_source(hidden=torch.zeros(22, 16)), ValueError, r"sources\[1\]\.hidden: expected leading shape \(23,\)"),

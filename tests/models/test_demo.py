@@ -12,19 +12,9 @@ import time
 import pytest
 from rich.console import Console
 
-from models.demo import (
-    DONE_NAME,
-    FULL,
-    STUDENTS,
-    Stage,
-    StageError,
-    main,
-    make_stages,
-    run_stages,
-    stage_folders,
-    verdict,
-)
+from models.demo import FULL, STUDENTS, main, make_stages, verdict
 from models.scoring import Prediction
+from models.stages import DONE_NAME, Stage, StageError, run_stages, stage_folders
 
 
 def answers(share_right, count=200):

@@ -8,7 +8,6 @@ import torch
 from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
 from models.data.prompts import target_template
-from models.demo import make_tiny_backbones
 from models.evaluate import (
     EvaluationError,
     append_predictions,
@@ -24,6 +23,7 @@ from models.evaluate import (
 from models.features import FeatureStore, clip_key
 from models.scoring import Prediction
 from models.speech_lm import SpeechLM, SpeechLMConfig
+from models.stage_steps import make_tiny_backbones
 
 
 @pytest.fixture(scope="module")

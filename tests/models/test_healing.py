@@ -6,8 +6,8 @@ import torch
 from tiny_speech import TinyBackbones, make_examples, make_lm, make_tokenizer
 
 from models.backbones import load_causal_lm
-from models.demo import make_tiny_backbones
 from models.healing import HealingConfig, build_student, heal, healed_student, healing_texts, main, parse_layers
+from models.stage_steps import make_tiny_backbones
 
 QUICK = HealingConfig(steps=30, batch_size=4, lr=3e-3, warmup_steps=3, held_out=8, max_tokens=32, precision="float32")
 TEXTS = [

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from test_sources import train, world  # noqa: F401 (world is a fixture)
 
 from kdkernels.layer_mse import LayerProjections
-from models import sources
+from models import teachers
 from models.checkpoint import find_checkpoint
 from models.config import ConfigError, load_recipe
 from models.metrics import read_metrics
@@ -55,7 +55,7 @@ def test_projections_train_are_saved_and_are_not_exported(world, monkeypatch):  
     def with_a_weight(*arguments, **options):
         return LayerProjections(*arguments, **{**options, "identity_where_equal": False})
 
-    monkeypatch.setattr(sources, "LayerProjections", with_a_weight)
+    monkeypatch.setattr(teachers, "LayerProjections", with_a_weight)
     assert train(world, "caad", "projected", *LAYERS, f"teacher.folder={world / 'teacher' / 'final'}") == 0
     saved = load_file(find_checkpoint(world / "projected" / "checkpoints", "auto").path / "model.safetensors")
     weights = {name: w for name, w in saved.items() if name.startswith("layer_distillation.")}

@@ -12,11 +12,11 @@ from kdkernels.contrast_cache import ContrastCache
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.data.audio import write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
-from models.demo import make_tiny_backbones
 from models.features import FeatureStore, extract_features
 from models.metrics import read_metrics
 from models.sources import crop_to_targets
 from models.speech_lm import SpeechLM, SpeechLMConfig
+from models.stage_steps import make_tiny_backbones
 from models.train import main
 
 

@@ -16,7 +16,7 @@ from kdkernels.teacher import LMHead
 from models.checkpoint import CheckpointError, list_checkpoints
 from models.config import OBJECTIVES, ConfigError, LossConfig
 from models.metrics import read_metrics
-from models.sources import TeacherStates, path_divergence
+from models.teachers import TeacherStates, path_divergence
 from models.train import (
     NonFiniteError,
     counted_positions,
@@ -47,7 +47,7 @@ def test_every_objective_learns_and_keeps_frozen_weights(tmp_path, objective):
     assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
     assert torch.equal(model.head.weight, before.head.weight) and torch.equal(model.table, before.table)
     assert not torch.equal(model.connector.weight, before.connector.weight)
-    assert ("kd" in curve[0]) == (objective in ("kd", "sharpened", "caad"))
+    assert ("kd" in curve[0]) == (objective in ("kd", "sharpened", "caad", "sources"))
     assert ("alpha" in curve[0]) == (objective in ("sharpened", "caad"))
 
 
@@ -76,7 +76,7 @@ def test_four_parts_of_four_are_a_batch_of_sixteen(tmp_path, objective, mode):
         recipe = fakes.fake_recipe(tmp_path / str(micro), objective, *words, f"optim.micro_batch_examples={micro}")
         data, model = fakes.make_data(), fakes.FakeLM(seed=1)
         model.dropout = torch.nn.Identity()  # draws by call, so it alone would differ
-        train(recipe, model=model, data=data, teacher=fakes.make_teacher(data))
+        train(recipe, model=model, data=data, sources=fakes.make_sources(recipe, data))
         models[micro] = model.connector.weight.detach()
     assert torch.allclose(models[4], models[16], rtol=1e-5, atol=1e-7)
     assert torch.allclose(models[1], models[16], rtol=1e-5, atol=1e-7)
@@ -196,7 +196,7 @@ def test_a_non_finite_step_names_its_examples_and_updates_nothing(tmp_path, obje
     model = fakes.FakeLM(seed=1)
     before = model.connector.weight.detach().clone()
     with pytest.raises(NonFiniteError, match=rf"step 1: loss nan.*\b{bad.id}\b") as caught:
-        train(recipe, model=model, data=data, teacher=fakes.make_teacher(data))
+        train(recipe, model=model, data=data, sources=fakes.make_sources(recipe, data))
     others = [data.examples[row].id for row in order[:4]]
     assert not any(f" {name}," in str(caught.value) for name in others)  # only the part that holds it
     assert torch.equal(model.connector.weight, before)
@@ -259,9 +259,10 @@ def test_positions_without_weight_are_left_out():
         recipe = fakes.fake_recipe("x", "caad", "loss.ce_background_fraction=0.5", *words)
         counted = counted_positions(recipe, batch, charged)
         assert (counted if expected is None else counted.tolist()) == expected
-    kept, states = select_positions(batch, TeacherStates(torch.arange(5.0)[:, None], None, None), torch.tensor([1, 4]))
+    states = {"teacher": TeacherStates(torch.arange(5.0)[:, None], None, None)}
+    kept, states = select_positions(batch, states, torch.tensor([1, 4]))
     assert kept.target.tolist() == [1, 4] and kept.target_row.tolist() == [0, 1]
-    assert states.audio_hidden.tolist() == [[1.0], [4.0]] and states.text_hidden is None
+    assert states["teacher"].audio_hidden.tolist() == [[1.0], [4.0]] and states["teacher"].text_hidden is None
 
 
 def test_divergence_weights_are_the_kl_between_the_paths():
@@ -285,7 +286,7 @@ def test_divergence_weights_are_the_kl_between_the_paths():
 
 def test_mistakes_of_the_caller(tmp_path):
     data, model = fakes.make_data(), fakes.FakeLM(seed=1)
-    with pytest.raises(ValueError, match="teacher: objective 'kd' needs one"):
+    with pytest.raises(ValueError, match=r"sources: objective .kd. with this recipe needs \[.teacher.\], got \[\]"):
         train(fakes.fake_recipe(tmp_path, "kd"), model=model, data=data)
     with pytest.raises(ValueError, match="at least one example"):
         train(fakes.fake_recipe(tmp_path, "sft"), model=model, data=fakes.TrainingData([], data.make_batch))

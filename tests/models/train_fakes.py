@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from kdkernels.teacher import LMHead
-from models.config import Recipe, load_recipe
-from models.sources import TeacherStates, TrainingData
+from models.config import Recipe, SourceConfig, load_recipe
+from models.sources import OWN_TEACHER, TrainingData
+from models.teachers import Source, TeacherStates
 from models.train import seed_everything, train
 
 VOCABULARY, WIDTH, FEATURES, TOKENS, EXAMPLES = 23, 8, 5, 4, 40
@@ -95,8 +96,8 @@ def make_data() -> TrainingData:
     return TrainingData(examples, make_batch)
 
 
-def make_teacher(data: TrainingData):
-    lm = FakeLM(seed=3).eval()
+def make_teacher(data: TrainingData, seed: int = 3):
+    lm = FakeLM(seed=seed).eval()
     head = LMHead(lm.head.weight)
 
     @torch.no_grad()
@@ -109,11 +110,19 @@ def make_teacher(data: TrainingData):
     return teacher
 
 
+def make_sources(recipe: Recipe, data: TrainingData) -> list[Source]:
+    """The teachers that `recipe` names, each its own fake."""
+    own = {OWN_TEACHER: SourceConfig(role="audio", folder="fake")} if recipe.needs_teacher else {}
+    named = {**own, **recipe.sources}
+    return [Source(name, each, make_teacher(data, seed=3 + k)) for k, (name, each) in enumerate(named.items())]
+
+
 def fake_recipe(out_dir, objective: str, *overrides: str) -> Recipe:
     words = [
         f"objective={objective}", f"run.out_dir={out_dir}", "teacher.folder=fake", "optim.steps=20", "optim.warmup_steps=3",
         "optim.learning_rate=0.05", "optim.audio_dropout=0.2", "run.log_every_steps=4", "run.save_every_steps=1000",
         "run.tensorboard=false", "run.progress_bar=false", "run.device=cpu", "loss.impl=reference", *overrides,
+        *(["sources.other.role=acoustic"] if objective == "sources" else []),
     ]
     return load_recipe("ce_only", words)
 
@@ -122,8 +131,7 @@ def run(out_dir, objective: str, *overrides: str, data: TrainingData | None = No
     recipe = fake_recipe(out_dir, objective, *overrides)
     seed_everything(recipe.run.seed)
     model, data = FakeLM(seed=1), data or make_data()
-    teacher = make_teacher(data) if recipe.needs_teacher else None
-    return train(recipe, model=model, data=data, teacher=teacher, resume_command="RESUME"), model
+    return train(recipe, model=model, data=data, sources=make_sources(recipe, data), resume_command="RESUME"), model
 
 
 def main() -> int:

@@ -1,0 +1,207 @@
+"""What the stages of several pipelines do: backbones, features, the student's language model, training, asking.
+
+Each `run_*` is the function of a stage (models/stages.py); settings need the fields that it names, as `models.demo.DemoSettings`
+has them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from models.io_utils import cache_dir
+from models.stages import Context, check_status
+
+
+def run_backbones(context: Context) -> dict[str, Any]:
+    """Language model and encoder: found or fetched here, once, and not by several stages at the same time."""
+    from models.backbones import BackboneError, resolve_backbone
+
+    ids = backbone_settings(context.settings)
+    try:
+        found = [resolve_backbone(ids["lm"], kind="causal_lm"), resolve_backbone(ids["encoder"], kind="speech_encoder")]
+    except BackboneError as error:
+        raise SystemExit(str(error)) from error
+    return {b.kind: {"id": b.spec, "from": b.source, "sha256": b.sha256()} for b in found}
+
+
+def run_features(context: Context) -> dict[str, Any]:
+    """Every clip through the frozen encoder, once; and the untrained teacher with the features' statistics."""
+    import torch
+
+    from models.features import extract_features
+    from models.speech_lm import SpeechLM, SpeechLMConfig
+    from models.train import pick_device
+
+    examples = {name: read_items(context, name) for name in ("teacher", "distill", "test")}
+    torch.manual_seed(context.settings.seed)
+    model = SpeechLM.from_config(SpeechLMConfig(**backbone_settings(context.settings))).to(pick_device(context.settings.device))
+    store, problems = extract_features(
+        [e for part in examples.values() for e in part], model.encode_audio, audio_root=context.folders["corpus"]
+    )
+    store.save(context.folder / "features.safetensors")
+    usable = [e for e in examples["teacher"] if e in store]
+    model.fit_feature_statistics(store.rows(usable))
+    model.save_pretrained(context.folder / "untrained")
+    return {"clips": len(store), "skipped": [list(p) for p in problems]}
+
+
+def run_student_lm(context: Context) -> dict[str, Any]:
+    """The student's language model: layers dropped, then healed on text; with an untrained connector."""
+    import torch
+
+    from models.healing import HealingConfig, healed_student, healing_texts
+    from models.speech_lm import SpeechLM, SpeechLMConfig
+
+    settings = context.settings
+    backbone = backbone_settings(settings)
+    texts = healing_texts(read_items(context, "teacher") + read_items(context, "distill"), seed=settings.seed)
+    held_out = min(64, len(texts) // 4)
+    folder = healed_student(
+        backbone["lm"],
+        texts,
+        keep_layers=settings.keep_layers,
+        config=HealingConfig(steps=settings.healing_steps, held_out=held_out, batch_size=min(8, len(texts) - held_out)),
+    )
+    torch.manual_seed(settings.seed)
+    SpeechLM.from_config(SpeechLMConfig(**{**backbone, "lm": str(folder)})).save_pretrained(context.folder / "untrained")
+    return {"healing": json.loads((folder / "healing.json").read_text())["report"]}
+
+
+def read_items(context: Context, name: str) -> list[Any]:
+    from models.data.manifest import read_manifest
+
+    return list(
+        read_manifest(
+            context.folders["corpus"] / f"{name}.jsonl", audio_root=context.folders["corpus"], check_audio=False
+        ).examples
+    )
+
+
+def load_speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """A trained model on its device, the features, and its prefix cache as extra inputs."""
+    from models.features import FeatureStore
+    from models.frozen_linear import use_bf16_products
+    from models.speech_lm import SpeechLM
+    from models.train import pick_device
+
+    model = SpeechLM.from_pretrained(folder).to(pick_device(context.settings.device)).eval()
+    if multiplies_bf16(context.settings):
+        use_bf16_products(model.lm.get_decoder())
+    store = FeatureStore.load(context.folders["features"] / "features.safetensors")
+    return model, store, {"prefix_cache": model.make_prefix_cache()}
+
+
+def train_by_recipe(context: Context, recipe: str, *, manifest: Path, folder: Path, words: list[str]) -> None:
+    from models.train import main
+
+    settings = context.settings
+    all_words = [
+        recipe,
+        f"data.manifest={manifest}",
+        f"data.audio_root={context.folders['corpus']}",
+        f"data.features={context.folders['features'] / 'features.safetensors'}",
+        f"model.folder={folder}",
+        f"optim.batch_examples={settings.batch_examples}",
+        f"run.out_dir={context.folder}",
+        f"run.seed={settings.seed}",
+        f"run.device={settings.device}",
+        f"model.bf16_products={str(multiplies_bf16(settings)).lower()}",
+        "run.resume=auto",
+        *words,
+    ]
+    check_status("models.train", main(all_words))
+
+
+def ask(
+    context: Context, folder: Path, *, alphas: Sequence[float | None] = (None,), kinds: Sequence[str] = (), controls: bool = True
+) -> dict[str, Any]:
+    """Test questions, and the two controls on the neutral ones. Predictions are saved for tables and reports.
+
+    Args:
+        folder: of the SpeechLM that is asked.
+        alphas: None = greedily, a number = by contrastive decoding.
+        kinds: of the questions; empty = all.
+    """
+    from models.evaluate import append_predictions, evaluate, write_header
+
+    model, store, extra = load_speech_lm(context, folder)
+    test = [e for e in read_items(context, "test") if e in store and (not kinds or e.kind in kinds)]
+    options = {"collate": model.make_collator(), "extra_inputs": extra}
+    answers = evaluate(model, test, store, alphas=alphas, **options)
+    if controls:
+        neutral = [e for e in test if e.kind == "neutral"]
+        options |= {"controls": ("no_audio", "swapped_audio"), "plain": False}
+        answers[None] += evaluate(model, neutral, store, **options)[None]
+    for alpha, predictions in answers.items():
+        path = context.folder / f"test-{'greedy' if alpha is None else f'contrastive{alpha:g}'}.jsonl"
+        write_header(path, {"model": str(folder), "alpha": alpha, "split": "test", "mode": "choice"})
+        append_predictions(path, predictions)
+    return {"answers": {str(alpha): len(predictions) for alpha, predictions in answers.items()}}
+
+
+def backbone_settings(settings: Any) -> dict[str, Any]:
+    if not settings.tiny_backbones:
+        return {"lm": settings.lm, "encoder": settings.encoder}
+    folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones")
+    return {"lm": str(folder / "lm"), "encoder": str(folder / "encoder"), "encoder_layers": (1, 2), "connector_width": 32}
+
+
+def make_tiny_backbones(folder: Path) -> Path:
+    """A random Llama of three layers with a byte-level tokenizer and a random Whisper encoder: shape, not skill."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperModel,
+        set_seed,
+    )
+
+    from models.io_utils import atomic_dir
+
+    if folder.is_dir():
+        return folder
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|audio|>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=specials[0], pad_token=specials[0], additional_special_tokens=specials[1:]
+    )
+    set_seed(0)
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    speech = WhisperModel(
+        WhisperConfig(
+            d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=64, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+            decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+    with atomic_dir(folder) as target:
+        lm.save_pretrained(target / "lm")
+        wrapped.save_pretrained(target / "lm")
+        speech.save_pretrained(target / "encoder")
+        WhisperFeatureExtractor(feature_size=80).save_pretrained(target / "encoder")
+    return folder
+
+
+def multiplies_bf16(settings: Any) -> bool:
+    """Short products where the processor has them: the demo's steps then take two thirds of the time."""
+    from models.frozen_linear import cpu_multiplies_bf16
+    from models.train import pick_device
+
+    return pick_device(settings.device).type == "cpu" and cpu_multiplies_bf16()
+
+

@@ -1,0 +1,416 @@
+"""The teachers of a training step: who says what about the target tokens, live, kept in memory or from a cache.
+
+A teacher is a callable (batch, its examples) -> `TeacherStates`: hidden states at the N positions that predict the target,
+with the LM head that reads them; never logits.
+
+    LiveTeacher      a speech LM on both paths, with the audio and without (kdkernels.DualPathTeacher)
+    CachedTeacher    the same from a ContrastCache on the disk
+    ListeningTeacher a speech LM with the audio alone, such as a frozen snapshot of the student
+    TextTeacher      a language model that reads what is known about the clip in words
+    KeptTeacher      any of them, each example computed once
+
+Legend: N target tokens of a batch, H_s / H_t hidden widths of student and teacher, K layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from kdkernels.layer_mse import LayerProjections
+from kdkernels.layer_states import LayerStates
+from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
+from models.config import LayersConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from models.data.manifest import Example
+
+_KEPT_BATCH_EXAMPLES = 32
+
+
+class SourceError(RuntimeError):
+    """Data or a model of the recipe is missing or unusable; the message says which and what was expected."""
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """What a frozen teacher says about the N target tokens of a batch, before its LM head.
+
+    audio_hidden: (N, H_t), of a teacher without the audio what it reads instead; text_hidden: (N, H_t) or None; head: weight,
+    bias, softcap, logit_scale of the LM head; audio_layers, text_layers: (N, K, H_t), the layers the recipe compares, or
+    None; speaks: (N,) bool, False where this teacher has nothing to say; None = everywhere.
+    """
+
+    audio_hidden: torch.Tensor
+    text_hidden: torch.Tensor | None
+    head: Any
+    audio_layers: torch.Tensor | None = None
+    text_layers: torch.Tensor | None = None
+    speaks: torch.Tensor | None = None
+
+    TENSORS = ("audio_hidden", "text_hidden", "audio_layers", "text_layers", "speaks")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are there, by name; each has N rows."""
+        return {name: getattr(self, name) for name in self.TENSORS if getattr(self, name) is not None}
+
+    def at(self, positions: torch.Tensor) -> TeacherStates:
+        """Those of the target tokens `positions`, (n,) int64."""
+        positions = positions.to(self.audio_hidden.device, non_blocking=True)
+        return dataclasses.replace(self, **{name: x[positions] for name, x in self.tensors().items()})
+
+
+Teacher = Callable[[Any, Sequence[Any]], TeacherStates]
+
+
+@dataclass
+class Source:
+    """One teacher of a run, as the loop uses it: `settings.weight_at(step)` times its divergence, and its layers.
+
+    layers: the `LayerDistillation` of this teacher, or None.
+    """
+
+    name: str
+    settings: SourceConfig
+    teacher: Teacher
+    layers: LayerDistillation | None = None
+
+
+class LiveTeacher:
+    """Runs the frozen teacher on each batch: both paths in one pass (kdkernels.DualPathTeacher).
+
+    Args:
+        lm: the teacher's SpeechLM.
+        data: a TrainingData, how its batches are made; its prompt may use another number of audio tokens than the student's.
+        device: where it runs.
+        layers: whose states are handed out as well.
+    """
+
+    def __init__(self, lm: torch.nn.Module, data: Any, *, device: torch.device, layers: Sequence[int] = ()) -> None:
+        self._teacher = DualPathTeacher(lm.to(device).eval(), negative=MarkAbsent("audio_present"), layers=layers)
+        self._data = data
+        self._device = device
+
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        own = _own_batch(self._data, batch, examples, self._device)
+        states = self._teacher(self._data.model_inputs(own), own.target_index)
+        return TeacherStates(
+            states.audio_hidden, states.text_hidden, self._teacher.head, states.audio_layers, states.text_layers
+        )
+
+
+class CachedTeacher:
+    """Reads the teacher's hidden states from a ContrastCache; the teacher's body is never run.
+
+    Args:
+        cache: an open kdkernels.ContrastCache.
+        head: the teacher's LM head, on the device of the loss.
+    """
+
+    def __init__(self, cache: Any, head: Any, *, device: torch.device) -> None:
+        self._cache = cache
+        self._head = head
+        self._device = device
+
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        try:
+            states = self._cache.get(batch.ids)
+        except KeyError as error:
+            raise SourceError(f"teacher.cache: {error.args[0] if error.args else error}") from error
+        if not torch.equal(states.target, batch.target.cpu()):
+            raise SourceError(f"teacher.cache: made for other targets than those of the batch {batch.ids[0]} ...")
+        dtype = self._head.weight.dtype
+        audio, text = (h.to(self._device, dtype) for h in (states.audio_hidden, states.text_hidden))
+        return TeacherStates(audio, text, self._head)
+
+
+class ListeningTeacher:
+    """A frozen speech LM that hears the clip, on one path; the acoustic teacher is such a snapshot of the student.
+
+    Args:
+        lm: a SpeechLM; `snapshot(student)` makes one of the student as it is now.
+        data, device, layers: as in `LiveTeacher`.
+    """
+
+    def __init__(self, lm: torch.nn.Module, data: Any, *, device: torch.device, layers: Sequence[int] = ()) -> None:
+        self._lm = lm.to(device).eval()
+        self._data = data
+        self._device = device
+        self._layers = tuple(layers)
+        self._head = LMHead.from_model(self._lm)
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        own = _own_batch(self._data, batch, examples, self._device)
+        layers = {"layers": self._layers} if self._layers else {}
+        states = self._lm.hidden_states_at(own.target_index, **self._data.model_inputs(own), **layers)
+        return _one_path(states, self._head)
+
+
+class TextTeacher:
+    """A language model that reads a clip's textual rendering and is forced through the same answer.
+
+    What it reads is Stage 1's prompt (models/pseudo_gt.py): worked examples, "[00:00-00:03] words (Gender: man, ...)", and with
+    `reasoning` an example's metadata["reasoning"]; the answer's tokens follow. The worked examples of a task are read once. It
+    says nothing about the end-of-text token, since in its prompt an answer ends with its line.
+
+    Args:
+        lm: a causal LM of transformers, frozen.
+        tokenizer: its own.
+        target_ids: an example -> the token ids of its target, as the student's collator makes them.
+        end_id: the id that ends a target there, or None.
+        device: where it runs.
+        layers: whose states are handed out as well.
+        reasoning: see above.
+    """
+
+    def __init__(
+        self,
+        lm: torch.nn.Module,
+        tokenizer: Any,
+        *,
+        target_ids: Callable[[Example], list[int]],
+        end_id: int | None,
+        device: torch.device,
+        layers: Sequence[int] = (),
+        reasoning: bool = False,
+    ) -> None:
+        from models.pseudo_gt import WorkedPrefixes
+
+        self._lm = lm.to(device).eval()
+        self._tokenizer = tokenizer
+        self._target_ids = target_ids
+        self._end_id = end_id
+        self._device = device
+        self._layers = tuple(layers)
+        self._reasoning = reasoning
+        self._prefixes = WorkedPrefixes(self._lm, tokenizer)
+        self._head = LMHead.from_model(self._lm)
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, examples: Sequence[Example]) -> TeacherStates:
+        from models.pseudo_gt import worked_examples
+
+        targets = [self._target_ids(example) for example in examples]
+        if [token for target in targets for token in target] != batch.target.tolist():
+            raise SourceError(f"text teacher: the batch of {batch.ids[0]} ... has other target tokens than its examples")
+        by_prefix: dict[str, list[int]] = {}
+        for row, example in enumerate(examples):
+            by_prefix.setdefault(worked_examples(example), []).append(row)
+        states: list[torch.Tensor | None] = [None] * len(examples)
+        for prefix, rows in by_prefix.items():
+            read = self._read(prefix, [self._prompt(examples[row]) for row in rows], [targets[row] for row in rows])
+            for row, one in zip(rows, read, strict=True):
+                states[row] = one
+        speaks = None
+        if self._end_id is not None:
+            speaks = batch.target.to(self._device) != self._end_id
+        return dataclasses.replace(_one_path(torch.cat(states), self._head), speaks=speaks)
+
+    def _prompt(self, example: Example) -> list[int]:
+        from models.pseudo_gt import prompt_end
+
+        reasoning = example.metadata.get("reasoning") if self._reasoning else None
+        return self._tokenizer.encode(prompt_end(example, reasoning), add_special_tokens=False)
+
+    def _read(self, prefix: str, prompts: list[list[int]], targets: list[list[int]]) -> list[torch.Tensor]:
+        """(n, H) or (n, 1 + K, H) of each row's target tokens."""
+        from models.batching import pad_rows
+        from models.prefix_cache import cache_keyword
+
+        # The last target token predicts nothing that is wanted.
+        ids, mask = pad_rows([p + t[:-1] for p, t in zip(prompts, targets, strict=True)])
+        columns = ids.shape[1]
+        index = [
+            row * columns + len(prompt) - 1 + n
+            for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
+            for n in range(len(target))
+        ]
+        prefix_ids, cache = self._prefixes.expanded(prefix, len(prompts))
+        length = prefix_ids.shape[1]
+        ids, mask, at = (x.to(self._device) for x in (ids, mask, torch.tensor(index)))
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([mask.new_ones(len(prompts), length), mask], 1),
+            "position_ids": length + torch.arange(columns, device=self._device).expand_as(ids),
+            "use_cache": True,
+        }
+        decoder = self._lm.get_decoder()
+        inputs[cache_keyword(decoder)] = cache
+        if self._layers:
+            with LayerStates(self._lm, self._layers, at) as layers:
+                hidden = decoder(**inputs).last_hidden_state
+            states = torch.cat([hidden.flatten(0, 1)[at][:, None], layers.stacked()], 1)
+        else:
+            states = decoder(**inputs).last_hidden_state.flatten(0, 1)[at]
+        return list(states.split([len(target) for target in targets]))
+
+
+class KeptTeacher:
+    """A teacher's states of all examples, computed once, in the examples' order: teacher and targets are fixed.
+
+    Computed before the first step and not as they come, so that a resumed run sees the same bits as an undisturbed one.
+
+    Args:
+        teacher: asked once about every example.
+        data: the TrainingData that the run draws from.
+        title: of the progress bar.
+    """
+
+    def __init__(self, teacher: Teacher, data: Any, *, title: str, progress_bar: bool = True) -> None:
+        self._states: dict[str, dict[str, torch.Tensor]] = {}
+        self._head: Any = None
+        self._device: torch.device | None = None
+        self.bytes = 0
+        with tqdm(total=len(data), desc=title, unit="example", disable=not progress_bar) as bar:
+            for start in range(0, len(data), _KEPT_BATCH_EXAMPLES):
+                chosen = data.examples[start : start + _KEPT_BATCH_EXAMPLES]
+                self._keep(data.make_batch(chosen), teacher, chosen)
+                bar.update(len(chosen))
+
+    def _keep(self, batch: Any, teacher: Teacher, examples: Sequence[Any]) -> None:
+        states = teacher(batch, examples)
+        self._head, self._device = states.head, states.audio_hidden.device
+        for row, name in enumerate(batch.ids):
+            here = (batch.target_row == row).nonzero()[:, 0].to(self._device)
+            self._states[name] = {key: x[here].cpu() for key, x in states.tensors().items()}
+            self.bytes += sum(x.nbytes for x in self._states[name].values())
+
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        rows = [self._states[name] for name in batch.ids]
+        joined = {key: torch.cat([row[key] for row in rows]).to(self._device, non_blocking=True) for key in rows[0]}
+        return TeacherStates(**{"text_hidden": None, "head": self._head, **joined})
+
+
+def kept_bytes(teacher: Teacher, data: Any) -> int:
+    """What `KeptTeacher` would hold for all of `data`, judged by its first examples."""
+    chosen = data.examples[:_KEPT_BATCH_EXAMPLES]
+    states = teacher(data.make_batch(chosen), chosen)
+    return sum(x.nbytes for x in states.tensors().values()) * len(data) // len(chosen)
+
+
+def snapshot(model: torch.nn.Module) -> torch.nn.Module:
+    """A frozen copy of `model` as it is now; weights that do not train are shared, so it costs what trains."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    for part in model.modules():
+        if not any(p.requires_grad for p in part.parameters()):
+            shared |= {id(b): b for b in part.buffers()}
+    shared |= {id(x): x for x in vars(model).values() if isinstance(x, types.ModuleType)}  # which cannot be copied
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+def check_same_tokenizer(name: str, student: Any, teacher: Any) -> None:
+    """Distillation by token needs one tokenizer; vocabularies that are padded differently are fine.
+
+    Raises:
+        SourceError: the two give different ids to the same text; the message shows where.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
+    if differing:
+        token = differing[0]
+        why = f"{token!r} is id {ours[token]} of the student and {theirs[token]} of the teacher"
+    else:
+        token = sorted(ours.keys() ^ theirs.keys())[0]
+        why = f"{token!r} is a token of {'the student' if token in ours else 'the teacher'} alone"
+    raise SourceError(
+        f"{name}: expected the student's tokenizer, got another one ({why}); distillation by token needs the same ids"
+    )
+
+
+@torch.no_grad()
+def path_divergence(states: TeacherStates, *, chunk_tokens: int = 256) -> torch.Tensor:
+    """KL(softmax z_audio || softmax z_text) of each token, (N,) float32, in chunks of `chunk_tokens` rows of logits."""
+    if states.text_hidden is None:
+        raise ValueError("states: expected both paths, got no text_hidden")
+    out = []
+    for start in range(0, len(states.audio_hidden), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        audio, text = (
+            F.log_softmax(states.head.logits(hidden[rows]).float(), dim=-1)
+            for hidden in (states.audio_hidden, states.text_hidden)
+        )
+        out.append((audio.exp() * (audio - text)).sum(-1).clamp(min=0))
+    return torch.cat(out) if out else states.audio_hidden.new_zeros(0)
+
+
+class LayerDistillation(torch.nn.Module):
+    """Which layers of student and teacher are compared, and the projections between their widths, which train.
+
+    Args:
+        settings: the recipe's `layers`.
+        pairs: (student, teacher) layers; one layer may stand in several pairs.
+        projections: of those pairs.
+    """
+
+    def __init__(self, settings: LayersConfig, pairs: Sequence[tuple[int, int]], projections: LayerProjections) -> None:
+        super().__init__()
+        self.settings = settings
+        self.pairs = list(pairs)
+        self.projections = projections
+        self.student_layers, self.teacher_layers = (sorted(set(side)) for side in zip(*pairs, strict=True))
+
+    @classmethod
+    def build(cls, settings: LayersConfig, *, depths: Sequence[int], widths: Sequence[int]) -> LayerDistillation:
+        """For a student and a teacher of these depths and widths."""
+        pairs = settings.layer_pairs(*depths)
+        projections = LayerProjections(*widths, pairs, direction=settings.direction, identity_where_equal=True)
+        return cls(settings, pairs, projections)
+
+    def loss(
+        self,
+        student: Mapping[int, torch.Tensor],
+        states: TeacherStates,
+        counts: torch.Tensor,
+        normalizer: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
+
+        Args:
+            student: its layers' states by number, (N, H_s) each; at least `student_layers`.
+            counts: (N,) bool.
+        """
+
+        def take(stacked: torch.Tensor) -> list[torch.Tensor]:
+            return [stacked[:, self.teacher_layers.index(pair[1])] for pair in self.pairs]
+
+        text = self.settings.alpha > 0 and states.text_layers is not None
+        total = self.projections(
+            [student[pair[0]] for pair in self.pairs],
+            take(states.audio_layers),
+            teacher_text_hidden=take(states.text_layers) if text else None,
+            alpha=self.settings.alpha if text else 0.0,
+            normalize=self.settings.normalize,
+            mask=counts if states.speaks is None else counts & states.speaks,
+            layer_weight=[1.0 / len(self.pairs)] * len(self.pairs),
+            reduction="sum",
+        )
+        return total / normalizer.clamp_min(1)
+
+
+def _one_path(states: torch.Tensor, head: Any) -> TeacherStates:
+    """From (N, H) or, with layers, (N, 1 + K, H)."""
+    if states.dim() == 2:
+        return TeacherStates(states, None, head)
+    return TeacherStates(states[:, 0], None, head, states[:, 1:])
+
+
+def _own_batch(data: Any, batch: Any, examples: Sequence[Any], device: torch.device) -> Any:
+    """The teacher's own batch of `examples`, which must have the targets of the student's `batch`."""
+    own = data.make_batch(examples)
+    if own.target.shape != batch.target.shape:
+        raise SourceError(
+            f"teacher and student: the batch of {batch.ids[0]} ... has {len(own.target)} and {len(batch.target)} target "
+            "tokens; distillation by token needs one tokenizer"
+        )
+    return (data.crop(own) if data.crop else own).to(device)
