@@ -118,7 +118,8 @@ def fused_layer_mse_loss(
         _check_projection(f"projections[{i}]", p, s, t, project_teacher)
 
     flat = [x for x in (*students, *teachers, *(texts or []), *weights) if x is not None]
-    dtype = _accumulation_dtype(flat)
+    dtypes = [x.dtype for x in flat]
+    dtype = _accumulation_dtype(dtypes)
     n = math.prod(leading)
     valid = None
     if mask is not None:
@@ -134,7 +135,7 @@ def fused_layer_mse_loss(
     if reduction == "mean":
         counts = counts / counts.sum().clamp_min(1)
 
-    chosen = _choose("auto" if impl == "auto" else impl, device, [x.dtype for x in flat], "fused_layer_mse_loss")
+    chosen = _choose("auto" if impl == "auto" else impl, device, dtypes, "fused_layer_mse_loss")
     if chosen == "cuda":  # which has no kernel for layers
         chosen = "triton"
     total = torch.zeros(n if reduction == "none" else (), dtype=dtype, device=device)
