@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, common, contenders, linear, memory, peers, plots, rows
+from benchmarks import accuracy, common, contenders, linear, memory, multi_teacher, peers, plots, rows
 from benchmarks.contenders import CE, FULL, KD, Contender, LinearCase, Unavailable
 
 CPU = torch.device("cpu")
@@ -144,6 +144,30 @@ def test_linear_sweeps_stand_side_by_side(tmp_path):
     assert {x["chunk"] for x in found if x["sweep"] == "chunk"} == {"5"}
 
 
+def test_multi_teacher(tmp_path):
+    multi_teacher.main([*SIZES, "--repeats", "2", "--out", str(tmp_path)])
+    found = timed(read(tmp_path / "multi_teacher_cpu.csv"))
+    for count in (1, 2, 3):
+        rows_of = {x["contender"]: x for x in found if x["sources"] == str(count)}
+        floors = [float(x["fraction_of_floor"]) for name, x in rows_of.items() if name.startswith("bare GEMMs")]
+        assert max(floors) == 1
+        one, separate = (rows_of[f"kdkernels {way}, bf16 logits"] for way in ("one call", "a call a teacher"))
+        flop = 2 * 8 * 64 * (16 + 16 + count * 24)
+        assert float(one["gflop_per_s"]) == pytest.approx(flop / float(one["median_ms"]) / 1e6)
+        ratio = float(separate["median_ms"]) / float(one["median_ms"])
+        assert float(one["speedup_over_separate"]) == pytest.approx(ratio)
+        assert float(separate["speedup_over_separate"]) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_steps_with_several_teachers_agree_with_float64(count):
+    cases = multi_teacher.random_cases(count, 8, 60, 16, 24, torch.float32, CPU)
+    errors = multi_teacher.gradient_errors(multi_teacher.all_steps(), cases)
+    assert len(errors) == 5
+    for name, error in errors.items():
+        assert error < (0.02 if "bf16" in name else 1e-5), name
+
+
 def test_memory_in_own_processes(tmp_path):
     arguments = ["--tokens", "64", "--vocab", "4096", "--vocabs", "--student-width", "16", "--teacher-width", "24"]
     arguments += ["--no-compile", "--contenders", "eager", "bf16", "--out", str(tmp_path), "--device", "cpu"]
@@ -225,6 +249,13 @@ def test_a_wrong_row_kernel_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(rows.RowCase, "ours", lambda self, **_: torch.zeros_like(self.student))
     with pytest.raises(SystemExit, match=r"not timed.*'kdkernels'"):
         rows.main(["--device", "cpu", "--rows", "4", "--vocab", "64", "--no-compile", "--out", str(tmp_path)])
+
+
+def test_a_wrong_step_with_several_teachers_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(multi_teacher, "eager_step", lambda cases: torch.zeros_like(cases[0].hidden))
+    with pytest.raises(SystemExit, match=r"not timed.*'eager'"):
+        multi_teacher.main([*SIZES, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_plots_are_drawn_from_the_results_and_from_nothing_else(tmp_path):
