@@ -30,7 +30,12 @@ class Item:
 
 
 QUEUE = [
-    Item("rows-correct", "-m pytest -q -x tests/kdkernels/test_triton_caad.py", "every test passes on the device", 220),
+    Item(
+        "rows-correct",
+        "-m pytest -q -x tests/kdkernels/test_triton_caad.py tests/kdkernels/test_multi_teacher.py -k triton",
+        "every test passes on the device",
+        300,
+    ),
     Item("rows-speed", "-m benchmarks.gpu.measure rows", "two-pass traffic at >= 80% of a copy's bandwidth", 60),
     Item(
         "cuda-rows-correct",

@@ -1,4 +1,7 @@
-"""The CPU row kernel: loads the compiled library when first needed, and hands it addresses, sizes and strides."""
+"""The CPU kernels: loads the compiled library when first needed, and hands it addresses, sizes and strides.
+
+``caad_rows`` solves the row problem (``rows``), ``mix_rows`` the mixture problem (``mixture``).
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ Each backend (``native``, ``triton_caad``) offers one function of this signature
 
 Rows whose target is ``ignore_index`` are never read: their kd, ce and statistics are 0 and their gradient is 0.
 A row with a target outside [0, V) or a negative or non-finite alpha gives NaN (the CPU front end refuses it before).
+
+Several teachers first become one such row by ``mix_rows``: :mod:`kdkernels.ops.mixture`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""fused_linear_multi_teacher_loss: against the formula in float64 and against one call a teacher, invariances, memory, limits."""
+"""fused_linear_multi_teacher_loss: against the formula in float64 and against one call a teacher, invariances, memory, limits.
+
+Triton's cases run on the GPU where there is one, else in its interpreter; all others on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from kdkernels.ops.rows import RowSpec
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNELS = ["cpu", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
+DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}  # of all others: the CPU
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 # NumPy, under the interpreter, warns of what GPUs do silently: infinities in the branch that `where` does not take.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
@@ -57,23 +61,38 @@ def teacher(seed, n=23, vocab=61, width=16, *, text=False, bias=False, dtype=FP3
     )
 
 
+def of_source(change, source):
+    return dataclasses.replace(source, **{f.name: change(getattr(source, f.name)) for f in dataclasses.fields(source)})
+
+
 def to_double(x):
     if isinstance(x, TeacherSource):
-        return dataclasses.replace(x, **{f.name: to_double(getattr(x, f.name)) for f in dataclasses.fields(x)})
+        return of_source(to_double, x)
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
+def to_device(x, impl):
+    """A tensor, source, list or dict of them where ``impl`` runs; leaves stay leaves."""
+    if isinstance(x, TeacherSource):
+        return of_source(lambda y: to_device(y, impl), x)
+    if isinstance(x, dict):
+        return {k: to_device(y, impl) for k, y in x.items()}
+    if isinstance(x, list):
+        return [to_device(y, impl) for y in x]
+    return x.detach().to(DEVICES.get(impl, x.device)).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
 def run(arguments, sources, grad_output=None, *, double=False, **options):
-    """(loss, {leaf: gradient})"""
+    """(loss, {leaf: gradient}) where the arguments are."""
     convert = to_double if double else (lambda x: x)
+    impl, home = options.get("impl"), arguments["student_hidden"].device
     fresh = {k: convert(x.detach().clone()).requires_grad_(x.requires_grad) for k, x in arguments.items()}
-    loss = fused_linear_multi_teacher_loss(sources=[convert(s) for s in sources], **fresh, **convert_all(options, convert))
-    loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.to(loss.dtype))
-    return loss.detach(), {k: fresh[k].grad for k in LEAVES if k in fresh and fresh[k].grad is not None}
-
-
-def convert_all(options, convert):
-    return {k: convert(x) for k, x in options.items()}
+    fresh, sources = to_device(fresh, impl), to_device([convert(s) for s in sources], impl)
+    loss = fused_linear_multi_teacher_loss(
+        sources=sources, **fresh, **to_device({k: convert(x) for k, x in options.items()}, impl)
+    )
+    loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.to(loss))
+    return loss.detach().to(home), {k: x.grad.to(home) for k, x in fresh.items() if k in LEAVES and x.grad is not None}
 
 
 def check(arguments, sources, *, impl="cpu", loss_tolerance=1e-5, gradient_tolerance=1e-5, grad_output=None, **options):
@@ -508,7 +527,7 @@ def test_a_source_masked_throughout_contributes_nothing(divergence, impl):
 @pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 @pytest.mark.parametrize("name", ["one_contrast", "three_forward", "all_kinds_of_passes"])
 def test_statistics_are_those_of_one_call_a_teacher(name, impl):
-    arguments, sources = student(), SOURCES[name]()
+    arguments, sources = to_device(student(), impl), to_device(SOURCES[name](), impl)
     loss, stats = fused_linear_multi_teacher_loss(sources=sources, **arguments, impl=impl, return_stats=True)
     torch.testing.assert_close(loss, fused_linear_multi_teacher_loss(sources=sources, **arguments, impl=impl), rtol=1e-5, atol=0)
     total = 0
@@ -759,10 +778,12 @@ def test_mixing_kernel(divergence, dtype, vocab, impl, monkeypatch):
     share /= share.sum(0)
     target = torch.arange(n)
     target[1] = -100
-    total = torch.full((1, n, vocab), math.nan)
+    total = to_device(torch.full((1, n, vocab), math.nan), impl)
     sums, mix = None, mixture.mix_launcher("cpu" if impl in ISAS else impl)
     for k, (audio, text, alpha) in enumerate(rows):
-        sums = mix(audio, text, target, alpha, share[k], spec, total, sums, last=k == 2)
+        inputs = to_device([audio, text, target, alpha, share[k]], impl)
+        sums = mix(*inputs, spec, total, sums, last=k == 2)
+    total, sums = total.cpu(), sums.cpu()
     narrow = [(a[..., :vocab], None if t is None else t[..., :vocab], alpha) for a, t, alpha in rows]
     mixed, rest = expected_mixture(narrow, target, share, spec)
     valid = target != -100
@@ -806,10 +827,11 @@ def test_bad_values_give_nan_where_nothing_is_checked(name):
     audio, text = torch.randn(2, 1, n, vocab, generator=g)
     alpha, share = torch.ones(n), torch.full((n,), 0.5)
     (alpha if name == "alpha" else share)[2] = -1.0 if name == "alpha" else math.nan
-    total, sums, mix = torch.empty(1, n, vocab), None, mixture.mix_launcher("triton")
+    inputs = to_device([audio, text, None, alpha, share], "triton")
+    total, sums, mix = to_device(torch.empty(1, n, vocab), "triton"), None, mixture.mix_launcher("triton")
     for k in range(2):
-        spec = RowSpec(vocab=vocab)
-        sums = mix(audio, text, None, alpha, share, spec, total, sums, last=k == 1)
+        sums = mix(*inputs, RowSpec(vocab=vocab), total, sums, last=k == 1)
+    total, sums = total.cpu(), sums.cpu()
     bad = torch.tensor([False, False, True, False])
     assert torch.equal(sums.isnan().all(0), bad) and torch.equal(sums.isnan().any(0), bad)
     assert torch.equal(total[0].isnan().all(1), bad) and torch.equal(total[0].isnan().any(1), bad)
