@@ -148,7 +148,7 @@ class LayersConfig:
     pairs: tuple[str, ...] = ()  # "student-teacher" instead of a map, such as [7-9,14-18]
     alpha: float = 0.0  # contrast of the layer target: (1 + alpha) h_audio - alpha h_text
     direction: str = "student_to_teacher"  # which side is projected where widths differ
-    normalize: bool = False  # compare directions only
+    normalize: bool = False  # compare directions only: the error is then 2 - 2 cos, not the squared error by element
 
     def __post_init__(self) -> None:
         _check(self.weight >= 0, "layers.weight", ">= 0", self.weight)

@@ -376,6 +376,9 @@ class LayerDistillation(torch.nn.Module):
     ) -> torch.Tensor:
         """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
 
+        With `normalize` a pair's error is 2 - 2 cos, whatever its width: of order 1, beside a divergence. The plain error
+        grows with the layers' size, which in the middle of a language model is tens of times that of its last one.
+
         Args:
             student: its layers' states by number, (N, H_s) each; at least `student_layers`.
             counts: (N,) bool.
@@ -385,14 +388,17 @@ class LayerDistillation(torch.nn.Module):
             return [stacked[:, self.teacher_layers.index(pair[1])] for pair in self.pairs]
 
         text = self.settings.alpha > 0 and states.text_layers is not None
+        students, teachers = [student[pair[0]] for pair in self.pairs], take(states.audio_layers)
+        compared = teachers if self.settings.direction == "student_to_teacher" else students
+        widths = [x.shape[-1] if self.settings.normalize else 1 for x in compared]  # the loss divides by them
         total = self.projections(
-            [student[pair[0]] for pair in self.pairs],
-            take(states.audio_layers),
+            students,
+            teachers,
             teacher_text_hidden=take(states.text_layers) if text else None,
             alpha=self.settings.alpha if text else 0.0,
             normalize=self.settings.normalize,
             mask=counts if states.speaks is None else counts & states.speaks,
-            layer_weight=[1.0 / len(self.pairs)] * len(self.pairs),
+            layer_weight=[width / len(self.pairs) for width in widths],
             reduction="sum",
         )
         return total / normalizer.clamp_min(1)

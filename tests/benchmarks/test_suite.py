@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, common, contenders, linear, memory, multi_teacher, peers, plots, rows
+from benchmarks import accuracy, common, contenders, linear, memory, multi_teacher, peers, plots, rows, step
 from benchmarks.contenders import CE, FULL, KD, Contender, LinearCase, Unavailable
 
 CPU = torch.device("cpu")
@@ -316,3 +316,20 @@ def test_pytest_benchmark_entry_points():
     names = ("test_rows[bfloat16-kdkernels, in place]", "test_rows_floor", "test_linear[kdkernels bf16 logits]")
     for name in (*names, "test_linear_floor"):
         assert name in done.stdout
+
+
+def test_step_times_the_teachers_apart_from_the_rest(monkeypatch, tmp_path):
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path))
+    case = step.StepCase(2, CPU, layers=(2, 4), config={"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48})
+    assert step.check_sum(case) < 1e-4
+    monkeypatch.setattr(step, "SYSTEMS", {k: step.SYSTEMS[k] for k in (step.BASELINE, "CAAD + text + acoustic, all layers")})
+    first, last = timed(step.measure(case, 2))
+    assert first["overhead"] == 0 and first["teachers"] == 1 and math.isnan(first["text_teacher_ms"])
+    spoken = last["own_teacher_ms"] + last["text_teacher_ms"] + last["acoustic_teacher_ms"]
+    assert last["step_ms"] == pytest.approx(last["median_ms"] + spoken)
+
+
+def test_step_refuses_a_loss_that_is_not_the_sum(monkeypatch):
+    monkeypatch.setattr(step, "check_sum", lambda case: 0.01)
+    with pytest.raises(SystemExit, match="several sources: the loss is 1"):
+        step.measure(None, 1)

@@ -1,5 +1,7 @@
 """Layers in the training loop: from the recipe to the projections' last step."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,7 +10,7 @@ from test_sources import train, world  # noqa: F401 (world is a fixture)
 from kdkernels.layer_mse import LayerProjections
 from models import teachers
 from models.checkpoint import find_checkpoint
-from models.config import ConfigError, load_recipe
+from models.config import ConfigError, LayersConfig, load_recipe
 from models.metrics import read_metrics
 from models.speech_lm import SpeechLM
 
@@ -116,3 +118,23 @@ def test_pairs():
     assert recipe.layers.layer_pairs(3, 9) == [(1, 2), (3, 9)]
     with pytest.raises(ConfigError, match=r"layers.pairs: .* got \(3, 9\)"):
         recipe.layers.layer_pairs(3, 8)
+
+
+@pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student"])
+def test_directions_alone_are_compared_as_2_minus_2_cos(direction):
+    torch.manual_seed(0)
+    settings = LayersConfig(weight=1.0, normalize=True, direction=direction)
+    layers = teachers.LayerDistillation.build(settings, depths=(3, 6), widths=(8, 12))
+    student = {k: torch.randn(5, 8) for k in layers.student_layers}
+    audio = torch.randn(5, len(layers.teacher_layers), 12)
+    states = teachers.TeacherStates(torch.zeros(5, 12), None, None, audio)
+    counts = torch.tensor([True, True, False, True, True])
+    loss = layers.loss(student, states, counts, torch.tensor(4))
+    expected = []
+    for (s, t), weight in zip(layers.pairs, layers.projections.weights, strict=True):
+        mine, theirs = student[s], audio[:, layers.teacher_layers.index(t)]
+        mine, theirs = (mine @ weight.T, theirs) if direction == "student_to_teacher" else (mine, theirs @ weight.T)
+        expected.append((2 - 2 * torch.cosine_similarity(mine, theirs))[counts].mean())
+    assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    silent = dataclasses.replace(states, speaks=torch.tensor([True, False, True, True, True]))
+    assert layers.loss(student, silent, counts, torch.tensor(4)) < loss

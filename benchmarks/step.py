@@ -1,0 +1,231 @@
+"""A whole training step by its sources: what each teacher costs, and what is left to the engine. `python -m benchmarks.step`
+
+The loop of models/train.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher of thirty), 16
+prompts of the built-in form, only the connector training: one forward of each teacher, timed by itself, and the rest of the step
+(the student's forward, the loss over all sources, layers, backward, AdamW) for each set of sources. `overhead` is how much longer
+the rest takes than with one teacher. The LM head of every teacher is multiplied inside the loss, so in the rest.
+
+Correctness first: with several sources the loss must be the sum of the losses of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .common import add_common_arguments, finish, time_calls, time_columns
+
+# label -> objective, sources, layers compared
+SYSTEMS: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "KD, one teacher": ("kd", (), False),
+    "CAAD, one teacher": ("caad", (), False),
+    "text": ("sources", ("text",), False),
+    "text, all layers": ("sources", ("text",), True),
+    "text + acoustic": ("sources", ("text", "acoustic"), False),
+    "text + acoustic, all layers": ("sources", ("text", "acoustic"), True),
+    "CAAD + text + acoustic": ("caad", ("text", "acoustic"), False),
+    "CAAD + text + acoustic, all layers": ("caad", ("text", "acoustic"), True),
+}
+BASELINE = "KD, one teacher"
+
+
+class Store:
+    """Random features instead of an encoder's."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = shape
+
+    def rows(self, examples: Sequence[Any]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(len(examples), *self.shape, generator=generator)
+
+
+class StepCase:
+    """Models, a batch, and every teacher's states for it.
+
+    Args:
+        layers: of the student and of the teachers.
+        config: changes to SmolLM2-135M's LlamaConfig (tests make it tiny).
+    """
+
+    def __init__(
+        self, examples: int, device: torch.device, *, layers: tuple[int, int] = (10, 30), config: dict[str, int] | None = None
+    ) -> None:
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        from models.data.manifest import Example
+        from models.data.prompts import TASKS
+        from models.io_utils import cache_dir
+        from models.sources import make_training_data
+        from models.speech_lm import SpeechLM, SpeechLMConfig
+        from models.stage_steps import make_tiny_backbones
+
+        self.device = device
+        # The byte-level tokenizer of the smoke run: no download, prompts of about 120 tokens.
+        tokenizer = AutoTokenizer.from_pretrained(make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones") / "lm")
+        sizes = {
+            "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048, **(config or {}),
+        }  # fmt: skip
+
+        def causal_lm(depth: int) -> torch.nn.Module:
+            torch.manual_seed(depth)
+            return LlamaForCausalLM(LlamaConfig(num_hidden_layers=depth, **sizes)).eval()
+
+        settings = SpeechLMConfig(lm="random", encoder="random", encoder_dim=384)
+        self.student, self.teacher = (SpeechLM(settings, lm=causal_lm(depth), tokenizer=tokenizer).to(device) for depth in layers)
+        self.text_lm = causal_lm(layers[1]).to(device)
+        task = TASKS["gender"]
+        made = [
+            Example(
+                id=f"e{i}", audio=f"{i}.wav", task="gender", transcription="Where are you going so late?", question=task.question,
+                choices=task.choices, answer=task.choices[i % 2], target=task.statement.format(task.choices[i % 2]),
+                metadata={"gender": task.choices[i % 2], "text": "Where are you going so late?"},
+            )
+            for i in range(examples)
+        ]  # fmt: skip
+        shape = self.student.connector.config
+        store = Store((shape.num_feature_layers, shape.num_frames, shape.feature_dim))
+        for model in (self.student, self.teacher):
+            model.fit_feature_statistics(store.rows(made))
+        self.examples = made
+        self.data = make_training_data(self.student, made, store)
+        self.teacher_data = make_training_data(self.teacher.requires_grad_(False), made, store)
+        self.store = store
+        self.batch = self.data.make_batch(made)
+
+    def sources(self, objective: str, names: Sequence[str], layers: bool) -> tuple[Any, list[Any]]:
+        """The recipe and its sources, built as models/sources.py builds them but for the loading."""
+        from models.config import LayersConfig, SourceConfig, load_recipe
+        from models.sources import OWN_TEACHER, make_training_data
+        from models.teachers import LayerDistillation, ListeningTeacher, LiveTeacher, Source, TextTeacher, snapshot
+
+        compared = {"weight": 0.3, "normalize": True} if layers else {}
+        words = [f"objective={objective}", "loss.ce_background_weight=0"]
+        words += ["teacher.folder=x"] if objective != "sources" else []
+        words += [f"sources.{name}.role={name}" for name in names]
+        words += [f"sources.{name}.folder=x" for name in names if name == "text"]
+        keys = ["layers"] * (objective != "sources") + [f"sources.{name}.layers" for name in names]
+        words += [f"{key}.{k}={str(v).lower()}" for key in keys for k, v in compared.items()]
+        recipe = load_recipe("sft", words)
+        depths = {role: len(lm.model.layers) for role, lm in (("student", self.student.lm), ("teacher", self.teacher.lm))}
+        depths["acoustic"] = depths["student"]
+        width = self.student.get_output_embeddings().weight.shape[1]
+        made = []
+        for name in [OWN_TEACHER] * recipe.needs_teacher + list(names):
+            chosen = None
+            if layers:
+                pair = (depths["student"], depths["acoustic" if name == "acoustic" else "teacher"])
+                settings = LayersConfig(**compared)
+                chosen = LayerDistillation.build(settings, depths=pair, widths=(width, width)).to(self.device)
+            options = {"device": self.device, "layers": chosen.teacher_layers if chosen else ()}
+            if name == OWN_TEACHER:
+                kind = LiveTeacher if objective == "caad" else ListeningTeacher
+                teacher: Any = kind(self.teacher, self.teacher_data, **options)
+            elif name == "text":
+                collator = self.student.make_collator()
+                options |= {"target_ids": collator.target_ids, "end_id": collator.tokenizer.eos_token_id}
+                teacher = TextTeacher(self.text_lm, collator.tokenizer, **options)
+            else:
+                lm = snapshot(self.student)
+                teacher = ListeningTeacher(lm, make_training_data(lm, self.examples, self.store), **options)
+            own = SourceConfig(role="audio", folder="x", alpha=recipe.loss.alpha)
+            made.append(Source(name, recipe.sources.get(name, own), teacher, chosen))
+        return recipe, made
+
+    def rest(self, recipe: Any, sources: Sequence[Any]) -> Any:
+        """A call that does what a step does once the teachers have spoken; it returns the loss."""
+        from models.train import counted_positions, objective_loss, select_positions, token_weights
+
+        states = {source.name: source.teacher(self.batch, self.examples) for source in sources}
+        batch, states = select_positions(self.batch, states, counted_positions(recipe, self.batch))
+        batch = self.data.crop(batch).to(self.device)
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+        compared = {source.name: source.layers for source in sources if source.layers is not None}
+        layers = sorted({layer for each in compared.values() for layer in each.student_layers})
+
+        def run() -> torch.Tensor:
+            weights = token_weights(recipe.loss, batch, states.get("teacher"))
+            inputs = self.data.model_inputs(batch)
+            optimizer.zero_grad(set_to_none=True)
+            taken = self.student.hidden_states_at(batch.target_index, **inputs, **({"layers": layers} if layers else {}))
+            hidden, *by_layer = taken.unbind(1) if layers else (taken,)
+            loss, _ = objective_loss(
+                recipe, 1, self.student, hidden, batch.target, states, weights, weights.kd.sum(), weights.ce.sum(), False
+            )
+            for name, each in compared.items():
+                found = dict(zip(layers, by_layer, strict=True))
+                counts = weights.kd > 0
+                loss = loss + each.settings.weight * each.loss(found, states[name], counts, counts.sum())
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return run
+
+
+def check_sum(case: StepCase) -> float:
+    """Relative difference between the KD of several sources and the sum of the KD of each (CE left out)."""
+    together = None
+    parts = 0.0
+    for names in (("text", "acoustic"), ("text",), ("acoustic",)):
+        recipe, sources = case.sources("sources", names, False)
+        recipe = dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, kd_weight=1.0))
+        loss = float(case.rest(recipe, sources)())
+        if together is None:
+            together = loss
+        else:
+            parts += loss
+    return abs(together - parts) / abs(parts)
+
+
+def measure(case: StepCase, repeats: int) -> list[dict]:
+    """A row a system."""
+    if (difference := check_sum(case)) > 1e-4:
+        raise SystemExit(f"several sources: the loss is {difference:.1e} off the sum of the losses of each")
+    built = {label: case.sources(*system) for label, system in SYSTEMS.items()}
+    rests = {label: case.rest(recipe, sources) for label, (recipe, sources) in built.items()}
+    forwards = {
+        f"{label}: {source.name}": (lambda source=source: source.teacher(case.batch, case.examples))
+        for label, (_, sources) in built.items()
+        for source in sources
+    }
+    timings = time_calls({**rests, **forwards}, repeats=repeats, device=case.device, warmup=1)
+    rows = []
+    for label, (_, sources) in built.items():
+        teachers = {source.name: timings[f"{label}: {source.name}"].median for source in sources}
+        rest = timings[label].median
+        rows.append(
+            {
+                "system": label,
+                "teachers": len(sources),
+                "examples": len(case.examples),
+                **time_columns(timings[label]),
+                "own_teacher_ms": 1e3 * teachers.get("teacher", float("nan")),
+                "text_teacher_ms": 1e3 * teachers.get("text", float("nan")),
+                "acoustic_teacher_ms": 1e3 * teachers.get("acoustic", float("nan")),
+                "step_ms": 1e3 * (rest + sum(teachers.values())),
+                "overhead": rest / timings[BASELINE].median - 1,
+            }
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser, repeats=7)
+    parser.add_argument("--examples", type=int, default=16)
+    args = parser.parse_args(argv)
+    case = StepCase(args.examples, torch.device(args.device))
+    finish(args, "step", "a training step; time_ms: all but the teachers' forwards", measure(case, args.repeats))
+
+
+if __name__ == "__main__":
+    main()
