@@ -56,7 +56,7 @@ def assert_pairs_are_whole(manifest):
 
 
 def test_all_tasks_of_espeak_are_there_and_every_clip_can_be_read(tiny):
-    assert {e.task for e in tiny} == {"gender", "speaking_rate", "accent", "noise", "content"}
+    assert {e.task for e in tiny} == {"gender", "speaking_rate", "accent", "noise", "content", "place", "mood"}
     assert tiny.problems == []
     assert sum(tiny.header["counts"].values()) == len(tiny)
     for example in tiny:
@@ -67,6 +67,22 @@ def test_all_tasks_of_espeak_are_there_and_every_clip_can_be_read(tiny):
 
 def test_no_voice_and_no_text_crosses_from_one_split_to_another(tiny):
     assert_no_leak(tiny)
+
+
+def test_what_is_meant_in_the_test_is_never_mentioned_in_training(tiny):
+    from models.data.corpus import _MEANT_EVENTS, _MEANT_PLACES
+
+    for task, meant in (("place", _MEANT_PLACES), ("mood", _MEANT_EVENTS)):
+        for split in ("train", "dev", "test"):
+            told = tiny.select(task=task, split=split)
+            assert told
+            for example in told:
+                words = [w for w in meant[split][example.answer] if example.metadata["text"].endswith(f" {w}.")]
+                assert len(words) == 1, example.id
+        for split, others in (("train", ("dev", "test")), ("dev", ("train", "test")), ("test", ("train", "dev"))):
+            here = {w for words in meant[split].values() for w in words}
+            assert not here & {w for other in others for words in meant[other].values() for w in words}
+            assert not set.intersection(*map(set, meant[split].values()))
 
 
 def test_pairs_are_whole_and_hints_claim_what_their_kind_says(tiny):

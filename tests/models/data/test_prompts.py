@@ -62,8 +62,8 @@ def test_target_template_refuses_what_is_no_choice():
 
 
 def test_hint_for_an_unknown_task_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"task: expected one of .*'gender'.*, got 'mood'"):
-        hint_for("mood", "happy")
+    with pytest.raises(ValueError, match=r"task: expected one of .*'gender'.*, got 'humour'"):
+        hint_for("humour", "happy")
 
 
 @given(st.text(), st.integers(1, 20), st.integers(1, 80))
