@@ -194,7 +194,7 @@ def run_row(context: Context) -> dict[str, Any]:
 
 def make_stages(settings: AblationSettings) -> list[Stage]:
     """All stages, in an order that honours their needs."""
-    from models.config import load_recipe
+    from models.config import load_recipe, to_dict
 
     backbone = ("lm", "encoder", "tiny_backbones", "seed", "device")
     training = (*backbone, "batch_examples")
@@ -230,7 +230,10 @@ def make_stages(settings: AblationSettings) -> list[Stage]:
                 Stage(
                     f"{name}_{seed}", f"{label}, seed {seed}", ("corpus", "features", f"start_{seed}", *taught),
                     (*training, "student_steps", "learning_rate"), run_row,
-                    extra={"recipe": recipe, "seed": seed, "words": words, "needs_teacher": read.needs_teacher},
+                    # What the recipe's file says is part of the fingerprint too.
+                    extra={
+                        "recipe": recipe, "seed": seed, "words": words, "needs_teacher": read.needs_teacher, "read": to_dict(read)
+                    },
                 )
             )  # fmt: skip
     return stages
