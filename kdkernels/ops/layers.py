@@ -21,13 +21,14 @@ from .chunking import plan_chunks
 from .gemm import (
     add_weight_gradient,
     contrastive_hidden,
+    empty_weight_gradient,
+    finish_weight_gradient,
     gemm,
     gradient_view,
     hidden_gradient,
     return_scratch,
     spread,
     take_scratch,
-    zero_weight_gradient,
 )
 from .schema import _scaled, half_gain, refuse_second_derivative
 
@@ -86,7 +87,9 @@ def layer_chunks(
     if projection is None:
         loss = rows(student, audio, text, valid, alpha, coef, normalize=normalize, grad_u=dh)
     else:
-        dp = zero_weight_gradient(projection) if projection_grad else None
+        dp = empty_weight_gradient(projection) if projection_grad else None
+        if dp is not None and n == 0:
+            dp.zero_()
         width = projection.shape[0]
         plan = plan_chunks(n_tokens=n, bytes_per_token=4 * width, student_width=student.shape[1], device=device)
         shape = (min(plan.chunk_tokens, max(n, 1)), width)
@@ -116,7 +119,7 @@ def layer_chunks(
                 if hidden_grad:
                     hidden_gradient(grad, projection, dh[chunk])
             if projection_grad:
-                add_weight_gradient(dp, grad, hidden)
+                add_weight_gradient(dp, grad, hidden, accumulate=start > 0)
         return_scratch(memory)
     if keep is not None:
         loss = spread(loss, keep, n_total, 0)
@@ -160,7 +163,7 @@ def layer_mse(
     loss = torch.where(coef == 0, 0.0, coef * out.loss)
     dp = out.projection_grad
     if dp is not None:
-        dp = (dp if gain is None else dp / gain).to(projection.dtype, memory_format=torch.contiguous_format)
+        dp = finish_weight_gradient(dp if gain is None else dp / gain, projection.dtype)
     return (
         loss.sum() if reduced else loss,
         student.new_empty(0) if out.hidden_grad is None else out.hidden_grad,

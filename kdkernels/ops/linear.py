@@ -24,13 +24,14 @@ from .gemm import (
     VOCAB_BLOCK,
     add_weight_gradient,
     contrastive_hidden,
+    empty_weight_gradient,
+    finish_weight_gradient,
     gemm,
     gradient_view,
     hidden_gradient,
     return_scratch,
     spread,
     take_scratch,
-    zero_weight_gradient,
 )
 from .rows import STAT_NAMES, RowResult, RowSpec
 
@@ -225,7 +226,9 @@ def student_chunks(
     kd, ce = torch.empty(2, n, **float32).unbind(0)
     stats = torch.empty(n_stats, n, **float32) if n_stats else None
     dh = torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else None
-    dw = zero_weight_gradient(student_weight) if weight_grad else None
+    dw = empty_weight_gradient(student_weight) if weight_grad else None
+    if dw is not None:
+        dw[vocab if n else 0 :].zero_()  # what no product writes
     db = torch.zeros(student_weight.shape[0], **float32) if bias_grad else None
     w_s = student_weight[:vocab]
     b_s = None if student_bias is None else student_bias[:vocab]
@@ -242,7 +245,7 @@ def student_chunks(
         if hidden_grad:
             hidden_gradient(grad, w_s, dh[chunk])
         if weight_grad:
-            add_weight_gradient(dw[:vocab], grad, student_hidden[chunk])
+            add_weight_gradient(dw[:vocab], grad, student_hidden[chunk], accumulate=start > 0)
         if bias_grad:
             db[:vocab] += grad.sum(0, dtype=torch.float32)
 
@@ -256,7 +259,7 @@ def student_chunks(
     return LinearResult(
         rows=RowResult(kd=kd, ce=ce, stats=stats),
         hidden_grad=dh,
-        weight_grad=None if dw is None else dw.to(student_weight.dtype, memory_format=torch.contiguous_format),
+        weight_grad=None if dw is None else finish_weight_gradient(dw, student_weight.dtype),
         bias_grad=None if db is None else db.to(student_bias.dtype),
     )
 

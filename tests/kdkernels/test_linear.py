@@ -242,9 +242,9 @@ def test_nothing_is_computed_for_nothing(mode, monkeypatch):
     dh, dw, rows = linear.hidden_gradient, linear.add_weight_gradient, native.caad_rows
 
     def count(name, function):
-        def counted(*args):
+        def counted(*args, **kwargs):
             calls[name] += 1
-            return function(*args)
+            return function(*args, **kwargs)
 
         return counted
 

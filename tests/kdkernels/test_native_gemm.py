@@ -1,5 +1,7 @@
 """The CPU product of bf16 matrices with a float32 result, against float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -81,3 +83,18 @@ def test_other_processors_are_refused():
         pytest.skip("this one is not")
     with pytest.raises(ValueError, match="avx512_bf16"):
         native.bf16_gemm([bf16(1, 2, seed=0)], bf16(1, 2, seed=1), torch.empty(1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_a_weight_gradient_that_begins_reads_nothing_and_goes_on_by_adding(dtype, rows):
+    torch.manual_seed(0)
+    grad, hidden = torch.randn(rows, 37).to(dtype), torch.randn(rows, 20).to(dtype)
+    total = gemm.empty_weight_gradient(torch.empty(37, 20, dtype=dtype)).fill_(math.nan)
+    expected = grad.double().T @ hidden.double()
+    for times in (1, 2):
+        gemm.add_weight_gradient(total, grad, hidden, accumulate=times == 2)
+        torch.testing.assert_close(total.double(), times * expected, rtol=1e-5, atol=1e-4)
+    finished = gemm.finish_weight_gradient(total, dtype)
+    assert finished.is_contiguous() and finished.dtype == dtype
+    assert torch.equal(finished, total.to(dtype))
