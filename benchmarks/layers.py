@@ -116,6 +116,15 @@ def contenders(*, compiled: bool) -> dict[str, Callable[[LayerCase], Tensor]]:
     return {**losses, "torch.compile": torch.compile(eager_loss, dynamic=False)} if compiled else losses
 
 
+def gradient_errors(losses: dict[str, Callable[[LayerCase], Tensor]], case: LayerCase) -> dict[str, float]:
+    """Of each contender's worst gradient, relative to float64."""
+    exact = case.double().gradients(eager_loss)
+    return {
+        name: max(relative_error(x, y) for x, y in zip(case.gradients(loss), exact, strict=True))
+        for name, loss in losses.items()
+    }
+
+
 def floor(case: LayerCase) -> Callable[[], None]:
     """What no implementation can do without, into memory that is there."""
     states, teacher = case.student[0].detach(), case.teacher[0]
@@ -139,12 +148,7 @@ def measure(args: argparse.Namespace, shape: Shape, dtype: torch.dtype, normaliz
     tokens = max(1, shape.tokens[device.type] // args.shrink)
     case = LayerCase(shape, tokens, dtype, device, normalize=normalize)
     calls = contenders(compiled=not args.no_compile)
-    exact = case.double().gradients(eager_loss)
-    errors = {
-        name: max(relative_error(x, y) for x, y in zip(case.gradients(loss), exact, strict=True)) for name, loss in calls.items()
-    }
-    refuse_wrong(errors, BUDGETS[dtype])
-    del exact
+    refuse_wrong(errors := gradient_errors(calls, case), BUDGETS[dtype])
     timed = {name: (lambda loss=loss: case.gradients(loss)) for name, loss in calls.items()}
     timings = time_calls({**timed, FLOOR: floor(case)}, repeats=args.repeats, device=device, limit_seconds=20)
     least = timings[FLOOR].median

@@ -36,7 +36,7 @@ FLOOR = "bare GEMMs"
 # size -> values; the others stay at the command's own sizes, but for fewer tokens where the vocabulary or the width grows.
 SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {
-        "tokens": (128, 1024, 8192),
+        "tokens": (128, 1024, 8192, 16384),
         "vocab": (16384, 49152, 131072, 262144),
         "width": (576, 1152, 2304, 4096),
         "chunk": (64, 128, 256, 512, 1024),

@@ -3,6 +3,7 @@
 A CSV that is not there leaves its plot out. The same CSV gives the same bytes (with the same matplotlib): no dates, fixed ids.
 
     rows_<device>.svg, linear_<device>.svg     time of each contender beside the floor, and its gradient error
+    layers_<device>.svg                        layer distillation beside its floor
     peers_<device>.svg                         the linear loss at the shapes of model pairs
     memory_<device>.svg                        peak extra memory over N and over V
     sweep_<device>.svg                         the linear loss over N, V, H, chunk and threads, in times of its floor
@@ -56,6 +57,7 @@ def draw_all(results: Path, device: str, out: Path) -> list[Path]:
     plots: dict[str, tuple[str, Callable[[Rows], Figure]]] = {
         "rows": ("rows", draw_rows),
         "linear": ("linear", draw_linear),
+        "layers": ("layers", draw_layers),
         "peers": ("peers", draw_peers),
         "memory": ("memory", draw_memory),
         "sweep": ("linear_sweep", draw_sweep),
@@ -88,7 +90,7 @@ def number(text: str) -> float:
 def colour(contender: str) -> str:
     if contender.startswith("kdkernels"):
         return OURS
-    return FLOOR if contender.startswith(("bare", "copy")) else OTHER
+    return FLOOR if contender.startswith(("bare", "copy", "floor")) else OTHER
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -132,6 +134,17 @@ def draw_linear(rows: Rows) -> Figure:
     first = rows[0]
     sizes = f"N {first['tokens']}, V {int(first['vocab']):,}, H {first['student_width']}/{first['teacher_width']}"
     _time_bars(axes[0], rows, f"linear loss and dL/dh, {sizes}, {first['dtype']}")
+    return figure
+
+
+def draw_layers(rows: Rows) -> Figure:
+    pairs = list(dict.fromkeys(r["pair"] for r in rows))
+    kinds = list(dict.fromkeys((r["dtype"], r["normalize"]) for r in rows))
+    figure, axes = _figure(len(pairs), len(kinds), 4.6 * len(kinds), 1.6 * len(pairs))
+    for axis, (pair, kind) in zip(axes, [(p, k) for p in pairs for k in kinds], strict=True):
+        chosen = [r for r in rows if r["pair"] == pair and (r["dtype"], r["normalize"]) == kind]
+        directions = ", directions" if kind[1] == "True" else ""
+        _time_bars(axis, chosen, f"{pair}, N {chosen[0]['tokens']}, {kind[0]}{directions}")
     return figure
 
 

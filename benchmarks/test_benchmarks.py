@@ -1,4 +1,4 @@
-"""The cases of `benchmarks.rows` and `benchmarks.linear` for pytest-benchmark: `pytest benchmarks --benchmark-only`.
+"""The cases of `benchmarks.rows`, `linear` and `layers` for pytest-benchmark: `pytest benchmarks --benchmark-only`.
 
 Its --benchmark-compare and --benchmark-autosave follow a change on one machine; the committed CSVs come from the commands. Sizes
 are one chunk's, so that a run takes a minute.
@@ -7,6 +7,7 @@ are one chunk's, so that a run takes a minute.
 import pytest
 import torch
 
+from benchmarks import layers
 from benchmarks.common import relative_error
 from benchmarks.contenders import CHUNKS, ERROR_BUDGETS, FULL, LinearCase, bare_gemms, contenders, gradient_errors
 from benchmarks.rows import BUDGETS, RowCase, exact_loss
@@ -58,3 +59,19 @@ def test_linear(benchmark, linear_case, name):
 
 def test_linear_floor(benchmark, linear_case):
     benchmark(synchronised(bare_gemms(linear_case, max(CHUNKS[DEVICE.type]))))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["errors", "directions"])
+def layer_case(request):
+    return layers.LayerCase(layers.SHAPES[1], 256, torch.bfloat16, DEVICE, normalize=request.param)
+
+
+@pytest.mark.parametrize("name", layers.contenders(compiled=False))
+def test_layers(benchmark, layer_case, name):
+    loss = layers.contenders(compiled=False)[name]
+    assert max(layers.gradient_errors({name: loss}, layer_case).values()) < layers.BUDGETS[torch.bfloat16]
+    benchmark(synchronised(lambda: layer_case.gradients(loss)))
+
+
+def test_layers_floor(benchmark, layer_case):
+    benchmark(synchronised(layers.floor(layer_case)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, common, contenders, linear, memory, multi_teacher, peers, plots, rows, step
+from benchmarks import accuracy, common, contenders, layers, linear, memory, multi_teacher, peers, plots, rows, step
 from benchmarks.contenders import CE, FULL, KD, Contender, LinearCase, Unavailable
 
 CPU = torch.device("cpu")
@@ -333,3 +334,29 @@ def test_step_refuses_a_loss_that_is_not_the_sum(monkeypatch):
     monkeypatch.setattr(step, "check_sum", lambda case: 0.01)
     with pytest.raises(SystemExit, match="several sources: the loss is 1"):
         step.measure(None, 1)
+
+
+def test_layers_end_to_end(tmp_path, monkeypatch):
+    shapes = (layers.Shape("small", {"cpu": 16}, 2, 24, 40), layers.Shape("equal", {"cpu": 16}, 3, 24, 24))
+    monkeypatch.setattr(layers, "SHAPES", shapes)
+    options = ["--device", "cpu", "--no-compile", "--no-memory", "--repeats", "2", "--out", str(tmp_path)]
+    layers.main(options)
+    found = timed(read(tmp_path / "layers_cpu.csv"))
+    assert [r["contender"] for r in found] == ["eager", "kdkernels", "floor"] * 8
+    for row in found:
+        assert (row["gradient_error"] == "nan") == (row["contender"] == "floor")
+        assert float(row["times_floor"]) > 0
+    assert [p.name for p in plots.draw_all(tmp_path, "cpu", tmp_path)] == ["layers_cpu.svg"]
+
+
+def test_layers_wrong_gradients_are_not_timed(monkeypatch):
+    monkeypatch.setattr(layers, "fused_loss", lambda case: 1.01 * layers.eager_loss(case))
+    with pytest.raises(SystemExit, match="not timed"):
+        layers.main(["--device", "cpu", "--no-compile", "--no-memory", "--shrink", "128", "--dtypes", "float32"])
+
+
+def test_layers_peak_memory_has_a_process_of_its_own(monkeypatch):
+    request = {"name": "kdkernels", "shape": 0, "dtype": "float32", "normalize": False}
+    args = argparse.Namespace(device="cpu", shrink=64)
+    assert layers.peak_mib("kdkernels", 0, torch.float32, False, args) > 0
+    assert layers.peak_of_one(request, args) >= 0
