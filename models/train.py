@@ -6,7 +6,7 @@
     python -m models.train caad data.manifest=pool.jsonl model.folder=student teacher.folder=runs/teacher/final loss.alpha=1
 
 The whole story of a step: draw examples; the frozen teachers' hidden states at the positions that predict the target; the
-student's; `fused_linear_caad_loss` (of several teachers `fused_linear_multi_teacher_loss`); AdamW on the connector. Ctrl-C or
+student's; `fused_linear_multi_teacher_loss` (of one teacher that is `fused_linear_caad_loss`); AdamW on the connector. Ctrl-C or
 SIGTERM finishes the step, saves, and prints the command that goes on (`run.resume=auto`): on a CPU that continuation is the
 undisturbed run, bit for bit.
 """
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kdkernels import TeacherSource, fused_linear_caad_loss, fused_linear_multi_teacher_loss
+from kdkernels import TeacherSource, fused_linear_multi_teacher_loss
 from kdkernels.ops.dispatch import choose
 from models.checkpoint import (
     CheckpointError,
@@ -340,53 +340,35 @@ def objective_loss(
         return loss, [("ce", _mean(token_loss, weights.ce), total), ("top1_target", _mean(right, weights.ce), total)]
 
     settings = recipe.loss
-    shared = {
-        "student_bias": head.bias,
-        "temperature": settings.temperature,
-        "kd_weight": settings.kd_weight,
-        "kd_token_weight": weights.kd,
-        "ce_token_weight": weights.ce,
-        "kd_normalizer": kd_normalizer,
-        "ce_normalizer": ce_normalizer,
-        "chunk_tokens": settings.chunk_tokens,
-        "impl": settings.impl,
-        "return_stats": with_stats,
-    }
-    teachers = [_teacher_source(recipe, name, step, one) for name, one in states.items()]
-    if not recipe.sources:
-        (only,) = teachers
-        result = fused_linear_caad_loss(
-            hidden,
-            head.weight,
-            only.hidden,
-            only.text_hidden,
-            only.weight,
-            target,
-            teacher_bias=only.bias,
-            teacher_softcap=only.softcap,
-            teacher_logit_scale=only.logit_scale,
-            alpha=only.alpha,
-            divergence=only.divergence,
-            jsd_beta=only.jsd_beta,
-            plausibility=only.plausibility,
-            **shared,
-        )
-    else:
-        result = fused_linear_multi_teacher_loss(hidden, head.weight, teachers, target, **shared)
+    result = fused_linear_multi_teacher_loss(  # of one teacher: fused_linear_caad_loss, to the bit
+        hidden,
+        head.weight,
+        [_teacher_source(recipe, name, step, one) for name, one in states.items()],
+        target,
+        student_bias=head.bias,
+        temperature=settings.temperature,
+        kd_weight=settings.kd_weight,
+        kd_token_weight=weights.kd,
+        ce_token_weight=weights.ce,
+        kd_normalizer=kd_normalizer,
+        ce_normalizer=ce_normalizer,
+        chunk_tokens=settings.chunk_tokens,
+        impl=settings.impl,
+        return_stats=with_stats,
+    )
     if not with_stats:
         return result, []
     loss, stats = result
     kd_total, ce_total = weights.kd.sum(), weights.ce.sum()
     curves = [("kd", _mean(stats.kd, weights.kd), kd_total), ("ce", _mean(stats.ce, weights.ce), ce_total)]
-    for name in ("student_entropy", "teacher_entropy", "top1_agreement", "path_divergence"):
-        value = getattr(stats, name, None)
-        if value is not None and value.shape == target.shape:
-            curves.append((name, _mean(value, weights.kd), kd_total))
-    if recipe.sources:
-        for k, name in enumerate(states):
-            curves.append((f"kd_{name}", _mean(stats.source_kd[k], weights.kd), kd_total))
-            curves.append((f"top1_agreement_{name}", _mean(stats.top1_agreement[k], weights.kd), kd_total))
-    return loss, curves
+    by_token = {"student_entropy": stats.student_entropy}
+    for k, name in enumerate(states):
+        suffix = "" if len(states) == 1 else f"_{name}"
+        by_token |= {f"kd{suffix}": stats.source_kd[k]} if suffix else {}
+        by_token |= {f"teacher_entropy{suffix}": stats.source_entropy[k]}
+        by_token |= {f"top1_agreement{suffix}": stats.top1_agreement[k]}
+        by_token |= {f"path_divergence{suffix}": stats.path_divergence[k]}
+    return loss, curves + [(name, _mean(values, weights.kd), kd_total) for name, values in by_token.items()]
 
 
 def _teacher_source(recipe: Recipe, name: str, step: int, states: TeacherStates) -> TeacherSource:
