@@ -13,6 +13,7 @@ from .caad import CAADLoss, CAADStats, fused_caad_loss, fused_linear_caad_loss
 from .ops.explain import explain
 
 if TYPE_CHECKING:
+    from .alpha import adaptive_alpha
     from .contrast_cache import ContrastCache, ContrastCacheWriter
     from .decoding import contrast_logits, contrastive_generate
     from .layer_mse import LayerProjections, fused_layer_mse_loss, layer_map
@@ -34,6 +35,7 @@ _LAZY = {
     "MaskFeatures": ".paths",
     "MultiTeacherStats": ".multi_teacher",
     "TeacherSource": ".multi_teacher",
+    "adaptive_alpha": ".alpha",
     "answer_index": ".teacher",
     "contrast_logits": ".decoding",
     "contrastive_generate": ".decoding",
@@ -55,6 +57,7 @@ __all__ = [
     "MaskFeatures",
     "MultiTeacherStats",
     "TeacherSource",
+    "adaptive_alpha",
     "answer_index",
     "contrast_logits",
     "contrastive_generate",

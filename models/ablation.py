@@ -166,13 +166,14 @@ def run_start(context: Context) -> dict[str, Any]:
     return ask(context, context.folder / "final", kinds=("neutral", "conflict"), controls=False)
 
 
-def run_row(context: Context) -> dict[str, Any]:
-    """One row of the table: from the seed's start, by its recipe, on the content tasks; then asked."""
-    settings, recipe, seed = context.settings, context.extra["recipe"], context.extra["seed"]
+def run_rows(context: Context) -> dict[str, Any]:
+    """One row of the table, every seed: from the seed's start, by the row's recipe, on the content tasks; then asked."""
+    from models.cohort import Cohort
+
+    settings, recipe = context.settings, context.extra["recipe"]
     words = [
         f"optim.steps={settings.student_steps}",
         f"optim.learning_rate={settings.learning_rate}",
-        f"run.seed={seed}",
         # The papers train on the true answers beside the teachers; only the answer's tokens are scored.
         "loss.ce_token_weight=choice",
         "loss.ce_background_weight=0",
@@ -181,15 +182,19 @@ def run_row(context: Context) -> dict[str, Any]:
     ]
     if context.extra["needs_teacher"]:
         words += [f"teacher.folder={context.folders['teacher'] / 'final'}", "teacher.keep_mib=1024"]
-    if not (context.folder / "final").exists():
-        train_by_recipe(
-            context,
+    cohort = Cohort(context)
+    return {
+        str(seed): cohort.run(
+            context.folder / str(seed),
             recipe,
             manifest=context.folders["corpus"] / "distill.jsonl",
-            folder=context.folders[f"start_{seed}"] / "final",
-            words=words,
+            start=context.folders[f"start_{seed}"] / "final",
+            words=[*words, f"run.seed={seed}"],
+            kinds=("neutral", "conflict"),
+            controls=False,
         )
-    return ask(context, context.folder / "final", kinds=("neutral", "conflict"), controls=False)
+        for seed in range(settings.seeds)
+    }
 
 
 def make_stages(settings: AblationSettings) -> list[Stage]:
@@ -217,25 +222,23 @@ def make_stages(settings: AblationSettings) -> list[Stage]:
                 (*training, "start_steps", "start_learning_rate"), run_start, extra={"seed": seed},
             )
         )  # fmt: skip
-    for seed in range(settings.seeds):
-        for name, label, recipe in SYSTEMS:
-            if recipe is None:
-                continue
-            read = load_recipe(recipe, ["teacher.folder=x"])
-            words = [f"{key}.weight={settings.layer_weight}" for key, layers in read.compared_layers() if layers.weight > 0]
-            lm = str(backbone_settings(settings)["lm"])
-            words += [f"sources.{source}.folder={lm}" for source, s in read.sources.items() if s.role == "text"]
-            taught = ("teacher",) if read.needs_teacher else ()
-            stages.append(
-                Stage(
-                    f"{name}_{seed}", f"{label}, seed {seed}", ("corpus", "features", f"start_{seed}", *taught),
-                    (*training, "student_steps", "learning_rate"), run_row,
-                    # What the recipe's file says is part of the fingerprint too.
-                    extra={
-                        "recipe": recipe, "seed": seed, "words": words, "needs_teacher": read.needs_teacher, "read": to_dict(read)
-                    },
-                )
-            )  # fmt: skip
+    starts = tuple(f"start_{seed}" for seed in range(settings.seeds))
+    for name, label, recipe in SYSTEMS:
+        if recipe is None:
+            continue
+        read = load_recipe(recipe, ["teacher.folder=x"])
+        words = [f"{key}.weight={settings.layer_weight}" for key, layers in read.compared_layers() if layers.weight > 0]
+        lm = str(backbone_settings(settings)["lm"])
+        words += [f"sources.{source}.folder={lm}" for source, s in read.sources.items() if s.role == "text"]
+        taught = ("teacher",) if read.needs_teacher else ()
+        stages.append(
+            Stage(
+                name, label, ("corpus", "features", *starts, *taught),
+                (*training, "student_steps", "learning_rate", "seeds"), run_rows,
+                # What the recipe's file says is part of the fingerprint too.
+                extra={"recipe": recipe, "words": words, "needs_teacher": read.needs_teacher, "read": to_dict(read)},
+            )
+        )  # fmt: skip
     return stages
 
 
@@ -252,7 +255,7 @@ def collect(folders: Mapping[str, Path], settings: AblationSettings) -> list[dic
     rows = []
     for name, label, recipe in SYSTEMS:
         for seed in range(settings.seeds):
-            folder = folders[f"start_{seed}" if recipe is None else f"{name}_{seed}"]
+            folder = folders[f"start_{seed}"] if recipe is None else folders[name] / str(seed)
             _, predictions = read_predictions(folder / "test-greedy.jsonl")
             right = judge(predictions)
             by_task: dict[tuple[str, str], list[bool]] = {}

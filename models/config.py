@@ -31,8 +31,10 @@ from models.data.manifest import SPLITS
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
-OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "sources")
-TEACHER_OBJECTIVES = ("kd", "sharpened", "caad")
+OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
+TEACHER_OBJECTIVES = ("kd", "sharpened", "caad", "caad+")
+# What objective caad+ adds to caad.
+CAAD_PLUS = {"alpha_half_divergence": 0.1, "center_text": True}
 ROLES = ("audio", "text", "acoustic")
 TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
 
@@ -96,6 +98,10 @@ class LossConfig:
     alpha: float = 2.0  # contrast strength (caad) or sharpening (sharpened)
     alpha_start: float | None = None  # ramp from here to alpha; None = constant
     alpha_ramp_steps: int = 0
+    # Divergence of the teacher's paths, in nats, at which a token gets half of alpha (kdkernels.adaptive_alpha); None = all
+    # tokens get alpha.
+    alpha_half_divergence: float | None = None
+    center_text: bool = False  # move the text path by its mean distance from the audio path (models/teachers.py)
     temperature: float = 2.0
     kd_weight: float = 0.7
     divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
@@ -115,6 +121,8 @@ class LossConfig:
         _check(self.alpha >= 0, "loss.alpha", ">= 0", self.alpha)
         _check(self.alpha_start is None or self.alpha_start >= 0, "loss.alpha_start", ">= 0", self.alpha_start)
         _check(self.alpha_ramp_steps >= 0, "loss.alpha_ramp_steps", ">= 0", self.alpha_ramp_steps)
+        half = self.alpha_half_divergence
+        _check(half is None or half > 0, "loss.alpha_half_divergence", "> 0", half)
         _check(self.temperature > 0, "loss.temperature", "> 0", self.temperature)
         _check(0 <= self.kd_weight <= 1, "loss.kd_weight", "in [0, 1]", self.kd_weight)
         _check(0 < self.jsd_beta < 1, "loss.jsd_beta", "in (0, 1)", self.jsd_beta)
@@ -131,6 +139,11 @@ class LossConfig:
             raise ConfigError("loss.plausibility: expected null with divergence reverse_kl, which would be infinite")
         _check(self.chunk_tokens is None or self.chunk_tokens >= 1, "loss.chunk_tokens", ">= 1", self.chunk_tokens)
         _one_of(self.impl, "loss.impl", IMPLEMENTATIONS)
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether the divergence of the teacher's two paths decides anything."""
+        return self.kd_token_weight == "divergence" or self.alpha_half_divergence is not None
 
     def alpha_at(self, step: int) -> float:
         """Contrast strength of optimiser step `step` (the first is 1): linear from alpha_start to alpha."""
@@ -302,6 +315,7 @@ class Recipe:
         kd         plain distillation from the teacher's audio path, plus CE
         sharpened  the control with (1 + alpha) * z_audio and nothing subtracted, plus CE
         caad       the contrast of the teacher's two paths, plus CE
+        caad+      caad with the settings of CAAD_PLUS wherever `loss` leaves the default: what did best in models/six_systems.py
         sources    no teacher of its own: those named in `sources` alone, plus CE
 
     sources: further teachers by name, beside the objective's own where it has one.
@@ -319,11 +333,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _one_of(self.objective, "objective", OBJECTIVES)
+        if self.objective == "caad+":
+            unset = {f.name: CAAD_PLUS[f.name] for f in dataclasses.fields(LossConfig)
+                     if f.name in CAAD_PLUS and getattr(self.loss, f.name) == f.default}  # fmt: skip
+            object.__setattr__(self, "loss", dataclasses.replace(self.loss, **unset))
         if self.objective in TEACHER_OBJECTIVES and not self.teacher.folder:
             raise ConfigError(f"teacher.folder: objective {self.objective!r} needs a teacher, got none")
-        if self.loss.kd_token_weight == "divergence" and self.objective == "sharpened":
-            raise ConfigError("loss.kd_token_weight: 'divergence' needs the text path, which objective 'sharpened' lacks")
-
+        if self.objective == "sharpened":
+            if self.loss.kd_token_weight == "divergence":
+                raise ConfigError("loss.kd_token_weight: 'divergence' needs the text path, which objective 'sharpened' lacks")
+            if self.loss.alpha_half_divergence is not None:
+                raise ConfigError("loss.alpha_half_divergence: expected null with objective 'sharpened', which has one path")
         if self.layers.weight > 0:
             if self.objective not in TEACHER_OBJECTIVES:
                 raise ConfigError(f"layers.weight: expected 0 with objective {self.objective!r}, which has no teacher of its own")
@@ -337,8 +357,11 @@ class Recipe:
             raise ConfigError("sources: objective 'sources' needs at least one, got none")
         if self.sources and self.objective in ("sft", "ce_only"):
             raise ConfigError(f"sources: expected none with objective {self.objective!r}, which has no divergence; use 'sources'")
-        if self.sources and self.loss.kd_token_weight == "divergence" and self.objective == "sources":
-            raise ConfigError("loss.kd_token_weight: 'divergence' needs the objective's own teacher, got objective 'sources'")
+        if self.objective == "sources":
+            if self.loss.kd_token_weight == "divergence":
+                raise ConfigError("loss.kd_token_weight: 'divergence' needs the objective's own teacher, got objective 'sources'")
+            if self.loss.alpha_half_divergence is not None:
+                raise ConfigError("loss.alpha_half_divergence: expected null with objective 'sources', which has no own teacher")
         if "teacher" in self.sources:
             raise ConfigError("sources.teacher: this name stands for the objective's own teacher; choose another")
 

@@ -5,7 +5,7 @@
 
     corpus -> features -> Stage 1 (the text backbone writes Y) -> teacher, biased by hints that are nearly always true
            -> its student: layers dropped, healed on text
-           -> the teacher's own answers as pseudo ground truth; both of its paths cached
+           -> the teacher's own answers as pseudo ground truth, both of its paths cached
            -> students: CE only, KD, sharpened control, CAAD alpha 1 and 2
            -> test clips under a true, a false and no hint -> table, verdict, report
 
@@ -34,7 +34,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, fingerprint, source_commit
+from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, source_commit
 from models.stage_steps import (
     ask,
     load_speech_lm,
@@ -43,6 +43,7 @@ from models.stage_steps import (
     run_features,
     run_student_lm,
     train_by_recipe,
+    write_cache,
 )
 from models.stages import Context, Stage, add_stage_arguments, check_status, log_console, read_done, run_pipeline
 
@@ -88,6 +89,8 @@ STUDENTS = (
     ("caad2", "student, CAAD alpha 2", "caad", 2.0),
 )
 TEACHER_ALPHAS = (None, 1.0, 2.0)
+# Students of one process: they share what is frozen (models/cohort.py). Two processes, for two cores.
+COHORTS = (("kd", "caad1", "caad2"), ("ce_only", "sharpened2"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -168,7 +171,7 @@ def run_teacher(context: Context) -> dict[str, Any]:
 
 
 def run_pool(context: Context) -> dict[str, Any]:
-    """The teacher answers the distillation pool: its answers are the students' Y."""
+    """The teacher answers the distillation pool: its answers are the students' Y. Then both of its paths over them, once."""
     from models.data.manifest import write_manifest
     from models.evaluate import evaluate
     from models.scoring import judge
@@ -179,66 +182,43 @@ def run_pool(context: Context) -> dict[str, Any]:
     texts = {p.id: p.prediction for p in answers}
     forced = [dataclasses.replace(e, target=texts[e.id], target_source="teacher") for e in examples]
     write_manifest(context.folder / "pool.jsonl", forced)
+    write_cache(context.folder / "cache", model, store, extra, forced, made_from={"teacher": context.folders["teacher"].name})
     right = judge(answers)
     kinds = {k: [r for p, r in zip(answers, right, strict=True) if p.kind == k] for k, _ in CONTEXTS}
     return {"pool": len(forced), "pseudo_label_accuracy": {k: float(sum(v) / len(v)) for k, v in kinds.items() if v}}
 
 
-def run_cache(context: Context) -> dict[str, Any]:
-    """Both of the teacher's paths over its own answers, once, for all students that learn from it."""
-    import torch
-    from tqdm import tqdm
-
-    from kdkernels.contrast_cache import ContrastCache
-    from kdkernels.teacher import DualPathTeacher, MarkAbsent
-    from models.data.manifest import read_manifest
-
-    model, store, extra = load_speech_lm(context, context.folders["teacher"] / "final")
-    pool = read_manifest(context.folders["pool"] / "pool.jsonl", audio_root=context.folders["corpus"], check_audio=False)
-    forced = pool.examples
-    teacher = DualPathTeacher(model, negative=MarkAbsent())
-    collate = model.make_collator()
-    made_from = {"teacher": fingerprint(str(context.folders["teacher"].name)), "targets": fingerprint([e.target for e in forced])}
-    writer = ContrastCache.writer(
-        context.folder / "cache", fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=torch.float32
-    )
-    with writer, tqdm(total=len(forced), desc="cache both paths", unit="example") as bar:
-        for start in range(0, len(forced), 32):
-            chosen = forced[start : start + 32]
-            batch = collate(chosen, store.rows(chosen)).to(model.device)
-            states = teacher({**batch.model_inputs(), **extra}, batch.target_index)
-            for row, example in enumerate(chosen):
-                here = batch.target_row == row
-                if example.id not in writer:
-                    writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], batch.target[here])
-            bar.update(len(chosen))
-    return {"examples": len(forced)}
-
-
 def run_student(context: Context) -> dict[str, Any]:
-    """One student: trained, then asked the test questions."""
-    settings = context.settings
-    objective, alpha = context.extra["objective"], context.extra["alpha"]
-    words = [f"optim.steps={settings.student_steps}", f"optim.learning_rate={settings.student_learning_rate}"]
-    # Only the answer's token is learned, since only the choices are scored: a step takes two thirds of the time. Students that
-    # are to answer freely need loss.ce_background_weight above 0 (and ce_background_fraction, to keep it cheap).
-    words += ["loss.ce_background_weight=0"]
-    if objective != "ce_only":
-        words += [
-            f"teacher.folder={context.folders['teacher'] / 'final'}",
-            f"teacher.cache={context.folders['cache'] / 'cache'}",
-            f"loss.alpha={alpha}",
+    """Students one after another: each trained, then asked the test questions."""
+    from models.cohort import Cohort
+
+    settings, cohort = context.settings, Cohort(context)
+    result = {}
+    for name, objective, alpha in context.extra:
+        words = [
+            f"optim.steps={settings.student_steps}",
+            f"optim.learning_rate={settings.student_learning_rate}",
+            # Only the answer's token is learned, since only the choices are scored: a step takes two thirds of the time.
+            # Students that are to answer freely need loss.ce_background_weight above 0 (and ce_background_fraction, to keep
+            # it cheap).
+            "loss.ce_background_weight=0",
+            # The statistics of the features come from the teacher's clips: one standardisation for all.
+            f"model.feature_statistics={context.folders['features'] / 'untrained'}",
         ]
-    if not (context.folder / "final").exists():
-        train_by_recipe(
-            context,
+        if objective != "ce_only":
+            words += [
+                f"teacher.folder={context.folders['teacher'] / 'final'}",
+                f"teacher.cache={context.folders['pool'] / 'cache'}",
+                f"loss.alpha={alpha}",
+            ]
+        result[name] = cohort.run(
+            context.folder / name,
             objective,
             manifest=context.folders["pool"] / "pool.jsonl",
-            folder=context.folders["student_lm"] / "untrained",
-            # The statistics of the features come from the teacher's clips: one standardisation for all.
-            words=[*words, f"model.feature_statistics={context.folders['features'] / 'untrained'}"],
+            start=context.folders["student_lm"] / "untrained",
+            words=words,
         )
-    return ask(context, context.folder / "final", alphas=(None,))
+    return result
 
 
 def run_teacher_answers(context: Context) -> dict[str, Any]:
@@ -266,17 +246,16 @@ def make_stages() -> list[Stage]:
             "teacher", "teacher (sft, biased)", ("corpus", "features", "stage1"),
             (*training, "teacher_steps", "teacher_learning_rate"), run_teacher,
         ),
-        Stage("pool", "teacher's answers on the pool", ("corpus", "features", "teacher"), training, run_pool),
-        Stage("cache", "cache of its two paths", ("corpus", "features", "teacher", "pool"), training, run_cache),
+        Stage("pool", "teacher's answers, both its paths", ("corpus", "features", "teacher"), training, run_pool),
     ]  # fmt: skip
-    for name, label, objective, alpha in STUDENTS:
-        taught = () if objective == "ce_only" else ("cache",)
-        student = Stage(
-            f"student_{name}", label, ("corpus", "features", "teacher", "student_lm", "pool", *taught),
-            (*training, "student_steps", "student_learning_rate"), run_student,
-            extra={"objective": objective, "alpha": alpha},
+    for number, names in enumerate(COHORTS, start=1):
+        told = [(name, objective, alpha) for name, _, objective, alpha in STUDENTS if name in names]
+        stages.append(
+            Stage(
+                f"students_{number}", f"students: {', '.join(names)}", ("corpus", "features", "teacher", "student_lm", "pool"),
+                (*training, "student_steps", "student_learning_rate"), run_student, extra=told,
+            )
         )  # fmt: skip
-        stages.append(student)
     needs = ("corpus", "features", "teacher")
     stages.append(Stage("answers_teacher", "teacher's test answers", needs, training, run_teacher_answers, list(TEACHER_ALPHAS)))
     return stages
@@ -296,8 +275,14 @@ def collect(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
         label = f"teacher, contrastive {alpha:g}"
         files[label] = folders["answers_teacher"] / f"test-contrastive{alpha:g}.jsonl"
     for name, label, _, _ in STUDENTS:
-        files[label] = folders[f"student_{name}"] / "test-greedy.jsonl"
+        files[label] = student_folder(folders, name) / "test-greedy.jsonl"
     return {label: read_predictions(path)[1] for label, path in files.items()}
+
+
+def student_folder(folders: Mapping[str, Path], name: str) -> Path:
+    """Run and predictions of a student."""
+    number = next(i for i, names in enumerate(COHORTS, start=1) if name in names)
+    return folders[f"students_{number}"] / name
 
 
 def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -468,7 +453,7 @@ def make_report(
     from models.metrics import read_metrics
     from models.report import Report
 
-    trained = {"teacher": folders["teacher"], **{label: folders[f"student_{name}"] for name, label, _, _ in STUDENTS}}
+    trained = {"teacher": folders["teacher"], **{label: student_folder(folders, name) for name, label, _, _ in STUDENTS}}
     told = [s for s in stages if s.run is not run_student]
     notes = [(s.title, _shown(read_done(folders[s.name])["result"])) for s in told]
     return Report(

@@ -32,13 +32,6 @@ def use_bf16_products(body: nn.Module) -> int:
     return replaced
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX); without them they are slow."""
-    # PyTorch has no public question for it in every supported version; a missing one counts as no.
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, question, lambda: False)() for question in questions)
-
-
 class _FrozenLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

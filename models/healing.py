@@ -32,6 +32,7 @@ from models import backbones
 from models.batching import pad_rows
 from models.data.prompts import AUDIO_PLACEHOLDER, render_prompt, target_template
 from models.io_utils import atomic_dir, atomic_write_json, cache_dir, fingerprint
+from models.precision import has_fast_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,7 +180,7 @@ def heal(
     )
     student_head, teacher_head = LMHead.from_model(student), LMHead.from_model(teacher)
     device = student_head.weight.device
-    use_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and _has_fast_bfloat16(device))
+    use_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_fast_bfloat16(device))
     if use_bfloat16:
         student_head = dataclasses.replace(student_head, weight=student_head.weight.bfloat16())
         teacher_head = dataclasses.replace(teacher_head, weight=teacher_head.weight.bfloat16())
@@ -310,13 +311,6 @@ def healing_texts(examples: Sequence[Example], *, seed: int = 0) -> list[str]:
 
 def _hidden_states(lm: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return lm.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-
-def _has_fast_bfloat16(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private names, the only way to ask; where they are gone float32 is the safe answer.
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:

@@ -298,12 +298,11 @@ class BackboneWriter:
 
     @classmethod
     def load(cls, backbone: str, **options: Any) -> BackboneWriter:
-        """From an id or folder; bfloat16, since nothing is trained. Raises BackboneError where it cannot be had."""
-        import torch
-
+        """From an id or folder, in the precision that is fast here. Raises BackboneError where it cannot be had."""
         from models.backbones import load_causal_lm
+        from models.precision import inference_dtype
 
-        return cls(*load_causal_lm(backbone, dtype=torch.bfloat16), **options)
+        return cls(*load_causal_lm(backbone, dtype=inference_dtype()), **options)
 
     def __call__(self, examples: Sequence[Example]) -> list[str]:
         answers: dict[int, str] = {}

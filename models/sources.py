@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from tqdm import tqdm
 
 from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import LMHead
-from models.config import Recipe, SourceConfig
+from models.config import Recipe, SourceConfig, to_dict
 from models.frozen_linear import use_bf16_products
+from models.io_utils import fingerprint
+from models.precision import inference_dtype
 from models.teachers import (
     CachedTeacher,
+    CenteredTeacher,
     KeptTeacher,
     LayerDistillation,
     ListeningTeacher,
@@ -235,15 +239,35 @@ def crop_to_targets(batch: Any) -> Any:
     )
 
 
-def build_sources(recipe: Recipe, data: TrainingData, model: torch.nn.Module, *, device: torch.device) -> list[Source]:
+def build_sources(
+    recipe: Recipe,
+    data: TrainingData,
+    model: torch.nn.Module,
+    *,
+    device: torch.device,
+    kept: MutableMapping[str, Source] | None = None,
+) -> list[Source]:
     """Every teacher of `recipe` for the student `model`, the objective's own first, under the name OWN_TEACHER.
 
     To be called before training or resuming changes the student: a snapshot of it is taken here. A teacher's states are
     computed once for all examples where they fit into its keep_mib, else in every step.
 
+    Args:
+        kept: sources of earlier runs in this process, by a fingerprint of what they depend on: taken from there where one fits
+            (its layers as they were before any training), and put there.
+
     Raises:
         SourceError: a model that cannot be had, or whose tokenizer is another.
     """
+
+    def one(name: str, settings: SourceConfig) -> Source:
+        if kept is None:
+            return _build_source(recipe, name, settings, data, model, device)
+        key = _source_fingerprint(recipe, name, settings)
+        if key not in kept:
+            kept[key] = _build_source(recipe, name, settings, data, model, device)
+        return dataclasses.replace(kept[key], settings=settings, layers=copy.deepcopy(kept[key].layers))
+
     sources = []
     if recipe.needs_teacher:
         own = SourceConfig(
@@ -255,24 +279,39 @@ def build_sources(recipe: Recipe, data: TrainingData, model: torch.nn.Module, *,
             layers=recipe.layers,
             keep_mib=recipe.teacher.keep_mib,
         )
-        sources.append(_build_source(recipe, OWN_TEACHER, own, data, model, device))
-    return sources + [_build_source(recipe, name, each, data, model, device) for name, each in recipe.sources.items()]
+        sources.append(one(OWN_TEACHER, own))
+    return sources + [one(name, each) for name, each in recipe.sources.items()]
+
+
+def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig) -> str:
+    """Of all that a built `Source` depends on, apart from its settings of weight and divergence."""
+    depends = {
+        "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
+        "layers": to_dict(settings.layers),
+        "own": [recipe.teacher.cache, recipe.loss.center_text] if name == OWN_TEACHER else [],
+        "data": to_dict(recipe.data),
+        "student": [recipe.model.bf16_products, recipe.model.prefix_cache_mib],
+    }
+    if settings.folder is None or settings.layers.weight > 0:  # a snapshot of the student, or layers by its depth
+        depends["student"] += [to_dict(recipe.model), recipe.run.seed if settings.folder is None else None]
+    return fingerprint(depends)
 
 
 def _build_source(
     recipe: Recipe, name: str, settings: SourceConfig, data: TrainingData, model: torch.nn.Module, device: torch.device
 ) -> Source:
     key = name if name == OWN_TEACHER else f"sources.{name}"
-    lm, tokenizer = _load_source(key, settings, model)
+    lm, tokenizer = _load_source(key, settings, model, device)
     check_same_tokenizer(f"{key}.folder", model.tokenizer, tokenizer)
     if name == OWN_TEACHER and recipe.teacher.cache is not None:
         from kdkernels.contrast_cache import ContrastCache
 
         head = LMHead.from_model(lm.to(device))
         try:
-            return Source(name, settings, CachedTeacher(ContrastCache(recipe.teacher.cache), head, device=device))
+            cached = CachedTeacher(ContrastCache(recipe.teacher.cache), head, device=device)
         except ValueError as error:
             raise SourceError(f"teacher.cache: {error}") from error
+        return Source(name, settings, CenteredTeacher(cached, data) if recipe.loss.center_text else cached)
     layers = None
     if settings.layers.weight > 0:
         depths = [len(decoder_layers(m)) for m in (model.lm, getattr(lm, "lm", lm))]
@@ -288,8 +327,7 @@ def _build_source(
     else:
         cache_mib = 0 if lm.config.train_lm else recipe.model.prefix_cache_mib
         own = make_training_data(lm, data.examples, data.store, prefix_cache_mib=cache_mib)
-        hears_both = settings.role == "audio" and (name == OWN_TEACHER or settings.alpha > 0 or settings.layers.alpha > 0)
-        teacher = (LiveTeacher if hears_both else ListeningTeacher)(lm, own, **options)
+        teacher = (LiveTeacher if _hears_both(name, settings) else ListeningTeacher)(lm, own, **options)
     if settings.keep_mib:
         needed_mib = kept_bytes(teacher, data) / (1 << 20)
         if needed_mib <= settings.keep_mib:
@@ -299,10 +337,19 @@ def _build_source(
                 f"{key}.keep_mib: the states of {len(data)} examples take {needed_mib:.0f} MiB, {settings.keep_mib} are allowed; "
                 "this teacher runs in every step"
             )
+    if name == OWN_TEACHER and recipe.loss.center_text:
+        teacher = CenteredTeacher(teacher, data)
     return Source(name, settings, teacher, layers)
 
 
-def _load_source(key: str, settings: SourceConfig, model: torch.nn.Module) -> tuple[Any, Any]:
+def _hears_both(name: str, settings: SourceConfig) -> bool:
+    """Whether a source is seen with the audio and without."""
+    return settings.role == "audio" and (name == OWN_TEACHER or settings.alpha > 0 or settings.layers.alpha > 0)
+
+
+def _load_source(
+    key: str, settings: SourceConfig, model: torch.nn.Module, device: torch.device
+) -> tuple[Any, Any]:
     """A source's model, frozen, and its tokenizer."""
     from models.backbones import BackboneError, load_causal_lm
     from models.speech_lm import SpeechLM, SpeechLMError
@@ -311,7 +358,7 @@ def _load_source(key: str, settings: SourceConfig, model: torch.nn.Module) -> tu
         return snapshot(model), model.tokenizer
     try:
         if settings.role == "text":
-            lm, tokenizer = load_causal_lm(settings.folder, dtype=torch.bfloat16)  # as in Stage 1: nothing of it is trained
+            lm, tokenizer = load_causal_lm(settings.folder, dtype=inference_dtype(device))
         else:
             lm = SpeechLM.from_pretrained(settings.folder)
             tokenizer = lm.tokenizer

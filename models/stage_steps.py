@@ -80,9 +80,8 @@ def read_items(context: Context, name: str) -> list[Any]:
     )
 
 
-def load_speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """A trained model on its device, the features, and its prefix cache as extra inputs."""
-    from models.features import FeatureStore
+def load_model(context: Context, folder: Path) -> Any:
+    """A trained model on its device, its products in the precision that is fast there."""
     from models.frozen_linear import use_bf16_products
     from models.speech_lm import SpeechLM
     from models.train import pick_device
@@ -90,56 +89,118 @@ def load_speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, 
     model = SpeechLM.from_pretrained(folder).to(pick_device(context.settings.device)).eval()
     if multiplies_bf16(context.settings):
         use_bf16_products(model.lm.get_decoder())
+    return model
+
+
+def load_speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """`load_model`, the features, and the model's prefix cache as extra inputs."""
+    from models.features import FeatureStore
+
+    model = load_model(context, folder)
     store = FeatureStore.load(context.folders["features"] / "features.safetensors")
     return model, store, {"prefix_cache": model.make_prefix_cache()}
 
 
-def train_by_recipe(context: Context, recipe: str, *, manifest: Path, folder: Path, words: list[str]) -> None:
-    from models.train import main
-
+def recipe_words(context: Context, *, manifest: Path, folder: Path, out_dir: Path, words: Sequence[str]) -> list[str]:
+    """What the recipe of a stage's training is told: data, model, run, and `words` after them."""
     settings = context.settings
-    all_words = [
-        recipe,
+    return [
         f"data.manifest={manifest}",
         f"data.audio_root={context.folders['corpus']}",
         f"data.features={context.folders['features'] / 'features.safetensors'}",
         f"model.folder={folder}",
         f"optim.batch_examples={settings.batch_examples}",
-        f"run.out_dir={context.folder}",
+        f"run.out_dir={out_dir}",
         f"run.seed={settings.seed}",
         f"run.device={settings.device}",
         f"model.bf16_products={str(multiplies_bf16(settings)).lower()}",
         "run.resume=auto",
         *words,
     ]
-    check_status("models.train", main(all_words))
 
 
-def ask(
-    context: Context, folder: Path, *, alphas: Sequence[float | None] = (None,), kinds: Sequence[str] = (), controls: bool = True
+def train_by_recipe(context: Context, recipe: str, *, manifest: Path, folder: Path, words: list[str]) -> None:
+    from models.train import main
+
+    all_words = recipe_words(context, manifest=manifest, folder=folder, out_dir=context.folder, words=words)
+    check_status("models.train", main([recipe, *all_words]))
+
+
+def ask(context: Context, folder: Path, *, part: str = "test", **options: Any) -> dict[str, Any]:
+    """The questions of `part` to the SpeechLM in `folder`; see `ask_model`."""
+    model, store, extra = load_speech_lm(context, folder)
+    questions = [e for e in read_items(context, part) if e in store]
+    return ask_model(context.folder, model, questions, store, extra, part=part, **options)
+
+
+def ask_model(
+    out: Path,
+    model: Any,
+    questions: Sequence[Any],
+    store: Any,
+    extra: dict[str, Any],
+    *,
+    part: str = "test",
+    alphas: Sequence[float | None] = (None,),
+    kinds: Sequence[str] = (),
+    controls: bool = True,
 ) -> dict[str, Any]:
-    """Test questions, and the two controls on the neutral ones. Predictions are saved for tables and reports.
+    """Questions, and the two controls on the neutral ones. Predictions are saved for tables and reports.
 
     Args:
-        folder: of the SpeechLM that is asked.
+        out: folder of the predictions, PART-greedy.jsonl and PART-contrastiveALPHA.jsonl.
+        questions: examples whose clips are in `store`.
+        extra: added to every batch's inputs, such as the prefix cache.
         alphas: None = greedily, a number = by contrastive decoding.
         kinds: of the questions; empty = all.
     """
     from models.evaluate import append_predictions, evaluate, write_header
 
-    model, store, extra = load_speech_lm(context, folder)
-    test = [e for e in read_items(context, "test") if e in store and (not kinds or e.kind in kinds)]
+    asked = [e for e in questions if not kinds or e.kind in kinds]
     options = {"collate": model.make_collator(), "extra_inputs": extra}
-    answers = evaluate(model, test, store, alphas=alphas, **options)
+    answers = evaluate(model, asked, store, alphas=alphas, **options)
     if controls:
-        neutral = [e for e in test if e.kind == "neutral"]
+        neutral = [e for e in asked if e.kind == "neutral"]
         options |= {"controls": ("no_audio", "swapped_audio"), "plain": False}
         answers[None] += evaluate(model, neutral, store, **options)[None]
     for alpha, predictions in answers.items():
-        path = context.folder / f"test-{'greedy' if alpha is None else f'contrastive{alpha:g}'}.jsonl"
-        write_header(path, {"model": str(folder), "alpha": alpha, "split": "test", "mode": "choice"})
+        path = out / f"{part}-{'greedy' if alpha is None else f'contrastive{alpha:g}'}.jsonl"
+        write_header(path, {"alpha": alpha, "split": part, "mode": "choice"})
         append_predictions(path, predictions)
     return {"answers": {str(alpha): len(predictions) for alpha, predictions in answers.items()}}
+
+
+def write_cache(
+    folder: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any], *, made_from: dict[str, Any]
+) -> None:
+    """Both paths of a teacher over the targets of `examples` into a ContrastCache; what is there already is not made again.
+
+    Args:
+        model, store, extra: as `load_speech_lm` returns them.
+        made_from: what the teacher is known by; the targets are added.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from kdkernels.contrast_cache import ContrastCache
+    from kdkernels.teacher import DualPathTeacher, MarkAbsent
+    from models.io_utils import fingerprint
+
+    teacher, collate = DualPathTeacher(model, negative=MarkAbsent()), model.make_collator()
+    made_from = made_from | {"targets": fingerprint([e.target for e in examples])}
+    writer = ContrastCache.writer(
+        folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=torch.float32
+    )
+    with writer, tqdm(total=len(examples), desc="cache both paths", unit="example") as bar:
+        for start in range(0, len(examples), 32):
+            chosen = examples[start : start + 32]
+            batch = collate(chosen, store.rows(chosen)).to(model.device)
+            states = teacher({**batch.model_inputs(), **extra}, batch.target_index)
+            for row, example in enumerate(chosen):
+                here = batch.target_row == row
+                if example.id not in writer:
+                    writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], batch.target[here])
+            bar.update(len(chosen))
 
 
 def backbone_settings(settings: Any) -> dict[str, Any]:
@@ -199,9 +260,10 @@ def make_tiny_backbones(folder: Path) -> Path:
 
 def multiplies_bf16(settings: Any) -> bool:
     """Short products where the processor has them: the demo's steps then take two thirds of the time."""
-    from models.frozen_linear import cpu_multiplies_bf16
+    from models.precision import has_fast_bfloat16
     from models.train import pick_device
 
-    return pick_device(settings.device).type == "cpu" and cpu_multiplies_bf16()
+    device = pick_device(settings.device)
+    return device.type == "cpu" and has_fast_bfloat16(device)
 
 

@@ -8,6 +8,7 @@ with the LM head that reads them; never logits.
     ListeningTeacher a speech LM with the audio alone, such as a frozen snapshot of the student
     TextTeacher      a language model that reads what is known about the clip in words
     KeptTeacher      any of them, each example computed once
+    CenteredTeacher  one with both paths, the text path moved to where the audio path is on average
 
 Legend: N target tokens of a batch, H_s / H_t hidden widths of student and teacher, K layers.
 """
@@ -17,7 +18,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +48,8 @@ class TeacherStates:
 
     audio_hidden: (N, H_t), of a teacher without the audio what it reads instead; text_hidden: (N, H_t) or None; head: weight,
     bias, softcap, logit_scale of the LM head; audio_layers, text_layers: (N, K, H_t), the layers the recipe compares, or
-    None; speaks: (N,) bool, False where this teacher has nothing to say; None = everywhere.
+    None; speaks: (N,) bool, False where this teacher has nothing to say; None = everywhere; divergence: (N,) float32 of the two
+    paths, nats, where something depends on it.
     """
 
     audio_hidden: torch.Tensor
@@ -55,8 +58,9 @@ class TeacherStates:
     audio_layers: torch.Tensor | None = None
     text_layers: torch.Tensor | None = None
     speaks: torch.Tensor | None = None
+    divergence: torch.Tensor | None = None
 
-    TENSORS = ("audio_hidden", "text_hidden", "audio_layers", "text_layers", "speaks")
+    TENSORS = ("audio_hidden", "text_hidden", "audio_layers", "text_layers", "speaks", "divergence")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are there, by name; each has N rows."""
@@ -66,6 +70,11 @@ class TeacherStates:
         """Those of the target tokens `positions`, (n,) int64."""
         positions = positions.to(self.audio_hidden.device, non_blocking=True)
         return dataclasses.replace(self, **{name: x[positions] for name, x in self.tensors().items()})
+
+
+    def with_divergence(self) -> TeacherStates:
+        """The same with `divergence`."""
+        return dataclasses.replace(self, divergence=path_divergence(self))
 
 
 Teacher = Callable[[Any, Sequence[Any]], TeacherStates]
@@ -288,6 +297,57 @@ class KeptTeacher:
         rows = [self._states[name] for name in batch.ids]
         joined = {key: torch.cat([row[key] for row in rows]).to(self._device, non_blocking=True) for key in rows[0]}
         return TeacherStates(**{"text_hidden": None, "head": self._head, **joined})
+
+
+class CenteredTeacher:
+    """A teacher whose text path is moved by its mean distance from the audio path, before any contrast.
+
+        h_text' = h_text + mean over items of (h_audio - h_text)
+
+    The path without audio has a preference of its own for some answers, which the contrast would amplify against them: a
+    constant among the logits of an answer's token. The mean is taken for each task and each of the tokens that spell the answer,
+    over at most `max_examples` of the examples; other tokens are left as they are.
+
+    Args:
+        teacher: with both paths, such as a `CachedTeacher`.
+        data: the TrainingData that the run draws from; labels are not looked at.
+    """
+
+    def __init__(self, teacher: Teacher, data: Any, *, max_examples: int = 1024) -> None:
+        self._teacher = teacher
+        stride = -(-len(data) // max_examples)
+        chosen = data.examples[::stride]
+        sums: dict[tuple[str, int], torch.Tensor] = {}
+        counts: Counter[tuple[str, int]] = Counter()
+        for start in range(0, len(chosen), _KEPT_BATCH_EXAMPLES):
+            group = chosen[start : start + _KEPT_BATCH_EXAMPLES]
+            batch = data.make_batch(group)
+            states = teacher(batch, group)
+            if states.text_hidden is None:
+                raise ValueError("teacher: expected both paths, got no text_hidden")
+            distance = (states.audio_hidden - states.text_hidden).double()
+            for key, token in _spelling_tokens(batch, group):
+                sums[key] = sums.get(key, 0) + distance[token]
+                counts[key] += 1
+        self._offsets = {key: total / counts[key] for key, total in sums.items()}
+
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        states = self._teacher(batch, examples)
+        text = states.text_hidden.clone()
+        for key, token in _spelling_tokens(batch, examples):
+            if key in self._offsets:
+                text[token] += self._offsets[key].to(text.dtype)
+        return dataclasses.replace(states, text_hidden=text)
+
+
+def _spelling_tokens(batch: Any, examples: Sequence[Any]) -> Iterator[tuple[tuple[str, int], int]]:
+    """((task, number among the answer's tokens), number of the target token) of each token that spells an answer."""
+    seen: Counter[int] = Counter()
+    rows = batch.target_row.tolist()
+    for token in batch.choice_mask.nonzero()[:, 0].tolist():
+        row = rows[token]
+        yield (examples[row].task, seen[row]), token
+        seen[row] += 1
 
 
 def kept_bytes(teacher: Teacher, data: Any) -> int:

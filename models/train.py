@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kdkernels import TeacherSource, fused_linear_multi_teacher_loss
+from kdkernels import TeacherSource, adaptive_alpha, fused_linear_multi_teacher_loss
 from kdkernels.ops.dispatch import choose
 from models.checkpoint import (
     CheckpointError,
@@ -55,7 +55,7 @@ from models.sources import (
     check_folders,
     read_examples,
 )
-from models.teachers import Source, SourceError, TeacherStates, path_divergence
+from models.teachers import Source, SourceError, TeacherStates
 
 
 class NonFiniteError(RuntimeError):
@@ -173,6 +173,8 @@ def train(
                 counted = counted_positions(recipe, batch, charged[here])
                 states = {source.name: source.teacher(batch, examples) for source in sources}
                 batch, states = select_positions(batch, states, counted)
+                if recipe.loss.needs_divergence and OWN_TEACHER in states:
+                    states[OWN_TEACHER] = states[OWN_TEACHER].with_divergence()
                 batch = (data.crop(batch) if data.crop else batch).to(device)
                 weights = token_weights(recipe.loss, batch, states.get(OWN_TEACHER), charged[here].to(device))
                 parts.append((batch, states, weights, hears[here].to(device)))
@@ -224,7 +226,7 @@ def train(
             metrics.add("grad_norm", grad_norm)
             bar.update()
             if logged:
-                alpha = {} if recipe.objective not in ("caad", "sharpened") else {"alpha": recipe.loss.alpha_at(step)}
+                alpha = {} if recipe.objective not in ("sharpened", "caad", "caad+") else {"alpha": recipe.loss.alpha_at(step)}
                 line = metrics.flush(step, learning_rate=learning_rate, **alpha)
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
             stop_now = stopped[0] is not None and step < optim.steps
@@ -274,7 +276,7 @@ def token_weights(
         ce_background = charged[rows] * (loss.ce_background_weight / loss.ce_background_fraction)
     ones = torch.ones(batch.target.shape, device=batch.target.device)
     if loss.kd_token_weight == "divergence" and states is not None:
-        kd = path_divergence(states)
+        kd = states.divergence
     else:
         kd = choice(loss.kd_background_weight) if loss.kd_token_weight == "choice" else ones
     ce = choice(ce_background) if loss.ce_token_weight == "choice" else ones
@@ -322,7 +324,7 @@ def objective_loss(
 
     Args:
         hidden: (N, H_s) what the student's LM head reads at the positions that predict `target` (N,).
-        states: of every teacher, by its name.
+        states: of every teacher, by its name; with `divergence` where the recipe's loss needs it.
         with_stats: also the curves of the statistics. The divergence of the teacher's two paths needs both of their logits,
             a product with the whole vocabulary that the loss itself does without: ask for them at logged steps only.
 
@@ -378,6 +380,8 @@ def _teacher_source(recipe: Recipe, name: str, step: int, states: TeacherStates)
         loss = recipe.loss
         alpha, weight, divergence, jsd_beta = loss.alpha_at(step), 1.0, loss.divergence, loss.jsd_beta
         plausibility = loss.plausibility
+        if loss.alpha_half_divergence is not None:
+            alpha = adaptive_alpha(states.divergence, alpha, half_at=loss.alpha_half_divergence)
         if recipe.objective == "kd":
             alpha, text_hidden = 0.0, None
         elif recipe.objective == "sharpened":
@@ -438,6 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = build_model(recipe)
         data = build_data(recipe, model, examples, audio_root)
         sources = build_sources(recipe, data, model, device=device)
+        seed_everything(recipe.run.seed)  # the run must not depend on what was drawn while these were built
         kept = [word for word in arguments.overrides if not word.startswith("run.resume=")]
         words = ["python", "-m", "models.train", arguments.recipe, *kept, "run.resume=auto"]
         with exclusive(recipe.run.out_dir, "a training"):

@@ -12,7 +12,7 @@ import time
 import pytest
 from rich.console import Console
 
-from models.demo import FULL, STUDENTS, main, make_stages, verdict
+from models.demo import COHORTS, FULL, STUDENTS, main, make_stages, verdict
 from models.scoring import Prediction
 from models.stages import DONE_NAME, Stage, StageError, run_stages, stage_folders
 
@@ -71,12 +71,17 @@ def test_a_setting_renames_the_stages_that_depend_on_it_and_no_others(tmp_path):
     before = stage_folders(stages, FULL, tmp_path)
     after = stage_folders(stages, dataclasses.replace(FULL, student_steps=7), tmp_path)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {f"student_{name}" for name, *_ in STUDENTS}
+    students = {f"students_{number}" for number in range(1, len(COHORTS) + 1)}
+    assert changed == students
     after = stage_folders(stages, dataclasses.replace(FULL, teacher_steps=7), tmp_path)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"teacher", "pool", "cache", "answers_teacher"} | {f"student_{name}" for name, *_ in STUDENTS}
+    assert changed == {"teacher", "pool", "answers_teacher"} | students
     after = stage_folders(stages, dataclasses.replace(FULL, corpus_size="full"), tmp_path)
     assert {name for name in before if before[name] == after[name]} == {"backbones"}
+
+
+def test_every_student_is_in_one_cohort():
+    assert sorted(name for names in COHORTS for name in names) == sorted(name for name, *_ in STUDENTS)
 
 
 def test_every_setting_is_part_of_some_fingerprint(tmp_path):

@@ -14,9 +14,11 @@ from models.metrics import read_metrics
 from models.pseudo_gt import prompt_end, worked_examples
 from models.sources import make_training_data
 from models.teachers import (
+    CenteredTeacher,
     KeptTeacher,
     ListeningTeacher,
     SourceError,
+    TeacherStates,
     TextTeacher,
     check_same_tokenizer,
     kept_bytes,
@@ -277,3 +279,46 @@ def test_a_missing_source_is_one_line(world, capsys, words, message):  # noqa: F
     assert train(world, "text_acoustic_kd", "never", *base, *words) == 1
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def two_paths(batch, offset):
+    """A teacher whose text path is the audio path less `offset` at the answer's tokens."""
+    generator = torch.Generator().manual_seed(int(batch.target.sum()))
+    audio = torch.randn(len(batch.target), 4, generator=generator)
+    return TeacherStates(audio, torch.where(batch.choice_mask[:, None], audio - offset, audio), None)
+
+
+def test_a_centered_text_path_has_the_audio_paths_mean_by_task_and_token(student):
+    data = data_for(student, count=6)
+    for i in (1, 3):  # a task of its own, with an offset of its own
+        data.examples[i] = dataclasses.replace(data.examples[i], task="other")
+    offsets = {"gender": torch.tensor([1.0, 2.0, 3.0, 4.0]), "other": torch.tensor([-5.0, 0.0, 0.0, 7.0])}
+
+    def teacher(batch, examples):
+        rows = torch.stack([offsets.get(e.task, offsets["gender"]) for e in examples])
+        noise = torch.randn(len(batch.target), 4, generator=torch.Generator().manual_seed(len(examples)))
+        states = two_paths(batch, rows[batch.target_row])
+        return dataclasses.replace(states, text_hidden=states.text_hidden + noise * batch.choice_mask[:, None])
+
+    centered = CenteredTeacher(teacher, data)
+    batch = data.make_batch(data.examples)
+    plain, moved = teacher(batch, data.examples), centered(batch, data.examples)
+    assert torch.equal(moved.audio_hidden, plain.audio_hidden)
+    spelled = batch.choice_mask
+    assert spelled.any() and not spelled.all()
+    assert torch.equal(moved.text_hidden[~spelled], plain.text_hidden[~spelled])
+    for task in ("gender", "other"):
+        firsts = [
+            (batch.choice_mask & (batch.target_row == row)).nonzero()[0, 0]
+            for row, e in enumerate(data.examples)
+            if (e.task == "other") == (task == "other")
+        ]
+        gap = (moved.audio_hidden - moved.text_hidden)[torch.stack(firsts)]
+        torch.testing.assert_close(gap.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
+        assert gap.abs().max() > 0.1  # what tells one item from another is still there
+
+
+def test_centering_needs_both_paths(student):
+    data = data_for(student)
+    with pytest.raises(ValueError, match="teacher: expected both paths"):
+        CenteredTeacher(lambda batch, examples: TeacherStates(torch.zeros(len(batch.target), 4), None, None), data)

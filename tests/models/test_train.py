@@ -47,8 +47,8 @@ def test_every_objective_learns_and_keeps_frozen_weights(tmp_path, objective):
     assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
     assert torch.equal(model.head.weight, before.head.weight) and torch.equal(model.table, before.table)
     assert not torch.equal(model.connector.weight, before.connector.weight)
-    assert ("kd" in curve[0]) == (objective in ("kd", "sharpened", "caad", "sources"))
-    assert ("alpha" in curve[0]) == (objective in ("sharpened", "caad"))
+    assert ("kd" in curve[0]) == (objective in ("kd", "sharpened", "caad", "caad+", "sources"))
+    assert ("alpha" in curve[0]) == (objective in ("sharpened", "caad", "caad+"))
 
 
 def test_objectives_differ_where_they_should(tmp_path):
@@ -270,6 +270,7 @@ def test_divergence_weights_are_the_kl_between_the_paths():
     head = LMHead(torch.randn(11, 4), torch.randn(11), softcap=5.0, logit_scale=0.5)
     states = TeacherStates(torch.randn(5, 4), torch.randn(5, 4), head)
     states.text_hidden[2] = states.audio_hidden[2]
+    states = states.with_divergence()
     weights = token_weights(LossConfig(kd_token_weight="divergence"), batch_of_two(), states).kd
 
     def log_p(hidden):

@@ -1,0 +1,96 @@
+"""Students of one pipeline, trained one after another in one process: what is frozen for all of them is computed once.
+
+A run by `python -m models.train` loads the models, computes the text prefixes of its prompts and the teachers' states, trains
+for a minute and ends. In a table of many students all but the training is the same work again and again. A `Cohort` keeps
+between runs the features, each frozen language model with its prefix cache, and the states of each teacher.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from models.config import Recipe, load_recipe
+from models.features import FeatureStore
+from models.io_utils import atomic_write_json
+from models.sources import build_data, build_model, build_sources, check_folders, read_examples
+from models.stage_steps import ask_model, load_model, read_items, recipe_words
+from models.stages import Context
+from models.teachers import Source
+from models.train import pick_device, seed_everything, train
+
+
+class Cohort:
+    """Trains and asks students; see the module's docstring.
+
+    Args:
+        context: of a stage that needs "corpus" and "features" (models/stage_steps.py).
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._store = FeatureStore.load(context.folders["features"] / "features.safetensors")
+        self._lms: dict[str, Any] = {}
+        self._prefixes: dict[str, Any] = {}  # by language model
+        self._sources: dict[str, Source] = {}  # see build_sources
+        self._questions: dict[str, list[Any]] = {}
+
+    def run(
+        self, folder: Path, recipe: str, *, manifest: Path, start: Path, words: Sequence[str], **asked: Any
+    ) -> dict[str, Any]:
+        """Train one student and ask it. One that has been asked before is left alone; one that was stopped goes on.
+
+        Args:
+            folder: of its run; checkpoints, "final" and the predictions lie there.
+            recipe: name in models/recipes.
+            manifest: its examples.
+            start: SpeechLM folder it starts from.
+            words: further `key=value`.
+            asked: options of `models.stage_steps.ask_model`.
+
+        Returns:
+            what `ask_model` returns.
+        """
+        noted = folder / "asked.json"
+        if noted.exists():
+            return json.loads(noted.read_text(encoding="utf-8"))
+        all_words = recipe_words(self._context, manifest=manifest, folder=start, out_dir=folder, words=words)
+        settings = load_recipe(recipe, all_words)
+        trained = (folder / "final").exists()
+        model = load_model(self._context, folder / "final") if trained else self._train(settings)
+        result = self.ask(folder, model, **asked)
+        atomic_write_json(noted, result)
+        return result
+
+    def ask(self, folder: Path, model: Any, *, part: str = "test", **asked: Any) -> dict[str, Any]:
+        """`ask_model` with what is kept here; `part` is a manifest of the stage "corpus"."""
+        if part not in self._questions:
+            self._questions[part] = [e for e in read_items(self._context, part) if e in self._store]
+        extra = {"prefix_cache": self._prefix_cache(model)}
+        return ask_model(folder, model, self._questions[part], self._store, extra, part=part, **asked)
+
+    def _train(self, recipe: Recipe) -> Any:
+        check_folders(recipe)
+        examples, audio_root = read_examples(recipe)
+        seed_everything(recipe.run.seed)
+        model = build_model(recipe)
+        data = build_data(recipe, model, examples, audio_root)
+        data.extra_inputs = {"prefix_cache": self._prefix_cache(model)}
+        sources = build_sources(recipe, data, model, device=pick_device(recipe.run.device), kept=self._sources)
+        seed_everything(recipe.run.seed)  # what was built now, and what was there already, must not change the run
+        result = train(recipe, model=model, data=data, sources=sources)
+        if result.stopped_by is not None:
+            raise SystemExit(128 + result.stopped_by)
+        return model
+
+    def _prefix_cache(self, model: Any) -> Any:
+        """Of the model's language model, which is replaced by the equal one that earlier students had."""
+        if model.config.train_lm:
+            raise ValueError("model: expected a frozen language model, got train_lm true")
+        key = str(model.config.lm)
+        model.lm = self._lms.setdefault(key, model.lm)
+        if key not in self._prefixes:
+            self._prefixes[key] = model.make_prefix_cache()
+        return self._prefixes[key]
