@@ -6,6 +6,7 @@ has them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,14 +71,26 @@ def run_student_lm(context: Context) -> dict[str, Any]:
     return {"healing": json.loads((folder / "healing.json").read_text())["report"]}
 
 
-def read_items(context: Context, name: str) -> list[Any]:
+def read_items(context: Context, name: str, *, folder: Path | None = None) -> list[Any]:
+    """Examples of NAME.jsonl in `folder`, by default that of the stage "corpus", where the clips are."""
     from models.data.manifest import read_manifest
 
-    return list(
-        read_manifest(
-            context.folders["corpus"] / f"{name}.jsonl", audio_root=context.folders["corpus"], check_audio=False
-        ).examples
-    )
+    corpus = context.folders["corpus"]
+    return list(read_manifest((folder or corpus) / f"{name}.jsonl", audio_root=corpus, check_audio=False).examples)
+
+
+def limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
+    """Examples of the first `clips` clips, tasks and answers in turn; all where there is no limit."""
+    if clips is None:
+        return list(examples)
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for e in examples:
+        names = groups.setdefault((e.task, e.answer), [])
+        if e.audio not in names:
+            names.append(e.audio)
+    turns = [name for group in zip(*groups.values(), strict=False) for name in group]
+    chosen = set(turns[:clips])
+    return [e for e in examples if e.audio in chosen]
 
 
 def load_model(context: Context, folder: Path) -> Any:
@@ -168,6 +181,28 @@ def ask_model(
         write_header(path, {"alpha": alpha, "split": part, "mode": "choice"})
         append_predictions(path, predictions)
     return {"answers": {str(alpha): len(predictions) for alpha, predictions in answers.items()}}
+
+
+def write_answered_pool(path: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any]) -> dict[str, Any]:
+    """A manifest of `examples` with the model's own answers as their targets: pseudo ground truth that it has heard itself.
+
+    Args:
+        model, store, extra: as `load_speech_lm` returns them.
+
+    Returns:
+        how many there are, and how often the answers are right, by context.
+    """
+    from models.data.manifest import write_manifest
+    from models.evaluate import evaluate
+    from models.scoring import judge
+
+    answers = evaluate(model, examples, store, collate=model.make_collator(), extra_inputs=extra)[None]
+    texts = {p.id: p.prediction for p in answers}
+    write_manifest(path, [dataclasses.replace(e, target=texts[e.id], target_source="teacher") for e in examples])
+    by_kind: dict[str, list[bool]] = {}
+    for prediction, right in zip(answers, judge(answers), strict=True):
+        by_kind.setdefault(prediction.kind, []).append(bool(right))
+    return {"pool": len(answers), "pseudo_label_accuracy": {k: sum(v) / len(v) for k, v in by_kind.items()}}
 
 
 def write_cache(
