@@ -503,7 +503,7 @@ def paired_rows(found: Mapping[tuple[str, int], tuple[str, float, list[Any]]]) -
 
     rows = []
     for first, second in PAIRS:
-        if not any(name == second for name, _ in found):
+        if not {first, second} <= {name for name, _ in found}:
             continue
         seeds = sorted({seed for name, seed in found if name == first})
         mine, theirs = of_all_seeds(first, seeds), of_all_seeds(second, seeds)
