@@ -160,11 +160,12 @@ def run_teacher(context: Context) -> dict[str, Any]:
 
 def run_pool(context: Context) -> dict[str, Any]:
     """The teacher answers the distillation pool: its answers are the students' Y. Then both of its paths over them, once."""
-    model, store, extra = load_speech_lm(context, context.folders["teacher"] / "final")
+    teacher = context.folders["teacher"] / "final"
+    model, store, extra = load_speech_lm(context, teacher)
     examples = [e for e in read_items(context, "distill") if e in store]
     result = write_answered_pool(context.folder / "pool.jsonl", model, store, extra, examples)
     forced = read_items(context, "pool", folder=context.folder)
-    write_cache(context.folder / "cache", model, store, extra, forced, made_from={"teacher": context.folders["teacher"].name})
+    write_cache(context.folder / "cache", teacher, model, store, extra, forced)
     return result
 
 

@@ -176,7 +176,8 @@ def run_pool(context: Context) -> dict[str, Any]:
     from models.data.manifest import write_manifest
 
     anchor = context.extra["anchor"]
-    model, store, extra = load_speech_lm(context, context.folders["teacher"] / "final")
+    teacher = context.folders["teacher"] / "final"
+    model, store, extra = load_speech_lm(context, teacher)
     examples = [e for e in read_items(context, "distill") if e in store]
     if anchor == "teacher":
         result = write_answered_pool(context.folder / "pool.jsonl", model, store, extra, examples)
@@ -186,8 +187,7 @@ def run_pool(context: Context) -> dict[str, Any]:
     else:
         result = _stage_1(context, examples)
     forced = read_items(context, "pool", folder=context.folder)
-    teacher = {"teacher": context.folders["teacher"].name}
-    write_cache(context.folder / "cache", model, store, extra, forced, made_from=teacher)
+    write_cache(context.folder / "cache", teacher, model, store, extra, forced)
     return {"pool": len(forced)} | result
 
 

@@ -206,36 +206,15 @@ def write_answered_pool(path: Path, model: Any, store: Any, extra: dict[str, Any
 
 
 def write_cache(
-    folder: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any], *, made_from: dict[str, Any]
+    folder: Path, teacher: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any]
 ) -> None:
-    """Both paths of a teacher over the targets of `examples` into a ContrastCache; what is there already is not made again.
-
-    Args:
-        model, store, extra: as `load_speech_lm` returns them.
-        made_from: what the teacher is known by; the targets are added.
-    """
+    """Both paths of `model`, loaded from the folder `teacher`, over the targets of `examples` into a ContrastCache (float32)."""
     import torch
-    from tqdm import tqdm
 
-    from kdkernels.contrast_cache import ContrastCache
-    from kdkernels.teacher import DualPathTeacher, MarkAbsent
-    from models.io_utils import fingerprint
+    from models.cache import fill_cache, teacher_fingerprint
 
-    teacher, collate = DualPathTeacher(model, negative=MarkAbsent()), model.make_collator()
-    made_from = made_from | {"targets": fingerprint([e.target for e in examples])}
-    writer = ContrastCache.writer(
-        folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=torch.float32
-    )
-    with writer, tqdm(total=len(examples), desc="cache both paths", unit="example") as bar:
-        for start in range(0, len(examples), 32):
-            chosen = examples[start : start + 32]
-            batch = collate(chosen, store.rows(chosen)).to(model.device)
-            states = teacher({**batch.model_inputs(), **extra}, batch.target_index)
-            for row, example in enumerate(chosen):
-                here = batch.target_row == row
-                if example.id not in writer:
-                    writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], batch.target[here])
-            bar.update(len(chosen))
+    made_from = teacher_fingerprint(teacher)
+    fill_cache(folder, model, store, examples, made_from=made_from, extra_inputs=extra, dtype=torch.float32)
 
 
 def backbone_settings(settings: Any) -> dict[str, Any]:
