@@ -127,7 +127,7 @@ def test_context_kind_follows_the_readers(tmp_path):
 def test_mean_of_tasks_is_over_tasks_not_items():
     predictions = [p(i, "neutral", True) for i in range(9)] + [p(99, "neutral", False, task="rate")]
     s = score(predictions, bootstrap_samples=10)
-    assert s["accuracy"].value == 0.9 and s["mean_of_tasks"] == 0.5
+    assert s["accuracy"].value == 0.9 and s["mean_of_tasks"].value == 0.5
 
 
 def test_strict_and_lenient_are_both_reported():
@@ -136,9 +136,9 @@ def test_strict_and_lenient_are_both_reported():
     )
     s = score([both], bootstrap_samples=10)
     assert (s["accuracy"].value, s["strict_accuracy"].value) == (1.0, 0.0)
-    assert score([both], bootstrap_samples=10, match="strict")["accuracy"].value == 0.0
-    with pytest.raises(ValueError, match="match: expected 'lenient' or 'strict'"):
-        judge([both], match="exact")
+    assert score([both], bootstrap_samples=10, scorer="strict")["accuracy"].value == 0.0
+    with pytest.raises(ValueError, match="scorer: expected 'lenient', 'strict'"):
+        judge([both], scorer="exact")
 
 
 def test_interval_has_the_textbook_width():
