@@ -478,6 +478,8 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
                 "choose another --out or remove it"
             )
         print(f"going on from {arguments.out}: {len(done)} answers are there")
+        if {_control_id(e.id, control) for e in examples for control in ("", *arguments.controls)} <= {p.id for p in done}:
+            return settings, done  # nothing is left to ask: neither the model nor the clips are needed
     try:
         model = SpeechLM.from_pretrained(arguments.checkpoint).to(device)
     except RuntimeError as error:  # BackboneError and SpeechLMError both are

@@ -284,6 +284,15 @@ def test_command_line_goes_on_where_it_was_and_scores_again(files, tmp_path, cap
     assert "other settings" in capsys.readouterr().err
 
 
+def test_a_finished_evaluation_needs_no_model(files, tmp_path, monkeypatch, capsys):
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr(SpeechLM, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"going on from {tmp_path / 'p.jsonl'}: 8 answers are there\n{first}"
+
+
 def test_command_line_errors_are_one_line(files, capsys):
     assert main([str(files / "none"), str(files / "m.jsonl")]) == 1
     assert capsys.readouterr().err == f"error: checkpoint: no folder '{files / 'none'}'\n"
