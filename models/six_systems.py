@@ -393,7 +393,7 @@ def _predictions_name(alpha: float | None) -> str:
     return "test-greedy.jsonl" if alpha is None else f"test-contrastive{alpha:g}.jsonl"
 
 
-def score_row(predictions: Sequence[Any], hints: Mapping[str, str]) -> dict[str, Any]:
+def score_row(predictions: Sequence[Any]) -> dict[str, Any]:
     """Scores of one system under one seed.
 
         all                 mean over tasks of the mean over contexts of the accuracy
@@ -402,32 +402,28 @@ def score_row(predictions: Sequence[Any], hints: Mapping[str, str]) -> dict[str,
         strict              as `all`, by strict matching
         follows_hint        of the answers under a false hint, the share that repeat it
         no_audio, swapped_audio    accuracy on the neutral questions without the clip, or with another's; blank if not asked
-
-    Args:
-        hints: id of a question with a hint -> the answer that the hint claims.
     """
-    from models.scoring import judge, named_choices, score
+    from models.scoring import judge, score
 
     plain = [p for p in predictions if not p.control]
     rates: dict[str, dict[tuple[str, str], float]] = {}
-    for match in ("lenient", "strict"):
+    for rule in ("lenient", "strict"):
         groups: dict[tuple[str, str], list[bool]] = {}
-        for prediction, right in zip(plain, judge(plain, match=match), strict=True):
+        for prediction, right in zip(plain, judge(plain, scorer=rule), strict=True):
             groups.setdefault((prediction.task, prediction.kind), []).append(bool(right))
-        rates[match] = {key: statistics.mean(values) for key, values in groups.items()}
+        rates[rule] = {key: statistics.mean(values) for key, values in groups.items()}
     tasks = sorted({task for task, _ in rates["lenient"]})
     kinds = [k for k in ("neutral", "aligned", "conflict", "irrelevant") if any(key[1] == k for key in rates["lenient"])]
 
-    def over_contexts(match: str) -> float:
-        return statistics.mean(statistics.mean(rates[match][task, kind] for kind in kinds) for task in tasks)
+    def over_contexts(rule: str) -> float:
+        return statistics.mean(statistics.mean(rates[rule][task, kind] for kind in kinds) for task in tasks)
 
     row: dict[str, Any] = {"all": over_contexts("lenient")}
     for kind in ("neutral", "aligned", "conflict", "irrelevant"):
         row[kind] = statistics.mean(rates["lenient"][task, kind] for task in tasks) if kind in kinds else ""
     tir = score(plain, bootstrap_samples=1)["tir_adv"].value
     row |= {"shift_tir_adv": "" if tir is None else tir, "strict": over_contexts("strict")}
-    misled = [p for p in plain if p.kind == "conflict" and p.id in hints]
-    followed = [named_choices(p.prediction, p.choices) == [hints[p.id]] for p in misled]
+    followed = [p.said() == p.claim for p in plain if p.kind == "conflict" and p.claim is not None]
     row["follows_hint"] = statistics.mean(followed) if followed else ""
     for control in ("no_audio", "swapped_audio"):
         asked = [p for p in predictions if p.control == control]
@@ -436,29 +432,21 @@ def score_row(predictions: Sequence[Any], hints: Mapping[str, str]) -> dict[str,
     return row | {"questions": len(plain)}
 
 
-def claimed_answers(questions: Sequence[Any]) -> dict[str, str]:
-    """Id -> the answer that a question's hint claims, where its context names exactly one choice."""
-    from models.scoring import named_choices
-
-    named = {e.id: named_choices(e.context, e.choices) for e in questions if e.kind in ("aligned", "conflict")}
-    return {example_id: choices[0] for example_id, choices in named.items() if len(choices) == 1}
-
-
 def table_rows(
-    found: Mapping[tuple[str, int], tuple[str, float, list[Any]]], hints: Mapping[str, str], latency: Mapping[str, float]
+    found: Mapping[tuple[str, int], tuple[str, float, list[Any]]], latency: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """The rows of six_systems.csv."""
     rows = []
     for (system, seed), (label, alpha, predictions) in found.items():
         model = "teacher" if system.startswith("teacher") else "student"
         decoding = "contrastive" if "_cd" in system else "greedy"
-        scores = score_row(predictions, hints)
+        scores = score_row(predictions)
         start = {"system": system, "label": label, "seed": seed, "alpha": alpha}
         rows.append(start | scores | {"latency_ms": latency[f"{model}_{decoding}"]})
     return rows
 
 
-def sweep_rows(folders: Mapping[str, Path], settings: SixSettings, hints: Mapping[str, str]) -> list[dict[str, Any]]:
+def sweep_rows(folders: Mapping[str, Path], settings: SixSettings) -> list[dict[str, Any]]:
     """The rows of sweeps.csv: one setting is changed, the others are those of CAAD alpha 2."""
     from models.evaluate import read_predictions
 
@@ -466,7 +454,7 @@ def sweep_rows(folders: Mapping[str, Path], settings: SixSettings, hints: Mappin
 
     def add(sweep: str, value: Any, system: str, seed: int, folder: Path) -> None:
         predictions = read_predictions(folder / _predictions_name(None))[1]
-        rows.append({"sweep": sweep, "value": value, "system": system, "seed": seed} | score_row(predictions, hints))
+        rows.append({"sweep": sweep, "value": value, "system": system, "seed": seed} | score_row(predictions))
 
     for seed in range(settings.sweep_seeds):
         for name, _, values in SWEEPS:
@@ -613,9 +601,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ended.code
     from models.stages import read_done
 
-    hints = claimed_answers(read_items(Context(settings, Path(), folders, None), "test"))
     found = collect(folders, settings)
-    rows = table_rows(found, hints, read_done(folders["latency"])["result"])
+    rows = table_rows(found, read_done(folders["latency"])["result"])
     paired = paired_rows(found)
     print_table(console, rows)
     sentences = verdicts(rows, paired)
@@ -624,7 +611,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
     tables = {
-        "six_systems.csv": rows, "six_systems_paired.csv": paired, "sweeps.csv": sweep_rows(folders, settings, hints)
+        "six_systems.csv": rows, "six_systems_paired.csv": paired, "sweeps.csv": sweep_rows(folders, settings)
     }  # fmt: skip
     out = Path(arguments.out)
     for folder in (out, *([RESULTS] if arguments.write else [])):

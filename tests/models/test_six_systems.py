@@ -1,12 +1,11 @@
 """The six-system table: its scores by hand, its differences, its verdicts, and the whole of it in small."""
 
 import csv
-from types import SimpleNamespace
 
 import pytest
 
 from models.scoring import Prediction
-from models.six_systems import LAYERED, SYSTEMS, claimed_answers, main, paired_rows, score_row, to_csv, verdicts
+from models.six_systems import LAYERED, SYSTEMS, main, paired_rows, score_row, to_csv, verdicts
 
 
 def answer(clip, kind, right, *, task="gender", control="", answer="man"):
@@ -15,6 +14,7 @@ def answer(clip, kind, right, *, task="gender", control="", answer="man"):
     return Prediction(
         id=f"{task}{clip}{kind}" + (f"#{control}" if control else ""), task=task, kind=kind, answer=answer,
         prediction=f"The answer is {said}.", choices=choices, pair_id=f"{task}{clip}", control=control,
+        claim={"aligned": answer, "conflict": {"man": "woman", "clean": "noisy"}[answer]}.get(kind),
     )  # fmt: skip
 
 
@@ -28,9 +28,7 @@ def test_scores_by_hand():
         *(answer(i, "conflict", i == 0, task="noise", answer="clean") for i in range(2)),
         *(answer(i, "neutral", i == 0, control="no_audio") for i in range(4)),
     ]
-    hints = {p.id: {"man": "woman", "clean": "noisy"}[p.answer] for p in predictions if p.kind == "conflict"}
-    hints |= {p.id: p.answer for p in predictions if p.kind == "aligned"}
-    row = score_row(predictions, hints)
+    row = score_row(predictions)
     assert row["neutral"] == pytest.approx((0.75 + 1) / 2) and row["aligned"] == 1
     assert row["conflict"] == pytest.approx((0.25 + 0.5) / 2) and row["irrelevant"] == ""
     assert row["all"] == pytest.approx(((0.75 + 1 + 0.25) / 3 + (1 + 1 + 0.5) / 3) / 2) == pytest.approx(row["strict"])
@@ -38,19 +36,6 @@ def test_scores_by_hand():
     assert row["follows_hint"] == pytest.approx(4 / 6)
     assert row["no_audio"] == 0.25 and row["swapped_audio"] == ""
     assert row["task_gender_conflict"] == 0.25 and row["questions"] == 18
-
-
-def test_what_a_hint_claims():
-    def question(name, kind, context):
-        return SimpleNamespace(id=name, kind=kind, context=context, choices=("man", "woman"))
-
-    questions = [
-        question("a", "aligned", "Note: the speaker is a man."),
-        question("b", "conflict", "Note: the speaker is a woman."),
-        question("c", "conflict", "Not a man, a woman?"),  # names both
-        question("d", "neutral", "Note: the speaker is a man."),
-    ]
-    assert claimed_answers(questions) == {"a": "man", "b": "woman"}
 
 
 def found(shares):
@@ -78,7 +63,7 @@ def test_the_verdict_follows_the_numbers():
     def said(caad2):
         table = found({"kd": [10, 14], "caad1": [10, 14], "caad2": caad2, "caad_plus": [40, 40], "teacher_cd1": [20]})
         rows = [
-            {"system": system, "latency_ms": 90.0 if system == "teacher_cd1" else 30.0} | score_row(predictions, {})
+            {"system": system, "latency_ms": 90.0 if system == "teacher_cd1" else 30.0} | score_row(predictions)
             for (system, _), (_, _, predictions) in table.items()
         ]
         return verdicts(rows, paired_rows(table))
