@@ -76,7 +76,7 @@ class Figure:
         light = "".join(f"--c{c[1:]}:{c};" for c in DARK)
         dark = "".join(f"--c{c[1:]}:{d};" for c, d in DARK.items())
         rules = f"<style>:root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
-        themed = re.sub("|".join(DARK), lambda m: f"var(--c{m[0][1:]})", self.svg)
+        themed = re.sub(rf"(fill|stroke): ({'|'.join(DARK)})", lambda m: f"{m[1]}: var(--c{m[2][1:]})", self.svg)
         head, tag, rest = themed.partition(" <defs>")  # the first; what comes before it is matplotlib's own
         return f"data:image/svg+xml;base64,{base64.b64encode((head + rules + tag + rest).encode()).decode('ascii')}"
 
@@ -130,6 +130,7 @@ def draw_lines(
     names = list(dict.fromkeys(x for points in series.values() for x in points))
     ordered = all(isinstance(x, (int, float)) for x in names)
     figure, axes = _figure(*((8.2, 3.6) if wide else (5.0, 3.2)))
+    handles: dict[str, Any] = {}
     for i, (label, points) in enumerate(series.items()):
         style = {"color": PALETTE[i % len(PALETTE)], "linewidth": 1.3}
         style["linestyle"] = DASHES[i // len(PALETTE) % len(DASHES)] if ordered else "none"
@@ -141,17 +142,17 @@ def draw_lines(
         values = [p.value for p in points.values()]
         if markers:
             style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5, "elinewidth": 0.9, "capsize": 2}
-            axes.errorbar(places, values, yerr=_reach(points.values()), label=label, **style)
+            handles[label] = axes.errorbar(places, values, yerr=_reach(points.values()), **style)
         else:
-            axes.plot(places, values, label=label, **style)
+            (handles[label],) = axes.plot(places, values, **style)
     if not ordered:
         axes.set_xticks(range(len(names)), [str(x) for x in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
     if limits is not None:
-        axes.set_ylim(*limits)
+        axes.set_ylim(*_widened(limits))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel, wrap=True)
-    _legend(figure, axes, columns=3 if wide else 2)
+    _legend(figure, handles, columns=3 if wide else 2)
     ends = {
         label: points if markers else {x: points[x] for x in (min(points), max(points))} for label, points in series.items()
     }
@@ -166,16 +167,17 @@ def draw_intervals(
 
     Args:
         rows: label -> {series: value}; a series that a row lacks is left out there.
-        limits: of the x axis, widened by a hair so that a mark on the edge is whole.
+        limits: of the x axis; None = those of the values, which are differences: a line at 0.
     """
     series = list(dict.fromkeys(s for values in rows.values() for s in values))
     lane = 0.17 if len(series) > 1 else 0.26  # inches a mark
     figure, axes = _figure(8.2, 1.1 + len(rows) * (lane * len(series) + 0.08))
+    handles: dict[str, Any] = {}
     for i, kind in enumerate(series):
         places = [n + 0.72 * ((i + 0.5) / len(series) - 0.5) for n, values in enumerate(rows.values()) if kind in values]
         shown = [values[kind] for values in rows.values() if kind in values]
-        axes.errorbar(
-            [v.value for v in shown], places, xerr=_reach(shown), label=kind, color=PALETTE[i % len(PALETTE)],
+        handles[kind] = axes.errorbar(
+            [v.value for v in shown], places, xerr=_reach(shown), color=PALETTE[i % len(PALETTE)],
             marker=MARKERS[i % len(MARKERS)], markersize=5, linestyle="none", elinewidth=1.1, capsize=2,
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), list(rows))
@@ -183,12 +185,13 @@ def draw_intervals(
     axes.grid(visible=False, axis="y")
     for n in range(1, len(rows)):
         axes.axhline(n - 0.5, color=GRID, linewidth=0.6)
-    if limits is not None:
-        margin = 0.02 * (limits[1] - limits[0])
-        axes.set_xlim(limits[0] - margin, limits[1] + margin)
+    if limits is None:
+        axes.axvline(0, color=INK, linewidth=0.9)
+    else:
+        axes.set_xlim(*_widened(limits))
     axes.set_xlabel(xlabel)
     if len(series) > 1:
-        _legend(figure, axes, columns=5)
+        _legend(figure, handles, columns=5)
     told = "; ".join(f"{label}: " + ", ".join(f"{s} {_say(v)}" for s, v in values.items()) for label, values in rows.items())
     return Figure(name, caption, f"{_capital(xlabel)}. {told}.", _svg(figure))
 
@@ -208,13 +211,14 @@ def _figure(width_inches: float, height_inches: float) -> tuple[Canvas, Axes]:
     return figure, axes
 
 
-def _legend(figure: Canvas, axes: Axes, *, columns: int) -> None:
+def _legend(figure: Canvas, handles: Mapping[str, Any], *, columns: int) -> None:
     import matplotlib
 
-    handles, names = axes.get_legend_handles_labels()
     with matplotlib.rc_context(_STYLE):
-        # A name that starts with an underscore would be left out of a legend that looks for names itself.
-        figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)), fontsize=8)
+        # By handle: a legend that looks for names itself leaves out those that start with an underscore.
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8
+        )  # fmt: skip
 
 
 def _reach(values: Any) -> list[list[float]]:
@@ -222,6 +226,12 @@ def _reach(values: Any) -> list[list[float]]:
     below = [0.0 if v.low is None else max(0.0, v.value - v.low) for v in values]
     above = [0.0 if v.high is None else max(0.0, v.high - v.value) for v in values]
     return [below, above]
+
+
+def _widened(limits: tuple[float, float]) -> tuple[float, float]:
+    # By a hair, so that a mark on the edge is whole.
+    margin = 0.02 * (limits[1] - limits[0])
+    return limits[0] - margin, limits[1] + margin
 
 
 def _say(value: Value) -> str:

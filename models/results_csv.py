@@ -180,8 +180,10 @@ def over_seeds(
 
 
 def labels(table: ResultsTable) -> dict[str, str]:
-    """System -> its label; the system's own name where the table has no labels."""
-    return {row["system"]: row.get("label") or row["system"] for row in table.rows}
+    """System -> its label; the system's own name where the table has no labels, or beside a label that several share."""
+    names = {row["system"]: row.get("label") or row["system"] for row in table.rows}
+    shared = [name for name in names.values() if list(names.values()).count(name) > 1]
+    return {system: f"{name} ({system})" if name in shared else name for system, name in names.items()}
 
 
 def curves_csv(runs: Mapping[tuple[str, str, int], Sequence[Mapping[str, Any]]]) -> str:
