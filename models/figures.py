@@ -1,7 +1,7 @@
-"""The report's figures: SVG that reads well on light and on dark ground, for the colour-blind, and aloud (alt text with the numbers).
+"""The report's figures: SVG for light and dark ground, for the colour-blind, and with the numbers in words for who cannot see it.
 
-Colours are told apart in the common colour vision deficiencies and stand out from the ground (3:1 and more, both schemes); markers
-and dashes differ too. The same numbers give the same bytes (with the same matplotlib): no dates, fixed ids.
+Colours are told apart in the common colour vision deficiencies and stand out from the ground (3:1 and more, both schemes);
+markers and dashes differ too. The same numbers give the same bytes (with the same matplotlib): no dates, fixed ids.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figur
 
 def draw_lines(
     name: str,
-    series: Mapping[str, Mapping[Any, Value]],
+    series: Mapping[str, Mapping[float, Value]],
     *,
     xlabel: str,
     ylabel: str,
@@ -120,44 +120,33 @@ def draw_lines(
     markers: bool = True,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """A line for each label over numbers; over names (a dictionary with text as keys) marks beside one another.
+    """A line for each label.
 
     Args:
         series: label -> {x: value}.
         markers: a mark and an interval at each value; a training curve has too many of them.
         limits: of the y axis.
     """
-    names = list(dict.fromkeys(x for points in series.values() for x in points))
-    ordered = all(isinstance(x, (int, float)) for x in names)
     figure, axes = _figure(*((8.2, 3.6) if wide else (5.0, 3.2)))
     handles: dict[str, Any] = {}
+    told = []
     for i, (label, points) in enumerate(series.items()):
-        style = {"color": PALETTE[i % len(PALETTE)], "linewidth": 1.3}
-        style["linestyle"] = DASHES[i // len(PALETTE) % len(DASHES)] if ordered else "none"
-        if ordered:
-            points = dict(sorted(points.items()))
-            places = list(points)
-        else:
-            places = [names.index(x) + 0.6 * ((i + 0.5) / len(series) - 0.5) for x in points]
+        points = dict(sorted(points.items()))
+        style = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)], "linewidth": 1.3}
         values = [p.value for p in points.values()]
         if markers:
             style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5, "elinewidth": 0.9, "capsize": 2}
-            handles[label] = axes.errorbar(places, values, yerr=_reach(points.values()), **style)
+            handles[label] = axes.errorbar(list(points), values, yerr=_reach(points.values()), **style)
         else:
-            (handles[label],) = axes.plot(places, values, **style)
-    if not ordered:
-        axes.set_xticks(range(len(names)), [str(x) for x in names])
-        axes.set_xlim(-0.5, len(names) - 0.5)
+            (handles[label],) = axes.plot(list(points), values, **style)
+        said = points if markers else {x: points[x] for x in (min(points), max(points))}
+        told.append(f"{label}: " + ", ".join(f"{_say(v)} at {x:g}" for x, v in said.items()))
     if limits is not None:
         axes.set_ylim(*_widened(limits))
     axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel, wrap=True)
+    axes.set_ylabel(ylabel)
     _legend(figure, handles, columns=3 if wide else 2)
-    ends = {
-        label: points if markers else {x: points[x] for x in (min(points), max(points))} for label, points in series.items()
-    }
-    told = "; ".join(f"{label}: " + ", ".join(f"{_say(v)} at {x}" for x, v in points.items()) for label, points in ends.items())
-    return Figure(name, caption, f"{_capital(ylabel)} over {xlabel}. {told}.", _svg(figure), wide)
+    return Figure(name, caption, f"{_capital(ylabel)} over {xlabel}. {'; '.join(told)}.", _svg(figure), wide)
 
 
 def draw_intervals(

@@ -14,8 +14,8 @@ for (const table of document.querySelectorAll("table")) {
     const button = document.createElement("button");
     button.type = "button";
     button.title = "sort by this column";
-    button.append(...header.childNodes);
-    header.append(button);
+    button.append(header.firstChild);
+    header.prepend(button);
     button.addEventListener("click", () => {
       const down = header.getAttribute("aria-sort") === "ascending";
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");

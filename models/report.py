@@ -4,8 +4,8 @@
         [--predictions "KD=runs/kd/test.jsonl" "CAAD=runs/caad/test.jsonl" --manifest corpus/manifest.jsonl]
         [--metrics "CAAD=runs/caad/metrics.jsonl"]
 
-Without arguments it is made of the committed results (models/results) alone. Everything shown is computed from stored results, saved
-predictions and metrics, so a report can be made again at any time; what was looked for and not found is listed in it.
+Without arguments it is made of the committed results (models/results) alone. Everything shown is computed from stored results,
+saved predictions and metrics, so a report can be made again at any time; what was looked for and not found is listed in it.
 
 Markdown cannot hold figures and sound: they go into a folder beside it, report_files for report.md.
 """
@@ -158,7 +158,7 @@ def _environment(**options: Any) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
     )
-    environment.filters["anchor"] = lambda title: _Plain(re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"))
+    environment.globals["nothing"] = NOTHING
     environment.filters["plain"] = _Plain
     environment.tests["table"] = lambda block: isinstance(block, Table)
     return environment
@@ -249,7 +249,7 @@ def choose_clips(report: Report) -> tuple[list[Clip], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m models.report", description="Make a report of stored results and predictions.")
+    parser = argparse.ArgumentParser(prog="python -m models.report", description="A report of stored results and predictions.")
     parser.add_argument("--out", default="report.html", help="HTML file to write")
     parser.add_argument("--markdown", metavar="FILE", help="the same as Markdown; figures and clips in a folder beside it")
     parser.add_argument("--title", default="Evaluation")

@@ -45,14 +45,14 @@ STORED = {
     "six_systems.csv": (
         "Systems of the CAAD paper, on the built-in corpus",
         "python -m models.six_systems --write",
-        "ALL is the mean over tasks of the mean over contexts. Accuracy is lenient: the label's words stand in the answer. Shift is the share of the questions answered rightly without a "
-        "hint that a false hint turns wrong.",
+        "ALL is the mean over tasks of the mean over contexts. Accuracy is lenient: the label's words stand in the answer. Shift "
+        "is the share of the questions answered rightly without a hint that a false hint turns wrong.",
     ),
     "six_systems_paired.csv": (
         "Differences between systems",
         "python -m models.six_systems --write",
-        "Accuracy of one system minus another's on the same questions, all seeds together; 95% intervals by paired bootstrap over "
-        "clips.",
+        "Accuracy of one system minus another's on the same questions, all seeds together; 95% intervals by paired bootstrap "
+        "over clips.",
     ),
     "sweeps.csv": ("Sweeps", "python -m models.six_systems --write", "One setting is changed, the others stay."),
     "sources_layers.csv": (
@@ -177,8 +177,8 @@ def stored_sections(folder: str | Path) -> Stored:
 
 
 _SEED_NOTE = (
-    "Mean ± standard deviation over seeds, under it the 95% interval by bootstrap over seeds: with few seeds it is too narrow, and "
-    "says nothing about other test clips. With one seed there is no deviation; an interval is then the file's own, over clips."
+    "Mean ± standard deviation over seeds, under it the 95% interval by bootstrap over seeds: with few seeds it is too narrow, "
+    "and says nothing about other test clips. With one seed there is no deviation; an interval is then the file's, over clips."
 )
 
 
@@ -197,16 +197,15 @@ def _by_system(table: ResultsTable, found: Stored) -> list[Table | Figure]:
             found.missing.append(f"{table.name}: no column {', '.join(absent)}.")
     groups, names = over_seeds(table, columns), labels(table)
     scores = {names[system]: summaries for (system,), summaries in groups.items()}
-    seeds = {
-        names[system]: len([row for row in table.rows if row["system"] == system]) for (system,) in groups
-    }
+    seeds = {names[system]: len([row for row in table.rows if row["system"] == system]) for (system,) in groups}
     main = [c for c in columns if not c.startswith("task_")]
-    blocks: list[Table | Figure] = [_seed_table("All tasks together.", scores, {c: _heading(c) for c in main}, seeds)]
+    blocks: list[Table | Figure] = [_seed_table("Scores by system.", scores, {c: _heading(c) for c in main}, seeds)]
     contexts = [c for c in (*KINDS, "perception", "content") if c in main]
     stem = table.name.removesuffix(".csv").replace("_", "-")
     if contexts:
         rows = {label: _values(summaries, contexts) for label, summaries in scores.items()}
-        blocks.append(draw_intervals(stem, rows, xlabel="accuracy", caption="Accuracy by system; bars are the intervals of the table."))
+        caption = "Accuracy by system; bars are the intervals of the table."
+        blocks.append(draw_intervals(stem, rows, xlabel="accuracy", caption=caption))
     if "follows_hint" in main:
         rows = {
             names[system]: _values(groups[system,], ["follows_hint"])
@@ -256,30 +255,48 @@ def _sweeps(table: ResultsTable, names: Mapping[str, str], found: Stored) -> lis
     blocks: list[Table | Figure] = []
     for sweep in (*(s for s in SWEEPS if s in present), *(s for s in present if s not in SWEEPS)):
         title, axis = SWEEPS.get(sweep, (sweep, sweep))
-        cells = {(value, system): s for (name, value, system), s in groups.items() if name == sweep}
-        systems = list(dict.fromkeys(system for _, system in cells))
+        cells = {
+            (value, names.get(system, system)): summaries
+            for (name, value, system), summaries in groups.items()
+            if name == sweep
+        }  # fmt: skip
         shown = [c for c in columns if any(s[c].mean is not None for s in cells.values())]
-        numbers = _all_numbers([value for value, _ in cells])
-        series: dict[str, dict[Any, Value]] = {}
-        for (value, system), summaries in cells.items():
-            for column in ["conflict"] if sweep == "conflict_strength" and "conflict" in shown else shown:
-                if summaries[column].mean is not None:
-                    own = [names.get(system, system)] if len(systems) > 1 or sweep == "conflict_strength" else []
-                    own += [] if sweep == "conflict_strength" else [_short(column)]
-                    series.setdefault(", ".join(own), {})[float(value) if numbers else value] = _value(summaries[column])
-        if series:
-            caption = f"{title}: accuracy under a false hint." if sweep == "conflict_strength" else f"{title}: accuracy and Shift."
-            name = f"sweep-{re.sub(r'[^a-z0-9]+', '-', sweep.lower())}"
-            blocks.append(
-                draw_lines(
-                    name, series, xlabel=axis, limits=(0, 1), caption=caption,
-                    ylabel="accuracy under a false hint" if sweep == "conflict_strength" else "accuracy, Shift",
-                )
-            )  # fmt: skip
-        rows = {f"{value}, {names.get(system, system)}": s for (value, system), s in cells.items()}
-        seeds = {f"{v}, {names.get(s, s)}": max(x.seeds for x in cells[v, s].values()) for v, s in cells}
-        blocks.append(_seed_table(f"{title}: {sweep}, system.", rows, {c: _heading(c) for c in shown}, seeds, folded=True))
+        rows = {f"{value}, {system}": s for (value, system), s in cells.items()}
+        if shown:
+            blocks.append(_sweep_figure(sweep, title, axis, cells, rows, shown))
+        seeds = {label: max((s[c].seeds for c in columns), default=0) for label, s in rows.items()}
+        headings = {c: _heading(c) for c in shown}
+        blocks.append(_seed_table(f"{title}: scores.", rows, headings, seeds, first="value, system", folded=True))
     return blocks
+
+
+def _sweep_figure(
+    sweep: str,
+    title: str,
+    axis: str,
+    cells: Mapping[tuple[str, str], Mapping[str, SeedSummary]],
+    rows: Mapping[str, Mapping[str, SeedSummary]],
+    shown: Sequence[str],
+) -> Figure:
+    """Lines over numbers, rows of marks over names."""
+    name = f"sweep-{re.sub(r'[^a-z0-9]+', '-', sweep.lower())}"
+    if not _all_numbers([value for value, _ in cells]):
+        drawn = {label: _values(summaries, shown) for label, summaries in rows.items()}
+        return draw_intervals(name, drawn, xlabel="accuracy, Shift", caption=f"{title}: accuracy and Shift by {axis}.")
+    systems = list(dict.fromkeys(system for _, system in cells))
+    if sweep == "conflict_strength" and "conflict" in shown:
+        shown, what = ["conflict"], "accuracy under a false hint"
+    elif len(systems) > 1:
+        shown, what = [c for c in ("all", "conflict") if c in shown], "accuracy"
+    else:
+        what = "accuracy, Shift" if "shift_tir_adv" in shown else "accuracy"
+    series: dict[str, dict[float, Value]] = {}
+    for (value, system), summaries in cells.items():
+        for label, point in _values(summaries, shown).items():
+            own = [system] if len(systems) > 1 else []
+            own += [label] if len(shown) > 1 or not own else []
+            series.setdefault(", ".join(own), {})[float(value)] = point
+    return draw_lines(name, series, xlabel=axis, ylabel=what, limits=(0, 1), caption=f"{title}: {what} over {axis}.")
 
 
 def _differences(table: ResultsTable, names: Mapping[str, str]) -> list[Table | Figure]:
@@ -324,17 +341,16 @@ def _seed_table(
     headings: Mapping[str, str],
     seeds: Mapping[str, int] | None = None,
     *,
+    first: str = "system",
     folded: bool = False,
 ) -> Table:
-    """A row a label, a column for each of `headings`, and the number of seeds last where it is given."""
-    columns = [Column("system"), *(Column(name) for name in headings.values())]
-    if seeds is not None:
-        columns.append(Column("seeds"))
+    """A row a label, the number of seeds where it is given, and a column for each of `headings`."""
+    columns = [Column(first), *([] if seeds is None else [Column("seeds")]), *(Column(name) for name in headings.values())]
     rows = []
     for label, summaries in scores.items():
         cells = [_seed_cell(summaries[c], c, None if seeds is None else seeds[label]) for c in headings]
         if seeds is not None:
-            cells.append(Cell(str(seeds[label]), value=seeds[label]))
+            cells.insert(0, Cell(str(seeds[label]), value=seeds[label]))
         rows.append((label, tuple(cells)))
     return Table(caption, tuple(columns), tuple(rows), folded)
 
@@ -524,5 +540,6 @@ def _estimate_cell(estimate: Estimate | None, *, brief: bool = False) -> Cell:
 def _difference_cell(estimate: Estimate | None) -> Cell:
     if estimate is None or estimate.value is None:
         return Cell(NOTHING)
-    ends = "" if estimate.low is None or estimate.high is None else f"{estimate.low:+.3f} to {estimate.high:+.3f}"
-    return Cell(f"{estimate.value:+.3f}", ", ".join(x for x in (ends, f"n {estimate.count}" if estimate.count else "") if x), estimate.value)
+    notes = [] if estimate.low is None or estimate.high is None else [f"{estimate.low:+.3f} to {estimate.high:+.3f}"]
+    notes += [f"n {estimate.count}"] if estimate.count else []
+    return Cell(f"{estimate.value:+.3f}".replace("-", "−"), ", ".join(notes).replace("-", "−"), estimate.value)

@@ -1,7 +1,7 @@
 """Reads the tables of models/results, one row a system and seed, and sums them up over seeds.
 
-A cell that is no number, a row with too few cells or a seed that stands twice is an error with file, row and column: a report must
-not be drawn from half a table. A blank cell is a value that was not measured, and stays blank.
+A cell that is no number, a row with too few cells or a seed that stands twice is an error with file, row and column: a report
+must not be drawn from half a table. A blank cell is a value that was not measured, and stays blank.
 
 `training.csv` keeps the curves of training runs beside the tables: `curves_csv` writes it from metrics files (models/metrics.py).
 """
@@ -165,8 +165,9 @@ def over_seeds(
         for i in indices:
             seed = table.rows[i]["seed"]
             if seed in seen:
+                group = ", ".join(key)
                 raise ResultsError(
-                    f"{table.name}: row {i + 2}: expected each seed of {', '.join(key)} once, got seed {seed} in row {seen[seed]} too"
+                    f"{table.name}: row {i + 2}: expected each seed of {group} once, got seed {seed} in row {seen[seed]} too"
                 )
             seen[seed] = i + 2
         result[key] = {
