@@ -68,7 +68,7 @@ CURVES_FILE = "training.csv"
 BIAS_SYSTEMS = ("teacher", "before", "kd", "caad1", "caad2", "caad_plus")
 # Sweep -> (heading, what the x axis says)
 SWEEPS = {
-    "conflict_strength": ("Accuracy against conflict strength", "conflict strength"),
+    "conflict_strength": ("Accuracy against conflict strength", "signal-to-noise ratio of the clips, dB"),
     "alpha": ("Contrast strength alpha", "contrast strength alpha"),
     "lambda": ("Weight of the KD term, lambda", "weight of the KD term, lambda"),
     "tau": ("Temperature tau", "temperature tau"),

@@ -25,6 +25,7 @@ import csv
 import dataclasses
 import datetime
 import io
+import itertools
 import statistics
 import sys
 import time
@@ -466,6 +467,39 @@ def sweep_rows(folders: Mapping[str, Path], settings: SixSettings) -> list[dict[
     return rows
 
 
+STRENGTH_SYSTEMS = ("teacher", "kd", "caad1", "caad2", "caad_plus")
+STRENGTH_EDGES_DB = (-18.0, -13.0, -8.0, -3.0, 2.0)
+
+
+def strength_rows(
+    found: Mapping[tuple[str, int], tuple[str, float, list[Any]]], questions: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Rows of sweeps.csv: the more noise, the less the sound has to set against a false hint; a row a bin of the clips' dB."""
+    snr_db = {e.id: e.metadata["snr_db"] for e in questions if "snr_db" in e.metadata}
+    rows = []
+    for low, high in itertools.pairwise(STRENGTH_EDGES_DB):
+        for (system, seed), (_, _, predictions) in found.items():
+            inside = [p for p in predictions if not p.control and low <= snr_db.get(p.id, -100.0) < high]
+            if system in STRENGTH_SYSTEMS and inside:
+                start = {"sweep": "conflict_strength", "value": (low + high) / 2, "system": system, "seed": seed}
+                rows.append(start | score_row(inside))
+    return rows
+
+
+def training_csv(folders: Mapping[str, Path], settings: SixSettings) -> str:
+    """training.csv: the curves of the distilled students, every seed."""
+    from models.metrics import read_metrics
+    from models.results_csv import curves_csv
+
+    return curves_csv(
+        {
+            (s.name, s.label, seed): read_metrics(folders[f"students_{seed}"] / s.name / "metrics.jsonl")
+            for s in SYSTEMS
+            for seed in range(settings.seeds)
+        }
+    )
+
+
 PAIRS = (
     ("caad1", "kd"), ("caad2", "kd"), ("caad2", "sharpened2"), ("caad2", "ce_only"), ("caad_plus", "caad2"),
     ("caad2_adaptive", "caad2"), ("caad2_ramp", "caad2"), ("caad2_weighted", "caad2"), ("caad2_centered", "caad2"),
@@ -610,13 +644,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
-    tables = {
-        "six_systems.csv": rows, "six_systems_paired.csv": paired, "sweeps.csv": sweep_rows(folders, settings)
-    }  # fmt: skip
+    questions = read_items(Context(settings, Path(), folders, None), "test")
+    sweeps = sweep_rows(folders, settings) + strength_rows(found, questions)
+    texts = {name: to_csv(t) for name, t in (("six_systems", rows), ("six_systems_paired", paired), ("sweeps", sweeps))}
+    texts["training"] = training_csv(folders, settings)
     out = Path(arguments.out)
     for folder in (out, *([RESULTS] if arguments.write else [])):
-        for name, table in tables.items():
-            atomic_write_text(folder / name, to_csv(table))
+        for name, text in texts.items():
+            atomic_write_text(folder / f"{name}.csv", text)
     console.print(f"total {time.monotonic() - started:.0f} s; {out.resolve()}", soft_wrap=True)
     return 0
 

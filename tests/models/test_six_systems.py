@@ -1,11 +1,13 @@
 """The six-system table: its scores by hand, its differences, its verdicts, and the whole of it in small."""
 
 import csv
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from models.scoring import Prediction
-from models.six_systems import LAYERED, SYSTEMS, main, paired_rows, score_row, to_csv, verdicts
+from models.six_systems import LAYERED, SYSTEMS, main, paired_rows, score_row, strength_rows, to_csv, verdicts
 
 
 def answer(clip, kind, right, *, task="gender", control="", answer="man"):
@@ -77,6 +79,16 @@ def test_the_verdict_follows_the_numbers():
     assert any(s.startswith("caad2 against standard KD, conflict") and s.endswith("MISSED.") for s in said([8, 12]))
 
 
+def test_conflict_strength_is_by_the_clips_noise():
+    table = found({"kd": [40, 0], "before": [0, 0]})
+    ids = {p.id for _, _, predictions in table.values() for p in predictions}
+    questions = [SimpleNamespace(id=i, metadata={"snr_db": -15.0 if "gender1" in i else 1.0}) for i in ids if "gender2" not in i]
+    rows = strength_rows(table, questions)
+    assert [(r["value"], r["system"], r["seed"]) for r in rows] == [(v, "kd", s) for v in (-15.5, -0.5) for s in (0, 1)]
+    assert [r["conflict"] for r in rows] == [1, 0, 1, 0]
+    assert rows[0]["questions"] == 3 * 11 and rows[2]["questions"] == 3 * 18  # clips 1 and 10 to 19; 2 and 20 to 29 are unknown
+
+
 def test_a_csv_has_every_column_of_every_row():
     lines = list(csv.DictReader(to_csv([{"a": 1 / 3}, {"a": 2, "b": "x,y"}]).splitlines()))
     assert [(line["a"], line["b"]) for line in lines] == [("0.3333", ""), ("2", "x,y")] and lines[0]["commit"]
@@ -104,5 +116,8 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys):
     assert all(float(r["latency_ms"]) > 0 and 0 <= float(r["all"]) <= 1 for r in rows)
     with open(tmp_path / "out" / "sweeps.csv", newline="") as file:
         sweeps = list(csv.DictReader(file))
-    assert {r["sweep"] for r in sweeps} == {"alpha", "lambda", "tau", "anchor"} and len(sweeps) == 4 + 4 + 3 + 6
+    counts = Counter(r["sweep"] for r in sweeps)
+    assert counts.pop("conflict_strength") > 0 and counts == {"alpha": 4, "lambda": 4, "tau": 3, "anchor": 6}
+    with open(tmp_path / "out" / "training.csv", newline="") as file:
+        assert {r["system"] for r in csv.DictReader(file)} == {s.name for s in SYSTEMS}
     assert "random models, the numbers mean nothing" in capsys.readouterr().out
