@@ -263,7 +263,7 @@ def build_sources(
     def one(name: str, settings: SourceConfig) -> Source:
         if kept is None:
             return _build_source(recipe, name, settings, data, model, device)
-        key = _source_fingerprint(recipe, name, settings)
+        key = _source_fingerprint(recipe, name, settings, depth=len(decoder_layers(model.lm)))
         if key not in kept:
             kept[key] = _build_source(recipe, name, settings, data, model, device)
         return dataclasses.replace(kept[key], settings=settings, layers=copy.deepcopy(kept[key].layers))
@@ -283,17 +283,17 @@ def build_sources(
     return sources + [one(name, each) for name, each in recipe.sources.items()]
 
 
-def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig) -> str:
-    """Of all that a built `Source` depends on, apart from its settings of weight and divergence."""
+def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, depth: int) -> str:
+    """Of all that a built `Source` depends on, apart from its settings of weight and divergence; `depth`: student's layers."""
     depends = {
         "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
         "layers": to_dict(settings.layers),
         "own": [recipe.teacher.cache, recipe.loss.center_text] if name == OWN_TEACHER else [],
         "data": to_dict(recipe.data),
-        "student": [recipe.model.bf16_products, recipe.model.prefix_cache_mib],
+        "student": [depth, recipe.model.bf16_products, recipe.model.prefix_cache_mib],
     }
-    if settings.folder is None or settings.layers.weight > 0:  # a snapshot of the student, or layers by its depth
-        depends["student"] += [to_dict(recipe.model), recipe.run.seed if settings.folder is None else None]
+    if settings.folder is None:  # a snapshot of the student
+        depends["student"] += [to_dict(recipe.model), recipe.run.seed]
     return fingerprint(depends)
 
 

@@ -48,11 +48,14 @@ def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, cont
         "kd": ("kd", teacher),
         "layers": ("caad_layers", [*teacher, "run.seed=3"]),
         "layers_again": ("caad_layers", [*teacher, "run.seed=3"]),
+        "other_start": ("caad_layers", teacher),
     }
+    starts = {"other_start": world / "teacher" / "final"}  # another student of the same depth shares the teacher's states
     for name, (recipe, more) in runs.items():
         result = cohort.run(
-            context.folder / name, recipe, manifest=world / "m.jsonl", start=world / "untrained", words=words(world, *more)
-        )
+            context.folder / name, recipe, manifest=world / "m.jsonl", start=starts.get(name, world / "untrained"),
+            words=words(world, *more),
+        )  # fmt: skip
         assert result["answers"] == {"None": 18}
     assert built == ["teacher", "teacher"]  # once without layers, once with them
     for name in ("ce", "caad", "kd", "layers"):
