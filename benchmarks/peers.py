@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .common import PeakMemory, add_common_arguments, available_bytes, finish, refuse_wrong, time_calls, time_columns
+from .common import PeakMemory, add_common_arguments, available_bytes, finish, time_calls, time_columns
 from .contenders import (
     CHUNKS,
-    ERROR_BUDGETS,
     OBJECTIVES,
     LinearCase,
     Objective,
@@ -25,6 +24,7 @@ from .contenders import (
     build,
     contenders,
     gradient_errors,
+    refuse_wrong_gradients,
 )
 from .linear import FLOOR, rates
 from .memory import naive_bytes
@@ -105,7 +105,7 @@ def compare(args: argparse.Namespace, case: LinearCase, objective: Objective) ->
     listed = [x for x in contenders(device.type, (objective,)) if not (args.no_compile and x.compiles)]
     steps, missing = build(listed)
     errors = gradient_errors({name: (objective, step) for name, step in steps.items()}, case, check_tokens=16)
-    refuse_wrong(errors, ERROR_BUDGETS[case.hidden.dtype])
+    refuse_wrong_gradients(errors, case.hidden.dtype)
     peaks = {}
     for name, step in steps.items() if device.type == "cuda" else ():
         # On the CPU what a step keeps for the next one would not count: benchmarks.memory has a process for each.
