@@ -40,7 +40,8 @@ from models.data.manifest import (
 )
 
 FORMS = ("desta", "dynamic_superb", "mcr_bench")
-_CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
+# MCR-BENCH's context types and the kind of each.
+CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
 _AUDIO_MARK = re.compile(r"<start_audio>.*?<end_audio>|<\|?/?audio\|?>", re.IGNORECASE | re.DOTALL)
 _OFFERED = re.compile(
     r"\b(?:answers?|labels?|responses?|options?)\s+(?:could|should|can|may|must|might)\s+be\s+(.+)", re.I
@@ -254,8 +255,8 @@ def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Exa
         contexts = {row.get("context_type", "neutral"): row.get("context", "")}
     group = str(row.get("pair_id", row.get("id", defaults.name({}, audio))))
     for context_type, context in contexts.items():
-        if context_type not in _CONTEXT_KINDS:
-            raise ValueError(f"context_type: expected one of {list(_CONTEXT_KINDS)}, got {context_type!r}")
+        if context_type not in CONTEXT_KINDS:
+            raise ValueError(f"context_type: expected one of {list(CONTEXT_KINDS)}, got {context_type!r}")
         name = f"{group}/{context_type}" if "contexts" in row else defaults.name(row, audio)
         yield Example(
             id=name,
@@ -268,7 +269,7 @@ def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Exa
             choices=tuple(choices),
             answer=answer,
             split=row.get("split", defaults.split),
-            kind=_CONTEXT_KINDS[context_type],
+            kind=CONTEXT_KINDS[context_type],
             pair_id=group,
         )
 
