@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--min-snr-db", type=float, default=-18.0, help="noise of the gender task")
     parser.add_argument("--max-snr-db", type=float, default=2.0)
+    parser.add_argument("--max-seconds", type=float, default=4.0, help="clips are cut to this")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     try:
@@ -167,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             hint_correlation=arguments.hint_correlation,
             min_snr_db=arguments.min_snr_db,
             max_snr_db=arguments.max_snr_db,
+            max_seconds=arguments.max_seconds,
         )
         manifest = read_manifest(path)
     except (ValueError, OSError, PackageUnavailable, PackageCorrupt, EspeakError) as error:

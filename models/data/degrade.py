@@ -34,6 +34,8 @@ class Channel:
         reverberation_seconds: time in which a room's echo falls by 60 dB; the echo has the energy of the direct sound. None
             is no room.
         trim: cut the silence at both ends, which corpora have in different lengths.
+        noise_in_band: the noise is that of an 8 kHz recording too; a clip without noise is then not told by its empty upper
+            band.
 
     Raises:
         ValueError: a value outside its range.
@@ -42,6 +44,7 @@ class Channel:
     band: str = "common"
     reverberation_seconds: float | None = None
     trim: bool = False
+    noise_in_band: bool = False
 
     def __post_init__(self) -> None:
         if self.band not in BANDS:
@@ -89,6 +92,9 @@ def prepare_clip(
     if snr_db is None or not speech.size:
         return speech
     noise = make_noise(len(speech), rng=rng)
+    if channel.noise_in_band:
+        noise = _band_limited(noise, SAMPLE_RATE_HZ, "common")[: len(speech)]
+        noise = _unit_rms(np.pad(noise, (0, len(speech) - len(noise))))
     return _at_level(speech + noise * np.float32(LEVEL_RMS * 10.0 ** (-snr_db / 20.0)))
 
 
@@ -140,6 +146,10 @@ def make_noise(count: int, *, rng: np.random.Generator) -> np.ndarray:
     if brown:
         noise = np.cumsum(noise)
         noise -= _moving_mean(noise, _RUMBLE_WINDOW)
+    return _unit_rms(noise)
+
+
+def _unit_rms(noise: np.ndarray) -> np.ndarray:
     return (noise / (np.sqrt(np.mean(noise**2)) + 1e-9)).astype(np.float32)
 
 

@@ -54,6 +54,7 @@ OBJECTS = ("window", "basket", "ladder", "mirror", "carpet", "bottle", "hammer",
 PLACES = ("in the garden", "near the river", "behind the church", "on the train", "at the market", "under the bridge")
 MILD_SNR_DB = (5.0, 20.0)
 PLAIN_CHANNEL = Channel()
+BENCHMARK_CHANNEL = Channel(trim=True, noise_in_band=True)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ SIZES: dict[str, HintedSize | BenchmarkSize] = {
     "demo": HintedSize(1000, 120, 40, 1000, 1, 40, 12, 40, 40),
     "sources": HintedSize(200, 0, 20, 60, 1, 120, 12, 60, 40),  # models/ablation.py
     "full": HintedSize(1000, 300, 1000, 1000, 3, 400, 40, 200, 400),
-    "benchmark_tiny": BenchmarkSize((3, 2, 3), (6, 4, 4), (20, 20, 20), 4),
+    "benchmark_tiny": BenchmarkSize((3, 2, 3), (6, 4, 4), (10, 5, 5), 4),
     "benchmark": BenchmarkSize((110, 20, 88), (130, 20, 64), (60, 20, 60), 10),
 }
 

@@ -13,17 +13,24 @@ from collections.abc import Iterable
 import soundfile as sf
 
 from models.data.asterisk import PromptRecording
-from models.data.degrade import Channel
 from models.data.ktuberling import WordRecording
 from models.data.material import Material
-from models.data.plans.base import MILD_SNR_DB, SIZES, SPLITS, Recording, Settings, text_key, with_draws
+from models.data.plans.base import (
+    BENCHMARK_CHANNEL,
+    MILD_SNR_DB,
+    SIZES,
+    SPLITS,
+    Recording,
+    Settings,
+    text_key,
+    with_draws,
+)
 from models.data.tuxpaint import StampRecording
 
 LANGUAGES = ("English", "Spanish", "French", "Italian", "Russian")
 _TUX_CODES = {"es", "fr", "ru"}
 _SECONDS = (0.7, 6.0)
 _SECOND_ITALIAN = "it_IT_f_Menardi"
-_TRIMMED = Channel(trim=True)
 
 _Spoken = PromptRecording | StampRecording | WordRecording
 
@@ -91,7 +98,7 @@ def _recording(settings: Settings, split: str, number: int, language: str, spoke
         ),
         settings,
         MILD_SNR_DB,
-        channel=_TRIMMED,
+        channel=BENCHMARK_CHANNEL,
     )
 
 

@@ -5,6 +5,7 @@ A line is dealt once, so that tasks do not share clips, but for gender, whose cl
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from models.data.degrade import Channel
 from models.data.espeak import Utterance
 from models.data.material import Material
 from models.data.plans.base import (
+    BENCHMARK_CHANNEL,
     ESPEAK_VOICES,
     MILD_SNR_DB,
     QUEEN_SPLIT,
@@ -27,6 +29,7 @@ from models.data.plans.base import (
     with_draws,
     without_leaks,
 )
+from models.data.prompts import TASKS
 from models.data.queen import SPEAKER_GENDER, QueenLine
 
 # Voices of no clear sex (children, ghosts, crowds) serve the tasks that do not ask for it.
@@ -40,8 +43,11 @@ _SECONDS = (1.0, 6.0)
 _MIN_CHARACTERS = 9
 _MIN_KEYWORD_LETTERS = 5
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
-_REVERBERATION_SECONDS = (0.6, 1.2)
-_TRIMMED = Channel(trim=True)
+# Such that a linear probe on Whisper tiny.en's features tells most clips of the degradation tasks, but not all.
+_NOISE_SNR_DB = {"clean": (24.0, 36.0), "noisy": (12.0, 24.0)}  # recordings have noise of their own, so none has none
+_BANDWIDTH_SNR_DB = (-4.0, 8.0)
+_REVERBERATION_SECONDS = (0.15, 0.45)
+_REVERBERATION_SNR_DB = (0.0, 12.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +130,7 @@ def plan_words(settings: Settings, lines: LineDeck) -> list[Recording]:
                         metadata={"asked_word": its_word},
                     ),
                 ]  # fmt: skip
-                planned += [with_draws(r, settings, MILD_SNR_DB, channel=_TRIMMED) for r in asked]
+                planned += [with_draws(r, settings, MILD_SNR_DB, channel=BENCHMARK_CHANNEL) for r in asked]
     return planned
 
 
@@ -181,7 +187,7 @@ def plan_sentence_type(settings: Settings, lines: LineDeck) -> list[Recording]:
         for pair in list(take_turns(pairs))[: count // 2]:
             for line, label in zip(lines.deal(pair), ("question", "statement"), strict=True):
                 recording = line.ask("sentence_type", label, shown_text="")
-                planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=_TRIMMED))
+                planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=BENCHMARK_CHANNEL))
     return planned
 
 
@@ -194,44 +200,40 @@ def _sentence_type(text: str) -> str:
 
 
 def plan_noise(settings: Settings, lines: LineDeck) -> list[Recording]:
-    """Every line without noise and with it."""
-    return _plan_degradation(
-        settings, lines, "noise", {"clean": lambda _: (_TRIMMED, None), "noisy": lambda _: (_TRIMMED, MILD_SNR_DB)}
-    )
+    """Every line with hardly any noise and with some."""
+    made = {label: (BENCHMARK_CHANNEL, snr) for label, snr in _NOISE_SNR_DB.items()}
+    return _plan_degradation(settings, lines, "noise", lambda _: made)
 
 
 def plan_bandwidth(settings: Settings, lines: LineDeck) -> list[Recording]:
-    """Every line in a telephone's band and in the recordings' own."""
-    bands = {band: Channel(band=band, trim=True) for band in ("narrow", "wide")}
-    return _plan_degradation(
-        settings, lines, "bandwidth", {band: lambda _, c=c: (c, MILD_SNR_DB) for band, c in bands.items()}
-    )
+    """Every line in a telephone's band and in the recordings' own; the noise has every frequency."""
+    made = {band: (Channel(band=band, trim=True), _BANDWIDTH_SNR_DB) for band in ("narrow", "wide")}
+    return _plan_degradation(settings, lines, "bandwidth", lambda _: made)
 
 
 def plan_reverberation(settings: Settings, lines: LineDeck) -> list[Recording]:
     """Every line as it is and in a room."""
 
-    def room(line: Line) -> tuple[Channel, tuple[float, float] | None]:
+    def made(line: Line) -> dict[str, _Degradation]:
         seconds = round(float(settings.rng("reverberation", line.key).uniform(*_REVERBERATION_SECONDS)), 2)
-        return Channel(reverberation_seconds=seconds, trim=True), MILD_SNR_DB
+        room = dataclasses.replace(BENCHMARK_CHANNEL, reverberation_seconds=seconds)
+        return {"dry": (BENCHMARK_CHANNEL, _REVERBERATION_SNR_DB), "echoing": (room, _REVERBERATION_SNR_DB)}
 
-    return _plan_degradation(
-        settings, lines, "reverberation", {"dry": lambda _: (_TRIMMED, MILD_SNR_DB), "echoing": room}
-    )
+    return _plan_degradation(settings, lines, "reverberation", made)
+
+
+_Degradation = tuple[Channel, tuple[float, float]]  # and the range of the SNR, in dB
 
 
 def _plan_degradation(
-    settings: Settings,
-    lines: LineDeck,
-    task: str,
-    made: dict[str, Callable[[Line], tuple[Channel, tuple[float, float] | None]]],
+    settings: Settings, lines: LineDeck, task: str, made: Callable[[Line], dict[str, _Degradation]]
 ) -> list[Recording]:
-    """Each line under each label; `made` says with which channel and noise."""
+    """Each line under each label."""
     planned = []
+    labels = TASKS[task].choices
     for split, count in zip(SPLITS, SIZES[settings.size].others, strict=True):
-        for line in lines.deal(lines.left(split)[: count // len(made)]):
-            for label, degrade in made.items():
-                channel, snr = degrade(line)
+        for line in lines.deal(lines.left(split)[: count // len(labels)]):
+            for label, (channel, snr) in made(line).items():
                 recording = line.ask(task, label, key=f"{line.key}-{label}")
                 planned.append(with_draws(recording, settings, snr, channel=channel))
     return planned
@@ -242,7 +244,7 @@ def plan_gender(settings: Settings, lines: LineDeck) -> list[Recording]:
     asked = [line.ask("gender", line.gender) for line in lines.all if line.gender]
     planned = balanced(asked, dict(zip(SPLITS, SIZES[settings.size].gender, strict=True)))
     snr = (settings.min_snr_db, settings.max_snr_db)
-    return [with_draws(recording, settings, snr, channel=_TRIMMED) for recording in planned]
+    return [with_draws(recording, settings, snr, channel=BENCHMARK_CHANNEL) for recording in planned]
 
 
 def _queen_lines(lines: Sequence[QueenLine]) -> Iterator[Line]:

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from models.data.degrade import Channel
 from models.data.plans.base import (
     ACCENT_VOICES,
+    BENCHMARK_CHANNEL,
     MILD_SNR_DB,
     RATE_CLAIMS,
-    RATES_WPM,
     SIZES,
     SPLITS,
     SUBJECTS,
@@ -25,7 +24,9 @@ from models.data.plans.base import (
     with_draws,
 )
 
-_PITCH_RANGES = {"lively": (85, 100), "flat": (0, 5)}
+# Nearer to each other than those of the other sizes.
+_RATES_WPM = {"slowly": (125, 155), "quickly": (185, 215)}
+_PITCH_RANGES = {"lively": (60, 80), "flat": (10, 30)}
 _DELIVERY_CLAIMS = {
     "lively": ("I am so excited about this!", "What a wonderful surprise!", "I can hardly wait any longer!"),
     "flat": ("This is so dull and boring.", "I have nothing more to say.", "Every day is the same to me."),
@@ -42,7 +43,6 @@ _EVENTS = {
 _WHEN = ("", "today ", "yesterday ", "again ")
 _PEOPLE = (*(f"the {name}" for name in SUBJECTS), *(f"my {name}" for name in (
     "brother", "sister", "uncle", "aunt", "neighbour", "boss", "cousin", "friend")))  # fmt: skip
-_TRIMMED = Channel(trim=True)
 
 
 def plan_place(settings: Settings, _sentences: SentenceDeck) -> list[Recording]:
@@ -82,7 +82,7 @@ def plan_speaking_rate(settings: Settings, sentences: SentenceDeck) -> list[Reco
     planned = []
     for split, number, text, claim, rng in _texts(settings, "speaking_rate", sentences, RATE_CLAIMS):
         variant = pick(rng, any_voice(split))
-        for label, (low, high) in RATES_WPM.items():
+        for label, (low, high) in _RATES_WPM.items():
             recording = espeak_recording(
                 "speaking_rate", label, split, f"{split}-{number}-{label}", variant, text, "en-us",
                 rate_wpm=int(rng.integers(low, high + 1)),
@@ -130,4 +130,4 @@ def _texts(
 
 
 def _finished(recording: Recording, settings: Settings) -> Recording:
-    return with_draws(recording, settings, MILD_SNR_DB, channel=_TRIMMED)
+    return with_draws(recording, settings, MILD_SNR_DB, channel=BENCHMARK_CHANNEL)
