@@ -1,6 +1,12 @@
-"""Making clips comparable and hard: one band, one level, a length limit, noise of a given level; all by given seeds."""
+"""Making clips comparable and hard: one band, one level, a length limit, noise of a given level; all by given seeds.
+
+Where the band or the room is what is asked for, a clip goes through a `Channel` of its own; noise is added behind it, so that
+what the channel takes away is not simply silent.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,6 +15,42 @@ from models.data.audio import SAMPLE_RATE_HZ, resample
 BAND_RATE_HZ = 8_000
 LEVEL_RMS = 0.05
 _RUMBLE_WINDOW = 200  # samples of 16 kHz: takes what lies below about 80 Hz out of the brown noise
+_WIDE_RATE_HZ = 11_025  # of the Amazon Queen recordings
+_TELEPHONE_HZ = (300.0, 3_400.0)
+_BAND_EDGE_HZ = 100.0
+_TRIM_FRAME_SECONDS = 0.02
+_TRIM_MARGIN_SECONDS = 0.06
+_TRIM_BELOW_PEAK_DB = 40.0
+_DIRECT_SECONDS = 0.005
+BANDS = ("common", "wide", "narrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """What a recording goes through before noise is added.
+
+    Args:
+        band: "common" is that of an 8 kHz recording, "wide" that of one of 11 kHz, "narrow" a telephone's 300 to 3400 Hz.
+        reverberation_seconds: time in which a room's echo falls by 60 dB; the echo has the energy of the direct sound. None
+            is no room.
+        trim: cut the silence at both ends, which corpora have in different lengths.
+        noise_in_band: the noise is that of an 8 kHz recording too; a clip without noise is then not told by its empty upper
+            band.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    band: str = "common"
+    reverberation_seconds: float | None = None
+    trim: bool = False
+    noise_in_band: bool = False
+
+    def __post_init__(self) -> None:
+        if self.band not in BANDS:
+            raise ValueError(f"band: expected one of {list(BANDS)}, got {self.band!r}")
+        if self.reverberation_seconds is not None and not 0.0 < self.reverberation_seconds <= 10.0:
+            raise ValueError(f"reverberation_seconds: expected above 0 to 10, got {self.reverberation_seconds:g}")
 
 
 def prepare_clip(
@@ -18,8 +60,9 @@ def prepare_clip(
     snr_db: float | None,
     rng: np.random.Generator,
     max_seconds: float,
+    channel: Channel = Channel(),
 ) -> np.ndarray:
-    """Bring a recording to 16 kHz, the band of an 8 kHz recording, at most `max_seconds` and one level; add noise.
+    """Bring a recording to 16 kHz, its channel's band, at most `max_seconds` and one level; add noise.
 
     Sources differ in band and level, and a model would tell them apart by these. The level is normalised again after
     the noise is added, so that it gives nothing away about the noise either.
@@ -27,8 +70,9 @@ def prepare_clip(
     Args:
         samples: float (samples,) at `rate_hz`.
         snr_db: energy of speech over energy of noise, in dB over the whole clip; None adds no noise.
-        rng: chooses the kind of noise (white or brown, with equal chances) and makes it.
+        rng: makes the room's echo, then chooses the kind of noise (white or brown, with equal chances) and makes it.
         max_seconds: what is longer is cut.
+        channel: band, room, and whether silence at the ends is cut.
 
     Returns:
         float32 (samples,) at 16 kHz with root mean square 0.05 (silence stays silence).
@@ -39,12 +83,60 @@ def prepare_clip(
     samples = np.asarray(samples, np.float32)
     if samples.ndim != 1 or not samples.size:
         raise ValueError(f"samples: expected shape (samples,) with at least one, got {samples.shape}")
-    narrow = resample(resample(samples, rate_hz, BAND_RATE_HZ), BAND_RATE_HZ, SAMPLE_RATE_HZ)
-    speech = _at_level(narrow[: int(max_seconds * SAMPLE_RATE_HZ)])
+    if channel.trim:
+        samples = trim_silence(samples, rate_hz)
+    speech = _band_limited(samples, rate_hz, channel.band)[: int(max_seconds * SAMPLE_RATE_HZ)]
+    if channel.reverberation_seconds is not None and speech.size:
+        speech = _reverberated(speech, channel.reverberation_seconds, rng)
+    speech = _at_level(speech)
     if snr_db is None or not speech.size:
         return speech
     noise = make_noise(len(speech), rng=rng)
+    if channel.noise_in_band:
+        noise = _band_limited(noise, SAMPLE_RATE_HZ, "common")[: len(speech)]
+        noise = _unit_rms(np.pad(noise, (0, len(speech) - len(noise))))
     return _at_level(speech + noise * np.float32(LEVEL_RMS * 10.0 ** (-snr_db / 20.0)))
+
+
+def trim_silence(samples: np.ndarray, rate_hz: int) -> np.ndarray:
+    """`samples` (n,) without what lies 40 dB or more below the loudest 20 ms, before and behind the speech; 60 ms are left."""
+    size = max(1, int(_TRIM_FRAME_SECONDS * rate_hz))
+    count = len(samples) // size
+    if count < 2:
+        return samples
+    energy = np.square(samples[: count * size], dtype=np.float64).reshape(count, size).mean(1)
+    loud = np.flatnonzero(energy > energy.max() * 10.0 ** (-_TRIM_BELOW_PEAK_DB / 10.0))
+    if not loud.size:  # silence
+        return samples
+    margin = int(_TRIM_MARGIN_SECONDS * rate_hz)
+    return samples[max(0, loud[0] * size - margin) : (loud[-1] + 1) * size + margin]
+
+
+def _band_limited(samples: np.ndarray, rate_hz: int, band: str) -> np.ndarray:
+    if band == "common":
+        return resample(resample(samples, rate_hz, BAND_RATE_HZ), BAND_RATE_HZ, SAMPLE_RATE_HZ)
+    wide = resample(resample(samples, rate_hz, _WIDE_RATE_HZ), _WIDE_RATE_HZ, SAMPLE_RATE_HZ)
+    if band == "wide" or not wide.size:
+        return wide
+    low, high = _TELEPHONE_HZ
+    frequency = np.fft.rfftfreq(len(wide), 1.0 / SAMPLE_RATE_HZ)
+    # Edges of half a cosine: an abrupt one would ring.
+    rise = np.clip((frequency - low) / _BAND_EDGE_HZ + 0.5, 0.0, 1.0)
+    fall = np.clip((high - frequency) / _BAND_EDGE_HZ + 0.5, 0.0, 1.0)
+    gain = np.sin(0.5 * np.pi * np.minimum(rise, fall)) ** 2
+    return np.fft.irfft(np.fft.rfft(wide) * gain, len(wide)).astype(np.float32)
+
+
+def _reverberated(speech: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """In a room: the direct sound and decaying noise of the same energy, cut to the length of the dry sound."""
+    time = np.arange(int(min(1.5 * seconds, 4.0) * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
+    response = rng.standard_normal(len(time)) * np.exp(-np.log(1000.0) * time / seconds)
+    response[time < _DIRECT_SECONDS] = 0.0
+    response /= np.sqrt(np.sum(response**2)) + 1e-9
+    response[0] = 1.0
+    size = len(speech) + len(response)
+    wet = np.fft.irfft(np.fft.rfft(speech, size) * np.fft.rfft(response, size), size)
+    return wet[: len(speech)].astype(np.float32)
 
 
 def make_noise(count: int, *, rng: np.random.Generator) -> np.ndarray:
@@ -54,6 +146,10 @@ def make_noise(count: int, *, rng: np.random.Generator) -> np.ndarray:
     if brown:
         noise = np.cumsum(noise)
         noise -= _moving_mean(noise, _RUMBLE_WINDOW)
+    return _unit_rms(noise)
+
+
+def _unit_rms(noise: np.ndarray) -> np.ndarray:
     return (noise / (np.sqrt(np.mean(noise**2)) + 1e-9)).astype(np.float32)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from models.data.manifest import Example
 
 AUDIO_PLACEHOLDER = "<|audio|>"
+CATEGORIES = ("content", "semantic", "paralinguistic", "degradation", "speaker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Task:
         question: what is asked; the same words for every clip, so that only sound and context can decide.
         statement: the answer as a sentence.
         hint: the context that names a label, in agreement with the sound or against it.
+        category: of CATEGORIES, Dynamic-SUPERB's.
         choices: the labels.
     """
 
@@ -31,6 +33,7 @@ class Task:
     question: str
     statement: str
     hint: str
+    category: str
     choices: tuple[str, ...] = ()
 
 
@@ -40,6 +43,7 @@ _TASKS = (
         question="Is the speaker a man or a woman?",
         statement="The speaker is a {}.",
         hint="Note: the speaker is a {}.",
+        category="speaker",
         choices=("man", "woman"),
     ),
     Task(
@@ -47,6 +51,7 @@ _TASKS = (
         question="Does the speaker talk slowly or quickly?",
         statement="The speaker talks {}.",
         hint="Note: the speaker talks {}.",
+        category="paralinguistic",
         choices=("slowly", "quickly"),
     ),
     Task(
@@ -54,6 +59,7 @@ _TASKS = (
         question="Is the accent American, British, Scottish or Caribbean?",
         statement="The accent is {}.",
         hint="Note: the accent is {}.",
+        category="speaker",
         choices=("American", "British", "Scottish", "Caribbean"),
     ),
     Task(
@@ -61,12 +67,14 @@ _TASKS = (
         question="Which language is spoken?",
         statement="The language is {}.",
         hint="Note: the language is {}.",
+        category="speaker",
     ),
     Task(
         name="noise",
         question="Is the recording clean or noisy?",
         statement="The recording is {}.",
         hint="Note: the recording is {}.",
+        category="degradation",
         choices=("clean", "noisy"),
     ),
     Task(
@@ -74,12 +82,14 @@ _TASKS = (
         question="Which word is spoken?",
         statement="The word is {}.",
         hint="Note: the word is {}.",
+        category="content",
     ),
     Task(
         name="place",
         question="Does it happen indoors or outdoors?",
         statement="It happens {}.",
         hint="Note: it happens {}.",
+        category="semantic",
         choices=("indoors", "outdoors"),
     ),
     Task(
@@ -87,7 +97,48 @@ _TASKS = (
         question="Is the news good or bad?",
         statement="The news is {}.",
         hint="Note: the news is {}.",
+        category="semantic",
         choices=("good", "bad"),
+    ),
+    Task(
+        name="keyword",
+        question="Is the word present or absent?",
+        statement="The word is {}.",
+        hint="Note: the word is {}.",
+        category="content",
+        choices=("present", "absent"),
+    ),
+    Task(
+        name="sentence_type",
+        question="Is it a question or a statement?",
+        statement="It is a {}.",
+        hint="Note: it is a {}.",
+        category="semantic",
+        choices=("question", "statement"),
+    ),
+    Task(
+        name="delivery",
+        question="Is the delivery lively or flat?",
+        statement="The delivery is {}.",
+        hint="Note: the delivery is {}.",
+        category="paralinguistic",
+        choices=("lively", "flat"),
+    ),
+    Task(
+        name="bandwidth",
+        question="Is the bandwidth narrow or wide?",
+        statement="The bandwidth is {}.",
+        hint="Note: the bandwidth is {}.",
+        category="degradation",
+        choices=("narrow", "wide"),
+    ),
+    Task(
+        name="reverberation",
+        question="Is the recording dry or echoing?",
+        statement="The recording is {}.",
+        hint="Note: the recording is {}.",
+        category="degradation",
+        choices=("dry", "echoing"),
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

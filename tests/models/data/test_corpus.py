@@ -7,13 +7,17 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from models.data import corpus
+from models.data import corpus, material, questions, render
+from models.data.audio import AudioError
 from models.data.corpus import build_corpus, main
 from models.data.debian import AMAZON_QUEEN, PackageUnavailable, fetch_package
-from models.data.manifest import read_manifest
+from models.data.manifest import ManifestError, read_manifest
+from models.data.material import Material
+from models.data.plans.base import Settings
+from models.data.plans.hinted import _MEANT_EVENTS, _MEANT_PLACES, plan_hinted
 from models.data.prompts import hint_for, render_prompt
 from models.data.queen import QueenLine
-from models.io_utils import sha256_file
+from models.io_utils import fingerprint, sha256_file
 from tests.models.data.test_recordings import _mp3
 
 pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
@@ -24,6 +28,11 @@ def tiny(tmp_path_factory):
     return read_manifest(
         build_corpus(tmp_path_factory.mktemp("tiny"), sources=("espeak",), size="tiny", progress=False)
     )
+
+
+def make_settings(**changes) -> Settings:
+    told = {"sources": ("espeak",), "size": "tiny", "seed": 0, "tasks": None, "hint_correlation": 0.95}
+    return Settings(**{**told, "min_snr_db": -18.0, "max_snr_db": 2.0, "max_seconds": 4.0, **changes})
 
 
 def _text_key(text: str) -> str:
@@ -70,8 +79,6 @@ def test_no_voice_and_no_text_crosses_from_one_split_to_another(tiny):
 
 
 def test_what_is_meant_in_the_test_is_never_mentioned_in_training(tiny):
-    from models.data.corpus import _MEANT_EVENTS, _MEANT_PLACES
-
     for task, meant in (("place", _MEANT_PLACES), ("mood", _MEANT_EVENTS)):
         for split in ("train", "dev", "test"):
             told = tiny.select(task=task, split=split)
@@ -117,14 +124,11 @@ def test_labels_are_in_balance_in_each_split(tiny):
 
 @pytest.mark.parametrize(("correlation", "false_share"), [(0.95, 0.05), (1.0, 0.0), (0.5, 0.5)])
 def test_hints_are_true_as_often_as_asked_in_the_teachers_pool(correlation, false_share):
-    settings = corpus._Settings(
-        sources=("espeak",), size="tiny", seed=0, tasks=None, hint_correlation=correlation, min_snr_db=0.0,
-        max_snr_db=1.0, max_seconds=4.0,
-    )  # fmt: skip
-    kinds = Counter(corpus._quota(600, "teacher", settings, "gender", "man"))
+    settings = make_settings(hint_correlation=correlation)
+    kinds = Counter(questions._quota(600, "teacher", settings, "gender", "man"))
     assert kinds["neutral"] == 400 - 200 and abs(kinds["conflict"] - 400 * false_share) <= 1
-    assert set(Counter(corpus._quota(600, "distill", settings, "gender", "man")).values()) == {200}
-    small = sum(corpus._quota(4, "teacher", settings, str(n)).count("conflict") for n in range(600))
+    assert set(Counter(questions._quota(600, "distill", settings, "gender", "man")).values()) == {200}
+    small = sum(questions._quota(4, "teacher", settings, str(n)).count("conflict") for n in range(600))
     assert small == pytest.approx(600 * 4 * 2 / 3 * false_share, abs=35)  # small groups are right on average
 
 
@@ -137,13 +141,30 @@ def test_equal_settings_give_equal_bytes_and_another_seed_other_ones(tiny, tmp_p
     assert {e.task for e in other} == {"gender"}
 
 
+@pytest.mark.parametrize(
+    ("size", "digest"),
+    [
+        ("tiny", "8c6956001442be62af8f87a37b25bbad52125d554d963a96ade80e11dede9869"),
+        ("sources", "c852f42f22dccc3777b94f277c386f79a2a066017b6dd6507865c18e37d611a9"),
+    ],
+)
+def test_the_plans_that_published_results_stand_on_have_not_changed(size, digest):
+    planned = [
+        [r.key, r.task, r.label, r.split, r.speaker, r.text, r.sound.voice, [[d.name, d.snr_db] for d in r.draws]]
+        for r in plan_hinted(make_settings(size=size), Material(espeak=True))
+    ]
+    assert fingerprint(planned) == digest
+    demo = make_settings(sources=("queen", "espeak"), size="demo", tasks=("gender",))
+    assert demo.fingerprint() == "b5963c25048b267856b7b31403aecc439934a5cfe5cf5fdff1a39f83a94de7a3"
+
+
 def test_a_corpus_is_built_once_repaired_and_cleared_of_old_clips(tmp_path, monkeypatch):
     options = {"sources": ("espeak",), "size": "tiny", "progress": False}
     path = build_corpus(tmp_path, tasks=("noise",), **options)
     content = path.read_bytes()
     calls = []
-    real = corpus._render_all
-    monkeypatch.setattr(corpus, "_render_all", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    real = corpus.render_all
+    monkeypatch.setattr(corpus, "render_all", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
     build_corpus(tmp_path, tasks=("noise",), **options)
     assert calls == []
     clip = next((tmp_path / "audio").rglob("*.flac"))
@@ -158,7 +179,7 @@ def test_without_apt_espeak_goes_on_alone_and_says_so(tmp_path, monkeypatch, cap
     def unavailable(package):
         raise PackageUnavailable(f"{package.name}: apt-get not found")
 
-    monkeypatch.setattr(corpus, "fetch_package", unavailable)
+    monkeypatch.setattr(material, "fetch_package", unavailable)
     path = build_corpus(tmp_path, sources=("queen", "espeak"), size="tiny", tasks=("gender",), progress=False)
     manifest = read_manifest(path)
     assert "going on without queen" in capsys.readouterr().err
@@ -183,8 +204,8 @@ def _lines(broken: int = 0) -> list[QueenLine]:
 
 
 def test_queen_lines_are_split_by_character_and_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "fetch_package", lambda package: tmp_path)
-    monkeypatch.setattr(corpus, "read_lines", lambda path: _lines())
+    monkeypatch.setattr(material, "fetch_package", lambda package: tmp_path)
+    monkeypatch.setattr(material, "read_lines", lambda path: _lines())
     manifest = read_manifest(build_corpus(tmp_path / "c", sources=("queen",), size="tiny", progress=False))
     assert_no_leak(manifest)
     assert_pairs_are_whole(manifest)
@@ -198,19 +219,19 @@ def test_queen_lines_are_split_by_character_and_text(tmp_path, monkeypatch):
 
 
 def test_recordings_that_cannot_be_decoded_are_listed_and_too_many_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "fetch_package", lambda package: tmp_path)
-    monkeypatch.setattr(corpus, "read_lines", lambda path: _lines())
+    monkeypatch.setattr(material, "fetch_package", lambda package: tmp_path)
+    monkeypatch.setattr(material, "read_lines", lambda path: _lines())
 
     def decode(line):
-        raise corpus.AudioError("corrupt mp3")
+        raise AudioError("corrupt mp3")
 
     monkeypatch.setattr(QueenLine, "decode", decode)
     with pytest.raises(
-        corpus.ManifestError, match=r"18 of 18 recordings cannot be used\n  row 1 \(queen-.*corrupt mp3"
+        ManifestError, match=r"18 of 18 recordings cannot be used\n  row 1 \(queen-.*corrupt mp3"
     ):
         build_corpus(tmp_path / "c", sources=("queen",), size="tiny", progress=False)
     assert not (tmp_path / "c" / "manifest.jsonl").exists()
-    monkeypatch.setattr(corpus, "_MAX_BAD_FRACTION", 1.0)
+    monkeypatch.setattr(render, "_MAX_BAD_FRACTION", 1.0)
     spoilt = np.random.default_rng(0)
     monkeypatch.setattr(
         QueenLine,
@@ -228,6 +249,7 @@ def test_recordings_that_cannot_be_decoded_are_listed_and_too_many_stop_the_run(
         ({"sources": ("librispeech",)}, "sources: expected some of"),
         ({"size": "huge"}, "size: expected one of"),
         ({"tasks": ("emotion",)}, "tasks: expected some of"),
+        ({"tasks": ("keyword",)}, "tasks: expected some of .* in size 'tiny'"),
         ({"seed": -1}, "seed: expected a number from 0"),
         ({"hint_correlation": 1.5}, "hint_correlation: expected a number from 0 to 1"),
         ({"min_snr_db": 5.0}, "min_snr_db: expected at most max_snr_db 2"),
