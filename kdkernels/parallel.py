@@ -21,7 +21,7 @@ from torch import Tensor
 from .ops.linear import linear_caad_chunks
 from .ops.reference import contrastive_logits
 from .ops.rows import RowResult, RowSpec
-from .ops.schema import all_stats, refuse_second_derivative, weighted
+from .ops.schema import all_stats, refuse_second_derivative, weighted, without_gradients
 
 # As in the CPU kernel: a finite start of every maximum, so that no difference of maxima is inf - inf.
 _FLOOR = -1e30
@@ -143,7 +143,7 @@ class VocabularyParallelCAAD(torch.autograd.Function):
         loss = weighted(out.rows.kd, out.rows.ce, kd_coef, ce_coef)
         loss = loss.sum() if reduced else loss
         stats = all_stats(out.rows) if want_stats else loss.new_empty(0)
-        ctx.mark_non_differentiable(stats)
+        without_gradients(ctx, (stats,))
         return loss, stats
 
     @staticmethod

@@ -20,12 +20,12 @@ class LayerWorker {
       clear(P.grad_v, r);
       return;
     }
-    read(r);
-    float inverse_u = 1.f, inverse_v = 1.f;
-    if (P.normalize) {
-      inverse_u = normalise(u_);
-      inverse_v = normalise(v_);
+    if (!P.normalize) {
+      *loss = plain(r);
+      return;
     }
+    read(r);
+    const float inverse_u = normalise(u_), inverse_v = normalise(v_);
     double total = 0;
     for (int i = 0; i < padded_; i += BLOCK) {
       vf sum = vf{};
@@ -36,10 +36,10 @@ class LayerWorker {
       total += hsum(sum);
     }
     *loss = float(total);
-    const float c = 2.f * reinterpret_cast<const float*>(P.coef)[r];
+    const float c = coefficient(r);
     // Of unit vectors u (u - v) = |u - v|^2 / 2, free of the cancellation in 1 - u v. A zero vector has no direction: gradient 0.
-    const bool flat = P.normalize && (inverse_u == 0.f || inverse_v == 0.f);
-    const float along = P.normalize ? float(total / 2) : 0.f;
+    const bool flat = inverse_u == 0.f || inverse_v == 0.f;
+    const float along = float(total / 2);
     if (P.grad_u.data) write(P.grad_u, r, u_, v_, flat ? 0.f : c * inverse_u, along);
     if (P.grad_v.data) write(P.grad_v, r, v_, u_, flat ? 0.f : c * inverse_v, along);
   }
@@ -52,19 +52,57 @@ class LayerWorker {
 
   static RowPointer at(const RowTensor& t, std::int64_t r) { return row_of(t, r, 1); }
 
+  float coefficient(std::int64_t r) const { return 2.f * reinterpret_cast<const float*>(P.coef)[r]; }
+  float alpha(std::int64_t r) const { return P.text.data ? reinterpret_cast<const float*>(P.alpha)[r * P.alpha_stride] : 0.f; }
+
+  // One sweep: the gradient coef * 2 (u - v) needs nothing of the row's sum. A block is written when it has been read, and no
+  // item of a gradient is larger than one of what it may overwrite.
+  float plain(std::int64_t r) {
+    const RowPointer u = at(P.u, r), v = at(P.v, r);
+    const float contrast = alpha(r), c = coefficient(r);
+    double total = 0;
+    for (std::int64_t start = 0; start < P.width; start += BLOCK) {
+      const int n = int(std::min<std::int64_t>(BLOCK, P.width - start));
+      const float *x = items(u, start, n, &u_[0]), *y = items(v, start, n, &v_[0]);
+      const float* t = contrast != 0.f ? items(at(P.text, r), start, n, t_) : nullptr;
+      vf sum = vf{};
+      for (int i = 0; i < n; i += W) {
+        vf b = load(y + i);
+        if (t) b += contrast * (b - load(t + i));  // NaN passes; where it is 0 the text path is not read
+        vf difference = load(x + i) - b;
+        sum += difference * difference;
+        store(g_ + i, difference * c);
+      }
+      total += hsum(sum);
+      if (P.grad_u.data) store_block(at(P.grad_u, r), start, n, g_);
+      if (P.grad_v.data) {
+        for (int i = 0; i < n; i += W) store(g_ + i, -load(g_ + i));
+        store_block(at(P.grad_v, r), start, n, g_);
+      }
+    }
+    return float(total);
+  }
+
+  // Items [start, start + n) as fp32: where they lie, or in `memory`, filled up with zeros to whole vectors.
+  static const float* items(RowPointer row, std::int64_t start, int n, float* memory) {
+    if (row.dtype == DType::f32 && n % W == 0) return reinterpret_cast<const float*>(row.data) + start;
+    load_block(row, start, n, 0.f, memory);
+    return memory;
+  }
+
   void read(std::int64_t r) {
-    const float alpha = P.text.data ? reinterpret_cast<const float*>(P.alpha)[r * P.alpha_stride] : 0.f;
+    const float contrast = alpha(r);
     padded_ = 0;
     for (std::int64_t start = 0; start < P.width; start += BLOCK, padded_ += BLOCK) {
       const int n = int(std::min<std::int64_t>(BLOCK, P.width - start));
       float *u = &u_[std::size_t(start)], *v = &v_[std::size_t(start)];
       load_block(at(P.u, r), start, n, 0.f, u);
       load_block(at(P.v, r), start, n, 0.f, v);
-      if (alpha != 0.f) {  // NaN passes; where it is 0 the text path is not read
+      if (contrast != 0.f) {
         load_block(at(P.text, r), start, n, 0.f, t_);
         for (int i = 0; i < n; i += W) {
           vf a = load(v + i);
-          store(v + i, a + alpha * (a - load(t_ + i)));
+          store(v + i, a + contrast * (a - load(t_ + i)));
         }
       }
       for (int i = n; i < BLOCK; ++i) u[i] = v[i] = 0.f;

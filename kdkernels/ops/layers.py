@@ -30,7 +30,7 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .schema import _scaled, half_gain, refuse_second_derivative
+from .schema import _scaled, half_gain, refuse_second_derivative, without_gradients
 
 # Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504; of unit vectors
 # they are small, and divided by the vector's length besides.
@@ -193,7 +193,7 @@ _NORMALIZE, _REDUCED, _HIDDEN_GRAD, _PROJECTION_GRAD = 8, 9, 10, 11
 
 
 def _setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
+    without_gradients(ctx, output[1:])
     # A token's own factor reaches the projection's gradient only inside the GEMM: an unreduced loss runs again in the backward.
     ctx.again = not inputs[_REDUCED] and not inputs[_HIDDEN_GRAD] and not inputs[_PROJECTION_GRAD]
     if ctx.again:

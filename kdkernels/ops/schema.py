@@ -8,6 +8,7 @@ Legend: B, T leading dimensions, N = B * T tokens, V_s / V_t vocabulary widths, 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -200,8 +201,15 @@ def _(student, audio, text, target, alpha, kd_coef, ce_coef, vocab, temperature,
     )
 
 
+def without_gradients(ctx, outputs: Sequence[Tensor]) -> None:
+    """``outputs`` are not differentiated. Autograd would still hand the backward a tensor of zeros for each: as large as a
+    gradient of logits or of an LM head."""
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
+
+
 def _rows_setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
+    without_gradients(ctx, output[1:])
     ctx.save_for_backward(output[1], output[3])
     ctx.leading = inputs[0].shape[:2]
 
@@ -228,7 +236,7 @@ class InPlaceRows(torch.autograd.Function):
         torch.autograd.graph.increment_version(student)
         ctx.grad = memory
         stats = loss.new_empty(0) if stats is None else stats
-        ctx.mark_non_differentiable(stats)
+        without_gradients(ctx, (stats,))
         return loss, stats
 
     @staticmethod
@@ -405,7 +413,7 @@ def register_linear_autograd(op, *, tensors: int) -> None:
     reduced = [x.name for x in op._opoverload._schema.arguments].index("reduced")
 
     def setup(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
+        without_gradients(ctx, output[1:])
         ctx.reduced = inputs[reduced]
         ctx.structure = [_is_tensor_list(x) and len(x) for x in inputs]
         # A token's own factor reaches dW only inside the GEMM, so an unreduced loss with a training head is run again with the

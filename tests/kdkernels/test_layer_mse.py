@@ -435,3 +435,26 @@ class TestLayerProjections:
             projections([torch.zeros(1, 4)], [torch.zeros(1, 6)], direction=DIRECTIONS[1])
         with pytest.raises(ValueError, match="expected finite states"):
             projections.fit([torch.full((2, 4), float("nan"))], [torch.zeros(2, 6)])
+
+
+def test_the_backward_makes_no_tensors_of_zeros():
+    """Autograd fills in zeros for outputs that are not differentiated, here as large as the gradients, unless told not to."""
+    from kdkernels import fused_caad_loss, fused_linear_caad_loss
+
+    def leaf(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    hidden, weight, student, projection = leaf(40, 24), leaf(60, 24), leaf(40, 60), leaf(32, 24)
+    states, target = torch.randn(40, 32), torch.randint(60, (40,))
+    losses = {
+        "rows": lambda: fused_caad_loss(student, torch.randn(40, 60), None, target),
+        "linear": lambda: fused_linear_caad_loss(hidden, weight, states, None, torch.randn(60, 32), target),
+        "layers": lambda: fused_layer_mse_loss([hidden], [states], [projection]),
+    }
+    large = {tuple(x.shape) for x in (hidden, weight, student, projection)}
+    for name, make in losses.items():
+        loss = make()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            loss.backward()
+        filled = {tuple(e.input_shapes[0]) for e in profile.events() if e.name in ("aten::fill_", "aten::zero_")}
+        assert not large & filled, name
