@@ -39,6 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy --write
 	$(BIN)/python -m benchmarks.peers --write
 	$(BIN)/python -m benchmarks.step --write
+	$(BIN)/python -m benchmarks.cache --write
 	$(BIN)/python -m benchmarks.plots
 
 # torch first and by version, so that the resolver keeps the build that is asked for.

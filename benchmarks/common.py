@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from models.io_utils import source_commit
+from models.precision import has_fast_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -154,7 +155,9 @@ def device_name(device: torch.device) -> str:
             model = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{model}, {torch.get_num_threads()} threads"
+    # One model name stands for several generations in the cloud; what decides a figure is what they can compute with.
+    instructions = torch.backends.cpu.get_cpu_capability() + (" BF16" if has_fast_bfloat16(device) else "")
+    return f"{model} {instructions}, {torch.get_num_threads()} threads"
 
 
 def provenance(device: torch.device) -> dict[str, str]:

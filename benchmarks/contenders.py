@@ -427,8 +427,17 @@ def gradient_errors(
     }
 
 
-# The budget below which a contender counts as right. It tells a wrong formula from a coarse dtype, no more.
+# The error below which a contender counts as right. It tells a wrong formula from a coarse dtype, no more.
 ERROR_BUDGETS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def refuse_wrong_gradients(errors: dict[str, float], dtype: torch.dtype) -> None:
+    """`common.refuse_wrong` by the dtype of the inputs; who keeps bf16 logits of float32 inputs has bf16's budget."""
+    from .common import refuse_wrong
+
+    coarse = {name for name in errors if "bf16 logits" in name}
+    refuse_wrong({name: error for name, error in errors.items() if name not in coarse}, ERROR_BUDGETS[dtype])
+    refuse_wrong({name: errors[name] for name in coarse}, max(ERROR_BUDGETS[dtype], ERROR_BUDGETS[torch.bfloat16]))
 
 
 def bare_gemms(c: LinearCase, chunk: int) -> Callable[[], None]:

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from . import memory
-from .common import add_common_arguments, finish, refuse_wrong, time_calls, time_columns
+from .common import add_common_arguments, finish, time_calls, time_columns
 from .contenders import (
     CHUNKS,
-    ERROR_BUDGETS,
     FULL,
     TEMPERATURE,
     LinearCase,
@@ -30,6 +29,7 @@ from .contenders import (
     fixed_chunks,
     gradient_errors,
     ours_step,
+    refuse_wrong_gradients,
 )
 
 FLOOR = "bare GEMMs"
@@ -82,7 +82,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     headline = {x.name for x in contenders(device.type, (FULL,))}  # whose peak memory is measured
     steps, missing = build(x for x in listed if not (args.no_compile and x.compiles))
     errors = gradient_errors({name: (FULL, step) for name, step in steps.items()}, case)
-    refuse_wrong(errors, ERROR_BUDGETS[dtype])
+    refuse_wrong_gradients(errors, dtype)
 
     calls = {name: (lambda step=step: step(case)) for name, step in steps.items()}
     floors = {f"{FLOOR}, chunk {c}": bare_gemms(case, c) for c in CHUNKS[device.type]}
@@ -163,7 +163,7 @@ def sweep_one(args: argparse.Namespace, value: int, sizes: dict, chunk: int | No
     logits = {"kdkernels (default: fp32 logits)": None, "kdkernels bf16 logits": torch.bfloat16}
     steps = {name: ours_step(x, chunk_tokens=chunk) for name, x in logits.items()}
     errors = gradient_errors({name: (FULL, step) for name, step in steps.items()}, case, check_tokens=16)
-    refuse_wrong(errors, ERROR_BUDGETS[dtype])
+    refuse_wrong_gradients(errors, dtype)
     calls: dict[str, Callable[[], object]] = {name: (lambda step=step: step(case)) for name, step in steps.items()}
     calls[FLOOR] = bare_gemms(case, own_chunk)
     rows_alone = {name: row_kernel(case, own_chunk, x or torch.float32) for name, x in logits.items()}

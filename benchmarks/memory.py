@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .common import PeakMemory, add_common_arguments, available_bytes, finish, refuse_wrong
+from .common import PeakMemory, add_common_arguments, available_bytes, finish
 from .contenders import (
-    ERROR_BUDGETS,
     FULL,
     Contender,
     LinearCase,
@@ -26,6 +25,7 @@ from .contenders import (
     contenders,
     fixed_chunks,
     gradient_errors,
+    refuse_wrong_gradients,
 )
 
 SIZES = ("tokens", "vocab", "student_width", "teacher_width", "dtype")
@@ -119,7 +119,7 @@ def peak_bytes(contender: Contender, case: LinearCase, device: torch.device) -> 
     step = contender.build()
     warm = case if contender.compiles else case.head(min(16, case.hidden.shape[0]))
     errors = gradient_errors({contender.name: (contender.objective, step)}, warm, check_tokens=16)
-    refuse_wrong(errors, ERROR_BUDGETS[case.hidden.dtype])
+    refuse_wrong_gradients(errors, case.hidden.dtype)
     with PeakMemory(device) as memory:
         step(case)
     return memory.bytes

@@ -15,18 +15,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .common import add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
+from .common import add_common_arguments, finish, relative_error, time_calls, time_columns
 from .contenders import (
     ALPHA,
     CE,
     CHUNKS,
-    ERROR_BUDGETS,
     KD,
     KD_WEIGHT,
     TEMPERATURE,
     LinearCase,
     eager_loss,
     exact_gradient,
+    refuse_wrong_gradients,
 )
 
 FLOOR = "bare GEMMs"
@@ -62,7 +62,7 @@ def compare(args: argparse.Namespace, count: int) -> list[dict]:
     cases = random_cases(count, *sizes, dtype, device)
     steps = all_steps()
     errors = gradient_errors(steps, cases)
-    refuse_wrong(errors, ERROR_BUDGETS[dtype])
+    refuse_wrong_gradients(errors, dtype)
 
     calls = {name: (lambda step=step: step(cases)) for name, step in steps.items()}
     floors = {f"{FLOOR}, chunk {c}": bare_gemms(cases, c) for c in CHUNKS[device.type]}

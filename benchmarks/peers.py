@@ -1,6 +1,6 @@
 """Everyone at the shapes of real model pairs. `python -m benchmarks.peers`
 
-Student from teacher, with the vocabularies and hidden widths of their public configurations; heads frozen, bf16. Each objective
+Student from teacher, with the vocabularies and hidden widths of their public configurations; heads frozen. Each objective
 (KD + CE, KD alone, CE alone) is a comparison of its own: a library is compared on the terms it has. A peer that is not installed
 or needs a GPU is a row that says so, and so is a pair that does not fit into memory. Correctness of everyone comes before time.
 """
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .common import PeakMemory, add_common_arguments, available_bytes, finish, refuse_wrong, time_calls, time_columns
+from .common import PeakMemory, add_common_arguments, available_bytes, finish, time_calls, time_columns
 from .contenders import (
     CHUNKS,
-    ERROR_BUDGETS,
     OBJECTIVES,
     LinearCase,
     Objective,
@@ -25,6 +24,7 @@ from .contenders import (
     build,
     contenders,
     gradient_errors,
+    refuse_wrong_gradients,
 )
 from .linear import FLOOR, rates
 from .memory import naive_bytes
@@ -41,10 +41,9 @@ class Pair:
     teacher_vocab: int
     teacher_width: int
 
-    @property
-    def head_bytes(self) -> int:
-        """Of both heads in bf16, and twice the student's: Liger accumulates its gradient whether or not it trains."""
-        return 2 * (3 * self.vocab * self.width + self.teacher_vocab * self.teacher_width)
+    def head_bytes(self, dtype: torch.dtype) -> int:
+        """Of both heads, and twice the student's: Liger accumulates its gradient whether or not it trains."""
+        return dtype.itemsize * (3 * self.vocab * self.width + self.teacher_vocab * self.teacher_width)
 
 
 PAIRS = {
@@ -62,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     add_common_arguments(parser, repeats=7)
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--tokens", type=int, help="N; 256 on the CPU, 8192 on CUDA")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of states and heads")
     parser.add_argument("--objectives", nargs="+", choices=[x.name for x in OBJECTIVES], help="these alone")
     parser.add_argument("--shrink", type=int, default=1, help="divide vocabularies and widths by this (for a try-out)")
     parser.add_argument("--limit-seconds", type=float, default=10, help="of timing, an objective of a pair")
@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> None:
         rows += measure(args, shrunk(PAIRS[name], args.shrink), tokens)
         gc.collect()
     measured = {row["pair"] for row in rows}
-    finish(args, "peers", f"N {tokens}, bf16", rows, keep=lambda row: row["pair"] not in measured)
+    finish(
+        args, "peers", f"N {tokens}", rows,
+        keep=lambda row: row["pair"] not in measured or row.get("dtype", "bfloat16") != args.dtype,
+    )  # fmt: skip
 
 
 def shrunk(pair: Pair, by: int) -> Pair:
@@ -82,15 +85,16 @@ def shrunk(pair: Pair, by: int) -> Pair:
 
 
 def measure(args: argparse.Namespace, pair: Pair, tokens: int) -> list[dict]:
-    device = torch.device(args.device)
-    sizes = {"pair": f"{pair.student} from {pair.teacher}", "tokens": tokens, "vocab": min(pair.vocab, pair.teacher_vocab)}
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    sizes = {"pair": f"{pair.student} from {pair.teacher}", "dtype": args.dtype, "tokens": tokens}
+    sizes |= {"vocab": min(pair.vocab, pair.teacher_vocab)}
     sizes |= {"student_width": pair.width, "teacher_width": pair.teacher_width}
-    needed = pair.head_bytes + naive_bytes(tokens, sizes["vocab"])
+    needed = pair.head_bytes(dtype) + naive_bytes(tokens, sizes["vocab"])
     if needed > available_bytes(device):
         note = f"skipped: needs {needed / 2**30:.1f} GiB, {available_bytes(device) / 2**30:.1f} available"
         return [{**sizes, "objective": "", "contender": "all", "note": note}]
     case = LinearCase.random(
-        tokens, pair.vocab, pair.width, pair.teacher_width, torch.bfloat16, device, teacher_vocab=pair.teacher_vocab
+        tokens, pair.vocab, pair.width, pair.teacher_width, dtype, device, teacher_vocab=pair.teacher_vocab
     )
     chosen = [x for x in OBJECTIVES if args.objectives is None or x.name in args.objectives]
     return [{**sizes, **row} for objective in chosen for row in compare(args, case, objective)]
@@ -101,7 +105,7 @@ def compare(args: argparse.Namespace, case: LinearCase, objective: Objective) ->
     listed = [x for x in contenders(device.type, (objective,)) if not (args.no_compile and x.compiles)]
     steps, missing = build(listed)
     errors = gradient_errors({name: (objective, step) for name, step in steps.items()}, case, check_tokens=16)
-    refuse_wrong(errors, ERROR_BUDGETS[torch.bfloat16])
+    refuse_wrong_gradients(errors, case.hidden.dtype)
     peaks = {}
     for name, step in steps.items() if device.type == "cuda" else ():
         # On the CPU what a step keeps for the next one would not count: benchmarks.memory has a process for each.

@@ -72,10 +72,8 @@ def draw_all(results: Path, device: str, out: Path) -> list[Path]:
         with path.open(newline="") as f:
             rows = list(csv.DictReader(f))
         figure = draw(rows)
-        origin = rows[-1]
-        figure.supxlabel(
-            f"{origin['device']}; torch {origin['torch']}, commit {origin['commit']}, {origin['date']}", size=7, color="#777777"
-        )
+        origins = dict.fromkeys(f"{r['device']}; torch {r['torch']}, commit {r['commit']}, {r['date']}" for r in rows)
+        figure.supxlabel("\n".join(origins), size=7, color="#777777")
         out.mkdir(parents=True, exist_ok=True)
         drawn.append(out / f"{name}_{device}.svg")
         figure.savefig(drawn[-1], metadata={"Date": None, "Creator": None})
@@ -149,14 +147,15 @@ def draw_layers(rows: Rows) -> Figure:
 
 
 def draw_peers(rows: Rows) -> Figure:
-    panels = list(dict.fromkeys((r["pair"], r["objective"]) for r in rows if r.get("median_ms")))
-    objectives = list(dict.fromkeys(o for _, o in panels))
-    pairs = list(dict.fromkeys(p for p, _ in panels))
-    figure, axes = _figure(len(pairs), len(objectives), 6 * len(objectives), 2.9 * len(pairs))
-    for axis, (pair, objective) in zip(axes, [(p, o) for p in pairs for o in objectives], strict=True):
-        chosen = [r for r in rows if (r["pair"], r["objective"]) == (pair, objective)]
-        if (pair, objective) in panels:
-            _time_bars(axis, chosen, f"{pair}: {objective}, N {chosen[0]['tokens']}, V {int(chosen[0]['vocab']):,}")
+    timed = [r for r in rows if r.get("median_ms")]
+    objectives = list(dict.fromkeys(r["objective"] for r in timed))
+    cases = list(dict.fromkeys((r["pair"], r["dtype"]) for r in timed))
+    figure, axes = _figure(len(cases), len(objectives), 6 * len(objectives), 2.9 * len(cases))
+    for axis, (case, objective) in zip(axes, [(c, o) for c in cases for o in objectives], strict=True):
+        chosen = [r for r in timed if (r["pair"], r["dtype"]) == case and r["objective"] == objective]
+        if chosen:
+            title = f"{case[0]}: {objective}, {case[1]}, N {chosen[0]['tokens']}, V {int(chosen[0]['vocab']):,}"
+            _time_bars(axis, chosen, title)
         else:
             axis.set_axis_off()
     return figure

@@ -3,7 +3,8 @@
 The loop of models/train.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher of thirty), 16
 prompts of the built-in form, only the connector training: one forward of each teacher, timed by itself, and the rest of the step
 (the student's forward, the loss over all sources, layers, backward, AdamW) for each set of sources. `overhead` is how much longer
-the rest takes than with one teacher. The LM head of every teacher is multiplied inside the loss, so in the rest.
+the rest takes than with one teacher. The LM head of every teacher is multiplied inside the loss, so in the rest, though it is a
+part of that teacher's forward: `heads_ms` is what these products take by themselves, and `overhead_beyond_heads` leaves them out.
 
 Correctness first: with several sources the loss must be the sum of the losses of each.
 """
@@ -137,6 +138,16 @@ class StepCase:
             made.append(Source(name, recipe.sources.get(name, own), teacher, chosen))
         return recipe, made
 
+    def head_product(self, recipe: Any, source: Any) -> Any:
+        """A call that multiplies the states that the loss reads with this teacher's LM head."""
+        from models.train import counted_positions
+
+        states = source.teacher(self.batch, self.examples)
+        positions = counted_positions(recipe, self.batch)
+        hidden = (states if positions is None else states.at(positions)).audio_hidden  # both paths are one product
+        weight, scratch = states.head.weight, hidden.new_empty(len(hidden), len(states.head.weight))
+        return lambda: torch.mm(hidden, weight.T, out=scratch)
+
     def rest(self, recipe: Any, sources: Sequence[Any]) -> Any:
         """A call that does what a step does once the teachers have spoken; it returns the loss."""
         from models.train import counted_positions, objective_loss, select_positions, token_weights
@@ -184,18 +195,28 @@ def check_sum(case: StepCase) -> float:
     return abs(together - parts) / abs(parts)
 
 
-def measure(case: StepCase, repeats: int) -> list[dict]:
-    """A row a system."""
+def measure(case: StepCase, repeats: int, systems: Sequence[str] = tuple(SYSTEMS)) -> list[dict]:
+    """A row a system, that of BASELINE first."""
     if (difference := check_sum(case)) > 1e-4:
         raise SystemExit(f"several sources: the loss is {difference:.1e} off the sum of the losses of each")
-    built = {label: case.sources(*system) for label, system in SYSTEMS.items()}
+    built = {label: case.sources(*system) for label, system in SYSTEMS.items() if label in (BASELINE, *systems)}
     rests = {label: case.rest(recipe, sources) for label, (recipe, sources) in built.items()}
     forwards = {
         f"{label}: {source.name}": (lambda source=source: source.teacher(case.batch, case.examples))
         for label, (_, sources) in built.items()
         for source in sources
     }
-    timings = time_calls({**rests, **forwards}, repeats=repeats, device=case.device, warmup=1)
+    heads = {
+        f"{label}: {source.name} head": case.head_product(recipe, source)
+        for label, (recipe, sources) in built.items()
+        for source in sources
+    }
+    timings = time_calls({**rests, **forwards, **heads}, repeats=repeats, device=case.device, warmup=1)
+
+    def beyond_heads(label: str) -> float:
+        products = sum(timings[f"{label}: {source.name} head"].median for source in built[label][1])
+        return timings[label].median - products
+
     rows = []
     for label, (_, sources) in built.items():
         teachers = {source.name: timings[f"{label}: {source.name}"].median for source in sources}
@@ -210,7 +231,9 @@ def measure(case: StepCase, repeats: int) -> list[dict]:
                 "text_teacher_ms": 1e3 * teachers.get("text", float("nan")),
                 "acoustic_teacher_ms": 1e3 * teachers.get("acoustic", float("nan")),
                 "step_ms": 1e3 * (rest + sum(teachers.values())),
+                "heads_ms": 1e3 * (rest - beyond_heads(label)),
                 "overhead": rest / timings[BASELINE].median - 1,
+                "overhead_beyond_heads": beyond_heads(label) / beyond_heads(BASELINE) - 1,
             }
         )
     return rows
@@ -222,9 +245,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_common_arguments(parser, repeats=7)
     parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="these, beside the baseline")
     args = parser.parse_args(argv)
     case = StepCase(args.examples, torch.device(args.device))
-    finish(args, "step", "a training step; time_ms: all but the teachers' forwards", measure(case, args.repeats))
+    finish(args, "step", "a training step; time_ms: all but the teachers' forwards", measure(case, args.repeats, args.systems))
 
 
 if __name__ == "__main__":

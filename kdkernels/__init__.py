@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .alpha import adaptive_alpha
     from .contrast_cache import ContrastCache, ContrastCacheWriter
     from .decoding import contrast_logits, contrastive_generate
+    from .integrations import CAADOptions, CAADTrainer
     from .layer_mse import LayerProjections, fused_layer_mse_loss, layer_map
     from .lm_head import LMHead
     from .multi_teacher import MultiTeacherStats, TeacherSource, fused_linear_multi_teacher_loss
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "CAADOptions": ".integrations",
+    "CAADTrainer": ".integrations",
     "ContrastCache": ".contrast_cache",
     "ContrastCacheWriter": ".contrast_cache",
     "DropKey": ".paths",
@@ -46,7 +49,9 @@ _LAZY = {
 
 __all__ = [
     "CAADLoss",
+    "CAADOptions",
     "CAADStats",
+    "CAADTrainer",
     "ContrastCache",
     "ContrastCacheWriter",
     "DropKey",

@@ -247,9 +247,11 @@ def fused_linear_caad_loss(
         logits_dtype: dtype in which a chunk's logits are stored; None: float32. bfloat16 is faster and coarser (gradient error
             2-5%, far more near convergence, against 0.6%).
         process_group: a ProcessGroup or one-dimensional DeviceMesh: vocabulary-parallel. Weights and biases are then this rank's
-            rows of the vocabulary, in rank order, student and teacher shards starting at the same ids (uneven sizes are fine);
-            everything else is the same on every rank. Loss and student_hidden's gradient come out complete on every rank.
-            Eager row arithmetic (about 8 float32 tensors of a chunk), impl="auto" or "reference", not under torch.compile.
+            rows of the vocabulary, in rank order, student and teacher shards starting at the same ids (uneven sizes are fine;
+            ``kdkernels.parallel.vocabulary_rows`` cuts them), or DTensors with placements (Shard(0),), which need no
+            process_group and whose gradients are DTensors; everything else is the same on every rank. Loss and
+            student_hidden's gradient come out complete on every rank. Eager row arithmetic (about 8 float32 tensors of a
+            chunk), impl="auto" or "reference", not under torch.compile.
         inplace: accepted for symmetry; nothing of the caller's memory is overwritten here.
         The rest: as in :func:`fused_caad_loss`.
 
@@ -269,10 +271,16 @@ def fused_linear_caad_loss(
     Source: CAAD, arXiv 2606.23052; token chunks as in Liger Kernel, arXiv 2410.10989.
     """
     group = None
-    if process_group is not None:
+    if process_group is not None or any(_is_dtensor(x) for x in (student_weight, teacher_weight, student_bias, teacher_bias)):
         from . import parallel
 
-        group = parallel.as_group(process_group)
+        group, (student_weight, teacher_weight, student_bias, teacher_bias) = parallel.local_shards(
+            process_group,
+            student_weight=student_weight,
+            teacher_weight=teacher_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+        )
     empty = group is not None  # a rank may hold no rows
     _check_head("student_{}", student_hidden, student_weight, student_bias, student_hidden, empty=empty)
     _check_head("teacher_{}", teacher_audio_hidden, teacher_weight, teacher_bias, student_hidden, "audio_hidden", empty=empty)
@@ -739,9 +747,19 @@ def _is_whole(x: Any) -> bool:
     return isinstance(x, (int, torch.SymInt, numbers.Integral)) and not isinstance(x, bool)
 
 
+def _is_dtensor(x: Any) -> bool:
+    """Told by its own attribute: asking torch.distributed.tensor would import it."""
+    return hasattr(x, "placements")
+
+
 def _check_tensor(name: str, x: Any, *, floating: bool = False) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if _is_dtensor(x):
+        raise TypeError(
+            f"{name}: expected a plain tensor, the same on every rank, got a DTensor placed as {tuple(x.placements)}; "
+            "x.full_tensor() gathers it"
+        )
     if floating and not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 

@@ -6,14 +6,18 @@ to know about it.  With the teacher's LM head they give the exact distribution o
 
 A cache is a folder:
 
-    cache.json                     format version, fingerprint, hidden size, dtype
-    shard-PART-00000.safetensors   audio_hidden (R, H), text_hidden (R, H), target (R,): whole samples, one by one
-    index-PART.jsonl               one line a finished shard: file, bytes, sha256, [sample id, first row, rows] ...
+    cache.json                     format version, fingerprint, hidden size, dtype, layers
+    shard-PART-00000.safetensors   audio_hidden (R, H), text_hidden (R, H), target (R,): whole samples, one by one; with layers
+                                   audio_layers and text_layers (R, K, H); in float8 the scale of each row beside each
+    index-PART.jsonl               one line a finished shard: file, bytes, sha256, [sample id, first row, rows, content] ...
 
 A shard is written to a temporary file, synced and renamed, and only then named in the index.  So a writer that is
 killed leaves a cache that holds every finished shard and nothing half-written.
 
-Legend: R rows of a shard, n rows of a sample, N rows asked for, B samples asked for, H hidden width.
+A sample's content is a fingerprint that the caller makes of whatever the states depend on beside the cache's own: prompt,
+audio, Y. It tells a sample that was changed since from one that is up to date.
+
+Legend: R rows of a shard, n rows of a sample, N rows asked for, B samples asked for, K layers, H hidden width.
 """
 
 from __future__ import annotations
@@ -34,10 +38,11 @@ from torch import Tensor
 
 __all__ = ["CachedStates", "ContrastCache", "ContrastCacheWriter", "CorruptCacheError"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MARK = "kdkernels_contrast_cache"
 _MIB = 1 << 20
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
+_FLOAT8_MAX = 448.0
 _log = logging.getLogger(__name__)
 
 
@@ -50,15 +55,18 @@ class CachedStates:
     """What the cache holds of B samples, concatenated in the order asked for.
 
     Attributes:
-        audio_hidden, text_hidden: (N, H) in the cache's dtype, on the CPU.
+        audio_hidden, text_hidden: (N, H) on the CPU, in the cache's dtype (float32 where that is float8).
         target: (N,) int64, the tokens of Y that the rows predict.
         lengths: (B,) int64, rows of each sample; N is their sum.
+        audio_layers, text_layers: (N, K, H) of the cache's layers; None in a cache without.
     """
 
     audio_hidden: Tensor
     text_hidden: Tensor
     target: Tensor
     lengths: Tensor
+    audio_layers: Tensor | None = None
+    text_layers: Tensor | None = None
 
 
 class ContrastCache:
@@ -70,7 +78,7 @@ class ContrastCache:
         verify_checksums: read every shard once and compare its sha256 (about 1 s a GB); otherwise sizes alone.
 
     Attributes:
-        fingerprint (dict), hidden_size (int), dtype (torch.dtype), bytes (int, of all shards).
+        fingerprint (dict), hidden_size (int), dtype (torch.dtype), layers (tuple of int), bytes (int, of all shards).
 
     Raises:
         ValueError: no cache in the folder, another format version, or another fingerprint (differing keys are listed).
@@ -93,8 +101,10 @@ class ContrastCache:
         self.fingerprint: dict[str, Any] = header["fingerprint"]
         self.hidden_size: int = header["hidden_size"]
         self.dtype: torch.dtype = _DTYPES[header["dtype"]]
+        self.layers: tuple[int, ...] = tuple(header["layers"])
         self.bytes = 0
         self._where: dict[str, tuple[str, int, int]] = {}  # sample id -> shard, first row, rows
+        self._content: dict[str, str] = {}
         self._open_shards: dict[str, Any] = {}
         for index_path in sorted(self.folder.glob("index-*.jsonl")):
             for record in _read_index(index_path)[0]:
@@ -111,9 +121,12 @@ class ContrastCache:
         return ContrastCacheWriter(folder, **options)
 
     @staticmethod
-    def estimate_bytes(*, tokens: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes on disk of `tokens` positions: both paths and their targets, without the shards' headers."""
-        return tokens * (2 * hidden_size * _dtype_name(dtype, "dtype")[1] + 8)
+    def estimate_bytes(
+        *, tokens: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16, layers: int = 0
+    ) -> int:
+        """Bytes on disk of `tokens` positions: both paths, `layers` layers of each, targets; without the shards' headers."""
+        row = hidden_size * _dtype_name(dtype, "dtype")[1] + (4 if dtype == torch.float8_e4m3fn else 0)
+        return tokens * (2 * (1 + layers) * row + 8)
 
     def __len__(self) -> int:
         return len(self._where)
@@ -131,11 +144,16 @@ class ContrastCache:
         """n, the positions of a sample, without reading them."""
         return self._locate(sample_id)[2]
 
+    def content(self, sample_id: str) -> str:
+        """The fingerprint of a sample's content that its writer was given; "" if none."""
+        self._locate(sample_id)
+        return self._content[sample_id]
+
     def get(self, sample_ids: Sequence[str]) -> CachedStates:
         """The states of some samples, in the order given; an id may be asked for more than once.
 
         Returns:
-            CachedStates: fresh tensors, (N, H) twice, (N,) and (B,).
+            CachedStates: fresh tensors.
 
         Raises:
             KeyError: an id the cache does not hold.
@@ -146,30 +164,39 @@ class ContrastCache:
         places = [self._locate(sample_id) for sample_id in sample_ids]
         lengths = torch.tensor([rows for _, _, rows in places], dtype=torch.int64)
         total = sum(rows for _, _, rows in places)
-        audio = torch.empty(total, self.hidden_size, dtype=self.dtype)
-        text = torch.empty_like(audio)
-        target = torch.empty(total, dtype=torch.int64)
+        shapes = {"audio_hidden": (self.hidden_size,), "text_hidden": (self.hidden_size,)}
+        if self.layers:
+            shapes |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
+        packed = self.dtype == torch.float8_e4m3fn
+        found = {
+            name: torch.empty(total, *shape, dtype=torch.float32 if packed else self.dtype) for name, shape in shapes.items()
+        }
+        found["target"] = torch.empty(total, dtype=torch.int64)
         filled = 0
         for shard, first, rows in places:
             file = self._shard(shard)
-            here = slice(filled, filled + rows)
-            for name, destination in (("audio_hidden", audio), ("text_hidden", text), ("target", target)):
-                destination[here] = file.get_slice(name)[first : first + rows]
+            here, there = slice(filled, filled + rows), slice(first, first + rows)
+            for name, destination in found.items():
+                stored = file.get_slice(name)[there]
+                if packed and name != "target":
+                    stored = stored.float() * file.get_slice(f"{name}_scale")[there][..., None]
+                destination[here] = stored
             filled += rows
-        return CachedStates(audio, text, target, lengths)
+        return CachedStates(**found, lengths=lengths)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open_shards": {}}  # a DataLoader's worker maps the files itself
 
     def _add_record(self, record: Mapping[str, Any]) -> None:
         self.bytes += record["bytes"]
-        for sample_id, first, rows in record["samples"]:
+        for sample_id, first, rows, content in record["samples"]:
             if sample_id in self._where:
                 raise CorruptCacheError(
                     f"{self.folder}: sample {sample_id!r} is in shard {self._where[sample_id][0]} and in "
                     f"{record['shard']}; two parts have written it"
                 )
             self._where[sample_id] = (record["shard"], first, rows)
+            self._content[sample_id] = content
 
     def _locate(self, sample_id: str) -> tuple[str, int, int]:
         try:
@@ -197,7 +224,9 @@ class ContrastCacheWriter(AbstractContextManager):
         fingerprint: whatever determines the states, JSON values by name: model, tokenizer, prompt, Y, ... A folder with
             another fingerprint is refused.
         hidden_size: H.
-        dtype: of the stored states, torch.bfloat16 or torch.float32 (then they come back bitwise).
+        dtype: of the stored states: torch.bfloat16, torch.float32 (then they come back bitwise) or torch.float8_e4m3fn with a
+            float32 scale a row (half of bfloat16's bytes; `python -m models.cache --measure` says what it costs in accuracy).
+        layers: numbers of the teacher's layers whose states are stored as well.
         shard_mib: a shard is closed when it holds as much; also what a kill can lose, and what is held in memory.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).
         verify_checksums: read the shards that are there already and compare their sha256; a bad one is dropped with a
@@ -216,6 +245,7 @@ class ContrastCacheWriter(AbstractContextManager):
         fingerprint: Mapping[str, Any],
         hidden_size: int,
         dtype: torch.dtype = torch.bfloat16,
+        layers: Sequence[int] = (),
         shard_mib: float = 256.0,
         part: str = "0",
         verify_checksums: bool = True,
@@ -229,7 +259,7 @@ class ContrastCacheWriter(AbstractContextManager):
             raise ValueError(f"part: expected letters, digits and underscores, got {part!r}")
         dtype_name, _ = _dtype_name(dtype, "dtype")
         self.folder = Path(folder)
-        self.hidden_size, self.dtype, self.part = hidden_size, dtype, part
+        self.hidden_size, self.dtype, self.part, self.layers = hidden_size, dtype, part, tuple(layers)
         self._shard_bytes = int(shard_mib * _MIB)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder / f"lock-{part}")
@@ -239,13 +269,14 @@ class ContrastCacheWriter(AbstractContextManager):
                 "fingerprint": _canonical(fingerprint),
                 "hidden_size": hidden_size,
                 "dtype": dtype_name,
+                "layers": list(self.layers),
             }
             self._match_header(header)
             self._records, self._known = self._resume(verify_checksums)
         except BaseException:
             self._lock.close()
             raise
-        self._buffer: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self._buffer: list[tuple[str, str, dict[str, Tensor]]] = []  # sample id, content, tensors
         self._buffered_bytes = 0
 
     def __contains__(self, sample_id: object) -> bool:
@@ -258,13 +289,29 @@ class ContrastCacheWriter(AbstractContextManager):
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, sample_id: str, audio_hidden: Tensor, text_hidden: Tensor, target: Tensor) -> None:
+    def content(self, sample_id: str) -> str | None:
+        """The fingerprint of a sample's content that this part of the cache holds; None if it does not hold the sample."""
+        return self._known.get(sample_id)
+
+    def add(
+        self,
+        sample_id: str,
+        audio_hidden: Tensor,
+        text_hidden: Tensor,
+        target: Tensor,
+        *,
+        audio_layers: Tensor | None = None,
+        text_layers: Tensor | None = None,
+        content: str = "",
+    ) -> None:
         """Takes a sample; it is on disk when its shard is full, or after `flush()`.
 
         Args:
             sample_id: not in the cache yet.
             audio_hidden, text_hidden: (n, H) floating point on any device, rounded to the cache's dtype.
             target: (n,) int64, the tokens of Y they predict.
+            audio_layers, text_layers: (n, K, H), where the cache has layers.
+            content: a fingerprint of what the states depend on, to be compared later.
 
         Raises:
             TypeError, ValueError: naming the argument; states that are not finite are refused as well.
@@ -273,17 +320,25 @@ class ContrastCacheWriter(AbstractContextManager):
             raise TypeError(f"sample_id: expected a string that is not empty, got {sample_id!r}")
         if sample_id in self:
             raise ValueError(f"sample_id: expected an id the cache does not hold yet, got {sample_id!r}")
+        if not isinstance(content, str):
+            raise TypeError(f"content: expected a string, got {content!r}")
         if not isinstance(target, Tensor) or target.dtype != torch.int64:
             raise TypeError(f"target: expected a tensor of torch.int64, got {getattr(target, 'dtype', type(target))}")
         if target.ndim != 1:
             raise ValueError(f"target: expected shape (n,), got {tuple(target.shape)}")
-        audio = self._stored("audio_hidden", audio_hidden, sample_id, len(target))
-        text = self._stored("text_hidden", text_hidden, sample_id, len(target))
-        self._buffer.append((sample_id, audio, text, target.detach().to("cpu", copy=True)))
-        self._known.add(sample_id)
-        self._buffered_bytes += ContrastCache.estimate_bytes(
-            tokens=len(target), hidden_size=self.hidden_size, dtype=self.dtype
-        )
+        states = {"audio_hidden": audio_hidden, "text_hidden": text_hidden}
+        for name, layers in (("audio_layers", audio_layers), ("text_layers", text_layers)):
+            if (layers is not None) != bool(self.layers):
+                expected = f"the states of layers {list(self.layers)}" if self.layers else "none, in a cache without layers"
+                raise ValueError(f"{name}: expected {expected}, got {'none' if layers is None else 'some'}")
+            states |= {name: layers} if self.layers else {}
+        tensors = {"target": target.detach().to("cpu", copy=True)}
+        for name, hidden in states.items():
+            shape = (len(target), len(self.layers), self.hidden_size)
+            tensors |= self._stored(name, hidden, sample_id, shape if name.endswith("layers") else (shape[0], shape[2]))
+        self._buffer.append((sample_id, content, tensors))
+        self._known[sample_id] = content
+        self._buffered_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._buffered_bytes >= self._shard_bytes:
             self.flush()
 
@@ -293,14 +348,11 @@ class ContrastCacheWriter(AbstractContextManager):
             return
         name = self._next_name()
         samples, first = [], 0
-        for sample_id, audio, _, _ in self._buffer:
-            samples.append([sample_id, first, len(audio)])
-            first += len(audio)
-        tensors = {
-            key: torch.cat([entry[position] for entry in self._buffer])
-            for position, key in ((1, "audio_hidden"), (2, "text_hidden"), (3, "target"))
-        }
-        record = {"shard": name, **_write_shard(self.folder / name, tensors), "rows": first, "samples": samples}
+        for sample_id, content, tensors in self._buffer:
+            samples.append([sample_id, first, len(tensors["target"]), content])
+            first += len(tensors["target"])
+        joined = {key: torch.cat([tensors[key] for _, _, tensors in self._buffer]) for key in self._buffer[0][2]}
+        record = {"shard": name, **_write_shard(self.folder / name, joined), "rows": first, "samples": samples}
         with open(self._index_path, "ab") as file:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             file.flush()
@@ -331,16 +383,23 @@ class ContrastCacheWriter(AbstractContextManager):
             number += 1
         return name
 
-    def _stored(self, name: str, hidden: Tensor, sample_id: str, rows: int) -> Tensor:
+    def _stored(self, name: str, hidden: Tensor, sample_id: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """What is stored of some states, by the names in the shard."""
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
             got = getattr(hidden, "dtype", type(hidden).__name__)
             raise TypeError(f"{name}: expected a floating point tensor, got {got}")
-        if hidden.shape != (rows, self.hidden_size):
-            raise ValueError(f"{name}: expected shape ({rows}, {self.hidden_size}), got {tuple(hidden.shape)}")
-        stored = hidden.detach().to("cpu", self.dtype, copy=True)
-        if not torch.isfinite(stored).all():
+        if hidden.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(hidden.shape)}")
+        if self.dtype != torch.float8_e4m3fn:
+            stored = hidden.detach().to("cpu", self.dtype, copy=True)
+            finite, tensors = stored, {name: stored}
+        else:
+            finite = hidden.detach().to("cpu", torch.float32)
+            scale = (finite.abs().amax(-1) / _FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+            tensors = {name: (finite / scale[..., None]).to(self.dtype), f"{name}_scale": scale}
+        if not torch.isfinite(finite).all():
             raise ValueError(f"{name}: expected finite states, got inf or NaN in sample {sample_id!r}")
-        return stored
+        return tensors
 
     def _match_header(self, header: dict[str, Any]) -> None:
         path = self.folder / "cache.json"
@@ -348,14 +407,14 @@ class ContrastCacheWriter(AbstractContextManager):
             _write_atomically(path, json.dumps(header, indent=1, ensure_ascii=False).encode())
         got = _read_header(self.folder)  # also after writing: the parts of one cache may start at the same time
         _check_fingerprint(self.folder, expected=header["fingerprint"], got=got["fingerprint"])
-        for name in ("hidden_size", "dtype"):
+        for name in ("hidden_size", "dtype", "layers"):
             if header[name] != got[name]:
                 raise ValueError(
                     f"{name}: the cache {self.folder} has another; expected {header[name]}, got {got[name]}"
                 )
 
-    def _resume(self, verify_checksums: bool) -> tuple[list[dict[str, Any]], set[str]]:
-        """The finished shards of this part, without those that are bad; the index is put in order if need be."""
+    def _resume(self, verify_checksums: bool) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """This part's finished shards without bad ones, and their samples' contents; the index is put in order if need be."""
         records, torn = _read_index(self._index_path)
         good = []
         for record in records:
@@ -373,7 +432,7 @@ class ContrastCacheWriter(AbstractContextManager):
                 shutil.rmtree(path)
             elif path.name not in named:  # bad, or renamed just before a kill
                 path.unlink()
-        return good, {sample_id for record in good for sample_id, _, _ in record["samples"]}
+        return good, {sample_id: content for record in good for sample_id, _, _, content in record["samples"]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -397,7 +456,7 @@ def _dtype_name(dtype: torch.dtype, argument: str) -> tuple[str, int]:
     for name, known in _DTYPES.items():
         if dtype == known:
             return name, known.itemsize
-    raise ValueError(f"{argument}: expected torch.bfloat16 or torch.float32, got {dtype}")
+    raise ValueError(f"{argument}: expected torch.bfloat16, torch.float32 or torch.float8_e4m3fn, got {dtype}")
 
 
 def _canonical(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

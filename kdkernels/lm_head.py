@@ -6,6 +6,8 @@ Legend: B rows, L columns, N positions, H hidden width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,7 +47,9 @@ class LMHead:
             raise ValueError(f"logit_scale: expected a positive number, got {self.logit_scale}")
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, merge_lora: bool = False, probe: bool = True) -> LMHead:
+    def from_model(
+        cls, model: nn.Module, *, merge_lora: bool = False, gather: bool = False, probe: bool = True
+    ) -> LMHead:
         """Reads weight, bias, soft cap and scale from a model.
 
         The numbers in a config do not always say what the model does (Granite divides by `logits_scaling`, HyperCLOVA
@@ -56,21 +60,22 @@ class LMHead:
         Args:
             model: any module with `get_output_embeddings()`.
             merge_lora: a LoRA on the head is merged into a copy of its weight instead of being refused.
+            gather: a head that is sharded (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) is gathered into a
+                whole copy on every rank instead of being refused; every rank has to make the call.
             probe: False reads the config alone and runs nothing.
 
         Raises:
-            TypeError: the head is not a plain linear layer in floating point (quantised, sharded, adapted, absent).
+            TypeError: the head is not a plain linear layer in floating point (quantised, sharded, adapted, absent, or
+                with a forward that computes something else).
             ValueError: its weight is not here (FSDP / ZeRO-3 shards, offloaded to the meta device).
         """
         head = head_module(model)
-        weight, bias = _head_weight(head, merge_lora=merge_lora)
-        owner = _head_owner(model, head)
-        hints = _config_numbers(owner)
-        softcap, scale = _config_post(hints)
-        if probe and hints:
-            measured = _probe_with_one_token(owner, head, weight.device)
-            if measured is not None:
-                softcap, scale = _snap(measured, hints)
+        with gathered(*head.parameters(), enabled=gather) as copies:
+            weight, bias = _head_weight(head, merge_lora=merge_lora, gather=gather)
+            _check_forward(head, weight, bias)
+            if copies:
+                weight, bias = (None if x is None else x.clone() for x in (weight, bias))
+        softcap, scale = logit_post(model, device=weight.device, probe=probe)
         return cls(weight, bias, softcap, scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -85,6 +90,11 @@ class LMHead:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def to(self, device: torch.device | str) -> LMHead:
+        """The same on another device; shares memory where it is there already."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
 
     def keywords(self, side: str) -> dict[str, Any]:
         """The keywords of `fused_linear_caad_loss` for this head; side is "teacher" or "student"."""
@@ -111,68 +121,108 @@ def head_module(model: nn.Module) -> nn.Module:
     return head
 
 
-def _head_weight(head: nn.Module, *, merge_lora: bool) -> tuple[Tensor, Tensor | None]:
-    saved = getattr(head, "modules_to_save", None)
-    if isinstance(saved, nn.ModuleDict):  # PEFT's fully trained copy of the head
-        active = getattr(head, "active_adapter", None)
-        enabled = not getattr(head, "disable_adapters", False)
-        inner = saved[active] if enabled and isinstance(active, str) and active in saved else head.original_module
-        return _head_weight(inner, merge_lora=merge_lora)
-    if hasattr(head, "base_layer"):
-        return _adapted_weight(head, merge_lora=merge_lora)
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"LM head: expected a linear layer with a weight, got {type(head).__name__}")
-    return _plain(weight, head, "weight"), _plain_bias(head)
-
-
-def _adapted_weight(head: nn.Module, *, merge_lora: bool) -> tuple[Tensor, Tensor | None]:
-    """The head under a PEFT adapter.  Its base weight alone would be a silently wrong teacher."""
-    base_weight, base_bias = _head_weight(head.base_layer, merge_lora=merge_lora)
-    if getattr(head, "merged", False) or getattr(head, "disable_adapters", False):
-        return base_weight, base_bias  # merged: the base already holds it; disabled: it plays no part
-    active = [name for name in getattr(head, "active_adapters", ()) if name in getattr(head, "lora_A", {})]
-    variants = getattr(head, "lora_variant", None) or getattr(head, "use_dora", None) or {}
-    plain_lora = bool(active) and hasattr(head, "get_delta_weight") and not any(variants.get(name) for name in active)
-    if not plain_lora:
-        raise TypeError(
-            f"LM head: a {type(head).__module__}.{type(head).__name__} adapter sits on it, expected a plain linear "
-            "layer; merge it first (model.merge_and_unload())"
-        )
-    if not merge_lora:
+def _head_weight(head: nn.Module, *, merge_lora: bool, gather: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, H) and bias (V,) of a head that stays as it is: detached."""
+    head = computing_layer(head)
+    if not hasattr(head, "base_layer"):
+        weight, bias = plain_parameters(head, gather=gather)
+        return weight.detach(), None if bias is None else bias.detach()
+    # Under a PEFT adapter the base weight alone would be a silently wrong teacher.
+    base_weight, base_bias = _head_weight(head.base_layer, merge_lora=merge_lora, gather=gather)
+    active = active_lora(head)
+    if active and not merge_lora:
         raise TypeError(
             f"LM head: LoRA adapter {active} of PEFT sits on it, expected a plain linear layer; pass merge_lora=True "
             "to merge it into a copy of the weight, or call model.merge_and_unload()"
         )
-    if getattr(head, "lora_bias", None) and any(head.lora_bias.get(name) for name in active):
+    if any(head.lora_B[name].bias is not None for name in active):
         raise TypeError(f"LM head: LoRA adapter {active} has a bias of its own, which merge_lora cannot merge")
-    merged = base_weight
     for name in active:
-        merged = merged + head.get_delta_weight(name).detach().to(merged)
-    return merged, base_bias
+        base_weight = base_weight + head.get_delta_weight(name).detach().to(base_weight)
+    return base_weight, base_bias
 
 
-def _plain_bias(head: nn.Module) -> Tensor | None:
-    bias = getattr(head, "bias", None)
-    return None if bias is None else _plain(bias, head, "bias")
+def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden (N, H'), weight (V, H'), bias) whose product is what `head` computes from `hidden` (N, H), with gradients.
+
+    A LoRA on the head becomes more columns of both, H' = H + r, so that its dropout holds and no update is rounded to the
+    precision of W:  h W^T + s (A h) B^T = [h, s A h] [W, B]^T.  That copies the weight, V (H + r) items a call, and where A
+    or B train the gradient of as many.
+
+    Raises:
+        TypeError, ValueError: as `LMHead.from_model`.
+    """
+    head = computing_layer(head)
+    active = active_lora(head)
+    weight, bias = plain_parameters(_without_adapter(head))
+    columns, rows = [hidden.to(weight.dtype)], [weight]
+    for name in active:
+        lora_a, lora_b = head.lora_A[name], head.lora_B[name]
+        low = lora_a(head.lora_dropout[name](hidden.to(lora_a.weight.dtype))) * head.scaling[name]  # (N, r)
+        columns.append(low.to(weight.dtype))
+        rows.append(_plain(lora_b.weight, head, f"LoRA {name!r}").to(weight.dtype))
+        if lora_b.bias is not None:
+            added = lora_b.bias.to(weight.dtype) * head.scaling[name]
+            bias = added if bias is None else bias + added
+    return (torch.cat(columns, 1), torch.cat(rows, 1), bias) if active else (columns[0], weight, bias)
 
 
-def _plain(tensor: Tensor, head: nn.Module, what: str) -> Tensor:
-    """`tensor` detached, or an error that says which kind of tensor it is instead of a plain one."""
+def computing_layer(head: nn.Module) -> nn.Module:
+    """The layer inside a PEFT wrapper that turns hidden states into logits: its fully trained copy, or the original."""
+    saved = getattr(head, "modules_to_save", None)
+    if not isinstance(saved, nn.ModuleDict):
+        return head
+    active = [name for name in getattr(head, "active_adapters", ()) if name in saved]
+    enabled = bool(active) and not getattr(head, "disable_adapters", False)
+    return computing_layer(saved[active[0]] if enabled else head.original_module)
+
+
+def active_lora(head: nn.Module) -> list[str]:
+    """Names of the LoRA adapters that play a part in what `head` computes; TypeError for any other kind of adapter."""
+    if not hasattr(head, "base_layer") or getattr(head, "merged", False) or getattr(head, "disable_adapters", False):
+        return []  # merged: the base already holds it; disabled: it plays no part
+    active = [name for name in getattr(head, "active_adapters", ()) if name in getattr(head, "lora_A", {})]
+    variants = getattr(head, "lora_variant", None) or getattr(head, "use_dora", None) or {}
+    if not active or not hasattr(head, "get_delta_weight") or any(variants.get(name) for name in active):
+        raise TypeError(
+            f"LM head: a {type(head).__module__}.{type(head).__name__} adapter sits on it, expected a plain linear "
+            "layer; merge it first (model.merge_and_unload())"
+        )
+    return active
+
+
+def _without_adapter(head: nn.Module) -> nn.Module:
+    while hasattr(head, "base_layer"):
+        head = computing_layer(head.base_layer)
+    return head
+
+
+def plain_parameters(head: nn.Module, *, gather: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a plain linear layer as they are, not detached."""
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"LM head: expected a linear layer with a weight, got {type(head).__name__}")
+    return _plain(weight, head, "weight", gather), None if bias is None else _plain(bias, head, "bias", gather)
+
+
+def _plain(tensor: Tensor, head: nn.Module, what: str, gather: bool = False) -> Tensor:
+    """`tensor`, or an error that says which kind of tensor it is instead of a plain one."""
     name = f"LM head: its {what}"
     if hasattr(tensor, "placements"):  # torch.distributed.tensor.DTensor, told by its own attribute to save the import
         if all(placement.is_replicate() for placement in tensor.placements):
-            return tensor.to_local().detach()
+            return tensor.to_local()
+        if gather:
+            return tensor.full_tensor()
         raise TypeError(
             f"{name} is a DTensor sharded as {tuple(tensor.placements)}, expected a whole tensor; gather it "
-            "(tensor.full_tensor()), or pass head=LMHead(local shard) and process_group= to the loss"
+            "(LMHead.from_model(model, gather=True)), or pass head=LMHead(local shard) and process_group= to the loss"
         )
     if tensor.device.type == "meta":
         raise ValueError(f"{name} is on the meta device (offloaded?), expected it in memory; pass head=LMHead(...)")
     if tensor.numel() == 0:
         raise ValueError(
             f"{name} is empty, shape {tuple(tensor.shape)}: FSDP or ZeRO-3 has sharded it away; gather it first "
-            "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters) and pass head=LMHead(...)"
+            "(LMHead.from_model(model, gather=True); of FSDP 1 FSDP.summon_full_params and head=LMHead(...))"
         )
     plain_type = type(tensor) in (Tensor, nn.Parameter)
     if not plain_type or not tensor.is_floating_point() or tensor.element_size() < 2:
@@ -180,7 +230,55 @@ def _plain(tensor: Tensor, head: nn.Module, what: str) -> Tensor:
             f"{name} is quantised or wrapped: {type(tensor).__name__} of {tensor.dtype} in {type(head).__name__}, "
             "expected a plain float32, float16 or bfloat16 tensor; load the model with its LM head left as it is"
         )
-    return tensor.detach()
+    return tensor
+
+
+@contextlib.contextmanager
+def gathered(*parameters: Tensor, enabled: bool = True) -> Iterator[list[Tensor]]:
+    """Inside, parameters that DeepSpeed ZeRO-3 has partitioned are whole on every rank; yields those that were not.
+
+    With `deepspeed.zero.GatheredParameters`, its documented way; a parameter that is whole already (inside the forward of
+    its own module under DeepSpeed's engine) is left to whoever gathered it.  Other parameters are not touched.
+    """
+    partitioned = [p for p in parameters if hasattr(p, "ds_id") and tuple(p.shape) != tuple(p.ds_shape)]
+    if not enabled or not partitioned:
+        yield []
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield partitioned
+
+
+@torch.no_grad()
+def _check_forward(head: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Whether a head whose forward is not nn.Linear's computes a linear layer all the same; TypeError where it does not."""
+    layer = computing_layer(head)
+    own_forward = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
+    if not own_forward or hasattr(layer, "base_layer"):
+        return
+    hidden = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    expected, seen = F.linear(hidden, weight, bias), layer.forward(hidden)
+    if seen.shape != expected.shape or not (seen.double() - expected.double()).norm() <= 1e-2 * expected.double().norm():
+        raise TypeError(
+            f"LM head: expected hidden @ weight^T + bias, got a {type(layer).__module__}.{type(layer).__name__} whose "
+            "forward computes something else; pass head=LMHead(...)"
+        )
+
+
+def logit_post(
+    model: nn.Module, *, device: torch.device | None = None, probe: bool = True
+) -> tuple[float | None, float]:
+    """(soft cap, scale) that `model` applies to its LM head's output; see `LMHead.from_model`."""
+    head = head_module(model)
+    owner = _head_owner(model, head)
+    hints = _config_numbers(owner)
+    if probe and hints:
+        device = next(head.parameters()).device if device is None else device
+        measured = _probe_with_one_token(owner, head, device)
+        if measured is not None:
+            return _snap(measured, hints)
+    return _config_post(hints)
 
 
 def _head_owner(model: nn.Module, head: nn.Module) -> nn.Module:
@@ -346,3 +444,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward takes a keyword of this name."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

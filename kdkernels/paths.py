@@ -28,7 +28,7 @@ SEQUENCE_PADDING: dict[str, float | int] = {
 # Keys that make no sense where no logits are built.
 _IGNORED_KEYS = frozenset({"labels", "logits_to_keep", "num_logits_to_keep", "use_cache", "return_dict"})
 # Keys that would silently change what the rows mean.
-_REFUSED_KEYS = frozenset({"past_key_values", "cache_position", "decoder_input_ids"})
+_REFUSED_KEYS = frozenset({"past_key_values", "cache", "cache_position", "decoder_input_ids"})
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,15 +9,15 @@ Legend: B rows of a batch, L columns of its longest row, N positions that predic
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .layer_states import LayerStates
-from .lm_head import HeadCapture, LMHead, evaluating, fit_post, head_module, probe_values
+from .lm_head import HeadCapture, LMHead, accepts, computing_layer, evaluating, fit_post, head_module, probe_values
 from .paths import DropKey, Inputs, MarkAbsent, MaskFeatures, Negative, PathBatch, as_batch, clean, join
 
 __all__ = [
@@ -134,6 +134,25 @@ class DualPathTeacher(nn.Module):
         self.head = head if head is not None else LMHead.from_model(model, merge_lora=merge_lora)
         self._post_checked = False
         self.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualPathTeacher:
+        """`.to()`, `.half()` and the like: the LM head follows, sharing the model's memory where it did before."""
+        layer = computing_layer(head_module(self.model))
+        shared = {
+            name: tensor.data_ptr() == parameter.data_ptr()
+            for name in ("weight", "bias")
+            if (tensor := getattr(self.head, name)) is not None
+            and isinstance(parameter := getattr(layer, name, None), Tensor)
+            and not hasattr(parameter, "placements")  # a shard: the head is a copy
+        }
+        super()._apply(fn, recurse)
+        moved = {
+            name: getattr(layer, name).detach() if shared.get(name) else fn(tensor)
+            for name in ("weight", "bias")
+            if (tensor := getattr(self.head, name)) is not None
+        }
+        self.head = dataclasses.replace(self.head, **moved)
+        return self
 
     def freeze(self) -> DualPathTeacher:
         """Clears requires_grad of every parameter of the teacher (do not share modules with a trained student)."""
@@ -258,7 +277,7 @@ class DualPathTeacher(nn.Module):
         return torch.cat([states[:, None], layers.stacked().to(states.device)], 1) if self.layers else states
 
     def _captured(self, batch: PathBatch) -> Tensor:
-        options = {"use_cache": False} if _accepts(self.model, "use_cache") else {}
+        options = {"use_cache": False} if accepts(self.model, "use_cache") else {}
         head = head_module(self.model)
         probe = None if self._post_checked else probe_values()
         with HeadCapture(head, probe=probe) as capture:
@@ -279,11 +298,6 @@ class DualPathTeacher(nn.Module):
                     f"softcap={self.head.softcap} logit_scale={self.head.logit_scale:.6g}; pass head=LMHead(...)"
                 )
         self._post_checked = True
-
-
-def _accepts(model: nn.Module, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _check_index(index: Tensor, name: str, batch: PathBatch) -> None:

@@ -45,6 +45,7 @@ from models.stages import Context, Stage, add_stage_arguments, log_console, run_
 PERCEPTION = ("gender", "speaking_rate", "accent", "noise")
 CONTENT = ("content", "place", "mood")
 RESULTS = Path(__file__).parent / "results" / "sources_layers.csv"
+_TEXT_BATCH = 32
 
 # name, label, recipe (None: the student before distillation); the first six in the order of the paper's table
 SYSTEMS = (
@@ -58,6 +59,7 @@ SYSTEMS = (
     ("caad_layers", "CAAD + layers", "caad_layers"),
     ("everything", "CAAD + layers + text KD + acoustic KD", "everything"),
 )
+TEXT_TEACHER = ("text_teacher", "text teacher itself, reading the metadata")
 # Claims of the paper's table, as differences between two rows: (better, worse, score, what it says).
 CLAIMS = (
     ("baseline", "sft", "perception", "SFT alone forgets perception"),
@@ -197,6 +199,29 @@ def run_rows(context: Context) -> dict[str, Any]:
     }
 
 
+def run_text_teacher(context: Context) -> dict[str, Any]:
+    """The text teacher asked itself: it reads what is known about a clip and writes the answer, as in Stage 1."""
+    from models.evaluate import append_predictions, write_header
+    from models.pseudo_gt import BackboneWriter
+    from models.scoring import Prediction
+
+    writer = BackboneWriter.load(str(backbone_settings(context.settings)["lm"]))
+    questions = [e for e in read_items(context, "test") if e.kind == "neutral"]
+    questions.sort(key=lambda e: e.task)  # the worked examples of a task are read once
+    path = context.folder / "test-greedy.jsonl"
+    write_header(path, {"split": "test", "mode": "generate"})
+    for start in range(0, len(questions), _TEXT_BATCH):
+        asked = questions[start : start + _TEXT_BATCH]
+        answers = [
+            Prediction(
+                id=e.id, task=e.task, kind=e.kind, answer=e.answer, choices=e.choices, prediction=text, pair_id=e.pair_id
+            )
+            for e, text in zip(asked, writer(asked), strict=True)
+        ]
+        append_predictions(path, answers)
+    return {"answers": len(questions)}
+
+
 def make_stages(settings: AblationSettings) -> list[Stage]:
     """All stages, in an order that honours their needs."""
     from models.config import load_recipe, to_dict
@@ -222,6 +247,9 @@ def make_stages(settings: AblationSettings) -> list[Stage]:
                 (*training, "start_steps", "start_learning_rate"), run_start, extra={"seed": seed},
             )
         )  # fmt: skip
+    stages.append(
+        Stage("text_teacher", "text teacher, asked itself", ("corpus",), ("lm", "tiny_backbones"), run_text_teacher)
+    )
     starts = tuple(f"start_{seed}" for seed in range(settings.seeds))
     for name, label, recipe in SYSTEMS:
         if recipe is None:
@@ -248,38 +276,43 @@ def make_stages(settings: AblationSettings) -> list[Stage]:
 
 
 def collect(folders: Mapping[str, Path], settings: AblationSettings) -> list[dict[str, Any]]:
-    """A row a system and seed: means over tasks of the accuracy without a hint, of all under a false one, and each task's."""
+    """A row a system and seed: means over tasks of the accuracy without a hint, of all under a false one, and each task's.
+
+    The last row is the text teacher's own answers, which it gives without the sound.
+    """
+    asked = [
+        (name, label, seed, folders[f"start_{seed}"] if recipe is None else folders[name] / str(seed))
+        for name, label, recipe in SYSTEMS
+        for seed in range(settings.seeds)
+    ]
+    return [_scores(*one) for one in [*asked, (*TEXT_TEACHER, 0, folders["text_teacher"])]]
+
+
+def _scores(name: str, label: str, seed: int, folder: Path) -> dict[str, Any]:
     from models.evaluate import read_predictions
     from models.scoring import judge
 
-    rows = []
-    for name, label, recipe in SYSTEMS:
-        for seed in range(settings.seeds):
-            folder = folders[f"start_{seed}"] if recipe is None else folders[name] / str(seed)
-            _, predictions = read_predictions(folder / "test-greedy.jsonl")
-            right = judge(predictions)
-            by_task: dict[tuple[str, str], list[bool]] = {}
-            for prediction, good in zip(predictions, right, strict=True):
-                by_task.setdefault((prediction.kind, prediction.task), []).append(bool(good))
-            accuracy = {key: sum(values) / len(values) for key, values in by_task.items()}
+    _, predictions = read_predictions(folder / "test-greedy.jsonl")
+    by_task: dict[tuple[str, str], list[bool]] = {}
+    for prediction, good in zip(predictions, judge(predictions), strict=True):
+        by_task.setdefault((prediction.kind, prediction.task), []).append(bool(good))
+    accuracy = {key: sum(values) / len(values) for key, values in by_task.items()}
+    everything = (*PERCEPTION, *CONTENT)
 
-            def mean(tasks: Sequence[str], kind: str = "neutral", accuracy: Mapping = accuracy) -> float:
-                return statistics.mean(accuracy[kind, task] for task in tasks)
+    def mean(tasks: Sequence[str], kind: str = "neutral") -> float:
+        return statistics.mean(accuracy[kind, task] for task in tasks)
 
-            rows.append(
-                {
-                    "system": name,
-                    "label": label,
-                    "seed": seed,
-                    "perception": mean(PERCEPTION),
-                    "content": mean(CONTENT),
-                    "all": mean((*PERCEPTION, *CONTENT)),
-                    "conflict": mean((*PERCEPTION, *CONTENT), "conflict"),
-                    **{f"task_{task}": accuracy["neutral", task] for task in (*PERCEPTION, *CONTENT)},
-                    "questions": len(predictions),
-                }
-            )
-    return rows
+    return {
+        "system": name,
+        "label": label,
+        "seed": seed,
+        "perception": mean(PERCEPTION),
+        "content": mean(CONTENT),
+        "all": mean(everything),
+        "conflict": mean(everything, "conflict") if ("conflict", everything[0]) in accuracy else "",
+        **{f"task_{task}": accuracy["neutral", task] for task in everything},
+        "questions": len(predictions),
+    }
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -309,13 +342,13 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     table.add_column("system", no_wrap=True)
     for column in columns:
         table.add_column(column.removeprefix("task_"), justify="right", no_wrap=True)
-    for name, label, _ in SYSTEMS:
+    for name, label in (*(system[:2] for system in SYSTEMS), TEXT_TEACHER):
         own = [row for row in rows if row["system"] == name]
         cells = []
         for number, column in enumerate(columns):
-            values = [100 * row[column] for row in own]
+            values = [100 * row[column] for row in own if row[column] != ""]
             spread = f" ±{statistics.stdev(values):.1f}" if number < 4 and len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
         table.add_row(label, *cells)
     console.print(table)
 

@@ -37,12 +37,14 @@ from rich.table import Table
 from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, source_commit
 from models.stage_steps import (
     ask,
+    limited,
     load_speech_lm,
     read_items,
     run_backbones,
     run_features,
     run_student_lm,
     train_by_recipe,
+    write_answered_pool,
     write_cache,
 )
 from models.stages import Context, Stage, add_stage_arguments, check_status, log_console, read_done, run_pipeline
@@ -109,9 +111,9 @@ def run_corpus(context: Context) -> dict[str, Any]:
     )
     manifest = read_manifest(path, check_audio=True)
     parts = {
-        "teacher": _limited(manifest.select(split="train", pool="teacher"), settings.max_train_clips),
-        "distill": _limited(manifest.select(split="train", pool="distill"), settings.max_train_clips),
-        "test": _limited(manifest.select(split="test"), settings.max_test_clips),
+        "teacher": limited(manifest.select(split="train", pool="teacher"), settings.max_train_clips),
+        "distill": limited(manifest.select(split="train", pool="distill"), settings.max_train_clips),
+        "test": limited(manifest.select(split="test"), settings.max_test_clips),
     }
     for name, examples in parts.items():
         write_manifest(context.folder / f"{name}.jsonl", examples)
@@ -120,20 +122,6 @@ def run_corpus(context: Context) -> dict[str, Any]:
         "skipped": len(manifest.problems),
         "unavailable": manifest.header.get("unavailable", {}),
     }
-
-
-def _limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
-    """Examples of the first `clips` clips, men and women in turn; all where there is no limit."""
-    if clips is None:
-        return list(examples)
-    by_answer: dict[str, list[str]] = {}
-    for e in examples:
-        names = by_answer.setdefault(e.answer, [])
-        if e.audio not in names:
-            names.append(e.audio)
-    turns = [name for group in zip(*by_answer.values(), strict=False) for name in group]
-    chosen = set(turns[:clips])
-    return [e for e in examples if e.audio in chosen]
 
 
 def run_stage1(context: Context) -> dict[str, Any]:
@@ -172,20 +160,13 @@ def run_teacher(context: Context) -> dict[str, Any]:
 
 def run_pool(context: Context) -> dict[str, Any]:
     """The teacher answers the distillation pool: its answers are the students' Y. Then both of its paths over them, once."""
-    from models.data.manifest import write_manifest
-    from models.evaluate import evaluate
-    from models.scoring import judge
-
-    model, store, extra = load_speech_lm(context, context.folders["teacher"] / "final")
+    teacher = context.folders["teacher"] / "final"
+    model, store, extra = load_speech_lm(context, teacher)
     examples = [e for e in read_items(context, "distill") if e in store]
-    answers = evaluate(model, examples, store, collate=model.make_collator(), extra_inputs=extra)[None]
-    texts = {p.id: p.prediction for p in answers}
-    forced = [dataclasses.replace(e, target=texts[e.id], target_source="teacher") for e in examples]
-    write_manifest(context.folder / "pool.jsonl", forced)
-    write_cache(context.folder / "cache", model, store, extra, forced, made_from={"teacher": context.folders["teacher"].name})
-    right = judge(answers)
-    kinds = {k: [r for p, r in zip(answers, right, strict=True) if p.kind == k] for k, _ in CONTEXTS}
-    return {"pool": len(forced), "pseudo_label_accuracy": {k: float(sum(v) / len(v)) for k, v in kinds.items() if v}}
+    result = write_answered_pool(context.folder / "pool.jsonl", model, store, extra, examples)
+    forced = read_items(context, "pool", folder=context.folder)
+    write_cache(context.folder / "cache", teacher, model, store, extra, forced)
+    return result
 
 
 def run_student(context: Context) -> dict[str, Any]:

@@ -1,15 +1,20 @@
-"""Ask a speech LM every question of a manifest and score the answers.
+"""Ask a speech LM every question of a benchmark or manifest and score the answers.
 
     python -m models.evaluate CHECKPOINT MANIFEST [--mode choice|generate] [--decoding greedy|contrastive --alpha 1]
-                              [--controls no_audio swapped_audio] [--out predictions.jsonl]
-    python -m models.evaluate --rescore predictions.jsonl
+                              [--controls no_audio swapped_audio] [--out predictions.jsonl] [--json scores.json]
+    python -m models.evaluate --benchmark builtin|dynamic-superb|mcr|MANIFEST CHECKPOINT [--audio-root FOLDER]
+    python -m models.evaluate --rescore predictions.jsonl [--compare other.jsonl] [--scorer strict] [--priors priors.json]
 
 Mode "choice" ranks the given choices by the likelihood of the tokens that spell them in the answer's sentence: fast, and it
-always answers. Mode "generate" lets the model write freely; the answer counts when the label's words stand in it.
+always answers. Mode "generate" lets the model write freely; the answer counts when the label's words stand in it. The published
+benchmarks (models/suites.py) are asked by "generate" unless told otherwise.
 
 Predictions are appended to a JSONL file batch by batch. A killed evaluation goes on where it was; a finished file can be scored
 again without any model. Controls repeat the questions with no audio, or with the audio of a clip that has another answer: what a
 system still gets right then, it did not get from the sound.
+
+The figures are those of models/scoring.py (accuracies, ALL, Shift) and models/diagnostics.py (calibration, the text prior, the
+difference to another system); --json writes all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +34,21 @@ import torch
 from tqdm import tqdm
 
 from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
-from models.data.manifest import SPLITS, Example, read_manifest
+from models.data.manifest import SPLITS, Example, parse_object
 from models.data.prompts import target_template
-from models.features import FeatureError, FeatureStore, extract_features
-from models.io_utils import atomic_write_text, fingerprint, sha256_file
-from models.scoring import Estimate, Prediction, context_kind, score
+from models.diagnostics import calibration, compare, control_priors, hint_priors, prior_confusion
+from models.features import FeatureError, FeatureStore, clip_key, extract_features
+from models.io_utils import atomic_write_json, atomic_write_text, fingerprint, sha256_file
+from models.score_tables import print_comparison, print_summary, to_json
+from models.scorers import Scorer, load_scorer
+from models.scoring import AUDIO_CATEGORY, Prediction, claimed_choice, context_kind, judged, metrics
 from models.sources import crop_to_targets
+from models.suites import NAMES, TASKS_IN_ALL, Suite, load_suite
 
 CONTROLS = ("no_audio", "swapped_audio")
 FILE_KEY = "kdkernels_predictions"
 FILE_VERSION = 1
-_MAX_BAD_FRACTION = 0.05  # of the questions, for lack of features
+_SKIPPED_SHOWN = 20
 
 
 class EvaluationError(RuntimeError):
@@ -211,7 +220,7 @@ def evaluate(
     for control in ("", *controls) if plain else controls:
         heard = swapped(work) if control == "swapped_audio" else work
         todo += [(control, e, h) for e, h in zip(work, heard, strict=True) if _control_id(e.id, control) not in made]
-    for control, group in _batches(todo, batch_examples, progress_bar=progress_bar):
+    for control, group in _batches(todo, batch_examples, done=len(made), progress_bar=progress_bar):
         asked = [e for e, _ in group]
         features = store.rows([h for _, h in group])
         hears = control != "no_audio"
@@ -231,9 +240,10 @@ def evaluate(
             new = [
                 Prediction(
                     id=_control_id(e.id, control), task=e.task, kind=context_kind(e), answer=e.answer, choices=e.choices,
-                    prediction=text, pair_id=e.pair_id, control=control, scores=s,
+                    prediction=text, pair_id=e.pair_id, control=control, scores=s, question=e.question,
+                    category=str(e.metadata.get("category", "")), claim=claimed_choice(e), clip=clip_key(h),
                 )
-                for e, text, s in zip(asked, texts, scores, strict=True)
+                for (e, h), text, s in zip(group, texts, scores, strict=True)
             ]  # fmt: skip
             result[alpha] += new
             if on_batch is not None:
@@ -258,12 +268,31 @@ def swapped(examples: Sequence[Example]) -> list[Example]:
     return result
 
 
-def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`score` of the plain predictions under "plain", and of each control under its name."""
+def summarize(
+    predictions: Sequence[Prediction], *, scorer: str | Scorer = "lenient", priors: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Every figure of the plain predictions under "plain", and of each control under its name.
+
+    Args:
+        scorer: "lenient", "strict" or an object (models/scorers.py).
+        priors: id -> answer of a text prior, beside what the predictions themselves hold.
+
+    Returns:
+        {control: `scoring.metrics` and "calibration" (None without choice scores)}; "plain" has "confusion" too: for each of
+        "no_audio", "hint" and "priors" that is known, `diagnostics.prior_confusion`.
+    """
     groups: dict[str, list[Prediction]] = defaultdict(list)
     for p in predictions:
         groups[p.control or "plain"].append(p)
-    return {name: score(group) for name, group in groups.items()}
+    summary = {}
+    for name, group in groups.items():
+        j = judged(group, scorer=scorer)
+        summary[name] = metrics(j) | {"calibration": calibration(j)}
+        if name == "plain":
+            known = {"no_audio": control_priors(predictions), "hint": hint_priors(group), "priors": priors or {}}
+            tables = {source: prior_confusion(j, answers) for source, answers in known.items()}
+            summary[name]["confusion"] = {source: table for source, table in tables.items() if table is not None}
+    return summary
 
 
 def write_header(path: str | Path, settings: dict[str, Any]) -> None:
@@ -316,42 +345,39 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
     return header, predictions
 
 
-def print_summary(summary: dict[str, Any]) -> None:
-    """Tables of `summarize`'s result on the terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str, str]:
+    """id -> answer from a JSON object, for the predictions that it knows.
 
-    for name, s in summary.items():
-        table = Table(title=f"{name}: {s['count']} answers (95% intervals over clips)")
-        for column in ("", "accuracy", *s["by_kind"]):
-            table.add_column(column)
-        table.add_row("all tasks", str(s["accuracy"]), *(str(e) for e in s["by_kind"].values()))
-        for task, t in s["by_task"].items():
-            table.add_row(escape(task), str(t["all"]), *(str(e) for e in t["by_kind"].values()))
-            for label, kinds in s["by_class"][task].items():
-                table.add_row(f"  {escape(label)}", "", *(str(e) for e in kinds.values()))
-        Console().print(table)
-        shift = {k: e for k, e in s.items() if k.startswith("tir_")}
-        lines = [f"{k} {e}" for k, e in shift.items() if e.value is not None]
-        print(f"strict accuracy {s['strict_accuracy']}; mean of tasks {s['mean_of_tasks']:.3f}", *lines, sep="\n  ")
-
-
-def to_json(value: Any) -> Any:
-    """Estimates as dicts, for JSON."""
-    if isinstance(value, Estimate):
-        return dataclasses.asdict(value)
-    return {k: to_json(v) for k, v in value.items()} if isinstance(value, dict) else value
+    Raises:
+        EvaluationError: not readable, no such object, or none of the ids is among the predictions.
+    """
+    try:
+        priors = parse_object(Path(path).read_bytes())
+    except OSError as error:
+        raise EvaluationError(f"--priors {path}: not readable: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise EvaluationError(f"--priors {path}: {error}") from error
+    for name, answer in priors.items():
+        if not isinstance(answer, str):
+            raise EvaluationError(f"--priors {path}: expected a string for {name!r}, got {type(answer).__name__}")
+    asked = {p.id for p in predictions if not p.control}
+    known = {name: answer for name, answer in priors.items() if name in asked}
+    if not known:
+        raise EvaluationError(f"--priors {path}: none of its {len(priors)} ids is among the {len(asked)} predictions")
+    return known
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m models.evaluate", description="Evaluate a speech LM on a manifest.")
+    parser = argparse.ArgumentParser(prog="python -m models.evaluate", description="Evaluate a speech LM.")
     parser.add_argument("checkpoint", nargs="?", help="SpeechLM folder, such as runs/caad/final")
     parser.add_argument("manifest", nargs="?", help="JSONL manifest (models/data/manifest.py)")
+    parser.add_argument("--benchmark", metavar="NAME|MANIFEST", help=f"{', '.join(NAMES)}, or a manifest (models/suites.py)")
     parser.add_argument("--rescore", metavar="FILE", help="score a predictions file again; nothing else is needed")
     parser.add_argument(
-        "--mode", choices=("choice", "generate"), default="choice", help="rank the choices by likelihood, or answer freely"
+        "--mode",
+        choices=("choice", "generate"),
+        help="rank the choices by likelihood, or answer freely (default: choice; generate for dynamic-superb and mcr)",
     )
     parser.add_argument(
         "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
@@ -361,22 +387,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="test", choices=SPLITS)
     parser.add_argument("--tasks", nargs="*", default=[], help="only these tasks")
     parser.add_argument("--features", help="feature file (models/features.py); without it clips are encoded now")
-    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
+    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's), or of a published benchmark")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="of rows and clips; above it nothing is scored")
     parser.add_argument("--batch-examples", type=int, default=32, help="questions a forward pass")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer in mode generate")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default="predictions.jsonl", help="predictions file; an unfinished one is gone on with")
+    parser.add_argument(
+        "--scorer", default="lenient", metavar="lenient|strict|MODULE:FUNCTION", help="what counts as right (models/scorers.py)"
+    )
+    parser.add_argument("--priors", metavar="FILE", help="JSON object id -> answer of a text-only model, for the confusion table")
+    parser.add_argument("--compare", metavar="FILE", help="predictions of another system: the difference, by paired bootstrap")
+    parser.add_argument("--json", metavar="FILE", help="write every figure")
     arguments = parser.parse_args(argv)
     try:
+        scorer = load_scorer(arguments.scorer)  # before any work that a wrong name would waste
+        other = _nonempty_predictions(arguments.compare)[1] if arguments.compare else None
         if arguments.rescore:
-            _, predictions = read_predictions(arguments.rescore)
-            if not predictions:
-                raise EvaluationError(f"{arguments.rescore}: no prediction in it")
-        elif not arguments.checkpoint or not arguments.manifest:
-            parser.error("expected CHECKPOINT and MANIFEST, or --rescore FILE")
+            settings, predictions = _nonempty_predictions(arguments.rescore)
+        elif not arguments.checkpoint or not (arguments.manifest or arguments.benchmark):
+            parser.error("expected CHECKPOINT and MANIFEST, --benchmark NAME and CHECKPOINT, or --rescore FILE")
         else:
-            predictions = _evaluate_files(arguments)
-        print_summary(summarize(predictions))
+            settings, predictions = _evaluate_files(arguments)
+        priors = read_priors(arguments.priors, predictions) if arguments.priors else None
+        summary = summarize(predictions, scorer=scorer, priors=priors)
+        print_summary(summary)
+        _print_left_out(settings, predictions)
+        comparison = None
+        if other is not None:
+            comparison = compare(predictions, other, scorer=scorer)
+            print_comparison(comparison, arguments.rescore or arguments.out, arguments.compare)
+        if arguments.json:
+            figures = {"predictions": str(arguments.rescore or arguments.out), "settings": settings, "summary": summary}
+            if comparison is not None:
+                figures |= {"compared_with": arguments.compare, "comparison": comparison}
+            print(atomic_write_json(arguments.json, to_json(figures)))
     except (EvaluationError, FeatureError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -386,27 +431,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _evaluate_files(arguments: argparse.Namespace) -> list[Prediction]:
+def _nonempty_predictions(path: str) -> tuple[dict[str, Any], list[Prediction]]:
+    header, predictions = read_predictions(path)
+    if not predictions:
+        raise EvaluationError(f"{path}: no prediction in it")
+    return header.get("settings", {}), predictions
+
+
+def _print_left_out(settings: Mapping[str, Any], predictions: Sequence[Prediction]) -> None:
+    for task, reason in settings.get("left_out", {}).items():
+        print(f"left out: task {task}: {reason}")
+    expected = TASKS_IN_ALL.get(settings.get("benchmark", ""))
+    counted = len({p.task for p in predictions if p.category != AUDIO_CATEGORY})
+    if expected and counted != expected:
+        print(f"mean_of_tasks is over {counted} tasks, the published ALL over {expected}: the two are not to be compared")
+
+
+def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Prediction]]:
     from models.speech_lm import SpeechLM
     from models.train import pick_device
 
     if not Path(arguments.checkpoint).is_dir():
         raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
     device = pick_device(arguments.device)
-    manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root, check_audio=arguments.features is None)
-    for problem in manifest.problems:
-        print(f"skipped {problem}")
-    examples = [e for e in manifest.examples if e.split == arguments.split and e.answer is not None]
-    examples = [e for e in examples if not arguments.tasks or e.task in arguments.tasks]
-    if not examples:
-        raise EvaluationError(
-            f"{arguments.manifest}: no example with an answer in split {arguments.split!r}, "
-            f"tasks {arguments.tasks or 'all'}"
-        )
-    names = ("checkpoint", "manifest", "mode", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
-    settings = {name: getattr(arguments, name) for name in names}
+    suite = load_suite(
+        arguments.benchmark or arguments.manifest,
+        manifest=arguments.manifest if arguments.benchmark else None,
+        audio_root=arguments.audio_root,
+        check_audio=arguments.features is None,
+        max_bad_fraction=arguments.max_bad_fraction,
+    )
+    _print_skipped(suite.problems)
+    examples = _questions(suite, arguments)
+    names = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
+    settings = {name: getattr(arguments, name) for name in names} | {"mode": arguments.mode or suite.mode}
+    settings["left_out"] = suite.left_out
     # Trained again or written again under the same name, they are others: their old answers must not stand for the new.
-    settings["manifest_sha256"] = sha256_file(arguments.manifest)
+    settings["questions_sha256"] = fingerprint([e.to_row() for e in examples])
     settings["checkpoint_sha256"] = [sha256_file(p) for p in sorted(Path(arguments.checkpoint).rglob("*")) if p.is_file()]
     done: list[Prediction] = []
     if Path(arguments.out).exists():
@@ -417,32 +478,22 @@ def _evaluate_files(arguments: argparse.Namespace) -> list[Prediction]:
                 "choose another --out or remove it"
             )
         print(f"going on from {arguments.out}: {len(done)} answers are there")
+        if {_control_id(e.id, control) for e in examples for control in ("", *arguments.controls)} <= {p.id for p in done}:
+            return settings, done  # nothing is left to ask: neither the model nor the clips are needed
     try:
         model = SpeechLM.from_pretrained(arguments.checkpoint).to(device)
     except RuntimeError as error:  # BackboneError and SpeechLMError both are
         raise EvaluationError(f"checkpoint: {error}") from error
     if not Path(arguments.out).exists():
         write_header(arguments.out, settings)
-    if arguments.features:
-        store = FeatureStore.load(arguments.features)
-    else:
-        store, problems = extract_features(examples, model.encode_audio, audio_root=manifest.audio_root)
-        for example_id, reason in problems:
-            print(f"skipped {example_id}: {reason}")
-    usable = [e for e in examples if e.audio is None or e in store]
-    if len(examples) - len(usable) > _MAX_BAD_FRACTION * len(examples):
-        missing = f"{len(examples) - len(usable)} of {len(examples)}"
-        raise EvaluationError(f"{arguments.features}: lacks the clips of {missing} questions")
-    if arguments.features:
-        for example_id in sorted({e.id for e in examples} - {e.id for e in usable}):
-            print(f"skipped {example_id}: {arguments.features} lacks its clip")
+    usable, store = _heard(model, examples, suite, arguments)
     alpha = arguments.alpha if arguments.decoding == "contrastive" else None
-    return evaluate(
+    return settings, evaluate(
         model,
         usable,
         store,
         collate=model.make_collator(),
-        mode=arguments.mode,
+        mode=settings["mode"],
         alphas=(alpha,),
         controls=arguments.controls,
         batch_examples=arguments.batch_examples,
@@ -452,14 +503,57 @@ def _evaluate_files(arguments: argparse.Namespace) -> list[Prediction]:
     )[alpha]
 
 
+def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
+    """The examples that are asked about; those without an answer are named."""
+    chosen = [e for e in suite.examples if e.split == arguments.split]
+    chosen = [e for e in chosen if not arguments.tasks or e.task in arguments.tasks]
+    where = f"split {arguments.split!r}, tasks {', '.join(arguments.tasks) or 'all'}"
+    if not chosen:
+        there = sorted({(e.split, e.task) for e in suite.examples})
+        held = ", ".join(f"{split} {task or '(no task)'}" for split, task in there)
+        raise EvaluationError(f"{suite.name}: no example in {where}; it holds {held or 'none at all'}")
+    unanswered = [e for e in chosen if e.answer is None]
+    if len(unanswered) == len(chosen):
+        raise EvaluationError(f"{suite.name}: none of the {len(chosen)} examples in {where} has an answer to score against")
+    _print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
+    return [e for e in chosen if e.answer is not None]
+
+
+def _heard(
+    model: Any, examples: list[Example], suite: Suite, arguments: argparse.Namespace
+) -> tuple[list[Example], FeatureStore]:
+    """The examples whose clips could be encoded, and the features; those whose could not are named."""
+    limit = arguments.max_bad_fraction
+    if arguments.features:
+        store, reasons = FeatureStore.load(arguments.features), {}
+    else:
+        store, problems = extract_features(examples, model.encode_audio, audio_root=suite.audio_root, max_bad_fraction=limit)
+        clips = {e.id: clip_key(e) for e in examples}
+        reasons = {clips[example_id]: reason for example_id, reason in problems}
+    usable = [e for e in examples if e.audio is None or e in store]
+    lacking = [e for e in examples if e.audio is not None and e not in store]
+    if len(lacking) > limit * len(examples):
+        source = arguments.features or suite.name
+        raise EvaluationError(f"{source}: lacks the clips of {len(lacking)} of {len(examples)} questions")
+    _print_skipped(f"{e.id}: {reasons.get(clip_key(e), f'{arguments.features} lacks its clip')}" for e in lacking)
+    return usable, store
+
+
+def _print_skipped(reasons: Iterable[object]) -> None:
+    lines = [f"skipped {reason}" for reason in reasons]
+    if len(lines) > _SKIPPED_SHOWN:
+        lines[_SKIPPED_SHOWN:] = [f"skipped {len(lines) - _SKIPPED_SHOWN} more"]
+    print(*lines, sep="\n", end="\n" if lines else "")
+
+
 def _control_id(example_id: str, control: str) -> str:
     return f"{example_id}#{control}" if control else example_id
 
 
 def _batches(
-    todo: Sequence[tuple[str, Example, Example]], size: int, *, progress_bar: bool
+    todo: Sequence[tuple[str, Example, Example]], size: int, *, done: int, progress_bar: bool
 ) -> Iterator[tuple[str, list[tuple[Example, Example]]]]:
-    with tqdm(total=len(todo), desc="evaluate", unit="answer", disable=not progress_bar) as bar:
+    with tqdm(total=done + len(todo), initial=done, desc="evaluate", unit="answer", disable=not progress_bar) as bar:
         start = 0
         while start < len(todo):
             control = todo[start][0]

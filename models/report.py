@@ -1,9 +1,13 @@
-"""A report in one HTML file: tables, Shift, controls, training curves, clips to listen to. It loads nothing from anywhere.
+"""A report in one HTML file, and the same as Markdown: tables, figures, clips to listen to. The HTML loads nothing from anywhere.
 
-    python -m models.report --out report.html --predictions "KD=runs/kd/test.jsonl" "CAAD=runs/caad/test.jsonl" \
-                            [--metrics "CAAD=runs/caad/metrics.jsonl"] [--manifest corpus/manifest.jsonl]
+    python -m models.report --results models/results --out report.html --markdown report.md
+        [--predictions "KD=runs/kd/test.jsonl" "CAAD=runs/caad/test.jsonl" --manifest corpus/manifest.jsonl]
+        [--metrics "CAAD=runs/caad/metrics.jsonl"]
 
-Everything shown is computed from saved predictions and metrics, so a report can be made again at any time.
+Without arguments it is made of the committed results (models/results) alone. Everything shown is computed from stored results,
+saved predictions and metrics, so a report can be made again at any time; what was looked for and not found is listed in it.
+
+Markdown cannot hold figures and sound: they go into a folder beside it, report_files for report.md.
 """
 
 from __future__ import annotations
@@ -11,35 +15,31 @@ from __future__ import annotations
 import argparse
 import base64
 import datetime
-import io
-import math
+import hashlib
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
+from markupsafe import Markup
 
 from models.data.audio import AudioError, encode_audio, load_audio
 from models.data.manifest import Example, read_manifest
-from models.evaluate import EvaluationError, read_predictions, summarize
-from models.io_utils import atomic_write_text
+from models.evaluate import EvaluationError, read_predictions
+from models.figures import draw_curves
+from models.io_utils import atomic_write_bytes, atomic_write_text
 from models.metrics import read_metrics
-from models.scoring import KINDS, Estimate, Prediction, context_kind, judge
+from models.report_sections import NOTHING, Cell, Column, Section, Stored, Table, prediction_sections, stored_sections
+from models.results_csv import ResultsError
+from models.scoring import KINDS, Prediction, context_kind, judge
 
-TEMPLATE_PATH = Path(__file__).parent / "report.html.j2"
-CURVES = (
-    ("loss", "loss"),
-    ("kd", "KD term (nats x tau²)"),
-    ("ce", "CE term (nats)"),
-    ("top1_agreement", "top-1 agreement with the target distribution"),
-    ("path_divergence", "divergence of the teacher's two paths (nats)"),
-    ("student_entropy", "student's entropy (nats)"),
-    ("grad_norm", "gradient norm before clipping"),
-    ("learning_rate", "learning rate"),
-)
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
 _MAX_CLIP_SECONDS = 30.0
 
 
@@ -56,6 +56,9 @@ class Report:
         audio_root: None = no clips.
         facts: (heading, rows of (name, value)) tables: settings, data, times.
         max_clips: clips to embed.
+        results: folder of stored results (models/report_sections.py says which files it knows); None = none are shown.
+        reference: label of the system in `systems` that the others are compared with; None = the first.
+        missing: sentences about what was not found, besides those that the report finds itself.
     """
 
     title: str
@@ -66,80 +69,108 @@ class Report:
     audio_root: Path | None = None
     facts: Sequence[tuple[str, Sequence[tuple[str, Any]]]] = ()
     max_clips: int = 8
+    results: Path | None = None
+    reference: str | None = None
+    missing: Sequence[str] = ()
 
 
-def write_report(path: str | Path, report: Report) -> Path:
-    """Write `report` as one self-contained HTML file, atomically.
+def write_report(path: str | Path, report: Report, *, markdown: str | Path | None = None) -> Path:
+    """Write `report` as one self-contained HTML file, atomically, and as Markdown where a path for it is given.
 
-    Everything that comes from data is escaped; images and clips are embedded.
+    Everything that comes from data is escaped. In the HTML figures and clips are embedded, and a content security policy
+    forbids requests as well as any script or style but the page's own.
+
+    Args:
+        markdown: its figures and clips go into the folder "<stem>_files" beside it; equal names there are replaced.
 
     Returns:
-        the path.
+        the path of the HTML.
+
+    Raises:
+        ResultsError: stored results that cannot be used.
+        ValueError: no system is called `report.reference`.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
-    environment.filters["percent"] = _percent
-    template = environment.from_string(TEMPLATE_PATH.read_text(encoding="utf-8"))
-    summaries = {label: summarize(predictions) for label, predictions in report.systems.items() if predictions}
-    plain = [s["plain"] for s in summaries.values() if "plain" in s]
-    html = template.render(
-        report=report,
-        summaries=summaries,
-        kinds=[k for k in KINDS if any(k in s["by_kind"] for s in plain)],
-        controls=sorted({name for s in summaries.values() for name in s} - {"plain"}),
-        classes=sorted({(task, label) for s in plain for task, labels in s["by_class"].items() for label in labels}),
-        figures=draw_curves(report.curves),
-        bars=draw_bars(summaries),
-        clips=choose_clips(report),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    stored = Stored() if report.results is None else stored_sections(report.results)
+    clips, unreadable = choose_clips(report)
+    # Stored curves may stand for runs whose metrics are given too: both are shown, the given ones under their name.
+    curves = {f"{label} (stored)" if label in report.curves else label: lines for label, lines in stored.curves.items()}
+    curves |= report.curves
+    figures = draw_curves(curves)
+    sections = [*stored.sections, *prediction_sections(report.systems, reference=report.reference)]
+    if figures:
+        note = ("Stored curves are means over seeds.",) if stored.curves else ()
+        sections.append(Section("Training", note, tuple(figures)))
+    values = {
+        "report": report,
+        "findings": [*report.findings, *stored.findings],
+        "missing": [
+            *report.missing,
+            *stored.missing,
+            *(f"{label}: no predictions in its file." for label, predictions in report.systems.items() if not predictions),
+            *(f"{label}: no training curve in its metrics." for label, lines in report.curves.items() if not lines),
+            *(f"{name}: its clip could not be read." for name in unreadable),
+        ],
+        "sections": sections,
+        "clips": clips,
+        "facts": [_fact_section(heading, rows) for heading, rows in report.facts],
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    html = _environment(autoescape=True).get_template("report.html.j2")
+    page = html.render(
+        **values, style=Markup(style), script=Markup(script), style_hash=_csp_hash(style), script_hash=_csp_hash(script)
+    )  # fmt: skip
+    if markdown is not None:
+        _write_markdown(Path(markdown), values)
+    return atomic_write_text(path, page)
+
+
+def _write_markdown(path: Path, values: Mapping[str, Any]) -> None:
+    files = path.parent / f"{path.stem}_files"
+    for section in values["sections"]:
+        for block in section.blocks:
+            if not isinstance(block, Table):
+                atomic_write_text(files / f"{block.name}.svg", block.file_text)
+    for number, clip in enumerate(values["clips"], start=1):
+        atomic_write_bytes(files / f"clip-{number}.flac", clip.flac)
+    environment = _environment(autoescape=False, finalize=_markdown)
+    text = environment.get_template("report.md.j2").render(**values, files=_Plain(quote(files.name)))
+    atomic_write_text(path, re.sub(r"\n{3,}", "\n\n", text))
+
+
+class _Plain(str):
+    """Text that is Markdown already."""
+
+
+def _markdown(value: Any) -> str:
+    """Any value as text that Markdown shows as it is, in one line: nothing in it is a tag, a link, a formula or a cell's end."""
+    if isinstance(value, _Plain):
+        return value
+    text = " ".join(str(value).split())
+    text = re.sub(r"([\\`*_{}\[\]#!|~$@])", r"\\\1", text)
+    text = re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.IGNORECASE)  # GitHub makes links of these
+    # A number or a sign at the start would begin a list.
+    text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(r"^([-+=>])", r"\\\1", text))
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _environment(**options: Any) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
     )
-    return atomic_write_text(path, html)
+    environment.globals["nothing"] = NOTHING
+    environment.filters["plain"] = _Plain
+    environment.tests["table"] = lambda block: isinstance(block, Table)
+    return environment
 
 
-def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
-    """(caption, data URI of an SVG) for each curve that some run has."""
-    figures = []
-    for name, caption in CURVES:
-        drawn = {
-            label: [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
-            for label, lines in curves.items()
-        }
-        drawn = {label: points for label, points in drawn.items() if points}
-        if not drawn:
-            continue
-        figure, axes = _figure(4.6, 2.7)
-        for label, points in drawn.items():
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
-        axes.set_xlabel("optimiser step")
-        axes.set_title(caption, fontsize=9)
-        axes.legend(fontsize=6)
-        figures.append((caption, _svg(figure)))
-    return figures
+def _csp_hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"
 
 
-def draw_bars(summaries: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Accuracy by kind with its intervals, a group of bars a system, as the data URI of an SVG; None without systems."""
-    plain = {label: s["plain"]["by_kind"] for label, s in summaries.items() if "plain" in s}
-    if not plain:
-        return None
-    kinds = [k for k in KINDS if any(k in by_kind for by_kind in plain.values())]
-    figure, axes = _figure(8.5, 0.5 + 0.42 * len(plain))
-    height = 0.8 / len(kinds)
-    for i, kind in enumerate(kinds):
-        estimates = [by_kind.get(kind) for by_kind in plain.values()]
-        places = [n + i * height for n in range(len(plain))]
-        values = [e.value if e and e.value is not None else 0.0 for e in estimates]
-        below = [e.value - e.low if e and e.value is not None else 0.0 for e in estimates]
-        above = [e.high - e.value if e and e.value is not None else 0.0 for e in estimates]
-        # A percentile interval need not hold the estimate itself when nearly all items agree.
-        errors = [[max(0.0, b) for b in below], [max(0.0, a) for a in above]]
-        axes.barh(places, values, height=height, xerr=errors, label=kind, error_kw={"linewidth": 0.8})
-    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(plain))], list(plain), fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("accuracy")
-    axes.legend(fontsize=7, loc="lower right")
-    return _svg(figure)
+def _fact_section(heading: str, rows: Sequence[tuple[str, Any]]) -> Section:
+    cells = tuple((str(name), (Cell(str(value)),)) for name, value in rows)
+    return Section(heading, (), (Table(f"{heading}.", (Column("name"), Column("value")), cells),))
 
 
 @dataclass(frozen=True)
@@ -147,18 +178,26 @@ class Clip:
     """One clip with its question under all contexts and what each system answered."""
 
     title: str
-    audio: str  # data URI
+    flac: bytes
     transcription: str
     question: str
     answer: str
-    contexts: list[tuple[str, str]]  # kind, hint
-    answers: list[tuple[str, list[tuple[str, bool] | None]]]  # system, by kind: (text, right)
+    table: Table  # a row a system, a column a context
+
+    @property
+    def audio(self) -> str:
+        """As a data URI."""
+        return f"data:audio/flac;base64,{base64.b64encode(self.flac).decode('ascii')}"
 
 
-def choose_clips(report: Report) -> list[Clip]:
-    """Clips on which the systems disagree most come first: they are worth listening to. Labels take turns."""
+def choose_clips(report: Report) -> tuple[list[Clip], list[str]]:
+    """Clips on which the systems disagree most come first: they are worth listening to. Labels take turns.
+
+    Returns:
+        the clips, and the names of those that came before them and could not be read.
+    """
     if report.audio_root is None or not report.systems:
-        return []
+        return [], []
     by_id = {label: {p.id: p for p in predictions if not p.control} for label, predictions in report.systems.items()}
     verdicts = {
         label: dict(zip(answers, judge(answers.values()).tolist(), strict=True)) for label, answers in by_id.items() if answers
@@ -181,47 +220,48 @@ def choose_clips(report: Report) -> list[Clip]:
     for group in ordered:
         queues[group[0].answer or ""].append(group)
     turns = [queue[i] for i in range(max(map(len, queues.values()), default=0)) for queue in queues.values() if i < len(queue)]
-    clips = []
+    clips: list[Clip] = []
+    unreadable = []
     for group in turns:
         if len(clips) == report.max_clips:
             break
         first = group[0]
-        audio = _embed_audio(report.audio_root, first)
-        if audio is None:
+        title = first.pair_id or first.id
+        flac = _read_clip(report.audio_root, first)
+        if flac is None:
+            unreadable.append(title)
             continue
         by_kind = {context_kind(e): e for e in group}
         kinds = [k for k in KINDS if k in by_kind]
-        answers = []
+        rows = []
         for label, predictions in by_id.items():
-            cells = []
-            for kind in kinds:
-                p = predictions.get(by_kind[kind].id)
-                cells.append(None if p is None else (p.prediction, verdicts[label][p.id]))
-            answers.append((label, cells))
-        clips.append(
-            Clip(
-                title=first.pair_id or first.id,
-                audio=audio,
-                transcription=first.transcription,
-                question=first.question,
-                answer=first.answer or "",
-                contexts=[(k, by_kind[k].context or "-") for k in kinds],
-                answers=answers,
+            answers = [predictions.get(by_kind[kind].id) for kind in kinds]
+            cells = (
+                Cell(NOTHING) if p is None else Cell(p.prediction, mark="right" if verdicts[label][p.id] else "wrong")
+                for p in answers
             )
-        )
-    return clips
+            rows.append((label, tuple(cells)))
+        columns = (Column("system"), *(Column(k, by_kind[k].context or "no hint") for k in kinds))
+        table = Table("Answers of the systems by context.", columns, tuple(rows))
+        clips.append(Clip(title, flac, first.transcription, first.question, first.answer or "", table))
+    return clips, unreadable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m models.report", description="Make an HTML report of saved predictions.")
-    parser.add_argument("--out", default="report.html", help="file to write")
+    parser = argparse.ArgumentParser(prog="python -m models.report", description="A report of stored results and predictions.")
+    parser.add_argument("--out", default="report.html", help="HTML file to write")
+    parser.add_argument("--markdown", metavar="FILE", help="the same as Markdown; figures and clips in a folder beside it")
     parser.add_argument("--title", default="Evaluation")
     parser.add_argument(
-        "--predictions", nargs="+", required=True, metavar="LABEL=FILE", help="what models.evaluate wrote, a system each"
+        "--results", metavar="DIR", help="folder of stored results (default: models/results, where no --predictions are given)"
     )
+    parser.add_argument(
+        "--predictions", nargs="+", default=[], metavar="LABEL=FILE", help="what models.evaluate wrote, a system each"
+    )
+    parser.add_argument("--reference", metavar="LABEL", help="the system others are compared with (default: the first)")
     parser.add_argument("--metrics", nargs="*", default=[], metavar="LABEL=FILE", help="metrics.jsonl of training runs")
-    parser.add_argument("--manifest", help="for clips to listen to")
+    parser.add_argument("--manifest", help="for clips to listen to, which need --predictions")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
     parser.add_argument("--max-clips", type=int, default=8, help="clips to embed, 30 s each at most")
     arguments = parser.parse_args(argv)
@@ -235,15 +275,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             systems={label: read_predictions(path)[1] for label, path in systems.items()},
             curves={label: read_metrics(path) for label, path in curves.items()},
             max_clips=arguments.max_clips,
+            reference=arguments.reference,
         )
+        if arguments.results or not systems:
+            report.results = Path(arguments.results or RESULTS)
         if arguments.manifest:
             manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root, check_audio=False)
             report.examples, report.audio_root = manifest.examples, manifest.audio_root
-        path = write_report(arguments.out, report)
-    except (EvaluationError, ValueError, OSError) as error:
+        if not systems or not arguments.manifest:
+            report.missing = ["Clips to listen to need --predictions and --manifest."]
+        path = write_report(arguments.out, report, markdown=arguments.markdown)
+    except (EvaluationError, ResultsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(path)
+    if arguments.markdown:
+        print(arguments.markdown)
     return 0
 
 
@@ -259,8 +306,8 @@ def _labelled(words: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def _embed_audio(root: Path, example: Example) -> str | None:
-    """Data URI of an example's span as FLAC; None if it cannot be read, or is more than `_MAX_CLIP_SECONDS` long.
+def _read_clip(root: Path, example: Example) -> bytes | None:
+    """An example's span as FLAC; None if it cannot be read, or is more than `_MAX_CLIP_SECONDS` long.
 
     Decoded, not copied: a manifest's file may hold an hour around the span, or be no audio at all.
     """
@@ -273,44 +320,7 @@ def _embed_audio(root: Path, example: Example) -> str | None:
         )
     except AudioError:
         return None
-    return f"data:audio/flac;base64,{base64.b64encode(encode_audio(samples)).decode('ascii')}"
-
-
-def _figure(width_inches: float, height_inches: float) -> tuple[Any, Any]:
-    # The object interface: pyplot would keep every figure, and look for a display.
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):  # a system's name is no formula, whatever dollar signs it has
-        text.set_parse_math(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, Estimate):
-        value = value.value
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _percent(estimate: Estimate | None) -> str:
-    """The half line under an estimate: its interval and count."""
-    if estimate is None or estimate.value is None:
-        return ""
-    return f"{estimate.low:.3f} to {estimate.high:.3f}, n {estimate.count}"
+    return encode_audio(samples)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ Everything here is arithmetic on records that evaluate.py wrote; a saved file ca
 
 An answer is right when the label's words stand consecutively in the prediction, both normalised as Whisper's basic normaliser
 does (lenient, Dynamic-SUPERB's rule). That rule lets a prediction pass which names every option; so strict accuracy stands
-beside it: the answer's words are there and no other choice's are.
+beside it: the answer's words are there and no other choice's are. Other rules can be plugged in (`Scorer`).
+
+Two averages (Dynamic-SUPERB's tables): mean_of_tasks is the mean over TASKS of their accuracies, each task with the same weight
+however many items it has, the tasks of category "audio" left out: the tables' ALL. A category is the mean of its own tasks, not
+of its items. mean_of_items is over the same tasks' items, each item with the same weight.
 
 Shift, the influence of a text that contradicts the sound, is in use under two definitions (MCR-BENCH), both reported:
 
@@ -26,10 +30,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.bootstrap import Bootstrap, Estimate, Statistic, mean_of
+
 if TYPE_CHECKING:
     from models.data.manifest import Example
+    from models.scorers import Scorer
 
 KINDS = ("neutral", "aligned", "conflict", "irrelevant")
+AUDIO_CATEGORY = "audio"  # sounds that are no speech: shown, but no part of ALL
+_MAX_CLASSES = 20  # a task with more labels has free answers: a table by label would be as long as the data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,10 @@ class Prediction:
     pair_id: str | None = None
     control: str = ""  # "" | no_audio | swapped_audio
     scores: dict[str, float] = field(default_factory=dict)  # log-likelihood of each choice, where it was computed
+    category: str = ""  # of the task: content, semantic, paralinguistic, degradation, speaker, audio
+    clip: str = ""  # what was heard (models.features.clip_key): intervals resample it whole
+    claim: str | None = None  # the choice that the text beside the sound names, if it names one
+    question: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(self.choices))
@@ -53,18 +66,14 @@ class Prediction:
         """The JSON object of this prediction."""
         return asdict(self) | {"choices": list(self.choices)}
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95% bootstrap interval and the number of items it stands on; value None where there are none."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    count: int
-
-    def __str__(self) -> str:
-        return "-" if self.value is None else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+    def said(self) -> str | None:
+        """The choice that was given as the answer: the likeliest, else the only one named; without choices the text."""
+        if self.scores:
+            return max(self.scores, key=self.scores.__getitem__)
+        if not self.choices:
+            return self.prediction if normalize(self.prediction) else None
+        named = named_choices(self.prediction, self.choices)
+        return named[0] if len(named) == 1 else None
 
 
 def normalize(text: str) -> str:
@@ -105,24 +114,72 @@ def context_kind(example: Example) -> str:
     return "irrelevant" if example.metadata.get("context_type") == "irrelevant" else example.kind
 
 
-def score(
-    predictions: Sequence[Prediction], *, bootstrap_samples: int = 1000, seed: int = 0, match: str = "lenient"
-) -> dict[str, Any]:
-    """All numbers of one system under one control.
+def claimed_choice(example: Example) -> str | None:
+    """The one choice that the text beside the sound claims, rightly or wrongly; None where it claims none, or several.
+
+    What the words say of themselves (metadata "claimed_by_words") comes first. In a neutral context there is no other claim;
+    else it is the choice that the context names, or the transcript where there is no context.
+    """
+    if said := example.metadata.get("claimed_by_words"):
+        return str(said)
+    if example.kind == "neutral":
+        return None
+    named = named_choices(example.context or example.transcription, example.choices)
+    return named[0] if len(named) == 1 else None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Predictions with their verdicts, and the draws that every interval is taken from; made by `judged`.
 
     Args:
-        predictions: of one system; every id once.
-        bootstrap_samples: resamples of a 95% interval. Whole pairs are resampled (the clip with all its contexts), since
-            the contexts of one clip are not independent.
-        match: "lenient" or "strict"; accuracy and Shift use it. Both accuracies are in the result anyway.
+        predictions: n of one system under one control.
+        right: (n,) bool by the chosen scorer; `lenient` and `strict` are there beside it.
+        scorer: its name.
+        boot: draws of whole clips.
+    """
 
-    Returns:
-        accuracy, strict_accuracy, by_kind[kind], by_task[task] (each with by_kind), by_class[task][label][kind] -> Estimate;
-        tir_adv, tir_adversarial_all, tir_faithful_all, tir_irrelevant_all -> Estimate; mean_of_tasks -> float
-        (Dynamic-SUPERB's ALL).
+    predictions: Sequence[Prediction]
+    right: np.ndarray
+    lenient: np.ndarray
+    strict: np.ndarray
+    scorer: str
+    boot: Bootstrap
+
+    def of(self, attribute: str, value: Any) -> np.ndarray:
+        """(n,) bool: where a prediction's attribute has a value."""
+        return np.array([getattr(p, attribute) == value for p in self.predictions])
+
+    def accuracy(self, where: np.ndarray | None = None, verdicts: np.ndarray | None = None) -> Statistic:
+        """Share of right answers among those in `where` (all)."""
+        verdicts = self.right if verdicts is None else verdicts
+        where = np.ones(len(verdicts), dtype=bool) if where is None else where
+        return self.boot.ratio(verdicts & where, where)
+
+    def mean_of_tasks(
+        self, tasks: Iterable[np.ndarray], where: np.ndarray | None = None, verdicts: np.ndarray | None = None
+    ) -> Statistic:
+        """Mean over tasks, given as masks (n,), of the accuracy among those in `where` (all)."""
+        return mean_of([self.accuracy(task if where is None else task & where, verdicts) for task in tasks])
+
+
+def judged(
+    predictions: Sequence[Prediction],
+    *,
+    scorer: str | Scorer = "lenient",
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+) -> Judged:
+    """Judge predictions once, for all the statistics that follow.
+
+    Args:
+        predictions: of one system under one control; every id once.
+        scorer: "lenient", "strict" or an object (models/scorers.py).
+        bootstrap_samples: resamples of a 95% interval. Whole clips are resampled with all their questions and contexts, since
+            these are not independent.
 
     Raises:
-        ValueError: no prediction, an id twice, or an unknown `match`.
+        ValueError: no prediction, an id twice, or an unknown `scorer`.
     """
     if not predictions:
         raise ValueError("predictions: expected at least one, got none")
@@ -131,46 +188,92 @@ def score(
         if p.id in seen:
             raise ValueError(f"predictions: id {p.id!r} twice")
         seen.add(p.id)
-    right = judge(predictions, match=match)
-    strict = judge(predictions, match="strict")
-    groups = [p.pair_id or p.id for p in predictions]
-    boot = _Bootstrap(groups, bootstrap_samples, seed)
+    lenient, strict = judge(predictions), judge(predictions, scorer="strict")
+    own = scorer not in ("lenient", "strict")
+    right = judge(predictions, scorer=scorer) if own else (lenient if scorer == "lenient" else strict)
+    boot = Bootstrap([_clip(p) for p in predictions], bootstrap_samples, seed)
+    return Judged(predictions, right, lenient, strict, scorer if isinstance(scorer, str) else scorer.name, boot)
 
-    def accuracy(keep: Callable[[Prediction], bool], verdict: np.ndarray = right) -> Estimate:
-        mask = np.array([keep(p) for p in predictions])
-        return boot.ratio(verdict & mask, mask)
 
-    tasks = sorted({p.task for p in predictions})
-    kinds = [k for k in KINDS if any(p.kind == k for p in predictions)]
+def score(
+    predictions: Sequence[Prediction],
+    *,
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    scorer: str | Scorer = "lenient",
+) -> dict[str, Any]:
+    """`metrics` of the predictions of one system under one control; the arguments are those of `judged`."""
+    return metrics(judged(predictions, scorer=scorer, bootstrap_samples=bootstrap_samples, seed=seed))
+
+
+def metrics(j: Judged) -> dict[str, Any]:
+    """All accuracies and both Shifts; see the module's docstring.
+
+    Returns:
+        count, scorer; accuracy (by the scorer), lenient_accuracy, strict_accuracy: over all items;
+        mean_of_tasks, mean_of_items, strict_mean_of_tasks, mean_of_tasks_by_kind[kind]: without category "audio";
+        by_kind[kind]; by_task[task]: category, all, strict, by_kind, and the task's own shift;
+        by_category[category]: tasks (how many), mean_of_tasks, mean_of_items, by_kind[kind] (means of tasks);
+        by_class[task][label][kind], for tasks of at most 20 labels; tir_adv, tir_adversarial_all, tir_faithful_all,
+        tir_irrelevant_all. All of them Estimates but the count, the scorer's and the category's names.
+    """
+    of_task = {task: j.of("task", task) for task in sorted({p.task for p in j.predictions})}
+    of_kind = {kind: j.of("kind", kind) for kind in KINDS if any(p.kind == kind for p in j.predictions)}
+    category = {p.task: p.category for p in j.predictions}
+    in_all = [mask for task, mask in of_task.items() if category[task] != AUDIO_CATEGORY]
+    any_in_all = np.logical_or.reduce(in_all) if in_all else np.zeros(len(j.predictions), dtype=bool)
+    masks = shift_masks(j.predictions, j.right)
+
     by_task = {
         task: {
-            "all": accuracy(lambda p, t=task: p.task == t),
-            "by_kind": {k: accuracy(lambda p, t=task, k=k: p.task == t and p.kind == k) for k in kinds},
+            "category": category[task],
+            "all": j.accuracy(mask).estimate(),
+            "strict": j.accuracy(mask, j.strict).estimate(),
+            "by_kind": {kind: j.accuracy(mask & k).estimate() for kind, k in of_kind.items()},
+            "shift": {name: j.boot.ratio(top & mask, bottom & mask).estimate() for name, (top, bottom) in masks.items()},
         }
-        for task in tasks
+        for task, mask in of_task.items()
     }
-    by_class: dict[str, dict[str, dict[str, Estimate]]] = defaultdict(dict)
-    for task, label in sorted({(p.task, p.answer) for p in predictions}):
-        by_class[task][label] = {
-            k: accuracy(lambda p, t=task, a=label, k=k: p.task == t and p.answer == a and p.kind == k) for k in kinds
+    by_category = {}
+    for name in dict.fromkeys(sorted(category.values())):
+        tasks = [mask for task, mask in of_task.items() if category[task] == name]
+        by_category[name] = {
+            "tasks": len(tasks),
+            "mean_of_tasks": j.mean_of_tasks(tasks).estimate(),
+            "mean_of_items": j.accuracy(np.logical_or.reduce(tasks)).estimate(),
+            "by_kind": {kind: j.mean_of_tasks(tasks, k).estimate() for kind, k in of_kind.items()},
         }
+    by_class: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for task, mask in of_task.items():
+        labels = sorted({p.answer for p in j.predictions if p.task == task})
+        if len(labels) <= _MAX_CLASSES:
+            by_class[task] = {
+                label: {kind: j.accuracy(mask & k & j.of("answer", label)).estimate() for kind, k in of_kind.items()}
+                for label in labels
+            }
     return {
-        "count": len(predictions),
-        "accuracy": accuracy(lambda p: True),
-        "strict_accuracy": accuracy(lambda p: True, strict),
-        "mean_of_tasks": float(np.mean([by_task[t]["all"].value for t in tasks])),
-        "by_kind": {k: accuracy(lambda p, k=k: p.kind == k) for k in kinds},
+        "count": len(j.predictions),
+        "scorer": j.scorer,
+        "accuracy": j.accuracy().estimate(),
+        "lenient_accuracy": j.accuracy(verdicts=j.lenient).estimate(),
+        "strict_accuracy": j.accuracy(verdicts=j.strict).estimate(),
+        "mean_of_tasks": j.mean_of_tasks(in_all).estimate(),
+        "mean_of_items": j.accuracy(any_in_all).estimate(),
+        "strict_mean_of_tasks": j.mean_of_tasks(in_all, verdicts=j.strict).estimate(),
+        "mean_of_tasks_by_kind": {kind: j.mean_of_tasks(in_all, k).estimate() for kind, k in of_kind.items()},
+        "by_kind": {kind: j.accuracy(k).estimate() for kind, k in of_kind.items()},
         "by_task": by_task,
-        "by_class": dict(by_class),
-        **shift(predictions, right, boot),
+        "by_category": by_category,
+        "by_class": by_class,
+        **{name: j.boot.ratio(top, bottom).estimate() for name, (top, bottom) in masks.items()},
     }
 
 
-def shift(predictions: Sequence[Prediction], right: np.ndarray, boot: _Bootstrap) -> dict[str, Estimate]:
-    """Both Shift definitions over the pairs (see the module's docstring).
+def shift_masks(predictions: Sequence[Prediction], right: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Both Shift definitions over the pairs (see the module's docstring): name -> numerator, denominator, each (n,) bool.
 
     A pair is a `pair_id`; where it holds several items of one kind, the first counts. N of the `_all` forms is the number
-    of pairs that have both contexts.
+    of pairs that have both contexts. A pair is noted at its neutral item, so that a resampled pair counts once.
     """
     pairs: dict[str, dict[str, int]] = defaultdict(dict)
     for i, p in enumerate(predictions):
@@ -179,7 +282,7 @@ def shift(predictions: Sequence[Prediction], right: np.ndarray, boot: _Bootstrap
     n = len(predictions)
     both_adv, neutral_right, fell = (np.zeros(n, dtype=bool) for _ in range(3))
     both_faithful, rose, both_irrelevant, moved = (np.zeros(n, dtype=bool) for _ in range(4))
-    for kinds in pairs.values():  # each pair is noted at its neutral item, so that a resampled pair counts once
+    for kinds in pairs.values():
         at = kinds.get("neutral")
         if at is None:
             continue
@@ -194,10 +297,10 @@ def shift(predictions: Sequence[Prediction], right: np.ndarray, boot: _Bootstrap
             both_irrelevant[at] = True
             moved[at] = right[at] != right[kinds["irrelevant"]]
     return {
-        "tir_adv": boot.ratio(fell, neutral_right),
-        "tir_adversarial_all": boot.ratio(fell, both_adv),
-        "tir_faithful_all": boot.ratio(rose, both_faithful),
-        "tir_irrelevant_all": boot.ratio(moved, both_irrelevant),
+        "tir_adv": (fell, neutral_right),
+        "tir_adversarial_all": (fell, both_adv),
+        "tir_faithful_all": (rose, both_faithful),
+        "tir_irrelevant_all": (moved, both_irrelevant),
     }
 
 
@@ -218,46 +321,39 @@ def paired_difference(
         ValueError: the two have no such id in common.
     """
     others = {p.id: p for p in second}
-    shared = [(p, others[p.id]) for p in first if p.id in others and (kind is None or p.kind == kind)]
+    shared = [p for p in first if p.id in others and (kind is None or p.kind == kind)]
     if not shared:
         raise ValueError(f"first, second: no id in common (kind {kind})")
-    right_first = judge([a for a, _ in shared]).astype(np.float64)
-    right_second = judge([b for _, b in shared]).astype(np.float64)
-    boot = _Bootstrap([a.pair_id or a.id for a, _ in shared], bootstrap_samples, seed)
-    return boot.ratio(right_first - right_second, np.ones(len(shared)))
+    difference = judge(shared).astype(np.float64) - judge([others[p.id] for p in shared])
+    boot = Bootstrap([_clip(p) for p in shared], bootstrap_samples, seed)
+    return boot.ratio(difference, np.ones(len(shared))).estimate()
 
 
-def judge(predictions: Iterable[Prediction], *, match: str = "lenient") -> np.ndarray:
-    """(n,) bool: which predictions are right by the named rule."""
-    if match == "lenient":
+def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient") -> np.ndarray:
+    """(n,) bool: which predictions are right, by a rule's name or by an object (models/scorers.py).
+
+    Raises:
+        ValueError: the name is unknown, or the scorer's verdicts are not one bool a prediction.
+    """
+    predictions = list(predictions)
+    if scorer == "lenient":
         return np.array([lenient_match(p.prediction, p.answer) for p in predictions], dtype=bool)
-    if match == "strict":
+    if scorer == "strict":
         return np.array([strict_match(p.prediction, p.answer, p.choices) for p in predictions], dtype=bool)
-    raise ValueError(f"match: expected 'lenient' or 'strict', got {match!r}")
+    if isinstance(scorer, str):
+        raise ValueError(f"scorer: expected 'lenient', 'strict' or a scorer, got {scorer!r}")
+    verdicts = list(scorer.judge(predictions))
+    if len(verdicts) != len(predictions):
+        raise ValueError(f"scorer {scorer.name}: expected {len(predictions)} verdicts, got {len(verdicts)}")
+    for p, verdict in zip(predictions, verdicts, strict=True):
+        if not isinstance(verdict, (bool, np.bool_)):
+            raise ValueError(f"scorer {scorer.name}: expected True or False for {p.id!r}, got {verdict!r}")
+    return np.array(verdicts, dtype=bool)
 
 
-class _Bootstrap:
-    """95% percentile intervals by resampling groups of items."""
-
-    def __init__(self, groups: Sequence[str], samples: int, seed: int) -> None:
-        names = {g: i for i, g in enumerate(dict.fromkeys(groups))}
-        self._group = np.array([names[g] for g in groups])
-        self._count = len(names)
-        # Multinomial counts are resampling with replacement, as one matrix: (samples, groups).
-        draws = np.random.default_rng(seed).multinomial(self._count, np.full(self._count, 1 / self._count), size=samples)
-        self._draws = draws.astype(np.float64)
-
-    def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
-        """sum(numerator) / sum(denominator) with its interval; resamples with an empty denominator are left out."""
-        top = np.bincount(self._group, weights=numerator, minlength=self._count)
-        bottom = np.bincount(self._group, weights=denominator, minlength=self._count)
-        count = round(float(bottom.sum()))
-        if count == 0:
-            return Estimate(None, None, None, 0)
-        tops, bottoms = self._draws @ top, self._draws @ bottom
-        some = bottoms > 0
-        low, high = np.quantile(tops[some] / bottoms[some], [0.025, 0.975]) if some.any() else (np.nan, np.nan)
-        return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), count)
+def _clip(p: Prediction) -> str:
+    """What is resampled whole. Files of earlier versions name no clip; their pairs are of one clip."""
+    return p.clip or p.pair_id or p.id
 
 
 @lru_cache(maxsize=1)

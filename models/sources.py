@@ -263,7 +263,7 @@ def build_sources(
     def one(name: str, settings: SourceConfig) -> Source:
         if kept is None:
             return _build_source(recipe, name, settings, data, model, device)
-        key = _source_fingerprint(recipe, name, settings)
+        key = _source_fingerprint(recipe, name, settings, depth=len(decoder_layers(model.lm)))
         if key not in kept:
             kept[key] = _build_source(recipe, name, settings, data, model, device)
         return dataclasses.replace(kept[key], settings=settings, layers=copy.deepcopy(kept[key].layers))
@@ -283,17 +283,17 @@ def build_sources(
     return sources + [one(name, each) for name, each in recipe.sources.items()]
 
 
-def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig) -> str:
-    """Of all that a built `Source` depends on, apart from its settings of weight and divergence."""
+def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, depth: int) -> str:
+    """Of all that a built `Source` depends on, apart from its settings of weight and divergence; `depth`: student's layers."""
     depends = {
         "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
         "layers": to_dict(settings.layers),
         "own": [recipe.teacher.cache, recipe.loss.center_text] if name == OWN_TEACHER else [],
         "data": to_dict(recipe.data),
-        "student": [recipe.model.bf16_products, recipe.model.prefix_cache_mib],
+        "student": [depth, recipe.model.bf16_products, recipe.model.prefix_cache_mib],
     }
-    if settings.folder is None or settings.layers.weight > 0:  # a snapshot of the student, or layers by its depth
-        depends["student"] += [to_dict(recipe.model), recipe.run.seed if settings.folder is None else None]
+    if settings.folder is None:  # a snapshot of the student
+        depends["student"] += [to_dict(recipe.model), recipe.run.seed]
     return fingerprint(depends)
 
 
@@ -303,25 +303,19 @@ def _build_source(
     key = name if name == OWN_TEACHER else f"sources.{name}"
     lm, tokenizer = _load_source(key, settings, model, device)
     check_same_tokenizer(f"{key}.folder", model.tokenizer, tokenizer)
-    if name == OWN_TEACHER and recipe.teacher.cache is not None:
-        from kdkernels.contrast_cache import ContrastCache
-
-        head = LMHead.from_model(lm.to(device))
-        try:
-            cached = CachedTeacher(ContrastCache(recipe.teacher.cache), head, device=device)
-        except ValueError as error:
-            raise SourceError(f"teacher.cache: {error}") from error
-        return Source(name, settings, CenteredTeacher(cached, data) if recipe.loss.center_text else cached)
     layers = None
     if settings.layers.weight > 0:
         depths = [len(decoder_layers(m)) for m in (model.lm, getattr(lm, "lm", lm))]
         widths = [m.get_output_embeddings().weight.shape[1] for m in (model, lm)]
         layers = LayerDistillation.build(settings.layers, depths=depths, widths=widths)
+    if name == OWN_TEACHER and recipe.teacher.cache is not None:
+        teacher: Any = _cached_teacher(recipe, data, model, lm, device, layers.teacher_layers if layers else ())
+        return Source(name, settings, CenteredTeacher(teacher, data) if recipe.loss.center_text else teacher, layers)
     options = {"device": device, "layers": layers.teacher_layers if layers else ()}
     if settings.role == "text":
         collator = model.make_collator()
         end_id = collator.tokenizer.eos_token_id if collator.append_eos else None
-        teacher: Any = TextTeacher(
+        teacher = TextTeacher(
             lm, tokenizer, target_ids=collator.target_ids, end_id=end_id, reasoning=settings.reasoning, **options
         )
     else:
@@ -340,6 +334,26 @@ def _build_source(
     if name == OWN_TEACHER and recipe.loss.center_text:
         teacher = CenteredTeacher(teacher, data)
     return Source(name, settings, teacher, layers)
+
+
+def _cached_teacher(
+    recipe: Recipe, data: TrainingData, model: torch.nn.Module, lm: Any, device: torch.device, layers: Sequence[int]
+) -> CachedTeacher:
+    from kdkernels.contrast_cache import ContrastCache
+    from models.cache import sample_content, teacher_fingerprint
+
+    # The clip can be compared where the teacher hears the student's features.
+    hears = ("encoder", "encoder_layers", "audio_frames")
+    same = data.store is not None and all(getattr(model.config, x) == getattr(lm.config, x) for x in hears)
+
+    def content(example: Any) -> str:
+        return sample_content(example, data.store.rows([example])[0] if same else None)
+
+    try:
+        cache = ContrastCache(recipe.teacher.cache, fingerprint=teacher_fingerprint(recipe.teacher.folder))
+        return CachedTeacher(cache, LMHead.from_model(lm.to(device)), device=device, content=content, layers=layers)
+    except ValueError as error:
+        raise SourceError(f"teacher.cache: {error}") from error
 
 
 def _hears_both(name: str, settings: SourceConfig) -> bool:

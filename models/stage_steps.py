@@ -6,6 +6,7 @@ has them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,14 +71,26 @@ def run_student_lm(context: Context) -> dict[str, Any]:
     return {"healing": json.loads((folder / "healing.json").read_text())["report"]}
 
 
-def read_items(context: Context, name: str) -> list[Any]:
+def read_items(context: Context, name: str, *, folder: Path | None = None) -> list[Any]:
+    """Examples of NAME.jsonl in `folder`, by default that of the stage "corpus", where the clips are."""
     from models.data.manifest import read_manifest
 
-    return list(
-        read_manifest(
-            context.folders["corpus"] / f"{name}.jsonl", audio_root=context.folders["corpus"], check_audio=False
-        ).examples
-    )
+    corpus = context.folders["corpus"]
+    return list(read_manifest((folder or corpus) / f"{name}.jsonl", audio_root=corpus, check_audio=False).examples)
+
+
+def limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
+    """Examples of the first `clips` clips, tasks and answers in turn; all where there is no limit."""
+    if clips is None:
+        return list(examples)
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for e in examples:
+        names = groups.setdefault((e.task, e.answer), [])
+        if e.audio not in names:
+            names.append(e.audio)
+    turns = [name for group in zip(*groups.values(), strict=False) for name in group]
+    chosen = set(turns[:clips])
+    return [e for e in examples if e.audio in chosen]
 
 
 def load_model(context: Context, folder: Path) -> Any:
@@ -170,37 +183,38 @@ def ask_model(
     return {"answers": {str(alpha): len(predictions) for alpha, predictions in answers.items()}}
 
 
-def write_cache(
-    folder: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any], *, made_from: dict[str, Any]
-) -> None:
-    """Both paths of a teacher over the targets of `examples` into a ContrastCache; what is there already is not made again.
+def write_answered_pool(path: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any]) -> dict[str, Any]:
+    """A manifest of `examples` with the model's own answers as their targets: pseudo ground truth that it has heard itself.
 
     Args:
         model, store, extra: as `load_speech_lm` returns them.
-        made_from: what the teacher is known by; the targets are added.
+
+    Returns:
+        how many there are, and how often the answers are right, by context.
     """
+    from models.data.manifest import write_manifest
+    from models.evaluate import evaluate
+    from models.scoring import judge
+
+    answers = evaluate(model, examples, store, collate=model.make_collator(), extra_inputs=extra)[None]
+    texts = {p.id: p.prediction for p in answers}
+    write_manifest(path, [dataclasses.replace(e, target=texts[e.id], target_source="teacher") for e in examples])
+    by_kind: dict[str, list[bool]] = {}
+    for prediction, right in zip(answers, judge(answers), strict=True):
+        by_kind.setdefault(prediction.kind, []).append(bool(right))
+    return {"pool": len(answers), "pseudo_label_accuracy": {k: sum(v) / len(v) for k, v in by_kind.items()}}
+
+
+def write_cache(
+    folder: Path, teacher: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any]
+) -> None:
+    """Both paths of `model`, loaded from the folder `teacher`, over the targets of `examples` into a ContrastCache (float32)."""
     import torch
-    from tqdm import tqdm
 
-    from kdkernels.contrast_cache import ContrastCache
-    from kdkernels.teacher import DualPathTeacher, MarkAbsent
-    from models.io_utils import fingerprint
+    from models.cache import fill_cache, teacher_fingerprint
 
-    teacher, collate = DualPathTeacher(model, negative=MarkAbsent()), model.make_collator()
-    made_from = made_from | {"targets": fingerprint([e.target for e in examples])}
-    writer = ContrastCache.writer(
-        folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=torch.float32
-    )
-    with writer, tqdm(total=len(examples), desc="cache both paths", unit="example") as bar:
-        for start in range(0, len(examples), 32):
-            chosen = examples[start : start + 32]
-            batch = collate(chosen, store.rows(chosen)).to(model.device)
-            states = teacher({**batch.model_inputs(), **extra}, batch.target_index)
-            for row, example in enumerate(chosen):
-                here = batch.target_row == row
-                if example.id not in writer:
-                    writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], batch.target[here])
-            bar.update(len(chosen))
+    made_from = teacher_fingerprint(teacher)
+    fill_cache(folder, model, store, examples, made_from=made_from, extra_inputs=extra, dtype=torch.float32)
 
 
 def backbone_settings(settings: Any) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def run_stages(
     if status:
         status.start()
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        before = signal.signal(signal.SIGTERM, _interrupt)
     except ValueError:  # not in the main thread
         before = None
     try:
@@ -163,6 +163,11 @@ def run_stages(
         if status:
             status.stop()
     return {s.name: read_done(folders[s.name])["seconds"] for s in stages}
+
+
+def _interrupt(*_: Any) -> None:
+    # Not raise_signal(SIGINT): whatever a shell starts in the background ignores that.
+    raise KeyboardInterrupt
 
 
 def run_stages_here(
@@ -262,6 +267,7 @@ def run_pipeline(
     """
     folders = stage_folders(stages, settings, root)
     if arguments.run_stage:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
         try:
             run_one_stage(stages, arguments.run_stage, settings, folders)
         except KeyboardInterrupt:

@@ -122,23 +122,53 @@ class CachedTeacher:
     Args:
         cache: an open kdkernels.ContrastCache.
         head: the teacher's LM head, on the device of the loss.
+        content: an example -> what the cache has to say of its content (models/cache.py); asked once about each. The cache's
+            may go on behind it.
+        layers: whose states are handed out as well, all of them in the cache.
     """
 
-    def __init__(self, cache: Any, head: Any, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        cache: Any,
+        head: Any,
+        *,
+        device: torch.device,
+        content: Callable[[Any], str] | None = None,
+        layers: Sequence[int] = (),
+    ) -> None:
+        missing = sorted(set(layers) - set(cache.layers))
+        if missing:
+            raise ValueError(f"expected the states of layers {list(layers)}, got a cache that lacks {missing}")
         self._cache = cache
         self._head = head
         self._device = device
+        self._content = content
+        self._columns = [cache.layers.index(layer) for layer in layers]
+        self._checked: set[str] = set()
 
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
         try:
+            self._check(examples)
             states = self._cache.get(batch.ids)
         except KeyError as error:
             raise SourceError(f"teacher.cache: {error.args[0] if error.args else error}") from error
         if not torch.equal(states.target, batch.target.cpu()):
             raise SourceError(f"teacher.cache: made for other targets than those of the batch {batch.ids[0]} ...")
-        dtype = self._head.weight.dtype
-        audio, text = (h.to(self._device, dtype) for h in (states.audio_hidden, states.text_hidden))
-        return TeacherStates(audio, text, self._head)
+        found = [states.audio_hidden, states.text_hidden]
+        if self._columns:
+            found += [layers[:, self._columns] for layers in (states.audio_layers, states.text_layers)]
+        audio, text, *layers = (h.to(self._device, self._head.weight.dtype) for h in found)
+        return TeacherStates(audio, text, self._head, *layers)
+
+    def _check(self, examples: Sequence[Any]) -> None:
+        for example in examples:
+            if self._content is not None and example.id not in self._checked:
+                held, now = self._cache.content(example.id), self._content(example)
+                if held and not held.startswith(now):
+                    raise SourceError(
+                        f"teacher.cache: sample {example.id!r} was cached with another prompt, clip or target ({held}, now {now})"
+                    )
+                self._checked.add(example.id)
 
 
 class ListeningTeacher:

@@ -8,10 +8,14 @@ desta          {"id", "audios": [{"audio_filepath" or "audio", "transcription" o
                "content"}], "seed_description", "target" or "response"}; the audios may stand in the user's message.
                The placeholder in the user's turn is removed, a system turn becomes the context.
 dynamic_superb {"file" or "audio", "instruction", "label", "text"}; the choices are read from the instruction ("The
-               answer could be yes or no."), or given by "choices".
+               answer could be yes or no."), or given by "choices". "text" is part of the question (the text to match),
+               no transcript: it becomes the context. A metadata.json as the benchmark's own script writes it, one object
+               {"clip.wav": row}, is read too; its task is the folder's name.
 mcr_bench      {"id", "audio", "question", "choices" or "options", "answer", "context_type", "context"}, one row a
                context (neutral, faithful, adversarial, irrelevant); or "contexts": {type: text}, which becomes a row
-               each. faithful is kind aligned, adversarial conflict, both others neutral; the metadata keep the type.
+               each. As published: {"audio", "gt", "neutral", "faithful", "adversarial", "irrelevant"}, where neutral is
+               the bare question and the others are the descriptions that stand beside it. faithful is kind aligned,
+               adversarial conflict, both others neutral; the metadata keep the type.
 
 Rows of other shapes are problems, skipped and listed like the bad rows of a manifest.
 """
@@ -19,6 +23,7 @@ Rows of other shapes are problems, skipped and listed like the bad rows of a man
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -28,6 +33,7 @@ from typing import Any
 
 from models.data.audio import MAX_SECONDS, AudioError
 from models.data.manifest import (
+    SPLITS,
     AudioChecker,
     Example,
     Manifest,
@@ -92,7 +98,7 @@ def read_foreign(
     examples: dict[str, Example] = {}
     problems: list[Problem] = []
     rows = 0
-    for number, line in read_rows(path):
+    for number, line in _rows(path, form):
         rows += 1
         row_id: str | None = None
         try:
@@ -218,9 +224,10 @@ def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterato
     yield Example(
         id=defaults.name(row, audio),
         audio=audio,
-        transcription=str(row.get("text") or ""),
+        transcription=str(row.get("transcription") or ""),
         metadata=metadata,
         task=str(row.get("task", row.get("instance", ""))),
+        context=str(row.get("text") or ""),
         question=instruction,
         choices=choices,
         answer=label,
@@ -240,6 +247,9 @@ def _offered(instruction: str) -> tuple[str, ...]:
 
 def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
     audio = defaults.audio(row["audio"])
+    if "gt" in row:  # as published
+        described = {kind: row[kind] for kind in CONTEXT_KINDS if kind != "neutral" and row.get(kind)}
+        row = {**row, "question": row["neutral"], "answer": str(row["gt"]), "contexts": {"neutral": "", **described}}
     choices = row.get("choices", row.get("options", ()))
     answer = row["answer"]
     if isinstance(choices, Mapping):  # {"A": "happy", "B": "sad"}, the answer by its words or its letter
@@ -272,6 +282,25 @@ def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Exa
             kind=CONTEXT_KINDS[context_type],
             pair_id=group,
         )
+
+
+def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] | None]]:
+    """Numbered rows; those of a metadata.json (one object of rows by clip) know their clip and task."""
+    if form != "dynamic_superb" or path.name != "metadata.json":
+        yield from read_rows(path)
+        return
+    try:
+        rows = json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: bad JSON: {error}") from None
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise ManifestError(f"{path}: expected an object of rows by clip")
+    folder = path.absolute().parent
+    task = folder.parent.name if folder.name in SPLITS else folder.name
+    for number, (clip, row) in enumerate(rows.items(), 1):
+        yield number, {**row, "id": f"{task}/{clip}", "task": task, "audio": clip}
 
 
 def main(argv: list[str] | None = None) -> int:

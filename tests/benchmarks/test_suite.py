@@ -13,8 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, common, contenders, layers, linear, memory, multi_teacher, peers, plots, rows, step
+from benchmarks import (
+    accuracy,
+    cache,
+    common,
+    contenders,
+    layers,
+    linear,
+    memory,
+    multi_teacher,
+    peers,
+    plots,
+    rows,
+    step,
+)
 from benchmarks.contenders import CE, FULL, KD, Contender, LinearCase, Unavailable
+from models.stage_steps import make_tiny_backbones
 
 CPU = torch.device("cpu")
 SIZES = ["--device", "cpu", "--tokens", "8", "--vocab", "64", "--student-width", "16", "--teacher-width", "24"]
@@ -323,8 +337,8 @@ def test_step_times_the_teachers_apart_from_the_rest(monkeypatch, tmp_path):
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path))
     case = step.StepCase(2, CPU, layers=(2, 4), config={"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48})
     assert step.check_sum(case) < 1e-4
-    monkeypatch.setattr(step, "SYSTEMS", {k: step.SYSTEMS[k] for k in (step.BASELINE, "CAAD + text + acoustic, all layers")})
-    first, last = timed(step.measure(case, 2))
+    first, last = timed(step.measure(case, 2, ["CAAD + text + acoustic, all layers"]))
+    assert 0 < first["heads_ms"] < last["heads_ms"] < last["median_ms"] and first["overhead_beyond_heads"] == 0
     assert first["overhead"] == 0 and first["teachers"] == 1 and math.isnan(first["text_teacher_ms"])
     spoken = last["own_teacher_ms"] + last["text_teacher_ms"] + last["acoustic_teacher_ms"]
     assert last["step_ms"] == pytest.approx(last["median_ms"] + spoken)
@@ -334,6 +348,34 @@ def test_step_refuses_a_loss_that_is_not_the_sum(monkeypatch):
     monkeypatch.setattr(step, "check_sum", lambda case: 0.01)
     with pytest.raises(SystemExit, match="several sources: the loss is 1"):
         step.measure(None, 1)
+
+
+def test_cache_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    tiny = make_tiny_backbones(tmp_path / "tiny")
+    case = step.StepCase(2, CPU, layers=(2, 4), config={"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48})
+    monkeypatch.setattr(cache, "StepCase", lambda *_: case)
+    monkeypatch.setattr(cache, "TOP_K", (8, 258))  # 258 is the whole vocabulary
+    cache.main(["--device", "cpu", "--lm", str(tiny / "lm"), "--sentences", "3", "--repeats", "2", "--out", str(tmp_path)])
+    found = {row["kept"]: row for row in read(tmp_path / "cache_cpu.csv")}
+    error = {name: float(row["total_variation"]) for name, row in found.items() if row["total_variation"]}
+    exact, short, shorter = (error[f"hidden states, {x}"] for x in ("float32", "bfloat16", "float8"))
+    assert exact < 1e-6 < short < shorter < 0.1
+    assert error["top 8 logits"] > 0.5 and error["top 258 logits"] < 1e-3
+    assert float(found["hidden states, bfloat16"]["bytes_a_token"]) > 2 * 64 * 2  # two paths of 64, and the target
+    assert float(found["top 8 logits"]["bytes_a_token"]) == 64
+    assert float(found["teacher in the step"]["times_faster"]) == 1
+    assert len(timed([row for row in found.values() if "step" in row["kept"] or "from" in row["kept"]])) == 2
+
+
+def test_a_cache_that_gives_another_loss_is_not_timed(monkeypatch, tmp_path):
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    case = step.StepCase(2, CPU, layers=(2, 4), config={"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48})
+    real = case.rest
+    monkeypatch.setattr(case, "rest", lambda recipe, sources: lambda: real(recipe, sources)() + len(str(sources[0].teacher)))
+    monkeypatch.setattr(cache, "time_calls", lambda *_, **__: pytest.fail("was timed"))
+    with pytest.raises(SystemExit, match="not timed: the cache gives another loss"):
+        cache.measure_step(case, 1)
 
 
 def test_layers_end_to_end(tmp_path, monkeypatch):

@@ -97,6 +97,54 @@ class TestRoundTrip:
         assert estimate <= ContrastCache(tmp_path).bytes <= estimate + 1024
         assert ContrastCache.estimate_bytes(tokens=10, hidden_size=4096) == 10 * (2 * 4096 * 2 + 8)
 
+    def test_layers_come_back_at_the_rows_asked_for(self, tmp_path):
+        layered = {i: torch.randn(2, 3, 2, H, generator=torch.Generator().manual_seed(ord(i))) for i in "ab"}
+        with writer(tmp_path, dtype=torch.float32, layers=(6, 12)) as cache:
+            for i, (audio, text) in layered.items():
+                cache.add(i, *states(i), audio_layers=audio, text_layers=text)
+            with pytest.raises(ValueError, match=r"text_layers: expected the states of layers \[6, 12\], got none"):
+                cache.add("c", *states("c"), audio_layers=layered["a"][0])
+        cache = ContrastCache(tmp_path)
+        assert cache.layers == (6, 12)
+        got = cache.get(["b", "a"])
+        assert torch.equal(got.audio_layers, torch.cat([layered["b"][0], layered["a"][0]]))
+        assert torch.equal(got.text_layers, torch.cat([layered["b"][1], layered["a"][1]]))
+        estimate = ContrastCache.estimate_bytes(tokens=6, hidden_size=H, dtype=torch.float32, layers=2)
+        assert estimate == 6 * (6 * H * 4 + 8) <= cache.bytes
+        with pytest.raises(ValueError, match=r"layers: the cache .* has another; expected \[6\], got \[6, 12\]"):
+            writer(tmp_path, dtype=torch.float32, layers=(6,))
+
+    def test_a_cache_without_layers_takes_none(self, tmp_path):
+        assert ContrastCache(filled(tmp_path))["a"].audio_layers is None
+        with writer(tmp_path) as cache, pytest.raises(ValueError, match="audio_layers: expected none, in a cache without"):
+            cache.add("z", *states("z"), audio_layers=torch.zeros(3, 1, H), text_layers=torch.zeros(3, 1, H))
+
+    def test_float8_keeps_each_row_to_its_own_scale(self, tmp_path):
+        audio, text, target = states("a", rows=5)
+        audio = audio * torch.tensor([1e-6, 1.0, 1e3, 0.0, 1e30])[:, None]
+        with writer(tmp_path, dtype=torch.float8_e4m3fn) as cache:
+            cache.add("a", audio, text, target)
+        got = ContrastCache(tmp_path)["a"]
+        assert got.audio_hidden.dtype == torch.float32
+        for stored, exact in ((got.audio_hidden, audio), (got.text_hidden, text)):
+            # e4m3 has three bits after the leading one; the smallest of a row's values may fall below its normal range.
+            bound = exact.abs() / 16 + exact.abs().amax(-1, keepdim=True) / 448 * 2**-9
+            assert ((stored - exact).abs() <= bound).all()
+        assert torch.equal(got.audio_hidden[3], torch.zeros(H))
+        assert ContrastCache.estimate_bytes(tokens=5, hidden_size=H, dtype=torch.float8_e4m3fn) == 5 * (2 * (H + 4) + 8)
+
+    def test_contents_are_kept(self, tmp_path):
+        with writer(tmp_path, shard_mib=ONE_SAMPLE_A_SHARD) as cache:
+            cache.add("a", *states("a"), content="x-1")
+            cache.add("b", *states("b"))
+            assert cache.content("a") == "x-1" and cache.content("b") == "" and cache.content("c") is None
+        with writer(tmp_path) as cache:
+            assert cache.content("a") == "x-1"
+        cache = ContrastCache(tmp_path)
+        assert cache.content("a") == "x-1" and cache.content("b") == ""
+        with pytest.raises(KeyError, match="sample 'c' is not in the cache"):
+            cache.content("c")
+
     def test_reader_travels_to_a_worker(self, tmp_path):
         cache = ContrastCache(filled(tmp_path))
         before = cache["a"]
@@ -290,8 +338,8 @@ class TestRefusals:
             ContrastCache(tmp_path / "nowhere")
         filled(tmp_path)
         header = json.loads((tmp_path / "cache.json").read_text())
-        (tmp_path / "cache.json").write_text(json.dumps({**header, "kdkernels_contrast_cache": 2}))
-        with pytest.raises(ValueError, match=r"expected a contrast cache of format 1 in .*, got 2"):
+        (tmp_path / "cache.json").write_text(json.dumps({**header, "kdkernels_contrast_cache": 1}))
+        with pytest.raises(ValueError, match=r"expected a contrast cache of format 2 in .*, got 1"):
             ContrastCache(tmp_path)
 
     def test_unknown_sample(self, tmp_path):
@@ -339,7 +387,7 @@ class TestRefusals:
             ({"hidden_size": 0}, "hidden_size: expected a positive int, got 0"),
             ({"shard_mib": 0}, "shard_mib: expected a positive number, got 0"),
             ({"part": "a/b"}, "part: expected letters, digits and underscores, got 'a/b'"),
-            ({"dtype": torch.float16}, "dtype: expected torch.bfloat16 or torch.float32, got torch.float16"),
+            ({"dtype": torch.float16}, "dtype: expected torch.bfloat16, torch.float32 or torch.float8_e4m3fn, got torch.float16"),
         ],
     )
     def test_writer_arguments(self, tmp_path, change, message):

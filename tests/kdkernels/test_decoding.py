@@ -62,7 +62,8 @@ def extrapolate(alpha):
 
 
 def silenced(inputs):
-    return {**inputs, "input_features": torch.zeros_like(inputs["input_features"])}
+    feature = tiny_lms.feature_name(inputs)
+    return {**inputs, feature: torch.zeros_like(inputs[feature])}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_equals_the_naive_loop(name, use_cache):
     tokens, scores = contrastive_generate(
         model,
         inputs,
-        negative=MaskFeatures("input_features"),
+        negative=MaskFeatures(tiny_lms.feature_name(inputs)),
         alpha=1.5,
         max_new_tokens=NEW_TOKENS,
         eos_token_id=[],

@@ -75,9 +75,10 @@ class TestAnswerIndex:
 def test_masked_features_equal_two_full_forwards(name, rows_per_pass):
     model, inputs = tiny_lms.AUDIO_MODELS[name]()
     index, _ = answer_positions(inputs)
-    teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"), rows_per_pass=rows_per_pass)
+    feature = tiny_lms.feature_name(inputs)
+    teacher = DualPathTeacher(model, negative=MaskFeatures(feature), rows_per_pass=rows_per_pass)
     states = teacher(inputs, index)
-    silent = {**inputs, "input_features": torch.zeros_like(inputs["input_features"])}
+    silent = {**inputs, feature: torch.zeros_like(inputs[feature])}
     audio, text = logits_at(model, inputs, index), logits_at(model, silent, index)
     assert (audio - text).abs().max() > 0.1  # the test can fail: the paths do differ
     assert states.audio_hidden.shape == (len(index), teacher.head.weight.shape[1])
@@ -409,6 +410,29 @@ class TestHead:
         with pytest.raises(ValueError, match="neither a scale nor a tanh soft cap"):
             lm_head.fit_post(function(torch.tensor(lm_head.PROBE)))
 
+    def test_head_with_a_forward_of_its_own_is_asked(self):
+        class Normalised(nn.Linear):
+            def forward(self, hidden):
+                return nn.functional.linear(hidden, nn.functional.normalize(self.weight))
+
+        class Renamed(nn.Linear):
+            def forward(self, hidden):
+                return hidden @ self.weight.T
+
+        with pytest.raises(TypeError, match=r"got a \S*Normalised whose forward computes something else"):
+            LMHead.from_model(wrapping(Normalised(6, 3, bias=False)))
+        head = Renamed(6, 3, bias=False)
+        assert LMHead.from_model(wrapping(head)).weight.data_ptr() == head.weight.data_ptr()
+
+    def test_follows_the_model_to_another_dtype_and_shares_its_memory(self):
+        model, _ = tiny_lms.voxtral()
+        teacher = DualPathTeacher(model, negative=MaskFeatures("input_features")).to(torch.bfloat16)
+        assert teacher.head.weight.dtype == torch.bfloat16
+        assert teacher.head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+        own = LMHead(torch.randn(tiny_lms.VOCAB, 32))
+        teacher = DualPathTeacher(model.float(), negative=MaskFeatures("input_features"), head=own).to(torch.bfloat16)
+        assert torch.equal(teacher.head.weight, own.weight.bfloat16())
+
     def test_wrong_head_is_noticed_on_the_first_pass(self):
         model, inputs = tiny_lms.gemma2()
         wrong = LMHead(model.lm_head.weight.detach())
@@ -440,10 +464,12 @@ class TestHead:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
         try:
             mesh = init_device_mesh("cpu", (1,))
-            head = nn.Linear(2, 3, bias=False)
-            head.weight = nn.Parameter(distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)]))
+            head, values = nn.Linear(2, 3, bias=False), torch.randn(3, 2)
+            head.weight = nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))
             with pytest.raises(TypeError, match="DTensor sharded"):
                 LMHead.from_model(wrapping(head))
+            whole = LMHead.from_model(wrapping(head), gather=True).weight
+            assert type(whole) is torch.Tensor and torch.equal(whole, values)
         finally:
             dist.destroy_process_group()
 
@@ -502,6 +528,22 @@ class TestPeft:
         base = nn.functional.linear(states.audio_hidden, model.get_output_embeddings().base_layer.weight)
         assert (base - expected).abs().max() > 0.1  # what ignoring the adapter would give
         torch.testing.assert_close(teacher.head.logits(states.audio_hidden), expected, **CLOSE)
+
+    def test_single_trained_tokens_are_honoured(self, peft):
+        """PEFT's trainable_token_indices replace rows of the head's weight."""
+        model, inputs = tiny_lms.llama()
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [3, 5]})
+        model = peft.get_peft_model(model, config).eval()
+        before = LMHead.from_model(model).weight
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "trainable_tokens_delta" in name:
+                    parameter.normal_()
+        index, _ = answer_positions(inputs)
+        teacher = DualPathTeacher(model, negative=dict)
+        assert (teacher.head.weight != before).any(1).nonzero().flatten().tolist() == [3, 5]
+        states = teacher(inputs, index)
+        torch.testing.assert_close(teacher.head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
 
     def test_dora_on_the_head_is_refused_even_with_merge(self, peft):
         model, _ = self.lora(peft, target_modules=["lm_head"], use_dora=True)

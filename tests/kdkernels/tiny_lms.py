@@ -178,6 +178,88 @@ def omni_thinker() -> tuple[nn.Module, Inputs]:
     return _finished(Qwen2_5OmniThinkerForConditionalGeneration(config)), inputs
 
 
+def phi4_multimodal() -> tuple[nn.Module, Inputs]:
+    """Adds its audio to the embeddings in the decoder itself; features have a name of their own."""
+    from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
+
+    audio = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_blocks": 2,
+        "num_attention_heads": 4,
+        "ext_pw_out_channel": 32,
+        "depthwise_separable_out_channel": 32,
+        "nemo_conv_channels": 8,
+        "input_size": 16,
+        "audio_token_id": AUDIO_TOKEN,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "crop_size": 28,
+        "image_token_id": 91,
+    }
+    config = Phi4MultimodalConfig(
+        **_TEXT, audio_config=audio, vision_config=vision, bos_token_id=0, eos_token_id=1, pad_token_id=0
+    )
+    inputs = _with_mask(
+        token_ids(audio_tokens=4),
+        audio_input_features=torch.randn(ROWS, 32, 16),
+        audio_embed_sizes=torch.full((ROWS,), 4),
+    )
+    return _finished(Phi4MultimodalForCausalLM(config)), inputs
+
+
+def audio_flamingo3() -> tuple[nn.Module, Inputs]:
+    from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
+
+    audio = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "num_mel_bins": 8,
+        "max_source_positions": 16,
+    }
+    config = AudioFlamingo3Config(
+        audio_config=audio, text_config={"model_type": "qwen2", **_TEXT}, audio_token_id=AUDIO_TOKEN
+    )
+    inputs = _with_mask(
+        token_ids(audio_tokens=8),
+        input_features=torch.randn(ROWS, 8, 32),
+        input_features_mask=torch.ones(ROWS, 32, dtype=torch.int64),
+    )
+    model = _finished(AudioFlamingo3ForConditionalGeneration(config))
+    with torch.no_grad():
+        model.lm_head.weight[AUDIO_TOKEN] = 0  # it refuses audio tokens without audio, so it must not write them
+    return model, inputs
+
+
+def glm_asr() -> tuple[nn.Module, Inputs]:
+    """As Ultravox is built: stacked encoder frames, an MLP, Llama; its head is tied to the embeddings."""
+    from transformers import GlmAsrConfig, GlmAsrForConditionalGeneration
+
+    audio = {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_mel_bins": 8,
+        "max_position_embeddings": 16,
+    }
+    text = {"model_type": "llama", "bos_token_id": None, "eos_token_id": None, **_TEXT}
+    config = GlmAsrConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_TOKEN)
+    inputs = _with_mask(
+        token_ids(audio_tokens=4),
+        input_features=torch.randn(ROWS, 8, 32),
+        input_features_mask=torch.ones(ROWS, 32, dtype=torch.int64),
+    )
+    return _finished(GlmAsrForConditionalGeneration(config)), inputs
+
+
 def llama() -> tuple[nn.Module, Inputs]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -210,7 +292,17 @@ AUDIO_MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "voxtral": voxtral,
     "granite_speech": granite_speech,
     "omni_thinker": omni_thinker,
+    "phi4_multimodal": phi4_multimodal,
+    "audio_flamingo3": audio_flamingo3,
+    "glm_asr": glm_asr,
 }
+
+
+def feature_name(inputs: Inputs) -> str:
+    """What the model calls its log-mel features."""
+    return "audio_input_features" if "audio_input_features" in inputs else "input_features"
+
+
 TEXT_MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "llama": llama,
     "gemma2": gemma2,

@@ -59,7 +59,8 @@ def test_the_whole_ablation_in_small(tmp_path, monkeypatch, capsys):
     assert main(["--fast-smoke", "--out", str(tmp_path / "out")]) == 0
     with open(tmp_path / "out" / "sources_layers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [r["system"] for r in rows] == ["baseline", "sft", "everything"]
+    assert [r["system"] for r in rows] == ["baseline", "sft", "everything", "text_teacher"]
+    assert rows[-1]["conflict"] == ""  # it has no hint to be misled by
     for r in rows:
         assert float(r["perception"]) == pytest.approx(sum(float(r[f"task_{t}"]) for t in PERCEPTION) / len(PERCEPTION), abs=1e-3)
         assert float(r["content"]) == pytest.approx(sum(float(r[f"task_{t}"]) for t in CONTENT) / len(CONTENT), abs=1e-3)

@@ -133,8 +133,10 @@ def test_a_stage_that_ends_without_its_result_is_not_done(tmp_path):
         run([stage("a")], tmp_path, code="print('gone')")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_passed_on_once_and_waited_for(tmp_path, number):
+@pytest.mark.parametrize(("number", "background"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)])
+def test_a_stop_is_passed_on_once_and_waited_for(tmp_path, number, background):
+    if background:  # as a shell starts it
+        foreground = signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = (
         "import signal, sys, time, pathlib\n"
         "note = pathlib.Path(sys.argv[1]).with_name('signals')\n"
@@ -152,8 +154,12 @@ def test_a_stop_is_passed_on_once_and_waited_for(tmp_path, number):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run([stage("a"), stage("b", "a")], tmp_path, code=code)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run([stage("a"), stage("b", "a")], tmp_path, code=code)
+    finally:
+        if background:
+            signal.signal(signal.SIGINT, foreground)
     assert note.read_text() == "xsaved"
     assert not (tmp_path / "b").exists()
 

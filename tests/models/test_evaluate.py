@@ -1,26 +1,36 @@
 import dataclasses
 import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import models.evaluate
 from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
 from models.data.prompts import target_template
+from models.diagnostics import compare
 from models.evaluate import (
     EvaluationError,
     append_predictions,
     choice_scores,
     evaluate,
     main,
-    print_summary,
     read_predictions,
+    read_priors,
     summarize,
     swapped,
     write_header,
 )
 from models.features import FeatureStore, clip_key
+from models.score_tables import print_comparison, print_summary
 from models.scoring import Prediction
 from models.speech_lm import SpeechLM, SpeechLMConfig
 from models.stage_steps import make_tiny_backbones
@@ -212,10 +222,35 @@ def test_predictions_of_any_text_are_read_back(model, examples, store, tmp_path)
 
 
 def test_labels_are_no_markup_on_the_terminal(capsys):
-    made = Prediction(id="1", task="[/red]", kind="neutral", answer="[bold]", prediction="[bold]", choices=("[bold]", "b"))
+    made = Prediction(
+        id="1", task="[/red]", kind="neutral", answer="[bold]", prediction="[bold]", choices=("[bold]", "b"), category="[/b]",
+        claim="b",
+    )  # fmt: skip
     print_summary(summarize([made]))
+    print_comparison(compare([made], [made], bootstrap_samples=5), "[/x]", "[/y]")
     shown = capsys.readouterr().out
-    assert "[/red]" in shown and "[bold]" in shown
+    for text in ("[/red]", "[bold]", "[/b]", "[/x]", "[/y]"):
+        assert text in shown
+
+
+def test_predictions_hold_what_scoring_needs(model, store):
+    hinted = example(0, "conflict")
+    told = dataclasses.replace(hinted, context="Note: the speaker is a woman.", metadata={"category": "speaker"})
+    (p,) = evaluate(model, [told], store, collate=model.make_collator(), progress_bar=False)[None]
+    assert (p.category, p.claim, p.clip, p.question) == ("speaker", "woman", clip_key(told), "Which?")
+    options = {"collate": model.make_collator(), "progress_bar": False, "controls": ["swapped_audio"], "plain": False}
+    clips = {p.id: p.clip for p in evaluate(model, [told, example(1)], store, **options)[None]}
+    assert clips[f"{told.id}#swapped_audio"] == clip_key(example(1))  # what was heard
+    assert Prediction(**json.loads(json.dumps(p.to_row()))) == p
+
+
+def test_files_of_earlier_versions_are_scored(tmp_path):
+    row = {"id": "1", "task": "t", "kind": "neutral", "answer": "a", "prediction": "a", "choices": ["a", "b"], "scores": {}}
+    write_header(tmp_path / "p.jsonl", {})
+    with open(tmp_path / "p.jsonl", "a") as file:
+        file.write(json.dumps({**row, "pair_id": None, "control": ""}) + "\n")
+    (p,) = read_predictions(tmp_path / "p.jsonl")[1]
+    assert summarize([p])["plain"]["mean_of_tasks"].value == 1
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +282,15 @@ def test_command_line_goes_on_where_it_was_and_scores_again(files, tmp_path, cap
     assert "gender" in capsys.readouterr().out
     assert main([*words, "--decoding", "contrastive"]) == 1
     assert "other settings" in capsys.readouterr().err
+
+
+def test_a_finished_evaluation_needs_no_model(files, tmp_path, monkeypatch, capsys):
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr(SpeechLM, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"going on from {tmp_path / 'p.jsonl'}: 8 answers are there\n{first}"
 
 
 def test_command_line_errors_are_one_line(files, capsys):
@@ -295,3 +339,196 @@ def test_clips_without_features_are_named_or_stop_the_evaluation(files, store, t
     assert "skipped" not in capsys.readouterr().out
     assert main([*words, "--out", str(tmp_path / "b.jsonl"), "--features", str(tmp_path / "few.safetensors")]) == 1
     assert "lacks the clips of 2 of 8 questions" in capsys.readouterr().err
+
+
+SLOW = """
+import sys, time
+import models.evaluate as evaluation
+
+append = evaluation.append_predictions
+
+def slow_append(path, predictions):
+    append(path, predictions)
+    time.sleep(0.2)
+
+evaluation.append_predictions = slow_append
+sys.exit(evaluation.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow  # a process of its own: its imports
+def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(files, tmp_path, capsys):
+    words = [str(files / "model"), str(files / "m.jsonl"), "--device", "cpu", "--controls", "no_audio", "--batch-examples", "2"]
+    assert main([*words, "--out", str(tmp_path / "whole.jsonl")]) == 0
+    whole = {p.id: p for p in read_predictions(tmp_path / "whole.jsonl")[1]}
+
+    out = tmp_path / "killed.jsonl"
+    command = [sys.executable, "-c", SLOW, *words, "--out", str(out)]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(models.evaluate.__file__).parents[1])
+    try:
+        deadline = time.monotonic() + 240
+        while not out.exists() or out.read_bytes().count(b"\n") < 4:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    left = out.read_bytes()
+    done = read_predictions(out)[1]
+    assert 0 < len(done) < len(whole)
+    out.write_bytes(left + b'{"id": "a line that was being wri')  # nor does half a line hinder it
+
+    capsys.readouterr()
+    assert main([*words, "--out", str(out)]) == 0
+    assert f"going on from {out}: {len(done)} answers are there" in capsys.readouterr().out
+    assert out.read_bytes().startswith(left)  # what was there is neither asked again nor written again
+    again = read_predictions(out)[1]
+    assert len(again) == len(whole) and {p.id for p in again} == set(whole)
+    for p in again:
+        assert p.scores == pytest.approx(whole[p.id].scores, abs=1e-4)  # other batches: other padding
+        assert dataclasses.replace(p, scores={}) == dataclasses.replace(whole[p.id], scores={})
+
+
+def test_every_figure_as_json_and_rescored_without_a_model(files, tmp_path, capsys):
+    out, figures = tmp_path / "p.jsonl", tmp_path / "scores.json"
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(out), "--device", "cpu", "--controls", "no_audio"]
+    assert main([*words, "--json", str(figures)]) == 0
+    first = json.loads(figures.read_text())
+    plain = first["summary"]["plain"]
+    assert plain["count"] == 8 and set(plain["accuracy"]) == {"value", "low", "high", "count"}
+    assert plain["mean_of_tasks"]["count"] == 1 and len(plain["calibration"]["bins"]) == 10
+    assert set(plain["confusion"]) == {"no_audio"} and first["settings"]["mode"] == "choice"
+
+    # By the file alone, with other options.
+    rows = {json.loads(line)["id"]: json.loads(line) for line in out.read_text().splitlines()[1:]}
+    (tmp_path / "priors.json").write_text(json.dumps({"gender0/neutral": "woman", "unknown": "man"}))
+    other = tmp_path / "other.jsonl"
+    other.write_text(out.read_text().replace("speaker is a woman", "speaker is a man"))
+    options = ["--priors", str(tmp_path / "priors.json"), "--compare", str(other), "--json", str(figures), "--scorer", "strict"]
+    assert main(["--rescore", str(out), *options]) == 0
+    shown = capsys.readouterr().out
+    again = json.loads(figures.read_text())
+    assert again["settings"] == first["settings"]
+    assert again["summary"]["plain"]["scorer"] == "strict"
+    assert again["summary"]["plain"]["accuracy"] == plain["strict_accuracy"]
+    priors = again["summary"]["plain"]["confusion"]["priors"]["all"]
+    said_woman = "woman" in rows["gender0/neutral"]["prediction"]
+    assert priors["prior_wrong"] == {"right": int(not said_woman), "as_prior": int(said_woman), "other": 0}
+    plain_rows = [r for r in rows.values() if not r["control"]]
+    women = [r for r in plain_rows if "woman" in r["prediction"]]  # "man" in the other file: right where that is the answer
+    gain = sum(1 if r["answer"] == "woman" else -1 for r in women) / len(plain_rows)
+    assert again["comparison"]["accuracy"]["value"] == pytest.approx(gain)
+    assert again["compared_with"] == str(other) and "shared questions" in shown
+
+
+def test_a_judge_of_the_users_own(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_judge.py").write_text("def judge(predictions):\n    return [p.question == 'Which?' for p in predictions]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main([*words, "--scorer", "my_judge:jugde"]) == 1
+    assert "module 'my_judge' has no 'jugde'" in capsys.readouterr().err
+    assert not (tmp_path / "p.jsonl").exists()  # found before any work
+    assert main([*words, "--scorer", "my_judge:judge", "--json", str(tmp_path / "s.json")]) == 0
+    plain = json.loads((tmp_path / "s.json").read_text())["summary"]["plain"]
+    assert (plain["scorer"], plain["accuracy"]["value"]) == ("my_judge:judge", 1.0)
+
+
+def test_benchmark_option_takes_a_manifest_too(files, tmp_path, capsys):
+    words = ["--benchmark", str(files / "m.jsonl"), str(files / "model"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 0
+    assert "8 answers" in capsys.readouterr().out
+    assert main(["--benchmark", "superb", *words[2:3], str(files / "m.jsonl")]) == 1
+    assert "--benchmark: expected one of builtin, dynamic-superb, mcr" in capsys.readouterr().err
+
+
+def test_published_benchmarks_are_asked_freely_and_named_incomplete(files, tmp_path, capsys):
+    root = tmp_path / "superb"
+    row = {"file": "x.flac", "instruction": "Is it noisy? The answer could be yes or no.", "label": "yes"}
+    for task, rows in {"NoiseDetection_X": {"1.wav": row}, "SpeakerVerification_X": {"1.wav": row | {"file2": "y.flac"}}}.items():
+        write_audio(root / task / "1.wav", np.full(16000, 0.1, np.float32))
+        (root / task / "metadata.json").write_text(json.dumps(rows))
+    words = ["--benchmark", "dynamic-superb", "--audio-root", str(root), str(files / "model"), "--device", "cpu"]
+    words += ["--out", str(tmp_path / "p.jsonl"), "--max-new-tokens", "2"]
+    assert main(words) == 0
+    header, (p,) = read_predictions(tmp_path / "p.jsonl")
+    assert header["settings"]["mode"] == "generate"
+    assert (p.id, p.category, p.scores) == ("NoiseDetection_X/1.wav", "degradation", {})
+    for again in (words, ["--rescore", str(tmp_path / "p.jsonl")]):
+        capsys.readouterr()
+        assert main(again) == 0
+        shown = capsys.readouterr().out
+        assert "left out: task SpeakerVerification_X: its questions have two clips each" in shown
+        assert "mean_of_tasks is over 1 tasks, the published ALL over 51: the two are not to be compared" in shown
+    assert main([*words[:3], str(tmp_path / "none"), *words[4:]]) == 1
+    assert "--audio-root: no folder" in capsys.readouterr().err
+
+
+def three_hours(path):
+    """A wav of three hours of silence that takes no room: the file is a hole."""
+    size = 3 * 3600 * 8000 * 2
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16, b"data", size)
+    path.write_bytes(head)
+    os.truncate(path, 44 + size)
+
+
+def test_one_bad_row_of_each_kind_is_named_and_the_rest_is_scored(files, tmp_path, capsys):
+    good = (files / "clip0.wav").read_bytes()
+    (tmp_path / "good.wav").write_bytes(good)
+    (tmp_path / "cut.wav").write_bytes(good[: len(good) // 2])
+    (tmp_path / "noise.wav").write_bytes(b"this is no sound at all" * 100)
+    three_hours(tmp_path / "long.wav")
+    base = dataclasses.replace(example(0), audio="good.wav")
+    rows = [dataclasses.replace(base, id=f"good{i}", pair_id=None) for i in range(20)]
+    rows += [dataclasses.replace(base, id=name, audio=f"{name}.wav") for name in ("cut", "noise", "long")]
+    rows += [dataclasses.replace(base, id="silent", answer=None)]
+    manifest = write_manifest(tmp_path / "m.jsonl", rows)
+    words = [str(files / "model"), str(manifest), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "3 of 24 rows are bad, more than max_bad_fraction 0.05" in error and "too long: 10800.0 s, at most 30 s" in error
+    assert main([*words, "--max-bad-fraction", "0.2"]) == 0
+    shown = capsys.readouterr().out
+    assert "skipped row 22 (cut): audio: corrupt or cut off: the header claims" in shown
+    assert "skipped row 23 (noise): audio: corrupt or unknown header" in shown
+    assert "skipped row 24 (long): audio: too long: 10800.0 s, at most 30 s are allowed" in shown
+    assert "skipped silent: no answer to score against" in shown and "20 answers" in shown
+
+
+def test_manifests_with_nothing_to_score_are_named(files, tmp_path, capsys):
+    words = [str(files / "model"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+
+    def error(manifest, *more):
+        assert main([words[0], str(manifest), *words[1:], *more]) == 1
+        text = capsys.readouterr().err
+        assert text.startswith("error: ") and text.count("\n") == 1
+        return text
+
+    assert "none.jsonl: cannot be read (No such file or directory)" in error(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "expected a header line with 'kdkernels_manifest', got an empty file" in error(tmp_path / "empty.jsonl")
+    header = write_manifest(tmp_path / "header.jsonl", [])
+    assert "expected at least one row after the header, got none" in error(header)
+    unanswered = write_manifest(tmp_path / "unanswered.jsonl", [dataclasses.replace(example(0), audio=None, answer=None)])
+    assert "none of the 1 examples in split 'test', tasks all has an answer to score against" in error(unanswered)
+    assert "no example in split 'dev', tasks all; it holds test gender" in error(files / "m.jsonl", "--split", "dev")
+    assert "no example in split 'test', tasks accent; it holds test gender" in error(files / "m.jsonl", "--tasks", "accent")
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_a_bad_priors_file_is_named(tmp_path):
+    p = Prediction(id="1", task="t", kind="neutral", answer="a", prediction="a")
+    path = tmp_path / "priors.json"
+    for content, message in {
+        "": "bad JSON", "[]": "expected an object, got list", '{"1": 3}': "expected a string for '1', got int",
+        '{"2": "a"}': "none of its 1 ids is among the 1 predictions",
+    }.items():  # fmt: skip
+        path.write_text(content)
+        with pytest.raises(EvaluationError, match=f"--priors .*{message}"):
+            read_priors(path, [p])
+    with pytest.raises(EvaluationError, match="not readable"):
+        read_priors(tmp_path / "none", [p])
+    path.write_text('{"1": "b", "2": "a"}')
+    assert read_priors(path, [p]) == {"1": "b"}

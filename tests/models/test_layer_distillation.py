@@ -104,7 +104,6 @@ def test_layer_states_match_a_run_without_the_prefix_cache(world):  # noqa: F811
         (["layers.map=some"], "layers.map: expected one of top, skip, all"),
         (["layers.pairs=[top]"], "layers.pairs: expected student-teacher, such as 7-9"),
         (["layers.weight=1", "objective=ce_only"], "layers.weight: expected 0 with objective 'ce_only'"),
-        (["layers.weight=1", "teacher.cache=somewhere"], "layers.weight: expected 0 with teacher.cache"),
         (["layers.weight=1", "run.gradient_checkpointing=true"], "expected 0 with run.gradient_checkpointing"),
     ],
 )

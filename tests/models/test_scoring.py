@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,9 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.bootstrap import Bootstrap, Statistic, mean_of
+from models.data.manifest import Example
 from models.data.readers import read_foreign
 from models.scoring import (
     Prediction,
+    claimed_choice,
     context_kind,
     judge,
     lenient_match,
@@ -124,10 +128,129 @@ def test_context_kind_follows_the_readers(tmp_path):
     assert [context_kind(e) for e in examples] == ["irrelevant", "neutral", "aligned", "conflict"]
 
 
-def test_mean_of_tasks_is_over_tasks_not_items():
-    predictions = [p(i, "neutral", True) for i in range(9)] + [p(99, "neutral", False, task="rate")]
-    s = score(predictions, bootstrap_samples=10)
-    assert s["accuracy"].value == 0.9 and s["mean_of_tasks"] == 0.5
+def of_task(task, category, verdicts, **more):
+    """One prediction a verdict, asked without a hint."""
+    return [
+        dataclasses.replace(p(f"{task}{i}", "neutral", bool(v), task=task), category=category, **more)
+        for i, v in enumerate(verdicts)
+    ]
+
+
+def test_both_averages_and_the_categories_by_hand():
+    predictions = [
+        *of_task("words", "content", [1, 1, 1, 0]),
+        *of_task("terms", "content", [1, 0]),
+        *of_task("count", "speaker", [0]),
+        *of_task("birds", "audio", [1, 1, 1, 1, 1]),
+    ]
+    s = score(predictions, bootstrap_samples=50)
+    assert s["mean_of_tasks"].value == pytest.approx((3 / 4 + 1 / 2 + 0) / 3) and s["mean_of_tasks"].count == 3
+    assert s["mean_of_items"].value == pytest.approx(4 / 7) and s["mean_of_items"].count == 7
+    assert s["accuracy"].value == pytest.approx(9 / 12)  # the category audio is part of the items, not of ALL
+    content = s["by_category"]["content"]
+    assert content["tasks"] == 2
+    assert content["mean_of_tasks"].value == pytest.approx(5 / 8) and content["mean_of_items"].value == pytest.approx(4 / 6)
+    assert s["by_category"]["audio"]["mean_of_tasks"].value == 1 and s["by_category"]["speaker"]["mean_of_tasks"].value == 0
+    assert s["by_task"]["words"]["category"] == "content" and s["by_task"]["words"]["all"].value == 0.75
+    assert s["mean_of_tasks_by_kind"]["neutral"] == s["mean_of_tasks"]
+    only_audio = score(of_task("birds", "audio", [1, 0]), bootstrap_samples=10)
+    assert only_audio["mean_of_tasks"].value is None and only_audio["mean_of_items"].value is None
+
+
+def test_strict_mean_of_tasks():
+    both = [dataclasses.replace(q, prediction="man or woman") for q in of_task("a", "", [1, 1])] + of_task("b", "", [1])
+    s = score(both, bootstrap_samples=10)
+    assert s["mean_of_tasks"].value == 1 and s["strict_mean_of_tasks"].value == pytest.approx((0 + 1) / 2)
+    assert s["by_task"]["a"]["strict"].value == 0 and s["lenient_accuracy"].value == 1
+
+
+def test_mean_of_tasks_by_kind_and_shift_by_task():
+    table = {"a": {1: (1, 0), 2: (1, 1)}, "b": {3: (0, 0), 4: (1, 0)}}  # task: pair: neutral, conflict
+    s = score(
+        [
+            p(i, kind, bool(v), task=task)
+            for task, pairs in table.items()
+            for i, values in pairs.items()
+            for kind, v in zip(("neutral", "conflict"), values, strict=True)
+        ],
+        bootstrap_samples=20,
+    )
+    assert s["mean_of_tasks_by_kind"]["neutral"].value == pytest.approx((2 / 2 + 1 / 2) / 2)
+    assert s["mean_of_tasks_by_kind"]["conflict"].value == pytest.approx((1 / 2 + 0 / 2) / 2)
+    assert s["by_category"][""]["by_kind"]["conflict"].value == pytest.approx(1 / 4)
+    assert s["tir_adv"].value == pytest.approx(2 / 3)
+    assert s["by_task"]["a"]["shift"]["tir_adv"].value == pytest.approx(1 / 2)
+    assert s["by_task"]["b"]["shift"]["tir_adv"].value == 1 and s["by_task"]["b"]["shift"]["tir_adversarial_all"].value == 0.5
+
+
+def test_interval_of_the_mean_of_tasks_has_the_textbook_width():
+    predictions = of_task("a", "", [i % 5 > 0 for i in range(400)]) + of_task("b", "", [i % 2 for i in range(100)])
+    s = score(predictions, bootstrap_samples=4000)["mean_of_tasks"]
+    assert s.value == pytest.approx(0.65)
+    half = 1.96 * np.sqrt(0.8 * 0.2 / 400 + 0.5 * 0.5 / 100) / 2
+    assert (s.high - s.low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_a_clip_asked_about_by_several_tasks_is_resampled_whole():
+    # Right in both tasks or in neither: 50 clips are 50 items, for the mean of tasks too.
+    verdicts = [i % 2 for i in range(50)]
+    apart = of_task("a", "", verdicts) + of_task("b", "", verdicts)
+    together = [dataclasses.replace(q, clip=f"{q.id.split('/')[0][1:]}.wav") for q in apart]
+    half = 1.96 * np.sqrt(0.25 / 50)
+    for name in ("accuracy", "mean_of_tasks"):
+        wide, narrow = (score(q, bootstrap_samples=4000)[name] for q in (together, apart))
+        assert (wide.high - wide.low) / 2 == pytest.approx(half, rel=0.12)
+        assert (narrow.high - narrow.low) / 2 == pytest.approx(half / np.sqrt(2), rel=0.12)
+
+
+def test_means_leave_out_what_has_no_item():
+    nan = np.nan
+    a = Statistic(1.0, np.array([1.0, 0.5, nan, nan]), 4)
+    b = Statistic(0.0, np.array([0.0, nan, 0.25, nan]), 2)
+    mean = mean_of([a, b, Statistic(nan, np.full(4, nan), 0)])
+    assert (mean.value, mean.count) == (0.5, 2)
+    np.testing.assert_array_equal(mean.draws, [0.5, 0.5, 0.25, nan])
+    assert mean_of([]).estimate().value is None
+    np.testing.assert_array_equal((a - b).draws, [1.0, nan, nan, nan])
+
+
+def test_draws_are_counts_of_groups():
+    boot = Bootstrap(["x", "y", "x", "z"], 500, seed=3)
+    x, all_items = boot.sums(np.array([1, 0, 1, 0])), boot.sums(np.ones(4))
+    assert set(x) <= {0, 2, 4, 6}  # both items of x come together
+    groups = [boot.sums(np.array(v)) for v in ([1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1])]
+    np.testing.assert_array_equal(sum(groups), 3)  # as many groups as there are
+    np.testing.assert_array_equal(all_items, 2 * groups[0] + groups[1] + groups[2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "claim"),
+    [
+        ({"kind": "conflict", "context": "Note: the speaker is a woman."}, "woman"),
+        ({"kind": "conflict", "context": "Note: the speaker is a woman, no man."}, None),
+        ({"kind": "aligned", "transcription": "I am a man."}, "man"),  # the words themselves are the hint
+        ({"kind": "conflict", "context": "Note: she is old.", "transcription": "I am a man."}, None),
+        ({"kind": "neutral", "context": "Does the text match: the woman sang?"}, None),
+        ({"kind": "neutral", "metadata": {"claimed_by_words": "woman"}}, "woman"),
+    ],
+)
+def test_what_the_text_claims(fields, claim):
+    assert claimed_choice(Example(id="1", audio=None, choices=("man", "woman"), answer="man", **fields)) == claim
+
+
+def test_what_was_said():
+    q = p(1, "neutral", True)
+    assert q.said() == "man"
+    assert dataclasses.replace(q, prediction="man or woman").said() is None
+    assert dataclasses.replace(q, scores={"man": -3.0, "woman": -2.0}).said() == "woman"
+    assert dataclasses.replace(q, choices=(), prediction="a tall man").said() == "a tall man"
+    assert dataclasses.replace(q, choices=(), prediction=" ?").said() is None
+
+
+def test_tasks_of_free_answers_have_no_table_by_label():
+    free = [Prediction(id=str(i), task="ask", kind="neutral", answer=f"{i}", prediction=f"{i}") for i in range(21)]
+    assert score(free, bootstrap_samples=5)["by_class"] == {}
+    assert len(score(free[:20], bootstrap_samples=5)["by_class"]["ask"]) == 20
 
 
 def test_strict_and_lenient_are_both_reported():
@@ -136,9 +259,9 @@ def test_strict_and_lenient_are_both_reported():
     )
     s = score([both], bootstrap_samples=10)
     assert (s["accuracy"].value, s["strict_accuracy"].value) == (1.0, 0.0)
-    assert score([both], bootstrap_samples=10, match="strict")["accuracy"].value == 0.0
-    with pytest.raises(ValueError, match="match: expected 'lenient' or 'strict'"):
-        judge([both], match="exact")
+    assert score([both], bootstrap_samples=10, scorer="strict")["accuracy"].value == 0.0
+    with pytest.raises(ValueError, match="scorer: expected 'lenient', 'strict'"):
+        judge([both], scorer="exact")
 
 
 def test_interval_has_the_textbook_width():

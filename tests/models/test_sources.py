@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from kdkernels.contrast_cache import ContrastCache
-from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.cache import main as cache_main
+from models.cache import teacher_fingerprint
 from models.data.audio import write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
 from models.features import FeatureStore, extract_features
@@ -72,26 +74,71 @@ def test_the_teacher_learns_and_is_a_speech_lm(world):
 
 
 def test_cached_states_train_the_very_same_student_as_the_live_teacher(world):
-    words = ["optim.steps=4", f"teacher.folder={world / 'teacher' / 'final'}", "model.prefix_cache_mib=0"]
+    words = ["optim.steps=4", f"teacher.folder={world / 'teacher' / 'final'}"]
     assert train(world, "caad", "live", *words) == 0
 
-    lm = SpeechLM.from_pretrained(world / "teacher" / "final").eval()
-    teacher = DualPathTeacher(lm, negative=MarkAbsent())
-    examples = read_manifest(world / "m.jsonl").examples
-    store, _ = extract_features(examples, lm.encode_audio, audio_root=world, progress_bar=False)
-    with ContrastCache.writer(
-        world / "cache", fingerprint={"test": 1}, hidden_size=teacher.head.weight.shape[1], dtype=torch.float32
-    ) as writer:
-        for e in examples:
-            batch = lm.make_collator()([e], store.rows([e]))
-            states = teacher(batch.model_inputs(), batch.target_index)
-            writer.add(e.id, states.audio_hidden, states.text_hidden, batch.target)
+    assert cache_main(cache_words(world, world / "cache", "--dtype", "float32")) == 0
     assert train(world, "caad", "cached", *words, f"teacher.cache={world / 'cache'}") == 0
     live, cached = weights(world, "live"), weights(world, "cached")
     for name in live:
         assert torch.allclose(live[name], cached[name], rtol=1e-3, atol=1e-4), name  # other batch shapes, other rounding
     losses = [[line["kd"] for line in read_metrics(world / out / "metrics.jsonl")] for out in ("live", "cached")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def cache_words(root, out, *more):
+    features = str(root / "f.safetensors")
+    return [str(root / "teacher" / "final"), str(root / "m.jsonl"), "--out", str(out), "--features", features, *more]
+
+
+def test_layers_from_a_cache_train_the_student_of_the_live_teacher(world, capsys):
+    words = ["optim.steps=3", f"teacher.folder={world / 'teacher' / 'final'}"]
+    assert train(world, "caad_layers", "live_layers", *words) == 0
+    assert cache_main(cache_words(world, world / "layers", "--dtype", "float32", "--layers", "all")) == 0
+    assert train(world, "caad_layers", "cached_layers", *words, f"teacher.cache={world / 'layers'}") == 0
+    # The losses, not the weights: a key's bias has no gradient but rounding, which AdamW makes whole steps of.
+    live, cached = (read_metrics(world / out / "metrics.jsonl") for out in ("live_layers", "cached_layers"))
+    for name in ("layers", "kd", "ce", "loss"):
+        assert [line[name] for line in live] == pytest.approx([line[name] for line in cached], rel=1e-4), name
+    assert cache_main(cache_words(world, world / "one", "--layers", "1", "--measure", "3")) == 0
+    said = capsys.readouterr().out
+    assert 0 <= float(said.split("at alpha 2: ")[1].split(" nats")[0]) < 1e-2
+    assert train(world, "caad_layers", "never", *words, f"teacher.cache={world / 'one'}") == 1
+    assert "teacher.cache: expected the states of layers" in capsys.readouterr().err
+
+
+def test_a_cache_goes_on_and_its_parts_are_one(world, tmp_path, capsys):
+    for part in ("0/2", "1/2", "1/2"):
+        assert cache_main(cache_words(world, tmp_path / "c", "--part", part)) == 0
+    said = capsys.readouterr().out
+    assert "12 samples," in said and "6 samples written, 12 in" in said and "0 samples written, 12 in" in said
+    assert len(ContrastCache(tmp_path / "c")) == 12
+
+
+def test_a_cache_of_another_teacher_prompt_or_room_is_refused(world, tmp_path, capsys, monkeypatch):
+    assert cache_main(cache_words(world, tmp_path / "c")) == 0
+    words = cache_words(world, tmp_path / "c")
+    assert cache_main([str(world / "untrained"), *words[1:]]) == 1
+    assert "fingerprint: the cache" in capsys.readouterr().err
+    examples = read_manifest(world / "m.jsonl").examples
+    write_manifest(world / "asked.jsonl", [dataclasses.replace(e, question="Woman or man?") for e in examples])
+    assert cache_main([words[0], str(world / "asked.jsonl"), *words[2:]]) == 1
+    assert "sample 'c0' is there with another prompt, clip or target" in capsys.readouterr().err
+    told = [f"teacher.folder={world / 'teacher' / 'final'}", f"teacher.cache={tmp_path / 'c'}"]
+    assert train(world, "caad", "never", *told, f"data.manifest={world / 'asked.jsonl'}") == 1
+    assert "was cached with another prompt, clip or target" in capsys.readouterr().err
+    told[0] = f"teacher.folder={world / 'untrained'}"
+    assert train(world, "caad", "never", *told) == 1
+    assert "teacher.cache: fingerprint: the cache" in capsys.readouterr().err
+    for more, message in (
+        (["--part", "2/2"], "--part: expected I/N"), (["--layers", "99"], "--layers: expected none, all or numbers from 0 to 3"),
+        (["--batch-examples", "0"], "--batch-examples: expected at least 1"),
+    ):  # fmt: skip
+        assert cache_main(cache_words(world, tmp_path / "d", *more)) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    assert cache_main(cache_words(world, tmp_path / "d")) == 1
+    assert "has room for 100 bytes" in capsys.readouterr().err
 
 
 def test_a_language_model_that_trains_goes_through_every_stage(world, tmp_path):
@@ -164,8 +211,8 @@ def test_a_new_model_is_fitted_to_its_training_features(world):
 
 
 def test_a_cache_of_other_targets_is_refused(world, capsys, tmp_path):
-    hidden = torch.zeros(3, 64)
-    with ContrastCache.writer(tmp_path / "c", fingerprint={"test": 2}, hidden_size=64, dtype=torch.float32) as writer:
+    hidden, made_from = torch.zeros(3, 64), teacher_fingerprint(world / "teacher" / "final")
+    with ContrastCache.writer(tmp_path / "c", fingerprint=made_from, hidden_size=64, dtype=torch.float32) as writer:
         for i in range(12):
             writer.add(f"c{i}", hidden, hidden, torch.tensor([1, 2, 3]))
     words = [f"teacher.folder={world / 'teacher' / 'final'}", f"teacher.cache={tmp_path / 'c'}"]

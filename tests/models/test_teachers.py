@@ -171,7 +171,8 @@ def test_one_listening_source_is_plain_distillation(world):  # noqa: F811
     assert train(world, "sft", "by-source", *words, "objective=sources", *source) == 0
     for one, other in zip(curves(world, "by-teacher"), curves(world, "by-source"), strict=True):
         for name in ("loss", "kd", "ce", "grad_norm"):
-            assert one[name] == pytest.approx(other[name], rel=1e-4)
+            # The states come out of other batches; a KL of 1e-4 is a difference of log-probabilities of size 6 in float32.
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=6 * 2**-24)
     one, other = weights(world, "by-teacher"), weights(world, "by-source")
     for name in one:
         assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4), name

@@ -71,6 +71,41 @@ def test_dynamic_superb_rows_read_their_choices_from_the_instruction(root):
     assert example.choices == ("yes", "no")
 
 
+def test_the_text_of_a_dynamic_superb_row_is_part_of_the_question_and_no_transcript(root):
+    (example,) = _read(root, [{**SUPERB, "text": "good luck"}], "dynamic_superb")
+    assert (example.context, example.transcription) == ("good luck", "")
+    (example,) = _read(root, [{**SUPERB, "transcription": "good luck"}], "dynamic_superb")
+    assert (example.context, example.transcription) == ("", "good luck")
+
+
+@pytest.mark.parametrize("folder", ["SpeechDetection_LJSpeech", "SpeechDetection_LJSpeech/test"])
+def test_dynamic_superb_metadata_is_an_object_of_rows_by_clip(tmp_path, folder):
+    write_audio(tmp_path / folder / "a.flac", np.full(16_000, 0.1, np.float32))
+    path = tmp_path / folder / "metadata.json"
+    path.write_text(json.dumps({"a.flac": {**SUPERB, "file": "elsewhere/b.flac", "id": 7}}))
+    (example,) = read_foreign(path, form="dynamic_superb")
+    assert (example.id, example.audio) == ("SpeechDetection_LJSpeech/a.flac", "a.flac")
+    assert (example.task, example.answer) == ("SpeechDetection_LJSpeech", "yes")
+    for content, message in (("[]", "expected an object of rows"), ('{"a.flac": 1}', "expected an object"), ("{", "bad JSON")):
+        path.write_text(content)
+        with pytest.raises(ManifestError, match=message):
+            read_foreign(path, form="dynamic_superb")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_foreign(tmp_path / "metadata.json", form="dynamic_superb")
+
+
+def test_mcr_rows_as_published(root):
+    row = {"audio": "a.flac", "gt": "sad", "neutral": "Which emotion?", "faithful": "He cried.", "adversarial": "He laughed."}
+    examples = _read(root, [{**row, "irrelevant": "It rains."}, row], "mcr_bench").examples
+    assert [e.metadata["context_type"] for e in examples] == [*MCR["contexts"], "neutral", "faithful", "adversarial"]
+    assert [e.context for e in examples[:4]] == ["", "He cried.", "He laughed.", "It rains."]
+    assert {(e.question, e.answer, e.choices) for e in examples} == {("Which emotion?", "sad", ())}
+    assert [e.kind for e in examples[:4]] == ["neutral", "aligned", "conflict", "neutral"]
+    assert len({e.pair_id for e in examples}) == 2
+    manifest = _read(root, [row, {k: v for k, v in row.items() if k != "neutral"}], "mcr_bench", max_bad_fraction=0.5)
+    assert [p.reason for p in manifest.problems] == ["missing field 'neutral'"]
+
+
 @pytest.mark.parametrize("answer", ["B", "sad"])
 def test_an_mcr_answer_may_be_a_letter(root, answer):
     example, *_ = _read(root, [{**MCR, "answer": answer}], "mcr_bench")

@@ -1,0 +1,150 @@
+"""A cache of hidden states beside a cache of top-k logits, and a step with the teacher and without. `python -m benchmarks.cache`
+
+Both caches hold what a teacher says about one sequence read twice, with a hint before it (in the place of the audio) and without.
+Hidden states (kdkernels.ContrastCache) give the whole vocabulary through the LM head; top-k logits, what others keep, give the k
+likeliest tokens of the first path with both paths' logits (int32 id, two float16), and probability 0 to the rest. The error is
+the total variation distance to the exact target softmax(z_hat / tau), alpha 2, tau 2: the share of the mass that is misplaced.
+
+The step is the loop's on SmolLM2-135M's shapes with random weights (benchmarks/step.py): the teacher's two paths in it, or their
+states read from a cache on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdkernels.contrast_cache import ContrastCache
+
+from .common import add_common_arguments, finish, time_calls, time_columns
+from .step import StepCase
+
+ALPHA, TEMPERATURE = 2.0, 2.0
+TOP_K = (8, 32, 128, 512, 2048, 8192)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+
+
+def sentences(count: int) -> list[tuple[str, str]]:
+    """(hint, sentence), made up."""
+    who, did = ("teacher", "sailor", "painter", "doctor"), ("found", "sold", "dropped", "repaired")
+    what, where = ("window", "mirror", "camera", "hammer"), ("near the river", "at the market", "on the train", "in the garden")
+    made = []
+    for i in range(count):
+        subject, verb, thing, place = who[i % 4], did[i // 4 % 4], what[i // 16 % 4], where[(i + i // 64) % 4]
+        made.append((f"Note: this is about a {thing} {place}.\n", f"The {subject} {verb} the {thing} {place}."))
+    return made
+
+
+@torch.no_grad()
+def two_paths(lm: Any, tokenizer: Any, count: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(h_hint, h_plain, target) of each sentence: (n, H), (n, H), (n,)."""
+    found = []
+    for hint, sentence in sentences(count):
+        target = tokenizer.encode(sentence, add_special_tokens=False)
+        states = []
+        for prompt in (hint, "\n"):
+            start = tokenizer.encode(prompt, add_special_tokens=False)
+            hidden = lm.get_decoder()(input_ids=torch.tensor([start + target])).last_hidden_state[0]
+            states.append(hidden[len(start) - 1 : -1])
+        found.append((*states, torch.tensor(target)))
+    return found
+
+
+def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float(0.5 * (p - q).abs().sum(-1).mean())
+
+
+def target_distribution(z_first: torch.Tensor, z_second: torch.Tensor) -> torch.Tensor:
+    return (((1 + ALPHA) * z_first - ALPHA * z_second).double() / TEMPERATURE).softmax(-1)
+
+
+@torch.no_grad()
+def measure_errors(lm: Any, tokenizer: Any, count: int, ks: Sequence[int]) -> list[dict]:
+    """A row a representation: bytes a token on the disk, and its error."""
+    samples = two_paths(lm, tokenizer, count)
+    head = lm.get_output_embeddings()
+    first, second = (torch.cat([sample[i] for sample in samples]) for i in (0, 1))
+    z_first, z_second = head(first), head(second)
+    exact = target_distribution(z_first, z_second)
+    rows = []
+    for name, dtype in DTYPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            with ContrastCache.writer(folder, fingerprint={}, hidden_size=first.shape[1], dtype=dtype) as writer:
+                for number, sample in enumerate(samples):
+                    writer.add(str(number), *sample)
+            cache = ContrastCache(folder)
+            held = cache.get([str(number) for number in range(len(samples))])
+            size = cache.bytes / len(first)
+        found = target_distribution(head(held.audio_hidden.float()), head(held.text_hidden.float()))
+        rows.append({"kept": f"hidden states, {name}", "bytes_a_token": size, "total_variation": total_variation(exact, found)})
+    for k in ks:
+        ids = z_first.topk(min(k, z_first.shape[1])).indices
+        kept = target_distribution(*(z.gather(1, ids).half().float() for z in (z_first, z_second)))
+        found = torch.zeros_like(exact).scatter(1, ids, kept)
+        rows.append({"kept": f"top {k} logits", "bytes_a_token": 8.0 * k, "total_variation": total_variation(exact, found)})
+    return rows
+
+
+def measure_step(case: StepCase, repeats: int) -> list[dict]:
+    """The same step with the teacher in it, and from a cache; the two losses must be equal."""
+    from models.teachers import CachedTeacher
+
+    recipe, (live,) = case.sources("caad", (), False)
+    with tempfile.TemporaryDirectory() as folder:
+        states = live.teacher(case.batch, case.examples)
+        options = {"fingerprint": {}, "hidden_size": states.audio_hidden.shape[1], "dtype": torch.float32}
+        with ContrastCache.writer(folder, **options) as writer:
+            for row, example in enumerate(case.examples):
+                here = (case.batch.target_row == row).nonzero()[:, 0]
+                writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], case.batch.target[here])
+        cached = CachedTeacher(ContrastCache(folder), states.head, device=case.device)
+        steps = {"teacher in the step": live.teacher, "states from the cache": cached}
+        rests = {name: case.rest(recipe, [_Named(teacher)]) for name, teacher in steps.items()}
+        losses = {name: float(rest()) for name, rest in rests.items()}
+        if len({round(loss, 5) for loss in losses.values()}) > 1:
+            raise SystemExit(f"not timed: the cache gives another loss than the teacher: {losses}")
+
+        def step(teacher: Any, rest: Any) -> None:
+            teacher(case.batch, case.examples)
+            rest()
+
+        calls = {name: (lambda t=teacher, r=rests[name]: step(t, r)) for name, teacher in steps.items()}
+        timings = time_calls(calls, repeats=repeats, device=case.device, warmup=1)
+    slowest = timings["teacher in the step"].median
+    return [{"kept": name, **time_columns(t), "times_faster": slowest / t.median} for name, t in timings.items()]
+
+
+class _Named:
+    """A teacher as `StepCase.rest` takes one."""
+
+    name, layers = "teacher", None
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser, repeats=7)
+    parser.add_argument("--lm", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="id or folder: whose distributions are kept")
+    parser.add_argument("--sentences", type=int, default=48)
+    parser.add_argument("--examples", type=int, default=16, help="of the step")
+    args = parser.parse_args(argv)
+    from models.backbones import load_causal_lm
+
+    lm, tokenizer = load_causal_lm(args.lm)
+    rows = measure_errors(lm, tokenizer, args.sentences, TOP_K)
+    rows += measure_step(StepCase(args.examples, torch.device(args.device)), args.repeats)
+    lm_name = Path(args.lm).name
+    finish(args, "cache", "what a teacher's answer costs to keep", [{"lm": lm_name, **row} for row in rows])
+
+
+if __name__ == "__main__":
+    main()

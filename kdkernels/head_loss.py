@@ -1,0 +1,178 @@
+"""The student's loss where its LM head would run: inside the model's own forward, with the head's weights in hand.
+
+A loss that reads `model.lm_head.weight` from outside sees what FSDP or ZeRO-3 has left there: a shard, or nothing.  Here the
+loss is computed in the head's place, between the hooks that gather its weight and those that free it, and it leaves the
+model as its output, so that DDP, FSDP and DeepSpeed see an ordinary forward whose result is differentiated.
+
+Legend: B rows of a batch, L columns, N positions that predict a target, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .lm_head import accepts, computing_layer, fit_post, gathered, head_module, linear_of, probe_values
+
+__all__ = ["HeadLoss"]
+
+LossFunction = Callable[[Tensor, Tensor, "Tensor | None"], Any]
+
+
+class HeadLoss:
+    """Calls a model and computes `loss(hidden, weight, bias)` in the place of its LM head.
+
+        hidden (N, H) = the head's input at `index`;   head(hidden) = hidden @ weight^T + bias
+
+    A LoRA on the head is honoured (see `kdkernels.lm_head.linear_of`: hidden and weight then have H + r columns); what is not
+    a linear layer is refused by name.
+
+    Args:
+        model: any causal LM of transformers, or a module that calls the head of its `get_output_embeddings()` once and
+            returns an output with `.logits`.  FSDP2, FSDP 1 and DDP may have been applied, or DeepSpeed's engine.
+        softcap, logit_scale: what the model does to logits after its head, as the loss is told; checked on the first call.
+
+    The first call reads the device back once for its two checks, of the head's arithmetic and of what follows it.
+    """
+
+    def __init__(self, model: nn.Module, *, softcap: float | None = None, logit_scale: float = 1.0) -> None:
+        self._root = _unwrapped(model)
+        self._head = head_module(self._root)
+        self._post = (softcap, logit_scale)
+        self._checked = False
+        self._no_cache = {"use_cache": False} if accepts(self._root, "use_cache") else {}
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any], index: Tensor, loss: LossFunction) -> Any:
+        """`loss`'s result: a tensor, or a tuple of tensors.
+
+        Args:
+            model: the one given to the constructor, or a wrapper around it (DDP, an engine).
+            inputs: its keyword arguments, without labels.
+            index: (N,) int64, row * L + column of the positions wanted.
+            loss: gets hidden (N, H), weight (V, H), bias (V,) or None, all in the weight's dtype, while they are whole.
+
+        Raises:
+            ValueError: the model does not call its head once, or treats logits otherwise than `softcap` and `logit_scale` say.
+            TypeError: the head is not a plain linear layer, or one with a LoRA.
+        """
+        if _unwrapped(model) is not self._root:
+            raise ValueError(f"model: expected the {type(self._root).__name__} given to HeadLoss, or a wrapper around it")
+        results: list[Any] = []
+        probe = None if self._checked else probe_values()
+
+        def before(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # Appended behind the hooks that gather the weights, so they are whole here.
+            name = None if args else next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+            hidden = args[0] if name is None else kwargs[name]
+            results.append(self._compute(hidden, inputs, index, loss))
+            nothing = hidden[..., :0, :]
+            return ((nothing, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: nothing})
+
+        def hand_out(_head: nn.Module, _args: Any, _output: Any) -> Any:
+            return results[-1]  # put before the hooks that free the weights: FSDP asks for them again when it is differentiated
+
+        def as_logits(_head: nn.Module, _args: Any, _output: Any) -> Tensor:
+            # What the model goes on with: no logits, or the numbers that show what it does to them.
+            tensor = index.new_empty(1, 0, 1, dtype=torch.float32)
+            return tensor if probe is None else probe.to(index.device).expand(1, 1, -1)
+
+        def result(_model: nn.Module, _args: Any, output: Any) -> Any:
+            self._check_calls(results)
+            if probe is not None:
+                self._check_post(output, len(probe))
+            return results[-1]
+
+        layer = computing_layer(self._head)
+        with contextlib.ExitStack() as hooks:
+            for handle in (
+                layer.register_forward_pre_hook(before, with_kwargs=True),
+                layer.register_forward_hook(hand_out, prepend=True),
+                layer.register_forward_hook(as_logits),
+                self._root.register_forward_hook(result, prepend=True),
+            ):
+                hooks.callback(handle.remove)
+            output = model(**inputs, **self._no_cache)
+        self._checked = True
+        return _in_full_precision(output, results[-1])
+
+    def _compute(self, hidden: Tensor, inputs: Mapping[str, Any], index: Tensor, loss: LossFunction) -> Any:
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if tokens is not None and hidden.shape[:-1].numel() != tokens.shape[:2].numel():
+            raise ValueError(
+                f"model: expected its LM head to see {tokens.shape[:2].numel()} positions, one a token of "
+                f"{tuple(tokens.shape[:2])}, got {tuple(hidden.shape)}; if it expands an audio placeholder into several "
+                "positions, expand placeholders in input_ids beforehand"
+            )
+        hidden = hidden.flatten(0, -2).index_select(0, index.to(hidden.device))
+        layer = computing_layer(self._head)
+        with gathered(*layer.parameters()) as partitioned:
+            if torch.is_grad_enabled() and any(p.requires_grad for p in partitioned):
+                raise TypeError(
+                    "LM head: its weights train and ZeRO-3 has them partitioned inside their module's own forward, expected "
+                    "DeepSpeed's engine to have gathered them; call the engine, and keep a LoRA off the head"
+                )
+            hidden, weight, bias = linear_of(layer, hidden)
+            if not self._checked:
+                self._check_linear(layer, hidden, weight, bias)
+            return loss(hidden, weight, bias)
+
+    @torch.no_grad()
+    def _check_linear(self, layer: nn.Module, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Does the head compute what the loss is given?  nn.Linear and LoRA are known to; others are asked."""
+        if type(layer).forward is nn.Linear.forward or hasattr(layer, "base_layer") or not len(hidden):
+            return
+        row = hidden[:1]
+        expected, seen = F.linear(row, weight, bias).double(), layer.forward(row).double()
+        if seen.shape != expected.shape or not (seen - expected).norm() <= 1e-2 * expected.norm():
+            raise TypeError(
+                f"LM head: expected hidden @ weight^T + bias, got a {type(layer).__module__}.{type(layer).__name__} whose "
+                "forward computes something else"
+            )
+
+    def _check_calls(self, results: list[Any]) -> None:
+        if len(results) != 1:
+            raise ValueError(
+                f"model: expected its forward to call its LM head ({type(self._head).__name__}) once, got {len(results)} "
+                "calls; compiled models hide it (train the uncompiled one)"
+            )
+
+    def _check_post(self, output: Any, width: int) -> None:
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.shape[-1:] != (width,):
+            raise ValueError(
+                f"model: expected an output with .logits of what its LM head returned, got {type(output).__name__}"
+            )
+        softcap, scale = self._post
+        seen = logits.reshape(-1, width)[-1]
+        expected = probe_values() * scale
+        expected = expected if softcap is None else torch.tanh(expected / softcap) * softcap
+        # 1e-2: the model may do this arithmetic in bf16, whose rounding is 2^-9.
+        if not torch.allclose(seen.double().cpu(), expected.double(), rtol=1e-2, atol=1e-6):
+            found = fit_post(seen)
+            raise ValueError(
+                f"softcap, logit_scale: expected what the model does to its logits, {found[0]} and {found[1]:.6g}, got "
+                f"{softcap} and {scale:.6g}"
+            )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, FSDP 1 or an engine.  (FSDP2 wraps nothing; a wrapper may pass attributes through.)"""
+    while not hasattr(type(model), "get_output_embeddings"):
+        inner = model._modules.get("module", model._modules.get("_fsdp_wrapped_module"))
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _in_full_precision(output: Any, computed: Any) -> Any:
+    """`output` with the values of `computed`: mixed precision policies round what leaves a model (FSDP's output_dtype)."""
+    if not isinstance(output, Tensor) or output.dtype == computed.dtype:
+        return output
+    wide = output.to(computed.dtype)
+    return computed.detach() + (wide - wide.detach())

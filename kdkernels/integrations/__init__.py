@@ -1,0 +1,25 @@
+"""kdkernels inside other people's training loops. Each needs its library and loads it when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .options import CAADOptions
+
+if TYPE_CHECKING:
+    from .trainer import CAADTrainer
+
+__all__ = ["CAADOptions", "CAADTrainer"]
+
+
+def __getattr__(name: str):
+    if name == "CAADTrainer":
+        try:
+            return importlib.import_module(".trainer", __name__).CAADTrainer
+        except ImportError as error:
+            raise ImportError(
+                f"CAADTrainer needs transformers and accelerate, which could not be imported: {error}. Install them with "
+                "`pip install 'kdkernels[train]'`."
+            ) from error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

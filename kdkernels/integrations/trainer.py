@@ -1,0 +1,347 @@
+"""CAADTrainer: contrastive audio-aware distillation in transformers' Trainer.
+
+A batch is what the student's forward takes, with `labels`, and these columns beside it, all of them optional:
+
+    teacher_NAME     inputs of the teacher's positive path, where they are not the student's (teacher_labels among them)
+    negative_NAME    inputs of its negative path, instead of those that the teacher makes itself (negative_labels among them)
+    sample_id        strings, the samples' names in a ContrastCache
+    alpha, kd_token_weight, ce_token_weight     (B, L), aligned with `labels` and shifted with them
+
+Legend: B rows of a batch, L columns, N positions that predict a label, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from ..caad import CAADStats, fused_linear_caad_loss
+from ..contrast_cache import ContrastCache
+from ..head_loss import HeadLoss
+from ..lm_head import LMHead, logit_post
+from ..ops.dispatch import checks_enabled
+from ..teacher import DualPathTeacher, answer_index
+from .options import CAADOptions
+
+__all__ = ["CAADTrainer"]
+
+TEACHER, NEGATIVE, SAMPLE_ID = "teacher_", "negative_", "sample_id"
+BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
+IGNORE_INDEX = -100
+
+
+class CAADTrainer(Trainer):
+    """transformers' Trainer with the loss of `kdkernels.fused_linear_caad_loss` against a frozen teacher.
+
+        loss = kd_weight sum_i w_i kd_i / sum w + (1 - kd_weight) sum_i u_i ce_i / sum u
+
+    Both sums of weights (without weights: the number of positions that predict a label) are those of the whole optimiser
+    step, over gradient accumulation and, with args.average_tokens_across_devices (the default), over ranks: 4 x 4 rows are 16.
+
+    The student's loss is computed inside its own forward, in the place of its LM head (see `kdkernels.head_loss`), so that
+    DDP, FSDP and DeepSpeed ZeRO-3 gather the head as they do in any forward; no logits are built for more than a chunk of
+    tokens, in training or in evaluation.
+
+    Args:
+        model, args, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as for Trainer.
+        teacher: a `DualPathTeacher`, which is moved to args.device, or an open `ContrastCache` written by one.
+        teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes
+            a whole copy of a sharded one.
+        options: the loss's settings.
+
+    `evaluate()` reports, by token over the whole dataset and all ranks: loss, kd, ce, student_entropy, teacher_entropy,
+    top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` returns in `predictions` a sample's weighted sums of
+    these from kd on, in `label_ids` its two sums of weights: there are no logits to return.
+
+    Positions are found from `labels` on their device: one wait for a CUDA device a micro-batch.
+
+    Raises:
+        ValueError, TypeError: naming the argument, or the column that a batch lacks.  Refused because the loss would not
+            honour them: compute_metrics, compute_loss_func, label smoothing, torch_compile, batch_eval_metrics, DataParallel,
+            tensor, context or sequence parallelism; an LM head with an adapter other than LoRA.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        teacher: DualPathTeacher | ContrastCache,
+        teacher_head: LMHead | None = None,
+        options: CAADOptions | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        _check_arguments(args, teacher, teacher_head)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._token_means,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        _check_parallelism(self.accelerator)
+        # The loss that compute_loss returns is a share of the whole step's: Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self.options = CAADOptions() if options is None else options
+        self.teacher = teacher
+        if isinstance(teacher, DualPathTeacher):
+            teacher.to(args.device)
+        else:
+            self._cached_head = teacher_head.to(args.device)
+        softcap, scale = logit_post(self.model)
+        self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
+        self._at_head = HeadLoss(self.model, softcap=softcap, logit_scale=scale)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The step's micro-batches and, as num_items_in_batch, its two sums of weights (kd, ce), (2,) float64."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)
+        if self.args.average_tokens_across_devices:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        return batches, sums
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch as its share of the step's.
+
+        Args:
+            num_items_in_batch: the divisors of the two terms, (2,), or one number for both; None: the micro-batch's own.
+        """
+        kd_normalizer = ce_normalizer = num_items_in_batch
+        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() == 2:
+            kd_normalizer, ce_normalizer = num_items_in_batch.unbind()
+        loss = self._loss(
+            model,
+            inputs,
+            step=self.state.global_step + 1,
+            kd_normalizer=kd_normalizer,
+            ce_normalizer=ce_normalizer,
+        )
+        ranks = self.accelerator.num_processes
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices and ranks > 1:
+            loss = loss * ranks  # gradients are averaged over ranks
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, inputs: Mapping[str, Any], *, step: int, **reduction: Any) -> Any:
+        labels = _labels(inputs, "")
+        index, target = answer_index(labels)
+        student, teacher, negative = _split_columns(inputs)
+        audio_hidden, text_hidden, head = self._teacher_states(inputs, student, teacher, negative, index, target)
+        by_token = {name: _by_token(inputs, name, labels) for name in BY_TOKEN if inputs.get(name) is not None}
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return fused_linear_caad_loss(
+                hidden,
+                weight,
+                audio_hidden.to(hidden.device),
+                text_hidden.to(hidden.device),
+                target=target.to(hidden.device),
+                student_bias=bias,
+                **{
+                    **head.keywords("teacher"),
+                    **self._student_post,
+                    **self.options.keywords(step),
+                    **by_token,
+                    **reduction,
+                },
+            )
+
+        return self._at_head(model, student, index, loss)
+
+    def _teacher_states(
+        self,
+        inputs: Mapping[str, Any],
+        student: dict[str, Any],
+        teacher: dict[str, Any],
+        negative: dict[str, Any],
+        index: Tensor,
+        target: Tensor,
+    ) -> tuple[Tensor, Tensor, LMHead]:
+        if isinstance(self.teacher, ContrastCache):
+            if inputs.get(SAMPLE_ID) is None:
+                raise ValueError(
+                    f"inputs: expected a column {SAMPLE_ID!r}, the samples' names in the ContrastCache, got {sorted(inputs)}; "
+                    "transformers' default collator drops strings"
+                )
+            states = self.teacher.get(inputs[SAMPLE_ID])
+            _check_targets(target, states.target, "the ContrastCache")
+            dtype = self._cached_head.weight.dtype
+            audio, text = (x.to(self.args.device, dtype) for x in (states.audio_hidden, states.text_hidden))
+            return audio, text, self._cached_head
+        if teacher:
+            index, own = answer_index(_labels(inputs, TEACHER))
+            _check_targets(target, own, f"{TEACHER}labels")
+        keywords: dict[str, Any] = {}
+        if negative:
+            text_index, own = answer_index(_labels(inputs, NEGATIVE))
+            _check_targets(target, own, f"{NEGATIVE}labels")
+            keywords = {"text_inputs": negative, "text_index": text_index}
+        states = self.teacher(teacher or student, index, **keywords)
+        return states.audio_hidden, states.text_hidden, self.teacher.head
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """(None, weighted sums (B, 6) of each row's `CAADStats`, its sums of weights (B, 2)), float64."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            _, stats = self._loss(
+                model, inputs, step=max(self.state.global_step, 1), reduction="sum", return_stats=True
+            )
+        labels = _labels(inputs, "")
+        index, _ = answer_index(labels)
+        rows = index // labels.shape[1]
+        weights = torch.stack(_weights(inputs, labels), 1)  # (N, 2): kd, ce
+        of_each = [weights[:, int(name == "ce")] for name in CAADStats._fields]
+        weighted = torch.stack([w * x.to(w) for w, x in zip(of_each, stats, strict=True)], 1)  # (N, 6)
+
+        def by_row(values: Tensor) -> Tensor:
+            return values.new_zeros(len(labels), values.shape[1]).index_add_(0, rows, values)
+
+        return None, by_row(weighted), by_row(weights)
+
+    def _token_means(self, prediction: EvalPrediction) -> dict[str, float]:
+        """From what `prediction_step` returned for all samples, gathered and without the duplicates of a last batch."""
+        kd_total, ce_total = prediction.label_ids.sum(0)
+        sums = dict(zip(CAADStats._fields, prediction.predictions.sum(0), strict=True))
+        means = {name: float(x / max(ce_total if name == "ce" else kd_total, 1e-12)) for name, x in sums.items()}
+        kd_weight = self.options.kd_weight
+        return {"loss": kd_weight * means["kd"] + (1 - kd_weight) * means["ce"], **means}
+
+    # --- columns ------------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Columns that Trainer leaves in the dataset (args.remove_unused_columns)."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            known = [*self._signature_columns, "labels"]
+            if isinstance(self.teacher, DualPathTeacher):
+                known += inspect.signature(self.teacher.model.forward).parameters
+            prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
+            self._signature_columns += [*prefixed, SAMPLE_ID, *BY_TOKEN]
+
+
+def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
+    """Before Trainer sets anything up."""
+    if not isinstance(teacher, (DualPathTeacher, ContrastCache)):
+        raise TypeError(f"teacher: expected a DualPathTeacher or a ContrastCache, got {type(teacher).__name__}")
+    cached = isinstance(teacher, ContrastCache)
+    if cached != isinstance(teacher_head, LMHead):
+        wanted = "the teacher's LMHead with a ContrastCache" if cached else "None with a DualPathTeacher, which has its own"
+        raise TypeError(f"teacher_head: expected {wanted}, got {type(teacher_head).__name__}")
+    if cached and teacher_head.weight.shape[1] != teacher.hidden_size:
+        raise ValueError(
+            f"teacher_head: expected a weight (V, {teacher.hidden_size}) as wide as the ContrastCache, got "
+            f"{tuple(teacher_head.weight.shape)}"
+        )
+    refused = {
+        "label_smoothing_factor": 0,
+        "torch_compile": False,  # hides the LM head
+        "batch_eval_metrics": False,
+    }
+    for name, expected in refused.items():
+        if getattr(args, name) != expected:
+            raise ValueError(f"args.{name}: expected {expected!r} with CAADTrainer, got {getattr(args, name)!r}")
+    if args.n_gpu > 1:
+        raise ValueError(f"args.n_gpu: expected one GPU a process (start with torchrun), got {args.n_gpu}: DataParallel")
+
+
+def _check_parallelism(accelerator: Any) -> None:
+    config = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp", "cp", "sp"):
+        size = getattr(config, f"{name}_size", 1)
+        if size > 1:
+            raise ValueError(
+                f"args.parallelism_config: expected {name}_size 1 with CAADTrainer, got {size}; a vocabulary-parallel head is "
+                "kdkernels.fused_linear_caad_loss(..., process_group=) in a loop of its own"
+            )
+
+
+def _split_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What student, teacher and its negative path are called with, labels left out."""
+    student: dict[str, Any] = {}
+    others: dict[str, dict[str, Any]] = {TEACHER: {}, NEGATIVE: {}}
+    for name, value in inputs.items():
+        prefix = next((p for p in others if name.startswith(p)), None)
+        if prefix is not None:
+            others[prefix][name.removeprefix(prefix)] = value
+        elif name not in (SAMPLE_ID, "labels", *BY_TOKEN):
+            student[name] = value
+    for columns in others.values():
+        columns.pop("labels", None)
+    return student, others[TEACHER], others[NEGATIVE]
+
+
+def _labels(inputs: Mapping[str, Any], prefix: str) -> Tensor:
+    name = f"{prefix}labels"
+    if not isinstance(inputs.get(name), Tensor):
+        raise ValueError(
+            f"inputs: expected a column {name!r} (B, L), aligned with {prefix}input_ids, got {sorted(inputs)}; "
+            "args.remove_unused_columns and the collator may have dropped it"
+        )
+    return inputs[name]
+
+
+def _by_token(inputs: Mapping[str, Any], name: str, labels: Tensor) -> Tensor:
+    """(N,) of a column (B, L) that is aligned with `labels`: shifted and picked as they are."""
+    values = inputs[name]
+    if not isinstance(values, Tensor) or values.shape != labels.shape:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"inputs[{name!r}]: expected a tensor {tuple(labels.shape)} as labels have, got {got}")
+    return values[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+
+
+def _weights(inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the two terms, (N,) float64 each."""
+    ones = torch.ones_like(labels, dtype=torch.float64)
+    filled = {name: inputs.get(name) if inputs.get(name) is not None else ones for name in BY_TOKEN[1:]}
+    kd, ce = (_by_token(filled, name, labels).double() for name in BY_TOKEN[1:])
+    return kd, ce
+
+
+def _sums_of_weights(inputs: Mapping[str, Any]) -> Tensor:
+    return torch.stack([x.sum() for x in _weights(inputs, _labels(inputs, ""))])
+
+
+def _check_targets(target: Tensor, own: Tensor, whose: str) -> None:
+    """The teacher's targets are the student's; on CUDA only their number is looked at (see KDKERNELS_CHECK)."""
+    same = target.shape == own.shape
+    if same and checks_enabled(target.device):
+        same = torch.equal(target, own.to(target.device))
+    if not same:
+        raise ValueError(
+            f"labels: expected the target tokens of {whose}, {len(own)} of them, got {len(target)} or others; distillation "
+            "by token needs one tokenizer and the same answers"
+        )

@@ -1,0 +1,660 @@
+"""The table of the CAAD paper on the built-in corpus: does the student hear? (arXiv 2606.23052)
+
+    python -m models.six_systems                 # five seeds; models/results/six_systems.csv and sweeps.csv with --write
+    python -m models.six_systems --split dev     # the same on the dev split: where settings are chosen
+    python -m models.six_systems --fast-smoke    # the same code on synthetic clips and tiny random models
+
+    corpus -> features -> teacher, biased by hints that are nearly always true (one, frozen, for all seeds)
+           -> its own answers on the distillation pool = pseudo ground truth; both of its paths cached
+           -> for each seed: the student before distillation, the controls, standard KD, CAAD, our additions
+           -> every question with no hint, a true one, a false one and, where the corpus has it, an irrelevant text
+
+Systems of the paper: teacher greedy, teacher contrastive decoding, student before distillation, that student by contrastive
+decoding, standard KD, CAAD alpha 1 and 2. Controls in every table: CE only, and the sharpened target with nothing subtracted.
+Additions: alpha by token, alpha ramped over steps, KD weighted by the divergence of the paths, the text path centred, the
+plausibility mask, layers, and their combination `caad+`. Each differs from CAAD alpha 2 in the named setting alone.
+
+Sweeps over alpha, lambda and tau run from the same cached teacher states. The anchor sweep changes what Y is: the teacher's own
+answers (heard), Stage 1's words from the metadata, or the true label in a template.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import io
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from models.io_utils import atomic_write_text, cache_dir, source_commit
+from models.stage_steps import (
+    ask,
+    limited,
+    load_model,
+    load_speech_lm,
+    read_items,
+    run_backbones,
+    run_features,
+    run_student_lm,
+    train_by_recipe,
+    write_answered_pool,
+    write_cache,
+)
+from models.stages import Context, Stage, add_stage_arguments, check_status, log_console, run_pipeline
+
+RESULTS = Path(__file__).parent / "results"
+TEACHER_ALPHAS = (None, 1.0, 2.0)
+BEFORE_ALPHAS = (None, 1.0)
+LATENCY_QUESTIONS = 24
+LATENCY_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class System:
+    """One distilled student of the table."""
+
+    name: str
+    label: str
+    recipe: str
+    alpha: float
+    words: tuple[str, ...] = ()
+
+
+SYSTEMS = (
+    System("ce_only", "student, CE only (control)", "ce_only", 0.0),
+    System("kd", "student, standard KD", "kd", 0.0),
+    System("sharpened2", "student, sharpened KD 2 (control)", "sharpened", 2.0),
+    System("caad1", "student, CAAD alpha 1", "caad", 1.0),
+    System("caad2", "student, CAAD alpha 2", "caad", 2.0),
+    System("caad2_adaptive", "CAAD 2, alpha by token", "caad", 2.0, ("loss.alpha_half_divergence=0.1",)),
+    System("caad2_ramp", "CAAD 2, alpha ramped", "caad", 2.0, ("loss.alpha_start=0", "loss.alpha_ramp_steps=60")),
+    System("caad2_weighted", "CAAD 2, KD weighted by divergence", "caad", 2.0, ("loss.kd_token_weight=divergence",)),
+    System("caad2_centered", "CAAD 2, text path centred", "caad", 2.0, ("loss.center_text=true",)),
+    System("caad2_plausible", "CAAD 2, plausibility 0.1", "caad", 2.0, ("loss.plausibility=0.1",)),
+    System("caad_plus", "CAAD+", "caad_plus", 2.0),
+)
+LAYERED = System("caad2_layers", "CAAD 2 + layers", "caad_layers", 2.0)
+SWEEPS = (
+    ("alpha", "loss.alpha", (0.5, 1.0, 2.0, 4.0)),
+    ("lambda", "loss.kd_weight", (0.3, 0.5, 0.7, 0.9)),
+    ("tau", "loss.temperature", (1.0, 2.0, 4.0)),
+)
+ANCHORS = ("teacher", "metadata", "template")
+
+
+@dataclass(frozen=True)
+class SixSettings:
+    """Everything that decides what the table shows."""
+
+    sources: tuple[str, ...] = ("queen", "espeak")
+    corpus_size: str = "benchmark"
+    corpus_seed: int = 0
+    tasks: tuple[str, ...] = ("gender", "speaking_rate", "accent", "noise", "content")
+    split: str = "test"
+    max_clips: int | None = None  # of each pool and of the questions; None = all
+    lm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    encoder: str = "openai/whisper-tiny.en"
+    tiny_backbones: bool = False
+    keep_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
+    healing_steps: int = 96
+    teacher_steps: int = 160
+    teacher_learning_rate: float = 1e-3
+    student_steps: int = 120
+    student_learning_rate: float = 2e-3
+    batch_examples: int = 16
+    seed: int = 0  # of teacher and student language model
+    seeds: int = 5
+    sweep_seeds: int = 1
+    device: str = "cpu"
+
+
+FULL = SixSettings()
+SMOKE = SixSettings(
+    sources=("espeak",), corpus_size="tiny", tasks=("gender", "noise"), max_clips=8, tiny_backbones=True, keep_layers=(0, 2),
+    healing_steps=3, teacher_steps=4, student_steps=2, batch_examples=4, seeds=2,
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The stages
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_corpus(context: Context) -> dict[str, Any]:
+    """Clips, questions and hints in three parts: teacher, distill, test (the split that is asked about)."""
+    from models.data.corpus import build_corpus
+    from models.data.manifest import read_manifest, write_manifest
+    from models.data.prompts import target_template
+
+    settings = context.settings
+    path = build_corpus(
+        context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.corpus_seed, tasks=settings.tasks
+    )
+    manifest = read_manifest(path, check_audio=True)
+    parts = {
+        "teacher": manifest.select(split="train", pool="teacher"),
+        "distill": manifest.select(split="train", pool="distill"),
+        "test": manifest.select(split=settings.split),
+    }
+    for name, examples in parts.items():
+        told = [
+            dataclasses.replace(e, target=target_template(e, e.answer), target_source="template") if name != "test" else e
+            for e in limited(examples, settings.max_clips)
+        ]
+        write_manifest(context.folder / f"{name}.jsonl", told)
+    counts = {name: len(read_items(dataclasses.replace(context, folders={"corpus": context.folder}), name)) for name in parts}
+    return {"questions": counts, "unavailable": manifest.header["unavailable"]}
+
+
+def run_teacher(context: Context) -> dict[str, Any]:
+    """The teacher: supervised on its biased training items; one clip in ten masked. Then asked."""
+    settings = context.settings
+    if not (context.folder / "final").exists():
+        train_by_recipe(
+            context,
+            "sft_teacher",
+            manifest=context.folders["corpus"] / "teacher.jsonl",
+            folder=context.folders["features"] / "untrained",
+            words=[f"optim.steps={settings.teacher_steps}", f"optim.learning_rate={settings.teacher_learning_rate}"],
+        )
+    return ask(context, context.folder / "final", alphas=TEACHER_ALPHAS)
+
+
+def run_pool(context: Context) -> dict[str, Any]:
+    """Y of the distillation pool by `extra["anchor"]`, and both of the teacher's paths over it, once for all students."""
+    from models.data.manifest import write_manifest
+
+    anchor = context.extra["anchor"]
+    teacher = context.folders["teacher"] / "final"
+    model, store, extra = load_speech_lm(context, teacher)
+    examples = [e for e in read_items(context, "distill") if e in store]
+    if anchor == "teacher":
+        result = write_answered_pool(context.folder / "pool.jsonl", model, store, extra, examples)
+    elif anchor == "template":
+        write_manifest(context.folder / "pool.jsonl", examples)
+        result = {}
+    else:
+        result = _stage_1(context, examples)
+    forced = read_items(context, "pool", folder=context.folder)
+    write_cache(context.folder / "cache", teacher, model, store, extra, forced)
+    return {"pool": len(forced)} | result
+
+
+def _stage_1(context: Context, examples: Sequence[Any]) -> dict[str, Any]:
+    """pool.jsonl with what the text backbone writes from the metadata; rejected outputs are left out and counted."""
+    from models import pseudo_gt
+    from models.data.manifest import read_manifest, write_manifest
+
+    # A manifest has to lie where its clips are within reach.
+    told = context.folders["corpus"] / f"{context.folder.name}.jsonl"
+    asked = told.with_suffix(".asked.jsonl")
+    write_manifest(asked, [dataclasses.replace(e, target=None, target_source=None) for e in examples])
+    words = [str(asked), "--out", str(told), "--source", "text_backbone", "--backbone", context.settings.lm]
+    check_status("models.pseudo_gt", pseudo_gt.main([*words, "--audio-root", str(context.folders["corpus"])]))
+    written = [e for e in read_manifest(told, check_audio=False).examples if (e.target or "").strip()]
+    write_manifest(context.folder / "pool.jsonl", written)
+    return {"rejected": len(examples) - len(written)}
+
+
+def run_before(context: Context) -> dict[str, Any]:
+    """The student before distillation, each seed: supervised on what the teacher was trained on; then asked, both ways."""
+    from models.cohort import Cohort
+
+    settings, cohort = context.settings, Cohort(context)
+    words = [
+        f"optim.steps={settings.student_steps}",
+        f"optim.learning_rate={settings.student_learning_rate}",
+        "loss.ce_token_weight=choice",
+        "loss.ce_background_weight=0",
+        *_own_start(context),
+    ]
+    return {
+        str(seed): cohort.run(
+            context.folder / str(seed),
+            "sft_teacher",
+            manifest=context.folders["corpus"] / "teacher.jsonl",
+            start=context.folders["student_lm"] / "untrained",
+            words=[*words, f"run.seed={seed}"],
+            alphas=BEFORE_ALPHAS,
+            controls=seed == 0,
+        )
+        for seed in range(settings.seeds)
+    }
+
+
+def run_students(context: Context) -> dict[str, Any]:
+    """The students of `extra["runs"]`, one after another: (folder, recipe, seed, words); each trained, then asked."""
+    from models.cohort import Cohort
+
+    settings, cohort = context.settings, Cohort(context)
+    pool = context.folders[context.extra["pool"]]
+    result = {}
+    for name, recipe, seed, more in context.extra["runs"]:
+        words = [
+            f"optim.steps={settings.student_steps}",
+            f"optim.learning_rate={settings.student_learning_rate}",
+            f"run.seed={seed}",
+            # Only the choice is scored, and only it is learned.
+            "loss.ce_background_weight=0",
+            *_own_start(context),
+        ]
+        if recipe != "ce_only":
+            words += [f"teacher.folder={context.folders['teacher'] / 'final'}"]
+            words += ["teacher.keep_mib=4096"] if recipe == LAYERED.recipe else [f"teacher.cache={pool / 'cache'}"]
+        result[name] = cohort.run(
+            context.folder / name,
+            recipe,
+            manifest=pool / "pool.jsonl",
+            start=context.folders["student_lm"] / "untrained",
+            words=[*words, *more],
+            controls=seed == 0,
+        )
+    return result
+
+
+def _own_start(context: Context) -> list[str]:
+    """Every seed's connector starts from weights of its own; the features' statistics are those of the teacher's clips."""
+    return ["model.fresh_connector=true", f"model.feature_statistics={context.folders['features'] / 'untrained'}"]
+
+
+def run_latency(context: Context) -> dict[str, Any]:
+    """Milliseconds an answer, written freely and alone, of teacher and student, greedily and by contrastive decoding.
+
+    The four take turns, question by question, so that a slow minute falls on all of them alike. Features are there already.
+    """
+    from models.evaluate import generate_answers
+    from models.features import FeatureStore
+
+    store = FeatureStore.load(context.folders["features"] / "features.safetensors")
+    questions = [e for e in read_items(context, "test") if e in store and e.kind == "neutral"][: LATENCY_QUESTIONS + 2]
+    models = {
+        "teacher": load_model(context, context.folders["teacher"] / "final"),
+        "student": load_model(context, context.folders["before"] / "0" / "final"),
+    }
+    seconds: dict[str, list[float]] = {}
+    for example in questions:
+        for name, model in models.items():
+            for decoding, alpha in (("greedy", None), ("contrastive", 1.0)):
+                started = time.perf_counter()
+                generate_answers(
+                    model, [example], store.rows([example]), collate=model.make_collator(), alpha=alpha,
+                    max_new_tokens=LATENCY_TOKENS,
+                )  # fmt: skip
+                seconds.setdefault(f"{name}_{decoding}", []).append(time.perf_counter() - started)
+    # The first two warm up.
+    return {name: 1e3 * statistics.median(values[2:]) for name, values in seconds.items()}
+
+
+def make_stages(settings: SixSettings) -> list[Stage]:
+    """All stages, in an order that honours their needs."""
+    from models.config import load_recipe, to_dict
+
+    backbone = ("lm", "encoder", "tiny_backbones", "seed", "device")
+    training = (*backbone, "batch_examples")
+    studying = (*training, "student_steps", "student_learning_rate")
+    made = ("corpus", "features", "teacher", "student_lm")
+    stages = [
+        Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
+        Stage("corpus", "corpus", (), ("sources", "corpus_size", "corpus_seed", "tasks", "split", "max_clips"), run_corpus),
+        Stage("features", "encoder features", ("backbones", "corpus"), backbone, run_features),
+        Stage(
+            "student_lm", "student: drop layers, heal", ("backbones", "corpus"), (*backbone, "keep_layers", "healing_steps"),
+            run_student_lm,
+        ),
+        Stage(
+            "teacher", "teacher (sft, biased)", ("corpus", "features"),
+            (*training, "teacher_steps", "teacher_learning_rate"), run_teacher,
+        ),
+    ]  # fmt: skip
+
+    def read(recipe: str) -> dict[str, Any]:  # what the recipe's file says is part of the fingerprint
+        return to_dict(load_recipe(recipe, ["teacher.folder=x"]))
+
+    for anchor in ANCHORS:
+        told = {"anchor": anchor}
+        stages.append(Stage(f"pool_{anchor}", f"Y by {anchor}, both paths", made[:3], training, run_pool, extra=told))
+    stages.append(
+        Stage(
+            "before", "student before distillation", ("corpus", "features", "student_lm"), (*studying, "seeds"), run_before,
+            extra={"recipe": read("sft_teacher")},
+        )
+    )  # fmt: skip
+    needs = (*made, "pool_teacher")
+    for seed in range(settings.seeds):
+        runs = [(s.name, s.recipe, seed, (f"loss.alpha={s.alpha}", *s.words)) for s in SYSTEMS]
+        told = {"pool": "pool_teacher", "runs": runs, "recipes": {s.recipe: read(s.recipe) for s in SYSTEMS}}
+        stages.append(Stage(f"students_{seed}", f"students, seed {seed}", needs, studying, run_students, extra=told))
+    runs = [(str(seed), LAYERED.recipe, seed, (f"loss.alpha={LAYERED.alpha}",)) for seed in range(settings.seeds)]
+    told = {"pool": "pool_teacher", "runs": runs, "recipes": read(LAYERED.recipe)}
+    stages.append(Stage("layered", LAYERED.label, needs, studying, run_students, extra=told))
+    for name, key, values in SWEEPS:
+        runs = [
+            (f"{value:g}-{seed}", "caad", seed, ("loss.alpha=2", f"{key}={value}"))
+            for value in values
+            for seed in range(settings.sweep_seeds)
+        ]
+        told = {"pool": "pool_teacher", "runs": runs, "recipes": read("caad")}
+        stages.append(Stage(f"sweep_{name}", f"sweep of {name}", needs, studying, run_students, extra=told))
+    for anchor in ANCHORS:
+        runs = [
+            (f"{recipe}-{seed}", recipe, seed, (f"loss.alpha={0 if recipe == 'kd' else 2}",))
+            for recipe in ("kd", "caad")
+            for seed in range(settings.sweep_seeds)
+        ]
+        told = {"pool": f"pool_{anchor}", "runs": runs, "recipes": {r: read(r) for r in ("kd", "caad")}}
+        needs = (*made, f"pool_{anchor}")
+        stages.append(Stage(f"anchor_{anchor}", f"anchor {anchor}", needs, studying, run_students, extra=told))
+    stages.append(Stage("latency", "latency of an answer", ("corpus", "features", "teacher", "before"), training, run_latency))
+    return stages
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What came out
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def collect(folders: Mapping[str, Path], settings: SixSettings) -> dict[tuple[str, int], tuple[str, float, list[Any]]]:
+    """(system, seed) -> label, alpha, predictions with their controls; in the order of the table."""
+    from models.evaluate import read_predictions
+
+    found: dict[tuple[str, int], tuple[str, float, list[Any]]] = {}
+
+    def add(system: str, label: str, alpha: float, seed: int, path: Path) -> None:
+        found[system, seed] = (label, alpha, read_predictions(path)[1])
+
+    for alpha in TEACHER_ALPHAS:
+        name, label = ("teacher", "teacher, greedy") if alpha is None else (
+            f"teacher_cd{alpha:g}", f"teacher, contrastive decoding {alpha:g}")  # fmt: skip
+        add(name, label, alpha or 0.0, 0, folders["teacher"] / _predictions_name(alpha))
+    for alpha in BEFORE_ALPHAS:
+        name, label = ("before", "student before distillation") if alpha is None else (
+            f"before_cd{alpha:g}", f"student before, contrastive decoding {alpha:g}")  # fmt: skip
+        for seed in range(settings.seeds):
+            add(name, label, alpha or 0.0, seed, folders["before"] / str(seed) / _predictions_name(alpha))
+    for system in (*SYSTEMS, LAYERED):
+        for seed in range(settings.seeds):
+            folder = folders["layered"] / str(seed) if system is LAYERED else folders[f"students_{seed}"] / system.name
+            add(system.name, system.label, system.alpha, seed, folder / _predictions_name(None))
+    return found
+
+
+def _predictions_name(alpha: float | None) -> str:
+    return "test-greedy.jsonl" if alpha is None else f"test-contrastive{alpha:g}.jsonl"
+
+
+def score_row(predictions: Sequence[Any]) -> dict[str, Any]:
+    """Scores of one system under one seed.
+
+        all                 mean over tasks of the mean over contexts of the accuracy
+        neutral, aligned, conflict, irrelevant    mean over tasks of the accuracy in that context
+        shift_tir_adv       #(right under neutral and wrong under conflict) / #(right under neutral), over all pairs
+        strict              as `all`, by strict matching
+        follows_hint        of the answers under a false hint, the share that repeat it
+        no_audio, swapped_audio    accuracy on the neutral questions without the clip, or with another's; blank if not asked
+    """
+    from models.scoring import judge, score
+
+    plain = [p for p in predictions if not p.control]
+    rates: dict[str, dict[tuple[str, str], float]] = {}
+    for rule in ("lenient", "strict"):
+        groups: dict[tuple[str, str], list[bool]] = {}
+        for prediction, right in zip(plain, judge(plain, scorer=rule), strict=True):
+            groups.setdefault((prediction.task, prediction.kind), []).append(bool(right))
+        rates[rule] = {key: statistics.mean(values) for key, values in groups.items()}
+    tasks = sorted({task for task, _ in rates["lenient"]})
+    kinds = [k for k in ("neutral", "aligned", "conflict", "irrelevant") if any(key[1] == k for key in rates["lenient"])]
+
+    def over_contexts(rule: str) -> float:
+        return statistics.mean(statistics.mean(rates[rule][task, kind] for kind in kinds) for task in tasks)
+
+    row: dict[str, Any] = {"all": over_contexts("lenient")}
+    for kind in ("neutral", "aligned", "conflict", "irrelevant"):
+        row[kind] = statistics.mean(rates["lenient"][task, kind] for task in tasks) if kind in kinds else ""
+    tir = score(plain, bootstrap_samples=1)["tir_adv"].value
+    row |= {"shift_tir_adv": "" if tir is None else tir, "strict": over_contexts("strict")}
+    followed = [p.said() == p.claim for p in plain if p.kind == "conflict" and p.claim is not None]
+    row["follows_hint"] = statistics.mean(followed) if followed else ""
+    for control in ("no_audio", "swapped_audio"):
+        asked = [p for p in predictions if p.control == control]
+        row[control] = float(np.mean(judge(asked))) if asked else ""
+    row |= {f"task_{task}_{kind}": rates["lenient"][task, kind] for task in tasks for kind in kinds}
+    return row | {"questions": len(plain)}
+
+
+def table_rows(
+    found: Mapping[tuple[str, int], tuple[str, float, list[Any]]], latency: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The rows of six_systems.csv."""
+    rows = []
+    for (system, seed), (label, alpha, predictions) in found.items():
+        model = "teacher" if system.startswith("teacher") else "student"
+        decoding = "contrastive" if "_cd" in system else "greedy"
+        scores = score_row(predictions)
+        start = {"system": system, "label": label, "seed": seed, "alpha": alpha}
+        rows.append(start | scores | {"latency_ms": latency[f"{model}_{decoding}"]})
+    return rows
+
+
+def sweep_rows(folders: Mapping[str, Path], settings: SixSettings) -> list[dict[str, Any]]:
+    """The rows of sweeps.csv: one setting is changed, the others are those of CAAD alpha 2."""
+    from models.evaluate import read_predictions
+
+    rows = []
+
+    def add(sweep: str, value: Any, system: str, seed: int, folder: Path) -> None:
+        predictions = read_predictions(folder / _predictions_name(None))[1]
+        rows.append({"sweep": sweep, "value": value, "system": system, "seed": seed} | score_row(predictions))
+
+    for seed in range(settings.sweep_seeds):
+        for name, _, values in SWEEPS:
+            for value in values:
+                add(name, value, "caad", seed, folders[f"sweep_{name}"] / f"{value:g}-{seed}")
+        for anchor in ANCHORS:
+            for system in ("kd", "caad"):
+                add("anchor", anchor, system, seed, folders[f"anchor_{anchor}"] / f"{system}-{seed}")
+    return rows
+
+
+STRENGTH_SYSTEMS = ("teacher", "kd", "caad1", "caad2", "caad_plus")
+STRENGTH_EDGES_DB = (-18.0, -13.0, -8.0, -3.0, 2.0)
+
+
+def strength_rows(
+    found: Mapping[tuple[str, int], tuple[str, float, list[Any]]], questions: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Rows of sweeps.csv: the more noise, the less the sound has to set against a false hint; a row a bin of the clips' dB."""
+    snr_db = {e.id: e.metadata["snr_db"] for e in questions if "snr_db" in e.metadata}
+    rows = []
+    for low, high in itertools.pairwise(STRENGTH_EDGES_DB):
+        for (system, seed), (_, _, predictions) in found.items():
+            inside = [p for p in predictions if not p.control and low <= snr_db.get(p.id, -100.0) < high]
+            if system in STRENGTH_SYSTEMS and inside:
+                start = {"sweep": "conflict_strength", "value": (low + high) / 2, "system": system, "seed": seed}
+                rows.append(start | score_row(inside))
+    return rows
+
+
+def training_csv(folders: Mapping[str, Path], settings: SixSettings) -> str:
+    """training.csv: the curves of the distilled students, every seed."""
+    from models.metrics import read_metrics
+    from models.results_csv import curves_csv
+
+    return curves_csv(
+        {
+            (s.name, s.label, seed): read_metrics(folders[f"students_{seed}"] / s.name / "metrics.jsonl")
+            for s in SYSTEMS
+            for seed in range(settings.seeds)
+        }
+    )
+
+
+PAIRS = (
+    ("caad1", "kd"), ("caad2", "kd"), ("caad2", "sharpened2"), ("caad2", "ce_only"), ("caad_plus", "caad2"),
+    ("caad2_adaptive", "caad2"), ("caad2_ramp", "caad2"), ("caad2_weighted", "caad2"), ("caad2_centered", "caad2"),
+    ("caad2_plausible", "caad2"), ("caad2_layers", "caad2"), ("caad_plus", "teacher_cd1"),
+)  # fmt: skip
+
+
+def paired_rows(found: Mapping[tuple[str, int], tuple[str, float, list[Any]]]) -> list[dict[str, Any]]:
+    """The rows of six_systems_paired.csv: accuracy of one system minus another's on the same questions, 95% intervals.
+
+    All seeds together; resampled are clips, each with all its contexts and all its seeds, so that neither counts twice.
+    """
+    from models.scoring import paired_difference
+
+    def of_all_seeds(system: str, seeds: Sequence[int]) -> list[Any]:
+        only = [seed for name, seed in found if name == system]
+        return [
+            dataclasses.replace(p, id=f"{seed}/{p.id}", pair_id=p.pair_id or p.id)
+            for seed in seeds
+            for p in found[system, seed if seed in only else only[0]][2]
+            if not p.control
+        ]
+
+    rows = []
+    for first, second in PAIRS:
+        if not {first, second} <= {name for name, _ in found}:
+            continue
+        seeds = sorted({seed for name, seed in found if name == first})
+        mine, theirs = of_all_seeds(first, seeds), of_all_seeds(second, seeds)
+        for kind in ("all", *dict.fromkeys(p.kind for p in mine)):
+            estimate = paired_difference(mine, theirs, kind=None if kind == "all" else kind)
+            rows.append(
+                {
+                    "system": first, "minus": second, "context": kind, "difference": estimate.value, "low": estimate.low,
+                    "high": estimate.high, "answers": estimate.count, "seeds": len(seeds),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]], paired: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The targets, met or missed, in sentences computed from the rows."""
+
+    def mean(system: str, column: str) -> float:
+        return statistics.mean(float(row[column]) for row in rows if row["system"] == system and row[column] != "")
+
+    def interval(system: str, minus: str, context: str) -> Mapping[str, Any]:
+        return next(r for r in paired if (r["system"], r["minus"], r["context"]) == (system, minus, context))
+
+    def said(met: bool) -> str:
+        return "met" if met else "MISSED"
+
+    sentences = []
+    for system in ("caad1", "caad2"):
+        gain = 100 * (mean(system, "all") / mean("kd", "all") - 1)
+        sentences.append(f"{system} against standard KD, ALL: {gain:+.1f}% relative; target +8%: {said(gain >= 8)}.")
+        fall = 100 * (mean("kd", "shift_tir_adv") - mean(system, "shift_tir_adv"))
+        sentences.append(f"{system} against standard KD, Shift: {-fall:+.1f} points; target -20: {said(fall >= 20)}.")
+        for context, ok in (("conflict", lambda d: d["low"] > 0), ("aligned", lambda d: d["high"] >= 0)):
+            d = interval(system, "kd", context)
+            points = f"{100 * d['difference']:+.1f} points (95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
+            wanted = "up" if context == "conflict" else "not down"
+            sentences.append(f"{system} against standard KD, {context}: {points}; target {wanted}: {said(ok(d))}.")
+    gap = 100 * (mean("caad_plus", "all") - mean("teacher_cd1", "all"))
+    ratio = mean("caad_plus", "latency_ms") / mean("teacher_cd1", "latency_ms")
+    sentences.append(
+        f"CAAD+ against the teacher's contrastive decoding: ALL {gap:+.1f} points at {ratio:.2f} of its latency; aim past it at "
+        f"half: {said(gap > 0 and ratio <= 0.5)}."
+    )
+    return sentences
+
+
+def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Means and spreads over seeds."""
+    table = Table(title="accuracy in %, mean and standard deviation over seeds; Shift = TIR_adv, lower is better")
+    columns = ("all", "neutral", "aligned", "conflict", "irrelevant", "shift_tir_adv", "follows_hint")
+    table.add_column("system", no_wrap=True)
+    for column in (*columns, "ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for system in dict.fromkeys(row["system"] for row in rows):
+        own = [row for row in rows if row["system"] == system]
+        cells = []
+        for column in columns:
+            values = [100 * row[column] for row in own if row[column] != ""]
+            spread = f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
+        table.add_row(own[0]["label"], *cells, f"{own[0]['latency_ms']:.0f}")
+    console.print(table)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with their provenance."""
+    import torch
+
+    origin = {"torch": torch.__version__, "commit": source_commit(), "date": datetime.date.today().isoformat()}
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *origin], restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | origin)
+    return text.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m models.six_systems", description="Does the student hear?")
+    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--seeds", type=int, help=f"default {FULL.seeds}")
+    parser.add_argument("--split", default="test", choices=("test", "dev"), help="which questions are asked")
+    parser.add_argument("--write", action="store_true", help="write the tables into models/results")
+    add_stage_arguments(parser, out="runs/six_systems")
+    arguments = parser.parse_args(argv)
+    if arguments.write and (arguments.split != "test" or arguments.fast_smoke):
+        parser.error("--write: the committed tables are of the whole run on the test split")
+    settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device, split=arguments.split)
+    if arguments.seeds is not None:
+        if arguments.seeds < 1:
+            parser.error(f"--seeds: expected at least 1, got {arguments.seeds}")
+        settings = dataclasses.replace(settings, seeds=arguments.seeds)
+    console, stages = log_console(), make_stages(settings)
+    command = [sys.executable, "-m", "models.six_systems", "--device", settings.device, "--split", settings.split]
+    command += ["--seeds", str(settings.seeds)]
+    command += ["--fast-smoke"] if arguments.fast_smoke else []
+    started = time.monotonic()
+    try:
+        folders, _ = run_pipeline(
+            arguments, stages, settings, cache_dir() / "six_systems", command=command,
+            workers=0 if arguments.fast_smoke else 2, console=console,
+        )  # fmt: skip
+    except SystemExit as ended:
+        return ended.code
+    from models.stages import read_done
+
+    found = collect(folders, settings)
+    rows = table_rows(found, read_done(folders["latency"])["result"])
+    paired = paired_rows(found)
+    print_table(console, rows)
+    sentences = verdicts(rows, paired)
+    if arguments.fast_smoke:
+        sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
+    for sentence in sentences:
+        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+    questions = read_items(Context(settings, Path(), folders, None), "test")
+    sweeps = sweep_rows(folders, settings) + strength_rows(found, questions)
+    texts = {name: to_csv(t) for name, t in (("six_systems", rows), ("six_systems_paired", paired), ("sweeps", sweeps))}
+    texts["training"] = training_csv(folders, settings)
+    out = Path(arguments.out)
+    for folder in (out, *([RESULTS] if arguments.write else [])):
+        for name, text in texts.items():
+            atomic_write_text(folder / f"{name}.csv", text)
+    console.print(f"total {time.monotonic() - started:.0f} s; {out.resolve()}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,504 @@
+"""CAADTrainer: the thin loop's loss to the last bit, evaluation by token, columns that are missing, ZeRO-3's gathering."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="CAADTrainer is transformers' Trainer")
+pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny_lms
+from transformers import TrainingArguments
+
+from kdkernels import (
+    CAADOptions,
+    CAADTrainer,
+    ContrastCache,
+    DualPathTeacher,
+    LMHead,
+    MaskFeatures,
+    answer_index,
+    fused_linear_caad_loss,
+)
+from kdkernels.head_loss import HeadLoss
+from kdkernels.lm_head import HeadCapture
+from models.config import load_recipe
+from models.sources import OWN_TEACHER
+from models.teachers import TeacherStates
+from models.train import TokenWeights, objective_loss
+
+ROWS = 16
+SMALL = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "gradient_accumulation_steps": 2}
+
+
+def speech_lm(seed: int = 0):
+    torch.manual_seed(seed)
+    model, _ = tiny_lms.voxtral()
+    model.generation_config.repetition_penalty = None  # tiny_lms sets what save_pretrained refuses
+    model.generation_config.do_sample = False
+    return model
+
+
+def examples(rows: int = ROWS) -> list[dict]:
+    """Answers of 2 to 5 tokens, so that micro-batches and halves of a step differ in their numbers of positions."""
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for row in range(rows):
+        ids = torch.randint(1, 80, (tiny_lms.LENGTH,), generator=generator)
+        ids[2:6] = tiny_lms.AUDIO_TOKEN
+        labels = ids.clone()
+        labels[: 15 + row % 4] = -100
+        made.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": labels,
+                "input_features": torch.randn(8, 32, generator=generator),
+                "sample_id": f"clip-{row}",
+            }
+        )
+    return made
+
+
+class Recorder:
+    """A collator that remembers the batches it made."""
+
+    def __init__(self, *left_out: str):
+        self.left_out = left_out
+        self.batches: list[dict] = []
+
+    def __call__(self, rows: list[dict]) -> dict:
+        names = [name for name in rows[0] if name not in self.left_out]
+        columns = {name: [row[name] for row in rows] for name in names}
+        batch = {name: torch.stack(x) if isinstance(x[0], torch.Tensor) else x for name, x in columns.items()}
+        self.batches.append(dict(batch))
+        return batch
+
+
+def arguments(folder: Path, **options) -> TrainingArguments:
+    defaults = {
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**SMALL, **defaults, **options})
+
+
+def dual_path(seed: int = 1) -> DualPathTeacher:
+    return DualPathTeacher(speech_lm(seed), negative=MaskFeatures("input_features"))
+
+
+def logged(trainer: CAADTrainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def cross_entropy(target):
+    return lambda hidden, weight, bias: torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(hidden, weight, bias), target
+    )
+
+
+def student_inputs(batch: dict) -> dict:
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "input_features")}
+
+
+def captured_hidden(model, batch: dict) -> torch.Tensor:
+    with HeadCapture(model.get_output_embeddings()) as capture:
+        model(**student_inputs(batch), use_cache=False)
+    return capture.hidden().flatten(0, 1)
+
+
+def thin_loop(student, teacher, batches, *, accumulate: int, recipe) -> list[float]:
+    """What models/train.py does in a step, on the batches that the Trainer drew."""
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    losses = []
+    for step, start in enumerate(range(0, len(batches), accumulate), 1):
+        parts = []
+        for batch in batches[start : start + accumulate]:
+            index, target = answer_index(batch["labels"])
+            states = teacher(student_inputs(batch), index)
+            parts.append((batch, index, target, TeacherStates(states.audio_hidden, states.text_hidden, teacher.head)))
+        normalizer = torch.tensor(float(sum(len(target) for _, _, target, _ in parts)))
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.tensor(0.0)
+        for batch, index, target, states in parts:
+            ones = torch.ones(len(target))
+            hidden = captured_hidden(student, batch).index_select(0, index)
+            loss, _ = objective_loss(
+                recipe, step, student, hidden, target, {OWN_TEACHER: states}, TokenWeights(ones, ones), normalizer,
+                normalizer, with_stats=False,
+            )  # fmt: skip
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        losses.append(total.item())
+    return losses
+
+
+@pytest.mark.parametrize("trains_head", [False, True], ids=["frozen_head", "trained_head"])
+def test_equals_the_thin_loop_to_the_last_bit(tmp_path, trains_head):
+    options = CAADOptions(alpha=1.5, alpha_start=0.5, alpha_ramp_steps=3, kd_weight=0.6)
+    recipe = load_recipe("caad", ["loss.alpha=1.5", "loss.alpha_start=0.5", "loss.alpha_ramp_steps=3", "loss.kd_weight=0.6"])
+    students = [speech_lm(), speech_lm()]
+    for student in students:
+        student.get_output_embeddings().requires_grad_(trains_head)
+        student.train()
+    collator = Recorder()
+    trainer = CAADTrainer(
+        students[0],
+        arguments(tmp_path, gradient_accumulation_steps=2),
+        teacher=dual_path(),
+        options=options,
+        data_collator=collator,
+        train_dataset=examples(),
+    )
+    trainer.train()
+    counts = [int((batch["labels"] != -100).sum()) for batch in collator.batches]
+    assert len(collator.batches) == 8 and len(set(counts)) > 1  # unequal parts: a mean of means would differ
+    expected = thin_loop(students[1], dual_path(), collator.batches, accumulate=2, recipe=recipe)
+    assert logged(trainer) == expected
+    assert len(set(expected)) == 4
+    for (name, mine), theirs in zip(students[0].named_parameters(), students[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    head = speech_lm().get_output_embeddings().weight
+    assert torch.equal(students[0].get_output_embeddings().weight, head) != trains_head
+
+
+def test_accumulated_parts_are_one_batch(tmp_path):
+    """4 x 1 rows and 1 x 4: the same step, up to the order of summation."""
+    losses = []
+    for size, accumulate in ((4, 1), (1, 4)):
+        trainer = CAADTrainer(
+            speech_lm(),
+            arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, max_steps=3),
+            teacher=dual_path(),
+            data_collator=Recorder(),
+            train_dataset=examples(),
+        )
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_contrast_cache_in_place_of_the_teacher(tmp_path):
+    rows = examples()
+    teacher = dual_path()
+    batch = Recorder()(rows)
+    index, target = answer_index(batch["labels"])
+    states = teacher(student_inputs(batch), index)
+    with ContrastCache.writer(
+        tmp_path / "cache", fingerprint={"test": 1}, hidden_size=32, dtype=torch.float32
+    ) as writer:
+        for row, example in enumerate(rows):
+            mine = index // tiny_lms.LENGTH == row
+            writer.add(example["sample_id"], states.audio_hidden[mine], states.text_hidden[mine], target[mine])
+    losses = []
+    for teacher_arguments in (
+        {"teacher": teacher},
+        {"teacher": ContrastCache(tmp_path / "cache"), "teacher_head": teacher.head},
+    ):
+        trainer = CAADTrainer(
+            speech_lm(), arguments(tmp_path), data_collator=Recorder(), train_dataset=rows, **teacher_arguments
+        )
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the teacher's batches had other rows
+
+
+def test_weights_and_alpha_by_token(tmp_path):
+    rows = examples(4)
+    generator = torch.Generator().manual_seed(5)
+    for row in rows:
+        row["kd_token_weight"], row["ce_token_weight"], row["alpha"] = torch.rand(
+            3, tiny_lms.LENGTH, generator=generator
+        )
+    student, teacher = speech_lm(), dual_path()
+    batch = Recorder()(rows)
+    index, target = answer_index(batch["labels"])
+    states = teacher(student_inputs(batch), index)
+    picked = {
+        name: batch[name][:, 1:][batch["labels"][:, 1:] != -100] for name in ("kd_token_weight", "ce_token_weight", "alpha")
+    }
+    expected = fused_linear_caad_loss(
+        captured_hidden(student, batch)[index],
+        student.get_output_embeddings().weight,
+        states.audio_hidden,
+        states.text_hidden,
+        teacher.head.weight,
+        target,
+        **picked,
+    )
+    trainer = CAADTrainer(
+        student,
+        arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1),
+        teacher=teacher,
+        data_collator=Recorder(),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    evaluated = trainer.evaluate()
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert evaluated["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_teacher_with_inputs_of_its_own(tmp_path):
+    """A text-only student, a teacher with audio, its negative path another and shorter text."""
+    rows = examples(4)
+    for row in rows:
+        for name in ("input_ids", "attention_mask", "labels", "input_features"):
+            row[f"teacher_{name}"] = row[name]
+        row["negative_input_ids"], row["negative_labels"] = row["input_ids"][6:], row["labels"][6:]
+        del row["input_features"]
+    torch.manual_seed(0)
+    student, _ = tiny_lms.llama()
+    teacher = DualPathTeacher(speech_lm(1), negative=None)
+    trainer = CAADTrainer(
+        student, arguments(tmp_path, max_steps=1), teacher=teacher, data_collator=Recorder(), train_dataset=rows
+    )
+    batch = Recorder()(rows)
+    loss = trainer.compute_loss(student, batch)
+    index, target = answer_index(batch["labels"])
+    text_index, _ = answer_index(batch["negative_labels"])
+    states = teacher(
+        {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "input_features")},
+        index,
+        text_inputs={"input_ids": batch["negative_input_ids"]},
+        text_index=text_index,
+    )
+    hidden = student.model(input_ids=batch["input_ids"]).last_hidden_state.flatten(0, 1)[index]
+    expected = fused_linear_caad_loss(
+        hidden, student.lm_head.weight, states.audio_hidden, states.text_hidden, teacher.head.weight, target
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    trainer.train()
+
+
+class TestEvaluation:
+    def test_means_are_by_token_over_the_whole_dataset(self, tmp_path):
+        rows = examples(8)  # batches of 3, 3 and 2
+        student, teacher = speech_lm(), dual_path()
+        trainer = CAADTrainer(
+            student, arguments(tmp_path), teacher=teacher, data_collator=Recorder(), eval_dataset=rows
+        )
+        metrics = trainer.evaluate()
+        batch = Recorder()(rows)
+        index, target = answer_index(batch["labels"])
+        states = teacher(student_inputs(batch), index)
+        with torch.no_grad():
+            loss, stats = fused_linear_caad_loss(
+                captured_hidden(student, batch)[index],
+                student.get_output_embeddings().weight,
+                states.audio_hidden,
+                states.text_hidden,
+                teacher.head.weight,
+                target,
+                return_stats=True,
+            )
+        assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        for name in stats._fields:
+            assert metrics[f"eval_{name}"] == pytest.approx(getattr(stats, name).mean().item(), rel=1e-4), name
+        assert metrics["eval_kd"] > 0 and metrics["eval_path_divergence"] > 0
+
+    def test_during_training_and_predict(self, tmp_path):
+        trainer = CAADTrainer(
+            speech_lm(),
+            arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2),
+            teacher=dual_path(),
+            data_collator=Recorder(),
+            train_dataset=examples(),
+            eval_dataset=examples(4),
+        )
+        trainer.train()
+        losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        assert len(losses) == 2 and losses[1] < losses[0]
+        predicted = trainer.predict(examples(5))
+        assert predicted.predictions.shape == (5, 6) and predicted.label_ids.shape == (5, 2)
+        assert predicted.label_ids[0].tolist() == [5.0, 5.0] and predicted.metrics["test_kd"] > 0
+
+
+class TestColumnsAndArguments:
+    @pytest.mark.parametrize("column", ["labels", "input_features"])
+    def test_missing_column_is_named(self, tmp_path, column):
+        trainer = CAADTrainer(
+            speech_lm(),
+            arguments(tmp_path),
+            teacher=dual_path(),
+            data_collator=Recorder(column),
+            train_dataset=examples(),
+            eval_dataset=examples(3),
+        )
+        for run in (trainer.train, trainer.evaluate):
+            with pytest.raises(ValueError, match=f"expected .*'{column}'"):
+                run()
+
+    def test_cache_without_names_or_with_other_targets(self, tmp_path):
+        with ContrastCache.writer(tmp_path / "cache", fingerprint={}, hidden_size=32) as writer:
+            for row in range(ROWS):
+                writer.add(f"clip-{row}", torch.zeros(2, 32), torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64))
+        cached = {"teacher": ContrastCache(tmp_path / "cache"), "teacher_head": LMHead.from_model(speech_lm(1))}
+        for left_out, message in (("sample_id", "column 'sample_id'"), ("none", "target tokens of the ContrastCache")):
+            trainer = CAADTrainer(
+                speech_lm(), arguments(tmp_path), data_collator=Recorder(left_out), train_dataset=examples(), **cached
+            )
+            with pytest.raises(ValueError, match=message):
+                trainer.train()
+
+    def test_columns_that_trainer_must_not_drop(self, tmp_path):
+        trainer = CAADTrainer(speech_lm(), arguments(tmp_path), teacher=dual_path(), train_dataset=examples())
+        trainer._set_signature_columns_if_needed()
+        wanted = {"sample_id", "kd_token_weight", "teacher_input_features", "negative_labels", "input_features"}
+        assert wanted <= set(trainer._signature_columns)
+
+    def test_refused_arguments_are_named(self, tmp_path):
+        cases = [
+            ({"teacher": "model"}, {}, TypeError, "teacher: expected a DualPathTeacher or a ContrastCache, got str"),
+            ({"teacher_head": LMHead(torch.zeros(3, 2))}, {}, TypeError, "teacher_head: expected None"),
+            ({}, {"label_smoothing_factor": 0.1}, ValueError, "args.label_smoothing_factor: expected 0"),
+            ({}, {"torch_compile": True}, ValueError, "args.torch_compile: expected False"),
+            ({}, {"batch_eval_metrics": True, "eval_do_concat_batches": True}, ValueError, "args.batch_eval_metrics"),
+        ]
+        for changed, options, error, message in cases:
+            with pytest.raises(error, match=message):
+                CAADTrainer(speech_lm(), arguments(tmp_path, **options), **{"teacher": dual_path(), **changed})
+
+    def test_options_are_checked(self):
+        with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
+            CAADOptions(temperature=0)
+        with pytest.raises(ValueError, match="alpha_ramp_steps: expected >= 0, got -1"):
+            CAADOptions(alpha_ramp_steps=-1)
+        ramp = CAADOptions(alpha=2.0, alpha_start=0.0, alpha_ramp_steps=4)
+        assert [ramp.alpha_at(step) for step in (1, 3, 5, 9)] == [0.0, 1.0, 2.0, 2.0]
+
+
+def zero3_partition(parameter: torch.nn.Parameter) -> None:
+    """As DeepSpeed ZeRO-3 leaves a parameter outside of its module's forward: an empty tensor that knows its shape."""
+    parameter.ds_id, parameter.ds_shape, parameter.whole = id(parameter), parameter.shape, parameter.data
+    parameter.data = parameter.data.new_empty(0)
+
+
+class FakeGatheredParameters:
+    """deepspeed.zero.GatheredParameters, the part of its contract that is used here."""
+
+    entered = 0
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def __enter__(self):
+        type(self).entered += 1
+        for parameter in self.parameters:
+            parameter.data = parameter.whole
+
+    def __exit__(self, *exc_info):
+        for parameter in self.parameters:
+            parameter.data = parameter.data.new_empty(0)
+
+
+@contextlib.contextmanager
+def zero3_engine(model: torch.nn.Module):
+    """What DeepSpeed's engine does around the forward of every module whose own parameters are partitioned."""
+
+    def gather(module, _args):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = getattr(parameter, "whole", parameter.data)
+
+    def free(module, _args, _output):
+        for parameter in module.parameters(recurse=False):
+            if hasattr(parameter, "whole"):
+                parameter.data = parameter.data.new_empty(0)
+
+    handles = []
+    for module in model.modules():
+        handles += [module.register_forward_pre_hook(gather), module.register_forward_hook(free)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TestZero3:
+    @pytest.fixture(autouse=True)
+    def _deepspeed(self, monkeypatch):
+        self.fake = types.ModuleType("deepspeed")
+        self.fake.zero = types.SimpleNamespace(GatheredParameters=FakeGatheredParameters)
+        monkeypatch.setitem(sys.modules, "deepspeed", self.fake)
+        FakeGatheredParameters.entered = 0
+
+    def test_partitioned_heads_in_training_and_evaluation(self, tmp_path, monkeypatch):
+        """A frozen head of the student, and the teacher's, are partitioned: same losses as whole."""
+        results = []
+        for partitioned in (False, True):
+            student, teacher_model = speech_lm(), speech_lm(1)
+            student.get_output_embeddings().requires_grad_(False)
+            teacher_model.requires_grad_(False)
+            if partitioned:
+                for model in (student, teacher_model):
+                    zero3_partition(model.get_output_embeddings().weight)
+                with pytest.raises(ValueError, match="its weight is empty"):
+                    LMHead.from_model(teacher_model)
+            head = LMHead.from_model(teacher_model, gather=True)
+            assert head.weight.shape == (tiny_lms.VOCAB, 32)
+            teacher = DualPathTeacher(teacher_model, negative=MaskFeatures("input_features"), head=head)
+            monkeypatch.delitem(sys.modules, "deepspeed")  # accelerate would take it for the real one
+            with zero3_engine(student), zero3_engine(teacher_model):
+                trainer = CAADTrainer(
+                    student,
+                    arguments(tmp_path, max_steps=2),
+                    teacher=teacher,
+                    data_collator=Recorder(),
+                    train_dataset=examples(),
+                    eval_dataset=examples(4),
+                )
+                trainer.train()
+                results.append([*logged(trainer), trainer.evaluate()["eval_loss"]])
+            monkeypatch.setitem(sys.modules, "deepspeed", self.fake)
+        assert results[0] == results[1] and FakeGatheredParameters.entered == 1  # the teacher's head, whose copy is kept
+        assert student.get_output_embeddings().weight.numel() == 0  # freed again
+
+    def test_base_weight_under_a_lora(self):
+        """Its own module's forward has not begun where the LoRA layer's has: gathered by the context manager."""
+        peft = pytest.importorskip("peft")
+        losses = []
+        for partitioned in (False, True):
+            config = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+            torch.manual_seed(0)
+            model = peft.get_peft_model(speech_lm(), config)
+            if partitioned:
+                zero3_partition(model.get_output_embeddings().base_layer.weight)
+            batch = Recorder()(examples(2))
+            index, target = answer_index(batch["labels"])
+            with zero3_engine(model):
+                losses.append(HeadLoss(model)(model, student_inputs(batch), index, cross_entropy(target)))
+        assert torch.equal(*losses) and FakeGatheredParameters.entered == 1
+
+    def test_trained_head_that_nobody_gathered_is_refused(self):
+        student = speech_lm()
+        zero3_partition(student.get_output_embeddings().weight)
+        batch = Recorder()(examples(2))
+        index, target = answer_index(batch["labels"])
+        with pytest.raises(TypeError, match="its weights train and ZeRO-3 has them partitioned"):
+            HeadLoss(student)(student, student_inputs(batch), index, cross_entropy(target))
