@@ -29,7 +29,7 @@ from models.data.manifest import SPLITS, Example, ManifestError, read_manifest
 from models.data.prompts import render_prompt
 from models.evaluate import choice_scores
 from models.io_utils import atomic_write_json, sha256_file
-from models.scoring import context_kind
+from models.scoring import KINDS, context_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lm", required=True, help="id or folder of a causal language model")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--splits", nargs="+", default=["test"], choices=SPLITS)
+    parser.add_argument(
+        "--contexts", nargs="+", default=["neutral"], choices=KINDS, help="neutral is all that natural_conflicts needs"
+    )
     parser.add_argument("--batch-examples", type=int, default=32, help="prompts a forward pass")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args(argv)
@@ -195,9 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         manifest = read_manifest(arguments.manifest, check_audio=False)
-        examples = [e for e in manifest if e.split in arguments.splits and e.choices]
+        examples = [e for e in manifest if e.split in arguments.splits and context_kind(e) in arguments.contexts and e.choices]
         if not examples:
-            raise ManifestError(f"{arguments.manifest}: no question with choices in splits {arguments.splits}")
+            chosen = f"splits {arguments.splits} and contexts {arguments.contexts}"
+            raise ManifestError(f"{arguments.manifest}: no question with choices in {chosen}")
         lm, tokenizer = load_causal_lm(arguments.lm, dtype=inference_dtype(arguments.device))
         priors = text_priors(
             examples, lm.to(arguments.device), tokenizer, batch_examples=arguments.batch_examples
@@ -208,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "lm_sha256": resolve_backbone(arguments.lm, kind="causal_lm").sha256(),
             "manifest_sha256": sha256_file(arguments.manifest),
             "splits": arguments.splits,
+            "contexts": arguments.contexts,
             "by_task": by_task,
         }
         write_priors(arguments.out, priors, header=header)
