@@ -15,10 +15,7 @@ events that no training saw, without a hint; `conflict` is the accuracy under a 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
-import io
 import statistics
 import sys
 import time
@@ -30,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from models.io_utils import atomic_write_text, cache_dir, source_commit
+from models.io_utils import atomic_write_text, cache_dir
 from models.stage_steps import (
     ask,
     backbone_settings,
@@ -353,19 +350,6 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
-def results_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows with their provenance."""
-    import torch
-
-    origin = {"torch": torch.__version__, "commit": source_commit(), "date": datetime.date.today().isoformat()}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*rows[0], *origin], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | origin)
-    return text.getvalue()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m models.ablation", description="Which sources and layers are worth it.")
@@ -393,7 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
-    text = results_csv(rows)
+    from models.results_csv import rows_csv
+
+    text = rows_csv(rows)
     path = atomic_write_text(Path(arguments.out) / "sources_layers.csv", text)
     if arguments.write:
         path = atomic_write_text(RESULTS, text)

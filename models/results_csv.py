@@ -3,12 +3,14 @@
 A cell that is no number, a row with too few cells or a seed that stands twice is an error with file, row and column: a report
 must not be drawn from half a table. A blank cell is a value that was not measured, and stays blank.
 
-`training.csv` keeps the curves of training runs beside the tables: `curves_csv` writes it from metrics files (models/metrics.py).
+`rows_csv` writes such a table. `training.csv` keeps the curves of training runs beside them: `curves_csv` writes it from metrics
+files (models/metrics.py).
 """
 
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from models.io_utils import source_commit
 
 BOOTSTRAP_SAMPLES = 10_000
 ORIGIN_COLUMNS = ("torch", "commit", "date")
@@ -185,6 +189,20 @@ def labels(table: ResultsTable) -> dict[str, str]:
     names = {row["system"]: row.get("label") or row["system"] for row in table.rows}
     shared = [name for name in names.values() if list(names.values()).count(name) > 1]
     return {system: f"{name} ({system})" if name in shared else name for system, name in names.items()}
+
+
+def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a table: fractions to four places, a column for every key of any row, and where the rows come from."""
+    import torch
+
+    origin = dict(zip(ORIGIN_COLUMNS, (torch.__version__, source_commit(), datetime.date.today().isoformat()), strict=True))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *origin], restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | origin)
+    return text.getvalue()
 
 
 def curves_csv(runs: Mapping[tuple[str, str, int], Sequence[Mapping[str, Any]]]) -> str:

@@ -21,10 +21,7 @@ answers (heard), Stage 1's words from the metadata, or the true label in a templ
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
-import io
 import itertools
 import statistics
 import sys
@@ -38,7 +35,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from models.io_utils import atomic_write_text, cache_dir, source_commit
+from models.io_utils import atomic_write_text, cache_dir
 from models.stage_steps import (
     ask,
     limited,
@@ -590,20 +587,6 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with their provenance."""
-    import torch
-
-    origin = {"torch": torch.__version__, "commit": source_commit(), "date": datetime.date.today().isoformat()}
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, *origin], restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | origin)
-    return text.getvalue()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m models.six_systems", description="Does the student hear?")
@@ -633,6 +616,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
     except SystemExit as ended:
         return ended.code
+    from models.results_csv import rows_csv
     from models.stages import read_done
 
     found = collect(folders, settings)
@@ -646,7 +630,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
     questions = read_items(Context(settings, Path(), folders, None), "test")
     sweeps = sweep_rows(folders, settings) + strength_rows(found, questions)
-    texts = {name: to_csv(t) for name, t in (("six_systems", rows), ("six_systems_paired", paired), ("sweeps", sweeps))}
+    texts = {name: rows_csv(t) for name, t in (("six_systems", rows), ("six_systems_paired", paired), ("sweeps", sweeps))}
     texts["training"] = training_csv(folders, settings)
     out = Path(arguments.out)
     for folder in (out, *([RESULTS] if arguments.write else [])):

@@ -3,7 +3,8 @@ import csv
 import pytest
 
 from models import ablation
-from models.ablation import CLAIMS, CONTENT, PERCEPTION, SYSTEMS, main, results_csv, verdicts
+from models.ablation import CLAIMS, CONTENT, PERCEPTION, SYSTEMS, main, verdicts
+from models.results_csv import rows_csv
 
 
 def row(system, seed, **scores):
@@ -46,7 +47,7 @@ def test_every_row_is_one_recipe_and_the_csv_has_the_papers_order():
     for _, _, recipe in SYSTEMS:
         if recipe is not None:
             load_recipe(recipe, ["teacher.folder=x"])
-    names = [r["system"] for r in csv.DictReader(results_csv(table()).splitlines())][::3]
+    names = [r["system"] for r in csv.DictReader(rows_csv(table()).splitlines())][::3]
     assert names[:6] == ["baseline", "sft", "text_kd_top", "text_kd_skip", "text_kd_all", "text_acoustic_kd"]
 
 

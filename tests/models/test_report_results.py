@@ -1,3 +1,4 @@
+import csv
 import re
 import statistics
 
@@ -6,7 +7,15 @@ from report_cases import SIX, write_results
 
 from models.figures import Figure
 from models.report_sections import STORED, Table, stored_sections
-from models.results_csv import ResultsError, curves_csv, over_seeds, read_curves, read_results, summarize_seeds
+from models.results_csv import (
+    ResultsError,
+    curves_csv,
+    over_seeds,
+    read_curves,
+    read_results,
+    rows_csv,
+    summarize_seeds,
+)
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +174,8 @@ def test_two_systems_of_one_label_stay_two(tmp_path):
     (tmp_path / "demo.csv").write_text("system,label,seed,all\na,same,0,0.1\nb,same,0,0.2\n")
     table = table_of(stored_sections(tmp_path).sections[0], "Scores")
     assert [label for label, _ in table.rows] == ["same (a)", "same (b)"]
+
+
+def test_a_csv_has_every_column_of_every_row():
+    lines = list(csv.DictReader(rows_csv([{"a": 1 / 3}, {"a": 2, "b": "x,y"}]).splitlines()))
+    assert [(line["a"], line["b"]) for line in lines] == [("0.3333", ""), ("2", "x,y")] and lines[0]["commit"]
