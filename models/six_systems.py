@@ -1,7 +1,7 @@
 """The table of the CAAD paper on the built-in corpus: does the student hear? (arXiv 2606.23052)
 
     python -m models.six_systems                 # five seeds; models/results/six_systems.csv and sweeps.csv with --write
-    python -m models.six_systems --split dev     # the same on the dev split: where settings are chosen
+    python -m models.six_systems --split dev     # the same systems asked the dev split: where settings are chosen
     python -m models.six_systems --fast-smoke    # the same code on synthetic clips and tiny random models
 
     corpus -> features -> teacher, biased by hints that are nearly always true (one, frozen, for all seeds)
@@ -53,6 +53,8 @@ from models.stage_steps import (
 from models.stages import Context, Stage, add_stage_arguments, check_status, log_console, run_pipeline
 
 RESULTS = Path(__file__).parent / "results"
+# Of the benchmark's thirteen, those of every category that a small teacher learns; 600 test clips.
+TASKS = ("content", "mood", "speaking_rate", "delivery", "noise", "bandwidth", "gender", "accent")
 TEACHER_ALPHAS = (None, 1.0, 2.0)
 BEFORE_ALPHAS = (None, 1.0)
 LATENCY_QUESTIONS = 24
@@ -81,9 +83,10 @@ SYSTEMS = (
     System("caad2_weighted", "CAAD 2, KD weighted by divergence", "caad", 2.0, ("loss.kd_token_weight=divergence",)),
     System("caad2_centered", "CAAD 2, text path centred", "caad", 2.0, ("loss.center_text=true",)),
     System("caad2_plausible", "CAAD 2, plausibility 0.1", "caad", 2.0, ("loss.plausibility=0.1",)),
-    System("caad_plus", "CAAD+", "caad_plus", 2.0),
 )
+# Each in a stage of its own, all seeds: one needs the teacher's layers, the other changes when the best combination does.
 LAYERED = System("caad2_layers", "CAAD 2 + layers", "caad_layers", 2.0)
+PLUS = System("caad_plus", "CAAD+", "caad_plus", 2.0)
 # Sweep, key, values; those that a system of the table has already stand by its name.
 SWEEPS = (
     ("alpha", "loss.alpha", {0.5: None, 1.0: "caad1", 2.0: "caad2", 4.0: None}),
@@ -100,7 +103,7 @@ class SixSettings:
     sources: tuple[str, ...] = ("queen", "espeak")
     corpus_size: str = "benchmark"
     corpus_seed: int = 0
-    tasks: tuple[str, ...] = ("gender", "speaking_rate", "accent", "noise", "content")
+    tasks: tuple[str, ...] = TASKS
     split: str = "test"
     max_clips: int | None = None  # of each pool and of the questions; None = all
     lm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -132,7 +135,7 @@ SMOKE = SixSettings(
 
 
 def run_corpus(context: Context) -> dict[str, Any]:
-    """Clips, questions and hints in three parts: teacher, distill, test (the split that is asked about)."""
+    """Clips, questions and hints in four parts: teacher, distill, dev, test."""
     from models.data.corpus import build_corpus
     from models.data.manifest import read_manifest
 
@@ -144,14 +147,15 @@ def run_corpus(context: Context) -> dict[str, Any]:
     parts = {
         "teacher": manifest.select(split="train", pool="teacher"),
         "distill": manifest.select(split="train", pool="distill"),
-        "test": manifest.select(split=settings.split),
+        "dev": manifest.select(split="dev"),
+        "test": manifest.select(split="test"),
     }
     counts = write_parts(context.folder, {name: limited(examples, settings.max_clips) for name, examples in parts.items()})
     return {"questions": counts, "unavailable": manifest.header["unavailable"]}
 
 
 def run_teacher(context: Context) -> dict[str, Any]:
-    """The teacher: supervised on its biased training items; one clip in ten masked. Then asked."""
+    """The teacher: supervised on its biased training items; one clip in ten masked."""
     settings = context.settings
     if not (context.folder / "final").exists():
         train_by_recipe(
@@ -161,7 +165,12 @@ def run_teacher(context: Context) -> dict[str, Any]:
             folder=context.folders["features"] / "untrained",
             words=[f"optim.steps={settings.teacher_steps}", f"optim.learning_rate={settings.teacher_learning_rate}"],
         )
-    return ask(context, context.folder / "final", alphas=TEACHER_ALPHAS)
+    return {}
+
+
+def run_teacher_answers(context: Context) -> dict[str, Any]:
+    """The teacher greedily and by contrastive decoding."""
+    return ask(context, context.folders["teacher"] / "final", part=context.settings.split, alphas=TEACHER_ALPHAS)
 
 
 def run_pool(context: Context) -> dict[str, Any]:
@@ -201,7 +210,7 @@ def _stage_1(context: Context, examples: Sequence[Any]) -> dict[str, Any]:
 
 
 def run_before(context: Context) -> dict[str, Any]:
-    """The student before distillation, each seed: supervised on what the teacher was trained on; then asked, both ways."""
+    """The student before distillation, each seed: supervised on what the teacher was trained on."""
     from models.cohort import Cohort
 
     settings, cohort = context.settings, Cohort(context)
@@ -212,27 +221,23 @@ def run_before(context: Context) -> dict[str, Any]:
         "loss.ce_background_weight=0",
         *_own_start(context),
     ]
-    return {
-        str(seed): cohort.run(
+    for seed in range(settings.seeds):
+        cohort.train(
             context.folder / str(seed),
             "sft_teacher",
             manifest=context.folders["corpus"] / "teacher.jsonl",
             start=context.folders["student_lm"] / "untrained",
             words=[*words, f"run.seed={seed}"],
-            alphas=BEFORE_ALPHAS,
-            controls=seed == 0,
         )
-        for seed in range(settings.seeds)
-    }
+    return {}
 
 
 def run_students(context: Context) -> dict[str, Any]:
-    """The students of `extra["runs"]`, one after another: (folder, recipe, seed, words); each trained, then asked."""
+    """The students of `extra["runs"]`, one after another: (folder, recipe, seed, words)."""
     from models.cohort import Cohort
 
     settings, cohort = context.settings, Cohort(context)
     pool = context.folders[context.extra["pool"]]
-    result = {}
     for name, recipe, seed, more in context.extra["runs"]:
         words = [
             f"optim.steps={settings.student_steps}",
@@ -245,15 +250,28 @@ def run_students(context: Context) -> dict[str, Any]:
         if recipe != "ce_only":
             words += [f"teacher.folder={context.folders['teacher'] / 'final'}"]
             words += ["teacher.keep_mib=4096"] if recipe == LAYERED.recipe else [f"teacher.cache={pool / 'cache'}"]
-        result[name] = cohort.run(
+        cohort.train(
             context.folder / name,
             recipe,
             manifest=pool / "pool.jsonl",
             start=context.folders["student_lm"] / "untrained",
             words=[*words, *more],
-            controls=seed == 0,
         )
-    return result
+    return {}
+
+
+def run_answers(context: Context) -> dict[str, Any]:
+    """The trained models of the stage `extra["of"]`, by folder, each asked once the questions of the split.
+
+    extra["asked"]: folder -> options of `models.stage_steps.ask_model`.
+    """
+    from models.cohort import Cohort
+
+    cohort, trained = Cohort(context), context.folders[context.extra["of"]]
+    return {
+        name: cohort.ask(context.folder / name, trained / name / "final", part=context.settings.split, **options)
+        for name, options in context.extra["asked"].items()
+    }
 
 
 def _own_start(context: Context) -> list[str]:
@@ -314,23 +332,34 @@ def make_stages(settings: SixSettings) -> list[Stage]:
     def read(recipe: str) -> dict[str, Any]:  # what the recipe's file says is part of the fingerprint
         return to_dict(load_recipe(recipe, ["teacher.folder=x"]))
 
+    def add_students(name: str, title: str, pool: str, runs: Sequence[tuple[Any, ...]]) -> None:
+        recipes = {recipe: read(recipe) for _, recipe, _, _ in runs}
+        told = {"pool": pool, "runs": runs, "recipes": recipes}
+        stages.append(Stage(name, title, (*made, pool), studying, run_students, extra=told))
+        add_answers(name, title, {folder: {"controls": seed == 0} for folder, _, seed, _ in runs})
+
+    def add_answers(of: str, title: str, asked: Mapping[str, Any]) -> None:
+        needs = ("corpus", "features", of)
+        told = {"of": of, "asked": asked}
+        stages.append(Stage(f"answers_{of}", f"answers: {title}", needs, ("split", "device"), run_answers, extra=told))
+
+    needs = ("corpus", "features", "teacher")
+    stages.append(Stage("answers_teacher", "answers: teacher", needs, ("split", "device"), run_teacher_answers))
     for anchor in ANCHORS:
         told = {"anchor": anchor}
         stages.append(Stage(f"pool_{anchor}", f"Y by {anchor}, both paths", made[:3], training, run_pool, extra=told))
-    stages.append(
-        Stage(
-            "before", "student before distillation", ("corpus", "features", "student_lm"), (*studying, "seeds"), run_before,
-            extra={"recipe": read("sft_teacher")},
-        )
-    )  # fmt: skip
-    needs = (*made, "pool_teacher")
+    needs = ("corpus", "features", "student_lm")
+    title = "student before distillation"
+    told = {"recipe": read("sft_teacher")}
+    stages.append(Stage("before", title, needs, (*studying, "seeds"), run_before, extra=told))
+    options = {"alphas": BEFORE_ALPHAS}
+    add_answers("before", title, {str(seed): {**options, "controls": seed == 0} for seed in range(settings.seeds)})
     for seed in range(settings.seeds):
         runs = [(s.name, s.recipe, seed, (f"loss.alpha={s.alpha}", *s.words)) for s in SYSTEMS]
-        told = {"pool": "pool_teacher", "runs": runs, "recipes": {s.recipe: read(s.recipe) for s in SYSTEMS}}
-        stages.append(Stage(f"students_{seed}", f"students, seed {seed}", needs, studying, run_students, extra=told))
-    runs = [(str(seed), LAYERED.recipe, seed, (f"loss.alpha={LAYERED.alpha}",)) for seed in range(settings.seeds)]
-    told = {"pool": "pool_teacher", "runs": runs, "recipes": read(LAYERED.recipe)}
-    stages.append(Stage("layered", LAYERED.label, needs, studying, run_students, extra=told))
+        add_students(f"students_{seed}", f"students, seed {seed}", "pool_teacher", runs)
+    for s in (LAYERED, PLUS):
+        runs = [(str(seed), s.recipe, seed, (f"loss.alpha={s.alpha}", *s.words)) for seed in range(settings.seeds)]
+        add_students(s.name, s.label, "pool_teacher", runs)
     for name, key, values in SWEEPS:
         runs = [
             (f"{value:g}-{seed}", "caad", seed, ("loss.alpha=2", f"{key}={value}"))
@@ -338,17 +367,14 @@ def make_stages(settings: SixSettings) -> list[Stage]:
             for seed in range(settings.sweep_seeds)
             if system is None
         ]
-        told = {"pool": "pool_teacher", "runs": runs, "recipes": read("caad")}
-        stages.append(Stage(f"sweep_{name}", f"sweep of {name}", needs, studying, run_students, extra=told))
+        add_students(f"sweep_{name}", f"sweep of {name}", "pool_teacher", runs)
     for anchor in ANCHORS[1:]:
         runs = [
             (f"{recipe}-{seed}", recipe, seed, (f"loss.alpha={0 if recipe == 'kd' else 2}",))
             for recipe in ("kd", "caad")
             for seed in range(settings.sweep_seeds)
         ]
-        told = {"pool": f"pool_{anchor}", "runs": runs, "recipes": {r: read(r) for r in ("kd", "caad")}}
-        needs = (*made, f"pool_{anchor}")
-        stages.append(Stage(f"anchor_{anchor}", f"anchor {anchor}", needs, studying, run_students, extra=told))
+        add_students(f"anchor_{anchor}", f"anchor {anchor}", f"pool_{anchor}", runs)
     stages.append(Stage("latency", "latency of an answer", ("corpus", "features", "teacher", "before"), training, run_latency))
     return stages
 
@@ -364,27 +390,32 @@ def collect(folders: Mapping[str, Path], settings: SixSettings) -> dict[tuple[st
 
     found: dict[tuple[str, int], tuple[str, float, list[Any]]] = {}
 
-    def add(system: str, label: str, alpha: float, seed: int, path: Path) -> None:
-        found[system, seed] = (label, alpha, read_predictions(path)[1])
+    def add(system: str, label: str, alpha: float, seed: int, folder: Path, decoding: float | None = None) -> None:
+        found[system, seed] = (label, alpha, read_predictions(folder / _predictions_name(settings.split, decoding))[1])
 
     for alpha in TEACHER_ALPHAS:
         name, label = ("teacher", "teacher, greedy") if alpha is None else (
             f"teacher_cd{alpha:g}", f"teacher, contrastive decoding {alpha:g}")  # fmt: skip
-        add(name, label, alpha or 0.0, 0, folders["teacher"] / _predictions_name(alpha))
+        add(name, label, alpha or 0.0, 0, folders["answers_teacher"], alpha)
     for alpha in BEFORE_ALPHAS:
         name, label = ("before", "student before distillation") if alpha is None else (
             f"before_cd{alpha:g}", f"student before, contrastive decoding {alpha:g}")  # fmt: skip
         for seed in range(settings.seeds):
-            add(name, label, alpha or 0.0, seed, folders["before"] / str(seed) / _predictions_name(alpha))
-    for system in (*SYSTEMS, LAYERED):
+            add(name, label, alpha or 0.0, seed, folders["answers_before"] / str(seed), alpha)
+    for system in (*SYSTEMS, LAYERED, PLUS):
         for seed in range(settings.seeds):
-            folder = folders["layered"] / str(seed) if system is LAYERED else folders[f"students_{seed}"] / system.name
-            add(system.name, system.label, system.alpha, seed, folder / _predictions_name(None))
+            stage, run = _made_in(system, seed)
+            add(system.name, system.label, system.alpha, seed, folders[f"answers_{stage}"] / run)
     return found
 
 
-def _predictions_name(alpha: float | None) -> str:
-    return "test-greedy.jsonl" if alpha is None else f"test-contrastive{alpha:g}.jsonl"
+def _made_in(system: System, seed: int) -> tuple[str, str]:
+    """Stage and run that train a student."""
+    return (f"students_{seed}", system.name) if system in SYSTEMS else (system.name, str(seed))
+
+
+def _predictions_name(split: str, alpha: float | None = None) -> str:
+    return f"{split}-greedy.jsonl" if alpha is None else f"{split}-contrastive{alpha:g}.jsonl"
 
 
 def score_row(predictions: Sequence[Any]) -> dict[str, Any]:
@@ -444,18 +475,19 @@ def sweep_rows(folders: Mapping[str, Path], settings: SixSettings) -> list[dict[
     rows = []
 
     def add(sweep: str, value: Any, system: str, seed: int, folder: Path) -> None:
-        predictions = read_predictions(folder / _predictions_name(None))[1]
+        predictions = read_predictions(folder / _predictions_name(settings.split))[1]
         rows.append({"sweep": sweep, "value": value, "system": system, "seed": seed} | score_row(predictions))
 
     for seed in range(settings.sweep_seeds):
-        table = folders[f"students_{seed}"]
+        table = folders[f"answers_students_{seed}"]
         for name, _, values in SWEEPS:
+            swept = folders[f"answers_sweep_{name}"]
             for value, system in values.items():
-                add(name, value, "caad", seed, table / system if system else folders[f"sweep_{name}"] / f"{value:g}-{seed}")
+                add(name, value, "caad", seed, table / system if system else swept / f"{value:g}-{seed}")
         for system, in_table in (("kd", "kd"), ("caad", "caad2")):
             add("anchor", ANCHORS[0], system, seed, table / in_table)
             for anchor in ANCHORS[1:]:
-                add("anchor", anchor, system, seed, folders[f"anchor_{anchor}"] / f"{system}-{seed}")
+                add("anchor", anchor, system, seed, folders[f"answers_anchor_{anchor}"] / f"{system}-{seed}")
     return rows
 
 
@@ -483,13 +515,9 @@ def training_csv(folders: Mapping[str, Path], settings: SixSettings) -> str:
     from models.metrics import read_metrics
     from models.results_csv import curves_csv
 
-    return curves_csv(
-        {
-            (s.name, s.label, seed): read_metrics(folders[f"students_{seed}"] / s.name / "metrics.jsonl")
-            for s in SYSTEMS
-            for seed in range(settings.seeds)
-        }
-    )
+    runs = {(s, seed): _made_in(s, seed) for s in (*SYSTEMS, LAYERED, PLUS) for seed in range(settings.seeds)}
+    folder_of = {(s.name, s.label, seed): folders[stage] / run for (s, seed), (stage, run) in runs.items()}
+    return curves_csv({which: read_metrics(folder / "metrics.jsonl") for which, folder in folder_of.items()})
 
 
 PAIRS = (
@@ -617,7 +645,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
-    questions = read_items(Context(settings, Path(), folders, None), "test")
+    questions = read_items(Context(settings, Path(), folders, None), settings.split)
     sweeps = sweep_rows(folders, settings) + strength_rows(found, questions)
     texts = {name: rows_csv(t) for name, t in (("six_systems", rows), ("six_systems_paired", paired), ("sweeps", sweeps))}
     texts["training"] = training_csv(folders, settings)
