@@ -15,7 +15,7 @@ from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.config import ConfigError, DataConfig, load_recipe
 from models.sources import crop_to_targets, make_training_data
 from models.speech_lm import SpeechLM
-from models.teachers import ListeningTeacher, LiveTeacher, SourceError
+from models.teachers import ListeningTeacher, LiveTeacher, SourceError, TextTeacher
 
 ROWS = 6
 # float32: the softmax and the products sum over other numbers of columns; states are of order 1.
@@ -237,3 +237,32 @@ def test_flash_attention_equals_padded_sdpa():
     lm.lm.set_attn_implementation("flash_attention_2")
     states = lm.hidden_states_at(batch.target_index, **batch.model_inputs(), pack_tokens=64)
     assert (states - expected).double().norm() <= 2e-2 * expected.double().norm()  # bfloat16, four layers
+
+
+def test_no_adapter_runs_the_head(model, monkeypatch):
+    """Student, both paths, one path, and the teacher that reads: none of them makes a logit."""
+    examples = make_examples(ROWS)
+    device = torch.device("cpu")
+    reader = make_lm(make_tokenizer(), seed=5)
+    target_ids = model.make_collator().target_ids
+    calls = []
+    for lm in (model.lm, reader):
+        forward = lm.lm_head.forward
+        monkeypatch.setattr(lm.lm_head, "forward", lambda hidden, f=forward: calls.append(hidden.shape) or f(hidden))
+    for packing in ("none", "pack"):
+        for cache_mib in (0, 16):
+            layout = DataConfig(packing=packing, pack_tokens=200)
+            data = make_training_data(model, examples, Store(model), prefix_cache_mib=cache_mib, layout=layout)
+            batch = data.make_batch(examples)
+            teachers = [
+                LiveTeacher(model, data, device=device, layers=[2]),
+                ListeningTeacher(model, data, device=device),
+                TextTeacher(reader, make_tokenizer(), target_ids=target_ids, end_id=None, device=device),
+            ]
+            calls.clear()  # LMHead.from_model may have looked at one row to see what the head is
+            for teacher in teachers:
+                teacher(batch, examples)
+            model.hidden_states_at(batch.target_index, **data.model_inputs(batch))
+            assert calls == []
+    model(**batch.model_inputs())
+    assert len(calls) == 1  # the count counts
