@@ -33,7 +33,10 @@ VARLEN = {"varlen": ("varlen", False)}
 BASELINE = "padded"
 # float32 over thirty layers; the cache stores bfloat16, which rounds keys and values by 2^-9, and flash-attention runs in it.
 BUDGETS = {"padded": 1e-6, "packed": 1e-4, "padded, prefix cache": 2e-2, "packed, prefix cache": 2e-2, "varlen": 5e-2}
-WORDS = ["where", "are", "you", "going", "so", "late", "and", "who", "told", "you", "that", "we", "would", "meet", "here", "again", "after", "all", "these", "years"]
+WORDS = (
+    "where", "are", "you", "going", "so", "late", "and", "who", "told", "you", "that", "we", "would", "meet", "here", "again",
+    "after", "all", "these", "years",
+)  # fmt: skip
 
 
 def transcript_words(count: int, *, seed: int = 0) -> list[int]:

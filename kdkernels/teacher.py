@@ -283,6 +283,7 @@ class DualPathTeacher(nn.Module):
             return self._packed(batch, index)
 
     def _packed(self, batch: PathBatch, index: Tensor) -> Tensor:
+        """`_taken` of the rows side by side, compared with padded ones the first time."""
         config = getattr(self.model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         flash = "flash" in (getattr(config, "_attn_implementation", None) or "")

@@ -223,7 +223,7 @@ def make_training_data(
     `layout`: its `packing` and `pack_tokens` decide how the model lays out a batch.
 
     Raises:
-        SourceError: packing "varlen" where flash-attention 2 cannot be used.
+        SourceError: packing "varlen" where flash-attention 2 cannot be used, or with a language model in float32.
     """
     if layout.packing == "varlen":
         prefix_cache_mib = 0
@@ -231,6 +231,8 @@ def make_training_data(
             model.lm.set_attn_implementation("flash_attention_2")
         except (ImportError, ValueError) as error:
             raise SourceError(f"data.packing: varlen needs flash-attention 2: {error}") from error
+        if model.lm.dtype not in (torch.bfloat16, torch.float16):
+            raise SourceError(f"data.packing: varlen needs a language model in bfloat16 or float16 (lm_dtype), got {model.lm.dtype}")
     collator = model.make_collator()
 
     def make_batch(chosen: Sequence[Any]) -> Any:
