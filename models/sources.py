@@ -232,7 +232,7 @@ def make_training_data(
         except (ImportError, ValueError) as error:
             raise SourceError(f"data.packing: varlen needs flash-attention 2: {error}") from error
         if model.lm.dtype not in (torch.bfloat16, torch.float16):
-            raise SourceError(f"data.packing: varlen needs a language model in bfloat16 or float16 (lm_dtype), got {model.lm.dtype}")
+            raise SourceError(f"data.packing: varlen needs an LM in bfloat16 or float16 (lm_dtype), got {model.lm.dtype}")
     collator = model.make_collator()
 
     def make_batch(chosen: Sequence[Any]) -> Any:
