@@ -214,25 +214,25 @@ def _stage_1(context: Context, examples: Sequence[Any]) -> dict[str, Any]:
 
 
 def run_before(context: Context) -> dict[str, Any]:
-    """The student before distillation: supervised on what the teacher was trained on."""
+    """The student before distillation, each seed: supervised on what the teacher was trained on."""
     from models.cohort import Cohort
 
-    settings = context.settings
+    settings, cohort = context.settings, Cohort(context)
     words = [
         f"optim.steps={settings.student_steps}",
         f"optim.learning_rate={settings.student_learning_rate}",
-        f"run.seed={context.extra['seed']}",
         "loss.ce_token_weight=choice",
         "loss.ce_background_weight=0",
         *_own_start(context),
     ]
-    Cohort(context).train(
-        context.folder / "student",
-        "sft_teacher",
-        manifest=context.folders["corpus"] / "teacher.jsonl",
-        start=context.folders["student_lm"] / "untrained",
-        words=words,
-    )
+    for seed in range(settings.seeds):
+        cohort.train(
+            context.folder / str(seed),
+            "sft_teacher",
+            manifest=context.folders["corpus"] / "teacher.jsonl",
+            start=context.folders["student_lm"] / "untrained",
+            words=[*words, f"run.seed={seed}"],
+        )
     return {}
 
 
@@ -295,7 +295,7 @@ def run_latency(context: Context) -> dict[str, Any]:
     questions = [e for e in read_items(context, "test") if e in store and e.kind == "neutral"][: LATENCY_QUESTIONS + 2]
     models = {
         "teacher": load_model(context, context.folders["teacher"] / "final"),
-        "student": load_model(context, context.folders["before_0"] / "student" / "final"),
+        "student": load_model(context, context.folders["before"] / "0" / "final"),
     }
     seconds: dict[str, list[float]] = {}
     for example in questions:
@@ -357,26 +357,24 @@ def make_stages(settings: SixSettings) -> list[Stage]:
         stages.append(Stage(f"pool_{anchor}", title, made[:3], training, run_pool, extra={"anchor": anchor}))
 
     add_pool(ANCHORS[0])
-    for seed in range(settings.seeds):
-        name, title = f"before_{seed}", f"student before distillation, seed {seed}"
-        told = {"seed": seed, "recipe": read("sft_teacher")}
-        stages.append(Stage(name, title, ("corpus", "features", "student_lm"), studying, run_before, extra=told))
-        add_answers(name, title, {"student": {"alphas": BEFORE_ALPHAS, "controls": seed == 0}})
-        runs = [(s.name, s.recipe, seed, (f"loss.alpha={s.alpha}", *s.words)) for s in SYSTEMS]
-        add_students(f"students_{seed}", f"students, seed {seed}", "pool_teacher", runs)
-    for name, systems, seeds in (("additions", ADDITIONS, settings.addition_seeds), ("plus", (PLUS,), settings.seeds)):
-        for seed in range(min(seeds, settings.seeds)):
-            runs = [(s.name, s.recipe, seed, (f"loss.alpha={s.alpha}", *s.words)) for s in systems]
-            add_students(f"{name}_{seed}", f"{name}, seed {seed}", "pool_teacher", runs)
+    title, told = "student before distillation", {"recipe": read("sft_teacher")}
+    stages.append(Stage("before", title, ("corpus", "features", "student_lm"), (*studying, "seeds"), run_before, extra=told))
+    asked = {str(seed): {"alphas": BEFORE_ALPHAS, "controls": seed == 0} for seed in range(settings.seeds)}
+    add_answers("before", title, asked)
+    for name, systems, seeds in _cohorts(settings):
+        runs = [
+            (f"{s.name}-{seed}", s.recipe, seed, (f"loss.alpha={s.alpha}", *s.words)) for seed in seeds for s in systems
+        ]
+        add_students(name, f"{name}, seeds {' '.join(map(str, seeds))}", "pool_teacher", runs)
     if settings.sweep_seeds:
-        for name, key, values in SWEEPS:
-            runs = [
-                (f"{value:g}-{seed}", "caad", seed, ("loss.alpha=2", f"{key}={value}"))
-                for value, system in values.items()
-                for seed in range(settings.sweep_seeds)
-                if system is None
-            ]
-            add_students(f"sweep_{name}", f"sweep of {name}", "pool_teacher", runs)
+        runs = [
+            (f"{name}-{value:g}-{seed}", "caad", seed, ("loss.alpha=2", f"{key}={value}"))
+            for name, key, values in SWEEPS
+            for value, system in values.items()
+            for seed in range(settings.sweep_seeds)
+            if system is None
+        ]
+        add_students("sweeps", "sweeps of alpha, lambda, tau", "pool_teacher", runs)
         for anchor in ANCHORS[1:]:
             add_pool(anchor)
             runs = [
@@ -385,7 +383,7 @@ def make_stages(settings: SixSettings) -> list[Stage]:
                 for seed in range(settings.sweep_seeds)
             ]
             add_students(f"anchor_{anchor}", f"anchor {anchor}", f"pool_{anchor}", runs)
-    stages.append(Stage("latency", "latency of an answer", ("corpus", "features", "teacher", "before_0"), training, run_latency))
+    stages.append(Stage("latency", "latency of an answer", ("corpus", "features", "teacher", "before"), training, run_latency))
     return stages
 
 
@@ -411,18 +409,27 @@ def collect(folders: Mapping[str, Path], settings: SixSettings) -> dict[tuple[st
         name, label = ("before", "student before distillation") if alpha is None else (
             f"before_cd{alpha:g}", f"student before, contrastive decoding {alpha:g}")  # fmt: skip
         for seed in range(settings.seeds):
-            add(name, label, alpha or 0.0, seed, folders[f"answers_before_{seed}"] / "student", alpha)
-    for system, seed, stage in _students(folders):
-        add(system.name, system.label, system.alpha, seed, folders[f"answers_{stage}"] / system.name)
+            add(name, label, alpha or 0.0, seed, folders["answers_before"] / str(seed), alpha)
+    for system, seed, stage in _students(settings):
+        add(system.name, system.label, system.alpha, seed, folders[f"answers_{stage}"] / f"{system.name}-{seed}")
     return found
 
 
-def _students(folders: Mapping[str, Path]) -> Iterator[tuple[System, int, str]]:
+def _cohorts(settings: SixSettings) -> list[tuple[str, tuple[System, ...], range]]:
+    """Stages of students, their systems and seeds: each is one process, and two run at a time."""
+    return [
+        ("students_even", SYSTEMS, range(0, settings.seeds, 2)),
+        ("students_odd", SYSTEMS, range(1, settings.seeds, 2)),
+        ("additions", ADDITIONS, range(min(settings.addition_seeds, settings.seeds))),
+        ("plus", (PLUS,), range(settings.seeds)),
+    ]
+
+
+def _students(settings: SixSettings) -> Iterator[tuple[System, int, str]]:
     """Distilled students in the order of the table: system, seed, and the stage that trains it."""
-    for group, systems in (("students", SYSTEMS), ("additions", ADDITIONS), ("plus", (PLUS,))):
-        for system in systems:
-            for seed in itertools.takewhile(lambda n, group=group: f"{group}_{n}" in folders, itertools.count()):
-                yield system, seed, f"{group}_{seed}"
+    made = [(system, seed, stage) for stage, systems, seeds in _cohorts(settings) for seed in seeds for system in systems]
+    order = {system.name: place for place, system in enumerate((*SYSTEMS, *ADDITIONS, PLUS))}
+    yield from sorted(made, key=lambda student: (order[student[0].name], student[1]))
 
 
 def _predictions_name(split: str, alpha: float | None = None) -> str:
@@ -490,13 +497,13 @@ def sweep_rows(folders: Mapping[str, Path], settings: SixSettings) -> list[dict[
         rows.append({"sweep": sweep, "value": value, "system": system, "seed": seed} | score_row(predictions))
 
     for seed in range(settings.sweep_seeds):
-        table = folders[f"answers_students_{seed}"]
+        table = folders["answers_students_odd" if seed % 2 else "answers_students_even"]
         for name, _, values in SWEEPS:
-            swept = folders[f"answers_sweep_{name}"]
             for value, system in values.items():
-                add(name, value, "caad", seed, table / system if system else swept / f"{value:g}-{seed}")
+                swept = folders["answers_sweeps"] / f"{name}-{value:g}-{seed}"
+                add(name, value, "caad", seed, table / f"{system}-{seed}" if system else swept)
         for system, in_table in (("kd", "kd"), ("caad", "caad2")):
-            add("anchor", ANCHORS[0], system, seed, table / in_table)
+            add("anchor", ANCHORS[0], system, seed, table / f"{in_table}-{seed}")
             for anchor in ANCHORS[1:]:
                 add("anchor", anchor, system, seed, folders[f"answers_anchor_{anchor}"] / f"{system}-{seed}")
     return rows
@@ -521,15 +528,15 @@ def strength_rows(
     return rows
 
 
-def training_csv(folders: Mapping[str, Path]) -> str:
+def training_csv(folders: Mapping[str, Path], settings: SixSettings) -> str:
     """training.csv: the curves of the distilled students, every seed."""
     from models.metrics import read_metrics
     from models.results_csv import curves_csv
 
     return curves_csv(
         {
-            (system.name, system.label, seed): read_metrics(folders[stage] / system.name / "metrics.jsonl")
-            for system, seed, stage in _students(folders)
+            (system.name, system.label, seed): read_metrics(folders[stage] / f"{system.name}-{seed}" / "metrics.jsonl")
+            for system, seed, stage in _students(settings)
         }
     )
 
@@ -665,7 +672,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = read_items(Context(settings, Path(), folders, None), settings.split)
     sweeps = sweep_rows(folders, settings) + strength_rows(found, questions)
     texts = {name: rows_csv(t) for name, t in (("six_systems", rows), ("six_systems_paired", paired), ("sweeps", sweeps))}
-    texts["training"] = training_csv(folders)
+    texts["training"] = training_csv(folders, settings)
     out = Path(arguments.out)
     for folder in (out, *([RESULTS] if arguments.write else [])):
         for name, text in texts.items():
