@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from models.io_utils import atomic_write_json, fingerprint
+from models.io_utils import atomic_write_json, exclusive, fingerprint
 
 DONE_NAME = "done.json"
 # Raised whenever a stage's code changes what it makes from the same settings, or a format of what is kept.
@@ -200,7 +200,11 @@ def run_one_stage(stages: Sequence[Stage], name: str, settings: Any, folders: Ma
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     needed = {need: folders[need] for need in stage.needs}
-    result = stage.run(Context(settings, folders[name], needed, stage.extra))
+    try:
+        with exclusive(folders[name] / "running", f"stage {name!r}"):  # a training in the folder itself has a lock of its own
+            result = stage.run(Context(settings, folders[name], needed, stage.extra))
+    except BlockingIOError as error:
+        raise SystemExit(str(error)) from error
     # CPU seconds as well: what a stage takes on a machine that has nothing else to do.
     noted = {"result": result, "seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(time.process_time(), 1)}
     atomic_write_json(folders[name] / DONE_NAME, noted)

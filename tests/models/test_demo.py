@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from models.demo import COHORTS, FULL, STUDENTS, main, make_stages, verdict
+from models.io_utils import exclusive
 from models.scoring import Prediction
-from models.stages import DONE_NAME, Stage, StageError, run_stages, stage_folders
+from models.stages import DONE_NAME, Stage, StageError, run_stages, run_stages_here, stage_folders
 
 
 def answers(share_right, count=200):
@@ -186,3 +187,14 @@ def test_smoke_run_twice(tmp_path, monkeypatch, capsys):
     assert main(["--fast-smoke", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count("cached") == len(make_stages())
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
+def test_a_stage_that_another_pipeline_makes_is_not_made_twice(tmp_path):
+    stage = Stage("slow", "slow stage", (), (), lambda context: {"made": True})
+    folders = stage_folders([stage], FULL, tmp_path)
+    at_work = pytest.raises(StageError, match="'slow' is at work there already")
+    with exclusive(folders["slow"] / "running", "stage 'slow'"), at_work:
+        run_stages_here([stage], folders, settings=FULL, console=Console(file=io.StringIO()))
+    assert not (folders["slow"] / DONE_NAME).exists()
+    run_stages_here([stage], folders, settings=FULL, console=Console(file=io.StringIO()))
+    assert json.loads((folders["slow"] / DONE_NAME).read_text())["result"] == {"made": True}
