@@ -17,7 +17,8 @@ resumed        rounds whose last process ended by itself, without an error
 bitwise_equal  rounds whose result is that of an undisturbed run, bit for bit
 lost           items that the work had reported as safely written and that were not there after a kill
 doubled        items there twice, after a kill or at the end
-left_behind    temporary files and folders of killed processes that nobody cleared away
+left_behind    files and folders that an undisturbed run does not leave: temporary ones of killed processes, old checkpoints of
+               which a kill has left a part. Nobody reads them, and they take room
 
 Exit status 1 if anything was lost, doubled or different, or a round did not end. CPU only.
 """
@@ -275,12 +276,12 @@ def stress(work: Work, rounds: int, *, seed: int = 0, progress_bar: bool = True)
         whole = run_process(work, _fresh(root))
         if whole.error:
             raise SystemExit(f"{work.name}: the undisturbed run failed: {whole.error}")
-        expected = work.result(Path(root) / "work")
+        expected, folders = work.result(Path(root) / "work"), _folders(Path(root) / "work")
         missing, twice = _compare(work, Path(root) / "work", whole.promised)
         if missing or twice or not whole.promised:
             raise SystemExit(f"{work.name}: the undisturbed run has lost {missing} and doubled {twice} of {len(whole.promised)}")
         for number in tqdm(range(rounds), desc=work.name, unit="round", disable=not progress_bar):
-            found = _round(work, root, whole, expected, rng)
+            found = _round(work, root, whole, expected, folders, rng)
             for key, value in found.items():
                 if key != "problem":
                     row[key] += value
@@ -289,7 +290,9 @@ def stress(work: Work, rounds: int, *, seed: int = 0, progress_bar: bool = True)
     return {**row, "calls_a_run": whole.calls, "seconds_a_run": whole.seconds, "seed": seed}, problems
 
 
-def _round(work: Work, root: str, whole: Outcome, expected: dict[str, str], rng: random.Random) -> dict[str, Any]:
+def _round(
+    work: Work, root: str, whole: Outcome, expected: dict[str, str], folders: set[Path], rng: random.Random
+) -> dict[str, Any]:
     folder = _fresh(root)
     row: Counter[str] = Counter()
     promised: set[str] = set()
@@ -322,7 +325,10 @@ def _round(work: Work, root: str, whole: Outcome, expected: dict[str, str], rng:
         different = sorted(part for part in got.keys() | expected.keys() if got.get(part) != expected.get(part))
         row["bitwise_equal"] += not different
         problem = problem or (f"different: {', '.join(different)}" if different else "")
-    row["left_behind"] += sum(1 for path in folder.rglob("*") if path.name.endswith((".tmp", ".old")) or ".tmp-" in path.name)
+    unknown = {path for path in _folders(folder) - folders if path.parent in folders}
+    row["left_behind"] += len(unknown) + sum(
+        path.suffix in (".tmp", ".old") for name in folders for path in (folder / name).glob(".*") if path.is_file()
+    )
     return {**dict.fromkeys(("kills", "at_calls", "resumed", "bitwise_equal", "lost", "doubled"), 0), **row, "problem": problem}
 
 
@@ -347,6 +353,11 @@ def _fresh(root: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
+
+
+def _folders(folder: Path) -> set[Path]:
+    """All folders under it, and itself as "."."""
+    return {path.relative_to(folder) for path in (folder, *folder.rglob("*")) if path.is_dir()}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -534,14 +545,11 @@ class Training:
         return _steps(folder / "checkpoints") + [f"line {line['step']}" for line in read_metrics(folder / "metrics.jsonl")]
 
     def result(self, folder: Path) -> dict[str, str]:
-        from models.checkpoint import list_checkpoints
         from models.metrics import read_metrics
 
         lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
         digests = {f"final/{name}": digest for name, digest in _digests(folder / "final").items()}
-        for path in list_checkpoints(folder / "checkpoints"):
-            digests |= {f"{path.name}/{name}": digest for name, digest in _digests(path).items()}
-        return {**digests, "metrics.jsonl": json.dumps(lines)}
+        return {**digests, **_newest(folder / "checkpoints"), "metrics.jsonl": json.dumps(lines)}
 
 
 class Checkpoint:
@@ -584,7 +592,14 @@ class Checkpoint:
         return _steps(folder / "checkpoints")
 
     def result(self, folder: Path) -> dict[str, str]:
-        return {name: digest for name, digest in _digests(folder / "checkpoints").items() if not name.startswith(".")}
+        return _newest(folder / "checkpoints")
+
+
+def _newest(checkpoints: Path) -> dict[str, str]:
+    """Digests of the files of the two newest checkpoints, as many as are kept."""
+    from models.checkpoint import list_checkpoints
+
+    return {f"{path.name}/{name}": d for path in list_checkpoints(checkpoints)[-2:] for name, d in _digests(path).items()}
 
 
 def _steps(checkpoints: Path) -> list[str]:

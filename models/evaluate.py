@@ -327,7 +327,7 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
     try:
         header = json.loads(lines[0])
         known = header.get(FILE_KEY) == FILE_VERSION
-    except (IndexError, ValueError, AttributeError):
+    except (IndexError, ValueError, AttributeError, RecursionError):
         known = False
     if not known:
         raise EvaluationError(f'{path}: expected a first line with "{FILE_KEY}": {FILE_VERSION}')
@@ -337,7 +337,7 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
             if not line.endswith(b"\n"):
                 raise ValueError("no line end")
             predictions.append(Prediction(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
             if repair:

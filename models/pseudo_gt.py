@@ -495,9 +495,11 @@ class _Journal:
                 )
             for line in lines[1:]:
                 row = json.loads(line)
+                if not isinstance(row["text"], str):
+                    raise TypeError
                 if row["id"] in known:
                     answers[row["id"]] = row["text"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Stage1Error(f"{self._path}: damaged, not only at its end; delete the file to begin anew") from None
         return answers
 
