@@ -7,10 +7,10 @@ cache       models/cache.py, kdkernels/contrast_cache.py: both paths of a random
 training    models/train.py: ten steps of the CAAD loop, a checkpoint every two
 checkpoint  models/checkpoint.py: a loop that does little but save
 
-A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Half of the kills
-come at a time drawn uniformly over the work, the others at a call drawn uniformly among those that change files (os.replace,
-fsync, unlink, mkdir, a write, a shard's or checkpoint's safetensors file): before it, after it, or with half of the data written.
-Each process is forked from one that has imported everything.
+A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Every other kill comes
+at a time drawn uniformly over the work, the rest at a call drawn uniformly among those that change files (os.replace, fsync,
+unlink, mkdir, a write, a shard's or checkpoint's safetensors file): before it, after it, or with a part of the data written. Each
+process is forked from one that has imported everything.
 
 kills          processes that died of SIGKILL; `at_calls` of them at a call
 resumed        rounds whose last process ended by itself, without an error
@@ -276,12 +276,12 @@ def stress(work: Work, rounds: int, *, seed: int = 0, progress_bar: bool = True)
         whole = run_process(work, _fresh(root))
         if whole.error:
             raise SystemExit(f"{work.name}: the undisturbed run failed: {whole.error}")
-        expected, folders = work.result(Path(root) / "work"), _folders(Path(root) / "work")
         missing, twice = _compare(work, Path(root) / "work", whole.promised)
         if missing or twice or not whole.promised:
             raise SystemExit(f"{work.name}: the undisturbed run has lost {missing} and doubled {twice} of {len(whole.promised)}")
+        expected, folders = work.result(Path(root) / "work"), _folders(Path(root) / "work")
         for number in tqdm(range(rounds), desc=work.name, unit="round", disable=not progress_bar):
-            found = _round(work, root, whole, expected, folders, rng)
+            found = _round(work, root, number, whole, expected, folders, rng)
             for key, value in found.items():
                 if key != "problem":
                     row[key] += value
@@ -291,20 +291,21 @@ def stress(work: Work, rounds: int, *, seed: int = 0, progress_bar: bool = True)
 
 
 def _round(
-    work: Work, root: str, whole: Outcome, expected: dict[str, str], folders: set[Path], rng: random.Random
+    work: Work, root: str, number: int, whole: Outcome, expected: dict[str, str], folders: set[Path], rng: random.Random
 ) -> dict[str, Any]:
     folder = _fresh(root)
     row: Counter[str] = Counter()
     promised: set[str] = set()
     problem = ""
     for attempt in range(rng.randint(1, 3)):
-        kill = _draw(whole, rng)
+        by_call = (number + attempt) % 2 == 0
+        kill = _draw(whole, rng, by_call)
         outcome = run_process(work, folder, kill)
         for _ in range(_TIMES_MISSED):  # too late: nothing was killed
             if attempt or outcome.killed or outcome.error:
                 break
             folder, promised = _fresh(root), set()
-            outcome = run_process(work, folder, kill := _draw(whole, rng))
+            outcome = run_process(work, folder, kill := _draw(whole, rng, by_call))
         promised |= outcome.promised
         row["kills"] += outcome.killed
         row["at_calls"] += outcome.killed and kill.call is not None
@@ -332,8 +333,8 @@ def _round(
     return {**dict.fromkeys(("kills", "at_calls", "resumed", "bitwise_equal", "lost", "doubled"), 0), **row, "problem": problem}
 
 
-def _draw(whole: Outcome, rng: random.Random) -> Kill:
-    if rng.random() < 0.5:
+def _draw(whole: Outcome, rng: random.Random, by_call: bool) -> Kill:
+    if not by_call:
         return Kill(after_seconds=rng.uniform(0.0, whole.seconds))
     return Kill(call=rng.randint(1, whole.calls), how=rng.choice(("before", "within", "after")), part=rng.random())
 
@@ -557,6 +558,11 @@ class Checkpoint:
 
     name = "checkpoint"
     steps = 6
+
+    def __init__(self) -> None:
+        import torch._dynamo  # AdamW imports it with its first step, for seconds: once here, not in every process
+
+        import models.train  # noqa: F401
 
     def run(self, folder: Path, done: Done) -> None:
         from models.checkpoint import (
