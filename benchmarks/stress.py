@@ -7,8 +7,8 @@ cache       models/cache.py, kdkernels/contrast_cache.py: both paths of a random
 training    models/train.py: ten steps of the CAAD loop, a checkpoint every two
 checkpoint  models/checkpoint.py: a loop that does little but save
 
-A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Every other kill comes
-at a time drawn uniformly over the work, the rest at a call drawn uniformly among those that change files (os.replace, fsync,
+A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Every other kill
+comes at a time drawn uniformly over the work, the rest at a call drawn uniformly among those that change files (os.replace, fsync,
 unlink, mkdir, a write, a shard's or checkpoint's safetensors file): before it, after it, or with a part of the data written. Each
 process is forked from one that has imported everything.
 
@@ -29,6 +29,7 @@ import argparse
 import builtins
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -560,9 +561,8 @@ class Checkpoint:
     steps = 6
 
     def __init__(self) -> None:
-        import torch._dynamo  # AdamW imports it with its first step, for seconds: once here, not in every process
-
-        import models.train  # noqa: F401
+        for name in ("torch._dynamo", "models.train"):  # AdamW imports the first with its first step, which takes seconds
+            importlib.import_module(name)
 
     def run(self, folder: Path, done: Done) -> None:
         from models.checkpoint import (

@@ -11,7 +11,9 @@ import stat
 import pytest
 import torch
 
-safetensors = pytest.importorskip("safetensors", reason="the cache's shards are safetensors files")
+pytest.importorskip("safetensors", reason="the cache's shards are safetensors files")
+from safetensors.torch import load_file, save_file
+
 from kdkernels.contrast_cache import ContrastCache, CorruptCacheError
 
 H = 8
@@ -83,7 +85,7 @@ class TestDisk:
     def test_no_room_for_the_header(self, tmp_path, in_child):
         kind, message = in_child(lambda: add(tmp_path, 0, fingerprint={"made": "x" * 5000}), file_bytes=1000)
         assert kind == "OSError" and message.endswith("cache.json'")
-        with pytest.raises(ValueError, match="without cache.json"):
+        with pytest.raises(ValueError, match=r"without cache\.json"):
             ContrastCache(tmp_path)
 
     def test_a_folder_that_cannot_be_written(self, tmp_path, in_child):
@@ -153,7 +155,8 @@ class TestLies:
                 opened(tmp_path)
 
     @pytest.mark.parametrize(
-        "fields", [{"hidden_size": 10**9}, {"hidden_size": 0}, {"dtype": "float64"}, {"dtype": []}, {"layers": 3}, {"layers": [-1]}]
+        "fields",
+        [{"hidden_size": 10**9}, {"hidden_size": 0}, {"dtype": "float64"}, {"dtype": []}, {"layers": 3}, {"layers": [-1]}],
     )
     def test_header_fields(self, tmp_path, fields):
         path = filled(tmp_path) / "cache.json"
@@ -172,8 +175,8 @@ class TestLies:
     )
     def test_shard_of_other_tensors(self, tmp_path, tensors):
         path = filled(tmp_path) / "shard-0-00001.safetensors"
-        good = safetensors.torch.load_file(path)
-        safetensors.torch.save_file(good | tensors, path)
+        good = load_file(path)
+        save_file(good | tensors, path)
         self.change(tmp_path, bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
         cache = ContrastCache(tmp_path)
         assert torch.equal(cache["s0"].target, states(0)[2])
