@@ -636,6 +636,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             _safetensors().torch.save_file(tensors, temporary, metadata={_MARK: str(FORMAT_VERSION)})
         except _safetensors().SafetensorError as error:  # which names no file
             raise OSError(f"shard {path} cannot be written: {error}") from error
+        os.chmod(temporary, folder.stat().st_mode & 0o666)  # that file is its owner's alone; the folder knows the umask
         with _naming(path), open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         described = {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}

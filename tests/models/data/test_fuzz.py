@@ -249,9 +249,9 @@ def test_ct2_headers_that_claim_what_costs_nothing(tmp_path):
 def tiny_gguf(path: Path, **changes) -> bytes:
     """A Llama of one layer, eight wide, six tokens."""
     gguf = pytest.importorskip("gguf", reason="the package reads GGUF files")
-    numbers = {"block_count": 1, "embedding_length": 8, "feed_forward_length": 12, "head_count": 2, "context_length": 32} | changes
+    numbers = {"block_count": 1, "embedding_length": 8, "feed_forward_length": 12, "head_count": 2, **changes}
     made = gguf.GGUFWriter(path, "llama")
-    made.add_context_length(numbers["context_length"])
+    made.add_context_length(32)
     made.add_embedding_length(numbers["embedding_length"])
     made.add_block_count(numbers["block_count"])
     made.add_feed_forward_length(numbers["feed_forward_length"])
@@ -319,7 +319,8 @@ def test_only_formats_that_cannot_run_code_are_read():
     """No pickle: in the sources of models/ and kdkernels/ nothing loads one."""
     root = Path(__file__).parents[3]
     pattern = r"torch\.load\(|pickle\.load|allow_pickle=True|yaml\.(unsafe_)?load\(|joblib"
-    found = subprocess.run(["git", "-C", str(root), "grep", "-nE", pattern, "--", "models/*.py", "kdkernels/*.py"], capture_output=True, text=True)
+    command = ["git", "-C", str(root), "grep", "-nE", pattern, "--", "models/*.py", "kdkernels/*.py"]
+    found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 1 and not found.stdout, found.stdout + found.stderr
 
 
