@@ -8,9 +8,9 @@ training    models/train.py: ten steps of the CAAD loop, a checkpoint every two
 checkpoint  models/checkpoint.py: a loop that does little but save
 
 A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Every other kill
-comes at a time drawn uniformly over the work, the rest at a call drawn uniformly among those that change files (os.replace, fsync,
-unlink, mkdir, a write, a shard's or checkpoint's safetensors file): before it, after it, or with a part of the data written. Each
-process is forked from one that has imported everything.
+comes at a time drawn uniformly over the work, the rest at a call drawn uniformly among those that change files (os.replace,
+fsync, unlink, mkdir, a write, a safetensors file of shard or checkpoint): before it, after it, or with a part of the data
+written. Each process is forked from one that has imported everything.
 
 kills          processes that died of SIGKILL; `at_calls` of them at a call
 resumed        rounds whose last process ended by itself, without an error

@@ -15,7 +15,13 @@ from cases import BF16, FP16, FP32, relative_error, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdkernels import TeacherSource, fused_caad_loss, fused_layer_mse_loss, fused_linear_caad_loss, fused_linear_multi_teacher_loss
+from kdkernels import (
+    TeacherSource,
+    fused_caad_loss,
+    fused_layer_mse_loss,
+    fused_linear_caad_loss,
+    fused_linear_multi_teacher_loss,
+)
 from kdkernels.contrast_cache import ContrastCache
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
@@ -337,7 +343,10 @@ def test_parts_with_the_whole_normalizers_sum_to_the_whole_in_any_order(kind, se
 
 
 @few
-@given(st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(2, 20), st.sampled_from(DIVERGENCES), st.sampled_from(REDUCTIONS))
+@given(
+    st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(2, 20), st.sampled_from(DIVERGENCES),
+    st.sampled_from(REDUCTIONS),
+)  # fmt: skip
 def test_ignored_rows_are_not_read_and_get_exactly_zero(kind, seed, n, divergence, reduction):
     call, leaf, target = loss_of(kind, seed, n, divergence)
     ignored = target == -100
