@@ -156,6 +156,7 @@ def test_no_text_takes_the_readers_long(tmp_path):
         {**FOREIGN["desta"][0], "id": "2", "messages": [{"role": "user", "content": marks}]},
         {**FOREIGN["desta"][0], "id": "3", "seed_description": "[" + "9" * 400 + ":00-00:01] a (b: c)"},
     ]
+    sf.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
     started = time.monotonic()
     manifest = read_as(tmp_path, "desta", "".join(json.dumps(row) + "\n" for row in rows).encode())
     assert [e.id for e in manifest] == ["1", "2", "3"]
