@@ -25,7 +25,7 @@ from kdkernels.contrast_cache import ContrastCache
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
 REDUCTIONS = ["mean", "sum", "none"]
-few = settings(max_examples=25)
+few = settings(max_examples=60)
 
 
 @st.composite
