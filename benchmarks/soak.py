@@ -70,7 +70,6 @@ class Iteration:
         from models.config import load_recipe
         from models.sources import make_training_data
         from models.teachers import LiveTeacher
-        from models.train import OWN_TEACHER
 
         self._rng = random.Random(0)
         self._case = case = TinyCase()
@@ -78,7 +77,7 @@ class Iteration:
         fill_cache(self._cache, case.teacher, case.store, case.examples, made_from={"teacher": "tiny"}, progress_bar=False)
         self._data, heard = (make_training_data(model, case.examples, case.store) for model in (case.student, case.teacher))
         self._teacher = LiveTeacher(case.teacher, heard, device=torch.device("cpu"))
-        self._recipe = load_recipe("caad", [f"teacher.folder={OWN_TEACHER}"])
+        self._recipe = load_recipe("caad", ["teacher.folder=tiny"])
         self._optimizer = torch.optim.AdamW([p for p in case.student.parameters() if p.requires_grad], lr=1e-4)
         self._cursor = 0
 
@@ -88,7 +87,8 @@ class Iteration:
         self.read_cache()
 
     def train_step(self) -> None:
-        from models.train import OWN_TEACHER, counted_positions, objective_loss, select_positions, token_weights
+        from models.sources import OWN_TEACHER
+        from models.train import counted_positions, objective_loss, select_positions, token_weights
 
         rows = self._data.draw(self._cursor, 4, seed=0)
         self._cursor += len(rows)

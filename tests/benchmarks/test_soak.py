@@ -17,7 +17,7 @@ def run(monkeypatch, tmp_path, *options):
 
 
 def test_some_seconds_of_it(monkeypatch, tmp_path):
-    """So short a time says nothing of kibibytes: 100 MiB a minute is 2 MiB a second, below a leak of one gradient an iteration."""
+    """So short a time says nothing of kibibytes: the bound is 100 MiB a minute."""
     status, rows = run(monkeypatch, tmp_path, "--minutes", "0.05", "--bound-kib-a-minute", "100000")
     assert status == 0 and sum(int(row["iterations"]) for row in rows) > 3 and rows[0]["commit"]
     for row in rows:
