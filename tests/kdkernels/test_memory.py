@@ -9,7 +9,13 @@ import pytest
 import torch
 from cases import BF16, FP32, hidden, logits
 
-from kdkernels import TeacherSource, fused_caad_loss, fused_layer_mse_loss, fused_linear_caad_loss, fused_linear_multi_teacher_loss
+from kdkernels import (
+    TeacherSource,
+    fused_caad_loss,
+    fused_layer_mse_loss,
+    fused_linear_caad_loss,
+    fused_linear_multi_teacher_loss,
+)
 
 
 @pytest.fixture
