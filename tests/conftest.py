@@ -1,5 +1,6 @@
 """Settings every test shares. Triton runs in its interpreter where there is no GPU; that is decided before it is imported."""
 
+import contextlib
 import os
 import pickle
 import signal
@@ -7,14 +8,16 @@ import traceback
 
 import pytest
 import torch
-from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The same examples on every run: a test that fails on CI fails at home.
-settings.register_profile("kdkernels", deadline=None, derandomize=True, database=None)
-settings.load_profile("kdkernels")
+with contextlib.suppress(ImportError):  # a GPU machine may have torch, Triton and pytest alone
+    from hypothesis import settings
+
+    # The same examples on every run: a test that fails on CI fails at home.
+    settings.register_profile("kdkernels", deadline=None, derandomize=True, database=None)
+    settings.load_profile("kdkernels")
 
 
 def pytest_collection_modifyitems(items):
