@@ -131,12 +131,31 @@ def test_metadata_as_deep_as_they_may_be_can_be_written_and_fingerprinted(tmp_pa
     assert fingerprint(example.to_row()) and read_manifest(write_manifest(path, [example])).examples == [example]
 
 
-@pytest.mark.parametrize("content", ["[" * 50_000, '[{"id": NaN}]', '[{"a": 1, "a": 2}]', '[{"a": 1e999}]', "[1]", "[", '["\xff'])
-@pytest.mark.parametrize("name", ["rows.json", "metadata.json"])
-def test_arrays_are_read_as_strictly_as_lines(tmp_path, content, name):
-    (tmp_path / name).write_text(content if name == "rows.json" else content.replace("[{", '{"clip": {').replace("}]", "}}"))
-    with pytest.raises(ManifestError, match=name):
-        read_foreign(tmp_path / name, form="dynamic_superb")
+ROW = '"file": "a.wav", "instruction": "?", "label": "x"'
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{" + ROW + "}", None),
+        ("{" + ROW + ', "speaker": NaN}', "NaN is no number"),
+        ("{" + ROW + ', "speaker": 1e999}', "too large a number"),
+        ("{" + ROW + ', "label": "y"}', "key 'label' twice"),
+        ("{" + ROW + ', "speaker": ' + "[" * 70 + "]" * 70 + "}", "nested too deeply"),
+        ("[" * 50_000, "nested too deeply"),
+        ('"\xff', "bad JSON|not UTF-8"),
+        ("1", "expected an (array|object) of"),
+    ],
+)
+@pytest.mark.parametrize(("name", "form"), [("rows.json", "[%s]"), ("metadata.json", '{"a.wav": %s}')])
+def test_arrays_are_read_as_strictly_as_lines(tmp_path, row, message, name, form):
+    path = tmp_path / name
+    path.write_text(form % row)
+    if message is None:
+        assert len(read_foreign(path, form="dynamic_superb", check_audio=False)) == 1
+        return
+    with pytest.raises(ManifestError, match=rf"{name}: .*({message})"):
+        read_foreign(path, form="dynamic_superb", check_audio=False)
 
 
 def test_an_array_too_large_to_be_taken_into_memory(tmp_path, monkeypatch):
