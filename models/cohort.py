@@ -8,7 +8,7 @@ between runs the features, each frozen language model with its prefix cache, and
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,29 @@ class Cohort:
         Returns:
             what `ask_model` returns.
         """
-        noted = folder / "asked.json"
-        if noted.exists():
-            return json.loads(noted.read_text(encoding="utf-8"))
+        return self._once(folder, lambda: self.train(folder, recipe, manifest=manifest, start=start, words=words), asked)
+
+    def train(self, folder: Path, recipe: str, *, manifest: Path, start: Path, words: Sequence[str]) -> Any:
+        """The trained student, as in `run`; one that is trained already is read from its folder."""
         all_words = recipe_words(self._context, manifest=manifest, folder=start, out_dir=folder, words=words)
         settings = load_recipe(recipe, all_words)
         trained = (folder / "final").exists()
-        model = load_model(self._context, folder / "final") if trained else self._train(settings)
-        result = self.ask(folder, model, **asked)
+        return load_model(self._context, folder / "final") if trained else self._train(settings)
+
+    def ask(self, folder: Path, trained: Path, **asked: Any) -> dict[str, Any]:
+        """The answers of the SpeechLM in `trained`, once, into `folder`; see `run`."""
+        return self._once(folder, lambda: load_model(self._context, trained), asked)
+
+    def _once(self, folder: Path, make: Callable[[], Any], asked: dict[str, Any]) -> dict[str, Any]:
+        noted = folder / "asked.json"
+        if noted.exists():
+            return json.loads(noted.read_text(encoding="utf-8"))
+        folder.mkdir(parents=True, exist_ok=True)
+        result = self._ask(folder, make(), **asked)
         atomic_write_json(noted, result)
         return result
 
-    def ask(self, folder: Path, model: Any, *, part: str = "test", **asked: Any) -> dict[str, Any]:
+    def _ask(self, folder: Path, model: Any, *, part: str = "test", **asked: Any) -> dict[str, Any]:
         """`ask_model` with what is kept here; `part` is a manifest of the stage "corpus"."""
         if part not in self._questions:
             self._questions[part] = [e for e in read_items(self._context, part) if e in self._store]

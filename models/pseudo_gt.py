@@ -50,6 +50,11 @@ _WORDING = {
     "emotion": "Emotion: {}",
     "speaking_rate": "Speaking rate: {}",
     "noise": "Recording: {}",
+    "bandwidth": "Bandwidth: {}",
+    "reverberation": "Room: {}",
+    "delivery": "Delivery: {}",
+    "sentence_type": "Sentence: {}",
+    "keyword": "Word in question: {}",
     "content": "Spoken word: {}",
     "age": "Age: {}",
 }

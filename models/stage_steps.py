@@ -36,7 +36,8 @@ def run_features(context: Context) -> dict[str, Any]:
     from models.speech_lm import SpeechLM, SpeechLMConfig
     from models.train import pick_device
 
-    examples = {name: read_items(context, name) for name in ("teacher", "distill", "test")}
+    parts = [name for name in ("teacher", "distill", "dev", "test") if (context.folders["corpus"] / f"{name}.jsonl").exists()]
+    examples = {name: read_items(context, name) for name in parts}
     torch.manual_seed(context.settings.seed)
     model = SpeechLM.from_config(SpeechLMConfig(**backbone_settings(context.settings))).to(pick_device(context.settings.device))
     store, problems = extract_features(
@@ -80,16 +81,14 @@ def read_items(context: Context, name: str, *, folder: Path | None = None) -> li
 
 
 def write_parts(folder: Path, parts: dict[str, Sequence[Any]]) -> dict[str, int]:
-    """NAME.jsonl of each part, with the true answers as sentences for targets where it is trained on; how many there are."""
+    """NAME.jsonl of each part, with the true answers as sentences for targets in all but "dev" and "test"; counts by part."""
     from models.data.manifest import write_manifest
     from models.data.prompts import target_template
 
     for name, examples in parts.items():
-        told = [
-            dataclasses.replace(e, target=target_template(e, e.answer), target_source="template") if name != "test" else e
-            for e in examples
-        ]
-        write_manifest(folder / f"{name}.jsonl", told)
+        if name not in ("dev", "test"):
+            examples = [dataclasses.replace(e, target=target_template(e, e.answer), target_source="template") for e in examples]
+        write_manifest(folder / f"{name}.jsonl", examples)
     return {name: len(examples) for name, examples in parts.items()}
 
 

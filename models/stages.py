@@ -24,8 +24,8 @@ from rich.console import Console
 from models.io_utils import atomic_write_json, fingerprint
 
 DONE_NAME = "done.json"
-# Raised whenever a stage's code changes what it makes from the same settings.
-STAGES_VERSION = 1
+# Raised whenever a stage's code changes what it makes from the same settings, or a format of what is kept.
+STAGES_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.data.manifest import Example, Manifest, read_manifest, write_manifest
+from models.data.prompts import TASKS
 from models.pseudo_gt import (
     BackboneWriter,
     Stage1Error,
@@ -59,6 +60,14 @@ def test_wording_tells_the_facts_and_neither_the_hint_nor_the_speaker():
     timed = _gender(1, start_seconds=61.0, end_seconds=65.5, metadata={"text": "All of it.", "language": "Danish"})
     assert describe(timed) == "[01:01-01:05] All of it. (Language: Danish)"
     assert describe(Example(id="a", audio=None, transcription="Hm")) == "Hm"
+
+
+def test_wording_has_a_place_for_every_task_that_is_not_about_the_meaning():
+    for task in TASKS.values():
+        if task.name not in ("place", "mood"):  # which the words tell
+            label = (task.choices or ("German",))[0]
+            example = Example(id="a", audio="a.flac", task=task.name, metadata={task.name: label, "text": "Go home."})
+            assert label in describe(example), task.name
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from models.scoring import Prediction
-from models.six_systems import LAYERED, SYSTEMS, main, paired_rows, score_row, strength_rows, verdicts
+from models.six_systems import ADDITIONS, PLUS, SYSTEMS, main, paired_rows, score_row, strength_rows, verdicts
 
 
 def answer(clip, kind, right, *, task="gender", control="", answer="man"):
@@ -105,7 +105,7 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys):
     assert main(["--fast-smoke", "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
     with open(tmp_path / "out" / "six_systems.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    students = [s.name for s in (*SYSTEMS, LAYERED)]
+    students = [s.name for s in (*SYSTEMS, *ADDITIONS, PLUS)]
     expected = ["teacher", "teacher_cd1", "teacher_cd2", "before", "before_cd1", *students]
     assert [r["system"] for r in rows] == expected
     assert all(float(r["latency_ms"]) > 0 and 0 <= float(r["all"]) <= 1 for r in rows)
@@ -114,5 +114,5 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys):
     counts = Counter(r["sweep"] for r in sweeps)
     assert counts.pop("conflict_strength") > 0 and counts == {"alpha": 4, "lambda": 4, "tau": 3, "anchor": 6}
     with open(tmp_path / "out" / "training.csv", newline="") as file:
-        assert {r["system"] for r in csv.DictReader(file)} == {s.name for s in SYSTEMS}
+        assert {r["system"] for r in csv.DictReader(file)} == set(students)
     assert "random models, the numbers mean nothing" in capsys.readouterr().out
