@@ -142,14 +142,14 @@ def load_ct2_whisper(path: str | os.PathLike[str], *, dtype: torch.dtype = torch
     label = Path(path).name
     model = read_ct2_model(path)
     try:
-        return _build_whisper(whisper_state_dict(model), label).to(dtype).eval()
-    except Ct2FormatError:
-        raise
+        return _build_whisper(whisper_state_dict(model)).to(dtype).eval()
+    except Ct2FormatError as error:
+        raise Ct2FormatError(f"{label}: {error}") from None
     except (ValueError, IndexError, KeyError, RuntimeError) as error:  # what torch says of shapes that no Whisper has
         raise Ct2FormatError(f"{label}: the variables are no Whisper's: {error}") from None
 
 
-def _build_whisper(state: dict[str, torch.Tensor], label: str):
+def _build_whisper(state: dict[str, torch.Tensor]):
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     width = state["model.encoder.layer_norm.weight"].numel()
@@ -174,7 +174,7 @@ def _build_whisper(state: dict[str, torch.Tensor], label: str):
         max_target_positions=state["model.decoder.embed_positions.weight"].shape[0],
     )
     if problem := misfit(lambda: WhisperForConditionalGeneration(config), state):
-        raise Ct2FormatError(f"{label}: the variables do not fit a Whisper of width {width}: {problem}")
+        raise Ct2FormatError(f"the variables do not fit a Whisper of width {width}: {problem}")
     model = WhisperForConditionalGeneration(config)
     model.load_state_dict(state, strict=True)
     return model

@@ -104,7 +104,7 @@ def extract_features(
         encode: waveforms (16 kHz mono float32) -> (B, K, T, D); `SpeechLM.encode_audio`.
 
     Returns:
-        the store, and (example id, reason) of each clip that could not be read.
+        the store, and (example id, reason) of each clip that could not be read, or whose features are not finite.
 
     Raises:
         ValueError: `batch_clips` is below 1.
