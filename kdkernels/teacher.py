@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from .layer_states import LayerStates
 from .lm_head import HeadCapture, LMHead, accepts, computing_layer, evaluating, fit_post, head_module, probe_values
+from .packing import pack_batch
 from .paths import DropKey, Inputs, MarkAbsent, MaskFeatures, Negative, PathBatch, as_batch, clean, join
+
+# Relative, between packed and padded rows: bfloat16 rounds to 2^-9 a layer, while samples that see each other are off by order 1.
+_PACKING_TOLERANCE = 0.1
 
 __all__ = [
     "DropKey",
@@ -96,6 +100,11 @@ class DualPathTeacher(nn.Module):
             keeps the tokens' positions.  None where text_inputs is given on each call.
         rows_per_pass: None runs the 2 B rows of both paths at once; a number splits them into passes of as many rows,
             with one wait for a CUDA device each.
+        pack_tokens: lay the rows of a pass side by side in rows of at most this many tokens, without padding (a longer row makes
+            that the limit; flash-attention takes one row whatever its length). The attention mask is left out and position ids
+            restart at each sample, by which transformers keeps them apart; flash-attention then runs its varlen kernel (not run
+            here, for want of a GPU). Of no use to a model with its own hidden_states_at, which packs by its own inputs. The
+            first call also runs without packing and compares. One wait for a CUDA device a pass.
         head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why).
         merge_lora: see `LMHead.from_model`.
         layers: also hand out the states of these layers at the same positions, counted as in `kdkernels.layer_map`.
@@ -104,7 +113,8 @@ class DualPathTeacher(nn.Module):
         head: `LMHead`; `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
 
     Raises:
-        TypeError, ValueError: see `LMHead.from_model`; rows_per_pass is not a positive int.
+        TypeError, ValueError: see `LMHead.from_model`; rows_per_pass or pack_tokens is not a positive int; pack_tokens with a
+            model that has hidden_states_at.
 
     Memory beyond the model's own activations: rows_per_pass * L * H for one pass's hidden states, 2 N H for the result, and as
     much again for every layer asked for.
@@ -116,6 +126,7 @@ class DualPathTeacher(nn.Module):
         *,
         negative: Negative | None,
         rows_per_pass: int | None = None,
+        pack_tokens: int | None = None,
         head: LMHead | None = None,
         merge_lora: bool = False,
         layers: Sequence[int] = (),
@@ -125,14 +136,19 @@ class DualPathTeacher(nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if negative is not None and not callable(negative):
             raise TypeError(f"negative: expected a callable inputs -> inputs or None, got {type(negative).__name__}")
-        if rows_per_pass is not None and (not isinstance(rows_per_pass, int) or rows_per_pass < 1):
-            raise ValueError(f"rows_per_pass: expected a positive int or None, got {rows_per_pass!r}")
+        for name, value in (("rows_per_pass", rows_per_pass), ("pack_tokens", pack_tokens)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a positive int or None, got {value!r}")
         self.model = model
         self.negative = negative
         self.rows_per_pass = rows_per_pass
+        self.pack_tokens = pack_tokens
+        if pack_tokens is not None and self._has_protocol:
+            raise ValueError("pack_tokens: expected None with a model that has hidden_states_at, which packs by its own inputs")
         self.layers = tuple(layers)
         self.head = head if head is not None else LMHead.from_model(model, merge_lora=merge_lora)
         self._post_checked = False
+        self._packing_checked = False
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualPathTeacher:
@@ -262,11 +278,36 @@ class DualPathTeacher(nn.Module):
                     shape = ", ".join(map(str, expected))
                     raise ValueError(f"model.hidden_states_at: expected shape ({shape}, H), got {tuple(states.shape)}")
                 return states.detach()
-            if self.layers:
-                with LayerStates(self.model, self.layers, index) as layers:
-                    hidden = self._captured(batch)
-            else:
+            if self.pack_tokens is None:
+                return self._taken(batch, index)
+            return self._packed(batch, index)
+
+    def _packed(self, batch: PathBatch, index: Tensor) -> Tensor:
+        """`_taken` of the rows side by side, compared with padded ones the first time."""
+        config = getattr(self.model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
+        grids = 4 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
+        packed, packing = pack_batch(batch, None if flash else self.pack_tokens, position_grids=grids)
+        states = self._taken(packed, packing.at(index))
+        if not self._packing_checked and len(index):
+            padded = self._taken(batch, index)
+            difference = float((states - padded).double().norm() / padded.double().norm())
+            if not difference < _PACKING_TOLERANCE:
+                raise ValueError(
+                    f"pack_tokens: expected {type(self.model).__name__} to keep packed samples apart, got states that are "
+                    f"{difference:.2g} off those of padded rows; pass pack_tokens=None"
+                )
+            self._packing_checked = True
+        return states
+
+    def _taken(self, batch: PathBatch, index: Tensor) -> Tensor:
+        """(N, H) at `index`, or (N, 1 + K, H) with layers, of one forward."""
+        if self.layers:
+            with LayerStates(self.model, self.layers, index) as layers:
                 hidden = self._captured(batch)
+        else:
+            hidden = self._captured(batch)
         if hidden.shape[:-1] not in ((batch.rows, batch.length), (batch.rows * batch.length,)):
             raise ValueError(
                 f"model: expected its LM head to see ({batch.rows}, {batch.length}, H), got {tuple(hidden.shape)}; if "

@@ -36,6 +36,7 @@ TEACHER_OBJECTIVES = ("kd", "sharpened", "caad", "caad+")
 # What objective caad+ adds to caad.
 CAAD_PLUS = {"alpha_half_divergence": 0.1, "center_text": True}
 ROLES = ("audio", "text", "acoustic")
+PACKINGS = ("none", "pack", "varlen")
 TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
 
 
@@ -54,8 +55,14 @@ class DataConfig:
     tasks: tuple[str, ...] = ()  # empty = all
     max_bad_fraction: float = 0.05  # of the manifest's rows; above it the run stops with the list
     max_clip_seconds: float = 30.0
+    # How student and speech teachers lay out a batch: none = an example a row, padded; pack = side by side in rows of at most
+    # pack_tokens tokens, kept apart by SDPA's masks; varlen = in one row, by flash-attention 2 (CUDA; no prefix cache; not run).
+    packing: str = "none"
+    pack_tokens: int = 512
 
     def __post_init__(self) -> None:
+        _one_of(self.packing, "data.packing", PACKINGS)
+        _check(self.pack_tokens >= 1, "data.pack_tokens", ">= 1", self.pack_tokens)
         _check(0.0 <= self.max_bad_fraction <= 1.0, "data.max_bad_fraction", "a fraction in [0, 1]", self.max_bad_fraction)
         _check(self.max_clip_seconds > 0, "data.max_clip_seconds", "> 0", self.max_clip_seconds)
         for split in self.splits:

@@ -34,11 +34,11 @@ _FORMAT_VERSION = "1"
 
 @dataclass(frozen=True)
 class PrefixRows:
-    """Prefixes of a batch, padded on the left to the longest (P tokens; it may be 0).
+    """Prefixes of a batch, one or several a row, padded on the left to the longest row (P tokens; it may be 0).
 
     Attributes:
         keys, values: one tensor a layer, (B, heads, P, head width), in the language model's dtype; zeros where padded.
-        mask: (B, P) int64, 1 where there is a token.
+        mask: (B, P) int64, 1 at the tokens of a row's first prefix, 2 at those of its second, ...; 0 where padded.
     """
 
     keys: list[Tensor]
@@ -113,25 +113,34 @@ class PrefixCache:
         return sum(prefix not in self._states for prefix in missing)
 
     def rows(self, prefixes: Sequence[Sequence[int]]) -> PrefixRows:
-        """States of the prefixes of a batch, computed where missing; see `PrefixRows`."""
-        keys = [tuple(prefix) for prefix in prefixes]
+        """States of the prefixes of a batch, one a row, computed where missing; see `PrefixRows`."""
+        return self.packed_rows([[prefix] for prefix in prefixes])
+
+    def packed_rows(self, groups: Sequence[Sequence[Sequence[int]]]) -> PrefixRows:
+        """The same with the prefixes of each group side by side in a row."""
+        rows = [[tuple(prefix) for prefix in group] for group in groups]
+        keys = [key for row in rows for key in row]
         missing = sorted({key for key in keys if key and key not in self._states}, key=len)
         fresh: dict[tuple[int, ...], Tensor] = {}
         for start in range(0, len(missing), self.batch_size):
             fresh |= self._compute(missing[start : start + self.batch_size])
         self.hits += sum(key not in fresh for key in keys if key)
         weight = self.lm.get_input_embeddings().weight
-        longest = max(map(len, keys), default=0)
-        mask = torch.zeros(len(keys), longest, dtype=torch.int64)
+        lengths = [sum(map(len, row)) for row in rows]
+        longest = max(lengths, default=0)
+        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
         if longest == 0:
             return PrefixRows([], [], mask.to(weight.device))
-        found = [fresh[key] if key in fresh else self._states[key] if key else None for key in keys]
-        layers, _, heads, _, width = next(state for state in found if state is not None).shape
-        padded = torch.zeros(layers, 2, len(keys), heads, longest, width, dtype=self.dtype)
-        for row, state in enumerate(found):
-            if state is not None:
-                padded[:, :, row, :, longest - state.shape[3] :] = state
-                mask[row, longest - state.shape[3] :] = 1
+        states = {key: fresh[key] if key in fresh else self._states[key] for key in set(keys) if key}
+        layers, _, heads, _, width = next(iter(states.values())).shape
+        padded = torch.zeros(layers, 2, len(rows), heads, longest, width, dtype=self.dtype)
+        for row, group in enumerate(rows):
+            column = longest - lengths[row]
+            for number, key in enumerate(group, start=1):
+                if key:
+                    padded[:, :, row, :, column : column + len(key)] = states[key]
+                    mask[row, column : column + len(key)] = number
+                    column += len(key)
         padded = padded.to(weight.device, non_blocking=True).to(weight.dtype)
         return PrefixRows(list(padded[:, 0]), list(padded[:, 1]), mask.to(weight.device))
 

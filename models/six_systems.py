@@ -105,7 +105,8 @@ class SixSettings:
     corpus_size: str = "full"
     corpus_seed: int = 0
     tasks: tuple[str, ...] = ("gender",)
-    hint_correlation: float = 0.95  # of the teacher's training hints, the share that is true
+    # Of the teacher's training hints, the share that is true. With 0.95 its Shift on dev was 0.63, with 0.975 it is 0.75.
+    hint_correlation: float = 0.975
     split: str = "test"
     max_clips: int | None = None  # of each pool and of the questions; None = all
     lm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -418,9 +419,9 @@ def collect(folders: Mapping[str, Path], settings: SixSettings) -> dict[tuple[st
 def _cohorts(settings: SixSettings) -> list[tuple[str, tuple[System, ...], range]]:
     """Stages of students, their systems and seeds: each is one process, and two run at a time."""
     return [
+        ("additions", ADDITIONS, range(min(settings.addition_seeds, settings.seeds))),
         ("students_even", SYSTEMS, range(0, settings.seeds, 2)),
         ("students_odd", SYSTEMS, range(1, settings.seeds, 2)),
-        ("additions", ADDITIONS, range(min(settings.addition_seeds, settings.seeds))),
         ("plus", (PLUS,), range(settings.seeds)),
     ]
 

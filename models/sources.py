@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import LMHead
-from models.config import Recipe, SourceConfig, to_dict
+from models.config import DataConfig, Recipe, SourceConfig, to_dict
 from models.frozen_linear import use_bf16_products
 from models.io_utils import fingerprint
 from models.precision import inference_dtype
@@ -36,6 +36,7 @@ from models.teachers import (
     snapshot,
 )
 
+_PADDED = DataConfig()
 OWN_TEACHER = "teacher"  # the name among the sources of the objective's own
 
 
@@ -205,19 +206,43 @@ def build_data(
         model.fit_feature_statistics(store.rows([e for e in with_features if e.audio is not None]))
     # Activation checkpointing drops the KV cache, so the two exclude each other.
     cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
-    return make_training_data(model, with_features, store, prefix_cache_mib=recipe.model.prefix_cache_mib if cached else 0)
+    cache_mib = recipe.model.prefix_cache_mib if cached else 0
+    return make_training_data(model, with_features, store, prefix_cache_mib=cache_mib, layout=settings)
 
 
 def make_training_data(
-    model: torch.nn.Module, examples: Sequence[Any], store: Any, *, prefix_cache_mib: int = 4096
+    model: torch.nn.Module,
+    examples: Sequence[Any],
+    store: Any,
+    *,
+    prefix_cache_mib: int = 4096,
+    layout: DataConfig = _PADDED,
 ) -> TrainingData:
-    """Batches of `examples` for `model` (a SpeechLM), their features taken from `store` (a FeatureStore)."""
+    """Batches of `examples` for `model` (a SpeechLM), their features taken from `store` (a FeatureStore).
+
+    `layout`: its `packing` and `pack_tokens` decide how the model lays out a batch.
+
+    Raises:
+        SourceError: packing "varlen" where flash-attention 2 cannot be used, or with a language model in float32.
+    """
+    if layout.packing == "varlen":
+        prefix_cache_mib = 0
+        try:
+            model.lm.set_attn_implementation("flash_attention_2")
+        except (ImportError, ValueError) as error:
+            raise SourceError(f"data.packing: varlen needs flash-attention 2: {error}") from error
+        if model.lm.dtype not in (torch.bfloat16, torch.float16):
+            raise SourceError(f"data.packing: varlen needs an LM in bfloat16 or float16 (lm_dtype), got {model.lm.dtype}")
     collator = model.make_collator()
 
     def make_batch(chosen: Sequence[Any]) -> Any:
         return collator(chosen, store.rows(chosen))
 
-    extra = {"prefix_cache": model.make_prefix_cache(max_bytes=prefix_cache_mib << 20)} if prefix_cache_mib else {}
+    extra: dict[str, Any] = {}
+    if prefix_cache_mib:
+        extra["prefix_cache"] = model.make_prefix_cache(max_bytes=prefix_cache_mib << 20)
+    if layout.packing != "none":
+        extra["pack_tokens"] = layout.pack_tokens
     return TrainingData(examples, make_batch, extra, store, crop_to_targets)
 
 
@@ -321,8 +346,9 @@ def _build_source(
             lm, tokenizer, target_ids=collator.target_ids, end_id=end_id, reasoning=settings.reasoning, **options
         )
     else:
-        cache_mib = 0 if lm.config.train_lm else recipe.model.prefix_cache_mib
-        own = make_training_data(lm, data.examples, data.store, prefix_cache_mib=cache_mib)
+        own = make_training_data(
+            lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib, layout=recipe.data
+        )
         teacher = (LiveTeacher if _hears_both(name, settings) else ListeningTeacher)(lm, own, **options)
     if settings.keep_mib:
         needed_mib = kept_bytes(teacher, data) / (1 << 20)

@@ -32,8 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import is_flash_attention_requested
 
 from kdkernels.layer_states import LayerStates
+from kdkernels.packing import Packing
 from models import backbones
 from models.batching import Collator, SpeechBatch, find_placeholder_id
 from models.connector import Connector, ConnectorConfig
@@ -299,7 +301,7 @@ class SpeechLM(nn.Module):
         Raises:
             ValueError: the language model trains, so that nothing may be kept of it.
         """
-        if self.config.train_lm:
+        if any(parameter.requires_grad for parameter in self.lm.parameters()):
             raise ValueError("train_lm: a prefix cache needs a frozen language model")
         return PrefixCache(self.lm, **options)
 
@@ -414,6 +416,7 @@ class SpeechLM(nn.Module):
         audio_present: Tensor | None = None,
         *,
         prefix_cache: PrefixCache | None = None,
+        pack_tokens: int | None = None,
         layers: Sequence[int] = (),
     ) -> Tensor:
         """The LM head's inputs at chosen positions; the head is not run and no logits exist.
@@ -421,6 +424,10 @@ class SpeechLM(nn.Module):
         Args:
             index: (N,) int64, row * L + column; after the first audio position where `prefix_cache` is given.
             input_ids, attention_mask, audio_features, audio_present, prefix_cache: see `forward`.
+            pack_tokens: run the language model on the rows laid side by side in rows of at most this many tokens, without
+                padding; the samples do not see each other. A longer row makes that the limit, and flash-attention takes one row
+                whatever its length: its varlen kernel by cu_seqlens (not run here, for want of a GPU). With SDPA masks are
+                block-diagonal: a row costs its square, so bins of a few samples are best. One wait for a CUDA device a call.
             layers: also the states of these layers of the language model, counted as in `kdkernels.layer_map`.
 
         Returns:
@@ -429,13 +436,16 @@ class SpeechLM(nn.Module):
 
         Raises:
             ValueError: `index` is not 1-D int64, or (on the CPU) out of range or inside the cached prefix; no such layer; layers
-                with gradient checkpointing, which runs each layer without a gradient first.
+                with gradient checkpointing, which runs each layer without a gradient first; pack_tokens with a language model
+                whose layers are not attention alone, or together with prefix_cache where its attention is not plain SDPA.
         """
         if index.dim() != 1 or index.dtype != torch.int64:
             raise ValueError(f"index: expected (N,) int64, got {tuple(index.shape)} {index.dtype}")
         if layers and self._gradient_checkpointing and self.training:
             raise ValueError("layers: cannot be combined with gradient checkpointing")
-        layout = self._layout(input_ids, attention_mask, prefix_cache, None, False)
+        if pack_tokens is not None:
+            self._check_packable(pack_tokens, prefix_cache)
+        layout = self._layout(input_ids, attention_mask, prefix_cache, None, False, pack_tokens)
         columns = input_ids.shape[1]
         row, column = index // columns, index % columns
         if layout.start is not None:
@@ -449,11 +459,14 @@ class SpeechLM(nn.Module):
                 raise ValueError(
                     "index: expected positions after the first audio token, got some inside the cached prefix"
                 )
+        index = row * layout.ids.shape[1] + column
+        if layout.packing is not None:
+            index = layout.packing.at(index)
         if not layers:
-            return self._run(layout, audio_features, audio_present)[row, column]
-        with LayerStates(self.lm, layers, row * layout.ids.shape[1] + column) as taken:
-            hidden = self._run(layout, audio_features, audio_present)  # (B, S, H)
-        return torch.cat([hidden[row, column][:, None], taken.stacked()], 1)
+            return self._run(layout, audio_features, audio_present).flatten(0, 1)[index]
+        with LayerStates(self.lm, layers, index) as taken:
+            hidden = self._run(layout, audio_features, audio_present)  # (B, S, H), or packed
+        return torch.cat([hidden.flatten(0, 1)[index][:, None], taken.stacked()], 1)
 
     @torch.no_grad()
     def generate(
@@ -550,6 +563,7 @@ class SpeechLM(nn.Module):
         prefix_cache: PrefixCache | None,
         past: Any,
         use_cache: bool,
+        pack_tokens: int | None = None,
     ) -> _Layout:
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids: expected (B, L) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
@@ -569,6 +583,9 @@ class SpeechLM(nn.Module):
             if past is None and use_cache:
                 past = DynamicCache()
             own_mask = attention_mask[:, past_columns:]
+            if pack_tokens is not None:
+                packing = self._packing(own_mask, pack_tokens)
+                return _Layout(input_ids, own_mask, None, packing.positions(), None, None, False, packing)
             return _Layout(input_ids, own_mask, attention_mask, positions, past, None, past_columns > 0)
         if past is not None:
             raise ValueError("past_key_values: cannot be combined with prefix_cache")
@@ -576,9 +593,31 @@ class SpeechLM(nn.Module):
             raise ValueError("prefix_cache: expected one made with this model's language model, got another's")
         if self._gradient_checkpointing and self.training:
             raise ValueError("prefix_cache: cannot be combined with gradient checkpointing, which drops the KV cache")
-        return self._split_layout(input_ids, attention_mask, prefix_cache)
+        return self._split_layout(input_ids, attention_mask, prefix_cache, pack_tokens)
 
-    def _split_layout(self, input_ids: Tensor, attention_mask: Tensor, prefix_cache: PrefixCache) -> _Layout:
+    def _check_packable(self, pack_tokens: int, prefix_cache: PrefixCache | None) -> None:
+        if not isinstance(pack_tokens, int) or pack_tokens < 1:
+            raise ValueError(f"pack_tokens: expected a positive int or None, got {pack_tokens!r}")
+        config = self.lm.config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise ValueError(f"pack_tokens: expected layers of attention, which keep samples apart, got {sorted(kinds)}")
+        if prefix_cache is not None:
+            sliding = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None) is not None)
+            if config._attn_implementation != "sdpa" or sliding:
+                got = "a sliding window" if sliding else config._attn_implementation
+                raise ValueError(f"prefix_cache: expected SDPA without a sliding window where pack_tokens is given, got {got}")
+
+    def _packing(self, mask: Tensor, pack_tokens: int) -> Packing:
+        return Packing.of_mask(mask, None if self._runs_varlen else pack_tokens)
+
+    @property
+    def _runs_varlen(self) -> bool:
+        return is_flash_attention_requested(self.lm.config)
+
+    def _split_layout(
+        self, input_ids: Tensor, attention_mask: Tensor, prefix_cache: PrefixCache, pack_tokens: int | None
+    ) -> _Layout:
         """Each row's text before the audio goes to the left as cached states, the rest to the right as tokens."""
         columns = input_ids.shape[1]
         prefixes: list[list[int]] = []
@@ -595,17 +634,27 @@ class SpeechLM(nn.Module):
             starts.append(first + split)
             lengths.append(count - split)
         device = input_ids.device
-        cached = prefix_cache.rows(prefixes)
         start = torch.tensor(starts, device=device)
         length = torch.tensor(lengths, device=device)
         offset = torch.arange(max(lengths), device=device)
         own_mask = (offset < length[:, None]).long()  # (B, S)
         ids = input_ids.gather(1, (start[:, None] + offset).clamp(max=columns - 1))
-        positions = cached.mask.sum(1, keepdim=True) + offset
-        past = _PrefixedCache(torch.cat([cached.mask, own_mask], 1))
+        positions = torch.tensor([[len(prefix)] for prefix in prefixes], device=device) + offset
+        packing = None
+        if pack_tokens is None:
+            cached = prefix_cache.rows(prefixes)
+            mask = torch.cat([cached.mask, own_mask], 1)
+        else:
+            packing = self._packing(own_mask, pack_tokens)
+            cached = prefix_cache.packed_rows([[prefixes[sample] for sample in samples] for samples in packing.bins])
+            positions = packing.take(positions, fill=0)
+            # A query sees its own sample's prefix, and its own sample's tokens up to itself.
+            same = packing.number[:, :, None] == torch.cat([cached.mask, packing.number], 1)[:, None]  # (R, P, prefixes + P)
+            mask = same.tril(cached.mask.shape[1])[:, None]
+        past = _PrefixedCache(mask)
         for layer, (keys, values) in enumerate(zip(cached.keys, cached.values, strict=True)):
             past.update(keys, values, layer)
-        return _Layout(ids, own_mask, past.mask, positions, past, start, False)
+        return _Layout(ids, own_mask, past.mask, positions, past, start, False, packing)
 
     @staticmethod
     def _continued_layout(input_ids: Tensor, attention_mask: Tensor | None, past: _PrefixedCache) -> _Layout:
@@ -628,7 +677,13 @@ class SpeechLM(nn.Module):
         x = embeddings(layout.ids)  # (B, S, H)
         if not layout.continues:
             x = self._insert_audio(x, is_audio, features, present)
-        return self._body(x, layout.mask, layout.position_ids, layout.past, layout.past is not None)
+        if layout.packing is None:
+            return self._body(x, layout.mask, layout.position_ids, layout.past, layout.past is not None)
+        x, keywords = layout.packing.take(x), {}
+        if self._runs_varlen:
+            begins, longest = layout.packing.cumulative_lengths(), max(layout.packing.lengths)
+            keywords = {f"cu_seq_lens_{side}": begins for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
+        return self._body(x, layout.mask, layout.position_ids, layout.past, layout.past is not None, **keywords)
 
     def _insert_audio(self, x: Tensor, is_audio: Tensor, features: Tensor | None, present: Tensor | None) -> Tensor:
         """Put the connector's vectors at the audio positions, by gather and where: no read-back from the device."""
@@ -664,7 +719,9 @@ class SpeechLM(nn.Module):
         spread = audio.gather(1, slot[..., None].expand(-1, -1, audio.shape[-1]))
         return torch.where(is_audio[..., None], spread, x)
 
-    def _body(self, embeddings: Tensor, mask: Tensor, position_ids: Tensor, past: Any, use_cache: bool) -> Tensor:
+    def _body(
+        self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor, past: Any, use_cache: bool, **varlen: Any
+    ) -> Tensor:
         decoder = self.lm.get_decoder()
         return decoder(
             inputs_embeds=embeddings,
@@ -672,6 +729,7 @@ class SpeechLM(nn.Module):
             position_ids=position_ids,
             use_cache=use_cache,
             **{cache_keyword(decoder): past},
+            **varlen,
         ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -737,7 +795,7 @@ class _PrefixedCache(DynamicCache):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.mask = mask  # (B, columns of the cache)
+        self.mask = mask  # (B, columns of the cache), or (R, 1, P, columns of the cache) of packed rows
 
 
 @dataclass
@@ -746,16 +804,18 @@ class _Layout:
 
     ids, own_mask, position_ids: (B, S) tokens that are run; mask: (B, P + S) with the cached ones before; past: KV
     cache or None; start: (B,) the caller's column of each row's first run token, None = column 0 and S = L; continues:
-    the call goes on from the caller's own KV cache.
+    the call goes on from the caller's own KV cache; packing: how the B rows are laid into fewer ones before they are run, with
+    position_ids and mask (None = transformers makes it of them) of those, or None.
     """
 
     ids: Tensor
     own_mask: Tensor
-    mask: Tensor
+    mask: Tensor | None
     position_ids: Tensor
     past: Any
     start: Tensor | None
     continues: bool
+    packing: Packing | None = None
 
     def scatter(self, hidden: Tensor, columns: int) -> Tensor:
         """Back to the caller's columns, zeros elsewhere."""

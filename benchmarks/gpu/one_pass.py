@@ -51,6 +51,12 @@ QUEUE = [
     ),
     Item("linear", "-m benchmarks.gpu.measure linear", "bf16 logits <= 1.25x bare GEMMs; scratch independent of N", 90),
     Item("capture", "-m benchmarks.gpu.measure capture", "CUDA graph and torch.compile give the eager bits", 90),
+    Item(
+        "capture-linear",
+        "-m pytest -q -m gpu tests/kdkernels/test_graphs.py",
+        "linear loss and backward in a CUDA graph, replayed on other values",
+        60,
+    ),
     Item("gpu-tests", "-m pytest -q -m gpu tests", "every test marked gpu passes", 120),
     Item("demo-smoke", "-m models.demo --fast-smoke --device cuda", "ends with the table and a report", 150),
     Item("table", "-m benchmarks.gpu.measure table", "launch table within 5% of the best", 90),

@@ -1,0 +1,170 @@
+"""Packed rows against padded ones: the teacher's two paths and the student's step. `python -m benchmarks.packing`
+
+SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher of thirty, as in benchmarks/step.py), prompts of the
+built-in form whose transcripts are of very different lengths (1 to 40 words, most of them short), in float32. Four layouts of the
+same batch: padded rows and packed ones, each with and without the prefix cache (models/prefix_cache.py), which holds the text
+before the audio for both paths. `tokens` are those that the teacher's two paths run through the layers, padding included;
+`padding` is its share of them. With a GPU and flash-attention a fifth layout, `varlen`, is one row without any padding.
+
+Correctness first: the teacher's states and the connector's gradient in every layout against those of padded rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .common import add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
+from .step import StepCase
+
+# layout -> data.packing, prefix cache
+LAYOUTS = {
+    "padded": ("none", False),
+    "packed": ("pack", False),
+    "padded, prefix cache": ("none", True),
+    "packed, prefix cache": ("pack", True),
+}
+VARLEN = {"varlen": ("varlen", False)}
+BASELINE = "padded"
+# float32 over thirty layers; the cache stores bfloat16, which rounds keys and values by 2^-9, and flash-attention runs in it.
+BUDGETS = {"padded": 1e-6, "packed": 1e-4, "padded, prefix cache": 2e-2, "packed, prefix cache": 2e-2, "varlen": 5e-2}
+WORDS = (
+    "where", "are", "you", "going", "so", "late", "and", "who", "told", "you", "that", "we", "would", "meet", "here", "again",
+    "after", "all", "these", "years",
+)  # fmt: skip
+
+
+def transcript_words(count: int, *, seed: int = 0) -> list[int]:
+    """Words in each transcript: log-normal with median 8, cut to 1 to 40, as utterances of read and spoken corpora are."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.exp(torch.randn(count, generator=generator) * 0.8) * 8
+    return drawn.round().clamp(1, 40).int().tolist()
+
+
+class PackingCase(StepCase):
+    """The models of benchmarks/step.py, and the same batch in every layout.
+
+    Args:
+        pack_tokens: tokens a packed row at most.
+        others: see `StepCase`.
+    """
+
+    def __init__(self, examples: int, device: torch.device, *, pack_tokens: int = 512, **others: Any) -> None:
+        super().__init__(examples, device, **others)
+        lengths = transcript_words(examples)
+        self.examples = [
+            dataclasses.replace(example, transcription=" ".join(WORDS[i % len(WORDS)] for i in range(length)) + ".")
+            for example, length in zip(self.examples, lengths, strict=True)
+        ]
+        self.pack_tokens = pack_tokens
+
+    def layout(self, name: str) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+        """(a call of the teacher's two paths: its states; the student's forward and backward: the connector's gradient)."""
+        from models.config import DataConfig
+        from models.sources import make_training_data
+        from models.teachers import LiveTeacher
+
+        packing, cached = {**LAYOUTS, **VARLEN}[name]
+        options = {
+            "prefix_cache_mib": 4096 * cached,
+            "layout": DataConfig(packing=packing, pack_tokens=self.pack_tokens),
+        }
+        teacher_data = make_training_data(self.teacher, self.examples, self.store, **options)
+        live = LiveTeacher(self.teacher, teacher_data, device=self.device)
+        data = make_training_data(self.student, self.examples, self.store, **options)
+        batch = data.crop(data.make_batch(self.examples)).to(self.device)
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+
+        def paths() -> torch.Tensor:
+            states = live(batch, self.examples)
+            return torch.cat([states.audio_hidden, states.text_hidden])
+
+        def student() -> torch.Tensor:
+            hidden = self.student.hidden_states_at(batch.target_index, **data.model_inputs(batch))
+            gradients = torch.autograd.grad(hidden.float().square().mean(), parameters)
+            return torch.cat([g.flatten() for g in gradients])
+
+        return paths, student
+
+    def tokens(self, paths: Callable[[], torch.Tensor]) -> int:
+        """Tokens that the teacher's layers run in one call of `paths` once its prefixes are cached."""
+        seen: list[int] = []
+
+        def count(_module: Any, arguments: tuple, keywords: dict) -> None:
+            states = arguments[0] if arguments else keywords["hidden_states"]
+            seen.append(states.shape[0] * states.shape[1])
+
+        handle = self.teacher.lm.get_decoder().layers[0].register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            paths()
+        finally:
+            handle.remove()
+        return sum(seen)
+
+    def real_tokens(self, *, cached: bool) -> int:
+        """Those of both paths that are no padding, without the text before the audio where it is cached."""
+        from models.sources import crop_to_targets
+
+        collator = self.teacher.make_collator()
+        batch = crop_to_targets(collator(self.examples, self.store.rows(self.examples)))
+        prefixes = sum(len(collator.prefix_ids(example)) for example in self.examples) if cached else 0
+        return 2 * (int(batch.attention_mask.sum()) - prefixes)
+
+
+def measure(case: PackingCase, repeats: int, layouts: Sequence[str] = tuple(LAYOUTS)) -> list[dict]:
+    """A row a layout, that of BASELINE first."""
+    names = list(dict.fromkeys((BASELINE, *layouts)))
+    calls = {name: case.layout(name) for name in names}
+    expected = [call() for call in calls[BASELINE]]
+    for name in names:  # the first call also fills the prefix cache
+        errors = {
+            f"{name}: {what}": relative_error(call(), wanted)
+            for what, call, wanted in zip(("states", "gradient"), calls[name], expected, strict=True)
+        }
+        refuse_wrong(errors, BUDGETS[name])
+    timed = {f"{name}: {what}": call for name in names for what, call in zip(("paths", "student"), calls[name], strict=True)}
+    timings = time_calls(timed, repeats=repeats, device=case.device, warmup=1)
+    rows = []
+    for name in names:
+        paths, student = timings[f"{name}: paths"], timings[f"{name}: student"]
+        run, real = case.tokens(calls[name][0]), case.real_tokens(cached={**LAYOUTS, **VARLEN}[name][1])
+        rows.append(
+            {
+                "layout": name,
+                "examples": len(case.examples),
+                "pack_tokens": case.pack_tokens,
+                "tokens": run,
+                "padding": 1 - real / run,
+                **time_columns(paths),
+                "student_ms": student.median * 1e3,
+                "speedup": timings[f"{BASELINE}: paths"].median / paths.median,
+                "student_speedup": timings[f"{BASELINE}: student"].median / student.median,
+            }
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.packing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser, repeats=5)
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--pack-tokens", type=int, default=512, help="tokens a packed row at most")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    case = PackingCase(args.examples, device, pack_tokens=args.pack_tokens)
+    layouts = list(LAYOUTS)
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        layouts += VARLEN
+    rows = measure(case, args.repeats, layouts)
+    finish(args, "packing", "the teacher's two paths and the student's forward and backward; median_ms: the paths", rows)
+
+
+if __name__ == "__main__":
+    main()
