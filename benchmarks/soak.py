@@ -2,7 +2,7 @@
 
 An iteration is a whole step of models/train.py's loop on a tiny random speech LM (teacher, student, loss, backward, AdamW), every
 public loss of kdkernels forward and backward on random inputs, their shapes drawn anew, and a cache opened, read and closed. The
-process sleeps between iterations, so that it takes no more than --load of a core.
+process sleeps between iterations, so that it takes no more than --load of a core's time.
 
 The resident set is read after every iteration. What allocators and caches take once is not a leak: the first third of the time is
 left out, and the slope of the rest is the median over all pairs of samples (Theil-Sen), which no single jump moves. Exit status 1
@@ -114,16 +114,22 @@ class Iteration:
 
 
 def soak(
-    call: Callable[[], None], *, minutes: float, load: float = 1.0, clock: Callable[[], float] = time.monotonic
+    call: Callable[[], None],
+    *,
+    minutes: float,
+    load: float = 1.0,
+    clock: Callable[[], float] = time.monotonic,
+    cpu_clock: Callable[[], float] = time.process_time,
 ) -> list[tuple[float, float]]:
-    """(minute, KiB of the resident set) after each call, for so many minutes; a share `load` of the time is spent in calls."""
+    """(minute, KiB of the resident set) after each call, for so many minutes; calls get a share `load` of a core's time."""
     samples: list[tuple[float, float]] = []
     started = clock()
     while (now := clock()) - started < 60 * minutes:
+        before = cpu_clock()
         call()
-        taken = clock() - now
+        taken = cpu_clock() - before
         samples.append(((clock() - started) / 60, _resident_bytes() / 1024))
-        time.sleep(taken * (1 / load - 1))
+        time.sleep(max(0.0, now + taken / load - clock()))  # on a busy machine the call itself has waited
     return samples
 
 

@@ -54,14 +54,15 @@ def test_the_slope_is_of_what_grows_after_the_first_third():
 
 
 def test_it_rests_as_it_is_told(monkeypatch):
-    now, slept = [0.0], []
+    now, cpu, slept = [0.0], [0.0], []
     monkeypatch.setattr(soak.time, "sleep", lambda seconds: (slept.append(seconds), now.__setitem__(0, now[0] + seconds)))
 
     def call():
-        now[0] += 1.0
+        now[0] += 3.0  # of which it has had the processor for one
+        cpu[0] += 1.0
 
-    samples = soak.soak(call, minutes=1, load=0.1, clock=lambda: now[0])
-    assert slept == [pytest.approx(9.0)] * 6 and len(samples) == 6
+    samples = soak.soak(call, minutes=1, load=0.1, clock=lambda: now[0], cpu_clock=lambda: cpu[0])
+    assert slept == [pytest.approx(7.0)] * 6 and len(samples) == 6
 
 
 def test_bad_arguments_are_named(capsys):
