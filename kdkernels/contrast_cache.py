@@ -28,7 +28,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,11 @@ __all__ = ["CachedStates", "ContrastCache", "ContrastCacheWriter", "CorruptCache
 FORMAT_VERSION = 2
 _MARK = "kdkernels_contrast_cache"
 _MIB = 1 << 20
+# Far beyond any fingerprint or shard of samples; what claims more is another kind of file, and is not taken into memory.
+_MAX_HEADER_BYTES = 16 * _MIB
+_MAX_INDEX_LINE_BYTES = 64 * _MIB
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
+_STORED_AS = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}  # safetensors' names
 _FLOAT8_MAX = 448.0
 _log = logging.getLogger(__name__)
 
@@ -105,9 +109,10 @@ class ContrastCache:
         self.bytes = 0
         self._where: dict[str, tuple[str, int, int]] = {}  # sample id -> shard, first row, rows
         self._content: dict[str, str] = {}
+        self._rows: dict[str, int] = {}  # shard -> its rows
         self._open_shards: dict[str, Any] = {}
         for index_path in sorted(self.folder.glob("index-*.jsonl")):
-            for record in _read_index(index_path)[0]:
+            for record in _read_index(index_path, header)[0]:
                 problem = _shard_problem(self.folder, record, verify_checksums=verify_checksums)
                 if problem:
                     raise CorruptCacheError(
@@ -189,6 +194,7 @@ class ContrastCache:
 
     def _add_record(self, record: Mapping[str, Any]) -> None:
         self.bytes += record["bytes"]
+        self._rows[record["shard"]] = record["rows"]
         for sample_id, first, rows, content in record["samples"]:
             if sample_id in self._where:
                 raise CorruptCacheError(
@@ -206,8 +212,29 @@ class ContrastCache:
 
     def _shard(self, name: str) -> Any:
         if name not in self._open_shards:
-            self._open_shards[name] = _safetensors().safe_open(str(self.folder / name), framework="pt", device="cpu")
+            self._open_shards[name] = self._opened(name)
         return self._open_shards[name]
+
+    def _opened(self, name: str) -> Any:
+        """A shard whose tensors are those that the cache's header promises; without checksums nobody else has looked."""
+        path = self.folder / name
+        packed = self.dtype == torch.float8_e4m3fn
+        states = {key: (self.hidden_size,) for key in ("audio_hidden", "text_hidden")}
+        if self.layers:
+            states |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
+        expected = {"target": ((), "I64"), **{key: (shape, _STORED_AS[self.dtype]) for key, shape in states.items()}}
+        if packed:
+            expected |= {f"{key}_scale": (shape[:-1], "F32") for key, shape in states.items()}
+        try:
+            file = _safetensors().safe_open(str(path), framework="pt", device="cpu")
+            got = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            found = {key: (tuple(part.get_shape()[1:]), part.get_dtype(), part.get_shape()[:1]) for key, part in got.items()}
+        except (OSError, _safetensors().SafetensorError) as error:
+            raise CorruptCacheError(f"shard {path} is altered: {error}") from error
+        rows = [self._rows[name]]
+        if found != {key: (*each, rows) for key, each in expected.items()}:
+            raise CorruptCacheError(f"shard {path} is altered: expected {rows[0]} rows of {expected}, got {found}")
+        return file
 
 
 class ContrastCacheWriter(AbstractContextManager):
@@ -353,10 +380,7 @@ class ContrastCacheWriter(AbstractContextManager):
             first += len(tensors["target"])
         joined = {key: torch.cat([tensors[key] for _, _, tensors in self._buffer]) for key in self._buffer[0][2]}
         record = {"shard": name, **_write_shard(self.folder / name, joined), "rows": first, "samples": samples}
-        with open(self._index_path, "ab") as file:
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self._index_path, json.dumps(record, ensure_ascii=False).encode() + b"\n")
         _sync_folder(self.folder)
         self._records.append(record)
         self._buffer, self._buffered_bytes = [], 0
@@ -415,7 +439,7 @@ class ContrastCacheWriter(AbstractContextManager):
 
     def _resume(self, verify_checksums: bool) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """This part's finished shards without bad ones, and their samples' contents; the index is put in order if need be."""
-        records, torn = _read_index(self._index_path)
+        records, torn = _read_index(self._index_path, _read_header(self.folder))
         good = []
         for record in records:
             problem = _shard_problem(self.folder, record, verify_checksums=verify_checksums)
@@ -487,29 +511,94 @@ def _shown(values: dict[str, Any], key: str) -> str:
 def _read_header(folder: Path) -> dict[str, Any]:
     path = folder / "cache.json"
     try:
-        header = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            data = file.read(_MAX_HEADER_BYTES + 1)
     except FileNotFoundError:
         raise ValueError(f"folder: expected a contrast cache, got {folder} without cache.json") from None
-    except ValueError as error:
-        raise CorruptCacheError(f"{path} is not readable JSON: {error}") from error
-    version = header.get(_MARK) if isinstance(header, dict) else None
+    if len(data) > _MAX_HEADER_BYTES:
+        raise CorruptCacheError(f"{path} is no cache's header: it has more than {_MAX_HEADER_BYTES} bytes")
+    header = _parsed(data, str(path))
+    version = header.get(_MARK)
     if version != FORMAT_VERSION:
         raise ValueError(f"folder: expected a contrast cache of format {FORMAT_VERSION} in {folder}, got {version}")
+    layers = header.get("layers")
+    if not (
+        isinstance(header.get("fingerprint"), dict)
+        and _is_count(header.get("hidden_size"), least=1)
+        and isinstance(header.get("dtype"), str)
+        and header["dtype"] in _DTYPES
+        and isinstance(layers, list)
+        and all(_is_count(layer) for layer in layers)
+    ):
+        raise CorruptCacheError(
+            f"{path} is damaged: expected fingerprint, hidden_size, one of {', '.join(_DTYPES)} as dtype, and layers"
+        )
     return header
 
 
-def _read_index(path: Path) -> tuple[list[dict[str, Any]], bool]:
+def _read_index(path: Path, header: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
     """Records of the finished shards, and whether the last line was torn by a kill."""
     if not path.exists():
         return [], False
-    *lines, tail = path.read_bytes().split(b"\n")
+    part = path.stem.removeprefix("index-")
     records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise CorruptCacheError(f"{path}, line {number} is not readable JSON: {error}") from error
-    return records, bool(tail)
+    with open(path, "rb") as file:
+        while line := file.readline(_MAX_INDEX_LINE_BYTES + 1):
+            where = f"{path}, line {len(records) + 1}"
+            if len(line) > _MAX_INDEX_LINE_BYTES:
+                raise CorruptCacheError(f"{where} has more than {_MAX_INDEX_LINE_BYTES} bytes")
+            if not line.endswith(b"\n"):
+                return records, True
+            record = _parsed(line, where)
+            if problem := _record_problem(record, part, header):
+                raise CorruptCacheError(f"{where} is damaged: {problem}")
+            records.append(record)
+    return records, False
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object of a file that anybody may have written."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        value = json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCacheError(f"{where} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptCacheError(f"{where} is not readable JSON: expected an object, got {type(value).__name__}")
+    return value
+
+
+def _record_problem(record: Mapping[str, Any], part: str, header: Mapping[str, Any]) -> str | None:
+    """What is wrong with a line of the index of `part`, before any of it is believed: names leave no folder, rows fit."""
+    name, size, rows, samples = (record.get(key) for key in ("shard", "bytes", "rows", "samples"))
+    stem = name.removeprefix(f"shard-{part}-").removesuffix(".safetensors") if isinstance(name, str) else ""
+    if not (stem.isascii() and stem.isdigit()) or name != f"shard-{part}-{stem}.safetensors":
+        return f"expected shard-{part}-NUMBER.safetensors, got {name!r}"
+    if not (_is_count(size) and _is_count(rows) and isinstance(record.get("sha256"), str) and isinstance(samples, list)):
+        return "expected bytes, sha256, rows and samples"
+    width = {"hidden_size": header["hidden_size"], "dtype": _DTYPES[header["dtype"]], "layers": len(header["layers"])}
+    least = ContrastCache.estimate_bytes(tokens=rows, **width)
+    if size < least:
+        return f"{rows} rows need at least {least} bytes, it says {size}"
+    for sample in samples:
+        if not (
+            isinstance(sample, list)
+            and len(sample) == 4
+            and isinstance(sample[0], str)
+            and _is_count(sample[1])
+            and _is_count(sample[2])
+            and sample[1] + sample[2] <= rows
+            and isinstance(sample[3], str)
+        ):
+            return f"expected [id, first row, rows, content] within {rows} rows, got {str(sample)[:80]}"
+    return None
+
+
+def _is_count(value: object, *, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _shard_problem(folder: Path, record: Mapping[str, Any], *, verify_checksums: bool) -> str | None:
@@ -543,8 +632,12 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     temporary = folder / path.name
     folder.mkdir(exist_ok=True)
     try:
-        _safetensors().torch.save_file(tensors, temporary, metadata={_MARK: str(FORMAT_VERSION)})
-        with open(temporary, "rb+") as file:
+        try:
+            _safetensors().torch.save_file(tensors, temporary, metadata={_MARK: str(FORMAT_VERSION)})
+        except _safetensors().SafetensorError as error:  # which names no file
+            raise OSError(f"shard {path} cannot be written: {error}") from error
+        os.chmod(temporary, folder.stat().st_mode & 0o666)  # that file is its owner's alone; the folder knows the umask
+        with _naming(path), open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         described = {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
         os.replace(temporary, path)
@@ -554,10 +647,36 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return described
 
 
+def _append(path: Path, data: bytes) -> None:
+    """All of `data` at the file's end, on the disk, or none of it: what a full disk has cut off would spoil the next line."""
+    with _naming(path), open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, end)
+            raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk is met by a descriptor, whose error names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with _naming(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

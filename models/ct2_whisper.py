@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 
 _SUPPORTED_VERSION = 6
 _DTYPES = {0: np.dtype("<f4"), 1: np.dtype("i1"), 2: np.dtype("<i2"), 3: np.dtype("<i4"), 4: np.dtype("<f2")}
+_MAX_RANK = 8  # numpy stops at 32 or 64
 _HEAD_WIDTH = 64  # every published Whisper has heads of 64
 _MULTILINGUAL_VOCAB_SIZE = 51865  # the English-only models have one token fewer, and their special tokens lie one lower
 _SPEC_NAME = "WhisperSpec"
@@ -137,9 +139,19 @@ def load_ct2_whisper(path: str | os.PathLike[str], *, dtype: torch.dtype = torch
     Raises:
         Ct2FormatError: the file cannot be read as a Whisper, or its variables do not fit the model they describe.
     """
+    label = Path(path).name
+    model = read_ct2_model(path)
+    try:
+        return _build_whisper(whisper_state_dict(model)).to(dtype).eval()
+    except Ct2FormatError as error:
+        raise Ct2FormatError(f"{label}: {error}") from None
+    except (ValueError, IndexError, KeyError, RuntimeError) as error:  # what torch says of shapes that no Whisper has
+        raise Ct2FormatError(f"{label}: the variables are no Whisper's: {error}") from None
+
+
+def _build_whisper(state: dict[str, torch.Tensor]):
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    state = whisper_state_dict(read_ct2_model(path))
     width = state["model.encoder.layer_norm.weight"].numel()
     feed_forward_width = state["model.encoder.layers.0.fc1.weight"].shape[0]
     vocab_size = state["proj_out.weight"].shape[0]
@@ -161,14 +173,23 @@ def load_ct2_whisper(path: str | os.PathLike[str], *, dtype: torch.dtype = torch
         max_source_positions=state["model.encoder.embed_positions.weight"].shape[0],
         max_target_positions=state["model.decoder.embed_positions.weight"].shape[0],
     )
+    if problem := misfit(lambda: WhisperForConditionalGeneration(config), state):
+        raise Ct2FormatError(f"the variables do not fit a Whisper of width {width}: {problem}")
     model = WhisperForConditionalGeneration(config)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise Ct2FormatError(
-            f"{Path(path).name}: the variables do not fit a Whisper of width {width}: {error}"
-        ) from None
-    return model.to(dtype).eval()
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def misfit(make: Callable[[], torch.nn.Module], state: dict[str, torch.Tensor]) -> str | None:
+    """Why `state` is not that of the model; None if it is. The model is made without memory: its sizes may be a lie."""
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in make().state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in state.items()}
+    wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+    if not wrong:
+        return None
+    name = wrong[0]
+    return f"{name}: expected {expected.get(name, 'none')}, got {got.get(name, 'none')} ({len(wrong)} such)"
 
 
 class _Reader:
@@ -201,7 +222,10 @@ class _Reader:
             raise Ct2FormatError(f"{self._label}: the {what} before byte {self._offset} is no UTF-8 text") from None
 
     def array(self, name: str) -> np.ndarray:
-        shape = [self.number("<I", name) for _ in range(self.number("<B", name))]
+        rank = self.number("<B", name)
+        if rank > _MAX_RANK:
+            raise Ct2FormatError(f"{self._label}: {name!r} has {rank} dimensions, expected at most {_MAX_RANK}")
+        shape = [self.number("<I", name) for _ in range(rank)]
         type_id = self.number("<B", name)
         size = self.number("<I", name)
         dtype = _DTYPES.get(type_id)
@@ -216,6 +240,8 @@ class _Reader:
             raise Ct2FormatError(
                 f"{self._label}: {name!r} of shape {shape} needs {expected} bytes, the file says {size}"
             )
+        if not expected:  # any other dimension could then be claimed for nothing
+            raise Ct2FormatError(f"{self._label}: {name!r} of shape {shape} is empty")
         return self.take(size, name).view(dtype).reshape(shape)
 
 

@@ -38,7 +38,7 @@ from models.data.manifest import SPLITS, Example, parse_object
 from models.data.prompts import target_template
 from models.diagnostics import calibration, compare, control_priors, hint_priors, prior_confusion
 from models.features import FeatureError, FeatureStore, clip_key, extract_features
-from models.io_utils import atomic_write_json, atomic_write_text, fingerprint, sha256_file
+from models.io_utils import append_bytes, atomic_write_json, atomic_write_text, fingerprint, sha256_file
 from models.score_tables import print_comparison, print_summary, to_json
 from models.scorers import Scorer, load_scorer
 from models.scoring import AUDIO_CATEGORY, Prediction, claimed_choice, context_kind, judged, metrics
@@ -303,10 +303,7 @@ def write_header(path: str | Path, settings: dict[str, Any]) -> None:
 
 def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
     """Add predictions to a file, flushed to the disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions)
-        file.flush()
-        os.fsync(file.fileno())
+    append_bytes(path, "".join(json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions).encode())
 
 
 def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
@@ -327,7 +324,7 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
     try:
         header = json.loads(lines[0])
         known = header.get(FILE_KEY) == FILE_VERSION
-    except (IndexError, ValueError, AttributeError):
+    except (IndexError, ValueError, AttributeError, RecursionError):
         known = False
     if not known:
         raise EvaluationError(f'{path}: expected a first line with "{FILE_KEY}": {FILE_VERSION}')
@@ -337,7 +334,7 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
             if not line.endswith(b"\n"):
                 raise ValueError("no line end")
             predictions.append(Prediction(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
             if repair:

@@ -104,7 +104,7 @@ def extract_features(
         encode: waveforms (16 kHz mono float32) -> (B, K, T, D); `SpeechLM.encode_audio`.
 
     Returns:
-        the store, and (example id, reason) of each clip that could not be read.
+        the store, and (example id, reason) of each clip that could not be read, or whose features are not finite.
 
     Raises:
         ValueError: `batch_clips` is below 1.
@@ -120,8 +120,14 @@ def extract_features(
 
     def encode_waiting() -> None:
         if waiting:
-            out.append(encode([wave for _, wave in waiting]).to(torch.float16).cpu())
-            keys.extend(key for key, _ in waiting)
+            encoded = encode([wave for _, wave in waiting]).to(torch.float16).cpu()  # beyond 65504 there is only inf
+            good = encoded.flatten(1).isfinite().all(1)
+            out.append(encoded[good])
+            for (key, _), finite in zip(waiting, good.tolist(), strict=True):
+                if finite:
+                    keys.append(key)
+                else:
+                    problems.append((clips[key].id, f"{clips[key].audio}: the encoder's features are not finite in float16"))
             waiting.clear()
 
     for key, example in tqdm(clips.items(), desc="encode clips", unit="clip", disable=not progress_bar):
@@ -142,7 +148,7 @@ def extract_features(
     if len(problems) > max_bad_fraction * max(1, len(clips)):
         listed = "; ".join(f"{i}: {reason}" for i, reason in problems[:5])
         raise FeatureError(f"{len(problems)} of {len(clips)} clips could not be read (max {max_bad_fraction:.0%}): {listed}")
-    if not out:
+    if not keys:
         raise FeatureError("no clip to encode")
     return FeatureStore(keys, torch.cat(out)), problems
 

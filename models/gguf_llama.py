@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from models.ct2_whisper import misfit
+
 _TENSOR_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -26,7 +28,12 @@ _TENSOR_NAMES = {
 }
 _TOP_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
               "output.weight": "lm_head.weight"}  # fmt: skip
+_MAX_LAYERS = 1000
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
+
+
+class GgufFormatError(ValueError):
+    """The file is no GGUF with a Llama of the kind read here, or it is damaged; the message names it."""
 
 
 def load_gguf_llama(path: str | os.PathLike[str]):
@@ -40,18 +47,25 @@ def load_gguf_llama(path: str | os.PathLike[str]):
 
     Raises:
         ImportError: the package `gguf` is missing.
-        ValueError: another architecture or tokenizer, or tensors that do not fit the configuration.
+        FileNotFoundError: no such file.
+        GgufFormatError: another architecture or tokenizer, tensors that do not fit the configuration, or a damaged file.
     """
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from error
-    reader = GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"{Path(path).name}: expected the architecture 'llama', got {architecture!r}")
-    return _build_model(reader.tensors, fields, Path(path).name), _build_tokenizer(fields, Path(path).name)
+    label = Path(path).name
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        architecture = fields.get("general.architecture")
+        if architecture != "llama":
+            raise GgufFormatError(f"{label}: expected the architecture 'llama', got {architecture!r}")
+        return _build_model(reader.tensors, fields, label), _build_tokenizer(fields, label)
+    except (GgufFormatError, FileNotFoundError):
+        raise
+    except Exception as error:  # the package believes a header, and fails in a dozen ways where it lies
+        raise GgufFormatError(f"{label}: damaged ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def _build_model(tensors: Any, fields: dict[str, Any], label: str):
@@ -61,6 +75,10 @@ def _build_model(tensors: Any, fields: dict[str, Any], label: str):
     heads = fields["llama.attention.head_count"]
     key_value_heads = fields.get("llama.attention.head_count_kv", heads)
     names = {tensor.name for tensor in tensors}
+    # The header's numbers decide what is made: they must be those of tensors that are there.
+    depth = len({name.split(".")[1] for name in names if name.startswith("blk.")})
+    if fields["llama.block_count"] != depth or depth > _MAX_LAYERS:
+        raise GgufFormatError(f"{label}: {fields['llama.block_count']} layers by its header, tensors of {depth}")
     config = LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=fields["llama.embedding_length"],
@@ -87,11 +105,10 @@ def _build_model(tensors: Any, fields: dict[str, Any], label: str):
         state[_rename(tensor.name, label)] = value
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    if problem := misfit(lambda: LlamaForCausalLM(config), state):
+        raise GgufFormatError(f"{label}: the tensors do not fit the file's own configuration: {problem}")
     model = LlamaForCausalLM(config)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{label}: the tensors do not fit the file's own configuration: {error}") from None
+    model.load_state_dict(state, strict=True)
     return model.eval()
 
 
@@ -101,7 +118,7 @@ def _build_tokenizer(fields: dict[str, Any], label: str):
 
     kind = fields.get("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise ValueError(f"{label}: expected a byte-level BPE tokenizer ('gpt2'), got {kind!r}")
+        raise GgufFormatError(f"{label}: expected a byte-level BPE tokenizer ('gpt2'), got {kind!r}")
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
@@ -145,4 +162,4 @@ def _rename(name: str, label: str) -> str:
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight" and parts[2] in _TENSOR_NAMES:
         return f"model.layers.{parts[1]}.{_TENSOR_NAMES[parts[2]]}.weight"
-    raise ValueError(f"{label}: the tensor {name!r} has no place in a Llama")
+    raise GgufFormatError(f"{label}: the tensor {name!r} has no place in a Llama")

@@ -48,12 +48,34 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600, unlike open()
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            error.filename = str(path)  # a full disk is met by a descriptor
         raise
     fsync_dir(path.parent)
     return path
+
+
+def append_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Put all of `data` at the end of a file, flushed to the disk, or none of it.
+
+    Raises:
+        OSError: it names the file. What a full disk has cut off is taken away again: it would spoil the next line.
+    """
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, end)
+            error.filename = error.filename or str(path)  # a full disk is met by a descriptor
+            raise
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:

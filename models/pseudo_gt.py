@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from models.data.manifest import SPLITS, TARGET_SOURCES, Example, Manifest, ManifestError, read_manifest, write_manifest
 from models.data.prompts import TASKS, target_template
-from models.io_utils import atomic_write_text, fingerprint, fsync_dir
+from models.io_utils import append_bytes, atomic_write_text, fingerprint, fsync_dir
 from models.scoring import named_choices
 
 if TYPE_CHECKING:
@@ -500,9 +500,11 @@ class _Journal:
                 )
             for line in lines[1:]:
                 row = json.loads(line)
+                if not isinstance(row["text"], str):
+                    raise TypeError
                 if row["id"] in known:
                     answers[row["id"]] = row["text"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Stage1Error(f"{self._path}: damaged, not only at its end; delete the file to begin anew") from None
         return answers
 
@@ -515,10 +517,7 @@ class _Journal:
         fsync_dir(self._path.parent)
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        assert self._file is not None
-        self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append_bytes(self._path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
 
 
 def _is_finished(out: Path, identity: str, rows: str, report: Stage1Report) -> bool:

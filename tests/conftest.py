@@ -1,12 +1,23 @@
 """Settings every test shares. Triton runs in its interpreter where there is no GPU; that is decided before it is imported."""
 
+import contextlib
 import os
+import pickle
+import signal
+import traceback
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+with contextlib.suppress(ImportError):  # a GPU machine may have torch, Triton and pytest alone
+    from hypothesis import settings
+
+    # The same examples on every run: a test that fails on CI fails at home.
+    settings.register_profile("kdkernels", deadline=None, derandomize=True, database=None)
+    settings.load_profile("kdkernels")
 
 
 def pytest_collection_modifyitems(items):
@@ -15,3 +26,55 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def in_child():
+    """Calls a function in a forked process with limits of its own, and returns what it returned.
+
+    in_child(call, *, memory_mib=None, file_bytes=None, unprivileged=False, seconds=120): at most `memory_mib` more address space
+    than now, no file longer than `file_bytes`, without root's right to write everywhere. An exception there is a RuntimeError
+    here with its traceback, and so is a process that dies or takes longer.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    import resource
+
+    def run(call, *, memory_mib=None, file_bytes=None, unprivileged=False, seconds=120):
+        reading, writing = os.pipe()
+        process = os.fork()
+        if process == 0:
+            message = (False, "no answer")
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(seconds)
+                torch.set_num_threads(1)  # a forked process has none of its parent's
+                if memory_mib is not None:
+                    with open("/proc/self/statm") as file:
+                        limit = int(file.read().split()[0]) * resource.getpagesize() + (memory_mib << 20)
+                    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                if file_bytes is not None:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+                if unprivileged and os.geteuid() == 0:
+                    os.setgroups([])
+                    os.setegid(65534)
+                    os.seteuid(65534)
+                message = (True, call())
+            except BaseException:
+                message = (False, traceback.format_exc())
+            finally:
+                os.write(writing, pickle.dumps(message))
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as file:
+            data = file.read()
+        _, status = os.waitpid(process, 0)
+        if os.WIFSIGNALED(status):
+            raise RuntimeError(f"the process died of signal {os.WTERMSIG(status)} (14: it took more than {seconds} s)")
+        good, value = pickle.loads(data)
+        if not good:
+            raise RuntimeError(value)
+        return value
+
+    return run

@@ -39,6 +39,11 @@ KINDS = ("aligned", "neutral", "conflict")
 TARGET_SOURCES = ("text_backbone", "template", "teacher", "human")
 # A row of text is a few kilobytes; a longer line is another kind of file, and must not be taken into memory whole.
 _MAX_LINE_BYTES = 1 << 20
+# An array has to be taken into memory whole, at some ten times its size.
+_MAX_ARRAY_BYTES = 1 << 29
+# Readers recurse into metadata (fingerprints, JSON again), on top of their callers' own frames.
+_MAX_DEPTH = 64
+_MAX_REASON_CHARACTERS = 500
 _PROBLEMS_SHOWN = 20
 
 
@@ -133,11 +138,20 @@ _REQUIRED = ("id", "audio")
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that was skipped: its line number in the file (the header is line 1), its id if it has one, and why."""
+    """A row that was skipped: its line number in the file (the header is line 1), its id if it has one, and why.
+
+    The reason is cut to 500 characters and the id to 200: a bad row may be all of one field.
+    """
 
     row: int
     id: str | None
     reason: str
+
+    def __post_init__(self) -> None:
+        if len(self.reason) > _MAX_REASON_CHARACTERS:
+            object.__setattr__(self, "reason", self.reason[:_MAX_REASON_CHARACTERS] + " ...")
+        if self.id is not None and len(self.id) > 200:
+            object.__setattr__(self, "id", self.id[:200] + " ...")
 
     def __str__(self) -> str:
         return f"row {self.row}" + (f" ({self.id})" if self.id else "") + f": {self.reason}"
@@ -296,8 +310,35 @@ def parse_object(line: bytes | None) -> dict[str, Any]:
     """One row as an object; None stands for a line too long to be one. Raises ValueError or TypeError."""
     if line is None:
         raise ValueError(f"line longer than {_MAX_LINE_BYTES} bytes")
+    value = _parse(line)
+    if not isinstance(value, dict):
+        raise TypeError(f"bad JSON: expected an object, got {type(value).__name__}")
+    return value
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """A whole file as one JSON value, as strictly as `parse_object` takes a row.
+
+    Raises:
+        ManifestError: the file cannot be read, is larger than 512 MiB, or is no JSON.
+    """
     try:
-        text = line.decode("utf-8-sig")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_ARRAY_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > _MAX_ARRAY_BYTES:
+        raise ManifestError(f"{path}: more than {_MAX_ARRAY_BYTES} bytes in one JSON value; write one row a line instead")
+    try:
+        return _parse(data)
+    except ValueError as error:
+        raise ManifestError(f"{path}: {error}") from None
+
+
+def _parse(data: bytes) -> Any:
+    """A JSON value in which every number is finite, no key stands twice, and nothing is nested beyond use."""
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     try:
@@ -312,9 +353,17 @@ def parse_object(line: bytes | None) -> dict[str, Any]:
         raise ValueError(f"bad JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("bad JSON: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise TypeError(f"bad JSON: expected an object, got {type(value).__name__}")
-    return value
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError("bad JSON: nested too deeply")
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | dict[str, Any] | None]]:
@@ -332,10 +381,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | dict[
         yield first
         yield from numbered
         return
-    try:
-        rows = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: bad JSON: {error}") from None
+    rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ManifestError(f"{path}: expected an array of objects")
     yield from enumerate(rows, 1)

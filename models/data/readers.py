@@ -23,7 +23,6 @@ Rows of other shapes are problems, skipped and listed like the bad rows of a man
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -40,6 +39,7 @@ from models.data.manifest import (
     ManifestError,
     Problem,
     parse_object,
+    read_json,
     read_rows,
     refuse_if_too_bad,
     write_manifest,
@@ -48,12 +48,14 @@ from models.data.manifest import (
 FORMS = ("desta", "dynamic_superb", "mcr_bench")
 # MCR-BENCH's context types and the kind of each.
 CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
-_AUDIO_MARK = re.compile(r"<start_audio>.*?<end_audio>|<\|?/?audio\|?>", re.IGNORECASE | re.DOTALL)
+# No mark within a mark: a text full of openings that nothing closes would be searched to its end from each of them.
+_AUDIO_MARK = re.compile(r"<start_audio>(?:(?!<start_audio>).)*?<end_audio>|<\|?/?audio\|?>", re.IGNORECASE | re.DOTALL)
 _OFFERED = re.compile(
     r"\b(?:answers?|labels?|responses?|options?)\s+(?:could|should|can|may|must|might)\s+be\s+(.+)", re.I
 )
+_MAX_DESCRIPTION_CHARACTERS = 4096  # matching may take the square of it
 _SEGMENT = re.compile(
-    r"\[(\d+):(\d\d(?:\.\d+)?)-(\d+):(\d\d(?:\.\d+)?)\]\s*(.*?)\s*\(((?:[^()]|\([^()]*\))*)\)\s*$", re.DOTALL
+    r"\[(\d{1,6}):(\d\d(?:\.\d+)?)-(\d{1,6}):(\d\d(?:\.\d+)?)\]\s*(.*?)\s*\(((?:[^()]|\([^()]*\))*)\)\s*$", re.DOTALL
 )
 
 
@@ -130,7 +132,8 @@ def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | N
     Returns:
         (text, {"gender": "female", "emotion": "happy"}, start, end in seconds), or None for text of another form.
     """
-    match = _SEGMENT.fullmatch(text.strip())
+    text = text.strip()
+    match = _SEGMENT.fullmatch(text) if len(text) <= _MAX_DESCRIPTION_CHARACTERS else None
     if match is None:
         return None
     start_minutes, start_seconds, end_minutes, end_seconds, words, facts = match.groups()
@@ -237,7 +240,7 @@ def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterato
 
 def _offered(instruction: str) -> tuple[str, ...]:
     """The choices that an instruction names; () if it names none, or only one."""
-    match = _OFFERED.search(instruction)
+    match = _OFFERED.search(" ".join(instruction.split()))  # what follows looks for words from every blank of a run
     if match is None:
         return ()
     listed = re.split(r"\s*,\s*(?:(?:or|and)\s+)?|\s+(?:or|and)\s+|/", match[1].strip().rstrip(".?! "))
@@ -289,12 +292,7 @@ def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] |
     if form != "dynamic_superb" or path.name != "metadata.json":
         yield from read_rows(path)
         return
-    try:
-        rows = json.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: bad JSON: {error}") from None
+    rows = read_json(path)
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise ManifestError(f"{path}: expected an object of rows by clip")
     folder = path.absolute().parent
