@@ -1,0 +1,275 @@
+"""Several processes, started by torchrun: what they share, and checkpoints that any number of them can go on from.
+
+    torchrun --nproc-per-node 4 -m models.train RECIPE run.parallel=fsdp2 ...
+
+The engines are PyTorch's own: DistributedDataParallel, `fully_shard` (FSDP2), torch.distributed.checkpoint. Each rank takes its
+part of a step's examples; the divisors of the objective are summed over ranks, so that a step on W ranks has the gradient of
+the same step on one.
+
+A distributed checkpoint is a folder `step-00000120` with
+
+    shard-*.safetensors   what each rank holds of the trained weights and of the optimiser's tensors, with its offsets
+    trainer.json          step, the optimiser's numbers, whatever the loop adds
+    manifest.json         size and SHA-256 of each file; written last
+
+written under a temporary name and renamed when every rank has finished, in a file system that all ranks see. It says nothing of
+ranks: tensors are read by name and offset, on as many as there are then. No pickle: nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kdkernels.layer_states import decoder_layers
+from models.checkpoint import CheckpointError, check_manifest, find_checkpoint, prune_checkpoints, write_manifest
+from models.io_utils import atomic_dir
+
+STRATEGIES = ("none", "ddp", "fsdp2")
+FORMAT = "distributed 1"
+_TRAINER = "trainer.json"
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; by default it is the only one."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    @contextlib.contextmanager
+    def started_by_torchrun(cls, device: torch.device) -> Iterator[Ranks]:
+        """Joins the process group that torchrun describes, if it does, and leaves it afterwards.
+
+        Args:
+            device: a CUDA device is replaced by the one of this process's local rank (nccl); else gloo.
+        """
+        if "WORLD_SIZE" not in os.environ:
+            yield cls(device)
+            return
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield cls(device, dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def own(self, items: Sequence[Item]) -> list[Item]:
+        """This rank's share of a step's items, every `size`-th; the shares differ by at most one."""
+        return list(items[self.rank :: self.size])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on each of them."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank: decisions that all have to take alike."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+
+def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module | None = None) -> nn.Module:
+    """`step`, whose forward computes the loss from everything that the model is, prepared for `strategy`.
+
+    The loss has to be in that forward: there FSDP2 has gathered the LM head, and DDP sees which weights take part.
+
+    Args:
+        step: on its device, the same weights on every rank.
+        strategy: "none"; "ddp": every rank holds all weights; "fsdp2": the LM's layers, and what is left, are sharded apart
+            from each other. `step` is changed in place then.
+        lm: whose layers are sharded one by one, with "fsdp2" (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
+
+    Gradients are averaged over ranks by both engines: multiply the loss by `ranks.size`, with divisors summed over ranks.
+
+    Raises:
+        ValueError: another strategy, "none" on several ranks, or no process group.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy == "none":
+        if ranks.size > 1:
+            raise ValueError(f"strategy: expected ddp or fsdp2 on {ranks.size} ranks, got 'none'")
+        return step
+    if not dist.is_initialized():
+        raise ValueError(f"strategy: {strategy!r} needs a process group; start with torchrun (one process will do)")
+    if strategy == "ddp":
+        return nn.parallel.DistributedDataParallel(step)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    for layer in [] if lm is None else decoder_layers(lm):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(step, mesh=mesh)
+
+
+def gradient_sync(step: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Around forward and backward of one part of an optimiser step: DDP exchanges gradients in its last part alone.
+
+    FSDP2 reduces its shards in every part, which keeps the gradient sharded.
+    """
+    ddp = isinstance(step, nn.parallel.DistributedDataParallel)
+    return step.no_sync() if ddp and not last else contextlib.nullcontext()
+
+
+def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, the norm being that of all shards together, as a plain tensor."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def save_distributed(
+    root: str | Path,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trainer_state: Mapping[str, Any],
+    ranks: Ranks,
+    keep_last: int = 2,
+) -> Path:
+    """Write `root/step-XXXXXXXX`; every rank has to make the call.
+
+    Args:
+        root: in a file system that all ranks see; `keep_last` checkpoints up to this step stay in it, and none of a later one.
+        model: the one whose parameters the optimiser holds, not a DDP wrapper; its frozen parameters are left out.
+        trainer_state: JSON-like, the first rank's is written.
+
+    Returns:
+        the folder.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    path = Path(root) / f"step-{step:08d}"
+    tensors, numbers = _state(model, optimizer)
+    with atomic_dir(path) if ranks.is_first else contextlib.nullcontext() as folder:
+        folder = _on_first(ranks, lambda: folder)
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))  # waits for every rank
+        if ranks.is_first:
+            plain = {name: _to_json(value) for name, value in numbers.items()}
+            trainer = {"step": step, "optimizer": plain, "state": dict(trainer_state)}
+            (folder / _TRAINER).write_text(json.dumps(trainer, allow_nan=False), encoding="utf-8")
+            write_manifest(folder, step, FORMAT)
+    if ranks.is_first:
+        prune_checkpoints(root, path, keep_last)
+    _on_first(ranks, lambda: None)  # nobody goes on before the folder has its name
+    return path
+
+
+def load_distributed(path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a checkpoint back into `model` and `optimizer`, however they are sharded now; every rank has to make the call.
+
+    Args:
+        path: what `find_distributed` gave, which has checked its files.
+
+    Returns:
+        {"step": ..., "state": the loop's trainer_state}.
+
+    Raises:
+        CheckpointError: it is of another model or optimiser; the message names a tensor.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    trainer = json.loads((Path(path) / _TRAINER).read_text(encoding="utf-8"))
+    tensors, numbers = _state(model, optimizer)
+    reader = HuggingFaceStorageReader(str(path))
+    saved = {name: tuple(x.size) for name, x in reader.read_metadata().state_dict_metadata.items()}
+    saved |= dict.fromkeys(trainer["optimizer"], "a number")
+    expected = {name: tuple(x.shape) for name, x in tensors.items()} | dict.fromkeys(numbers, "a number")
+    different = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{path}: of another model or optimiser: {name} is {saved.get(name, 'missing')} there, "
+            f"{expected.get(name, 'missing')} here ({len(different)} such)"
+        )
+    load(tensors, storage_reader=reader)
+    numbers = {name: _from_json(trainer["optimizer"][name], value) for name, value in numbers.items()}
+    state: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
+    for name, value in {**tensors, **numbers}.items():
+        part, _, key = name.partition(".")
+        state[part][key] = value
+    options = StateDictOptions(strict=False, flatten_optimizer_state_dict=True)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+    )
+    return {"step": trainer["step"], "state": trainer["state"]}
+
+
+def find_distributed(root: str | Path, resume: str, ranks: Ranks) -> Path | None:
+    """The folder that `run.resume` asks for, its files checked by the first rank; see `models.checkpoint.find_checkpoint`.
+
+    Raises:
+        CheckpointError: on every rank alike.
+    """
+
+    def checked(path: Path) -> Path:
+        check_manifest(path, FORMAT, {_TRAINER})
+        return path
+
+    return _on_first(ranks, lambda: find_checkpoint(root, resume, checked))
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is saved, by name: tensors, and what is one number on every rank alike."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+    # A parameter with two names (a tied LM head) is held under the first; safetensors refuses memory that is shared.
+    first = {name for name, _ in model.named_parameters()}
+    for name in {name for name, _ in model.named_parameters(remove_duplicate=False)} - first:
+        parts["model"].pop(name, None)
+    everything = {f"{part}.{key}": value for part, entries in parts.items() for key, value in entries.items()}
+    tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor) and value.dim()}
+    return tensors, {name: value for name, value in everything.items() if name not in tensors}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Tensor):  # a step counter
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any, like: Any) -> Any:
+    if isinstance(like, Tensor):
+        return torch.tensor(value, dtype=like.dtype, device=like.device)
+    return tuple(value) if isinstance(like, tuple) else value
+
+
+def _on_first(ranks: Ranks, function: Callable[[], Any]) -> Any:
+    """What `function` gives on the first rank, on every rank; its CheckpointError likewise."""
+    result: list[Any] = [None, None]
+    if ranks.is_first:
+        try:
+            result[0] = function()
+        except CheckpointError as error:
+            result[1] = str(error)
+    if ranks.size > 1:
+        dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise CheckpointError(result[1])
+    return result[0]
