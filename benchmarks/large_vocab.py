@@ -82,8 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in args.recipes if name not in RECIPES]
     if unknown:
         parser.error(f"RECIPE: expected some of {', '.join(RECIPES)}, got {', '.join(unknown)}")
-    if args.steps < 1 or not 1 <= args.predicted < args.columns:
-        parser.error(f"--steps, --predicted: expected >= 1 and fewer than {args.columns} columns, got {args.steps}, {args.predicted}")
+    if args.steps < 1:
+        parser.error(f"--steps: expected >= 1, got {args.steps}")
+    if not 1 <= args.predicted < args.columns:
+        parser.error(f"--predicted: expected 1 to {args.columns - 1}, fewer than --columns, got {args.predicted}")
     table = []
     for name in args.recipes or RECIPES:
         request = {

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,9 @@ def save_distributed(
     tensors, numbers = _state(model, optimizer)
     with atomic_dir(path) if ranks.is_first else contextlib.nullcontext() as folder:
         folder = _on_first(ranks, lambda: folder)
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))  # waits for every rank
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        with _alone_on_purpose():
+            save(tensors, storage_writer=writer)  # waits for every rank
         if ranks.is_first:
             plain = {name: _to_json(value) for name, value in numbers.items()}
             trainer = {"step": step, "optimizer": plain, "state": dict(trainer_state)}
@@ -206,7 +209,8 @@ def load_distributed(path: str | Path, *, model: nn.Module, optimizer: torch.opt
             f"{path}: of another model or optimiser: {name} is {saved.get(name, 'missing')} there, "
             f"{expected.get(name, 'missing')} here ({len(different)} such)"
         )
-    load(tensors, storage_reader=reader)
+    with _alone_on_purpose():
+        load(tensors, storage_reader=reader)
     numbers = {name: _from_json(trainer["optimizer"][name], value) for name, value in numbers.items()}
     state: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
     for name, value in {**tensors, **numbers}.items():
@@ -246,6 +250,14 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str
     everything = {f"{part}.{key}": value for part, entries in parts.items() for key, value in entries.items()}
     tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor) and value.dim()}
     return tensors, {name: value for name, value in everything.items() if name not in tensors}
+
+
+@contextlib.contextmanager
+def _alone_on_purpose() -> Iterator[None]:
+    """Without torch's warning that there is no process group: a single process is a number of ranks like any other."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _to_json(value: Any) -> Any:
