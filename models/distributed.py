@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from kdkernels.layer_states import decoder_layers
 from models.checkpoint import CheckpointError, check_manifest, find_checkpoint, prune_checkpoints, write_manifest
+from models.config import PARALLEL
 from models.io_utils import atomic_dir
 
-STRATEGIES = ("none", "ddp", "fsdp2")
 FORMAT = "distributed 1"
 _TRAINER = "trainer.json"
 Item = TypeVar("Item")
@@ -88,7 +88,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank: decisions that all have to take alike."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
 
 def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module | None = None) -> nn.Module:
@@ -102,13 +102,14 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
             from each other. `step` is changed in place then.
         lm: whose layers are sharded one by one, with "fsdp2" (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
 
-    Gradients are averaged over ranks by both engines: multiply the loss by `ranks.size`, with divisors summed over ranks.
+    Gradients are averaged over ranks by both engines: multiply the loss by `ranks.size`, with divisors summed over ranks. With
+    "fsdp2" every rank has to call `step` as often as the others, and to use the same weights in it.
 
     Raises:
         ValueError: another strategy, "none" on several ranks, or no process group.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy not in PARALLEL:
+        raise ValueError(f"strategy: expected one of {', '.join(PARALLEL)}, got {strategy!r}")
     if strategy == "none":
         if ranks.size > 1:
             raise ValueError(f"strategy: expected ddp or fsdp2 on {ranks.size} ranks, got 'none'")
@@ -116,7 +117,8 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
     if not dist.is_initialized():
         raise ValueError(f"strategy: {strategy!r} needs a process group; start with torchrun (one process will do)")
     if strategy == "ddp":
-        return nn.parallel.DistributedDataParallel(step)
+        # A part whose rows have no audio does not use the connector: without the search its rank would keep the others waiting.
+        return nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -139,6 +141,15 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     """`torch.nn.utils.clip_grad_norm_`, the norm being that of all shards together, as a plain tensor."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def make_whole(model: nn.Module) -> None:
+    """Replaces every sharded parameter by a whole one, on every rank: for saving, after the last step."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if hasattr(parameter, "full_tensor"):
+                whole = nn.Parameter(parameter.detach().full_tensor(), requires_grad=parameter.requires_grad)
+                module.register_parameter(name, whole)
 
 
 def save_distributed(

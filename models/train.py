@@ -9,6 +9,10 @@ The whole story of a step: draw examples; the frozen teachers' hidden states at 
 student's; `fused_linear_multi_teacher_loss` (of one teacher that is `fused_linear_caad_loss`); AdamW on the connector. Ctrl-C or
 SIGTERM finishes the step, saves, and prints the command that goes on (`run.resume=auto`): on a CPU that continuation is the
 undisturbed run, bit for bit.
+
+    torchrun --nproc-per-node 4 -m models.train caad run.parallel=ddp ...
+
+trains on several devices (models/distributed.py); each rank has its share of every step's examples.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,16 @@ from models.checkpoint import (
     trainable_state,
 )
 from models.config import ConfigError, LossConfig, Recipe, describe_recipes, load_recipe, to_dict
+from models.distributed import (
+    Ranks,
+    clip_grad_norm,
+    find_distributed,
+    gradient_sync,
+    load_distributed,
+    make_whole,
+    parallelize,
+    save_distributed,
+)
 from models.io_utils import atomic_write_json, exclusive, fingerprint
 from models.metrics import MetricsLogger
 from models.sources import (
@@ -55,7 +69,7 @@ from models.sources import (
     check_folders,
     read_examples,
 )
-from models.teachers import Source, SourceError, TeacherStates
+from models.teachers import LayerDistillation, Source, SourceError, TeacherStates
 
 
 class NonFiniteError(RuntimeError):
@@ -78,6 +92,7 @@ def train(
     data: TrainingData,
     sources: Sequence[Source] = (),
     resume_command: str | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Run a recipe to its end, or to the next whole step after SIGINT / SIGTERM.
 
@@ -89,12 +104,14 @@ def train(
         sources: the teachers; kd, sharpened and caad need their own, named `OWN_TEACHER`. The projections of a source's layers
             train, lie in the checkpoints, and are not in run.out_dir/final.
         resume_command: printed when a signal stops the run.
+        ranks: this process among those of the run; all of them make the call, with models of equal weights. None = alone.
 
     Returns:
         the step reached and why it ended; checkpoints lie in run.out_dir/checkpoints, the result in run.out_dir/final.
 
     Raises:
         ValueError: no teacher though the objective needs one, no example, or nothing to train.
+        ConfigError: settings that do not go with the number of ranks or with run.parallel.
         NonFiniteError: naming the examples; before the optimiser's step.
         CheckpointError: the checkpoint to resume from is damaged or of another recipe.
     """
@@ -105,69 +122,86 @@ def train(
     if len(data) == 0:
         raise ValueError("data: expected at least one example, got none")
     optim, run = recipe.optim, recipe.run
-    device = pick_device(run.device)
+    ranks = Ranks(pick_device(run.device)) if ranks is None else ranks
+    _check_ranks(recipe, ranks)
+    device = ranks.device
     model.to(device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected a parameter that requires grad, got none")
     compared = {source.name: source.layers for source in sources if source.layers is not None}
     if compared:  # one state dict, one list of parameters, for optimiser and checkpoints
         model.layer_distillation = torch.nn.ModuleDict(compared).to(device)
-    student_layers = sorted({layer for layers in compared.values() for layer in layers.student_layers})
+    objective = _Objective(recipe, model, data, compared)
+    objective = parallelize(objective, run.parallel, ranks, lm=getattr(model, "lm", None))
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         list(names), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
     )
     out_dir = Path(run.out_dir)
     settings = _settings_that_matter(recipe)
-    drawn_from = fingerprint([example.id for example in data.examples])  # the cursor means nothing in another list
 
-    if run.resume == "never":
+    if run.resume == "never" and ranks.is_first:
         set_aside(out_dir / "checkpoints")
-    checkpoint = find_checkpoint(out_dir / "checkpoints", run.resume)
-    first_step = 1
-    if checkpoint is not None:
-        state = checkpoint.trainer["state"]
-        _check_same_settings(state["recipe"], settings, checkpoint.path)
-        if state["examples"] != drawn_from:
-            raise CheckpointError(f"{checkpoint.path}: made with other examples than the {len(data)} that were read now")
-        restore_model(model, checkpoint)
-        restore_optimizer(optimizer, checkpoint, names)
-        first_step = checkpoint.step + 1
+    state, done = None, 0
+    if run.parallel == "none":
+        checkpoint = find_checkpoint(out_dir / "checkpoints", run.resume)
+        if checkpoint is not None:
+            path, done, state = checkpoint.path, checkpoint.step, checkpoint.trainer["state"]
+            _check_same_run(state, settings, data, path)
+            restore_model(model, checkpoint)
+            restore_optimizer(optimizer, checkpoint, names)
+    else:
+        checkpoint = None
+        path = find_distributed(out_dir / "checkpoints", run.resume, ranks)
+        if path is not None:
+            loaded = load_distributed(path, model=model, optimizer=optimizer)
+            done, state = loaded["step"], loaded["state"]
+            _check_same_run(state, settings, data, path)
     metrics = MetricsLogger(
-        out_dir, tensorboard=run.tensorboard, resume_step=None if checkpoint is None else checkpoint.step
+        out_dir,
+        tensorboard=run.tensorboard,
+        resume_step=None if state is None else done,
+        total=ranks.sum if ranks.size > 1 else None,
+        writes=ranks.is_first,
     )
-    if checkpoint is not None:
+    if state is not None:
         metrics.load_state_dict(state["metrics"], device=device)
+    if checkpoint is not None:
         restore_rng(checkpoint)  # last: building things above may have drawn numbers
-    atomic_write_json(out_dir / "recipe.json", to_dict(recipe))
+    if ranks.is_first:
+        atomic_write_json(out_dir / "recipe.json", to_dict(recipe))
 
     def save(step: int) -> None:
-        save_checkpoint(
-            out_dir / "checkpoints",
-            step,
-            model_state=trainable_state(model),
-            optimizer=optimizer,
-            parameter_names=names,
-            trainer_state={"recipe": settings, "examples": drawn_from, "metrics": metrics.state_dict()},
-            keep_last=run.keep_last_checkpoints,
-        )
+        saved = {"recipe": settings, "examples": _fingerprint_of(data), "metrics": metrics.state_dict()}
+        options = {"optimizer": optimizer, "trainer_state": saved, "keep_last": run.keep_last_checkpoints}
+        if run.parallel == "none":
+            weights = trainable_state(model)
+            save_checkpoint(out_dir / "checkpoints", step, model_state=weights, parameter_names=names, **options)
+        else:
+            save_distributed(out_dir / "checkpoints", step, model=model, ranks=ranks, **options)
 
     model.train()
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     micro_examples = optim.micro_batch_examples or optim.batch_examples
+    share = ranks.own(range(optim.batch_examples))  # which of a step's examples are this rank's
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.bf16 and device.type == "cuda")
-    bar = tqdm(total=optim.steps, initial=first_step - 1, desc=recipe.objective, unit="step", disable=not run.progress_bar)
+    shows = run.progress_bar and ranks.is_first
+    bar = tqdm(total=optim.steps, initial=done, desc=recipe.objective, unit="step", disable=not shows)
     with _stop_signals() as stopped, bar:
-        for step in range(first_step, optim.steps + 1):
+        for step in range(done + 1, optim.steps + 1):
             # 1. The step's examples. The cursor alone decides which: that is what makes a resumed run the same run.
             rows = data.draw((step - 1) * optim.batch_examples, optim.batch_examples, seed=run.seed)
+            if run.parallel != "none":  # all ranks draw the same, on however many the run goes on
+                torch.manual_seed(_seed_of(run.seed, step))
             hears = torch.rand(len(rows)) >= optim.audio_dropout
             charged = torch.rand(len(rows)) < recipe.loss.ce_background_fraction
+            if run.parallel != "none":  # dropout is a rank's own
+                torch.manual_seed(_seed_of(run.seed, step, ranks.rank))
             parts = []
-            for start in range(0, len(rows), micro_examples):
-                here = slice(start, start + micro_examples)
-                examples = [data.examples[row] for row in rows[here]]
+            for start in range(0, len(share), micro_examples):
+                here = share[start : start + micro_examples]
+                examples = [data.examples[rows[number]] for number in here]
                 batch = data.make_batch(examples)
                 # What is not needed is left out before the batch moves: decided on a GPU it would be a wait.
                 counted = counted_positions(recipe, batch, charged[here])
@@ -180,40 +214,30 @@ def train(
                 parts.append((batch, states, weights, hears[here].to(device)))
 
             # 2. Divisors of the whole step, so that 4 x 4 examples give the gradient of 16.
-            kd_normalizer = torch.stack([w.kd.sum() for _, _, w, _ in parts]).sum()
-            ce_normalizer = torch.stack([w.ce.sum() for _, _, w, _ in parts]).sum()
-            layer_normalizer = torch.stack([(w.kd > 0).sum() for _, _, w, _ in parts]).sum()
+            weights_of_step = [w for _, _, w, _ in parts]
+            sums = [torch.stack([x.sum() for x in each]).sum() for each in zip(*map(_counts, weights_of_step), strict=True)]
+            kd_normalizer, ce_normalizer, layer_normalizer = (ranks.sum(x) for x in sums)
 
             # 3. Forward and backward, part by part.
             logged = step % run.log_every_steps == 0 or step == optim.steps
             optimizer.zero_grad(set_to_none=True)
             losses = []
-            for batch, states, weights, present in parts:
-                inputs = data.model_inputs(batch)
-                inputs["audio_present"] = inputs["audio_present"] & present if "audio_present" in inputs else present
-                with autocast:
-                    if not compared:
-                        hidden = model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
-                    else:
-                        taken = model.hidden_states_at(batch.target_index, **inputs, layers=student_layers)
-                        hidden, *by_layer = taken.unbind(1)
-                        layer_states = dict(zip(student_layers, by_layer, strict=True))
-                    loss, values = objective_loss(
-                        recipe, step, model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer, logged
-                    )
-                    for name, layers in compared.items():
-                        layer_loss = layers.loss(layer_states, states[name], weights.kd > 0, layer_normalizer)
-                        loss = loss + layers.settings.weight * layer_loss
-                        curve = "layers" if name == OWN_TEACHER else f"layers_{name}"
-                        metrics.add(curve, layer_loss * len(parts))  # each part's share of the step's mean
-                loss.backward()
+            for number, (batch, states, weights, present) in enumerate(parts):
+                with gradient_sync(objective, number == len(parts) - 1):
+                    with autocast:
+                        loss, values, layer_losses = objective(
+                            step, batch, states, weights, present, kd_normalizer, ce_normalizer, layer_normalizer, logged
+                        )
+                    (loss * ranks.size).backward()  # gradients are averaged over ranks
                 losses.append(loss.detach())
                 for name, value, weight in values:
                     metrics.add(name, value, weight)
+                for name, value in layer_losses:
+                    metrics.add(name, value * len(parts) * ranks.size)  # each part's share of the step's mean
 
             # 4. One update, unless something is not finite. This is the loop's one read of the device a step.
-            grad_norm = torch.nn.utils.clip_grad_norm_(list(names), optim.max_grad_norm)
-            total = torch.stack(losses).sum()
+            grad_norm = clip_grad_norm(list(names), optim.max_grad_norm)
+            total = ranks.sum(torch.stack(losses).sum())
             if not bool(torch.isfinite(total + grad_norm)):
                 metrics.close()
                 raise NonFiniteError(_non_finite_message(step, losses, grad_norm, [batch.ids for batch, *_ in parts]))
@@ -229,20 +253,93 @@ def train(
                 alpha = {} if recipe.objective not in ("sharpened", "caad", "caad+") else {"alpha": recipe.loss.alpha_at(step)}
                 line = metrics.flush(step, learning_rate=learning_rate, **alpha)
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
-            stop_now = stopped[0] is not None and step < optim.steps
+            stop_now = ranks.any(stopped[0] is not None) and step < optim.steps
             if stop_now or step % run.save_every_steps == 0 or step == optim.steps:
                 save(step)
             if stop_now:
                 metrics.close()
-                if resume_command:
+                if resume_command and ranks.is_first:
                     bar.write(f"Stopped after step {step}, saved. Go on with:\n  {resume_command}", file=sys.stderr)
-                return TrainResult(step, out_dir, stopped[0])
+                return TrainResult(step, out_dir, stopped[0] or signal.SIGTERM)  # another rank's
     metrics.close()
     if compared:
         del model.layer_distillation  # serves training alone
     model.eval()
-    model.save_pretrained(out_dir / "final")
+    if run.parallel == "fsdp2":
+        make_whole(model)
+    if ranks.is_first:
+        model.save_pretrained(out_dir / "final")
+    ranks.any(False)  # nobody leaves before it is written
     return TrainResult(optim.steps, out_dir)
+
+
+class _Objective(torch.nn.Module):
+    """A part's loss from its batch, in one forward: what `parallelize` needs.
+
+    Args:
+        compared: the layers of the sources that have some, which train; part of `model` already.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: torch.nn.Module, data: TrainingData, compared: Mapping[str, LayerDistillation]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._recipe = recipe
+        self._data = data
+        self._compared = dict(compared)  # not a submodule a second time
+        self._student_layers = sorted({layer for layers in compared.values() for layer in layers.student_layers})
+
+    def forward(
+        self,
+        step: int,
+        batch: Any,
+        states: Mapping[str, TeacherStates],
+        weights: TokenWeights,
+        present: torch.Tensor,
+        kd_normalizer: torch.Tensor,
+        ce_normalizer: torch.Tensor,
+        layer_normalizer: torch.Tensor,
+        with_stats: bool,
+    ) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
+        """Loss, curves as `objective_loss` gives them, and (curve, loss) of each source's layers."""
+        inputs = self._data.model_inputs(batch)
+        inputs["audio_present"] = inputs["audio_present"] & present if "audio_present" in inputs else present
+        layer_states: dict[int, torch.Tensor] = {}
+        if not self._compared:
+            hidden = self.model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
+        else:
+            taken = self.model.hidden_states_at(batch.target_index, **inputs, layers=self._student_layers)
+            hidden, *by_layer = taken.unbind(1)
+            layer_states = dict(zip(self._student_layers, by_layer, strict=True))
+        loss, values = objective_loss(
+            self._recipe, step, self.model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer, with_stats
+        )
+        layer_losses = []
+        for name, layers in self._compared.items():
+            layer_loss = layers.loss(layer_states, states[name], weights.kd > 0, layer_normalizer)
+            loss = loss + layers.settings.weight * layer_loss
+            layer_losses.append(("layers" if name == OWN_TEACHER else f"layers_{name}", layer_loss))
+        return loss, values, layer_losses
+
+
+def _counts(weights: TokenWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What kd, ce and layers are divided by, token by token."""
+    return weights.kd, weights.ce, weights.kd > 0
+
+
+def _seed_of(*numbers: int) -> int:
+    return random.Random(" ".join(map(str, numbers))).getrandbits(63)
+
+
+def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    if recipe.optim.batch_examples % ranks.size:
+        raise ConfigError(
+            f"optim.batch_examples: expected a multiple of the {ranks.size} ranks, got {recipe.optim.batch_examples}"
+        )
+    if recipe.run.parallel == "fsdp2" and recipe.model.prefix_cache_mib:
+        # A rank that has a prefix runs fewer layers than one that does not, and would leave it waiting for its shards.
+        raise ConfigError(f"model.prefix_cache_mib: expected 0 with run.parallel=fsdp2, got {recipe.model.prefix_cache_mib}")
 
 
 @dataclass(frozen=True)
@@ -438,15 +535,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_impl(recipe.loss.impl, device)
         check_folders(recipe)
         examples, audio_root = read_examples(recipe)
-        seed_everything(recipe.run.seed)
-        model = build_model(recipe)
-        data = build_data(recipe, model, examples, audio_root)
-        sources = build_sources(recipe, data, model, device=device)
-        seed_everything(recipe.run.seed)  # the run must not depend on what was drawn while these were built
-        kept = [word for word in arguments.overrides if not word.startswith("run.resume=")]
-        words = ["python", "-m", "models.train", arguments.recipe, *kept, "run.resume=auto"]
-        with exclusive(recipe.run.out_dir, "a training"):
-            result = train(recipe, model=model, data=data, sources=sources, resume_command=shlex.join(words))
+        with Ranks.started_by_torchrun(device) as ranks:
+            result = _train_on(ranks, recipe, examples, audio_root, [arguments.recipe, *arguments.overrides])
     except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -455,8 +545,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if result.stopped_by is not None:
         return 128 + result.stopped_by
-    print(f"{recipe.objective}: {result.step} steps -> {result.folder / 'final'}")
+    if ranks.is_first:
+        print(f"{recipe.objective}: {result.step} steps -> {result.folder / 'final'}")
     return 0
+
+
+def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root: Any, words: Sequence[str]) -> TrainResult:
+    """Builds model, data and teachers on this rank and trains; `words`: recipe and overrides as they were given."""
+    seed_everything(recipe.run.seed)
+    model = build_model(recipe)
+    data = build_data(recipe, model, examples, audio_root)
+    sources = build_sources(recipe, data, model, device=ranks.device)
+    seed_everything(recipe.run.seed)  # the run must not depend on what was drawn while these were built
+    kept = [word for word in words if not word.startswith("run.resume=")]
+    started = ["python"] if ranks.size == 1 else ["torchrun", "--nproc-per-node", str(ranks.size)]
+    command = shlex.join([*started, "-m", "models.train", *kept, "run.resume=auto"])
+    with exclusive(recipe.run.out_dir, "a training") if ranks.is_first else nullcontext():
+        return train(recipe, model=model, data=data, sources=sources, resume_command=command, ranks=ranks)
 
 
 def _check_impl(impl: str, device: torch.device) -> None:
@@ -500,9 +605,20 @@ def _stop_signals() -> Iterator[list[int | None]]:
 def _settings_that_matter(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what may differ between a run and its continuation."""
     settings = json.loads(json.dumps(to_dict(recipe)))
-    for name in ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints"):
+    ignored = ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints", "parallel")
+    for name in ignored:
         del settings["run"][name]
     return settings
+
+
+def _check_same_run(state: Mapping[str, Any], settings: dict[str, Any], data: TrainingData, path: Path) -> None:
+    _check_same_settings(state["recipe"], settings, path)
+    if state["examples"] != _fingerprint_of(data):
+        raise CheckpointError(f"{path}: made with other examples than the {len(data)} that were read now")
+
+
+def _fingerprint_of(data: TrainingData) -> str:
+    return fingerprint([example.id for example in data.examples])  # the cursor means nothing in another list
 
 
 def _check_same_settings(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
