@@ -123,9 +123,19 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    scalars = {p for p in step.parameters() if not p.dim()}  # which FSDP2 refuses: every rank keeps them
+    for scalar in scalars:
+        if scalar.requires_grad:
+            scalar.register_post_accumulate_grad_hook(_averaged)
     for layer in [] if lm is None else decoder_layers(lm):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(step, mesh=mesh)
+        fully_shard(layer, mesh=mesh, ignored_params=scalars)
+    return fully_shard(step, mesh=mesh, ignored_params=scalars)
+
+
+def _averaged(parameter: Tensor) -> None:
+    """What earlier parts have left in the gradient is the same on all ranks already, and stays as it is."""
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
 
 
 def gradient_sync(step: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -137,10 +147,21 @@ def gradient_sync(step: nn.Module, last: bool) -> contextlib.AbstractContextMana
     return step.no_sync() if ddp and not last else contextlib.nullcontext()
 
 
+@torch.no_grad()
 def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, the norm being that of all shards together, as a plain tensor."""
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    """`torch.nn.utils.clip_grad_norm_` for parameters of which some are sharded: the norm of all, as a plain tensor."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = [g for g in gradients if hasattr(g, "full_tensor")]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    whole = [g for g in gradients if not hasattr(g, "full_tensor")]
+    norms = [nn.utils.get_total_norm(sharded).full_tensor(), nn.utils.get_total_norm(whole)]
+    norm = torch.linalg.vector_norm(torch.stack([x.to(norms[0]) for x in norms]))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+        local.mul_(factor.to(local.device))
+    return norm
 
 
 def make_whole(model: nn.Module) -> None:

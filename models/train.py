@@ -260,7 +260,7 @@ def train(
                 metrics.close()
                 if resume_command and ranks.is_first:
                     bar.write(f"Stopped after step {step}, saved. Go on with:\n  {resume_command}", file=sys.stderr)
-                return TrainResult(step, out_dir, stopped[0] or signal.SIGTERM)  # another rank's
+                return TrainResult(step, out_dir, stopped[0] or int(signal.SIGTERM))  # another rank's
     metrics.close()
     if compared:
         del model.layer_distillation  # serves training alone

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kdkernels")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "kdkernels"))
 import train_fakes as fakes
 from ranks import run_ranks
 
@@ -24,7 +25,10 @@ from models.sources import TrainingData
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-WORDS = ("optim.batch_examples=8", "optim.micro_batch_examples=2", "run.save_every_steps=8", "optim.learning_rate=0.01")
+WORDS = (
+    "optim.batch_examples=8", "optim.micro_batch_examples=2", "run.save_every_steps=8", "optim.learning_rate=0.01",
+    "model.prefix_cache_mib=0", "run.keep_last_checkpoints=5",
+)  # fmt: skip
 
 
 class Killing(TrainingData):
