@@ -142,7 +142,7 @@ def speech_run(failures, out_dir, parallel):
         out_dir, "caad", "optim.steps=4", "optim.batch_examples=4", "optim.warmup_steps=1", "run.log_every_steps=1",
         "model.prefix_cache_mib=0", f"run.parallel={parallel}", "optim.audio_dropout=0",
     )  # fmt: skip
-    data = make_training_data(student, examples, Store())
+    data = make_training_data(student, examples, Store(), prefix_cache_mib=0)
     dual = DualPathTeacher(teacher, negative=MarkAbsent())
 
     def states_of(batch, _examples):
