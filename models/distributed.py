@@ -164,13 +164,17 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-def make_whole(model: nn.Module) -> None:
-    """Replaces every sharded parameter by a whole one, on every rank: for saving, after the last step."""
+def make_whole(model: nn.Module, ranks: Ranks) -> None:
+    """Sharded parameters become whole ones, on the CPU of the first rank, one after the other: for saving, after the last step."""
+    whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied LM head stays tied
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if hasattr(parameter, "full_tensor"):
-                whole = nn.Parameter(parameter.detach().full_tensor(), requires_grad=parameter.requires_grad)
-                module.register_parameter(name, whole)
+            if not hasattr(parameter, "full_tensor"):
+                continue
+            if parameter not in whole:
+                full = parameter.detach().full_tensor()
+                whole[parameter] = nn.Parameter(full.cpu(), parameter.requires_grad) if ranks.is_first else parameter
+            module.register_parameter(name, whole[parameter])
 
 
 def save_distributed(

@@ -266,7 +266,7 @@ def train(
         del model.layer_distillation  # serves training alone
     model.eval()
     if run.parallel == "fsdp2":
-        make_whole(model)
+        make_whole(model, ranks)
     if ranks.is_first:
         model.save_pretrained(out_dir / "final")
     ranks.any(False)  # nobody leaves before it is written

@@ -23,6 +23,7 @@ from models.distributed import (
     find_distributed,
     gradient_sync,
     load_distributed,
+    make_whole,
     parallelize,
     save_distributed,
 )
@@ -259,6 +260,24 @@ def test_alone_without_torchrun(monkeypatch):
     with Ranks.started_by_torchrun(CPU) as ranks:
         assert ranks == Ranks(CPU) and ranks.is_first and not dist.is_initialized()
         assert ranks.own([1, 2, 3]) == [1, 2, 3] and ranks.any(True) and not ranks.any(False)
+
+
+def made_whole(failures):
+    ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
+    lm, step, optimizer = make_training("fsdp2", ranks)
+    train_steps(step, optimizer, range(1), ranks)
+    expected = whole_weights(lm)
+    make_whole(lm, ranks)
+    if ranks.is_first:
+        if lm.lm_head.weight is not lm.model.embed_tokens.weight:
+            failures.put("the head is not tied any more")
+        found = {name: p.detach() for name, p in lm.named_parameters()}
+        if not all(type(p) is torch.Tensor and torch.equal(p, expected[name]) for name, p in found.items()):
+            failures.put("not the weights that were sharded")
+
+
+def test_whole_for_saving():
+    run_ranks(made_whole, 2)
 
 
 def shares(failures):
