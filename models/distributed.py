@@ -165,7 +165,7 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
 
 
 def make_whole(model: nn.Module, ranks: Ranks) -> None:
-    """Sharded parameters become whole ones, on the CPU of the first rank, one after the other: for saving, after the last step."""
+    """Sharded parameters become whole ones on the CPU of the first rank, one by one: for saving, after the last step."""
     whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied LM head stays tied
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
