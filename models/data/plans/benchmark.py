@@ -60,7 +60,7 @@ def plan_benchmark(settings: Settings, material: Material) -> list[Recording]:
     sentences = SentenceDeck(settings)
     lines = LineDeck(settings, material, sentences)
     planned: list[Recording] = []
-    # Every task takes its share whether it is wanted or not: leaving one out changes nothing of the others.
+    # Every task takes its share whether it is wanted or not, so that the others are planned the same.
     planned += plan_words(settings, lines)
     for plan in (plan_sentence_type, plan_noise, plan_bandwidth, plan_reverberation, plan_gender):
         planned += plan(settings, lines)

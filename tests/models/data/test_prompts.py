@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.data.manifest import Example
-from models.data.prompts import AUDIO_PLACEHOLDER, TASKS, hint_for, render_prompt, shorten_transcript, target_template
+from models.data.prompts import (
+    AUDIO_PLACEHOLDER,
+    CATEGORIES,
+    TASKS,
+    hint_for,
+    render_prompt,
+    shorten_transcript,
+    target_template,
+)
 
 
 def _example(**fields) -> Example:
@@ -44,6 +52,7 @@ def test_prompt_has_one_placeholder_and_no_field_can_pose_as_another(transcripti
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_task_puts_its_labels_into_statement_and_hint(name):
     task = TASKS[name]
+    assert task.name == name and task.category in CATEGORIES
     for label in task.choices or ("Danish",):
         assert f" {label}" in target_template(_example(task=name), label)
         assert f" {label}" in hint_for(name, label)

@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 
 from models.data.audio import AudioError
-from models.data.degrade import LEVEL_RMS, make_noise, prepare_clip
+from models.data.degrade import LEVEL_RMS, Channel, make_noise, prepare_clip, trim_silence
 from models.data.queen import read_lines
 from models.data.tuxpaint import read_stamps
 
@@ -148,3 +148,71 @@ def test_silence_and_nothing():
     assert not prepare_clip(np.zeros(8000), 8000, snr_db=None, rng=np.random.default_rng(0), max_seconds=4.0).any()
     with pytest.raises(ValueError, match="samples: expected shape"):
         prepare_clip(np.zeros(0), 8000, snr_db=None, rng=np.random.default_rng(0), max_seconds=4.0)
+
+
+def _part(clip: np.ndarray, low_hz: float, high_hz: float) -> float:
+    """The share of a clip's energy between two frequencies."""
+    energy = np.abs(np.fft.rfft(clip)) ** 2
+    frequency = np.fft.rfftfreq(len(clip), 1 / 16_000)
+    return float(energy[(frequency >= low_hz) & (frequency < high_hz)].sum() / energy.sum())
+
+
+def _clip(channel: Channel, *, snr_db: float | None = None, seed: int = 0, samples: np.ndarray | None = None) -> np.ndarray:
+    samples = _speech() if samples is None else samples
+    return prepare_clip(
+        samples, 22050, snr_db=snr_db, rng=np.random.default_rng(seed), max_seconds=4.0, channel=channel
+    )
+
+
+def test_bands_hold_what_they_say_and_noise_is_added_behind_them():
+    narrow, wide, common = (_clip(Channel(band=band)) for band in ("narrow", "wide", "common"))
+    assert _part(narrow, 250, 3450) > 0.999 and _part(narrow, 400, 3300) > 0.9  # edges 100 Hz wide, around 300 and 3400
+    assert _part(wide, 4000, 5500) > 0.2 and _part(wide, 5700, 8000) < 1e-3
+    assert _part(common, 4200, 8000) < 1e-4 and _part(common, 0, 300) > 0.05
+    for clip in (narrow, wide, common):
+        assert np.sqrt(np.mean(clip**2)) == pytest.approx(LEVEL_RMS, rel=1e-3)
+    white = next(seed for seed in range(20) if np.random.default_rng(seed).random() >= 0.5)
+    assert _part(_clip(Channel(band="narrow"), snr_db=0.0, seed=white), 5700, 8000) > 0.1
+
+
+def test_noise_in_band_leaves_the_upper_band_empty_and_keeps_its_level():
+    white = next(seed for seed in range(20) if np.random.default_rng(seed).random() >= 0.5)
+    limited, open_ = (_clip(Channel(noise_in_band=flag), snr_db=0.0, seed=white) for flag in (True, False))
+    assert _part(limited, 4200, 8000) < 1e-4 < 0.1 < _part(open_, 4200, 8000)
+    speech = _clip(Channel())
+    share = float(np.dot(limited, speech) / np.dot(speech, speech))
+    noise = limited / share - speech
+    assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2)) == pytest.approx(0.0, abs=0.3)
+
+
+def test_a_room_goes_on_after_the_sound_for_as_long_as_it_says():
+    click = np.zeros(22050 * 3)
+    click[:100] = np.random.default_rng(1).standard_normal(100)
+    tails = {}
+    for seconds in (0.3, 0.9):
+        wet = _clip(Channel(reverberation_seconds=seconds), samples=click)
+        assert len(wet) == 48_000
+        level = [10 * np.log10(np.mean(wet[n : n + 1600] ** 2)) for n in (1600, 6400)]  # 0.1 and 0.4 s after the click
+        tails[seconds] = level[0] - level[1]
+    assert tails[0.3] == pytest.approx(60, abs=8) and tails[0.9] == pytest.approx(20, abs=4)
+    dry = _clip(Channel(), samples=click)
+    assert np.mean(dry[3200:] ** 2) < 1e-6 * np.mean(dry**2)
+
+
+def test_silence_at_the_ends_is_cut_and_none_in_between():
+    speech = _speech(0.5)
+    gap = np.zeros(22050, np.float32)
+    samples = np.concatenate([gap, speech, gap, speech, gap[:5000]])
+    trimmed = trim_silence(samples, 22050)
+    assert len(trimmed) == pytest.approx(len(speech) * 2 + len(gap) + 2 * 0.06 * 22050, abs=900)
+    assert np.array_equal(trim_silence(gap, 22050), gap)
+    assert len(trim_silence(speech[:10], 22050)) == 10
+    clip = _clip(Channel(trim=True), samples=samples)
+    assert len(clip) < len(_clip(Channel(), samples=samples)) - 16_000
+
+
+def test_channels_are_checked():
+    with pytest.raises(ValueError, match="band: expected one of"):
+        Channel(band="stereo")
+    with pytest.raises(ValueError, match="reverberation_seconds: expected above 0 to 10, got 0"):
+        Channel(reverberation_seconds=0.0)
