@@ -12,6 +12,7 @@ states read from a cache on the disk.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +105,7 @@ def measure_step(case: StepCase, repeats: int) -> list[dict]:
                 writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], case.batch.target[here])
         cached = CachedTeacher(ContrastCache(folder), states.head, device=case.device)
         steps = {"teacher in the step": live.teacher, "states from the cache": cached}
-        rests = {name: case.rest(recipe, [_Named(teacher)]) for name, teacher in steps.items()}
+        rests = {name: case.rest(recipe, [dataclasses.replace(live, teacher=teacher)]) for name, teacher in steps.items()}
         losses = {name: float(rest()) for name, rest in rests.items()}
         if len({round(loss, 5) for loss in losses.values()}) > 1:
             raise SystemExit(f"not timed: the cache gives another loss than the teacher: {losses}")
@@ -117,15 +118,6 @@ def measure_step(case: StepCase, repeats: int) -> list[dict]:
         timings = time_calls(calls, repeats=repeats, device=case.device, warmup=1)
     slowest = timings["teacher in the step"].median
     return [{"kept": name, **time_columns(t), "times_faster": slowest / t.median} for name, t in timings.items()]
-
-
-class _Named:
-    """A teacher as `StepCase.rest` takes one."""
-
-    name, layers = "teacher", None
-
-    def __init__(self, teacher: Any) -> None:
-        self.teacher = teacher
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -36,6 +36,7 @@ from models.stage_steps import (
     run_features,
     run_student_lm,
     train_by_recipe,
+    write_parts,
 )
 from models.stages import Context, Stage, add_stage_arguments, log_console, run_pipeline
 
@@ -107,8 +108,7 @@ SMOKE = AblationSettings(
 def run_corpus(context: Context) -> dict[str, Any]:
     """Clips and questions; the targets are the true answers as sentences. `distill` holds the content tasks alone."""
     from models.data.corpus import build_corpus
-    from models.data.manifest import read_manifest, write_manifest
-    from models.data.prompts import target_template
+    from models.data.manifest import read_manifest
 
     settings = context.settings
     path = build_corpus(
@@ -124,13 +124,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
         "distill": [e for e in manifest.select(split="train", pool="distill") if e.task in CONTENT],
         "test": manifest.select(split="test"),
     }
-    for name, examples in parts.items():
-        told = [
-            dataclasses.replace(e, target=target_template(e, e.answer), target_source="template") if name != "test" else e
-            for e in examples
-        ]
-        write_manifest(context.folder / f"{name}.jsonl", told)
-    return {"questions": {name: len(examples) for name, examples in parts.items()}, "unavailable": manifest.header["unavailable"]}
+    return {"questions": write_parts(context.folder, parts), "unavailable": manifest.header["unavailable"]}
 
 
 def run_teacher(context: Context) -> dict[str, Any]:
@@ -287,13 +281,11 @@ def collect(folders: Mapping[str, Path], settings: AblationSettings) -> list[dic
 
 def _scores(name: str, label: str, seed: int, folder: Path) -> dict[str, Any]:
     from models.evaluate import read_predictions
-    from models.scoring import judge
+    from models.scoring import score
 
     _, predictions = read_predictions(folder / "test-greedy.jsonl")
-    by_task: dict[tuple[str, str], list[bool]] = {}
-    for prediction, good in zip(predictions, judge(predictions), strict=True):
-        by_task.setdefault((prediction.kind, prediction.task), []).append(bool(good))
-    accuracy = {key: sum(values) / len(values) for key, values in by_task.items()}
+    by_task = score(predictions, bootstrap_samples=1)["by_task"]
+    accuracy = {(kind, task): e.value for task, t in by_task.items() for kind, e in t["by_kind"].items() if e.count}
     everything = (*PERCEPTION, *CONTENT)
 
     def mean(tasks: Sequence[str], kind: str = "neutral") -> float:
@@ -353,21 +345,16 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m models.ablation", description="Which sources and layers are worth it.")
-    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--write", action="store_true", help=f"write the table into {RESULTS.relative_to(RESULTS.parents[2])}")
     add_stage_arguments(parser, out="runs/ablation")
     arguments = parser.parse_args(argv)
     settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device)
     console, stages = log_console(), make_stages(settings)
-    command = [sys.executable, "-m", "models.ablation", "--device", settings.device]
-    command += ["--fast-smoke"] if arguments.fast_smoke else []
     started = time.monotonic()
     try:
         folders, _ = run_pipeline(
-            arguments, stages, settings, cache_dir() / "ablation", command=command,
-            workers=0 if arguments.fast_smoke else 2, console=console,
-        )  # fmt: skip
+            arguments, stages, settings, cache_dir() / "ablation", module="models.ablation", argv=argv, console=console
+        )
     except SystemExit as ended:
         return ended.code
     rows = collect(folders, settings)

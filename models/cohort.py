@@ -76,7 +76,7 @@ class Cohort:
         examples, audio_root = read_examples(recipe)
         seed_everything(recipe.run.seed)
         model = build_model(recipe)
-        data = build_data(recipe, model, examples, audio_root)
+        data = build_data(recipe, model, examples, audio_root, store=self._store)
         data.extra_inputs = {"prefix_cache": self._prefix_cache(model)}
         sources = build_sources(recipe, data, model, device=pick_device(recipe.run.device), kept=self._sources)
         seed_everything(recipe.run.seed)  # what was built now, and what was there already, must not change the run

@@ -355,21 +355,15 @@ def _shown(result: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m models.demo", description="The whole path, once.")
-    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models: a minute, for CI")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--seed", type=int, default=0)
     add_stage_arguments(parser, out="runs/demo")
     arguments = parser.parse_args(argv)
     settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device, seed=arguments.seed)
     console, stages = log_console(), make_stages()
-    command = [sys.executable, "-m", "models.demo", "--device", settings.device, "--seed", str(settings.seed)]
-    command += ["--fast-smoke"] if arguments.fast_smoke else []
-    # A smoke stage is shorter than the imports of a process of its own.
-    workers = 0 if arguments.fast_smoke else 2
     started = time.monotonic()
     try:
         folders, seconds = run_pipeline(
-            arguments, stages, settings, cache_dir() / "demo", command=command, workers=workers, console=console
+            arguments, stages, settings, cache_dir() / "demo", module="models.demo", argv=argv, console=console
         )
     except SystemExit as ended:
         return ended.code

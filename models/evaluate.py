@@ -346,13 +346,17 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
 
 
 def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str, str]:
-    """id -> answer from a JSON object, for the predictions that it knows.
+    """id -> answer from a JSON object, or from a file of models/data/priors.py, for the predictions that it knows.
 
     Raises:
         EvaluationError: not readable, no such object, or none of the ids is among the predictions.
     """
+    from models.data import priors as text_priors  # which needs this module
+
     try:
         priors = parse_object(Path(path).read_bytes())
+        if text_priors.FILE_KEY in priors:
+            priors = {name: prior.answer for name, prior in text_priors.read_priors(path).items()}
     except OSError as error:
         raise EvaluationError(f"--priors {path}: not readable: {error.strerror}") from error
     except (ValueError, TypeError) as error:

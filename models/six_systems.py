@@ -48,6 +48,7 @@ from models.stage_steps import (
     train_by_recipe,
     write_answered_pool,
     write_cache,
+    write_parts,
 )
 from models.stages import Context, Stage, add_stage_arguments, check_status, log_console, run_pipeline
 
@@ -83,12 +84,13 @@ SYSTEMS = (
     System("caad_plus", "CAAD+", "caad_plus", 2.0),
 )
 LAYERED = System("caad2_layers", "CAAD 2 + layers", "caad_layers", 2.0)
+# Sweep, key, values; those that a system of the table has already stand by its name.
 SWEEPS = (
-    ("alpha", "loss.alpha", (0.5, 1.0, 2.0, 4.0)),
-    ("lambda", "loss.kd_weight", (0.3, 0.5, 0.7, 0.9)),
-    ("tau", "loss.temperature", (1.0, 2.0, 4.0)),
+    ("alpha", "loss.alpha", {0.5: None, 1.0: "caad1", 2.0: "caad2", 4.0: None}),
+    ("lambda", "loss.kd_weight", {0.3: None, 0.5: None, 0.7: "caad2", 0.9: None}),
+    ("tau", "loss.temperature", {1.0: None, 2.0: "caad2", 4.0: None}),
 )
-ANCHORS = ("teacher", "metadata", "template")
+ANCHORS = ("teacher", "metadata", "template")  # the first is the table's
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,7 @@ SMOKE = SixSettings(
 def run_corpus(context: Context) -> dict[str, Any]:
     """Clips, questions and hints in three parts: teacher, distill, test (the split that is asked about)."""
     from models.data.corpus import build_corpus
-    from models.data.manifest import read_manifest, write_manifest
-    from models.data.prompts import target_template
+    from models.data.manifest import read_manifest
 
     settings = context.settings
     path = build_corpus(
@@ -145,13 +146,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
         "distill": manifest.select(split="train", pool="distill"),
         "test": manifest.select(split=settings.split),
     }
-    for name, examples in parts.items():
-        told = [
-            dataclasses.replace(e, target=target_template(e, e.answer), target_source="template") if name != "test" else e
-            for e in limited(examples, settings.max_clips)
-        ]
-        write_manifest(context.folder / f"{name}.jsonl", told)
-    counts = {name: len(read_items(dataclasses.replace(context, folders={"corpus": context.folder}), name)) for name in parts}
+    counts = write_parts(context.folder, {name: limited(examples, settings.max_clips) for name, examples in parts.items()})
     return {"questions": counts, "unavailable": manifest.header["unavailable"]}
 
 
@@ -339,12 +334,13 @@ def make_stages(settings: SixSettings) -> list[Stage]:
     for name, key, values in SWEEPS:
         runs = [
             (f"{value:g}-{seed}", "caad", seed, ("loss.alpha=2", f"{key}={value}"))
-            for value in values
+            for value, system in values.items()
             for seed in range(settings.sweep_seeds)
+            if system is None
         ]
         told = {"pool": "pool_teacher", "runs": runs, "recipes": read("caad")}
         stages.append(Stage(f"sweep_{name}", f"sweep of {name}", needs, studying, run_students, extra=told))
-    for anchor in ANCHORS:
+    for anchor in ANCHORS[1:]:
         runs = [
             (f"{recipe}-{seed}", recipe, seed, (f"loss.alpha={0 if recipe == 'kd' else 2}",))
             for recipe in ("kd", "caad")
@@ -401,32 +397,29 @@ def score_row(predictions: Sequence[Any]) -> dict[str, Any]:
         follows_hint        of the answers under a false hint, the share that repeat it
         no_audio, swapped_audio    accuracy on the neutral questions without the clip, or with another's; blank if not asked
     """
-    from models.scoring import judge, score
+    from models.scoring import KINDS, judge, score
 
     plain = [p for p in predictions if not p.control]
-    rates: dict[str, dict[tuple[str, str], float]] = {}
-    for rule in ("lenient", "strict"):
-        groups: dict[tuple[str, str], list[bool]] = {}
-        for prediction, right in zip(plain, judge(plain, scorer=rule), strict=True):
-            groups.setdefault((prediction.task, prediction.kind), []).append(bool(right))
-        rates[rule] = {key: statistics.mean(values) for key, values in groups.items()}
-    tasks = sorted({task for task, _ in rates["lenient"]})
-    kinds = [k for k in ("neutral", "aligned", "conflict", "irrelevant") if any(key[1] == k for key in rates["lenient"])]
+    scores = {rule: score(plain, scorer=rule, bootstrap_samples=1) for rule in ("lenient", "strict")}
+    tasks, kinds = list(scores["lenient"]["by_task"]), list(scores["lenient"]["by_kind"])
+
+    def rate(task: str, kind: str, rule: str = "lenient") -> float:
+        return scores[rule]["by_task"][task]["by_kind"][kind].value
 
     def over_contexts(rule: str) -> float:
-        return statistics.mean(statistics.mean(rates[rule][task, kind] for kind in kinds) for task in tasks)
+        return statistics.mean(statistics.mean(rate(task, kind, rule) for kind in kinds) for task in tasks)
 
     row: dict[str, Any] = {"all": over_contexts("lenient")}
-    for kind in ("neutral", "aligned", "conflict", "irrelevant"):
-        row[kind] = statistics.mean(rates["lenient"][task, kind] for task in tasks) if kind in kinds else ""
-    tir = score(plain, bootstrap_samples=1)["tir_adv"].value
+    for kind in KINDS:
+        row[kind] = statistics.mean(rate(task, kind) for task in tasks) if kind in kinds else ""
+    tir = scores["lenient"]["tir_adv"].value
     row |= {"shift_tir_adv": "" if tir is None else tir, "strict": over_contexts("strict")}
     followed = [p.said() == p.claim for p in plain if p.kind == "conflict" and p.claim is not None]
     row["follows_hint"] = statistics.mean(followed) if followed else ""
     for control in ("no_audio", "swapped_audio"):
         asked = [p for p in predictions if p.control == control]
         row[control] = float(np.mean(judge(asked))) if asked else ""
-    row |= {f"task_{task}_{kind}": rates["lenient"][task, kind] for task in tasks for kind in kinds}
+    row |= {f"task_{task}_{kind}": rate(task, kind) for task in tasks for kind in kinds}
     return row | {"questions": len(plain)}
 
 
@@ -455,11 +448,13 @@ def sweep_rows(folders: Mapping[str, Path], settings: SixSettings) -> list[dict[
         rows.append({"sweep": sweep, "value": value, "system": system, "seed": seed} | score_row(predictions))
 
     for seed in range(settings.sweep_seeds):
+        table = folders[f"students_{seed}"]
         for name, _, values in SWEEPS:
-            for value in values:
-                add(name, value, "caad", seed, folders[f"sweep_{name}"] / f"{value:g}-{seed}")
-        for anchor in ANCHORS:
-            for system in ("kd", "caad"):
+            for value, system in values.items():
+                add(name, value, "caad", seed, table / system if system else folders[f"sweep_{name}"] / f"{value:g}-{seed}")
+        for system, in_table in (("kd", "kd"), ("caad", "caad2")):
+            add("anchor", ANCHORS[0], system, seed, table / in_table)
+            for anchor in ANCHORS[1:]:
                 add("anchor", anchor, system, seed, folders[f"anchor_{anchor}"] / f"{system}-{seed}")
     return rows
 
@@ -590,8 +585,6 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m models.six_systems", description="Does the student hear?")
-    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--seeds", type=int, help=f"default {FULL.seeds}")
     parser.add_argument("--split", default="test", choices=("test", "dev"), help="which questions are asked")
     parser.add_argument("--write", action="store_true", help="write the tables into models/results")
@@ -605,15 +598,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--seeds: expected at least 1, got {arguments.seeds}")
         settings = dataclasses.replace(settings, seeds=arguments.seeds)
     console, stages = log_console(), make_stages(settings)
-    command = [sys.executable, "-m", "models.six_systems", "--device", settings.device, "--split", settings.split]
-    command += ["--seeds", str(settings.seeds)]
-    command += ["--fast-smoke"] if arguments.fast_smoke else []
     started = time.monotonic()
     try:
         folders, _ = run_pipeline(
-            arguments, stages, settings, cache_dir() / "six_systems", command=command,
-            workers=0 if arguments.fast_smoke else 2, console=console,
-        )  # fmt: skip
+            arguments, stages, settings, cache_dir() / "six_systems", module="models.six_systems", argv=argv, console=console
+        )
     except SystemExit as ended:
         return ended.code
     from models.results_csv import rows_csv

@@ -168,8 +168,10 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
     return examples, manifest.audio_root
 
 
-def build_data(recipe: Recipe, model: torch.nn.Module, examples: Sequence[Any], audio_root: Path) -> TrainingData:
-    """`examples` batched for `model`, with their features and prefix cache.
+def build_data(
+    recipe: Recipe, model: torch.nn.Module, examples: Sequence[Any], audio_root: Path, *, store: Any = None
+) -> TrainingData:
+    """`examples` batched for `model`, with their features (`store`, or those of the recipe) and prefix cache.
 
     A model without a history (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
     """
@@ -177,9 +179,9 @@ def build_data(recipe: Recipe, model: torch.nn.Module, examples: Sequence[Any], 
 
     settings = recipe.data
     try:
-        if settings.features is not None:
+        if store is None and settings.features is not None:
             store = FeatureStore.load(settings.features)
-        else:
+        elif store is None:
             store, problems = extract_features(
                 examples,
                 model.encode_audio,

@@ -79,6 +79,20 @@ def read_items(context: Context, name: str, *, folder: Path | None = None) -> li
     return list(read_manifest((folder or corpus) / f"{name}.jsonl", audio_root=corpus, check_audio=False).examples)
 
 
+def write_parts(folder: Path, parts: dict[str, Sequence[Any]]) -> dict[str, int]:
+    """NAME.jsonl of each part, with the true answers as sentences for targets where it is trained on; how many there are."""
+    from models.data.manifest import write_manifest
+    from models.data.prompts import target_template
+
+    for name, examples in parts.items():
+        told = [
+            dataclasses.replace(e, target=target_template(e, e.answer), target_source="template") if name != "test" else e
+            for e in examples
+        ]
+        write_manifest(folder / f"{name}.jsonl", told)
+    return {name: len(examples) for name, examples in parts.items()}
+
+
 def limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
     """Examples of the first `clips` clips, tasks and answers in turn; all where there is no limit."""
     if clips is None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,7 +234,9 @@ def log_console() -> Console:
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
-    """--out, --fresh, --workers, and what a stage's own process is called with."""
+    """--fast-smoke, --device, --out, --fresh, --workers, and what a stage's own process is called with."""
+    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models: a minute, for CI")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--out", default=out, help=f"folder of the results (default: {out})")
     parser.add_argument("--fresh", action="store_true", help="make every stage anew (downloads are kept)")
     parser.add_argument(
@@ -248,16 +251,16 @@ def run_pipeline(
     settings: Any,
     root: Path,
     *,
-    command: list[str],
-    workers: int,
+    module: str,
+    argv: Sequence[str] | None,
     console: Console,
 ) -> tuple[dict[str, Path], dict[str, float]]:
-    """Run a pipeline, or with --run-stage one stage of it.
+    """Run a pipeline, or with --run-stage one stage of it. Two stages at a time, unless --workers says otherwise.
 
     Args:
         arguments: with those of `add_stage_arguments`.
-        command: the command line of this pipeline, to which --run-stage NAME is added.
-        workers: stages at a time where --workers is not given.
+        module, argv: what this pipeline was called as (None: by the command line); a stage's process gets the same words and
+            --run-stage NAME.
 
     Returns:
         each stage's folder, and its seconds.
@@ -276,6 +279,9 @@ def run_pipeline(
     if arguments.fresh:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
+    # A smoke stage is shorter than the imports of a process of its own.
+    workers = 0 if arguments.fast_smoke else 2
+    command = [sys.executable, "-m", module, *(sys.argv[1:] if argv is None else argv)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, cores) if arguments.workers is None else arguments.workers
     threads = max(1, cores // max(1, workers))

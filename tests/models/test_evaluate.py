@@ -15,6 +15,7 @@ import torch
 import models.evaluate
 from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
+from models.data.priors import Prior, write_priors
 from models.data.prompts import target_template
 from models.diagnostics import compare
 from models.evaluate import (
@@ -532,3 +533,8 @@ def test_a_bad_priors_file_is_named(tmp_path):
         read_priors(tmp_path / "none", [p])
     path.write_text('{"1": "b", "2": "a"}')
     assert read_priors(path, [p]) == {"1": "b"}
+    write_priors(path, {"1": Prior("b", 0.9, {"a": -3.0, "b": -1.0}), "2": Prior("a", 0.6, {})})
+    assert read_priors(path, [p]) == {"1": "b"}
+    path.write_text('{"kdkernels_priors": 99}')
+    with pytest.raises(EvaluationError, match="expected kdkernels_priors 1, got 99"):
+        read_priors(path, [p])
