@@ -133,7 +133,7 @@ def check_manifest(path: Path, format_version: int | str, names: set[str]) -> No
         raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != format_version:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(f"{path}: checkpoint format {format_version} expected, got {got}")
+        raise CheckpointError(f"{path}: checkpoint format {format_version} expected, got {got}; run.parallel=none has its own")
     files = manifest.get("files")
     if not isinstance(files, dict) or names - files.keys():
         raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: expected an entry for each of {sorted(names)}")

@@ -4,7 +4,7 @@
 
 The engines are PyTorch's own: DistributedDataParallel, `fully_shard` (FSDP2), torch.distributed.checkpoint. Each rank takes its
 part of a step's examples; the divisors of the objective are summed over ranks, so that a step on W ranks has the gradient of
-the same step on one.
+the same step on one. Every rank builds the whole model on its device before anything is sharded.
 
 A distributed checkpoint is a folder `step-00000120` with
 
@@ -32,13 +32,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdkernels.layer_states import decoder_layers
-from models.checkpoint import CheckpointError, check_manifest, find_checkpoint, prune_checkpoints, write_manifest
+from models.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_manifest,
+    find_checkpoint,
+    prune_checkpoints,
+    write_manifest,
+)
 from models.config import PARALLEL
 from models.io_utils import atomic_dir
 
 FORMAT = "distributed 1"
 _TRAINER = "trainer.json"
 Item = TypeVar("Item")
+
+
+class RankError(RuntimeError):
+    """Another rank is gone, or has come to other numbers; what was saved before stays."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +62,42 @@ class Ranks:
 
     @classmethod
     @contextlib.contextmanager
-    def started_by_torchrun(cls, device: torch.device) -> Iterator[Ranks]:
+    def started_by_torchrun(cls, device: torch.device, strategy: str) -> Iterator[Ranks]:
         """Joins the process group that torchrun describes, if it does, and leaves it afterwards.
+
+        After an exception it is not left in good order, which could wait for ranks that wait for this one: the process has to
+        end, and torchrun then ends the others within its --shutdown-timeout (TORCH_ELASTIC_SHUTDOWN_TIMEOUT; 30 s).
 
         Args:
             device: a CUDA device is replaced by the one of this process's local rank (nccl); else gloo.
+            strategy: with "none" nothing is joined.
+
+        Raises:
+            ValueError: "none" in one of several processes.
+            RankError: an exchange failed because another rank is gone.
         """
-        if "WORLD_SIZE" not in os.environ:
+        started = int(os.environ.get("WORLD_SIZE", 0))
+        if strategy == "none" and started > 1:
+            raise ValueError(f"run.parallel: expected ddp or fsdp2 in {started} processes of torchrun, got 'none'")
+        if strategy == "none" or not started:
             yield cls(device)
             return
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        ranks = cls(device, dist.get_rank(), dist.get_world_size())
         try:
-            yield cls(device, dist.get_rank(), dist.get_world_size())
-        finally:
-            dist.destroy_process_group()
+            yield ranks
+        except RuntimeError as error:
+            if not _is_of_the_exchange(error):
+                raise
+            first_line = str(error).splitlines()[0]
+            raise RankError(
+                f"rank {ranks.rank} of {ranks.size}: another rank is gone ({first_line}); the last checkpoint stays, "
+                "run.resume=auto goes on from it"
+            ) from error
+        dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
@@ -89,6 +119,33 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank: decisions that all have to take alike."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, value: Item) -> list[Item]:
+        """What every rank has, in their order, on each of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, function: Callable[[], Item]) -> Item:
+        """What `function` gives on the first rank, on every rank; its CheckpointError likewise."""
+        result: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                result[0] = function()
+            except CheckpointError as error:
+                result[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0)
+        if result[1] is not None:
+            raise CheckpointError(result[1])
+        return result[0]
+
+
+def _is_of_the_exchange(error: RuntimeError) -> bool:
+    """gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module | None = None) -> nn.Module:
@@ -147,6 +204,14 @@ def gradient_sync(step: nn.Module, last: bool) -> contextlib.AbstractContextMana
     return step.no_sync() if ddp and not last else contextlib.nullcontext()
 
 
+def parameter_groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """For an optimiser: sharded parameters apart from whole ones, since torch's updates of many at once refuse a mixture."""
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(hasattr(parameter, "full_tensor"), []).append(parameter)
+    return [{"params": group} for group in groups.values()]
+
+
 @torch.no_grad()
 def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` for parameters of which some are sharded: the norm of all, as a plain tensor."""
@@ -196,16 +261,23 @@ def save_distributed(
 
     Returns:
         the folder.
+
+    Raises:
+        CheckpointError: on every rank: one could not write, or does not see the folder; nothing is left of this checkpoint.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
     path = Path(root) / f"step-{step:08d}"
     tensors, numbers = _state(model, optimizer)
-    with atomic_dir(path) if ranks.is_first else contextlib.nullcontext() as folder:
-        folder = _on_first(ranks, lambda: folder)
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        with _alone_on_purpose():
-            save(tensors, storage_writer=writer)  # waits for every rank
+    with atomic_dir(path) if ranks.is_first else contextlib.nullcontext() as made:
+        folder = ranks.from_first(lambda: made)
+        sees = ranks.gather(folder.is_dir())
+        if not all(sees):
+            raise CheckpointError(
+                f"{root}: expected a folder that all ranks see, got one where rank {sees.index(False)} lacks what rank 0 has made"
+            )
+        with _checkpointing(path):
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))  # waits for every rank
         if ranks.is_first:
             plain = {name: _to_json(value) for name, value in numbers.items()}
             trainer = {"step": step, "optimizer": plain, "state": dict(trainer_state)}
@@ -213,41 +285,55 @@ def save_distributed(
             write_manifest(folder, step, FORMAT)
     if ranks.is_first:
         prune_checkpoints(root, path, keep_last)
-    _on_first(ranks, lambda: None)  # nobody goes on before the folder has its name
-    return path
+    return ranks.from_first(lambda: path)  # nobody goes on before the folder has its name
 
 
-def load_distributed(path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def find_distributed(root: str | Path, resume: str, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint that `run.resume` asks for, its files checked by the first rank; see `models.checkpoint.find_checkpoint`.
+
+    Returns:
+        path, step and `trainer`; its tensors are read by `load_distributed`.
+
+    Raises:
+        CheckpointError: on every rank alike.
+    """
+
+    def read(path: Path) -> Checkpoint:
+        check_manifest(path, FORMAT, {_TRAINER})
+        trainer = json.loads((path / _TRAINER).read_text(encoding="utf-8"))
+        return Checkpoint(path=path, step=trainer["step"], model={}, optimizer={}, trainer=trainer)
+
+    return ranks.from_first(lambda: find_checkpoint(root, resume, read))
+
+
+def load_distributed(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint back into `model` and `optimizer`, however they are sharded now; every rank has to make the call.
 
     Args:
-        path: what `find_distributed` gave, which has checked its files.
-
-    Returns:
-        {"step": ..., "state": the loop's trainer_state}.
+        checkpoint: what `find_distributed` gave.
 
     Raises:
-        CheckpointError: it is of another model or optimiser; the message names a tensor.
+        CheckpointError: it is of another model or optimiser; the message names a tensor. Or a rank cannot read it.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    trainer = json.loads((Path(path) / _TRAINER).read_text(encoding="utf-8"))
+    path, saved_numbers = checkpoint.path, checkpoint.trainer["optimizer"]
     tensors, numbers = _state(model, optimizer)
-    reader = HuggingFaceStorageReader(str(path))
-    saved = {name: tuple(x.size) for name, x in reader.read_metadata().state_dict_metadata.items()}
-    saved |= dict.fromkeys(trainer["optimizer"], "a number")
-    expected = {name: tuple(x.shape) for name, x in tensors.items()} | dict.fromkeys(numbers, "a number")
-    different = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"{path}: of another model or optimiser: {name} is {saved.get(name, 'missing')} there, "
-            f"{expected.get(name, 'missing')} here ({len(different)} such)"
-        )
-    with _alone_on_purpose():
+    with _checkpointing(path):
+        reader = HuggingFaceStorageReader(str(path))
+        saved = {name: tuple(x.size) for name, x in reader.read_metadata().state_dict_metadata.items()}
+        saved |= dict.fromkeys(saved_numbers, "a number")
+        expected = {name: tuple(x.shape) for name, x in tensors.items()} | dict.fromkeys(numbers, "a number")
+        different = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
+        if different:
+            name = different[0]
+            raise CheckpointError(
+                f"{path}: of another model or optimiser: {name} is {saved.get(name, 'missing')} there, "
+                f"{expected.get(name, 'missing')} here ({len(different)} such)"
+            )
         load(tensors, storage_reader=reader)
-    numbers = {name: _from_json(trainer["optimizer"][name], value) for name, value in numbers.items()}
+    numbers = {name: _from_json(saved_numbers[name], value) for name, value in numbers.items()}
     state: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
     for name, value in {**tensors, **numbers}.items():
         part, _, key = name.partition(".")
@@ -256,21 +342,6 @@ def load_distributed(path: str | Path, *, model: nn.Module, optimizer: torch.opt
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
     )
-    return {"step": trainer["step"], "state": trainer["state"]}
-
-
-def find_distributed(root: str | Path, resume: str, ranks: Ranks) -> Path | None:
-    """The folder that `run.resume` asks for, its files checked by the first rank; see `models.checkpoint.find_checkpoint`.
-
-    Raises:
-        CheckpointError: on every rank alike.
-    """
-
-    def checked(path: Path) -> Path:
-        check_manifest(path, FORMAT, {_TRAINER})
-        return path
-
-    return _on_first(ranks, lambda: find_checkpoint(root, resume, checked))
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -289,11 +360,20 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str
 
 
 @contextlib.contextmanager
-def _alone_on_purpose() -> Iterator[None]:
-    """Without torch's warning that there is no process group: a single process is a number of ranks like any other."""
+def _checkpointing(path: Path) -> Iterator[None]:
+    """Around torch.distributed.checkpoint, which tells every rank of a failure on one, as a BaseException of its own.
+
+    Without its warning that there is no process group: a single process is a number of ranks like any other.
+    """
+    from torch.distributed.checkpoint import CheckpointException
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise CheckpointError(f"{path}: rank {rank}: {type(cause).__name__}: {cause}") from None
 
 
 def _to_json(value: Any) -> Any:
@@ -306,18 +386,3 @@ def _from_json(value: Any, like: Any) -> Any:
     if isinstance(like, Tensor):
         return torch.tensor(value, dtype=like.dtype, device=like.device)
     return tuple(value) if isinstance(like, tuple) else value
-
-
-def _on_first(ranks: Ranks, function: Callable[[], Any]) -> Any:
-    """What `function` gives on the first rank, on every rank; its CheckpointError likewise."""
-    result: list[Any] = [None, None]
-    if ranks.is_first:
-        try:
-            result[0] = function()
-        except CheckpointError as error:
-            result[1] = str(error)
-    if ranks.size > 1:
-        dist.broadcast_object_list(result, src=0)
-    if result[1] is not None:
-        raise CheckpointError(result[1])
-    return result[0]

@@ -12,7 +12,9 @@ undisturbed run, bit for bit.
 
     torchrun --nproc-per-node 4 -m models.train caad run.parallel=ddp ...
 
-trains on several devices (models/distributed.py); each rank has its share of every step's examples.
+trains on several devices (models/distributed.py); each rank has its share of every step's examples. Weights and optimiser are
+sharded with fsdp2, frozen teachers are whole on every rank. A checkpoint goes on with ddp or fsdp2 on any number of ranks that
+divides the batch; what is drawn at random inside the model (dropout) then is another draw, all else is the same step.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
 import random
 import shlex
 import signal
@@ -49,6 +53,7 @@ from models.checkpoint import (
 )
 from models.config import ConfigError, LossConfig, Recipe, describe_recipes, load_recipe, to_dict
 from models.distributed import (
+    RankError,
     Ranks,
     clip_grad_norm,
     find_distributed,
@@ -56,6 +61,7 @@ from models.distributed import (
     load_distributed,
     make_whole,
     parallelize,
+    parameter_groups,
     save_distributed,
 )
 from models.io_utils import atomic_write_json, exclusive, fingerprint
@@ -112,7 +118,8 @@ def train(
     Raises:
         ValueError: no teacher though the objective needs one, no example, or nothing to train.
         ConfigError: settings that do not go with the number of ranks or with run.parallel.
-        NonFiniteError: naming the examples; before the optimiser's step.
+        NonFiniteError: naming the examples, on every rank alike; before the optimiser's step.
+        RankError: ranks have come to different gradients.
         CheckpointError: the checkpoint to resume from is damaged or of another recipe.
     """
     wanted = [OWN_TEACHER] * recipe.needs_teacher + list(recipe.sources)
@@ -135,68 +142,68 @@ def train(
     objective = parallelize(objective, run.parallel, ranks, lm=getattr(model, "lm", None))
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        list(names), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
+        parameter_groups(list(names)), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
     )
     out_dir = Path(run.out_dir)
     settings = _settings_that_matter(recipe)
+    drawn_from = fingerprint([example.id for example in data.examples])  # the cursor means nothing in another list
 
     if run.resume == "never" and ranks.is_first:
         set_aside(out_dir / "checkpoints")
-    state, done = None, 0
-    if run.parallel == "none":
-        checkpoint = find_checkpoint(out_dir / "checkpoints", run.resume)
-        if checkpoint is not None:
-            path, done, state = checkpoint.path, checkpoint.step, checkpoint.trainer["state"]
-            _check_same_run(state, settings, data, path)
+    alone = run.parallel == "none"
+    done, root = 0, out_dir / "checkpoints"
+    checkpoint = find_checkpoint(root, run.resume) if alone else find_distributed(root, run.resume, ranks)
+    if checkpoint is not None:
+        done, state = checkpoint.step, checkpoint.trainer["state"]
+        _check_same_settings(state["recipe"], settings, checkpoint.path)
+        if state["examples"] != drawn_from:
+            raise CheckpointError(f"{checkpoint.path}: made with other examples than the {len(data)} that were read now")
+        if alone:
             restore_model(model, checkpoint)
             restore_optimizer(optimizer, checkpoint, names)
-    else:
-        checkpoint = None
-        path = find_distributed(out_dir / "checkpoints", run.resume, ranks)
-        if path is not None:
-            loaded = load_distributed(path, model=model, optimizer=optimizer)
-            done, state = loaded["step"], loaded["state"]
-            _check_same_run(state, settings, data, path)
+        else:
+            load_distributed(checkpoint, model=model, optimizer=optimizer)
     metrics = MetricsLogger(
         out_dir,
         tensorboard=run.tensorboard,
-        resume_step=None if state is None else done,
+        resume_step=None if checkpoint is None else done,
         total=ranks.sum if ranks.size > 1 else None,
         writes=ranks.is_first,
     )
-    if state is not None:
-        metrics.load_state_dict(state["metrics"], device=device)
     if checkpoint is not None:
-        restore_rng(checkpoint)  # last: building things above may have drawn numbers
+        metrics.load_state_dict(state["metrics"], device=device)
+        if alone:
+            restore_rng(checkpoint)  # last: building things above may have drawn numbers
     if ranks.is_first:
         atomic_write_json(out_dir / "recipe.json", to_dict(recipe))
 
     def save(step: int) -> None:
-        saved = {"recipe": settings, "examples": _fingerprint_of(data), "metrics": metrics.state_dict()}
+        saved = {"recipe": settings, "examples": drawn_from, "metrics": metrics.state_dict()}
         options = {"optimizer": optimizer, "trainer_state": saved, "keep_last": run.keep_last_checkpoints}
-        if run.parallel == "none":
+        if alone:
             weights = trainable_state(model)
-            save_checkpoint(out_dir / "checkpoints", step, model_state=weights, parameter_names=names, **options)
+            save_checkpoint(root, step, model_state=weights, parameter_names=names, **options)
         else:
-            save_distributed(out_dir / "checkpoints", step, model=model, ranks=ranks, **options)
+            save_distributed(root, step, model=model, ranks=ranks, **options)
 
     model.train()
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     micro_examples = optim.micro_batch_examples or optim.batch_examples
+    parts_alone = math.ceil(optim.batch_examples / micro_examples)
     share = ranks.own(range(optim.batch_examples))  # which of a step's examples are this rank's
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.bf16 and device.type == "cuda")
     shows = run.progress_bar and ranks.is_first
     bar = tqdm(total=optim.steps, initial=done, desc=recipe.objective, unit="step", disable=not shows)
-    with _stop_signals() as stopped, bar:
+    with _stop_signals(again=alone) as stopped, bar:
         for step in range(done + 1, optim.steps + 1):
             # 1. The step's examples. The cursor alone decides which: that is what makes a resumed run the same run.
             rows = data.draw((step - 1) * optim.batch_examples, optim.batch_examples, seed=run.seed)
-            if run.parallel != "none":  # all ranks draw the same, on however many the run goes on
+            if not alone:  # all ranks draw the same, on however many the run goes on
                 torch.manual_seed(_seed_of(run.seed, step))
             hears = torch.rand(len(rows)) >= optim.audio_dropout
             charged = torch.rand(len(rows)) < recipe.loss.ce_background_fraction
-            if run.parallel != "none":  # dropout is a rank's own
+            if not alone:  # dropout is a rank's own
                 torch.manual_seed(_seed_of(run.seed, step, ranks.rank))
             parts = []
             for start in range(0, len(share), micro_examples):
@@ -230,24 +237,27 @@ def train(
                         )
                     (loss * ranks.size).backward()  # gradients are averaged over ranks
                 losses.append(loss.detach())
+                for name, value in layer_losses:
+                    # A part's share of the step's mean; steps weigh the same on any number of ranks.
+                    metrics.add(name, value * len(parts) * ranks.size, parts_alone / (len(parts) * ranks.size))
                 for name, value, weight in values:
                     metrics.add(name, value, weight)
-                for name, value in layer_losses:
-                    metrics.add(name, value * len(parts) * ranks.size)  # each part's share of the step's mean
 
             # 4. One update, unless something is not finite. This is the loop's one read of the device a step.
             grad_norm = clip_grad_norm(list(names), optim.max_grad_norm)
-            total = ranks.sum(torch.stack(losses).sum())
-            if not bool(torch.isfinite(total + grad_norm)):
+            total, norms = ranks.sum(torch.stack([torch.stack(losses).sum().double(), grad_norm.double()]))
+            apart = (norms - ranks.size * grad_norm).abs() > 1e-3 * norms  # ranks have one gradient, or go different ways
+            if not bool(torch.isfinite(total + norms) & ~apart):
                 metrics.close()
-                raise NonFiniteError(_non_finite_message(step, losses, grad_norm, [batch.ids for batch, *_ in parts]))
+                found = ranks.gather([(loss.item(), batch.ids) for loss, (batch, *_) in zip(losses, parts, strict=True)])
+                _refuse_step(step, [part for of_rank in found for part in of_rank], ranks.gather(grad_norm.item()))
             learning_rate = optim.learning_rate_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
 
-            metrics.add("loss", total)
-            metrics.add("grad_norm", grad_norm)
+            metrics.add("loss", total, 1 / ranks.size)
+            metrics.add("grad_norm", grad_norm, 1 / ranks.size)
             bar.update()
             if logged:
                 alpha = {} if recipe.objective not in ("sharpened", "caad", "caad+") else {"alpha": recipe.loss.alpha_at(step)}
@@ -535,9 +545,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_impl(recipe.loss.impl, device)
         check_folders(recipe)
         examples, audio_root = read_examples(recipe)
-        with Ranks.started_by_torchrun(device) as ranks:
+        with Ranks.started_by_torchrun(device, recipe.run.parallel) as ranks:
             result = _train_on(ranks, recipe, examples, audio_root, [arguments.recipe, *arguments.overrides])
-    except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError) as error:
+    except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError, RankError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the loop took over the signal, or the second one
@@ -552,13 +562,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root: Any, words: Sequence[str]) -> TrainResult:
     """Builds model, data and teachers on this rank and trains; `words`: recipe and overrides as they were given."""
+    _check_ranks(recipe, ranks)
+    if not ranks.is_first:
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, progress_bar=False))
     seed_everything(recipe.run.seed)
     model = build_model(recipe)
     data = build_data(recipe, model, examples, audio_root)
     sources = build_sources(recipe, data, model, device=ranks.device)
     seed_everything(recipe.run.seed)  # the run must not depend on what was drawn while these were built
     kept = [word for word in words if not word.startswith("run.resume=")]
-    started = ["python"] if ranks.size == 1 else ["torchrun", "--nproc-per-node", str(ranks.size)]
+    started = ["python"] if recipe.run.parallel == "none" else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     command = shlex.join([*started, "-m", "models.train", *kept, "run.resume=auto"])
     with exclusive(recipe.run.out_dir, "a training") if ranks.is_first else nullcontext():
         return train(recipe, model=model, data=data, sources=sources, resume_command=command, ranks=ranks)
@@ -580,15 +593,20 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int | None]]:
-    """Within the block the first SIGINT or SIGTERM only leaves its number in the list; a second one acts as usual."""
+def _stop_signals(*, again: bool) -> Iterator[list[int | None]]:
+    """Within the block SIGINT or SIGTERM only leaves its number in the list.
+
+    Args:
+        again: a second one acts as usual. Not under torchrun, which passes on what a terminal has sent to all processes already.
+    """
     caught: list[int | None] = [None]
     before: dict[int, Any] = {}
 
     def note(number: int, _frame: Any) -> None:
         caught[0] = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if again:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -609,16 +627,6 @@ def _settings_that_matter(recipe: Recipe) -> dict[str, Any]:
     for name in ignored:
         del settings["run"][name]
     return settings
-
-
-def _check_same_run(state: Mapping[str, Any], settings: dict[str, Any], data: TrainingData, path: Path) -> None:
-    _check_same_settings(state["recipe"], settings, path)
-    if state["examples"] != _fingerprint_of(data):
-        raise CheckpointError(f"{path}: made with other examples than the {len(data)} that were read now")
-
-
-def _fingerprint_of(data: TrainingData) -> str:
-    return fingerprint([example.id for example in data.examples])  # the cursor means nothing in another list
 
 
 def _check_same_settings(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -645,14 +653,18 @@ def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (values.double() * weights).sum() / weights.sum().clamp(min=1e-12)  # all weights 0: mean 0, not NaN
 
 
-def _non_finite_message(
-    step: int, losses: Sequence[torch.Tensor], grad_norm: torch.Tensor, ids: Sequence[Sequence[str]]
-) -> str:
-    bad = [i for i, loss in enumerate(losses) if not bool(torch.isfinite(loss))]
+def _refuse_step(step: int, parts: Sequence[tuple[float, Sequence[str]]], grad_norms: Sequence[float]) -> None:
+    """Raises the same on every rank, from each part's (loss, examples) and each rank's gradient norm."""
+    bad = [(loss, ids) for loss, ids in parts if not math.isfinite(loss)]
+    if not bad and all(map(math.isfinite, grad_norms)) and len(set(grad_norms)) > 1:
+        raise RankError(
+            f"step {step}: expected one gradient on all ranks, got norms {grad_norms}: some weights took no part in the last "
+            "part's loss on any rank; nothing was updated"
+        )
     # A finite loss with a non-finite gradient cannot be traced to one part: the gradients are summed by then.
-    what = f"loss {losses[bad[0]].item()}" if bad else f"gradient norm {grad_norm.item()}"
-    named = [example_id for i in (bad or range(len(ids))) for example_id in ids[i]]
-    return f"step {step}: {what}; nothing was updated. Examples of the batch: {', '.join(named)}"
+    what = f"loss {bad[0][0]}" if bad else f"gradient norm {grad_norms[0]}"
+    named = [example_id for _, ids in bad or parts for example_id in ids]
+    raise NonFiniteError(f"step {step}: {what}; nothing was updated. Examples of the batch: {', '.join(named)}")
 
 
 if __name__ == "__main__":
