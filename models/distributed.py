@@ -160,7 +160,8 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
         lm: whose layers are sharded one by one, with "fsdp2" (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
 
     Gradients are averaged over ranks by both engines: multiply the loss by `ranks.size`, with divisors summed over ranks. With
-    "fsdp2" every rank has to call `step` as often as the others, and to use the same weights in it.
+    "fsdp2" every rank has to call `step` as often as the others, and to use the same weights in it. With "ddp" a weight that took
+    part in earlier parts of a step has to take part in the last one on some rank (see `gradient_sync`), or gradients differ.
 
     Raises:
         ValueError: another strategy, "none" on several ranks, or no process group.
@@ -174,7 +175,7 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
     if not dist.is_initialized():
         raise ValueError(f"strategy: {strategy!r} needs a process group; start with torchrun (one process will do)")
     if strategy == "ddp":
-        # A part whose rows have no audio does not use the connector: without the search its rank would keep the others waiting.
+        # Without the search a rank whose part leaves some weights out would keep the others waiting.
         return nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -636,8 +636,7 @@ class SpeechLM(nn.Module):
         clips = 1 if features is None or features.dim() == 4 else features.shape[1]
         if is_audio.device.type == "cpu":
             counts = is_audio.sum(1)
-            # Among several ranks the connector takes part all the same: where rows have audio its gradient is waited for.
-            if not counts.any() and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            if not counts.any():
                 return x
             wrong = ((counts % queries != 0) | (counts > clips * queries)).nonzero().flatten().tolist()
             if wrong:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import socket
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,37 +20,30 @@ multiprocessing.set_forkserver_preload(list(PRELOADED))
 
 def run_ranks(task: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """What `task(failures, *arguments)` returns on every rank; fails with what any of them put into `failures`, or raised."""
-    context = mp.get_context("forkserver")
-    failures, results = context.SimpleQueue(), context.SimpleQueue()
+    failures = mp.get_context("forkserver").SimpleQueue()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(
-        _started,
-        args=(world_size, port, results, task, failures, *arguments),
-        nprocs=world_size,
-        start_method="forkserver",
-    )
-    found = _drained(failures)
-    assert not found, "\n".join(found)
-    return [torch.load(io.BytesIO(data), weights_only=True) for _, data in sorted(_drained(results))]
+    with tempfile.TemporaryDirectory() as folder:  # a queue's pipe holds 64 KiB, and is read when all have ended
+        mp.start_processes(
+            _started,
+            args=(world_size, port, folder, task, failures, *arguments),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
+        found = []
+        while not failures.empty():
+            found.append(failures.get())
+        assert not found, "\n".join(found)
+        return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(world_size)]
 
 
-def _drained(queue: Any) -> list[Any]:
-    items = []
-    while not queue.empty():
-        items.append(queue.get())
-    return items
-
-
-def _started(rank: int, world_size: int, port: int, results: Any, task: Callable[..., Any], *arguments: Any) -> None:
+def _started(rank: int, world_size: int, port: int, folder: str, task: Callable[..., Any], *arguments: Any) -> None:
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}  # as torchrun does
     dist.init_process_group("gloo")
     try:
-        data = io.BytesIO()  # a tensor itself would travel in memory that goes with its process
-        torch.save(task(*arguments), data)
-        results.put((rank, data.getvalue()))
+        torch.save(task(*arguments), Path(folder) / str(rank))
     finally:
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from models.distributed import (
     load_distributed,
     make_whole,
     parallelize,
+    parameter_groups,
     save_distributed,
 )
 
@@ -84,7 +86,8 @@ def make_training(strategy, ranks, *, seed=0, layers=2):
     lm = make_lm(seed, layers)
     step = parallelize(Step(lm), strategy, ranks, lm=lm)
     # A large eps: where a gradient is nearly 0, Adam would otherwise turn its rounding into whole steps.
-    optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=0.03, eps=1e-2)
+    groups = parameter_groups([p for p in lm.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW(groups, lr=0.03, eps=1e-2, foreach=True)  # as on a CUDA device
     return lm, step, optimizer
 
 
@@ -154,16 +157,16 @@ def phase(failures, folder, strategy, numbers):
     ranks = Ranks(CPU)
     if dist.is_initialized():
         ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
-    path = find_distributed(folder, "auto", ranks)
-    lm, step, optimizer = make_training(strategy, ranks, seed=0 if path is None else 5)
-    if path is not None:
+    checkpoint = find_distributed(folder, "auto", ranks)
+    lm, step, optimizer = make_training(strategy, ranks, seed=0 if checkpoint is None else 5)
+    if checkpoint is not None:
         # What is frozen is not in a checkpoint.
         right = dict(make_lm(0).named_parameters())
         for name, parameter in lm.named_parameters():
             if not parameter.requires_grad:
                 copy_into(parameter, right[name])
-        loaded = load_distributed(path, model=lm, optimizer=optimizer)
-        assert loaded == {"step": numbers[0], "state": {"note": "kept"}}, loaded
+        load_distributed(checkpoint, model=lm, optimizer=optimizer)
+        assert (checkpoint.step, checkpoint.trainer["state"]) == (numbers[0], {"note": "kept"}), checkpoint
     train_steps(step, optimizer, numbers, ranks)
     state = {"note": "kept"}
     save_distributed(folder, numbers[-1] + 1, model=lm, optimizer=optimizer, trainer_state=state, ranks=ranks, keep_last=2)
@@ -178,12 +181,13 @@ def copy_into(parameter, whole):
         parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements) if placed else whole)
 
 
-def test_two_ranks_then_one_then_two(one_device, tmp_path):
+def test_two_ranks_then_one_then_more(one_device, tmp_path):
+    """Three divide neither the examples nor the widths."""
     run_ranks(phase, 2, tmp_path, "fsdp2", [0, 1])
     phase(None, tmp_path, "none", [2, 3])
-    for strategy in ("ddp", "fsdp2"):
+    for strategy, size in (("ddp", 2), ("fsdp2", 3)):
         folder = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-{strategy}")
-        for weights in run_ranks(phase, 2, folder, strategy, [4, 5]):
+        for weights in run_ranks(phase, size, folder, strategy, [4, 5]):
             same(weights, one_device[1])
         assert sorted(p.name for p in folder.iterdir()) == ["step-00000004", "step-00000006"]  # two are kept
 
@@ -220,7 +224,7 @@ class TestErrors:
         shard.write_bytes(data)
         with pytest.raises(CheckpointError, match=f"{shard.name}: damaged: its SHA-256.*pass run.resume=fallback"):
             find_distributed(tmp_path, "auto", Ranks(CPU))
-        assert find_distributed(tmp_path, "fallback", Ranks(CPU)).name == "step-00000001"
+        assert find_distributed(tmp_path, "fallback", Ranks(CPU)).path.name == "step-00000001"
         shard.unlink()
         with pytest.raises(CheckpointError, match=f"{shard.name}: missing"):
             find_distributed(tmp_path, str(tmp_path / "step-00000002"), Ranks(CPU))
@@ -229,14 +233,14 @@ class TestErrors:
 
     def test_other_model_and_other_optimizer(self, tmp_path):
         saved(tmp_path, layers=3)
-        path = find_distributed(tmp_path, "auto", Ranks(CPU))
+        found = find_distributed(tmp_path, "auto", Ranks(CPU))
         lm, _, optimizer = make_training("none", Ranks(CPU))
         with pytest.raises(CheckpointError, match=r"of another model or optimiser: model\.\S+layers\.2\.\S+ is .* missing here"):
-            load_distributed(path, model=lm, optimizer=optimizer)
+            load_distributed(found, model=lm, optimizer=optimizer)
         lm, *_ = make_training("none", Ranks(CPU), layers=3)
         optimizer = torch.optim.SGD([p for p in lm.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
         with pytest.raises(CheckpointError, match=r"optimizer\.\S+ is .* missing here"):
-            load_distributed(path, model=lm, optimizer=optimizer)
+            load_distributed(found, model=lm, optimizer=optimizer)
 
     def test_checkpoint_of_another_format(self, tmp_path):
         saved(tmp_path)
@@ -257,9 +261,15 @@ class TestErrors:
 
 def test_alone_without_torchrun(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with Ranks.started_by_torchrun(CPU) as ranks:
+    with Ranks.started_by_torchrun(CPU, "ddp") as ranks:
         assert ranks == Ranks(CPU) and ranks.is_first and not dist.is_initialized()
-        assert ranks.own([1, 2, 3]) == [1, 2, 3] and ranks.any(True) and not ranks.any(False)
+        assert ranks.own([1, 2, 3]) == [1, 2, 3] and ranks.any(True) and not ranks.any(False) and ranks.gather(5) == [5]
+    monkeypatch.setenv("WORLD_SIZE", "1")  # some clusters set it always
+    with Ranks.started_by_torchrun(CPU, "none"):
+        assert not dist.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"run.parallel: expected ddp or fsdp2 in 2 processes of torchrun, got 'none'"):
+        Ranks.started_by_torchrun(CPU, "none").__enter__()
 
 
 def made_whole(failures):
@@ -278,6 +288,39 @@ def made_whole(failures):
 
 def test_whole_for_saving():
     run_ranks(made_whole, 2)
+
+
+def cannot_write(failures, folder, how):
+    """The second rank does not see the first's folder, or fails to write its part; {rank: what it raised}."""
+    ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
+    lm, step, optimizer = make_training("fsdp2", ranks)
+    train_steps(step, optimizer, range(1), ranks)
+    keep = {"model": lm, "optimizer": optimizer, "trainer_state": {}, "ranks": ranks}
+    save_distributed(folder, 1, **keep)
+    if ranks.rank == 1 and how == "apart":
+        Path.is_dir = lambda self: False
+    if ranks.rank == 1 and how == "full":
+        import torch.distributed.checkpoint as dcp
+
+        def write_data(*_):
+            raise OSError(28, "No space left on device")
+
+        dcp.HuggingFaceStorageWriter.write_data = write_data
+    try:
+        save_distributed(folder, 2, **keep)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("apart", "expected a folder that all ranks see, got one where rank 1 lacks"), ("full", "rank 1: OSError: .*No space left")],
+)
+def test_a_checkpoint_that_one_rank_cannot_write_fails_on_all(tmp_path, how, message):
+    raised = run_ranks(cannot_write, 2, tmp_path, how)
+    assert raised[0] == raised[1] and re.search(message, raised[0]), raised
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def shares(failures):
