@@ -36,6 +36,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.multi_teacher --write
 	$(BIN)/python -m benchmarks.layers --write
 	$(BIN)/python -m benchmarks.memory --write
+	$(BIN)/python -m benchmarks.large_vocab --write
 	$(BIN)/python -m benchmarks.accuracy --write
 	$(BIN)/python -m benchmarks.peers --write
 	$(BIN)/python -m benchmarks.step --write

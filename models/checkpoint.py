@@ -18,7 +18,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,26 @@ def save_checkpoint(
         save_file(rng_tensors, folder / "rng.safetensors")
         trainer = {"step": step, "optimizer": numbers, "rng": rng_numbers, "state": dict(trainer_state)}
         (folder / "trainer.json").write_text(json.dumps(trainer, allow_nan=False), encoding="utf-8")
-        files = {
-            p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())
-        }
-        atomic_write_json(folder / MANIFEST_NAME, {"format": FORMAT_VERSION, "step": step, "files": files})
-    # Later steps are of a run that this one, resumed before them, has left behind: "newest" must not mean those.
+        write_manifest(folder, step, FORMAT_VERSION)
+    prune_checkpoints(root, path, keep_last)
+    return path
+
+
+def write_manifest(folder: Path, step: int, format_version: int | str) -> None:
+    """Size and SHA-256 of every file in `folder`: the last to be written."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
+    atomic_write_json(folder / MANIFEST_NAME, {"format": format_version, "step": step, "files": files})
+
+
+def prune_checkpoints(root: str | Path, path: Path, keep_last: int) -> None:
+    """Keep `keep_last` checkpoints up to `path`, just written, and none of a later step.
+
+    Later steps are of a run that this one, resumed before them, has left behind: "newest" must not mean those.
+    """
     kept = [p for p in list_checkpoints(root) if p.name <= path.name][-keep_last:]
     for old in list_checkpoints(root):
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
-    return path
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -104,26 +114,31 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: no manifest, a file missing, of the wrong size or hash, or a format this version does not know.
     """
     path = Path(path)
-    try:
-        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no {MANIFEST_NAME}, so not a complete checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
-        got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(f"{path}: checkpoint format {FORMAT_VERSION} expected, got {got}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or _FILE_NAMES - files.keys():
-        raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: expected an entry for each of {sorted(_FILE_NAMES)}")
-    for name, entry in files.items():
-        _check_file(path / name, entry)
+    check_manifest(path, FORMAT_VERSION, _FILE_NAMES)
     try:
         trainer = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         model, optimizer, rng = (load_file(path / f"{n}.safetensors") for n in ("model", "optimizer", "rng"))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: unreadable: {error}") from error
     return Checkpoint(path=path, step=trainer["step"], model=model, optimizer=optimizer, trainer=trainer, rng=rng)
+
+
+def check_manifest(path: Path, format_version: int | str, names: set[str]) -> None:
+    """Hold every file against the manifest, which must be of this format and know `names`; CheckpointError otherwise."""
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {MANIFEST_NAME}, so not a complete checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != format_version:
+        got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"{path}: checkpoint format {format_version} expected, got {got}; run.parallel=none has its own")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or names - files.keys():
+        raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: expected an entry for each of {sorted(names)}")
+    for name, entry in files.items():
+        _check_file(path / name, entry)
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
@@ -134,11 +149,12 @@ def list_checkpoints(root: str | Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if _STEP_NAME.match(p.name) and p.is_dir())
 
 
-def find_checkpoint(root: str | Path, resume: str) -> Checkpoint | None:
-    """The checkpoint that `run.resume` asks for.
+def find_checkpoint(root: str | Path, resume: str, load: Callable[[Path], Any] = load_checkpoint) -> Any:
+    """The checkpoint that `run.resume` asks for, as `load` reads it, or None.
 
     Args:
         root: folder of the run's checkpoints.
+        load: reads a folder and raises CheckpointError where it is damaged.
         resume: "never" -> None; "auto" -> the newest, an error if it is damaged, None if there is none; "fallback" -> the
             newest that is intact; anything else -> that folder.
 
@@ -150,17 +166,17 @@ def find_checkpoint(root: str | Path, resume: str) -> Checkpoint | None:
     if resume not in ("auto", "fallback"):
         if not Path(resume).is_dir():
             raise CheckpointError(f"run.resume: expected never, auto, fallback or a checkpoint's folder, got {resume!r}")
-        return load_checkpoint(resume)
+        return load(Path(resume))
     errors = []
     for path in reversed(list_checkpoints(root)):
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load(path)
         except CheckpointError as error:
             errors.append(str(error))
             continue
         if errors and resume == "auto":
             raise CheckpointError(
-                f"{errors[0]}. The last intact one is {checkpoint.path}: pass run.resume=fallback to go on from it"
+                f"{errors[0]}. The last intact one is {path}: pass run.resume=fallback to go on from it"
             )
         return checkpoint
     if errors:

@@ -35,6 +35,7 @@ OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
 TEACHER_OBJECTIVES = ("kd", "sharpened", "caad", "caad+")
 # What objective caad+ adds to caad.
 CAAD_PLUS = {"alpha_half_divergence": 0.1, "center_text": True}
+PARALLEL = ("none", "ddp", "fsdp2")
 ROLES = ("audio", "text", "acoustic")
 PACKINGS = ("none", "pack", "varlen")
 TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
@@ -297,6 +298,7 @@ class RunConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     bf16: bool = True  # autocast; on CUDA only (slower than float32 on CPUs, by measurement)
     gradient_checkpointing: bool = False
+    parallel: str = "none"  # none | ddp | fsdp2; the last two under torchrun, checkpoints are then distributed ones
     log_every_steps: int = 10
     save_every_steps: int = 100
     keep_last_checkpoints: int = 2
@@ -307,6 +309,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check(bool(self.out_dir), "run.out_dir", "a folder", self.out_dir)
         _check(self.seed >= 0, "run.seed", ">= 0", self.seed)
+        _one_of(self.parallel, "run.parallel", PARALLEL)
         _check(self.log_every_steps >= 1, "run.log_every_steps", ">= 1", self.log_every_steps)
         _check(self.save_every_steps >= 1, "run.save_every_steps", ">= 1", self.save_every_steps)
         _check(self.keep_last_checkpoints >= 1, "run.keep_last_checkpoints", ">= 1", self.keep_last_checkpoints)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,32 @@ class MetricsLogger:
         tensorboard: also write event files to `folder/tensorboard`.
         resume_step: drop lines after this step, which an interrupted run had written and this one will write again; None
             starts an empty file.
+        total: sums a tensor over the processes of a run, on each of them; None = there is one.
+        writes: False on all processes but one.
     """
 
-    def __init__(self, folder: str | Path, *, tensorboard: bool = True, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        writes: bool = True,
+    ) -> None:
         self.path = Path(folder) / METRICS_NAME
+        self._sums: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+        self._total = total
+        self._writes = writes
+        self._since = time.perf_counter()
+        self._writer = None
+        if not writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [line for line in read_metrics(self.path) if line["step"] <= resume_step]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))  # a kill here loses no line
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._sums: dict[str, torch.Tensor] = {}
-        self._weights: dict[str, torch.Tensor] = {}
-        self._since = time.perf_counter()
-        self._writer = None
         if tensorboard:
             # Imported here: it costs a second, and evaluation and tests do not need it.
             from torch.utils.tensorboard import SummaryWriter
@@ -63,15 +77,15 @@ class MetricsLogger:
         """Write one line: the means since the last one, and the values of `now` as they are. Reads the device once."""
         line: dict[str, Any] = {"step": step}
         if self._sums:
-            names = list(self._sums)
-            means = torch.stack([self._sums[n] / self._weights[n] for n in names]).tolist()
-            line.update(zip(names, means, strict=True))
+            sums, weights = self._totals()
+            line.update(zip(self._sums, (sums / weights).tolist(), strict=True))
         line.update(now)
         line["seconds"] = round(time.perf_counter() - self._since, 3)
         self._since = time.perf_counter()
         self._sums.clear()
         self._weights.clear()
-        self._write_line(line)
+        if self._writes:
+            self._write_line(line)
         if self._writer is not None:
             for name, value in line.items():
                 if name != "step" and isinstance(value, (int, float)):
@@ -79,19 +93,29 @@ class MetricsLogger:
         return line
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Sums not written yet, for a checkpoint."""
-        return {name: [float(self._sums[name]), float(self._weights[name])] for name in self._sums}
+        """Sums not written yet, over all processes, for a checkpoint."""
+        if not self._sums:
+            return {}
+        return dict(zip(self._sums, self._totals().T.tolist(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, list[float]], *, device: torch.device | str = "cpu") -> None:
-        """Take up the sums of `state_dict()`."""
+        """Take up the sums of `state_dict()`: one process does, for the others they are 0."""
+        if not self._writes:
+            state = {name: [0.0, 0.0] for name in state}
         self._sums = {n: torch.tensor(s, dtype=torch.float64, device=device) for n, (s, _) in state.items()}
         self._weights = {n: torch.tensor(w, dtype=torch.float64, device=device) for n, (_, w) in state.items()}
 
     def close(self) -> None:
         """Flush both files."""
-        self._file.close()
+        if self._writes:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _totals(self) -> torch.Tensor:
+        """(2, names): sums and weights, over all processes."""
+        both = torch.stack([torch.stack(list(x.values())) for x in (self._sums, self._weights)])
+        return both if self._total is None else self._total(both)
 
     def _write_line(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")

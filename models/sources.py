@@ -328,7 +328,8 @@ def _build_source(
     recipe: Recipe, name: str, settings: SourceConfig, data: TrainingData, model: torch.nn.Module, device: torch.device
 ) -> Source:
     key = name if name == OWN_TEACHER else f"sources.{name}"
-    lm, tokenizer = _load_source(key, settings, model, device)
+    # FSDP2 takes the student's weights apart, where a snapshot would find only a shard.
+    lm, tokenizer = _load_source(key, settings, model, device, share=recipe.run.parallel != "fsdp2")
     check_same_tokenizer(f"{key}.folder", model.tokenizer, tokenizer)
     layers = None
     if settings.layers.weight > 0:
@@ -390,14 +391,14 @@ def _hears_both(name: str, settings: SourceConfig) -> bool:
 
 
 def _load_source(
-    key: str, settings: SourceConfig, model: torch.nn.Module, device: torch.device
+    key: str, settings: SourceConfig, model: torch.nn.Module, device: torch.device, *, share: bool
 ) -> tuple[Any, Any]:
-    """A source's model, frozen, and its tokenizer."""
+    """A source's model, frozen, and its tokenizer; `share`: see `snapshot`."""
     from models.backbones import BackboneError, load_causal_lm
     from models.speech_lm import SpeechLM, SpeechLMError
 
     if settings.folder is None:
-        return snapshot(model), model.tokenizer
+        return snapshot(model, share=share), model.tokenizer
     try:
         if settings.role == "text":
             lm, tokenizer = load_causal_lm(settings.folder, dtype=inference_dtype(device))

@@ -387,12 +387,13 @@ def kept_bytes(teacher: Teacher, data: Any) -> int:
     return sum(x.nbytes for x in states.tensors().values()) * len(data) // len(chosen)
 
 
-def snapshot(model: torch.nn.Module) -> torch.nn.Module:
-    """A frozen copy of `model` as it is now; weights that do not train are shared, so it costs what trains."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
-    for part in model.modules():
+def snapshot(model: torch.nn.Module, *, share: bool = True) -> torch.nn.Module:
+    """A frozen copy of `model` as it is now; with `share`, weights that do not train are shared, so it costs what trains."""
+    shared: dict[int, Any] = {}
+    for part in model.modules() if share else ():
         if not any(p.requires_grad for p in part.parameters()):
             shared |= {id(b): b for b in part.buffers()}
+    shared |= {id(p): p for p in model.parameters() if share and not p.requires_grad}
     shared |= {id(x): x for x in vars(model).values() if isinstance(x, types.ModuleType)}  # which cannot be copied
     return copy.deepcopy(model, shared).requires_grad_(False).eval()
 

@@ -9,6 +9,12 @@ The whole story of a step: draw examples; the frozen teachers' hidden states at 
 student's; `fused_linear_multi_teacher_loss` (of one teacher that is `fused_linear_caad_loss`); AdamW on the connector. Ctrl-C or
 SIGTERM finishes the step, saves, and prints the command that goes on (`run.resume=auto`): on a CPU that continuation is the
 undisturbed run, bit for bit.
+
+    torchrun --nproc-per-node 4 -m models.train caad run.parallel=ddp ...
+
+trains on several devices (models/distributed.py); each rank has its share of every step's examples. Weights and optimiser are
+sharded with fsdp2, frozen teachers are whole on every rank. A checkpoint goes on with ddp or fsdp2 on any number of ranks that
+divides the batch; what is drawn at random inside the model (dropout) then is another draw, all else is the same step.
 """
 
 from __future__ import annotations
@@ -16,12 +22,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
 import random
 import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +52,18 @@ from models.checkpoint import (
     trainable_state,
 )
 from models.config import ConfigError, LossConfig, Recipe, describe_recipes, load_recipe, to_dict
+from models.distributed import (
+    RankError,
+    Ranks,
+    clip_grad_norm,
+    find_distributed,
+    gradient_sync,
+    load_distributed,
+    make_whole,
+    parallelize,
+    parameter_groups,
+    save_distributed,
+)
 from models.io_utils import atomic_write_json, exclusive, fingerprint
 from models.metrics import MetricsLogger
 from models.sources import (
@@ -55,7 +75,7 @@ from models.sources import (
     check_folders,
     read_examples,
 )
-from models.teachers import Source, SourceError, TeacherStates
+from models.teachers import LayerDistillation, Source, SourceError, TeacherStates
 
 
 class NonFiniteError(RuntimeError):
@@ -78,6 +98,7 @@ def train(
     data: TrainingData,
     sources: Sequence[Source] = (),
     resume_command: str | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Run a recipe to its end, or to the next whole step after SIGINT / SIGTERM.
 
@@ -89,13 +110,16 @@ def train(
         sources: the teachers; kd, sharpened and caad need their own, named `OWN_TEACHER`. The projections of a source's layers
             train, lie in the checkpoints, and are not in run.out_dir/final.
         resume_command: printed when a signal stops the run.
+        ranks: this process among those of the run; all of them make the call, with models of equal weights. None = alone.
 
     Returns:
         the step reached and why it ended; checkpoints lie in run.out_dir/checkpoints, the result in run.out_dir/final.
 
     Raises:
         ValueError: no teacher though the objective needs one, no example, or nothing to train.
-        NonFiniteError: naming the examples; before the optimiser's step.
+        ConfigError: settings that do not go with the number of ranks or with run.parallel.
+        NonFiniteError: naming the examples, on every rank alike; before the optimiser's step.
+        RankError: ranks have come to different gradients.
         CheckpointError: the checkpoint to resume from is damaged or of another recipe.
     """
     wanted = [OWN_TEACHER] * recipe.needs_teacher + list(recipe.sources)
@@ -105,69 +129,86 @@ def train(
     if len(data) == 0:
         raise ValueError("data: expected at least one example, got none")
     optim, run = recipe.optim, recipe.run
-    device = pick_device(run.device)
+    ranks = Ranks(pick_device(run.device)) if ranks is None else ranks
+    _check_ranks(recipe, ranks)
+    device = ranks.device
     model.to(device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected a parameter that requires grad, got none")
     compared = {source.name: source.layers for source in sources if source.layers is not None}
     if compared:  # one state dict, one list of parameters, for optimiser and checkpoints
         model.layer_distillation = torch.nn.ModuleDict(compared).to(device)
-    student_layers = sorted({layer for layers in compared.values() for layer in layers.student_layers})
+    objective = _Objective(recipe, model, data, compared)
+    objective = parallelize(objective, run.parallel, ranks, lm=getattr(model, "lm", None))
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        list(names), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
+        parameter_groups(list(names)), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
     )
     out_dir = Path(run.out_dir)
     settings = _settings_that_matter(recipe)
     drawn_from = fingerprint([example.id for example in data.examples])  # the cursor means nothing in another list
 
-    if run.resume == "never":
+    if run.resume == "never" and ranks.is_first:
         set_aside(out_dir / "checkpoints")
-    checkpoint = find_checkpoint(out_dir / "checkpoints", run.resume)
-    first_step = 1
+    alone = run.parallel == "none"
+    done, root = 0, out_dir / "checkpoints"
+    checkpoint = find_checkpoint(root, run.resume) if alone else find_distributed(root, run.resume, ranks)
     if checkpoint is not None:
-        state = checkpoint.trainer["state"]
+        done, state = checkpoint.step, checkpoint.trainer["state"]
         _check_same_settings(state["recipe"], settings, checkpoint.path)
         if state["examples"] != drawn_from:
             raise CheckpointError(f"{checkpoint.path}: made with other examples than the {len(data)} that were read now")
-        restore_model(model, checkpoint)
-        restore_optimizer(optimizer, checkpoint, names)
-        first_step = checkpoint.step + 1
+        if alone:
+            restore_model(model, checkpoint)
+            restore_optimizer(optimizer, checkpoint, names)
+        else:
+            load_distributed(checkpoint, model=model, optimizer=optimizer)
     metrics = MetricsLogger(
-        out_dir, tensorboard=run.tensorboard, resume_step=None if checkpoint is None else checkpoint.step
+        out_dir,
+        tensorboard=run.tensorboard,
+        resume_step=None if checkpoint is None else done,
+        total=ranks.sum if ranks.size > 1 else None,
+        writes=ranks.is_first,
     )
     if checkpoint is not None:
         metrics.load_state_dict(state["metrics"], device=device)
-        restore_rng(checkpoint)  # last: building things above may have drawn numbers
-    atomic_write_json(out_dir / "recipe.json", to_dict(recipe))
+        if alone:
+            restore_rng(checkpoint)  # last: building things above may have drawn numbers
+    if ranks.is_first:
+        atomic_write_json(out_dir / "recipe.json", to_dict(recipe))
 
     def save(step: int) -> None:
-        save_checkpoint(
-            out_dir / "checkpoints",
-            step,
-            model_state=trainable_state(model),
-            optimizer=optimizer,
-            parameter_names=names,
-            trainer_state={"recipe": settings, "examples": drawn_from, "metrics": metrics.state_dict()},
-            keep_last=run.keep_last_checkpoints,
-        )
+        saved = {"recipe": settings, "examples": drawn_from, "metrics": metrics.state_dict()}
+        options = {"optimizer": optimizer, "trainer_state": saved, "keep_last": run.keep_last_checkpoints}
+        if alone:
+            weights = trainable_state(model)
+            save_checkpoint(root, step, model_state=weights, parameter_names=names, **options)
+        else:
+            save_distributed(root, step, model=model, ranks=ranks, **options)
 
     model.train()
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     micro_examples = optim.micro_batch_examples or optim.batch_examples
+    parts_alone = math.ceil(optim.batch_examples / micro_examples)
+    share = ranks.own(range(optim.batch_examples))  # which of a step's examples are this rank's
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.bf16 and device.type == "cuda")
-    bar = tqdm(total=optim.steps, initial=first_step - 1, desc=recipe.objective, unit="step", disable=not run.progress_bar)
-    with _stop_signals() as stopped, bar:
-        for step in range(first_step, optim.steps + 1):
+    shows = run.progress_bar and ranks.is_first
+    bar = tqdm(total=optim.steps, initial=done, desc=recipe.objective, unit="step", disable=not shows)
+    with _stop_signals(again=alone) as stopped, bar:
+        for step in range(done + 1, optim.steps + 1):
             # 1. The step's examples. The cursor alone decides which: that is what makes a resumed run the same run.
             rows = data.draw((step - 1) * optim.batch_examples, optim.batch_examples, seed=run.seed)
+            if not alone:  # all ranks draw the same, on however many the run goes on
+                torch.manual_seed(_seed_of(run.seed, step))
             hears = torch.rand(len(rows)) >= optim.audio_dropout
             charged = torch.rand(len(rows)) < recipe.loss.ce_background_fraction
+            if not alone:  # dropout is a rank's own
+                torch.manual_seed(_seed_of(run.seed, step, ranks.rank))
             parts = []
-            for start in range(0, len(rows), micro_examples):
-                here = slice(start, start + micro_examples)
-                examples = [data.examples[row] for row in rows[here]]
+            for start in range(0, len(share), micro_examples):
+                here = share[start : start + micro_examples]
+                examples = [data.examples[rows[number]] for number in here]
                 batch = data.make_batch(examples)
                 # What is not needed is left out before the batch moves: decided on a GPU it would be a wait.
                 counted = counted_positions(recipe, batch, charged[here])
@@ -180,69 +221,135 @@ def train(
                 parts.append((batch, states, weights, hears[here].to(device)))
 
             # 2. Divisors of the whole step, so that 4 x 4 examples give the gradient of 16.
-            kd_normalizer = torch.stack([w.kd.sum() for _, _, w, _ in parts]).sum()
-            ce_normalizer = torch.stack([w.ce.sum() for _, _, w, _ in parts]).sum()
-            layer_normalizer = torch.stack([(w.kd > 0).sum() for _, _, w, _ in parts]).sum()
+            weights_of_step = [w for _, _, w, _ in parts]
+            sums = [torch.stack([x.sum() for x in each]).sum() for each in zip(*map(_counts, weights_of_step), strict=True)]
+            kd_normalizer, ce_normalizer, layer_normalizer = (ranks.sum(x) for x in sums)
 
             # 3. Forward and backward, part by part.
             logged = step % run.log_every_steps == 0 or step == optim.steps
             optimizer.zero_grad(set_to_none=True)
             losses = []
-            for batch, states, weights, present in parts:
-                inputs = data.model_inputs(batch)
-                inputs["audio_present"] = inputs["audio_present"] & present if "audio_present" in inputs else present
-                with autocast:
-                    if not compared:
-                        hidden = model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
-                    else:
-                        taken = model.hidden_states_at(batch.target_index, **inputs, layers=student_layers)
-                        hidden, *by_layer = taken.unbind(1)
-                        layer_states = dict(zip(student_layers, by_layer, strict=True))
-                    loss, values = objective_loss(
-                        recipe, step, model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer, logged
-                    )
-                    for name, layers in compared.items():
-                        layer_loss = layers.loss(layer_states, states[name], weights.kd > 0, layer_normalizer)
-                        loss = loss + layers.settings.weight * layer_loss
-                        curve = "layers" if name == OWN_TEACHER else f"layers_{name}"
-                        metrics.add(curve, layer_loss * len(parts))  # each part's share of the step's mean
-                loss.backward()
+            for number, (batch, states, weights, present) in enumerate(parts):
+                with gradient_sync(objective, number == len(parts) - 1):
+                    with autocast:
+                        loss, values, layer_losses = objective(
+                            step, batch, states, weights, present, kd_normalizer, ce_normalizer, layer_normalizer, logged
+                        )
+                    (loss * ranks.size).backward()  # gradients are averaged over ranks
                 losses.append(loss.detach())
+                for name, value in layer_losses:
+                    # A part's share of the step's mean; steps weigh the same on any number of ranks.
+                    metrics.add(name, value * len(parts) * ranks.size, parts_alone / (len(parts) * ranks.size))
                 for name, value, weight in values:
                     metrics.add(name, value, weight)
 
             # 4. One update, unless something is not finite. This is the loop's one read of the device a step.
-            grad_norm = torch.nn.utils.clip_grad_norm_(list(names), optim.max_grad_norm)
-            total = torch.stack(losses).sum()
-            if not bool(torch.isfinite(total + grad_norm)):
+            grad_norm = clip_grad_norm(list(names), optim.max_grad_norm)
+            total, norms = ranks.sum(torch.stack([torch.stack(losses).sum().double(), grad_norm.double()]))
+            apart = (norms - ranks.size * grad_norm).abs() > 1e-3 * norms  # ranks have one gradient, or go different ways
+            if not bool(torch.isfinite(total + norms) & ~apart):
                 metrics.close()
-                raise NonFiniteError(_non_finite_message(step, losses, grad_norm, [batch.ids for batch, *_ in parts]))
+                found = ranks.gather([(loss.item(), batch.ids) for loss, (batch, *_) in zip(losses, parts, strict=True)])
+                _refuse_step(step, [part for of_rank in found for part in of_rank], ranks.gather(grad_norm.item()))
             learning_rate = optim.learning_rate_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
 
-            metrics.add("loss", total)
-            metrics.add("grad_norm", grad_norm)
+            metrics.add("loss", total, 1 / ranks.size)
+            metrics.add("grad_norm", grad_norm, 1 / ranks.size)
             bar.update()
             if logged:
                 alpha = {} if recipe.objective not in ("sharpened", "caad", "caad+") else {"alpha": recipe.loss.alpha_at(step)}
                 line = metrics.flush(step, learning_rate=learning_rate, **alpha)
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
-            stop_now = stopped[0] is not None and step < optim.steps
+            stop_now = ranks.any(stopped[0] is not None) and step < optim.steps
             if stop_now or step % run.save_every_steps == 0 or step == optim.steps:
                 save(step)
             if stop_now:
                 metrics.close()
-                if resume_command:
+                if resume_command and ranks.is_first:
                     bar.write(f"Stopped after step {step}, saved. Go on with:\n  {resume_command}", file=sys.stderr)
-                return TrainResult(step, out_dir, stopped[0])
+                return TrainResult(step, out_dir, stopped[0] or int(signal.SIGTERM))  # another rank's
     metrics.close()
     if compared:
         del model.layer_distillation  # serves training alone
     model.eval()
-    model.save_pretrained(out_dir / "final")
+    if run.parallel == "fsdp2":
+        make_whole(model, ranks)
+    if ranks.is_first:
+        model.save_pretrained(out_dir / "final")
+    ranks.any(False)  # nobody leaves before it is written
     return TrainResult(optim.steps, out_dir)
+
+
+class _Objective(torch.nn.Module):
+    """A part's loss from its batch, in one forward: what `parallelize` needs.
+
+    Args:
+        compared: the layers of the sources that have some, which train; part of `model` already.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: torch.nn.Module, data: TrainingData, compared: Mapping[str, LayerDistillation]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._recipe = recipe
+        self._data = data
+        self._compared = dict(compared)  # not a submodule a second time
+        self._student_layers = sorted({layer for layers in compared.values() for layer in layers.student_layers})
+
+    def forward(
+        self,
+        step: int,
+        batch: Any,
+        states: Mapping[str, TeacherStates],
+        weights: TokenWeights,
+        present: torch.Tensor,
+        kd_normalizer: torch.Tensor,
+        ce_normalizer: torch.Tensor,
+        layer_normalizer: torch.Tensor,
+        with_stats: bool,
+    ) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
+        """Loss, curves as `objective_loss` gives them, and (curve, loss) of each source's layers."""
+        inputs = self._data.model_inputs(batch)
+        inputs["audio_present"] = inputs["audio_present"] & present if "audio_present" in inputs else present
+        layer_states: dict[int, torch.Tensor] = {}
+        if not self._compared:
+            hidden = self.model.hidden_states_at(batch.target_index, **inputs)  # (N, H_s)
+        else:
+            taken = self.model.hidden_states_at(batch.target_index, **inputs, layers=self._student_layers)
+            hidden, *by_layer = taken.unbind(1)
+            layer_states = dict(zip(self._student_layers, by_layer, strict=True))
+        loss, values = objective_loss(
+            self._recipe, step, self.model, hidden, batch.target, states, weights, kd_normalizer, ce_normalizer, with_stats
+        )
+        layer_losses = []
+        for name, layers in self._compared.items():
+            layer_loss = layers.loss(layer_states, states[name], weights.kd > 0, layer_normalizer)
+            loss = loss + layers.settings.weight * layer_loss
+            layer_losses.append(("layers" if name == OWN_TEACHER else f"layers_{name}", layer_loss))
+        return loss, values, layer_losses
+
+
+def _counts(weights: TokenWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What kd, ce and layers are divided by, token by token."""
+    return weights.kd, weights.ce, weights.kd > 0
+
+
+def _seed_of(*numbers: int) -> int:
+    return random.Random(" ".join(map(str, numbers))).getrandbits(63)
+
+
+def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    if recipe.optim.batch_examples % ranks.size:
+        raise ConfigError(
+            f"optim.batch_examples: expected a multiple of the {ranks.size} ranks, got {recipe.optim.batch_examples}"
+        )
+    if recipe.run.parallel == "fsdp2" and recipe.model.prefix_cache_mib:
+        # A rank that has a prefix runs fewer layers than one that does not, and would leave it waiting for its shards.
+        raise ConfigError(f"model.prefix_cache_mib: expected 0 with run.parallel=fsdp2, got {recipe.model.prefix_cache_mib}")
 
 
 @dataclass(frozen=True)
@@ -438,16 +545,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_impl(recipe.loss.impl, device)
         check_folders(recipe)
         examples, audio_root = read_examples(recipe)
-        seed_everything(recipe.run.seed)
-        model = build_model(recipe)
-        data = build_data(recipe, model, examples, audio_root)
-        sources = build_sources(recipe, data, model, device=device)
-        seed_everything(recipe.run.seed)  # the run must not depend on what was drawn while these were built
-        kept = [word for word in arguments.overrides if not word.startswith("run.resume=")]
-        words = ["python", "-m", "models.train", arguments.recipe, *kept, "run.resume=auto"]
-        with exclusive(recipe.run.out_dir, "a training"):
-            result = train(recipe, model=model, data=data, sources=sources, resume_command=shlex.join(words))
-    except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError) as error:
+        with Ranks.started_by_torchrun(device, recipe.run.parallel) as ranks:
+            result = _train_on(ranks, recipe, examples, audio_root, [arguments.recipe, *arguments.overrides])
+    except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError, RankError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the loop took over the signal, or the second one
@@ -455,8 +555,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if result.stopped_by is not None:
         return 128 + result.stopped_by
-    print(f"{recipe.objective}: {result.step} steps -> {result.folder / 'final'}")
+    if ranks.is_first:
+        print(f"{recipe.objective}: {result.step} steps -> {result.folder / 'final'}")
     return 0
+
+
+def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root: Any, words: Sequence[str]) -> TrainResult:
+    """Builds model, data and teachers on this rank and trains; `words`: recipe and overrides as they were given."""
+    _check_ranks(recipe, ranks)
+    if not ranks.is_first:
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, progress_bar=False))
+    seed_everything(recipe.run.seed)
+    model = build_model(recipe)
+    data = build_data(recipe, model, examples, audio_root)
+    sources = build_sources(recipe, data, model, device=ranks.device)
+    seed_everything(recipe.run.seed)  # the run must not depend on what was drawn while these were built
+    kept = [word for word in words if not word.startswith("run.resume=")]
+    started = ["python"] if recipe.run.parallel == "none" else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    command = shlex.join([*started, "-m", "models.train", *kept, "run.resume=auto"])
+    with exclusive(recipe.run.out_dir, "a training") if ranks.is_first else nullcontext():
+        return train(recipe, model=model, data=data, sources=sources, resume_command=command, ranks=ranks)
 
 
 def _check_impl(impl: str, device: torch.device) -> None:
@@ -475,15 +593,20 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int | None]]:
-    """Within the block the first SIGINT or SIGTERM only leaves its number in the list; a second one acts as usual."""
+def _stop_signals(*, again: bool) -> Iterator[list[int | None]]:
+    """Within the block SIGINT or SIGTERM only leaves its number in the list.
+
+    Args:
+        again: a second one acts as usual. Not under torchrun, which passes on what a terminal has sent to all processes already.
+    """
     caught: list[int | None] = [None]
     before: dict[int, Any] = {}
 
     def note(number: int, _frame: Any) -> None:
         caught[0] = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if again:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -500,7 +623,8 @@ def _stop_signals() -> Iterator[list[int | None]]:
 def _settings_that_matter(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what may differ between a run and its continuation."""
     settings = json.loads(json.dumps(to_dict(recipe)))
-    for name in ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints"):
+    ignored = ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints", "parallel")
+    for name in ignored:
         del settings["run"][name]
     return settings
 
@@ -529,14 +653,18 @@ def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (values.double() * weights).sum() / weights.sum().clamp(min=1e-12)  # all weights 0: mean 0, not NaN
 
 
-def _non_finite_message(
-    step: int, losses: Sequence[torch.Tensor], grad_norm: torch.Tensor, ids: Sequence[Sequence[str]]
-) -> str:
-    bad = [i for i, loss in enumerate(losses) if not bool(torch.isfinite(loss))]
+def _refuse_step(step: int, parts: Sequence[tuple[float, Sequence[str]]], grad_norms: Sequence[float]) -> None:
+    """Raises the same on every rank, from each part's (loss, examples) and each rank's gradient norm."""
+    bad = [(loss, ids) for loss, ids in parts if not math.isfinite(loss)]
+    if not bad and all(map(math.isfinite, grad_norms)) and len(set(grad_norms)) > 1:
+        raise RankError(
+            f"step {step}: expected one gradient on all ranks, got norms {grad_norms}: some weights took no part in the last "
+            "part's loss on any rank; nothing was updated"
+        )
     # A finite loss with a non-finite gradient cannot be traced to one part: the gradients are summed by then.
-    what = f"loss {losses[bad[0]].item()}" if bad else f"gradient norm {grad_norm.item()}"
-    named = [example_id for i in (bad or range(len(ids))) for example_id in ids[i]]
-    return f"step {step}: {what}; nothing was updated. Examples of the batch: {', '.join(named)}"
+    what = f"loss {bad[0][0]}" if bad else f"gradient norm {grad_norms[0]}"
+    named = [example_id for _, ids in bad or parts for example_id in ids]
+    raise NonFiniteError(f"step {step}: {what}; nothing was updated. Examples of the batch: {', '.join(named)}")
 
 
 if __name__ == "__main__":

@@ -143,6 +143,11 @@ class CAADTrainer(Trainer):
             ce_normalizer=ce_normalizer,
         )
         ranks = self.accelerator.num_processes
+        if ranks > 1 and model is self.model and self.accelerator.distributed_type.value.startswith("MULTI"):
+            raise RuntimeError(
+                "model: expected it in DistributedDataParallel, got it bare: accelerate does not wrap a model for training that "
+                "evaluate() or predict() has prepared before; make a new CAADTrainer with a freshly loaded model"
+            )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and ranks > 1:
             loss = loss * ranks  # gradients are averaged over ranks
         return (loss, {"loss": loss.detach()}) if return_outputs else loss

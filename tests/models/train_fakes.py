@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from kdkernels.teacher import LMHead
 from models.config import Recipe, SourceConfig, load_recipe
+from models.distributed import Ranks
 from models.sources import OWN_TEACHER, TrainingData
 from models.teachers import Source, TeacherStates
 from models.train import seed_everything, train
@@ -127,11 +128,19 @@ def fake_recipe(out_dir, objective: str, *overrides: str) -> Recipe:
     return load_recipe("ce_only", words)
 
 
-def run(out_dir, objective: str, *overrides: str, data: TrainingData | None = None):
+def run(
+    out_dir,
+    objective: str,
+    *overrides: str,
+    data: TrainingData | None = None,
+    model: FakeLM | None = None,
+    ranks: Ranks | None = None,
+):
     recipe = fake_recipe(out_dir, objective, *overrides)
     seed_everything(recipe.run.seed)
-    model, data = FakeLM(seed=1), data or make_data()
-    return train(recipe, model=model, data=data, sources=make_sources(recipe, data), resume_command="RESUME"), model
+    model, data = model or FakeLM(seed=1), data or make_data()
+    sources = make_sources(recipe, data)
+    return train(recipe, model=model, data=data, sources=sources, resume_command="RESUME", ranks=ranks), model
 
 
 def main() -> int:
@@ -148,7 +157,8 @@ def main() -> int:
                 os.kill(os.getpid(), number)
             return super().draw(cursor, count, seed=seed)
 
-    result, _ = run(out_dir, objective, *overrides, data=Killing(data.examples, data.make_batch))
+    with Ranks.started_by_torchrun(torch.device("cpu")) as ranks:
+        result, _ = run(out_dir, objective, *overrides, data=Killing(data.examples, data.make_batch), ranks=ranks)
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 

@@ -1,0 +1,201 @@
+"""HeadLoss and CAADTrainer on two ranks: DDP, FSDP2 with the head in its own group or the root's, against one device."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+pytest.importorskip("transformers", reason="the student is tested on transformers' own model classes")
+sys.path.insert(0, str(Path(__file__).parent / "integrations"))
+import tiny_lms
+from cases import relative_error
+from ranks import run_ranks
+
+from kdkernels import DualPathTeacher, LMHead, MaskFeatures, answer_index, fused_linear_caad_loss
+from kdkernels.head_loss import HeadLoss
+
+ROWS = 8
+STEPS = 2
+
+
+def speech_lm(seed):
+    torch.manual_seed(seed)
+    return tiny_lms.voxtral()[0]
+
+
+def batch_of(rows):
+    """Some rows of one fixed batch, whose answers differ in length."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(1, 80, (ROWS, tiny_lms.LENGTH), generator=generator)
+    ids[:, 2:6] = tiny_lms.AUDIO_TOKEN
+    labels = ids.clone()
+    for row in range(ROWS):
+        labels[row, : 12 + row % 5] = -100
+    features = torch.randn(ROWS, 8, 32, generator=generator)
+    inputs = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "input_features": features[rows]}
+    return inputs, labels[rows]
+
+
+def train(model, wrapped, rows_by_part, *, scale, total):
+    """STEPS of SGD on the fused loss; (losses, gradients of the last step)."""
+    teacher = DualPathTeacher(speech_lm(1), negative=MaskFeatures("input_features"))
+    at_head = HeadLoss(model)
+    # Not AdamW: its first step is the gradient's sign, which magnifies rounding wherever that is nearly 0.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        step_loss = torch.zeros(())
+        for part, rows in enumerate(rows_by_part):
+            inputs, labels = batch_of(rows)
+            index, target = answer_index(labels)
+            states = teacher(inputs, index)
+
+            def loss(hidden, weight, bias, states=states, target=target):
+                return fused_linear_caad_loss(
+                    hidden,
+                    weight,
+                    states.audio_hidden,
+                    states.text_hidden,
+                    target=target,
+                    student_bias=bias,
+                    kd_normalizer=total,
+                    ce_normalizer=total,
+                    **teacher.head.keywords("teacher"),
+                )
+
+            with sync(wrapped, part == len(rows_by_part) - 1):
+                value = at_head(wrapped, inputs, index, loss) * scale
+                value.backward()
+            step_loss += value.detach() / scale
+        optimizer.step()
+        losses.append(step_loss)
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def sync(wrapped, last):
+    ddp = isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    return wrapped.no_sync() if ddp and not last else contextlib.nullcontext()
+
+
+def shard(model, how):
+    from torch.distributed.fsdp import fully_shard
+
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    for layer in model.get_decoder().layers:
+        fully_shard(layer)
+    if how == "fsdp2_head_apart":
+        fully_shard(model.get_output_embeddings(), reshard_after_forward=True)
+    return fully_shard(model)
+
+
+def ranks_against_one_device(failures):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    everything = list(range(ROWS))
+    total = sum(int((batch_of([row])[1][:, 1:] != -100).sum()) for row in everything)
+
+    def student(trains_head):
+        model = speech_lm(0)
+        model.get_output_embeddings().requires_grad_(trains_head)
+        return model.train()
+
+    for trains_head in (False, True):
+        expected_losses, expected = train(one := student(trains_head), one, [everything], scale=1, total=total)
+        for how in ("ddp", "fsdp2", "fsdp2_head_apart"):
+            model = student(trains_head)
+            wrapped = shard(model, how)
+            mine = everything[rank::size]
+            losses, gradients = train(model, wrapped, [mine[:3], mine[3:]], scale=size, total=total)
+            for value in losses:
+                dist.all_reduce(value)
+            errors = {f"loss {n}": relative_error(a, b) for n, (a, b) in enumerate(zip(losses, expected_losses, strict=True))}
+            if gradients.keys() != expected.keys():
+                failures.put(f"{how}: gradients of {sorted(gradients.keys() ^ expected.keys())}")
+                continue
+            if how != "ddp" and not all(hasattr(gradient, "placements") for gradient in gradients.values()):
+                failures.put(f"{how}: a gradient that is not sharded")
+            largest = max(float(g.norm()) for g in expected.values())
+            for name, gradient in gradients.items():
+                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                errors[name] = float((whole - expected[name]).norm()) / largest
+            bad = {name: error for name, error in errors.items() if not error < 2e-5}
+            if bad:
+                failures.put(f"rank {rank} {how} trains_head={trains_head}: {bad}")
+
+
+def test_loss_and_gradients_of_one_device():
+    run_ranks(ranks_against_one_device, 2)
+
+
+def gathered_teacher(failures):
+    """A sharded teacher: its body runs by FSDP's hooks, its head is gathered once."""
+    from torch.distributed.fsdp import fully_shard
+
+    inputs, labels = batch_of(range(4))
+    index, _ = answer_index(labels)
+    expected = DualPathTeacher(speech_lm(1), negative=MaskFeatures("input_features"))(inputs, index)
+    model = speech_lm(1).requires_grad_(False)
+    for layer in model.get_decoder().layers:
+        fully_shard(layer)
+    fully_shard(model)
+    try:
+        DualPathTeacher(model, negative=None)
+        failures.put("a sharded head was taken for a whole one")
+    except TypeError as error:
+        if "its weight is a DTensor sharded" not in str(error):
+            failures.put(str(error))
+    head = LMHead.from_model(model, gather=True)
+    states = DualPathTeacher(model, negative=MaskFeatures("input_features"), head=head)(inputs, index)
+    whole = speech_lm(1).get_output_embeddings().weight
+    if not torch.equal(head.weight, whole) or relative_error(states.text_hidden, expected.text_hidden) > 1e-6:
+        failures.put("the sharded teacher says something else")
+
+
+def test_sharded_teacher():
+    run_ranks(gathered_teacher, 2)
+
+
+def trainer_on_ranks(failures, folder, options):
+    import test_trainer as cases
+
+    def trainer():
+        parts = 4 // dist.get_world_size()
+        return cases.CAADTrainer(
+            cases.speech_lm(),
+            cases.arguments(
+                Path(folder), per_device_train_batch_size=1, gradient_accumulation_steps=parts, optim="sgd", **options
+            ),
+            teacher=cases.dual_path(),
+            data_collator=cases.Recorder(),
+            train_dataset=cases.examples(),
+            eval_dataset=cases.examples(7),  # not a multiple: the last batch is filled up with duplicates
+        )
+
+    evaluated = (evaluating := trainer()).evaluate()
+    (training := trainer()).train()
+    if dist.get_world_size() > 1 and not options:
+        try:
+            evaluating.train()
+            failures.put("a model that DDP does not wrap was trained")
+        except RuntimeError as error:
+            if "expected it in DistributedDataParallel" not in str(error):
+                failures.put(str(error))
+    return [evaluated["eval_loss"], evaluated["eval_kd"], *cases.logged(training)]
+
+
+FSDP2 = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+def test_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
+    (whole,) = run_ranks(trainer_on_ranks, 1, str(tmp_path), {})
+    assert len(set(whole)) == 6
+    for options in ({}, FSDP2):
+        for found in run_ranks(trainer_on_ranks, 2, str(tmp_path), options):
+            assert found == pytest.approx(whole, rel=1e-4), options
