@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,16 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "kdkernels"))
+import tiny_speech
 import train_fakes as fakes
 from ranks import run_ranks
 
+from models.checkpoint import CheckpointError
 from models.config import ConfigError
 from models.distributed import Ranks
 from models.metrics import read_metrics
-from models.sources import TrainingData
+from models.sources import TrainingData, build_sources, make_training_data
+from models.train import train
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -40,20 +44,28 @@ class Killing(TrainingData):
         return super().draw(cursor, count, seed=seed)
 
 
+def make_model():
+    model = fakes.FakeLM(seed=1)
+    model.dropout = torch.nn.Identity()  # each rank draws its own
+    return model
+
+
 def run(failures, out_dir, objective, words, killed_rank=None):
     ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
-    model, data = fakes.FakeLM(seed=1), fakes.make_data()
-    model.dropout = torch.nn.Identity()  # each rank draws its own
+    model, data = make_model(), fakes.make_data()
     if killed_rank == ranks.rank:
         data = Killing(data.examples, data.make_batch)
     result, _ = fakes.run(out_dir, objective, *WORDS, *words, data=data, model=model, ranks=ranks)
     return result.step, result.stopped_by
 
 
+def curves_of(folder):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
+
+
 def outcome(folder):
     """(curves, weights) of a finished run."""
-    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
-    return lines, load_file(folder / "final" / "model.safetensors")
+    return curves_of(folder), load_file(folder / "final" / "model.safetensors")
 
 
 def same(found, expected):
@@ -80,6 +92,17 @@ def test_two_ranks_train_as_one(one_rank, parallel, tmp_path):
     assert len(expected[0]) == 5 and expected[0][-1]["loss"] < expected[0][0]["loss"]
 
 
+def test_one_rank_is_the_loop_alone(tmp_path):
+    """To the last bit; what is drawn at random aside, which ranks draw anew in each step."""
+    words = [*WORDS, "optim.audio_dropout=0"]
+    run_ranks(run, 1, tmp_path / "ddp", "caad", ["run.parallel=ddp", "optim.audio_dropout=0"])
+    fakes.run(tmp_path / "none", "caad", *words, model=make_model())
+    (curves, weights), (expected, expected_weights) = outcome(tmp_path / "ddp"), outcome(tmp_path / "none")
+    assert curves == expected and all(torch.equal(weights[name], w) for name, w in expected_weights.items())
+    with pytest.raises(CheckpointError, match=r"format 1 expected, got distributed 1; run.parallel=none has its own"):
+        fakes.run(tmp_path / "ddp", "caad", *words, "run.resume=auto")
+
+
 def test_going_on_with_another_number_of_ranks(one_rank, tmp_path):
     """Two ranks to step 8, one to step 16, two to the end."""
     objective, alone = one_rank
@@ -101,6 +124,25 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
+def failing(failures, out_dir):
+    """One bad clip, which one rank draws: what each rank raised."""
+    ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
+    data = fakes.make_data()
+    data.examples[11].audio[0] = torch.nan
+    try:
+        fakes.run(out_dir, "caad", *WORDS, "run.parallel=ddp", data=data, model=make_model(), ranks=ranks)
+    except RuntimeError as error:
+        return type(error).__name__, str(error)
+    return "no error", ""
+
+
+def test_what_stops_one_rank_stops_all_with_its_words(tmp_path):
+    first, second = run_ranks(failing, 2, tmp_path)
+    message = r"step \d: loss nan; nothing was updated. Examples of the batch: (clip\d+, )?clip11(, clip\d+)?$"
+    assert first == second and first[0] == "NonFiniteError" and re.match(message, first[1]), (first, second)
+    assert not (tmp_path / "final").exists()
+
+
 def test_settings_that_do_not_go_with_ranks(tmp_path):
     with pytest.raises(ConfigError, match=r"optim.batch_examples: expected a multiple of the 3 ranks, got 16"):
         fakes.run(tmp_path, "caad", ranks=Ranks(CPU, 0, 3))
@@ -112,58 +154,58 @@ def test_settings_that_do_not_go_with_ranks(tmp_path):
         fakes.run(tmp_path, "caad", ranks=Ranks(CPU, 0, 2))
 
 
-def speech_run(failures, out_dir, parallel):
-    """A SpeechLM with a decoder of transformers, whose layers are sharded one by one; its features come with the examples."""
-    from tiny_speech import make_examples, make_features, make_speech_lm
-
-    from models.sources import make_training_data
-
+def speech_run(failures, out_dir, teacher_folder, parallel, train_lm):
+    """A SpeechLM with a decoder of transformers, whose layers are sharded one by one, its teacher and a snapshot of itself."""
     ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
-    student, teacher = make_speech_lm(), make_speech_lm()
-    with torch.no_grad():
-        for parameter in teacher.connector.parameters():
-            parameter.add_(0.05)
-    features = make_features(student, 8)
-    for lm in (student, teacher):
-        lm.fit_feature_statistics(features)
-    examples = make_examples(8)
+    student = tiny_speech.make_speech_lm(train_lm=train_lm)
+    features = tiny_speech.make_features(student, 8)
+    student.fit_feature_statistics(features)
 
     class Store:
         def rows(self, chosen):
             return features[[int(example.id[1:]) for example in chosen]]
 
-    from kdkernels.teacher import DualPathTeacher, MarkAbsent
-    from models.config import SourceConfig
-    from models.sources import OWN_TEACHER
-    from models.teachers import Source, TeacherStates
-    from models.train import train
-
+    words = ["run.gradient_checkpointing=true"] if train_lm else ["layers.weight=0.5", "sources.snapshot.layers.weight=0.5"]
     recipe = fakes.fake_recipe(
-        out_dir, "caad", "optim.steps=4", "optim.batch_examples=4", "optim.warmup_steps=1", "run.log_every_steps=1",
-        "model.prefix_cache_mib=0", f"run.parallel={parallel}", "optim.audio_dropout=0",
+        out_dir, "caad", "optim.steps=4", "optim.batch_examples=4", "optim.micro_batch_examples=1", "optim.warmup_steps=1",
+        "run.log_every_steps=1", "model.prefix_cache_mib=0", f"run.parallel={parallel}", f"teacher.folder={teacher_folder}",
+        "sources.snapshot.role=acoustic", "sources.snapshot.weight=0.5", "teacher.keep_mib=0", "sources.snapshot.keep_mib=0",
+        *words,
     )  # fmt: skip
-    data = make_training_data(student, examples, Store(), prefix_cache_mib=0)
-    dual = DualPathTeacher(teacher, negative=MarkAbsent())
-
-    def states_of(batch, _examples):
-        states = dual(batch.model_inputs(), batch.target_index)
-        return TeacherStates(states.audio_hidden, states.text_hidden, dual.head)
-
-    source = Source(OWN_TEACHER, SourceConfig(role="audio", folder="fake"), states_of)
-    train(recipe, model=student, data=data, sources=[source], ranks=ranks)
+    data = make_training_data(student, tiny_speech.make_examples(8), Store(), prefix_cache_mib=0)
+    torch.manual_seed(0)  # projections are drawn
+    sources = build_sources(recipe, data, student, device=CPU)
+    train(recipe, model=student, data=data, sources=sources, ranks=ranks)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_a_speech_lm(tmp_path, parallel):
-    curves, weights = [], []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        run_ranks(speech_run, ranks, folder, parallel)
-        curves.append([line["loss"] for line in read_metrics(folder / "metrics.jsonl")])
-        weights.append(load_file(folder / "final" / "connector.safetensors"))
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3) and len(set(curves[0])) == 4
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-2, atol=1e-2, msg=lambda text, name=name: f"{name}: {text}")
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    teacher = tiny_speech.make_speech_lm()
+    with torch.no_grad():
+        for parameter in teacher.connector.parameters():
+            parameter.add_(0.05)
+    return teacher.save_pretrained(tmp_path_factory.mktemp("teacher") / "lm", include_frozen=True)
+
+
+@pytest.mark.parametrize("train_lm", [False, True])
+def test_a_speech_lm(tmp_path, teacher_folder, train_lm):
+    """Layers and a further source with a frozen language model; with one that trains, a tied head and checkpointing."""
+    curves, weights = {}, {}
+    for parallel, ranks in (("ddp", 1), ("ddp", 2), ("fsdp2", 2)):
+        key = f"{parallel} on {ranks}"
+        run_ranks(speech_run, ranks, tmp_path / key, teacher_folder, parallel, train_lm)
+        curves[key] = curves_of(tmp_path / key)
+        files = (tmp_path / key / "final").rglob("*.safetensors")
+        weights[key] = {name: x for path in files for name, x in load_file(path).items()}
+    expected = curves["ddp on 1"]
+    assert len({line["loss"] for line in expected}) == 4 and {"kd_teacher", "kd_snapshot"} <= expected[0].keys()
+    assert train_lm or (expected[-1]["layers"] > 0 and expected[-1]["layers_snapshot"] > 0)
+    for key in ("ddp on 2", "fsdp2 on 2"):
+        assert curves[key] == [pytest.approx(line, rel=1e-3, abs=1e-5) for line in expected], key
+        assert weights[key].keys() == weights["ddp on 1"].keys()
+        for name, weight in weights["ddp on 1"].items():
+            said = lambda text, name=name, key=key: f"{key}, {name}: {text}"  # noqa: E731
+            torch.testing.assert_close(weights[key][name], weight, rtol=1e-2, atol=1e-2, msg=said)
 
 
 @pytest.mark.slow
@@ -176,3 +218,20 @@ def test_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 8, 12, 16, 20]
     assert (tmp_path / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run_and_its_last_checkpoint_goes_on(tmp_path):
+    """SIGKILL to one of two processes of torchrun in its eighth step: a bounded end, then the whole run from the checkpoint."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(fakes.__file__)), str(tmp_path), "caad", *WORDS, "run.parallel=ddp", "run.save_every_steps=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL_BY": "SIGKILL", "KILL_AT": "8"}
+    environment |= {"KILL_RANK": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+    assert not (tmp_path / "final").exists()
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000004"]
+    del environment["KILL_AT"]
+    done = subprocess.run([*command, "run.resume=auto"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 8, 12, 16, 20]

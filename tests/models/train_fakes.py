@@ -153,11 +153,13 @@ def main() -> int:
     class Killing(TrainingData):
         def draw(self, cursor, count, *, seed):
             drawn[0] += 1
-            if drawn[0] == kill_at:  # in the middle of this step, as a user's Ctrl-C would come
+            mine = os.environ.get("KILL_RANK") in (None, os.environ.get("RANK"))
+            if drawn[0] == kill_at and mine:  # in the middle of this step, as a user's Ctrl-C would come
                 os.kill(os.getpid(), number)
             return super().draw(cursor, count, seed=seed)
 
-    with Ranks.started_by_torchrun(torch.device("cpu")) as ranks:
+    parallel = next((word.split("=")[1] for word in overrides if word.startswith("run.parallel=")), "none")
+    with Ranks.started_by_torchrun(torch.device("cpu"), parallel) as ranks:
         result, _ = run(out_dir, objective, *overrides, data=Killing(data.examples, data.make_batch), ranks=ranks)
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 
