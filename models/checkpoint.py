@@ -14,6 +14,7 @@ checkpoint as it was. No pickle: nothing in a checkpoint can run code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -26,14 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from models.io_utils import atomic_dir, atomic_write_json, sha256_file
+from models.io_utils import atomic_dir, atomic_write_json, save_tensors, sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _FILE_NAMES = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer.json"}
 _STEP_NAME = re.compile(r"step-(\d{8})$")
+_LEFT_NAME = re.compile(r"\.step-\d{8}\..*\.(tmp|old)$")
 
 
 class CheckpointError(RuntimeError):
@@ -75,14 +77,15 @@ def save_checkpoint(
 
     Raises:
         ValueError: an optimiser state of a type that safetensors and JSON cannot hold.
+        OSError: no room, no rights; it names the file or the folder. The checkpoints before it stay as they were.
     """
     path = Path(root) / f"step-{step:08d}"
     tensors, numbers = _split_optimizer(optimizer, parameter_names)
     rng_tensors, rng_numbers = _rng_state()
     with atomic_dir(path) as folder:
-        save_file({name: t.detach().cpu().contiguous() for name, t in model_state.items()}, folder / "model.safetensors")
-        save_file(tensors, folder / "optimizer.safetensors")
-        save_file(rng_tensors, folder / "rng.safetensors")
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in model_state.items()}, folder / "model.safetensors")
+        save_tensors(tensors, folder / "optimizer.safetensors")
+        save_tensors(rng_tensors, folder / "rng.safetensors")
         trainer = {"step": step, "optimizer": numbers, "rng": rng_numbers, "state": dict(trainer_state)}
         (folder / "trainer.json").write_text(json.dumps(trainer, allow_nan=False), encoding="utf-8")
         write_manifest(folder, step, FORMAT_VERSION)
@@ -97,14 +100,18 @@ def write_manifest(folder: Path, step: int, format_version: int | str) -> None:
 
 
 def prune_checkpoints(root: str | Path, path: Path, keep_last: int) -> None:
-    """Keep `keep_last` checkpoints up to `path`, just written, and none of a later step.
+    """Keep `keep_last` checkpoints up to `path`, just written, and none of a later step; take away what killed saves have left.
 
     Later steps are of a run that this one, resumed before them, has left behind: "newest" must not mean those.
     """
     kept = [p for p in list_checkpoints(root) if p.name <= path.name][-keep_last:]
     for old in list_checkpoints(root):
         if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                old.rename(old.with_name(f".{old.name}.pruned.old"))  # half a checkpoint is not listed
+    for left in Path(root).iterdir():
+        if _LEFT_NAME.match(left.name):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -167,6 +174,7 @@ def find_checkpoint(root: str | Path, resume: str, load: Callable[[Path], Any] =
         if not Path(resume).is_dir():
             raise CheckpointError(f"run.resume: expected never, auto, fallback or a checkpoint's folder, got {resume!r}")
         return load(Path(resume))
+    _put_back(Path(root))
     errors = []
     for path in reversed(list_checkpoints(root)):
         try:
@@ -191,10 +199,18 @@ def set_aside(root: str | Path) -> None:
     training deleted because somebody forgot `run.resume=auto`.
     """
     root = Path(root)
+    _put_back(root)
     if list_checkpoints(root):
         previous = root.with_name(root.name + ".previous")
         shutil.rmtree(previous, ignore_errors=True)
         root.rename(previous)
+
+
+def _put_back(root: Path) -> None:
+    """A checkpoint that was being replaced by a later save of its step, when a kill came between the two renames."""
+    for aside in root.glob(".step-*.old/step-*"):
+        if not (root / aside.name).exists():
+            aside.rename(root / aside.name)
 
 
 def restore_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:

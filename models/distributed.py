@@ -279,11 +279,17 @@ def save_distributed(
             )
         with _checkpointing(path):
             save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))  # waits for every rank
-        if ranks.is_first:
+
+        def finish() -> None:
             plain = {name: _to_json(value) for name, value in numbers.items()}
             trainer = {"step": step, "optimizer": plain, "state": dict(trainer_state)}
-            (folder / _TRAINER).write_text(json.dumps(trainer, allow_nan=False), encoding="utf-8")
-            write_manifest(folder, step, FORMAT)
+            try:
+                (folder / _TRAINER).write_text(json.dumps(trainer, allow_nan=False), encoding="utf-8")
+                write_manifest(folder, step, FORMAT)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+        ranks.from_first(finish)
     if ranks.is_first:
         prune_checkpoints(root, path, keep_last)
     return ranks.from_first(lambda: path)  # nobody goes on before the folder has its name

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -90,12 +91,24 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return atomic_write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def save_tensors(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """safetensors' `save_file` of torch tensors; its error, which names no file, becomes an OSError that does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
+
+
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a folder under a temporary name and give it its final name only when the block ends without an exception.
 
-    Every file in it is flushed to the disk before the rename. An existing folder at `path` is replaced: it is renamed
-    aside first and removed last, so that at each moment one complete folder exists under `path` or beside it.
+    Every file in it is flushed to the disk before the rename, and readable by whom the umask lets (safetensors' are not). An
+    existing folder at `path` is replaced: it is renamed aside first and removed last, so that at each moment one complete
+    folder exists under `path` or beside it, as `.NAME.*.old/NAME`.
 
     Yields:
         the temporary folder to write into.
@@ -106,14 +119,16 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
-        _fsync_tree(temporary)
+        _settle_tree(temporary)
         replaced = None
         if path.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
             os.replace(path, replaced)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            error.filename = str(path)  # a full disk is met by a descriptor
         raise
     fsync_dir(path.parent)
     if replaced is not None:
@@ -227,11 +242,14 @@ def _canonical(obj: Any) -> Any:
     raise TypeError(f"fingerprint: expected JSON-like values or dataclasses, got {type(obj).__name__}")
 
 
-def _fsync_tree(root: Path) -> None:
+def _settle_tree(root: Path) -> None:
+    readable = 0o666 & ~_umask()
     for folder, _, names in os.walk(root):
         for name in names:
             descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
             try:
+                if stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o600:
+                    os.fchmod(descriptor, readable)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -39,7 +39,7 @@ from kdkernels.packing import Packing
 from models import backbones
 from models.batching import Collator, SpeechBatch, find_placeholder_id
 from models.connector import Connector, ConnectorConfig
-from models.io_utils import atomic_dir, atomic_write_json
+from models.io_utils import atomic_dir, atomic_write_json, save_tensors
 from models.prefix_cache import PrefixCache, cache_keyword
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class SpeechLM(nn.Module):
         folder = Path(folder)
         with atomic_dir(folder) as target:
             state = {name: value.detach().cpu().contiguous() for name, value in self.connector.state_dict().items()}
-            save_file(state, target / "connector.safetensors")
+            save_tensors(state, target / "connector.safetensors")
             frozen: dict[str, str | None] = {}
             if include_frozen or self.config.train_lm or "lm" in self._stored_parts:
                 self.lm.save_pretrained(target / "lm")

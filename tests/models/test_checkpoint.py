@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 
@@ -149,6 +150,61 @@ def test_an_interrupted_save_leaves_the_previous_one(tmp_path, monkeypatch):
         save(tmp_path, 2, net, optimizer, names)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert find_checkpoint(tmp_path, "auto").step == 1
+
+
+def test_what_killed_saves_have_left_goes_with_the_next_one(tmp_path):
+    net, optimizer, names = setup()
+    for name in (".step-00000001.abc.tmp", ".step-00000001.def.old", ".mine.tmp"):
+        (tmp_path / name).mkdir()
+    save(tmp_path, 2, net, optimizer, names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.tmp", "step-00000002"]
+
+
+def test_a_checkpoint_whose_replacement_was_killed_between_the_renames_is_found(tmp_path):
+    net, optimizer, names = setup()
+    save(tmp_path, 1, net, optimizer, names)
+    replace = os.replace
+
+    def killed(source, target):
+        if os.path.isdir(source) and str(source).endswith(".tmp"):
+            os._exit(9)
+        replace(source, target)
+
+    child = os.fork()
+    if not child:
+        os.replace = killed
+        try:
+            save(tmp_path, 1, net, optimizer, names)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert list_checkpoints(tmp_path) == []
+    assert find_checkpoint(tmp_path, "auto").step == 1
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def test_a_prune_that_is_killed_leaves_no_half_of_a_checkpoint_listed(tmp_path, monkeypatch):
+    net, optimizer, names = setup()
+    for step in (1, 2):
+        save(tmp_path, step, net, optimizer, names)
+    listed = []
+
+    def seen(folder, **_):
+        listed.append([p.name for p in list_checkpoints(tmp_path)])
+
+    monkeypatch.setattr("models.checkpoint.shutil.rmtree", seen)
+    save(tmp_path, 3, net, optimizer, names)
+    assert listed == [["step-00000002", "step-00000003"]]
+
+
+def test_checkpoints_are_as_readable_as_the_umask_says(tmp_path):
+    net, optimizer, names = setup()
+    old = os.umask(0o027)
+    try:
+        path = save(tmp_path, 1, net, optimizer, names)
+    finally:
+        os.umask(old)
+    assert {oct(p.stat().st_mode & 0o777) for p in path.iterdir()} == {"0o640"}
 
 
 def test_other_format_and_missing_manifest(tmp_path):
