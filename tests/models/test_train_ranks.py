@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,12 +209,17 @@ def test_a_speech_lm(tmp_path, teacher_folder, train_lm):
             torch.testing.assert_close(weights[key][name], weight, rtol=1e-2, atol=1e-2, msg=said)
 
 
+def torchrun(folder, *words):
+    """(command, environment) of two processes that train into `folder`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(fakes.__file__)), str(folder), "caad", *WORDS, *words]
+    return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 @pytest.mark.slow
 def test_torchrun(tmp_path):
     """The processes that torchrun starts find each other, train, and leave one result."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(fakes.__file__)), str(tmp_path), "caad", *WORDS, "run.parallel=fsdp2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command, environment = torchrun(tmp_path, "run.parallel=fsdp2")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 8, 12, 16, 20]
@@ -221,12 +227,35 @@ def test_torchrun(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_torchrun_that_is_told_to_stop_leaves_one_checkpoint_that_goes_on(tmp_path, parallel):
+    """SIGTERM, as a scheduler sends it: torchrun passes it on, and all ranks save one step together."""
+    command, environment = torchrun(tmp_path, f"run.parallel={parallel}", "run.save_every_steps=1000", "optim.steps=200")
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "metrics.jsonl"
+    try:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert running.poll() is None, running.stderr.read()
+            time.sleep(0.1)
+        running.terminate()
+        said = running.communicate(timeout=100)[1]
+    finally:
+        running.kill()
+    assert running.returncode != 0 and not (tmp_path / "final").exists()
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    step = int(path.name.removeprefix("step-"))
+    assert 4 <= step < 200, said
+    done = subprocess.run([*command, "run.resume=auto"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = [line["step"] for line in read_metrics(metrics)]
+    assert steps == list(range(4, 201, 4))
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_run_and_its_last_checkpoint_goes_on(tmp_path):
     """SIGKILL to one of two processes of torchrun in its eighth step: a bounded end, then the whole run from the checkpoint."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(fakes.__file__)), str(tmp_path), "caad", *WORDS, "run.parallel=ddp", "run.save_every_steps=4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL_BY": "SIGKILL", "KILL_AT": "8"}
-    environment |= {"KILL_RANK": "1"}
+    command, environment = torchrun(tmp_path, "run.parallel=ddp", "run.save_every_steps=4")
+    environment |= {"KILL_BY": "SIGKILL", "KILL_AT": "8", "KILL_RANK": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
     assert not (tmp_path / "final").exists()
