@@ -347,6 +347,7 @@ def _build_source(
             lm, tokenizer, target_ids=collator.target_ids, end_id=end_id, reasoning=settings.reasoning, **options
         )
     else:
+        _check_same_features(f"{key}.folder", model, lm)
         own = make_training_data(
             lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib, layout=recipe.data
         )
@@ -363,6 +364,20 @@ def _build_source(
     if name == OWN_TEACHER and recipe.loss.center_text:
         teacher = CenteredTeacher(teacher, data)
     return Source(name, settings, teacher, layers)
+
+
+def _check_same_features(key: str, model: torch.nn.Module, lm: torch.nn.Module) -> None:
+    """A live teacher is given the features that the student's encoder has made."""
+    for name in ("encoder_layers", "audio_frames", "max_audio_seconds"):
+        theirs, ours = getattr(lm.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise SourceError(
+                f"{key}: it hears with {name} {theirs}, the student with {ours}. A live teacher takes the student's features: "
+                "make them alike, or let the teacher hear its own once (python -m models.cache) and pass teacher.cache"
+            )
+    theirs, ours = lm.encoder.state_dict(), model.encoder.state_dict()
+    if theirs.keys() != ours.keys() or not all(torch.equal(x.to(ours[name]), ours[name]) for name, x in theirs.items()):
+        raise SourceError(f"{key}: it hears with another encoder than the student ({lm.config.encoder}, {model.config.encoder})")
 
 
 def _cached_teacher(

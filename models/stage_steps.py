@@ -237,8 +237,12 @@ def backbone_settings(settings: Any) -> dict[str, Any]:
     return {"lm": str(folder / "lm"), "encoder": str(folder / "encoder"), "encoder_layers": (1, 2), "connector_width": 32}
 
 
-def make_tiny_backbones(folder: Path) -> Path:
-    """A random Llama of three layers with a byte-level tokenizer and a random Whisper encoder: shape, not skill."""
+def make_tiny_backbones(folder: Path, *, vocab_size: int = 258) -> Path:
+    """A random Llama of three layers with a byte-level tokenizer and a random Whisper encoder: shape, not skill.
+
+    Args:
+        vocab_size: rows of the LM head; above the tokenizer's 258 they have no token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         LlamaConfig,
@@ -266,7 +270,7 @@ def make_tiny_backbones(folder: Path) -> Path:
     set_seed(0)
     lm = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+            vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
         )
     )  # fmt: skip
