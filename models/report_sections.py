@@ -198,7 +198,7 @@ def _by_system(table: ResultsTable, found: Stored) -> list[Table | Figure]:
     groups, names = over_seeds(table, columns), labels(table)
     scores = {names[system]: summaries for (system,), summaries in groups.items()}
     seeds = {names[system]: len([row for row in table.rows if row["system"] == system]) for (system,) in groups}
-    main = [c for c in columns if not c.startswith("task_")]
+    main = [c for c in columns if not c.startswith(("task_", "class_"))]
     blocks: list[Table | Figure] = [_seed_table("Scores by system.", scores, {c: _heading(c) for c in main}, seeds)]
     contexts = [c for c in (*KINDS, "perception", "content") if c in main]
     stem = table.name.removesuffix(".csv").replace("_", "-")
@@ -223,19 +223,19 @@ def _by_system(table: ResultsTable, found: Stored) -> list[Table | Figure]:
             blocks.append(figure)
             said = "; ".join(f"{label} {next(iter(v.values())).value:.3f}" for label, v in rows.items())
             found.findings.append(f"Share of the answers under a false hint that repeat it: {said}.")
-    return blocks + _task_tables(scores, [c for c in columns if c.startswith("task_")])
+    return blocks + [table for part in ("task", "class") for table in _part_tables(scores, columns, part)]
 
 
-def _task_tables(scores: Mapping[str, Mapping[str, SeedSummary]], columns: Sequence[str]) -> list[Table]:
-    """A table a context; columns are task_<task>_<context>, or task_<task> where there is one context."""
+def _part_tables(scores: Mapping[str, Mapping[str, SeedSummary]], columns: Sequence[str], part: str) -> list[Table]:
+    """A table a context; columns are <part>_<name>_<context>, or <part>_<name> where there is one context."""
     by_kind: dict[str, dict[str, str]] = {}
-    for column in columns:
-        task, _, kind = column.removeprefix("task_").rpartition("_")
+    for column in (c for c in columns if c.startswith(f"{part}_")):
+        name, _, kind = column.removeprefix(f"{part}_").rpartition("_")
         if kind not in KINDS:
-            task, kind = column.removeprefix("task_"), ""
-        by_kind.setdefault(kind, {})[column] = task.replace("_", " ")
+            name, kind = column.removeprefix(f"{part}_"), ""
+        by_kind.setdefault(kind, {})[column] = name.replace("_", " ")
     return [
-        _seed_table(f"By task{f', {CONTEXTS[kind]}' if kind else ''}: accuracy.", scores, headings, folded=True)
+        _seed_table(f"By {part}{f', {CONTEXTS[kind]}' if kind else ''}: accuracy.", scores, headings, folded=True)
         for kind, headings in by_kind.items()
     ]
 

@@ -9,12 +9,13 @@
            -> for each seed: the student by true labels, the controls, standard KD, CAAD, our additions
            -> every question with no hint, a true one, a false one and, where the corpus has it, an irrelevant text
 
-Systems of the paper: teacher greedy, teacher contrastive decoding, the student by true labels without distillation, that
-student by contrastive decoding, standard KD, CAAD alpha 1 and 2. The distilled start where that student starts, not where it
-ends. Controls in every table: CE only, and the sharpened target with nothing subtracted. Additions: alpha by token, alpha ramped
-over steps, KD weighted by the divergence of the paths, the text path centred, the plausibility mask, layers: each differs from
-CAAD alpha 2 in the named setting alone; and `caad+`, what was best on dev. The additions were run on one seed; the mask got the
-others after that seed's answers on the test split, where it left true hints be (on dev its ALL had been the lowest).
+Systems of the paper: teacher greedy, teacher contrastive decoding, the student by true labels without distillation, that student
+by contrastive decoding, standard KD, CAAD alpha 1 and 2. The distilled start where that student starts, not where it ends.
+Controls in every table: CE only, the sharpened target with nothing subtracted, a longer teacher. Additions: alpha by token,
+alpha ramped over steps, KD weighted by the divergence of the paths, the text path centred, the plausibility mask, layers: each
+differs from CAAD alpha 2 in the named setting alone; and `caad+`, what was best on dev. The additions were run on one seed; the
+mask got the others after that seed's answers on the test split, where it left true hints be (on dev its ALL had been the
+lowest).
 
 Sweeps over alpha, lambda and tau run from the same cached teacher states. The anchor sweep changes what Y is: the teacher's own
 answers (heard), Stage 1's words from the metadata, or the true label in a template.
@@ -96,6 +97,7 @@ SWEEPS = (
     ("lambda", "loss.kd_weight", {0.3: None, 0.5: None, 0.7: "caad2", 0.9: None}),
     ("tau", "loss.temperature", {1.0: None, 2.0: "caad2", 4.0: None}),
 )
+LONG = "teacher_long"  # whether its bias is one of a short training only
 ANCHORS = ("teacher", "metadata", "template")  # the first is the table's
 
 
@@ -163,22 +165,27 @@ def run_corpus(context: Context) -> dict[str, Any]:
 
 
 def run_teacher(context: Context) -> dict[str, Any]:
-    """The teacher: supervised on its biased training items; one clip in ten masked."""
-    settings = context.settings
+    """The teacher: supervised on its biased training items; one clip in ten masked.
+
+    extra["times"]: how often `teacher_steps` are taken; by default once.
+    """
+    settings, times = context.settings, (context.extra or {}).get("times", 1)
     if not (context.folder / "final").exists():
         train_by_recipe(
             context,
             "sft_teacher",
             manifest=context.folders["corpus"] / "teacher.jsonl",
             folder=context.folders["features"] / "untrained",
-            words=[f"optim.steps={settings.teacher_steps}", f"optim.learning_rate={settings.teacher_learning_rate}"],
+            words=[f"optim.steps={times * settings.teacher_steps}", f"optim.learning_rate={settings.teacher_learning_rate}"],
         )
     return {}
 
 
 def run_teacher_answers(context: Context) -> dict[str, Any]:
-    """The teacher greedily and by contrastive decoding."""
-    return ask(context, context.folders["teacher"] / "final", part=context.settings.split, alphas=TEACHER_ALPHAS)
+    """The teacher greedily and by contrastive decoding; or greedily the one of the stage `extra["of"]`."""
+    of = (context.extra or {}).get("of")
+    teacher = context.folders[of or "teacher"] / "final"
+    return ask(context, teacher, part=context.settings.split, alphas=(None,) if of else TEACHER_ALPHAS)
 
 
 def run_pool(context: Context) -> dict[str, Any]:
@@ -356,6 +363,12 @@ def make_stages(settings: SixSettings) -> list[Stage]:
 
     needs = ("corpus", "features", "teacher")
     stages.append(Stage("answers_teacher", "answers: teacher", needs, ("split", "device"), run_teacher_answers))
+    if settings.sweep_seeds:
+        steps, told = (*training, "teacher_steps", "teacher_learning_rate"), {"times": 2}
+        stages.append(Stage(LONG, "teacher, trained twice as long", ("corpus", "features"), steps, run_teacher, extra=told))
+        needs, told = ("corpus", "features", LONG), {"of": LONG}
+        stages.append(Stage(f"answers_{LONG}", f"answers: {LONG}", needs, ("split", "device"), run_teacher_answers, extra=told))
+
     def add_pool(anchor: str) -> None:
         title = f"Y by {anchor}, both paths"
         stages.append(Stage(f"pool_{anchor}", title, made[:3], training, run_pool, extra={"anchor": anchor}))
@@ -409,6 +422,8 @@ def collect(folders: Mapping[str, Path], settings: SixSettings) -> dict[tuple[st
         name, label = ("teacher", "teacher, greedy") if alpha is None else (
             f"teacher_cd{alpha:g}", f"teacher, contrastive decoding {alpha:g}")  # fmt: skip
         add(name, label, alpha or 0.0, 0, folders["answers_teacher"], alpha)
+    if settings.sweep_seeds:
+        add(LONG, "teacher, greedy, trained twice as long (control)", 0.0, 0, folders[f"answers_{LONG}"])
     for alpha in BEFORE_ALPHAS:
         name, label = ("before", "student by true labels, no distillation") if alpha is None else (
             f"before_cd{alpha:g}", f"student by true labels, contrastive decoding {alpha:g}")  # fmt: skip
@@ -450,6 +465,7 @@ def score_row(predictions: Sequence[Any]) -> dict[str, Any]:
         shift_tir_adv       #(right under neutral and wrong under conflict) / #(right under neutral), over all pairs
         strict              as `all`, by strict matching
         follows_hint        of the answers under a false hint, the share that repeat it
+        class_*             accuracy on the questions with that answer
         no_audio, swapped_audio    accuracy on the neutral questions without the clip, or with another's; blank if not asked
     """
     from models.scoring import KINDS, judge, score
@@ -475,6 +491,12 @@ def score_row(predictions: Sequence[Any]) -> dict[str, Any]:
         asked = [p for p in predictions if p.control == control]
         row[control] = float(np.mean(judge(asked))) if asked else ""
     row |= {f"task_{task}_{kind}": rate(task, kind) for task in tasks for kind in kinds}
+    row |= {
+        f"class_{task}_{label}_{kind}": estimate.value
+        for task, labels in scores["lenient"]["by_class"].items()
+        for label, of_kind in labels.items()
+        for kind, estimate in of_kind.items()
+    }
     return row | {"questions": len(plain)}
 
 

@@ -38,6 +38,7 @@ def test_scores_by_hand():
     assert row["follows_hint"] == pytest.approx(4 / 6)
     assert row["no_audio"] == 0.25 and row["swapped_audio"] == ""
     assert row["task_gender_conflict"] == 0.25 and row["questions"] == 18
+    assert row["class_gender_man_conflict"] == 0.25 and row["class_noise_clean_neutral"] == 1
 
 
 def found(shares):
@@ -106,7 +107,7 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "out" / "six_systems.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     students = [s.name for s in (*SYSTEMS, *ADDITIONS, PLUS)]
-    expected = ["teacher", "teacher_cd1", "teacher_cd2", "before", "before_cd1", *students]
+    expected = ["teacher", "teacher_cd1", "teacher_cd2", "teacher_long", "before", "before_cd1", *students]
     assert [r["system"] for r in rows] == expected
     assert all(float(r["latency_ms"]) > 0 and 0 <= float(r["all"]) <= 1 for r in rows)
     with open(tmp_path / "out" / "sweeps.csv", newline="") as file:
