@@ -201,7 +201,8 @@ def source_commit(*paths: str) -> str:
     """Commit of the checkout that this file belongs to, with "+changes" if tracked files differ from it; else "unknown".
 
     Args:
-        paths: from the checkout's root; a difference counts in these alone. None: everywhere.
+        paths: from the checkout's root; a difference counts in these alone. None: everywhere. The results beside them, which a
+            run before may have written, count nowhere.
     """
 
     def git(*arguments: str) -> str:
@@ -214,7 +215,8 @@ def source_commit(*paths: str) -> str:
     commit = git("rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"
-    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *paths) else "")
+    counted = [*(paths or ["."]), *(f":(exclude){folder}/results" for folder in ("benchmarks", "models"))]
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *counted) else "")
 
 
 def cache_dir() -> Path:

@@ -114,3 +114,26 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=root)
         assert done.returncode != 0 and "run: a training is at work there already" in done.stderr
     assert subprocess.run(command, cwd=root).returncode == 0
+
+
+def test_the_commit_says_whether_the_sources_differ_from_it(tmp_path, monkeypatch):
+    def git(*words):
+        options = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *options, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    files = [tmp_path / name for name in ("models/io_utils.py", "kdkernels/a.py", "benchmarks/results/a.csv")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    monkeypatch.setattr(io_utils, "__file__", str(files[0]))
+    assert io_utils.source_commit() == "unknown"
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = io_utils.source_commit()
+    assert len(commit) == 12
+    files[2].write_text("2")  # what an earlier run has written
+    assert io_utils.source_commit() == commit == io_utils.source_commit("kdkernels", "benchmarks")
+    files[1].write_text("2")
+    assert io_utils.source_commit() == commit + "+changes" == io_utils.source_commit("kdkernels")
+    assert io_utils.source_commit("models") == commit
