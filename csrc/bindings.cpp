@@ -13,13 +13,23 @@ using namespace kdkernels;
 
 namespace {
 
-void gemm_bf16(const Bf16Gemm& problem) {
+void need_avx512_bf16(const char* who) {
+  if (best_isa() != std::string("avx512_bf16"))
+    throw std::invalid_argument(std::string(who) + ": expected a processor with avx512_bf16, got " + best_isa());
+}
+
+void gemm_bf16([[maybe_unused]] const Bf16Gemm& problem) {
+  need_avx512_bf16("gemm_bf16");
 #if defined(KDKERNELS_X86)
-  if (best_isa() == std::string("avx512_bf16")) return gemm_avx512_bf16(problem);
-#else
-  (void)problem;
+  gemm_avx512_bf16(problem);
 #endif
-  throw std::invalid_argument(std::string("gemm_bf16: expected a processor with avx512_bf16, got ") + best_isa());
+}
+
+void transpose_to_bf16([[maybe_unused]] const TransposeToBf16& problem) {
+  need_avx512_bf16("transpose_to_bf16");
+#if defined(KDKERNELS_X86)
+  transpose_to_bf16_avx512(problem);
+#endif
 }
 
 }  // namespace
@@ -78,4 +88,10 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("w_by_rows", &Bf16Gemm::w_by_rows)
       .def_readwrite("threads", &Bf16Gemm::threads);
   m.def("gemm_bf16", &gemm_bf16, py::arg("problem"), py::call_guard<py::gil_scoped_release>());
+
+#define FIELD(name) .def_readwrite(#name, &TransposeToBf16::name)
+  py::class_<TransposeToBf16>(m, "TransposeToBf16")
+      .def(py::init<>()) FIELD(x) FIELD(ldx) FIELD(out) FIELD(ldo) FIELD(m) FIELD(n) FIELD(threads);
+#undef FIELD
+  m.def("transpose_to_bf16", &transpose_to_bf16, py::arg("problem"), py::call_guard<py::gil_scoped_release>());
 }

@@ -1,4 +1,5 @@
-// Products of bf16 matrices with a float32 result, which torch's CPU library offers only by way of float32 operands.
+// Products of bf16 matrices with a float32 result, which torch's CPU library offers only by way of float32 operands, and the
+// narrowing of such a result that lies transposed.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,18 @@ struct Bf16Gemm {
   int threads = 1;
 };
 
+// out (n, m) bf16 = x (m, n)^T, rounded to nearest even as torch does. Rows lie `ld*` items apart. No scratch.
+struct TransposeToBf16 {
+  std::uintptr_t x = 0;  // float32
+  std::int64_t ldx = 0;
+  std::uintptr_t out = 0;  // bf16
+  std::int64_t ldo = 0;
+  std::int64_t m = 0, n = 0;
+  int threads = 1;
+};
+
 #if defined(KDKERNELS_X86)
+void transpose_to_bf16_avx512(const TransposeToBf16& problem);
 void gemm_avx512_bf16(const Bf16Gemm& problem);  // on a processor whose best_isa() is avx512_bf16
 #endif
 

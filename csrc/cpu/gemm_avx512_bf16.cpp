@@ -170,7 +170,54 @@ void run(const Bf16Gemm& g) {
   });
 }
 
+// To nearest even; a NaN stays one. Not by vcvtneps2bf16, which takes denormals for 0.
+inline __m256i narrow(__m512i x) {
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512 value = _mm512_castsi512_ps(x);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+// 32 rows of x (a line of `out`) by 16 columns
+void transpose_tile(const float* x, std::int64_t ldx, int rows, int columns, std::uint16_t* out, std::int64_t ldo) {
+  const __mmask16 mask = __mmask16((1u << columns) - 1u);
+  __m256i half[2][16];
+  for (int h = 0; h < 2; ++h) {
+    __m512i r[16];
+    for (int i = 0; i < 16; ++i) {
+      const int row = 16 * h + i;
+      r[i] = row < rows ? _mm512_castps_si512(_mm512_maskz_loadu_ps(mask, x + row * ldx)) : _mm512_setzero_si512();
+    }
+    transpose(r);
+    for (int i = 0; i < 16; ++i) half[h][i] = narrow(r[i]);
+  }
+  const __mmask32 kept = rows < 32 ? (__mmask32(1) << rows) - 1u : ~__mmask32(0);
+  for (int i = 0; i < columns; ++i) {
+    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(half[0][i]), half[1][i], 1);
+    _mm512_mask_storeu_epi16(out + i * ldo, kept, line);
+  }
+}
+
 }  // namespace
+
+void transpose_to_bf16_avx512(const TransposeToBf16& t) {
+  constexpr std::int64_t WIDTH = 64;  // columns of x that a thread takes at a time: 4 lines of a page
+  const auto* x = reinterpret_cast<const float*>(t.x);
+  auto* out = reinterpret_cast<std::uint16_t*>(t.out);
+  parallel_rows((t.n + WIDTH - 1) / WIDTH, t.m * WIDTH, t.threads, [&](auto&& next) {
+    for (std::int64_t block; (block = next()) >= 0;) {
+      const std::int64_t stop = std::min(t.n, (block + 1) * WIDTH);
+      for (std::int64_t row = 0; row < t.m; row += 32) {
+        const int rows = int(std::min<std::int64_t>(32, t.m - row));
+        for (std::int64_t column = block * WIDTH; column < stop; column += 16) {
+          const int columns = int(std::min<std::int64_t>(16, stop - column));
+          transpose_tile(x + row * t.ldx + column, t.ldx, rows, columns, out + column * t.ldo + row, t.ldo);
+        }
+      }
+    }
+  });
+}
 
 void gemm_avx512_bf16(const Bf16Gemm& problem) { problem.a[1] ? run<2>(problem) : run<1>(problem); }
 

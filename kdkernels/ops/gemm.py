@@ -184,7 +184,10 @@ def empty_weight_gradient(weight: Tensor) -> Tensor:
 
 
 def finish_weight_gradient(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """`total` in the weight's dtype, contiguous. Converted as it lies and then transposed: both at once is 2-4 times as slow."""
+    """`total` in the weight's dtype, contiguous."""
+    lies_transposed = total.stride(0) == 1 and total.dtype == torch.float32 and total.device.type == "cpu"
+    if lies_transposed and dtype == torch.bfloat16 and native.multiplies_bf16():  # torch's own is 4-6 times as slow
+        return native.transpose_to_bf16(total.T)
     return total.to(dtype).contiguous()
 
 

@@ -46,6 +46,10 @@ class LayerResult:
     projection_grad: Tensor | None
 
 
+# Rows of a layer are short: in chunks as few tokens as of logits, starting threads would cost as much as the products.
+_CPU_SCRATCH_BYTES = 16 << 20
+
+
 def layer_rows_of(impl: str) -> Callable[..., Tensor]:
     """The ``layer_rows`` function (see :mod:`kdkernels.ops.layer_rows`) of a kernel implementation."""
     if impl == "triton":
@@ -91,7 +95,10 @@ def layer_chunks(
         if dp is not None and n == 0:
             dp.zero_()
         width = projection.shape[0]
-        plan = plan_chunks(n_tokens=n, bytes_per_token=4 * width, student_width=student.shape[1], device=device)
+        fixed = max(1, _CPU_SCRATCH_BYTES // (4 * width)) if device.type == "cpu" else None
+        plan = plan_chunks(
+            n_tokens=n, bytes_per_token=4 * width, student_width=student.shape[1], device=device, chunk_tokens=fixed
+        )
         shape = (min(plan.chunk_tokens, max(n, 1)), width)
         memory = take_scratch(4 * math.prod(shape), device)
         scratch = memory[: 4 * math.prod(shape)].view(torch.float32).view(shape)

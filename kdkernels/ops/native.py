@@ -219,3 +219,14 @@ def bf16_gemm(
     g.accumulate, g.w_by_rows = accumulate, weight_by_rows
     g.threads = torch.get_num_threads()
     lib.gemm_bf16(g)
+
+
+def transpose_to_bf16(x: torch.Tensor) -> torch.Tensor:
+    """(N, M) bf16, contiguous, of x (M, N) float32, whose last stride is 1: what `x.T.to(torch.bfloat16).contiguous()` is."""
+    lib = load_library()
+    out = torch.empty(x.shape[1], x.shape[0], dtype=torch.bfloat16)
+    t = lib.TransposeToBf16()
+    t.x, t.ldx, t.out, t.ldo = x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0)
+    t.m, t.n, t.threads = x.shape[0], x.shape[1], torch.get_num_threads()
+    lib.transpose_to_bf16(t)
+    return out

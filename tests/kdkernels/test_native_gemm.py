@@ -98,3 +98,23 @@ def test_a_weight_gradient_that_begins_reads_nothing_and_goes_on_by_adding(dtype
     finished = gemm.finish_weight_gradient(total, dtype)
     assert finished.is_contiguous() and finished.dtype == dtype
     assert torch.equal(finished, total.to(dtype))
+
+
+@needs_instructions
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 70), (31, 15), (32, 16), (33, 17), (64, 64), (65, 129), (700, 1000)])
+def test_narrowing_what_lies_transposed_has_torchs_bits(rows, columns, threads):
+    torch.manual_seed(0)
+    x = torch.randn(rows, columns + 3)[:, :columns]
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -3e-39, 3.4e38, 1.00390625, 1.01171875, -1.00390625])
+    x.copy_(torch.where(torch.rand(x.shape) < 0.3, special[torch.randint(len(special), x.shape)], x))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = native.transpose_to_bf16(x)
+    finally:
+        torch.set_num_threads(before)
+    expected = x.T.to(torch.bfloat16).contiguous()
+    assert found.shape == expected.shape and found.is_contiguous()
+    same = found.view(torch.int16) == expected.view(torch.int16)
+    assert bool((same | (found.isnan() & expected.isnan())).all())
