@@ -77,9 +77,10 @@ def fused_layer_mse_loss(
         float32 loss (float64 for float64 inputs): () or (...). Without a valid token it is 0 with zero gradients. Gradients reach
         ``student_hidden`` and ``projections`` only.
 
-    GEMMs accumulate in float32, and the difference is taken from float32. Extra memory: the gradients, and one chunk of projected
-    states (float32), whatever N and L. The gradients are made in the forward; the backward scales them. With reduction="none" and
-    trainable projections the backward runs the chunks a second time. No second derivatives (impl="reference" has them).
+    GEMMs accumulate in float32, and the difference is taken from float32. Extra memory: the gradients, and one chunk of
+    projected states (float32; on the CPU 16 MiB), whatever N and L. The gradients are made in the forward; the backward scales
+    them. With reduction="none" and trainable projections the backward runs the chunks a second time. No second derivatives
+    (impl="reference" has them).
 
     Raises:
         ValueError, TypeError: naming the argument and the pair, expected and got. On the CPU also for a negative alpha.
