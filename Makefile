@@ -26,7 +26,7 @@ lint: $(STAMP)
 aot: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aot --quick
 
-# Writes benchmarks/results/; half an hour of an idle machine.
+# Writes benchmarks/results/; an hour of an idle machine.
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	$(BIN)/python -m benchmarks.rows --write
@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.peers --write
 	$(BIN)/python -m benchmarks.step --write
 	$(BIN)/python -m benchmarks.cache --write
+	$(BIN)/python -m benchmarks.packing --examples 8 --write
 	$(BIN)/python -m benchmarks.plots
 
 # torch first and by version, so that the resolver keeps the build that is asked for.

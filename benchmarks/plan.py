@@ -141,12 +141,15 @@ def calibrate(examples: int, rounds: int = 3) -> list[dict]:
     def parameters(lm: torch.nn.Module) -> float:
         return float(sum(p.numel() for p in lm.model.layers.parameters()))
 
-    def rows(data: object) -> int:
-        return int(data.crop(data.make_batch(case.examples)).attention_mask.sum())
+    def rows(data: object, model: torch.nn.Module) -> int:
+        """Tokens that run through the layers: the text before the audio is in the prefix cache."""
+        collator = model.make_collator()
+        prefixes = sum(len(collator.prefix_ids(e)) for e in case.examples) if "prefix_cache" in data.extra_inputs else 0
+        return int(data.crop(data.make_batch(case.examples)).attention_mask.sum()) - prefixes
 
     predicted = {
-        "teacher, both paths": body_flop(parameters(case.teacher.lm), 2 * rows(case.teacher_data)) / rate,
-        "student and loss": body_flop(parameters(case.student.lm), rows(case.data), backward=True) / rate,
+        "teacher, both paths": body_flop(parameters(case.teacher.lm), 2 * rows(case.teacher_data, case.teacher)) / rate,
+        "student and loss": body_flop(parameters(case.student.lm), rows(case.data, case.student), backward=True) / rate,
     }
     measured = {"teacher, both paths": both, "student and loss": alone}
     return [
