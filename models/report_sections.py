@@ -74,6 +74,7 @@ SWEEPS = {
     "lambda": ("Weight of the KD term, lambda", "weight of the KD term, lambda"),
     "tau": ("Temperature tau", "temperature tau"),
     "anchor": ("Who writes the pseudo ground truth", "pseudo ground truth by"),
+    "teacher_steps": ("Training of the teacher", "steps that the teacher was trained for"),
 }
 SCORES = ("all", *KINDS, "shift_tir_adv")
 _MAX_PLAIN_ROWS = 200

@@ -18,7 +18,8 @@ mask got the others after that seed's answers on the test split, where it left t
 lowest).
 
 Sweeps over alpha, lambda and tau run from the same cached teacher states. The anchor sweep changes what Y is: the teacher's own
-answers (heard), Stage 1's words from the metadata, or the true label in a template.
+answers (heard), Stage 1's words from the metadata, or the true label in a template. The last sweep learns from a teacher that was
+trained twice as long.
 """
 
 from __future__ import annotations
@@ -189,11 +190,14 @@ def run_teacher_answers(context: Context) -> dict[str, Any]:
 
 
 def run_pool(context: Context) -> dict[str, Any]:
-    """Y of the distillation pool by `extra["anchor"]`, and both of the teacher's paths over it, once for all students."""
+    """Y of the distillation pool by `extra["anchor"]`, and both of the teacher's paths over it, once for all students.
+
+    extra["teacher"]: the stage that trained it; by default "teacher".
+    """
     from models.data.manifest import write_manifest
 
     anchor = context.extra["anchor"]
-    teacher = context.folders["teacher"] / "final"
+    teacher = _teacher(context)
     model, store, extra = load_speech_lm(context, teacher)
     examples = [e for e in read_items(context, "distill") if e in store]
     if anchor == "teacher":
@@ -222,6 +226,10 @@ def _stage_1(context: Context, examples: Sequence[Any]) -> dict[str, Any]:
     written = [e for e in read_manifest(told, check_audio=False).examples if (e.target or "").strip()]
     write_manifest(context.folder / "pool.jsonl", written)
     return {"rejected": len(examples) - len(written)}
+
+
+def _teacher(context: Context) -> Path:
+    return context.folders[context.extra.get("teacher", "teacher")] / "final"
 
 
 def run_before(context: Context) -> dict[str, Any]:
@@ -263,7 +271,7 @@ def run_students(context: Context) -> dict[str, Any]:
             *_own_start(context),
         ]
         if recipe != "ce_only":
-            words += [f"teacher.folder={context.folders['teacher'] / 'final'}"]
+            words += [f"teacher.folder={_teacher(context)}"]
             words += ["teacher.keep_mib=4096"] if recipe == LAYERED.recipe else [f"teacher.cache={pool / 'cache'}"]
         cohort.train(
             context.folder / name,
@@ -350,10 +358,11 @@ def make_stages(settings: SixSettings) -> list[Stage]:
     def read(recipe: str) -> dict[str, Any]:  # what the recipe's file says is part of the fingerprint
         return to_dict(load_recipe(recipe, ["teacher.folder=x"]))
 
-    def add_students(name: str, title: str, pool: str, runs: Sequence[tuple[Any, ...]]) -> None:
+    def add_students(name: str, title: str, pool: str, runs: Sequence[tuple[Any, ...]], teacher: str | None = None) -> None:
         recipes = {recipe: read(recipe) for _, recipe, _, _ in runs}
-        told = {"pool": pool, "runs": runs, "recipes": recipes}
-        stages.append(Stage(name, title, (*made, pool), studying, run_students, extra=told))
+        told = {"pool": pool, "runs": runs, "recipes": recipes} | ({"teacher": teacher} if teacher else {})
+        needs = (*made, pool, *([teacher] if teacher else []))
+        stages.append(Stage(name, title, needs, studying, run_students, extra=told))
         add_answers(name, title, {folder: {"controls": seed == 0} for folder, _, seed, _ in runs})
 
     def add_answers(of: str, title: str, asked: Mapping[str, Any]) -> None:
@@ -369,9 +378,11 @@ def make_stages(settings: SixSettings) -> list[Stage]:
         needs, told = ("corpus", "features", LONG), {"of": LONG}
         stages.append(Stage(f"answers_{LONG}", f"answers: {LONG}", needs, ("split", "device"), run_teacher_answers, extra=told))
 
-    def add_pool(anchor: str) -> None:
-        title = f"Y by {anchor}, both paths"
-        stages.append(Stage(f"pool_{anchor}", title, made[:3], training, run_pool, extra={"anchor": anchor}))
+    def add_pool(anchor: str, teacher: str | None = None) -> str:
+        name, told = f"pool_{teacher or anchor}", {"anchor": anchor} | ({"teacher": teacher} if teacher else {})
+        needs = (*made[:3], *([teacher] if teacher else []))
+        stages.append(Stage(name, f"Y by {teacher or anchor}, both paths", needs, training, run_pool, extra=told))
+        return name
 
     add_pool(ANCHORS[0])
     title, told = "student by true labels", {"recipe": read("sft_teacher")}
@@ -392,14 +403,14 @@ def make_stages(settings: SixSettings) -> list[Stage]:
             if system is None
         ]
         add_students("sweeps", "sweeps of alpha, lambda, tau", "pool_teacher", runs)
+        runs = [
+            (f"{recipe}-{seed}", recipe, seed, (f"loss.alpha={0 if recipe == 'kd' else 2}",))
+            for recipe in ("kd", "caad")
+            for seed in range(settings.sweep_seeds)
+        ]
         for anchor in ANCHORS[1:]:
-            add_pool(anchor)
-            runs = [
-                (f"{recipe}-{seed}", recipe, seed, (f"loss.alpha={0 if recipe == 'kd' else 2}",))
-                for recipe in ("kd", "caad")
-                for seed in range(settings.sweep_seeds)
-            ]
-            add_students(f"anchor_{anchor}", f"anchor {anchor}", f"pool_{anchor}", runs)
+            add_students(f"anchor_{anchor}", f"anchor {anchor}", add_pool(anchor), runs)
+        add_students(f"of_{LONG}", f"students of {LONG}", add_pool(ANCHORS[0], LONG), runs, LONG)
     stages.append(Stage("latency", "latency of an answer", ("corpus", "features", "teacher", "before"), training, run_latency))
     return stages
 
@@ -534,6 +545,8 @@ def sweep_rows(folders: Mapping[str, Path], settings: SixSettings) -> list[dict[
             add("anchor", ANCHORS[0], system, seed, table / f"{in_table}-{seed}")
             for anchor in ANCHORS[1:]:
                 add("anchor", anchor, system, seed, folders[f"answers_anchor_{anchor}"] / f"{system}-{seed}")
+            add("teacher_steps", settings.teacher_steps, system, seed, table / f"{in_table}-{seed}")
+            add("teacher_steps", 2 * settings.teacher_steps, system, seed, folders[f"answers_of_{LONG}"] / f"{system}-{seed}")
     return rows
 
 

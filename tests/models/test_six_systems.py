@@ -113,7 +113,7 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "out" / "sweeps.csv", newline="") as file:
         sweeps = list(csv.DictReader(file))
     counts = Counter(r["sweep"] for r in sweeps)
-    assert counts.pop("conflict_strength") > 0 and counts == {"alpha": 4, "lambda": 4, "tau": 3, "anchor": 6}
+    assert counts.pop("conflict_strength") > 0 and counts == {"alpha": 4, "lambda": 4, "tau": 3, "anchor": 6, "teacher_steps": 4}
     with open(tmp_path / "out" / "training.csv", newline="") as file:
         assert {r["system"] for r in csv.DictReader(file)} == set(students)
     assert "random models, the numbers mean nothing" in capsys.readouterr().out
