@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_sources import train, world  # noqa: F401 (world is a fixture)
 
-from models import sources
+from models import sources, stage_steps
 from models.cohort import Cohort
 from models.data.manifest import read_manifest, write_manifest
 from models.evaluate import read_predictions
@@ -73,6 +73,7 @@ def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, cont
 
 
 def test_what_was_asked_is_not_made_again_and_what_was_trained_is_only_asked(world, context, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(stage_steps, "multiplies_bf16", lambda _: False)  # as `words` has it for the training
     options = {"manifest": world / "m.jsonl", "start": world / "untrained", "words": words(world)}
     folder = context.folder / "ce"
     first = Cohort(context).run(folder, "ce_only", **options)
