@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import layer_rows, native
 from .chunking import plan_chunks
@@ -134,7 +134,7 @@ def layer_chunks(
     return LayerResult(loss, dh, dp)
 
 
-@torch.library.custom_op("kdkernels::layer_mse", mutates_args=())
+@library.custom_op("kdkernels::layer_mse", mutates_args=())
 def layer_mse(
     student: Tensor,  # (N, H_s)
     audio: Tensor,  # (N, H_t)

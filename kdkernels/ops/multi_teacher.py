@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .dispatch import row_launcher
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, student_chunks, survivors_launcher
@@ -137,7 +137,7 @@ def multi_teacher_chunks(
     )
 
 
-@torch.library.custom_op("kdkernels::linear_multi_teacher", mutates_args=())
+@library.custom_op("kdkernels::linear_multi_teacher", mutates_args=())
 def linear_multi_teacher(
     student_hidden: Tensor,  # (N, H_s)
     student_weight: Tensor,  # (V_s, H_s)

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .chunking import NO_LOGITS, choose_path
@@ -109,7 +109,7 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
 # -- logits in -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("kdkernels::caad_rows", mutates_args=())
+@library.custom_op("kdkernels::caad_rows", mutates_args=())
 def caad_rows(
     student: Tensor,  # (B, T, V_s)
     audio: Tensor,  # (B, T, V_t)
@@ -258,7 +258,7 @@ class InPlaceRows(torch.autograd.Function):
 # -- hidden states in ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("kdkernels::linear_caad", mutates_args=())
+@library.custom_op("kdkernels::linear_caad", mutates_args=())
 def linear_caad(
     student_hidden: Tensor,  # (N, H_s)
     student_weight: Tensor,  # (V_s, H_s)

@@ -10,6 +10,7 @@ import torch
 from cases import BF16, FP16, FP32, FP64, logits, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from kdkernels import CAADLoss, explain, fused_caad_loss
 from kdkernels.ops import native, reference, schema
@@ -551,7 +552,7 @@ def test_opcheck(dtype, want_stats):
         coef,
     )
     options = (33, 2.0, "forward_kl", 0.5, None, -100, True, True, True, want_stats, "cpu")
-    torch.library.opcheck(schema.caad_rows, (*arguments, *options))
+    library.opcheck(schema.caad_rows, (*arguments, *options))
 
 
 def test_compiled_fullgraph_gives_the_same_numbers():

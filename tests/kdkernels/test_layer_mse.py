@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import BF16, FP16, FP32, relative_error
+from torch import library
 
 from kdkernels import LayerProjections, fused_layer_mse_loss, layer_map
 from kdkernels.layer_mse import DIRECTIONS
@@ -285,7 +286,7 @@ def test_opcheck(direction, reduced):
     valid = torch.tensor([True, True, False, True, True, True])
     grads = (True, True) if reduced else (False, False)
     tensors = (student, audio, None, weight, valid, torch.ones(1), torch.full((6,), 0.1))
-    torch.library.opcheck(layer_ops.layer_mse, (*tensors, direction == DIRECTIONS[1], False, reduced, *grads, "cpu"))
+    library.opcheck(layer_ops.layer_mse, (*tensors, direction == DIRECTIONS[1], False, reduced, *grads, "cpu"))
 
 
 def test_compiled_whole():

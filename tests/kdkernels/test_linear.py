@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 from cases import BF16, FP16, FP32, hidden, relative_error, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from kdkernels import fused_caad_loss, fused_linear_caad_loss
 from kdkernels.ops import gemm, linear, native, schema
@@ -278,7 +279,7 @@ def test_opcheck(reduction, head_trains):
     coef = torch.full((9,), 0.1)
     reduced = reduction == "mean"
     flags = (True, head_trains, False) if reduced or not head_trains else (False, False, False)
-    torch.library.opcheck(
+    library.opcheck(
         schema.linear_caad,
         (
             a["student_hidden"], a["student_weight"].requires_grad_(head_trains), None, a["teacher_audio_hidden"],

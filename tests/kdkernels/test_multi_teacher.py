@@ -16,6 +16,7 @@ import torch
 from cases import BF16, FP16, FP32, FP64, hidden, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from kdkernels import TeacherSource, fused_linear_caad_loss, fused_linear_multi_teacher_loss
 from kdkernels.ops import linear, mixture, multi_teacher, native, reference
@@ -359,7 +360,7 @@ def test_opcheck(reduced, head_trains, all_text):
     one, two = teacher(1, n, text=True), teacher(2, n, text=all_text)
     coef, alpha = torch.full((n,), 0.1), [torch.tensor([2.0])] * 2
     flags = (True, head_trains, False) if reduced or not head_trains else (False, False, False)
-    torch.library.opcheck(
+    library.opcheck(
         multi_teacher.linear_multi_teacher,
         (
             a["student_hidden"], a["student_weight"], None, [one.hidden, two.hidden], [one.text_hidden, two.text_hidden],
