@@ -110,12 +110,7 @@ class PackingCase(StepCase):
 
     def real_tokens(self, *, cached: bool) -> int:
         """Those of both paths that are no padding, without the text before the audio where it is cached."""
-        from models.sources import crop_to_targets
-
-        collator = self.teacher.make_collator()
-        batch = crop_to_targets(collator(self.examples, self.store.rows(self.examples)))
-        prefixes = sum(len(collator.prefix_ids(example)) for example in self.examples) if cached else 0
-        return 2 * (int(batch.attention_mask.sum()) - prefixes)
+        return 2 * self.tokens_run(self.teacher, cached=cached)
 
 
 def measure(case: PackingCase, repeats: int, layouts: Sequence[str] = tuple(LAYOUTS)) -> list[dict]:

@@ -18,6 +18,7 @@ import argparse
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -141,11 +142,8 @@ def calibrate(examples: int, rounds: int = 3) -> list[dict]:
     def parameters(lm: torch.nn.Module) -> float:
         return float(sum(p.numel() for p in lm.model.layers.parameters()))
 
-    def rows(data: object, model: torch.nn.Module) -> int:
-        """Tokens that run through the layers: the text before the audio is in the prefix cache."""
-        collator = model.make_collator()
-        prefixes = sum(len(collator.prefix_ids(e)) for e in case.examples) if "prefix_cache" in data.extra_inputs else 0
-        return int(data.crop(data.make_batch(case.examples)).attention_mask.sum()) - prefixes
+    def rows(data: Any, model: torch.nn.Module) -> int:
+        return case.tokens_run(model, cached="prefix_cache" in data.extra_inputs)
 
     predicted = {
         "teacher, both paths": body_flop(parameters(case.teacher.lm), 2 * rows(case.teacher_data, case.teacher)) / rate,

@@ -99,6 +99,15 @@ class StepCase:
         self.store = store
         self.batch = self.data.make_batch(made)
 
+    def tokens_run(self, model: Any, *, cached: bool) -> int:
+        """Tokens of the batch that `model` runs through its layers: no padding; no text before the audio where it is cached."""
+        from models.sources import crop_to_targets
+
+        collator = model.make_collator()
+        batch = crop_to_targets(collator(self.examples, self.store.rows(self.examples)))
+        prefixes = sum(len(collator.prefix_ids(example)) for example in self.examples) if cached else 0
+        return int(batch.attention_mask.sum()) - prefixes
+
     def sources(self, objective: str, names: Sequence[str], layers: bool) -> tuple[Any, list[Any]]:
         """The recipe and its sources, built as models/sources.py builds them but for the loading."""
         from models.config import LayersConfig, SourceConfig, load_recipe
