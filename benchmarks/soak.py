@@ -4,6 +4,9 @@ An iteration is a whole step of models/train.py's loop on a tiny random speech L
 public loss of kdkernels forward and backward on random inputs, their shapes drawn anew, and a cache opened, read and closed. The
 process sleeps between iterations, so that it takes no more than --load of a core's time.
 
+torch and oneDNN keep what they make for a product by its shape, each for 1024 shapes, hundreds of MiB in all: here they keep one
+(LRU_CACHE_CAPACITY, ONEDNN_PRIMITIVE_CACHE_CAPACITY; what the environment says goes first), so that what grows is not theirs.
+
 The resident set is read after every iteration. What allocators and caches take once is not a leak: the first third of the time is
 left out, and the slope of the rest is the median over all pairs of samples (Theil-Sen), which no single jump moves. Exit status 1
 where it is above --bound-kib-a-minute.
@@ -15,6 +18,7 @@ kib_a_minute    slope after the first third; the same in every row
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -28,6 +32,8 @@ import torch
 
 from .common import _resident_bytes, add_common_arguments, finish
 from .stress import TinyCase
+
+CACHES_BY_SHAPE = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 _WINDOWS = 10
 _MOST_SAMPLES = 600  # of the slope: pairs of them are formed
@@ -176,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--device: expected cpu (the resident set is the process's, not the device's), got {args.device}")
     if not (0 < args.load <= 1 and args.minutes > 0):
         parser.error(f"--load, --minutes: expected in (0, 1] and above 0, got {args.load} and {args.minutes}")
+    for name in CACHES_BY_SHAPE:  # read at the first product
+        os.environ.setdefault(name, "1")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="kdkernels-soak-") as folder:
         samples = soak(Iteration(Path(folder)), minutes=args.minutes, load=args.load)
