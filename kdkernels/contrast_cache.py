@@ -45,7 +45,6 @@ _MIB = 1 << 20
 _MAX_HEADER_BYTES = 16 * _MIB
 _MAX_INDEX_LINE_BYTES = 64 * _MIB
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
-_STORED_AS = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}  # safetensors' names
 _FLOAT8_MAX = 448.0
 _log = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ class ContrastCache:
         self._where: dict[str, tuple[str, int, int]] = {}  # sample id -> shard, first row, rows
         self._content: dict[str, str] = {}
         self._rows: dict[str, int] = {}  # shard -> its rows
-        self._open_shards: dict[str, Any] = {}
+        self._open_shards: dict[str, dict[str, Tensor]] = {}
         for index_path in sorted(self.folder.glob("index-*.jsonl")):
             for record in _read_index(index_path, header)[0]:
                 problem = _shard_problem(self.folder, record, verify_checksums=verify_checksums)
@@ -179,12 +178,12 @@ class ContrastCache:
         found["target"] = torch.empty(total, dtype=torch.int64)
         filled = 0
         for shard, first, rows in places:
-            file = self._shard(shard)
+            mapped = self._shard(shard)
             here, there = slice(filled, filled + rows), slice(first, first + rows)
             for name, destination in found.items():
-                stored = file.get_slice(name)[there]
+                stored = mapped[name][there]
                 if packed and name != "target":
-                    stored = stored.float() * file.get_slice(f"{name}_scale")[there][..., None]
+                    stored = stored.float() * mapped[f"{name}_scale"][there][..., None]
                 destination[here] = stored
             filled += rows
         return CachedStates(**found, lengths=lengths)
@@ -210,31 +209,31 @@ class ContrastCache:
         except KeyError:
             raise KeyError(f"sample {sample_id!r} is not in the cache {self.folder} ({len(self)} samples)") from None
 
-    def _shard(self, name: str) -> Any:
+    def _shard(self, name: str) -> dict[str, Tensor]:
         if name not in self._open_shards:
             self._open_shards[name] = self._opened(name)
         return self._open_shards[name]
 
-    def _opened(self, name: str) -> Any:
-        """A shard whose tensors are those that the cache's header promises; without checksums nobody else has looked."""
+    def _opened(self, name: str) -> dict[str, Tensor]:
+        """A shard's tensors, mapped, those that the cache's header promises; without checksums nobody else has looked."""
         path = self.folder / name
         packed = self.dtype == torch.float8_e4m3fn
         states = {key: (self.hidden_size,) for key in ("audio_hidden", "text_hidden")}
         if self.layers:
             states |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
-        expected = {"target": ((), "I64"), **{key: (shape, _STORED_AS[self.dtype]) for key, shape in states.items()}}
+        expected = {"target": ((), torch.int64), **{key: (shape, self.dtype) for key, shape in states.items()}}
         if packed:
-            expected |= {f"{key}_scale": (shape[:-1], "F32") for key, shape in states.items()}
+            expected |= {f"{key}_scale": (shape[:-1], torch.float32) for key, shape in states.items()}
         try:
+            # get_tensor's rows are read when they are copied; get_slice reads no more, but safetensors 0.8 leaks its bounds.
             file = _safetensors().safe_open(str(path), framework="pt", device="cpu")
-            got = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            found = {key: (tuple(part.get_shape()[1:]), part.get_dtype(), part.get_shape()[:1]) for key, part in got.items()}
+            got = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, _safetensors().SafetensorError) as error:
             raise CorruptCacheError(f"shard {path} is altered: {error}") from error
-        rows = [self._rows[name]]
-        if found != {key: (*each, rows) for key, each in expected.items()}:
-            raise CorruptCacheError(f"shard {path} is altered: expected {rows[0]} rows of {expected}, got {found}")
-        return file
+        rows, found = self._rows[name], {key: (tuple(t.shape), t.dtype) for key, t in got.items()}
+        if found != {key: ((rows, *shape), dtype) for key, (shape, dtype) in expected.items()}:
+            raise CorruptCacheError(f"shard {path} is altered: expected {rows} rows of {expected}, got {found}")
+        return got
 
 
 class ContrastCacheWriter(AbstractContextManager):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 
 import pytest
 import torch
@@ -150,6 +151,25 @@ class TestRoundTrip:
         before = cache["a"]
         again = pickle.loads(pickle.dumps(cache))["a"]
         assert torch.equal(again.audio_hidden, before.audio_hidden)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+    def test_reading_leaves_nothing_behind(self, tmp_path, dtype):
+        """Bounds beyond Python's small integers, so that each slice that is kept takes memory of its own."""
+        with writer(tmp_path, dtype=dtype) as cache:
+            cache.add("before", *states("before", 1000))
+            cache.add("read", *states("read"))
+        cache = ContrastCache(tmp_path)
+        tracemalloc.start()
+        try:
+            for _ in range(500):  # until what Python hands out anew has been traced, too
+                cache["read"]
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(500):
+                cache["read"]
+            after = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert after - before < 500 * sys.getsizeof(1000), "less than an integer a read"
 
     def test_parts_of_several_writers_are_one_cache(self, tmp_path):
         with writer(tmp_path, part="rank0") as first, writer(tmp_path, part="rank1") as second:
