@@ -27,6 +27,7 @@ from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.data.prompts import render_prompt
 from models.io_utils import fingerprint, sha256_file
+from models.sources import crop_to_targets
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": torch.float8_e4m3fn}
 
@@ -81,6 +82,7 @@ def fill_cache(
         examples: with targets.
         made_from: the teacher's identity, `teacher_fingerprint`.
         extra_inputs: added to every batch's inputs, such as the prefix cache.
+        batch_examples: read at a time; the states of a padded row differ from those of the row alone by rounding.
         dtype, layers, part, shard_mib: as in kdkernels.ContrastCacheWriter.
 
     Returns:
@@ -110,7 +112,7 @@ def fill_cache(
             missing = [i for i, e in enumerate(chosen) if e.id not in writer]
             if missing:
                 asked = [chosen[i] for i in missing]
-                batch = collate(asked, features[missing]).to(model.device)
+                batch = crop_to_targets(collate(asked, features[missing])).to(model.device)
                 states = teacher({**batch.model_inputs(), **(extra_inputs or {})}, batch.target_index)
                 for row, i in enumerate(missing):
                     here = (batch.target_row == row).nonzero()[:, 0]

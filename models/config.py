@@ -94,9 +94,13 @@ class TeacherConfig:
     folder: str | None = None  # SpeechLM folder; always needed for kd / caad, since its LM head is
     cache: str | None = None  # ContrastCache folder: the teacher's body is then never run
     keep_mib: int = 0  # a live teacher's states of all examples, computed once before the first step, up to this; 0 = off
+    # Examples that a live teacher reads at a time: less memory, and with 1 its states do not depend on the batch, so they are
+    # those of a float32 cache made with --batch-examples 1 bit for bit (on a CPU with as many threads). 0 = the whole batch.
+    batch_examples: int = 0
 
     def __post_init__(self) -> None:
         _check(self.keep_mib >= 0, "teacher.keep_mib", ">= 0", self.keep_mib)
+        _check(self.batch_examples >= 0, "teacher.batch_examples", ">= 0", self.batch_examples)
 
 
 @dataclass(frozen=True)

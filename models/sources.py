@@ -315,7 +315,7 @@ def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, de
     depends = {
         "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
         "layers": to_dict(settings.layers),
-        "own": [recipe.teacher.cache, recipe.loss.center_text] if name == OWN_TEACHER else [],
+        "own": [recipe.teacher.cache, recipe.teacher.batch_examples, recipe.loss.center_text] if name == OWN_TEACHER else [],
         "data": to_dict(recipe.data),
         "student": [depth, recipe.model.bf16_products, recipe.model.prefix_cache_mib],
     }
@@ -351,7 +351,11 @@ def _build_source(
         own = make_training_data(
             lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib, layout=recipe.data
         )
-        teacher = (LiveTeacher if _hears_both(name, settings) else ListeningTeacher)(lm, own, **options)
+        if _hears_both(name, settings):
+            at_once = recipe.teacher.batch_examples if name == OWN_TEACHER else 0
+            teacher = LiveTeacher(lm, own, batch_examples=at_once, **options)
+        else:
+            teacher = ListeningTeacher(lm, own, **options)
     if settings.keep_mib:
         needed_mib = kept_bytes(teacher, data) / (1 << 20)
         if needed_mib <= settings.keep_mib:

@@ -71,7 +71,6 @@ class TeacherStates:
         positions = positions.to(self.audio_hidden.device, non_blocking=True)
         return dataclasses.replace(self, **{name: x[positions] for name, x in self.tensors().items()})
 
-
     def with_divergence(self) -> TeacherStates:
         """The same with `divergence`."""
         return dataclasses.replace(self, divergence=path_divergence(self))
@@ -101,15 +100,34 @@ class LiveTeacher:
         data: a TrainingData, how its batches are made; its prompt may use another number of audio tokens than the student's.
         device: where it runs.
         layers: whose states are handed out as well.
+        batch_examples: read at a time; 0 = all of a batch.
     """
 
-    def __init__(self, lm: torch.nn.Module, data: Any, *, device: torch.device, layers: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        lm: torch.nn.Module,
+        data: Any,
+        *,
+        device: torch.device,
+        layers: Sequence[int] = (),
+        batch_examples: int = 0,
+    ) -> None:
         self._teacher = DualPathTeacher(lm.to(device).eval(), negative=MarkAbsent("audio_present"), layers=layers)
         self._data = data
         self._device = device
+        self._batch_examples = batch_examples
 
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
-        own = _own_batch(self._data, batch, examples, self._device)
+        step = self._batch_examples or len(examples)
+        parts = [self._read(examples[start : start + step]) for start in range(0, len(examples), step)]
+        _check_same_targets(batch, sum(len(part.audio_hidden) for part in parts))
+        return TeacherStates(
+            head=self._teacher.head,
+            **{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()},
+        )
+
+    def _read(self, examples: Sequence[Any]) -> TeacherStates:
+        own = _own_batch(self._data, examples, self._device)
         states = self._teacher(self._data.model_inputs(own), own.target_index)
         return TeacherStates(
             states.audio_hidden, states.text_hidden, self._teacher.head, states.audio_layers, states.text_layers
@@ -188,7 +206,8 @@ class ListeningTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
-        own = _own_batch(self._data, batch, examples, self._device)
+        own = _own_batch(self._data, examples, self._device)
+        _check_same_targets(batch, len(own.target))
         layers = {"layers": self._layers} if self._layers else {}
         states = self._lm.hidden_states_at(own.target_index, **self._data.model_inputs(own), **layers)
         return _one_path(states, self._head)
@@ -502,12 +521,16 @@ def _one_path(states: torch.Tensor, head: Any) -> TeacherStates:
     return TeacherStates(states[:, 0], None, head, states[:, 1:])
 
 
-def _own_batch(data: Any, batch: Any, examples: Sequence[Any], device: torch.device) -> Any:
-    """The teacher's own batch of `examples`, which must have the targets of the student's `batch`."""
+def _own_batch(data: Any, examples: Sequence[Any], device: torch.device) -> Any:
+    """The teacher's own batch of `examples`."""
     own = data.make_batch(examples)
-    if own.target.shape != batch.target.shape:
+    return (data.crop(own) if data.crop else own).to(device)
+
+
+def _check_same_targets(batch: Any, count: int) -> None:
+    """The teacher has to say something about each of the student's target tokens: `count` of them."""
+    if count != len(batch.target):
         raise SourceError(
-            f"teacher and student: the batch of {batch.ids[0]} ... has {len(own.target)} and {len(batch.target)} target "
+            f"teacher and student: the batch of {batch.ids[0]} ... has {count} and {len(batch.target)} target "
             "tokens; distillation by token needs one tokenizer"
         )
-    return (data.crop(own) if data.crop else own).to(device)

@@ -107,6 +107,21 @@ def test_layers_from_a_cache_train_the_student_of_the_live_teacher(world, capsys
     assert "teacher.cache: expected the states of layers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recipe", ["caad", "caad_layers"])
+def test_one_by_one_the_cache_is_the_live_teacher_bit_for_bit(world, recipe):
+    words = ["optim.steps=4", "run.log_every_steps=1", f"teacher.folder={world / 'teacher' / 'final'}"]
+    assert train(world, recipe, f"{recipe}_singly", *words, "teacher.batch_examples=1") == 0
+    cache = world / f"{recipe}_of_ones"
+    assert cache_main(cache_words(world, cache, "--dtype", "float32", "--layers", "all", "--batch-examples", "1")) == 0
+    assert train(world, recipe, f"{recipe}_of_cache", *words, f"teacher.cache={cache}") == 0
+    live, cached = (read_metrics(world / f"{recipe}_{out}" / "metrics.jsonl") for out in ("singly", "of_cache"))
+    for line in live + cached:
+        line.pop("seconds")
+    assert live == cached and len(live) == 4
+    live, cached = weights(world, f"{recipe}_singly"), weights(world, f"{recipe}_of_cache")
+    assert all(torch.equal(live[name], cached[name]) for name in live)
+
+
 def test_a_cache_goes_on_and_its_parts_are_one(world, tmp_path, capsys):
     for part in ("0/2", "1/2", "1/2"):
         assert cache_main(cache_words(world, tmp_path / "c", "--part", part)) == 0
