@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,8 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
     Args:
         step: on its device, the same weights on every rank.
         strategy: "none"; "ddp": every rank holds all weights; "fsdp2": the LM's layers, and what is left, are sharded apart
-            from each other. `step` is changed in place then.
+            from each other. `step` is changed in place then. Parameters of another dtype than most elements have, such as a float32
+            connector beside a bfloat16 LM, stay whole on every rank.
         lm: whose layers are sharded one by one, with "fsdp2" (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
 
     Gradients are averaged over ranks by both engines: multiply the loss by `ranks.size`, with divisors summed over ranks. With
@@ -181,13 +183,22 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    scalars = {p for p in step.parameters() if not p.dim()}  # which FSDP2 refuses: every rank keeps them
-    for scalar in scalars:
-        if scalar.requires_grad:
-            scalar.register_post_accumulate_grad_hook(_averaged)
+    whole = _refused_by_fsdp2(step)
+    for parameter in whole:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_averaged)
     for layer in [] if lm is None else decoder_layers(lm):
-        fully_shard(layer, mesh=mesh, ignored_params=scalars)
-    return fully_shard(step, mesh=mesh, ignored_params=scalars)
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    return fully_shard(step, mesh=mesh, ignored_params=whole)
+
+
+def _refused_by_fsdp2(step: nn.Module) -> set[nn.Parameter]:
+    """Scalars, and parameters of another dtype than most elements have: FSDP2 wants one dtype and at least one dimension."""
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in step.parameters():
+        elements[parameter.dtype] += parameter.numel()
+    most = max(elements, key=elements.__getitem__, default=None)
+    return {p for p in step.parameters() if not p.dim() or p.dtype != most}
 
 
 def _averaged(parameter: Tensor) -> None:

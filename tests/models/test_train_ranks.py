@@ -155,10 +155,10 @@ def test_settings_that_do_not_go_with_ranks(tmp_path):
         fakes.run(tmp_path, "caad", ranks=Ranks(CPU, 0, 2))
 
 
-def speech_run(failures, out_dir, teacher_folder, parallel, train_lm):
+def speech_run(failures, out_dir, teacher_folder, parallel, train_lm, lm_dtype):
     """A SpeechLM with a decoder of transformers, whose layers are sharded one by one, its teacher and a snapshot of itself."""
     ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
-    student = tiny_speech.make_speech_lm(train_lm=train_lm)
+    student = tiny_speech.make_speech_lm(train_lm=train_lm, lm_dtype=lm_dtype)
     features = tiny_speech.make_features(student, 8)
     student.fit_feature_statistics(features)
 
@@ -188,13 +188,13 @@ def teacher_folder(tmp_path_factory):
     return teacher.save_pretrained(tmp_path_factory.mktemp("teacher") / "lm", include_frozen=True)
 
 
-@pytest.mark.parametrize("train_lm", [False, True])
-def test_a_speech_lm(tmp_path, teacher_folder, train_lm):
+@pytest.mark.parametrize(("train_lm", "lm_dtype"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+def test_a_speech_lm(tmp_path, teacher_folder, train_lm, lm_dtype):
     """Layers and a further source with a frozen language model; with one that trains, a tied head and checkpointing."""
     curves, weights = {}, {}
     for parallel, ranks in (("ddp", 1), ("ddp", 2), ("fsdp2", 2)):
         key = f"{parallel} on {ranks}"
-        run_ranks(speech_run, ranks, tmp_path / key, teacher_folder, parallel, train_lm)
+        run_ranks(speech_run, ranks, tmp_path / key, teacher_folder, parallel, train_lm, lm_dtype)
         curves[key] = curves_of(tmp_path / key)
         files = (tmp_path / key / "final").rglob("*.safetensors")
         weights[key] = {name: x for path in files for name, x in load_file(path).items()}
@@ -202,11 +202,13 @@ def test_a_speech_lm(tmp_path, teacher_folder, train_lm):
     assert len({line["loss"] for line in expected}) == 4 and {"kd_teacher", "kd_snapshot"} <= expected[0].keys()
     assert train_lm or (expected[-1]["layers"] > 0 and expected[-1]["layers_snapshot"] > 0)
     for key in ("ddp on 2", "fsdp2 on 2"):
-        assert curves[key] == [pytest.approx(line, rel=1e-3, abs=1e-5) for line in expected], key
+        rel = 1e-2 if lm_dtype == "bfloat16" else 1e-3  # gradients rounded to 8 bits
+        assert curves[key] == [pytest.approx(line, rel=rel, abs=1e-5) for line in expected], key
         assert weights[key].keys() == weights["ddp on 1"].keys()
         for name, weight in weights["ddp on 1"].items():
-            said = lambda text, name=name, key=key: f"{key}, {name}: {text}"  # noqa: E731
-            torch.testing.assert_close(weights[key][name], weight, rtol=1e-2, atol=1e-2, msg=said)
+            close = torch.isclose(weights[key][name], weight, rtol=1e-2, atol=1e-2)
+            # AdamW makes whole steps of a gradient that is nothing but the rounding of bfloat16.
+            assert close.float().mean() >= (0.99 if lm_dtype == "bfloat16" else 1.0), f"{key}, {name}"
 
 
 def torchrun(folder, *words):
