@@ -63,6 +63,7 @@ class HeadLoss:
         if _unwrapped(model) is not self._root:
             raise ValueError(f"model: expected the {type(self._root).__name__} given to HeadLoss, or a wrapper around it")
         results: list[Any] = []
+        hooked: list[Any] = []
         probe = None if self._checked else probe_values()
 
         def before(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -76,7 +77,8 @@ class HeadLoss:
         def hand_out(_head: nn.Module, _args: Any, _output: Any) -> Any:
             return results[-1]  # put before the hooks that free the weights: FSDP asks for them again when it is differentiated
 
-        def as_logits(_head: nn.Module, _args: Any, _output: Any) -> Tensor:
+        def as_logits(_head: nn.Module, _args: Any, output: Any) -> Tensor:
+            hooked.append(output)  # DeepSpeed asks for the weights again where its own copy is differentiated
             # What the model goes on with: no logits, or the numbers that show what it does to them.
             tensor = index.new_empty(1, 0, 1, dtype=torch.float32)
             return tensor if probe is None else probe.to(index.device).expand(1, 1, -1)
@@ -85,7 +87,7 @@ class HeadLoss:
             self._check_calls(results)
             if probe is not None:
                 self._check_post(output, len(probe))
-            return results[-1]
+            return hooked[-1]
 
         layer = computing_layer(self._head)
         with contextlib.ExitStack() as hooks:

@@ -157,8 +157,8 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
     Args:
         step: on its device, the same weights on every rank.
         strategy: "none"; "ddp": every rank holds all weights; "fsdp2": the LM's layers, and what is left, are sharded apart
-            from each other. `step` is changed in place then. Parameters of another dtype than most elements have, such as a float32
-            connector beside a bfloat16 LM, stay whole on every rank.
+            from each other. `step` is changed in place then. Parameters of another dtype than most elements have, such as a
+            float32 connector beside a bfloat16 LM, stay whole on every rank.
         lm: whose layers are sharded one by one, with "fsdp2" (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
 
     Gradients are averaged over ranks by both engines: multiply the loss by `ranks.size`, with divisors summed over ranks. With

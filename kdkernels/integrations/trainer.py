@@ -49,7 +49,8 @@ class CAADTrainer(Trainer):
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as for Trainer.
-        teacher: a `DualPathTeacher`, which is moved to args.device, or an open `ContrastCache` written by one.
+        teacher: a `DualPathTeacher`, which is moved to args.device (one that ZeRO-3 has partitioned gets an engine of its own
+            and is frozen), or an open `ContrastCache` written by one.
         teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes
             a whole copy of a sharded one.
         options: the loss's settings.
@@ -98,7 +99,10 @@ class CAADTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.options = CAADOptions() if options is None else options
         self.teacher = teacher
-        if isinstance(teacher, DualPathTeacher):
+        if isinstance(teacher, DualPathTeacher) and _is_partitioned(teacher.model):
+            self._teacher_engine = _zero3_engine(teacher.model)
+            teacher.head = teacher.head.to(args.device)
+        elif isinstance(teacher, DualPathTeacher):
             teacher.to(args.device)
         else:
             self._cached_head = teacher_head.to(args.device)
@@ -326,6 +330,30 @@ def _by_token(inputs: Mapping[str, Any], name: str, labels: Tensor) -> Tensor:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"inputs[{name!r}]: expected a tensor {tuple(labels.shape)} as labels have, got {got}")
     return values[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+
+
+def _is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds some of its weights in parts."""
+    return any(hasattr(p, "ds_shape") and p.shape != p.ds_shape for p in model.parameters())
+
+
+def _zero3_engine(model: nn.Module) -> Any:
+    """An engine whose hooks gather a frozen, partitioned model's weights, module by module, in each forward.
+
+    transformers partitions every model that is loaded after TrainingArguments with a ZeRO-3 configuration; only the one that
+    trains gets Trainer's engine.
+    """
+    import deepspeed
+
+    dtype = next(model.parameters()).dtype
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and of no account without an optimiser
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    model.requires_grad_(False)
+    return deepspeed.initialize(model=model, config=config)[0]
 
 
 def _weights(inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -162,17 +163,31 @@ def test_sharded_teacher():
     run_ranks(gathered_teacher, 2)
 
 
+def partitioned(model):
+    """A teacher as transformers leaves it that loads it after TrainingArguments with ZeRO-3: its weights are in parts."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=model, config_dict_or_path={"train_batch_size": dist.get_world_size()})
+    head = LMHead.from_model(model, gather=True)
+    return DualPathTeacher(model, negative=MaskFeatures("input_features"), head=head)
+
+
 def trainer_on_ranks(failures, folder, options):
     import test_trainer as cases
+
+    # Made first: what is made after TrainingArguments with ZeRO-3 is drawn otherwise.
+    students, teachers = [cases.speech_lm() for _ in range(2)], [cases.dual_path() for _ in range(2)]
+    if "deepspeed" in options:
+        teachers = [partitioned(teacher.model) for teacher in teachers]
 
     def trainer():
         parts = 4 // dist.get_world_size()
         return cases.CAADTrainer(
-            cases.speech_lm(),
+            students.pop(),
             cases.arguments(
                 Path(folder), per_device_train_batch_size=1, gradient_accumulation_steps=parts, optim="sgd", **options
             ),
-            teacher=cases.dual_path(),
+            teacher=teachers.pop(),
             data_collator=cases.Recorder(),
             train_dataset=cases.examples(),
             eval_dataset=cases.examples(7),  # not a multiple: the last batch is filled up with duplicates
@@ -199,3 +214,28 @@ def test_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
     for options in ({}, FSDP2):
         for found in run_ranks(trainer_on_ranks, 2, str(tmp_path), options):
             assert found == pytest.approx(whole, rel=1e-4), options
+
+
+ZERO3 = {
+    "deepspeed": {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": "auto",  # accelerate would clip at 1
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+}
+
+
+def trainer_by_deepspeed(failures, folder):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return trainer_on_ranks(failures, folder, ZERO3)
+
+
+def test_trainer_by_deepspeed_zero3_is_the_trainer_on_one(tmp_path):
+    """Weights partitioned and gathered by DeepSpeed's own engine, of both the body and the head that trains."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is optional")
+    (whole,) = run_ranks(trainer_on_ranks, 1, str(tmp_path), {})
+    for found in run_ranks(trainer_by_deepspeed, 2, str(tmp_path)):
+        assert found == pytest.approx(whole, rel=1e-4)
