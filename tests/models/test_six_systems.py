@@ -1,13 +1,25 @@
 """The six-system table: its scores by hand, its differences, its verdicts, and the whole of it in small."""
 
 import csv
+import dataclasses
+import math
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
 from models.scoring import Prediction
-from models.six_systems import ADDITIONS, PLUS, SYSTEMS, main, paired_rows, score_row, strength_rows, verdicts
+from models.six_systems import (
+    ADDITIONS,
+    PLUS,
+    SYSTEMS,
+    main,
+    mixture_nats,
+    paired_rows,
+    score_row,
+    strength_rows,
+    verdicts,
+)
 
 
 def answer(clip, kind, right, *, task="gender", control="", answer="man"):
@@ -39,6 +51,18 @@ def test_scores_by_hand():
     assert row["no_audio"] == 0.25 and row["swapped_audio"] == ""
     assert row["task_gender_conflict"] == 0.25 and row["questions"] == 18
     assert row["class_gender_man_conflict"] == 0.25 and row["class_noise_clean_neutral"] == 1
+
+
+def test_a_loss_by_hand():
+    """Of two choices, 3 to 1 for the right one without a hint, 1 to 7 under a false one."""
+
+    def scored(kind, right, wrong, control=""):
+        p = answer(0, kind, right > wrong, control=control)
+        return dataclasses.replace(p, scores={"man": math.log(right), "woman": math.log(wrong)})
+
+    predictions = [scored("neutral", 3, 1), scored("conflict", 1, 7), scored("neutral", 1, 9, control="no_audio")]
+    nats = mixture_nats(predictions, {"neutral": 3, "conflict": 1})
+    assert nats == pytest.approx((3 * math.log(4 / 3) + math.log(8)) / 4)
 
 
 def found(shares):
@@ -107,13 +131,15 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "out" / "six_systems.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     students = [s.name for s in (*SYSTEMS, *ADDITIONS, PLUS)]
-    expected = ["teacher", "teacher_cd1", "teacher_cd2", "teacher_long", "before", "before_cd1", *students]
+    teachers = ["teacher", "teacher_cd1", "teacher_cd2", "teacher_half", "teacher_long"]
+    expected = [*teachers, "before", "before_cd1", *students, "kd_of_long", "caad2_of_long"]
     assert [r["system"] for r in rows] == expected
     assert all(float(r["latency_ms"]) > 0 and 0 <= float(r["all"]) <= 1 for r in rows)
+    assert {r["system"] for r in rows if r["dev_nats"]} == {"teacher", "teacher_half", "teacher_long"}
     with open(tmp_path / "out" / "sweeps.csv", newline="") as file:
         sweeps = list(csv.DictReader(file))
     counts = Counter(r["sweep"] for r in sweeps)
-    assert counts.pop("conflict_strength") > 0 and counts == {"alpha": 4, "lambda": 4, "tau": 3, "anchor": 6, "teacher_steps": 4}
+    assert counts.pop("conflict_strength") > 0 and counts == {"alpha": 4, "lambda": 4, "tau": 3, "anchor": 6, "teacher_steps": 7}
     with open(tmp_path / "out" / "training.csv", newline="") as file:
         assert {r["system"] for r in csv.DictReader(file)} == set(students)
     assert "random models, the numbers mean nothing" in capsys.readouterr().out
