@@ -25,7 +25,7 @@ from models.io_utils import atomic_write_json, exclusive, fingerprint
 
 DONE_NAME = "done.json"
 # Raised whenever a stage's code changes what it makes from the same settings, or a format of what is kept.
-STAGES_VERSION = 2
+STAGES_VERSION = 3
 
 
 @dataclass(frozen=True)
