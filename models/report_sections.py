@@ -35,6 +35,7 @@ HEADINGS = CONTEXTS | {
     "follows_hint": "repeats a false hint, lower is better",
     "strict": "ALL, strict matching",
     "latency_ms": "latency of an answer (ms)",
+    "dev_nats": "loss on dev questions mixed as in the teacher's training (nats)",
     "no_audio": "control: no audio",
     "swapped_audio": "control: another's audio",
     "stage_seconds": "time of all stages (s)",
