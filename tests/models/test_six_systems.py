@@ -11,6 +11,7 @@ import pytest
 from models.scoring import Prediction
 from models.six_systems import (
     ADDITIONS,
+    MILD,
     PLUS,
     SYSTEMS,
     main,
@@ -130,7 +131,7 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys):
     assert main(["--fast-smoke", "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
     with open(tmp_path / "out" / "six_systems.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    students = [s.name for s in (*SYSTEMS, *ADDITIONS, PLUS)]
+    students = [s.name for s in (*SYSTEMS, MILD, *ADDITIONS, PLUS)]
     teachers = ["teacher", "teacher_cd1", "teacher_cd2", "teacher_half", "teacher_long"]
     expected = [*teachers, "before", "before_cd1", *students, "kd_of_long", "caad2_of_long"]
     assert [r["system"] for r in rows] == expected
