@@ -233,6 +233,11 @@ def _plain(tensor: Tensor, head: nn.Module, what: str, gather: bool = False) -> 
     return tensor
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds it in parts at the moment."""
+    return hasattr(parameter, "ds_id") and tuple(parameter.shape) != tuple(parameter.ds_shape)
+
+
 @contextlib.contextmanager
 def gathered(*parameters: Tensor, enabled: bool = True) -> Iterator[list[Tensor]]:
     """Inside, parameters that DeepSpeed ZeRO-3 has partitioned are whole on every rank; yields those that were not.
@@ -240,7 +245,7 @@ def gathered(*parameters: Tensor, enabled: bool = True) -> Iterator[list[Tensor]
     With `deepspeed.zero.GatheredParameters`, its documented way; a parameter that is whole already (inside the forward of
     its own module under DeepSpeed's engine) is left to whoever gathered it.  Other parameters are not touched.
     """
-    partitioned = [p for p in parameters if hasattr(p, "ds_id") and tuple(p.shape) != tuple(p.ds_shape)]
+    partitioned = [p for p in parameters if is_partitioned(p)]
     if not enabled or not partitioned:
         yield []
         return

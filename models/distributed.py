@@ -157,8 +157,8 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
     Args:
         step: on its device, the same weights on every rank.
         strategy: "none"; "ddp": every rank holds all weights; "fsdp2": the LM's layers, and what is left, are sharded apart
-            from each other. `step` is changed in place then. Parameters of another dtype than most elements have, such as a
-            float32 connector beside a bfloat16 LM, stay whole on every rank.
+            from each other. `step` is changed in place then. What trains in another dtype than most of what trains, such as a
+            float32 connector beside a bfloat16 LM, stays whole on every rank.
         lm: whose layers are sharded one by one, with "fsdp2" (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
 
     Gradients are averaged over ranks by both engines: multiply the loss by `ranks.size`, with divisors summed over ranks. With
@@ -193,12 +193,12 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
 
 
 def _refused_by_fsdp2(step: nn.Module) -> set[nn.Parameter]:
-    """Scalars, and parameters of another dtype than most elements have: FSDP2 wants one dtype and at least one dimension."""
+    """Scalars, and what trains in another dtype than most of what trains: FSDP2 reduces gradients of one dtype."""
     elements: Counter[torch.dtype] = Counter()
     for parameter in step.parameters():
-        elements[parameter.dtype] += parameter.numel()
+        elements[parameter.dtype] += parameter.numel() * parameter.requires_grad
     most = max(elements, key=elements.__getitem__, default=None)
-    return {p for p in step.parameters() if not p.dim() or p.dtype != most}
+    return {p for p in step.parameters() if not p.dim() or (p.requires_grad and p.dtype != most)}
 
 
 def _averaged(parameter: Tensor) -> None:

@@ -118,13 +118,14 @@ class LiveTeacher:
         self._batch_examples = batch_examples
 
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
-        step = self._batch_examples or len(examples)
-        parts = [self._read(examples[start : start + step]) for start in range(0, len(examples), step)]
+        at_once = self._batch_examples or len(examples)
+        parts = [self._read(examples[start : start + at_once]) for start in range(0, len(examples), at_once)]
         _check_same_targets(batch, sum(len(part.audio_hidden) for part in parts))
-        return TeacherStates(
-            head=self._teacher.head,
-            **{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()},
-        )
+        if len(parts) == 1:
+            return parts[0]
+        tensors = [part.tensors() for part in parts]
+        joined = {name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}
+        return TeacherStates(head=self._teacher.head, **joined)
 
     def _read(self, examples: Sequence[Any]) -> TeacherStates:
         own = _own_batch(self._data, examples, self._device)

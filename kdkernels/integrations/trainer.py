@@ -23,7 +23,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
 from ..head_loss import HeadLoss
-from ..lm_head import LMHead, logit_post
+from ..lm_head import LMHead, is_partitioned, logit_post
 from ..ops.dispatch import checks_enabled
 from ..teacher import DualPathTeacher, answer_index
 from .options import CAADOptions
@@ -99,7 +99,7 @@ class CAADTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.options = CAADOptions() if options is None else options
         self.teacher = teacher
-        if isinstance(teacher, DualPathTeacher) and _is_partitioned(teacher.model):
+        if isinstance(teacher, DualPathTeacher) and any(map(is_partitioned, teacher.model.parameters())):
             self._teacher_engine = _zero3_engine(teacher.model)
             teacher.head = teacher.head.to(args.device)
         elif isinstance(teacher, DualPathTeacher):
@@ -330,11 +330,6 @@ def _by_token(inputs: Mapping[str, Any], name: str, labels: Tensor) -> Tensor:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"inputs[{name!r}]: expected a tensor {tuple(labels.shape)} as labels have, got {got}")
     return values[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-
-
-def _is_partitioned(model: nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds some of its weights in parts."""
-    return any(hasattr(p, "ds_shape") and p.shape != p.ds_shape for p in model.parameters())
 
 
 def _zero3_engine(model: nn.Module) -> Any:

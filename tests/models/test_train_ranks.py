@@ -188,7 +188,8 @@ def teacher_folder(tmp_path_factory):
     return teacher.save_pretrained(tmp_path_factory.mktemp("teacher") / "lm", include_frozen=True)
 
 
-@pytest.mark.parametrize(("train_lm", "lm_dtype"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+@pytest.mark.parametrize("lm_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("train_lm", [False, True])
 def test_a_speech_lm(tmp_path, teacher_folder, train_lm, lm_dtype):
     """Layers and a further source with a frozen language model; with one that trains, a tied head and checkpointing."""
     curves, weights = {}, {}
