@@ -67,7 +67,8 @@ class StepCase:
 
         self.device = device
         # The byte-level tokenizer of the smoke run: no download, prompts of about 120 tokens.
-        tokenizer = AutoTokenizer.from_pretrained(make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones") / "lm")
+        folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones") / "lm"
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         sizes = {
             "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
             "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048, **(config or {}),
