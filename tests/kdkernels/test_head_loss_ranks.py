@@ -172,11 +172,18 @@ def partitioned(model):
     return DualPathTeacher(model, negative=MaskFeatures("input_features"), head=head)
 
 
-def trainer_on_ranks(failures, folder, options):
+def trainer_on_ranks(failures, folder, options, lora=()):
     import test_trainer as cases
 
     # Made first: what is made after TrainingArguments with ZeRO-3 is drawn otherwise.
     students, teachers = [cases.speech_lm() for _ in range(2)], [cases.dual_path() for _ in range(2)]
+    if lora:
+        import peft
+
+        config = peft.LoraConfig(r=2, target_modules=list(lora), task_type="CAUSAL_LM", init_lora_weights=False)
+        for i in range(2):
+            torch.manual_seed(0)
+            students[i] = peft.get_peft_model(students[i], config)
     if "deepspeed" in options:
         teachers = [partitioned(teacher.model) for teacher in teachers]
 
@@ -228,14 +235,22 @@ ZERO3 = {
 }
 
 
-def trainer_by_deepspeed(failures, folder):
+def trainer_by_deepspeed(failures, folder, lora):
     os.environ["DS_ACCELERATOR"] = "cpu"
-    return trainer_on_ranks(failures, folder, ZERO3)
+    return trainer_on_ranks(failures, folder, ZERO3, lora)
 
 
-def test_trainer_by_deepspeed_zero3_is_the_trainer_on_one(tmp_path):
-    """Weights partitioned and gathered by DeepSpeed's own engine, of both the body and the head that trains."""
+@pytest.mark.parametrize("lora", [(), ("q_proj", "v_proj")])
+def test_trainer_by_deepspeed_zero3_is_the_trainer_on_one(tmp_path, lora):
+    """DeepSpeed's own engine has the weights of body and head in parts: of a student that trains, or of a LoRA's frozen base."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is optional")
-    (whole,) = run_ranks(trainer_on_ranks, 1, str(tmp_path), {})
-    for found in run_ranks(trainer_by_deepspeed, 2, str(tmp_path)):
+    (whole,) = run_ranks(trainer_on_ranks, 1, str(tmp_path), {}, lora)
+    assert len(set(whole)) == 6
+    for found in run_ranks(trainer_by_deepspeed, 2, str(tmp_path), lora):
         assert found == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_lora_that_trains_on_the_head_is_refused_under_zero3(tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is optional")
+    with pytest.raises(Exception, match="its weights train and ZeRO-3 has them partitioned"):
+        run_ranks(trainer_by_deepspeed, 2, str(tmp_path), ("lm_head",))
