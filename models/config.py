@@ -329,7 +329,7 @@ class Recipe:
         kd         plain distillation from the teacher's audio path, plus CE
         sharpened  the control with (1 + alpha) * z_audio and nothing subtracted, plus CE
         caad       the contrast of the teacher's two paths, plus CE
-        caad+      caad with the settings of CAAD_PLUS wherever `loss` leaves the default: what did best in models/six_systems.py
+        caad+      caad with the settings of CAAD_PLUS wherever `loss` leaves the default, chosen on models.six_systems' dev split
         sources    no teacher of its own: those named in `sources` alone, plus CE
 
     sources: further teachers by name, beside the objective's own where it has one.
