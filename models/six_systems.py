@@ -538,7 +538,7 @@ def mixture_nats(predictions: Sequence[Any], kinds: Mapping[str, int]) -> float:
     """Mean -log p(answer) among the choices, in nats, of questions that are mixed in the proportions of `kinds`.
 
     With the counts of the teacher's own training set and questions of other speakers it is the loss that early stopping would
-    watch: below its lowest a teacher has not learned yet what it is taught, hints included, and beyond it it overfits.
+    watch: before its lowest a teacher has not yet learned what it is taught, hints included, and after it it overfits.
     """
 
     def loss(p: Any) -> float:
