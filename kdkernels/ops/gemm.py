@@ -112,7 +112,7 @@ def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, sp
     bf16), each in a GEMM of low-precision operands.
     """
     if out.dtype == weight.dtype:
-        torch.mm(hidden.to(weight.dtype), weight.T, out=out)
+        torch.mm(_whole_rows(hidden.to(weight.dtype)), weight.T, out=out)
     elif out.dtype != torch.float32:
         out.copy_(
             gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device), split=split)
@@ -163,10 +163,20 @@ def _native_gemm_takes(parts: list[Tensor], weight: Tensor, out: Tensor) -> bool
     return native.multiplies_bf16() and weight.shape[1] % 2 == 0 and beside_each_other
 
 
+def _whole_rows(x: Tensor) -> Tensor:
+    """x, copied where oneDNN would read past the ends of its rows.
+
+    Its AMX products of bf16 read 32 columns at a time and multiply what lies behind the last one by zero: NaN where memory that
+    belongs to nobody holds NaN.  Rows that follow each other are read right.
+    """
+    on_amx = x.device.type == "cpu" and x.dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return x.contiguous() if on_amx and x.shape[1] % 32 else x
+
+
 def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     """out (C, H) = grad (C, V) @ weight (V, H)"""
     if grad.dtype == weight.dtype == out.dtype:
-        torch.mm(grad, weight, out=out)
+        torch.mm(_whole_rows(grad), weight, out=out)
         return
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for start in range(0, weight.shape[0], VOCAB_BLOCK):

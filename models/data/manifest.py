@@ -323,14 +323,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ManifestError: the file cannot be read, is larger than 512 MiB, or is no JSON.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_ARRAY_BYTES + 1)
+        data = bytearray()
+        with open(path, "rb") as file:  # read(limit) would take as much memory as the limit, however small the file
+            while len(data) <= _MAX_ARRAY_BYTES and (part := file.read(1 << 20)):
+                data += part
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > _MAX_ARRAY_BYTES:
         raise ManifestError(f"{path}: more than {_MAX_ARRAY_BYTES} bytes in one JSON value; write one row a line instead")
     try:
-        return _parse(data)
+        return _parse(bytes(data))
     except ValueError as error:
         raise ManifestError(f"{path}: {error}") from None
 

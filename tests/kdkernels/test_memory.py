@@ -161,3 +161,19 @@ def test_rows_beyond_two_to_the_31_items(name, tmp_path, in_child):
         pytest.skip(f"needs 3 GiB of memory, {available >> 10} MiB are there")
     # 13 GiB of addresses are the three files; whoever copies one of them whole goes beyond the limit.
     assert in_child(lambda: compare(tmp_path, name), memory_mib=13 * 1024 + 2048)
+
+
+@pytest.mark.parametrize("columns", [31, 64, 257, 264])
+def test_a_product_does_not_see_what_lies_behind_its_rows(columns):
+    """The gradient of bf16 logits lies in the first halves of float32 rows; oneDNN's AMX products read past their ends."""
+    from kdkernels.ops import gemm
+
+    memory = torch.full((128, 2 * columns), torch.nan, dtype=torch.bfloat16)
+    grad, weight = memory[:, :columns], torch.randn(columns, 64).bfloat16()
+    grad.copy_(torch.randn(128, columns))
+    out = torch.empty(128, 64, dtype=torch.bfloat16)
+    gemm.hidden_gradient(grad, weight, out)
+    expected = grad.double() @ weight.double()
+    assert (out.double() - expected).norm() < 1e-2 * expected.norm()
+    gemm.gemm(grad, weight.T.contiguous(), None, out)
+    assert (out.double() - expected).norm() < 1e-2 * expected.norm()
