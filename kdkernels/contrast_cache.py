@@ -168,13 +168,9 @@ class ContrastCache:
         places = [self._locate(sample_id) for sample_id in sample_ids]
         lengths = torch.tensor([rows for _, _, rows in places], dtype=torch.int64)
         total = sum(rows for _, _, rows in places)
-        shapes = {"audio_hidden": (self.hidden_size,), "text_hidden": (self.hidden_size,)}
-        if self.layers:
-            shapes |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
         packed = self.dtype == torch.float8_e4m3fn
-        found = {
-            name: torch.empty(total, *shape, dtype=torch.float32 if packed else self.dtype) for name, shape in shapes.items()
-        }
+        dtype = torch.float32 if packed else self.dtype
+        found = {name: torch.empty(total, *shape, dtype=dtype) for name, shape in self._state_shapes().items()}
         found["target"] = torch.empty(total, dtype=torch.int64)
         filled = 0
         for shard, first, rows in places:
@@ -209,6 +205,13 @@ class ContrastCache:
         except KeyError:
             raise KeyError(f"sample {sample_id!r} is not in the cache {self.folder} ({len(self)} samples)") from None
 
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one position, by the tensor's name."""
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("audio_hidden", "text_hidden"), (self.hidden_size,))
+        if self.layers:
+            shapes |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
+        return shapes
+
     def _shard(self, name: str) -> dict[str, Tensor]:
         if name not in self._open_shards:
             self._open_shards[name] = self._opened(name)
@@ -218,9 +221,7 @@ class ContrastCache:
         """A shard's tensors, mapped, those that the cache's header promises; without checksums nobody else has looked."""
         path = self.folder / name
         packed = self.dtype == torch.float8_e4m3fn
-        states = {key: (self.hidden_size,) for key in ("audio_hidden", "text_hidden")}
-        if self.layers:
-            states |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
+        states = self._state_shapes()
         expected = {"target": ((), torch.int64), **{key: (shape, self.dtype) for key, shape in states.items()}}
         if packed:
             expected |= {f"{key}_scale": (shape[:-1], torch.float32) for key, shape in states.items()}

@@ -573,36 +573,36 @@ def table_rows(
     return rows
 
 
-def sweep_rows(folders: Mapping[str, Path], settings: SixSettings) -> list[dict[str, Any]]:
-    """The rows of sweeps.csv: one setting is changed, the others are those of CAAD alpha 2."""
+def sweep_rows(
+    found: Mapping[tuple[str, int], tuple[str, float, list[Any]]], folders: Mapping[str, Path], settings: SixSettings
+) -> list[dict[str, Any]]:
+    """The rows of sweeps.csv: one setting is changed, the others are those of CAAD alpha 2; what the table has is `found`."""
     from models.evaluate import read_predictions
 
     rows = []
 
-    def add(sweep: str, value: Any, system: str, seed: int, folder: Path) -> None:
-        predictions = read_predictions(folder / _predictions_name(settings.split))[1]
+    def add(sweep: str, value: Any, system: str, seed: int, predictions: Sequence[Any]) -> None:
         rows.append({"sweep": sweep, "value": value, "system": system, "seed": seed} | score_row(predictions))
 
+    def swept(folder: Path) -> list[Any]:
+        return read_predictions(folder / _predictions_name(settings.split))[1]
+
     for seed in range(settings.sweep_seeds):
-        table = folders["answers_students_odd" if seed % 2 else "answers_students_even"]
         for name, _, values in SWEEPS:
             for value, system in values.items():
-                swept = folders["answers_sweeps"] / f"{name}-{value:g}-{seed}"
-                own = folders["answers_mild"] if system == MILD.name else table
-                add(name, value, "caad", seed, own / f"{system}-{seed}" if system else swept)
+                folder = folders["answers_sweeps"] / f"{name}-{value:g}-{seed}"
+                add(name, value, "caad", seed, found[system, seed][2] if system else swept(folder))
         for system, in_table in (("kd", "kd"), ("caad", "caad2")):
-            add("anchor", ANCHORS[0], system, seed, table / f"{in_table}-{seed}")
+            add("anchor", ANCHORS[0], system, seed, found[in_table, seed][2])
             for anchor in ANCHORS[1:]:
-                add("anchor", anchor, system, seed, folders[f"answers_anchor_{anchor}"] / f"{system}-{seed}")
+                add("anchor", anchor, system, seed, swept(folders[f"answers_anchor_{anchor}"] / f"{system}-{seed}"))
     if settings.sweep_seeds:
-        for name, times in {"teacher": 1, **{name: times for name, (times, _) in TIMES.items()}}.items():
-            add("teacher_steps", int(times * settings.teacher_steps), "teacher", 0, folders[f"answers_{name}"])
-    for seed in range(settings.seeds if settings.sweep_seeds else 0):
-        table = folders["answers_students_odd" if seed % 2 else "answers_students_even"]
-        for system, of_long in zip(("kd", "caad2"), OF_LONG, strict=True):
-            longer = folders[f"answers_of_{LONG}"] / f"{of_long.name}-{seed}"
-            add("teacher_steps", settings.teacher_steps, of_long.recipe, seed, table / f"{system}-{seed}")
-            add("teacher_steps", 2 * settings.teacher_steps, of_long.recipe, seed, longer)
+        for name, times in (("teacher", 1), *((name, times) for name, (times, _) in TIMES.items())):
+            add("teacher_steps", int(times * settings.teacher_steps), "teacher", 0, found[name, 0][2])
+        for seed in range(settings.seeds):
+            for system, of_long in zip(("kd", "caad2"), OF_LONG, strict=True):
+                for times, name in ((1, system), (2, of_long.name)):
+                    add("teacher_steps", times * settings.teacher_steps, of_long.recipe, seed, found[name, seed][2])
     return rows
 
 
@@ -775,7 +775,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
     questions = read_items(Context(settings, Path(), folders, None), settings.split)
-    sweeps = sweep_rows(folders, settings) + strength_rows(found, questions)
+    sweeps = sweep_rows(found, folders, settings) + strength_rows(found, questions)
     texts = {name: rows_csv(t) for name, t in (("six_systems", rows), ("six_systems_paired", paired), ("sweeps", sweeps))}
     texts["training"] = training_csv(folders, settings)
     out = Path(arguments.out)

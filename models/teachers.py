@@ -123,9 +123,7 @@ class LiveTeacher:
         _check_same_targets(batch, sum(len(part.audio_hidden) for part in parts))
         if len(parts) == 1:
             return parts[0]
-        tensors = [part.tensors() for part in parts]
-        joined = {name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}
-        return TeacherStates(head=self._teacher.head, **joined)
+        return TeacherStates(head=self._teacher.head, **_joined([part.tensors() for part in parts]))
 
     def _read(self, examples: Sequence[Any]) -> TeacherStates:
         own = _own_batch(self._data, examples, self._device)
@@ -345,7 +343,7 @@ class KeptTeacher:
 
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
         rows = [self._states[name] for name in batch.ids]
-        joined = {key: torch.cat([row[key] for row in rows]).to(self._device, non_blocking=True) for key in rows[0]}
+        joined = {key: x.to(self._device, non_blocking=True) for key, x in _joined(rows).items()}
         return TeacherStates(**{"text_hidden": None, "head": self._head, **joined})
 
 
@@ -520,6 +518,11 @@ def _one_path(states: torch.Tensor, head: Any) -> TeacherStates:
     if states.dim() == 2:
         return TeacherStates(states, None, head)
     return TeacherStates(states[:, 0], None, head, states[:, 1:])
+
+
+def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One after another, by name; all have the same names."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _own_batch(data: Any, examples: Sequence[Any], device: torch.device) -> Any:

@@ -75,7 +75,7 @@ def test_every_dependency_is_named_with_what_it_is_given():
     named = {name for row in rows for name in re.findall(r"[\w-]+", row)}
     assert named == declared
     optional = {"deepspeed", "peft", "flash_attn", "liger_kernel"}  # used where the user has them
-    used = set().union(*(imported(p) for p in SOURCES if p.parts[len(ROOT.parts)] != "benchmarks"))
+    used = set().union(*(imported(p) for p in SOURCES if not p.is_relative_to(ROOT / "benchmarks")))
     foreign = used - sys.stdlib_module_names - {"kdkernels", "models", "benchmarks"} - optional
     of_these = {"huggingface-hub", "tokenizers", "markupsafe"}  # transformers' and jinja2's own
     assert {name.replace("_", "-") for name in foreign} <= declared | of_these

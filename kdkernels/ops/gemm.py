@@ -169,8 +169,8 @@ def _whole_rows(x: Tensor) -> Tensor:
     Its AMX products of bf16 read 32 columns at a time and multiply what lies behind the last one by zero: NaN where memory that
     belongs to nobody holds NaN.  Rows that follow each other are read right.
     """
-    on_amx = x.device.type == "cpu" and x.dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return x.contiguous() if on_amx and x.shape[1] % 32 else x
+    reads_on = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[1] % 32 and native.has_amx()
+    return x.contiguous() if reads_on else x
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:

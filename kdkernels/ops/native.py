@@ -192,7 +192,12 @@ def layer_rows(
 
 def multiplies_bf16() -> bool:
     """Whether :func:`bf16_gemm` is the best way here: vdpbf16ps, and no AMX, whose products torch's own library makes faster."""
-    return available() and instruction_set() == "avx512_bf16" and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return available() and instruction_set() == "avx512_bf16" and not has_amx()
+
+
+def has_amx() -> bool:
+    """Whether torch's own library has the processor's AMX; a private name is the only way to ask."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def bf16_gemm(

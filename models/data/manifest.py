@@ -332,12 +332,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     if len(data) > _MAX_ARRAY_BYTES:
         raise ManifestError(f"{path}: more than {_MAX_ARRAY_BYTES} bytes in one JSON value; write one row a line instead")
     try:
-        return _parse(bytes(data))
+        return _parse(data)
     except ValueError as error:
         raise ManifestError(f"{path}: {error}") from None
 
 
-def _parse(data: bytes) -> Any:
+def _parse(data: bytes | bytearray) -> Any:
     """A JSON value in which every number is finite, no key stands twice, and nothing is nested beyond use."""
     try:
         text = data.decode("utf-8-sig")
