@@ -64,6 +64,7 @@ STORED = {
     ),
     "demo.csv": ("Demo", "python -m models.demo", "One task, the speaker's gender against a misleading hint."),
     "demo_avx2.csv": ("Demo without AVX-512", "python -m models.demo", "In float32; its teacher came out less biased."),
+    "demo_amx.csv": ("Demo with AMX", "python -m models.demo", "Its teacher came out less biased."),
     "demo_seconds.csv": ("Time of the demo's stages", "python -m models.demo", ""),
 }
 CURVES_FILE = "training.csv"
