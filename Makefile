@@ -15,10 +15,10 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 demo: $(STAMP)
-	$(BIN)/python -m models.demo
+	$(BIN)/python -m models demo
 
 smoke: $(STAMP)
-	$(BIN)/python -m models.demo --fast-smoke
+	$(BIN)/python -m models demo --fast-smoke
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

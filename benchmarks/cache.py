@@ -93,7 +93,7 @@ def measure_errors(lm: Any, tokenizer: Any, count: int, ks: Sequence[int]) -> li
 
 def measure_step(case: StepCase, repeats: int) -> list[dict]:
     """The same step with the teacher in it, and from a cache; the two losses must be equal."""
-    from models.teachers import CachedTeacher
+    from models.training.teachers import CachedTeacher
 
     recipe, (live,) = case.sources("caad", (), False)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sentences", type=int, default=48)
     parser.add_argument("--examples", type=int, default=16, help="of the step")
     args = parser.parse_args(argv)
-    from models.backbones import load_causal_lm
+    from models.backbones.resolve import load_causal_lm
 
     lm, tokenizer = load_causal_lm(args.lm)
     rows = measure_errors(lm, tokenizer, args.sentences, TOP_K)

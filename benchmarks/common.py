@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from models.backbones.device import has_fast_bfloat16
 from models.io_utils import source_commit
-from models.precision import has_fast_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 

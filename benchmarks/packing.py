@@ -2,7 +2,8 @@
 
 SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher of thirty, as in benchmarks/step.py), prompts of the
 built-in form whose transcripts are of very different lengths (1 to 40 words, most of them short), in float32. Four layouts of the
-same batch: padded rows and packed ones, each with and without the prefix cache (models/prefix_cache.py), which holds the text
+same batch: padded rows and packed ones, each with and without the prefix cache (models/speech_lm/prefix_cache.py),
+which holds the text
 before the audio for both paths. `tokens` are those that the teacher's two paths run through the layers, padding included;
 `padding` is its share of them. With a GPU and flash-attention a fifth layout, `varlen`, is one row without any padding.
 
@@ -65,9 +66,9 @@ class PackingCase(StepCase):
 
     def layout(self, name: str) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
         """(a call of the teacher's two paths: its states; the student's forward and backward: the connector's gradient)."""
-        from models.config import DataConfig
-        from models.sources import make_training_data
-        from models.teachers import LiveTeacher
+        from models.training.recipe import DataConfig
+        from models.training.run_setup import make_training_data
+        from models.training.teachers import LiveTeacher
 
         packing, cached = {**LAYOUTS, **VARLEN}[name]
         options = {

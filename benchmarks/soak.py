@@ -1,6 +1,7 @@
 """An hour of training steps, losses and cache reading in one process: does its memory grow? `python -m benchmarks.soak`
 
-An iteration is a whole step of models/train.py's loop on a tiny random speech LM (teacher, student, loss, backward, AdamW), every
+An iteration is a whole step of models/training/train.py's loop on a tiny random speech LM (teacher, student, loss,
+backward, AdamW), every
 public loss of kdkernels forward and backward on random inputs, their shapes drawn anew, and a cache opened, read and closed. The
 process sleeps between iterations, so that it takes no more than --load of a core's time.
 
@@ -72,10 +73,10 @@ class Iteration:
     """
 
     def __init__(self, folder: Path) -> None:
-        from models.cache import fill_cache
-        from models.config import load_recipe
-        from models.sources import make_training_data
-        from models.teachers import LiveTeacher
+        from models.training.fill_cache import fill_cache
+        from models.training.recipe import load_recipe
+        from models.training.run_setup import make_training_data
+        from models.training.teachers import LiveTeacher
 
         self._rng = random.Random(0)
         self._case = case = TinyCase()
@@ -93,8 +94,8 @@ class Iteration:
         self.read_cache()
 
     def train_step(self) -> None:
-        from models.sources import OWN_TEACHER
-        from models.train import counted_positions, objective_loss, select_positions, token_weights
+        from models.training.run_setup import OWN_TEACHER
+        from models.training.train import counted_positions, objective_loss, select_positions, token_weights
 
         rows = self._data.draw(self._cursor, 4, seed=0)
         self._cursor += len(rows)

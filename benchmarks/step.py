@@ -1,6 +1,7 @@
 """A whole training step by its sources: what each teacher costs, and what is left to the engine. `python -m benchmarks.step`
 
-The loop of models/train.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher of thirty), 16
+The loop of models/training/train.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher
+of thirty), 16
 prompts of the built-in form, only the connector training: one forward of each teacher, timed by itself, and the rest of the step
 (the student's forward, the loss over all sources, layers, backward, AdamW) for each set of sources. `overhead` is how much longer
 the rest takes than with one teacher. The LM head of every teacher is multiplied inside the loss, so in the rest, though it is a
@@ -60,10 +61,10 @@ class StepCase:
 
         from models.data.manifest import Example
         from models.data.prompts import TASKS
+        from models.experiments.shared_steps import make_tiny_backbones
         from models.io_utils import cache_dir
-        from models.sources import make_training_data
-        from models.speech_lm import SpeechLM, SpeechLMConfig
-        from models.stage_steps import make_tiny_backbones
+        from models.speech_lm.model import SpeechLM, SpeechLMConfig
+        from models.training.run_setup import make_training_data
 
         self.device = device
         # The byte-level tokenizer of the smoke run: no download, prompts of about 120 tokens.
@@ -102,7 +103,7 @@ class StepCase:
 
     def tokens_run(self, model: Any, *, cached: bool) -> int:
         """Tokens of the batch that `model` runs through its layers: no padding; no text before the audio where it is cached."""
-        from models.sources import crop_to_targets
+        from models.speech_lm.collation import crop_to_targets
 
         collator = model.make_collator()
         batch = crop_to_targets(collator(self.examples, self.store.rows(self.examples)))
@@ -110,10 +111,17 @@ class StepCase:
         return int(batch.attention_mask.sum()) - prefixes
 
     def sources(self, objective: str, names: Sequence[str], layers: bool) -> tuple[Any, list[Any]]:
-        """The recipe and its sources, built as models/sources.py builds them but for the loading."""
-        from models.config import LayersConfig, SourceConfig, load_recipe
-        from models.sources import OWN_TEACHER, make_training_data
-        from models.teachers import LayerDistillation, ListeningTeacher, LiveTeacher, Source, TextTeacher, snapshot
+        """The recipe and its sources, built as models/training/run_setup.py builds them but for the loading."""
+        from models.training.recipe import LayersConfig, SourceConfig, load_recipe
+        from models.training.run_setup import OWN_TEACHER, make_training_data
+        from models.training.teachers import (
+            LayerDistillation,
+            ListeningTeacher,
+            LiveTeacher,
+            Source,
+            TextTeacher,
+            snapshot,
+        )
 
         compared = {"weight": 0.3, "normalize": True} if layers else {}
         words = [f"objective={objective}", "loss.ce_background_weight=0"]
@@ -150,7 +158,7 @@ class StepCase:
 
     def head_product(self, recipe: Any, source: Any) -> Any:
         """A call that multiplies the states that the loss reads with this teacher's LM head."""
-        from models.train import counted_positions
+        from models.training.train import counted_positions
 
         states = source.teacher(self.batch, self.examples)
         positions = counted_positions(recipe, self.batch)
@@ -160,7 +168,7 @@ class StepCase:
 
     def rest(self, recipe: Any, sources: Sequence[Any]) -> Any:
         """A call that does what a step does once the teachers have spoken; it returns the loss."""
-        from models.train import counted_positions, objective_loss, select_positions, token_weights
+        from models.training.train import counted_positions, objective_loss, select_positions, token_weights
 
         states = {source.name: source.teacher(self.batch, self.examples) for source in sources}
         batch, states = select_positions(self.batch, states, counted_positions(recipe, self.batch))

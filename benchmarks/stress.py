@@ -2,10 +2,11 @@
 
 Four kinds of work on tiny random models, each written so that a second start goes on where the first was killed:
 
-stage1      models/pseudo_gt.py: a random Llama writes the targets of 24 rows
-cache       models/cache.py, kdkernels/contrast_cache.py: both paths of a random speech LM over 12 samples, in several shards
-training    models/train.py: ten steps of the CAAD loop, a checkpoint every two
-checkpoint  models/checkpoint.py: a loop that does little but save
+stage1      models/pseudo_gt/stage1.py: a random Llama writes the targets of 24 rows
+cache       models/training/fill_cache.py, kdkernels/contrast_cache.py: both paths of a random speech LM over 12
+samples, in several shards
+training    models/training/train.py: ten steps of the CAAD loop, a checkpoint every two
+checkpoint  models/training/checkpoint.py: a loop that does little but save
 
 A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Every other kill
 comes at a time drawn uniformly over the work, the rest at a call drawn uniformly among those that change files (os.replace,
@@ -384,11 +385,11 @@ class Stage1:
     name = "stage1"
 
     def __init__(self) -> None:
-        from models.backbones import load_causal_lm
+        from models.backbones.resolve import load_causal_lm
         from models.data.manifest import Example
+        from models.experiments.shared_steps import make_tiny_backbones
         from models.io_utils import cache_dir
-        from models.pseudo_gt import BackboneWriter
-        from models.stage_steps import make_tiny_backbones
+        from models.pseudo_gt.stage1 import BackboneWriter
 
         folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones") / "lm"
         model, tokenizer = load_causal_lm(str(folder), dtype=torch.float32)
@@ -402,7 +403,7 @@ class Stage1:
 
     def run(self, folder: Path, done: Done) -> None:
         from models.data.manifest import Manifest
-        from models.pseudo_gt import run_stage1
+        from models.pseudo_gt.stage1 import run_stage1
 
         asked: list[str] = []
 
@@ -432,10 +433,10 @@ class TinyCase:
     def __init__(self) -> None:
         from models.data.manifest import Example
         from models.data.prompts import TASKS
-        from models.features import FeatureStore, clip_key
+        from models.experiments.shared_steps import make_tiny_backbones
         from models.io_utils import cache_dir
-        from models.speech_lm import SpeechLM, SpeechLMConfig
-        from models.stage_steps import make_tiny_backbones
+        from models.speech_lm.features import FeatureStore, clip_key
+        from models.speech_lm.model import SpeechLM, SpeechLMConfig
 
         folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones")
         settings = SpeechLMConfig(
@@ -469,7 +470,7 @@ class Cache:
 
     def run(self, folder: Path, done: Done) -> None:
         from kdkernels.contrast_cache import ContrastCacheWriter
-        from models.cache import fill_cache
+        from models.training.fill_cache import fill_cache
 
         flush, case = ContrastCacheWriter.flush, self._case
 
@@ -508,9 +509,9 @@ class Training:
     name = "training"
 
     def __init__(self) -> None:
-        from models.config import SourceConfig, load_recipe
-        from models.sources import OWN_TEACHER, make_training_data
-        from models.teachers import LiveTeacher, Source
+        from models.training.recipe import SourceConfig, load_recipe
+        from models.training.run_setup import OWN_TEACHER, make_training_data
+        from models.training.teachers import LiveTeacher, Source
 
         case = TinyCase()
         self._student = case.student
@@ -527,7 +528,7 @@ class Training:
         )  # fmt: skip
 
     def run(self, folder: Path, done: Done) -> None:
-        from models import train
+        from models.training import train
 
         save = train.save_checkpoint
 
@@ -542,12 +543,12 @@ class Training:
         train.train(recipe, model=self._student, data=self._data, sources=self._sources)
 
     def held(self, folder: Path) -> list[str]:
-        from models.metrics import read_metrics
+        from models.training.curves import read_metrics
 
         return _steps(folder / "checkpoints") + [f"line {line['step']}" for line in read_metrics(folder / "metrics.jsonl")]
 
     def result(self, folder: Path) -> dict[str, str]:
-        from models.metrics import read_metrics
+        from models.training.curves import read_metrics
 
         lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
         digests = {f"final/{name}": digest for name, digest in _digests(folder / "final").items()}
@@ -561,11 +562,12 @@ class Checkpoint:
     steps = 6
 
     def __init__(self) -> None:
-        for name in ("torch._dynamo", "models.train"):  # AdamW imports the first with its first step, which takes seconds
+        # AdamW imports torch._dynamo with its first step, which takes seconds.
+        for name in ("torch._dynamo", "models.training.train"):
             importlib.import_module(name)
 
     def run(self, folder: Path, done: Done) -> None:
-        from models.checkpoint import (
+        from models.training.checkpoint import (
             find_checkpoint,
             restore_model,
             restore_optimizer,
@@ -573,7 +575,7 @@ class Checkpoint:
             save_checkpoint,
             trainable_state,
         )
-        from models.train import seed_everything
+        from models.training.train import seed_everything
 
         seed_everything(0)
         model = torch.nn.Linear(8, 8)
@@ -603,14 +605,14 @@ class Checkpoint:
 
 def _newest(checkpoints: Path) -> dict[str, str]:
     """Digests of the files of the two newest checkpoints, as many as are kept."""
-    from models.checkpoint import list_checkpoints
+    from models.training.checkpoint import list_checkpoints
 
     return {f"{path.name}/{name}": d for path in list_checkpoints(checkpoints)[-2:] for name, d in _digests(path).items()}
 
 
 def _steps(checkpoints: Path) -> list[str]:
     """The steps that the newest checkpoint has behind it; it must be intact."""
-    from models.checkpoint import find_checkpoint
+    from models.training.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(checkpoints, "auto")
     return [] if checkpoint is None else [f"step {step}" for step in range(1, checkpoint.step + 1)]

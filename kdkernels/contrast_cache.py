@@ -252,7 +252,7 @@ class ContrastCacheWriter(AbstractContextManager):
             another fingerprint is refused.
         hidden_size: H.
         dtype: of the stored states: torch.bfloat16, torch.float32 (then they come back bitwise) or torch.float8_e4m3fn with a
-            float32 scale a row (half of bfloat16's bytes; `python -m models.cache --measure` says what it costs in accuracy).
+            float32 scale a row (half of bfloat16's bytes; `python -m models cache --measure` says what it costs in accuracy).
         layers: numbers of the teacher's layers whose states are stored as well.
         shard_mib: a shard is closed when it holds as much; also what a kill can lose, and what is held in memory.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).

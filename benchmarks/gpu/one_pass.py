@@ -58,7 +58,7 @@ QUEUE = [
         60,
     ),
     Item("gpu-tests", "-m pytest -q -m gpu tests", "every test marked gpu passes", 120),
-    Item("demo-smoke", "-m models.demo --fast-smoke --device cuda", "ends with the table and a report", 150),
+    Item("demo-smoke", "-m models demo --fast-smoke --device cuda", "ends with the table and a report", 150),
     Item("table", "-m benchmarks.gpu.measure table", "launch table within 5% of the best", 90),
     Item("ncu", "-m benchmarks.gpu.ncu", "the CUDA row kernel reads its inputs from DRAM once, within 5%", 90),
     Item("sanitizer", "-m benchmarks.gpu.sanitizer", "memcheck, racecheck and synccheck find nothing", 200),

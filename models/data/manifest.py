@@ -10,7 +10,7 @@ Each further line is one `Example`; its keys are the names of that class's field
 
 (one line each in the file). Audio paths are relative to the audio root, by default the manifest's folder, and may not
 leave it, neither by "..", nor as absolute paths, nor through links. Bad rows are skipped, counted and listed; beyond
-`max_bad_fraction` of them reading stops with the list. `python -m models.data.manifest FILE` checks a manifest.
+`max_bad_fraction` of them reading stops with the list. `python -m models check FILE` checks a manifest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from models.data.audio import MAX_SECONDS, AudioError, AudioInfo, check_span, probe_audio
-from models.data.prompts import AUDIO_PLACEHOLDER
 from models.io_utils import atomic_write_text
 
 MANIFEST_VERSION = 1
@@ -451,7 +450,7 @@ def list_problems(problems: list[Problem], *, limit: int = _PROBLEMS_SHOWN) -> l
 
 def main(argv: list[str] | None = None) -> int:
     """Check a manifest from the command line; exit status 1 and one message if it cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m models.data.manifest", description="Check a manifest.")
+    parser = argparse.ArgumentParser(prog="python -m models check", description="Check a manifest.")
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--audio-root", type=Path, default=None, help="folder of the audio (default: the manifest's)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05)
@@ -571,5 +570,4 @@ def _check_relative(audio: str) -> None:
         raise ValueError(f"audio: expected a path inside the audio root, got {audio!r}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+AUDIO_PLACEHOLDER = "<|audio|>"

@@ -7,12 +7,9 @@ connector's weights, so a frozen language model computes it once for the whole t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from models.data.manifest import Example
+from models.data.manifest import AUDIO_PLACEHOLDER, Example
 
-AUDIO_PLACEHOLDER = "<|audio|>"
 CATEGORIES = ("content", "semantic", "paralinguistic", "degradation", "speaker")
 
 

@@ -1,6 +1,6 @@
 """Readers for the row forms in use around the papers, into `Example`s.
 
-    python -m models.data.readers rows.jsonl --form desta --audio-root /data/audio --out manifest.jsonl
+    python -m models convert rows.jsonl --form desta --audio-root /data/audio --out manifest.jsonl
 
 The forms, as JSON lines or one JSON array:
 
@@ -303,7 +303,7 @@ def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] |
 
 def main(argv: list[str] | None = None) -> int:
     """Convert a file to a manifest; one message and status 1 where that cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m models.data.readers", description="Convert rows to a manifest.")
+    parser = argparse.ArgumentParser(prog="python -m models convert", description="Convert rows to a manifest.")
     parser.add_argument("rows", type=Path)
     parser.add_argument("--form", required=True, help=f"one of {', '.join(FORMS)}")
     parser.add_argument("--out", type=Path, required=True, help="manifest to write; read it with the same --audio-root")
@@ -326,7 +326,3 @@ def main(argv: list[str] | None = None) -> int:
     print(manifest.summary())
     print(arguments.out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

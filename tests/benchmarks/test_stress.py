@@ -121,14 +121,14 @@ def test_a_checkpoint_that_is_not_written_atomically_is_found_out(monkeypatch, t
     """What a writer without temporary folder and rename would do."""
     import contextlib
 
-    import models.checkpoint
+    import models.training.checkpoint
 
     @contextlib.contextmanager
     def in_place(path):
         path.mkdir(parents=True, exist_ok=True)
         yield path
 
-    monkeypatch.setattr(models.checkpoint, "atomic_dir", in_place)
+    monkeypatch.setattr(models.training.checkpoint, "atomic_dir", in_place)
     status = stress.main(["--only", "checkpoint", "--rounds", "6", "--device", "cpu", "--out", str(tmp_path)])
     assert status == 1 and "checkpoint, round" in capsys.readouterr().err
     with (tmp_path / "stress_cpu.csv").open(newline="") as file:

@@ -28,7 +28,7 @@ from benchmarks import (
     step,
 )
 from benchmarks.contenders import CE, FULL, KD, Contender, LinearCase, Unavailable
-from models.stage_steps import make_tiny_backbones
+from models.experiments.shared_steps import make_tiny_backbones
 
 CPU = torch.device("cpu")
 SIZES = ["--device", "cpu", "--tokens", "8", "--vocab", "64", "--student-width", "16", "--teacher-width", "24"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers", reason="decoding is tested on transformers' own model classes")
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny_lms
 
 from kdkernels.decoding import contrast_logits, contrastive_generate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 
 pytest.importorskip("transformers", reason="the student is tested on transformers' own model classes")
-sys.path.insert(0, str(Path(__file__).parent / "integrations"))
 import tiny_lms
 from cases import relative_error
 from ranks import run_ranks
@@ -173,7 +171,7 @@ def partitioned(model):
 
 
 def trainer_on_ranks(failures, folder, options, lora=()):
-    import test_trainer as cases
+    from tests.kdkernels.integrations import test_trainer as cases
 
     # Made first: what is made after TrainingArguments with ZeRO-3 is drawn otherwise.
     students, teachers = [cases.speech_lm() for _ in range(2)], [cases.dual_path() for _ in range(2)]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers", reason="the teacher is tested on transformers' own model classes")
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny_lms
 
 from kdkernels.packing import Packing, fill_bins, pack_batch

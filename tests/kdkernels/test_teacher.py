@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers", reason="the teacher is tested on transformers' own model classes")
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny_lms
 
 from kdkernels import lm_head

@@ -9,14 +9,19 @@ import stat
 
 import pytest
 import torch
-from test_checkpoint import save, setup, train
 
-from models.checkpoint import CheckpointError, find_checkpoint, list_checkpoints
 from models.data.manifest import Example, Manifest, read_manifest, write_manifest
-from models.evaluate import EvaluationError, append_predictions, read_predictions, write_header
-from models.features import FeatureError, FeatureStore, extract_features
-from models.pseudo_gt import Stage1Error, run_stage1
-from models.scoring import Prediction
+from models.evaluation.predictions import (
+    EvaluationError,
+    Prediction,
+    append_predictions,
+    read_predictions,
+    write_header,
+)
+from models.pseudo_gt.stage1 import Stage1Error, run_stage1
+from models.speech_lm.features import FeatureError, FeatureStore, extract_features
+from models.training.checkpoint import CheckpointError, find_checkpoint, list_checkpoints
+from tests.models.training.test_checkpoint import save, setup, train
 
 EXAMPLES = [
     Example(id=f"clip{i}", audio=None, transcription="word " * 20, task="gender", choices=("man", "woman"), answer="man")

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from models.data.manifest import Example
-from models.speech_lm import SpeechLM, SpeechLMConfig
+from models.speech_lm.model import SpeechLM, SpeechLMConfig
 
 TEXTS = [
     "Transcript: Where are you going so late?",

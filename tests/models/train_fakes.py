@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from kdkernels.teacher import LMHead
-from models.config import Recipe, SourceConfig, load_recipe
-from models.distributed import Ranks
-from models.sources import OWN_TEACHER, TrainingData
-from models.teachers import Source, TeacherStates
-from models.train import seed_everything, train
+from models.training.distributed import Ranks
+from models.training.recipe import Recipe, SourceConfig, load_recipe
+from models.training.run_setup import OWN_TEACHER, TrainingData
+from models.training.teachers import Source, TeacherStates
+from models.training.train import seed_everything, train
 
 VOCABULARY, WIDTH, FEATURES, TOKENS, EXAMPLES = 23, 8, 5, 4, 40
 

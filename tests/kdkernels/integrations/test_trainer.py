@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("transformers", reason="CAADTrainer is transformers' Trainer")
 pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_lms
 from transformers import TrainingArguments
 
@@ -29,10 +28,10 @@ from kdkernels import (
 )
 from kdkernels.head_loss import HeadLoss
 from kdkernels.lm_head import HeadCapture
-from models.config import load_recipe
-from models.sources import OWN_TEACHER
-from models.teachers import TeacherStates
-from models.train import TokenWeights, objective_loss
+from models.training.recipe import load_recipe
+from models.training.run_setup import OWN_TEACHER
+from models.training.teachers import TeacherStates
+from models.training.train import TokenWeights, objective_loss
 
 ROWS = 16
 SMALL = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "gradient_accumulation_steps": 2}
@@ -132,7 +131,7 @@ def captured_hidden(model, batch: dict) -> torch.Tensor:
 
 
 def thin_loop(student, teacher, batches, *, accumulate: int, recipe) -> list[float]:
-    """What models/train.py does in a step, on the batches that the Trainer drew."""
+    """What models/training/train.py does in a step, on the batches that the Trainer drew."""
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     losses = []
     for step, start in enumerate(range(0, len(batches), accumulate), 1):

@@ -7,7 +7,6 @@ import os
 import random
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,13 +15,11 @@ import pytest
 import soundfile as sf
 import torch
 
-from models.ct2_whisper import Ct2FormatError, load_ct2_whisper, read_ct2_model
+from models.backbones.ct2_whisper import Ct2FormatError, load_ct2_whisper, read_ct2_model
 from models.data.audio import AudioError, load_audio
 from models.data.manifest import ManifestError, read_manifest, write_manifest
 from models.data.readers import FORMS, parse_description, read_foreign
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_ct2_whisper import ct2_variables, pack_model, tiny_whisper
+from tests.models.backbones.test_ct2_whisper import ct2_variables, pack_model, tiny_whisper
 
 MEMORY_MIB = 512
 
@@ -297,7 +294,7 @@ def tiny_gguf(path: Path, **changes) -> bytes:
 
 
 def test_gguf_files_damaged_or_claiming_too_much(tmp_path, in_child):
-    from models.gguf_llama import GgufFormatError, load_gguf_llama
+    from models.backbones.gguf_llama import GgufFormatError, load_gguf_llama
 
     path = tmp_path / "m.gguf"
     whole = tiny_gguf(path)

@@ -259,7 +259,7 @@ def test_command_line_prints_counts_or_one_message(root, capsys):
 def test_command_line_never_shows_a_traceback(root):
     (root / "m.jsonl").write_bytes(os.urandom(1000))
     result = subprocess.run(
-        [sys.executable, "-m", "models.data.manifest", str(root / "m.jsonl")],
+        [sys.executable, "-m", "models", "check", str(root / "m.jsonl")],
         cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 1 and "Traceback" not in result.stderr and "error: " in result.stderr

@@ -6,16 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.data.manifest import Example
-from models.data.prompts import (
-    AUDIO_PLACEHOLDER,
-    CATEGORIES,
-    TASKS,
-    hint_for,
-    render_prompt,
-    shorten_transcript,
-    target_template,
-)
+from models.data.manifest import AUDIO_PLACEHOLDER, Example
+from models.data.prompts import CATEGORIES, TASKS, hint_for, render_prompt, shorten_transcript, target_template
 
 
 def _example(**fields) -> Example:

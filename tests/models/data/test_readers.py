@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models.data.audio import write_audio
 from models.data.manifest import Example, ManifestError, read_manifest
 from models.data.readers import main, parse_description, read_foreign
-from models.pseudo_gt import describe
+from models.pseudo_gt.stage1 import describe
 
 DESTA = {
     "id": "d1",

@@ -1,0 +1,165 @@
+"""A GGUF file with a Llama inside, turned into transformers' LlamaForCausalLM and a fast tokenizer.
+
+transformers can do this itself (`gguf_file=`), but it needs accelerate, leaves a quantization_config behind that stops
+the model from being saved again, and loses two properties of the tokenizer: which tokens are special, and that digits
+stand alone. The weights read here are equal to transformers' bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.backbones.ct2_whisper import misfit
+
+_TENSOR_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+              "output.weight": "lm_head.weight"}  # fmt: skip
+_MAX_LAYERS = 1000
+_CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
+
+
+class GgufFormatError(ValueError):
+    """The file is no GGUF with a Llama of the kind read here, or it is damaged; the message names it."""
+
+
+def load_gguf_llama(path: str | os.PathLike[str]):
+    """Read model and tokenizer from a GGUF file.
+
+    Args:
+        path: a GGUF file of architecture "llama" with a byte-level BPE tokenizer ("gpt2").
+
+    Returns:
+        (LlamaForCausalLM in fp32 with dequantised weights, PreTrainedTokenizerFast)
+
+    Raises:
+        ImportError: the package `gguf` is missing.
+        FileNotFoundError: no such file.
+        GgufFormatError: another architecture or tokenizer, tensors that do not fit the configuration, or a damaged file.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from error
+    label = Path(path).name
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        architecture = fields.get("general.architecture")
+        if architecture != "llama":
+            raise GgufFormatError(f"{label}: expected the architecture 'llama', got {architecture!r}")
+        return _build_model(reader.tensors, fields, label), _build_tokenizer(fields, label)
+    except (GgufFormatError, FileNotFoundError):
+        raise
+    except Exception as error:  # the package believes a header, and fails in a dozen ways where it lies
+        raise GgufFormatError(f"{label}: damaged ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _build_model(tensors: Any, fields: dict[str, Any], label: str):
+    from gguf import dequantize
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = fields["llama.attention.head_count"]
+    key_value_heads = fields.get("llama.attention.head_count_kv", heads)
+    names = {tensor.name for tensor in tensors}
+    # The header's numbers decide what is made: they must be those of tensors that are there.
+    depth = len({name.split(".")[1] for name in names if name.startswith("blk.")})
+    if fields["llama.block_count"] != depth or depth > _MAX_LAYERS:
+        raise GgufFormatError(f"{label}: {fields['llama.block_count']} layers by its header, tensors of {depth}")
+    config = LlamaConfig(
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=fields["llama.embedding_length"],
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=fields["llama.context_length"],
+        # The file stores the fp32 nearest to the epsilon; the decimal that it came from is what configs elsewhere say.
+        rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        rope_parameters={"rope_type": "default", "rope_theta": float(fields.get("llama.rope.freq_base", 10_000.0))},
+        tie_word_embeddings="output.weight" not in names,
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
+        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
+    )
+    state: dict[str, torch.Tensor] = {}
+    for tensor in tensors:
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        if tensor.name.endswith("attn_q.weight"):
+            value = _undo_rope_order(value, heads)
+        elif tensor.name.endswith("attn_k.weight"):
+            value = _undo_rope_order(value, key_value_heads)
+        state[_rename(tensor.name, label)] = value
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    if problem := misfit(lambda: LlamaForCausalLM(config), state):
+        raise GgufFormatError(f"{label}: the tensors do not fit the file's own configuration: {problem}")
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def _build_tokenizer(fields: dict[str, Any], label: str):
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    kind = fields.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise GgufFormatError(f"{label}: expected a byte-level BPE tokenizer ('gpt2'), got {kind!r}")
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    if fields.get("tokenizer.ggml.pre") == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [
+        token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == _CONTROL_TOKEN
+    ]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+
+    def token_at(key: str) -> str | None:
+        index = fields.get(f"tokenizer.ggml.{key}_token_id")
+        return None if index is None else tokens[index]
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=token_at("bos"),
+        eos_token=token_at("eos"),
+        unk_token=token_at("unknown"),
+        pad_token=token_at("padding"),
+        extra_special_tokens=special,
+        clean_up_tokenization_spaces=False,
+        model_max_length=fields["llama.context_length"],
+    )
+    fast.chat_template = fields.get("tokenizer.chat_template")
+    return fast
+
+
+def _undo_rope_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """GGUF interleaves the two halves of each rotary pair; transformers keeps the halves apart."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, half, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _rename(name: str, label: str) -> str:
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight" and parts[2] in _TENSOR_NAMES:
+        return f"model.layers.{parts[1]}.{_TENSOR_NAMES[parts[2]]}.weight"
+    raise GgufFormatError(f"{label}: the tensor {name!r} has no place in a Llama")

@@ -1,0 +1,412 @@
+"""A student by dropping layers of the teacher's language model, then healing it by text distillation from the full one.
+
+    path = healed_student("HuggingFaceTB/SmolLM2-135M-Instruct", healing_texts(examples))      # cached on disk
+    model = SpeechLM.from_config(SpeechLMConfig(lm=str(path)))
+
+    python -m models heal MODEL manifest.jsonl --keep-layers 0-6,27-29      # the same; prints the folder
+
+Dropping layers destroys a model (the KL to the full one jumps to about 8 nats); a hundred steps on text of the kind
+that it will read bring back what matters (Men et al., "ShortGPT", 2024; Gromov et al., 2024). Embeddings and head stay
+frozen, so the fused loss takes its frozen-head path: hidden states in, no logits stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones import resolve
+from models.backbones.causal_lm import pad_rows
+from models.backbones.device import has_fast_bfloat16
+from models.data.manifest import AUDIO_PLACEHOLDER
+from models.data.prompts import render_prompt, target_template
+from models.io_utils import atomic_dir, atomic_write_json, cache_dir, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from models.data.manifest import Example
+
+KEEP_LAYERS = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
+_RECORD_FILE = "healing.json"
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingConfig:
+    """Settings of a healing run; together with teacher, layers and texts they name its place in the cache.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: texts a step.
+        lr: peak learning rate of AdamW; warm-up, then linear to a twentieth.
+        warmup_steps: of the learning rate.
+        weight_decay: of AdamW.
+        max_grad_norm: gradient clipping.
+        max_tokens: longer texts are cut to it.
+        precision: "float32", "bfloat16" (both bodies under autocast, weights and optimiser in float32), or "auto":
+            bfloat16 where the hardware multiplies in it, which nearly halves the time.
+        held_out: texts kept apart for the KL that is reported.
+        seed: of the order of texts.
+    """
+
+    steps: int = 96
+    batch_size: int = 8
+    lr: float = 1e-3
+    warmup_steps: int = 15
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_tokens: int = 64
+    precision: str = "auto"
+    held_out: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "max_tokens", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens: expected >= 2, a token and the one it predicts, got {self.max_tokens}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision: expected auto, float32 or bfloat16, got {self.precision!r}")
+        if self.lr <= 0:
+            raise ValueError(f"lr: expected > 0, got {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingReport:
+    """What a healing run did: held-out KL(teacher || student) in nats a token before and after, and its time."""
+
+    kl_before: float
+    kl_after: float
+    seconds: float
+    steps: int
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, training KL), every tenth step
+
+
+def build_student(lm: nn.Module, keep_layers: Sequence[int] = KEEP_LAYERS) -> nn.Module:
+    """A copy of `lm` with only the given decoder layers, in that order; `lm` is left as it was.
+
+    Args:
+        lm: a causal language model of transformers whose decoder has `.layers`.
+        keep_layers: increasing layer numbers. The default keeps 10 of SmolLM2-135M's 30: the first seven, which do most
+            of the reading, and the last three, which speak the head's language.
+
+    Raises:
+        ValueError: a number out of range, or not increasing.
+    """
+    decoder = lm.get_decoder()
+    kept = list(keep_layers)
+    depth = len(decoder.layers)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
+        raise ValueError(f"keep_layers: expected increasing numbers in [0, {depth}), got {tuple(keep_layers)}")
+    layers = decoder.layers
+    # Only what is kept is copied: the layers are taken out for the moment of the copy.
+    decoder.layers = nn.ModuleList(layers[number] for number in kept)
+    try:
+        student = copy.deepcopy(lm)
+    finally:
+        decoder.layers = layers
+    for number, layer in enumerate(student.get_decoder().layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number  # the slot in the KV cache
+    student.config.num_hidden_layers = len(kept)
+    if getattr(student.config, "layer_types", None):  # one entry a layer, in families that mix attention types
+        student.config.layer_types = [lm.config.layer_types[number] for number in kept]
+    return student
+
+
+def heal(
+    student: nn.Module,
+    teacher: nn.Module,
+    texts: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HealingConfig | None = None,
+    progress: bool = True,
+) -> HealingReport:
+    """Train `student` in place to predict text as `teacher` does.
+
+        loss = mean over tokens of KL(softmax(W_t h_t) || softmax(W_s h_s))
+
+    Args:
+        student, teacher: causal language models with one vocabulary; the student's embeddings and head stay as they
+            are.
+        texts: at least `config.held_out + config.batch_size`; shuffled by the seed.
+        tokenizer: of both.
+        config: settings.
+        progress: show a bar.
+
+    Returns:
+        the held-out KL before and after.
+
+    Raises:
+        ValueError: too few texts.
+        FloatingPointError: a step's loss is not finite; the student is then of no use.
+    """
+    from kdkernels import fused_linear_caad_loss
+    from kdkernels.teacher import LMHead
+
+    config = config if config is not None else HealingConfig()
+    tokens = _tokenize(texts, tokenizer, config.max_tokens)
+    needed = config.held_out + config.batch_size
+    if len(tokens) < needed:
+        raise ValueError(f"texts: expected at least {needed} of two tokens or more, got {len(tokens)}")
+    order = random.Random(config.seed)
+    order.shuffle(tokens)
+    held_out, training = tokens[: config.held_out], tokens[config.held_out :]
+    started = time.monotonic()
+
+    trained_before = [parameter.requires_grad for parameter in student.parameters()]
+    student.requires_grad_(True)
+    for frozen in (student.get_input_embeddings(), student.get_output_embeddings()):
+        frozen.requires_grad_(False)
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+    )
+    student_head, teacher_head = LMHead.from_model(student), LMHead.from_model(teacher)
+    device = student_head.weight.device
+    use_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_fast_bfloat16(device))
+    if use_bfloat16:
+        student_head = dataclasses.replace(student_head, weight=student_head.weight.bfloat16())
+        teacher_head = dataclasses.replace(teacher_head, weight=teacher_head.weight.bfloat16())
+
+    def kl(batch: list[list[int]]) -> Tensor:
+        ids, mask, predicts = _pad(batch, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
+            with torch.no_grad():
+                target = _hidden_states(teacher, ids, mask)[predicts]  # (N, H_t)
+            hidden = _hidden_states(student, ids, mask)[predicts]  # (N, H_s)
+        return fused_linear_caad_loss(
+            student_hidden=hidden.to(student_head.weight.dtype),
+            teacher_audio_hidden=target.to(teacher_head.weight.dtype),
+            teacher_text_hidden=None,
+            **student_head.keywords("student"),
+            **teacher_head.keywords("teacher"),
+            alpha=0.0,
+            temperature=1.0,
+            kd_weight=1.0,
+        )
+
+    student_was_training, teacher_was_training = student.training, teacher.training
+    teacher.eval()
+    steps = range(1, config.steps + 1)
+    if progress:
+        from tqdm import tqdm
+
+        steps = tqdm(steps, desc="healing", unit="step")
+    try:
+        kl_before = _held_out_kl(kl, student, held_out, config.batch_size)
+        student.train()
+        queue: list[list[int]] = []
+        curve: list[tuple[int, float]] = []
+        for step in steps:
+            if len(queue) < config.batch_size:
+                queue += order.sample(training, len(training))
+            batch, queue = queue[: config.batch_size], queue[config.batch_size :]
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _learning_rate_factor(step, config)
+            loss = kl(batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"healing: the loss of step {step} is {value}; lower lr ({config.lr})")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % 10 == 0 or step == config.steps:
+                curve.append((step, round(value, 4)))
+                if progress:
+                    steps.set_postfix(kl=f"{value:.3f}")
+        kl_after = _held_out_kl(kl, student, held_out, config.batch_size)
+    finally:
+        student.train(student_was_training)
+        teacher.train(teacher_was_training)
+        for parameter, flag in zip(student.parameters(), trained_before, strict=True):
+            parameter.requires_grad_(flag)
+    return HealingReport(
+        kl_before=kl_before, kl_after=kl_after, seconds=time.monotonic() - started, steps=config.steps, curve=curve
+    )
+
+
+def healed_student(
+    teacher: str,
+    texts: Sequence[str],
+    *,
+    keep_layers: Sequence[int] = KEEP_LAYERS,
+    config: HealingConfig | None = None,
+    cache: str | Path | None = None,
+    resolver: Any = None,
+    progress: bool = True,
+) -> Path:
+    """The folder of a healed student, made once for each teacher, choice of layers, settings and texts.
+
+    Args:
+        teacher: hub id or folder of the full language model.
+        texts: see `heal`.
+        keep_layers: see `build_student`.
+        config: see `heal`.
+        cache: folder of the students; default `cache_dir()/students`.
+        resolver: where the teacher comes from; default models.backbones.resolve.
+        progress: show a bar.
+
+    Returns:
+        a folder that `SpeechLMConfig(lm=...)` takes: model, tokenizer, and healing.json with the held-out KL.
+    """
+    config = config if config is not None else HealingConfig()
+    source = resolver if resolver is not None else resolve
+    ours = source is resolve
+    identity = resolve.resolve_backbone(teacher, kind="causal_lm").sha256() if ours else teacher
+    settings = {
+        "version": _CACHE_VERSION,
+        "teacher_sha256": identity,
+        "keep_layers": list(keep_layers),
+        "config": asdict(config),
+        "texts": fingerprint(list(texts)),
+    }
+    root = Path(cache).expanduser() if cache is not None else cache_dir() / "students"
+    folder = root / fingerprint(settings)[:16]
+    if (folder / _RECORD_FILE).is_file():
+        return folder
+    lm, tokenizer = source.load_causal_lm(teacher, dtype=torch.float32)
+    student = build_student(lm, keep_layers)
+    report = heal(student, lm, texts, tokenizer=tokenizer, config=config, progress=progress)
+    with atomic_dir(folder) as target:
+        student.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        atomic_write_json(target / _RECORD_FILE, {**settings, "teacher": str(teacher), "report": asdict(report)})
+    return folder
+
+
+def healing_texts(examples: Sequence[Example], *, seed: int = 0) -> list[str]:
+    """Texts of the kind the student will read: each distinct prompt without its audio, then an answer.
+
+    Where the example has choices the answer is one of them at random, so that the texts tell nothing about the clips.
+    """
+    draw = random.Random(seed)
+    texts: dict[str, None] = {}
+    for example in examples:
+        prompt = render_prompt(example).replace(AUDIO_PLACEHOLDER + "\n", "\n").replace(AUDIO_PLACEHOLDER, "")
+        if example.choices:
+            answer = target_template(example, draw.choice(example.choices))
+        else:
+            answer = example.target or (target_template(example, example.answer) if example.answer else "")
+        texts[f"{prompt} {answer}".rstrip()] = None
+    return list(texts)
+
+
+def _hidden_states(lm: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    return lm.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
+    if not len(texts):
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+    return [row[:max_tokens] for row in ids if len(row) > 1]
+
+
+def _pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and mask (B, L), padded on the right, and the positions that predict a token of the text."""
+    ids, mask = pad_rows(rows)
+    predicts = torch.cat([mask[:, 1:], mask.new_zeros(len(rows), 1)], dim=1).bool()
+    return ids.to(device), mask.to(device), predicts.to(device)
+
+
+@torch.no_grad()
+def _held_out_kl(kl: Any, student: nn.Module, rows: list[list[int]], batch_size: int) -> float:
+    """Mean over all tokens of the held-out texts, whatever the batches."""
+    student.eval()
+    total = count = 0.0
+    ordered = sorted(rows, key=len)
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        tokens = sum(len(row) - 1 for row in batch)
+        total += kl(batch).item() * tokens
+        count += tokens
+    return total / count
+
+
+def _learning_rate_factor(step: int, config: HealingConfig) -> float:
+    warmup = min(1.0, step / max(1, config.warmup_steps))
+    return warmup * max(0.05, 1.0 - step / (config.steps + 1))
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """"0-6,27-29" as numbers.
+
+    Raises:
+        ValueError: something else than numbers and ranges.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"keep_layers: expected numbers and ranges such as 0-6,27-29, got {text!r}")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)
+
+
+def read_texts(path: str | Path, *, seed: int = 0) -> list[str]:
+    """Healing texts of a manifest (.jsonl), or the lines of a text file.
+
+    Raises:
+        ValueError, OSError: neither can be read; the message names the file.
+    """
+    from models.data.manifest import read_manifest
+
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        return healing_texts(read_manifest(path, check_audio=False).examples, seed=seed)
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, one text a line: {error}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit status."""
+    defaults = HealingConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m models heal", description="A smaller language model: drop layers, heal on text; cached."
+    )
+    parser.add_argument("model", help="hub id or folder of the full causal language model")
+    parser.add_argument("texts", help="manifest (.jsonl), or a text file with one text a line")
+    parser.add_argument("--keep-layers", default=",".join(map(str, KEEP_LAYERS)), help="such as 0-6,27-29")
+    parser.add_argument("--out", help="folder of the students (default: in the cache)")
+    for name in ("steps", "batch_size", "max_tokens", "held_out", "seed"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+    parser.add_argument("--lr", type=float, default=defaults.lr)
+    arguments = parser.parse_args(argv)
+    names = ("steps", "batch_size", "max_tokens", "held_out", "seed", "lr")
+    try:
+        config = HealingConfig(**{name: getattr(arguments, name) for name in names})
+        folder = healed_student(
+            arguments.model,
+            read_texts(arguments.texts, seed=arguments.seed),
+            keep_layers=parse_layers(arguments.keep_layers),
+            config=config,
+            cache=arguments.out,
+        )
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))["report"]
+    print(f"KL to the full model, held-out texts: {report['kl_before']:.3f} -> {report['kl_after']:.3f} nats a token")
+    print(folder)
+    return 0

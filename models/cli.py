@@ -1,0 +1,63 @@
+"""The command line: `python -m models COMMAND ...`.
+
+COMMANDS is the map of the flow. A command's module is imported when that command runs, so the list of commands comes at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """One command: the module whose `main(argv)` runs it, and its line in the list."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "corpus": Command("corpora.build", "build one of the built-in corpora: clips and a manifest of questions"),
+    "card": Command("corpora.card", "describe a built-in corpus: what it holds, licences, known weaknesses"),
+    "convert": Command("data.readers", "turn rows of another layout into a manifest"),
+    "check": Command("data.manifest", "read a manifest and list what is wrong with it"),
+    "backbones": Command("backbones.resolve", "fetch language models and audio encoders ahead of a run, or list them"),
+    "heal": Command("backbones.healing", "make a smaller language model: drop layers, then train it on text"),
+    "pseudo-gt": Command("pseudo_gt.stage1", "Stage 1: write the answers that the student learns from"),
+    "features": Command("speech_lm.features", "run every clip through the frozen audio encoder once"),
+    "cache": Command("training.fill_cache", "run the teacher once and store its hidden states"),
+    "train": Command("training.train", "train a speech LM by a recipe"),
+    "priors": Command("evaluation.text_priors", "answer every question from its text alone"),
+    "evaluate": Command("evaluation.evaluate", "ask a speech LM every question and score the answers"),
+    "report": Command("reporting.report", "write stored results as one HTML or Markdown page"),
+    "demo": Command("experiments.demo", "run the whole path once, from recorded speech to a report"),
+    "six-systems": Command("experiments.six_systems", "make the table of the CAAD paper's six systems"),
+    "ablation": Command("experiments.ablation", "make the table of teacher sources and layers"),
+}
+
+
+def usage() -> str:
+    """The list of commands, one line each, in the order of the flow."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m models COMMAND [arguments]", "", *lines, "", "python -m models COMMAND --help lists its arguments."]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit status; 2 where the command line is wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"error: no command {name!r}{hint} python -m models --help lists all commands.", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"models.{COMMANDS[name].module}").main(rest)

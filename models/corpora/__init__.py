@@ -1,0 +1,1 @@
+"""The built-in corpora: where their recordings come from, and how they become questions."""

@@ -1,0 +1,184 @@
+"""Builds a corpus: recorded and synthetic speech, degraded, split, with questions, answers and misleading texts.
+
+    python -m models corpus --out data/demo --size demo
+    python -m models corpus --out data/benchmark --size benchmark
+
+Nothing of it is shipped: the recordings come from Debian packages pinned by hash (`debian.py`), the synthetic clips
+from espeak-ng. Equal settings give equal bytes. What is in a size, and how its splits keep voices and texts apart, is said in
+plans/hinted.py (tiny, demo, sources, full) and plans/benchmark.py (benchmark, benchmark_tiny); what stands beside the sound,
+and the two pools of training, in questions.py. `python -m models card MANIFEST` describes what was built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.corpora.plans.base import SIZES, SOURCES, BenchmarkSize, Settings
+from models.corpora.plans.benchmark import NOTES as BENCHMARK_NOTES
+from models.corpora.plans.benchmark import plan_benchmark
+from models.corpora.plans.hinted import NOTES as HINTED_NOTES
+from models.corpora.plans.hinted import plan_hinted
+from models.corpora.questions import benchmark_examples, hinted_examples
+from models.corpora.recordings import Material
+from models.corpora.render import render_all
+from models.corpora.sources.debian import PackageCorrupt, PackageUnavailable
+from models.corpora.sources.espeak import EspeakError
+from models.data.manifest import Example, ManifestError, read_manifest, write_manifest
+from models.data.prompts import TASKS
+from models.io_utils import fingerprint, sha256_file
+
+_MANIFEST_NAME = "manifest.jsonl"
+
+
+def build_corpus(
+    out_dir: str | Path,
+    *,
+    sources: Sequence[str] | None = None,
+    size: str = "demo",
+    seed: int = 0,
+    tasks: Sequence[str] | None = None,
+    hint_correlation: float = 0.95,
+    min_snr_db: float = -18.0,
+    max_snr_db: float = 2.0,
+    max_seconds: float = 4.0,
+    progress: bool = True,
+) -> Path:
+    """Build the corpus in `out_dir`, or find it there already: clips in audio/, and manifest.jsonl, written last.
+
+    Args:
+        sources: of SOURCES; None is the size's own: all for the benchmark, else "queen" and "espeak". A Debian source that
+            cannot be had is left out if espeak is among the others, and named in the header's "unavailable" and on stderr.
+        size: "tiny" (tests), "demo", "sources" (models.experiments.ablation), "full", "benchmark" or "benchmark_tiny" (tests).
+        seed: decides which sentences, noises and hints are drawn.
+        tasks: which of the size's to build; None is all that the sources allow.
+        hint_correlation: probability that a hint in the teacher's training set is true.
+        min_snr_db, max_snr_db: noise of the gender task, whole clip, in dB (without much noise it is too easy).
+        max_seconds: clips are cut to this.
+        progress: show a bar on stderr.
+
+    Returns:
+        path of the manifest.
+
+    Raises:
+        ValueError: an argument outside its range, or tasks that the sources cannot give.
+        PackageUnavailable, PackageCorrupt, EspeakError: a source that cannot be had.
+        ManifestError: more than 2% of the clips could not be made.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size: expected one of {list(SIZES)}, got {size!r}")
+    settings = Settings(
+        sources=SIZES[size].sources if sources is None else tuple(sources),
+        size=size,
+        seed=seed,
+        tasks=None if tasks is None else tuple(tasks),
+        hint_correlation=hint_correlation,
+        min_snr_db=min_snr_db,
+        max_snr_db=max_snr_db,
+        max_seconds=max_seconds,
+    )
+    out_dir = Path(out_dir)
+    manifest_path = out_dir / _MANIFEST_NAME
+    if _is_current(manifest_path, settings):
+        return manifest_path
+    material = Material.gather(settings)
+    is_benchmark = isinstance(SIZES[size], BenchmarkSize)
+    recordings = (plan_benchmark if is_benchmark else plan_hinted)(settings, material)
+    if not recordings:
+        raise ValueError(
+            f"tasks: expected some that the sources {list(settings.sources)} can give, got {settings.tasks}"
+        )
+    made, problems = render_all(out_dir, recordings, settings, progress=progress)
+    examples = list((benchmark_examples if is_benchmark else hinted_examples)(made, settings))
+    header = {
+        "maker": "models.corpora.build",
+        "fingerprint": settings.fingerprint(),
+        "settings": dataclasses.asdict(settings),
+        "sources": material.described,
+        "unavailable": material.unavailable,
+        "problems": [str(problem) for problem in problems],
+        "notes": list(BENCHMARK_NOTES if is_benchmark else HINTED_NOTES),
+        "content_sha256": fingerprint(sorted({f"{clip.name} {clip.sha256}" for clip in made})),
+        "counts": _counts(examples),
+    }
+    write_manifest(manifest_path, examples, header=header)
+    _remove_stale(out_dir, {out_dir / clip.name for clip in made})
+    return manifest_path
+
+
+def _counts(examples: Sequence[Example]) -> dict[str, int]:
+    def name(example: Example) -> str:
+        context = example.metadata.get("context_type", example.kind)
+        return "/".join(filter(None, [example.task, example.split, example.metadata.get("pool"), context]))
+
+    return dict(sorted(Counter(map(name, examples)).items()))
+
+
+def _is_current(manifest_path: Path, settings: Settings) -> bool:
+    """Whether a corpus of these settings is there, complete, and no source was missing when it was made."""
+    if not manifest_path.exists():
+        return False
+    try:
+        manifest = read_manifest(manifest_path, check_audio=False, max_bad_fraction=0.0)
+        if manifest.header.get("fingerprint") != settings.fingerprint() or manifest.header.get("unavailable"):
+            return False
+        hashes = {example.audio: example.metadata.get("audio_sha256") for example in manifest}
+        return all(sha256_file(manifest.audio_root / str(name)) == digest for name, digest in hashes.items())
+    except (ManifestError, OSError):
+        return False
+
+
+def _remove_stale(out_dir: Path, kept: set[Path]) -> None:
+    """Clips of earlier settings; only files of our own kind in our own folder."""
+    for path in (out_dir / "audio").rglob("*.flac"):
+        if path not in kept:
+            path.unlink()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: build, then print the counts; one message and status 1 where that cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m models corpus", description="Build a corpus.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the clips and manifest.jsonl")
+    parser.add_argument("--size", default="demo", help=f"one of {', '.join(SIZES)} (default: demo)")
+    parser.add_argument(
+        "--sources", default=None, help=f"comma-separated, of {','.join(SOURCES)} (default: what the size is made of)"
+    )
+    parser.add_argument("--tasks", default=None, help=f"comma-separated, of {','.join(TASKS)} (default: all possible)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--hint-correlation", type=float, default=0.95, help="how often a hint is true in the teacher's set"
+    )
+    parser.add_argument("--min-snr-db", type=float, default=-18.0, help="noise of the gender task")
+    parser.add_argument("--max-snr-db", type=float, default=2.0)
+    parser.add_argument("--max-seconds", type=float, default=4.0, help="clips are cut to this")
+    arguments = parser.parse_args(argv)
+    started = time.monotonic()
+    try:
+        path = build_corpus(
+            arguments.out,
+            sources=tuple(filter(None, arguments.sources.split(","))) if arguments.sources is not None else None,
+            size=arguments.size,
+            seed=arguments.seed,
+            tasks=tuple(filter(None, arguments.tasks.split(","))) if arguments.tasks is not None else None,
+            hint_correlation=arguments.hint_correlation,
+            min_snr_db=arguments.min_snr_db,
+            max_snr_db=arguments.max_snr_db,
+            max_seconds=arguments.max_seconds,
+        )
+        manifest = read_manifest(path)
+    except (ValueError, OSError, PackageUnavailable, PackageCorrupt, EspeakError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; clips without a manifest are left, the next run makes them anew", file=sys.stderr)
+        return 130
+    clips = len({example.audio for example in manifest})
+    for name, count in manifest.header["counts"].items():
+        print(f"{count:6}  {name}")
+    print(f"{clips} clips, {len(manifest)} questions in {time.monotonic() - started:.0f} s: {path}")
+    return 0

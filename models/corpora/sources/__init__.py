@@ -1,0 +1,1 @@
+"""Recordings and voices by package: what they hold and how they are read."""

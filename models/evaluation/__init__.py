@@ -1,0 +1,1 @@
+"""Asks a model every question of a benchmark and scores the answers."""

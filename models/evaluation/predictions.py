@@ -1,0 +1,125 @@
+"""Predictions: one answer of one system each, and the JSONL file that holds them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.data.answers import named_choices, normalize
+from models.data.manifest import Example
+from models.io_utils import append_bytes, atomic_write_text, fingerprint
+
+KINDS = ("neutral", "aligned", "conflict", "irrelevant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One answer of one system, with what is needed to score it."""
+
+    id: str
+    task: str
+    kind: str  # one of KINDS
+    answer: str
+    prediction: str
+    choices: tuple[str, ...] = ()
+    pair_id: str | None = None
+    control: str = ""  # "" | no_audio | swapped_audio
+    scores: dict[str, float] = field(default_factory=dict)  # log-likelihood of each choice, where it was computed
+    category: str = ""  # of the task: content, semantic, paralinguistic, degradation, speaker, audio
+    clip: str = ""  # what was heard (models.speech_lm.features.clip_key): intervals resample it whole
+    claim: str | None = None  # the choice that the text beside the sound names, if it names one
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", tuple(self.choices))
+
+    def to_row(self) -> dict[str, Any]:
+        """The JSON object of this prediction."""
+        return asdict(self) | {"choices": list(self.choices)}
+
+    def said(self) -> str | None:
+        """The choice that was given as the answer: the likeliest, else the only one named; without choices the text."""
+        if self.scores:
+            return max(self.scores, key=self.scores.__getitem__)
+        if not self.choices:
+            return self.prediction if normalize(self.prediction) else None
+        named = named_choices(self.prediction, self.choices)
+        return named[0] if len(named) == 1 else None
+
+
+def context_kind(example: Example) -> str:
+    """Under which of KINDS an example is scored: an irrelevant context is of kind neutral, but not the one to compare with."""
+    return "irrelevant" if example.metadata.get("context_type") == "irrelevant" else example.kind
+
+
+FILE_KEY = "kdkernels_predictions"
+FILE_VERSION = 1
+
+
+class EvaluationError(RuntimeError):
+    """The predictions file or the input cannot be used; the message says why."""
+
+
+def write_header(path: str | Path, settings: dict[str, Any]) -> None:
+    """Start a predictions file."""
+    header = {FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}
+    atomic_write_text(path, json.dumps(header) + "\n")
+
+
+def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
+    """Add predictions to a file, flushed to the disk."""
+    append_bytes(path, "".join(json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions).encode())
+
+
+def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
+    """Header and predictions of a file; a last line that a kill cut off is left out.
+
+    Args:
+        repair: cut such a line off the file too, before more is appended to it.
+
+    Raises:
+        EvaluationError: no such file, another kind of file, or a damaged line that is not the last.
+    """
+    path = Path(path)
+    try:
+        # Bytes: a kill may cut a character in two, and text holds line separators that end no line of JSONL.
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise EvaluationError(f"{path}: not readable: {error.strerror}") from error
+    try:
+        header = json.loads(lines[0])
+        known = header.get(FILE_KEY) == FILE_VERSION
+    except (IndexError, ValueError, AttributeError, RecursionError):
+        known = False
+    if not known:
+        raise EvaluationError(f'{path}: expected a first line with "{FILE_KEY}": {FILE_VERSION}')
+    predictions = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("no line end")
+            predictions.append(Prediction(**json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
+            if repair:
+                os.truncate(path, sum(map(len, lines[:-1])))
+    return header, predictions
+
+
+def claimed_choice(example: Example) -> str | None:
+    """The one choice that the text beside the sound claims, rightly or wrongly; None where it claims none, or several.
+
+    What the words say of themselves (metadata "claimed_by_words") comes first. In a neutral context there is no other claim;
+    else it is the choice that the context names, or the transcript where there is no context.
+    """
+    if said := example.metadata.get("claimed_by_words"):
+        return str(said)
+    if example.kind == "neutral":
+        return None
+    named = named_choices(example.context or example.transcription, example.choices)
+    return named[0] if len(named) == 1 else None

@@ -1,0 +1,453 @@
+"""The whole path in one command: recorded speech in, a distilled speech LM out, and what the distillation was worth.
+
+    python -m models demo                 # about 14 minutes on 2 cores after the downloads; again: seconds
+    python -m models demo --fast-smoke    # the same code on synthetic clips and tiny random models, for CI
+
+    corpus -> features -> Stage 1 (the text backbone writes Y) -> teacher, biased by hints that are nearly always true
+           -> its student: layers dropped, healed on text
+           -> the teacher's own answers as pseudo ground truth, both of its paths cached
+           -> students: CE only, KD, sharpened control, CAAD alpha 1 and 2
+           -> test clips under a true, a false and no hint -> table, verdict, report
+
+What it shows: a teacher that has learned to trust hints answers from the hint where the sound says otherwise. Plain KD hands that
+bias down. CAAD's target subtracts what the teacher would have said without hearing anything. The verdict is computed from the
+numbers; where CAAD does not win, it says so.
+
+Each stage is made once, and a stopped demo goes on where it was (models/experiments/pipeline.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from models.experiments.pipeline import (
+    Context,
+    Stage,
+    add_stage_arguments,
+    check_status,
+    log_console,
+    read_done,
+    run_pipeline,
+)
+from models.experiments.shared_steps import (
+    ask,
+    limited,
+    load_speech_lm,
+    read_items,
+    run_backbones,
+    run_features,
+    run_student_lm,
+    train_by_recipe,
+    write_answered_pool,
+    write_cache,
+)
+from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, source_commit
+
+CONTEXTS = (("neutral", "no hint"), ("aligned", "true hint"), ("conflict", "false hint"))
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that decides what the demo computes."""
+
+    sources: tuple[str, ...] = ("queen", "espeak")
+    corpus_size: str = "demo"
+    task: str = "gender"
+    max_train_clips: int | None = None  # of each pool; None = all
+    max_test_clips: int | None = None
+    lm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    encoder: str = "openai/whisper-tiny.en"
+    tiny_backbones: bool = False  # random ones, made on the spot
+    keep_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
+    healing_steps: int = 96
+    target_source: str = "text_backbone"  # of the teacher's training targets
+    teacher_steps: int = 120
+    teacher_learning_rate: float = 1e-3
+    student_steps: int = 120
+    student_learning_rate: float = 2e-3
+    batch_examples: int = 16
+    seed: int = 0
+    device: str = "cpu"
+
+
+FULL = DemoSettings()
+SMOKE = DemoSettings(
+    sources=("espeak",), corpus_size="tiny", max_train_clips=16, max_test_clips=6, tiny_backbones=True, keep_layers=(0, 2),
+    healing_steps=3, target_source="template", teacher_steps=6, student_steps=4, batch_examples=4,
+)  # fmt: skip
+
+# name, label, objective, alpha
+STUDENTS = (
+    ("ce_only", "student, CE only", "ce_only", 0.0),
+    ("kd", "student, KD", "kd", 0.0),
+    ("sharpened2", "student, sharpened KD 2", "sharpened", 2.0),
+    ("caad1", "student, CAAD alpha 1", "caad", 1.0),
+    ("caad2", "student, CAAD alpha 2", "caad", 2.0),
+)
+TEACHER_ALPHAS = (None, 1.0, 2.0)
+# Students of one process: they share what is frozen (models/experiments/student_group.py). Two processes, for two cores.
+COHORTS = (("kd", "caad1", "caad2"), ("ce_only", "sharpened2"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The stages
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_corpus(context: Context) -> dict[str, Any]:
+    """Clips, questions and hints, in the demo's three parts: teacher, distill, test."""
+    from models.corpora.build import build_corpus
+    from models.data.manifest import read_manifest, write_manifest
+
+    settings = context.settings
+    path = build_corpus(
+        context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.seed, tasks=(settings.task,)
+    )
+    manifest = read_manifest(path, check_audio=True)
+    parts = {
+        "teacher": limited(manifest.select(split="train", pool="teacher"), settings.max_train_clips),
+        "distill": limited(manifest.select(split="train", pool="distill"), settings.max_train_clips),
+        "test": limited(manifest.select(split="test"), settings.max_test_clips),
+    }
+    for name, examples in parts.items():
+        write_manifest(context.folder / f"{name}.jsonl", examples)
+    return {
+        "questions": {name: len(examples) for name, examples in parts.items()},
+        "skipped": len(manifest.problems),
+        "unavailable": manifest.header.get("unavailable", {}),
+    }
+
+
+def run_stage1(context: Context) -> dict[str, Any]:
+    """Stage 1: Y for the teacher's training items, written from the metadata by the text backbone (or by a template)."""
+    from models.data.manifest import read_manifest
+    from models.pseudo_gt import stage1
+
+    settings = context.settings
+    out = stage1_manifest(context.folders | {"stage1": context.folder})
+    words = [str(context.folders["corpus"] / "teacher.jsonl"), "--out", str(out), "--source", settings.target_source]
+    words += ["--audio-root", str(context.folders["corpus"])]
+    if settings.target_source == "text_backbone":
+        words += ["--backbone", settings.lm]
+    check_status("pseudo-gt", stage1.main(words))
+    examples = read_manifest(out, check_audio=False).examples
+    return {"targets": len(examples), "examples_of_targets": sorted({e.target for e in examples if e.target})[:6]}
+
+
+def stage1_manifest(folders: Mapping[str, Path]) -> Path:
+    """Where Stage 1 writes: a manifest has to lie where its clips are within reach, so beside the corpus' own."""
+    return folders["corpus"] / f"{folders['stage1'].name}.jsonl"
+
+
+def run_teacher(context: Context) -> dict[str, Any]:
+    """The teacher: supervised on its biased training items; one clip in ten masked."""
+    settings = context.settings
+    train_by_recipe(
+        context,
+        "sft_teacher",
+        manifest=stage1_manifest(context.folders),
+        folder=context.folders["features"] / "untrained",
+        words=[f"optim.steps={settings.teacher_steps}", f"optim.learning_rate={settings.teacher_learning_rate}"],
+    )
+    return {}
+
+
+def run_pool(context: Context) -> dict[str, Any]:
+    """The teacher answers the distillation pool: its answers are the students' Y. Then both of its paths over them, once."""
+    teacher = context.folders["teacher"] / "final"
+    model, store, extra = load_speech_lm(context, teacher)
+    examples = [e for e in read_items(context, "distill") if e in store]
+    result = write_answered_pool(context.folder / "pool.jsonl", model, store, extra, examples)
+    forced = read_items(context, "pool", folder=context.folder)
+    write_cache(context.folder / "cache", teacher, model, store, extra, forced)
+    return result
+
+
+def run_student(context: Context) -> dict[str, Any]:
+    """Students one after another: each trained, then asked the test questions."""
+    from models.experiments.student_group import Cohort
+
+    settings, cohort = context.settings, Cohort(context)
+    result = {}
+    for name, objective, alpha in context.extra:
+        words = [
+            f"optim.steps={settings.student_steps}",
+            f"optim.learning_rate={settings.student_learning_rate}",
+            # Only the answer's token is learned, since only the choices are scored: a step takes two thirds of the time.
+            # Students that are to answer freely need loss.ce_background_weight above 0 (and ce_background_fraction, to keep
+            # it cheap).
+            "loss.ce_background_weight=0",
+            # The statistics of the features come from the teacher's clips: one standardisation for all.
+            f"model.feature_statistics={context.folders['features'] / 'untrained'}",
+        ]
+        if objective != "ce_only":
+            words += [
+                f"teacher.folder={context.folders['teacher'] / 'final'}",
+                f"teacher.cache={context.folders['pool'] / 'cache'}",
+                f"loss.alpha={alpha}",
+            ]
+        result[name] = cohort.run(
+            context.folder / name,
+            objective,
+            manifest=context.folders["pool"] / "pool.jsonl",
+            start=context.folders["student_lm"] / "untrained",
+            words=words,
+        )
+    return result
+
+
+def run_teacher_answers(context: Context) -> dict[str, Any]:
+    """The teacher on the test questions: greedy, and by contrastive decoding."""
+    return ask(context, context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS)
+
+
+def make_stages() -> list[Stage]:
+    """All stages, in an order that honours their needs; of those that may run, the first ones are started."""
+    backbone = ("lm", "encoder", "tiny_backbones", "seed", "device")
+    training = (*backbone, "batch_examples")
+    stages = [
+        Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
+        Stage(
+            "corpus", "corpus", (),
+            ("sources", "corpus_size", "task", "seed", "max_train_clips", "max_test_clips"), run_corpus,
+        ),
+        Stage("features", "encoder features", ("backbones", "corpus"), backbone, run_features),
+        Stage("stage1", "Stage 1: pseudo ground truth", ("backbones", "corpus"), ("lm", "target_source"), run_stage1),
+        Stage(
+            "student_lm", "student: drop layers, heal", ("backbones", "corpus"),
+            (*backbone, "keep_layers", "healing_steps"), run_student_lm,
+        ),
+        Stage(
+            "teacher", "teacher (sft, biased)", ("corpus", "features", "stage1"),
+            (*training, "teacher_steps", "teacher_learning_rate"), run_teacher,
+        ),
+        Stage("pool", "teacher's answers, both its paths", ("corpus", "features", "teacher"), training, run_pool),
+    ]  # fmt: skip
+    for number, names in enumerate(COHORTS, start=1):
+        told = [(name, objective, alpha) for name, _, objective, alpha in STUDENTS if name in names]
+        stages.append(
+            Stage(
+                f"students_{number}", f"students: {', '.join(names)}", ("corpus", "features", "teacher", "student_lm", "pool"),
+                (*training, "student_steps", "student_learning_rate"), run_student, extra=told,
+            )
+        )  # fmt: skip
+    needs = ("corpus", "features", "teacher")
+    stages.append(Stage("answers_teacher", "teacher's test answers", needs, training, run_teacher_answers, list(TEACHER_ALPHAS)))
+    return stages
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What came out
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def collect(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
+    """Test predictions of every system, by label, in the order of the table."""
+    from models.evaluation.predictions import read_predictions
+
+    files = {"teacher, greedy": folders["answers_teacher"] / "test-greedy.jsonl"}
+    for alpha in TEACHER_ALPHAS[1:]:
+        label = f"teacher, contrastive {alpha:g}"
+        files[label] = folders["answers_teacher"] / f"test-contrastive{alpha:g}.jsonl"
+    for name, label, _, _ in STUDENTS:
+        files[label] = student_folder(folders, name) / "test-greedy.jsonl"
+    return {label: read_predictions(path)[1] for label, path in files.items()}
+
+
+def student_folder(folders: Mapping[str, Path], name: str) -> Path:
+    """Run and predictions of a student."""
+    number = next(i for i, names in enumerate(COHORTS, start=1) if name in names)
+    return folders[f"students_{number}"] / name
+
+
+def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
+    """What the numbers say about CAAD, in sentences. Computed; a loss or a draw is said as plainly as a win.
+
+    Compared are the answers under a false hint (what CAAD is for) and with no hint (what it must not cost), pair by pair, with
+    95% bootstrap intervals over clips. The first sentence is about plain KD; the controls follow.
+    """
+    from models.evaluation.scoring import paired_difference
+
+    ours = {alpha: _plain(predictions[f"student, CAAD alpha {alpha}"]) for alpha in (1, 2)}
+    details, wins, costs = [], [], []
+    for label in ("student, KD", "student, sharpened KD 2", "student, CE only"):
+        other = _plain(predictions[label])
+        for alpha, answers in ours.items():
+            conflict = paired_difference(answers, other, kind="conflict")
+            neutral = paired_difference(answers, other, kind="neutral")
+            details.append(
+                f"CAAD alpha {alpha} against {label.removeprefix('student, ')}: under a false hint {_points(conflict)}, "
+                f"{_compared(conflict)}; without a hint {_points(neutral)}, {_compared(neutral)}."
+            )
+            if label == "student, KD":
+                wins += [f"alpha {alpha}"] if conflict.low > 0 else []
+                costs += [f"alpha {alpha}"] if neutral.high < 0 else []
+    if wins:
+        headline = f"CAAD ({' and '.join(wins)}) follows a false hint less often than plain KD does"
+        headline += f", and pays for it without a hint ({' and '.join(costs)})." if costs else "."
+    else:
+        headline = "CAAD does NOT show an advantage over plain KD under a false hint in this run."
+    return [headline, *details]
+
+
+def caveat(folders: Mapping[str, Path], settings: DemoSettings) -> str:
+    """What the numbers stand on, so that nobody takes them for more."""
+    from models.data.manifest import read_manifest
+
+    def read(part: str) -> list[Any]:
+        return read_manifest(folders["corpus"] / f"{part}.jsonl", check_audio=False).examples
+
+    hinted = [e.kind for e in read("teacher") if e.kind != "neutral"]
+    true = sum(kind == "aligned" for kind in hinted) / max(1, len(hinted))
+    test = read("test")
+    voices = {e.metadata.get("speaker") for e in test}
+    clips = {e.audio for e in test}
+    return (
+        f"On one task ({settings.task}), one seed, {len(clips)} test clips of {len(voices)} unseen voices; the teacher's bias "
+        f"was induced: {true:.0%} of the hints it was trained with were true. Answers are the likelier of the two choices."
+    )
+
+
+def _points(difference: Any) -> str:
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.value:+.1f} points (95% {low:+.1f} to {high:+.1f}, {difference.count} clips)"
+
+
+def _compared(difference: Any) -> str:
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "no clear difference"
+
+
+def _plain(predictions: Sequence[Any]) -> list[Any]:
+    return [p for p in predictions if not p.control]
+
+
+def print_table(console: Console, predictions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The table on the terminal; returns the scores of every system."""
+    from models.evaluation.evaluate import summarize
+
+    table = Table(title="accuracy on unseen speakers, by what the prompt says (Shift = TIR_adv, lower is better)")
+    for column in ("system", *(label for _, label in CONTEXTS), "Shift", "no audio", "swapped"):
+        table.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
+    scores = {}
+    for label, answers in predictions.items():
+        scores[label] = summary = summarize(answers)
+        plain = summary["plain"]
+        cells = [plain["by_kind"][kind].value for kind, _ in CONTEXTS if kind in plain["by_kind"]]
+        cells += [plain["tir_adv"].value]
+        cells += [summary[c]["accuracy"].value if c in summary else None for c in ("no_audio", "swapped_audio")]
+        table.add_row(label, *("-" if v is None else f"{v:.3f}" for v in cells))
+    console.print(table)
+    return scores
+
+
+def _shown(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, ensure_ascii=False).strip("{}").replace('"', "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m models demo", description="The whole path, once.")
+    parser.add_argument("--seed", type=int, default=0)
+    add_stage_arguments(parser, out="runs/demo")
+    arguments = parser.parse_args(argv)
+    settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device, seed=arguments.seed)
+    console, stages = log_console(), make_stages()
+    started = time.monotonic()
+    try:
+        folders, seconds = run_pipeline(
+            arguments, stages, settings, cache_dir() / "demo", command="demo", argv=argv, console=console
+        )
+    except SystemExit as ended:
+        return ended.code
+    for source, reason in read_done(folders["corpus"])["result"]["unavailable"].items():
+        console.print(f"warning: without the recordings of {source}: {reason}", markup=False)
+    predictions = collect(folders)
+    scores = print_table(console, predictions)
+    sentences = [*verdict(predictions), caveat(folders, settings)]
+    if arguments.fast_smoke:
+        sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
+    for sentence in sentences:
+        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+
+    from models.evaluation.evaluate import to_json
+    from models.reporting.report import write_report
+
+    out = Path(arguments.out)
+    results = {"settings": dataclasses.asdict(settings), "scores": to_json(scores), "verdict": sentences, "seconds": seconds}
+    results |= {"commit": source_commit(), "date": datetime.date.today().isoformat()}
+    atomic_write_json(out / "results.json", results)
+    atomic_write_text(out / "results.csv", results_csv(results))
+    report = write_report(out / "report.html", make_report(settings, stages, folders, predictions, sentences, seconds))
+    console.print(f"total {time.monotonic() - started:.0f} s; report: {report.resolve()}", soft_wrap=True)
+    return 0
+
+
+def results_csv(results: Mapping[str, Any]) -> str:
+    """A row a system, from what results.json holds: accuracies by context with their 95% intervals, and TIR_adv."""
+    import torch
+
+    seconds = sum(results["seconds"].values())
+    rows = []
+    for system, by_control in results["scores"].items():
+        score = by_control["plain"]
+        row: dict[str, Any] = {"system": system, "seed": results["settings"]["seed"]}
+        for kind, _ in CONTEXTS:
+            value = score["by_kind"][kind]
+            ends = {f"{kind}_{end}": round(value[end], 4) for end in ("low", "high")}
+            row |= {kind: round(value["value"], 4), **ends}
+        tir = score["tir_adv"]["value"]
+        row |= {"tir_adv": "" if tir is None else round(tir, 4), "clips": score["by_kind"]["neutral"]["count"]}
+        row |= {"stage_seconds": round(seconds), "torch": torch.__version__}
+        row |= {"commit": results["commit"], "date": results["date"]}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def make_report(
+    settings: DemoSettings,
+    stages: Sequence[Stage],
+    folders: Mapping[str, Path],
+    predictions: Mapping[str, Sequence[Any]],
+    sentences: Sequence[str],
+    seconds: Mapping[str, float],
+) -> Any:
+    """The demo's report: systems, curves of every training, clips, settings, what each stage did and how long it took."""
+    from models.data.manifest import read_manifest
+    from models.reporting.report import Report
+    from models.training.curves import read_metrics
+
+    trained = {"teacher": folders["teacher"], **{label: student_folder(folders, name) for name, label, _, _ in STUDENTS}}
+    told = [s for s in stages if s.run is not run_student]
+    notes = [(s.title, _shown(read_done(folders[s.name])["result"])) for s in told]
+    return Report(
+        title="kdkernels demo: what contrastive audio-aware distillation does to a biased teacher's student",
+        findings=list(sentences),
+        systems=predictions,
+        curves={label: read_metrics(folder / "metrics.jsonl") for label, folder in trained.items()},
+        examples=read_manifest(folders["corpus"] / "test.jsonl", check_audio=False).examples,
+        audio_root=folders["corpus"],
+        facts=[
+            ("What the stages did", [n for n in notes if n[1]]),
+            ("Seconds of each stage", [(s.title, f"{seconds[s.name]:.0f}") for s in stages]),
+            ("Settings", [(k, str(v)) for k, v in dataclasses.asdict(settings).items()]),
+        ],
+    )

@@ -1,0 +1,312 @@
+"""Pipelines of stages: each a process of its own with a folder of its own, made once, resumed after a stop.
+
+A stage's folder is named by the fingerprint of its settings and inputs: what is there is not made again, and a stopped pipeline
+goes on where it was. Independent stages run side by side, one core each. `models.experiments.demo` and
+`models.experiments.ablation` are two of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from models.io_utils import atomic_write_json, exclusive, fingerprint
+
+DONE_NAME = "done.json"
+# Raised whenever a stage's code changes what it makes from the same settings, or a format of what is kept.
+STAGES_VERSION = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: what it needs, the settings it depends on, and the function that fills its folder."""
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    settings: tuple[str, ...]
+    run: Callable[[Context], dict[str, Any]]
+    extra: Any = None  # further input, part of the fingerprint
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage's function gets: settings, its own folder, and the folders and results of the stages it needs."""
+
+    settings: Any
+    folder: Path
+    folders: Mapping[str, Path]
+    extra: Any
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a needed stage returned."""
+        return read_done(self.folders[stage])["result"]
+
+
+class StageError(RuntimeError):
+    """A stage ended badly; the message has the end of its log."""
+
+
+def stage_folders(stages: Sequence[Stage], settings: Any, root: Path) -> dict[str, Path]:
+    """Each stage's folder, named by its fingerprint: version, settings it depends on, folders it reads."""
+    folders: dict[str, Path] = {}
+    for stage in stages:
+        key = {
+            "version": STAGES_VERSION,
+            "settings": {name: getattr(settings, name) for name in stage.settings},
+            "needs": [folders[name].name for name in stage.needs],
+            "extra": stage.extra,
+        }
+        folders[stage.name] = root / f"{stage.name}-{fingerprint(key)[:12]}"
+    return folders
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage noted: result and seconds. None = not finished."""
+    try:
+        return json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    folders: Mapping[str, Path],
+    *,
+    command: Callable[[Stage], list[str]],
+    workers: int,
+    threads: int,
+    console: Console,
+) -> dict[str, float]:
+    """Run what is not done, `workers` processes at a time.
+
+    Args:
+        command: the command line that runs a stage in its own process.
+        threads: of each process.
+
+    Returns:
+        seconds of each stage, as measured when it was made.
+
+    Raises:
+        StageError: a stage failed; the others that ran were stopped (and can be gone on with).
+        KeyboardInterrupt: Ctrl-C; running stages have saved what they had.
+    """
+    done = {s.name for s in stages if read_done(folders[s.name]) is not None}
+    for stage in stages:
+        if stage.name in done:
+            console.print(f"  [dim]{stage.title:34} cached ({folders[stage.name].name})[/dim]")
+    running: dict[str, tuple[subprocess.Popen, Path, float]] = {}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    status = console.status("") if console.is_terminal else None
+    if status:
+        status.start()
+    try:
+        before = signal.signal(signal.SIGTERM, _interrupt)
+    except ValueError:  # not in the main thread
+        before = None
+    try:
+        while len(done) < len(stages):
+            ready = [s for s in stages if s.name not in done and s.name not in running and set(s.needs) <= done]
+            for stage in ready[: workers - len(running)]:
+                folder = folders[stage.name]
+                folder.mkdir(parents=True, exist_ok=True)
+                log = folder / "log.txt"
+                with open(log, "ab") as file:
+                    # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once. A
+                    # second one would break off the saving.
+                    process = subprocess.Popen(
+                        command(stage), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                    )
+                running[stage.name] = (process, log, time.monotonic())
+                if not status:
+                    console.print(f"  {stage.title:34} started")
+            for stage in [s for s in stages if s.name in running]:
+                process, log, started = running[stage.name]
+                if process.poll() is None:
+                    continue
+                del running[stage.name]
+                noted = read_done(folders[stage.name])
+                if process.returncode != 0 or noted is None:
+                    raise StageError(f"{stage.title}: status {process.returncode}; the end of {log}:\n{_tail(log)}")
+                done.add(stage.name)
+                console.print(f"  {stage.title:34} {time.monotonic() - started:5.0f} s")
+            if status:
+                now = time.monotonic()
+                shown = [f"{name} {now - began:.0f} s {_progress(log)}" for name, (_, log, began) in running.items()]
+                status.update("; ".join(shown))
+            time.sleep(0.1)
+    except BaseException:
+        for process, _, _ in running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)  # they save and go
+        for process, _, _ in running.values():
+            process.wait()
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+        if status:
+            status.stop()
+    return {s.name: read_done(folders[s.name])["seconds"] for s in stages}
+
+
+def _interrupt(*_: Any) -> None:
+    # Not raise_signal(SIGINT): whatever a shell starts in the background ignores that.
+    raise KeyboardInterrupt
+
+
+def run_stages_here(
+    stages: Sequence[Stage], folders: Mapping[str, Path], *, settings: Any, console: Console
+) -> dict[str, float]:
+    """`run_stages` in this process, one after the other."""
+    seconds = {}
+    for stage in stages:
+        cached = read_done(folders[stage.name]) is not None
+        if not cached:
+            folders[stage.name].mkdir(parents=True, exist_ok=True)
+            try:
+                run_one_stage(stages, stage.name, settings, folders)
+            except SystemExit as error:
+                raise StageError(f"{stage.title}: {error}") from error
+        seconds[stage.name] = read_done(folders[stage.name])["seconds"]
+        console.print(f"  {stage.title:34} " + ("cached" if cached else f"{seconds[stage.name]:5.0f} s"))
+    return seconds
+
+
+def run_one_stage(stages: Sequence[Stage], name: str, settings: Any, folders: Mapping[str, Path]) -> None:
+    """What a stage's process does: run it and note that it is done."""
+    by_name = {s.name: s for s in stages}
+    if name not in by_name:
+        raise ValueError(f"stage: expected one of {', '.join(by_name)}, got {name!r}")
+    stage = by_name[name]
+    started = time.monotonic()
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    needed = {need: folders[need] for need in stage.needs}
+    try:
+        with exclusive(folders[name] / "running", f"stage {name!r}"):  # a training in the folder itself has a lock of its own
+            result = stage.run(Context(settings, folders[name], needed, stage.extra))
+    except BlockingIOError as error:
+        raise SystemExit(str(error)) from error
+    # CPU seconds as well: what a stage takes on a machine that has nothing else to do.
+    noted = {"result": result, "seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(time.process_time(), 1)}
+    atomic_write_json(folders[name] / DONE_NAME, noted)
+
+
+def _tail(log: Path, lines: int = 25) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+
+def _progress(log: Path) -> str:
+    """The counter of the last progress bar in a log: "120/300"."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 400))
+        text = file.read().decode("utf-8", errors="replace")
+    words = [w for line in text.replace("\r", "\n").splitlines() for w in line.replace("|", " ").split() if "/" in w]
+    counters = [w for w in words if all(part.isdigit() for part in w.split("/", 1))]
+    return counters[-1] if counters else ""
+
+
+def check_status(what: str, status: int) -> None:
+    """Ends a stage whose command line ended with `status`, unless that is 0."""
+    if status:
+        raise SystemExit(status if status > 128 else f"{what} ended with status {status}")
+
+
+def log_console() -> Console:
+    """The console of a pipeline; a log file has no width, and 80 columns would break the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
+    """--fast-smoke, --device, --out, --fresh, --workers, and what a stage's own process is called with."""
+    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models: a minute, for CI")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--out", default=out, help=f"folder of the results (default: {out})")
+    parser.add_argument("--fresh", action="store_true", help="make every stage anew (downloads are kept)")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="stages at a time, each a process; 0 = all in this process, one by one"
+    )
+    parser.add_argument("--run-stage", help=argparse.SUPPRESS)
+
+
+def run_pipeline(
+    arguments: argparse.Namespace,
+    stages: Sequence[Stage],
+    settings: Any,
+    root: Path,
+    *,
+    command: str,
+    argv: Sequence[str] | None,
+    console: Console,
+) -> tuple[dict[str, Path], dict[str, float]]:
+    """Run a pipeline, or with --run-stage one stage of it. Two stages at a time, unless --workers says otherwise.
+
+    Args:
+        arguments: with those of `add_stage_arguments`.
+        command, argv: what this pipeline was called as (None: by the command line); a stage's process gets the same words and
+            --run-stage NAME.
+
+    Returns:
+        each stage's folder, and its seconds.
+
+    Raises:
+        SystemExit: with status 0 behind a --run-stage, 1 for a failed stage (its log is shown), 130 for Ctrl-C.
+    """
+    folders = stage_folders(stages, settings, root)
+    if arguments.run_stage:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
+        try:
+            run_one_stage(stages, arguments.run_stage, settings, folders)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        raise SystemExit(0)
+    if arguments.fresh:
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+    # A smoke stage is shorter than the imports of a process of its own.
+    workers = 0 if arguments.fast_smoke else 2
+    command = [sys.executable, "-m", "models", command, *(sys.argv[1:] if argv is None else argv)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, cores) if arguments.workers is None else arguments.workers
+    threads = max(1, cores // max(1, workers))
+    console.print(f"{workers or 1} stage(s) at a time, {threads} thread(s) each; stages are kept in", root, soft_wrap=True)
+    try:
+        if workers:
+            seconds = run_stages(
+                stages,
+                folders,
+                command=lambda s: [*command, "--run-stage", s.name],
+                workers=workers,
+                threads=threads,
+                console=console,
+            )
+        else:
+            seconds = run_stages_here(stages, folders, settings=settings, console=console)
+    except StageError as error:
+        console.print(f"error: {error}", markup=False)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from here.")
+        raise SystemExit(130) from None
+    return folders, seconds

@@ -1,0 +1,1 @@
+"""Stage 1: writes the answers that a student learns from."""

@@ -1,0 +1,1 @@
+"""Stored results as one page: HTML or Markdown."""

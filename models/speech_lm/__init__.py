@@ -1,0 +1,1 @@
+"""A frozen audio encoder, a connector and a frozen language model as one speech LM."""

@@ -1,0 +1,1 @@
+"""Recipes, teachers, the loop and its checkpoints."""

@@ -1,0 +1,209 @@
+"""Both paths of a teacher over a manifest's targets, once, so that no training has to run it again.
+
+    python -m models cache TEACHER MANIFEST --out FOLDER [--features F] [--dtype bfloat16] [--layers all] [--part 0/4]
+    python -m models train caad teacher.folder=TEACHER teacher.cache=FOLDER ...
+
+What is written, and what a kill leaves, is said in kdkernels/contrast_cache.py: started again, the command goes on. The size is
+told before the first sample, and refused where the disk has no room for it. A cache is of one teacher: training refuses
+another's, and a sample whose prompt, clip or target has changed since. `--part I/N` writes every N-th sample, so that N processes
+share the work; they end up as one cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kdkernels.contrast_cache import ContrastCache
+from kdkernels.layer_states import decoder_layers
+from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.speech_lm.collation import crop_to_targets
+from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": torch.float8_e4m3fn}
+
+
+def fill_cache(
+    folder: str | Path,
+    model: Any,
+    store: Any,
+    examples: Sequence[Any],
+    *,
+    made_from: dict[str, Any],
+    extra_inputs: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    layers: Sequence[int] = (),
+    part: str = "0",
+    batch_examples: int = 32,
+    shard_mib: float = 64.0,
+    progress_bar: bool = True,
+) -> int:
+    """Write what is not in the cache yet.
+
+    Args:
+        model: the teacher, a SpeechLM in evaluation mode.
+        store: the clips' features (models/speech_lm/features.py).
+        examples: with targets.
+        made_from: the teacher's identity, `teacher_fingerprint`.
+        extra_inputs: added to every batch's inputs, such as the prefix cache.
+        batch_examples: read at a time; the states of a padded row differ from those of the row alone by rounding.
+        dtype, layers, part, shard_mib: as in kdkernels.ContrastCacheWriter.
+
+    Returns:
+        samples written now.
+
+    Raises:
+        CacheError: a sample is in the cache with another prompt, clip or target.
+        ValueError: the folder holds a cache of another teacher, dtype or layers.
+    """
+    teacher, collate = DualPathTeacher(model, negative=MarkAbsent(), layers=layers), model.make_collator()
+    writer = ContrastCache.writer(
+        folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=dtype, layers=layers, part=part,
+        shard_mib=shard_mib,
+    )  # fmt: skip
+    written = 0
+    with writer, tqdm(total=len(examples), desc="cache both paths", unit="example", disable=not progress_bar) as bar:
+        for start in range(0, len(examples), batch_examples):
+            chosen = examples[start : start + batch_examples]
+            features = store.rows(chosen)
+            contents = [sample_content(e, row) for e, row in zip(chosen, features, strict=True)]
+            for example, content in zip(chosen, contents, strict=True):
+                if (held := writer.content(example.id)) not in (None, content):
+                    raise CacheError(
+                        f"{folder}: sample {example.id!r} is there with another prompt, clip or target ({held}, now {content}); "
+                        "write into a new folder"
+                    )
+            missing = [i for i, e in enumerate(chosen) if e.id not in writer]
+            if missing:
+                asked = [chosen[i] for i in missing]
+                batch = crop_to_targets(collate(asked, features[missing])).to(model.device)
+                states = teacher({**batch.model_inputs(), **(extra_inputs or {})}, batch.target_index)
+                for row, i in enumerate(missing):
+                    here = (batch.target_row == row).nonzero()[:, 0]
+                    by_layer = {}
+                    if layers:
+                        by_layer = {"audio_layers": states.audio_layers[here], "text_layers": states.text_layers[here]}
+                    writer.add(
+                        chosen[i].id, states.audio_hidden[here], states.text_hidden[here], batch.target[here],
+                        content=contents[i], **by_layer,
+                    )  # fmt: skip
+                written += len(missing)
+            bar.update(len(chosen))
+    return written
+
+
+def estimate(model: Any, examples: Sequence[Any], *, dtype: torch.dtype, layers: int = 0) -> tuple[int, int]:
+    """(target tokens, bytes) of a whole cache of `examples`."""
+    collate = model.make_collator()
+    tokens = sum(len(collate.target_ids(example)) for example in examples)
+    hidden_size = model.get_output_embeddings().weight.shape[1]
+    return tokens, ContrastCache.estimate_bytes(tokens=tokens, hidden_size=hidden_size, dtype=dtype, layers=layers)
+
+
+@torch.no_grad()
+def rounding_error(cache: ContrastCache, model: Any, store: Any, examples: Sequence[Any], *, alpha: float = 2.0) -> float:
+    """Mean KL, in nats, from the target distribution of live states to that of the cached ones, at contrast `alpha`."""
+    teacher, collate = DualPathTeacher(model, negative=MarkAbsent()), model.make_collator()
+    batch = collate(examples, store.rows(examples)).to(model.device)
+    live, held = teacher(batch.model_inputs(), batch.target_index), cache.get([e.id for e in examples])
+
+    def log_p(audio: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        dtype, device = teacher.head.weight.dtype, teacher.head.weight.device
+        z_audio, z_text = (teacher.head.logits(h.to(device, dtype)).double() for h in (audio, text))
+        return ((1 + alpha) * z_audio - alpha * z_text).log_softmax(-1)
+
+    p, q = log_p(live.audio_hidden, live.text_hidden), log_p(held.audio_hidden, held.text_hidden)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def parse_layers(text: str, depth: int) -> tuple[int, ...]:
+    """"none", "all", or numbers from 0 (the embeddings) to `depth`, such as "6,12,30"."""
+    if text in ("none", "all"):
+        return tuple(range(1, depth + 1)) if text == "all" else ()
+    try:
+        layers = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        layers = (-1,)
+    if layers[0] < 0 or layers[-1] > depth:
+        raise CacheError(f"--layers: expected none, all or numbers from 0 to {depth} such as 6,12, got {text!r}")
+    return layers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    from models.backbones.device import pick_device
+    from models.backbones.resolve import BackboneError
+    from models.data.manifest import ManifestError, read_manifest
+    from models.speech_lm.features import FeatureError, FeatureStore, extract_features
+    from models.speech_lm.model import SpeechLM, SpeechLMError
+
+    parser = argparse.ArgumentParser(prog="python -m models cache", description="Run a teacher once, for all trainings.")
+    parser.add_argument("teacher", help="folder of a SpeechLM")
+    parser.add_argument("manifest", help="with targets (python -m models pseudo-gt)")
+    parser.add_argument("--out", required=True, help="folder of the cache")
+    parser.add_argument("--audio-root", help="folder that the manifest's audio paths start from")
+    parser.add_argument("--features", help="encoder features of the clips (python -m models features)")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="of the stored states")
+    parser.add_argument("--layers", default="none", help="none, all, or numbers such as 6,12,30")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th sample from the I-th on")
+    parser.add_argument("--batch-examples", type=int, default=32)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--measure", type=int, default=0, metavar="N", help="compare N samples with live ones at the end")
+    arguments = parser.parse_args(argv)
+    try:
+        number, _, parts = arguments.part.partition("/")
+        if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+            raise CacheError(f"--part: expected I/N with I from 0 to N - 1, got {arguments.part!r}")
+        if arguments.batch_examples < 1:
+            raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
+        made_from = teacher_fingerprint(arguments.teacher)
+        manifest = read_manifest(
+            arguments.manifest, audio_root=arguments.audio_root, check_audio=arguments.features is None
+        )
+        for problem in manifest.problems:
+            print(f"skipped {problem}")
+        examples = [e for e in manifest.examples if (e.target or "").strip()]
+        if not examples:
+            raise CacheError(f"{arguments.manifest}: no example with a target; they are written by python -m models pseudo-gt")
+        model = SpeechLM.from_pretrained(arguments.teacher).to(pick_device(arguments.device)).eval()
+        layers = parse_layers(arguments.layers, len(decoder_layers(model.lm)))
+        dtype = DTYPES[arguments.dtype]
+        tokens, needed = estimate(model, examples, dtype=dtype, layers=len(layers))
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(arguments.out).free
+        print(f"{len(examples)} samples, {tokens} tokens: {needed / 2**20:.1f} MiB; {free / 2**20:.0f} MiB are free")
+        if needed > free:
+            raise CacheError(f"--out: {arguments.out} has room for {free} bytes, the cache needs {needed}")
+        if arguments.features:
+            store = FeatureStore.load(arguments.features)
+        else:
+            store, problems = extract_features(examples, model.encode_audio, audio_root=manifest.audio_root)
+            for example_id, reason in problems:
+                print(f"skipped {example_id}: {reason}")
+        held = [e for e in examples if e.audio is None or e in store]
+        for example in {e.id for e in examples} - {e.id for e in held}:
+            print(f"skipped {example}: no features of its clip")
+        extra = {} if model.config.train_lm else {"prefix_cache": model.make_prefix_cache()}
+        written = fill_cache(
+            arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from, extra_inputs=extra, dtype=dtype,
+            layers=layers, part=number, batch_examples=arguments.batch_examples,
+        )  # fmt: skip
+        cache = ContrastCache(arguments.out, fingerprint=made_from)
+        print(f"{written} samples written, {len(cache)} in {arguments.out}, {cache.bytes / 2**20:.1f} MiB")
+        if arguments.measure:
+            some = [e for e in held if e.id in cache][: arguments.measure]
+            print(f"KL of the cached target distribution at alpha 2: {rounding_error(cache, model, store, some):.3g} nats")
+    except (CacheError, ManifestError, FeatureError, SpeechLMError, BackboneError, ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,576 @@
+"""Recipes: what a training run is, in one checked file.
+
+A recipe is a YAML file with the sections of `Recipe`; `key=value` words on the command line override it:
+
+    python -m models train caad loss.alpha=1 optim.steps=300 run.out_dir=runs/caad1
+
+A recipe is a name from models/training/recipes or a path. Every key is checked: an unknown one is an error that names the nearest
+known key and the file (or the command line) it came from. Units are part of the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import textwrap
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kdkernels.layer_mse import DIRECTIONS, LAYER_MAPS, layer_map
+from kdkernels.ops.dispatch import IMPLEMENTATIONS
+from kdkernels.ops.rows import DIVERGENCES
+from models.data.manifest import SPLITS
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
+TEACHER_OBJECTIVES = ("kd", "sharpened", "caad", "caad+")
+PARALLEL = ("none", "ddp", "fsdp2")
+# What objective caad+ adds to caad: the best of those tried on the dev split of models/experiments/six_systems.py.
+CAAD_PLUS = {"alpha": 4.0, "center_text": True}
+ROLES = ("audio", "text", "acoustic")
+PACKINGS = ("none", "pack", "varlen")
+TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
+
+
+class ConfigError(ValueError):
+    """A recipe, or an override of it, is wrong; the message names the key and where it was written."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which examples are trained on."""
+
+    manifest: str = ""  # JSONL manifest (models/data/manifest.py)
+    audio_root: str | None = None  # folder the manifest's audio paths start from; None = the manifest says
+    features: str | None = None  # file of encoder features (models/speech_lm/features.py); None = encode now, in memory
+    splits: tuple[str, ...] = ("train",)
+    tasks: tuple[str, ...] = ()  # empty = all
+    max_bad_fraction: float = 0.05  # of the manifest's rows; above it the run stops with the list
+    max_clip_seconds: float = 30.0
+    # How student and speech teachers lay out a batch: none = an example a row, padded; pack = side by side in rows of at most
+    # pack_tokens tokens, kept apart by SDPA's masks; varlen = in one row, by flash-attention 2 (CUDA; no prefix cache; not run).
+    packing: str = "none"
+    pack_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _one_of(self.packing, "data.packing", PACKINGS)
+        _check(self.pack_tokens >= 1, "data.pack_tokens", ">= 1", self.pack_tokens)
+        _check(0.0 <= self.max_bad_fraction <= 1.0, "data.max_bad_fraction", "a fraction in [0, 1]", self.max_bad_fraction)
+        _check(self.max_clip_seconds > 0, "data.max_clip_seconds", "> 0", self.max_clip_seconds)
+        for split in self.splits:
+            _one_of(split, "data.splits", SPLITS)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained: a saved SpeechLM, or the settings of a new one. Only its connector trains."""
+
+    folder: str | None = None  # SpeechLM.save_pretrained() folder to start from
+    settings: dict[str, Any] = field(default_factory=dict)  # of SpeechLMConfig, when there is no folder
+    feature_statistics: str | None = None  # SpeechLM folder whose standardisation of the features is taken over
+    fresh_connector: bool = False  # start the folder's connector from new random weights
+    bf16_products: bool = False  # frozen LM's linear layers multiply in bfloat16 (models/speech_lm/frozen_linear.py); CPU only
+    prefix_cache_mib: int = 4096  # keep the text prefix's KV between epochs, up to this; 0 = off
+
+    def __post_init__(self) -> None:
+        _check(self.prefix_cache_mib >= 0, "model.prefix_cache_mib", ">= 0", self.prefix_cache_mib)
+        if self.folder is not None and self.settings:
+            raise ConfigError(f"model.settings: expected none where model.folder is given, got {self.settings!r}")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Where the teacher's hidden states come from: a live model, or a ContrastCache written before."""
+
+    folder: str | None = None  # SpeechLM folder; always needed for kd / caad, since its LM head is
+    cache: str | None = None  # ContrastCache folder: the teacher's body is then never run
+    keep_mib: int = 0  # a live teacher's states of all examples, computed once before the first step, up to this; 0 = off
+    # Examples that a live teacher reads at a time: less memory, and with 1 its states do not depend on the batch, so they are
+    # those of a float32 cache made with --batch-examples 1 bit for bit (on a CPU with as many threads). 0 = the whole batch.
+    batch_examples: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.keep_mib >= 0, "teacher.keep_mib", ">= 0", self.keep_mib)
+        _check(self.batch_examples >= 0, "teacher.batch_examples", ">= 0", self.batch_examples)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """kd_weight * tau^2 * D(p || q) + (1 - kd_weight) * CE; see kdkernels.fused_linear_caad_loss."""
+
+    alpha: float = 2.0  # contrast strength (caad) or sharpening (sharpened)
+    alpha_start: float | None = None  # ramp from here to alpha; None = constant
+    alpha_ramp_steps: int = 0
+    # Divergence of the teacher's paths, in nats, at which a token gets half of alpha (kdkernels.adaptive_alpha); None = all
+    # tokens get alpha.
+    alpha_half_divergence: float | None = None
+    center_text: bool = False  # move the text path by its mean distance from the audio path (models/training/teachers.py)
+    temperature: float = 2.0
+    kd_weight: float = 0.7
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
+    jsd_beta: float = 0.5
+    plausibility: float | None = None  # keep tokens with z_audio >= max + log(this)
+    kd_token_weight: str = "choice"  # uniform | choice | divergence
+    kd_background_weight: float = 0.0  # choice: weight of the tokens that do not spell the answer
+    ce_token_weight: str = "choice"  # uniform | choice
+    ce_background_weight: float = 0.05
+    # Of each step's examples, chosen at random: only these are charged for the tokens around the answer, the more for it
+    # (weight / fraction). The same objective on average, with a fraction of the rows of logits.
+    ce_background_fraction: float = 1.0
+    chunk_tokens: int | None = None
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(self.alpha >= 0, "loss.alpha", ">= 0", self.alpha)
+        _check(self.alpha_start is None or self.alpha_start >= 0, "loss.alpha_start", ">= 0", self.alpha_start)
+        _check(self.alpha_ramp_steps >= 0, "loss.alpha_ramp_steps", ">= 0", self.alpha_ramp_steps)
+        half = self.alpha_half_divergence
+        _check(half is None or half > 0, "loss.alpha_half_divergence", "> 0", half)
+        _check(self.temperature > 0, "loss.temperature", "> 0", self.temperature)
+        _check(0 <= self.kd_weight <= 1, "loss.kd_weight", "in [0, 1]", self.kd_weight)
+        _check(0 < self.jsd_beta < 1, "loss.jsd_beta", "in (0, 1)", self.jsd_beta)
+        _one_of(self.divergence, "loss.divergence", DIVERGENCES)
+        _one_of(self.kd_token_weight, "loss.kd_token_weight", TOKEN_WEIGHTS)
+        _one_of(self.ce_token_weight, "loss.ce_token_weight", ("uniform", "choice"))
+        _check(self.kd_background_weight >= 0, "loss.kd_background_weight", ">= 0", self.kd_background_weight)
+        _check(self.ce_background_weight >= 0, "loss.ce_background_weight", ">= 0", self.ce_background_weight)
+        fraction = self.ce_background_fraction
+        _check(0 < fraction <= 1, "loss.ce_background_fraction", "in (0, 1]", fraction)
+        ok = self.plausibility is None or 0 < self.plausibility <= 1
+        _check(ok, "loss.plausibility", "in (0, 1]", self.plausibility)
+        if self.plausibility is not None and self.divergence == "reverse_kl":
+            raise ConfigError("loss.plausibility: expected null with divergence reverse_kl, which would be infinite")
+        _check(self.chunk_tokens is None or self.chunk_tokens >= 1, "loss.chunk_tokens", ">= 1", self.chunk_tokens)
+        _one_of(self.impl, "loss.impl", IMPLEMENTATIONS)
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether the divergence of the teacher's two paths decides anything."""
+        return self.kd_token_weight == "divergence" or self.alpha_half_divergence is not None
+
+    def alpha_at(self, step: int) -> float:
+        """Contrast strength of optimiser step `step` (the first is 1): linear from alpha_start to alpha."""
+        return ramp(self.alpha, self.alpha_start, self.alpha_ramp_steps, step)
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """Layer distillation beside the objective: weight * mean squared error; see kdkernels.fused_layer_mse_loss, layer_map."""
+
+    weight: float = 0.0  # added to the objective; 0 = no layer is compared
+    map: str = "all"  # top | skip | all
+    every: int = 7  # stride of "skip"
+    embeddings: bool = False  # also the layers' first input
+    pairs: tuple[str, ...] = ()  # "student-teacher" instead of a map, such as [7-9,14-18]
+    alpha: float = 0.0  # contrast of the layer target: (1 + alpha) h_audio - alpha h_text
+    direction: str = "student_to_teacher"  # which side is projected where widths differ
+    normalize: bool = False  # compare directions only: the error is then 2 - 2 cos, not the squared error by element
+
+    def __post_init__(self) -> None:
+        _check(self.weight >= 0, "layers.weight", ">= 0", self.weight)
+        _one_of(self.map, "layers.map", LAYER_MAPS)
+        _check(self.every >= 1, "layers.every", ">= 1", self.every)
+        _check(self.alpha >= 0, "layers.alpha", ">= 0", self.alpha)
+        _one_of(self.direction, "layers.direction", DIRECTIONS)
+        for pair in self.pairs:
+            _check(re.fullmatch(r"\d+-\d+", pair) is not None, "layers.pairs", "student-teacher, such as 7-9", pair)
+
+    def layer_pairs(self, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+        """(student, teacher) layers that are compared, given the depths of both.
+
+        Raises:
+            ConfigError: a pair out of range, or one layer in two pairs.
+        """
+        kind = [tuple(map(int, p.split("-"))) for p in self.pairs] or self.map
+        try:
+            pairs = layer_map(
+                student_layers, teacher_layers, kind, every=self.every, embeddings=self.embeddings and not self.pairs
+            )
+        except ValueError as error:
+            raise ConfigError(f"layers.pairs: {error}") from None
+        return pairs
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One more teacher of the same answer tokens; its term is weight * D(p_source || q), in the place of the objective's D.
+
+    role:
+        text      a language model reads what is known about the clip in words (Stage 1's wording) instead of the audio
+        acoustic  a frozen speech LM that hears what the student hears: by default the student itself before its first step,
+                  which keeps what it can hear already
+        audio     a speech LM seen with and without the audio, as the objective's own teacher
+    """
+
+    role: str = "text"
+    # text: hub id or folder of a causal LM; audio, acoustic: SpeechLM folder; null = the student's start (acoustic only)
+    folder: str | None = None
+    weight: float = 1.0  # of this source's divergence, beside 1 for the objective's own teacher
+    weight_start: float | None = None  # ramp from here to weight; None = constant
+    weight_ramp_steps: int = 0
+    alpha: float = 0.0  # audio: contrast strength
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
+    jsd_beta: float = 0.5
+    reasoning: bool = False  # text: put an example's metadata["reasoning"], where it has one, before the answer
+    layers: LayersConfig = field(default_factory=LayersConfig)  # compared with this source's layers
+    keep_mib: int = 1024  # its states of all examples are computed once before the first step, up to this; 0 = every step
+
+    def __post_init__(self) -> None:
+        _one_of(self.role, "role", ROLES)
+        _check(self.weight >= 0, "weight", ">= 0", self.weight)
+        _check(self.weight_start is None or self.weight_start >= 0, "weight_start", ">= 0", self.weight_start)
+        _check(self.weight_ramp_steps >= 0, "weight_ramp_steps", ">= 0", self.weight_ramp_steps)
+        _check(self.alpha >= 0, "alpha", ">= 0", self.alpha)
+        _one_of(self.divergence, "divergence", DIVERGENCES)
+        _check(0 < self.jsd_beta < 1, "jsd_beta", "in (0, 1)", self.jsd_beta)
+        _check(self.keep_mib >= 0, "keep_mib", ">= 0", self.keep_mib)
+        if self.folder is None and self.role != "acoustic":
+            raise ConfigError(f"folder: role {self.role!r} needs one, got none")
+        if self.role != "audio" and (self.alpha > 0 or self.layers.alpha > 0):
+            raise ConfigError(f"alpha: expected 0 with role {self.role!r}, which has no path without the audio")
+        if self.role != "text" and self.reasoning:
+            raise ConfigError(f"reasoning: expected false with role {self.role!r}, which reads no metadata")
+
+    def weight_at(self, step: int) -> float:
+        """Weight at optimiser step `step` (the first is 1): linear from weight_start to weight."""
+        return ramp(self.weight, self.weight_start, self.weight_ramp_steps, step)
+
+
+def ramp(value: float, start: float | None, steps: int, step: int) -> float:
+    """Linear from `start` at step 1 to `value` after `steps`; None = constant."""
+    if start is None or step > steps:
+        return value
+    return start + (value - start) * (step - 1) / steps
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and a cosine."""
+
+    steps: int = 300  # optimiser steps
+    batch_examples: int = 16  # examples an optimiser step
+    micro_batch_examples: int | None = None  # examples a forward pass; None = batch_examples (no accumulation)
+    learning_rate: float = 2e-3
+    min_learning_rate_fraction: float = 0.03
+    warmup_steps: int = 15
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    audio_dropout: float = 0.0  # probability that an example's audio is masked in training
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "optim.steps", ">= 1", self.steps)
+        _check(self.batch_examples >= 1, "optim.batch_examples", ">= 1", self.batch_examples)
+        micro = self.micro_batch_examples
+        ok = micro is None or (micro >= 1 and self.batch_examples % micro == 0)
+        _check(ok, "optim.micro_batch_examples", f"a divisor of batch_examples ({self.batch_examples})", micro)
+        _check(self.learning_rate > 0, "optim.learning_rate", "> 0", self.learning_rate)
+        fraction = self.min_learning_rate_fraction
+        _check(0 <= fraction <= 1, "optim.min_learning_rate_fraction", "in [0, 1]", fraction)
+        _check(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
+        _check(0 <= self.beta1 < 1, "optim.beta1", "in [0, 1)", self.beta1)
+        _check(0 <= self.beta2 < 1, "optim.beta2", "in [0, 1)", self.beta2)
+        _check(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
+        _check(self.max_grad_norm > 0, "optim.max_grad_norm", "> 0", self.max_grad_norm)
+        _check(0 <= self.audio_dropout < 1, "optim.audio_dropout", "in [0, 1)", self.audio_dropout)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimiser step `step` (the first is 1): linear warm-up, then half a cosine to the minimum."""
+        if step <= self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        low = self.min_learning_rate_fraction
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how it is watched."""
+
+    out_dir: str = "runs/default"
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    bf16: bool = True  # autocast; on CUDA only (slower than float32 on CPUs, by measurement)
+    gradient_checkpointing: bool = False
+    parallel: str = "none"  # none | ddp | fsdp2; the last two under torchrun, checkpoints are then distributed ones
+    log_every_steps: int = 10
+    save_every_steps: int = 100
+    keep_last_checkpoints: int = 2
+    resume: str = "never"  # never | auto (newest) | fallback (newest that is intact) | a checkpoint's folder
+    tensorboard: bool = True
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        _check(bool(self.out_dir), "run.out_dir", "a folder", self.out_dir)
+        _check(self.seed >= 0, "run.seed", ">= 0", self.seed)
+        _one_of(self.parallel, "run.parallel", PARALLEL)
+        _check(self.log_every_steps >= 1, "run.log_every_steps", ">= 1", self.log_every_steps)
+        _check(self.save_every_steps >= 1, "run.save_every_steps", ">= 1", self.save_every_steps)
+        _check(self.keep_last_checkpoints >= 1, "run.keep_last_checkpoints", ">= 1", self.keep_last_checkpoints)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run.
+
+    objective:
+        sft        cross-entropy on the target's tokens (makes the teacher from the true answers)
+        ce_only    the same on a student with pseudo ground truth; the control without any distillation
+        kd         plain distillation from the teacher's audio path, plus CE
+        sharpened  the control with (1 + alpha) * z_audio and nothing subtracted, plus CE
+        caad       the contrast of the teacher's two paths, plus CE
+        caad+      caad with the settings of CAAD_PLUS wherever `loss` leaves the default, chosen on
+            models.experiments.six_systems' dev split
+        sources    no teacher of its own: those named in `sources` alone, plus CE
+
+    sources: further teachers by name, beside the objective's own where it has one.
+    """
+
+    objective: str = "caad"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _one_of(self.objective, "objective", OBJECTIVES)
+        if self.objective == "caad+":
+            unset = {f.name: CAAD_PLUS[f.name] for f in dataclasses.fields(LossConfig)
+                     if f.name in CAAD_PLUS and getattr(self.loss, f.name) == f.default}  # fmt: skip
+            object.__setattr__(self, "loss", dataclasses.replace(self.loss, **unset))
+        if self.objective in TEACHER_OBJECTIVES and not self.teacher.folder:
+            raise ConfigError(f"teacher.folder: objective {self.objective!r} needs a teacher, got none")
+        if self.objective == "sharpened":
+            if self.loss.kd_token_weight == "divergence":
+                raise ConfigError("loss.kd_token_weight: 'divergence' needs the text path, which objective 'sharpened' lacks")
+            if self.loss.alpha_half_divergence is not None:
+                raise ConfigError("loss.alpha_half_divergence: expected null with objective 'sharpened', which has one path")
+        if self.layers.weight > 0 and self.objective not in TEACHER_OBJECTIVES:
+            raise ConfigError(f"layers.weight: expected 0 with objective {self.objective!r}, which has no teacher of its own")
+        if self.run.gradient_checkpointing:
+            for key, layers in self.compared_layers():
+                if layers.weight > 0:
+                    raise ConfigError(f"{key}.weight: expected 0 with run.gradient_checkpointing, which hides the layers' states")
+        if self.objective == "sources" and not self.sources:
+            raise ConfigError("sources: objective 'sources' needs at least one, got none")
+        if self.sources and self.objective in ("sft", "ce_only"):
+            raise ConfigError(f"sources: expected none with objective {self.objective!r}, which has no divergence; use 'sources'")
+        if self.objective == "sources":
+            if self.loss.kd_token_weight == "divergence":
+                raise ConfigError("loss.kd_token_weight: 'divergence' needs the objective's own teacher, got objective 'sources'")
+            if self.loss.alpha_half_divergence is not None:
+                raise ConfigError("loss.alpha_half_divergence: expected null with objective 'sources', which has no own teacher")
+        if "teacher" in self.sources:
+            raise ConfigError("sources.teacher: this name stands for the objective's own teacher; choose another")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective has a teacher of its own, that of `teacher`."""
+        return self.objective in TEACHER_OBJECTIVES
+
+    @property
+    def distils(self) -> bool:
+        """Whether any teacher's distribution is learned."""
+        return self.needs_teacher or bool(self.sources)
+
+    def compared_layers(self) -> list[tuple[str, LayersConfig]]:
+        """The layer settings by their keys in the recipe."""
+        return [("layers", self.layers), *((f"sources.{name}.layers", s.layers) for name, s in self.sources.items())]
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides.
+
+    Args:
+        recipe: a path, or the name of a file in models/training/recipes ("caad").
+        overrides: words such as "loss.alpha=1"; values are YAML (`null`, `[a,b]`, `1e-3`).
+
+    Returns:
+        the checked, frozen `Recipe`.
+
+    Raises:
+        ConfigError: no such file, unreadable YAML, an unknown key (with the nearest known one), a value of the wrong type
+            or outside its range; the message names the key and the file.
+    """
+    path = find_recipe(recipe)
+    try:
+        written = OmegaConf.load(path)
+    except Exception as error:  # PyYAML raises several unrelated types
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(written, DictConfig):
+        raise ConfigError(f"{path}: expected sections such as 'optim:', got a {type(written).__name__}")
+    _check_keys(OmegaConf.to_container(written), Recipe, source=str(path))
+    merged = _merge(OmegaConf.structured(_plain(Recipe)), written, source=str(path))
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {word!r}: expected key=value, such as loss.alpha=1")
+        try:
+            one = OmegaConf.from_dotlist([word])
+        except Exception as error:  # PyYAML raises several unrelated types
+            raise ConfigError(f"command line ({word}): not readable as YAML: {' '.join(str(error).split())}") from None
+        _check_keys(OmegaConf.to_container(one), Recipe, source="command line")
+        merged = _merge(merged, one, source=f"command line ({word})")
+    try:
+        return _build(Recipe, OmegaConf.to_container(merged, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or '?'}: {str(error).splitlines()[0]}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}{' + command line' if overrides else ''}: {error}") from None
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one."""
+    shipped = sorted(p.stem for p in RECIPES_DIR.glob("*.yaml"))
+    if recipe in shipped:
+        return RECIPES_DIR / f"{recipe}.yaml"
+    if Path(recipe).is_file():
+        return Path(recipe)
+    raise ConfigError(f"recipe {recipe!r}: no such file, and not one of the shipped {shipped}{_nearest(recipe, shipped)}")
+
+
+def describe_recipes() -> str:
+    """The shipped recipes by the first words of their files, and every key with its default: the help of the command line."""
+    lines = ["recipes:"]
+    for path in sorted(RECIPES_DIR.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+        lines.append(f"  {path.stem:12} {re.split(r'[.:;] ', comment)[0].rstrip('.')}")
+    lines += ["", "keys and defaults:", f"  objective = one of {', '.join(OBJECTIVES)}"]
+    for f in dataclasses.fields(Recipe)[1:]:
+        section, name = _section(Recipe, f.name), f"{f.name}.*"
+        if section is None:
+            section, name = _entry(Recipe, f.name), f"{f.name}.NAME.*"
+        words = [f"{key}={value!r}" for key, value in _defaults(section).items()]
+        lines += textwrap.wrap(f"{name}: {'  '.join(words)}", 110, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _defaults(section: type) -> dict[str, Any]:
+    """Keys and defaults; those of a section inside as `inner.*`, since they are listed where it stands by itself."""
+    shown = dataclasses.asdict(_plain(section)())
+    return {key if _section(section, key) is None else f"{key}.*": value if _section(section, key) is None else "as above"
+            for key, value in shown.items()}  # fmt: skip
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dicts, lists and scalars, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _plain(cls: type) -> Any:
+    """An OmegaConf-friendly twin of a config class: the same fields and types, without the checks.
+
+    OmegaConf instantiates defaults while it builds its schema; the real `Recipe` refuses to exist without a teacher.
+    """
+    fields = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        default = f.default_factory if f.default_factory is not dataclasses.MISSING else None
+        if (section := _section(cls, f.name)) is not None:
+            twin = _plain(section)
+            fields.append((f.name, twin, field(default_factory=twin)))
+        elif (entry := _entry(cls, f.name)) is not None:
+            fields.append((f.name, dict[str, _plain(entry)], field(default_factory=dict)))
+        else:
+            value = field(default_factory=default) if default is not None else field(default=f.default)
+            fields.append((f.name, hints[f.name], value))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def _section(cls: type, name: str) -> type | None:
+    """The config class of a field that is a section of its own; None for a plain value."""
+    hint = typing.get_type_hints(cls)[name]
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
+def _entry(cls: type, name: str) -> type | None:
+    """The config class of the entries of a field that maps names to sections; None for any other."""
+    arguments = typing.get_args(typing.get_type_hints(cls)[name])
+    return arguments[1] if len(arguments) == 2 and dataclasses.is_dataclass(arguments[1]) else None
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    arguments = {}
+    for f in dataclasses.fields(cls):
+        value = values[f.name]
+        if (section := _section(cls, f.name)) is not None:
+            value = _build(section, value, f"{prefix}{f.name}.")
+        elif (entry := _entry(cls, f.name)) is not None:
+            value = {name: _build_entry(entry, v, f"{prefix}{f.name}.{name}.") for name, v in value.items()}
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, float):
+            _check(math.isfinite(value), prefix + f.name, "a finite number", value)
+        arguments[f.name] = value
+    return cls(**arguments)
+
+
+def _build_entry(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    try:
+        return _build(cls, values, "")
+    except ConfigError as error:  # which names the key as the section does
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def _merge(base: DictConfig, other: DictConfig, *, source: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(base, other)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _check_keys(values: Any, cls: type, *, source: str, prefix: str = "") -> None:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: {prefix.rstrip('.')}: expected keys {sorted(known)}, got {values!r}")
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{_nearest(str(key), known, prefix)}")
+        if (section := _section(cls, key)) is not None:
+            _check_keys(value, section, source=source, prefix=f"{prefix}{key}.")
+        elif (entry := _entry(cls, key)) is not None:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {prefix}{key}: expected names, each with its keys, got {value!r}")
+            for name, inner in value.items():
+                _check_keys(inner, entry, source=source, prefix=f"{prefix}{key}.{name}.")
+
+
+def _nearest(word: str, known: Any, prefix: str = "") -> str:
+    """The hint of an error message. A key of another section is looked for too: `alpha` is found as `loss.alpha`."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {prefix + near[0]!r}?"
+    everywhere = {
+        f.name: f"{section.name}.{f.name}"
+        for section in reversed(dataclasses.fields(Recipe))  # of a name in two sections the first section's is meant
+        if dataclasses.is_dataclass(section.default_factory)
+        for f in dataclasses.fields(section.default_factory)
+    }
+    near = difflib.get_close_matches(word, everywhere, n=1, cutoff=0.75)
+    return f"; did you mean {everywhere[near[0]]!r}?" if near else f"; known: {', '.join(map(str, known))}"
+
+
+def _check(ok: bool, name: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _one_of(value: str, name: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{_nearest(value, allowed)}")

@@ -1,0 +1,410 @@
+"""What a training run is made of, by its recipe: the student, its examples as batches, and its teachers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from kdkernels.layer_states import decoder_layers
+from kdkernels.teacher import LMHead
+from models.backbones.device import inference_dtype
+from models.io_utils import fingerprint
+from models.speech_lm.collation import crop_to_targets
+from models.speech_lm.frozen_linear import use_bf16_products
+from models.training.recipe import DataConfig, Recipe, SourceConfig, to_dict
+from models.training.teachers import (
+    CachedTeacher,
+    CenteredTeacher,
+    KeptTeacher,
+    LayerDistillation,
+    ListeningTeacher,
+    LiveTeacher,
+    Source,
+    SourceError,
+    TextTeacher,
+    check_same_tokenizer,
+    kept_bytes,
+    snapshot,
+)
+
+_PADDED = DataConfig()
+OWN_TEACHER = "teacher"  # the name among the sources of the objective's own
+
+
+@dataclass
+class TrainingData:
+    """Examples, the recipe of a batch, and the order in which they are drawn.
+
+    Args:
+        examples: manifest examples that have a target.
+        make_batch: examples -> a batch with `ids`, `target_index`, `target`, `target_row`, `choice_mask`,
+            `model_inputs()` and `to(device)` (models/speech_lm/collation.py).
+        extra_inputs: added to every batch's model inputs, such as the prefix cache.
+        store: the clips' features, for a live teacher that makes its own batches.
+        crop: takes out of a batch what none of its targets depends on; None leaves it as it is.
+    """
+
+    examples: Sequence[Any]
+    make_batch: Callable[[Sequence[Any]], Any]
+    extra_inputs: Mapping[str, Any] = field(default_factory=dict)
+    store: Any = None
+    crop: Callable[[Any], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def draw(self, cursor: int, count: int, *, seed: int) -> list[int]:
+        """Rows `cursor` to `cursor + count` of the endless shuffled stream: every epoch is its own permutation.
+
+        A function of its arguments alone, so the position in the data is one number.
+        """
+        n = len(self.examples)
+        rows: list[int] = []
+        while len(rows) < count:
+            epoch, start = divmod(cursor + len(rows), n)
+            order = np.random.default_rng([seed, epoch]).permutation(n)
+            rows += order[start : start + count - len(rows)].tolist()
+        return rows
+
+    def model_inputs(self, batch: Any) -> dict[str, Any]:
+        """The keyword arguments of the model for `batch`."""
+        return {**batch.model_inputs(), **self.extra_inputs}
+
+
+def build_model(recipe: Recipe) -> torch.nn.Module:
+    """The SpeechLM of `recipe.model`, its connector the only part that requires grad."""
+    from models.backbones.resolve import BackboneError
+    from models.speech_lm.model import SpeechLM, SpeechLMConfig, SpeechLMError
+
+    settings = recipe.model
+    try:
+        if settings.folder is None:
+            return SpeechLM.from_config(SpeechLMConfig.from_dict(settings.settings))
+        model = SpeechLM.from_pretrained(settings.folder)
+    except BackboneError as error:
+        raise SourceError(str(error)) from error
+    except SpeechLMError as error:
+        raise SourceError(f"model.folder: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"model.settings: {error}") from error
+    if settings.fresh_connector:
+        model.connector.reset_parameters()
+    if settings.feature_statistics is not None:
+        copy_feature_statistics(settings.feature_statistics, model)
+    if settings.bf16_products:
+        if model.config.train_lm:
+            raise SourceError("model.bf16_products: expected a frozen language model, got train_lm true")
+        use_bf16_products(model.lm.get_decoder())
+    return model
+
+
+def copy_feature_statistics(folder: str, model: torch.nn.Module) -> None:
+    """Give `model` the standardisation of another SpeechLM's features, read from its folder; nothing else of it is loaded."""
+    try:
+        saved = load_file(Path(folder) / "connector.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"model.feature_statistics: {folder}: {error}") from error
+    for name, buffer in model.connector.named_buffers():
+        if name not in saved or saved[name].shape != buffer.shape:
+            raise SourceError(f"model.feature_statistics: {folder} has no {name} of shape {tuple(buffer.shape)}")
+        buffer.copy_(saved[name])
+
+
+def check_folders(recipe: Recipe) -> None:
+    """Whether the files and folders that `recipe` names are there: asked before a backbone is loaded or fetched.
+
+    Raises:
+        SourceError: one is missing; the message names the key.
+    """
+    wanted = [("data.features", recipe.data.features, "")]
+    wanted += [(f"model.{name}", getattr(recipe.model, name), "speech_lm.json") for name in ("folder", "feature_statistics")]
+    if recipe.needs_teacher:
+        wanted += [("teacher.folder", recipe.teacher.folder, "speech_lm.json")]
+        wanted += [("teacher.cache", recipe.teacher.cache, "cache.json")]
+    wanted += [(f"sources.{name}.folder", s.folder, "speech_lm.json") for name, s in recipe.sources.items() if s.role != "text"]
+    for key, given, inside in wanted:
+        if given is not None and not (Path(given) / inside).is_file():
+            raise SourceError(f"{key}: expected {'a folder with ' + inside if inside else 'a file'}, got {given}")
+
+
+def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
+    """The examples of `recipe.data` that have a target, and the root of their audio; skipped rows are listed.
+
+    Raises:
+        SourceError: no manifest, too many bad rows in it, or no such example.
+    """
+    from models.data.manifest import ManifestError, read_manifest
+
+    settings = recipe.data
+    if not settings.manifest:
+        raise SourceError("data.manifest: expected a file, got none")
+    try:
+        manifest = read_manifest(
+            settings.manifest,
+            audio_root=settings.audio_root,
+            max_bad_fraction=settings.max_bad_fraction,
+            check_audio=settings.features is None,
+            max_seconds=settings.max_clip_seconds,
+        )
+    except ManifestError as error:
+        raise SourceError(f"data.manifest: {error}") from error
+    for problem in manifest.problems:
+        tqdm.write(f"skipped {problem}")
+    examples = [e for e in manifest.examples if e.split in settings.splits and (e.target or "").strip()]
+    examples = [e for e in examples if not settings.tasks or e.task in settings.tasks]
+    if not examples:
+        raise SourceError(
+            f"data: no example with a target in {settings.manifest} (splits {list(settings.splits)}, tasks "
+            f"{list(settings.tasks) or 'all'}); targets are written by python -m models pseudo-gt"
+        )
+    return examples, manifest.audio_root
+
+
+def build_data(
+    recipe: Recipe, model: torch.nn.Module, examples: Sequence[Any], audio_root: Path, *, store: Any = None
+) -> TrainingData:
+    """`examples` batched for `model`, with their features (`store`, or those of the recipe) and prefix cache.
+
+    A model without a history (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
+    """
+    from models.speech_lm.features import FeatureError, FeatureStore, extract_features
+
+    settings = recipe.data
+    try:
+        if store is None and settings.features is not None:
+            store = FeatureStore.load(settings.features)
+        elif store is None:
+            store, problems = extract_features(
+                examples,
+                model.encode_audio,
+                audio_root=audio_root,
+                max_seconds=settings.max_clip_seconds,
+                max_bad_fraction=settings.max_bad_fraction,
+                progress_bar=recipe.run.progress_bar,
+            )
+            for example_id, reason in problems:
+                tqdm.write(f"skipped {example_id}: {reason}")
+    except FeatureError as error:
+        raise SourceError(f"data: {error}") from error
+    with_features = [e for e in examples if e.audio is None or e in store]
+    if len(examples) - len(with_features) > settings.max_bad_fraction * len(examples):
+        raise SourceError(f"data.features: {settings.features} lacks {len(examples) - len(with_features)} of the clips")
+    if settings.features is not None:
+        for example in examples:
+            if example.audio is not None and example not in store:
+                tqdm.write(f"skipped {example.id}: {settings.features} lacks its clip")
+    if recipe.model.folder is None and recipe.model.feature_statistics is None:
+        model.fit_feature_statistics(store.rows([e for e in with_features if e.audio is not None]))
+    # Activation checkpointing drops the KV cache, so the two exclude each other.
+    cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
+    cache_mib = recipe.model.prefix_cache_mib if cached else 0
+    return make_training_data(model, with_features, store, prefix_cache_mib=cache_mib, layout=settings)
+
+
+def make_training_data(
+    model: torch.nn.Module,
+    examples: Sequence[Any],
+    store: Any,
+    *,
+    prefix_cache_mib: int = 4096,
+    layout: DataConfig = _PADDED,
+) -> TrainingData:
+    """Batches of `examples` for `model` (a SpeechLM), their features taken from `store` (a FeatureStore).
+
+    `layout`: its `packing` and `pack_tokens` decide how the model lays out a batch.
+
+    Raises:
+        SourceError: packing "varlen" where flash-attention 2 cannot be used, or with a language model in float32.
+    """
+    if layout.packing == "varlen":
+        prefix_cache_mib = 0
+        try:
+            model.lm.set_attn_implementation("flash_attention_2")
+        except (ImportError, ValueError) as error:
+            raise SourceError(f"data.packing: varlen needs flash-attention 2: {error}") from error
+        if model.lm.dtype not in (torch.bfloat16, torch.float16):
+            raise SourceError(f"data.packing: varlen needs an LM in bfloat16 or float16 (lm_dtype), got {model.lm.dtype}")
+    collator = model.make_collator()
+
+    def make_batch(chosen: Sequence[Any]) -> Any:
+        return collator(chosen, store.rows(chosen))
+
+    extra: dict[str, Any] = {}
+    if prefix_cache_mib:
+        extra["prefix_cache"] = model.make_prefix_cache(max_bytes=prefix_cache_mib << 20)
+    if layout.packing != "none":
+        extra["pack_tokens"] = layout.pack_tokens
+    return TrainingData(examples, make_batch, extra, store, crop_to_targets)
+
+
+def build_sources(
+    recipe: Recipe,
+    data: TrainingData,
+    model: torch.nn.Module,
+    *,
+    device: torch.device,
+    kept: MutableMapping[str, Source] | None = None,
+) -> list[Source]:
+    """Every teacher of `recipe` for the student `model`, the objective's own first, under the name OWN_TEACHER.
+
+    To be called before training or resuming changes the student: a snapshot of it is taken here. A teacher's states are
+    computed once for all examples where they fit into its keep_mib, else in every step.
+
+    Args:
+        kept: sources of earlier runs in this process, by a fingerprint of what they depend on: taken from there where one fits
+            (its layers as they were before any training), and put there.
+
+    Raises:
+        SourceError: a model that cannot be had, or whose tokenizer is another.
+    """
+
+    def one(name: str, settings: SourceConfig) -> Source:
+        if kept is None:
+            return _build_source(recipe, name, settings, data, model, device)
+        key = _source_fingerprint(recipe, name, settings, depth=len(decoder_layers(model.lm)))
+        if key not in kept:
+            kept[key] = _build_source(recipe, name, settings, data, model, device)
+        return dataclasses.replace(kept[key], settings=settings, layers=copy.deepcopy(kept[key].layers))
+
+    sources = []
+    if recipe.needs_teacher:
+        own = SourceConfig(
+            role="audio",
+            folder=recipe.teacher.folder,
+            alpha=recipe.loss.alpha,
+            divergence=recipe.loss.divergence,
+            jsd_beta=recipe.loss.jsd_beta,
+            layers=recipe.layers,
+            keep_mib=recipe.teacher.keep_mib,
+        )
+        sources.append(one(OWN_TEACHER, own))
+    return sources + [one(name, each) for name, each in recipe.sources.items()]
+
+
+def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, depth: int) -> str:
+    """Of all that a built `Source` depends on, apart from its settings of weight and divergence; `depth`: student's layers."""
+    depends = {
+        "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
+        "layers": to_dict(settings.layers),
+        "own": [recipe.teacher.cache, recipe.teacher.batch_examples, recipe.loss.center_text] if name == OWN_TEACHER else [],
+        "data": to_dict(recipe.data),
+        "student": [depth, recipe.model.bf16_products, recipe.model.prefix_cache_mib],
+    }
+    if settings.folder is None:  # a snapshot of the student
+        depends["student"] += [to_dict(recipe.model), recipe.run.seed]
+    return fingerprint(depends)
+
+
+def _build_source(
+    recipe: Recipe, name: str, settings: SourceConfig, data: TrainingData, model: torch.nn.Module, device: torch.device
+) -> Source:
+    key = name if name == OWN_TEACHER else f"sources.{name}"
+    # FSDP2 takes the student's weights apart, where a snapshot would find only a shard.
+    lm, tokenizer = _load_source(key, settings, model, device, share=recipe.run.parallel != "fsdp2")
+    check_same_tokenizer(f"{key}.folder", model.tokenizer, tokenizer)
+    layers = None
+    if settings.layers.weight > 0:
+        depths = [len(decoder_layers(m)) for m in (model.lm, getattr(lm, "lm", lm))]
+        widths = [m.get_output_embeddings().weight.shape[1] for m in (model, lm)]
+        layers = LayerDistillation.build(settings.layers, depths=depths, widths=widths)
+    if name == OWN_TEACHER and recipe.teacher.cache is not None:
+        teacher: Any = _cached_teacher(recipe, data, model, lm, device, layers.teacher_layers if layers else ())
+        return Source(name, settings, CenteredTeacher(teacher, data) if recipe.loss.center_text else teacher, layers)
+    options = {"device": device, "layers": layers.teacher_layers if layers else ()}
+    if settings.role == "text":
+        collator = model.make_collator()
+        end_id = collator.tokenizer.eos_token_id if collator.append_eos else None
+        teacher = TextTeacher(
+            lm, tokenizer, target_ids=collator.target_ids, end_id=end_id, reasoning=settings.reasoning, **options
+        )
+    else:
+        _check_same_features(f"{key}.folder", model, lm)
+        own = make_training_data(
+            lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib, layout=recipe.data
+        )
+        if _hears_both(name, settings):
+            at_once = recipe.teacher.batch_examples if name == OWN_TEACHER else 0
+            teacher = LiveTeacher(lm, own, batch_examples=at_once, **options)
+        else:
+            teacher = ListeningTeacher(lm, own, **options)
+    if settings.keep_mib:
+        needed_mib = kept_bytes(teacher, data) / (1 << 20)
+        if needed_mib <= settings.keep_mib:
+            teacher = KeptTeacher(teacher, data, title=f"states of {name}", progress_bar=recipe.run.progress_bar)
+        else:
+            tqdm.write(
+                f"{key}.keep_mib: the states of {len(data)} examples take {needed_mib:.0f} MiB, {settings.keep_mib} are allowed; "
+                "this teacher runs in every step"
+            )
+    if name == OWN_TEACHER and recipe.loss.center_text:
+        teacher = CenteredTeacher(teacher, data)
+    return Source(name, settings, teacher, layers)
+
+
+def _check_same_features(key: str, model: torch.nn.Module, lm: torch.nn.Module) -> None:
+    """A live teacher is given the features that the student's encoder has made."""
+    for name in ("encoder_layers", "audio_frames", "max_audio_seconds"):
+        theirs, ours = getattr(lm.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise SourceError(
+                f"{key}: it hears with {name} {theirs}, the student with {ours}. A live teacher takes the student's features: "
+                "make them alike, or let the teacher hear its own once (python -m models cache) and pass teacher.cache"
+            )
+    theirs, ours = lm.encoder.state_dict(), model.encoder.state_dict()
+    if theirs.keys() != ours.keys() or not all(torch.equal(x.to(ours[name]), ours[name]) for name, x in theirs.items()):
+        raise SourceError(f"{key}: it hears with another encoder than the student ({lm.config.encoder}, {model.config.encoder})")
+
+
+def _cached_teacher(
+    recipe: Recipe, data: TrainingData, model: torch.nn.Module, lm: Any, device: torch.device, layers: Sequence[int]
+) -> CachedTeacher:
+    from kdkernels.contrast_cache import ContrastCache
+    from models.training.cache_identity import sample_content, teacher_fingerprint
+
+    # The clip can be compared where the teacher hears the student's features.
+    hears = ("encoder", "encoder_layers", "audio_frames")
+    same = data.store is not None and all(getattr(model.config, x) == getattr(lm.config, x) for x in hears)
+
+    def content(example: Any) -> str:
+        return sample_content(example, data.store.rows([example])[0] if same else None)
+
+    try:
+        cache = ContrastCache(recipe.teacher.cache, fingerprint=teacher_fingerprint(recipe.teacher.folder))
+        return CachedTeacher(cache, LMHead.from_model(lm.to(device)), device=device, content=content, layers=layers)
+    except ValueError as error:
+        raise SourceError(f"teacher.cache: {error}") from error
+
+
+def _hears_both(name: str, settings: SourceConfig) -> bool:
+    """Whether a source is seen with the audio and without."""
+    return settings.role == "audio" and (name == OWN_TEACHER or settings.alpha > 0 or settings.layers.alpha > 0)
+
+
+def _load_source(
+    key: str, settings: SourceConfig, model: torch.nn.Module, device: torch.device, *, share: bool
+) -> tuple[Any, Any]:
+    """A source's model, frozen, and its tokenizer; `share`: see `snapshot`."""
+    from models.backbones.resolve import BackboneError, load_causal_lm
+    from models.speech_lm.model import SpeechLM, SpeechLMError
+
+    if settings.folder is None:
+        return snapshot(model, share=share), model.tokenizer
+    try:
+        if settings.role == "text":
+            lm, tokenizer = load_causal_lm(settings.folder, dtype=inference_dtype(device))
+        else:
+            lm = SpeechLM.from_pretrained(settings.folder)
+            tokenizer = lm.tokenizer
+    except (BackboneError, SpeechLMError) as error:
+        raise SourceError(f"{key}.folder: {error}") from error
+    return lm.requires_grad_(False), tokenizer

@@ -1,0 +1,540 @@
+"""The teachers of a training step: who says what about the target tokens, live, kept in memory or from a cache.
+
+A teacher is a callable (batch, its examples) -> `TeacherStates`: hidden states at the N positions that predict the target,
+with the LM head that reads them; never logits.
+
+    LiveTeacher      a speech LM on both paths, with the audio and without (kdkernels.DualPathTeacher)
+    CachedTeacher    the same from a ContrastCache on the disk
+    ListeningTeacher a speech LM with the audio alone, such as a frozen snapshot of the student
+    TextTeacher      a language model that reads what is known about the clip in words
+    KeptTeacher      any of them, each example computed once
+    CenteredTeacher  one with both paths, the text path moved to where the audio path is on average
+
+Legend: N target tokens of a batch, H_s / H_t hidden widths of student and teacher, K layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from kdkernels.layer_mse import LayerProjections
+from kdkernels.layer_states import LayerStates
+from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
+from models.training.recipe import LayersConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from models.data.manifest import Example
+
+_KEPT_BATCH_EXAMPLES = 32
+
+
+class SourceError(RuntimeError):
+    """Data or a model of the recipe is missing or unusable; the message says which and what was expected."""
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """What a frozen teacher says about the N target tokens of a batch, before its LM head.
+
+    audio_hidden: (N, H_t), of a teacher without the audio what it reads instead; text_hidden: (N, H_t) or None; head: weight,
+    bias, softcap, logit_scale of the LM head; audio_layers, text_layers: (N, K, H_t), the layers the recipe compares, or
+    None; speaks: (N,) bool, False where this teacher has nothing to say; None = everywhere; divergence: (N,) float32 of the two
+    paths, nats, where something depends on it.
+    """
+
+    audio_hidden: torch.Tensor
+    text_hidden: torch.Tensor | None
+    head: Any
+    audio_layers: torch.Tensor | None = None
+    text_layers: torch.Tensor | None = None
+    speaks: torch.Tensor | None = None
+    divergence: torch.Tensor | None = None
+
+    TENSORS = ("audio_hidden", "text_hidden", "audio_layers", "text_layers", "speaks", "divergence")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are there, by name; each has N rows."""
+        return {name: getattr(self, name) for name in self.TENSORS if getattr(self, name) is not None}
+
+    def at(self, positions: torch.Tensor) -> TeacherStates:
+        """Those of the target tokens `positions`, (n,) int64."""
+        positions = positions.to(self.audio_hidden.device, non_blocking=True)
+        return dataclasses.replace(self, **{name: x[positions] for name, x in self.tensors().items()})
+
+    def with_divergence(self) -> TeacherStates:
+        """The same with `divergence`."""
+        return dataclasses.replace(self, divergence=path_divergence(self))
+
+
+Teacher = Callable[[Any, Sequence[Any]], TeacherStates]
+
+
+@dataclass
+class Source:
+    """One teacher of a run, as the loop uses it: `settings.weight_at(step)` times its divergence, and its layers.
+
+    layers: the `LayerDistillation` of this teacher, or None.
+    """
+
+    name: str
+    settings: SourceConfig
+    teacher: Teacher
+    layers: LayerDistillation | None = None
+
+
+class LiveTeacher:
+    """Runs the frozen teacher on each batch: both paths in one pass (kdkernels.DualPathTeacher).
+
+    Args:
+        lm: the teacher's SpeechLM.
+        data: a TrainingData, how its batches are made; its prompt may use another number of audio tokens than the student's.
+        device: where it runs.
+        layers: whose states are handed out as well.
+        batch_examples: read at a time; 0 = all of a batch.
+    """
+
+    def __init__(
+        self,
+        lm: torch.nn.Module,
+        data: Any,
+        *,
+        device: torch.device,
+        layers: Sequence[int] = (),
+        batch_examples: int = 0,
+    ) -> None:
+        self._teacher = DualPathTeacher(lm.to(device).eval(), negative=MarkAbsent("audio_present"), layers=layers)
+        self._data = data
+        self._device = device
+        self._batch_examples = batch_examples
+
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        at_once = self._batch_examples or len(examples)
+        parts = [self._read(examples[start : start + at_once]) for start in range(0, len(examples), at_once)]
+        _check_same_targets(batch, sum(len(part.audio_hidden) for part in parts))
+        if len(parts) == 1:
+            return parts[0]
+        return TeacherStates(head=self._teacher.head, **_joined([part.tensors() for part in parts]))
+
+    def _read(self, examples: Sequence[Any]) -> TeacherStates:
+        own = _own_batch(self._data, examples, self._device)
+        states = self._teacher(self._data.model_inputs(own), own.target_index)
+        return TeacherStates(
+            states.audio_hidden, states.text_hidden, self._teacher.head, states.audio_layers, states.text_layers
+        )
+
+
+class CachedTeacher:
+    """Reads the teacher's hidden states from a ContrastCache; the teacher's body is never run.
+
+    Args:
+        cache: an open kdkernels.ContrastCache.
+        head: the teacher's LM head, on the device of the loss.
+        content: an example -> what the cache has to say of its content (models/training/fill_cache.py); asked once
+            about each. The cache's may go on behind it.
+        layers: whose states are handed out as well, all of them in the cache.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        head: Any,
+        *,
+        device: torch.device,
+        content: Callable[[Any], str] | None = None,
+        layers: Sequence[int] = (),
+    ) -> None:
+        missing = sorted(set(layers) - set(cache.layers))
+        if missing:
+            raise ValueError(f"expected the states of layers {list(layers)}, got a cache that lacks {missing}")
+        self._cache = cache
+        self._head = head
+        self._device = device
+        self._content = content
+        self._columns = [cache.layers.index(layer) for layer in layers]
+        self._checked: set[str] = set()
+
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        try:
+            self._check(examples)
+            states = self._cache.get(batch.ids)
+        except KeyError as error:
+            raise SourceError(f"teacher.cache: {error.args[0] if error.args else error}") from error
+        if not torch.equal(states.target, batch.target.cpu()):
+            raise SourceError(f"teacher.cache: made for other targets than those of the batch {batch.ids[0]} ...")
+        found = [states.audio_hidden, states.text_hidden]
+        if self._columns:
+            found += [layers[:, self._columns] for layers in (states.audio_layers, states.text_layers)]
+        audio, text, *layers = (h.to(self._device, self._head.weight.dtype) for h in found)
+        return TeacherStates(audio, text, self._head, *layers)
+
+    def _check(self, examples: Sequence[Any]) -> None:
+        for example in examples:
+            if self._content is not None and example.id not in self._checked:
+                held, now = self._cache.content(example.id), self._content(example)
+                if held and not held.startswith(now):
+                    raise SourceError(
+                        f"teacher.cache: sample {example.id!r} was cached with another prompt, clip or target ({held}, now {now})"
+                    )
+                self._checked.add(example.id)
+
+
+class ListeningTeacher:
+    """A frozen speech LM that hears the clip, on one path; the acoustic teacher is such a snapshot of the student.
+
+    Args:
+        lm: a SpeechLM; `snapshot(student)` makes one of the student as it is now.
+        data, device, layers: as in `LiveTeacher`.
+    """
+
+    def __init__(self, lm: torch.nn.Module, data: Any, *, device: torch.device, layers: Sequence[int] = ()) -> None:
+        self._lm = lm.to(device).eval()
+        self._data = data
+        self._device = device
+        self._layers = tuple(layers)
+        self._head = LMHead.from_model(self._lm)
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        own = _own_batch(self._data, examples, self._device)
+        _check_same_targets(batch, len(own.target))
+        layers = {"layers": self._layers} if self._layers else {}
+        states = self._lm.hidden_states_at(own.target_index, **self._data.model_inputs(own), **layers)
+        return _one_path(states, self._head)
+
+
+class TextTeacher:
+    """A language model that reads a clip's textual rendering and is forced through the same answer.
+
+    What it reads is Stage 1's prompt (models/pseudo_gt/stage1.py): worked examples, "[00:00-00:03] words (Gender:
+    man, ...)", and with
+    `reasoning` an example's metadata["reasoning"]; the answer's tokens follow. The worked examples of a task are read once. It
+    says nothing about the end-of-text token, since in its prompt an answer ends with its line.
+
+    Args:
+        lm: a causal LM of transformers, frozen.
+        tokenizer: its own.
+        target_ids: an example -> the token ids of its target, as the student's collator makes them.
+        end_id: the id that ends a target there, or None.
+        device: where it runs.
+        layers: whose states are handed out as well.
+        reasoning: see above.
+    """
+
+    def __init__(
+        self,
+        lm: torch.nn.Module,
+        tokenizer: Any,
+        *,
+        target_ids: Callable[[Example], list[int]],
+        end_id: int | None,
+        device: torch.device,
+        layers: Sequence[int] = (),
+        reasoning: bool = False,
+    ) -> None:
+        from models.pseudo_gt.stage1 import WorkedPrefixes
+
+        self._lm = lm.to(device).eval()
+        self._tokenizer = tokenizer
+        self._target_ids = target_ids
+        self._end_id = end_id
+        self._device = device
+        self._layers = tuple(layers)
+        self._reasoning = reasoning
+        self._prefixes = WorkedPrefixes(self._lm, tokenizer)
+        self._head = LMHead.from_model(self._lm)
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, examples: Sequence[Example]) -> TeacherStates:
+        from models.pseudo_gt.stage1 import worked_examples
+
+        targets = [self._target_ids(example) for example in examples]
+        if [token for target in targets for token in target] != batch.target.tolist():
+            raise SourceError(f"text teacher: the batch of {batch.ids[0]} ... has other target tokens than its examples")
+        by_prefix: dict[str, list[int]] = {}
+        for row, example in enumerate(examples):
+            by_prefix.setdefault(worked_examples(example), []).append(row)
+        states: list[torch.Tensor | None] = [None] * len(examples)
+        for prefix, rows in by_prefix.items():
+            read = self._read(prefix, [self._prompt(examples[row]) for row in rows], [targets[row] for row in rows])
+            for row, one in zip(rows, read, strict=True):
+                states[row] = one
+        speaks = None
+        if self._end_id is not None:
+            speaks = batch.target.to(self._device) != self._end_id
+        return dataclasses.replace(_one_path(torch.cat(states), self._head), speaks=speaks)
+
+    def _prompt(self, example: Example) -> list[int]:
+        from models.pseudo_gt.stage1 import prompt_end
+
+        reasoning = example.metadata.get("reasoning") if self._reasoning else None
+        return self._tokenizer.encode(prompt_end(example, reasoning), add_special_tokens=False)
+
+    def _read(self, prefix: str, prompts: list[list[int]], targets: list[list[int]]) -> list[torch.Tensor]:
+        """(n, H) or (n, 1 + K, H) of each row's target tokens."""
+        from models.backbones.causal_lm import cache_keyword, pad_rows
+
+        # The last target token predicts nothing that is wanted.
+        ids, mask = pad_rows([p + t[:-1] for p, t in zip(prompts, targets, strict=True)])
+        columns = ids.shape[1]
+        index = [
+            row * columns + len(prompt) - 1 + n
+            for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
+            for n in range(len(target))
+        ]
+        prefix_ids, cache = self._prefixes.expanded(prefix, len(prompts))
+        length = prefix_ids.shape[1]
+        ids, mask, at = (x.to(self._device) for x in (ids, mask, torch.tensor(index)))
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([mask.new_ones(len(prompts), length), mask], 1),
+            "position_ids": length + torch.arange(columns, device=self._device).expand_as(ids),
+            "use_cache": True,
+        }
+        decoder = self._lm.get_decoder()
+        inputs[cache_keyword(decoder)] = cache
+        if self._layers:
+            with LayerStates(self._lm, self._layers, at) as layers:
+                hidden = decoder(**inputs).last_hidden_state
+            states = torch.cat([hidden.flatten(0, 1)[at][:, None], layers.stacked()], 1)
+        else:
+            states = decoder(**inputs).last_hidden_state.flatten(0, 1)[at]
+        return list(states.split([len(target) for target in targets]))
+
+
+class KeptTeacher:
+    """A teacher's states of all examples, computed once, in the examples' order: teacher and targets are fixed.
+
+    Computed before the first step and not as they come, so that a resumed run sees the same bits as an undisturbed one.
+
+    Args:
+        teacher: asked once about every example.
+        data: the TrainingData that the run draws from.
+        title: of the progress bar.
+    """
+
+    def __init__(self, teacher: Teacher, data: Any, *, title: str, progress_bar: bool = True) -> None:
+        self._states: dict[str, dict[str, torch.Tensor]] = {}
+        self._head: Any = None
+        self._device: torch.device | None = None
+        self.bytes = 0
+        with tqdm(total=len(data), desc=title, unit="example", disable=not progress_bar) as bar:
+            for start in range(0, len(data), _KEPT_BATCH_EXAMPLES):
+                chosen = data.examples[start : start + _KEPT_BATCH_EXAMPLES]
+                self._keep(data.make_batch(chosen), teacher, chosen)
+                bar.update(len(chosen))
+
+    def _keep(self, batch: Any, teacher: Teacher, examples: Sequence[Any]) -> None:
+        states = teacher(batch, examples)
+        self._head, self._device = states.head, states.audio_hidden.device
+        for row, name in enumerate(batch.ids):
+            here = (batch.target_row == row).nonzero()[:, 0].to(self._device)
+            self._states[name] = {key: x[here].cpu() for key, x in states.tensors().items()}
+            self.bytes += sum(x.nbytes for x in self._states[name].values())
+
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        rows = [self._states[name] for name in batch.ids]
+        joined = {key: x.to(self._device, non_blocking=True) for key, x in _joined(rows).items()}
+        return TeacherStates(**{"text_hidden": None, "head": self._head, **joined})
+
+
+class CenteredTeacher:
+    """A teacher whose text path is moved by its mean distance from the audio path, before any contrast.
+
+        h_text' = h_text + mean over items of (h_audio - h_text)
+
+    The path without audio has a preference of its own for some answers, which the contrast would amplify against them: a
+    constant among the logits of an answer's token. The mean is taken for each task and each of the tokens that spell the answer,
+    over at most `max_examples` of the examples; other tokens are left as they are.
+
+    Args:
+        teacher: with both paths, such as a `CachedTeacher`.
+        data: the TrainingData that the run draws from; labels are not looked at.
+    """
+
+    def __init__(self, teacher: Teacher, data: Any, *, max_examples: int = 1024) -> None:
+        self._teacher = teacher
+        stride = -(-len(data) // max_examples)
+        chosen = data.examples[::stride]
+        sums: dict[tuple[str, int], torch.Tensor] = {}
+        counts: Counter[tuple[str, int]] = Counter()
+        for start in range(0, len(chosen), _KEPT_BATCH_EXAMPLES):
+            group = chosen[start : start + _KEPT_BATCH_EXAMPLES]
+            batch = data.make_batch(group)
+            states = teacher(batch, group)
+            if states.text_hidden is None:
+                raise ValueError("teacher: expected both paths, got no text_hidden")
+            distance = (states.audio_hidden - states.text_hidden).double()
+            for key, token in _spelling_tokens(batch, group):
+                sums[key] = sums.get(key, 0) + distance[token]
+                counts[key] += 1
+        self._offsets = {key: total / counts[key] for key, total in sums.items()}
+
+    def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
+        states = self._teacher(batch, examples)
+        text = states.text_hidden.clone()
+        for key, token in _spelling_tokens(batch, examples):
+            if key in self._offsets:
+                text[token] += self._offsets[key].to(text.dtype)
+        return dataclasses.replace(states, text_hidden=text)
+
+
+def _spelling_tokens(batch: Any, examples: Sequence[Any]) -> Iterator[tuple[tuple[str, int], int]]:
+    """((task, number among the answer's tokens), number of the target token) of each token that spells an answer."""
+    seen: Counter[int] = Counter()
+    rows = batch.target_row.tolist()
+    for token in batch.choice_mask.nonzero()[:, 0].tolist():
+        row = rows[token]
+        yield (examples[row].task, seen[row]), token
+        seen[row] += 1
+
+
+def kept_bytes(teacher: Teacher, data: Any) -> int:
+    """What `KeptTeacher` would hold for all of `data`, judged by its first examples."""
+    chosen = data.examples[:_KEPT_BATCH_EXAMPLES]
+    states = teacher(data.make_batch(chosen), chosen)
+    return sum(x.nbytes for x in states.tensors().values()) * len(data) // len(chosen)
+
+
+def snapshot(model: torch.nn.Module, *, share: bool = True) -> torch.nn.Module:
+    """A frozen copy of `model` as it is now; with `share`, weights that do not train are shared, so it costs what trains."""
+    shared: dict[int, Any] = {}
+    for part in model.modules() if share else ():
+        if not any(p.requires_grad for p in part.parameters()):
+            shared |= {id(b): b for b in part.buffers()}
+    shared |= {id(p): p for p in model.parameters() if share and not p.requires_grad}
+    shared |= {id(x): x for x in vars(model).values() if isinstance(x, types.ModuleType)}  # which cannot be copied
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+def check_same_tokenizer(name: str, student: Any, teacher: Any) -> None:
+    """Distillation by token needs one tokenizer; vocabularies that are padded differently are fine.
+
+    Raises:
+        SourceError: the two give different ids to the same text; the message shows where.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
+    if differing:
+        token = differing[0]
+        why = f"{token!r} is id {ours[token]} of the student and {theirs[token]} of the teacher"
+    else:
+        token = sorted(ours.keys() ^ theirs.keys())[0]
+        why = f"{token!r} is a token of {'the student' if token in ours else 'the teacher'} alone"
+    raise SourceError(
+        f"{name}: expected the student's tokenizer, got another one ({why}); distillation by token needs the same ids"
+    )
+
+
+@torch.no_grad()
+def path_divergence(states: TeacherStates, *, chunk_tokens: int = 256) -> torch.Tensor:
+    """KL(softmax z_audio || softmax z_text) of each token, (N,) float32, in chunks of `chunk_tokens` rows of logits."""
+    if states.text_hidden is None:
+        raise ValueError("states: expected both paths, got no text_hidden")
+    out = []
+    for start in range(0, len(states.audio_hidden), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        audio, text = (
+            F.log_softmax(states.head.logits(hidden[rows]).float(), dim=-1)
+            for hidden in (states.audio_hidden, states.text_hidden)
+        )
+        out.append((audio.exp() * (audio - text)).sum(-1).clamp(min=0))
+    return torch.cat(out) if out else states.audio_hidden.new_zeros(0)
+
+
+class LayerDistillation(torch.nn.Module):
+    """Which layers of student and teacher are compared, and the projections between their widths, which train.
+
+    Args:
+        settings: the recipe's `layers`.
+        pairs: (student, teacher) layers; one layer may stand in several pairs.
+        projections: of those pairs.
+    """
+
+    def __init__(self, settings: LayersConfig, pairs: Sequence[tuple[int, int]], projections: LayerProjections) -> None:
+        super().__init__()
+        self.settings = settings
+        self.pairs = list(pairs)
+        self.projections = projections
+        self.student_layers, self.teacher_layers = (sorted(set(side)) for side in zip(*pairs, strict=True))
+
+    @classmethod
+    def build(cls, settings: LayersConfig, *, depths: Sequence[int], widths: Sequence[int]) -> LayerDistillation:
+        """For a student and a teacher of these depths and widths."""
+        pairs = settings.layer_pairs(*depths)
+        projections = LayerProjections(*widths, pairs, direction=settings.direction, identity_where_equal=True)
+        return cls(settings, pairs, projections)
+
+    def loss(
+        self,
+        student: Mapping[int, torch.Tensor],
+        states: TeacherStates,
+        counts: torch.Tensor,
+        normalizer: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
+
+        With `normalize` a pair's error is 2 - 2 cos, whatever its width: of order 1, beside a divergence. The plain error
+        grows with the layers' size, which in the middle of a language model is tens of times that of its last one.
+
+        Args:
+            student: its layers' states by number, (N, H_s) each; at least `student_layers`.
+            counts: (N,) bool.
+        """
+
+        def take(stacked: torch.Tensor) -> list[torch.Tensor]:
+            return [stacked[:, self.teacher_layers.index(pair[1])] for pair in self.pairs]
+
+        text = self.settings.alpha > 0 and states.text_layers is not None
+        students, teachers = [student[pair[0]] for pair in self.pairs], take(states.audio_layers)
+        compared = teachers if self.settings.direction == "student_to_teacher" else students
+        widths = [x.shape[-1] if self.settings.normalize else 1 for x in compared]  # the loss divides by them
+        total = self.projections(
+            students,
+            teachers,
+            teacher_text_hidden=take(states.text_layers) if text else None,
+            alpha=self.settings.alpha if text else 0.0,
+            normalize=self.settings.normalize,
+            mask=counts if states.speaks is None else counts & states.speaks,
+            layer_weight=[width / len(self.pairs) for width in widths],
+            reduction="sum",
+        )
+        return total / normalizer.clamp_min(1)
+
+
+def _one_path(states: torch.Tensor, head: Any) -> TeacherStates:
+    """From (N, H) or, with layers, (N, 1 + K, H)."""
+    if states.dim() == 2:
+        return TeacherStates(states, None, head)
+    return TeacherStates(states[:, 0], None, head, states[:, 1:])
+
+
+def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One after another, by name; all have the same names."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _own_batch(data: Any, examples: Sequence[Any], device: torch.device) -> Any:
+    """The teacher's own batch of `examples`."""
+    own = data.make_batch(examples)
+    return (data.crop(own) if data.crop else own).to(device)
+
+
+def _check_same_targets(batch: Any, count: int) -> None:
+    """The teacher has to say something about each of the student's target tokens: `count` of them."""
+    if count != len(batch.target):
+        raise SourceError(
+            f"teacher and student: the batch of {batch.ids[0]} ... has {count} and {len(batch.target)} target "
+            "tokens; distillation by token needs one tokenizer"
+        )

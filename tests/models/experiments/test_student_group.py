@@ -1,0 +1,89 @@
+"""Students of one process: the same as each by itself, with the shared work done once."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.data.manifest import read_manifest, write_manifest
+from models.evaluation.predictions import read_predictions
+from models.experiments import shared_steps
+from models.experiments.pipeline import Context
+from models.experiments.student_group import Cohort
+from models.training import run_setup
+from tests.models.training.test_run_setup import train, world  # noqa: F401 (world is a fixture)
+
+
+@pytest.fixture
+def context(world, tmp_path):  # noqa: F811
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    features = tmp_path / "features"
+    features.mkdir()
+    (features / "features.safetensors").write_bytes((world / "f.safetensors").read_bytes())
+    examples = read_manifest(world / "m.jsonl", check_audio=False).examples
+    write_manifest(corpus / "test.jsonl", examples[:6])
+    settings = SimpleNamespace(batch_examples=4, seed=0, device="cpu")
+    return Context(settings, tmp_path / "out", {"corpus": corpus, "features": features}, None)
+
+
+WORDS = ["optim.steps=5", "optim.warmup_steps=2", "optim.learning_rate=0.01", "run.tensorboard=false", "run.progress_bar=false"]
+
+
+def words(world, *more):  # noqa: F811
+    return [*WORDS, f"data.audio_root={world}", "model.bf16_products=false", *more]
+
+
+def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, context, monkeypatch):  # noqa: F811
+    teacher = [f"teacher.folder={world / 'teacher' / 'final'}", "teacher.keep_mib=64"]
+    built = []
+    real = run_setup._build_source
+    monkeypatch.setattr(run_setup, "_build_source", lambda *a: built.append(a[1]) or real(*a))
+    cohort = Cohort(context)
+    runs = {
+        "ce": ("ce_only", []),
+        "caad": ("caad", teacher),
+        "kd": ("kd", teacher),
+        "layers": ("caad_layers", [*teacher, "run.seed=3"]),
+        "layers_again": ("caad_layers", [*teacher, "run.seed=3"]),
+        "other_start": ("caad_layers", teacher),
+    }
+    starts = {"other_start": world / "teacher" / "final"}  # another student of the same depth shares the teacher's states
+    for name, (recipe, more) in runs.items():
+        result = cohort.run(
+            context.folder / name, recipe, manifest=world / "m.jsonl", start=starts.get(name, world / "untrained"),
+            words=words(world, *more),
+        )  # fmt: skip
+        assert result["answers"] == {"None": 18}
+    assert built == ["teacher", "teacher"]  # once without layers, once with them
+    for name in ("ce", "caad", "kd", "layers"):
+        recipe, more = runs[name]
+        assert train(world, recipe, f"alone_{name}", *words(world, *more)) == 0
+        alone = load_file(world / f"alone_{name}" / "final" / "connector.safetensors")
+        together = load_file(context.folder / name / "final" / "connector.safetensors")
+        untrained = load_file(world / "untrained" / "connector.safetensors")
+        for key, value in alone.items():
+            # The text prefixes were computed in other batches, for the first student: rounding, which AdamW's steps pass on.
+            apart, moved = (value - together[key]).norm(), (value - untrained[key]).norm()
+            assert apart == 0 if name == "ce" else apart <= 1e-3 * moved, (name, key, apart, moved)
+    layers = [load_file(context.folder / name / "final" / "connector.safetensors") for name in ("layers", "layers_again")]
+    assert all(torch.equal(layers[0][key], layers[1][key]) for key in layers[0])  # projections start untrained both times
+
+
+def test_what_was_asked_is_not_made_again_and_what_was_trained_is_only_asked(world, context, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(shared_steps, "multiplies_bf16", lambda _: False)  # as `words` has it for the training
+    options = {"manifest": world / "m.jsonl", "start": world / "untrained", "words": words(world)}
+    folder = context.folder / "ce"
+    first = Cohort(context).run(folder, "ce_only", **options)
+    before = read_predictions(folder / "test-greedy.jsonl")[1]
+    (folder / "asked.json").unlink()  # as if the process had been killed while it asked
+    cohort = Cohort(context)
+    monkeypatch.setattr(Cohort, "_train", lambda *_: pytest.fail("trained again"))
+    assert cohort.run(folder, "ce_only", **options) == first == json.loads((folder / "asked.json").read_text())
+    assert read_predictions(folder / "test-greedy.jsonl")[1] == before
+    Path(folder / "test-greedy.jsonl").unlink()
+    assert cohort.run(folder, "ce_only", **options) == first  # asked.json is there: nothing is done
+    assert not (folder / "test-greedy.jsonl").exists()

@@ -1,0 +1,139 @@
+"""Layers in the training loop: from the recipe to the projections' last step."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run_setup import train, world  # noqa: F401 (world is a fixture)
+
+from kdkernels.layer_mse import LayerProjections
+from models.speech_lm.model import SpeechLM
+from models.training import teachers
+from models.training.checkpoint import find_checkpoint
+from models.training.curves import read_metrics
+from models.training.recipe import ConfigError, LayersConfig, load_recipe
+
+LAYERS = ["optim.steps=6", "layers.weight=0.5", "layers.map=skip", "layers.every=2", "layers.embeddings=true"]
+
+
+def final(root, out):
+    return SpeechLM.from_pretrained(root / out / "final")
+
+
+def test_layers_at_equal_widths(world):  # noqa: F811
+    """A student that is its teacher is at distance 0, and another one comes nearer."""
+    teacher = world / "teacher" / "final"
+    same = [
+        *LAYERS,
+        f"teacher.folder={teacher}",
+        f"model.folder={teacher}",
+        "optim.steps=1",
+        "optim.learning_rate=1e-9",
+    ]
+    assert train(world, "caad", "same", *same) == 0
+    assert read_metrics(world / "same" / "metrics.jsonl")[0]["layers"] < 1e-9
+    assert (
+        train(world, "caad", "nearer", *LAYERS, f"teacher.folder={teacher}", "layers.weight=100", "optim.steps=12") == 0
+    )
+    curve = [line["layers"] for line in read_metrics(world / "nearer" / "metrics.jsonl")]
+    assert 0 < curve[-1] < curve[0]
+
+
+def test_resumes_bit_for_bit_and_leaves_nothing_behind(world, tmp_path):  # noqa: F811
+    words = [*LAYERS, f"teacher.folder={world / 'teacher' / 'final'}", "layers.alpha=0.5", "run.save_every_steps=3"]
+    assert train(world, "caad", "whole", *words) == 0
+    assert train(world, "caad", "parts", *words) == 0
+    newest = find_checkpoint(world / "parts" / "checkpoints", "auto")
+    for file in newest.path.iterdir():  # as if it had been killed after step 3
+        file.unlink()
+    newest.path.rmdir()
+    assert train(world, "caad", "parts", *words, "run.resume=auto") == 0
+    one, other = (final(world, out).connector.state_dict() for out in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_projections_train_are_saved_and_are_not_exported(world, monkeypatch):  # noqa: F811
+    def with_a_weight(*arguments, **options):
+        return LayerProjections(*arguments, **{**options, "identity_where_equal": False})
+
+    monkeypatch.setattr(teachers, "LayerProjections", with_a_weight)
+    assert train(world, "caad", "projected", *LAYERS, f"teacher.folder={world / 'teacher' / 'final'}") == 0
+    saved = load_file(find_checkpoint(world / "projected" / "checkpoints", "auto").path / "model.safetensors")
+    weights = {name: w for name, w in saved.items() if name.startswith("layer_distillation.")}
+    assert len(weights) == 3
+    for w in weights.values():
+        assert (w - w.diag().diag()).abs().max() > 1e-4  # it was the identity, and weight decay leaves zeros alone
+    exported = load_file(world / "projected" / "final" / "connector.safetensors")
+    assert not [name for name in exported if "distillation" in name]
+
+
+def test_parts_of_a_step_add_up(world):  # noqa: F811
+    words = [*LAYERS, f"teacher.folder={world / 'teacher' / 'final'}", "optim.steps=1", "loss.ce_background_fraction=1"]
+    assert train(world, "caad", "one-part", *words) == 0
+    assert train(world, "caad", "two-parts", *words, "optim.micro_batch_examples=2") == 0
+    lines = [read_metrics(world / out / "metrics.jsonl")[0] for out in ("one-part", "two-parts")]
+    for name in ("loss", "layers", "grad_norm"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4)
+
+
+def test_layer_states_match_a_run_without_the_prefix_cache(world):  # noqa: F811
+    model = final(world, "teacher")
+    from models.data.manifest import read_manifest
+    from models.speech_lm.features import FeatureStore
+
+    examples = read_manifest(world / "m.jsonl").examples[:3]
+    batch = model.make_collator()(examples, FeatureStore.load(world / "f.safetensors").rows(examples))
+    inputs = batch.model_inputs()
+    plain = model.hidden_states_at(batch.target_index, **inputs)
+    states = model.hidden_states_at(batch.target_index, **inputs, layers=[0, 1, 3])
+    cached = model.hidden_states_at(
+        batch.target_index, **inputs, prefix_cache=model.make_prefix_cache(dtype=torch.float32), layers=[0, 1, 3]
+    )
+    assert states.shape == (len(batch.target_index), 4, plain.shape[1])
+    assert torch.equal(states[:, 0], plain) and torch.equal(
+        states[:, 3], plain
+    )  # 3 layers: the last is behind the norm
+    torch.testing.assert_close(cached, states, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layers.weight=-1"], "layers.weight: expected >= 0"),
+        (["layers.map=some"], "layers.map: expected one of top, skip, all"),
+        (["layers.pairs=[top]"], "layers.pairs: expected student-teacher, such as 7-9"),
+        (["layers.weight=1", "objective=ce_only"], "layers.weight: expected 0 with objective 'ce_only'"),
+        (["layers.weight=1", "run.gradient_checkpointing=true"], "expected 0 with run.gradient_checkpointing"),
+    ],
+)
+def test_recipe_errors(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("caad", words)
+
+
+def test_pairs():
+    recipe = load_recipe("caad", ["layers.pairs=[1-2,3-9]"])
+    assert recipe.layers.layer_pairs(3, 9) == [(1, 2), (3, 9)]
+    with pytest.raises(ConfigError, match=r"layers.pairs: .* got \(3, 9\)"):
+        recipe.layers.layer_pairs(3, 8)
+
+
+@pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student"])
+def test_directions_alone_are_compared_as_2_minus_2_cos(direction):
+    torch.manual_seed(0)
+    settings = LayersConfig(weight=1.0, normalize=True, direction=direction)
+    layers = teachers.LayerDistillation.build(settings, depths=(3, 6), widths=(8, 12))
+    student = {k: torch.randn(5, 8) for k in layers.student_layers}
+    audio = torch.randn(5, len(layers.teacher_layers), 12)
+    states = teachers.TeacherStates(torch.zeros(5, 12), None, None, audio)
+    counts = torch.tensor([True, True, False, True, True])
+    loss = layers.loss(student, states, counts, torch.tensor(4))
+    expected = []
+    for (s, t), weight in zip(layers.pairs, layers.projections.weights, strict=True):
+        mine, theirs = student[s], audio[:, layers.teacher_layers.index(t)]
+        mine, theirs = (mine @ weight.T, theirs) if direction == "student_to_teacher" else (mine, theirs @ weight.T)
+        expected.append((2 - 2 * torch.cosine_similarity(mine, theirs))[counts].mean())
+    assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    silent = dataclasses.replace(states, speaks=torch.tensor([True, False, True, True, True]))
+    assert layers.loss(student, silent, counts, torch.tensor(4)) < loss

@@ -1,0 +1,98 @@
+import pytest
+
+from models.training.recipe import RECIPES_DIR, ConfigError, LossConfig, OptimConfig, Recipe, load_recipe
+
+
+def write(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES_DIR.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_load(path):
+    recipe = load_recipe(path.stem)
+    assert isinstance(recipe, Recipe)
+    assert load_recipe(str(path)) == recipe
+
+
+def test_overrides_win_and_types_are_kept(tmp_path):
+    path = write(tmp_path, "objective: sft\noptim: {steps: 7}\ndata: {splits: [train, dev]}\n")
+    recipe = load_recipe(path, ["optim.learning_rate=1e-4", "data.tasks=[gender]", "loss.alpha=1", "model.settings.a=3"])
+    assert recipe.optim.steps == 7
+    assert recipe.optim.learning_rate == 1e-4
+    assert recipe.data.splits == ("train", "dev") and recipe.data.tasks == ("gender",)
+    assert recipe.loss.alpha == 1.0 and isinstance(recipe.loss.alpha, float)
+    assert recipe.model.settings == {"a": 3}
+    with pytest.raises(AttributeError):
+        recipe.optim.steps = 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {learning_rat: 1}", r"r\.yaml: unknown key 'optim\.learning_rat'; did you mean 'optim\.learning_rate'"),
+        ("alpha: 1", r"unknown key 'alpha'; did you mean 'loss\.alpha'"),
+        ("zzz: 1", r"unknown key 'zzz'; known: objective, data"),
+        ("optim: 3", r"r\.yaml: optim: expected keys"),
+        ("objective: cad", r"objective: expected one of .*did you mean 'caad'"),
+        ("objective: caad", r"teacher\.folder: objective 'caad' needs a teacher"),
+        ("objective: sft\noptim: {steps: many}", r"r\.yaml: optim\.steps:"),
+        ("objective: sft\noptim: {steps: 0}", r"optim\.steps: expected >= 1, got 0"),
+        ("objective: sft\nloss: {kd_weight: 1.5}", r"loss\.kd_weight: expected in \[0, 1\], got 1\.5"),
+        ("- 1", "expected sections"),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_mistakes_on_the_command_line_are_named(tmp_path):
+    path = write(tmp_path, "objective: sft")
+    with pytest.raises(ConfigError, match=r"command line: unknown key 'optim.step'; did you mean 'optim.steps'"):
+        load_recipe(path, ["optim.step=3"])
+    with pytest.raises(ConfigError, match="expected key=value"):
+        load_recipe(path, ["optim.steps"])
+    with pytest.raises(ConfigError, match=r"recipe 'cad': no such file.*did you mean 'caad'"):
+        load_recipe("cad")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loss.alpha=[1"], r"command line \(loss\.alpha=\[1\): not readable as YAML"),
+        (["optim.learning_rate=.inf"], r"optim\.learning_rate: expected a finite number, got inf"),
+        (["loss.impl=cudda"], r"loss\.impl: expected one of .*did you mean 'cuda'"),
+        (["loss.chunk_tokens=0"], r"loss\.chunk_tokens: expected >= 1, got 0"),
+        (["loss.plausibility=0.1", "loss.divergence=reverse_kl"], r"loss\.plausibility: expected null with .*reverse_kl"),
+        (["data.splits=[trian]"], r"data\.splits: expected one of train, dev, test.*did you mean 'train'"),
+        (["model.folder=base", "model.settings.num_queries=4"], r"model\.settings: expected none where model\.folder"),
+        (["data.manifest=${oc.env:KDKERNELS_NO_SUCH}"], r"data\.manifest: .*KDKERNELS_NO_SUCH"),
+    ],
+)
+def test_values_that_could_only_fail_later_are_refused_at_once(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("sft_teacher", words)
+
+
+def test_accumulation_must_divide():
+    with pytest.raises(ConfigError, match=r"micro_batch_examples: expected a divisor of batch_examples \(16\), got 5"):
+        OptimConfig(batch_examples=16, micro_batch_examples=5)
+
+
+def test_learning_rate_schedule():
+    optim = OptimConfig(steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate_fraction=0.1)
+    assert optim.learning_rate_at(1) == pytest.approx(0.1)
+    assert optim.learning_rate_at(10) == pytest.approx(1.0)
+    assert optim.learning_rate_at(55) == pytest.approx(0.55)
+    assert optim.learning_rate_at(100) == pytest.approx(0.1)
+    rates = [optim.learning_rate_at(s) for s in range(10, 101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_alpha_ramp():
+    loss = LossConfig(alpha=2.0, alpha_start=0.0, alpha_ramp_steps=4)
+    assert [loss.alpha_at(s) for s in (1, 3, 5, 99)] == [0.0, 1.0, 2.0, 2.0]
+    assert LossConfig(alpha=1.5).alpha_at(1) == 1.5

@@ -1,0 +1,263 @@
+"""Recipes on a real SpeechLM with tiny random backbones: the command line, the live teacher and its cache."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdkernels.contrast_cache import ContrastCache
+from models.data.audio import write_audio
+from models.data.manifest import Example, read_manifest, write_manifest
+from models.experiments.shared_steps import make_tiny_backbones
+from models.speech_lm.collation import crop_to_targets
+from models.speech_lm.features import FeatureStore, extract_features
+from models.speech_lm.model import SpeechLM, SpeechLMConfig
+from models.training.cache_identity import teacher_fingerprint
+from models.training.curves import read_metrics
+from models.training.fill_cache import main as cache_main
+from models.training.train import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Twelve clips of two pitches, their features, an untrained model, a trained teacher."""
+    root = tmp_path_factory.mktemp("world")
+    backbones = make_tiny_backbones(root / "backbones")
+    examples = []
+    for i in range(12):
+        label = ("man", "woman")[i % 2]
+        pitch = 0.05 if label == "man" else 0.3
+        write_audio(root / f"{i}.wav", np.sin(np.arange(16000) * pitch + i).astype(np.float32) * 0.1)
+        examples.append(
+            Example(
+                id=f"c{i}", audio=f"{i}.wav", transcription=f"line {i}", task="gender", question="Man or woman?",
+                choices=("man", "woman"), answer=label, target=f"The speaker is a {label}.", target_source="template",
+            )
+        )  # fmt: skip
+    write_manifest(root / "m.jsonl", examples)
+    torch.manual_seed(0)
+    config = SpeechLMConfig(
+        lm=str(backbones / "lm"), encoder=str(backbones / "encoder"), encoder_layers=(1, 2), connector_width=32, audio_frames=10
+    )
+    model = SpeechLM.from_config(config)
+    store, _ = extract_features(examples, model.encode_audio, audio_root=root, progress_bar=False)
+    store.save(root / "f.safetensors")
+    model.fit_feature_statistics(store.features.float())
+    model.save_pretrained(root / "untrained")
+    assert train(root, "sft_teacher", "teacher", "optim.steps=12") == 0
+    return root
+
+
+def train(root, recipe, out, *words):
+    return main(
+        [
+            recipe, f"data.manifest={root / 'm.jsonl'}", f"model.folder={root / 'untrained'}", f"run.out_dir={root / out}",
+            f"data.features={root / 'f.safetensors'}", "optim.batch_examples=4", "optim.warmup_steps=2",
+            "optim.learning_rate=0.01", "run.tensorboard=false", "run.progress_bar=false", "run.log_every_steps=3",
+            "run.device=cpu", *words,
+        ]
+    )  # fmt: skip
+
+
+def weights(root, out):
+    return load_file(root / out / "final" / "connector.safetensors")
+
+
+def test_the_teacher_learns_and_is_a_speech_lm(world):
+    losses = [line["loss"] for line in read_metrics(world / "teacher" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]  # a random language model says little, so it falls little
+    assert isinstance(SpeechLM.from_pretrained(world / "teacher" / "final"), SpeechLM)
+
+
+def test_cached_states_train_the_very_same_student_as_the_live_teacher(world):
+    words = ["optim.steps=4", f"teacher.folder={world / 'teacher' / 'final'}"]
+    assert train(world, "caad", "live", *words) == 0
+
+    assert cache_main(cache_words(world, world / "cache", "--dtype", "float32")) == 0
+    assert train(world, "caad", "cached", *words, f"teacher.cache={world / 'cache'}") == 0
+    live, cached = weights(world, "live"), weights(world, "cached")
+    for name in live:
+        assert torch.allclose(live[name], cached[name], rtol=1e-3, atol=1e-4), name  # other batch shapes, other rounding
+    losses = [[line["kd"] for line in read_metrics(world / out / "metrics.jsonl")] for out in ("live", "cached")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def cache_words(root, out, *more):
+    features = str(root / "f.safetensors")
+    return [str(root / "teacher" / "final"), str(root / "m.jsonl"), "--out", str(out), "--features", features, *more]
+
+
+def test_layers_from_a_cache_train_the_student_of_the_live_teacher(world, capsys):
+    words = ["optim.steps=3", f"teacher.folder={world / 'teacher' / 'final'}"]
+    assert train(world, "caad_layers", "live_layers", *words) == 0
+    assert cache_main(cache_words(world, world / "layers", "--dtype", "float32", "--layers", "all")) == 0
+    assert train(world, "caad_layers", "cached_layers", *words, f"teacher.cache={world / 'layers'}") == 0
+    # The losses, not the weights: a key's bias has no gradient but rounding, which AdamW makes whole steps of.
+    live, cached = (read_metrics(world / out / "metrics.jsonl") for out in ("live_layers", "cached_layers"))
+    for name in ("layers", "kd", "ce", "loss"):
+        assert [line[name] for line in live] == pytest.approx([line[name] for line in cached], rel=1e-4), name
+    assert cache_main(cache_words(world, world / "one", "--layers", "1", "--measure", "3")) == 0
+    said = capsys.readouterr().out
+    assert 0 <= float(said.split("at alpha 2: ")[1].split(" nats")[0]) < 1e-2
+    assert train(world, "caad_layers", "never", *words, f"teacher.cache={world / 'one'}") == 1
+    assert "teacher.cache: expected the states of layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["caad", "caad_layers"])
+def test_one_by_one_the_cache_is_the_live_teacher_bit_for_bit(world, recipe):
+    words = ["optim.steps=4", "run.log_every_steps=1", f"teacher.folder={world / 'teacher' / 'final'}"]
+    assert train(world, recipe, f"{recipe}_singly", *words, "teacher.batch_examples=1") == 0
+    cache = world / f"{recipe}_of_ones"
+    assert cache_main(cache_words(world, cache, "--dtype", "float32", "--layers", "all", "--batch-examples", "1")) == 0
+    assert train(world, recipe, f"{recipe}_of_cache", *words, f"teacher.cache={cache}") == 0
+    live, cached = (read_metrics(world / f"{recipe}_{out}" / "metrics.jsonl") for out in ("singly", "of_cache"))
+    for line in live + cached:
+        line.pop("seconds")
+    assert live == cached and len(live) == 4
+    live, cached = weights(world, f"{recipe}_singly"), weights(world, f"{recipe}_of_cache")
+    assert all(torch.equal(live[name], cached[name]) for name in live)
+
+
+def test_a_cache_goes_on_and_its_parts_are_one(world, tmp_path, capsys):
+    for part in ("0/2", "1/2", "1/2"):
+        assert cache_main(cache_words(world, tmp_path / "c", "--part", part)) == 0
+    said = capsys.readouterr().out
+    assert "12 samples," in said and "6 samples written, 12 in" in said and "0 samples written, 12 in" in said
+    assert len(ContrastCache(tmp_path / "c")) == 12
+
+
+def test_a_cache_of_another_teacher_prompt_or_room_is_refused(world, tmp_path, capsys, monkeypatch):
+    assert cache_main(cache_words(world, tmp_path / "c")) == 0
+    words = cache_words(world, tmp_path / "c")
+    assert cache_main([str(world / "untrained"), *words[1:]]) == 1
+    assert "fingerprint: the cache" in capsys.readouterr().err
+    examples = read_manifest(world / "m.jsonl").examples
+    write_manifest(world / "asked.jsonl", [dataclasses.replace(e, question="Woman or man?") for e in examples])
+    assert cache_main([words[0], str(world / "asked.jsonl"), *words[2:]]) == 1
+    assert "sample 'c0' is there with another prompt, clip or target" in capsys.readouterr().err
+    told = [f"teacher.folder={world / 'teacher' / 'final'}", f"teacher.cache={tmp_path / 'c'}"]
+    assert train(world, "caad", "never", *told, f"data.manifest={world / 'asked.jsonl'}") == 1
+    assert "was cached with another prompt, clip or target" in capsys.readouterr().err
+    told[0] = f"teacher.folder={world / 'untrained'}"
+    assert train(world, "caad", "never", *told) == 1
+    assert "teacher.cache: fingerprint: the cache" in capsys.readouterr().err
+    for more, message in (
+        (["--part", "2/2"], "--part: expected I/N"), (["--layers", "99"], "--layers: expected none, all or numbers from 0 to 3"),
+        (["--batch-examples", "0"], "--batch-examples: expected at least 1"),
+    ):  # fmt: skip
+        assert cache_main(cache_words(world, tmp_path / "d", *more)) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    assert cache_main(cache_words(world, tmp_path / "d")) == 1
+    assert "has room for 100 bytes" in capsys.readouterr().err
+
+
+def test_a_language_model_that_trains_goes_through_every_stage(world, tmp_path):
+    old = SpeechLM.from_pretrained(world / "untrained")
+    model = SpeechLM.from_config(dataclasses.replace(old.config, train_lm=True))
+    model.connector.load_state_dict(old.connector.state_dict())
+    model.save_pretrained(tmp_path / "all")
+    words = ["optim.steps=2", f"model.folder={tmp_path / 'all'}"]
+    assert train(world, "sft_teacher", "all", *words) == 0
+    assert train(world, "sft_teacher", "all", *words, "run.resume=auto") == 0
+    trained = SpeechLM.from_pretrained(world / "all" / "final")
+    assert not torch.equal(trained.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert train(world, "caad", "of-all", "optim.steps=1", f"teacher.folder={world / 'all' / 'final'}") == 0
+
+
+@pytest.mark.parametrize("words", [("run.gradient_checkpointing=true",), ("model.prefix_cache_mib=0",)])
+def test_memory_options_change_nothing_but_rounding(world, words):
+    base = ["optim.steps=3", f"teacher.folder={world / 'teacher' / 'final'}"]
+    assert train(world, "kd", "base", *base) == 0
+    assert train(world, "kd", "option", *base, *words) == 0
+    losses = [[line["loss"] for line in read_metrics(world / out / "metrics.jsonl")] for out in ("base", "option")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_fresh_connector_keeps_the_statistics(world):
+    assert train(world, "ce_only", "fresh", "optim.steps=1", "model.fresh_connector=true", "optim.learning_rate=1e-9") == 0
+    old, new = load_file(world / "untrained" / "connector.safetensors"), weights(world, "fresh")
+    assert torch.equal(old["feature_mean"], new["feature_mean"]) and torch.equal(old["feature_std"], new["feature_std"])
+    assert not torch.allclose(old["input_projection.weight"], new["input_projection.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.manifest=none.jsonl"], "error: data.manifest: none.jsonl"),
+        (["data.features=none.safetensors"], "error: data.features: expected a file, got none.safetensors"),
+        (["data.features=README.md"], "error: data: README.md: not a feature file"),
+        (["model.folder=none"], "error: model.folder: expected a folder with speech_lm.json, got none"),
+        (["data.splits=[dev]"], "error: data: no example with a target"),
+        (["model.feature_statistics=none"], "error: model.feature_statistics: expected a folder with speech_lm.json"),
+        (["objective=kd", "teacher.folder=none"], "error: teacher.folder: expected a folder with speech_lm.json, got none"),
+        (["objective=kd", "teacher.folder=x", "loss.impl=cuda"], "error: loss.impl: impl='cuda': expected tensors on"),
+        (["run.device=gpu"], "error: run.device: expected auto, cpu"),
+        (["run.resume=atuo"], "error: run.resume: expected never, auto, fallback or a checkpoint's folder, got 'atuo'"),
+    ],
+)
+def test_mistakes_are_one_line(world, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert train(world, "sft_teacher", "never", *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_manifest_is_found_before_any_backbone_is_looked_for(world, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a backbone was looked for")
+
+    monkeypatch.setattr("models.backbones.resolve.resolve_backbone", refuse)
+    assert train(world, "sft_teacher", "never", "data.manifest=none.jsonl") == 1
+    assert "error: data.manifest: none.jsonl" in capsys.readouterr().err
+
+
+def test_a_new_model_is_fitted_to_its_training_features(world):
+    words = [f"run.out_dir={world / 'new'}", f"data.manifest={world / 'm.jsonl'}", f"data.features={world / 'f.safetensors'}"]
+    config = SpeechLM.from_pretrained(world / "untrained").config
+    words += [f"model.settings.{k}={getattr(config, k)}" for k in ("lm", "encoder", "connector_width", "audio_frames")]
+    words += ["model.settings.encoder_layers=[1,2]", "optim.steps=1", "optim.batch_examples=2", "run.device=cpu"]
+    assert main(["sft_teacher", *words, "run.tensorboard=false", "run.progress_bar=false"]) == 0
+    old, new = load_file(world / "untrained" / "connector.safetensors"), weights(world, "new")
+    assert torch.allclose(old["feature_mean"], new["feature_mean"]) and torch.allclose(old["feature_std"], new["feature_std"])
+
+
+def test_a_cache_of_other_targets_is_refused(world, capsys, tmp_path):
+    hidden, made_from = torch.zeros(3, 64), teacher_fingerprint(world / "teacher" / "final")
+    with ContrastCache.writer(tmp_path / "c", fingerprint=made_from, hidden_size=64, dtype=torch.float32) as writer:
+        for i in range(12):
+            writer.add(f"c{i}", hidden, hidden, torch.tensor([1, 2, 3]))
+    words = [f"teacher.folder={world / 'teacher' / 'final'}", f"teacher.cache={tmp_path / 'c'}"]
+    assert train(world, "caad", "never", *words) == 1
+    assert "made for other targets" in capsys.readouterr().err
+
+
+def test_missing_features_are_counted(world, capsys, tmp_path):
+    examples = read_manifest(world / "m.jsonl").examples
+    more = [dataclasses.replace(examples[0], id=f"x{i}", start_seconds=0.1 * i) for i in range(1, 4)]
+    write_manifest(world / "more.jsonl", [*examples, *more])
+    assert train(world, "sft_teacher", "never", f"data.manifest={world / 'more.jsonl'}") == 1
+    assert "lacks 3 of the clips" in capsys.readouterr().err
+
+
+def test_cropping_takes_only_what_no_target_depends_on(world):
+    model = SpeechLM.from_pretrained(world / "untrained").eval()
+    read = read_manifest(world / "m.jsonl").examples[:4]
+    examples = [dataclasses.replace(e, transcription=e.transcription * (1 + i)) for i, e in enumerate(read)]
+    store = FeatureStore.load(world / "f.safetensors")
+    collate = model.make_collator()
+    whole = collate(examples, store.rows(examples))
+    firsts = torch.cat([torch.ones(1, dtype=torch.bool), whole.target_row.diff() > 0])
+    few = dataclasses.replace(whole, target_index=whole.target_index[firsts])
+    for batch, dropped in ((whole, 1), (few, 15)):
+        cropped = crop_to_targets(batch)
+        # The last token of every row goes, and all of the target where only its first token is to be predicted.
+        assert (batch.attention_mask.sum(1) - cropped.attention_mask.sum(1)).min() >= dropped
+        for extra in ({}, {"prefix_cache": model.make_prefix_cache(dtype=torch.float32)}):
+            with torch.no_grad():
+                expected = model.hidden_states_at(batch.target_index, **batch.model_inputs(), **extra)
+                got = model.hidden_states_at(cropped.target_index, **cropped.model_inputs(), **extra)
+            assert torch.allclose(got, expected, atol=1e-5)
