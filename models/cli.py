@@ -1,15 +1,16 @@
 """The command line: `python -m models COMMAND ...`.
 
-COMMANDS is the map of the flow. A command's module is imported when that command runs, so the list of commands comes at once.
+COMMANDS is the map of the flow. Arguments are checked before a command's module is imported: help and errors of use come at once.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from models.arguments import Parser, nearest
 
 
 class Command(NamedTuple):
@@ -48,6 +49,12 @@ def usage() -> str:
     )
 
 
+def parser_of(name: str) -> Parser:
+    """The parser of a command: `NAME_parser` of its room's commands.py."""
+    room = COMMANDS[name].module.split(".")[0]
+    return getattr(importlib.import_module(f"models.{room}.commands"), f"{name.replace('-', '_')}_parser")()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit status; 2 where the command line is wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -56,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"error: no command {name!r}{hint} python -m models --help lists all commands.", file=sys.stderr)
+        near = nearest(name, list(COMMANDS))
+        hint = f"; did you mean {near}?" if near else ""
+        print(f"error: there is no command {name!r}{hint} (python -m models --help)", file=sys.stderr)
         return 2
+    parser_of(name).parse_args(rest)
     return importlib.import_module(f"models.{COMMANDS[name].module}").main(rest)

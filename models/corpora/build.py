@@ -11,7 +11,6 @@ and the two pools of training, in questions.py. `python -m models card MANIFEST`
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -19,7 +18,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.corpora.plans.base import SIZES, SOURCES, BenchmarkSize, Settings
+from models.corpora.commands import corpus_parser
+from models.corpora.plans.base import SIZES, BenchmarkSize, Settings
 from models.corpora.plans.benchmark import NOTES as BENCHMARK_NOTES
 from models.corpora.plans.benchmark import plan_benchmark
 from models.corpora.plans.hinted import NOTES as HINTED_NOTES
@@ -30,7 +30,6 @@ from models.corpora.render import render_all
 from models.corpora.sources.debian import PackageCorrupt, PackageUnavailable
 from models.corpora.sources.espeak import EspeakError
 from models.data.manifest import Example, ManifestError, read_manifest, write_manifest
-from models.data.prompts import TASKS
 from models.io_utils import fingerprint, sha256_file
 
 _MANIFEST_NAME = "manifest.jsonl"
@@ -142,21 +141,7 @@ def _remove_stale(out_dir: Path, kept: set[Path]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: build, then print the counts; one message and status 1 where that cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m models corpus", description="Build a corpus.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the clips and manifest.jsonl")
-    parser.add_argument("--size", default="demo", help=f"one of {', '.join(SIZES)} (default: demo)")
-    parser.add_argument(
-        "--sources", default=None, help=f"comma-separated, of {','.join(SOURCES)} (default: what the size is made of)"
-    )
-    parser.add_argument("--tasks", default=None, help=f"comma-separated, of {','.join(TASKS)} (default: all possible)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--hint-correlation", type=float, default=0.95, help="how often a hint is true in the teacher's set"
-    )
-    parser.add_argument("--min-snr-db", type=float, default=-18.0, help="noise of the gender task")
-    parser.add_argument("--max-snr-db", type=float, default=2.0)
-    parser.add_argument("--max-seconds", type=float, default=4.0, help="clips are cut to this")
-    arguments = parser.parse_args(argv)
+    arguments = corpus_parser().parse_args(argv)
     started = time.monotonic()
     try:
         path = build_corpus(

@@ -7,14 +7,13 @@ Everything in it is counted from the manifest; equal manifests give equal cards,
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from models.corpora.commands import card_parser
 from models.corpora.plans.base import SIZES
 from models.data.manifest import SPLITS, Example, Manifest, read_manifest
 from models.data.prompts import CATEGORIES, TASKS
@@ -208,10 +207,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the card; one message and status 1 where that cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m models card", description="Describe a corpus.")
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("--out", type=Path, default=None, help="Markdown file to write (default: standard output)")
-    arguments = parser.parse_args(argv)
+    arguments = card_parser().parse_args(argv)
     try:
         card = make_card(read_manifest(arguments.manifest, check_audio=False))
         if arguments.out is None:

@@ -15,7 +15,6 @@ leave it, neither by "..", nor as absolute paths, nor through links. Bad rows ar
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -29,6 +28,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from models.data.audio import MAX_SECONDS, AudioError, AudioInfo, check_span, probe_audio
+from models.data.commands import check_parser
 from models.io_utils import atomic_write_text
 
 MANIFEST_VERSION = 1
@@ -450,12 +450,7 @@ def list_problems(problems: list[Problem], *, limit: int = _PROBLEMS_SHOWN) -> l
 
 def main(argv: list[str] | None = None) -> int:
     """Check a manifest from the command line; exit status 1 and one message if it cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m models check", description="Check a manifest.")
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("--audio-root", type=Path, default=None, help="folder of the audio (default: the manifest's)")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.05)
-    parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS)
-    arguments = parser.parse_args(argv)
+    arguments = check_parser().parse_args(argv)
     try:
         manifest = read_manifest(
             arguments.manifest,

@@ -22,7 +22,6 @@ Rows of other shapes are problems, skipped and listed like the bad rows of a man
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from models.data.audio import MAX_SECONDS, AudioError
+from models.data.commands import FORMS, convert_parser
 from models.data.manifest import (
     SPLITS,
     AudioChecker,
@@ -45,7 +45,6 @@ from models.data.manifest import (
     write_manifest,
 )
 
-FORMS = ("desta", "dynamic_superb", "mcr_bench")
 # MCR-BENCH's context types and the kind of each.
 CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
 # No mark within a mark: a text full of openings that nothing closes would be searched to its end from each of them.
@@ -303,14 +302,7 @@ def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] |
 
 def main(argv: list[str] | None = None) -> int:
     """Convert a file to a manifest; one message and status 1 where that cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m models convert", description="Convert rows to a manifest.")
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--form", required=True, help=f"one of {', '.join(FORMS)}")
-    parser.add_argument("--out", type=Path, required=True, help="manifest to write; read it with the same --audio-root")
-    parser.add_argument("--audio-root", type=Path, default=None)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.05)
-    arguments = parser.parse_args(argv)
+    arguments = convert_parser().parse_args(argv)
     try:
         manifest = read_foreign(
             arguments.rows,

@@ -32,11 +32,12 @@ import torch
 from tqdm import tqdm
 
 from kdkernels.teacher import MarkAbsent
-from models.data.manifest import SPLITS, Example, parse_object
+from models.data.manifest import Example, parse_object
 from models.data.prompts import target_template
 from models.evaluation import text_priors
-from models.evaluation.benchmarks import NAMES, TASKS_IN_ALL, Suite, load_suite
+from models.evaluation.benchmarks import TASKS_IN_ALL, Suite, load_suite
 from models.evaluation.choice_scores import choice_scores
+from models.evaluation.commands import CONTROLS, evaluate_parser
 from models.evaluation.diagnostics import calibration, compare, control_priors, hint_priors, prior_confusion
 from models.evaluation.predictions import (
     EvaluationError,
@@ -53,7 +54,6 @@ from models.evaluation.scoring import AUDIO_CATEGORY, judged, metrics
 from models.io_utils import atomic_write_json, fingerprint, sha256_file
 from models.speech_lm.features import FeatureError, FeatureStore, clip_key, extract_features
 
-CONTROLS = ("no_audio", "swapped_audio")
 _SKIPPED_SHOWN = 20
 
 
@@ -244,36 +244,7 @@ def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m models evaluate", description="Evaluate a speech LM.")
-    parser.add_argument("checkpoint", nargs="?", help="SpeechLM folder, such as runs/caad/final")
-    parser.add_argument("manifest", nargs="?", help="JSONL manifest (models/data/manifest.py)")
-    parser.add_argument("--benchmark", metavar="NAME|MANIFEST", help=f"{', '.join(NAMES)}, or a manifest")
-    parser.add_argument("--rescore", metavar="FILE", help="score a predictions file again; nothing else is needed")
-    parser.add_argument(
-        "--mode",
-        choices=("choice", "generate"),
-        help="rank the choices by likelihood, or answer freely (default: choice; generate for dynamic-superb and mcr)",
-    )
-    parser.add_argument(
-        "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
-    )
-    parser.add_argument("--alpha", type=float, default=1.0, help="strength of contrastive decoding")
-    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=[], help="ask again without, or with other audio")
-    parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--tasks", nargs="*", default=[], help="only these tasks")
-    parser.add_argument("--features", help="feature file (models/speech_lm/features.py); without it clips are encoded now")
-    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's), or of a published benchmark")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="of rows and clips; above it nothing is scored")
-    parser.add_argument("--batch-examples", type=int, default=32, help="questions a forward pass")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer in mode generate")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--out", default="predictions.jsonl", help="predictions file; an unfinished one is gone on with")
-    parser.add_argument(
-        "--scorer", default="lenient", metavar="lenient|strict|MODULE:FUNCTION", help="what counts as right"
-    )
-    parser.add_argument("--priors", metavar="FILE", help="JSON object id -> answer of a text-only model, for the confusion table")
-    parser.add_argument("--compare", metavar="FILE", help="predictions of another system: the difference, by paired bootstrap")
-    parser.add_argument("--json", metavar="FILE", help="write every figure")
+    parser = evaluate_parser()
     arguments = parser.parse_args(argv)
     try:
         scorer = load_scorer(arguments.scorer)  # before any work that a wrong name would waste

@@ -10,7 +10,6 @@ says nothing of the answer, words and sound disagree by themselves, without any 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -25,10 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.data.manifest import SPLITS, Example, ManifestError, read_manifest
+from models.data.manifest import Example, ManifestError, read_manifest
 from models.data.prompts import render_prompt
 from models.evaluation.choice_scores import choice_scores
-from models.evaluation.predictions import KINDS, context_kind
+from models.evaluation.commands import priors_parser
+from models.evaluation.predictions import context_kind
 from models.io_utils import atomic_write_json, sha256_file
 from models.speech_lm.collation import Collator
 
@@ -183,17 +183,7 @@ def _prior(scores: dict[str, float]) -> Prior:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the priors of a manifest's questions and print a line a task; one message and status 1 where that fails."""
-    parser = argparse.ArgumentParser(prog="python -m models priors", description="Answers from the text alone.")
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("--lm", required=True, help="id or folder of a causal language model")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--splits", nargs="+", default=["test"], choices=SPLITS)
-    parser.add_argument(
-        "--contexts", nargs="+", default=["neutral"], choices=KINDS, help="neutral is all that natural_conflicts needs"
-    )
-    parser.add_argument("--batch-examples", type=int, default=32, help="prompts a forward pass")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    arguments = parser.parse_args(argv)
+    arguments = priors_parser().parse_args(argv)
     from models.backbones.device import inference_dtype
     from models.backbones.resolve import BackboneError, load_causal_lm, resolve_backbone
 

@@ -14,7 +14,6 @@ voices, places and events that no training saw, without a hint; `conflict` is th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
@@ -26,7 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from models.experiments.pipeline import Context, Stage, add_stage_arguments, log_console, run_pipeline
+from models.experiments.commands import ablation_parser
+from models.experiments.pipeline import Context, Stage, log_console, run_pipeline
 from models.experiments.shared_steps import (
     ask,
     backbone_settings,
@@ -342,10 +342,7 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m models ablation", description="Which sources and layers are worth it.")
-    parser.add_argument("--write", action="store_true", help=f"write the table into {RESULTS.relative_to(RESULTS.parents[2])}")
-    add_stage_arguments(parser, out="runs/ablation")
-    arguments = parser.parse_args(argv)
+    arguments = ablation_parser().parse_args(argv)
     settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device)
     console, stages = log_console(), make_stages(settings)
     started = time.monotonic()

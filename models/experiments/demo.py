@@ -18,7 +18,6 @@ Each stage is made once, and a stopped demo goes on where it was (models/experim
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import datetime
@@ -33,10 +32,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from models.experiments.commands import demo_parser
 from models.experiments.pipeline import (
     Context,
     Stage,
-    add_stage_arguments,
     check_status,
     log_console,
     read_done,
@@ -361,10 +360,7 @@ def _shown(result: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m models demo", description="The whole path, once.")
-    parser.add_argument("--seed", type=int, default=0)
-    add_stage_arguments(parser, out="runs/demo")
-    arguments = parser.parse_args(argv)
+    arguments = demo_parser().parse_args(argv)
     settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device, seed=arguments.seed)
     console, stages = log_console(), make_stages()
     started = time.monotonic()

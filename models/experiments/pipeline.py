@@ -238,18 +238,6 @@ def log_console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
-def add_stage_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
-    """--fast-smoke, --device, --out, --fresh, --workers, and what a stage's own process is called with."""
-    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips, tiny random models: a minute, for CI")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
-    parser.add_argument("--out", default=out, help=f"folder of the results (default: {out})")
-    parser.add_argument("--fresh", action="store_true", help="make every stage anew (downloads are kept)")
-    parser.add_argument(
-        "--workers", type=int, default=None, help="stages at a time, each a process; 0 = all in this process, one by one"
-    )
-    parser.add_argument("--run-stage", help=argparse.SUPPRESS)
-
-
 def run_pipeline(
     arguments: argparse.Namespace,
     stages: Sequence[Stage],

@@ -54,7 +54,8 @@ def run_student_lm(context: Context) -> dict[str, Any]:
     """The student's language model: layers dropped, then healed on text; with an untrained connector."""
     import torch
 
-    from models.backbones.healing import HealingConfig, healed_student, healing_texts
+    from models.backbones.healing import healed_student, healing_texts
+    from models.backbones.healing_config import HealingConfig
     from models.speech_lm.model import SpeechLM, SpeechLMConfig
 
     settings = context.settings

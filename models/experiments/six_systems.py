@@ -27,7 +27,6 @@ answers (heard), Stage 1's words from the metadata, or the true label in a templ
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -43,7 +42,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from models.experiments.pipeline import Context, Stage, add_stage_arguments, check_status, log_console, run_pipeline
+from models.experiments.commands import six_systems_parser
+from models.experiments.pipeline import Context, Stage, check_status, log_console, run_pipeline
 from models.experiments.shared_steps import (
     ask,
     limited,
@@ -739,12 +739,7 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m models six-systems", description="Does the student hear?")
-    parser.add_argument("--seeds", type=int, help=f"default {FULL.seeds}")
-    parser.add_argument("--split", default="test", choices=("test", "dev"), help="which questions are asked")
-    parser.add_argument("--no-sweeps", action="store_true", help="the table alone, without the sweeps")
-    parser.add_argument("--write", action="store_true", help="write the tables into models/experiments/results")
-    add_stage_arguments(parser, out="runs/six_systems")
+    parser = six_systems_parser()
     arguments = parser.parse_args(argv)
     if arguments.write and (arguments.split != "test" or arguments.fast_smoke):
         parser.error("--write: the committed tables are of the whole run on the test split")

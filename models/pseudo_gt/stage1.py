@@ -14,7 +14,6 @@ where it was: no line is lost, and none is written twice.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fcntl
 import json
@@ -33,12 +32,11 @@ from models.data.answers import named_choices
 from models.data.manifest import SPLITS, TARGET_SOURCES, Example, Manifest, ManifestError, read_manifest, write_manifest
 from models.data.prompts import TASKS, target_template
 from models.io_utils import append_bytes, atomic_write_text, fingerprint, fsync_dir
+from models.pseudo_gt.commands import DEFAULT_BACKBONE, SOURCES, pseudo_gt_parser
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SOURCES = ("text_backbone", "template")
 # Changes whenever the same example would be put to the backbone in other words.
 WORDING_VERSION = 1
 _MAX_ANSWER_CHARACTERS = 160
@@ -572,20 +570,7 @@ def _normal(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; one message and status 1 where Stage 1 cannot be done, 130 after Ctrl-C (run again to go on)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m models pseudo-gt", description="Stage 1: write pseudo ground truth."
-    )
-    parser.add_argument("manifest", type=Path, help="JSONL manifest (models/data/manifest.py)")
-    parser.add_argument("--out", type=Path, required=True, help="manifest to write, in the audio root or above it")
-    parser.add_argument("--source", default="text_backbone", help=f"one of {', '.join(SOURCES)}")
-    parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="id or folder of a causal language model")
-    parser.add_argument("--splits", default="train,dev", help="comma-separated; other splits pass through")
-    parser.add_argument("--pool", default=None, help='only rows with this metadata["pool"]; others pass through')
-    parser.add_argument("--task", default=None, help="only rows of this task; others pass through")
-    parser.add_argument("--batch-examples", type=int, default=64, help="rows put to the backbone at once")
-    parser.add_argument("--max-reject-fraction", type=float, default=0.5, help="above it nothing is written but the rejects")
-    parser.add_argument("--audio-root", type=Path, default=None, help="folder of the audio (default: the manifest's)")
-    arguments = parser.parse_args(argv)
+    arguments = pseudo_gt_parser().parse_args(argv)
     try:
         manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root)
         for problem in manifest.problems:

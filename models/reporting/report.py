@@ -13,7 +13,6 @@ Markdown cannot hold figures and sound: they go into a folder beside it, report_
 
 from __future__ import annotations
 
-import argparse
 import base64
 import datetime
 import hashlib
@@ -34,6 +33,7 @@ from models.data.manifest import Example, read_manifest
 from models.evaluation.predictions import KINDS, EvaluationError, Prediction, context_kind, read_predictions
 from models.evaluation.scoring import judge
 from models.io_utils import atomic_write_bytes, atomic_write_text
+from models.reporting.commands import report_parser
 from models.reporting.figures import draw_curves
 from models.reporting.results_csv import ResultsError
 from models.reporting.sections import (
@@ -263,22 +263,7 @@ def choose_clips(report: Report) -> tuple[list[Clip], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m models report", description="A report of stored results and predictions.")
-    parser.add_argument("--out", default="report.html", help="HTML file to write")
-    parser.add_argument("--markdown", metavar="FILE", help="the same as Markdown; figures and clips in a folder beside it")
-    parser.add_argument("--title", default="Evaluation")
-    parser.add_argument(
-        "--results", metavar="DIR", help="folder of stored results (default without --predictions: models/experiments/results)"
-    )
-    parser.add_argument(
-        "--predictions", nargs="+", default=[], metavar="LABEL=FILE", help="what models.evaluation.evaluate wrote, a system each"
-    )
-    parser.add_argument("--reference", metavar="LABEL", help="the system others are compared with (default: the first)")
-    parser.add_argument("--metrics", nargs="*", default=[], metavar="LABEL=FILE", help="metrics.jsonl of training runs")
-    parser.add_argument("--manifest", help="for clips to listen to, which need --predictions")
-    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
-    parser.add_argument("--max-clips", type=int, default=8, help="clips to embed, 30 s each at most")
-    arguments = parser.parse_args(argv)
+    arguments = report_parser().parse_args(argv)
     try:
         systems, curves = _labelled(arguments.predictions), _labelled(arguments.metrics)
         for path in curves.values():

@@ -8,7 +8,6 @@ so the same clip under three contexts is stored once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from models.data.audio import AudioError, load_audio
 from models.data.manifest import Example, read_manifest
 from models.io_utils import atomic_write_bytes
+from models.speech_lm.commands import features_parser
 
 
 class FeatureError(RuntimeError):
@@ -158,13 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.backbones.resolve import BackboneError
     from models.speech_lm.model import SpeechLM, SpeechLMError
 
-    parser = argparse.ArgumentParser(prog="python -m models features", description="Encode a manifest's clips once.")
-    parser.add_argument("manifest")
-    parser.add_argument("--model", required=True, help="SpeechLM folder whose encoder is used")
-    parser.add_argument("--out", required=True, help="safetensors file to write")
-    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
-    parser.add_argument("--batch-clips", type=int, default=8, help="clips read and encoded at once")
-    arguments = parser.parse_args(argv)
+    arguments = features_parser().parse_args(argv)
     try:
         manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root)
         for problem in manifest.problems:

@@ -11,7 +11,6 @@ share the work; they end up as one cache.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,8 +25,9 @@ from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.speech_lm.collation import crop_to_targets
 from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
+from models.training.commands import CACHE_DTYPES, cache_parser
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": torch.float8_e4m3fn}
+DTYPES = dict(zip(CACHE_DTYPES, (torch.bfloat16, torch.float32, torch.float8_e4m3fn), strict=True))
 
 
 def fill_cache(
@@ -144,19 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.speech_lm.features import FeatureError, FeatureStore, extract_features
     from models.speech_lm.model import SpeechLM, SpeechLMError
 
-    parser = argparse.ArgumentParser(prog="python -m models cache", description="Run a teacher once, for all trainings.")
-    parser.add_argument("teacher", help="folder of a SpeechLM")
-    parser.add_argument("manifest", help="with targets (python -m models pseudo-gt)")
-    parser.add_argument("--out", required=True, help="folder of the cache")
-    parser.add_argument("--audio-root", help="folder that the manifest's audio paths start from")
-    parser.add_argument("--features", help="encoder features of the clips (python -m models features)")
-    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="of the stored states")
-    parser.add_argument("--layers", default="none", help="none, all, or numbers such as 6,12,30")
-    parser.add_argument("--part", default="0/1", help="I/N: every N-th sample from the I-th on")
-    parser.add_argument("--batch-examples", type=int, default=32)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--measure", type=int, default=0, metavar="N", help="compare N samples with live ones at the end")
-    arguments = parser.parse_args(argv)
+    arguments = cache_parser().parse_args(argv)
     try:
         number, _, parts = arguments.part.partition("/")
         if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):

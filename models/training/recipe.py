@@ -28,8 +28,7 @@ from kdkernels.layer_mse import DIRECTIONS, LAYER_MAPS, layer_map
 from kdkernels.ops.dispatch import IMPLEMENTATIONS
 from kdkernels.ops.rows import DIVERGENCES
 from models.data.manifest import SPLITS
-
-RECIPES_DIR = Path(__file__).parent / "recipes"
+from models.training.commands import RECIPES_DIR
 
 OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
 TEACHER_OBJECTIVES = ("kd", "sharpened", "caad", "caad+")
@@ -443,14 +442,9 @@ def find_recipe(recipe: str) -> Path:
     raise ConfigError(f"recipe {recipe!r}: no such file, and not one of the shipped {shipped}{_nearest(recipe, shipped)}")
 
 
-def describe_recipes() -> str:
-    """The shipped recipes by the first words of their files, and every key with its default: the help of the command line."""
-    lines = ["recipes:"]
-    for path in sorted(RECIPES_DIR.glob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-        lines.append(f"  {path.stem:12} {re.split(r'[.:;] ', comment)[0].rstrip('.')}")
-    lines += ["", "keys and defaults:", f"  objective = one of {', '.join(OBJECTIVES)}"]
+def describe_keys() -> str:
+    """Every key of a recipe with its default."""
+    lines = ["keys and defaults:", f"  objective = one of {', '.join(OBJECTIVES)}"]
     for f in dataclasses.fields(Recipe)[1:]:
         section, name = _section(Recipe, f.name), f"{f.name}.*"
         if section is None:

@@ -20,7 +20,6 @@ divides the batch; what is drawn at random inside the model (dropout) then is an
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -54,6 +53,7 @@ from models.training.checkpoint import (
     set_aside,
     trainable_state,
 )
+from models.training.commands import train_parser
 from models.training.curves import MetricsLogger
 from models.training.distributed import (
     RankError,
@@ -67,7 +67,7 @@ from models.training.distributed import (
     parameter_groups,
     save_distributed,
 )
-from models.training.recipe import ConfigError, LossConfig, Recipe, describe_recipes, load_recipe, to_dict
+from models.training.recipe import ConfigError, LossConfig, Recipe, describe_keys, load_recipe, to_dict
 from models.training.run_setup import (
     OWN_TEACHER,
     TrainingData,
@@ -517,18 +517,20 @@ def _teacher_source(recipe: Recipe, name: str, step: int, states: TeacherStates)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see the module's docstring. Returns the exit status: 0, 1, or 128 + the signal that stopped the run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m models train",
-        description="Train a speech LM by a recipe. Ctrl-C or SIGTERM saves; run.resume=auto goes on.",
-        epilog=describe_recipes(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="a YAML file, or the name of one in models/training/recipes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as loss.alpha=1 run.out_dir=runs/caad1")
+    """Command line. Returns 0, 1, 2 for an error in the recipe, or 128 + the signal that stopped the run."""
+    parser = train_parser()
     arguments = parser.parse_args(argv)
+    if arguments.keys:
+        print(describe_keys())
+        return 0
+    if arguments.recipe is None:
+        parser.error("expected the name or the file of a recipe, got none")
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         device = pick_device(recipe.run.device, name="run.device")
         if recipe.distils:
             _check_impl(recipe.loss.impl, device)

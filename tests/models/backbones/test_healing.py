@@ -5,15 +5,8 @@ import pytest
 import torch
 from tiny_speech import TinyBackbones, make_examples, make_lm, make_tokenizer
 
-from models.backbones.healing import (
-    HealingConfig,
-    build_student,
-    heal,
-    healed_student,
-    healing_texts,
-    main,
-    parse_layers,
-)
+from models.backbones.healing import build_student, heal, healed_student, healing_texts, main, parse_layers
+from models.backbones.healing_config import HealingConfig
 from models.backbones.resolve import load_causal_lm
 from models.experiments.shared_steps import make_tiny_backbones
 

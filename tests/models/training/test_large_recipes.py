@@ -12,8 +12,9 @@ from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
 from models.experiments.shared_steps import make_tiny_backbones
 from models.speech_lm.model import SpeechLM
+from models.training.commands import RECIPES_DIR
 from models.training.curves import read_metrics
-from models.training.recipe import RECIPES_DIR, load_recipe
+from models.training.recipe import load_recipe
 from models.training.train import main
 
 FAMILIES = {"llama": (128_256, 128_256), "qwen": (151_936, 152_064), "gemma": (262_144, 262_208)}

@@ -1,6 +1,7 @@
 import pytest
 
-from models.training.recipe import RECIPES_DIR, ConfigError, LossConfig, OptimConfig, Recipe, load_recipe
+from models.training.commands import RECIPES_DIR
+from models.training.recipe import ConfigError, LossConfig, OptimConfig, Recipe, load_recipe
 
 
 def write(tmp_path, text):

@@ -289,7 +289,7 @@ def test_mistakes_of_the_caller(tmp_path):
 
 
 def test_command_line_errors_are_one_line(capsys):
-    assert main(["caad", "loss.alhpa=1"]) == 1
+    assert main(["caad", "loss.alhpa=1"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: command line: unknown key 'loss.alhpa'; did you mean 'loss.alpha'")
     assert message.count("\n") == 1
@@ -299,7 +299,11 @@ def test_help_lists_recipes_and_keys(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    for word in ("sft_teacher", "caad  ", "manifest=", "alpha=2.0", "resume='never'", "Ctrl-C"):
+    for word in ("sft_teacher", "caad  ", "Ctrl-C", "--keys"):
+        assert word in shown
+    assert main(["--keys"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("manifest=", "alpha=2.0", "resume='never'"):
         assert word in shown
 
 

@@ -1,0 +1,50 @@
+"""The parser of every command: one-line errors with the nearest right word, and options that may be repeated."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser. An error of use is one line with the nearest right word; the exit status is 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}{self._nearest(message)} ({self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def add_list(self, *names: str, nargs: str = "+", default: Sequence[str] = (), **options: Any) -> None:
+        """An option of several words. Given twice, it holds the words of both."""
+        self.add_argument(*names, nargs=nargs, action=_Collect, default=list(default), **options)
+
+    def _nearest(self, message: str) -> str:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            return _did_you_mean(unknown[1], options)
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if choice:
+            return _did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        return ""
+
+
+class _Collect(argparse.Action):
+    """Adds the words of every use; the first use replaces the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if given is self.default else given), *values])
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that is most like `word`, or an empty string."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), "")
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""

@@ -1,0 +1,30 @@
+"""Arguments of `corpus` and `card`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.arguments import Parser
+from models.corpora.plans.base import SIZES, SOURCES
+from models.data.prompts import TASKS
+
+
+def corpus_parser() -> Parser:
+    parser = Parser(prog="python -m models corpus", description="Build one of the built-in corpora.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the clips and manifest.jsonl")
+    parser.add_argument("--size", default="demo", choices=list(SIZES), help="default: demo")
+    parser.add_argument("--sources", help=f"comma-separated, of {','.join(SOURCES)} (default: those of the size)")
+    parser.add_argument("--tasks", help=f"comma-separated, of {','.join(TASKS)} (default: all that the sources allow)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hint-correlation", type=float, default=0.95, help="share of true hints in the teacher's set")
+    parser.add_argument("--min-snr-db", type=float, default=-18.0, help="strongest noise of the gender task")
+    parser.add_argument("--max-snr-db", type=float, default=2.0, help="weakest noise of the gender task")
+    parser.add_argument("--max-seconds", type=float, default=4.0, help="clips are cut to this length")
+    return parser
+
+
+def card_parser() -> Parser:
+    parser = Parser(prog="python -m models card", description="Describe a built-in corpus in Markdown.")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--out", type=Path, help="Markdown file to write (default: standard output)")
+    return parser

@@ -1,0 +1,56 @@
+"""Arguments of `evaluate` and `priors`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.arguments import Parser
+from models.data.manifest import SPLITS
+from models.evaluation.benchmarks import NAMES
+from models.evaluation.predictions import KINDS
+
+CONTROLS = ("no_audio", "swapped_audio")
+
+
+def evaluate_parser() -> Parser:
+    parser = Parser(prog="python -m models evaluate", description="Ask a speech LM every question and score the answers.")
+    parser.add_argument("checkpoint", nargs="?", help="SpeechLM folder, such as runs/caad/final")
+    parser.add_argument("manifest", nargs="?", help="JSONL manifest")
+    parser.add_argument("--benchmark", metavar="NAME|MANIFEST", help=f"{', '.join(NAMES)}, or a manifest")
+    parser.add_argument("--rescore", metavar="FILE", help="score a predictions file again; no model is needed")
+    parser.add_argument(
+        "--mode",
+        choices=("choice", "generate"),
+        help="rank the choices by likelihood, or answer freely (default: choice; generate for dynamic-superb and mcr)",
+    )
+    parser.add_argument(
+        "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
+    )
+    parser.add_argument("--alpha", type=float, default=1.0, help="strength of contrastive decoding")
+    parser.add_list("--controls", nargs="*", choices=CONTROLS, help="ask again without the audio, or with another clip's")
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_list("--tasks", nargs="*", help="only these tasks")
+    parser.add_argument("--features", help="feature file (python -m models features); without it clips are encoded now")
+    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's), or of a published benchmark")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="of rows and clips; above it nothing is scored")
+    parser.add_argument("--batch-examples", type=int, default=32, help="questions a forward pass")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer in mode generate")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", default="predictions.jsonl", help="predictions file; an unfinished one is continued")
+    parser.add_argument("--scorer", default="lenient", metavar="lenient|strict|MODULE:FUNCTION", help="what counts as right")
+    parser.add_argument("--priors", metavar="FILE", help="JSON object id -> answer of a text-only model, for the confusion table")
+    parser.add_argument("--compare", metavar="FILE", help="predictions of another system: the difference, by paired bootstrap")
+    parser.add_argument("--json", metavar="FILE", help="write every figure")
+    return parser
+
+
+def priors_parser() -> Parser:
+    parser = Parser(prog="python -m models priors", description="Answer every question from its text alone.")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--lm", required=True, help="id or folder of a causal language model")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_list("--splits", default=["test"], choices=SPLITS)
+    parser.add_list("--contexts", default=["neutral"], choices=KINDS, help="natural_conflicts needs neutral alone")
+    parser.add_argument("--batch-examples", type=int, default=32, help="prompts a forward pass")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    return parser

@@ -1,0 +1,41 @@
+"""Arguments of `demo`, `six-systems` and `ablation`."""
+
+from __future__ import annotations
+
+import argparse
+
+from models.arguments import Parser
+
+
+def demo_parser() -> Parser:
+    parser = Parser(prog="python -m models demo", description="Run the whole path once, from recorded speech to a report.")
+    parser.add_argument("--seed", type=int, default=0)
+    return _with_stages(parser, out="runs/demo")
+
+
+def six_systems_parser() -> Parser:
+    parser = Parser(prog="python -m models six-systems", description="Make the table of the CAAD paper's six systems.")
+    parser.add_argument("--seeds", type=int, help="students of each system (default: 5)")
+    parser.add_argument("--split", default="test", choices=("test", "dev"), help="which questions are asked")
+    parser.add_argument("--no-sweeps", action="store_true", help="the table alone, without the sweeps")
+    parser.add_argument("--write", action="store_true", help="write the tables into models/experiments/results")
+    return _with_stages(parser, out="runs/six_systems")
+
+
+def ablation_parser() -> Parser:
+    parser = Parser(prog="python -m models ablation", description="Make the table of teacher sources and layers.")
+    parser.add_argument("--write", action="store_true", help="write the table into models/experiments/results")
+    return _with_stages(parser, out="runs/ablation")
+
+
+def _with_stages(parser: Parser, *, out: str) -> Parser:
+    """The arguments of every pipeline, and what a stage's own process is called with."""
+    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips and tiny random models: a minute, for CI")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--out", default=out, help=f"folder of the results (default: {out})")
+    parser.add_argument("--fresh", action="store_true", help="make every stage again; downloads are kept")
+    parser.add_argument(
+        "--workers", type=int, help="stages at a time, each in a process; 0 = all in this process, one after another"
+    )
+    parser.add_argument("--run-stage", help=argparse.SUPPRESS)
+    return parser

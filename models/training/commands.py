@@ -1,0 +1,51 @@
+"""Arguments of `train` and `cache`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from models.arguments import Parser
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+CACHE_DTYPES = ("bfloat16", "float32", "float8")
+
+
+def train_parser() -> Parser:
+    parser = Parser(
+        prog="python -m models train",
+        description="Train a speech LM by a recipe. Ctrl-C or SIGTERM saves; run.resume=auto goes on.",
+        epilog=describe_recipes(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as loss.alpha=1 run.out_dir=runs/caad1")
+    parser.add_argument("--keys", action="store_true", help="list every key of a recipe with its default, and stop")
+    return parser
+
+
+def describe_recipes() -> str:
+    """The shipped recipes by the first words of their files."""
+    lines = ["recipes:"]
+    for path in sorted(RECIPES_DIR.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+        lines.append(f"  {path.stem:17} {re.split(r'[.:;] ', comment)[0].rstrip('.')}")
+    return "\n".join(lines)
+
+
+def cache_parser() -> Parser:
+    parser = Parser(prog="python -m models cache", description="Run the teacher once and store its hidden states.")
+    parser.add_argument("teacher", help="folder of a SpeechLM")
+    parser.add_argument("manifest", help="with targets (python -m models pseudo-gt)")
+    parser.add_argument("--out", required=True, help="folder of the cache")
+    parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
+    parser.add_argument("--features", help="encoder features of the clips (python -m models features)")
+    parser.add_argument("--dtype", default="bfloat16", choices=CACHE_DTYPES, help="of the stored states")
+    parser.add_argument("--layers", default="none", help="none, all, or numbers such as 6,12,30")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th sample from the I-th on")
+    parser.add_argument("--batch-examples", type=int, default=32, help="samples a forward pass")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--measure", type=int, default=0, metavar="N", help="compare N samples with live ones at the end")
+    return parser
