@@ -302,7 +302,7 @@ def test_command_line_errors_are_one_line(files, capsys):
     assert capsys.readouterr().err.startswith("error: checkpoint: ")
     assert not (files / "p.jsonl").exists()
     assert main([str(files / "model"), str(files / "m.jsonl"), "--device", "gpu"]) == 1
-    assert "error: run.device" in capsys.readouterr().err
+    assert "error: --device" in capsys.readouterr().err
     write_header(files / "none.p", {})
     assert main(["--rescore", str(files / "none.p")]) == 1
     assert "no prediction in it" in capsys.readouterr().err
@@ -362,7 +362,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(files, tmp_p
     out = tmp_path / "killed.jsonl"
     command = [sys.executable, "-c", SLOW, *words, "--out", str(out)]
     with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(models.evaluation.evaluate.__file__).parents[1])
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(models.evaluation.evaluate.__file__).parents[2])
     try:
         deadline = time.monotonic() + 240
         while not out.exists() or out.read_bytes().count(b"\n") < 4:

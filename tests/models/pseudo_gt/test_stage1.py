@@ -31,7 +31,7 @@ from models.pseudo_gt.stage1 import (
     worked_examples,
 )
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def _gender(number: int, label: str = "man", **fields) -> Example:

@@ -55,9 +55,9 @@ def test_colours_are_told_apart_by_everyone(colours, ground):
 
 
 def test_the_grounds_are_those_of_the_page():
-    from models.reporting.report import FOLDER
+    from models.reporting.report import TEMPLATES
 
-    style = (FOLDER / "report.css").read_text()
+    style = (TEMPLATES / "report.css").read_text()
     assert f"--ground: {LIGHT_GROUND}" in style and f"--ground: {DARK_GROUND}" in style
 
 

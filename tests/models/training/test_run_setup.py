@@ -201,7 +201,7 @@ def test_fresh_connector_keeps_the_statistics(world):
     ],
 )
 def test_mistakes_are_one_line(world, capsys, monkeypatch, words, message):
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[3])
     assert train(world, "sft_teacher", "never", *words) == 1
     assert message in capsys.readouterr().err
 

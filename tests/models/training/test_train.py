@@ -18,7 +18,7 @@ from models.training.recipe import OBJECTIVES, LossConfig
 from models.training.teachers import TeacherStates, path_divergence
 from models.training.train import NonFiniteError, counted_positions, main, select_positions, token_weights, train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def lines(folder):
@@ -75,7 +75,7 @@ def test_four_parts_of_four_are_a_batch_of_sixteen(tmp_path, objective, mode):
 
 def run_killed(out_dir, *words, kill_at=0, by="SIGINT"):
     env = os.environ | {"KILL_AT": str(kill_at), "KILL_BY": by, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).parent / "train_fakes.py"), str(out_dir), "caad", *words]
+    command = [sys.executable, str(Path(fakes.__file__)), str(out_dir), "caad", *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 

@@ -25,7 +25,7 @@ from models.training.recipe import ConfigError
 from models.training.run_setup import TrainingData, build_sources, make_training_data
 from models.training.train import train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 WORDS = (
     "optim.batch_examples=8", "optim.micro_batch_examples=2", "run.save_every_steps=8", "optim.learning_rate=0.01",
