@@ -1,7 +1,9 @@
-"""Audio files in and out: what the header says, decoding of a bounded span, one exception for all that can go wrong.
+"""Audio files in and out: how long a clip is, decoding of a bounded span, one exception for all that can go wrong.
 
-The header decides first. A clip that is too long is refused before a sample is decoded, and memory is only ever taken
-for `max_seconds` of sound, block by block: a header that claims more than the file holds costs neither time nor memory.
+The length is known before a sample is decoded. libsndfile's header count is used where the format counts its samples
+(wav, flac, ogg, aiff, au). An mp3 holds no count, only an estimate, and a flac from a pipe holds none at all: for these, and
+for containers that libsndfile does not read (m4a, webm, aac), FFmpeg (the package PyAV) walks through the packets and adds
+up their durations. A clip that is too long is refused then. Memory is taken for `max_seconds` of sound at most.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
@@ -27,6 +31,8 @@ _MAX_CHANNELS = 32
 _BLOCK_FRAMES = 1 << 16
 # Encoders round a clip's end to their own frame, and labels are rounded to hundredths: an end this close is the end.
 _END_TOLERANCE_SECONDS = 0.1
+# Packets hold an encoder's delay and padding, which decoding takes off: a few frames of 1152 samples, or of AAC's 1024.
+_PADDING_FRAMES = 4 * 1152
 _BYTES_PER_SAMPLE = {
     "PCM_S8": 1,
     "PCM_U8": 1,
@@ -43,6 +49,9 @@ _CUT_DATA = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAMED_BYTES = 0x7FFFF000
 _CUT_TOLERANCE = 0.01
 _UNCOMPRESSED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"}
+_NO_COUNT = 1 << 62  # libsndfile's frames of a stream that does not say how long it is
+# What FFmpeg may take a file for. Playlists and the like, which name other files and addresses, are not among them.
+_CONTAINERS = "aac,ac3,amr,asf,flac,matroska,mov,mp3,ogg,wav"
 
 
 class AudioError(ValueError):
@@ -56,21 +65,28 @@ class AudioError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class AudioInfo:
-    """What a header says; nothing was decoded for it."""
+    """What is known of a file before it is decoded.
+
+    Args:
+        duration_seconds, frames: its length; `frames` counts samples of one channel.
+        format: libsndfile's name (WAV, FLAC, MP3, ...) or FFmpeg's (mov, matroska, aac, ...).
+        counted: True where the header counts the samples; False where FFmpeg's packets were added up.
+    """
 
     duration_seconds: float
     sample_rate_hz: int
     channels: int
     frames: int
     format: str
+    counted: bool = True
 
 
 def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
-    """Read the header of an audio file and check that it is believable.
+    """Length, rate and channels of an audio file; its header has to be believable.
 
     Raises:
         AudioError: the file is missing, no regular file (a named pipe would block), empty, in no format that libsndfile
-            knows, or its header is unbelievable: more samples than bytes, a rate or channels that no speech has.
+            or FFmpeg knows, or its header is unbelievable: more samples than bytes, a rate or channels that no speech has.
     """
     path = Path(path)
     try:
@@ -86,13 +102,17 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
     try:
         info = sf.info(str(path), verbose=True)
     except Exception as error:  # libsndfile raises several unrelated types for a broken header
-        raise AudioError(f"corrupt or unknown header ({_short(error)})", path) from None
-    if not _MIN_RATE_HZ <= info.samplerate <= _MAX_RATE_HZ:
-        raise AudioError(f"wrong rate: {info.samplerate} Hz, expected {_MIN_RATE_HZ} to {_MAX_RATE_HZ}", path)
-    if not 1 <= info.channels <= _MAX_CHANNELS:
-        raise AudioError(f"corrupt header: {info.channels} channels, expected 1 to {_MAX_CHANNELS}", path)
-    if info.frames <= 0:
-        raise AudioError("empty clip (0 samples)", path)
+        return _checked(_walk(path, otherwise=f"corrupt or unknown header ({_short(error)})"), path)
+    if info.frames >= _NO_COUNT or info.format == "MP3" or info.subtype.startswith("MPEG"):
+        return _checked(_walk(path, otherwise=f"corrupt or unknown {info.format} data"), path)
+    known = AudioInfo(
+        duration_seconds=info.frames / max(1, info.samplerate),
+        sample_rate_hz=info.samplerate,
+        channels=info.channels,
+        frames=info.frames,
+        format=info.format,
+    )
+    _checked(known, path)
     sample_bytes = _BYTES_PER_SAMPLE.get(info.subtype)
     if info.format in _UNCOMPRESSED and sample_bytes and info.frames * info.channels * sample_bytes > status.st_size:
         raise AudioError(
@@ -102,19 +122,26 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
     cut = _CUT_DATA.search(info.extra_info)
     if cut and int(cut[1]) < _STREAMED_BYTES and int(cut[1]) > int(cut[2]) * (1 + _CUT_TOLERANCE):
         raise AudioError(f"corrupt or cut off: the header claims {cut[1]} bytes of sound, {cut[2]} are there", path)
-    return AudioInfo(
-        duration_seconds=info.frames / info.samplerate,
-        sample_rate_hz=info.samplerate,
-        channels=info.channels,
-        frames=info.frames,
-        format=info.format,
-    )
+    return known
+
+
+def _checked(info: AudioInfo, path: Path) -> AudioInfo:
+    """`info`, if a recording can have such a rate, channels and length."""
+    if not _MIN_RATE_HZ <= info.sample_rate_hz <= _MAX_RATE_HZ:
+        raise AudioError(f"wrong rate: {info.sample_rate_hz} Hz, expected {_MIN_RATE_HZ} to {_MAX_RATE_HZ}", path)
+    if not 1 <= info.channels <= _MAX_CHANNELS:
+        raise AudioError(f"corrupt header: {info.channels} channels, expected 1 to {_MAX_CHANNELS}", path)
+    if info.frames <= 0:
+        raise AudioError("empty clip (0 samples)", path)
+    return info
 
 
 def check_span(
     info: AudioInfo, *, start_seconds: float = 0.0, end_seconds: float | None = None, max_seconds: float = MAX_SECONDS
 ) -> tuple[float, float]:
-    """The span (start, end) in seconds that lies in the clip, decided from the header alone.
+    """The span (start, end) in seconds that lies in the clip; nothing is decoded.
+
+    A span may be up to 0.1 s longer than `max_seconds` (an encoder's padding); its end is then cut.
 
     Raises:
         AudioError: the span starts behind the clip's end, ends behind it, is empty, or is longer than `max_seconds`.
@@ -127,9 +154,9 @@ def check_span(
     if end > info.duration_seconds + _END_TOLERANCE_SECONDS:
         raise AudioError(f"span ends at {end:g} s, the clip ends at {info.duration_seconds:.2f} s")
     end = min(end, info.duration_seconds)
-    if end - start_seconds > max_seconds:
+    if end - start_seconds > max_seconds + _END_TOLERANCE_SECONDS:
         raise AudioError(f"too long: {end - start_seconds:.1f} s, at most {max_seconds:g} s are allowed")
-    return start_seconds, end
+    return start_seconds, min(end, start_seconds + max_seconds)
 
 
 def load_audio(
@@ -143,10 +170,10 @@ def load_audio(
     """Decode a span of an audio file to one channel at `sample_rate`.
 
     Args:
-        path: wav, flac, ogg, opus, mp3, aiff, au ... of any rate and number of channels (averaged to one).
+        path: wav, flac, ogg, opus, mp3, m4a, webm, aiff, au ... of any rate and number of channels (averaged to one).
         start_seconds, end_seconds: the span; None means to the end.
         sample_rate: rate of the result in Hz.
-        max_seconds: a longer span is refused from the header, undecoded.
+        max_seconds: a longer span is refused before it is decoded.
 
     Returns:
         float32 (samples,), in [-1, 1] for integer formats. Memory: at most `max_seconds` of sound.
@@ -163,16 +190,20 @@ def load_audio(
     first_frame = round(start * info.sample_rate_hz)
     wanted_frames = max(1, round(end * info.sample_rate_hz) - first_frame)
     try:
-        blocks = list(_decode(path, first_frame, wanted_frames))
-    except Exception as error:  # a damaged stream surfaces as one of several libsndfile errors
+        decode = _decode if info.counted else _decode_packets
+        blocks = list(decode(path, first_frame, wanted_frames))
+    except AudioError:
+        raise
+    except Exception as error:  # a damaged stream surfaces as one of several errors of libsndfile and FFmpeg
         raise AudioError(f"corrupt audio data ({_short(error)})", path) from None
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if not samples.size:
         raise AudioError("empty clip (no sample could be decoded)", path)
     # A truncated compressed file decodes to less than its header says; a frame or two are only an encoder's padding.
-    if samples.size < wanted_frames - _END_TOLERANCE_SECONDS * info.sample_rate_hz:
+    padding = _END_TOLERANCE_SECONDS * info.sample_rate_hz + (0 if info.counted else _PADDING_FRAMES)
+    if samples.size < wanted_frames - padding:
         raise AudioError(
-            f"corrupt audio data (the header says {wanted_frames} samples, {samples.size} could be decoded)", path
+            f"corrupt audio data (expected {wanted_frames} samples, {samples.size} could be decoded)", path
         )
     if not np.isfinite(samples).all():
         raise AudioError("corrupt audio data (samples that are not finite)", path)
@@ -221,6 +252,57 @@ def _decode(path: Path, first_frame: int, wanted_frames: int) -> Iterator[np.nda
                 return
             wanted_frames -= len(block)
             yield block.mean(1) if block.shape[1] > 1 else block[:, 0]
+
+
+@contextmanager
+def _open_packets(path: Path) -> Iterator[tuple[Any, Any]]:
+    """FFmpeg's container of a file and its first audio stream. FFmpeg reads this one file and nothing else."""
+    import av  # half of a second, and most files do without it
+
+    options = {"format_whitelist": _CONTAINERS}
+    with path.open("rb") as file, av.open(file, options=options, metadata_errors="replace") as container:
+        if not container.streams.audio:
+            raise AudioError("no sound in it", path)
+        yield container, container.streams.audio[0]
+
+
+def _walk(path: Path, *, otherwise: str) -> AudioInfo:
+    """Length by the durations of all packets; nothing is decoded.
+
+    Raises:
+        AudioError: FFmpeg does not know the file either; `otherwise` says why.
+    """
+    try:
+        with _open_packets(path) as (container, stream):
+            seconds = sum(packet.duration * packet.time_base for packet in container.demux(stream) if packet.duration)
+            rate, channels, name = stream.rate or 0, stream.channels, container.format.name.split(",")[0]
+    except AudioError:
+        raise
+    except ImportError:
+        raise AudioError(f"{otherwise}; files of this kind are read by PyAV: pip install av", path) from None
+    except Exception as error:  # FFmpeg's errors are of several types
+        raise AudioError(f"{otherwise}; FFmpeg: {getattr(error, 'strerror', None) or _short(error)}", path) from None
+    frames = round(seconds * rate)
+    return AudioInfo(
+        duration_seconds=frames / max(1, rate), sample_rate_hz=rate, channels=channels, frames=frames, format=name, counted=False
+    )
+
+
+def _decode_packets(path: Path, first_frame: int, wanted_frames: int) -> Iterator[np.ndarray]:
+    """As `_decode`, by FFmpeg and from the clip's beginning: where no sample is counted, a position cannot be looked up."""
+    import av
+
+    with _open_packets(path) as (container, stream):
+        as_float = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
+        for frame in container.decode(stream):
+            for plane in as_float.resample(frame):
+                block = plane.to_ndarray().mean(0)[first_frame:][:wanted_frames]
+                first_frame = max(0, first_frame - plane.samples)
+                wanted_frames -= len(block)
+                if len(block):
+                    yield block
+                if wanted_frames <= 0:
+                    return
 
 
 def _short(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import tracemalloc
 
 import numpy as np
@@ -105,6 +106,109 @@ def test_a_header_that_claims_a_few_seconds_too_many_is_never_padded(tmp_path):
         assert load_audio(path).size == 16_000
     except AudioError as error:
         assert "corrupt" in error.reason
+
+
+def _packets(path, codec: str, samples: np.ndarray, rate_hz: int, *, container=None, **codec_options: str) -> None:
+    """Encode with FFmpeg; an mp3 gets no Xing header, which would hold its length."""
+    import av
+
+    options = {"write_xing": "0", "id3v2_version": "0"} if path.suffix == ".mp3" else {}
+    with av.open(str(path), "w", options=options, format=container) as file:
+        stream = file.add_stream(codec, rate=rate_hz, options=codec_options)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray((samples[None] * 32767).astype(np.int16), format="s16", layout="mono")
+        frame.sample_rate = rate_hz
+        fifo = av.AudioFifo()
+        for part in av.AudioResampler(format=stream.format, layout="mono", rate=rate_hz).resample(frame):
+            fifo.write(part)
+        size = stream.codec_context.frame_size or 1152
+        while (part := fifo.read(size) or fifo.read(0)) is not None:
+            file.mux(stream.encode(part))
+        file.mux(stream.encode(None))
+
+
+def _changing(seconds: float, rate_hz: int) -> np.ndarray:
+    """Silence at first, noise later: a variable bit rate whose first frames say little about the rest."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(round(seconds * rate_hz))
+    return (noise * (np.arange(noise.size) > 2 * rate_hz)).astype(np.float32)
+
+
+def _without_length(flac: bytes) -> bytes:
+    """A flac whose STREAMINFO says 0 samples, as an encoder leaves it that writes to a pipe."""
+    data = bytearray(flac)
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("vbr.mp3", "libmp3lame", {"global_quality": "472"}),
+        ("abr.mp3", "libmp3lame", {"abr": "1", "b": "64k"}),
+        ("cbr.mp3", "libmp3lame", {"b": "64k"}),
+        ("a.m4a", "aac", {}),
+        ("a.aac", "aac", {}),
+        ("a.mka", "aac", {}),
+        ("a.webm", "libopus", {}),
+    ],
+)
+def test_compressed_audio_without_a_count_is_heard_to_its_end(tmp_path, name, codec, options):
+    rate_hz = 48_000 if codec == "libopus" else 22_050
+    _packets(tmp_path / name, codec, _changing(5.77, rate_hz), rate_hz, **options)
+    samples = load_audio(tmp_path / name)
+    # An encoder adds a frame of padding before and one behind.
+    assert 5.7 < samples.size / 16_000 < 5.9
+    assert abs(samples[:24_000]).max() < 0.01 < np.std(samples[40_000:91_000])
+    info = probe_audio(tmp_path / name)
+    assert abs(info.duration_seconds - samples.size / 16_000) < 0.05 and not info.counted
+    part = load_audio(tmp_path / name, start_seconds=3.0, end_seconds=4.0)
+    assert part.size == 16_000
+    np.testing.assert_allclose(part[800:-800], samples[48_800:63_200], atol=2e-3)
+    with pytest.raises(AudioError, match=r"too long: 5\.[89] s, at most 2 s are allowed"):
+        load_audio(tmp_path / name, max_seconds=2.0)
+
+
+def test_a_flac_from_a_pipe_is_heard_to_its_end(tmp_path):
+    flac = encode_audio(_changing(5.0, 16_000))
+    (tmp_path / "counted.flac").write_bytes(flac)
+    (tmp_path / "piped.flac").write_bytes(_without_length(flac))
+    assert probe_audio(tmp_path / "piped.flac").duration_seconds == 5.0
+    np.testing.assert_array_equal(load_audio(tmp_path / "piped.flac"), load_audio(tmp_path / "counted.flac"))
+
+
+def test_a_long_mp3_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    _packets(tmp_path / "a.mp3", "libmp3lame", np.zeros(32 * 16_000, np.float32), 16_000, b="32k")
+    monkeypatch.setattr("models.data.audio._decode_packets", None)
+    with pytest.raises(AudioError, match=r"too long: 32\.\d s, at most 30 s"):
+        load_audio(tmp_path / "a.mp3")
+
+
+def test_a_span_over_the_limit_by_an_encoders_padding_is_cut_to_it(tmp_path):
+    write_audio(tmp_path / "a.flac", _tone(2.05))
+    assert load_audio(tmp_path / "a.flac", max_seconds=2.0).size == 32_000
+    with pytest.raises(AudioError, match=r"too long: 2\.2 s, at most 2 s"):
+        write_audio(tmp_path / "b.flac", _tone(2.25))
+        load_audio(tmp_path / "b.flac", max_seconds=2.0)
+
+
+def test_without_pyav_the_message_says_what_to_install(tmp_path, monkeypatch):
+    _packets(tmp_path / "a.m4a", "aac", _tone(1.0), 16_000)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(AudioError, match=r"Format not recognised.*; files of this kind are read by PyAV: pip install av"):
+        load_audio(tmp_path / "a.m4a")
+
+
+def test_a_playlist_opens_no_other_file(tmp_path):
+    write_audio(tmp_path / "secret.wav", _tone(1.0))
+    for name, text in {
+        "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.wav\n#EXT-X-ENDLIST\n",
+        "a.ffconcat": "ffconcat version 1.0\nfile secret.wav\n",
+        "a.mp3": "#EXTM3U\n#EXTINF:1,\nsecret.wav\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(AudioError, match="corrupt or unknown header"):
+            load_audio(tmp_path / name)
 
 
 def _missing(path):
