@@ -1,0 +1,608 @@
+"""Writes the tables and the numbers of README.md, csrc/README.md and docs/ from the committed CSV files.
+
+    python -m docs.tables            # rewrites what stands between the markers
+    python -m docs.tables --check    # names every table and number that differs from its CSV; exit status 1 if there is one
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, each on a line of its own. NAME is a key of `TABLES`.
+
+A number stands in a sentence as `<!-- n: FILE/ROWS/COLUMN/FORMAT -->12.3<!-- /n -->`. FILE is the CSV's name without its ending. ROWS is
+`column=value`, several joined by `;`. Several rows give their mean. FORMAT is a key of `FORMATS`; `a:b` as COLUMN is column a
+divided by column b.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = (ROOT / "models" / "experiments" / "results", ROOT / "benchmarks" / "results")
+MINUS, RANGE = "−", "to"
+# Two-sided 95% points of Student's t by degrees of freedom.
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+
+Row = Mapping[str, str]
+Table = tuple[Sequence[str], Iterable[Sequence[str]]]
+
+
+class TableError(ValueError):
+    """A marker or a CSV file cannot be used; the message names it."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def read(name: str) -> tuple[Row, ...]:
+    """The rows of a committed CSV file, by its name without the ending."""
+    for folder in FOLDERS:
+        path = folder / f"{name}.csv"
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                return tuple(csv.DictReader(file))
+    raise TableError(f"{name}: expected {name}.csv in one of {', '.join(str(f.relative_to(ROOT)) for f in FOLDERS)}")
+
+
+def rows(name: str, **where: str | int) -> list[Row]:
+    """The rows of a CSV file in which every named column has the given value; at least one."""
+    found = [row for row in read(name) if all(row.get(key) == str(value) for key, value in where.items())]
+    if not found:
+        raise TableError(f"{name}.csv: no row with {where}")
+    return found
+
+
+def numbers(found: Iterable[Row], column: str) -> list[float]:
+    """The finite numbers of a column; blank cells and "nan" are left out."""
+    return [value for row in found if row[column] and math.isfinite(value := float(row[column]))]
+
+
+def mean(name: str, column: str, **where: str | int) -> float | None:
+    """Mean of a column over the rows that match; None where nothing was measured."""
+    found = numbers(rows(name, **where), column)
+    return statistics.mean(found) if found else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Formats
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def signed(value: float, digits: int = 1) -> str:
+    return f"{'+' if value >= 0 else MINUS}{abs(value):.{digits}f}"
+
+
+def or_blank(form: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda value: "" if value is None else form(value)
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "percent": lambda x: f"{100 * x:.1f}",
+    "whole_percent": lambda x: f"{100 * x:.0f}",
+    "points": lambda x: signed(100 * x),
+    "one": lambda x: f"{x:.1f}",
+    "two": lambda x: f"{x:.2f}",
+    "three": lambda x: f"{x:.3f}",
+    "whole": lambda x: f"{x:,.0f}",
+    "minutes": lambda x: f"{x / 60:.1f}",
+    "kilo": lambda x: f"{x / 1000:.1f}",
+    "error": lambda x: f"{x:.1e}",
+}
+percent, one, two, whole, error = (or_blank(FORMATS[name]) for name in ("percent", "one", "two", "whole", "error"))
+
+
+def spread(name: str, column: str, **where: str | int) -> str:
+    """Mean ± standard deviation over seeds, in percent; the mean alone where there is one row."""
+    found = [100 * value for value in numbers(rows(name, **where), column)]
+    if not found:
+        return ""
+    return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")
+
+
+def paired(system: str, minus: str, context: str) -> str:
+    """A difference of six_systems_paired.csv with its interval, in points."""
+    (row,) = rows("six_systems_paired", system=system, minus=minus, context=context)
+    difference, low, high = (100 * float(row[column]) for column in ("difference", "low", "high"))
+    return f"{signed(difference)} ({signed(low)} {RANGE} {signed(high)})"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Results of the experiments
+# --------------------------------------------------------------------------------------------------------------------
+
+SIX = {
+    "teacher": "teacher, greedy",
+    "teacher_cd1": "teacher, contrastive decoding, alpha 1",
+    "teacher_cd2": "teacher, contrastive decoding, alpha 2",
+    "before": "student by true labels, no distillation",
+    "before_cd1": "that student, contrastive decoding, alpha 1",
+    "ce_only": "CE only (control)",
+    "sharpened2": "sharpened KD, alpha 2 (control)",
+    "kd": "standard KD",
+    "caad05": "CAAD, alpha 0.5",
+    "caad1": "CAAD, alpha 1",
+    "caad2": "CAAD, alpha 2",
+    "caad2_plausible": "CAAD, alpha 2, plausibility mask 0.1",
+    "caad_plus": "CAAD+ (alpha 4, text path centred)",
+    "teacher_long": "longer teacher (control), greedy",
+    "kd_of_long": "standard KD from the longer teacher",
+    "caad2_of_long": "CAAD, alpha 2, from the longer teacher",
+}
+CONTEXTS = ("neutral", "aligned", "conflict")
+
+
+def _six(systems: Iterable[str], columns: Sequence[str]) -> Iterable[list[str]]:
+    for system in systems:
+        latency = whole(mean("six_systems", "latency_ms", system=system))
+        yield [SIX[system], *(spread("six_systems", column, system=system) for column in columns), latency]
+
+
+def six_systems() -> Table:
+    columns = (*CONTEXTS, "all", "shift_tir_adv")
+    head = ("system", "no hint", "true hint", "false hint", "ALL", "Shift (TIR_adv)", "ms an answer")
+    return head, _six(SIX, columns)
+
+
+def readme_results() -> Table:
+    head = ("system", "no hint", "true hint", "false hint", "ms an answer")
+    return head, _six(("teacher", "teacher_cd1", "kd", "caad1", "caad2"), CONTEXTS)
+
+
+def six_differences() -> Table:
+    pairs = (("caad05", "kd"), ("caad1", "kd"), ("caad2", "kd"), ("caad2_plausible", "kd"), ("caad_plus", "kd"),
+             ("caad2_of_long", "kd_of_long"), ("caad2", "sharpened2"), ("caad2", "ce_only"), ("caad_plus", "caad2"),
+             ("caad_plus", "teacher_cd1"))  # fmt: skip
+    head = ("difference", "no hint", "true hint", "false hint", "ALL")
+    return head, (
+        [f"{SIX[a]} − {SIX[b]}", *(paired(a, b, context) for context in (*CONTEXTS, "all"))] for a, b in pairs
+    )
+
+
+def six_relative() -> Table:
+    """Gain over standard KD relative to KD's own accuracy."""
+
+    def gain(system: str, base: str, column: str) -> str:
+        of, over = (mean("six_systems", column, system=name) for name in (system, base))
+        return f"{signed(100 * (of / over - 1))}%"
+
+    pairs = (("caad1", "kd"), ("caad2", "kd"), ("caad2_of_long", "kd_of_long"))
+    head = ("relative gain over KD", "no hint", "true hint", "ALL, a third of it false hints")
+    return head, ([SIX[a], *(gain(a, b, column) for column in ("neutral", "aligned", "all"))] for a, b in pairs)
+
+
+def six_additions() -> Table:
+    labels = {
+        "caad2_layers": "layers beside the logits",
+        "caad2_weighted": "KD weighted by the divergence of the paths",
+        "caad2_ramp": "alpha ramped over steps",
+        "caad2_centered": "text path centred",
+        "caad2_adaptive": "alpha by token",
+        "caad2_plausible": "plausibility mask 0.1",
+    }
+    head = ("added to CAAD alpha 2", "seeds", "no hint", "true hint", "false hint", "ALL")
+
+    def line(system: str) -> list[str]:
+        seeds = rows("six_systems_paired", system=system, minus="caad2")[0]["seeds"]
+        return [labels[system], seeds, *(paired(system, "caad2", context) for context in (*CONTEXTS, "all"))]
+
+    return head, map(line, labels)
+
+
+def six_by_noise() -> Table:
+    """Accuracy under hints by the clip's signal-to-noise ratio."""
+    systems = {"kd": "KD", "caad1": "CAAD 1", "caad2": "CAAD 2"}
+    levels = dict.fromkeys(row["value"] for row in rows("sweeps", sweep="conflict_strength"))
+
+    def cells(level: str) -> Iterable[str]:
+        for context in ("aligned", "conflict"):
+            for system in systems:
+                yield percent(mean("sweeps", context, sweep="conflict_strength", value=level, system=system))
+
+    head = ("SNR in dB", *(f"{hint} hint, {label}" for hint in ("true", "false") for label in systems.values()))
+    return head, ([level.replace("-", MINUS), *cells(level)] for level in levels)
+
+
+def sweep(name: str, head: str, labels: Mapping[str, str] | None = None) -> Callable[[], Table]:
+    """CAAD (and KD, where the sweep has it) over the values of a setting, seed 0."""
+
+    def build() -> Table:
+        found = [row for row in rows("sweeps", sweep=name, seed=0) if row["system"] != "teacher"]
+        lines = (
+            [
+                (labels or {}).get(row["value"], row["value"]),
+                {"kd": "KD", "caad": "CAAD"}[row["system"]],
+                *(percent(float(row[column])) for column in (*CONTEXTS, "all")),
+            ]
+            for row in found
+        )
+        return (head, "student", "no hint", "true hint", "false hint", "ALL"), lines
+
+    return build
+
+
+ANCHORS = {
+    "teacher": "the teacher's own answers",
+    "metadata": "Stage 1's words from the metadata",
+    "template": "the true label in a sentence",
+}
+
+ABLATION = {
+    "baseline": "student before distillation",
+    "sft": "`sft`: SFT alone",
+    "text_kd_top": "`text_kd_top`",
+    "text_kd_skip": "`text_kd_skip`",
+    "text_kd_all": "`text_kd_all`",
+    "text_acoustic_kd": "`text_acoustic_kd`",
+    "caad": "`caad`",
+    "caad_layers": "`caad_layers`",
+    "everything": "`everything`",
+    "text_teacher": "the text teacher itself, reading the metadata",
+}
+CLAIMS = (
+    ("baseline", "sft", "perception", "SFT alone forgets perception"),
+    ("text_acoustic_kd", "text_kd_all", "perception", "the acoustic teacher keeps perception"),
+    ("text_kd_top", "sft", "content", "top-layer text KD beats SFT on content"),
+    ("text_kd_all", "text_kd_top", "content", "all layers beat the top layer on content"),
+    ("text_kd_all", "text_kd_skip", "content", "all layers beat one in seven on content"),
+    ("text_acoustic_kd", "sft", "all", "both sources beat SFT on all"),
+)
+
+
+def ablation() -> Table:
+    columns = ("perception", "content", "all")
+    head = ("recipe", *columns)
+    return head, (
+        [label, *(spread("sources_layers", column, system=system) for column in columns)]
+        for system, label in ABLATION.items()
+    )
+
+
+def ablation_claims() -> Table:
+    """The paper's claims with t intervals over seeds, the same seeds on both sides."""
+
+    def by_seed(system: str, column: str) -> dict[str, float]:
+        return {row["seed"]: 100 * float(row[column]) for row in rows("sources_layers", system=system)}
+
+    def line(better: str, worse: str, column: str, claim: str) -> list[str]:
+        of, over = by_seed(better, column), by_seed(worse, column)
+        differences = [of[seed] - over[seed] for seed in of]
+        middle = statistics.mean(differences)
+        half = T_95[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+        verdict = "not decided" if abs(middle) <= half else "holds" if middle > 0 else "the opposite holds"
+        each = ", ".join(map(signed, differences))
+        return [claim, signed(middle), f"{signed(middle - half)} {RANGE} {signed(middle + half)}", each, verdict]
+
+    head = ("claim of the paper", "difference", "95% t interval", "by seed", "here")
+    return head, (line(*claim) for claim in CLAIMS)
+
+
+DEMO = ("teacher, greedy", "teacher, contrastive 1", "teacher, contrastive 2", "student, CE only", "student, KD",
+        "student, sharpened KD 2", "student, CAAD alpha 1", "student, CAAD alpha 2")  # fmt: skip
+MACHINES = {"demo": "AVX-512 BF16", "demo_amx": "AMX", "demo_avx2": "AVX2"}
+
+
+def demo() -> Table:
+    head = ("system", "no hint", "true hint", "false hint", "Shift (TIR_adv)")
+
+    def line(system: str) -> list[str]:
+        (row,) = rows("demo", system=system)
+        return [system, *(percent(float(row[column])) for column in (*CONTEXTS, "tir_adv"))]
+
+    return head, map(line, DEMO)
+
+
+def demo_machines() -> Table:
+    head = ("false hint, by processor", *MACHINES.values())
+    return head, ([system, *(percent(mean(name, "conflict", system=system)) for name in MACHINES)] for system in DEMO)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+# --------------------------------------------------------------------------------------------------------------------
+
+CHOSEN = {
+    "eager": "eager PyTorch",
+    "torch.compile": "torch.compile",
+    "Liger chunked JSD, compiled, chunk 1024": "Liger, chunk 1024",
+    "kdkernels (default: fp32 logits)": "kdkernels",
+    "kdkernels bf16 logits": "kdkernels, `logits_dtype=torch.bfloat16`",
+}
+
+
+def _linear(labels: Mapping[str, str]) -> Iterable[list[str]]:
+    for contender, label in labels.items():
+        (row,) = rows("linear_cpu", contender=contender)
+        cells = ((one, "speedup_over_eager"), (two, "times_floor"), (error, "gradient_error"), (whole, "peak_extra_mib"))
+        yield [label, *(form(next(iter(numbers([row], column)), None)) for form, column in cells)]
+
+
+LINEAR_HEAD = ("linear loss", "times faster than eager", "times the bare GEMMs", "gradient error", "extra MiB")
+
+
+def readme_loss() -> Table:
+    return LINEAR_HEAD, _linear(CHOSEN)
+
+
+def linear() -> Table:
+    return LINEAR_HEAD, _linear({row["contender"]: row["contender"] for row in read("linear_cpu")})
+
+
+def row_kernel() -> Table:
+    head = ("row kernel", "dtype", "ns a position", "times faster than eager", "gradient error")
+
+    def line(row: Row) -> list[str]:
+        found = {column: next(iter(numbers([row], column)), None) for column in row if column in
+                 ("ns_per_position", "speedup_over_eager", "gradient_error")}  # fmt: skip
+        return [row["contender"], row["dtype"], two(found["ns_per_position"]), one(found["speedup_over_eager"]),
+                error(found["gradient_error"])]  # fmt: skip
+
+    return head, map(line, read("rows_cpu"))
+
+
+def linear_sweep() -> Table:
+    """The linear loss over each size, the other sizes as in the main table."""
+    head = ("what varies", "value", "kdkernels, ns a position", "times the bare GEMMs", "with bf16 logits")
+    ours, half = "kdkernels (default: fp32 logits)", "kdkernels bf16 logits"
+
+    def line(row: Row) -> list[str]:
+        (other,) = rows("linear_sweep_cpu", sweep=row["sweep"], value=row["value"], contender=half)
+        return [row["sweep"], f"{int(row['value']):,}", one(float(row["ns_per_position"])), two(float(row["times_floor"])),
+                two(float(other["times_floor"]))]  # fmt: skip
+
+    return head, map(line, rows("linear_sweep_cpu", contender=ours))
+
+
+def several_teachers() -> Table:
+    labels = {
+        "eager": "eager PyTorch",
+        "kdkernels a call a teacher, fp32 logits": "kdkernels, a call for each teacher",
+        "kdkernels one call, fp32 logits": "kdkernels, one call",
+        "kdkernels one call, bf16 logits": "kdkernels, one call, bf16 logits",
+    }
+    head = ("ms for 1, 2 and 3 teachers", "1", "2", "3")
+    return head, (
+        [label, *(whole(mean("multi_teacher_cpu", "median_ms", contender=name, sources=k)) for k in (1, 2, 3))]
+        for name, label in labels.items()
+    )
+
+
+def peers(objective: str) -> Callable[[], Table]:
+    """ms of each contender at the shapes of model pairs."""
+
+    def build() -> Table:
+        found = rows("peers_cpu", objective=objective)
+        pairs = dict.fromkeys(row["pair"] for row in found)
+        contenders = dict.fromkeys(row["contender"] for row in found if numbers([row], "median_ms"))
+
+        def cell(contender: str, pair: str) -> str:
+            of = [row for row in found if (row["contender"], row["pair"]) == (contender, pair)]
+            return whole(next(iter(numbers(of, "median_ms")), None))
+
+        return (f"ms, {objective}", *pairs), ([name, *(cell(name, pair) for pair in pairs)] for name in contenders)
+
+    return build
+
+
+def memory() -> Table:
+    head = ("extra MiB", "256 tokens", "1,024 tokens", "4,096 tokens", "256 tokens, 131,072 ids")
+    labels = {row["contender"]: row["contender"] for row in read("memory_cpu")}
+    cells = (("tokens", 256, 49152), ("tokens", 1024, 49152), ("tokens", 4096, 49152), ("vocab", 256, 131072))
+
+    def cell(contender: str, over: str, tokens: int, vocab: int) -> str:
+        return whole(mean("memory_cpu", "peak_extra_mib", contender=contender, over=over, tokens=tokens, vocab=vocab))
+
+    return head, ([name, *(cell(name, *place) for place in cells)] for name in labels)
+
+
+def large_vocab() -> Table:
+    head = ("family", "ids", "MiB, fused", "MiB, naive", "ms a step, fused", "ms a step, naive")
+
+    def line(recipe: str) -> list[str]:
+        fused, naive = (rows("large_vocab_cpu", recipe=recipe, method=method)[0] for method in ("fused", "naive"))
+        return [fused["family"], f"{int(fused['student_vocab']):,}",
+                *(whole(float(row["peak_extra_mib"])) for row in (fused, naive)),
+                *(whole(float(row["step_ms"])) for row in (fused, naive))]  # fmt: skip
+
+    return head, map(line, dict.fromkeys(row["recipe"] for row in read("large_vocab_cpu")))
+
+
+def accuracy() -> Table:
+    head = ("gradient error, KD alone, bf16", "random states", "near convergence")
+    found = [r for r in rows("accuracy_cpu", kind="linear", objective="KD", dtype="bfloat16") if r["place"]]
+
+    def cell(contender: str, place: str) -> str:
+        of = [row for row in found if (row["contender"], row["place"]) == (contender, place)]
+        return error(next(iter(numbers(of, "gradient_error")), None))
+
+    return head, (
+        [name, cell(name, "random"), cell(name, "near convergence")] for name in dict.fromkeys(r["contender"] for r in found)
+    )
+
+
+def layers() -> Table:
+    """Layer loss without normalisation."""
+    head = ("layer loss", "dtype", "eager", "torch.compile", "kdkernels", "floor", "gradient error, eager", "kdkernels")
+    found = rows("layers_cpu", normalize="False")
+
+    def line(key: tuple[str, str]) -> list[str]:
+        of = {row["contender"]: row for row in found if (row["pair"], row["dtype"]) == key}
+        times = (one(float(of[name]["median_ms"])) for name in ("eager", "torch.compile", "kdkernels", "floor"))
+        return [*key, *times, *(error(float(of[name]["gradient_error"])) for name in ("eager", "kdkernels"))]
+
+    return head, map(line, dict.fromkeys((row["pair"], row["dtype"]) for row in found))
+
+
+def cache_size() -> Table:
+    head = ("kept for each token", "kB", "mass of the target in the wrong place")
+    found = [row for row in read("cache_cpu") if row["bytes_a_token"]]
+    return head, (
+        [r["kept"], FORMATS["kilo"](float(r["bytes_a_token"])), f"{percent(float(r['total_variation']))}%"] for r in found
+    )
+
+
+def packing() -> Table:
+    head = ("layout", "padding", "ms, both paths of the teacher", "times faster", "ms, student's step", "times faster")
+    return head, (
+        [r["layout"], f"{100 * float(r['padding']):.0f}%", whole(float(r["median_ms"])), one(float(r["speedup"])),
+         whole(float(r["student_ms"])), one(float(r["student_speedup"]))]
+        for r in read("packing_cpu")
+    )  # fmt: skip
+
+
+def step() -> Table:
+    head = ("teachers", "their forward passes, ms", "rest of the step, ms", "of it their LM heads, ms", "overhead beyond the heads")
+
+    def line(row: Row) -> list[str]:
+        forward = sum(numbers([row], "own_teacher_ms") + numbers([row], "text_teacher_ms") + numbers([row], "acoustic_teacher_ms"))
+        return [row["system"], whole(forward), whole(float(row["median_ms"])), whole(float(row["heads_ms"])),
+                f"{signed(100 * float(row['overhead_beyond_heads']), 0)}%"]  # fmt: skip
+
+    return head, map(line, read("step_cpu"))
+
+
+def plan() -> Table:
+    head = ("part", "predicted, s", "measured, s", "of the GEMM rate")
+    return head, (
+        [r["part"], two(float(r["predicted_s"])), two(float(r["measured_s"])), f"{100 * float(r['utilisation']):.0f}%"]
+        for r in read("plan_calibration_cpu")
+    )
+
+
+def stress() -> Table:
+    head = ("what was killed", "rounds", "kills", "equal to an undisturbed run, bit for bit", "lost", "doubled")
+    columns = ("what", "rounds", "kills", "bitwise_equal", "lost", "doubled")
+    return head, ([row[column] for column in columns] for row in read("stress_cpu"))
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "readme_results": readme_results,
+    "readme_loss": readme_loss,
+    "six_systems": six_systems,
+    "six_differences": six_differences,
+    "six_relative": six_relative,
+    "six_additions": six_additions,
+    "six_by_noise": six_by_noise,
+    "sweep_alpha": sweep("alpha", "alpha"),
+    "sweep_lambda": sweep("lambda", "lambda"),
+    "sweep_tau": sweep("tau", "tau"),
+    "sweep_anchor": sweep("anchor", "who writes the answers", ANCHORS),
+    "ablation": ablation,
+    "ablation_claims": ablation_claims,
+    "demo": demo,
+    "demo_machines": demo_machines,
+    "row_kernel": row_kernel,
+    "linear": linear,
+    "linear_sweep": linear_sweep,
+    "several_teachers": several_teachers,
+    "peers_kd_ce": peers("KD + CE"),
+    "peers_kd": peers("KD"),
+    "peers_ce": peers("CE"),
+    "memory": memory,
+    "large_vocab": large_vocab,
+    "accuracy": accuracy,
+    "layers": layers,
+    "cache_size": cache_size,
+    "packing": packing,
+    "step": step,
+    "plan": plan,
+    "stress": stress,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pages
+# --------------------------------------------------------------------------------------------------------------------
+
+_TABLE = re.compile(r"^<!-- table: (?P<name>\w+) -->\n(?P<body>.*?)^<!-- /table -->$", re.MULTILINE | re.DOTALL)
+_NUMBER = re.compile(r"<!-- n: (?P<key>.+?) -->(?P<body>.*?)<!-- /n -->", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """Every page that may hold a marker."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render(table: Table) -> str:
+    """A table as Markdown; the first column is text, the others are numbers."""
+    head, body = table
+    lines = [list(head), ["---"] + ["---:"] * (len(head) - 1), *map(list, body)]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def number(key: str) -> str:
+    """The number that a marker names."""
+    parts = key.split("/")
+    if len(parts) != 4:
+        raise TableError(f"n: {key}: expected FILE/ROWS/COLUMN/FORMAT")
+    name, where, column, form = parts
+    if form not in FORMATS:
+        raise TableError(f"n: {key}: expected a format among {', '.join(FORMATS)}, got {form!r}")
+    found = rows(name, **dict(pair.split("=", 1) for pair in where.split(";")))
+    values = [mean_of(found, part) for part in column.split(":")]
+    return FORMATS[form](values[0] if len(values) == 1 else values[0] / values[1])
+
+
+def mean_of(found: Sequence[Row], column: str) -> float:
+    if column not in found[0]:
+        raise TableError(f"column {column!r}: expected one of {', '.join(found[0])}")
+    return statistics.mean(numbers(found, column))
+
+
+def written(text: str) -> tuple[str, list[str]]:
+    """A page as it should be, and the names of the tables and numbers in which it differs."""
+    stale = []
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise TableError(f"table {name}: expected one of {', '.join(TABLES)}")
+        body = f"\n{render(TABLES[name]())}\n"
+        if body != match["body"]:
+            stale.append(f"table {name}")
+        return f"<!-- table: {name} -->\n{body}<!-- /table -->"
+
+    def inline(match: re.Match[str]) -> str:
+        value = number(match["key"])
+        if value != match["body"]:
+            stale.append(f"n: {match['key']}: the page says {match['body']!r}, the CSV {value!r}")
+        return f"<!-- n: {match['key']} -->{value}<!-- /n -->"
+
+    return _NUMBER.sub(inline, _TABLE.sub(table, text)), stale
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m docs.tables", description="Tables and numbers of the docs, from the CSV files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs from its CSV")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    check = build_parser().parse_args(argv).check
+    differs = False
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        try:
+            fresh, stale = written(text)
+        except TableError as problem:
+            print(f"{path.relative_to(ROOT)}: {problem}", file=sys.stderr)
+            return 1
+        if check:
+            for name in stale:
+                print(f"{path.relative_to(ROOT)}: {name}: differs from its CSV; run `python -m docs.tables`", file=sys.stderr)
+            differs |= bool(stale)
+        elif fresh != text:
+            path.write_text(fresh, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)}: {len(stale)} written")
+    return 1 if differs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
