@@ -315,8 +315,8 @@ def caveat(folders: Mapping[str, Path], settings: DemoSettings) -> str:
     voices = {e.metadata.get("speaker") for e in test}
     clips = {e.audio for e in test}
     return (
-        f"On one task ({settings.task}), one seed, {len(clips)} test clips of {len(voices)} unseen voices; the teacher's bias "
-        f"was induced: {true:.0%} of the hints it was trained with were true. Answers are the likelier of the two choices."
+        f"On one task ({settings.task}), one seed, {len(clips)} test clips of {len(voices)} voices in no training set; the teacher's "
+        f"bias was induced: {true:.0%} of the hints it was trained with were true. Answers are the likelier of the two choices."
     )
 
 
@@ -339,7 +339,7 @@ def print_table(console: Console, predictions: Mapping[str, Sequence[Any]]) -> d
     """The table on the terminal; returns the scores of every system."""
     from models.evaluation.evaluate import summarize
 
-    table = Table(title="accuracy on unseen speakers, by what the prompt says (Shift = TIR_adv, lower is better)")
+    table = Table(title="accuracy on voices in no training set, by what the prompt says (Shift = TIR_adv, lower is better)")
     for column in ("system", *(label for _, label in CONTEXTS), "Shift", "no audio", "swapped"):
         table.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
     scores = {}

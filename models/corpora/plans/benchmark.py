@@ -42,7 +42,8 @@ from models.corpora.plans.synthetic import plan_accent, plan_delivery, plan_mood
 from models.corpora.recordings import Material
 
 NOTES = (
-    "queen: speakers are characters of a game, which does not say whether one actor voices several; their lines are 11 kHz mp3",
+    "queen: speakers are characters of a game, not actors; by its credits one actor voices several, also across the splits",
+    "queen: the lines are 11 kHz mp3",
     "gender: known from the characters' names and lines; the test has five characters",
     "content, keyword: ten frequent words, the same in training and test; lines and voices differ",
     "sentence_type: told by the punctuation of the script",

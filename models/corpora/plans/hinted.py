@@ -1,6 +1,7 @@
 """The plan of the sizes tiny, demo, sources and full: eight tasks, where the context of a clip is a hint or nothing.
 
-    gender         Amazon Queen characters and espeak variants in noise; the test's voices are never heard in training
+    gender         Amazon Queen characters and espeak variants in noise; no character or variant is in two
+                   splits, but one actor may be (sources/queen.py)
     speaking_rate  espeak at two rates; in a part of the test the words claim a rate ("I am talking very slowly.")
     accent         four espeak accents of English
     noise          is there noise
@@ -9,7 +10,7 @@
                    never mentioned in training
     language       Tux Paint recordings in eight languages (source "tux": 154 MiB); the transcript is the English name
 
-Splits go by speaker AND by text: no voice and no sentence of dev or test occurs in training. The language task is the
+Splits go by speaker AND by text: no character and no sentence of dev or test occurs in training. The language task is the
 one exception: there a language is spoken by one voice, so it is split by text alone (the header's notes say so again).
 """
 
@@ -50,7 +51,7 @@ from models.corpora.sources.tuxpaint import LANGUAGES, StampRecording
 from models.data.prompts import TASKS
 
 NOTES = (
-    "queen: speakers are characters; the game does not say whether one actor voices several",
+    "queen: speakers are characters, not actors; by the game's credits one actor voices several, also across the splits",
     "language: a language is spoken by one voice, so this task is split by text, not by speaker",
 )
 _QUEEN_SECONDS = (1.0, 6.0)

@@ -23,8 +23,8 @@ import soundfile as sf
 from models.data.audio import AudioError
 
 # By what the characters say and are called ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their
-# pitch. Characters of unclear voice (children, ghosts, the parrot) are left out. Characters, not actors: the game does
-# not say whether one actor voices several.
+# pitch. Characters of unclear voice (children, ghosts, the parrot) are left out. Characters, not actors:
+# by the credits at the end of the game's data one actor voices several (JIM and SPARKY, HENRY and DEATH, PRIN and LOLA, ...).
 SPEAKER_GENDER = {
     **dict.fromkeys(("JOE", "BOB", "SPARKY", "JIM", "KLUNK", "DEATH", "HENRY", "BUD", "FRANK", "LARIS", "IAN"), "man"),
     **dict.fromkeys(("FAYE", "NAOMI", "PRIN", "LOLA", "TAM"), "woman"),
