@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: test demo smoke lint aot bench clean
+.PHONY: test demo smoke lint aot bench docs clean
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -53,3 +53,9 @@ $(STAMP): $(SOURCES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
+
+# The documentation as a site, in site/; first, whether its tables are those of the committed CSV files.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -m docs.tables --check
+	$(BIN)/python -m mkdocs build --strict

@@ -19,7 +19,8 @@ What is said in the prompt gives nothing away unless the context names the answe
 - language: no transcript is shown, and the same things are said in all languages as far as the sources allow;
 - content, keyword, sentence_type, place and mood: no transcript is shown, since it would be the answer.
 
-No text and no voice of one split occurs in another, in any task; language alone is split by text only (NOTES).
+No text, no character and no synthetic voice of one split occurs in another, in any task; language alone is split by text only
+(NOTES). One actor of the game voices several characters, so an actor may be in two splits.
 
 Every clip has the band of an 8 kHz recording (but for the bandwidth task), one level, no silence at its ends, and noise, so that
 a source is not told by its channel.
