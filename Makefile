@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: test demo smoke lint aot bench docs clean
+.PHONY: test demo smoke lint aot bench clean
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -54,8 +54,12 @@ $(STAMP): $(SOURCES)
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-# The documentation as a site, in site/; first, whether its tables are those of the committed CSV files.
-docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e ".[docs]"
+# The documentation as a site, in site/. First, whether its tables are those of the committed CSV files.
+.PHONY: docs
+docs: $(VENV)/.docs
 	$(BIN)/python -m docs.tables --check
 	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
