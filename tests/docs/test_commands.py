@@ -1,0 +1,121 @@
+"""Every command line of README.md, csrc/README.md and docs/ is one that its own parser takes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from docs.tables import ROOT, pages
+from models import cli
+from models.training.recipe import load_recipe
+
+FENCED = re.compile(r"^```(?:sh|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:python|torchrun|make|pip) [^`\n]+)`")
+STARTS = ("python ", "torchrun ", "make ", "pip ")
+# A name of a command, not a call of it.
+NAMES_ONLY = {"python -m models COMMAND --help", "python -m models --help"}
+
+
+class Parsed(Exception):
+    """A parser has taken the words; nothing after that runs."""
+
+
+def command_lines() -> Iterator[tuple[Path, str]]:
+    for page in [*pages(), ROOT / "csrc" / "README.md"]:
+        text = page.read_text(encoding="utf-8")
+        fenced = [line for block in FENCED.findall(text) for line in block.splitlines() if line.startswith(STARTS)]
+        for line in dict.fromkeys(fenced + INLINE.findall(FENCED.sub("", text))):
+            yield page, line.split("  #")[0].split("     ")[0].strip()
+
+
+LINES = [(page.name, line) for page, line in command_lines() if line not in NAMES_ONLY]
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def extras() -> set[str]:
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
+
+
+def check_models(words: list[str]) -> None:
+    name, *rest = words
+    assert name in cli.COMMANDS, f"expected one of {', '.join(cli.COMMANDS)}, got {name!r}"
+    parsed = cli.parser_of(name).parse_args(rest)
+    if name == "train":
+        load_recipe(parsed.recipe, parsed.overrides)
+
+
+def check_module(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `main(words)` of a module, which is stopped as soon as its parser has taken them."""
+    real = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *given) -> None:
+        real(parser, *given)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed):
+        importlib.import_module(module).main(words)
+
+
+def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raises where a program, target, extra, argument or value is not known."""
+    words = shlex.split(line)
+    program = words.pop(0)
+    if program == "torchrun":
+        assert words.pop(0) == "--nproc-per-node" and words.pop(0).isdigit()
+        program = "python"
+    if program == "make":
+        names = [word for word in words if "=" not in word]
+        assert set(names) <= targets(), names
+    elif program == "pip":
+        assert words.pop(0) == "install"
+        asked = {name.strip() for word in words for part in re.findall(r"\[([^]]+)\]", word) for name in part.split(",")}
+        assert asked <= extras(), asked
+        defined = [word.split("=")[0].removeprefix("cmake.define.") for word in words if word.startswith("cmake.define.")]
+        known = (ROOT / "csrc" / "CMakeLists.txt").read_text(encoding="utf-8")
+        assert all(name in known or name.startswith("CMAKE_") for name in defined), defined
+    else:
+        assert program == "python" and words.pop(0) == "-m", line
+        module, *rest = words
+        if module == "models":
+            check_models(rest)
+        else:
+            assert module.startswith(("benchmarks.", "docs.")), line
+            check_module(module, rest, monkeypatch)
+
+
+@pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line}" for page, line in LINES])
+def test_command_is_known(page, line, monkeypatch):
+    check(line, monkeypatch)
+
+
+def test_every_command_of_the_flow_is_in_the_docs():
+    shown = {line.split()[3] for _, line in LINES if line.startswith("python -m models ")}
+    assert shown == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make nonsense",
+        "pip install '.[nonsense]'",
+        "pip install . -C cmake.define.NONSENSE=ON",
+        "python -m models nonsense",
+        "python -m models corpus --nonsense",
+        "python -m models train caad loss.nonsense=1",
+        "python -m benchmarks.linear --sweep nonsense",
+    ],
+)
+def test_a_wrong_command_is_seen(line, monkeypatch, capsys):
+    with pytest.raises((AssertionError, SystemExit, ValueError)):
+        check(line, monkeypatch)

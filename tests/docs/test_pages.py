@@ -1,0 +1,109 @@
+"""README.md and docs/: their numbers are the committed ones, README stays short, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from docs import tables
+from models.experiments.six_systems import FULL
+
+PAGES = tables.pages()
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def text_of(name: str) -> str:
+    return next(page for page in PAGES if page.name == name).read_text(encoding="utf-8")
+
+
+def headings(text: str) -> set[str]:
+    """Anchors as GitHub and MkDocs make them of plain headings."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+def test_readme_is_short():
+    text = text_of("README.md")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_numbers_are_those_of_the_csv_files(page):
+    assert tables.written(page.read_text(encoding="utf-8"))[1] == []
+
+
+def test_every_table_is_used():
+    used = re.findall(r"^<!-- table: (\w+) -->$", "\n".join(page.read_text(encoding="utf-8") for page in PAGES), re.MULTILINE)
+    assert set(used) == set(tables.TABLES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_markers_are_closed_and_do_not_begin_a_line(page):
+    """Markdown takes a comment at the beginning of a line for a block of HTML."""
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- n: ") == text.count("<!-- /n -->") == len(tables._NUMBER.findall(text))
+    assert text.count("<!-- table: ") == text.count("<!-- /table -->") == len(tables._TABLE.findall(text))
+    assert not re.search(r"^<!-- n: ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        assert "://" not in link, link
+        target = page if not path else (page.parent / path).resolve()
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in headings(target.read_text(encoding="utf-8")), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    """Paths of this repository that a page names."""
+    text = page.read_text(encoding="utf-8")
+    for path in set(re.findall(r"\b(?:kdkernels|models|csrc|benchmarks|tests)/[\w./-]*\w\.(?:py|md|csv|svg)\b", text)):
+        assert (tables.ROOT / path).exists(), f"{page.name}: {path}"
+    for name in set(re.findall(r"\b\w+\.csv\b", text)):
+        tables.read(name.removesuffix(".csv"))
+
+
+def test_settings_that_the_results_name():
+    assert f"{100 * FULL.hint_correlation:g}%" in text_of("results.md")
+    assert FULL.seeds == 5 and "five seeds" in text_of("results.md")
+
+
+class TestCheck:
+    TABLE = "<!-- table: demo -->\n<!-- /table -->\n"
+
+    def test_names_a_table_that_differs(self):
+        fresh, stale = tables.written(self.TABLE)
+        assert stale == ["table demo"] and "student, CAAD alpha 2" in fresh
+        assert tables.written(fresh) == (fresh, [])
+        changed = fresh.replace("80.7", "90.7")
+        assert changed != fresh and tables.written(changed) == (fresh, ["table demo"])
+
+    def test_names_a_number_that_differs(self):
+        key = "demo/system=student, CAAD alpha 2/conflict/percent"
+        fresh, stale = tables.written(f"It gets <!-- n: {key} -->99.9<!-- /n -->.")
+        assert "-->80.7<!--" in fresh and stale == [f"n: {key}: the page says '99.9', the CSV '80.7'"]
+
+    def test_ratio_and_mean(self):
+        assert tables.number("sources_layers/system=sft/content/percent") == "65.7"
+        assert tables.number("step_cpu/system=text/text_teacher_ms:median_ms/one") == "2.2"
+
+    @pytest.mark.parametrize(
+        "key",
+        ["demo/system=nobody/conflict/percent", "demo/seed=0/nothing/percent", "demo/seed=0/conflict/nothing", "nothing/a=b/c/one", "demo"],
+    )
+    def test_a_wrong_key_is_an_error(self, key):
+        with pytest.raises(tables.TableError):
+            tables.number(key)
+
+    def test_command(self, tmp_path, monkeypatch, capsys):
+        page = tmp_path / "README.md"
+        page.write_text(self.TABLE, encoding="utf-8")
+        monkeypatch.setattr(tables, "ROOT", tmp_path)
+        assert tables.main(["--check"]) == 1 and "README.md: table demo: differs" in capsys.readouterr().err
+        assert page.read_text(encoding="utf-8") == self.TABLE
+        assert tables.main([]) == 0 and tables.main(["--check"]) == 0
