@@ -1,13 +1,16 @@
-"""Writes the tables and the numbers of README.md, csrc/README.md and docs/ from the committed CSV files.
+"""Writes the tables and the numbers of README.md and docs/ from the committed CSV files.
 
     python -m docs.tables            # rewrites what stands between the markers
     python -m docs.tables --check    # names every table and number that differs from its CSV; exit status 1 if there is one
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, each on a line of its own. NAME is a key of `TABLES`.
 
-A number stands in a sentence as `<!-- n: FILE/ROWS/COLUMN/FORMAT -->12.3<!-- /n -->`. FILE is the CSV's name without its ending. ROWS is
-`column=value`, several joined by `;`. Several rows give their mean. FORMAT is a key of `FORMATS`; `a:b` as COLUMN is column a
-divided by column b.
+A number stands in a sentence as `<!-- n: FILE/ROWS/COLUMN/FORMAT -->12.3<!-- /n -->`:
+
+    FILE    the CSV's name without its ending
+    ROWS    column=value, several joined by ";"; several rows give their mean
+    COLUMN  a column; a:b is column a divided by column b
+    FORMAT  a key of `FORMATS`
 """
 
 from __future__ import annotations
@@ -458,10 +461,10 @@ def packing() -> Table:
 
 
 def step() -> Table:
-    head = ("teachers", "their forward passes, ms", "rest of the step, ms", "of it their LM heads, ms", "overhead beyond the heads")
+    head = ("teachers", "their passes, ms", "rest of the step, ms", "of it their LM heads, ms", "overhead beyond the heads")
 
     def line(row: Row) -> list[str]:
-        forward = sum(numbers([row], "own_teacher_ms") + numbers([row], "text_teacher_ms") + numbers([row], "acoustic_teacher_ms"))
+        forward = sum(sum(numbers([row], f"{name}_teacher_ms")) for name in ("own", "text", "acoustic"))
         return [row["system"], whole(forward), whole(float(row["median_ms"])), whole(float(row["heads_ms"])),
                 f"{signed(100 * float(row['overhead_beyond_heads']), 0)}%"]  # fmt: skip
 

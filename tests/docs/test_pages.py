@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import kdkernels
 from docs import tables
 from models.experiments.six_systems import FULL
 
@@ -66,6 +67,10 @@ def test_named_files_exist(page):
         assert (tables.ROOT / path).exists(), f"{page.name}: {path}"
     for name in set(re.findall(r"\b\w+\.csv\b", text)):
         tables.read(name.removesuffix(".csv"))
+
+
+def test_every_public_name_is_on_the_api_page():
+    assert set(re.findall(r"^::: kdkernels\.(\w+)$", text_of("api.md"), re.MULTILINE)) == set(kdkernels.__all__)
 
 
 def test_settings_that_the_results_name():
