@@ -323,7 +323,12 @@ CHOSEN = {
 def _linear(labels: Mapping[str, str]) -> Iterable[list[str]]:
     for contender, label in labels.items():
         (row,) = rows("linear_cpu", contender=contender)
-        cells = ((one, "speedup_over_eager"), (two, "times_floor"), (error, "gradient_error"), (whole, "peak_extra_mib"))
+        cells = (
+            (one, "speedup_over_eager"),
+            (two, "times_floor"),
+            (error, "gradient_error"),
+            (whole, "peak_extra_mib"),
+        )
         yield [label, *(form(next(iter(numbers([row], column)), None)) for form, column in cells)]
 
 
@@ -426,7 +431,8 @@ def accuracy() -> Table:
         return error(next(iter(numbers(of, "gradient_error")), None))
 
     return head, (
-        [name, cell(name, "random"), cell(name, "near convergence")] for name in dict.fromkeys(r["contender"] for r in found)
+        [name, cell(name, "random"), cell(name, "near convergence")]
+        for name in dict.fromkeys(r["contender"] for r in found)
     )
 
 
@@ -447,7 +453,8 @@ def cache_size() -> Table:
     head = ("kept for each token", "kB", "mass of the target in the wrong place")
     found = [row for row in read("cache_cpu") if row["bytes_a_token"]]
     return head, (
-        [r["kept"], FORMATS["kilo"](float(r["bytes_a_token"])), f"{percent(float(r['total_variation']))}%"] for r in found
+        [r["kept"], FORMATS["kilo"](float(r["bytes_a_token"])), f"{percent(float(r['total_variation']))}%"]
+        for r in found
     )
 
 
@@ -461,7 +468,13 @@ def packing() -> Table:
 
 
 def step() -> Table:
-    head = ("teachers", "their passes, ms", "rest of the step, ms", "of it their LM heads, ms", "overhead beyond the heads")
+    head = (
+        "teachers",
+        "their passes, ms",
+        "rest of the step, ms",
+        "of it their LM heads, ms",
+        "overhead beyond the heads",
+    )
 
     def line(row: Row) -> list[str]:
         forward = sum(sum(numbers([row], f"{name}_teacher_ms")) for name in ("own", "text", "acoustic"))
@@ -582,8 +595,12 @@ def written(text: str) -> tuple[str, list[str]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m docs.tables", description="Tables and numbers of the docs, from the CSV files.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs from its CSV")
+    parser = argparse.ArgumentParser(
+        prog="python -m docs.tables", description="Tables and numbers of the docs, from the CSV files."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 where a page differs from its CSV"
+    )
     return parser
 
 
@@ -599,7 +616,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if check:
             for name in stale:
-                print(f"{path.relative_to(ROOT)}: {name}: differs from its CSV; run `python -m docs.tables`", file=sys.stderr)
+                print(
+                    f"{path.relative_to(ROOT)}: {name}: differs from its CSV; run `python -m docs.tables`",
+                    file=sys.stderr,
+                )
             differs |= bool(stale)
         elif fresh != text:
             path.write_text(fresh, encoding="utf-8")

@@ -315,8 +315,9 @@ def caveat(folders: Mapping[str, Path], settings: DemoSettings) -> str:
     voices = {e.metadata.get("speaker") for e in test}
     clips = {e.audio for e in test}
     return (
-        f"On one task ({settings.task}), one seed, {len(clips)} test clips of {len(voices)} voices in no training set; the teacher's "
-        f"bias was induced: {true:.0%} of the hints it was trained with were true. Answers are the likelier of the two choices."
+        f"On one task ({settings.task}), one seed, {len(clips)} test clips of {len(voices)} voices in no training set; the "
+        f"teacher's bias was induced: {true:.0%} of the hints it was trained with were true. Answers are the likelier of the two "
+        "choices."
     )
 
 

@@ -79,9 +79,13 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(names) <= targets(), names
     elif program == "pip":
         assert words.pop(0) == "install"
-        asked = {name.strip() for word in words for part in re.findall(r"\[([^]]+)\]", word) for name in part.split(",")}
+        asked = {
+            name.strip() for word in words for part in re.findall(r"\[([^]]+)\]", word) for name in part.split(",")
+        }
         assert asked <= extras(), asked
-        defined = [word.split("=")[0].removeprefix("cmake.define.") for word in words if word.startswith("cmake.define.")]
+        defined = [
+            word.split("=")[0].removeprefix("cmake.define.") for word in words if word.startswith("cmake.define.")
+        ]
         known = (ROOT / "csrc" / "CMakeLists.txt").read_text(encoding="utf-8")
         assert all(name in known or name.startswith("CMAKE_") for name in defined), defined
     else:

@@ -35,7 +35,9 @@ def test_numbers_are_those_of_the_csv_files(page):
 
 
 def test_every_table_is_used():
-    used = re.findall(r"^<!-- table: (\w+) -->$", "\n".join(page.read_text(encoding="utf-8") for page in PAGES), re.MULTILINE)
+    used = re.findall(
+        r"^<!-- table: (\w+) -->$", "\n".join(page.read_text(encoding="utf-8") for page in PAGES), re.MULTILINE
+    )
     assert set(used) == set(tables.TABLES)
 
 
@@ -99,7 +101,13 @@ class TestCheck:
 
     @pytest.mark.parametrize(
         "key",
-        ["demo/system=nobody/conflict/percent", "demo/seed=0/nothing/percent", "demo/seed=0/conflict/nothing", "nothing/a=b/c/one", "demo"],
+        [
+            "demo/system=nobody/conflict/percent",
+            "demo/seed=0/nothing/percent",
+            "demo/seed=0/conflict/nothing",
+            "nothing/a=b/c/one",
+            "demo",
+        ],
     )
     def test_a_wrong_key_is_an_error(self, key):
         with pytest.raises(tables.TableError):

@@ -13,14 +13,19 @@ import torch
 
 from docs.tables import pages
 
-transformers = pytest.importorskip("transformers", reason="the pages' audio LMs are transformers'")
+pytest.importorskip("transformers", reason="the pages' audio LMs are transformers'")
 pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
 sys.path.insert(0, str(Path(__file__).parents[1] / "kdkernels"))
 import tiny_lms
+import transformers
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Where a page names a model of the hub or asks for many steps, the test gives it a tiny random model and one step.
 SMALL = {"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 2, "disable_tqdm": True, "save_strategy": "no"}
+
+
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
 def audio_lm(*_: Any) -> torch.nn.Module:
@@ -35,7 +40,9 @@ def rows() -> list[dict[str, Any]]:
     labels = batch["input_ids"].clone()
     labels[:, :-3] = -100
     columns = {**batch, "labels": labels}
-    return [{name: x[row] for name, x in columns.items()} | {"sample_id": f"clip-{row}"} for row in range(tiny_lms.ROWS)]
+    return [
+        {name: x[row] for name, x in columns.items()} | {"sample_id": f"clip-{row}"} for row in range(tiny_lms.ROWS)
+    ]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -61,7 +68,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if BLOCK.search(page.read_text(encoding="utf-8"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [page for page in pages() if blocks(page)], ids=lambda page: page.name)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.Qwen2AudioForConditionalGeneration, "from_pretrained", audio_lm)
@@ -69,12 +76,12 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers, "TrainingArguments", lambda folder, **given: real(folder, **{**given, **SMALL}))
     torch.manual_seed(0)
     namespace = GIVEN.get(page.name, dict)()
-    for number, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), 1):
+    for number, block in enumerate(blocks(page), 1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)  # a page of this repository
         if isinstance(loss := namespace.get("loss"), torch.Tensor):
             assert loss.isfinite().all(), f"{page.name}, block {number}"
 
 
 def test_pages_have_blocks():
-    counts = {page.name: len(BLOCK.findall(page.read_text(encoding="utf-8"))) for page in pages()}
+    counts = {page.name: len(blocks(page)) for page in pages()}
     assert counts["README.md"] >= 3 and counts["losses.md"] >= 5 and counts["teachers.md"] >= 2
