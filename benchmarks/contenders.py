@@ -262,7 +262,7 @@ def trl_step(objective: Objective = KD) -> Step:
     try:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     except ImportError as error:
-        raise Unavailable(f"not installed (pip install trl, 1.15 or later): {error}") from error
+        raise Unavailable(f"not installed (pip install 'trl>=1.15'): {error}") from error
 
     tau = objective.temperature
 

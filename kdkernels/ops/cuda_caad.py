@@ -27,9 +27,10 @@ def load_library():
         return native.import_extension("_native_cuda")
     except ImportError as error:
         raise RuntimeError(
-            f"kdkernels' CUDA library (kdkernels._native_cuda) could not be loaded: {error}. It is compiled when the package is "
-            "installed where nvcc is found: put the CUDA toolkit (12.0 or newer) on PATH and run "
-            "`pip install . -C cmake.define.KDKERNELS_CUDA=ON` from a checkout, or use impl='triton'."
+            f"kdkernels' CUDA library (kdkernels._native_cuda) could not be loaded: {error}. "
+            "`pip install .` compiles it where it finds nvcc and an NVIDIA GPU. To get it elsewhere, put nvcc (CUDA toolkit "
+            "12.0 or newer) on PATH and run `pip install . -C cmake.define.KDKERNELS_CUDA=ON` in the checkout of kdkernels. "
+            "Or use impl='triton'."
         ) from error
 
 

@@ -36,7 +36,7 @@ def load_triton_rows() -> Callable:
     except ImportError as error:
         raise RuntimeError(
             f"impl='triton' needs Triton, which could not be imported: {error}. Install it with "
-            "`pip install 'kdkernels[triton]'` (Linux; a CUDA build of PyTorch brings it along)."
+            "`pip install triton` (Linux; a CUDA build of PyTorch brings it along)."
         ) from error
 
 
@@ -93,7 +93,7 @@ def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str
     if device.type == "cpu":
         if native.available():
             return "cpu", f"tensors on the CPU; native kernel ({native.instruction_set()})"
-        return "reference", "tensors on the CPU, and the native library is missing (pip install . builds it)"
+        return "reference", "tensors on the CPU, and the native library is missing (`pip install .` in the checkout builds it)"
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is not None:
             if not cuda_rows_wanted():
@@ -105,7 +105,7 @@ def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str
                 CUDA_OR_TRITON,
                 "tensors on a CUDA device; KDKERNELS_CUDA_ROWS=1, Triton for what does not fit a cluster",
             )
-        return "reference", "tensors on a CUDA device, and Triton is missing (pip install 'kdkernels[triton]')"
+        return "reference", "tensors on a CUDA device, and Triton is missing (pip install triton)"
     return "reference", f"no kernel for device type {device.type!r}"
 
 

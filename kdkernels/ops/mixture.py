@@ -46,7 +46,7 @@ def mix_launcher(impl: str) -> Callable:
     except ImportError as error:
         raise RuntimeError(
             f"several teachers on a CUDA device need Triton, which could not be imported: {error}. Install it with "
-            "`pip install 'kdkernels[triton]'`."
+            "`pip install triton`."
         ) from error
 
 

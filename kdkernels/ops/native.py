@@ -46,9 +46,9 @@ def load_library():
         return import_extension("_native")
     except ImportError as error:
         raise RuntimeError(
-            f"kdkernels' native CPU library (kdkernels._native) could not be loaded: {error}. It is compiled when the package "
-            "is installed: run `pip install .` from a checkout (a C++17 compiler is needed: GCC 9+ or Clang 12+), or use "
-            "impl='reference'."
+            f"kdkernels' native CPU library (kdkernels._native) could not be loaded: {error}. `pip install .` in "
+            "the checkout of kdkernels compiles it; that needs a C++17 compiler (GCC 9 or Clang 12, or newer). Or use "
+            "impl='reference', which needs no library."
         ) from error
 
 
