@@ -1,4 +1,6 @@
-# make test: the tests. make demo: the whole path, recorded speech to report. make aot: what the GPU compiler makes of the kernels.
+# make check: linters, types and the fast tests, before a commit. make test: all tests, with coverage. make fast, make lint: parts of these.
+# make matrix: the fast tests as other processors would run them; ARGUMENTS="--all" runs the slow ones too.
+# make demo: the whole path, recorded speech to report. make aot: what the GPU compiler makes of the kernels.
 # make bench: every benchmark that runs on this device. All make their own virtual environment.
 # PYTHON and TORCH may be given: make test TORCH="torch==2.11.0"
 
@@ -9,10 +11,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: test demo smoke lint aot bench clean
+.PHONY: test fast check matrix demo smoke lint ruff types aot bench clean
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=kdkernels --cov=models --cov-report=
+	@echo "Coverage of kdkernels and models: $$($(BIN)/python -m coverage report --format=total)% of lines"
+
+fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+check: lint fast
+
+matrix: $(STAMP)
+	$(BIN)/python tests/matrix.py $(ARGUMENTS)
 
 demo: $(STAMP)
 	$(BIN)/python -m models demo
@@ -20,8 +31,13 @@ demo: $(STAMP)
 smoke: $(STAMP)
 	$(BIN)/python -m models demo --fast-smoke
 
-lint: $(STAMP)
-	$(BIN)/ruff check .
+lint: ruff types
+
+ruff: $(STAMP)
+	$(BIN)/python -m ruff check .
+
+types: $(STAMP)
+	$(BIN)/python -m mypy kdkernels
 
 aot: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aot --quick

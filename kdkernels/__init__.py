@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .paths import DropKey, MarkAbsent, MaskFeatures
     from .teacher import DualPathTeacher, answer_index
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "CAADOptions": ".integrations",
