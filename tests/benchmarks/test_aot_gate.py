@@ -57,6 +57,7 @@ def test_a_bad_kernel_is_a_breach_by_name(bad, kernel, what):
     assert [line for line in lines if line.startswith(f"BREACH {kernel} [{kernel}] sm_90") and what in line], lines
 
 
+@pytest.mark.slow
 @needs_cuobjdump
 def test_a_good_kernel_passes_until_its_figures_regress(bad, tmp_path):
     assert not [line for line in bad[1] if line.startswith("BREACH good")]

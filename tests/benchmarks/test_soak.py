@@ -20,6 +20,7 @@ def run(tmp_path, call):
         return status, list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_some_seconds_of_it(monkeypatch, tmp_path):
     """In a process of its own, whose caches have seen no product yet. So short a time says nothing of kibibytes."""
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))

@@ -27,6 +27,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_kind_of_work_survives(tmp_path):
     """In a process of its own, which starts no thread before it forks."""
     command = [sys.executable, "-m", "benchmarks.stress", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path)]
@@ -103,6 +104,7 @@ def test_safe_work_is_found_safe():
     assert (row["resumed"], row["bitwise_equal"], row["lost"], row["doubled"]) == (12, 12, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "shows"),
     [

@@ -183,6 +183,7 @@ def test_steps_with_several_teachers_agree_with_float64(count):
         assert error < (0.02 if "bf16" in name else 1e-5), name
 
 
+@pytest.mark.slow
 def test_memory_in_own_processes(tmp_path):
     arguments = ["--tokens", "64", "--vocab", "4096", "--vocabs", "--student-width", "16", "--teacher-width", "24"]
     arguments += ["--no-compile", "--contenders", "eager", "bf16", "--out", str(tmp_path), "--device", "cpu"]
@@ -303,6 +304,7 @@ def test_every_kind_of_plot(tmp_path):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {f"{name}_cpu.svg" for name in names}
 
 
+@pytest.mark.slow
 def test_the_committed_results_can_be_drawn(tmp_path):
     plots.main(["--out", str(tmp_path)])
     assert {"rows_cpu.svg", "linear_cpu.svg"} <= {path.name for path in tmp_path.iterdir()}
@@ -317,6 +319,7 @@ def test_timing_stops_at_its_limit_after_three_rounds():
     assert timing.low <= timing.median <= timing.high
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_entry_points():
     # Not a worker's: under xdist pytest-benchmark refuses to measure.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
@@ -398,6 +401,7 @@ def test_layers_wrong_gradients_are_not_timed(monkeypatch):
         layers.main(["--device", "cpu", "--no-compile", "--no-memory", "--shrink", "128", "--dtypes", "float32"])
 
 
+@pytest.mark.slow
 def test_layers_peak_memory_has_a_process_of_its_own(monkeypatch):
     request = {"name": "kdkernels", "shape": 0, "dtype": "float32", "normalize": False}
     args = argparse.Namespace(device="cpu", shrink=64)

@@ -124,6 +124,7 @@ def test_layouts(layout):
     assert relative_error(grad, base["student"].grad) < 1e-5
 
 
+@pytest.mark.slow
 def test_triton_takes_any_strides():
     """In a process of its own: TRITON_INTERPRET counts when Triton is imported."""
     pytest.importorskip("triton")

@@ -200,6 +200,7 @@ class TestResume:
             raise ZeroDivisionError
         assert list(ContrastCache(tmp_path)) == ["a"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
     def test_killed_in_the_middle(self, tmp_path, signal_number):
         """A process is killed while it writes; what it has finished is whole, and a second run completes it."""

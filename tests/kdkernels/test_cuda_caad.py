@@ -598,6 +598,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", SCHEDULES)
 def test_no_order_of_threads_changes_a_bit(emulator, case, seed):

@@ -38,6 +38,7 @@ def compiled_and_eager(objective, cases, dynamic):
     return compiled_by
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", COMPILING_CALLS)
 def test_hidden_states_to_loss_compiles_once_for_any_number_of_tokens(dynamic):
     torch.manual_seed(0)

@@ -289,6 +289,7 @@ def test_opcheck(direction, reduced):
     library.opcheck(layer_ops.layer_mse, (*tensors, direction == DIRECTIONS[1], False, reduced, *grads, "cpu"))
 
 
+@pytest.mark.slow
 def test_compiled_whole():
     arguments = case()
     eager = fused_layer_mse_loss(**arguments, alpha=1.0)

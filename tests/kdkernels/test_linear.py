@@ -405,6 +405,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_one_chunk_whatever_the_tokens():
     """After a first chunk has been through, 32 chunks more add next to nothing: logits of all tokens would be 537 MB."""
     kib = int(subprocess.run([sys.executable, "-c", PEAK, "2048"], capture_output=True, text=True, check=True).stdout)

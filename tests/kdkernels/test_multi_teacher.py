@@ -23,7 +23,10 @@ from kdkernels.ops import linear, mixture, multi_teacher, native, reference
 from kdkernels.ops.rows import RowSpec
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-KERNELS = ["cpu", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
+NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+KERNELS = ["cpu", pytest.param("triton", marks=NEEDS_TRITON)]
+# For grids that take Triton's interpreter more than ten seconds.
+SLOW_KERNELS = ["cpu", pytest.param("triton", marks=[NEEDS_TRITON, pytest.mark.slow])]
 DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}  # of all others: the CPU
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 # NumPy, under the interpreter, warns of what GPUs do silently: infinities in the branch that `where` does not take.
@@ -186,7 +189,7 @@ def to_all_double(arguments):
     return {k: to_double(x.detach()).requires_grad_(x.requires_grad) for k, x in arguments.items()}
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", SLOW_KERNELS)
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("head_trains", [False, True])
 def test_fp32_matches_fp64(name, head_trains, impl):
@@ -219,7 +222,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", SLOW_KERNELS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, impl):
     options, arguments = OPTIONS[name], student()
@@ -234,7 +237,7 @@ def test_without_targets():
     check(arguments, SOURCES["three_forward"]())
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", SLOW_KERNELS)
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.parametrize("name", ["three_forward", "two_jsd"])
 def test_unreduced_gradients_are_exact(name, head_trains, impl):
@@ -445,7 +448,7 @@ def test_teachers_that_agree_with_the_student_cost_nothing(divergence, impl):
     assert 0 <= float(loss) < 2e-6 and float(grads["student_hidden"].abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
+@pytest.mark.parametrize("impl", [*SLOW_KERNELS, "reference"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_source_of_weight_zero_is_not_seen(divergence, impl):
     arguments = student()
@@ -459,7 +462,7 @@ def test_a_source_of_weight_zero_is_not_seen(divergence, impl):
     assert torch.equal(other, loss) and torch.equal(other_grads["student_hidden"], grads["student_hidden"])
 
 
-@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
+@pytest.mark.parametrize("impl", [*SLOW_KERNELS, "reference"])
 @pytest.mark.parametrize("name", ["two_forward", "three_reverse", "two_jsd", "all_kinds_of_passes"])
 def test_a_token_without_any_weight_has_no_distillation(name, impl):
     arguments, omega = student(), torch.ones(23)
@@ -511,7 +514,7 @@ def test_infinite_divergences(impl):
     torch.testing.assert_close(grads["student_hidden"], 0.3 * alone["student_hidden"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", SLOW_KERNELS)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_source_masked_throughout_contributes_nothing(divergence, impl):
     arguments = student()
@@ -525,7 +528,7 @@ def test_a_source_masked_throughout_contributes_nothing(divergence, impl):
     check(arguments, [nothing, dataclasses.replace(nothing)], impl=impl)  # and where there is no other
 
 
-@pytest.mark.parametrize("impl", [*KERNELS, "reference"])
+@pytest.mark.parametrize("impl", [*SLOW_KERNELS, "reference"])
 @pytest.mark.parametrize("name", ["one_contrast", "three_forward", "all_kinds_of_passes"])
 def test_statistics_are_those_of_one_call_a_teacher(name, impl):
     arguments, sources = to_device(student(), impl), to_device(SOURCES[name](), impl)
@@ -677,6 +680,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_one_chunk_whatever_the_tokens_and_sources():
     """After a first chunk has been through, 32 chunks more add next to nothing, and six sources no more than two."""
     figures = {}
@@ -794,6 +798,7 @@ def test_mixing_kernel(divergence, dtype, vocab, impl, monkeypatch):
     torch.testing.assert_close(sums[1][valid].double(), rest[valid], rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("divergence", mixture.MERGEABLE)
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -128,6 +128,7 @@ def test_strides():
     torch.testing.assert_close(actual.kd, expected.kd, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["tau 2", "plausibility"])
 def test_splits_and_slabs_change_nothing(option, monkeypatch):
     """One strip against many strips of the vocabulary, in slabs of a tile of tokens where the workspace is small."""

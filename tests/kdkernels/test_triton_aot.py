@@ -35,6 +35,7 @@ def quick(tmp_path_factory):
     return run_gate("--quick", "--json", str(figures)), figures
 
 
+@pytest.mark.slow
 def test_the_gate_passes(quick):
     """No spills, 16-byte accesses, 64-bit row offsets, and nothing worse than the committed figures."""
     done, _ = quick
@@ -42,6 +43,7 @@ def test_the_gate_passes(quick):
     assert ", 0 breaches" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_block_is_read_by_all_threads_before_it_is_overwritten(quick):
     """In the gradient's loop, the last one: loads, barrier, stores. A barrier may also come with a change of layout."""
     kernels = json.loads(quick[1].read_text())

@@ -151,6 +151,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option, divergence, small_blocks):

@@ -37,6 +37,7 @@ def words(world, *more):  # noqa: F811
     return [*WORDS, f"data.audio_root={world}", "model.bf16_products=false", *more]
 
 
+@pytest.mark.slow
 def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, context, monkeypatch):  # noqa: F811
     teacher = [f"teacher.folder={world / 'teacher' / 'final'}", "teacher.keep_mib=64"]
     built = []
