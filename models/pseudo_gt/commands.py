@@ -20,6 +20,8 @@ def pseudo_gt_parser() -> Parser:
     parser.add_argument("--pool", help='only rows with this metadata["pool"]; the others are copied')
     parser.add_argument("--task", help="only rows of this task; the others are copied")
     parser.add_argument("--batch-examples", type=int, default=64, help="rows that the backbone reads at once")
-    parser.add_argument("--max-reject-fraction", type=float, default=0.5, help="above this share of rejected answers only the rejects are written")
+    parser.add_argument(
+        "--max-reject-fraction", type=float, default=0.5, help="share of rejected answers above which no manifest is written"
+    )
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
     return parser

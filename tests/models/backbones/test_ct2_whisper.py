@@ -200,7 +200,7 @@ def test_the_real_tiny_whisper_hears_a_synthetic_sentence():
     try:
         samples, rate_hz = synthesise(Utterance(text="One, two, three, four, five, six, seven."))
     except EspeakError as error:
-        pytest.skip(f"eSpeak cannot be had: {error}")
+        pytest.skip(f"eSpeak is missing: {error}")
     wave = soxr.resample(samples, rate_hz, 16_000)
     try:
         folder = resolve_backbone("openai/whisper-tiny.en", kind="speech_encoder").path
