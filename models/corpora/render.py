@@ -15,7 +15,8 @@ from models.corpora.plans.base import Draw, Recording, Settings, SoundFile
 from models.corpora.sources.espeak import Utterance, synthesise_all
 from models.corpora.sources.queen import QueenLine
 from models.data.audio import SAMPLE_RATE_HZ, AudioError, encode_audio, load_audio
-from models.data.manifest import ManifestError, Problem, list_problems
+from models.data.manifest import ManifestError, Problem
+from models.data.problems import list_problems
 
 _SYNTHESIS_BATCH = 256
 _MAX_BAD_FRACTION = 0.02

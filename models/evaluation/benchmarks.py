@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.data.audio import AudioError
-from models.data.manifest import AudioChecker, Example, Manifest, Problem, read_manifest, refuse_if_too_bad
+from models.data.manifest import Example, Manifest, Problem, read_manifest
+from models.data.problems import refuse_if_too_bad
 from models.data.readers import read_foreign
+from models.data.rows import AudioChecker
 from models.io_utils import cache_dir
 
 NAMES = ("builtin", "dynamic-superb", "mcr")

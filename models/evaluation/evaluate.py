@@ -25,7 +25,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.data.manifest import Example, parse_object
+from models.data.json_rows import parse_object
+from models.data.manifest import Example
 from models.evaluation import text_priors
 from models.evaluation.ask import evaluate
 from models.evaluation.benchmarks import TASKS_IN_ALL, Suite, load_suite

@@ -135,7 +135,7 @@ ROW = '"file": "a.wav", "instruction": "?", "label": "x"'
     ("row", "message"),
     [
         ("{" + ROW + "}", None),
-        ("{" + ROW + ', "speaker": NaN}', "NaN is no number"),
+        ("{" + ROW + ', "speaker": NaN}', "NaN is not a number"),
         ("{" + ROW + ', "speaker": 1e999}', "too large a number"),
         ("{" + ROW + ', "label": "y"}', "key 'label' twice"),
         ("{" + ROW + ', "speaker": ' + "[" * 70 + "]" * 70 + "}", "nested too deeply"),
@@ -156,9 +156,9 @@ def test_arrays_are_read_as_strictly_as_lines(tmp_path, row, message, name, form
 
 
 def test_an_array_too_large_to_be_taken_into_memory(tmp_path, monkeypatch):
-    from models.data import manifest
+    from models.data import json_rows
 
-    monkeypatch.setattr(manifest, "_MAX_ARRAY_BYTES", 100)
+    monkeypatch.setattr(json_rows, "_MAX_ARRAY_BYTES", 100)
     (tmp_path / "rows.json").write_text(json.dumps(FOREIGN["mcr_bench"]))
     with pytest.raises(ManifestError, match="more than 100 bytes in one JSON value"):
         read_foreign(tmp_path / "rows.json", form="mcr_bench")

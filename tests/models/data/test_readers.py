@@ -157,7 +157,7 @@ def test_rows_of_another_shape_are_problems(root, form, row, reason):
 
 def test_doubles_arrays_absolute_paths_and_limits(root):
     manifest = _read(root, [DESTA, DESTA], "desta", max_bad_fraction=0.5)
-    assert [p.reason for p in manifest.problems] == ["duplicate id 'd1'"]
+    assert [p.reason for p in manifest.problems] == ["duplicate id 'd1', first in row 1"]
     with pytest.raises(ManifestError, match="1 of 2 rows are bad"):
         _read(root, [DESTA, DESTA], "desta")
     absolute = {**DESTA, "audios": [{"audio": str(root / "a.flac")}]}

@@ -510,7 +510,7 @@ def test_manifests_with_nothing_to_score_are_named(files, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     assert "expected a header line with 'kdkernels_manifest', got an empty file" in error(tmp_path / "empty.jsonl")
     header = write_manifest(tmp_path / "header.jsonl", [])
-    assert "expected at least one row after the header, got none" in error(header)
+    assert "expected at least one row, got none" in error(header)
     unanswered = write_manifest(tmp_path / "unanswered.jsonl", [dataclasses.replace(example(0), audio=None, answer=None)])
     assert "none of the 1 examples in split 'test', tasks all has an answer to score against" in error(unanswered)
     assert "no example in split 'dev', tasks all; it holds test gender" in error(files / "m.jsonl", "--split", "dev")
