@@ -12,7 +12,8 @@ from models.corpora.build import build_corpus, main
 from models.corpora.plans.base import Settings
 from models.corpora.plans.hinted import _MEANT_EVENTS, _MEANT_PLACES, plan_hinted
 from models.corpora.recordings import Material
-from models.corpora.sources.debian import AMAZON_QUEEN, PackageUnavailable, fetch_package
+from models.corpora.sources.debian import PackageUnavailable, fetch_package
+from models.corpora.sources.packages import AMAZON_QUEEN
 from models.corpora.sources.queen import QueenLine
 from models.data.audio import AudioError
 from models.data.manifest import ManifestError, read_manifest
