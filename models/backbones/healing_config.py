@@ -13,7 +13,7 @@ class HealingConfig:
 
     Args:
         steps: optimiser steps.
-        batch_size: texts a step.
+        batch_size: texts in a step.
         lr: peak learning rate of AdamW. It warms up, then falls linearly to a twentieth.
         warmup_steps: steps until the learning rate has its peak.
         weight_decay: of AdamW.

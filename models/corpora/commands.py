@@ -25,6 +25,6 @@ def corpus_parser() -> Parser:
 
 def card_parser() -> Parser:
     parser = Parser(prog="python -m models card", description="Describe a built-in corpus in Markdown.")
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=Path, help="JSONL manifest of a built-in corpus")
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: standard output)")
     return parser
