@@ -346,7 +346,7 @@ def healing_texts(examples: Sequence[Example], *, seed: int = 0) -> list[str]:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """"0-6,27-29" as numbers.
+    """ "0-6,27-29" as numbers.
 
     Raises:
         ValueError: `text` has other parts than numbers and ranges.

@@ -55,7 +55,9 @@ def weights_sha256(folder: str | os.PathLike[str]) -> str:
 def read_encoder_state(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a Whisper folder's encoder. Whisper's model classes save them under different prefixes."""
     indexed = (folder / _INDEX_FILE).is_file()
-    files = sorted(folder / name for name in _indexed_files(folder)) if indexed else sorted(folder.glob("*.safetensors"))
+    files = (
+        sorted(folder / name for name in _indexed_files(folder)) if indexed else sorted(folder.glob("*.safetensors"))
+    )
     state: dict[str, torch.Tensor] = {}
     bare: dict[str, torch.Tensor] = {}
     for file in files:

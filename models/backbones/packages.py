@@ -130,7 +130,9 @@ def _convert_ct2_whisper(files: list[Path], folder: Path) -> None:
             for part in parts:
                 with open(part, "rb") as file:
                     shutil.copyfileobj(file, joined)
-    model = load_ct2_whisper(source, dtype=torch.float16)  # as in the packages: nothing is lost, and the file is half as large
+    model = load_ct2_whisper(
+        source, dtype=torch.float16
+    )  # as in the packages: nothing is lost, and the file is half as large
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(folder)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")

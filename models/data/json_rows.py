@@ -47,7 +47,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > _MAX_ARRAY_BYTES:
-        raise ManifestError(f"{path}: more than {_MAX_ARRAY_BYTES} bytes in one JSON value; write one row a line instead")
+        raise ManifestError(
+            f"{path}: more than {_MAX_ARRAY_BYTES} bytes in one JSON value; write one row a line instead"
+        )
     try:
         return _parse(data)
     except ValueError as error:

@@ -209,7 +209,9 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
         raise EvaluationError(f"{suite.name}: no example in {where}; it holds {held or 'none at all'}")
     unanswered = [e for e in chosen if e.answer is None]
     if len(unanswered) == len(chosen):
-        raise EvaluationError(f"{suite.name}: none of the {len(chosen)} examples in {where} has an answer to score against")
+        raise EvaluationError(
+            f"{suite.name}: none of the {len(chosen)} examples in {where} has an answer to score against"
+        )
     _print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
     return [e for e in chosen if e.answer is not None]
 
@@ -222,7 +224,9 @@ def _heard(
     if arguments.features:
         store, reasons = FeatureStore.load(arguments.features), {}
     else:
-        store, problems = extract_features(examples, model.encode_audio, audio_root=suite.audio_root, max_bad_fraction=limit)
+        store, problems = extract_features(
+            examples, model.encode_audio, audio_root=suite.audio_root, max_bad_fraction=limit
+        )
         clips = {e.id: clip_key(e) for e in examples}
         reasons = {clips[example_id]: reason for example_id, reason in problems}
     usable = [e for e in examples if e.audio is None or e in store]

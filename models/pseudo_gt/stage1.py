@@ -196,9 +196,7 @@ def _write_answers(
             bar.update(len(batch))
 
 
-def _sort_out(
-    selected: Sequence[Example], answers: Mapping[str, str]
-) -> tuple[dict[str, str], list[dict[str, str]]]:
+def _sort_out(selected: Sequence[Example], answers: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The accepted answers by id, and the rejected ones as rows with their reason."""
     targets: dict[str, str] = {}
     rejects: list[dict[str, str]] = []

@@ -24,7 +24,9 @@ TUX_PAINT = DebianPackage(
 )
 
 
-def _asterisk(language: str, voice: str, deb_sha256: str, payload_sha256: str, size_mib: int, licence: str) -> DebianPackage:
+def _asterisk(
+    language: str, voice: str, deb_sha256: str, payload_sha256: str, size_mib: int, licence: str
+) -> DebianPackage:
     return DebianPackage(
         name=f"asterisk-core-sounds-{language}-wav",
         version="1.6.1-1",
