@@ -389,7 +389,7 @@ class Stage1:
         from models.data.manifest import Example
         from models.experiments.shared_steps import make_tiny_backbones
         from models.io_utils import cache_dir
-        from models.pseudo_gt.stage1 import BackboneWriter
+        from models.pseudo_gt.writers import BackboneWriter
 
         folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones") / "lm"
         model, tokenizer = load_causal_lm(str(folder), dtype=torch.float32)

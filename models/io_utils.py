@@ -1,8 +1,8 @@
 """Files that are either complete or absent: atomic writes, content hashes, the cache folder.
 
-A plain `open(path, "w")` leaves a truncated file behind when the process is killed halfway; every reader downstream would
-then have to guess. Here a file is written under a temporary name in the same folder (a rename is atomic only within one
-file system), flushed to the disk, and renamed; the folder is flushed as well, or a power cut could undo the rename.
+A plain `open(path, "w")` leaves a half-written file behind if the process is killed, and its readers cannot know. Here a file
+is written under a temporary name in the same folder (a rename is atomic only within one file system), flushed to the disk, and
+renamed. The folder is flushed too; without that a power cut could undo the rename.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _HASH_BLOCK_BYTES = 1 << 20
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
+    """Write `data` to `path`. A reader sees the old file or the whole new one, never a part.
 
     Args:
-        path: the final name; missing parent folders are made.
+        path: the final name. Missing parent folders are created.
         data: the whole content.
 
     Returns:
@@ -35,7 +35,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 
     Raises:
         TypeError: `data` is not bytes-like.
-        OSError: the folder cannot be written; the temporary file is removed and the old file, if any, is untouched.
+        OSError: the folder cannot be written. The temporary file is removed, and an old file stays as it was.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"data: expected bytes, got {type(data).__name__}")
@@ -53,7 +53,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            error.filename = str(path)  # a full disk is met by a descriptor
+            error.filename = str(path)  # an error of a full disk names no file
         raise
     fsync_dir(path.parent)
     return path
@@ -63,7 +63,7 @@ def append_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Put all of `data` at the end of a file, flushed to the disk, or none of it.
 
     Raises:
-        OSError: it names the file. What a full disk has cut off is taken away again: it would spoil the next line.
+        OSError: names the file. If a full disk cut the data off, the part is removed: it would spoil the next line.
     """
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -75,24 +75,24 @@ def append_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(path, end)
-            error.filename = error.filename or str(path)  # a full disk is met by a descriptor
+            error.filename = error.filename or str(path)  # an error of a full disk names no file
             raise
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """`atomic_write_bytes` for UTF-8 text; newlines are written as they are."""
+    """`atomic_write_bytes` for UTF-8 text. Line ends are written as they are."""
     if not isinstance(text, str):
         raise TypeError(f"text: expected str, got {type(text).__name__}")
     return atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write `value` as indented JSON with sorted keys; NaN and infinity are refused, since JSON has neither."""
+    """Write `value` as indented JSON with sorted keys. NaN and infinity raise ValueError, since JSON has neither."""
     return atomic_write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def save_tensors(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """safetensors' `save_file` of torch tensors; its error, which names no file, becomes an OSError that does."""
+    """safetensors' `save_file` of torch tensors. Its error names no file, so it is raised as an OSError that does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -104,11 +104,11 @@ def save_tensors(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> No
 
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Fill a folder under a temporary name and give it its final name only when the block ends without an exception.
+    """Fill a folder under a temporary name; it gets its final name when the block ends without an exception.
 
-    Every file in it is flushed to the disk before the rename, and readable by whom the umask lets (safetensors' are not). An
-    existing folder at `path` is replaced: it is renamed aside first and removed last, so that at each moment one complete
-    folder exists under `path` or beside it, as `.NAME.*.old/NAME`.
+    Before the rename every file in it is flushed to the disk and gets the permissions of the umask (safetensors gives fewer).
+    An existing folder at `path` is replaced: it is renamed first and removed last. So at each moment one complete folder
+    exists under `path` or beside it, as `.NAME.*.old/NAME`.
 
     Yields:
         the temporary folder to write into.
@@ -128,7 +128,7 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            error.filename = str(path)  # a full disk is met by a descriptor
+            error.filename = str(path)  # an error of a full disk names no file
         raise
     fsync_dir(path.parent)
     if replaced is not None:
@@ -137,11 +137,11 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Hold `folder` against other processes that ask the same; a killed process lets go of it.
+    """Keep other processes that use `exclusive` out of `folder`. The lock ends with the process, even with a killed one.
 
     Args:
-        folder: made if missing; gets an empty file `.lock`.
-        what: what is being done there, for the message.
+        folder: created if missing; gets an empty file `.lock`.
+        what: what works there, for the message.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -153,7 +153,7 @@ def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not POSIX: two at a time are then the caller's care
+        except ImportError:  # not POSIX: the caller has to see that no two run at once
             pass
         except BlockingIOError:
             raise BlockingIOError(f"{folder}: {what} is at work there already, in another process") from None
@@ -161,14 +161,14 @@ def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:
-    """Flush a folder's own entries (names), which a rename changes; does nothing where the system cannot."""
+    """Flush a folder's own entries (names), which a rename changes. Systems that cannot do it do nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # Windows opens no folders
         return
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems refuse fsync on folders
+    except OSError:  # some network file systems have no fsync for folders
         pass
     finally:
         os.close(descriptor)
@@ -184,25 +184,25 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint(obj: Any) -> str:
-    """SHA-256 (64 hex digits) of the canonical JSON of `obj`: equal settings give equal names, whatever the key order.
+    """SHA-256 (64 hex digits) of the canonical JSON of `obj`. The order of keys does not matter.
 
-    Dataclasses, mappings, lists, tuples, paths, strings, numbers, booleans and None are taken, nested at will. A tuple and
-    a list of the same items are equal, as they are in JSON.
+    `obj` may hold dataclasses, mappings, lists, tuples, paths, strings, numbers, booleans and None, nested in any way. A tuple
+    and a list of the same items are equal, as in JSON.
 
     Raises:
-        TypeError: anything else (a set has no order, a tensor no canonical text), or a mapping key that is not a string.
-        ValueError: NaN or infinity, which never equal themselves in a cache key.
+        TypeError: other values (a set has no order, a tensor no canonical text), or a mapping key that is not a string.
+        ValueError: NaN or infinity, which JSON does not have.
     """
     text = json.dumps(_canonical(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def source_commit(*paths: str) -> str:
-    """Commit of the checkout that this file belongs to, with "+changes" if tracked files differ from it; else "unknown".
+    """Commit of the checkout that holds this file, with "+changes" if tracked files differ from it; "unknown" without one.
 
     Args:
-        paths: from the checkout's root; a difference counts in these alone. None: everywhere. The results beside them, which a
-            run before may have written, count nowhere.
+        paths: relative to the checkout's root. Only differences in them count; without paths, all differences count. Folders
+            of results never count, because an earlier run may have written them.
     """
 
     def git(*arguments: str) -> str:
@@ -220,7 +220,7 @@ def source_commit(*paths: str) -> str:
 
 
 def cache_dir() -> Path:
-    """The folder for downloads and computed features: $KDKERNELS_CACHE, else ~/.cache/kdkernels. Made if missing."""
+    """The folder for downloads and computed features: $KDKERNELS_CACHE, else ~/.cache/kdkernels. Created if missing."""
     configured = os.environ.get("KDKERNELS_CACHE")
     path = Path(configured).expanduser() if configured else Path.home() / ".cache" / "kdkernels"
     path.mkdir(parents=True, exist_ok=True)
@@ -259,7 +259,7 @@ def _settle_tree(root: Path) -> None:
 
 
 def _umask() -> int:
-    # The mask can only be read by setting it; the pair below is as short as it can be.
+    # Only setting the mask returns it, so it is set and put back at once.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""What every causal LM of transformers is handed: rows of one length, and the name of its KV cache."""
+"""How to call any causal LM of transformers: rows of one length, and the name of its KV cache."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def cache_keyword(model: nn.Module) -> str:
-    """The name of the KV cache among `model.forward`'s arguments: transformers 5.24 renamed `past_key_values` to `cache`."""
+    """The argument of `model.forward` that takes the KV cache: transformers 5.24 renamed `past_key_values` to `cache`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

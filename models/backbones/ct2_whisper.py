@@ -1,7 +1,7 @@
-"""CTranslate2's Whisper files read with numpy alone and renamed to transformers' parameters.
+"""Reads CTranslate2's Whisper files with numpy alone and renames the variables to transformers' parameters.
 
 CTranslate2 stores a model as one `model.bin`: a header, then every variable as name, shape, type and raw bytes, then a
-list of aliases (names that share another variable's data). Some Python packages carry Whisper in this form; reading it
+list of aliases (names that share another variable's data). Some Python packages carry Whisper in this form. Reading it
 needs neither CTranslate2 nor a model hub.
 
     uint32 version | string spec | uint32 revision | uint32 count
@@ -31,7 +31,7 @@ _SPEC_NAME = "WhisperSpec"
 
 
 class Ct2FormatError(ValueError):
-    """The file is no CTranslate2 model of the kind read here, or it is cut short."""
+    """The file is not a CTranslate2 model of the kind read here, or it is cut short."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_ct2_model(path: str | os.PathLike[str]) -> Ct2Model:
     """Read a CTranslate2 `model.bin` (binary version 6).
 
     Args:
-        path: the file; it is memory-mapped, so the arrays cost nothing until they are used.
+        path: the file. It is memory-mapped, so an array takes no memory until it is used.
 
     Returns:
         The model; its arrays are read-only views into the file.
@@ -83,12 +83,12 @@ def read_ct2_model(path: str | os.PathLike[str]) -> Ct2Model:
 def whisper_state_dict(model: Ct2Model) -> dict[str, torch.Tensor]:
     """Rename a CTranslate2 Whisper's variables to those of transformers' `WhisperForConditionalGeneration`.
 
-    CTranslate2 fuses the projections of queries, keys and values into one matrix (of keys and values in cross
-    attention); they are split here. Whisper's keys have no bias; the fused bias holds zeros there, which are dropped.
-    int8 matrices carry a scale a row and are divided by it. All tensors are fp32 copies.
+    CTranslate2 fuses the projections of queries, keys and values into one matrix (in cross attention those of keys and
+    values). This function splits them. Whisper's keys have no bias, so the zeros that the fused bias has for them are
+    dropped. int8 matrices have a scale for each row and are divided by it. All tensors are fp32 copies.
 
     Raises:
-        Ct2FormatError: the model is no Whisper, or a variable is missing.
+        Ct2FormatError: the model is not a Whisper, or a variable is missing.
     """
     if model.spec != _SPEC_NAME:
         raise Ct2FormatError(f"expected the spec {_SPEC_NAME!r}, got {model.spec!r}")
@@ -145,8 +145,8 @@ def load_ct2_whisper(path: str | os.PathLike[str], *, dtype: torch.dtype = torch
         return _build_whisper(whisper_state_dict(model)).to(dtype).eval()
     except Ct2FormatError as error:
         raise Ct2FormatError(f"{label}: {error}") from None
-    except (ValueError, IndexError, KeyError, RuntimeError) as error:  # what torch says of shapes that no Whisper has
-        raise Ct2FormatError(f"{label}: the variables are no Whisper's: {error}") from None
+    except (ValueError, IndexError, KeyError, RuntimeError) as error:  # torch's errors for shapes that a Whisper does not have
+        raise Ct2FormatError(f"{label}: the variables are not those of a Whisper: {error}") from None
 
 
 def _build_whisper(state: dict[str, torch.Tensor]):
@@ -181,7 +181,7 @@ def _build_whisper(state: dict[str, torch.Tensor]):
 
 
 def misfit(make: Callable[[], torch.nn.Module], state: dict[str, torch.Tensor]) -> str | None:
-    """Why `state` is not that of the model; None if it is. The model is made without memory: its sizes may be a lie."""
+    """How `state` differs from the model's; None if it fits. The model is made without memory: the file may give wrong sizes."""
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in make().state_dict().items()}
     got = {name: tuple(t.shape) for name, t in state.items()}
@@ -219,7 +219,7 @@ class _Reader:
         try:
             return raw.rstrip(b"\0").decode("utf-8")
         except UnicodeDecodeError:
-            raise Ct2FormatError(f"{self._label}: the {what} before byte {self._offset} is no UTF-8 text") from None
+            raise Ct2FormatError(f"{self._label}: the {what} before byte {self._offset} is not UTF-8 text") from None
 
     def array(self, name: str) -> np.ndarray:
         rank = self.number("<B", name)
@@ -240,7 +240,7 @@ class _Reader:
             raise Ct2FormatError(
                 f"{self._label}: {name!r} of shape {shape} needs {expected} bytes, the file says {size}"
             )
-        if not expected:  # any other dimension could then be claimed for nothing
+        if not expected:  # with one dimension of 0 the others could be of any size
             raise Ct2FormatError(f"{self._label}: {name!r} of shape {shape} is empty")
         return self.take(size, name).view(dtype).reshape(shape)
 

@@ -1,8 +1,8 @@
 """A GGUF file with a Llama inside, turned into transformers' LlamaForCausalLM and a fast tokenizer.
 
-transformers can do this itself (`gguf_file=`), but it needs accelerate, leaves a quantization_config behind that stops
-the model from being saved again, and loses two properties of the tokenizer: which tokens are special, and that digits
-stand alone. The weights read here are equal to transformers' bit for bit.
+transformers can read GGUF too (`gguf_file=`), but it needs accelerate, and the model keeps a quantization_config that
+stops it from being saved. It also loses two properties of the tokenizer: which tokens are special, and that every digit
+is a token. The weights read here equal those that transformers reads, bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
 class GgufFormatError(ValueError):
-    """The file is no GGUF with a Llama of the kind read here, or it is damaged; the message names it."""
+    """The file is not a GGUF with a Llama of the kind read here, or it is damaged; the message names it."""
 
 
 def load_gguf_llama(path: str | os.PathLike[str]):
@@ -64,7 +64,7 @@ def load_gguf_llama(path: str | os.PathLike[str]):
         return _build_model(reader.tensors, fields, label), _build_tokenizer(fields, label)
     except (GgufFormatError, FileNotFoundError):
         raise
-    except Exception as error:  # the package believes a header, and fails in a dozen ways where it lies
+    except Exception as error:  # the package trusts the header, and a wrong one makes it fail in many ways
         raise GgufFormatError(f"{label}: damaged ({type(error).__name__}: {str(error)[:200]})") from error
 
 
@@ -75,10 +75,10 @@ def _build_model(tensors: Any, fields: dict[str, Any], label: str):
     heads = fields["llama.attention.head_count"]
     key_value_heads = fields.get("llama.attention.head_count_kv", heads)
     names = {tensor.name for tensor in tensors}
-    # The header's numbers decide what is made: they must be those of tensors that are there.
+    # The header's numbers decide how large the model is, so they must agree with the tensors in the file.
     depth = len({name.split(".")[1] for name in names if name.startswith("blk.")})
     if fields["llama.block_count"] != depth or depth > _MAX_LAYERS:
-        raise GgufFormatError(f"{label}: {fields['llama.block_count']} layers by its header, tensors of {depth}")
+        raise GgufFormatError(f"{label}: the header says {fields['llama.block_count']} layers, the tensors are those of {depth}")
     config = LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=fields["llama.embedding_length"],
@@ -87,7 +87,7 @@ def _build_model(tensors: Any, fields: dict[str, Any], label: str):
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         max_position_embeddings=fields["llama.context_length"],
-        # The file stores the fp32 nearest to the epsilon; the decimal that it came from is what configs elsewhere say.
+        # The file stores the fp32 number nearest to the epsilon. Other configs have the decimal number itself.
         rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": float(fields.get("llama.rope.freq_base", 10_000.0))},
         tie_word_embeddings="output.weight" not in names,
@@ -151,7 +151,7 @@ def _build_tokenizer(fields: dict[str, Any], label: str):
 
 
 def _undo_rope_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """GGUF interleaves the two halves of each rotary pair; transformers keeps the halves apart."""
+    """GGUF interleaves the two halves of each rotary pair; transformers stores one half after the other."""
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, half, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
 
@@ -162,4 +162,4 @@ def _rename(name: str, label: str) -> str:
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight" and parts[2] in _TENSOR_NAMES:
         return f"model.layers.{parts[1]}.{_TENSOR_NAMES[parts[2]]}.weight"
-    raise GgufFormatError(f"{label}: the tensor {name!r} has no place in a Llama")
+    raise GgufFormatError(f"{label}: a Llama has no tensor {name!r}")

@@ -1,17 +1,18 @@
-"""A student by dropping layers of the teacher's language model, then healing it by text distillation from the full one.
+"""A smaller student: layers of the teacher's language model are dropped, then text distillation from the full model heals it.
 
     path = healed_student("HuggingFaceTB/SmolLM2-135M-Instruct", healing_texts(examples))      # cached on disk
     model = SpeechLM.from_config(SpeechLMConfig(lm=str(path)))
 
     python -m models heal MODEL manifest.jsonl --keep-layers 0-6,27-29      # the same; prints the folder
 
-Dropping layers destroys a model (the KL to the full one jumps to about 8 nats); a hundred steps on text of the kind
-that it will read bring back what matters (Men et al., "ShortGPT", 2024; Gromov et al., 2024). Embeddings and head stay
-frozen, so the fused loss takes its frozen-head path: hidden states in, no logits stored.
+Dropping layers destroys a model: its KL to the full one rises to about 8 nats. A hundred steps on text of the kind that
+it will read bring back what matters (Men et al., "ShortGPT", 2024; Gromov et al., 2024). Embeddings and head stay
+frozen, so the fused loss takes its frozen-head path: it gets hidden states and stores no logits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -19,13 +20,14 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models.backbones import resolve
 from models.backbones.causal_lm import pad_rows
@@ -39,6 +41,7 @@ from models.io_utils import atomic_dir, atomic_write_json, cache_dir, fingerprin
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from kdkernels.teacher import LMHead
     from models.data.manifest import Example
 
 _RECORD_FILE = "healing.json"
@@ -57,12 +60,12 @@ class HealingReport:
 
 
 def build_student(lm: nn.Module, keep_layers: Sequence[int] = KEEP_LAYERS) -> nn.Module:
-    """A copy of `lm` with only the given decoder layers, in that order; `lm` is left as it was.
+    """A copy of `lm` with only the given decoder layers, in that order. `lm` itself does not change.
 
     Args:
         lm: a causal language model of transformers whose decoder has `.layers`.
         keep_layers: increasing layer numbers. The default keeps 10 of SmolLM2-135M's 30: the first seven, which do most
-            of the reading, and the last three, which speak the head's language.
+            of the reading, and the last three, whose states the head can read.
 
     Raises:
         ValueError: a number out of range, or not increasing.
@@ -73,7 +76,7 @@ def build_student(lm: nn.Module, keep_layers: Sequence[int] = KEEP_LAYERS) -> nn
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
         raise ValueError(f"keep_layers: expected increasing numbers in [0, {depth}), got {tuple(keep_layers)}")
     layers = decoder.layers
-    # Only what is kept is copied: the layers are taken out for the moment of the copy.
+    # Only the kept layers are copied: the others are taken out during the copy.
     decoder.layers = nn.ModuleList(layers[number] for number in kept)
     try:
         student = copy.deepcopy(lm)
@@ -103,10 +106,9 @@ def heal(
         loss = mean over tokens of KL(softmax(W_t h_t) || softmax(W_s h_s))
 
     Args:
-        student, teacher: causal language models with one vocabulary; the student's embeddings and head stay as they
-            are.
-        texts: at least `config.held_out + config.batch_size`; shuffled by the seed.
-        tokenizer: of both.
+        student, teacher: causal language models with one vocabulary. The student's embeddings and head are not trained.
+        texts: at least `config.held_out + config.batch_size`; the seed decides their order.
+        tokenizer: of both models.
         config: settings.
         progress: show a bar.
 
@@ -115,72 +117,134 @@ def heal(
 
     Raises:
         ValueError: too few texts.
-        FloatingPointError: a step's loss is not finite; the student is then of no use.
+        FloatingPointError: the loss of a step is not finite; the student is then of no use.
     """
-    from kdkernels import fused_linear_caad_loss
-    from kdkernels.teacher import LMHead
-
     config = config if config is not None else HealingConfig()
-    tokens = _tokenize(texts, tokenizer, config.max_tokens)
+    order = random.Random(config.seed)
+    held_out, training = _split_texts(_tokenize(texts, tokenizer, config.max_tokens), config, order)
+    started = time.monotonic()
+    with _set_up(student, teacher) as parameters:
+        text_kl = _TextKL(student, teacher, config)
+        kl_before = text_kl.held_out(held_out)
+        curve = _train(text_kl, parameters, training, order, config, progress=progress)
+        kl_after = text_kl.held_out(held_out)
+    return HealingReport(
+        kl_before=kl_before, kl_after=kl_after, seconds=time.monotonic() - started, steps=config.steps, curve=curve
+    )
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
+    if not len(texts):
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+    return [row[:max_tokens] for row in ids if len(row) > 1]
+
+
+def _split_texts(
+    tokens: list[list[int]], config: HealingConfig, order: random.Random
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Shuffle the texts and divide them: held out, training."""
     needed = config.held_out + config.batch_size
     if len(tokens) < needed:
         raise ValueError(f"texts: expected at least {needed} of two tokens or more, got {len(tokens)}")
-    order = random.Random(config.seed)
     order.shuffle(tokens)
-    held_out, training = tokens[: config.held_out], tokens[config.held_out :]
-    started = time.monotonic()
+    return tokens[: config.held_out], tokens[config.held_out :]
 
+
+@contextlib.contextmanager
+def _set_up(student: nn.Module, teacher: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Make the student's body trainable and set the teacher to evaluation; afterwards both are as they were.
+
+    Yields:
+        the parameters to train.
+    """
     trained_before = [parameter.requires_grad for parameter in student.parameters()]
+    modes = student.training, teacher.training
     student.requires_grad_(True)
     for frozen in (student.get_input_embeddings(), student.get_output_embeddings()):
         frozen.requires_grad_(False)
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
-    )
-    student_head, teacher_head = LMHead.from_model(student), LMHead.from_model(teacher)
-    device = student_head.weight.device
-    use_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_fast_bfloat16(device))
-    if use_bfloat16:
-        student_head = dataclasses.replace(student_head, weight=student_head.weight.bfloat16())
-        teacher_head = dataclasses.replace(teacher_head, weight=teacher_head.weight.bfloat16())
+    teacher.eval()
+    try:
+        yield [parameter for parameter in student.parameters() if parameter.requires_grad]
+    finally:
+        student.train(modes[0])
+        teacher.train(modes[1])
+        for parameter, flag in zip(student.parameters(), trained_before, strict=True):
+            parameter.requires_grad_(flag)
 
-    def kl(batch: list[list[int]]) -> Tensor:
-        ids, mask, predicts = _pad(batch, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
+
+class _TextKL:
+    """KL(teacher || student) of the next token, in nats; mean over the tokens of a batch of texts."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, config: HealingConfig) -> None:
+        from kdkernels.teacher import LMHead
+
+        self.student, self.teacher = student, teacher
+        self._batch_size = config.batch_size
+        self._student_head, self._teacher_head = LMHead.from_model(student), LMHead.from_model(teacher)
+        self._device = self._student_head.weight.device
+        fast = config.precision == "auto" and has_fast_bfloat16(self._device)
+        self._bfloat16 = config.precision == "bfloat16" or fast
+        if self._bfloat16:
+            self._student_head, self._teacher_head = map(_in_bfloat16, (self._student_head, self._teacher_head))
+
+    def __call__(self, batch: list[list[int]]) -> Tensor:
+        from kdkernels import fused_linear_caad_loss
+
+        ids, mask, predicts = _pad(batch, self._device)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
             with torch.no_grad():
-                target = _hidden_states(teacher, ids, mask)[predicts]  # (N, H_t)
-            hidden = _hidden_states(student, ids, mask)[predicts]  # (N, H_s)
+                target = _hidden_states(self.teacher, ids, mask)[predicts]  # (N, H_t)
+            hidden = _hidden_states(self.student, ids, mask)[predicts]  # (N, H_s)
         return fused_linear_caad_loss(
-            student_hidden=hidden.to(student_head.weight.dtype),
-            teacher_audio_hidden=target.to(teacher_head.weight.dtype),
+            student_hidden=hidden.to(self._student_head.weight.dtype),
+            teacher_audio_hidden=target.to(self._teacher_head.weight.dtype),
             teacher_text_hidden=None,
-            **student_head.keywords("student"),
-            **teacher_head.keywords("teacher"),
+            **self._student_head.keywords("student"),
+            **self._teacher_head.keywords("teacher"),
             alpha=0.0,
             temperature=1.0,
             kd_weight=1.0,
         )
 
-    student_was_training, teacher_was_training = student.training, teacher.training
-    teacher.eval()
-    steps = range(1, config.steps + 1)
-    if progress:
-        from tqdm import tqdm
+    @torch.no_grad()
+    def held_out(self, rows: list[list[int]]) -> float:
+        """Mean over all tokens of `rows`, however they are batched."""
+        self.student.eval()
+        total = count = 0.0
+        ordered = sorted(rows, key=len)
+        for start in range(0, len(ordered), self._batch_size):
+            batch = ordered[start : start + self._batch_size]
+            tokens = sum(len(row) - 1 for row in batch)
+            total += self(batch).item() * tokens
+            count += tokens
+        return total / count
 
-        steps = tqdm(steps, desc="healing", unit="step")
-    try:
-        kl_before = _held_out_kl(kl, student, held_out, config.batch_size)
-        student.train()
-        queue: list[list[int]] = []
-        curve: list[tuple[int, float]] = []
-        for step in steps:
+
+def _train(
+    text_kl: _TextKL,
+    parameters: list[nn.Parameter],
+    training: list[list[int]],
+    order: random.Random,
+    config: HealingConfig,
+    *,
+    progress: bool,
+) -> list[tuple[int, float]]:
+    """`config.steps` steps of AdamW. Returns (step, KL) of every tenth step and of the last."""
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+    )
+    text_kl.student.train()
+    queue: list[list[int]] = []
+    curve: list[tuple[int, float]] = []
+    with tqdm(total=config.steps, desc="healing", unit="step", disable=not progress) as bar:
+        for step in range(1, config.steps + 1):
             if len(queue) < config.batch_size:
                 queue += order.sample(training, len(training))
             batch, queue = queue[: config.batch_size], queue[config.batch_size :]
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _learning_rate_factor(step, config)
-            loss = kl(batch)
+            loss = text_kl(batch)
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"healing: the loss of step {step} is {value}; lower lr ({config.lr})")
@@ -190,17 +254,29 @@ def heal(
             optimizer.zero_grad(set_to_none=True)
             if step % 10 == 0 or step == config.steps:
                 curve.append((step, round(value, 4)))
-                if progress:
-                    steps.set_postfix(kl=f"{value:.3f}")
-        kl_after = _held_out_kl(kl, student, held_out, config.batch_size)
-    finally:
-        student.train(student_was_training)
-        teacher.train(teacher_was_training)
-        for parameter, flag in zip(student.parameters(), trained_before, strict=True):
-            parameter.requires_grad_(flag)
-    return HealingReport(
-        kl_before=kl_before, kl_after=kl_after, seconds=time.monotonic() - started, steps=config.steps, curve=curve
-    )
+                bar.set_postfix(kl=f"{value:.3f}")
+            bar.update()
+    return curve
+
+
+def _in_bfloat16(head: LMHead) -> LMHead:
+    return dataclasses.replace(head, weight=head.weight.bfloat16())
+
+
+def _hidden_states(lm: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    return lm.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def _pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and mask (B, L), padded on the right, and the positions that predict a token of the text."""
+    ids, mask = pad_rows(rows)
+    predicts = torch.cat([mask[:, 1:], mask.new_zeros(len(rows), 1)], dim=1).bool()
+    return ids.to(device), mask.to(device), predicts.to(device)
+
+
+def _learning_rate_factor(step: int, config: HealingConfig) -> float:
+    warmup = min(1.0, step / max(1, config.warmup_steps))
+    return warmup * max(0.05, 1.0 - step / (config.steps + 1))
 
 
 def healed_student(
@@ -213,7 +289,7 @@ def healed_student(
     resolver: Any = None,
     progress: bool = True,
 ) -> Path:
-    """The folder of a healed student, made once for each teacher, choice of layers, settings and texts.
+    """The folder of a healed student. It is made once for each teacher, choice of layers, settings and texts.
 
     Args:
         teacher: hub id or folder of the full language model.
@@ -253,9 +329,9 @@ def healed_student(
 
 
 def healing_texts(examples: Sequence[Example], *, seed: int = 0) -> list[str]:
-    """Texts of the kind the student will read: each distinct prompt without its audio, then an answer.
+    """Texts of the kind that the student will read: each distinct prompt without its audio, then an answer.
 
-    Where the example has choices the answer is one of them at random, so that the texts tell nothing about the clips.
+    If an example has choices, the answer is one of them at random, so that the texts say nothing about the clips.
     """
     draw = random.Random(seed)
     texts: dict[str, None] = {}
@@ -269,48 +345,11 @@ def healing_texts(examples: Sequence[Example], *, seed: int = 0) -> list[str]:
     return list(texts)
 
 
-def _hidden_states(lm: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    return lm.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
-    if not len(texts):
-        return []
-    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
-    return [row[:max_tokens] for row in ids if len(row) > 1]
-
-
-def _pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and mask (B, L), padded on the right, and the positions that predict a token of the text."""
-    ids, mask = pad_rows(rows)
-    predicts = torch.cat([mask[:, 1:], mask.new_zeros(len(rows), 1)], dim=1).bool()
-    return ids.to(device), mask.to(device), predicts.to(device)
-
-
-@torch.no_grad()
-def _held_out_kl(kl: Any, student: nn.Module, rows: list[list[int]], batch_size: int) -> float:
-    """Mean over all tokens of the held-out texts, whatever the batches."""
-    student.eval()
-    total = count = 0.0
-    ordered = sorted(rows, key=len)
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        tokens = sum(len(row) - 1 for row in batch)
-        total += kl(batch).item() * tokens
-        count += tokens
-    return total / count
-
-
-def _learning_rate_factor(step: int, config: HealingConfig) -> float:
-    warmup = min(1.0, step / max(1, config.warmup_steps))
-    return warmup * max(0.05, 1.0 - step / (config.steps + 1))
-
-
 def parse_layers(text: str) -> tuple[int, ...]:
-    """"0-6,27-29" as numbers.
+    """ "0-6,27-29" as numbers.
 
     Raises:
-        ValueError: something else than numbers and ranges.
+        ValueError: `text` has other parts than numbers and ranges.
     """
     numbers: list[int] = []
     for part in text.split(","):
@@ -325,7 +364,7 @@ def read_texts(path: str | Path, *, seed: int = 0) -> list[str]:
     """Healing texts of a manifest (.jsonl), or the lines of a text file.
 
     Raises:
-        ValueError, OSError: neither can be read; the message names the file.
+        ValueError, OSError: the file cannot be read; the message names it.
     """
     from models.data.manifest import read_manifest
 
@@ -339,7 +378,7 @@ def read_texts(path: str | Path, *, seed: int = 0) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see the module's docstring. Returns the exit status."""
+    """The command; see the module's docstring. Returns the exit status."""
     arguments = heal_parser().parse_args(argv)
     names = ("steps", "batch_size", "max_tokens", "held_out", "seed", "lr")
     try:

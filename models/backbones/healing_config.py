@@ -1,4 +1,4 @@
-"""Settings of a healing run; apart from the code that needs torch, so that the command line has them at once."""
+"""Settings of a healing run. They are apart from the code that needs torch, so that the command line has them at once."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ KEEP_LAYERS = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
 
 @dataclass(frozen=True, kw_only=True)
 class HealingConfig:
-    """Settings of a healing run; together with teacher, layers and texts they name its place in the cache.
+    """Settings of a healing run. Together with teacher, layers and texts they decide its place in the cache.
 
     Args:
         steps: optimiser steps.
-        batch_size: texts a step.
-        lr: peak learning rate of AdamW; warm-up, then linear to a twentieth.
-        warmup_steps: of the learning rate.
+        batch_size: texts in a step.
+        lr: peak learning rate of AdamW. It warms up, then falls linearly to a twentieth.
+        warmup_steps: steps until the learning rate has its peak.
         weight_decay: of AdamW.
         max_grad_norm: gradient clipping.
-        max_tokens: longer texts are cut to it.
+        max_tokens: longer texts are cut to this length.
         precision: "float32", "bfloat16" (both bodies under autocast, weights and optimiser in float32), or "auto":
-            bfloat16 where the hardware multiplies in it, which nearly halves the time.
-        held_out: texts kept apart for the KL that is reported.
+            bfloat16 if the hardware multiplies in it, which takes little more than half the time.
+        held_out: texts that are not trained on; the reported KL is theirs.
         seed: of the order of texts.
     """
 

@@ -1,12 +1,12 @@
-"""Builds a corpus: recorded and synthetic speech, degraded, split, with questions, answers and misleading texts.
+"""Builds a corpus: recorded and synthetic speech, degraded and split, with questions, answers and misleading texts.
 
     python -m models corpus --out data/demo --size demo
     python -m models corpus --out data/benchmark --size benchmark
 
-Nothing of it is shipped: the recordings come from Debian packages pinned by hash (`debian.py`), the synthetic clips
-from espeak-ng. Equal settings give equal bytes. What is in a size, and how its splits keep voices and texts apart, is said in
-plans/hinted.py (tiny, demo, sources, full) and plans/benchmark.py (benchmark, benchmark_tiny); what stands beside the sound,
-and the two pools of training, in questions.py. `python -m models card MANIFEST` describes what was built.
+The project contains no recordings: they come from Debian packages pinned by hash (sources/), and the synthetic clips come
+from espeak-ng. Equal settings give equal bytes. plans/hinted.py (tiny, demo, sources, full) and plans/benchmark.py (benchmark,
+benchmark_tiny) say what is in a size, and how its splits keep voices and texts apart. questions.py says what stands beside the
+sound, and what the two pools of training are. `python -m models card MANIFEST` describes a corpus.
 """
 
 from __future__ import annotations
@@ -48,25 +48,26 @@ def build_corpus(
     max_seconds: float = 4.0,
     progress: bool = True,
 ) -> Path:
-    """Build the corpus in `out_dir`, or find it there already: clips in audio/, and manifest.jsonl, written last.
+    """Build the corpus in `out_dir`, unless it is there: clips in audio/, then manifest.jsonl.
 
     Args:
-        sources: of SOURCES; None is the size's own: all for the benchmark, else "queen" and "espeak". A Debian source that
-            cannot be had is left out if espeak is among the others, and named in the header's "unavailable" and on stderr.
+        sources: of SOURCES. None is those of the size: all for the benchmark, else "queen" and "espeak". A Debian source
+            that cannot be fetched is left out if espeak is among the others; the header's "unavailable" and a line on
+            stderr name it.
         size: "tiny" (tests), "demo", "sources" (models.experiments.ablation), "full", "benchmark" or "benchmark_tiny" (tests).
-        seed: decides which sentences, noises and hints are drawn.
-        tasks: which of the size's to build; None is all that the sources allow.
+        seed: of the draws of sentences, noises and hints.
+        tasks: which of the size's tasks to build; None is all that the sources allow.
         hint_correlation: probability that a hint in the teacher's training set is true.
-        min_snr_db, max_snr_db: noise of the gender task, whole clip, in dB (without much noise it is too easy).
-        max_seconds: clips are cut to this.
+        min_snr_db, max_snr_db: SNR of the gender task over the whole clip, in dB (with little noise the task is too easy).
+        max_seconds: clips are cut to this length.
         progress: show a bar on stderr.
 
     Returns:
         path of the manifest.
 
     Raises:
-        ValueError: an argument outside its range, or tasks that the sources cannot give.
-        PackageUnavailable, PackageCorrupt, EspeakError: a source that cannot be had.
+        ValueError: an argument outside its range, or the sources cannot give the tasks.
+        PackageUnavailable, PackageCorrupt, EspeakError: a source is missing or damaged.
         ManifestError: more than 2% of the clips could not be made.
     """
     if size not in SIZES:
@@ -119,7 +120,7 @@ def _counts(examples: Sequence[Example]) -> dict[str, int]:
 
 
 def _is_current(manifest_path: Path, settings: Settings) -> bool:
-    """Whether a corpus of these settings is there, complete, and no source was missing when it was made."""
+    """Whether a complete corpus of these settings is there, and no source was missing when it was made."""
     if not manifest_path.exists():
         return False
     try:
@@ -133,14 +134,14 @@ def _is_current(manifest_path: Path, settings: Settings) -> bool:
 
 
 def _remove_stale(out_dir: Path, kept: set[Path]) -> None:
-    """Clips of earlier settings; only files of our own kind in our own folder."""
+    """Remove clips of earlier settings: only .flac files in the corpus' audio folder."""
     for path in (out_dir / "audio").rglob("*.flac"):
         if path not in kept:
             path.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: build, then print the counts; one message and status 1 where that cannot be done."""
+    """The command `corpus`: build, then print the counts; one message and status 1 if that cannot be done."""
     arguments = corpus_parser().parse_args(argv)
     started = time.monotonic()
     try:
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; clips without a manifest are left, the next run makes them anew", file=sys.stderr)
+        print("stopped; there are clips without a manifest, and the next run makes them again", file=sys.stderr)
         return 130
     clips = len({example.audio for example in manifest})
     for name, count in manifest.header["counts"].items():

@@ -1,8 +1,8 @@
-"""A data card: what a corpus holds, where it comes from, under which licences, and what is known to be weak about it.
+"""A data card: what a corpus holds, where it comes from, its licences, and its known weaknesses.
 
     python -m models card MANIFEST --out card.md
 
-Everything in it is counted from the manifest; equal manifests give equal cards, wherever they lie.
+All numbers are counted from the manifest. Equal manifests give equal cards, in whatever folder they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TEXT_CHARACTERS = 60
 
 
 def make_card(manifest: Manifest) -> str:
-    """The card of a manifest as Markdown; what its header does not tell (see `build_corpus`) is left out."""
+    """The card of a manifest as Markdown, without the sections that its header has nothing for (see `build_corpus`)."""
     header = manifest.header
     size = header.get("settings", {}).get("size")
     lines = [f"# Data card{f': {size}' if size else ''}", ""]
@@ -38,7 +38,7 @@ def make_card(manifest: Manifest) -> str:
     lines += _section("Voices and texts", _voice_table(clips.values()))
     lines += _section("Sources and licences", _source_table(header))
     missing = [f"- {name}: {reason}" for name, reason in sorted(header.get("unavailable", {}).items())]
-    lines += _section("Sources that could not be had", missing)
+    lines += _section("Sources that were not available", missing)
     lines += _section("What stands beside the sound", _context_table(manifest))
     weak = [f"- {note}" for note in header.get("notes", [])]
     lines += _section("Known weaknesses", weak)
@@ -62,7 +62,7 @@ def _identity(manifest: Manifest) -> list[str]:
 
 
 def _command(settings: dict[str, Any]) -> str:
-    """What builds this corpus again; settings that are the size's own are left out."""
+    """The command that builds this corpus again, without the options that have the size's defaults."""
     words = ["python", "-m", "models", "corpus", "--out", "DIR", "--size", settings["size"]]
     if tuple(settings["sources"]) != tuple(SIZES[settings["size"]].sources):
         words += ["--sources", ",".join(settings["sources"])]
@@ -93,7 +93,7 @@ def _question_table(manifest: Manifest) -> list[str]:
 
 
 def _label_table(manifest: Manifest) -> list[str]:
-    """How often each label is the answer of a test question, every clip counted once."""
+    """How often each label is the answer of a test question; every clip counts once."""
     rows = []
     for task in _tasks(manifest):
         seen = {e.pair_id or e.id: e for e in manifest.select(split="test", task=task)}
@@ -129,7 +129,9 @@ def _voice_table(clips: Iterable[Example]) -> list[str]:
         for split in SPLITS
         if split in texts
     ]
-    return _table(["split", "texts", *(f"voices of {source}" for source in sources)], rows)
+    # One actor voices several of the game's characters (models/corpora/sources/queen.py).
+    kinds = [f"{'characters' if source == 'queen' else 'voices'} of {source}" for source in sources]
+    return _table(["split", "texts", *kinds], rows)
 
 
 def _source_table(header: dict[str, Any]) -> list[str]:
@@ -142,7 +144,7 @@ def _source_table(header: dict[str, Any]) -> list[str]:
 
 
 def _context_table(manifest: Manifest) -> list[str]:
-    """One test clip of each task: what is asked, and the texts beside it."""
+    """One test clip of each task: its question, and the texts beside the sound."""
     rows = []
     for task in _tasks(manifest):
         group: dict[str, Example] = {}
@@ -206,7 +208,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the card; one message and status 1 where that cannot be done."""
+    """The command `card`: write the card; one message and status 1 if that cannot be done."""
     arguments = card_parser().parse_args(argv)
     try:
         card = make_card(read_manifest(arguments.manifest, check_audio=False))

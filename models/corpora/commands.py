@@ -15,7 +15,7 @@ def corpus_parser() -> Parser:
     parser.add_argument("--size", default="demo", choices=list(SIZES), help="default: demo")
     parser.add_argument("--sources", help=f"comma-separated, of {','.join(SOURCES)} (default: those of the size)")
     parser.add_argument("--tasks", help=f"comma-separated, of {','.join(TASKS)} (default: all that the sources allow)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of sentences, noises and hints")
     parser.add_argument("--hint-correlation", type=float, default=0.95, help="share of true hints in the teacher's set")
     parser.add_argument("--min-snr-db", type=float, default=-18.0, help="strongest noise of the gender task")
     parser.add_argument("--max-snr-db", type=float, default=2.0, help="weakest noise of the gender task")
@@ -25,6 +25,6 @@ def corpus_parser() -> Parser:
 
 def card_parser() -> Parser:
     parser = Parser(prog="python -m models card", description="Describe a built-in corpus in Markdown.")
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=Path, help="JSONL manifest of a built-in corpus")
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: standard output)")
     return parser

@@ -1,7 +1,7 @@
-"""Making clips comparable and hard: one band, one level, a length limit, noise of a given level; all by given seeds.
+"""Makes clips comparable and hard: one band, one level, a length limit, and noise of a given level, all by given seeds.
 
-Where the band or the room is what is asked for, a clip goes through a `Channel` of its own; noise is added behind it, so that
-what the channel takes away is not simply silent.
+For the tasks about band and room a clip goes through a `Channel` of its own. Noise is added after the channel, so that the
+frequencies that the channel removes are not silent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from models.data.audio import SAMPLE_RATE_HZ, resample
 
 BAND_RATE_HZ = 8_000
 LEVEL_RMS = 0.05
-_RUMBLE_WINDOW = 200  # samples of 16 kHz: takes what lies below about 80 Hz out of the brown noise
+_RUMBLE_WINDOW = 200  # samples of 16 kHz: removes what lies below about 80 Hz from the brown noise
 _WIDE_RATE_HZ = 11_025  # of the Amazon Queen recordings
 _TELEPHONE_HZ = (300.0, 3_400.0)
 _BAND_EDGE_HZ = 100.0
@@ -27,15 +27,16 @@ BANDS = ("common", "wide", "narrow")
 
 @dataclass(frozen=True, kw_only=True)
 class Channel:
-    """What a recording goes through before noise is added.
+    """What is done to a recording before noise is added.
 
     Args:
-        band: "common" is that of an 8 kHz recording, "wide" that of one of 11 kHz, "narrow" a telephone's 300 to 3400 Hz.
-        reverberation_seconds: time in which a room's echo falls by 60 dB; the echo has the energy of the direct sound. None
+        band: "common" is the band of an 8 kHz recording, "wide" that of an 11 kHz recording, "narrow" a telephone's 300 to
+            3400 Hz.
+        reverberation_seconds: time in which a room's echo falls by 60 dB. The echo has the energy of the direct sound. None
             is no room.
-        trim: cut the silence at both ends, which corpora have in different lengths.
-        noise_in_band: the noise is that of an 8 kHz recording too; a clip without noise is then not told by its empty upper
-            band.
+        trim: cut the silence at both ends, whose length differs between sources.
+        noise_in_band: whether the noise has the band of an 8 kHz recording too. If it has not, the empty upper band marks a
+            clip without noise.
 
     Raises:
         ValueError: a value outside its range.
@@ -62,17 +63,17 @@ def prepare_clip(
     max_seconds: float,
     channel: Channel = Channel(),
 ) -> np.ndarray:
-    """Bring a recording to 16 kHz, its channel's band, at most `max_seconds` and one level; add noise.
+    """Bring a recording to 16 kHz, to its channel's band, to at most `max_seconds` and to one level; add noise.
 
-    Sources differ in band and level, and a model would tell them apart by these. The level is normalised again after
-    the noise is added, so that it gives nothing away about the noise either.
+    Sources differ in band and level, and a model could tell them apart by these. The level is normalised again after
+    the noise is added, so that it does not tell how much noise there is.
 
     Args:
         samples: float (samples,) at `rate_hz`.
         snr_db: energy of speech over energy of noise, in dB over the whole clip; None adds no noise.
         rng: makes the room's echo, then chooses the kind of noise (white or brown, with equal chances) and makes it.
-        max_seconds: what is longer is cut.
-        channel: band, room, and whether silence at the ends is cut.
+        max_seconds: longer recordings are cut.
+        channel: band and room, and whether the silence at the ends is cut.
 
     Returns:
         float32 (samples,) at 16 kHz with root mean square 0.05 (silence stays silence).
@@ -99,7 +100,7 @@ def prepare_clip(
 
 
 def trim_silence(samples: np.ndarray, rate_hz: int) -> np.ndarray:
-    """`samples` (n,) without what lies 40 dB or more below the loudest 20 ms, before and behind the speech; 60 ms are left."""
+    """`samples` (n,) without their silent ends, 40 dB or more below the loudest 20 ms; 60 ms of each end are left."""
     size = max(1, int(_TRIM_FRAME_SECONDS * rate_hz))
     count = len(samples) // size
     if count < 2:
@@ -120,7 +121,7 @@ def _band_limited(samples: np.ndarray, rate_hz: int, band: str) -> np.ndarray:
         return wide
     low, high = _TELEPHONE_HZ
     frequency = np.fft.rfftfreq(len(wide), 1.0 / SAMPLE_RATE_HZ)
-    # Edges of half a cosine: an abrupt one would ring.
+    # Edges of half a cosine, since an abrupt edge would ring.
     rise = np.clip((frequency - low) / _BAND_EDGE_HZ + 0.5, 0.0, 1.0)
     fall = np.clip((high - frequency) / _BAND_EDGE_HZ + 0.5, 0.0, 1.0)
     gain = np.sin(0.5 * np.pi * np.minimum(rise, fall)) ** 2
@@ -159,7 +160,7 @@ def _at_level(samples: np.ndarray) -> np.ndarray:
 
 
 def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean over `window` values around each one; at the ends over those that there are."""
+    """The mean of the `window` values around each value; at the ends, of the fewer values that there are."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     first, last = np.maximum(index - window // 2, 0), np.minimum(index + window - window // 2, len(values))

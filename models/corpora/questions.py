@@ -1,12 +1,12 @@
-"""Clips to questions: what stands beside the sound in the prompt.
+"""From clips to questions: what stands beside the sound in the prompt.
 
-The sizes of `plans.hinted` have three kinds of context: no hint (neutral), a true one (aligned), a false one (conflict). The
-benchmark has four, MCR-BENCH's (metadata["context_type"]): neutral, faithful, adversarial, and irrelevant, a sentence of the
-same form that says nothing about the question, which is of kind neutral.
+The sizes of `plans.hinted` have three kinds of context: no hint (neutral), a true hint (aligned), a false hint (conflict). The
+benchmark has MCR-BENCH's four (metadata["context_type"]): neutral, faithful, adversarial and irrelevant. An irrelevant context
+is a sentence of the same form that says nothing about the question; its kind is neutral.
 
-Test and dev clips are asked about under every context, with one pair_id. A training clip is asked about once, by the quota of
-its pool: in "teacher" a third has no hint and the hint of the others is true with probability `hint_correlation`, which biases
-a teacher; in "distill" a third each has none, a true and a false one. Irrelevant sentences are not trained on.
+Test and dev clips are asked about under every context, with one pair_id. A training clip is asked about once, and its pool has
+a quota. In "teacher" a third has no hint; the hints of the others are true with probability `hint_correlation`, which biases a
+teacher. In "distill" a third has no hint, a third a true one, and a third a false one. Training has no irrelevant sentences.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from models.data.manifest import Example
 from models.data.prompts import TASKS, hint_for, shorten_transcript
 from models.data.readers import CONTEXT_KINDS
 
-# About nothing that is asked: no voice, place, mood, language, sound or manner; words that a question offers are left out.
+# They say nothing about any question: no voice, place, mood, language, sound or manner. For a question that offers one of
+# their words, another sentence is taken.
 IRRELEVANT = (
     "Note: the form has three pages.",
     "Note: the ticket costs four euros.",
@@ -45,7 +46,7 @@ IRRELEVANT = (
 
 
 def hinted_examples(made: list[MadeClip], settings: Settings) -> Iterator[Example]:
-    """Questions on the clips: all three kinds for dev and test, one for each training clip by its pool's quota."""
+    """Questions on the clips: all three kinds for dev and test; for each training clip one, by its pool's quota."""
     quotas: dict[tuple[str, ...], list[MadeClip]] = defaultdict(list)
     for clip in made:
         if clip.recording.claim is not None:
@@ -63,7 +64,7 @@ def hinted_examples(made: list[MadeClip], settings: Settings) -> Iterator[Exampl
 
 
 def _quota(count: int, pool: str, settings: Settings, *names: str) -> list[str]:
-    """Kinds for `count` training clips of one label: exact shares, random order, so that no label gets truer hints."""
+    """Kinds for `count` training clips of one label: exact shares in random order, so that all labels get equally true hints."""
     rng = settings.rng("hints", pool, *names)
     hinted = count - _share(rng, count / 3)
     false = _share(rng, hinted * (1.0 - settings.hint_correlation if pool == "teacher" else 0.5))
@@ -72,7 +73,7 @@ def _quota(count: int, pool: str, settings: Settings, *names: str) -> list[str]:
 
 
 def _share(rng: np.random.Generator, exact: float) -> int:
-    """`exact` rounded down, or up with the probability of its fraction: right on average for small groups too."""
+    """`exact` rounded down, or up with the probability of its fraction. So small groups are right on average too."""
     return int(exact) + int(rng.random() < exact - int(exact))
 
 
@@ -104,14 +105,14 @@ def _example(clip: MadeClip, kind: str, settings: Settings, *, hinted: bool = Tr
 
 
 def benchmark_examples(made: list[MadeClip], settings: Settings) -> Iterator[Example]:
-    """Questions on the clips: all four contexts for dev and test, one for each training clip by its pool's quota."""
+    """Questions on the clips: all four contexts for dev and test; for each training clip one, by its pool's quota."""
     quotas: dict[tuple[str, ...], list[MadeClip]] = defaultdict(list)
     for clip in made:
         if clip.draw.pool is None:
             for context_type in CONTEXT_KINDS:
                 yield _benchmark_example(clip, context_type, settings)
         else:
-            # By label, unless every clip brings choices of its own.
+            # By label, unless every clip has choices of its own.
             own_choices = clip.recording.question and not TASKS[clip.recording.task].choices
             label = "" if own_choices else clip.recording.label
             quotas[clip.recording.task, clip.draw.pool, label].append(clip)

@@ -1,4 +1,4 @@
-"""What the sources of a corpus gave: lines, stamps, prompts and words, and which packages could not be had."""
+"""The recordings of a corpus' sources: lines, stamps, prompts and words, and which packages are missing."""
 
 from __future__ import annotations
 
@@ -11,26 +11,21 @@ from typing import Any
 
 from models.corpora.plans.base import Settings
 from models.corpora.sources.asterisk import PromptRecording, read_prompts
-from models.corpora.sources.debian import (
-    AMAZON_QUEEN,
-    ASTERISK_PROMPTS,
-    KTUBERLING,
-    TUX_PAINT,
-    DebianPackage,
-    PackageUnavailable,
-    fetch_package,
-)
+from models.corpora.sources.debian import DebianPackage, PackageUnavailable, fetch_package
 from models.corpora.sources.ktuberling import WordRecording, read_words
+from models.corpora.sources.packages import AMAZON_QUEEN, ASTERISK_PROMPTS, KTUBERLING, TUX_PAINT
 from models.corpora.sources.queen import QueenLine, read_lines
 from models.corpora.sources.tuxpaint import StampRecording, read_stamps
 
 
 @dataclass
 class Material:
-    """Recordings of every source; a source that was not asked for, or cannot be had, gave none.
+    """Recordings of every source; none of a source that is not wanted or not available.
 
-    espeak: whether synthetic speech may be used. described: the sources for the header. unavailable: why, by source (where
-    a source has several packages, by source and package).
+    Args:
+        espeak: whether synthetic speech may be used.
+        described: the sources, for the header.
+        unavailable: why a source is missing, by source. If a source has several packages, by source and package.
     """
 
     lines: list[QueenLine] = field(default_factory=list)
@@ -43,7 +38,7 @@ class Material:
 
     @classmethod
     def gather(cls, settings: Settings) -> Material:
-        """Fetch and read the sources of `settings`; without espeak among them a missing one raises."""
+        """Fetch and read the sources of `settings`. A missing source raises PackageUnavailable, unless espeak is among them."""
         material = cls(espeak="espeak" in settings.sources)
         read = functools.partial(material._read, settings)
         material.lines = read("queen", AMAZON_QUEEN, read_lines)

@@ -1,4 +1,4 @@
-"""Recordings to clips: decode or synthesise, degrade, write, hash."""
+"""From recordings to clips: decode or synthesise, degrade, write, hash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from models.corpora.plans.base import Draw, Recording, Settings, SoundFile
 from models.corpora.sources.espeak import Utterance, synthesise_all
 from models.corpora.sources.queen import QueenLine
 from models.data.audio import SAMPLE_RATE_HZ, AudioError, encode_audio, load_audio
-from models.data.manifest import ManifestError, Problem, list_problems
+from models.data.manifest import ManifestError, Problem
+from models.data.problems import list_problems
 
 _SYNTHESIS_BATCH = 256
 _MAX_BAD_FRACTION = 0.02
@@ -38,10 +39,10 @@ def render_all(
     """Make and write all clips, a batch of recordings at a time; a clip that two tasks share is made once.
 
     Returns:
-        the clips in the order of the recordings, and a Problem (its row counts recordings) for each that could not be used.
+        the clips in the order of the recordings, and a Problem (its row counts recordings) for each unusable recording.
 
     Raises:
-        ManifestError: these are more than 2%.
+        ManifestError: more than 2% of the recordings are unusable.
     """
     made: list[MadeClip] = []
     problems: list[Problem] = []
@@ -95,7 +96,7 @@ def _render(
     content = encode_audio(clip)
     path = out_dir / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not flushed to the disk one by one (that takes longer than the rest together): the manifest with the hashes comes
-    # last, and a clip that a crash has spoilt is found by its hash.
+    # Clips are not flushed to the disk one by one, which takes longer than all the rest. The manifest with the hashes is
+    # written last, and the hash finds a clip that a crash has damaged.
     path.write_bytes(content)
     return MadeClip(recording, draw, name, hashlib.sha256(content).hexdigest(), len(clip) / SAMPLE_RATE_HZ)

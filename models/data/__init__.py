@@ -1,1 +1,1 @@
-"""Manifests, prompts, audio, and the corpora they describe. `manifest.py` documents the one file format."""
+"""What every data set goes through: manifests, prompts and audio. `manifest.py` documents the file format."""

@@ -1,4 +1,4 @@
-"""Whether a text names an answer: words compared after Whisper's basic normalisation. Stage 1 and scoring share it."""
+"""Whether a text names an answer: compares words after Whisper's basic normalisation. Stage 1 and scoring use it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def normalize(text: str) -> str:
 
 
 def lenient_match(prediction: str, label: str) -> bool:
-    """The label's words stand consecutively in the prediction ("a woman." matches "woman"; "woman" does not match "man")."""
+    """The label's words stand side by side in the prediction ("a woman." matches "woman"; "woman" does not match "man")."""
     return _contains(normalize(prediction).split(), normalize(label).split())
 
 
 def strict_match(prediction: str, label: str, choices: Sequence[str] = ()) -> bool:
-    """`lenient_match`, and no other choice is named (`named_choices`). Without choices the prediction has to be the label."""
+    """`lenient_match`, and the prediction names no other choice (`named_choices`). Without choices it has to equal the label."""
     if not choices:
         return normalize(prediction) == normalize(label)
     return {normalize(c) for c in named_choices(prediction, (label, *choices))} == {normalize(label)}
@@ -26,8 +26,8 @@ def strict_match(prediction: str, label: str, choices: Sequence[str] = ()) -> bo
 def named_choices(text: str, choices: Sequence[str], *, normalizer: Callable[[str], str] = normalize) -> list[str]:
     """The choices whose words stand in `text`, in the order of `choices`.
 
-    Where one choice's words are part of another's ("fast" in "very fast") the longer one counts: its words are taken out
-    before the shorter one is looked for.
+    If one choice's words are part of another's ("fast" in "very fast"), the longer one counts: its words are removed before
+    the shorter one is looked for.
     """
     words = normalizer(text).split()
     parts = {choice: normalizer(choice).split() for choice in choices}
@@ -41,7 +41,7 @@ def named_choices(text: str, choices: Sequence[str], *, normalizer: Callable[[st
 
 @lru_cache(maxsize=1)
 def _normalizer() -> Callable[[str], str]:
-    # Imported at first use: transformers costs seconds, and reading saved scores needs none of it.
+    # Imported at first use: importing transformers takes seconds, and many commands do not need it.
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
     return BasicTextNormalizer()
@@ -58,7 +58,7 @@ def _contains(words: Sequence[str], part: Sequence[str]) -> bool:
 
 
 def _without(words: Sequence[str], part: Sequence[str]) -> list[str]:
-    # A separator stays where words were taken out: the neighbours must not become a phrase that nobody wrote.
+    # A separator takes the place of the removed words, so that their neighbours do not form a phrase that nobody wrote.
     rest = list(words)
     while (at := _find(rest, part)) >= 0:
         rest[at : at + len(part)] = ["\0"]

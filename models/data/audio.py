@@ -1,9 +1,9 @@
-"""Audio files in and out: how long a clip is, decoding of a bounded span, one exception for all that can go wrong.
+"""Reads and writes audio files: the length, a span of limited length, and one exception for everything that can go wrong.
 
 The length is known before a sample is decoded. libsndfile's header count is used where the format counts its samples
 (wav, flac, ogg, aiff, au). An mp3 holds no count, only an estimate, and a flac from a pipe holds none at all: for these, and
 for containers that libsndfile does not read (m4a, webm, aac), FFmpeg (the package PyAV) walks through the packets and adds
-up their durations. A clip that is too long is refused then. Memory is taken for `max_seconds` of sound at most.
+up their durations. A clip that is too long then raises AudioError. Memory is used for `max_seconds` of sound at most.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MAX_SECONDS = 30.0
 _MIN_RATE_HZ, _MAX_RATE_HZ = 4_000, 384_000
 _MAX_CHANNELS = 32
 _BLOCK_FRAMES = 1 << 16
-# Encoders round a clip's end to their own frame, and labels are rounded to hundredths: an end this close is the end.
+# Encoders round a clip's end to their own frame, and labels are rounded to hundredths. An end this close counts as the end.
 _END_TOLERANCE_SECONDS = 0.1
-# Packets hold an encoder's delay and padding, which decoding takes off: a few frames of 1152 samples, or of AAC's 1024.
+# Packets hold an encoder's delay and padding, which decoding removes: a few frames of 1152 samples, or of AAC's 1024.
 _PADDING_FRAMES = 4 * 1152
 _BYTES_PER_SAMPLE = {
     "PCM_S8": 1,
@@ -45,17 +45,17 @@ _BYTES_PER_SAMPLE = {
     "ALAW": 1,
 }
 _CUT_DATA = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-# Programs that write to a pipe cannot know the length: sox claims some 2 GiB, ffmpeg 4.
+# Programs that write to a pipe cannot know the length: sox claims some 2 GiB, ffmpeg 4 GiB.
 _STREAMED_BYTES = 0x7FFFF000
 _CUT_TOLERANCE = 0.01
 _UNCOMPRESSED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"}
 _NO_COUNT = 1 << 62  # libsndfile's frames of a stream that does not say how long it is
-# What FFmpeg may take a file for. Playlists and the like, which name other files and addresses, are not among them.
+# The formats that FFmpeg may read. Playlists and the like are not among them: they name other files and addresses.
 _CONTAINERS = "aac,ac3,amr,asf,flac,matroska,mov,mp3,ogg,wav"
 
 
 class AudioError(ValueError):
-    """A clip that cannot be used; `reason` says why in one line, without the path."""
+    """A clip cannot be used; `reason` says why in one line, without the path."""
 
     def __init__(self, reason: str, path: str | os.PathLike[str] | None = None):
         self.reason = reason
@@ -70,7 +70,7 @@ class AudioInfo:
     Args:
         duration_seconds, frames: its length; `frames` counts samples of one channel.
         format: libsndfile's name (WAV, FLAC, MP3, ...) or FFmpeg's (mov, matroska, aac, ...).
-        counted: True where the header counts the samples; False where FFmpeg's packets were added up.
+        counted: True if the header counts the samples; False if FFmpeg's packets were added up.
     """
 
     duration_seconds: float
@@ -82,11 +82,12 @@ class AudioInfo:
 
 
 def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
-    """Length, rate and channels of an audio file; its header has to be believable.
+    """Length, rate and channels of an audio file, after a check that its header can be true.
 
     Raises:
-        AudioError: the file is missing, no regular file (a named pipe would block), empty, in no format that libsndfile
-            or FFmpeg knows, or its header is unbelievable: more samples than bytes, a rate or channels that no speech has.
+        AudioError: the file is missing, not a regular file (a named pipe would block), empty, or of a format that
+            libsndfile and FFmpeg do not know; or its header cannot be true: more samples than bytes, or a rate or number
+            of channels that speech does not have.
     """
     path = Path(path)
     try:
@@ -118,7 +119,7 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
         raise AudioError(
             f"corrupt header: it claims {info.frames} samples, the file has only {status.st_size} bytes", path
         )
-    # libsndfile quietly takes what is there of a wav that was cut off; only its log tells.
+    # libsndfile reads what is left of a wav file that was cut off and raises nothing; only its log says so.
     cut = _CUT_DATA.search(info.extra_info)
     if cut and int(cut[1]) < _STREAMED_BYTES and int(cut[1]) > int(cut[2]) * (1 + _CUT_TOLERANCE):
         raise AudioError(f"corrupt or cut off: the header claims {cut[1]} bytes of sound, {cut[2]} are there", path)
@@ -139,12 +140,12 @@ def _checked(info: AudioInfo, path: Path) -> AudioInfo:
 def check_span(
     info: AudioInfo, *, start_seconds: float = 0.0, end_seconds: float | None = None, max_seconds: float = MAX_SECONDS
 ) -> tuple[float, float]:
-    """The span (start, end) in seconds that lies in the clip; nothing is decoded.
+    """The span (start, end) in seconds, checked against the clip's length; nothing is decoded.
 
     A span may be up to 0.1 s longer than `max_seconds` (an encoder's padding); its end is then cut.
 
     Raises:
-        AudioError: the span starts behind the clip's end, ends behind it, is empty, or is longer than `max_seconds`.
+        AudioError: the span starts or ends after the clip's end, is empty, or is longer than `max_seconds`.
     """
     end = info.duration_seconds if end_seconds is None else end_seconds
     if start_seconds < 0 or (end_seconds is not None and end_seconds <= start_seconds):
@@ -170,10 +171,10 @@ def load_audio(
     """Decode a span of an audio file to one channel at `sample_rate`.
 
     Args:
-        path: wav, flac, ogg, opus, mp3, m4a, webm, aiff, au ... of any rate and number of channels (averaged to one).
+        path: wav, flac, ogg, opus, mp3, m4a, webm, aiff, au ... of any rate; several channels are averaged.
         start_seconds, end_seconds: the span; None means to the end.
         sample_rate: rate of the result in Hz.
-        max_seconds: a longer span is refused before it is decoded.
+        max_seconds: a longer span raises AudioError before it is decoded.
 
     Returns:
         float32 (samples,), in [-1, 1] for integer formats. Memory: at most `max_seconds` of sound.
@@ -194,12 +195,12 @@ def load_audio(
         blocks = list(decode(path, first_frame, wanted_frames))
     except AudioError:
         raise
-    except Exception as error:  # a damaged stream surfaces as one of several errors of libsndfile and FFmpeg
+    except Exception as error:  # for a damaged stream libsndfile and FFmpeg raise one of several errors
         raise AudioError(f"corrupt audio data ({_short(error)})", path) from None
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if not samples.size:
         raise AudioError("empty clip (no sample could be decoded)", path)
-    # A truncated compressed file decodes to less than its header says; a frame or two are only an encoder's padding.
+    # A compressed file that was cut off decodes to less than its header says. A frame or two less is only the encoder's padding.
     padding = _END_TOLERANCE_SECONDS * info.sample_rate_hz + (0 if info.counted else _PADDING_FRAMES)
     if samples.size < wanted_frames - padding:
         raise AudioError(
@@ -234,7 +235,7 @@ def encode_audio(samples: np.ndarray, *, sample_rate: int = SAMPLE_RATE_HZ, form
 
 
 def write_audio(path: str | os.PathLike[str], samples: np.ndarray, *, sample_rate: int = SAMPLE_RATE_HZ) -> Path:
-    """Write float (samples,) as 16-bit mono, atomically; the format follows the suffix (.flac or .wav)."""
+    """Write float (samples,) as 16-bit mono, atomically. The suffix (.flac or .wav) decides the format."""
     path = Path(path)
     formats = {".flac": "FLAC", ".wav": "WAV"}
     if path.suffix.lower() not in formats:
@@ -257,12 +258,12 @@ def _decode(path: Path, first_frame: int, wanted_frames: int) -> Iterator[np.nda
 @contextmanager
 def _open_packets(path: Path) -> Iterator[tuple[Any, Any]]:
     """FFmpeg's container of a file and its first audio stream. FFmpeg reads this one file and nothing else."""
-    import av  # half of a second, and most files do without it
+    import av  # it takes half a second, and most files do not need it
 
     options = {"format_whitelist": _CONTAINERS}
     with path.open("rb") as file, av.open(file, options=options, metadata_errors="replace") as container:
         if not container.streams.audio:
-            raise AudioError("no sound in it", path)
+            raise AudioError("no audio stream in it", path)
         yield container, container.streams.audio[0]
 
 
@@ -289,7 +290,7 @@ def _walk(path: Path, *, otherwise: str) -> AudioInfo:
 
 
 def _decode_packets(path: Path, first_frame: int, wanted_frames: int) -> Iterator[np.ndarray]:
-    """As `_decode`, by FFmpeg and from the clip's beginning: where no sample is counted, a position cannot be looked up."""
+    """As `_decode`, but with FFmpeg and from the clip's beginning: without a sample count no position can be looked up."""
     import av
 
     with _open_packets(path) as (container, stream):
@@ -306,7 +307,7 @@ def _decode_packets(path: Path, first_frame: int, wanted_frames: int) -> Iterato
 
 
 def _short(error: BaseException) -> str:
-    """The last, telling part of an error's text; libsndfile repeats the path before it."""
+    """The last part of an error's text, which says what is wrong; libsndfile puts the path before it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())

@@ -12,7 +12,7 @@ FORMS = ("desta", "dynamic_superb", "mcr_bench")
 
 def check_parser() -> Parser:
     parser = Parser(prog="python -m models check", description="Read a manifest and list what is wrong with it.")
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=Path, help="JSONL manifest")
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad rows above which the status is 1")
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS, help="a longer clip makes its row bad")
@@ -25,6 +25,6 @@ def convert_parser() -> Parser:
     parser.add_argument("--form", required=True, choices=FORMS, help="layout of the rows")
     parser.add_argument("--out", type=Path, required=True, help="manifest to write; read it with the same --audio-root")
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the rows')")
-    parser.add_argument("--split", default="test", help="of rows that name none")
+    parser.add_argument("--split", default="test", help="split of rows that name none")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad rows above which nothing is written")
     return parser

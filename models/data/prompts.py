@@ -1,7 +1,7 @@
-"""What the model is asked: the prompt of an example, and the fixed sentences of the built-in tasks.
+"""What the model reads: the prompt of an example, and the fixed sentences of the built-in tasks.
 
-The text stands BEFORE the audio in every prompt. The KV cache of the text is then independent of the clip and of the
-connector's weights, so a frozen language model computes it once for the whole training run.
+The text stands BEFORE the audio in every prompt. So the KV cache of the text does not depend on the clip or on the
+connector's weights, and a frozen language model computes it once for the whole training run.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ CATEGORIES = ("content", "semantic", "paralinguistic", "degradation", "speaker")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The wording of one built-in task; `{}` in a sentence stands for the label.
+    """The wording of one built-in task; the label takes the place of `{}` in a sentence.
 
     Args:
         name: value of `Example.task`.
-        question: what is asked; the same words for every clip, so that only sound and context can decide.
+        question: the same words for every clip, so that only sound and context can decide the answer.
         statement: the answer as a sentence.
-        hint: the context that names a label, in agreement with the sound or against it.
-        category: of CATEGORIES, Dynamic-SUPERB's.
+        hint: the context that names a label, which may agree with the sound or contradict it.
+        category: one of CATEGORIES, which are Dynamic-SUPERB's.
         choices: the labels.
     """
 
@@ -144,8 +144,8 @@ TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 def render_prompt(example: Example) -> str:
     """The prompt of `example`, up to and including "Answer:", with exactly one AUDIO_PLACEHOLDER.
 
-    Every field stands on one line: white space inside it, line breaks included, becomes single spaces, so that no field
-    can pose as another. The line of an empty context is left out. A target follows as `" " + target`.
+    Every field stands on one line: white space and line breaks inside it become single spaces, so that no field can look
+    like another. An empty context has no line. A target follows as `" " + target`.
     """
     lines = [f"Transcript: {_one_line(example.transcription)}".rstrip()]
     if context := _one_line(example.context):
@@ -157,7 +157,7 @@ def render_prompt(example: Example) -> str:
 def target_template(example: Example, answer: str) -> str:
     """`answer` as a full sentence, in the wording of the example's task ("The speaker is a woman.").
 
-    A task that is not built in gets "The answer is {answer}.".
+    For a task that is not built in it is "The answer is {answer}.".
 
     Raises:
         ValueError: `answer` is empty, or not one of the example's choices.
@@ -185,7 +185,7 @@ def hint_for(task: str, label: str) -> str:
 def shorten_transcript(text: str, *, max_words: int = 12, max_characters: int = 48) -> str:
     """The first words of `text`, at most `max_words` and `max_characters`, so that prompts stay short.
 
-    The first word is always kept, cut to `max_characters` if it is longer than that.
+    The first word is always kept; it is cut to `max_characters`.
     """
     kept: list[str] = []
     length = 0

@@ -1,23 +1,23 @@
-"""Readers for the row forms in use around the papers, into `Example`s.
+"""Reads rows in the layouts of other projects and papers as `Example`s.
 
     python -m models convert rows.jsonl --form desta --audio-root /data/audio --out manifest.jsonl
 
-The forms, as JSON lines or one JSON array:
+The forms, each as JSON lines or as one JSON array:
 
 desta          {"id", "audios": [{"audio_filepath" or "audio", "transcription" or "text"}], "messages": [{"role",
                "content"}], "seed_description", "target" or "response"}; the audios may stand in the user's message.
-               The placeholder in the user's turn is removed, a system turn becomes the context.
-dynamic_superb {"file" or "audio", "instruction", "label", "text"}; the choices are read from the instruction ("The
-               answer could be yes or no."), or given by "choices". "text" is part of the question (the text to match),
-               no transcript: it becomes the context. A metadata.json as the benchmark's own script writes it, one object
-               {"clip.wav": row}, is read too; its task is the folder's name.
-mcr_bench      {"id", "audio", "question", "choices" or "options", "answer", "context_type", "context"}, one row a
-               context (neutral, faithful, adversarial, irrelevant); or "contexts": {type: text}, which becomes a row
-               each. As published: {"audio", "gt", "neutral", "faithful", "adversarial", "irrelevant"}, where neutral is
-               the bare question and the others are the descriptions that stand beside it. faithful is kind aligned,
-               adversarial conflict, both others neutral; the metadata keep the type.
+               The placeholder in the user's turn is removed. A system turn becomes the context.
+dynamic_superb {"file" or "audio", "instruction", "label", "text"}. The choices are those of "choices"; without it they
+               are read from the instruction ("The answer could be yes or no."). "text" is part of the question (the text
+               to match), not a transcript: it becomes the context. A metadata.json of the benchmark's own script, one
+               object {"clip.wav": row}, is read too. Its task is the folder's name.
+mcr_bench      {"id", "audio", "question", "choices" or "options", "answer", "context_type", "context"}, one row for
+               each context (neutral, faithful, adversarial, irrelevant); or "contexts": {type: text}, of which each
+               becomes an example. As published: {"audio", "gt", "neutral", "faithful", "adversarial", "irrelevant"},
+               where neutral is the bare question and the others are the descriptions beside it. The kind is aligned
+               for faithful, conflict for adversarial, and neutral for the other two; the metadata hold the type.
 
-Rows of other shapes are problems, skipped and listed like the bad rows of a manifest.
+Rows of other shapes are problems: they are skipped and listed like the bad rows of a manifest.
 """
 
 from __future__ import annotations
@@ -29,30 +29,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.data.audio import MAX_SECONDS, AudioError
+from models.data.audio import MAX_SECONDS
 from models.data.commands import FORMS, convert_parser
-from models.data.manifest import (
-    SPLITS,
-    AudioChecker,
-    Example,
-    Manifest,
-    ManifestError,
-    Problem,
-    parse_object,
-    read_json,
-    read_rows,
-    refuse_if_too_bad,
-    write_manifest,
-)
+from models.data.json_rows import read_json, read_rows
+from models.data.manifest import SPLITS, Example, Manifest, ManifestError, write_manifest
+from models.data.rows import AudioChecker, collect_examples
 
 # MCR-BENCH's context types and the kind of each.
 CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
-# No mark within a mark: a text full of openings that nothing closes would be searched to its end from each of them.
+# No mark within a mark: without this, each of many unclosed openings would be searched to the end of the text.
 _AUDIO_MARK = re.compile(r"<start_audio>(?:(?!<start_audio>).)*?<end_audio>|<\|?/?audio\|?>", re.IGNORECASE | re.DOTALL)
 _OFFERED = re.compile(
     r"\b(?:answers?|labels?|responses?|options?)\s+(?:could|should|can|may|must|might)\s+be\s+(.+)", re.I
 )
-_MAX_DESCRIPTION_CHARACTERS = 4096  # matching may take the square of it
+_MAX_DESCRIPTION_CHARACTERS = 4096  # matching may take time with its square
 _SEGMENT = re.compile(
     r"\[(\d{1,6}):(\d\d(?:\.\d+)?)-(\d{1,6}):(\d\d(?:\.\d+)?)\]\s*(.*?)\s*\(((?:[^()]|\([^()]*\))*)\)\s*$", re.DOTALL
 )
@@ -73,8 +63,8 @@ def read_foreign(
 
     Args:
         path: JSON lines, or a JSON array.
-        form: which form; see the module's docstring.
-        audio_root: folder that audio paths are relative to, or below which absolute ones lie; None is the file's own.
+        form: one of FORMS; see the module's docstring.
+        audio_root: folder that audio paths are relative to; absolute ones lie below it. None is the file's own folder.
         split: split of rows that do not name one.
         target_source: who wrote the targets of the desta form.
         max_bad_fraction, check_audio, max_seconds: as for `read_manifest`.
@@ -84,7 +74,7 @@ def read_foreign(
 
     Raises:
         ValueError: `form` is unknown.
-        ManifestError: the file cannot be read, holds no row, or too many bad ones.
+        ManifestError: the file cannot be read, has no row, or too many bad ones.
     """
     converters: dict[str, Callable[[Mapping[str, Any], _Defaults], Iterator[Example]]] = {
         "desta": _from_desta,
@@ -95,34 +85,23 @@ def read_foreign(
         raise ValueError(f"form: expected one of {list(FORMS)}, got {form!r}")
     path = Path(path)
     root = Path(audio_root) if audio_root is not None else path.parent
-    checker = AudioChecker(root, max_seconds=max_seconds) if check_audio else None
-    examples: dict[str, Example] = {}
-    problems: list[Problem] = []
-    rows = 0
-    for number, line in _rows(path, form):
-        rows += 1
-        row_id: str | None = None
+
+    def convert(number: int, row: dict[str, Any]) -> list[Example]:
         try:
-            row = line if isinstance(line, dict) else parse_object(line)
-            row_id = str(row["id"]) if "id" in row else None
-            # A row may become several examples; either all of them are good or none is kept.
-            converted = list(converters[form](row, _Defaults(number, root, split, target_source)))
-            for example in converted:
-                if example.id in examples:
-                    raise ValueError(f"duplicate id {example.id!r}")
-                if checker is not None:
-                    checker.check(example)
-        except AudioError as error:
-            problems.append(Problem(number, row_id, f"audio: {error.reason}"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-            problems.append(Problem(number, row_id, reason))
-        else:
-            examples.update((example.id, example) for example in converted)
-    if rows == 0:
-        raise ManifestError(f"{path}: expected at least one row, got none")
-    refuse_if_too_bad(path, problems, rows, max_bad_fraction)
-    return Manifest(list(examples.values()), problems, root, {"form": form}, path)
+            return list(converters[form](row, _Defaults(number, root, split, target_source)))
+        except KeyError as error:
+            raise ValueError(f"missing field {error}") from None
+        except AttributeError as error:  # a value of another kind than the form has
+            raise TypeError(str(error)) from None
+
+    examples, problems = collect_examples(
+        path,
+        _rows(path, form),
+        convert,
+        checker=AudioChecker(root, max_seconds=max_seconds) if check_audio else None,
+        max_bad_fraction=max_bad_fraction,
+    )
+    return Manifest(examples, problems, root, {"form": form}, path)
 
 
 def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | None:
@@ -146,7 +125,7 @@ def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | N
 
 
 class _Defaults:
-    """What a row may leave open."""
+    """The values of what a row may leave out."""
 
     def __init__(self, number: int, root: Path, split: str, target_source: str):
         self.number = number
@@ -158,7 +137,7 @@ class _Defaults:
         return str(row["id"]) if "id" in row else f"{self.number}" + (f"/{audio}" if audio else "")
 
     def audio(self, value: Any) -> str | None:
-        """A path relative to the root; absolute ones below it are made so, others are refused by `Example`."""
+        """The path relative to the root. An absolute path outside of it makes `Example` raise ValueError."""
         if isinstance(value, Mapping):  # the form of the `datasets` library
             value = value.get("path")
         if value is None:
@@ -219,7 +198,7 @@ def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterato
         raise TypeError("choices: expected a list, got a string")
     choices = tuple(row["choices"]) if "choices" in row else _offered(instruction)
     if label not in choices:
-        # Instructions and labels differ in case at times; a label that is not offered at all makes the question free.
+        # Instructions and labels sometimes differ in case. If the label is not offered at all, the question has free answers.
         same = [choice for choice in choices if choice.casefold() == label.casefold()]
         choices = tuple(label if choice in same else choice for choice in choices) if same else ()
     metadata = {key: row[key] for key in ("speaker", "speakerID", "dataset", "category") if key in row}
@@ -239,7 +218,7 @@ def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterato
 
 def _offered(instruction: str) -> tuple[str, ...]:
     """The choices that an instruction names; () if it names none, or only one."""
-    match = _OFFERED.search(" ".join(instruction.split()))  # what follows looks for words from every blank of a run
+    match = _OFFERED.search(" ".join(instruction.split()))  # the pattern would start at each of many blanks
     if match is None:
         return ()
     listed = re.split(r"\s*,\s*(?:(?:or|and)\s+)?|\s+(?:or|and)\s+|/", match[1].strip().rstrip(".?! "))
@@ -287,7 +266,7 @@ def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Exa
 
 
 def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] | None]]:
-    """Numbered rows; those of a metadata.json (one object of rows by clip) know their clip and task."""
+    """Numbered rows. The rows of a metadata.json (one object of rows by clip) get their clip and task."""
     if form != "dynamic_superb" or path.name != "metadata.json":
         yield from read_rows(path)
         return
@@ -301,7 +280,7 @@ def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] |
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert a file to a manifest; one message and status 1 where that cannot be done."""
+    """The command `convert`: one message and status 1 if the file cannot be converted."""
     arguments = convert_parser().parse_args(argv)
     try:
         manifest = read_foreign(

@@ -1,4 +1,4 @@
-"""The benchmarks that `models.evaluation.evaluate --benchmark` knows by name: where their questions come from.
+"""The benchmarks that `python -m models evaluate --benchmark` knows by name, and where their questions come from.
 
 builtin         this project's own corpus (models/corpora/build.py), built or found in the cache folder
 dynamic-superb  Dynamic-SUPERB phase 1 as published: under --audio-root a folder for each task with metadata.json and clips
@@ -7,9 +7,9 @@ PATH            a manifest of ours (models/data/manifest.py)
 
 Both published benchmarks can also come as one file of rows (models/data/readers.py) with its clips under --audio-root.
 
-Dynamic-SUPERB's tables count 51 tasks without those of category "audio": the 48 of phase 1, and the three that have two clips a
-second time. A row here has one clip, so these six are left out and named; the other 45 are scored, and an ALL over them is not
-that of the published tables.
+Without category "audio" Dynamic-SUPERB's tables count 51 tasks: the 48 of phase 1, and a second time the three that have two
+clips. A row here has one clip. So these six are left out, and the output names them. The other 45 are scored; an ALL over them
+is not the ALL of the published tables.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.data.audio import AudioError
-from models.data.manifest import AudioChecker, Example, Manifest, Problem, read_manifest, refuse_if_too_bad
+from models.data.manifest import Example, Manifest, Problem, read_manifest
+from models.data.problems import refuse_if_too_bad
 from models.data.readers import read_foreign
+from models.data.rows import AudioChecker
 from models.io_utils import cache_dir
 
 NAMES = ("builtin", "dynamic-superb", "mcr")
@@ -43,7 +45,7 @@ _LAYOUTS = {
     ),
 }  # fmt: skip
 _MCR_TASKS = ("AQA", "SER", "VSC")
-_MCR_CLOSED = ("SER", "VSC")  # classification: the labels in use are the choices
+_MCR_CLOSED = ("SER", "VSC")  # classification: the choices are all labels that occur
 # Phase 1's tasks, by the first word of their names ("NoiseDetection_VCTK_MUSAN-Music").
 _CATEGORY_BY_TASK = {
     **dict.fromkeys(
@@ -68,7 +70,7 @@ _CATEGORY_BY_TASK = {
 
 
 class SuiteError(ValueError):
-    """A benchmark that is not there or not laid out as expected; the message says what to get and where to put it."""
+    """A benchmark is missing, or its folder has another layout; the message says what to get and where to put it."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ class Suite:
 
     Args:
         name: one of NAMES, or the manifest's path.
-        examples: all of them, every split; audio paths are relative to `audio_root`.
+        examples: those of every split. Audio paths are relative to `audio_root`.
         problems: rows that were skipped.
-        left_out: whole tasks that are not scored, and why.
-        mode: how it is asked where nothing else is said: "choice" or "generate".
+        left_out: tasks of which no question is scored, and why.
+        mode: the default way to ask: "choice" or "generate".
     """
 
     name: str
@@ -104,17 +106,17 @@ def load_suite(
     Args:
         name: one of NAMES, or a path to a manifest of ours.
         manifest: for a published benchmark that is one file of rows; else None.
-        audio_root: of a published benchmark or of a manifest; not of the built-in one.
-        check_audio: look at each clip's header; what cannot be used is a problem.
-        max_bad_fraction: above this fraction of bad rows the benchmark is refused.
+        audio_root: folder of the clips of a published benchmark or of a manifest. The built-in one brings its own.
+        check_audio: read each clip's header. A clip that cannot be used is a problem.
+        max_bad_fraction: more bad rows than this fraction raise ManifestError.
 
     Raises:
-        SuiteError: the benchmark or its folder is not there; the message says how to get it.
+        SuiteError: the benchmark or its folder is missing; the message says how to get it.
         ManifestError: a file cannot be read, or has too many bad rows.
     """
     if name == "builtin":
         if manifest is not None or audio_root is not None:
-            raise SuiteError("--benchmark builtin: expected neither MANIFEST nor --audio-root; it brings its own")
+            raise SuiteError("--benchmark builtin: expected neither MANIFEST nor --audio-root, since it has its own")
         return _suite_of(name, _build(), max_bad_fraction=max_bad_fraction, check_audio=check_audio)
     options = {"check_audio": check_audio, "max_bad_fraction": max_bad_fraction}
     if name not in _FORMS:
@@ -137,7 +139,7 @@ def load_suite(
 
 
 def category_of(task: str) -> str:
-    """The category of a task of Dynamic-SUPERB phase 1, by its name; empty for a task that it does not have."""
+    """The category of a task of Dynamic-SUPERB phase 1, by its name; empty for other tasks."""
     return next((category for first, category in _CATEGORY_BY_TASK.items() if task.startswith(first)), "")
 
 
@@ -171,11 +173,11 @@ def _read_folder(name: str, root: Path, *, check_audio: bool, max_bad_fraction: 
     if name == "mcr":
         left_out |= {task: f"no {task}/{task}.json" for task in _MCR_TASKS if task not in files}
     for task, path in files.items():
-        # Every row is looked at here, so nothing is refused file by file.
+        # The share of bad rows counts over all tasks, so no single file raises for it.
         read = read_foreign(path, form=_FORMS[name], audio_root=root, check_audio=False, max_bad_fraction=1.0)
         two_clips = [p for p in read.problems if p.reason.startswith("audio2:")]
         if two_clips and len(two_clips) == len(read.problems) and not read.examples:
-            left_out[task] = "its questions have two clips each, a row here has one"
+            left_out[task] = "its questions have two clips each; a row here has one"
             continue
         rows += len(read.examples) + len(read.problems)
         problems += [dataclasses.replace(p, id=f"{task}: {p.id}" if p.id else task) for p in read.problems]
@@ -204,7 +206,7 @@ def _task_files(name: str, root: Path) -> dict[str, Path]:
 
 
 def _placed(examples: Iterable[Example], task: str, path: Path, root: Path) -> Iterator[Example]:
-    """Examples of one task's file, named and with their audio under `root`: the file's folder comes first, then the root."""
+    """Examples of one task's file with ids of their task. Audio paths become relative to `root`."""
     folder = path.parent.relative_to(root).as_posix()
     for e in examples:
         near = f"{folder}/{e.audio}"
@@ -222,7 +224,7 @@ def _with_category(example: Example) -> Example:
 
 
 def _with_choices(examples: list[Example]) -> Iterator[Example]:
-    """MCR-BENCH's rows name no choices: in its two classification tasks they are the labels in use."""
+    """MCR-BENCH's rows have no choices. In its two classification tasks they are all labels that occur."""
     labels = {task: tuple(sorted({e.answer for e in examples if e.task == task and e.answer})) for task in _MCR_CLOSED}
     for e in examples:
         closed = not e.choices and e.task in labels

@@ -1,7 +1,7 @@
 """Intervals by resampling: whole clips are drawn with replacement, and every statistic is computed again on each draw.
 
-The questions on one clip (its contexts, its tasks) are not independent, so a clip is drawn with all of them or not at all.
-The same draws serve every statistic, which is what makes means and differences of them come out right.
+The questions on one clip (its contexts, its tasks) are not independent, so a clip is drawn with all of them or with none.
+All statistics use the same draws, so the intervals of their means and differences are right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% bootstrap interval and the number of items it stands on; value None where there are none."""
+    """A number, its 95% bootstrap interval, and how many items it is computed from; the value is None if there are none."""
 
     value: float | None
     low: float | None
@@ -27,7 +27,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number, what it is on each draw, and how many items it stands on; NaN where it has no item.
+    """A number, its value on each draw, and how many items it is computed from; NaN where there is no item.
 
     Args:
         value: on the data itself.
@@ -40,7 +40,7 @@ class Statistic:
     count: int
 
     def estimate(self) -> Estimate:
-        """With its percentile interval; draws without an item are left out of it."""
+        """The number with its percentile interval. Draws without an item do not count."""
         if np.isnan(self.value):
             return Estimate(None, None, None, 0)
         defined = self.draws[~np.isnan(self.draws)]
@@ -48,12 +48,12 @@ class Statistic:
         return Estimate(float(self.value), float(low), float(high), self.count)
 
     def __sub__(self, other: Statistic) -> Statistic:
-        """The difference on the same draws, so what both share does not widen its interval."""
+        """The difference on the same draws: what both share does not widen its interval."""
         return Statistic(self.value - other.value, self.draws - other.draws, self.count)
 
 
 def mean_of(statistics: Sequence[Statistic]) -> Statistic:
-    """The mean of statistics, each with the same weight; one that has no item on a draw is left out of that draw's mean.
+    """The mean of statistics, each with the same weight. A draw's mean leaves out the statistics without an item on it.
 
     `count` is the number of statistics that have items.
     """
@@ -87,7 +87,7 @@ class Bootstrap:
     def sums(self, values: np.ndarray) -> np.ndarray:
         """(samples,) the sum of `values` (items,) on each draw."""
         by_group = np.bincount(self._group, weights=values, minlength=self._count)
-        there = np.flatnonzero(by_group)  # most statistics concern one task, a small part of the groups
+        there = np.flatnonzero(by_group)  # most statistics are about one task, which has few of the groups
         return by_group[there] @ self._draws[there]
 
     def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Statistic:

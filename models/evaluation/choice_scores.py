@@ -29,14 +29,14 @@ def choice_scores(
 
         score(c) = sum over the tokens t that spell c of  log softmax((1 + alpha) z_audio - alpha z_text)[t]
 
-    The tokens that spell c are those of its sentence without what all choices' sentences begin and end with.
+    The tokens that spell c are those of its sentence, without the common beginning and end of all choices' sentences.
 
     Args:
         model: a SpeechLM in evaluation mode.
         features: (B, K, T, D).
         collate: examples, features -> batch (models/speech_lm/collation.py).
-        alphas: 0 is plain likelihood and needs no second path.
-        hears: False masks the audio on the positive path too (the no-audio control).
+        alphas: contrast strengths. 0 is plain likelihood and needs no second path.
+        hears: False masks the audio on the path with audio too (the no-audio control).
 
     Returns:
         [alpha][example] -> {choice: score}.
@@ -44,7 +44,7 @@ def choice_scores(
     Raises:
         ValueError: an example without choices.
     """
-    # One row a choice, unless the choices differ in a single token: then one row answers for all of them.
+    # One row for each choice. If the choices differ in a single token, one row serves all of them.
     rows: list[tuple[int, list[tuple[str, int, list[int]]], Example]] = []  # example, (choice, first token, ids), forced
     for i, example in enumerate(examples):
         if not example.choices:
@@ -57,7 +57,7 @@ def choice_scores(
         else:
             start, end = _common_start(ids), _common_end(ids)
             if min(map(len, ids)) == start + end:
-                end = 0  # one choice ends another ("man", "woman" by letters): alone, nothing would be left to score it by
+                end = 0  # one choice ends another ("man", "woman" by letters) and would have no token left to score
             for choice, tokens, one in zip(example.choices, ids, forced, strict=True):
                 rows.append((i, [(choice, start, tokens[start : len(tokens) - end])], one))
     batch = collate([row[2] for row in rows], features[[row[0] for row in rows]])
@@ -110,5 +110,5 @@ def _common_start(ids: Sequence[list[int]]) -> int:
 
 
 def _common_end(ids: Sequence[list[int]]) -> int:
-    # Bounded by what follows the common start, or a repeated token would be counted on both sides.
+    # At most what follows the common start; a repeated token would count on both sides otherwise.
     return min(_common_start([t[::-1] for t in ids]), min(map(len, ids)) - _common_start(ids))

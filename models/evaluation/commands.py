@@ -21,36 +21,36 @@ def evaluate_parser() -> Parser:
     parser.add_argument(
         "--mode",
         choices=("choice", "generate"),
-        help="rank the choices by likelihood, or answer freely (default: choice; generate for dynamic-superb and mcr)",
+        help="rank the choices by likelihood, or write freely (default: choice; generate for dynamic-superb and mcr)",
     )
     parser.add_argument(
         "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
     )
     parser.add_argument("--alpha", type=float, default=1.0, help="strength of contrastive decoding")
     parser.add_list("--controls", nargs="*", choices=CONTROLS, help="ask again without the audio, or with another clip's")
-    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--split", default="test", choices=SPLITS, help="which split is asked about")
     parser.add_list("--tasks", nargs="*", help="only these tasks")
     parser.add_argument("--features", help="feature file (python -m models features); without it clips are encoded now")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's), or of a published benchmark")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="of rows and clips; above it nothing is scored")
-    parser.add_argument("--batch-examples", type=int, default=32, help="questions a forward pass")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer in mode generate")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad rows or clips above which it stops")
+    parser.add_argument("--batch-examples", type=int, default=32, help="questions in a forward pass")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in mode generate, in tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--out", default="predictions.jsonl", help="predictions file; an unfinished one is continued")
+    parser.add_argument("--out", default="predictions.jsonl", help="predictions file to write; an unfinished one is continued")
     parser.add_argument("--scorer", default="lenient", metavar="lenient|strict|MODULE:FUNCTION", help="what counts as right")
     parser.add_argument("--priors", metavar="FILE", help="JSON object id -> answer of a text-only model, for the confusion table")
-    parser.add_argument("--compare", metavar="FILE", help="predictions of another system: the difference, by paired bootstrap")
-    parser.add_argument("--json", metavar="FILE", help="write every figure")
+    parser.add_argument("--compare", metavar="FILE", help="predictions of another system, to compare with by paired bootstrap")
+    parser.add_argument("--json", metavar="FILE", help="file to write every figure to")
     return parser
 
 
 def priors_parser() -> Parser:
     parser = Parser(prog="python -m models priors", description="Answer every question from its text alone.")
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=Path, help="JSONL manifest")
     parser.add_argument("--lm", required=True, help="id or folder of a causal language model")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_list("--splits", default=["test"], choices=SPLITS)
-    parser.add_list("--contexts", default=["neutral"], choices=KINDS, help="natural_conflicts needs neutral alone")
-    parser.add_argument("--batch-examples", type=int, default=32, help="prompts a forward pass")
+    parser.add_list("--splits", default=["test"], choices=SPLITS, help="which splits are asked about")
+    parser.add_list("--contexts", default=["neutral"], choices=KINDS, help="which contexts are asked about")
+    parser.add_argument("--batch-examples", type=int, default=32, help="prompts in a forward pass")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser

@@ -1,6 +1,6 @@
-"""What stands behind an accuracy: calibration, agreement with the text prior, and the difference between two systems.
+"""More than accuracy: calibration, agreement with the text prior, and the difference between two systems.
 
-Like scoring.py: arithmetic on saved predictions.
+As in scoring.py, everything is arithmetic on saved predictions.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def calibration(j: Judged, *, bins: int = BINS) -> dict[str, Any] | None:
         ece   = sum over bins b of n_b / n * | share right in b - mean confidence in b |      (bins of equal width on [0, 1])
         brier = mean over predictions of sum over choices c of (p_c - [c is the answer])^2    (0 to 2, Brier 1950)
 
-    ECE of few items is biased upwards: chance alone leaves each bin some gap. Compare systems on the same items.
+    With few items ECE is too high, since chance alone leaves a gap in each bin. Compare systems on the same items.
 
     Args:
-        bins: of equal width; a confidence on an edge belongs to the bin below, 0 to the first.
+        bins: how many, of equal width. A confidence on an edge belongs to the bin below, 0 to the first.
 
     Returns:
-        count, ece, brier (Estimates), accuracy, confidence (means), bins: [low, high, count, accuracy, confidence] by name,
-        None in empty ones; or None where no prediction has scores of two choices with the answer among them.
+        count, ece, brier (Estimates), accuracy, confidence (means), and bins: a list of low, high, count, accuracy and
+        confidence by name (the last two are None in an empty bin). None if no prediction has scores of two choices with
+        the answer among them.
 
     Raises:
         ValueError: `bins` is below 1.
@@ -59,7 +60,7 @@ def calibration(j: Judged, *, bins: int = BINS) -> dict[str, Any] | None:
         brier[i] = ((probabilities - is_answer) ** 2).sum()
     if not scored.any():
         return None
-    place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")  # an edge is its lower bin's
+    place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")  # an edge belongs to the lower bin
     gap, gap_draws = 0.0, 0.0
     table = []
     for b in range(bins):
@@ -89,17 +90,17 @@ def prior_confusion(j: Judged, priors: Mapping[str, str]) -> dict[str, Any] | No
     """How often a wrong answer is the one that the text alone suggests.
 
     Args:
-        priors: id -> answer of the text prior: what the model says without the audio, another text-only model's answer, or
-            what the hint claims. Predictions without one are left out.
+        priors: id -> answer of the text prior. It may be the model's answer without the audio, another text-only model's
+            answer, or what the hint claims. Predictions without one are left out.
 
     Returns:
-        {"all": table, "by_task": {task: table}}, or None where no prediction has a prior. A table counts
+        {"all": table, "by_task": {task: table}}, or None if no prediction has a prior. A table counts
 
             prior_right:  {"right", "wrong"}              the prior names the answer
             prior_wrong:  {"right", "as_prior", "other"}  it names another choice; `as_prior`: the prediction says the same
 
-        and has wrong_as_prior, an Estimate: as_prior / all wrong answers. With two choices every wrong answer under a wrong
-        prior is the prior's; what is left to read there is how the wrong answers split between the two rows.
+        and has wrong_as_prior, an Estimate: as_prior / all wrong answers. With two choices, every wrong answer under a wrong
+        prior is the prior's. Then only the split of the wrong answers between the two rows says something.
     """
     known = np.array([p.id in priors for p in j.predictions])
     if not known.any():
@@ -148,11 +149,11 @@ def compare(
 
     Returns:
         count, only_first, only_second (questions); accuracy, strict_accuracy, mean_of_tasks, by_kind[kind], by_task[task],
-        and the four Shifts: Estimates of the difference. An interval without 0 is a difference at the 5% level, one figure
-        at a time.
+        and the four Shifts: Estimates of the difference. An interval without 0 is a difference at the 5% level, for one
+        figure alone.
 
     Raises:
-        ValueError: no question in common, or the two hold different answers to one: then they are of different manifests.
+        ValueError: no question in common, or the true answer to one differs: then they are of different manifests.
     """
     asked = {p.id: p for p in first if not p.control}
     others = {p.id: p for p in second if not p.control}
@@ -168,7 +169,7 @@ def compare(
     options: dict[str, Any] = {"scorer": scorer, "bootstrap_samples": bootstrap_samples, "seed": seed}
     a = judged([asked[name] for name in shared], **options)
     b = judged([others[name] for name in shared], **options)
-    # One set of draws, and one assignment of questions to tasks and clips, for both.
+    # Both use the same draws, and the same tasks and clips of the questions.
     b = Judged(a.predictions, b.right, b.lenient, b.strict, b.scorer, a.boot)
     tasks = {task: a.of("task", task) for task in sorted({p.task for p in a.predictions})}
     audio = {p.task for p in a.predictions if p.category == AUDIO_CATEGORY}
@@ -189,14 +190,14 @@ def compare(
 
 
 def control_priors(predictions: Sequence[Prediction], control: str = "no_audio") -> dict[str, str]:
-    """id of the plain question -> what was said under a control; questions whose answer there names no single choice are out."""
+    """id of the plain question -> answer under a control. Questions whose answer there names no single choice are left out."""
     end = f"#{control}"
     said = {p.id.removesuffix(end): p.said() for p in predictions if p.control == control}
     return {name: answer for name, answer in said.items() if answer is not None}
 
 
 def hint_priors(predictions: Sequence[Prediction]) -> dict[str, str]:
-    """id -> the choice that the text beside the sound claims, where it claims one."""
+    """id -> the choice that the text beside the sound claims; only of questions with such a claim."""
     return {p.id: p.claim for p in predictions if p.claim is not None}
 
 

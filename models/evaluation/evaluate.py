@@ -5,224 +5,56 @@
     python -m models evaluate --benchmark builtin|dynamic-superb|mcr|MANIFEST CHECKPOINT [--audio-root FOLDER]
     python -m models evaluate --rescore predictions.jsonl [--compare other.jsonl] [--scorer strict] [--priors priors.json]
 
-Mode "choice" ranks the given choices by the likelihood of the tokens that spell them in the answer's sentence: fast, and it
-always answers. Mode "generate" lets the model write freely; the answer counts when the label's words stand in it. The published
-benchmarks (models/evaluation/benchmarks.py) are asked by "generate" unless told otherwise.
+Mode "choice" ranks the given choices by the likelihood of the tokens that spell them in the answer's sentence. It is fast and
+always gives an answer. In mode "generate" the model writes freely, and an answer counts if the label's words are in it. The
+published benchmarks (benchmarks.py) use "generate" unless --mode says otherwise.
 
-Predictions are appended to a JSONL file batch by batch. A killed evaluation goes on where it was; a finished file can be scored
-again without any model. Controls repeat the questions with no audio, or with the audio of a clip that has another answer: what a
-system still gets right then, it did not get from the sound.
+Predictions are appended to a JSONL file batch by batch (ask.py). A killed evaluation goes on where it was, and a finished file
+can be scored again without a model. Controls (controls.py) repeat the questions with no audio, or with the audio of a clip that
+has another answer. What a system still gets right then does not come from the sound.
 
-The figures are those of models/evaluation/scoring.py (accuracies, ALL, Shift) and models/evaluation/diagnostics.py
-(calibration, the text prior, the difference to another system); --json writes all of them.
+The figures are those of scoring.py (accuracies, ALL, Shift) and diagnostics.py (calibration, the text prior, the difference to
+another system). --json writes all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import math
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from kdkernels.teacher import MarkAbsent
-from models.data.manifest import Example, parse_object
-from models.data.prompts import target_template
+from models.data.json_rows import parse_object
+from models.data.manifest import Example
 from models.evaluation import text_priors
+from models.evaluation.ask import evaluate
 from models.evaluation.benchmarks import TASKS_IN_ALL, Suite, load_suite
-from models.evaluation.choice_scores import choice_scores
-from models.evaluation.commands import CONTROLS, evaluate_parser
-from models.evaluation.diagnostics import calibration, compare, control_priors, hint_priors, prior_confusion
+from models.evaluation.commands import evaluate_parser
+from models.evaluation.controls import control_id
+from models.evaluation.diagnostics import compare
 from models.evaluation.predictions import (
     EvaluationError,
     Prediction,
     append_predictions,
-    claimed_choice,
-    context_kind,
     read_predictions,
     write_header,
 )
 from models.evaluation.score_tables import print_comparison, print_summary, to_json
-from models.evaluation.scorers import Scorer, load_scorer
-from models.evaluation.scoring import AUDIO_CATEGORY, judged, metrics
+from models.evaluation.scorers import load_scorer
+from models.evaluation.scoring import AUDIO_CATEGORY
+from models.evaluation.summary import summarize
 from models.io_utils import atomic_write_json, fingerprint, sha256_file
 from models.speech_lm.features import FeatureError, FeatureStore, clip_key, extract_features
 
 _SKIPPED_SHOWN = 20
 
 
-@torch.no_grad()
-def generate_answers(
-    model: torch.nn.Module,
-    examples: Sequence[Example],
-    features: torch.Tensor,
-    *,
-    collate: Callable[..., Any],
-    alpha: float | None = None,
-    hears: bool = True,
-    max_new_tokens: int = 16,
-) -> list[str]:
-    """Free answers, greedy; with `alpha` by contrastive decoding of the two paths."""
-    batch = collate(examples, features, with_target=False).to(model.get_output_embeddings().weight.device)
-    if not hears:
-        batch = dataclasses.replace(batch, audio_present=torch.zeros_like(batch.audio_present))
-    if alpha is None:
-        return model.generate(batch, max_new_tokens=max_new_tokens)
-    from kdkernels.decoding import contrastive_generate
-
-    tokens = contrastive_generate(
-        model,
-        batch.model_inputs(),
-        negative=MarkAbsent(),
-        alpha=alpha,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=model.tokenizer.eos_token_id,
-    )
-    return [text.strip() for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-
-def evaluate(
-    model: torch.nn.Module,
-    examples: Sequence[Example],
-    store: FeatureStore,
-    *,
-    collate: Callable[..., Any],
-    mode: str = "choice",
-    alphas: Sequence[float | None] = (None,),
-    controls: Sequence[str] = (),
-    plain: bool = True,
-    batch_examples: int = 32,
-    max_new_tokens: int = 16,
-    extra_inputs: dict[str, Any] | None = None,
-    done: Iterable[Prediction] = (),
-    on_batch: Callable[[float | None, list[Prediction]], None] | None = None,
-    progress_bar: bool = True,
-) -> dict[float | None, list[Prediction]]:
-    """Predictions for every example, with and without the controls.
-
-    Args:
-        mode: "choice" or "generate".
-        alphas: None is plain (greedy) decoding; a number is contrastive decoding with that strength. In mode "choice" all
-            come from the same forward passes.
-        controls: any of "no_audio", "swapped_audio"; their predictions have `control` set and "#control" in the id.
-        plain: False asks for the controls alone.
-        done: predictions made before, which are not made again (only with a single alpha).
-        on_batch: called with (alpha, new predictions) after each batch, to save them.
-
-    Returns:
-        predictions by alpha, those of `done` first.
-
-    Raises:
-        ValueError: an argument outside its range, or an example without an answer to score against.
-    """
-    if mode not in ("choice", "generate"):
-        raise ValueError(f"mode: expected 'choice' or 'generate', got {mode!r}")
-    for control in controls:
-        if control not in CONTROLS:
-            raise ValueError(f"controls: expected some of {CONTROLS}, got {control!r}")
-    if batch_examples < 1:
-        raise ValueError(f"batch_examples: expected at least 1, got {batch_examples}")
-    for alpha in alphas:
-        if alpha is not None and not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
-    for example in examples:
-        if example.answer is None:
-            raise ValueError(f"example {example.id}: expected an answer to score against, got none")
-    made = {p.id for p in done}
-    result: dict[float | None, list[Prediction]] = {alpha: list(done) if len(alphas) == 1 else [] for alpha in alphas}
-    model.eval()
-    # Rows of like length together: padding is most of the work otherwise.
-    work = sorted(examples, key=lambda e: (len(e.choices), len(e.transcription) + len(e.context)))
-    todo = []
-    for control in ("", *controls) if plain else controls:
-        heard = swapped(work) if control == "swapped_audio" else work
-        todo += [(control, e, h) for e, h in zip(work, heard, strict=True) if _control_id(e.id, control) not in made]
-    for control, group in _batches(todo, batch_examples, done=len(made), progress_bar=progress_bar):
-        asked = [e for e, _ in group]
-        features = store.rows([h for _, h in group])
-        hears = control != "no_audio"
-        if mode == "choice":
-            all_scores = choice_scores(
-                model, asked, features, collate=collate, alphas=[a or 0.0 for a in alphas], hears=hears, extra_inputs=extra_inputs
-            )
-        for i, alpha in enumerate(alphas):
-            if mode == "choice":
-                scores = all_scores[i]
-                texts = [target_template(e, max(s, key=s.get)) for e, s in zip(asked, scores, strict=True)]
-            else:
-                scores = [{} for _ in asked]
-                texts = generate_answers(
-                    model, asked, features, collate=collate, alpha=alpha, hears=hears, max_new_tokens=max_new_tokens
-                )
-            new = [
-                Prediction(
-                    id=_control_id(e.id, control), task=e.task, kind=context_kind(e), answer=e.answer, choices=e.choices,
-                    prediction=text, pair_id=e.pair_id, control=control, scores=s, question=e.question,
-                    category=str(e.metadata.get("category", "")), claim=claimed_choice(e), clip=clip_key(h),
-                )
-                for (e, h), text, s in zip(group, texts, scores, strict=True)
-            ]  # fmt: skip
-            result[alpha] += new
-            if on_batch is not None:
-                on_batch(alpha, new)
-    return result
-
-
-def swapped(examples: Sequence[Example]) -> list[Example]:
-    """For each example another one of its task with another answer, whose audio it is given: the next such in order.
-
-    An example without such a partner keeps its own audio; it is then no control and is left as it is.
-    """
-    by_task: dict[str, list[Example]] = defaultdict(list)
-    for example in examples:
-        by_task[example.task].append(example)
-    place = {e.id: i for group in by_task.values() for i, e in enumerate(group)}
-    result = []
-    for example in examples:
-        group, at = by_task[example.task], place[example.id]
-        others = (group[(at + step) % len(group)] for step in range(1, len(group)))
-        result.append(next((o for o in others if o.answer != example.answer and o.audio is not None), example))
-    return result
-
-
-def summarize(
-    predictions: Sequence[Prediction], *, scorer: str | Scorer = "lenient", priors: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Every figure of the plain predictions under "plain", and of each control under its name.
-
-    Args:
-        scorer: "lenient", "strict" or an object (models/evaluation/scorers.py).
-        priors: id -> answer of a text prior, beside what the predictions themselves hold.
-
-    Returns:
-        {control: `scoring.metrics` and "calibration" (None without choice scores)}; "plain" has "confusion" too: for each of
-        "no_audio", "hint" and "priors" that is known, `diagnostics.prior_confusion`.
-    """
-    groups: dict[str, list[Prediction]] = defaultdict(list)
-    for p in predictions:
-        groups[p.control or "plain"].append(p)
-    summary = {}
-    for name, group in groups.items():
-        j = judged(group, scorer=scorer)
-        summary[name] = metrics(j) | {"calibration": calibration(j)}
-        if name == "plain":
-            known = {"no_audio": control_priors(predictions), "hint": hint_priors(group), "priors": priors or {}}
-            tables = {source: prior_confusion(j, answers) for source, answers in known.items()}
-            summary[name]["confusion"] = {source: table for source, table in tables.items() if table is not None}
-    return summary
-
-
 def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str, str]:
-    """id -> answer from a JSON object, or from a file of models/evaluation/text_priors.py, for the predictions that it knows.
+    """id -> answer, of a JSON object or of a file that text_priors.py wrote; only of the ids that the predictions have.
 
     Raises:
-        EvaluationError: not readable, no such object, or none of the ids is among the predictions.
+        EvaluationError: the file cannot be read, is not such an object, or has none of the predictions' ids.
     """
     try:
         priors = parse_object(Path(path).read_bytes())
@@ -243,11 +75,11 @@ def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """The command; see the module's docstring."""
     parser = evaluate_parser()
     arguments = parser.parse_args(argv)
     try:
-        scorer = load_scorer(arguments.scorer)  # before any work that a wrong name would waste
+        scorer = load_scorer(arguments.scorer)  # first, so that a wrong name costs no work
         other = _nonempty_predictions(arguments.compare)[1] if arguments.compare else None
         if arguments.rescore:
             settings, predictions = _nonempty_predictions(arguments.rescore)
@@ -290,10 +122,11 @@ def _print_left_out(settings: Mapping[str, Any], predictions: Sequence[Predictio
     expected = TASKS_IN_ALL.get(settings.get("benchmark", ""))
     counted = len({p.task for p in predictions if p.category != AUDIO_CATEGORY})
     if expected and counted != expected:
-        print(f"mean_of_tasks is over {counted} tasks, the published ALL over {expected}: the two are not to be compared")
+        print(f"mean_of_tasks is over {counted} tasks, the published ALL over {expected}: do not compare the two")
 
 
 def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Prediction]]:
+    """Load benchmark and model and ask what an unfinished predictions file lacks. Returns settings and predictions."""
     from models.backbones.device import pick_device
     from models.speech_lm.model import SpeechLM
 
@@ -309,23 +142,11 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     )
     _print_skipped(suite.problems)
     examples = _questions(suite, arguments)
-    names = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
-    settings = {name: getattr(arguments, name) for name in names} | {"mode": arguments.mode or suite.mode}
-    settings["left_out"] = suite.left_out
-    # Trained again or written again under the same name, they are others: their old answers must not stand for the new.
-    settings["questions_sha256"] = fingerprint([e.to_row() for e in examples])
-    settings["checkpoint_sha256"] = [sha256_file(p) for p in sorted(Path(arguments.checkpoint).rglob("*")) if p.is_file()]
-    done: list[Prediction] = []
-    if Path(arguments.out).exists():
-        header, done = read_predictions(arguments.out, repair=True)
-        if header.get("fingerprint") != fingerprint(settings):
-            raise EvaluationError(
-                f"{arguments.out}: holds predictions of other settings, of another model or of another manifest; "
-                "choose another --out or remove it"
-            )
-        print(f"going on from {arguments.out}: {len(done)} answers are there")
-        if {_control_id(e.id, control) for e in examples for control in ("", *arguments.controls)} <= {p.id for p in done}:
-            return settings, done  # nothing is left to ask: neither the model nor the clips are needed
+    settings = _settings(suite, examples, arguments)
+    done = _read_done(arguments.out, settings)
+    wanted = {control_id(e.id, control) for e in examples for control in ("", *arguments.controls)}
+    if wanted <= {p.id for p in done}:
+        return settings, done  # nothing is left to ask: neither the model nor the clips are needed
     try:
         model = SpeechLM.from_pretrained(arguments.checkpoint).to(device)
     except RuntimeError as error:  # BackboneError and SpeechLMError both are
@@ -349,8 +170,36 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     )[alpha]
 
 
+def _settings(suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides the predictions; it stands in the first line of their file."""
+    names = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
+    checkpoint = [sha256_file(p) for p in sorted(Path(arguments.checkpoint).rglob("*")) if p.is_file()]
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "mode": arguments.mode or suite.mode,
+        "left_out": suite.left_out,
+        # A checkpoint or manifest may change under the same name; the old answers are not those of the new one.
+        "questions_sha256": fingerprint([e.to_row() for e in examples]),
+        "checkpoint_sha256": checkpoint,
+    }
+
+
+def _read_done(out: str, settings: Mapping[str, Any]) -> list[Prediction]:
+    """The predictions of an earlier run of these settings; none if there is no file."""
+    if not Path(out).exists():
+        return []
+    header, done = read_predictions(out, repair=True)
+    if header.get("fingerprint") != fingerprint(settings):
+        raise EvaluationError(
+            f"{out}: holds predictions of other settings, of another model or of another manifest; "
+            "choose another --out or remove it"
+        )
+    print(f"going on from {out}: {len(done)} answers are there")
+    return done
+
+
 def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
-    """The examples that are asked about; those without an answer are named."""
+    """The examples that are asked about. The names of those without an answer are printed."""
     chosen = [e for e in suite.examples if e.split == arguments.split]
     chosen = [e for e in chosen if not arguments.tasks or e.task in arguments.tasks]
     where = f"split {arguments.split!r}, tasks {', '.join(arguments.tasks) or 'all'}"
@@ -360,7 +209,9 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
         raise EvaluationError(f"{suite.name}: no example in {where}; it holds {held or 'none at all'}")
     unanswered = [e for e in chosen if e.answer is None]
     if len(unanswered) == len(chosen):
-        raise EvaluationError(f"{suite.name}: none of the {len(chosen)} examples in {where} has an answer to score against")
+        raise EvaluationError(
+            f"{suite.name}: none of the {len(chosen)} examples in {where} has an answer to score against"
+        )
     _print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
     return [e for e in chosen if e.answer is not None]
 
@@ -368,12 +219,14 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
 def _heard(
     model: Any, examples: list[Example], suite: Suite, arguments: argparse.Namespace
 ) -> tuple[list[Example], FeatureStore]:
-    """The examples whose clips could be encoded, and the features; those whose could not are named."""
+    """The examples whose clips could be encoded, and the features. The names of the others are printed."""
     limit = arguments.max_bad_fraction
     if arguments.features:
         store, reasons = FeatureStore.load(arguments.features), {}
     else:
-        store, problems = extract_features(examples, model.encode_audio, audio_root=suite.audio_root, max_bad_fraction=limit)
+        store, problems = extract_features(
+            examples, model.encode_audio, audio_root=suite.audio_root, max_bad_fraction=limit
+        )
         clips = {e.id: clip_key(e) for e in examples}
         reasons = {clips[example_id]: reason for example_id, reason in problems}
     usable = [e for e in examples if e.audio is None or e in store]
@@ -390,20 +243,3 @@ def _print_skipped(reasons: Iterable[object]) -> None:
     if len(lines) > _SKIPPED_SHOWN:
         lines[_SKIPPED_SHOWN:] = [f"skipped {len(lines) - _SKIPPED_SHOWN} more"]
     print(*lines, sep="\n", end="\n" if lines else "")
-
-
-def _control_id(example_id: str, control: str) -> str:
-    return f"{example_id}#{control}" if control else example_id
-
-
-def _batches(
-    todo: Sequence[tuple[str, Example, Example]], size: int, *, done: int, progress_bar: bool
-) -> Iterator[tuple[str, list[tuple[Example, Example]]]]:
-    with tqdm(total=done + len(todo), initial=done, desc="evaluate", unit="answer", disable=not progress_bar) as bar:
-        start = 0
-        while start < len(todo):
-            control = todo[start][0]
-            group = [(e, h) for c, e, h in todo[start : start + size] if c == control]
-            yield control, group
-            start += len(group)
-            bar.update(len(group))

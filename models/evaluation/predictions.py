@@ -1,4 +1,4 @@
-"""Predictions: one answer of one system each, and the JSONL file that holds them."""
+"""Predictions (one is one answer of one system), and the JSONL file that holds them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("neutral", "aligned", "conflict", "irrelevant")
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One answer of one system, with what is needed to score it."""
+    """One answer of one system, with all that scoring needs."""
 
     id: str
     task: str
@@ -28,10 +28,10 @@ class Prediction:
     choices: tuple[str, ...] = ()
     pair_id: str | None = None
     control: str = ""  # "" | no_audio | swapped_audio
-    scores: dict[str, float] = field(default_factory=dict)  # log-likelihood of each choice, where it was computed
+    scores: dict[str, float] = field(default_factory=dict)  # log-likelihood of each choice, if it was computed
     category: str = ""  # of the task: content, semantic, paralinguistic, degradation, speaker, audio
-    clip: str = ""  # what was heard (models.speech_lm.features.clip_key): intervals resample it whole
-    claim: str | None = None  # the choice that the text beside the sound names, if it names one
+    clip: str = ""  # what was heard (models.speech_lm.features.clip_key); intervals resample whole clips
+    claim: str | None = None  # the choice that the text beside the sound names, if any
     question: str = ""
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class Prediction:
         return asdict(self) | {"choices": list(self.choices)}
 
     def said(self) -> str | None:
-        """The choice that was given as the answer: the likeliest, else the only one named; without choices the text."""
+        """The choice that the answer means: the likeliest, else the only one it names; without choices its text."""
         if self.scores:
             return max(self.scores, key=self.scores.__getitem__)
         if not self.choices:
@@ -52,7 +52,7 @@ class Prediction:
 
 
 def context_kind(example: Example) -> str:
-    """Under which of KINDS an example is scored: an irrelevant context is of kind neutral, but not the one to compare with."""
+    """Which of KINDS an example counts as. An irrelevant context has kind neutral, but it is not the neutral one of its pair."""
     return "irrelevant" if example.metadata.get("context_type") == "irrelevant" else example.kind
 
 
@@ -76,17 +76,17 @@ def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> N
 
 
 def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
-    """Header and predictions of a file; a last line that a kill cut off is left out.
+    """Header and predictions of a file. A last line that a kill cut short is left out.
 
     Args:
-        repair: cut such a line off the file too, before more is appended to it.
+        repair: remove such a line from the file too, so that more can be appended.
 
     Raises:
         EvaluationError: no such file, another kind of file, or a damaged line that is not the last.
     """
     path = Path(path)
     try:
-        # Bytes: a kill may cut a character in two, and text holds line separators that end no line of JSONL.
+        # Bytes: a kill may cut a character in two, and some line separators of Unicode do not end a line of JSONL.
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise EvaluationError(f"{path}: not readable: {error.strerror}") from error
@@ -112,10 +112,10 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
 
 
 def claimed_choice(example: Example) -> str | None:
-    """The one choice that the text beside the sound claims, rightly or wrongly; None where it claims none, or several.
+    """The one choice that the text beside the sound claims, rightly or wrongly; None if it claims none, or several.
 
-    What the words say of themselves (metadata "claimed_by_words") comes first. In a neutral context there is no other claim;
-    else it is the choice that the context names, or the transcript where there is no context.
+    A claim of the spoken words (metadata "claimed_by_words") comes first. In a neutral context there is no other claim.
+    Otherwise the claim is the choice that the context names; without a context, the one that the transcript names.
     """
     if said := example.metadata.get("claimed_by_words"):
         return str(said)

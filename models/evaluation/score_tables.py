@@ -21,13 +21,13 @@ _PRIOR_TITLES = {
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Tables of `evaluate.summarize`'s result on the terminal."""
+    """Print the result of `summary.summarize` as tables."""
     from rich.console import Console
 
     console = Console()
     for name, s in summary.items():
         console.print(_accuracies(name, s))
-        # Without the console: these lines are for grep and must not be wrapped.
+        # Not by the console, which would wrap them: these lines are for grep.
         print(
             f"by {s['scorer']}; lenient accuracy {s['lenient_accuracy']}; strict accuracy {s['strict_accuracy']}",
             f"mean of {s['mean_of_tasks'].count} tasks (ALL) {s['mean_of_tasks']}; mean of their items {s['mean_of_items']}",
@@ -46,7 +46,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 
 def print_comparison(comparison: Mapping[str, Any], first: str, second: str) -> None:
-    """Table of `diagnostics.compare`'s result on the terminal."""
+    """Print the result of `diagnostics.compare` as a table."""
     from rich.console import Console
     from rich.markup import escape
 

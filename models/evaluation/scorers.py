@@ -1,13 +1,12 @@
-"""Who decides whether an answer is right: the two built-in rules, or one of the user's, such as a language model as judge.
+"""Who decides whether an answer is right: one of the two built-in rules, or your own, such as a language model as judge.
 
     python -m models evaluate --rescore predictions.jsonl --scorer my_judge:judge
 
-A scorer is an object with a name and `judge(predictions) -> one bool a prediction`; a class of such objects that needs no
-argument, or the bare function, will do as well. A `Prediction` (models/evaluation/scoring.py) has the question,
-choices, answer and
-prediction that a judge needs. None is shipped: what a judge says depends on its model and wording, so name both in `name`, and
-do not compare its figures with those of the published rule. `judge` is called once for each control with all predictions, so
-it can ask in batches, and may keep what it was told before.
+A scorer is an object with a name and `judge(predictions) -> one bool for each prediction`. A class of such objects that needs
+no arguments works too, and so does the bare function. A `Prediction` (models/evaluation/predictions.py) has the question,
+choices, answer and prediction that a judge needs. The project has no such judge: its verdicts depend on its model and wording.
+Name both in `name`, and do not compare its figures with those of the published rule. `judge` is called once for each control
+with all predictions, so it can ask in batches and store earlier verdicts.
 
     # my_judge.py
     def judge(predictions):
@@ -31,12 +30,12 @@ BUILT_IN = ("lenient", "strict")
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What `load_scorer` takes and gives."""
+    """An object that judges answers."""
 
     name: str
 
     def judge(self, predictions: Sequence[Prediction]) -> Sequence[bool]:
-        """One verdict a prediction, in order."""
+        """One verdict for each prediction, in the same order."""
         ...
 
 
@@ -49,12 +48,12 @@ class _Function:
 
 
 def load_scorer(spec: str) -> str | Scorer:
-    """The scorer that `spec` names: one of BUILT_IN (returned as it is), or "module:function" to import.
+    """The scorer that `spec` names: one of BUILT_IN (the name is returned), or "module:function" to import.
 
-    The module is looked for where Python does, the current folder included when run by `python -m`.
+    The module is imported as usual; `python -m` looks in the current folder too.
 
     Raises:
-        ValueError: another form, no such module or name in it, or something that is no scorer.
+        ValueError: another form, no such module, no such name in it, or an object that is not a scorer.
     """
     if spec in BUILT_IN:
         return spec
@@ -63,7 +62,7 @@ def load_scorer(spec: str) -> str | Scorer:
         raise ValueError(f"--scorer: expected one of {', '.join(BUILT_IN)}, or MODULE:FUNCTION, got {spec!r}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # what a user's module raises at import can be anything
+    except Exception as error:  # a user's module can raise anything at import
         raise ValueError(f"--scorer {spec}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
     try:
         found: Any = getattr(module, attribute)

@@ -1,23 +1,23 @@
-"""Scores of saved predictions: accuracy, Shift by both definitions, and how sure one can be of them.
+"""Scores of saved predictions: accuracy and Shift by both definitions, with their intervals.
 
-Everything here is arithmetic on records that evaluate.py wrote; a saved file can be scored again at any time.
+Everything here is arithmetic on records that evaluate.py wrote. A saved file can be scored again at any time.
 
-An answer is right when the label's words stand consecutively in the prediction, both normalised as Whisper's basic normaliser
-does (lenient, Dynamic-SUPERB's rule). That rule lets a prediction pass which names every option; so strict accuracy stands
-beside it: the answer's words are there and no other choice's are. Other rules can be plugged in (`Scorer`).
+An answer is right if the label's words stand side by side in the prediction, both normalised by Whisper's basic normaliser
+(lenient, Dynamic-SUPERB's rule). By that rule a prediction that names every choice is right. So strict accuracy is reported
+too: the answer's words are there, and no other choice's words. `Scorer` is the way to use other rules.
 
-Two averages (Dynamic-SUPERB's tables): mean_of_tasks is the mean over TASKS of their accuracies, each task with the same weight
-however many items it has, the tasks of category "audio" left out: the tables' ALL. A category is the mean of its own tasks, not
-of its items. mean_of_items is over the same tasks' items, each item with the same weight.
+There are two averages (Dynamic-SUPERB's tables). mean_of_tasks, the tables' ALL, is the mean over TASKS of their accuracies: each
+task has the same weight however many items it has, and the tasks of category "audio" are left out. A category is the mean of
+its tasks, not of its items. mean_of_items is over the same tasks' items, each item with the same weight.
 
-Shift, the influence of a text that contradicts the sound, is in use under two definitions (MCR-BENCH), both reported:
+Shift is the influence of a text that contradicts the sound. MCR-BENCH uses two definitions; both are reported:
 
     tir_adv              #(right under neutral and wrong under conflict) / #(right under neutral)
     tir_adversarial_all  #(right under neutral and wrong under conflict) / N
     tir_faithful_all     #(wrong under neutral and right under aligned) / N
     tir_irrelevant_all   #(right under one of neutral and irrelevant, wrong under the other) / N
 
-where a manifest tells irrelevant contexts from none (metadata "context_type", see models/data/readers.py).
+The last one needs a manifest that marks irrelevant contexts (metadata "context_type", see models/data/readers.py).
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from models.evaluation.predictions import KINDS, Prediction
 if TYPE_CHECKING:
     from models.evaluation.scorers import Scorer
 
-AUDIO_CATEGORY = "audio"  # sounds that are no speech: shown, but no part of ALL
-_MAX_CLASSES = 20  # a task with more labels has free answers: a table by label would be as long as the data
+AUDIO_CATEGORY = "audio"  # sounds other than speech: shown, but not part of ALL
+_MAX_CLASSES = 20  # a task with more labels has free answers; its table by label would be as long as the data
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Predictions with their verdicts, and the draws that every interval is taken from; made by `judged`.
+    """Predictions with their verdicts, and the draws of every interval; `judged` makes it.
 
     Args:
         predictions: n of one system under one control.
-        right: (n,) bool by the chosen scorer; `lenient` and `strict` are there beside it.
+        right: (n,) bool by the chosen scorer; `lenient` and `strict` are the verdicts of the built-in rules.
         scorer: its name.
         boot: draws of whole clips.
     """
@@ -59,11 +59,11 @@ class Judged:
     boot: Bootstrap
 
     def of(self, attribute: str, value: Any) -> np.ndarray:
-        """(n,) bool: where a prediction's attribute has a value."""
+        """(n,) bool: which predictions have this value of an attribute."""
         return np.array([getattr(p, attribute) == value for p in self.predictions])
 
     def accuracy(self, where: np.ndarray | None = None, verdicts: np.ndarray | None = None) -> Statistic:
-        """Share of right answers among those in `where` (all)."""
+        """Share of right answers among those in `where` (None: all)."""
         verdicts = self.right if verdicts is None else verdicts
         where = np.ones(len(verdicts), dtype=bool) if where is None else where
         return self.boot.ratio(verdicts & where, where)
@@ -71,7 +71,7 @@ class Judged:
     def mean_of_tasks(
         self, tasks: Iterable[np.ndarray], where: np.ndarray | None = None, verdicts: np.ndarray | None = None
     ) -> Statistic:
-        """Mean over tasks, given as masks (n,), of the accuracy among those in `where` (all)."""
+        """Mean over tasks, given as masks (n,), of the accuracy among those in `where` (None: all)."""
         return mean_of([self.accuracy(task if where is None else task & where, verdicts) for task in tasks])
 
 
@@ -87,8 +87,8 @@ def judged(
     Args:
         predictions: of one system under one control; every id once.
         scorer: "lenient", "strict" or an object (models/evaluation/scorers.py).
-        bootstrap_samples: resamples of a 95% interval. Whole clips are resampled with all their questions and contexts, since
-            these are not independent.
+        bootstrap_samples: resamples of a 95% interval. Whole clips are resampled with all their questions and contexts,
+            because these are not independent.
 
     Raises:
         ValueError: no prediction, an id twice, or an unknown `scorer`.
@@ -127,7 +127,7 @@ def metrics(j: Judged) -> dict[str, Any]:
         by_kind[kind]; by_task[task]: category, all, strict, by_kind, and the task's own shift;
         by_category[category]: tasks (how many), mean_of_tasks, mean_of_items, by_kind[kind] (means of tasks);
         by_class[task][label][kind], for tasks of at most 20 labels; tir_adv, tir_adversarial_all, tir_faithful_all,
-        tir_irrelevant_all. All of them Estimates but the count, the scorer's and the category's names.
+        tir_irrelevant_all. All of them are Estimates, except the count and the names of scorer and category.
     """
     of_task = {task: j.of("task", task) for task in sorted({p.task for p in j.predictions})}
     of_kind = {kind: j.of("kind", kind) for kind in KINDS if any(p.kind == kind for p in j.predictions)}
@@ -184,8 +184,8 @@ def metrics(j: Judged) -> dict[str, Any]:
 def shift_masks(predictions: Sequence[Prediction], right: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Both Shift definitions over the pairs (see the module's docstring): name -> numerator, denominator, each (n,) bool.
 
-    A pair is a `pair_id`; where it holds several items of one kind, the first counts. N of the `_all` forms is the number
-    of pairs that have both contexts. A pair is noted at its neutral item, so that a resampled pair counts once.
+    A pair is all items of one `pair_id`; of several items of one kind the first counts. N of the `_all` forms is the number
+    of pairs that have both contexts. The masks are True at a pair's neutral item, so that a resampled pair counts once.
     """
     pairs: dict[str, dict[str, int]] = defaultdict(dict)
     for i, p in enumerate(predictions):
@@ -242,10 +242,10 @@ def paired_difference(
 
 
 def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient") -> np.ndarray:
-    """(n,) bool: which predictions are right, by a rule's name or by an object (models/evaluation/scorers.py).
+    """(n,) bool: which predictions are right, by the rule of that name or by an object (models/evaluation/scorers.py).
 
     Raises:
-        ValueError: the name is unknown, or the scorer's verdicts are not one bool a prediction.
+        ValueError: the name is unknown, or the scorer does not give one bool for each prediction.
     """
     predictions = list(predictions)
     if scorer == "lenient":
@@ -264,5 +264,5 @@ def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient"
 
 
 def _clip(p: Prediction) -> str:
-    """What is resampled whole. Files of earlier versions name no clip; their pairs are of one clip."""
+    """The name of what is resampled as a whole. Files of earlier versions name no clip, but a pair has one clip."""
     return p.clip or p.pair_id or p.id

@@ -2,10 +2,9 @@
 
     python -m models priors MANIFEST --lm ID_OR_FOLDER --out priors.json
 
-The language model reads the prompt without its audio line, and each choice is scored as `models.evaluation.evaluate`
-scores it. For each
-question the file holds the likeliest choice and its probability among the choices. Where that choice is wrong although the text
-says nothing of the answer, words and sound disagree by themselves, without any misleading context: `natural_conflicts`.
+The language model reads the prompt without its audio line, and each choice is scored as in `python -m models evaluate`. For each
+question the file holds the likeliest choice and its probability among the choices. If that choice is wrong although the text
+says nothing about the answer, words and sound disagree without any misleading context: `natural_conflicts`.
 """
 
 from __future__ import annotations
@@ -56,12 +55,12 @@ def text_priors(
     batch_examples: int = 32,
     progress_bar: bool = True,
 ) -> dict[str, Prior]:
-    """The prior of each example, by id; equal prompts are asked about once.
+    """The prior of each example, by id. Each distinct prompt is asked once.
 
     Args:
         examples: with choices.
         lm, tokenizer: a causal language model of transformers, in evaluation mode.
-        batch_examples: prompts a forward pass; a pass has a row a choice where these differ in several tokens.
+        batch_examples: prompts in a forward pass. A prompt whose choices differ in several tokens has a row for each choice.
 
     Raises:
         ValueError: an example without choices, or `batch_examples` below 1.
@@ -89,15 +88,15 @@ def text_priors(
 def natural_conflicts(
     examples: Sequence[Example], priors: Mapping[str, Prior], *, min_probability: float = 0.0
 ) -> set[str]:
-    """Ids of the questions whose prior under the neutral context is wrong; under every context of the same pair.
+    """Ids of the questions whose prior under the neutral context is wrong, and of their pairs' other contexts.
 
     Args:
-        examples: those that were asked about, the neutral ones among them.
+        examples: those that were asked about, with the neutral ones among them.
         priors: by id.
-        min_probability: only where the wrong answer has at least this probability.
+        min_probability: the least probability of the wrong answer.
 
     Raises:
-        ValueError: a question has no neutral example, or this one no prior or no answer.
+        ValueError: a question has no neutral example, or that example has no prior or no answer.
     """
     neutral = {e.pair_id or e.id: e for e in examples if context_kind(e) == "neutral"}
     conflicts = set()
@@ -138,7 +137,7 @@ def write_priors(
 
 
 def read_priors(path: str | os.PathLike[str]) -> dict[str, Prior]:
-    """Priors by example id. Raises ValueError where the file is none that `write_priors` wrote."""
+    """Priors by example id. Raises ValueError if `write_priors` did not write the file."""
     try:
         record = json.loads(Path(path).read_text("utf-8"))
         version = record[FILE_KEY]
@@ -150,7 +149,7 @@ def read_priors(path: str | os.PathLike[str]) -> dict[str, Prior]:
 
 
 class _TextModel(torch.nn.Module):
-    """A language model in the place of a speech LM that hears nothing."""
+    """A language model with the methods of a speech LM; it hears nothing."""
 
     def __init__(self, lm: torch.nn.Module) -> None:
         super().__init__()
@@ -182,7 +181,7 @@ def _prior(scores: dict[str, float]) -> Prior:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the priors of a manifest's questions and print a line a task; one message and status 1 where that fails."""
+    """Write the priors of a manifest's questions and print a line for each task; one message and status 1 if that fails."""
     arguments = priors_parser().parse_args(argv)
     from models.backbones.device import inference_dtype
     from models.backbones.resolve import BackboneError, load_causal_lm, resolve_backbone

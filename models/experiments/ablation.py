@@ -192,7 +192,7 @@ def run_rows(context: Context) -> dict[str, Any]:
 def run_text_teacher(context: Context) -> dict[str, Any]:
     """The text teacher asked itself: it reads what is known about a clip and writes the answer, as in Stage 1."""
     from models.evaluation.predictions import Prediction, append_predictions, write_header
-    from models.pseudo_gt.stage1 import BackboneWriter
+    from models.pseudo_gt.writers import BackboneWriter
 
     writer = BackboneWriter.load(str(backbone_settings(context.settings)["lm"]))
     questions = [e for e in read_items(context, "test") if e.kind == "neutral"]

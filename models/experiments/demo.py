@@ -338,7 +338,7 @@ def _plain(predictions: Sequence[Any]) -> list[Any]:
 
 def print_table(console: Console, predictions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """The table on the terminal; returns the scores of every system."""
-    from models.evaluation.evaluate import summarize
+    from models.evaluation.summary import summarize
 
     table = Table(title="accuracy on voices in no training set, by what the prompt says (Shift = TIR_adv, lower is better)")
     for column in ("system", *(label for _, label in CONTEXTS), "Shift", "no audio", "swapped"):
@@ -381,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
 
-    from models.evaluation.evaluate import to_json
+    from models.evaluation.score_tables import to_json
     from models.reporting.report import write_report
 
     out = Path(arguments.out)

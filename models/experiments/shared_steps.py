@@ -181,7 +181,7 @@ def ask_model(
         alphas: None = greedily, a number = by contrastive decoding.
         kinds: of the questions; empty = all.
     """
-    from models.evaluation.evaluate import evaluate
+    from models.evaluation.ask import evaluate
     from models.evaluation.predictions import append_predictions, write_header
 
     asked = [e for e in questions if not kinds or e.kind in kinds]
@@ -208,7 +208,7 @@ def write_answered_pool(path: Path, model: Any, store: Any, extra: dict[str, Any
         how many there are, and how often the answers are right, by context.
     """
     from models.data.manifest import write_manifest
-    from models.evaluation.evaluate import evaluate
+    from models.evaluation.ask import evaluate
     from models.evaluation.scoring import judge
 
     answers = evaluate(model, examples, store, collate=model.make_collator(), extra_inputs=extra)[None]

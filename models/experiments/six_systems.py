@@ -322,7 +322,7 @@ def run_latency(context: Context) -> dict[str, Any]:
 
     The four take turns, question by question, so that a slow minute falls on all of them alike. Features are there already.
     """
-    from models.evaluation.evaluate import generate_answers
+    from models.evaluation.ask import generate_answers
     from models.speech_lm.features import FeatureStore
 
     store = FeatureStore.load(context.folders["features"] / "features.safetensors")

@@ -11,15 +11,24 @@ SOURCES = ("text_backbone", "template")
 
 
 def pseudo_gt_parser() -> Parser:
-    parser = Parser(prog="python -m models pseudo-gt", description="Stage 1: write the answers that the student learns from.")
+    parser = Parser(
+        prog="python -m models pseudo-gt", description="Stage 1: write the answers that the student learns from."
+    )
     parser.add_argument("manifest", type=Path, help="JSONL manifest")
     parser.add_argument("--out", type=Path, required=True, help="manifest to write, in the audio root or above it")
     parser.add_argument("--source", default="text_backbone", choices=SOURCES, help="who writes the answers")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="id or folder of a causal language model")
-    parser.add_argument("--splits", default="train,dev", help="comma-separated; other splits are copied")
-    parser.add_argument("--pool", help='only rows with this metadata["pool"]; others are copied')
-    parser.add_argument("--task", help="only rows of this task; others are copied")
+    parser.add_argument(
+        "--splits", default="train,dev", help="comma-separated splits that get answers; the others are copied"
+    )
+    parser.add_argument("--pool", help='only rows with this metadata["pool"]; the others are copied')
+    parser.add_argument("--task", help="only rows of this task; the others are copied")
     parser.add_argument("--batch-examples", type=int, default=64, help="rows that the backbone reads at once")
-    parser.add_argument("--max-reject-fraction", type=float, default=0.5, help="above it only the rejects are written")
+    parser.add_argument(
+        "--max-reject-fraction",
+        type=float,
+        default=0.5,
+        help="share of rejected answers above which no manifest is written",
+    )
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
     return parser

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.evaluation.evaluate import summarize
 from models.evaluation.predictions import KINDS, Prediction
 from models.evaluation.scoring import Estimate, paired_difference
+from models.evaluation.summary import summarize
 from models.reporting.figures import Figure, Value, draw_intervals, draw_lines
 from models.reporting.results_csv import (
     ORIGIN_COLUMNS,

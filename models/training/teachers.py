@@ -215,7 +215,7 @@ class ListeningTeacher:
 class TextTeacher:
     """A language model that reads a clip's textual rendering and is forced through the same answer.
 
-    What it reads is Stage 1's prompt (models/pseudo_gt/stage1.py): worked examples, "[00:00-00:03] words (Gender:
+    What it reads is Stage 1's prompt (models/pseudo_gt/wording.py): worked examples, "[00:00-00:03] words (Gender:
     man, ...)", and with
     `reasoning` an example's metadata["reasoning"]; the answer's tokens follow. The worked examples of a task are read once. It
     says nothing about the end-of-text token, since in its prompt an answer ends with its line.
@@ -241,7 +241,7 @@ class TextTeacher:
         layers: Sequence[int] = (),
         reasoning: bool = False,
     ) -> None:
-        from models.pseudo_gt.stage1 import WorkedPrefixes
+        from models.pseudo_gt.writers import WorkedPrefixes
 
         self._lm = lm.to(device).eval()
         self._tokenizer = tokenizer
@@ -255,7 +255,7 @@ class TextTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Any, examples: Sequence[Example]) -> TeacherStates:
-        from models.pseudo_gt.stage1 import worked_examples
+        from models.pseudo_gt.wording import worked_examples
 
         targets = [self._target_ids(example) for example in examples]
         if [token for target in targets for token in target] != batch.target.tolist():
@@ -274,7 +274,7 @@ class TextTeacher:
         return dataclasses.replace(_one_path(torch.cat(states), self._head), speaks=speaks)
 
     def _prompt(self, example: Example) -> list[int]:
-        from models.pseudo_gt.stage1 import prompt_end
+        from models.pseudo_gt.wording import prompt_end
 
         reasoning = example.metadata.get("reasoning") if self._reasoning else None
         return self._tokenizer.encode(prompt_end(example, reasoning), add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""What all plans share: the settings and sizes of a corpus, recordings with their labels, the voices of each split."""
+"""What all plans share: the settings and sizes of a corpus, recordings with their labels, each split's characters and voices."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from models.corpora.sources.queen import QueenLine
 from models.io_utils import fingerprint
 
 SOURCES = ("queen", "espeak", "tux", "asterisk", "ktuberling")
-# Changes whenever the same settings would give other bytes; the second one counts for the benchmark's sizes alone.
+# Changes whenever the same settings would give other bytes. The second one counts for the benchmark's sizes only.
 BUILDER_VERSION = 5
 BENCHMARK_VERSION = 1
 SPLITS = ("train", "dev", "test")
 
-# Characters whose voice is that of a man or a woman, by split; the test's voices occur nowhere else.
+# Characters with a man's or a woman's voice, by split. The test's characters occur nowhere else, but their actors may
+# (sources/queen.py): JIM's is SPARKY's, HENRY's is DEATH's, and so is one of KLUNK's; LARIS' (dev) is that of BUD and FRANK.
 QUEEN_SPLIT = {
     **dict.fromkeys(("FAYE", "TAM", "JOE", "BOB", "SPARKY", "DEATH", "BUD", "FRANK"), "train"),
     **dict.fromkeys(("NAOMI", "LARIS", "IAN"), "dev"),
@@ -59,7 +60,7 @@ BENCHMARK_CHANNEL = Channel(trim=True, noise_in_band=True)
 
 @dataclass(frozen=True)
 class HintedSize:
-    """How much of each task: recordings before the two draws of training; `gender` counts are a sex's."""
+    """How much of each task: recordings, before the two draws of training. `gender` counts are for each sex."""
 
     gender_train: int
     gender_espeak: int
@@ -79,8 +80,11 @@ class HintedSize:
 class BenchmarkSize:
     """How much of each task in train, dev and test: recordings, before the two draws of training.
 
-    gender: of a sex. words: lines, each asked about by both tasks about words. others: of every other task, all labels
-    together. keywords: how many words are asked for.
+    Args:
+        gender: recordings of each sex.
+        words: lines; both tasks about words ask about each of them.
+        others: recordings of every other task, all labels together.
+        keywords: how many different words the questions ask for.
     """
 
     gender: tuple[int, int, int]
@@ -104,14 +108,14 @@ SIZES: dict[str, HintedSize | BenchmarkSize] = {
 
 
 class SoundFile(Protocol):
-    """A recording that lies in a file."""
+    """A recording in a file."""
 
     path: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """One clip made of a recording: its channel and noise, and in training the pool it belongs to."""
+    """One clip of a recording: its channel and noise, and in training its pool."""
 
     name: str
     snr_db: float | None
@@ -121,10 +125,11 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A dry recording with its labels, and the clips to be made of it; `sound` is decoded or synthesised on use.
+    """A dry recording with its labels, and the clips to be made of it. `sound` is decoded or synthesised on use.
 
-    group: recordings of different tasks with one group and key share their clips; "" is the task's own. claim: the label that
-    the words themselves claim.
+    Args:
+        claim: the label that the words themselves claim.
+        group: recordings of different tasks with the same group and key share their clips; "" is the task's own group.
     """
 
     key: str
@@ -145,13 +150,13 @@ class Recording:
 
     @property
     def folder(self) -> str:
-        """Where its clips lie, and what their noise is drawn by."""
+        """The folder of its clips, which the draws of their noise depend on too."""
         return self.group or self.task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a corpus; the arguments of `build_corpus`, checked."""
+    """What decides a corpus: the arguments of `build_corpus`, checked."""
 
     sources: tuple[str, ...]
     size: str
@@ -180,7 +185,7 @@ class Settings:
             raise ValueError(f"max_seconds: expected 1 to 30, got {self.max_seconds:g}")
 
     def fingerprint(self) -> str:
-        """Equal settings have equal fingerprints, as long as the same code builds from them."""
+        """Equal settings have equal fingerprints, as long as the builder's version is the same."""
         version = {"builder": BUILDER_VERSION}
         if isinstance(SIZES[self.size], BenchmarkSize):
             version["benchmark"] = BENCHMARK_VERSION
@@ -191,18 +196,18 @@ class Settings:
         return self.tasks is None or task in self.tasks
 
     def rng(self, *names: str) -> np.random.Generator:
-        """A generator of its own for each purpose and clip: adding one clip changes no other."""
+        """A generator for one purpose and clip. Each has its own, so that adding a clip changes no other."""
         digest = hashlib.sha256("\0".join([str(self.seed), *names]).encode()).digest()
         return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
 
 def text_key(text: str) -> str:
-    """Texts that differ only in case and punctuation are one text."""
+    """Lower case without punctuation: texts that differ only in these count as one text."""
     return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
 
 
 class HasText(Protocol):
-    """What is said in a split."""
+    """An object with a text and its split."""
 
     split: str
     text: str
@@ -213,7 +218,7 @@ _Item = TypeVar("_Item")
 
 
 def without_leaks(recordings: list[_Said]) -> list[_Said]:
-    """Leave out of dev what is said in test, and out of train what is said in either."""
+    """Without the texts in dev that test has too, and without those in train that dev or test has."""
     test = {text_key(recording.text) for recording in recordings if recording.split == "test"}
     dev = {text_key(recording.text) for recording in recordings if recording.split == "dev"}
     forbidden: dict[str, set[str]] = {"test": set(), "dev": test, "train": test | dev}
@@ -221,7 +226,7 @@ def without_leaks(recordings: list[_Said]) -> list[_Said]:
 
 
 class SentenceDeck:
-    """Made-up sentences for the synthetic clips, each dealt once, so that no split sees another's."""
+    """Made-up sentences for the synthetic clips. Each is dealt once, so no two splits have the same sentence."""
 
     def __init__(self, settings: Settings):
         words = [(s, v, o, p) for s in SUBJECTS for v in VERBS for o in OBJECTS for p in PLACES]
@@ -229,13 +234,13 @@ class SentenceDeck:
         self._deck = iter([words[index] for index in order])
 
     def deal(self) -> tuple[str, str]:
-        """A sentence and the object named in it."""
+        """The next sentence, and the object that it names."""
         subject, verb, thing, place = next(self._deck)
         return f"The {subject} {verb} the {thing} {place}.", thing
 
 
 def balanced(recordings: Iterable[Recording], limits: dict[str, int]) -> list[Recording]:
-    """The first recordings of each split, equally many of each label and at most the split's limit of one."""
+    """The first recordings of each split: equally many of each label, at most the split's limit for one label."""
     groups: dict[tuple[str, str], list[Recording]] = defaultdict(list)
     for recording in recordings:
         groups[recording.split, recording.label].append(recording)
@@ -248,7 +253,7 @@ def balanced(recordings: Iterable[Recording], limits: dict[str, int]) -> list[Re
 
 
 def take_turns(decks: Sequence[Sequence[_Item]]) -> Iterator[_Item]:
-    """The first item of each deck, then the second of each, and so on; a deck that has run out is passed over."""
+    """The first item of each deck, then the second of each, and so on. An empty deck is skipped."""
     for position in range(max(map(len, decks), default=0)):
         for deck in decks:
             if position < len(deck):
@@ -258,7 +263,7 @@ def take_turns(decks: Sequence[Sequence[_Item]]) -> Iterator[_Item]:
 def espeak_recording(
     task: str, label: str, split: str, key: str, variant: str, text: str, voice: str, **settings: int
 ) -> Recording:
-    """A synthetic recording of `voice` in the variant `variant`, which counts as its speaker."""
+    """A synthetic recording of `voice` in the variant `variant`. The variant counts as the speaker."""
     return Recording(
         key=f"espeak-{key}",
         task=task,
@@ -280,7 +285,7 @@ def with_draws(
     test_draws: int = 1,
     channel: Channel = PLAIN_CHANNEL,
 ) -> Recording:
-    """The recording with its clips: two of it in training, one for each pool; `snr` in dB, from and to."""
+    """The recording with its clips; in training there are two, one for each pool. `snr` is the range in dB; None is no noise."""
     names = {"train": ("teacher", "distill"), "dev": ("0",), "test": tuple(map(str, range(test_draws)))}[
         recording.split
     ]

@@ -11,19 +11,19 @@
                     accent         four accents of English          espeak
                     language       five languages                   Asterisk, Tux Paint, KTuberling
 
-What is said in the prompt gives nothing away unless the context names the answer:
+The prompt does not tell the answer unless the context names it:
 
-- labels are in equal parts in each task and split, and for sentence_type for each voice too;
-- words: lines come in pairs; both are asked which of the same two words they hold, and whether they hold the first;
-- speaking_rate, delivery, accent and the degradations: each text comes once under each label, by the same voice;
+- each task and split has equally many of each label; in sentence_type each voice has too;
+- content, keyword: lines come in pairs; both are asked which of the same two words they hold, and whether they hold the first;
+- speaking_rate, delivery, accent and the degradations: each text occurs once with each label, by the same voice;
 - language: no transcript is shown, and the same things are said in all languages as far as the sources allow;
 - content, keyword, sentence_type, place and mood: no transcript is shown, since it would be the answer.
 
-No text, no character and no synthetic voice of one split occurs in another, in any task; language alone is split by text only
-(NOTES). One actor of the game voices several characters, so an actor may be in two splits.
+No text, no synthetic voice and no character of one split occurs in another, in any task. Only language is split by text alone.
+Characters are not actors: some actors voice characters of the training and of the test (NOTES, sources/queen.py).
 
-Every clip has the band of an 8 kHz recording (but for the bandwidth task), one level, no silence at its ends, and noise, so that
-a source is not told by its channel.
+Every clip has the band of an 8 kHz recording (except in the bandwidth task), one level, no silence at its ends, and noise. So
+the channel does not tell the source.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ from models.corpora.plans.synthetic import plan_accent, plan_delivery, plan_mood
 from models.corpora.recordings import Material
 
 NOTES = (
-    "queen: speakers are characters of a game, not actors; by its credits one actor voices several, also across the splits",
-    "queen: the lines are 11 kHz mp3",
-    "gender: known from the characters' names and lines; the test has five characters",
+    "queen: speakers are characters of a game, not actors; by its voice credits some actors voice characters of the training and "
+    "of the test; the lines are 11 kHz mp3",
+    "gender: known from the characters' names and lines; the test has five characters, and the credits name an actor of the "
+    "training set for each of its men",
     "content, keyword: ten frequent words, the same in training and test; lines and voices differ",
-    "sentence_type: told by the punctuation of the script",
+    "sentence_type: the label is read from the punctuation of the script",
     "place, mood: the phrases are those of training, in other sentences and by other voices",
-    "place, mood, speaking_rate, delivery, accent: synthetic speech; delivery is the range of the pitch and no emotion",
-    "noise, bandwidth, reverberation: simulated, on recordings that are not free of either",
-    "language: split by text, not by speaker: one to three voices a language, so that voices tell languages; English and Spanish "
-    "prompts are one woman's",
-    "contexts: one wording a task; irrelevant sentences do not occur in training",
+    "place, mood, speaking_rate, delivery, accent: synthetic speech; delivery is the range of the pitch, not an emotion",
+    "noise, bandwidth, reverberation: simulated, on recordings that have some of each themselves",
+    "language: split by text, not by speaker: each language has one to three voices, so the voices tell the languages; one woman "
+    "speaks the English and the Spanish prompts",
+    "contexts: one wording for each task; irrelevant sentences do not occur in training",
 )
 
 
@@ -62,7 +63,7 @@ def plan_benchmark(settings: Settings, material: Material) -> list[Recording]:
     sentences = SentenceDeck(settings)
     lines = LineDeck(settings, material, sentences)
     planned: list[Recording] = []
-    # Every task takes its share whether it is wanted or not, so that the others are planned the same.
+    # Every task takes its share even if it is not wanted, so that the plans of the others stay the same.
     planned += plan_words(settings, lines)
     for plan in (plan_sentence_type, plan_noise, plan_bandwidth, plan_reverberation, plan_gender):
         planned += plan(settings, lines)

@@ -1,17 +1,17 @@
-"""The plan of the sizes tiny, demo, sources and full: eight tasks, where the context of a clip is a hint or nothing.
+"""The plan of the sizes tiny, demo, sources and full: eight tasks. The context of a clip is a hint or empty.
 
-    gender         Amazon Queen characters and espeak variants in noise; no character or variant is in two
-                   splits, but one actor may be (sources/queen.py)
-    speaking_rate  espeak at two rates; in a part of the test the words claim a rate ("I am talking very slowly.")
+    gender         Amazon Queen characters and espeak variants in noise; training has none of the test's characters and variants
+    speaking_rate  espeak at two rates; some of the test's sentences claim a rate ("I am talking very slowly.")
     accent         four espeak accents of English
     noise          is there noise
     content        which of two words is said; the transcript is missing, right or wrong
-    place, mood    what the words mean: is it indoors or outdoors, is the news good or bad; the test's places and events are
-                   never mentioned in training
+    place, mood    what the words mean: is it indoors or outdoors, is the news good or bad; training never mentions the
+                   test's places and events
     language       Tux Paint recordings in eight languages (source "tux": 154 MiB); the transcript is the English name
 
-Splits go by speaker AND by text: no character and no sentence of dev or test occurs in training. The language task is the
-one exception: there a language is spoken by one voice, so it is split by text alone (the header's notes say so again).
+Splits go by speaker AND by text: no character, no synthetic voice and no sentence of dev or test occurs in training. A
+character is not an actor: some actors voice characters of the training and of the test (NOTES, sources/queen.py). The
+language task is an exception: one voice speaks a language, so this task is split by text alone.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ from models.corpora.sources.tuxpaint import LANGUAGES, StampRecording
 from models.data.prompts import TASKS
 
 NOTES = (
-    "queen: speakers are characters, not actors; by the game's credits one actor voices several, also across the splits",
-    "language: a language is spoken by one voice, so this task is split by text, not by speaker",
+    "queen: speakers are characters, not actors; by the game's voice credits some actors voice characters of the training and of "
+    "the test: for each man of the test they name an actor of the training set",
+    "language: one voice speaks a language, so this task is split by text, not by speaker",
 )
+_RECORDED_TASKS = ("gender", "language")  # the others need espeak
 _QUEEN_SECONDS = (1.0, 6.0)
 _QUEEN_MIN_CHARACTERS = 9
-# What the words of the place and mood tasks mean, by split and label: the test asks about others than training.
+# What the words of the place and mood tasks mean, by split and label. The splits have different ones.
 _MEANT_PLACES = {
     "train": {
         "indoors": ("in the kitchen", "in the office", "in the bathroom", "in the library", "in the hall", "in the cellar",
@@ -105,7 +107,7 @@ def plan_hinted(settings: Settings, material: Material) -> list[Recording]:
         ("place", _plan_place),
         ("mood", _plan_mood),
     ):
-        if settings.wants(task):
+        if settings.wants(task) and (material.espeak or task in _RECORDED_TASKS):
             planned += plan(settings, material, sentences)
     return without_leaks(planned)
 
@@ -113,10 +115,10 @@ def plan_hinted(settings: Settings, material: Material) -> list[Recording]:
 def _plan_gender(settings: Settings, material: Material, sentences: SentenceDeck) -> list[Recording]:
     size = SIZES[settings.size]
     limits = {"train": size.gender_train, "dev": size.gender_dev, "test": size.gender_test}
-    # Without the leaking texts before balancing: what is balanced must stay so.
+    # Leaking texts are removed before balancing: removing them later would unbalance the labels.
     planned = balanced(without_leaks(list(_queen_recordings(settings, material.lines))), limits)
     if material.espeak:
-        # Beside recorded speech the synthetic voices only widen the training set; alone they have to give all splits.
+        # Beside recorded speech the synthetic voices only add to the training set. Without it they have to give all splits.
         counts = {"train": size.gender_espeak}
         if not planned:
             counts = {"train": max(size.gender_espeak, 200 if settings.size != "tiny" else 0)}
@@ -145,11 +147,11 @@ def _plan_gender(settings: Settings, material: Material, sentences: SentenceDeck
 
 
 def _queen_recordings(settings: Settings, lines: Sequence[QueenLine]) -> Iterator[Recording]:
-    """Usable lines of the characters of known gender, in an order that takes the characters in turn."""
+    """Usable lines of the characters of known gender; the characters take turns."""
     by_speaker: dict[str, list[QueenLine]] = defaultdict(list)
     low, high = _QUEEN_SECONDS
     for line in lines:
-        # "<gulp>" and "(sigh)" are no words.
+        # "<gulp>" and "(sigh)" are not words.
         if (
             line.speaker in QUEEN_SPLIT
             and len(line.text) >= _QUEEN_MIN_CHARACTERS
@@ -176,8 +178,6 @@ def _queen_recordings(settings: Settings, lines: Sequence[QueenLine]) -> Iterato
 
 
 def _plan_speaking_rate(settings: Settings, material: Material, sentences: SentenceDeck) -> list[Recording]:
-    if not material.espeak:
-        return []
     planned = []
     for split, label, number, rng in _slots(settings, "speaking_rate", TASKS["speaking_rate"].choices):
         text, _ = sentences.deal()
@@ -199,8 +199,6 @@ def _rate_recording(split: str, label: str, key: str, text: str, rng: np.random.
 
 
 def _plan_accent(settings: Settings, material: Material, sentences: SentenceDeck) -> list[Recording]:
-    if not material.espeak:
-        return []
     planned = []
     for split, label, number, rng in _slots(settings, "accent", TASKS["accent"].choices):
         text, _ = sentences.deal()
@@ -211,8 +209,6 @@ def _plan_accent(settings: Settings, material: Material, sentences: SentenceDeck
 
 
 def _plan_noise(settings: Settings, material: Material, sentences: SentenceDeck) -> list[Recording]:
-    if not material.espeak:
-        return []
     planned = []
     for split, label, number, rng in _slots(settings, "noise", TASKS["noise"].choices):
         text, _ = sentences.deal()
@@ -223,13 +219,11 @@ def _plan_noise(settings: Settings, material: Material, sentences: SentenceDeck)
 
 
 def _plan_content(settings: Settings, material: Material, sentences: SentenceDeck) -> list[Recording]:
-    if not material.espeak:
-        return []
     planned = []
     for split, first, number, rng in _slots(settings, "content", (True, False)):
         text, said = sentences.deal()
         other = pick(rng, [word for word in OBJECTS if word != said])
-        # Whether the said word is offered first must tell nothing.
+        # The said word is offered first in half of the questions, so that its place tells nothing.
         choices = (said, other) if first else (other, said)
         key = f"{split}-{'first' if first else 'second'}-{number}"
         recording = dataclasses.replace(
@@ -243,7 +237,7 @@ def _plan_content(settings: Settings, material: Material, sentences: SentenceDec
 
 
 def _plan_language(settings: Settings, material: Material, _sentences: SentenceDeck) -> list[Recording]:
-    """Stamps that all languages have; all languages of one English name stay on one side."""
+    """Stamps that all languages have. An English name stays in one split, in all its languages."""
     by_name: dict[str, dict[str, StampRecording]] = defaultdict(dict)
     for stamp in material.stamps:
         by_name[stamp.english.casefold()].setdefault(stamp.code, stamp)
@@ -288,8 +282,6 @@ def _plan_meaning(
     task: str, sentences: Callable[[str, str], list[str]], settings: Settings, material: Material
 ) -> list[Recording]:
     """Sentences whose meaning is asked for, each spoken once."""
-    if not material.espeak:
-        return []
     planned = []
     decks: dict[tuple[str, str], Iterator[str]] = {}
     for split, label, number, rng in _slots(settings, task, TASKS[task].choices):
@@ -299,7 +291,7 @@ def _plan_meaning(
             decks[split, label] = iter([texts[index] for index in order])
         text = next(decks[split, label], None)
         if text is None:
-            continue  # all have been said
+            continue  # no sentence is left
         variant = pick(rng, any_voice(split))
         planned.append(espeak_recording(task, label, split, f"{split}-{label}-{number}", variant, text, "en-us"))
     return [with_draws(recording, settings, MILD_SNR_DB) for recording in planned]
@@ -308,7 +300,7 @@ def _plan_meaning(
 def _slots(
     settings: Settings, task: str, labels: Sequence[Any]
 ) -> Iterator[tuple[str, Any, int, np.random.Generator]]:
-    """(split, label, number, generator): the task's recordings, labels in equal parts."""
+    """(split, label, number, generator) of the task's recordings; there are equally many of each label."""
     size = SIZES[settings.size]
     for split, count in (("train", size.other_train), ("dev", size.other_dev), ("test", size.other_test)):
         for number in range(count // len(labels)):

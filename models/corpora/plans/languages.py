@@ -1,8 +1,8 @@
-"""The language task of the benchmark: five languages, in each of them one to three recorded voices.
+"""The language task of the benchmark: five languages with one to three recorded voices each.
 
-Half of a language's clips are Asterisk prompts, the same ones in all languages; the others come from a second voice: Tux Paint
-for Spanish, French and Russian, KTuberling for English, French and Russian, the Menardi prompts for Italian. What a text says
-is known by its English name only; a name stays in one split. No transcript is shown: only some sources have one.
+Half of a language's clips are Asterisk prompts, the same ones in all languages. The others come from a second voice: Tux Paint
+for Spanish, French and Russian, KTuberling for English, French and Russian, the Menardi prompts for Italian. Only the English
+name tells what a clip says; a name stays in one split. No transcript is shown, because only some sources have one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Spoken = PromptRecording | StampRecording | WordRecording
 
 
 def plan_language(settings: Settings, material: Material) -> list[Recording]:
-    """Which language is spoken; nothing without the Asterisk prompts of all languages."""
+    """Which language is spoken; empty without the Asterisk prompts of all languages."""
     prompts = _Deck(settings, "prompts", (p for p in material.prompts if p.voice != _SECOND_ITALIAN))
     if set(prompts.languages) != set(LANGUAGES):
         return []
@@ -49,7 +49,7 @@ def plan_language(settings: Settings, material: Material) -> list[Recording]:
         for number in range(count // len(LANGUAGES)):
             files = dict(prompts.deal(split, said_in))
             if number % 2:
-                # Where a second voice has nothing left, the prompt stays.
+                # If no second voice has anything left, the prompt stays.
                 for deck in (ktuberling, tux, menardi) if number % 4 == 1 else (tux, ktuberling, menardi):
                     files |= deck.deal(split, said_in)
             for language in LANGUAGES:
@@ -59,7 +59,7 @@ def plan_language(settings: Settings, material: Material) -> list[Recording]:
 
 
 class _Deck:
-    """Recordings that say the same in several languages, by their English name; each name is dealt once."""
+    """Recordings that say the same in several languages, by their English name. Each name is dealt once."""
 
     def __init__(self, settings: Settings, name: str, recordings: Iterable[_Spoken]) -> None:
         by_language: dict[str, dict[str, _Spoken]] = defaultdict(dict)
@@ -72,7 +72,7 @@ class _Deck:
         self._left = [glosses[index] for index in order]
 
     def deal(self, split: str, said_in: dict[str, str]) -> dict[str, _Spoken]:
-        """The next name's recordings by language, none of which was said in another split; {} if there is no such name."""
+        """The recordings by language of the next name that no other split has; {} if there is no such name."""
         while self._left:
             gloss = self._left.pop()
             files = {language: by_gloss[gloss] for language, by_gloss in self._found.items()}

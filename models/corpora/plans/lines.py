@@ -1,6 +1,6 @@
-"""Tasks of the benchmark about English lines: recorded ones of Amazon Queen, or spoken by espeak where these cannot be had.
+"""Tasks of the benchmark about English lines: those of Amazon Queen, or lines that espeak speaks if these are not available.
 
-A line is dealt once, so that tasks do not share clips, but for gender, whose clips are other ones for their noise.
+A line is dealt once, so that tasks do not share clips. Gender uses lines of other tasks too, but its clips have other noise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from models.corpora.sources.espeak import Utterance
 from models.corpora.sources.queen import SPEAKER_GENDER, QueenLine
 from models.data.prompts import TASKS
 
-# Voices of no clear sex (children, ghosts, crowds) serve the tasks that do not ask for it.
+# Characters of no clear sex (children, ghosts, crowds) are used for the tasks that do not ask for it. Their splits do not go
+# by actors either (sources/queen.py).
 _LINE_SPLIT = {
     **QUEEN_SPLIT,
     **dict.fromkeys(("WITCH", "LOU"), "train"),
@@ -43,8 +44,8 @@ _SECONDS = (1.0, 6.0)
 _MIN_CHARACTERS = 9
 _MIN_KEYWORD_LETTERS = 5
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
-# Such that a linear probe on Whisper tiny.en's features tells most clips of the degradation tasks, but not all.
-_NOISE_SNR_DB = {"clean": (24.0, 36.0), "noisy": (12.0, 24.0)}  # recordings have noise of their own, so none has none
+# With these values a linear probe on Whisper tiny.en's features is right on most clips of the degradation tasks, not on all.
+_NOISE_SNR_DB = {"clean": (24.0, 36.0), "noisy": (12.0, 24.0)}  # no recording is free of noise
 _BANDWIDTH_SNR_DB = (-4.0, 8.0)
 _REVERBERATION_SECONDS = (0.15, 0.45)
 _REVERBERATION_SNR_DB = (0.0, 12.0)
@@ -52,7 +53,7 @@ _REVERBERATION_SNR_DB = (0.0, 12.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of one voice; gender "" where the voice is of no clear one, seconds as far as they are known."""
+    """A line of one voice. `gender` is "" if the voice has no clear one; `seconds` is 0 if the length is not known."""
 
     key: str
     speaker: str
@@ -75,10 +76,10 @@ class Line:
 
 
 class LineDeck:
-    """All usable lines by split, voices in turn.
+    """All usable lines by split; the voices take turns.
 
     Args:
-        sentences: what espeak says where there are no recorded lines.
+        sentences: what espeak says if there are no recorded lines.
     """
 
     def __init__(self, settings: Settings, material: Material, sentences: SentenceDeck) -> None:
@@ -99,18 +100,18 @@ class LineDeck:
         self._left = [line for line in self.all if line.seconds <= settings.max_seconds]
 
     def left(self, split: str) -> list[Line]:
-        """Lines of a split that were not dealt yet and fit into a clip."""
+        """Lines of a split that are not dealt yet and fit into a clip."""
         return [line for line in self._left if line.split == split]
 
     def deal(self, lines: Sequence[Line]) -> Sequence[Line]:
-        """Take `lines` out, and return them."""
+        """Take `lines` from the deck and return them."""
         taken = {line.key for line in lines}
         self._left = [line for line in self._left if line.key not in taken]
         return lines
 
 
 def plan_words(settings: Settings, lines: LineDeck) -> list[Recording]:
-    """content and keyword: pairs of lines; both are asked which of two words they hold, and whether they hold the first."""
+    """content and keyword: pairs of lines. Both are asked which of two words they hold, and whether they hold the first."""
     size = SIZES[settings.size]
     counts = dict(zip(SPLITS, size.words, strict=True))
     keywords = _choose_keywords(lines, counts, size.keywords)
@@ -135,7 +136,7 @@ def plan_words(settings: Settings, lines: LineDeck) -> list[Recording]:
 
 
 def _choose_keywords(lines: LineDeck, counts: dict[str, int], number: int) -> list[str]:
-    """The words of some length that are most frequent, in the split where they are rarest for what it needs."""
+    """The words of five letters or more that are most frequent; the split with the scarcest supply counts."""
     found: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for split in SPLITS:
         for line in lines.left(split):
@@ -150,7 +151,7 @@ def _choose_keywords(lines: LineDeck, counts: dict[str, int], number: int) -> li
 def _pairs(
     lines: LineDeck, split: str, count: int, keywords: Sequence[str]
 ) -> Iterator[tuple[tuple[Line, str], tuple[Line, str]]]:
-    """Up to count / 2 pairs of (line, its word), neither line with the other's word; every word about equally often."""
+    """Up to count / 2 pairs of (line, its word). No line holds the other's word; all words are used about equally often."""
     left = lines.left(split)
     by_word = {word: [line for line in left if word in line.words()] for word in keywords}
     used: Counter[str] = Counter()
@@ -176,7 +177,7 @@ def _pairs(
 
 
 def plan_sentence_type(settings: Settings, lines: LineDeck) -> list[Recording]:
-    """Lines that are one question or one statement; of each voice equally many."""
+    """Lines that are one question or one statement; each voice has equally many of both."""
     planned = []
     for split, count in zip(SPLITS, SIZES[settings.size].others, strict=True):
         by_speaker: dict[str, dict[str, list[Line]]] = defaultdict(lambda: {"question": [], "statement": []})
@@ -200,13 +201,13 @@ def _sentence_type(text: str) -> str:
 
 
 def plan_noise(settings: Settings, lines: LineDeck) -> list[Recording]:
-    """Every line with hardly any noise and with some."""
+    """Every line with very little noise and with more."""
     made = {label: (BENCHMARK_CHANNEL, snr) for label, snr in _NOISE_SNR_DB.items()}
     return _plan_degradation(settings, lines, "noise", lambda _: made)
 
 
 def plan_bandwidth(settings: Settings, lines: LineDeck) -> list[Recording]:
-    """Every line in a telephone's band and in the recordings' own; the noise has every frequency."""
+    """Every line in a telephone's band and in the recordings' own. The noise has all frequencies."""
     made = {band: (Channel(band=band, trim=True), _BANDWIDTH_SNR_DB) for band in ("narrow", "wide")}
     return _plan_degradation(settings, lines, "bandwidth", lambda _: made)
 
@@ -250,7 +251,7 @@ def plan_gender(settings: Settings, lines: LineDeck) -> list[Recording]:
 def _queen_lines(lines: Sequence[QueenLine]) -> Iterator[Line]:
     low, high = _SECONDS
     for line in lines:
-        # "<gulp>" and "(sigh)" are no words.
+        # "<gulp>" and "(sigh)" are not words.
         if line.speaker not in _LINE_SPLIT or len(line.text) < _MIN_CHARACTERS or set("<>()") & set(line.text):
             continue
         seconds = line.duration_seconds()
@@ -263,7 +264,7 @@ def _queen_lines(lines: Sequence[QueenLine]) -> Iterator[Line]:
 
 
 def _spoken_lines(settings: Settings, sentences: SentenceDeck) -> Iterator[Line]:
-    """As many as the tasks need, every second one a question."""
+    """As many lines as the tasks need; every second one is a question."""
     size = SIZES[settings.size]
     for split, gender, words, others in zip(SPLITS, size.gender, size.words, size.others, strict=True):
         voices = [(variant, sex) for sex, variants in ESPEAK_VOICES[split].items() for variant in variants]

@@ -1,4 +1,4 @@
-"""Tasks of the benchmark that need exactly known attributes: spoken by espeak, the test's voices never heard in training."""
+"""Tasks of the benchmark that need exactly known attributes: espeak speaks them. Training has none of the test's voices."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from models.corpora.plans.base import (
     with_draws,
 )
 
-# Nearer to each other than those of the other sizes.
+# The rates are nearer to each other than in the other sizes.
 _RATES_WPM = {"slowly": (125, 155), "quickly": (185, 215)}
+_DELIVERY_WPM = (150, 200)
 _PITCH_RANGES = {"lively": (60, 80), "flat": (10, 30)}
 _DELIVERY_CLAIMS = {
     "lively": ("I am so excited about this!", "What a wonderful surprise!", "I can hardly wait any longer!"),
@@ -60,12 +61,12 @@ def plan_mood(settings: Settings, _sentences: SentenceDeck) -> list[Recording]:
 def _plan_meaning(
     settings: Settings, task: str, carriers: Sequence[str], phrases: dict[str, tuple[str, ...]]
 ) -> list[Recording]:
-    """Sentences that end with a phrase of known meaning: the phrases in turn, every sentence once."""
+    """Sentences that end with a phrase of known meaning. The phrases take turns; every sentence occurs once."""
     order = iter(settings.rng(task, "carriers").permutation(len(carriers)))
     planned = []
     for split, count in zip(SPLITS, SIZES[settings.size].others, strict=True):
         for number in range(count // len(phrases)):
-            carrier = carriers[next(order)]  # with every label, so that it tells nothing
+            carrier = carriers[next(order)]  # every label has it, so it tells nothing
             for label, ends in phrases.items():
                 rng = settings.rng(task, split, label, str(number))
                 text = f"{carrier} {ends[number % len(ends)]}."
@@ -78,31 +79,48 @@ def _plan_meaning(
 
 
 def plan_speaking_rate(settings: Settings, sentences: SentenceDeck) -> list[Recording]:
-    """Every sentence slowly and quickly; some of the test's claim a rate themselves."""
-    planned = []
-    for split, number, text, claim, rng in _texts(settings, "speaking_rate", sentences, RATE_CLAIMS):
-        variant = pick(rng, any_voice(split))
-        for label, (low, high) in _RATES_WPM.items():
-            recording = espeak_recording(
-                "speaking_rate", label, split, f"{split}-{number}-{label}", variant, text, "en-us",
-                rate_wpm=int(rng.integers(low, high + 1)),
-            )  # fmt: skip
-            planned.append(_finished(dataclasses.replace(recording, claim=claim), settings))
-    return planned
+    """Every sentence slowly and quickly. Some of the test's sentences claim a rate themselves."""
+    return _plan_ranges(settings, "speaking_rate", sentences, RATE_CLAIMS, "rate_wpm", _RATES_WPM)
 
 
 def plan_delivery(settings: Settings, sentences: SentenceDeck) -> list[Recording]:
-    """Every sentence with a wide and with hardly any range of pitch; some of the test's words sound like one of them."""
+    """Every sentence with a wide and with a very small range of pitch. Some of the test's sentences sound like one of them."""
+    return _plan_ranges(
+        settings, "delivery", sentences, _DELIVERY_CLAIMS, "pitch_range", _PITCH_RANGES, rate_wpm=_DELIVERY_WPM
+    )
+
+
+def _plan_ranges(
+    settings: Settings,
+    task: str,
+    sentences: SentenceDeck,
+    claims: dict[str, tuple[str, ...]],
+    parameter: str,
+    ranges: dict[str, tuple[int, int]],
+    *,
+    rate_wpm: tuple[int, int] | None = None,
+) -> list[Recording]:
+    """Every sentence once for each label, by one voice; `parameter` of espeak is drawn from the label's range.
+
+    Args:
+        rate_wpm: the range of the speaking rate; all labels of a sentence have the same. None is espeak's own rate.
+    """
     planned = []
-    for split, number, text, claim, rng in _texts(settings, "delivery", sentences, _DELIVERY_CLAIMS):
-        variant, rate_wpm = pick(rng, any_voice(split)), int(rng.integers(150, 201))
-        for label, (low, high) in _PITCH_RANGES.items():
+    for split, number, text, claim, rng in _texts(settings, task, sentences, claims):
+        variant = pick(rng, any_voice(split))
+        same = {} if rate_wpm is None else {"rate_wpm": _draw(rng, rate_wpm)}
+        for label, limits in ranges.items():
             recording = espeak_recording(
-                "delivery", label, split, f"{split}-{number}-{label}", variant, text, "en-us", rate_wpm=rate_wpm,
-                pitch_range=int(rng.integers(low, high + 1)),
+                task, label, split, f"{split}-{number}-{label}", variant, text, "en-us", **same,
+                **{parameter: _draw(rng, limits)},
             )  # fmt: skip
             planned.append(_finished(dataclasses.replace(recording, claim=claim), settings))
     return planned
+
+
+def _draw(rng: np.random.Generator, limits: tuple[int, int]) -> int:
+    low, high = limits
+    return int(rng.integers(low, high + 1))
 
 
 def plan_accent(settings: Settings, sentences: SentenceDeck) -> list[Recording]:
@@ -119,7 +137,7 @@ def plan_accent(settings: Settings, sentences: SentenceDeck) -> list[Recording]:
 def _texts(
     settings: Settings, task: str, sentences: SentenceDeck, claims: dict[str, tuple[str, ...]], *, labels: int = 2
 ) -> Iterator[tuple[str, int, str, str | None, np.random.Generator]]:
-    """(split, number, text, what it claims, generator): texts for `labels` recordings each; in test those that claim first."""
+    """(split, number, text, what it claims, generator) for every `labels` recordings; in test, texts with a claim come first."""
     claiming = [(text, label) for label, texts in claims.items() for text in texts]
     for split, count in zip(SPLITS, SIZES[settings.size].others, strict=True):
         for number in range(count // labels):

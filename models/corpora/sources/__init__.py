@@ -1,1 +1,1 @@
-"""Recordings and voices by package: what they hold and how they are read."""
+"""Where the recordings and voices come from: the packages, what they hold, and how they are read."""

@@ -1,7 +1,7 @@
 """Telephone prompts in five languages, from Debian's asterisk-core-sounds-*-wav and asterisk-prompt-it-menardi-wav.
 
-A folder holds the prompts of one voice, 8 kHz; a prompt has the same name in every language ("queue-thankyou.wav"), and no
-transcript. English and Spanish are spoken by the same woman, Italian by a man and, in the Menardi prompts, by a woman.
+A folder holds the prompts of one voice, at 8 kHz. A prompt has the same name in every language ("queue-thankyou.wav") and no
+transcript. The same woman speaks English and Spanish. A man speaks Italian; in the Menardi prompts a woman does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# Letters and call signs sound alike in many languages; the others are no speech.
+# Letters and call signs sound alike in many languages; the others are not speech.
 _SKIPPED_FOLDERS = {"letters", "phonetic", "silence"}
 _SKIPPED_PREFIXES = ("beep", "spy-", "tt-monkeys", "tt-weasels", "ascending-", "descending-")
 
@@ -26,7 +26,7 @@ class PromptRecording:
 
     @property
     def gloss(self) -> str:
-        """What is said, as far as the name tells: "queue thankyou"."""
+        """What is said, by the prompt's name: "queue thankyou"."""
         return " ".join(self.prompt.replace("/", " ").replace("-", " ").replace("_", " ").split())
 
 

@@ -1,8 +1,8 @@
-"""Synthetic speech with exactly known attributes: espeak-ng through ctypes, its library from the wheel espeakng-loader.
+"""Synthetic speech with exactly known attributes, by espeak-ng through ctypes. The wheel espeakng-loader has its library.
 
-The library keeps the phase of its oscillators and the index of its pitch jitter from one utterance to the next, and
-nothing it exports resets them: the samples of an utterance depend on all that was said before. So `synthesise_all` runs
-in a process of its own, in which equal requests give equal bytes; `synthesise` is for single utterances.
+The library keeps the phase of its oscillators and the index of its pitch jitter from one utterance to the next, and it
+exports nothing to reset them. So the samples of an utterance depend on everything that was said before. `synthesise_all`
+therefore runs in a process of its own, where equal requests give equal bytes. `synthesise` is for single utterances.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _INSTALL = "pip install espeakng-loader"
 
 
 class EspeakError(RuntimeError):
-    """espeak-ng is not to be had, or refused a request."""
+    """espeak-ng is missing, or cannot speak what was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,20 +79,20 @@ class Variant:
 
 
 def synthesise(utterance: Utterance) -> tuple[np.ndarray, int]:
-    """Speak one utterance; may be called from several threads (they take turns).
+    """Speak one utterance. Several threads may call it; they take turns.
 
     Returns:
         float32 (samples,) in [-1, 1] and the rate in Hz.
 
     Raises:
-        EspeakError: the library is missing, the voice unknown, or nothing came out.
+        EspeakError: the library is missing, the voice is unknown, or there was no sound.
     """
     samples, rate_hz = _Library.instance().speak(utterance)
     return samples.astype(np.float32) / 32768.0, rate_hz
 
 
 def synthesise_all(utterances: Sequence[Utterance]) -> list[tuple[np.ndarray, int]]:
-    """Speak all utterances in a fresh process: equal requests give equal samples, whatever was said before.
+    """Speak all utterances in a new process: equal requests give equal samples, whatever was said before.
 
     Returns:
         for each utterance float32 (samples,) and the rate in Hz.
@@ -138,7 +138,7 @@ class _Voice(ctypes.Structure):
 
 
 class _Library:
-    """The loaded library; one a process, since it is one big global state, and a lock around each use."""
+    """The loaded library. A process has one of it, since its state is global, and a lock is held during each use."""
 
     _instance: _Library | None = None
     _instance_lock = threading.Lock()
@@ -176,17 +176,17 @@ class _Library:
         )
         if self._rate_hz <= 0:
             raise EspeakError(f"espeak-ng cannot start with the data in {data_path}; reinstall it: {_INSTALL}")
-        # It seeds the C library's generator with the time of day, and jitters voices by it.
+        # Without this the library seeds the C generator with the time of day, and the jitter of voices depends on it.
         library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
         library.espeak_ng_SetRandSeed(_RANDOM_SEED)
-        self._callback = _CALLBACK(self._collect)  # kept: ctypes does not hold a reference
+        self._callback = _CALLBACK(self._collect)  # kept, because ctypes holds no reference to it
         library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, utterance: Utterance) -> tuple[np.ndarray, int]:
         """int16 (samples,) and the rate in Hz."""
         with self._lock:
             self._blocks.clear()
-            # An unknown variant is ignored by the library, an unknown language is not.
+            # The library ignores an unknown variant, but not an unknown language.
             if self._library.espeak_SetVoiceByName(utterance.voice.encode()) != 0:
                 raise EspeakError(f"voice: espeak-ng has no voice {utterance.voice!r}")
             for parameter, value in (

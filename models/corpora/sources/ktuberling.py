@@ -1,7 +1,7 @@
 """Spoken names of toys in many languages, from Debian's ktuberling-data (the potato game).
 
-LANGUAGE.soundtheme names the file of each word: <sound name="hat" file="en/hat.ogg" />; the names are English and the same
-in every language. One voice, or a few, speak a language.
+LANGUAGE.soundtheme names the file of each word: <sound name="hat" file="en/hat.ogg" />. The names are English and the same
+in every language. Each language has one voice or a few.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Those that the language task uses; the other folders hold a dozen words or less, or other languages.
+# The languages of the language task. The other folders hold a dozen words or less, or other languages.
 LANGUAGES = {"en": "English", "fr": "French", "ru": "Russian"}
 _SOUND = re.compile(r'<sound\s+name="(?P<name>[^"]+)"\s+file="(?P<file>[^"]+)"')
 
@@ -38,7 +38,7 @@ def read_words(root: str | os.PathLike[str]) -> list[WordRecording]:
     """All words of LANGUAGES whose file is there, sorted by language and name.
 
     Raises:
-        ValueError: `root` is no folder of sound themes.
+        ValueError: `root` has no sound theme with recordings.
     """
     root = Path(root)
     recordings = []
@@ -49,7 +49,7 @@ def read_words(root: str | os.PathLike[str]) -> list[WordRecording]:
             continue
         files = {match["name"]: root / match["file"] for match in _SOUND.finditer(theme)}
         for name, path in sorted(files.items()):
-            # The themes come from outside: only regular files of the language's own folder.
+            # The themes are not ours, so only regular files in the language's own folder are read.
             if path.parent == root / code and path.is_file() and not path.is_symlink():
                 recordings.append(WordRecording(name, code, path))
     if not recordings:

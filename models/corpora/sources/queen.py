@@ -1,9 +1,21 @@
 """Acted English speech from the adventure game "Flight of the Amazon Queen" (Debian's flight-of-the-amazon-queen).
 
-The game's one resource file holds 6,745 spoken lines as mp3 and, in the tables of its dialogues, their texts. A table
-numbers its sentences; the number of the dialogue, the sentence, who speaks it ("J" the hero Joe, "P" the other person)
-and the part of the sentence make the name of the sound: 02 0006 J 1. Sentences of several parts are cut at the stage
-directions ("*" and a code) that stand between them. Only sentences with as many parts as sounds are kept.
+The game's one resource file (queen.1c) holds 6,745 spoken lines as mp3, and their texts in the tables of its dialogues. A
+table numbers its sentences. The name of a sound, such as 02 0006 J 1, is the number of the dialogue, the number of the
+sentence, who speaks it ("J" the hero Joe, "P" the other person), and the part of the sentence. Sentences of several parts
+are cut at the stage directions ("*" and a code) between the parts. Only sentences with as many parts as sounds are kept.
+
+A speaker here is a character, not an actor. The file's voice credits (CREDIT2.CRD) say who voices whom:
+
+    Brad Lavelle     JOE                                 Debbie Arnold   PRIN, LOLA
+    Jon Coleman      BOB                                 Lisa Valdez     FAYE
+    Tom Hill         SPARKY, JIM (also LOU, APE)         Regina Reagan   TAM, WITCH, LOLA
+    Bill Hootkins    FRANK, BUD, LARIS                   Jessica Martin  NAOMI, SEC, ZOMBIE
+    Enn Reitel       HENRY, KLUNK, DEATH (Charon)        Barry James     IAN, CHIEF
+    Mike Hurley      KLUNK
+
+LOLA and KLUNK are credited twice. The credits call some characters by other names: LARIS is the bellboy, LOU is Skip, TAM is
+Mary-Lou Cook, and DEATH is Charon.
 """
 
 from __future__ import annotations
@@ -22,9 +34,8 @@ import soundfile as sf
 
 from models.data.audio import AudioError
 
-# By what the characters say and are called ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their
-# pitch. Characters of unclear voice (children, ghosts, the parrot) are left out. Characters, not actors:
-# by the credits at the end of the game's data one actor voices several (JIM and SPARKY, HENRY and DEATH, PRIN and LOLA, ...).
+# By the characters' names and words ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their pitch.
+# Characters of unclear voice (children, ghosts, the parrot) are left out. One actor may voice several of them: see above.
 SPEAKER_GENDER = {
     **dict.fromkeys(("JOE", "BOB", "SPARKY", "JIM", "KLUNK", "DEATH", "HENRY", "BUD", "FRANK", "LARIS", "IAN"), "man"),
     **dict.fromkeys(("FAYE", "NAOMI", "PRIN", "LOLA", "TAM"), "woman"),
@@ -99,11 +110,11 @@ def _entries(data: bytes) -> dict[str, tuple[int, int]]:
     for index in range(count):
         at = 15 + index * _TABLE_ENTRY_BYTES
         if at + _TABLE_ENTRY_BYTES > len(data):
-            raise ValueError(f"path: the table of {count} entries ends behind the file's {len(data)} bytes")
+            raise ValueError(f"path: the table of {count} entries ends after the file's {len(data)} bytes")
         name = data[at : at + 12].split(b"\0")[0].decode("latin-1")
         offset, size = struct.unpack_from(">II", data, at + 13)
         if offset + size > len(data):
-            raise ValueError(f"path: entry {name} ends at {offset + size}, behind the file's {len(data)} bytes")
+            raise ValueError(f"path: entry {name} ends at {offset + size}, after the file's {len(data)} bytes")
         entries[name] = (offset, size)
     return entries
 

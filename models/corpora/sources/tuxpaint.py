@@ -1,8 +1,8 @@
 """Spoken names of pictures in many languages, from Debian's tuxpaint-stamps-default.
 
-A picture NAME has its English name in the first line of NAME.txt and translations in further lines ("fr.utf8=Un
-corbeau."); NAME_desc.ogg is the English recording and NAME_desc_fr.ogg the French one. One voice speaks nearly all of a
-language, so a model can tell languages by voice here: split by picture, and claim no more than that.
+A picture NAME has its English name in the first line of NAME.txt and translations in the other lines ("fr.utf8=Un
+corbeau."). NAME_desc.ogg is the English recording and NAME_desc_fr.ogg the French one. One voice speaks nearly all of a
+language, so a model can tell the languages by their voices. Corpora are split by picture, not by voice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Languages with several hundred recordings; the others have too few, or no texts.
+# Languages with several hundred recordings. The others have too few, or no texts.
 LANGUAGES = {
     "fr": "French",
     "es": "Spanish",
@@ -46,7 +46,7 @@ def read_stamps(root: str | os.PathLike[str]) -> list[StampRecording]:
     """All recordings in LANGUAGES that have an English name, sorted by picture and language.
 
     Raises:
-        ValueError: `root` is no folder of stamps.
+        ValueError: `root` has no spoken stamps.
     """
     root = Path(root)
     recordings = []
@@ -66,7 +66,7 @@ def read_stamps(root: str | os.PathLike[str]) -> list[StampRecording]:
 
 
 def _texts(path: Path) -> tuple[str, dict[str, str]]:
-    """The English name and the translations by language code; empty where there is no readable file."""
+    """The English name and the translations by language code; empty if the file cannot be read."""
     try:
         lines = path.read_bytes()[:_MAX_TEXT_BYTES].decode("utf-8", errors="replace").splitlines()
     except OSError:

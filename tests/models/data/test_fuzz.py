@@ -135,7 +135,7 @@ ROW = '"file": "a.wav", "instruction": "?", "label": "x"'
     ("row", "message"),
     [
         ("{" + ROW + "}", None),
-        ("{" + ROW + ', "speaker": NaN}', "NaN is no number"),
+        ("{" + ROW + ', "speaker": NaN}', "NaN is not a number"),
         ("{" + ROW + ', "speaker": 1e999}', "too large a number"),
         ("{" + ROW + ', "label": "y"}', "key 'label' twice"),
         ("{" + ROW + ', "speaker": ' + "[" * 70 + "]" * 70 + "}", "nested too deeply"),
@@ -156,9 +156,9 @@ def test_arrays_are_read_as_strictly_as_lines(tmp_path, row, message, name, form
 
 
 def test_an_array_too_large_to_be_taken_into_memory(tmp_path, monkeypatch):
-    from models.data import manifest
+    from models.data import json_rows
 
-    monkeypatch.setattr(manifest, "_MAX_ARRAY_BYTES", 100)
+    monkeypatch.setattr(json_rows, "_MAX_ARRAY_BYTES", 100)
     (tmp_path / "rows.json").write_text(json.dumps(FOREIGN["mcr_bench"]))
     with pytest.raises(ManifestError, match="more than 100 bytes in one JSON value"):
         read_foreign(tmp_path / "rows.json", form="mcr_bench")
@@ -233,9 +233,9 @@ def test_damaged_ct2_models(tmp_path, in_child):
     ("change", "message"),
     [
         ({"decoder/embeddings/weight": np.zeros((4_000_000, 1), np.float32)}, "do not fit a Whisper"),
-        ({"encoder/layer_norm/gamma": np.zeros(1_000_000, np.float32)}, "do not fit a Whisper|no Whisper's"),
-        ({"encoder/conv1/weight": np.zeros(3, np.float32)}, "no Whisper's|do not fit"),
-        ({"encoder/layer_0/ffn/linear_0/weight": np.zeros((), np.float32)}, "no Whisper's|do not fit"),
+        ({"encoder/layer_norm/gamma": np.zeros(1_000_000, np.float32)}, "do not fit a Whisper|not those of a Whisper"),
+        ({"encoder/conv1/weight": np.zeros(3, np.float32)}, "not those of a Whisper|do not fit"),
+        ({"encoder/layer_0/ffn/linear_0/weight": np.zeros((), np.float32)}, "not those of a Whisper|do not fit"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -316,7 +316,7 @@ def test_gguf_files_damaged_or_claiming_too_much(tmp_path, in_child):
 
     assert in_child(fuzz, memory_mib=MEMORY_MIB)[1] > 60
     for change, message in (
-        ({"block_count": 2**31 - 1}, "2147483647 layers by its header, tensors of 1"),
+        ({"block_count": 2**31 - 1}, "the header says 2147483647 layers, the tensors are those of 1"),
         ({"embedding_length": 2**30}, "do not fit the file's own configuration|damaged"),
         ({"feed_forward_length": 2**31 - 1}, "do not fit the file's own configuration"),
         ({"head_count": 0}, "damaged"),

@@ -93,7 +93,7 @@ def test_dynamic_superb_as_published(superb):
     assert (matching.context, matching.transcription, matching.answer) == ("a good day", "", "Yes")
     bird = by_id["BirdSoundDetection_Warblrb10k/a.wav"]
     assert (bird.audio, bird.metadata["category"]) == ("BirdSoundDetection_Warblrb10k/test/a.wav", "audio")
-    assert suite.left_out == {"SpeakerVerification_VCTK": "its questions have two clips each, a row here has one"}
+    assert suite.left_out == {"SpeakerVerification_VCTK": "its questions have two clips each; a row here has one"}
     assert suite.mode == "generate" and not suite.problems
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from models.evaluation.diagnostics import calibration, compare, control_priors, hint_priors, prior_confusion
-from models.evaluation.evaluate import summarize
 from models.evaluation.predictions import Prediction
 from models.evaluation.scoring import judged
+from models.evaluation.summary import summarize
 
 
 def scored(i, answer, probabilities, task="t"):

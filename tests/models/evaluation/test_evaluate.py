@@ -16,9 +16,11 @@ import models.evaluation.evaluate
 from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
 from models.data.prompts import target_template
+from models.evaluation.ask import evaluate
 from models.evaluation.choice_scores import choice_scores
+from models.evaluation.controls import swapped
 from models.evaluation.diagnostics import compare
-from models.evaluation.evaluate import evaluate, main, read_priors, summarize, swapped
+from models.evaluation.evaluate import main, read_priors
 from models.evaluation.predictions import (
     EvaluationError,
     Prediction,
@@ -27,6 +29,7 @@ from models.evaluation.predictions import (
     write_header,
 )
 from models.evaluation.score_tables import print_comparison, print_summary
+from models.evaluation.summary import summarize
 from models.evaluation.text_priors import Prior, write_priors
 from models.experiments.shared_steps import make_tiny_backbones
 from models.speech_lm.features import FeatureStore, clip_key
@@ -458,7 +461,7 @@ def test_published_benchmarks_are_asked_freely_and_named_incomplete(files, tmp_p
         assert main(again) == 0
         shown = capsys.readouterr().out
         assert "left out: task SpeakerVerification_X: its questions have two clips each" in shown
-        assert "mean_of_tasks is over 1 tasks, the published ALL over 51: the two are not to be compared" in shown
+        assert "mean_of_tasks is over 1 tasks, the published ALL over 51: do not compare the two" in shown
     assert main([*words[:3], str(tmp_path / "none"), *words[4:]]) == 1
     assert "--audio-root: no folder" in capsys.readouterr().err
 
@@ -507,7 +510,7 @@ def test_manifests_with_nothing_to_score_are_named(files, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     assert "expected a header line with 'kdkernels_manifest', got an empty file" in error(tmp_path / "empty.jsonl")
     header = write_manifest(tmp_path / "header.jsonl", [])
-    assert "expected at least one row after the header, got none" in error(header)
+    assert "expected at least one row, got none" in error(header)
     unanswered = write_manifest(tmp_path / "unanswered.jsonl", [dataclasses.replace(example(0), audio=None, answer=None)])
     assert "none of the 1 examples in split 'test', tasks all has an answer to score against" in error(unanswered)
     assert "no example in split 'dev', tasks all; it holds test gender" in error(files / "m.jsonl", "--split", "dev")

@@ -8,7 +8,7 @@ from test_run_setup import train, weights, world  # noqa: F401 (world is a fixtu
 from tiny_speech import make_examples, make_features, make_lm, make_speech_lm, make_tokenizer
 
 from kdkernels.teacher import LMHead
-from models.pseudo_gt.stage1 import prompt_end, worked_examples
+from models.pseudo_gt.wording import prompt_end, worked_examples
 from models.training.checkpoint import find_checkpoint
 from models.training.curves import read_metrics
 from models.training.recipe import ConfigError, SourceConfig, load_recipe

@@ -1,0 +1,64 @@
+"""Bad rows: each is skipped and named; too many of them are an error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_MAX_REASON_CHARACTERS = 500
+_MAX_ID_CHARACTERS = 200
+_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A skipped row: its line number in the file (a header is line 1), its id if it has one, and the reason.
+
+    The reason is cut to 500 characters and the id to 200, since one field of a bad row may be very long.
+    """
+
+    row: int
+    id: str | None
+    reason: str
+
+    def __post_init__(self) -> None:
+        if len(self.reason) > _MAX_REASON_CHARACTERS:
+            object.__setattr__(self, "reason", self.reason[:_MAX_REASON_CHARACTERS] + " ...")
+        if self.id is not None and len(self.id) > _MAX_ID_CHARACTERS:
+            object.__setattr__(self, "id", self.id[:_MAX_ID_CHARACTERS] + " ...")
+
+    def __str__(self) -> str:
+        return f"row {self.row}" + (f" ({self.id})" if self.id else "") + f": {self.reason}"
+
+
+class ManifestError(ValueError):
+    """A manifest cannot be used as a whole; `problems` lists the bad rows if they are the cause."""
+
+    def __init__(self, message: str, problems: Iterable[Problem] = ()):
+        self.problems = list(problems)
+        super().__init__(message)
+
+
+def refuse_if_too_bad(
+    path: str | os.PathLike[str], problems: list[Problem], rows: int, max_bad_fraction: float
+) -> None:
+    """Raise ManifestError with the list of bad rows if these are more than `max_bad_fraction` of `rows`."""
+    if len(problems) > max_bad_fraction * rows:
+        raise ManifestError(
+            "\n".join(
+                [
+                    f"{path}: {len(problems)} of {rows} rows are bad, more than max_bad_fraction {max_bad_fraction:g}",
+                    *list_problems(problems),
+                ]
+            ),
+            problems,
+        )
+
+
+def list_problems(problems: list[Problem], *, limit: int = _PROBLEMS_SHOWN) -> list[str]:
+    """The first problems as indented lines, and how many more there are."""
+    lines = [f"  {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  ... and {len(problems) - limit} more")
+    return lines

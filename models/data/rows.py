@@ -1,0 +1,98 @@
+"""From rows to checked examples: every row gives its examples or a `Problem`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from models.data.audio import MAX_SECONDS, AudioError, AudioInfo, check_span, probe_audio
+from models.data.example import Example
+from models.data.json_rows import parse_object
+from models.data.problems import ManifestError, Problem, refuse_if_too_bad
+
+
+def collect_examples(
+    path: str | os.PathLike[str],
+    rows: Iterable[tuple[int, bytes | dict[str, Any] | None]],
+    convert: Callable[[int, dict[str, Any]], list[Example]],
+    *,
+    checker: AudioChecker | None,
+    max_bad_fraction: float,
+) -> tuple[list[Example], list[Problem]]:
+    """The examples of all good rows in order, and a Problem for each bad row.
+
+    Args:
+        path: the file, for messages.
+        rows: numbered lines, or objects that are parsed already.
+        convert: (number, row) -> the row's examples. A row with a bad example gives none at all.
+        checker: checks the audio; None does not.
+        max_bad_fraction: the largest fraction of bad rows that is accepted.
+
+    Raises:
+        ManifestError: there is no row, or too many are bad.
+    """
+    examples: list[Example] = []
+    problems: list[Problem] = []
+    first_row: dict[str, int] = {}
+    count = 0
+    for number, line in rows:
+        count += 1
+        row_id: str | None = None
+        try:
+            row = line if isinstance(line, dict) else parse_object(line)
+            row_id = str(row["id"]) if isinstance(row.get("id"), (str, int)) else None
+            converted = convert(number, row)
+            for example in converted:
+                if example.id in first_row:
+                    raise ValueError(f"duplicate id {example.id!r}, first in row {first_row[example.id]}")
+                if checker is not None:
+                    checker.check(example)
+        except AudioError as error:
+            problems.append(Problem(number, row_id, f"audio: {error.reason}"))
+        except (ValueError, TypeError) as error:
+            problems.append(Problem(number, row_id, str(error)))
+        else:
+            first_row.update((example.id, number) for example in converted)
+            examples += converted
+    if count == 0:
+        raise ManifestError(f"{path}: expected at least one row, got none")
+    refuse_if_too_bad(path, problems, count, max_bad_fraction)
+    return examples, problems
+
+
+class AudioChecker:
+    """Checks the audio of examples: each file lies in the audio root, and its header is read once however many rows use it."""
+
+    def __init__(self, root: str | os.PathLike[str], *, max_seconds: float = MAX_SECONDS):
+        self._root = Path(root)
+        self._resolved_root = self._root.resolve()
+        self._max_seconds = max_seconds
+        self._known: dict[str, AudioInfo | AudioError] = {}
+
+    def check(self, example: Example) -> None:
+        """Raise AudioError if the example's span cannot be used."""
+        if example.audio is None:
+            return
+        if example.audio not in self._known:
+            self._known[example.audio] = self._probe(example.audio)
+        known = self._known[example.audio]
+        if isinstance(known, AudioError):
+            raise known
+        check_span(
+            known, start_seconds=example.start_seconds, end_seconds=example.end_seconds, max_seconds=self._max_seconds
+        )
+
+    def _probe(self, audio: str) -> AudioInfo | AudioError:
+        path = self._root / audio
+        try:
+            resolved = path.resolve()
+        except (OSError, RuntimeError, ValueError):  # a loop of links
+            return AudioError("path cannot be resolved")
+        if not resolved.is_relative_to(self._resolved_root):
+            return AudioError("path leaves the audio root through a link")
+        try:
+            return probe_audio(path)
+        except AudioError as error:
+            return error

@@ -1,0 +1,168 @@
+"""Asks a model every question: by ranking the choices or by free answers, with and without the controls."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kdkernels.teacher import MarkAbsent
+from models.data.manifest import Example
+from models.data.prompts import target_template
+from models.evaluation.choice_scores import choice_scores
+from models.evaluation.commands import CONTROLS
+from models.evaluation.controls import control_id, with_controls
+from models.evaluation.predictions import Prediction, claimed_choice, context_kind
+from models.speech_lm.features import FeatureStore, clip_key
+
+
+def evaluate(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    store: FeatureStore,
+    *,
+    collate: Callable[..., Any],
+    mode: str = "choice",
+    alphas: Sequence[float | None] = (None,),
+    controls: Sequence[str] = (),
+    plain: bool = True,
+    batch_examples: int = 32,
+    max_new_tokens: int = 16,
+    extra_inputs: dict[str, Any] | None = None,
+    done: Iterable[Prediction] = (),
+    on_batch: Callable[[float | None, list[Prediction]], None] | None = None,
+    progress_bar: bool = True,
+) -> dict[float | None, list[Prediction]]:
+    """Predictions for every example, with and without the controls.
+
+    Args:
+        mode: "choice" or "generate".
+        alphas: None is plain (greedy) decoding. A number is contrastive decoding with that strength. In mode "choice" all
+            strengths use the same forward passes.
+        controls: any of "no_audio", "swapped_audio". Their predictions have `control` set and "#control" in the id.
+        plain: False asks only the controls.
+        done: predictions made before, which are not made again (only with a single alpha).
+        on_batch: called with (alpha, new predictions) after each batch, to save them.
+
+    Returns:
+        predictions by alpha, those of `done` first.
+
+    Raises:
+        ValueError: an argument outside its range, or an example without an answer to score against.
+    """
+    _check_options(examples, mode, alphas, controls, batch_examples)
+    made = {p.id for p in done}
+    result: dict[float | None, list[Prediction]] = {alpha: list(done) if len(alphas) == 1 else [] for alpha in alphas}
+    model.eval()
+    # Rows of similar length stand together, because most of the work is padding otherwise.
+    work = sorted(examples, key=lambda e: (len(e.choices), len(e.transcription) + len(e.context)))
+    todo = [(c, e, h) for c, e, h in with_controls(work, controls, plain=plain) if control_id(e.id, c) not in made]
+    options = {"collate": collate, "mode": mode, "max_new_tokens": max_new_tokens, "extra_inputs": extra_inputs}
+    for control, group in _batches(todo, batch_examples, done=len(made), progress_bar=progress_bar):
+        asked, features = [e for e, _ in group], store.rows([h for _, h in group])
+        for alpha, texts, scores in _answers(model, asked, features, alphas, hears=control != "no_audio", **options):
+            new = [
+                Prediction(
+                    id=control_id(e.id, control), task=e.task, kind=context_kind(e), answer=e.answer, choices=e.choices,
+                    prediction=text, pair_id=e.pair_id, control=control, scores=s, question=e.question,
+                    category=str(e.metadata.get("category", "")), claim=claimed_choice(e), clip=clip_key(h),
+                )
+                for (e, h), text, s in zip(group, texts, scores, strict=True)
+            ]  # fmt: skip
+            result[alpha] += new
+            if on_batch is not None:
+                on_batch(alpha, new)
+    return result
+
+
+@torch.no_grad()
+def generate_answers(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    features: torch.Tensor,
+    *,
+    collate: Callable[..., Any],
+    alpha: float | None = None,
+    hears: bool = True,
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Free answers by greedy decoding; with `alpha` by contrastive decoding of the paths with and without audio."""
+    batch = collate(examples, features, with_target=False).to(model.get_output_embeddings().weight.device)
+    if not hears:
+        batch = dataclasses.replace(batch, audio_present=torch.zeros_like(batch.audio_present))
+    if alpha is None:
+        return model.generate(batch, max_new_tokens=max_new_tokens)
+    from kdkernels.decoding import contrastive_generate
+
+    tokens = contrastive_generate(
+        model,
+        batch.model_inputs(),
+        negative=MarkAbsent(),
+        alpha=alpha,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.tokenizer.eos_token_id,
+    )
+    return [text.strip() for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _check_options(
+    examples: Sequence[Example], mode: str, alphas: Sequence[float | None], controls: Sequence[str], batch_examples: int
+) -> None:
+    if mode not in ("choice", "generate"):
+        raise ValueError(f"mode: expected 'choice' or 'generate', got {mode!r}")
+    for control in controls:
+        if control not in CONTROLS:
+            raise ValueError(f"controls: expected some of {CONTROLS}, got {control!r}")
+    if batch_examples < 1:
+        raise ValueError(f"batch_examples: expected at least 1, got {batch_examples}")
+    for alpha in alphas:
+        if alpha is not None and not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
+    for example in examples:
+        if example.answer is None:
+            raise ValueError(f"example {example.id}: expected an answer to score against, got none")
+
+
+def _answers(
+    model: torch.nn.Module,
+    asked: Sequence[Example],
+    features: torch.Tensor,
+    alphas: Sequence[float | None],
+    *,
+    collate: Callable[..., Any],
+    mode: str,
+    hears: bool,
+    max_new_tokens: int,
+    extra_inputs: dict[str, Any] | None,
+) -> Iterator[tuple[float | None, list[str], list[dict[str, float]]]]:
+    """(alpha, answers, scores of the choices) of a batch; in mode "generate" the scores are empty."""
+    if mode == "generate":
+        for alpha in alphas:
+            texts = generate_answers(
+                model, asked, features, collate=collate, alpha=alpha, hears=hears, max_new_tokens=max_new_tokens
+            )
+            yield alpha, texts, [{} for _ in asked]
+        return
+    strengths = [a or 0.0 for a in alphas]
+    all_scores = choice_scores(
+        model, asked, features, collate=collate, alphas=strengths, hears=hears, extra_inputs=extra_inputs
+    )
+    for alpha, scores in zip(alphas, all_scores, strict=True):
+        yield alpha, [target_template(e, max(s, key=s.get)) for e, s in zip(asked, scores, strict=True)], scores
+
+
+def _batches(
+    todo: Sequence[tuple[str, Example, Example]], size: int, *, done: int, progress_bar: bool
+) -> Iterator[tuple[str, list[tuple[Example, Example]]]]:
+    with tqdm(total=done + len(todo), initial=done, desc="evaluate", unit="answer", disable=not progress_bar) as bar:
+        start = 0
+        while start < len(todo):
+            control = todo[start][0]
+            group = [(e, h) for c, e, h in todo[start : start + size] if c == control]
+            yield control, group
+            start += len(group)
+            bar.update(len(group))
