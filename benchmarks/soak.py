@@ -94,8 +94,8 @@ class Iteration:
         self.read_cache()
 
     def train_step(self) -> None:
+        from models.training.objective import counted_positions, objective_loss, select_positions, token_weights
         from models.training.run_setup import OWN_TEACHER
-        from models.training.train import counted_positions, objective_loss, select_positions, token_weights
 
         rows = self._data.draw(self._cursor, 4, seed=0)
         self._cursor += len(rows)

@@ -158,7 +158,7 @@ class StepCase:
 
     def head_product(self, recipe: Any, source: Any) -> Any:
         """A call that multiplies the states that the loss reads with this teacher's LM head."""
-        from models.training.train import counted_positions
+        from models.training.objective import counted_positions
 
         states = source.teacher(self.batch, self.examples)
         positions = counted_positions(recipe, self.batch)
@@ -168,7 +168,7 @@ class StepCase:
 
     def rest(self, recipe: Any, sources: Sequence[Any]) -> Any:
         """A call that does what a step does once the teachers have spoken; it returns the loss."""
-        from models.training.train import counted_positions, objective_loss, select_positions, token_weights
+        from models.training.objective import counted_positions, objective_loss, select_positions, token_weights
 
         states = {source.name: source.teacher(self.batch, self.examples) for source in sources}
         batch, states = select_positions(self.batch, states, counted_positions(recipe, self.batch))

@@ -19,7 +19,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from models.io_utils import atomic_dir, atomic_write_json, save_tensors, sha256_file
+from models.io_utils import atomic_dir, atomic_write_json, fingerprint, save_tensors, sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -221,13 +221,7 @@ def restore_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """
     expected = {name: tuple(t.shape) for name, t in trainable_state(model).items()}
     saved = {name: tuple(t.shape) for name, t in checkpoint.model.items()}
-    different = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"{checkpoint.path}: of another model: {name} is {saved.get(name, 'missing')} there, "
-            f"{expected.get(name, 'missing')} here ({len(different)} such)"
-        )
+    check_same_entries(checkpoint.path, "model", saved, expected)
     model.load_state_dict(checkpoint.model, strict=False)
 
 
@@ -279,6 +273,42 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     others = {name for name, _ in model.named_parameters(remove_duplicate=False)} - trained
     return {name: t for name, t in model.state_dict().items() if name not in others}
+
+
+def check_same_settings(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Raise a CheckpointError unless the checkpoint `path` was made with the same settings; it names those that differ."""
+    if fingerprint(saved) == fingerprint(now):
+        return
+    flat_saved, flat_now = dict(_flatten(saved)), dict(_flatten(now))
+    different = [
+        f"{key} was {flat_saved.get(key)!r}, is {flat_now.get(key)!r}"
+        for key in sorted(flat_saved.keys() | flat_now.keys())
+        if flat_saved.get(key) != flat_now.get(key)
+    ]
+    raise CheckpointError(f"{path}: of another recipe: {'; '.join(different)}")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def check_same_entries(path: Path, what: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError that names the first entry in which the checkpoint `path` differs from this `what`.
+
+    Args:
+        saved, expected: name -> shape, of the checkpoint and of what it is loaded into.
+    """
+    different = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{path}: of another {what}: {name} is {saved.get(name, 'missing')} there, "
+            f"{expected.get(name, 'missing')} here ({len(different)} such)"
+        )
 
 
 def _split_optimizer(

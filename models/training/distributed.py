@@ -38,6 +38,7 @@ from models.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     check_manifest,
+    check_same_entries,
     find_checkpoint,
     prune_checkpoints,
     write_manifest,
@@ -343,13 +344,7 @@ def load_distributed(checkpoint: Checkpoint, *, model: nn.Module, optimizer: tor
         saved = {name: tuple(x.size) for name, x in reader.read_metadata().state_dict_metadata.items()}
         saved |= dict.fromkeys(saved_numbers, "a number")
         expected = {name: tuple(x.shape) for name, x in tensors.items()} | dict.fromkeys(numbers, "a number")
-        different = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
-        if different:
-            name = different[0]
-            raise CheckpointError(
-                f"{path}: of another model or optimiser: {name} is {saved.get(name, 'missing')} there, "
-                f"{expected.get(name, 'missing')} here ({len(different)} such)"
-            )
+        check_same_entries(path, "model or optimiser", saved, expected)
         load(tensors, storage_reader=reader)
     numbers = {name: _from_json(saved_numbers[name], value) for name, value in numbers.items()}
     state: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import textwrap
@@ -464,6 +465,15 @@ def _defaults(section: type) -> dict[str, Any]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain dicts, lists and scalars, for JSON."""
     return dataclasses.asdict(config)
+
+
+def settings_to_continue(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a run and its continuation must have in common, as JSON gives them back."""
+    settings = json.loads(json.dumps(to_dict(recipe)))
+    free = ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints", "parallel")
+    for name in free:
+        del settings["run"][name]
+    return settings
 
 
 def _plain(cls: type) -> Any:

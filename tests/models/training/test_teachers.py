@@ -225,14 +225,14 @@ def test_a_source_that_does_not_fit_into_its_memory_says_so(world, capsys):  # n
 
 
 def test_weights_are_counted_and_silent_tokens_are_not():
+    from models.training.objective import teacher_source
     from models.training.teachers import TeacherStates
-    from models.training.train import _teacher_source
 
     ramp = ["sources.text.weight=0.6", "sources.text.weight_start=0.2", "sources.text.weight_ramp_steps=2"]
     recipe = load_recipe("text_kd_all", ramp)
     states = TeacherStates(torch.zeros(3, 4), None, LMHead(torch.zeros(7, 4)), speaks=torch.tensor([True, True, False]))
     for step, weight in ((1, 0.2), (2, 0.4), (3, 0.6), (9, 0.6)):
-        made = _teacher_source(recipe, "text", step, states)
+        made = teacher_source(recipe, "text", step, states)
         assert made.source_weight.tolist() == pytest.approx([weight, weight, 0.0])
         assert made.text_hidden is None and made.alpha == 0
 
