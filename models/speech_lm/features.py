@@ -2,8 +2,8 @@
 
     python -m models features MANIFEST --model SPEECH_LM_FOLDER --out features.safetensors
 
-One safetensors file: `features` (n, K, T, D) float16 with the clips' keys in its metadata. A clip's key is its file and span,
-so the same clip under three contexts is stored once.
+The result is one safetensors file: `features` (n, K, T, D) float16, with the clips' keys in its metadata. A clip's key is its
+file and span, so a clip that stands in three prompts is stored once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def clip_key(example: Example) -> str:
 
 
 class FeatureStore:
-    """Features by clip key, memory-resident: (n, K, T, D) float16.
+    """Features by clip key, in memory: (n, K, T, D) float16.
 
     Args:
         keys: one for each row.
@@ -50,7 +50,7 @@ class FeatureStore:
         self.features = features.to(torch.float16)
         self._row = {key: i for i, key in enumerate(keys)}
         if len(self._row) != len(keys):
-            raise ValueError("keys: expected no key twice")
+            raise ValueError("keys: expected each key once, got some twice")
 
     def __contains__(self, example: Example) -> bool:
         return clip_key(example) in self._row
@@ -79,7 +79,7 @@ class FeatureStore:
         """Read what `save` wrote.
 
         Raises:
-            FeatureError: no such file, or not such a file.
+            FeatureError: no such file, or a file of another kind.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -149,7 +149,7 @@ def extract_features(
         listed = "; ".join(f"{i}: {reason}" for i, reason in problems[:5])
         raise FeatureError(f"{len(problems)} of {len(clips)} clips could not be read (max {max_bad_fraction:.0%}): {listed}")
     if not keys:
-        raise FeatureError("no clip to encode")
+        raise FeatureError("examples: expected at least one clip that can be encoded, got none")
     return FeatureStore(keys, torch.cat(out)), problems
 
 

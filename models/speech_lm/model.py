@@ -10,8 +10,8 @@
     batch = model.make_collator()(examples, features)
     hidden = model.hidden_states_at(batch.target_index, **batch.model_inputs())   # (N, H); no logits are built
 
-The text before the audio is the same in every epoch, whatever the connector has learned; a `PrefixCache` keeps its keys
-and values. Legend: B rows, L columns, K encoder layers, T frames, D encoder width, Q queries, H language model width.
+The connector changes nothing about the text before the audio, so a `PrefixCache` can keep that text's keys and values for all
+epochs. Legend: B rows, L columns, K encoder layers, T frames, D encoder width, Q queries, H language model width.
 
 Beside this file: config (settings), whisper_features (waveforms to features), connector, row_layout (padded, prefixed and packed
 rows), saving (the folder of a saved model), collation (examples to batches).
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SAMPLE_RATE", "Backbones", "SpeechLM", "SpeechLMConfig", "SpeechLMError"]
 
-_ENCODE_BATCH_CLIPS = 8  # measured best on CPUs; larger batches fall out of the caches
+_ENCODE_BATCH_CLIPS = 8  # the fastest on CPUs; larger batches do not fit into the processor's caches
 
 
 class SpeechLM(nn.Module):
@@ -91,12 +91,12 @@ class SpeechLM(nn.Module):
         feature_extractor: Any = None,
         resolver: Backbones | None = None,
     ) -> None:
-        """Put given parts together; `from_config` and `from_pretrained` are the usual ways in.
+        """Put given parts together. `from_config` and `from_pretrained` are the usual ways to make a model.
 
         Args:
             lm, tokenizer: the language model and its tokenizer.
-            encoder, feature_extractor: both or neither; without them they are loaded when first needed.
-            resolver: where they are loaded from then.
+            encoder, feature_extractor: both or neither; without them `resolver` loads them when they are first needed.
+            resolver: where backbones come from; None = models.backbones.resolve.
         """
         super().__init__()
         if (encoder is None) != (feature_extractor is None):
@@ -127,7 +127,7 @@ class SpeechLM(nn.Module):
         """A new model: backbones from `resolver` (default: models.backbones.resolve), connector with random weights.
 
         Raises:
-            BackboneError: a backbone cannot be had; the message lists what was tried.
+            BackboneError: a backbone is not found; the message lists the places that were tried.
         """
         if not isinstance(config, SpeechLMConfig):
             raise TypeError(f"config: expected a SpeechLMConfig, got {type(config).__name__}")
@@ -140,9 +140,9 @@ class SpeechLM(nn.Module):
 
         Args:
             folder: it is replaced if it exists.
-            include_frozen: store the backbones too. Otherwise they are named, with the SHA-256 of their weights, and
-                looked for again by `from_pretrained`. A language model that trains, and a backbone that came out of
-                such a folder, are always stored.
+            include_frozen: store the backbones too. Otherwise the folder names them, with the SHA-256 of their weights, and
+                `from_pretrained` looks for them again. A language model that trains is always stored, and so is a backbone
+                that came out of such a folder.
         """
         stored = set(self._stored_parts)
         if include_frozen or self.config.train_lm:
@@ -159,7 +159,7 @@ class SpeechLM(nn.Module):
         Raises:
             SpeechLMError: no such model, a damaged file, another version, or a backbone whose weights are not those
                 that the connector was trained with.
-            BackboneError: a backbone cannot be had.
+            BackboneError: a backbone is not found.
         """
         folder = Path(folder)
         config, frozen = read_record(folder)
@@ -190,7 +190,7 @@ class SpeechLM(nn.Module):
         """An empty `PrefixCache` of this model's language model.
 
         Raises:
-            ValueError: the language model trains, so that nothing may be kept of it.
+            ValueError: the language model trains, so its keys and values change in every step.
         """
         if any(parameter.requires_grad for parameter in self.lm.parameters()):
             raise ValueError("train_lm: a prefix cache needs a frozen language model")
@@ -209,7 +209,7 @@ class SpeechLM(nn.Module):
 
     @property
     def feature_extractor(self) -> Any:
-        """What makes the encoder's input of a waveform; loaded with the encoder."""
+        """What turns a waveform into the encoder's input; loaded with the encoder."""
         return self._feature_extractor
 
     def encode_audio(self, waveforms: Sequence[np.ndarray], *, batch_clips: int = _ENCODE_BATCH_CLIPS) -> Tensor:
@@ -221,7 +221,7 @@ class SpeechLM(nn.Module):
 
         Returns:
             (B, K, T, D) float32 on the encoder's device: the chosen layers' hidden states over the clip's own length,
-            averaged down to T frames. Raw: the connector standardises them. Peak extra memory is that of one batch.
+            averaged down to T frames. They are raw: the connector standardises them. Peak extra memory is that of one batch.
 
         Raises:
             ValueError: no waveform, or one that is not 1-D, empty, or not finite.
@@ -230,7 +230,7 @@ class SpeechLM(nn.Module):
         return encode_clips(self.encoder, self._feature_extractor, self.config, clips, batch_clips=batch_clips)
 
     def fit_feature_statistics(self, features: Tensor) -> None:
-        """Set the connector's standardisation from raw features (N, K, T, D), those of the training split."""
+        """Set the connector's standardisation from raw features (N, K, T, D); use those of the training split."""
         self.connector.fit_statistics(features)
 
     # --- text and audio ---------------------------------------------------------------------------------------------
@@ -256,10 +256,10 @@ class SpeechLM(nn.Module):
                 `past_key_values` it covers those positions first, as in transformers.
             audio_features: (B, K, T, D) from `encode_audio`, one clip a row, or (B, M, K, T, D) with up to M clips a row in
                 the order of their placeholders; None = every clip masked.
-            audio_present: (B,) bool, or (B, M); False masks the audio (standardised features zero): the negative path.
-            prefix_cache: keys and values of the text before the first audio position are taken from it. Logits at those
-                positions are zeros: they are not computed.
-            past_key_values: of an earlier call with `use_cache`; audio then lies in the past, and none is taken here.
+            audio_present: (B,) bool, or (B, M); False masks the audio (its standardised features are zero): the negative path.
+            prefix_cache: holds keys and values of the text before the first audio position. Logits at those positions are
+                zeros: they are not computed.
+            past_key_values: of an earlier call with `use_cache`. The audio is then in the past; this call inserts none.
             use_cache: return past_key_values, for a loop that appends tokens to rows padded on the left.
             logits_to_keep: 0 = all columns, n = the last n columns, tensor = these columns.
 
@@ -267,7 +267,7 @@ class SpeechLM(nn.Module):
             an output with `.logits` (B, columns, V) and `.past_key_values`.
 
         Raises:
-            ValueError: shapes or arguments that do not fit together, named.
+            ValueError: shapes or arguments that do not fit together; the message names them.
         """
         layout = self._layout(input_ids, attention_mask, prefix_cache, past_key_values, use_cache)
         hidden = self._run(layout, audio_features, audio_present)
@@ -299,20 +299,20 @@ class SpeechLM(nn.Module):
         Args:
             index: (N,) int64, row * L + column; after the first audio position where `prefix_cache` is given.
             input_ids, attention_mask, audio_features, audio_present, prefix_cache: see `forward`.
-            pack_tokens: run the language model on the rows laid side by side in rows of at most this many tokens, without
-                padding; the samples do not see each other. A longer row makes that the limit, and flash-attention takes one row
-                whatever its length: its varlen kernel by cu_seqlens (not run here, for want of a GPU). With SDPA masks are
-                block-diagonal: a row costs its square, so bins of a few samples are best. One wait for a CUDA device a call.
+            pack_tokens: lay the rows side by side, without padding, in packed rows of at most this many tokens. If one row is
+                longer, its length is the limit. The samples do not see each other. With SDPA the masks are block-diagonal: the
+                time of a packed row grows with the square of its length, so a few samples a row are best. Flash-attention
+                takes one row of any length, by its varlen kernel (not tested: needs a GPU). One wait for a CUDA device a call.
             layers: also the states of these layers of the language model, counted as in `kdkernels.layer_map`.
 
         Returns:
-            (N, H) in the language model's dtype, with a gradient to the connector (and to the LM if it trains); with K layers
-            (N, 1 + K, H), what the head reads first.
+            (N, H) in the language model's dtype, with a gradient to the connector (and to the LM if it trains). With K layers
+            (N, 1 + K, H): first what the head reads.
 
         Raises:
             ValueError: `index` is not 1-D int64, or (on the CPU) out of range or inside the cached prefix; no such layer; layers
-                with gradient checkpointing, which runs each layer without a gradient first; pack_tokens with a language model
-                whose layers are not attention alone, or together with prefix_cache where its attention is not plain SDPA.
+                with gradient checkpointing, which first runs each layer without a gradient; pack_tokens with a language model
+                that has other layers than attention; pack_tokens with prefix_cache where the attention is not plain SDPA.
         """
         if index.dim() != 1 or index.dtype != torch.int64:
             raise ValueError(f"index: expected (N,) int64, got {tuple(index.shape)} {index.dtype}")
@@ -340,14 +340,14 @@ class SpeechLM(nn.Module):
         """Greedy continuation of a batch of prompts, with a KV cache.
 
         Args:
-            batch: prompts that end with their last prompt token (`collator(..., with_target=False)`), or their model
+            batch: rows that end with the last token of their prompt (`collator(..., with_target=False)`), or their model
                 inputs as a mapping.
-            max_new_tokens: limit a row.
+            max_new_tokens: limit of each row.
             prefix_cache: see `forward`.
             stop_token_ids: a row ends at any of these; default: the tokenizer's end of text.
 
         Returns:
-            one text a row, special tokens and outer white space removed.
+            one text for each row, without special tokens and outer white space.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
@@ -378,7 +378,7 @@ class SpeechLM(nn.Module):
         texts = [[token for token in row if token >= 0] for row in tokens]
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts]
 
-    # --- what the rest of the project asks of a model -----------------------------------------------------------------
+    # --- what training and evaluation ask of a model ------------------------------------------------------------------
 
     def get_output_embeddings(self) -> nn.Module:
         """The LM head."""
@@ -402,7 +402,7 @@ class SpeechLM(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SpeechLM:
-        """Frozen parts stay in evaluation mode; transformers checkpoints activations in training mode only."""
+        """As torch does, but frozen parts stay in evaluation mode; transformers checkpoints activations in training mode only."""
         super().train(mode)
         self.lm.train(mode and (self.config.train_lm or getattr(self, "_gradient_checkpointing", False)))
         if self._encoder is not None:
@@ -411,7 +411,7 @@ class SpeechLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the connector lies."""
+        """The device of the connector."""
         return self.connector.queries.device
 
     # --- inner parts --------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ class SpeechLM(nn.Module):
         return self._body(x, layout.mask, layout.position_ids, layout.past, layout.past is not None, **keywords)
 
     def _insert_audio(self, x: Tensor, is_audio: Tensor, features: Tensor | None, present: Tensor | None) -> Tensor:
-        """Put the connector's vectors at the audio positions, by gather and where: no read-back from the device."""
+        """Put the connector's vectors at the audio positions, by gather and where: the CPU does not wait for the device."""
         rows, queries = x.shape[0], self.config.num_queries
         clips = 1 if features is None or features.dim() == 4 else features.shape[1]
         if is_audio.device.type == "cpu":
@@ -514,7 +514,7 @@ class SpeechLM(nn.Module):
         ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """The LM head with what some families put behind it: Cohere's and Granite's scale, Gemma's soft cap."""
+        """The LM head, and what some families do with its logits: Cohere and Granite scale them, Gemma caps them softly."""
         config = self.lm.config
         logits = self.lm.get_output_embeddings()(hidden)
         if getattr(config, "logit_scale", None):

@@ -219,7 +219,7 @@ class TestErrors:
         data = bytearray(shard.read_bytes())
         data[-3] ^= 1
         shard.write_bytes(data)
-        with pytest.raises(CheckpointError, match=f"{shard.name}: damaged: its SHA-256.*pass run.resume=fallback"):
+        with pytest.raises(CheckpointError, match=f"{shard.name}: damaged: its SHA-256.*run.resume=fallback continues from it"):
             find_distributed(tmp_path, "auto", Ranks(CPU))
         assert find_distributed(tmp_path, "fallback", Ranks(CPU)).path.name == "step-00000001"
         shard.unlink()
@@ -312,7 +312,7 @@ def cannot_write(failures, folder, how):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("apart", "expected a folder that all ranks see, got one where rank 1 lacks"), ("full", "rank 1: OSError: .*No space left")],
+    [("apart", "expected a folder that all ranks see, but rank 1 does not see"), ("full", "rank 1: OSError: .*No space left")],
 )
 def test_a_checkpoint_that_one_rank_cannot_write_fails_on_all(tmp_path, how, message):
     raised = run_ranks(cannot_write, 2, tmp_path, how)

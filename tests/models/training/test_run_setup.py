@@ -240,7 +240,7 @@ def test_missing_features_are_counted(world, capsys, tmp_path):
     more = [dataclasses.replace(examples[0], id=f"x{i}", start_seconds=0.1 * i) for i in range(1, 4)]
     write_manifest(world / "more.jsonl", [*examples, *more])
     assert train(world, "sft_teacher", "never", f"data.manifest={world / 'more.jsonl'}") == 1
-    assert "lacks 3 of the clips" in capsys.readouterr().err
+    assert "has no features of 3 clips" in capsys.readouterr().err
 
 
 def test_cropping_takes_only_what_no_target_depends_on(world):

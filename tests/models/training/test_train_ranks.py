@@ -97,7 +97,7 @@ def test_one_rank_is_the_loop_alone(tmp_path):
     fakes.run(tmp_path / "none", "caad", *words, model=make_model())
     (curves, weights), (expected, expected_weights) = outcome(tmp_path / "ddp"), outcome(tmp_path / "none")
     assert curves == expected and all(torch.equal(weights[name], w) for name, w in expected_weights.items())
-    with pytest.raises(CheckpointError, match=r"format 1 expected, got distributed 1; run.parallel=none has its own"):
+    with pytest.raises(CheckpointError, match=r"format 1 expected, got distributed 1; run.parallel=none has a format of its own"):
         fakes.run(tmp_path / "ddp", "caad", *words, "run.resume=auto")
 
 
