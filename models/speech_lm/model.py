@@ -425,6 +425,7 @@ class SpeechLM(nn.Module):
         use_cache: bool,
         pack_tokens: int | None = None,
     ) -> RowLayout:
+        """Check the arguments of a call and lay out its rows; arguments as in `forward` and `hidden_states_at`."""
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids: expected (B, L) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
         if isinstance(past, PrefixedCache):
@@ -453,6 +454,7 @@ class SpeechLM(nn.Module):
         return is_flash_attention_requested(self.lm.config)
 
     def _run(self, layout: RowLayout, features: Tensor | None, present: Tensor | None) -> Tensor:
+        """(B, S, H) last hidden states of the tokens that are run, or those of packed rows."""
         embeddings = self.lm.get_input_embeddings()
         is_audio = layout.ids == self.placeholder_token_id
         x = embeddings(layout.ids)  # (B, S, H)
@@ -470,35 +472,31 @@ class SpeechLM(nn.Module):
         """Put the connector's vectors at the audio positions, by gather and where: the CPU does not wait for the device."""
         rows, queries = x.shape[0], self.config.num_queries
         clips = 1 if features is None or features.dim() == 4 else features.shape[1]
-        if is_audio.device.type == "cpu":
+        if is_audio.device.type == "cpu":  # elsewhere a look at the values would stall the device
             counts = is_audio.sum(1)
             if not counts.any():
                 return x
-            wrong = ((counts % queries != 0) | (counts > clips * queries)).nonzero().flatten().tolist()
-            if wrong:
-                expected = f"{queries} audio positions a row or none"
-                if clips > 1:
-                    expected = f"{queries} audio positions a clip, at most {clips} clips a row"
-                raise ValueError(f"input_ids: expected {expected}, got {counts[wrong[0]].item()} in row {wrong[0]}")
+            self._check_audio_positions(counts, clips)
         if features is None:
             shape = self.connector.config
             features = x.new_zeros(rows, shape.num_feature_layers, shape.num_frames, shape.feature_dim)
             present = torch.zeros(rows, dtype=torch.bool, device=x.device)
-        if features.shape[0] != rows:
-            raise ValueError(f"audio_features: expected {rows} rows, one a row of input_ids, got {features.shape[0]}")
-        if features.dim() == 5:
-            if present is not None and present.dim() == 1:
-                present = present[:, None].expand(rows, clips)
-            if present is not None and tuple(present.shape) != (rows, clips):
-                raise ValueError(f"audio_present: expected ({rows},) or ({rows}, {clips}), got {tuple(present.shape)}")
-            features, present = features.flatten(0, 1), None if present is None else present.flatten()
-        elif present is not None and tuple(present.shape) != (rows,):
-            raise ValueError(f"audio_present: expected ({rows},), got {tuple(present.shape)}")
+        features, present = _one_clip_a_row(features, present, rows, clips)
         audio = self.connector(features, present).to(x.dtype)  # (B * M, Q, H)
         audio = audio.reshape(rows, clips * queries, audio.shape[-1])
         slot = (is_audio.cumsum(1) - 1).clamp(0, clips * queries - 1)  # which query stands at each position
         spread = audio.gather(1, slot[..., None].expand(-1, -1, audio.shape[-1]))
         return torch.where(is_audio[..., None], spread, x)
+
+    def _check_audio_positions(self, counts: Tensor, clips: int) -> None:
+        """`counts`: (B,) audio positions of each row; ValueError unless each is that of whole clips, at most `clips` of them."""
+        queries = self.config.num_queries
+        wrong = ((counts % queries != 0) | (counts > clips * queries)).nonzero().flatten().tolist()
+        if wrong:
+            expected = f"{queries} audio positions a row or none"
+            if clips > 1:
+                expected = f"{queries} audio positions a clip, at most {clips} clips a row"
+            raise ValueError(f"input_ids: expected {expected}, got {counts[wrong[0]].item()} in row {wrong[0]}")
 
     def _body(
         self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor, past: Any, use_cache: bool, **varlen: Any
@@ -539,3 +537,20 @@ def _placeholder_id(config: SpeechLMConfig, tokenizer: PreTrainedTokenizerBase) 
     if token_id is None:
         raise ValueError(f"placeholder_token: expected a token of the vocabulary, got {config.placeholder_token!r}")
     return token_id
+
+
+def _one_clip_a_row(
+    features: Tensor, present: Tensor | None, rows: int, clips: int
+) -> tuple[Tensor, Tensor | None]:
+    """Features (B, K, T, D) or (B, M, K, T, D) as (B * M, K, T, D), and `present` (B,) or (B, M) as (B * M,)."""
+    if features.shape[0] != rows:
+        raise ValueError(f"audio_features: expected {rows} rows, one a row of input_ids, got {features.shape[0]}")
+    if features.dim() == 5:
+        if present is not None and present.dim() == 1:
+            present = present[:, None].expand(rows, clips)
+        if present is not None and tuple(present.shape) != (rows, clips):
+            raise ValueError(f"audio_present: expected ({rows},) or ({rows}, {clips}), got {tuple(present.shape)}")
+        return features.flatten(0, 1), None if present is None else present.flatten()
+    if present is not None and tuple(present.shape) != (rows,):
+        raise ValueError(f"audio_present: expected ({rows},), got {tuple(present.shape)}")
+    return features, present
