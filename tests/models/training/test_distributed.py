@@ -1,4 +1,4 @@
-"""DDP and FSDP2 against one device; checkpoints that another number of ranks goes on from (gloo, tiny models)."""
+"""DDP and FSDP2 against one device; checkpoints from which another number of ranks continues (gloo, tiny models)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Step(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
-        lm.scale = nn.Parameter(torch.tensor(1.0))  # a scalar, which FSDP2 does not shard
+        lm.scale = nn.Parameter(torch.tensor(1.0))  # FSDP2 does not shard a scalar
 
     def forward(self, ids, target, index, audio, text, teacher_weight, total):
         hidden = self.lm.model(input_ids=ids).last_hidden_state.flatten(0, 1)[index] * self.lm.scale
@@ -150,7 +150,7 @@ def test_two_ranks_take_the_steps_of_one(one_device, strategy):
 
 
 def phase(failures, folder, strategy, numbers):
-    """Goes on from what is in `folder`, with weights that are wrong before that, and saves."""
+    """Continues from the checkpoint in `folder`, with wrong weights before that, and saves."""
     ranks = Ranks(CPU)
     if dist.is_initialized():
         ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
@@ -198,7 +198,7 @@ def saved(tmp_path, *, steps=(1,), **options):
     return lm, step, optimizer
 
 
-def test_going_on_is_bitwise_on_the_same_number_of_ranks(tmp_path):
+def test_continuing_is_bitwise_on_the_same_number_of_ranks(tmp_path):
     _, step, optimizer = saved(tmp_path)
     expected = train_steps(step, optimizer, [7, 8], Ranks(CPU))
     lm, step, optimizer = make_training("none", Ranks(CPU))

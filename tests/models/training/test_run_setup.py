@@ -96,7 +96,7 @@ def test_layers_from_a_cache_train_the_student_of_the_live_teacher(world, capsys
     assert train(world, "caad_layers", "live_layers", *words) == 0
     assert cache_main(cache_words(world, world / "layers", "--dtype", "float32", "--layers", "all")) == 0
     assert train(world, "caad_layers", "cached_layers", *words, f"teacher.cache={world / 'layers'}") == 0
-    # The losses, not the weights: a key's bias has no gradient but rounding, which AdamW makes whole steps of.
+    # The losses, not the weights: a key's bias has only rounding as gradient, and AdamW makes whole steps of that.
     live, cached = (read_metrics(world / out / "metrics.jsonl") for out in ("live_layers", "cached_layers"))
     for name in ("layers", "kd", "ce", "loss"):
         assert [line[name] for line in live] == pytest.approx([line[name] for line in cached], rel=1e-4), name
@@ -122,7 +122,7 @@ def test_one_by_one_the_cache_is_the_live_teacher_bit_for_bit(world, recipe):
     assert all(torch.equal(live[name], cached[name]) for name in live)
 
 
-def test_a_cache_goes_on_and_its_parts_are_one(world, tmp_path, capsys):
+def test_a_cache_continues_and_its_parts_are_one(world, tmp_path, capsys):
     for part in ("0/2", "1/2", "1/2"):
         assert cache_main(cache_words(world, tmp_path / "c", "--part", part)) == 0
     said = capsys.readouterr().out
