@@ -1,6 +1,6 @@
 """A whole training step by its sources: what each teacher costs, and what is left to the engine. `python -m benchmarks.step`
 
-The loop of models/training/train.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher
+The loop of models/training/loop.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher
 of thirty), 16
 prompts of the built-in form, only the connector training: one forward of each teacher, timed by itself, and the rest of the step
 (the student's forward, the loss over all sources, layers, backward, AdamW) for each set of sources. `overhead` is how much longer
