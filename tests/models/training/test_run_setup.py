@@ -122,7 +122,7 @@ def test_one_by_one_the_cache_is_the_live_teacher_bit_for_bit(world, recipe):
     assert all(torch.equal(live[name], cached[name]) for name in live)
 
 
-def test_a_cache_continues_and_its_parts_are_one(world, tmp_path, capsys):
+def test_a_cache_goes_on_and_its_parts_are_one(world, tmp_path, capsys):
     for part in ("0/2", "1/2", "1/2"):
         assert cache_main(cache_words(world, tmp_path / "c", "--part", part)) == 0
     said = capsys.readouterr().out
