@@ -1,6 +1,6 @@
 """An hour of training steps, losses and cache reading in one process: does its memory grow? `python -m benchmarks.soak`
 
-An iteration is a whole step of models/training/train.py's loop on a tiny random speech LM (teacher, student, loss,
+An iteration is a whole step of models/training/loop.py's loop on a tiny random speech LM (teacher, student, loss,
 backward, AdamW), every
 public loss of kdkernels forward and backward on random inputs, their shapes drawn anew, and a cache opened, read and closed. The
 process sleeps between iterations, so that it takes no more than --load of a core's time.
@@ -94,8 +94,8 @@ class Iteration:
         self.read_cache()
 
     def train_step(self) -> None:
+        from models.training.objective import counted_positions, objective_loss, select_positions, token_weights
         from models.training.run_setup import OWN_TEACHER
-        from models.training.train import counted_positions, objective_loss, select_positions, token_weights
 
         rows = self._data.draw(self._cursor, 4, seed=0)
         self._cursor += len(rows)

@@ -1,6 +1,6 @@
 """A whole training step by its sources: what each teacher costs, and what is left to the engine. `python -m benchmarks.step`
 
-The loop of models/training/train.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher
+The loop of models/training/loop.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher
 of thirty), 16
 prompts of the built-in form, only the connector training: one forward of each teacher, timed by itself, and the rest of the step
 (the student's forward, the loss over all sources, layers, backward, AdamW) for each set of sources. `overhead` is how much longer
@@ -158,7 +158,7 @@ class StepCase:
 
     def head_product(self, recipe: Any, source: Any) -> Any:
         """A call that multiplies the states that the loss reads with this teacher's LM head."""
-        from models.training.train import counted_positions
+        from models.training.objective import counted_positions
 
         states = source.teacher(self.batch, self.examples)
         positions = counted_positions(recipe, self.batch)
@@ -168,7 +168,7 @@ class StepCase:
 
     def rest(self, recipe: Any, sources: Sequence[Any]) -> Any:
         """A call that does what a step does once the teachers have spoken; it returns the loss."""
-        from models.training.train import counted_positions, objective_loss, select_positions, token_weights
+        from models.training.objective import counted_positions, objective_loss, select_positions, token_weights
 
         states = {source.name: source.teacher(self.batch, self.examples) for source in sources}
         batch, states = select_positions(self.batch, states, counted_positions(recipe, self.batch))

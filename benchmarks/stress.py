@@ -5,7 +5,7 @@ Four kinds of work on tiny random models, each written so that a second start go
 stage1      models/pseudo_gt/stage1.py: a random Llama writes the targets of 24 rows
 cache       models/training/fill_cache.py, kdkernels/contrast_cache.py: both paths of a random speech LM over 12
 samples, in several shards
-training    models/training/train.py: ten steps of the CAAD loop, a checkpoint every two
+training    models/training/loop.py: ten steps of the CAAD loop, a checkpoint every two
 checkpoint  models/training/checkpoint.py: a loop that does little but save
 
 A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Every other kill

@@ -1,8 +1,8 @@
 """From examples to padded token batches, with the positions that predict the target and those that spell the answer.
 
-A row is   prompt text | <audio> x num_queries | rest of the prompt | target | end of text,   padded on the right. The
-text parts are tokenised apart from each other and with special tokens taken as plain text, so that no transcript can
-smuggle in an audio position or an end of text.
+A row is   prompt text | <audio> x num_queries | rest of the prompt | target | end of text,   padded on the right. Each text
+part is tokenised by itself, and special tokens in it are plain text. So no transcript can bring in an audio position or an
+end of text.
 
 Legend: B rows, L columns, N target tokens of all rows.
 """
@@ -32,7 +32,7 @@ _RESERVED_TOKENS = ("<|audio|>", "<|AUDIO|>", "<|reserved_special_token_0|>", "<
 
 @dataclass
 class SpeechBatch:
-    """What a step needs.
+    """A batch of examples as tokens, for training and evaluation.
 
     Attributes:
         ids: the examples' ids, B of them.
@@ -41,7 +41,7 @@ class SpeechBatch:
         audio_present: (B,) bool; False where the example has no audio.
         target_index: (N,) int64, row * L + column of the position whose hidden state PREDICTS the token.
         target: (N,) int64, the token ids.
-        target_row: (N,) int64, the row of each.
+        target_row: (N,) int64, the row of each target token.
         choice_mask: (N,) bool, the tokens that spell the answer.
     """
 
@@ -81,12 +81,12 @@ class Collator:
     """Callable from examples to a `SpeechBatch`.
 
     Args:
-        tokenizer: of the language model; needs an end-of-text token.
+        tokenizer: of the language model; with append_eos it needs an end-of-text token.
         num_queries: audio tokens a clip, as in the connector.
         placeholder_token_id: the id that marks audio positions; None = `find_placeholder_id(tokenizer)`.
         append_eos: end every target with the end-of-text token, so that the model learns to stop.
         max_tokens: longest row allowed, in tokens; None = no limit.
-        pad_to_multiple_of: round L up, which keeps the number of distinct shapes small.
+        pad_to_multiple_of: round L up to a multiple of this, so that fewer different shapes occur.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Collator:
     def __call__(
         self, examples: Sequence[Example], features: Tensor | None = None, *, with_target: bool = True
     ) -> SpeechBatch:
-        """Collate.
+        """Make a batch.
 
         Args:
             examples: B of them.
@@ -129,7 +129,7 @@ class Collator:
             with_target: False leaves rows that end with the prompt, for `SpeechLM.generate`.
 
         Raises:
-            ValueError: no examples, a feature count that differs, an example without target, or a row longer than
+            ValueError: no examples, another number of features, an example without target, or a row longer than
                 `max_tokens`; the message names the example's id.
         """
         if not examples:
@@ -192,10 +192,10 @@ class Collator:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
 
     def _choice_mask(self, example: Example, target_ids: list[int]) -> list[bool]:
-        """The tokens in which the target differs from its renderings with the other choices.
+        """Marks the tokens in which the target differs from itself with another choice in the answer's place.
 
-        Without choices it is the tokens of the answer; where the target mentions neither, any token may carry it, so
-        all but the end of text are marked.
+        Without choices it marks the tokens of the answer. If the target mentions neither a choice nor the answer, any token may
+        carry the answer: then it marks all tokens but the end of text.
         """
         target, body = example.target, len(target_ids) - self.append_eos
         span = _find_choice(target, example.choices or ((example.answer,) if example.answer else ()))
@@ -204,7 +204,7 @@ class Collator:
         begin, end = span
         mask = [False] * len(target_ids)
         mentioned = target[begin:end]
-        # "#" stands for "anything else" where no other choice is known.
+        # Where no other choice is known, "#" stands for any other text.
         others = [choice for choice in example.choices if choice.casefold() != mentioned.casefold()] or ["#"]
         for other in others:
             ids = self._tokenize(" " + target[:begin] + other + target[end:])
@@ -216,12 +216,12 @@ class Collator:
 
 
 def find_placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a token the vocabulary has and text never uses; it marks audio positions without resizing embeddings.
+    """The id of a token of the vocabulary that no text uses: it marks audio positions, and the embeddings keep their size.
 
-    Known reserved names come first, then any special token that is none of the tokenizer's own roles or chat marks.
+    Known reserved names come first, then any special token without a role in the tokenizer or in a chat.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the vocabulary has no such token.
     """
     vocabulary = tokenizer.get_vocab()
     for token in _RESERVED_TOKENS:
@@ -233,11 +233,11 @@ def find_placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
             r"im_start|im_end|endoftext|header|eot|turn|inst", token, re.IGNORECASE
         ):
             return vocabulary[token]
-    raise ValueError("tokenizer: no unused special token to mark audio positions with; give placeholder_token")
+    raise ValueError("tokenizer: expected an unused special token for the audio positions, found none; set placeholder_token")
 
 
 def _find_choice(target: str, choices: Sequence[str]) -> tuple[int, int] | None:
-    """Where the target mentions one of the choices as whole words; the longest choice wins, then its last mention."""
+    """Begin and end of a choice that the target mentions as whole words: the longest such choice, where it stands last."""
     for choice in sorted(filter(None, choices), key=len, reverse=True):
         matches = list(re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", target, re.IGNORECASE))
         if matches:
@@ -255,10 +255,10 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def crop_to_targets(batch: Any) -> Any:
-    """A `SpeechBatch` without the tokens that stand after each row's last predicting position.
+    """A `SpeechBatch` without the tokens after each row's last predicting position; call it on the CPU, before the batch moves.
 
-    A causal model's states do not depend on what follows: the last token of Y is never read, and with weights on the answer
-    alone nothing behind the answer is. Rows without a target are left whole. On the CPU, before the batch moves.
+    A causal model's states do not depend on what follows. So nobody reads the last token of a target; and if only the answer
+    has a weight, nobody reads what stands behind the answer. Rows without a target stay whole.
     """
     rows, columns = batch.input_ids.shape
     row, column = batch.target_index // columns, batch.target_index % columns

@@ -7,9 +7,9 @@ from models.arguments import Parser
 
 def features_parser() -> Parser:
     parser = Parser(prog="python -m models features", description="Run every clip through the frozen audio encoder once.")
-    parser.add_argument("manifest")
-    parser.add_argument("--model", required=True, help="SpeechLM folder whose encoder is used")
+    parser.add_argument("manifest", help="JSONL manifest whose clips are encoded")
+    parser.add_argument("--model", required=True, help="folder of a SpeechLM; its encoder is used")
     parser.add_argument("--out", required=True, help="safetensors file to write")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
-    parser.add_argument("--batch-clips", type=int, default=8, help="clips read and encoded at once")
+    parser.add_argument("--batch-clips", type=int, default=8, help="clips that are read and encoded together")
     return parser

@@ -6,7 +6,7 @@
       -> learned queries (plus the clip's pooled mean and deviation) attend to the frames, then to each other
       -> projected to the language model's width, normalised to the scale of its embeddings   (B, Q, H)
 
-The querying transformer follows BLIP-2 (Li et al., 2023) as DeSTA2.5-Audio uses it; it is the only part that trains.
+The querying transformer follows BLIP-2 (Li et al., 2023) in the form of DeSTA2.5-Audio; it is the only part that trains.
 
 Legend: B clips, K layers, T frames, D encoder width, W connector width, Q queries, H language model width.
 """
@@ -42,16 +42,16 @@ class ConnectorConfig:
         feature_dim: D, width of the encoder.
         num_frames: T, frames a clip.
         output_dim: H, width of the language model.
-        num_queries: Q, audio tokens a clip takes in the prompt.
+        num_queries: Q, audio tokens of a clip in the prompt.
         width: W.
         num_layers: transformer layers.
-        num_heads: attention heads; divides `width`.
-        layer_mix: "softmax": one weighted sum of the layers, as DeSTA2.5 does; "concat": side by side, K times the
+        num_heads: attention heads; `width` must be a multiple.
+        layer_mix: "softmax": one weighted sum of the layers, as in DeSTA2.5; "concat": the layers side by side, K times the
             input width, which learns faster where K is small.
-        pooled_statistics: add a projection of the frames' mean and deviation to every query: a clip-wide property, such
-            as a voice, is then visible from the first step.
-        output_scale: root mean square of the outputs at the start; 0.14 is about that of SmolLM2's embeddings.
-        dropout: in the attention and feed-forward blocks.
+        pooled_statistics: add a projection of the frames' mean and deviation to every query. A property of the whole clip, such
+            as the voice, is then visible from the first step.
+        output_scale: root mean square of the outputs at the start; 0.14 is close to that of SmolLM2's embeddings.
+        dropout: probability in the attention and feed-forward blocks.
     """
 
     num_feature_layers: int
@@ -113,7 +113,7 @@ class Connector(nn.Module):
         """Map features to embeddings.
 
         Args:
-            features: (B, K, T, D), raw, any floating dtype; they never get a gradient.
+            features: (B, K, T, D), raw, any floating dtype; no gradient goes to them.
             present: (B,) bool; False masks the clip: its standardised features become zero. None = all present.
 
         Returns:
@@ -146,7 +146,7 @@ class Connector(nn.Module):
         return F.layer_norm(output, output.shape[-1:]) * self.output_scale
 
     def layer_weights(self) -> Tensor | None:
-        """Learned share of each encoder layer, (K,) summing to 1; None with layer_mix "concat"."""
+        """Learned share of each encoder layer, (K,) with sum 1; None with layer_mix "concat"."""
         return None if self.layer_logits is None else self.layer_logits.detach().softmax(0)
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class Connector(nn.Module):
     def fit_statistics(self, features: Tensor) -> None:
         """Set the standardisation to the mean and deviation of `features` (N, K, T, D) over clips and frames.
 
-        Computed in float64 layer by layer, so that a half-precision file of features is enough.
+        They are computed in float64, layer by layer, so features in half precision are accurate enough.
         """
         expected = (self.config.num_feature_layers, self.config.feature_dim)
         if features.dim() != 4 or (features.shape[1], features.shape[3]) != expected:
@@ -181,7 +181,7 @@ class Connector(nn.Module):
 
 
 class _QueryLayer(nn.Module):
-    """Queries attend to the frames, to each other, then pass a feed-forward block; normalised before each."""
+    """Queries attend to the frames, then to each other, then pass a feed-forward block; each block normalises its input."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()

@@ -2,15 +2,16 @@
 
     python -m models features MANIFEST --model SPEECH_LM_FOLDER --out features.safetensors
 
-One safetensors file: `features` (n, K, T, D) float16 with the clips' keys in its metadata. A clip's key is its file and span,
-so the same clip under three contexts is stored once.
+The result is one safetensors file: `features` (n, K, T, D) float16, with the clips' keys in its metadata. A clip's key is its
+file and span, so a clip that stands in three prompts is stored once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def clip_key(example: Example) -> str:
 
 
 class FeatureStore:
-    """Features by clip key, memory-resident: (n, K, T, D) float16.
+    """Features by clip key, in memory: (n, K, T, D) float16.
 
     Args:
         keys: one for each row.
@@ -50,7 +51,7 @@ class FeatureStore:
         self.features = features.to(torch.float16)
         self._row = {key: i for i, key in enumerate(keys)}
         if len(self._row) != len(keys):
-            raise ValueError("keys: expected no key twice")
+            raise ValueError("keys: expected each key once, got some twice")
 
     def __contains__(self, example: Example) -> bool:
         return clip_key(example) in self._row
@@ -79,7 +80,7 @@ class FeatureStore:
         """Read what `save` wrote.
 
         Raises:
-            FeatureError: no such file, or not such a file.
+            FeatureError: no such file, or a file of another kind.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -116,21 +117,30 @@ def extract_features(
     keys: list[str] = []
     out: list[torch.Tensor] = []
     problems: list[tuple[str, str]] = []
-    waiting: list[tuple[str, np.ndarray]] = []
+    bar = tqdm(clips.items(), desc="encode clips", unit="clip", disable=not progress_bar)
+    waves = _read_clips(bar, audio_root, max_seconds, problems)
+    while batch := list(itertools.islice(waves, batch_clips)):
+        encoded = encode([wave for _, wave in batch]).to(torch.float16).cpu()  # float16 has only inf beyond 65504
+        finite = encoded.flatten(1).isfinite().all(1)
+        out.append(encoded[finite])
+        for (key, _), good in zip(batch, finite.tolist(), strict=True):
+            if good:
+                keys.append(key)
+            else:
+                problems.append((clips[key].id, f"{clips[key].audio}: the encoder's features are not finite in float16"))
+    if len(problems) > max_bad_fraction * max(1, len(clips)):
+        listed = "; ".join(f"{i}: {reason}" for i, reason in problems[:5])
+        raise FeatureError(f"{len(problems)} of {len(clips)} clips could not be read (max {max_bad_fraction:.0%}): {listed}")
+    if not keys:
+        raise FeatureError("examples: expected at least one clip that can be encoded, got none")
+    return FeatureStore(keys, torch.cat(out)), problems
 
-    def encode_waiting() -> None:
-        if waiting:
-            encoded = encode([wave for _, wave in waiting]).to(torch.float16).cpu()  # beyond 65504 there is only inf
-            good = encoded.flatten(1).isfinite().all(1)
-            out.append(encoded[good])
-            for (key, _), finite in zip(waiting, good.tolist(), strict=True):
-                if finite:
-                    keys.append(key)
-                else:
-                    problems.append((clips[key].id, f"{clips[key].audio}: the encoder's features are not finite in float16"))
-            waiting.clear()
 
-    for key, example in tqdm(clips.items(), desc="encode clips", unit="clip", disable=not progress_bar):
+def _read_clips(
+    clips: Iterable[tuple[str, Example]], audio_root: str | Path, max_seconds: float, problems: list[tuple[str, str]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Key and waveform of each clip that can be read; (example id, reason) of the others goes to `problems`."""
+    for key, example in clips:
         try:
             wave = load_audio(
                 Path(audio_root) / example.audio,
@@ -140,17 +150,8 @@ def extract_features(
             )
         except AudioError as error:
             problems.append((example.id, str(error)))
-            continue
-        waiting.append((key, wave))
-        if len(waiting) == batch_clips:
-            encode_waiting()
-    encode_waiting()
-    if len(problems) > max_bad_fraction * max(1, len(clips)):
-        listed = "; ".join(f"{i}: {reason}" for i, reason in problems[:5])
-        raise FeatureError(f"{len(problems)} of {len(clips)} clips could not be read (max {max_bad_fraction:.0%}): {listed}")
-    if not keys:
-        raise FeatureError("no clip to encode")
-    return FeatureStore(keys, torch.cat(out)), problems
+        else:
+            yield key, wave
 
 
 def main(argv: Sequence[str] | None = None) -> int:

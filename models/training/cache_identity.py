@@ -1,4 +1,4 @@
-"""What the states of a cache come from: the teacher, and what each sample asks and holds."""
+"""What the states of a cache depend on: the teacher, and the prompt, clip and target of each sample."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from models.io_utils import fingerprint, sha256_file
 
 
 class CacheError(RuntimeError):
-    """The cache cannot be made or used; the message says why."""
+    """A cache cannot be made or used; the message says why."""
 
 
 def teacher_fingerprint(folder: str | Path) -> dict[str, str]:
-    """What a cache's states come from: settings, backbones and connector of a saved SpeechLM."""
+    """The teacher of a cache: SHA-256 of the settings, backbones and connector in the folder of a saved SpeechLM."""
     folder = Path(folder)
     parts = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors"))
     if not (folder / "speech_lm.json").is_file():
@@ -26,11 +26,11 @@ def teacher_fingerprint(folder: str | Path) -> dict[str, str]:
 
 
 def sample_content(example: Any, features: torch.Tensor | None) -> str:
-    """"PROMPT-AUDIO": fingerprints of what a sample's states depend on beside the teacher.
+    """What a sample's states depend on beside the teacher, as "PROMPT-AUDIO", two fingerprints.
 
     Args:
-        example: its prompt and target.
-        features: (K, T, D) of its clip; None leaves AUDIO out, for a student whose encoder is another.
+        example: its prompt and target make PROMPT.
+        features: (K, T, D) of its clip, which make AUDIO; None leaves AUDIO out, for a student with another encoder.
     """
     text = fingerprint([render_prompt(example), example.target])[:16]
     if features is None:

@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or absent, and exact: weights, optimiser, position in the data, every random generator.
+"""Checkpoints: complete or absent, and exact. They hold weights, optimiser, position in the data, every random generator.
 
 A checkpoint is a folder `step-00000120` with
 
-    model.safetensors       the trained weights (frozen backbones are named in the recipe, not copied)
+    model.safetensors       the trained weights (the recipe names the frozen backbones; they are not copied)
     optimizer.safetensors   the optimiser's tensors, named by parameter
     rng.safetensors         states of torch's CPU and CUDA generators and of NumPy's
-    trainer.json            step, cursor, optimiser settings, Python's generator, whatever the loop adds
+    trainer.json            step, optimiser settings, Python's generator, what the loop adds
     manifest.json           size and SHA-256 of each file; written last
 
-It is written under a temporary name, flushed to the disk and renamed, so a kill at any moment leaves the previous
-checkpoint as it was. No pickle: nothing in a checkpoint can run code.
+It is written under a temporary name, flushed to the disk and renamed: a kill at any moment leaves the checkpoint before it as it
+was. It holds no pickle, so nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from models.io_utils import atomic_dir, atomic_write_json, save_tensors, sha256_file
+from models.io_utils import atomic_dir, atomic_write_json, fingerprint, save_tensors, sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -39,12 +39,12 @@ _LEFT_NAME = re.compile(r"\.step-\d{8}\..*\.(tmp|old)$")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or of another run; the message says which file and what to do."""
+    """A checkpoint is missing, damaged, or of another run; the message names the file and says what to do."""
 
 
 @dataclass
 class Checkpoint:
-    """What was read back."""
+    """A checkpoint as it was read."""
 
     path: Path
     step: int
@@ -64,20 +64,20 @@ def save_checkpoint(
     trainer_state: Mapping[str, Any],
     keep_last: int = 2,
 ) -> Path:
-    """Write `root/step-XXXXXXXX` atomically; keep `keep_last` checkpoints up to this step and none of a later one.
+    """Write `root/step-XXXXXXXX` atomically; keep `keep_last` checkpoints up to this step and none of a later step.
 
     Args:
         model_state: name -> tensor of what is trained (see `trainable_state`).
-        optimizer: any torch optimiser whose per-parameter state is tensors and numbers.
+        optimizer: any torch optimiser whose state of each parameter is tensors and numbers.
         parameter_names: the name of every parameter the optimiser holds.
-        trainer_state: JSON-like; step, data cursor, metrics.
+        trainer_state: what the loop adds, as JSON can hold it.
 
     Returns:
         the folder.
 
     Raises:
         ValueError: an optimiser state of a type that safetensors and JSON cannot hold.
-        OSError: no room, no rights; it names the file or the folder. The checkpoints before it stay as they were.
+        OSError: no room or no rights; it names the file or the folder. Earlier checkpoints stay as they were.
     """
     path = Path(root) / f"step-{step:08d}"
     tensors, numbers = _split_optimizer(optimizer, parameter_names)
@@ -94,21 +94,21 @@ def save_checkpoint(
 
 
 def write_manifest(folder: Path, step: int, format_version: int | str) -> None:
-    """Size and SHA-256 of every file in `folder`: the last to be written."""
+    """Write size and SHA-256 of every file in `folder`; call it when all of them are there."""
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
     atomic_write_json(folder / MANIFEST_NAME, {"format": format_version, "step": step, "files": files})
 
 
 def prune_checkpoints(root: str | Path, path: Path, keep_last: int) -> None:
-    """Keep `keep_last` checkpoints up to `path`, just written, and none of a later step; take away what killed saves have left.
+    """Keep `keep_last` checkpoints up to `path`, the new one, and none of a later step; delete what killed saves have left.
 
-    Later steps are of a run that this one, resumed before them, has left behind: "newest" must not mean those.
+    A checkpoint of a later step belongs to a run that was continued from an earlier one: "newest" must not mean that one.
     """
     kept = [p for p in list_checkpoints(root) if p.name <= path.name][-keep_last:]
     for old in list_checkpoints(root):
         if old not in kept:
             with contextlib.suppress(OSError):
-                old.rename(old.with_name(f".{old.name}.pruned.old"))  # half a checkpoint is not listed
+                old.rename(old.with_name(f".{old.name}.pruned.old"))  # renamed first: one that is half deleted is not listed
     for left in Path(root).iterdir():
         if _LEFT_NAME.match(left.name):
             shutil.rmtree(left, ignore_errors=True)
@@ -131,16 +131,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def check_manifest(path: Path, format_version: int | str, names: set[str]) -> None:
-    """Hold every file against the manifest, which must be of this format and know `names`; CheckpointError otherwise."""
+    """Compare every file with the manifest, which must have this format and list `names`; CheckpointError otherwise."""
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no {MANIFEST_NAME}, so not a complete checkpoint") from None
+        raise CheckpointError(f"{path}: not a complete checkpoint, it has no {MANIFEST_NAME}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != format_version:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(f"{path}: checkpoint format {format_version} expected, got {got}; run.parallel=none has its own")
+        raise CheckpointError(
+            f"{path}: checkpoint format {format_version} expected, got {got}; run.parallel=none has a format of its own"
+        )
     files = manifest.get("files")
     if not isinstance(files, dict) or names - files.keys():
         raise CheckpointError(f"{path / MANIFEST_NAME}: damaged: expected an entry for each of {sorted(names)}")
@@ -149,7 +151,7 @@ def check_manifest(path: Path, format_version: int | str, names: set[str]) -> No
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """The checkpoint folders under `root`, oldest first; temporary ones of a killed run are not among them."""
+    """The checkpoint folders under `root`, oldest first, without the temporary ones of a killed run."""
     root = Path(root)
     if not root.is_dir():
         return []
@@ -163,10 +165,10 @@ def find_checkpoint(root: str | Path, resume: str, load: Callable[[Path], Any] =
         root: folder of the run's checkpoints.
         load: reads a folder and raises CheckpointError where it is damaged.
         resume: "never" -> None; "auto" -> the newest, an error if it is damaged, None if there is none; "fallback" -> the
-            newest that is intact; anything else -> that folder.
+            newest that is intact; anything else -> the checkpoint in that folder.
 
     Raises:
-        CheckpointError: the asked-for checkpoint is damaged; the message names the intact one before it, if any.
+        CheckpointError: the checkpoint is damaged; the message names the intact one before it, if there is one.
     """
     if resume == "never":
         return None
@@ -184,19 +186,19 @@ def find_checkpoint(root: str | Path, resume: str, load: Callable[[Path], Any] =
             continue
         if errors and resume == "auto":
             raise CheckpointError(
-                f"{errors[0]}. The last intact one is {path}: pass run.resume=fallback to go on from it"
+                f"{errors[0]}. The last intact one is {path}: run.resume=fallback continues from it"
             )
         return checkpoint
     if errors:
-        raise CheckpointError(f"{errors[0]}. No intact checkpoint is left in {root}: start anew with run.resume=never")
+        raise CheckpointError(f"{errors[0]}. No intact checkpoint is left in {root}: run.resume=never starts from step 1")
     return None
 
 
 def set_aside(root: str | Path) -> None:
-    """Rename the checkpoints of an earlier run to `<root>.previous`, in place of those set aside before.
+    """Rename the folder of an earlier run's checkpoints to `<root>.previous`; an older folder of that name is deleted.
 
-    A run that starts anew must not leave them where `find_checkpoint` would take them for its own; nor are hours of
-    training deleted because somebody forgot `run.resume=auto`.
+    `find_checkpoint` must not take them for those of a new run. And somebody who forgot `run.resume=auto` must not lose hours
+    of training.
     """
     root = Path(root)
     _put_back(root)
@@ -207,7 +209,7 @@ def set_aside(root: str | Path) -> None:
 
 
 def _put_back(root: Path) -> None:
-    """A checkpoint that was being replaced by a later save of its step, when a kill came between the two renames."""
+    """Restore a checkpoint that a second save of its step was replacing when a kill came, between the two renames."""
     for aside in root.glob(".step-*.old/step-*"):
         if not (root / aside.name).exists():
             aside.rename(root / aside.name)
@@ -217,17 +219,11 @@ def restore_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Put the saved weights and buffers back; frozen parameters stay as they are.
 
     Raises:
-        CheckpointError: something of the model is not in the checkpoint, or has another shape there.
+        CheckpointError: a tensor of the model is not in the checkpoint, or has another shape there.
     """
     expected = {name: tuple(t.shape) for name, t in trainable_state(model).items()}
     saved = {name: tuple(t.shape) for name, t in checkpoint.model.items()}
-    different = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"{checkpoint.path}: of another model: {name} is {saved.get(name, 'missing')} there, "
-            f"{expected.get(name, 'missing')} here ({len(different)} such)"
-        )
+    check_same_entries(checkpoint.path, "model", saved, expected)
     model.load_state_dict(checkpoint.model, strict=False)
 
 
@@ -246,7 +242,7 @@ def restore_optimizer(
         )
     for key, tensor in checkpoint.optimizer.items():
         name, entry = key.split("|", 1)
-        # AdamW keeps its step counter on the CPU whatever the device (unless capturable); follow what was saved.
+        # AdamW keeps its step counter on the CPU for any device (unless capturable).
         device = names[name].device if tensor.dim() else torch.device("cpu")
         optimizer.state[names[name]][entry] = tensor.to(device)
     for name, entries in numbers["state"].items():
@@ -256,7 +252,7 @@ def restore_optimizer(
 
 
 def restore_rng(checkpoint: Checkpoint) -> None:
-    """Put every random generator back: Python, NumPy, torch on the CPU and, where both sides have them, CUDA devices."""
+    """Put every random generator back: Python, NumPy, torch on the CPU, and on the CUDA devices that are saved and present."""
     numbers = checkpoint.trainer["rng"]
     version, *rest = numbers["python"]
     random.setstate((version, tuple(rest[0]), rest[1]))
@@ -273,12 +269,48 @@ def restore_rng(checkpoint: Checkpoint) -> None:
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint has to hold: every entry of the state dict except frozen parameters.
 
-    Buffers stay in (feature statistics are buffers); backbones are frozen parameters and stay out. A parameter with two
-    names (a tied LM head) is held under the first.
+    Buffers are in it (feature statistics are buffers); backbones are frozen parameters and are not. A parameter with two
+    names (a tied LM head) has the first of them.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     others = {name for name, _ in model.named_parameters(remove_duplicate=False)} - trained
     return {name: t for name, t in model.state_dict().items() if name not in others}
+
+
+def check_same_settings(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Raise a CheckpointError unless the checkpoint `path` was made with the same settings; it names those that differ."""
+    if fingerprint(saved) == fingerprint(now):
+        return
+    flat_saved, flat_now = dict(_flatten(saved)), dict(_flatten(now))
+    different = [
+        f"{key} was {flat_saved.get(key)!r}, is {flat_now.get(key)!r}"
+        for key in sorted(flat_saved.keys() | flat_now.keys())
+        if flat_saved.get(key) != flat_now.get(key)
+    ]
+    raise CheckpointError(f"{path}: of another recipe: {'; '.join(different)}")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def check_same_entries(path: Path, what: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError that names the first entry in which the checkpoint `path` differs from this `what`.
+
+    Args:
+        saved, expected: name -> shape, of the checkpoint and of what it is loaded into.
+    """
+    different = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{path}: of another {what}: {name} is {saved.get(name, 'missing')} there, "
+            f"{expected.get(name, 'missing')} here ({len(different)} such)"
+        )
 
 
 def _split_optimizer(
@@ -301,7 +333,7 @@ def _split_optimizer(
 
 def _rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     kind, keys, position, has_gauss, cached = np.random.get_state()
-    # safetensors' torch side knows no uint32: the same bits travel as int32.
+    # safetensors.torch cannot store uint32: the same bits are stored as int32.
     tensors = {"torch_cpu": torch.get_rng_state(), "numpy": torch.from_numpy(keys.view(np.int32).copy())}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):

@@ -15,18 +15,18 @@ CACHE_DTYPES = ("bfloat16", "float32", "float8")
 def train_parser() -> Parser:
     parser = Parser(
         prog="python -m models train",
-        description="Train a speech LM by a recipe. Ctrl-C or SIGTERM saves; run.resume=auto goes on.",
+        description="Train a speech LM by a recipe. Ctrl-C or SIGTERM saves and stops; run.resume=auto continues.",
         epilog=describe_recipes(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as loss.alpha=1 run.out_dir=runs/caad1")
-    parser.add_argument("--keys", action="store_true", help="list every key of a recipe with its default, and stop")
+    parser.add_argument("--keys", action="store_true", help="list every key of a recipe with its default, and exit")
     return parser
 
 
 def describe_recipes() -> str:
-    """The shipped recipes by the first words of their files."""
+    """The shipped recipes, each with the first words of its file."""
     lines = ["recipes:"]
     for path in sorted(RECIPES_DIR.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
@@ -38,14 +38,14 @@ def describe_recipes() -> str:
 def cache_parser() -> Parser:
     parser = Parser(prog="python -m models cache", description="Run the teacher once and store its hidden states.")
     parser.add_argument("teacher", help="folder of a SpeechLM")
-    parser.add_argument("manifest", help="with targets (python -m models pseudo-gt)")
-    parser.add_argument("--out", required=True, help="folder of the cache")
+    parser.add_argument("manifest", help="JSONL manifest with targets (python -m models pseudo-gt)")
+    parser.add_argument("--out", required=True, help="folder of the cache, new or begun")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
-    parser.add_argument("--features", help="encoder features of the clips (python -m models features)")
-    parser.add_argument("--dtype", default="bfloat16", choices=CACHE_DTYPES, help="of the stored states")
-    parser.add_argument("--layers", default="none", help="none, all, or numbers such as 6,12,30")
-    parser.add_argument("--part", default="0/1", help="I/N: every N-th sample from the I-th on")
-    parser.add_argument("--batch-examples", type=int, default=32, help="samples a forward pass")
+    parser.add_argument("--features", help="file of the clips' features (python -m models features; default: encode now)")
+    parser.add_argument("--dtype", default="bfloat16", choices=CACHE_DTYPES, help="dtype of the stored states")
+    parser.add_argument("--layers", default="none", help="layers to store too: none, all, or numbers such as 6,12,30")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th sample, beginning with the I-th; I from 0")
+    parser.add_argument("--batch-examples", type=int, default=32, help="samples in a forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--measure", type=int, default=0, metavar="N", help="compare N samples with live ones at the end")
     return parser

@@ -1,8 +1,8 @@
 """Training curves: one JSON object a line, and TensorBoard.
 
-Values are added as tensors and stay on their device; they are read only when a line is written, so a GPU is not made to
-wait at every step. Sums not written yet are part of a checkpoint: a resumed run writes the very lines that an undisturbed
-one would have written (times apart).
+Values are added as tensors and stay on their device. They are read only when a line is written, so the CPU does not wait for a
+GPU in every step. Sums that are not written yet are part of a checkpoint: a continued run writes the same lines as an undisturbed
+one, except for their times.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class MetricsLogger:
     """Averages values between two log lines and writes them to `folder/metrics.jsonl` and TensorBoard.
 
     Args:
-        folder: where to; made if missing.
+        folder: where it writes; made if missing.
         tensorboard: also write event files to `folder/tensorboard`.
-        resume_step: drop lines after this step, which an interrupted run had written and this one will write again; None
+        resume_step: drop the lines after this step: an interrupted run has written them, and this one writes them again. None
             starts an empty file.
-        total: sums a tensor over the processes of a run, on each of them; None = there is one.
-        writes: False on all processes but one.
+        total: sums a tensor over the processes of a run, on each of them; None = there is one process.
+        writes: True on one process, False on the others.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class MetricsLogger:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [line for line in read_metrics(self.path) if line["step"] <= resume_step]
-        atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))  # a kill here loses no line
+        atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))  # atomic: a kill here loses no line
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         if tensorboard:
-            # Imported here: it costs a second, and evaluation and tests do not need it.
+            # Imported here: the import takes a second, and evaluation and tests do not need it.
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = 0 if resume_step is None else resume_step + 1  # event files of an earlier run may lie there too
+            purge = 0 if resume_step is None else resume_step + 1  # the folder may hold event files of an earlier run
             self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
 
     def add(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float = 1.0) -> None:
-        """Add `value` (already averaged, standing for `weight` items) to the mean of `name`. Never waits for a device."""
+        """Add `value`, itself the mean of `weight` items, to the mean of `name`. It never waits for a device."""
         value = torch.as_tensor(value, dtype=torch.float64).detach()
         weight = torch.as_tensor(weight, dtype=torch.float64, device=value.device).detach()
         if name in self._sums:
@@ -74,7 +74,7 @@ class MetricsLogger:
             self._weights[name] = weight.clone()
 
     def flush(self, step: int, **now: float) -> dict[str, Any]:
-        """Write one line: the means since the last one, and the values of `now` as they are. Reads the device once."""
+        """Write a line: the means since the last line, and the values of `now` as they are. Reads the device once."""
         line: dict[str, Any] = {"step": step}
         if self._sums:
             sums, weights = self._totals()
@@ -93,13 +93,13 @@ class MetricsLogger:
         return line
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Sums not written yet, over all processes, for a checkpoint."""
+        """Sums that are not written yet, over all processes, for a checkpoint."""
         if not self._sums:
             return {}
         return dict(zip(self._sums, self._totals().T.tolist(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, list[float]], *, device: torch.device | str = "cpu") -> None:
-        """Take up the sums of `state_dict()`: one process does, for the others they are 0."""
+        """Continue with the sums of `state_dict()`; the process that writes takes them, the others start at 0."""
         if not self._writes:
             state = {name: [0.0, 0.0] for name in state}
         self._sums = {n: torch.tensor(s, dtype=torch.float64, device=device) for n, (s, _) in state.items()}
@@ -124,7 +124,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a kill is left out. A missing file has none."""
+    """The lines of a metrics file, up to the first that a kill has cut off. A missing file has none."""
     path = Path(path)
     if not path.exists():
         return []

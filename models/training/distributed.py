@@ -1,19 +1,20 @@
-"""Several processes, started by torchrun: what they share, and checkpoints that any number of them can go on from.
+"""Several processes, started by torchrun: what they share, and checkpoints from which any number of them can continue.
 
     torchrun --nproc-per-node 4 -m models train RECIPE run.parallel=fsdp2 ...
 
-The engines are PyTorch's own: DistributedDataParallel, `fully_shard` (FSDP2), torch.distributed.checkpoint. Each rank takes its
-part of a step's examples; the divisors of the objective are summed over ranks, so that a step on W ranks has the gradient of
-the same step on one. Every rank builds the whole model on its device before anything is sharded.
+A rank is one of these processes. The engines are PyTorch's own: DistributedDataParallel, `fully_shard` (FSDP2),
+torch.distributed.checkpoint. Each rank takes its part of a step's examples. The divisors of the objective are summed over ranks,
+so a step on W ranks has the gradient of the same step on one. Every rank builds the whole model on its device before anything
+is sharded.
 
 A distributed checkpoint is a folder `step-00000120` with
 
-    shard-*.safetensors   what each rank holds of the trained weights and of the optimiser's tensors, with its offsets
-    trainer.json          step, the optimiser's numbers, whatever the loop adds
+    shard-*.safetensors   each rank's part of the trained weights and of the optimiser's tensors, with its offsets
+    trainer.json          step, the optimiser's numbers, what the loop adds
     manifest.json         size and SHA-256 of each file; written last
 
-written under a temporary name and renamed when every rank has finished, in a file system that all ranks see. It says nothing of
-ranks: tensors are read by name and offset, on as many as there are then. No pickle: nothing in it can run code.
+It is written under a temporary name and renamed when every rank has finished, in a file system that all ranks see. It does not
+depend on the number of ranks: tensors are read by name and offset. It holds no pickle, so nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from models.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     check_manifest,
+    check_same_entries,
     find_checkpoint,
     prune_checkpoints,
     write_manifest,
@@ -50,12 +52,12 @@ Item = TypeVar("Item")
 
 
 class RankError(RuntimeError):
-    """Another rank is gone, or has come to other numbers; what was saved before stays."""
+    """Another rank has ended, or has other numbers than this one; earlier checkpoints stay."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run; by default it is the only one."""
+    """This process among those of the run; with the defaults it is the only one."""
 
     device: torch.device
     rank: int = 0
@@ -64,18 +66,18 @@ class Ranks:
     @classmethod
     @contextlib.contextmanager
     def started_by_torchrun(cls, device: torch.device, strategy: str) -> Iterator[Ranks]:
-        """Joins the process group that torchrun describes, if it does, and leaves it afterwards.
+        """Join the process group that torchrun describes, if torchrun started this process, and leave it afterwards.
 
-        After an exception it is not left in good order, which could wait for ranks that wait for this one: the process has to
-        end, and torchrun then ends the others within its --shutdown-timeout (TORCH_ELASTIC_SHUTDOWN_TIMEOUT; 30 s).
+        After an exception the group is not left: that could wait for ranks that wait for this one. The process has to end then,
+        and torchrun ends the others within its --shutdown-timeout (TORCH_ELASTIC_SHUTDOWN_TIMEOUT; 30 s).
 
         Args:
-            device: a CUDA device is replaced by the one of this process's local rank (nccl); else gloo.
-            strategy: with "none" nothing is joined.
+            device: for a CUDA device the ranks take that of their local rank, and exchange by nccl; else they exchange by gloo.
+            strategy: "none": join no group.
 
         Raises:
             ValueError: "none" in one of several processes.
-            RankError: an exchange failed because another rank is gone.
+            RankError: an exchange failed because another rank has ended.
         """
         started = int(os.environ.get("WORLD_SIZE", 0))
         if strategy == "none" and started > 1:
@@ -95,18 +97,18 @@ class Ranks:
                 raise
             first_line = str(error).splitlines()[0]
             raise RankError(
-                f"rank {ranks.rank} of {ranks.size}: another rank is gone ({first_line}); the last checkpoint stays, "
-                "run.resume=auto goes on from it"
+                f"rank {ranks.rank} of {ranks.size}: another rank has ended ({first_line}); the last checkpoint stays, "
+                "run.resume=auto continues from it"
             ) from error
         dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process writes the files of the run."""
         return self.rank == 0
 
     def own(self, items: Sequence[Item]) -> list[Item]:
-        """This rank's share of a step's items, every `size`-th; the shares differ by at most one."""
+        """This rank's share of a step's items: every `size`-th. The lengths of two shares differ by at most one."""
         return list(items[self.rank :: self.size])
 
     def sum(self, values: Tensor) -> Tensor:
@@ -118,11 +120,11 @@ class Ranks:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank: decisions that all have to take alike."""
+        """Whether the flag is set on some rank, for a decision that must be the same on all of them."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def gather(self, value: Item) -> list[Item]:
-        """What every rank has, in their order, on each of them."""
+        """The values of all ranks in their order, on each of them."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -130,7 +132,7 @@ class Ranks:
         return values
 
     def from_first(self, function: Callable[[], Item]) -> Item:
-        """What `function` gives on the first rank, on every rank; its CheckpointError likewise."""
+        """What `function` returns on the first rank, on every rank. Its CheckpointError is raised on every rank too."""
         result: list[Any] = [None, None]
         if self.is_first:
             try:
@@ -145,25 +147,25 @@ class Ranks:
 
 
 def _is_of_the_exchange(error: RuntimeError) -> bool:
-    """gloo's errors have no type of their own."""
+    """Whether an exchange between ranks raised it; gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module | None = None) -> nn.Module:
-    """`step`, whose forward computes the loss from everything that the model is, prepared for `strategy`.
+    """`step` prepared for `strategy`; its forward computes the loss and holds the whole model.
 
-    The loss has to be in that forward: there FSDP2 has gathered the LM head, and DDP sees which weights take part.
+    The loss has to be in that forward: FSDP2 gathers the LM head there, and DDP sees there which weights take part.
 
     Args:
-        step: on its device, the same weights on every rank.
-        strategy: "none"; "ddp": every rank holds all weights; "fsdp2": the LM's layers, and what is left, are sharded apart
-            from each other. `step` is changed in place then. What trains in another dtype than most of what trains, such as a
-            float32 connector beside a bfloat16 LM, stays whole on every rank.
-        lm: whose layers are sharded one by one, with "fsdp2" (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
+        step: on its device, with the same weights on every rank.
+        strategy: "none"; "ddp": every rank holds all weights; "fsdp2": each of the LM's layers is sharded, and so is the rest of
+            `step`, which is changed in place. Weights that train in a rarer dtype stay whole on every rank, such as a float32
+            connector beside a bfloat16 LM that trains.
+        lm: with "fsdp2" its layers are sharded one by one (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
 
-    Gradients are averaged over ranks by both engines: multiply the loss by `ranks.size`, with divisors summed over ranks. With
-    "fsdp2" every rank has to call `step` as often as the others, and to use the same weights in it. With "ddp" a weight that took
-    part in earlier parts of a step has to take part in the last one on some rank (see `gradient_sync`), or gradients differ.
+    Both engines average gradients over ranks: multiply the loss by `ranks.size`, and sum its divisors over ranks. With "fsdp2"
+    every rank has to call `step` as often as the others, and to use the same weights in it. With "ddp" a weight that took part
+    in some part of a step has to take part in the last one on some rank (see `gradient_sync`); else gradients differ.
 
     Raises:
         ValueError: another strategy, "none" on several ranks, or no process group.
@@ -177,7 +179,7 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
     if not dist.is_initialized():
         raise ValueError(f"strategy: {strategy!r} needs a process group; start with torchrun (one process will do)")
     if strategy == "ddp":
-        # Without the search a rank whose part leaves some weights out would keep the others waiting.
+        # A part may leave some weights out on one rank: without the search the other ranks would wait for their gradients.
         return nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -193,7 +195,7 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
 
 
 def _refused_by_fsdp2(step: nn.Module) -> set[nn.Parameter]:
-    """Scalars, and what trains in another dtype than most of what trains: FSDP2 reduces gradients of one dtype."""
+    """Scalars, and weights that train in a rarer dtype: FSDP2 reduces gradients of one dtype only."""
     elements: Counter[torch.dtype] = Counter()
     for parameter in step.parameters():
         elements[parameter.dtype] += parameter.numel() * parameter.requires_grad
@@ -202,22 +204,22 @@ def _refused_by_fsdp2(step: nn.Module) -> set[nn.Parameter]:
 
 
 def _averaged(parameter: Tensor) -> None:
-    """What earlier parts have left in the gradient is the same on all ranks already, and stays as it is."""
+    """Average a gradient over ranks. What it holds of earlier parts is the same on all ranks, and averaging keeps that."""
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()
 
 
 def gradient_sync(step: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Around forward and backward of one part of an optimiser step: DDP exchanges gradients in its last part alone.
+    """Around forward and backward of one part of an optimiser step: DDP exchanges gradients in the last part only.
 
-    FSDP2 reduces its shards in every part, which keeps the gradient sharded.
+    FSDP2 reduces its shards in every part: so the gradient stays sharded.
     """
     ddp = isinstance(step, nn.parallel.DistributedDataParallel)
     return step.no_sync() if ddp and not last else contextlib.nullcontext()
 
 
 def parameter_groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """For an optimiser: sharded parameters apart from whole ones, since torch's updates of many at once refuse a mixture."""
+    """Groups for an optimiser: sharded parameters and whole ones, since torch cannot update a mixture of both at once."""
     groups: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(hasattr(parameter, "full_tensor"), []).append(parameter)
@@ -242,7 +244,7 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
 
 
 def make_whole(model: nn.Module, ranks: Ranks) -> None:
-    """Sharded parameters become whole ones on the CPU of the first rank, one by one: for saving, after the last step."""
+    """Make sharded parameters whole on the CPU of the first rank, one by one, to save them after the last step."""
     whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied LM head stays tied
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -267,15 +269,15 @@ def save_distributed(
     """Write `root/step-XXXXXXXX`; every rank has to make the call.
 
     Args:
-        root: in a file system that all ranks see; `keep_last` checkpoints up to this step stay in it, and none of a later one.
-        model: the one whose parameters the optimiser holds, not a DDP wrapper; its frozen parameters are left out.
-        trainer_state: JSON-like, the first rank's is written.
+        root: in a file system that all ranks see; `keep_last` checkpoints up to this step stay in it, and none of a later step.
+        model: the one whose parameters the optimiser holds, not a DDP wrapper; its frozen parameters are not saved.
+        trainer_state: what JSON can hold; that of the first rank is written.
 
     Returns:
         the folder.
 
     Raises:
-        CheckpointError: on every rank: one could not write, or does not see the folder; nothing is left of this checkpoint.
+        CheckpointError: on every rank, if one could not write or does not see the folder; nothing of this checkpoint stays.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
@@ -286,7 +288,7 @@ def save_distributed(
         sees = ranks.gather(folder.is_dir())
         if not all(sees):
             raise CheckpointError(
-                f"{root}: expected a folder that all ranks see, got one where rank {sees.index(False)} lacks what rank 0 has made"
+                f"{root}: expected a folder that all ranks see, but rank {sees.index(False)} does not see what rank 0 made there"
             )
         with _checkpointing(path):
             save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))  # waits for every rank
@@ -303,17 +305,17 @@ def save_distributed(
         ranks.from_first(finish)
     if ranks.is_first:
         prune_checkpoints(root, path, keep_last)
-    return ranks.from_first(lambda: path)  # nobody goes on before the folder has its name
+    return ranks.from_first(lambda: path)  # no rank continues before the folder has its name
 
 
 def find_distributed(root: str | Path, resume: str, ranks: Ranks) -> Checkpoint | None:
     """The checkpoint that `run.resume` asks for, its files checked by the first rank; see `find_checkpoint`.
 
     Returns:
-        path, step and `trainer`; its tensors are read by `load_distributed`.
+        path, step and `trainer`; `load_distributed` reads the tensors.
 
     Raises:
-        CheckpointError: on every rank alike.
+        CheckpointError: on every rank.
     """
 
     def read(path: Path) -> Checkpoint:
@@ -328,10 +330,10 @@ def load_distributed(checkpoint: Checkpoint, *, model: nn.Module, optimizer: tor
     """Put a checkpoint back into `model` and `optimizer`, however they are sharded now; every rank has to make the call.
 
     Args:
-        checkpoint: what `find_distributed` gave.
+        checkpoint: from `find_distributed`.
 
     Raises:
-        CheckpointError: it is of another model or optimiser; the message names a tensor. Or a rank cannot read it.
+        CheckpointError: it is of another model or optimiser, and the message names a tensor; or a rank cannot read it.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
@@ -343,13 +345,7 @@ def load_distributed(checkpoint: Checkpoint, *, model: nn.Module, optimizer: tor
         saved = {name: tuple(x.size) for name, x in reader.read_metadata().state_dict_metadata.items()}
         saved |= dict.fromkeys(saved_numbers, "a number")
         expected = {name: tuple(x.shape) for name, x in tensors.items()} | dict.fromkeys(numbers, "a number")
-        different = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
-        if different:
-            name = different[0]
-            raise CheckpointError(
-                f"{path}: of another model or optimiser: {name} is {saved.get(name, 'missing')} there, "
-                f"{expected.get(name, 'missing')} here ({len(different)} such)"
-            )
+        check_same_entries(path, "model or optimiser", saved, expected)
         load(tensors, storage_reader=reader)
     numbers = {name: _from_json(saved_numbers[name], value) for name, value in numbers.items()}
     state: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
@@ -363,12 +359,12 @@ def load_distributed(checkpoint: Checkpoint, *, model: nn.Module, optimizer: tor
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What is saved, by name: tensors, and what is one number on every rank alike."""
+    """What is saved, by name: tensors, and values that are the same on every rank."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
-    # A parameter with two names (a tied LM head) is held under the first; safetensors refuses memory that is shared.
+    # Of a parameter with two names (a tied LM head) the first is saved: safetensors refuses tensors that share memory.
     first = {name for name, _ in model.named_parameters()}
     for name in {name for name, _ in model.named_parameters(remove_duplicate=False)} - first:
         parts["model"].pop(name, None)
@@ -379,9 +375,9 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str
 
 @contextlib.contextmanager
 def _checkpointing(path: Path) -> Iterator[None]:
-    """Around torch.distributed.checkpoint, which tells every rank of a failure on one, as a BaseException of its own.
+    """Around torch.distributed.checkpoint: its exception becomes a CheckpointError, which every rank raises.
 
-    Without its warning that there is no process group: a single process is a number of ranks like any other.
+    Its warning that there is no process group is hidden: one process is a number of ranks like any other.
     """
     from torch.distributed.checkpoint import CheckpointException
 

@@ -1,12 +1,12 @@
-"""Both paths of a teacher over a manifest's targets, once, so that no training has to run it again.
+"""Run both paths of a teacher once over the targets of a manifest, so that no training has to run it again.
 
     python -m models cache TEACHER MANIFEST --out FOLDER [--features F] [--dtype bfloat16] [--layers all] [--part 0/4]
     python -m models train caad teacher.folder=TEACHER teacher.cache=FOLDER ...
 
-What is written, and what a kill leaves, is said in kdkernels/contrast_cache.py: started again, the command goes on. The size is
-told before the first sample, and refused where the disk has no room for it. A cache is of one teacher: training refuses
-another's, and a sample whose prompt, clip or target has changed since. `--part I/N` writes every N-th sample, so that N processes
-share the work; they end up as one cache.
+kdkernels/contrast_cache.py describes the format, and what a kill leaves of it. Start the command again, and it continues. It
+prints the size before the first sample, and stops if the disk has no room for it. A cache belongs to one teacher: training
+stops with an error if the teacher is another, or if the prompt, clip or target of a sample has changed. `--part I/N` writes
+every N-th sample, so that N processes can share the work; together they make one cache.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def fill_cache(
 
 
 def estimate(model: Any, examples: Sequence[Any], *, dtype: torch.dtype, layers: int = 0) -> tuple[int, int]:
-    """(target tokens, bytes) of a whole cache of `examples`."""
+    """Target tokens and bytes of a whole cache of `examples`."""
     collate = model.make_collator()
     tokens = sum(len(collate.target_ids(example)) for example in examples)
     hidden_size = model.get_output_embeddings().weight.shape[1]
@@ -109,7 +109,7 @@ def estimate(model: Any, examples: Sequence[Any], *, dtype: torch.dtype, layers:
 
 @torch.no_grad()
 def rounding_error(cache: ContrastCache, model: Any, store: Any, examples: Sequence[Any], *, alpha: float = 2.0) -> float:
-    """Mean KL, in nats, from the target distribution of live states to that of the cached ones, at contrast `alpha`."""
+    """Mean KL, in nats, from the target distribution of live states to that of cached states, at contrast `alpha`."""
     teacher, collate = DualPathTeacher(model, negative=MarkAbsent()), model.make_collator()
     batch = collate(examples, store.rows(examples)).to(model.device)
     live, held = teacher(batch.model_inputs(), batch.target_index), cache.get([e.id for e in examples])
@@ -192,6 +192,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        print("Stopped; the same command continues from here.", file=sys.stderr)
         return 130
     return 0

@@ -1,17 +1,18 @@
-"""Recipes: what a training run is, in one checked file.
+"""Recipes: all settings of a training run, in one checked file.
 
-A recipe is a YAML file with the sections of `Recipe`; `key=value` words on the command line override it:
+A recipe is a YAML file with the sections of `Recipe`; `key=value` words on the command line override its values:
 
     python -m models train caad loss.alpha=1 optim.steps=300 run.out_dir=runs/caad1
 
-A recipe is a name from models/training/recipes or a path. Every key is checked: an unknown one is an error that names the nearest
-known key and the file (or the command line) it came from. Units are part of the names.
+The first word is a name from models/training/recipes or the path of a file. Every key is checked. For an unknown key the error
+names the nearest known one, and the file (or the command line) that the key came from. Keys have their units in their names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import textwrap
@@ -33,7 +34,7 @@ from models.training.commands import RECIPES_DIR
 OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
 TEACHER_OBJECTIVES = ("kd", "sharpened", "caad", "caad+")
 PARALLEL = ("none", "ddp", "fsdp2")
-# What objective caad+ adds to caad: the best of those tried on the dev split of models/experiments/six_systems.py.
+# What objective caad+ adds to caad: the best settings of those tried on the dev split of models/experiments/six_systems.py.
 CAAD_PLUS = {"alpha": 4.0, "center_text": True}
 ROLES = ("audio", "text", "acoustic")
 PACKINGS = ("none", "pack", "varlen")
@@ -49,16 +50,17 @@ class DataConfig:
     """Which examples are trained on."""
 
     manifest: str = ""  # JSONL manifest (models/data/manifest.py)
-    audio_root: str | None = None  # folder the manifest's audio paths start from; None = the manifest says
+    audio_root: str | None = None  # folder where the manifest's audio paths start; None = as the manifest says
     features: str | None = None  # file of encoder features (models/speech_lm/features.py); None = encode now, in memory
-    splits: tuple[str, ...] = ("train",)
-    tasks: tuple[str, ...] = ()  # empty = all
-    max_bad_fraction: float = 0.05  # of the manifest's rows; above it the run stops with the list
-    max_clip_seconds: float = 30.0
-    # How student and speech teachers lay out a batch: none = an example a row, padded; pack = side by side in rows of at most
-    # pack_tokens tokens, kept apart by SDPA's masks; varlen = in one row, by flash-attention 2 (CUDA; no prefix cache; not run).
+    splits: tuple[str, ...] = ("train",)  # only examples of these splits
+    tasks: tuple[str, ...] = ()  # only examples of these tasks; empty = all
+    max_bad_fraction: float = 0.05  # of the manifest's rows; if more rows are bad, the run stops and lists them
+    max_clip_seconds: float = 30.0  # a longer clip is a bad row
+    # How student and speech teachers lay out a batch. none = one example a row, padded. pack = side by side in rows of at most
+    # pack_tokens tokens; SDPA's masks keep the examples apart. varlen = all in one row, by flash-attention 2 (needs CUDA and an
+    # LM in bfloat16 or float16; without prefix cache; not tested).
     packing: str = "none"
-    pack_tokens: int = 512
+    pack_tokens: int = 512  # tokens of a packed row
 
     def __post_init__(self) -> None:
         _one_of(self.packing, "data.packing", PACKINGS)
@@ -75,10 +77,10 @@ class ModelConfig:
 
     folder: str | None = None  # SpeechLM.save_pretrained() folder to start from
     settings: dict[str, Any] = field(default_factory=dict)  # of SpeechLMConfig, when there is no folder
-    feature_statistics: str | None = None  # SpeechLM folder whose standardisation of the features is taken over
+    feature_statistics: str | None = None  # SpeechLM folder; its standardisation of the features is used
     fresh_connector: bool = False  # start the folder's connector from new random weights
     bf16_products: bool = False  # frozen LM's linear layers multiply in bfloat16 (models/speech_lm/frozen_linear.py); CPU only
-    prefix_cache_mib: int = 4096  # keep the text prefix's KV between epochs, up to this; 0 = off
+    prefix_cache_mib: int = 4096  # MiB in which the text prefixes' keys and values are kept between epochs; 0 = off
 
     def __post_init__(self) -> None:
         _check(self.prefix_cache_mib >= 0, "model.prefix_cache_mib", ">= 0", self.prefix_cache_mib)
@@ -88,13 +90,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Where the teacher's hidden states come from: a live model, or a ContrastCache written before."""
+    """Where the teacher's hidden states come from: a live model, or a ContrastCache that was written before."""
 
-    folder: str | None = None  # SpeechLM folder; always needed for kd / caad, since its LM head is
-    cache: str | None = None  # ContrastCache folder: the teacher's body is then never run
-    keep_mib: int = 0  # a live teacher's states of all examples, computed once before the first step, up to this; 0 = off
-    # Examples that a live teacher reads at a time: less memory, and with 1 its states do not depend on the batch, so they are
-    # those of a float32 cache made with --batch-examples 1 bit for bit (on a CPU with as many threads). 0 = the whole batch.
+    folder: str | None = None  # SpeechLM folder; kd, sharpened and caad always need it, for its LM head
+    cache: str | None = None  # ContrastCache folder (python -m models cache); the teacher's body then never runs
+    # MiB for a live teacher's states of all examples: if they fit, they are computed once, before the first step. 0 = off.
+    keep_mib: int = 0
+    # Examples that a live teacher reads at a time; 0 = the whole batch. Few need less memory. With 1 its states do not depend on
+    # the batch: they are bit for bit those of a float32 cache made with --batch-examples 1 (on a CPU with as many threads).
     batch_examples: int = 0
 
     def __post_init__(self) -> None:
@@ -107,26 +110,28 @@ class LossConfig:
     """kd_weight * tau^2 * D(p || q) + (1 - kd_weight) * CE; see kdkernels.fused_linear_caad_loss."""
 
     alpha: float = 2.0  # contrast strength (caad) or sharpening (sharpened)
-    alpha_start: float | None = None  # ramp from here to alpha; None = constant
-    alpha_ramp_steps: int = 0
-    # Divergence of the teacher's paths, in nats, at which a token gets half of alpha (kdkernels.adaptive_alpha); None = all
+    alpha_start: float | None = None  # alpha at the first step, from where it goes linearly to alpha; None = constant
+    alpha_ramp_steps: int = 0  # steps from alpha_start to alpha
+    # Divergence of the teacher's paths, in nats, at which a token gets half of alpha (kdkernels.adaptive_alpha). None = all
     # tokens get alpha.
     alpha_half_divergence: float | None = None
     center_text: bool = False  # move the text path by its mean distance from the audio path (models/training/teachers.py)
-    temperature: float = 2.0
-    kd_weight: float = 0.7
-    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
-    jsd_beta: float = 0.5
-    plausibility: float | None = None  # keep tokens with z_audio >= max + log(this)
-    kd_token_weight: str = "choice"  # uniform | choice | divergence
-    kd_background_weight: float = 0.0  # choice: weight of the tokens that do not spell the answer
-    ce_token_weight: str = "choice"  # uniform | choice
-    ce_background_weight: float = 0.05
-    # Of each step's examples, chosen at random: only these are charged for the tokens around the answer, the more for it
-    # (weight / fraction). The same objective on average, with a fraction of the rows of logits.
+    temperature: float = 2.0  # tau; softens the distributions of teacher and student in D
+    kd_weight: float = 0.7  # in [0, 1]: share of the KD term; the CE term has the rest
+    divergence: str = "forward_kl"  # D: forward_kl | reverse_kl | jsd
+    jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in (0, 1)
+    plausibility: float | None = None  # in (0, 1]: keep tokens with z_audio >= max + log(this); None = all tokens
+    # Weight of each target token in the KD term. uniform = 1; choice = 1 on the tokens that spell the answer; divergence = the
+    # divergence of the teacher's two paths at the token, in nats.
+    kd_token_weight: str = "choice"
+    kd_background_weight: float = 0.0  # with choice: weight of the tokens that do not spell the answer, in the KD term
+    ce_token_weight: str = "choice"  # the same in the CE term: uniform | choice
+    ce_background_weight: float = 0.05  # with choice: weight of the tokens that do not spell the answer, in the CE term
+    # Fraction of each step's examples, drawn at random, in which the tokens around the answer count in the CE term. They weigh
+    # ce_background_weight / fraction: the same objective on average, with that fraction of the rows of logits.
     ce_background_fraction: float = 1.0
-    chunk_tokens: int | None = None
-    impl: str = "auto"
+    chunk_tokens: int | None = None  # tokens whose logits exist at the same time; None = the loss chooses
+    impl: str = "auto"  # implementation of the loss: auto | reference | cpu | triton | cuda
 
     def __post_init__(self) -> None:
         _check(self.alpha >= 0, "loss.alpha", ">= 0", self.alpha)
@@ -153,11 +158,11 @@ class LossConfig:
 
     @property
     def needs_divergence(self) -> bool:
-        """Whether the divergence of the teacher's two paths decides anything."""
+        """Whether the divergence of the teacher's two paths is needed for a weight or an alpha."""
         return self.kd_token_weight == "divergence" or self.alpha_half_divergence is not None
 
     def alpha_at(self, step: int) -> float:
-        """Contrast strength of optimiser step `step` (the first is 1): linear from alpha_start to alpha."""
+        """Contrast strength at optimiser step `step` (the first is 1): linear from alpha_start to alpha."""
         return ramp(self.alpha, self.alpha_start, self.alpha_ramp_steps, step)
 
 
@@ -165,14 +170,14 @@ class LossConfig:
 class LayersConfig:
     """Layer distillation beside the objective: weight * mean squared error; see kdkernels.fused_layer_mse_loss, layer_map."""
 
-    weight: float = 0.0  # added to the objective; 0 = no layer is compared
-    map: str = "all"  # top | skip | all
-    every: int = 7  # stride of "skip"
-    embeddings: bool = False  # also the layers' first input
-    pairs: tuple[str, ...] = ()  # "student-teacher" instead of a map, such as [7-9,14-18]
+    weight: float = 0.0  # of this term, which is added to the objective; 0 = no layer is compared
+    map: str = "all"  # which layers are compared: top | skip | all
+    every: int = 7  # skip: compare every N-th layer, counted down from the top
+    embeddings: bool = False  # compare the first layer's input as well
+    pairs: tuple[str, ...] = ()  # "student-teacher" layers instead of a map, such as [7-9,14-18]
     alpha: float = 0.0  # contrast of the layer target: (1 + alpha) h_audio - alpha h_text
     direction: str = "student_to_teacher"  # which side is projected where widths differ
-    normalize: bool = False  # compare directions only: the error is then 2 - 2 cos, not the squared error by element
+    normalize: bool = False  # compare directions only: the error of a pair is then 2 - 2 cos
 
     def __post_init__(self) -> None:
         _check(self.weight >= 0, "layers.weight", ">= 0", self.weight)
@@ -207,21 +212,22 @@ class SourceConfig:
         text      a language model reads what is known about the clip in words (Stage 1's wording) instead of the audio
         acoustic  a frozen speech LM that hears what the student hears: by default the student itself before its first step,
                   which keeps what it can hear already
-        audio     a speech LM seen with and without the audio, as the objective's own teacher
+        audio     a speech LM that runs with and without the audio, like the objective's own teacher
     """
 
-    role: str = "text"
+    role: str = "text"  # text | acoustic | audio, see above
     # text: hub id or folder of a causal LM; audio, acoustic: SpeechLM folder; null = the student's start (acoustic only)
     folder: str | None = None
-    weight: float = 1.0  # of this source's divergence, beside 1 for the objective's own teacher
-    weight_start: float | None = None  # ramp from here to weight; None = constant
-    weight_ramp_steps: int = 0
+    weight: float = 1.0  # of this source's divergence; the objective's own teacher has 1
+    weight_start: float | None = None  # weight at the first step, from where it goes linearly to weight; None = constant
+    weight_ramp_steps: int = 0  # steps from weight_start to weight
     alpha: float = 0.0  # audio: contrast strength
     divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
-    jsd_beta: float = 0.5
-    reasoning: bool = False  # text: put an example's metadata["reasoning"], where it has one, before the answer
+    jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in (0, 1)
+    reasoning: bool = False  # text: put an example's metadata["reasoning"], if it has one, before the answer
     layers: LayersConfig = field(default_factory=LayersConfig)  # compared with this source's layers
-    keep_mib: int = 1024  # its states of all examples are computed once before the first step, up to this; 0 = every step
+    # MiB for its states of all examples: if they fit, they are computed once, before the first step. 0 = in every step.
+    keep_mib: int = 1024
 
     def __post_init__(self) -> None:
         _one_of(self.role, "role", ROLES)
@@ -245,7 +251,7 @@ class SourceConfig:
 
 
 def ramp(value: float, start: float | None, steps: int, step: int) -> float:
-    """Linear from `start` at step 1 to `value` after `steps`; None = constant."""
+    """From `start` at step 1 linearly to `value` after `steps`; start None = always `value`."""
     if start is None or step > steps:
         return value
     return start + (value - start) * (step - 1) / steps
@@ -253,18 +259,18 @@ def ramp(value: float, start: float | None, steps: int, step: int) -> float:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and a cosine."""
+    """AdamW; its learning rate rises linearly to the highest value, then falls along half a cosine."""
 
     steps: int = 300  # optimiser steps
-    batch_examples: int = 16  # examples an optimiser step
-    micro_batch_examples: int | None = None  # examples a forward pass; None = batch_examples (no accumulation)
-    learning_rate: float = 2e-3
-    min_learning_rate_fraction: float = 0.03
-    warmup_steps: int = 15
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    batch_examples: int = 16  # examples in an optimiser step, over all ranks
+    micro_batch_examples: int | None = None  # examples in a forward pass; None = batch_examples (no accumulation)
+    learning_rate: float = 2e-3  # the highest, reached after warmup_steps
+    min_learning_rate_fraction: float = 0.03  # of learning_rate, at the last step
+    warmup_steps: int = 15  # steps in which the learning rate rises
+    beta1: float = 0.9  # AdamW: decay of the mean of gradients
+    beta2: float = 0.98  # AdamW: decay of the mean of squared gradients
+    weight_decay: float = 0.01  # AdamW: decay of the weights, times the learning rate
+    max_grad_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
     audio_dropout: float = 0.0  # probability that an example's audio is masked in training
 
     def __post_init__(self) -> None:
@@ -284,7 +290,7 @@ class OptimConfig:
         _check(0 <= self.audio_dropout < 1, "optim.audio_dropout", "in [0, 1)", self.audio_dropout)
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (the first is 1): linear warm-up, then half a cosine to the minimum."""
+        """Learning rate at optimiser step `step` (the first is 1): linear warm-up, then half a cosine to the minimum."""
         if step <= self.warmup_steps:
             return self.learning_rate * step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -294,20 +300,20 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives and how it is watched."""
+    """Where the run writes, on what it runs, and what it shows."""
 
-    out_dir: str = "runs/default"
-    seed: int = 0
+    out_dir: str = "runs/default"  # folder of checkpoints, curves and the result
+    seed: int = 0  # of the order of the examples and of every random generator
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    bf16: bool = True  # autocast; on CUDA only (slower than float32 on CPUs, by measurement)
-    gradient_checkpointing: bool = False
-    parallel: str = "none"  # none | ddp | fsdp2; the last two under torchrun, checkpoints are then distributed ones
-    log_every_steps: int = 10
-    save_every_steps: int = 100
-    keep_last_checkpoints: int = 2
+    bf16: bool = True  # autocast to bfloat16; on CUDA only (on CPUs it was measured slower than float32)
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    parallel: str = "none"  # none | ddp | fsdp2; the last two under torchrun, with checkpoints of their own format
+    log_every_steps: int = 10  # optimiser steps between two lines of the curves
+    save_every_steps: int = 100  # optimiser steps between two checkpoints
+    keep_last_checkpoints: int = 2  # older checkpoints are deleted
     resume: str = "never"  # never | auto (newest) | fallback (newest that is intact) | a checkpoint's folder
-    tensorboard: bool = True
-    progress_bar: bool = True
+    tensorboard: bool = True  # also write the curves for TensorBoard
+    progress_bar: bool = True  # show one
 
     def __post_init__(self) -> None:
         _check(bool(self.out_dir), "run.out_dir", "a folder", self.out_dir)
@@ -324,15 +330,15 @@ class Recipe:
 
     objective:
         sft        cross-entropy on the target's tokens (makes the teacher from the true answers)
-        ce_only    the same on a student with pseudo ground truth; the control without any distillation
+        ce_only    the same for a student on pseudo ground truth: the control without distillation
         kd         plain distillation from the teacher's audio path, plus CE
-        sharpened  the control with (1 + alpha) * z_audio and nothing subtracted, plus CE
+        sharpened  the control for caad: (1 + alpha) * z_audio, nothing subtracted, plus CE
         caad       the contrast of the teacher's two paths, plus CE
-        caad+      caad with the settings of CAAD_PLUS wherever `loss` leaves the default, chosen on
-            models.experiments.six_systems' dev split
-        sources    no teacher of its own: those named in `sources` alone, plus CE
+        caad+      caad, with the settings of CAAD_PLUS where `loss` has its defaults; they were chosen on the dev split of
+            models.experiments.six_systems
+        sources    no teacher of its own: only those named in `sources`, plus CE
 
-    sources: further teachers by name, beside the objective's own where it has one.
+    sources: further teachers by name, beside the objective's own if it has one.
     """
 
     objective: str = "caad"
@@ -351,28 +357,32 @@ class Recipe:
             unset = {f.name: CAAD_PLUS[f.name] for f in dataclasses.fields(LossConfig)
                      if f.name in CAAD_PLUS and getattr(self.loss, f.name) == f.default}  # fmt: skip
             object.__setattr__(self, "loss", dataclasses.replace(self.loss, **unset))
-        if self.objective in TEACHER_OBJECTIVES and not self.teacher.folder:
+        if self.needs_teacher and not self.teacher.folder:
             raise ConfigError(f"teacher.folder: objective {self.objective!r} needs a teacher, got none")
-        if self.objective == "sharpened":
-            if self.loss.kd_token_weight == "divergence":
-                raise ConfigError("loss.kd_token_weight: 'divergence' needs the text path, which objective 'sharpened' lacks")
-            if self.loss.alpha_half_divergence is not None:
-                raise ConfigError("loss.alpha_half_divergence: expected null with objective 'sharpened', which has one path")
-        if self.layers.weight > 0 and self.objective not in TEACHER_OBJECTIVES:
+        self._check_paths()
+        self._check_layers()
+        self._check_sources()
+
+    def _check_paths(self) -> None:
+        """The divergence of the teacher's two paths needs a teacher that has both."""
+        lacks = {"sharpened": "which has no text path", "sources": "which has no teacher of its own"}.get(self.objective)
+        if lacks and self.loss.kd_token_weight == "divergence":
+            raise ConfigError(f"loss.kd_token_weight: expected uniform or choice with objective {self.objective!r}, {lacks}")
+        if lacks and self.loss.alpha_half_divergence is not None:
+            raise ConfigError(f"loss.alpha_half_divergence: expected null with objective {self.objective!r}, {lacks}")
+
+    def _check_layers(self) -> None:
+        if self.layers.weight > 0 and not self.needs_teacher:
             raise ConfigError(f"layers.weight: expected 0 with objective {self.objective!r}, which has no teacher of its own")
-        if self.run.gradient_checkpointing:
-            for key, layers in self.compared_layers():
-                if layers.weight > 0:
-                    raise ConfigError(f"{key}.weight: expected 0 with run.gradient_checkpointing, which hides the layers' states")
+        for key, layers in self.compared_layers():
+            if layers.weight > 0 and self.run.gradient_checkpointing:
+                raise ConfigError(f"{key}.weight: expected 0 with run.gradient_checkpointing, which hides the layers' states")
+
+    def _check_sources(self) -> None:
         if self.objective == "sources" and not self.sources:
             raise ConfigError("sources: objective 'sources' needs at least one, got none")
         if self.sources and self.objective in ("sft", "ce_only"):
             raise ConfigError(f"sources: expected none with objective {self.objective!r}, which has no divergence; use 'sources'")
-        if self.objective == "sources":
-            if self.loss.kd_token_weight == "divergence":
-                raise ConfigError("loss.kd_token_weight: 'divergence' needs the objective's own teacher, got objective 'sources'")
-            if self.loss.alpha_half_divergence is not None:
-                raise ConfigError("loss.alpha_half_divergence: expected null with objective 'sources', which has no own teacher")
         if "teacher" in self.sources:
             raise ConfigError("sources.teacher: this name stands for the objective's own teacher; choose another")
 
@@ -383,7 +393,7 @@ class Recipe:
 
     @property
     def distils(self) -> bool:
-        """Whether any teacher's distribution is learned."""
+        """Whether the student learns some teacher's distribution."""
         return self.needs_teacher or bool(self.sources)
 
     def compared_layers(self) -> list[tuple[str, LayersConfig]]:
@@ -403,7 +413,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         ConfigError: no such file, unreadable YAML, an unknown key (with the nearest known one), a value of the wrong type
-            or outside its range; the message names the key and the file.
+            or out of range; the message names the key and the file.
     """
     path = find_recipe(recipe)
     try:
@@ -433,7 +443,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file of a recipe given by path or by the name of a shipped one."""
+    """The file of a recipe: of a shipped one by its name, of any other by its path."""
     shipped = sorted(p.stem for p in RECIPES_DIR.glob("*.yaml"))
     if recipe in shipped:
         return RECIPES_DIR / f"{recipe}.yaml"
@@ -455,7 +465,7 @@ def describe_keys() -> str:
 
 
 def _defaults(section: type) -> dict[str, Any]:
-    """Keys and defaults; those of a section inside as `inner.*`, since they are listed where it stands by itself."""
+    """Keys and defaults. A section inside stands as `inner.*`: its keys are listed in the section of that name."""
     shown = dataclasses.asdict(_plain(section)())
     return {key if _section(section, key) is None else f"{key}.*": value if _section(section, key) is None else "as above"
             for key, value in shown.items()}  # fmt: skip
@@ -466,10 +476,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _plain(cls: type) -> Any:
-    """An OmegaConf-friendly twin of a config class: the same fields and types, without the checks.
+def settings_to_continue(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a run and its continuation must have in common, as JSON gives them back."""
+    settings = json.loads(json.dumps(to_dict(recipe)))
+    free = ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints", "parallel")
+    for name in free:
+        del settings["run"][name]
+    return settings
 
-    OmegaConf instantiates defaults while it builds its schema; the real `Recipe` refuses to exist without a teacher.
+
+def _plain(cls: type) -> Any:
+    """A twin of a config class for OmegaConf: the same fields and types, without the checks.
+
+    OmegaConf makes an object of the defaults while it builds its schema. The real `Recipe` raises there: it has no teacher.
     """
     fields = []
     hints = typing.get_type_hints(cls)
@@ -487,7 +506,7 @@ def _plain(cls: type) -> Any:
 
 
 def _section(cls: type, name: str) -> type | None:
-    """The config class of a field that is a section of its own; None for a plain value."""
+    """The config class of a field that is a section; None for a plain value."""
     hint = typing.get_type_hints(cls)[name]
     return hint if dataclasses.is_dataclass(hint) else None
 
@@ -546,13 +565,13 @@ def _check_keys(values: Any, cls: type, *, source: str, prefix: str = "") -> Non
 
 
 def _nearest(word: str, known: Any, prefix: str = "") -> str:
-    """The hint of an error message. A key of another section is looked for too: `alpha` is found as `loss.alpha`."""
+    """The hint in an error message: the nearest of the `known` words, or a key of another section (`alpha`: `loss.alpha`)."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     if near:
         return f"; did you mean {prefix + near[0]!r}?"
     everywhere = {
         f.name: f"{section.name}.{f.name}"
-        for section in reversed(dataclasses.fields(Recipe))  # of a name in two sections the first section's is meant
+        for section in reversed(dataclasses.fields(Recipe))  # for a name in two sections the first section wins
         if dataclasses.is_dataclass(section.default_factory)
         for f in dataclasses.fields(section.default_factory)
     }

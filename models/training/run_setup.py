@@ -1,4 +1,4 @@
-"""What a training run is made of, by its recipe: the student, its examples as batches, and its teachers."""
+"""Build what a training run needs, as its recipe says: the student, its examples as batches, and its teachers."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from models.training.teachers import (
 )
 
 _PADDED = DataConfig()
-OWN_TEACHER = "teacher"  # the name among the sources of the objective's own
+OWN_TEACHER = "teacher"  # name of the objective's own teacher among the sources
 
 
 @dataclass
 class TrainingData:
-    """Examples, the recipe of a batch, and the order in which they are drawn.
+    """Examples, how a batch is made of them, and the order in which they are drawn.
 
     Args:
         examples: manifest examples that have a target.
@@ -51,7 +51,7 @@ class TrainingData:
             `model_inputs()` and `to(device)` (models/speech_lm/collation.py).
         extra_inputs: added to every batch's model inputs, such as the prefix cache.
         store: the clips' features, for a live teacher that makes its own batches.
-        crop: takes out of a batch what none of its targets depends on; None leaves it as it is.
+        crop: cuts off what no target of a batch depends on; None = batches stay as they are.
     """
 
     examples: Sequence[Any]
@@ -64,9 +64,9 @@ class TrainingData:
         return len(self.examples)
 
     def draw(self, cursor: int, count: int, *, seed: int) -> list[int]:
-        """Rows `cursor` to `cursor + count` of the endless shuffled stream: every epoch is its own permutation.
+        """Rows `cursor` to `cursor + count` of the endless shuffled stream, in which every epoch has a permutation of its own.
 
-        A function of its arguments alone, so the position in the data is one number.
+        The result depends on the arguments only, so the position in the data is one number.
         """
         n = len(self.examples)
         rows: list[int] = []
@@ -82,7 +82,7 @@ class TrainingData:
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
-    """The SpeechLM of `recipe.model`, its connector the only part that requires grad."""
+    """The SpeechLM of `recipe.model`; only its connector requires grad, unless its settings let the language model train."""
     from models.backbones.resolve import BackboneError
     from models.speech_lm.model import SpeechLM, SpeechLMConfig, SpeechLMError
 
@@ -109,7 +109,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
 
 
 def copy_feature_statistics(folder: str, model: torch.nn.Module) -> None:
-    """Give `model` the standardisation of another SpeechLM's features, read from its folder; nothing else of it is loaded."""
+    """Give `model` the standardisation of features of the SpeechLM in `folder`, and nothing else of it."""
     try:
         saved = load_file(Path(folder) / "connector.safetensors")
     except (OSError, SafetensorError) as error:
@@ -121,7 +121,7 @@ def copy_feature_statistics(folder: str, model: torch.nn.Module) -> None:
 
 
 def check_folders(recipe: Recipe) -> None:
-    """Whether the files and folders that `recipe` names are there: asked before a backbone is loaded or fetched.
+    """Check that the files and folders that `recipe` names exist, before a backbone is loaded or fetched.
 
     Raises:
         SourceError: one is missing; the message names the key.
@@ -138,7 +138,7 @@ def check_folders(recipe: Recipe) -> None:
 
 
 def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
-    """The examples of `recipe.data` that have a target, and the root of their audio; skipped rows are listed.
+    """The examples of `recipe.data` that have a target, and the root of their audio; it prints the rows that it skips.
 
     Raises:
         SourceError: no manifest, too many bad rows in it, or no such example.
@@ -165,7 +165,7 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
     if not examples:
         raise SourceError(
             f"data: no example with a target in {settings.manifest} (splits {list(settings.splits)}, tasks "
-            f"{list(settings.tasks) or 'all'}); targets are written by python -m models pseudo-gt"
+            f"{list(settings.tasks) or 'all'}); python -m models pseudo-gt writes targets"
         )
     return examples, manifest.audio_root
 
@@ -175,7 +175,7 @@ def build_data(
 ) -> TrainingData:
     """`examples` batched for `model`, with their features (`store`, or those of the recipe) and prefix cache.
 
-    A model without a history (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
+    A new model (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
     """
     from models.speech_lm.features import FeatureError, FeatureStore, extract_features
 
@@ -198,14 +198,14 @@ def build_data(
         raise SourceError(f"data: {error}") from error
     with_features = [e for e in examples if e.audio is None or e in store]
     if len(examples) - len(with_features) > settings.max_bad_fraction * len(examples):
-        raise SourceError(f"data.features: {settings.features} lacks {len(examples) - len(with_features)} of the clips")
+        raise SourceError(f"data.features: {settings.features} has no features of {len(examples) - len(with_features)} clips")
     if settings.features is not None:
         for example in examples:
             if example.audio is not None and example not in store:
-                tqdm.write(f"skipped {example.id}: {settings.features} lacks its clip")
+                tqdm.write(f"skipped {example.id}: {settings.features} has no features of its clip")
     if recipe.model.folder is None and recipe.model.feature_statistics is None:
         model.fit_feature_statistics(store.rows([e for e in with_features if e.audio is not None]))
-    # Activation checkpointing drops the KV cache, so the two exclude each other.
+    # Activation checkpointing drops the KV cache, so it cannot run with a prefix cache.
     cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
     cache_mib = recipe.model.prefix_cache_mib if cached else 0
     return make_training_data(model, with_features, store, prefix_cache_mib=cache_mib, layout=settings)
@@ -219,12 +219,12 @@ def make_training_data(
     prefix_cache_mib: int = 4096,
     layout: DataConfig = _PADDED,
 ) -> TrainingData:
-    """Batches of `examples` for `model` (a SpeechLM), their features taken from `store` (a FeatureStore).
+    """Batches of `examples` for `model` (a SpeechLM), with their features from `store` (a FeatureStore).
 
-    `layout`: its `packing` and `pack_tokens` decide how the model lays out a batch.
+    `layout`: its `packing` and `pack_tokens` say how the model lays out a batch.
 
     Raises:
-        SourceError: packing "varlen" where flash-attention 2 cannot be used, or with a language model in float32.
+        SourceError: packing "varlen" without flash-attention 2, or with a language model in float32.
     """
     if layout.packing == "varlen":
         prefix_cache_mib = 0
@@ -257,15 +257,15 @@ def build_sources(
 ) -> list[Source]:
     """Every teacher of `recipe` for the student `model`, the objective's own first, under the name OWN_TEACHER.
 
-    To be called before training or resuming changes the student: a snapshot of it is taken here. A teacher's states are
-    computed once for all examples where they fit into its keep_mib, else in every step.
+    Call it before training or a checkpoint changes the student: an acoustic teacher is a snapshot of it. If a teacher's
+    states of all examples fit into its keep_mib, they are computed once, else in every step.
 
     Args:
-        kept: sources of earlier runs in this process, by a fingerprint of what they depend on: taken from there where one fits
-            (its layers as they were before any training), and put there.
+        kept: sources of earlier runs in this process, by a fingerprint of what they depend on. A source that fits is taken from
+            there (its layers as they were before any training); a new one is put there.
 
     Raises:
-        SourceError: a model that cannot be had, or whose tokenizer is another.
+        SourceError: a model is not found, or has another tokenizer.
     """
 
     def one(name: str, settings: SourceConfig) -> Source:
@@ -292,7 +292,7 @@ def build_sources(
 
 
 def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, depth: int) -> str:
-    """Of all that a built `Source` depends on, apart from its settings of weight and divergence; `depth`: student's layers."""
+    """Of all that a `Source` depends on, except its weight and divergence; `depth`: number of the student's layers."""
     depends = {
         "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
         "layers": to_dict(settings.layers),
@@ -309,7 +309,7 @@ def _build_source(
     recipe: Recipe, name: str, settings: SourceConfig, data: TrainingData, model: torch.nn.Module, device: torch.device
 ) -> Source:
     key = name if name == OWN_TEACHER else f"sources.{name}"
-    # FSDP2 takes the student's weights apart, where a snapshot would find only a shard.
+    # FSDP2 shards the student's weights: a snapshot that shared them would have only this rank's shard.
     lm, tokenizer = _load_source(key, settings, model, device, share=recipe.run.parallel != "fsdp2")
     check_same_tokenizer(f"{key}.folder", model.tokenizer, tokenizer)
     layers = None
@@ -343,8 +343,8 @@ def _build_source(
             teacher = KeptTeacher(teacher, data, title=f"states of {name}", progress_bar=recipe.run.progress_bar)
         else:
             tqdm.write(
-                f"{key}.keep_mib: the states of {len(data)} examples take {needed_mib:.0f} MiB, {settings.keep_mib} are allowed; "
-                "this teacher runs in every step"
+                f"{key}.keep_mib: the states of {len(data)} examples need {needed_mib:.0f} MiB, {settings.keep_mib} MiB are "
+                "allowed; this teacher runs in every step"
             )
     if name == OWN_TEACHER and recipe.loss.center_text:
         teacher = CenteredTeacher(teacher, data)
@@ -352,17 +352,17 @@ def _build_source(
 
 
 def _check_same_features(key: str, model: torch.nn.Module, lm: torch.nn.Module) -> None:
-    """A live teacher is given the features that the student's encoder has made."""
+    """SourceError unless a live teacher can use the features that the student's encoder has made."""
     for name in ("encoder_layers", "audio_frames", "max_audio_seconds"):
         theirs, ours = getattr(lm.config, name), getattr(model.config, name)
         if theirs != ours:
             raise SourceError(
-                f"{key}: it hears with {name} {theirs}, the student with {ours}. A live teacher takes the student's features: "
-                "make them alike, or let the teacher hear its own once (python -m models cache) and pass teacher.cache"
+                f"{key}: expected {name} {ours}, as the student has, got {theirs}. A live teacher gets the student's features: "
+                "make both alike, or write the teacher's cache (python -m models cache) and pass teacher.cache"
             )
     theirs, ours = lm.encoder.state_dict(), model.encoder.state_dict()
     if theirs.keys() != ours.keys() or not all(torch.equal(x.to(ours[name]), ours[name]) for name, x in theirs.items()):
-        raise SourceError(f"{key}: it hears with another encoder than the student ({lm.config.encoder}, {model.config.encoder})")
+        raise SourceError(f"{key}: expected the student's encoder {model.config.encoder}, got another ({lm.config.encoder})")
 
 
 def _cached_teacher(
@@ -371,7 +371,7 @@ def _cached_teacher(
     from kdkernels.contrast_cache import ContrastCache
     from models.training.cache_identity import sample_content, teacher_fingerprint
 
-    # The clip can be compared where the teacher hears the student's features.
+    # The clips can be compared only if the teacher heard the features that the student hears.
     hears = ("encoder", "encoder_layers", "audio_frames")
     same = data.store is not None and all(getattr(model.config, x) == getattr(lm.config, x) for x in hears)
 
@@ -386,7 +386,7 @@ def _cached_teacher(
 
 
 def _hears_both(name: str, settings: SourceConfig) -> bool:
-    """Whether a source is seen with the audio and without."""
+    """Whether a source runs on both paths, with the audio and without."""
     return settings.role == "audio" and (name == OWN_TEACHER or settings.alpha > 0 or settings.layers.alpha > 0)
 
 

@@ -1,14 +1,14 @@
-"""The teachers of a training step: who says what about the target tokens, live, kept in memory or from a cache.
+"""The teachers of a training step: what they say about the target tokens, computed live, kept in memory or read from a cache.
 
 A teacher is a callable (batch, its examples) -> `TeacherStates`: hidden states at the N positions that predict the target,
-with the LM head that reads them; never logits.
+and the LM head that reads them; never logits.
 
     LiveTeacher      a speech LM on both paths, with the audio and without (kdkernels.DualPathTeacher)
-    CachedTeacher    the same from a ContrastCache on the disk
-    ListeningTeacher a speech LM with the audio alone, such as a frozen snapshot of the student
-    TextTeacher      a language model that reads what is known about the clip in words
-    KeptTeacher      any of them, each example computed once
-    CenteredTeacher  one with both paths, the text path moved to where the audio path is on average
+    CachedTeacher    the same, read from a ContrastCache on the disk
+    ListeningTeacher a speech LM on the path with the audio only, such as a frozen snapshot of the student
+    TextTeacher      a language model that reads in words what is known about the clip
+    KeptTeacher      any of them; it computes each example once
+    CenteredTeacher  one with both paths; the text path is moved by its mean distance from the audio path
 
 Legend: N target tokens of a batch, H_s / H_t hidden widths of student and teacher, K layers.
 """
@@ -39,17 +39,20 @@ _KEPT_BATCH_EXAMPLES = 32
 
 
 class SourceError(RuntimeError):
-    """Data or a model of the recipe is missing or unusable; the message says which and what was expected."""
+    """Data or a model of the recipe is missing or unusable; the message names it and says what was expected."""
 
 
 @dataclass(frozen=True)
 class TeacherStates:
     """What a frozen teacher says about the N target tokens of a batch, before its LM head.
 
-    audio_hidden: (N, H_t), of a teacher without the audio what it reads instead; text_hidden: (N, H_t) or None; head: weight,
-    bias, softcap, logit_scale of the LM head; audio_layers, text_layers: (N, K, H_t), the layers the recipe compares, or
-    None; speaks: (N,) bool, False where this teacher has nothing to say; None = everywhere; divergence: (N,) float32 of the two
-    paths, nats, where something depends on it.
+    Attributes:
+        audio_hidden: (N, H_t), the path with the audio, or with what this teacher reads in its place.
+        text_hidden: (N, H_t), the path without the audio, or None.
+        head: weight, bias, softcap, logit_scale of the LM head.
+        audio_layers, text_layers: (N, K, H_t), the layers that the recipe compares, or None.
+        speaks: (N,) bool, False at tokens about which this teacher says nothing; None = it speaks about all.
+        divergence: (N,) float32, nats, between the two paths; None where nothing needs it.
     """
 
     audio_hidden: torch.Tensor
@@ -63,11 +66,11 @@ class TeacherStates:
     TENSORS = ("audio_hidden", "text_hidden", "audio_layers", "text_layers", "speaks", "divergence")
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those that are there, by name; each has N rows."""
+        """The tensors that are not None, by name; each has N rows."""
         return {name: getattr(self, name) for name in self.TENSORS if getattr(self, name) is not None}
 
     def at(self, positions: torch.Tensor) -> TeacherStates:
-        """Those of the target tokens `positions`, (n,) int64."""
+        """The states of the target tokens `positions`, (n,) int64."""
         positions = positions.to(self.audio_hidden.device, non_blocking=True)
         return dataclasses.replace(self, **{name: x[positions] for name, x in self.tensors().items()})
 
@@ -81,7 +84,7 @@ Teacher = Callable[[Any, Sequence[Any]], TeacherStates]
 
 @dataclass
 class Source:
-    """One teacher of a run, as the loop uses it: `settings.weight_at(step)` times its divergence, and its layers.
+    """One teacher of a run: the loop adds `settings.weight_at(step)` times its divergence, and the error of its layers.
 
     layers: the `LayerDistillation` of this teacher, or None.
     """
@@ -97,10 +100,10 @@ class LiveTeacher:
 
     Args:
         lm: the teacher's SpeechLM.
-        data: a TrainingData, how its batches are made; its prompt may use another number of audio tokens than the student's.
+        data: a TrainingData that makes its batches; its prompt may have another number of audio tokens than the student's.
         device: where it runs.
-        layers: whose states are handed out as well.
-        batch_examples: read at a time; 0 = all of a batch.
+        layers: layers whose states are returned as well.
+        batch_examples: how many examples it reads at a time; 0 = all of a batch.
     """
 
     def __init__(
@@ -139,9 +142,9 @@ class CachedTeacher:
     Args:
         cache: an open kdkernels.ContrastCache.
         head: the teacher's LM head, on the device of the loss.
-        content: an example -> what the cache has to say of its content (models/training/fill_cache.py); asked once
-            about each. The cache's may go on behind it.
-        layers: whose states are handed out as well, all of them in the cache.
+        content: an example -> the fingerprint that the cache must hold for it (models/training/cache_identity.py), or the
+            beginning of that; called once for each example.
+        layers: layers whose states are returned as well; the cache must hold them.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class CachedTeacher:
     ) -> None:
         missing = sorted(set(layers) - set(cache.layers))
         if missing:
-            raise ValueError(f"expected the states of layers {list(layers)}, got a cache that lacks {missing}")
+            raise ValueError(f"expected the states of layers {list(layers)}, got a cache without those of {missing}")
         self._cache = cache
         self._head = head
         self._device = device
@@ -189,7 +192,7 @@ class CachedTeacher:
 
 
 class ListeningTeacher:
-    """A frozen speech LM that hears the clip, on one path; the acoustic teacher is such a snapshot of the student.
+    """A frozen speech LM that hears the clip, on one path; the acoustic teacher is one: a snapshot of the student.
 
     Args:
         lm: a SpeechLM; `snapshot(student)` makes one of the student as it is now.
@@ -213,20 +216,19 @@ class ListeningTeacher:
 
 
 class TextTeacher:
-    """A language model that reads a clip's textual rendering and is forced through the same answer.
+    """A language model that reads a description of the clip in words, and then the tokens of the student's answer.
 
-    What it reads is Stage 1's prompt (models/pseudo_gt/wording.py): worked examples, "[00:00-00:03] words (Gender:
-    man, ...)", and with
-    `reasoning` an example's metadata["reasoning"]; the answer's tokens follow. The worked examples of a task are read once. It
-    says nothing about the end-of-text token, since in its prompt an answer ends with its line.
+    It reads Stage 1's prompt (models/pseudo_gt/wording.py): worked examples, then "[00:00-00:03] words (Gender: man, ...)", then
+    with `reasoning` an example's metadata["reasoning"]; the answer's tokens follow. The worked examples of a task are read once.
+    It says nothing about the end-of-text token: in its prompt an answer ends with its line.
 
     Args:
         lm: a causal LM of transformers, frozen.
         tokenizer: its own.
         target_ids: an example -> the token ids of its target, as the student's collator makes them.
-        end_id: the id that ends a target there, or None.
+        end_id: the id that ends such a target, or None.
         device: where it runs.
-        layers: whose states are handed out as well.
+        layers: layers whose states are returned as well.
         reasoning: see above.
     """
 
@@ -283,7 +285,7 @@ class TextTeacher:
         """(n, H) or (n, 1 + K, H) of each row's target tokens."""
         from models.backbones.causal_lm import cache_keyword, pad_rows
 
-        # The last target token predicts nothing that is wanted.
+        # The last target token is left out: nobody needs what it predicts.
         ids, mask = pad_rows([p + t[:-1] for p, t in zip(prompts, targets, strict=True)])
         columns = ids.shape[1]
         index = [
@@ -312,12 +314,13 @@ class TextTeacher:
 
 
 class KeptTeacher:
-    """A teacher's states of all examples, computed once, in the examples' order: teacher and targets are fixed.
+    """A teacher's states of all examples, computed once, in the examples' order.
 
-    Computed before the first step and not as they come, so that a resumed run sees the same bits as an undisturbed one.
+    They are computed before the first step, in batches that do not depend on the steps: so a continued run has the same bits as
+    an undisturbed one.
 
     Args:
-        teacher: asked once about every example.
+        teacher: called once for every example.
         data: the TrainingData that the run draws from.
         title: of the progress bar.
     """
@@ -352,13 +355,13 @@ class CenteredTeacher:
 
         h_text' = h_text + mean over items of (h_audio - h_text)
 
-    The path without audio has a preference of its own for some answers, which the contrast would amplify against them: a
-    constant among the logits of an answer's token. The mean is taken for each task and each of the tokens that spell the answer,
-    over at most `max_examples` of the examples; other tokens are left as they are.
+    Without the audio the teacher prefers some answers, whatever the clip is: a constant in the logits of an answer's token. The
+    contrast would enlarge it and turn it against these answers. The mean is taken for each task and each of the tokens that
+    spell the answer, over at most `max_examples` of the examples; other tokens stay as they are.
 
     Args:
         teacher: with both paths, such as a `CachedTeacher`.
-        data: the TrainingData that the run draws from; labels are not looked at.
+        data: the TrainingData that the run draws from; its labels are not used.
     """
 
     def __init__(self, teacher: Teacher, data: Any, *, max_examples: int = 1024) -> None:
@@ -389,7 +392,7 @@ class CenteredTeacher:
 
 
 def _spelling_tokens(batch: Any, examples: Sequence[Any]) -> Iterator[tuple[tuple[str, int], int]]:
-    """((task, number among the answer's tokens), number of the target token) of each token that spells an answer."""
+    """For each token that spells an answer: ((task, its number among the answer's tokens), its number among the targets)."""
     seen: Counter[int] = Counter()
     rows = batch.target_row.tolist()
     for token in batch.choice_mask.nonzero()[:, 0].tolist():
@@ -399,14 +402,14 @@ def _spelling_tokens(batch: Any, examples: Sequence[Any]) -> Iterator[tuple[tupl
 
 
 def kept_bytes(teacher: Teacher, data: Any) -> int:
-    """What `KeptTeacher` would hold for all of `data`, judged by its first examples."""
+    """Bytes that `KeptTeacher` would hold for all of `data`, estimated from its first examples."""
     chosen = data.examples[:_KEPT_BATCH_EXAMPLES]
     states = teacher(data.make_batch(chosen), chosen)
     return sum(x.nbytes for x in states.tensors().values()) * len(data) // len(chosen)
 
 
 def snapshot(model: torch.nn.Module, *, share: bool = True) -> torch.nn.Module:
-    """A frozen copy of `model` as it is now; with `share`, weights that do not train are shared, so it costs what trains."""
+    """A frozen copy of `model` as it is now. With `share` it shares the weights that do not train with `model`."""
     shared: dict[int, Any] = {}
     for part in model.modules() if share else ():
         if not any(p.requires_grad for p in part.parameters()):
@@ -417,10 +420,10 @@ def snapshot(model: torch.nn.Module, *, share: bool = True) -> torch.nn.Module:
 
 
 def check_same_tokenizer(name: str, student: Any, teacher: Any) -> None:
-    """Distillation by token needs one tokenizer; vocabularies that are padded differently are fine.
+    """Distillation by token needs one tokenizer; heads that are padded differently are no obstacle.
 
     Raises:
-        SourceError: the two give different ids to the same text; the message shows where.
+        SourceError: the two vocabularies differ; the message names a token.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
@@ -431,7 +434,7 @@ def check_same_tokenizer(name: str, student: Any, teacher: Any) -> None:
         why = f"{token!r} is id {ours[token]} of the student and {theirs[token]} of the teacher"
     else:
         token = sorted(ours.keys() ^ theirs.keys())[0]
-        why = f"{token!r} is a token of {'the student' if token in ours else 'the teacher'} alone"
+        why = f"only {'the student' if token in ours else 'the teacher'} has the token {token!r}"
     raise SourceError(
         f"{name}: expected the student's tokenizer, got another one ({why}); distillation by token needs the same ids"
     )
@@ -471,7 +474,7 @@ class LayerDistillation(torch.nn.Module):
 
     @classmethod
     def build(cls, settings: LayersConfig, *, depths: Sequence[int], widths: Sequence[int]) -> LayerDistillation:
-        """For a student and a teacher of these depths and widths."""
+        """For these `depths` and `widths`, each of (student, teacher)."""
         pairs = settings.layer_pairs(*depths)
         projections = LayerProjections(*widths, pairs, direction=settings.direction, identity_where_equal=True)
         return cls(settings, pairs, projections)
@@ -485,12 +488,12 @@ class LayerDistillation(torch.nn.Module):
     ) -> torch.Tensor:
         """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
 
-        With `normalize` a pair's error is 2 - 2 cos, whatever its width: of order 1, beside a divergence. The plain error
-        grows with the layers' size, which in the middle of a language model is tens of times that of its last one.
+        With `normalize` a pair's error is 2 - 2 cos for any width: of order 1, like a divergence. Without it the error grows with
+        the size of the states, which in the middle of a language model is tens of times that of its last layer.
 
         Args:
             student: its layers' states by number, (N, H_s) each; at least `student_layers`.
-            counts: (N,) bool.
+            counts: (N,) bool, True at the tokens that count.
         """
 
         def take(stacked: torch.Tensor) -> list[torch.Tensor]:
@@ -521,7 +524,7 @@ def _one_path(states: torch.Tensor, head: Any) -> TeacherStates:
 
 
 def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One after another, by name; all have the same names."""
+    """The parts' tensors one after another, by name; all parts have the same names."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -532,7 +535,7 @@ def _own_batch(data: Any, examples: Sequence[Any], device: torch.device) -> Any:
 
 
 def _check_same_targets(batch: Any, count: int) -> None:
-    """The teacher has to say something about each of the student's target tokens: `count` of them."""
+    """SourceError unless the teacher has states of `count` target tokens, as many as the student's batch has."""
     if count != len(batch.target):
         raise SourceError(
             f"teacher and student: the batch of {batch.ids[0]} ... has {count} and {len(batch.target)} target "

@@ -70,7 +70,7 @@ def test_spans_are_part_of_the_key():
 def test_shapes_and_doubles_are_checked():
     with pytest.raises(ValueError, match=r"features: expected \(2, K, T, D\), got \(1, 2, 3, 4\)"):
         FeatureStore(["a", "b"], torch.zeros(1, 2, 3, 4))
-    with pytest.raises(ValueError, match="no key twice"):
+    with pytest.raises(ValueError, match="keys: expected each key once"):
         FeatureStore(["a", "a"], torch.zeros(2, 2, 3, 4))
 
 

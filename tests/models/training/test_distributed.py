@@ -1,4 +1,4 @@
-"""DDP and FSDP2 against one device; checkpoints that another number of ranks goes on from (gloo, tiny models)."""
+"""DDP and FSDP2 against one device; checkpoints from which another number of ranks continues (gloo, tiny models)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Step(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
-        lm.scale = nn.Parameter(torch.tensor(1.0))  # a scalar, which FSDP2 does not shard
+        lm.scale = nn.Parameter(torch.tensor(1.0))  # FSDP2 does not shard a scalar
 
     def forward(self, ids, target, index, audio, text, teacher_weight, total):
         hidden = self.lm.model(input_ids=ids).last_hidden_state.flatten(0, 1)[index] * self.lm.scale
@@ -150,7 +150,7 @@ def test_two_ranks_take_the_steps_of_one(one_device, strategy):
 
 
 def phase(failures, folder, strategy, numbers):
-    """Goes on from what is in `folder`, with weights that are wrong before that, and saves."""
+    """Continues from the checkpoint in `folder`, with wrong weights before that, and saves."""
     ranks = Ranks(CPU)
     if dist.is_initialized():
         ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
@@ -198,7 +198,7 @@ def saved(tmp_path, *, steps=(1,), **options):
     return lm, step, optimizer
 
 
-def test_going_on_is_bitwise_on_the_same_number_of_ranks(tmp_path):
+def test_continuing_is_bitwise_on_the_same_number_of_ranks(tmp_path):
     _, step, optimizer = saved(tmp_path)
     expected = train_steps(step, optimizer, [7, 8], Ranks(CPU))
     lm, step, optimizer = make_training("none", Ranks(CPU))
@@ -219,7 +219,7 @@ class TestErrors:
         data = bytearray(shard.read_bytes())
         data[-3] ^= 1
         shard.write_bytes(data)
-        with pytest.raises(CheckpointError, match=f"{shard.name}: damaged: its SHA-256.*pass run.resume=fallback"):
+        with pytest.raises(CheckpointError, match=f"{shard.name}: damaged: its SHA-256.*run.resume=fallback continues from it"):
             find_distributed(tmp_path, "auto", Ranks(CPU))
         assert find_distributed(tmp_path, "fallback", Ranks(CPU)).path.name == "step-00000001"
         shard.unlink()
@@ -312,7 +312,7 @@ def cannot_write(failures, folder, how):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("apart", "expected a folder that all ranks see, got one where rank 1 lacks"), ("full", "rank 1: OSError: .*No space left")],
+    [("apart", "expected a folder that all ranks see, but rank 1 does not see"), ("full", "rank 1: OSError: .*No space left")],
 )
 def test_a_checkpoint_that_one_rank_cannot_write_fails_on_all(tmp_path, how, message):
     raised = run_ranks(cannot_write, 2, tmp_path, how)

@@ -66,4 +66,4 @@ def test_training_by_the_recipe(tmp_path, manifest, family, capsys):
         assert line["kd"] > 0 and line["student_entropy"] == pytest.approx(math.log(student_ids), abs=0.01)
         assert line["teacher_entropy"] == pytest.approx(math.log(student_ids), abs=0.01)
     assert main([f"caad_{family}", *learning, "model.settings.audio_frames=25"]) == 1
-    assert "teacher.folder: it hears with audio_frames 375, the student with 25" in capsys.readouterr().err
+    assert "teacher.folder: expected audio_frames 25, as the student has, got 375" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_layers_from_a_cache_train_the_student_of_the_live_teacher(world, capsys
     assert train(world, "caad_layers", "live_layers", *words) == 0
     assert cache_main(cache_words(world, world / "layers", "--dtype", "float32", "--layers", "all")) == 0
     assert train(world, "caad_layers", "cached_layers", *words, f"teacher.cache={world / 'layers'}") == 0
-    # The losses, not the weights: a key's bias has no gradient but rounding, which AdamW makes whole steps of.
+    # The losses, not the weights: a key's bias has only rounding as gradient, and AdamW makes whole steps of that.
     live, cached = (read_metrics(world / out / "metrics.jsonl") for out in ("live_layers", "cached_layers"))
     for name in ("layers", "kd", "ce", "loss"):
         assert [line[name] for line in live] == pytest.approx([line[name] for line in cached], rel=1e-4), name
@@ -240,7 +240,7 @@ def test_missing_features_are_counted(world, capsys, tmp_path):
     more = [dataclasses.replace(examples[0], id=f"x{i}", start_seconds=0.1 * i) for i in range(1, 4)]
     write_manifest(world / "more.jsonl", [*examples, *more])
     assert train(world, "sft_teacher", "never", f"data.manifest={world / 'more.jsonl'}") == 1
-    assert "lacks 3 of the clips" in capsys.readouterr().err
+    assert "has no features of 3 clips" in capsys.readouterr().err
 
 
 def test_cropping_takes_only_what_no_target_depends_on(world):

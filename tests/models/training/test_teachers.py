@@ -147,9 +147,9 @@ def test_another_tokenizer_is_refused_with_the_reason():
     check_same_tokenizer("sources.text.folder", one, Tokenizer(a=0, b=1, c=2))
     with pytest.raises(SourceError, match=r"sources\.text\.folder: .*\('b' is id 1 of the student and 2 of the teacher\)"):
         check_same_tokenizer("sources.text.folder", one, Tokenizer(a=0, b=2, c=1))
-    with pytest.raises(SourceError, match=r"'d' is a token of the teacher alone"):
+    with pytest.raises(SourceError, match=r"only the teacher has the token 'd'"):
         check_same_tokenizer("x", one, Tokenizer(a=0, b=1, c=2, d=3))
-    with pytest.raises(SourceError, match=r"'c' is a token of the student alone"):
+    with pytest.raises(SourceError, match=r"only the student has the token 'c'"):
         check_same_tokenizer("x", one, Tokenizer(a=0, b=1))
 
 
@@ -221,18 +221,18 @@ def test_a_source_that_does_not_fit_into_its_memory_says_so(world, capsys):  # n
         assert train(world, "text_kd_top", "small", *words) == 0
     finally:
         run_setup.kept_bytes = size
-    assert "sources.text.keep_mib: the states of 12 examples take 2 MiB, 1 are allowed" in capsys.readouterr().out
+    assert "sources.text.keep_mib: the states of 12 examples need 2 MiB, 1 MiB are allowed" in capsys.readouterr().out
 
 
 def test_weights_are_counted_and_silent_tokens_are_not():
+    from models.training.objective import teacher_source
     from models.training.teachers import TeacherStates
-    from models.training.train import _teacher_source
 
     ramp = ["sources.text.weight=0.6", "sources.text.weight_start=0.2", "sources.text.weight_ramp_steps=2"]
     recipe = load_recipe("text_kd_all", ramp)
     states = TeacherStates(torch.zeros(3, 4), None, LMHead(torch.zeros(7, 4)), speaks=torch.tensor([True, True, False]))
     for step, weight in ((1, 0.2), (2, 0.4), (3, 0.6), (9, 0.6)):
-        made = _teacher_source(recipe, "text", step, states)
+        made = teacher_source(recipe, "text", step, states)
         assert made.source_weight.tolist() == pytest.approx([weight, weight, 0.0])
         assert made.text_hidden is None and made.alpha == 0
 
@@ -253,7 +253,7 @@ def test_weights_are_counted_and_silent_tokens_are_not():
         (["objective=sft"], r"sources: expected none with objective 'sft'"),
         (["sources.teacher.role=acoustic"], r"sources\.teacher: this name stands for"),
         (["run.gradient_checkpointing=true"], r"sources\.text\.layers\.weight: expected 0 with run\.gradient_checkpointing"),
-        (["loss.kd_token_weight=divergence"], r"'divergence' needs the objective's own teacher"),
+        (["loss.kd_token_weight=divergence"], r"loss\.kd_token_weight: expected uniform or choice with objective 'sources'"),
     ],
 )
 def test_mistakes_in_sources_are_named(words, message):

@@ -14,9 +14,10 @@ from kdkernels.teacher import LMHead
 from models.backbones.device import pick_device
 from models.training.checkpoint import CheckpointError, list_checkpoints
 from models.training.curves import read_metrics
+from models.training.objective import counted_positions, select_positions, token_weights
 from models.training.recipe import OBJECTIVES, LossConfig
 from models.training.teachers import TeacherStates, path_divergence
-from models.training.train import NonFiniteError, counted_positions, main, select_positions, token_weights, train
+from models.training.train import NonFiniteError, main, train
 
 ROOT = Path(__file__).parents[3]
 
@@ -101,7 +102,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path, undisturbed
     assert [line["step"] for line in lines(tmp_path / "b")] == [4, 8, 12, 16, 20]
 
 
-def test_a_run_killed_outright_goes_on_from_its_last_checkpoint(tmp_path, undisturbed):
+def test_a_run_killed_outright_continues_from_its_last_checkpoint(tmp_path, undisturbed):
     words = ("run.save_every_steps=5",)
     assert run_killed(tmp_path, *words, kill_at=13, by="SIGKILL").returncode == -9
     resumed = run_killed(tmp_path, *words, "run.resume=auto")
@@ -110,7 +111,7 @@ def test_a_run_killed_outright_goes_on_from_its_last_checkpoint(tmp_path, undist
     assert lines(undisturbed) == lines(tmp_path)
 
 
-def test_a_run_begun_anew_does_not_go_on_from_the_one_before_it(tmp_path):
+def test_a_new_run_does_not_continue_from_an_earlier_one(tmp_path):
     class Stopping(fakes.TrainingData):
         def draw(self, cursor, count, *, seed):
             if cursor == 3 * 16:

@@ -1,4 +1,4 @@
-"""The training loop on several ranks: the steps of one, stopped together, gone on from by another number of ranks."""
+"""The training loop on several ranks: they take the steps of one rank, stop together, and other numbers of ranks continue."""
 
 from __future__ import annotations
 
@@ -91,17 +91,17 @@ def test_two_ranks_train_as_one(one_rank, parallel, tmp_path):
 
 
 def test_one_rank_is_the_loop_alone(tmp_path):
-    """To the last bit; what is drawn at random aside, which ranks draw anew in each step."""
+    """To the last bit, without audio dropout: ranks seed their random numbers in each step, the loop alone does not."""
     words = [*WORDS, "optim.audio_dropout=0"]
     run_ranks(run, 1, tmp_path / "ddp", "caad", ["run.parallel=ddp", "optim.audio_dropout=0"])
     fakes.run(tmp_path / "none", "caad", *words, model=make_model())
     (curves, weights), (expected, expected_weights) = outcome(tmp_path / "ddp"), outcome(tmp_path / "none")
     assert curves == expected and all(torch.equal(weights[name], w) for name, w in expected_weights.items())
-    with pytest.raises(CheckpointError, match=r"format 1 expected, got distributed 1; run.parallel=none has its own"):
+    with pytest.raises(CheckpointError, match=r"format 1 expected, got distributed 1; run.parallel=none has a format of its own"):
         fakes.run(tmp_path / "ddp", "caad", *words, "run.resume=auto")
 
 
-def test_going_on_with_another_number_of_ranks(one_rank, tmp_path):
+def test_another_number_of_ranks_continues(one_rank, tmp_path):
     """Two ranks to step 8, one to step 16, two to the end."""
     objective, alone = one_rank
     for ranks, parallel, steps in ((2, "fsdp2", 8), (1, "ddp", 16), (2, "ddp", 20)):
@@ -141,7 +141,7 @@ def test_what_stops_one_rank_stops_all_with_its_words(tmp_path):
     assert not (tmp_path / "final").exists()
 
 
-def test_settings_that_do_not_go_with_ranks(tmp_path):
+def test_settings_that_ranks_do_not_allow(tmp_path):
     with pytest.raises(ConfigError, match=r"optim.batch_examples: expected a multiple of the 3 ranks, got 16"):
         fakes.run(tmp_path, "caad", ranks=Ranks(CPU, 0, 3))
     with pytest.raises(ConfigError, match=r"model.prefix_cache_mib: expected 0 with run.parallel=fsdp2, got 4096"):
@@ -228,7 +228,7 @@ def test_torchrun(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_torchrun_that_is_told_to_stop_leaves_one_checkpoint_that_goes_on(tmp_path, parallel):
+def test_torchrun_that_is_told_to_stop_leaves_one_checkpoint_to_continue_from(tmp_path, parallel):
     """SIGTERM, as a scheduler sends it: torchrun passes it on, and all ranks save one step together."""
     command, environment = torchrun(tmp_path, f"run.parallel={parallel}", "run.save_every_steps=1000", "optim.steps=200")
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -252,8 +252,8 @@ def test_torchrun_that_is_told_to_stop_leaves_one_checkpoint_that_goes_on(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_run_and_its_last_checkpoint_goes_on(tmp_path):
-    """SIGKILL to one of two processes of torchrun in its eighth step: a bounded end, then the whole run from the checkpoint."""
+def test_a_rank_that_is_killed_ends_the_run_and_the_last_checkpoint_continues(tmp_path):
+    """SIGKILL to one of two processes of torchrun in its eighth step: the run ends in time, the checkpoint continues."""
     command, environment = torchrun(tmp_path, "run.parallel=ddp", "run.save_every_steps=4")
     environment |= {"KILL_BY": "SIGKILL", "KILL_AT": "8", "KILL_RANK": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
