@@ -233,20 +233,22 @@ def run_stage1(
             return report
         answers = journal.read({example.id for example in selected})
         report.resumed = len(answers)
-        left = [example for example in selected if example.id not in answers]
-        left.sort(key=lambda example: len(describe(example)))  # batches of equal lengths need little padding
+        # Batches of equal lengths need little padding. They are those of an undisturbed run, and one that a kill has cut is asked
+        # again, whole: in another batch a row may round to another answer.
+        order = sorted(selected, key=lambda example: len(describe(example)))
+        batches = [order[start : start + batch_examples] for start in range(0, len(order), batch_examples)]
+        left = [batch for batch in batches if any(example.id not in answers for example in batch)]
         if left and writer is None:
             writer = _template_writer if source == "template" else BackboneWriter.load(backbone)
         with tqdm(total=len(selected), initial=len(answers), desc="stage 1", unit="row", disable=not progress) as bar:
-            for start in range(0, len(left), batch_examples):
-                batch = left[start : start + batch_examples]
+            for batch in left:
                 texts = writer(batch) if writer is not None else []
                 if len(texts) != len(batch):
                     raise Stage1Error(f"writer: expected {len(batch)} answers, got {len(texts)}")
-                written = {example.id: text for example, text in zip(batch, texts, strict=True)}
+                written = {e.id: text for e, text in zip(batch, texts, strict=True) if e.id not in answers}
                 journal.append(written)
                 answers.update(written)
-                bar.update(len(batch))
+                bar.update(len(written))
         targets: dict[str, str] = {}
         rejects: list[dict[str, str]] = []
         for example in selected:
