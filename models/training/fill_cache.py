@@ -48,8 +48,7 @@ def fill_cache(
     """Write what is not in the cache yet.
 
     Args:
-        model: the teacher, a SpeechLM in evaluation mode. Frozen (`requires_grad_(False)`) its states are a live teacher's, bit
-            for bit: what torch multiplies, and so what it rounds to, depends on whether a weight requires grad.
+        model: the teacher, a SpeechLM in evaluation mode. It is frozen here (`requires_grad_(False)`), as a live teacher is.
         store: the clips' features (models/speech_lm/features.py).
         examples: with targets.
         made_from: the teacher's identity, `teacher_fingerprint`.
@@ -65,7 +64,9 @@ def fill_cache(
         CacheError: a sample is in the cache with another prompt, clip or target.
         ValueError: the folder holds a cache of another teacher, dtype or layers.
     """
-    teacher, collate = DualPathTeacher(model, negative=MarkAbsent(), layers=layers), model.make_collator()
+    # torch multiplies other shapes where a weight requires grad (at::matmul folds a batch), and these round otherwise.
+    teacher = DualPathTeacher(model.requires_grad_(False), negative=MarkAbsent(), layers=layers)
+    collate = model.make_collator()
     writer = ContrastCache.writer(
         folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=dtype, layers=layers, part=part,
         shard_mib=shard_mib,
