@@ -127,10 +127,10 @@ def test_one_by_one_the_cache_is_the_live_teacher_bit_for_bit(world, recipe):
 
 @pytest.fixture(scope="module")
 def of_many_lengths(world):
-    """A manifest of the same clips whose prompts are of different lengths."""
+    """A manifest of the same clips, each with a prompt of its own, no two of one length."""
     examples = read_manifest(world / "m.jsonl").examples
-    longer = [dataclasses.replace(e, transcription=" ".join(["line"] * (1 + i * 5 % 7))) for i, e in enumerate(examples)]
-    write_manifest(world / "lengths.jsonl", longer)
+    told = [dataclasses.replace(e, transcription="so " * (7 * i % 12) + str(i)) for i, e in enumerate(examples)]
+    write_manifest(world / "lengths.jsonl", told)
     return world / "lengths.jsonl"
 
 
@@ -143,7 +143,7 @@ def test_stopped_and_resumed_is_the_undisturbed_run_bit_for_bit(world, of_many_l
     draw = TrainingData.draw
 
     def interrupted(data, cursor, count, *, seed):
-        if cursor == 2 * 4:  # the third step, which is still finished
+        if cursor == 2 * 4:  # the third step, an epoch's last, which is still finished
             os.kill(os.getpid(), signal.SIGINT)
         return draw(data, cursor, count, seed=seed)
 
