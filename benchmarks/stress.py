@@ -1,11 +1,12 @@
 """Kill -9 at random points, again and again: is anything lost, doubled or different? `python -m benchmarks.stress`
 
-Four kinds of work on tiny random models, each written so that a second start goes on where the first was killed:
+Four kinds of work, each written so that a second start goes on where the first was killed. They run with their default settings
+where these leave something to kill between, on tiny random models, or on a real language model (`--lm`):
 
 stage1      models/pseudo_gt/stage1.py: a random Llama writes the targets of 24 rows
-cache       models/training/fill_cache.py, kdkernels/contrast_cache.py: both paths of a random speech LM over 12
-samples, in several shards
-training    models/training/loop.py: ten steps of the CAAD loop, a checkpoint every two
+cache       models/training/fill_cache.py, kdkernels/contrast_cache.py: both paths of a speech LM over 12 samples, with its prefix
+            cache, in several shards
+training    models/training/loop.py: ten steps of the CAAD loop with a live teacher and prefix caches, a checkpoint every two
 checkpoint  models/training/checkpoint.py: a loop that does little but save
 
 A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Every other kill
@@ -384,7 +385,7 @@ class Stage1:
 
     name = "stage1"
 
-    def __init__(self) -> None:
+    def __init__(self, lm: str | None = None) -> None:
         from models.backbones.resolve import load_causal_lm
         from models.data.manifest import Example
         from models.experiments.shared_steps import make_tiny_backbones
@@ -392,9 +393,10 @@ class Stage1:
         from models.pseudo_gt.writers import BackboneWriter
 
         folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones") / "lm"
-        model, tokenizer = load_causal_lm(str(folder), dtype=torch.float32)
+        model, tokenizer = load_causal_lm(lm or str(folder), dtype=torch.float32)
         torch.manual_seed(0)
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)  # wide enough for answers to differ
+        if lm is None:
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)  # wide enough for answers to differ
         self._writer = BackboneWriter(model, tokenizer, max_new_tokens=4)
         self._examples = [
             Example(id=f"row{i}", audio=None, transcription=f"Line {i * i}.", task="free", question="What is said?")
@@ -428,9 +430,13 @@ class Stage1:
 
 
 class TinyCase:
-    """A student, its teacher and 12 examples with features: random weights, a few thousand each."""
+    """A student, its teacher and 12 examples with features. No two prompts have one length, so a batch is padded.
 
-    def __init__(self) -> None:
+    Args:
+        lm: language model of both, by id or folder; None = random weights, a few thousand. The connectors are always random.
+    """
+
+    def __init__(self, lm: str | None = None) -> None:
         from models.data.manifest import Example
         from models.data.prompts import TASKS
         from models.experiments.shared_steps import make_tiny_backbones
@@ -440,14 +446,15 @@ class TinyCase:
 
         folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones")
         settings = SpeechLMConfig(
-            lm=str(folder / "lm"), encoder=str(folder / "encoder"), encoder_layers=(1, 2), encoder_dim=32, connector_width=16,
-            connector_layers=1, connector_heads=2, audio_frames=5, num_queries=2,
+            lm=lm or str(folder / "lm"), encoder=str(folder / "encoder"), encoder_layers=(1, 2), encoder_dim=32,
+            connector_width=16, connector_layers=1, connector_heads=2, audio_frames=5, num_queries=2,
         )  # fmt: skip
-        task, texts = TASKS["gender"], ("Where are you going?", "Where are you going so late?", "So late?")
+        task = TASKS["gender"]
         self.examples = [
             Example(
-                id=f"e{i}", audio=f"{i}.wav", task="gender", transcription=texts[i % 3], question=task.question,
-                choices=task.choices, answer=task.choices[i % 2], target=task.statement.format(task.choices[i % 2]),
+                id=f"e{i}", audio=f"{i}.wav", task="gender", transcription="So late? " * (7 * i % 12) + f"Line {i}.",
+                question=task.question, choices=task.choices, answer=task.choices[i % 2],
+                target=task.statement.format(task.choices[i % 2]),
             )
             for i in range(12)
         ]  # fmt: skip
@@ -465,8 +472,8 @@ class Cache:
 
     name = "cache"
 
-    def __init__(self) -> None:
-        self._case = TinyCase()
+    def __init__(self, lm: str | None = None) -> None:
+        self._case = TinyCase(lm)
 
     def run(self, folder: Path, done: Done) -> None:
         from kdkernels.contrast_cache import ContrastCacheWriter
@@ -479,7 +486,8 @@ class Cache:
             done(e.id for e in case.examples if e.id in writer)
 
         ContrastCacheWriter.flush = flush_and_say
-        options = {"batch_examples": 4, "shard_mib": 0.01, "progress_bar": False}
+        prefixes = {"prefix_cache": case.teacher.make_prefix_cache()}
+        options = {"extra_inputs": prefixes, "batch_examples": 8, "shard_mib": 0.01, "progress_bar": False}
         fill_cache(folder / "cache", case.teacher, case.store, case.examples, made_from={"teacher": "tiny"}, **options)
 
     def held(self, folder: Path) -> list[str]:
@@ -508,12 +516,12 @@ class Training:
 
     name = "training"
 
-    def __init__(self) -> None:
+    def __init__(self, lm: str | None = None) -> None:
         from models.training.recipe import SourceConfig, load_recipe
         from models.training.run_setup import OWN_TEACHER, make_training_data
         from models.training.teachers import LiveTeacher, Source
 
-        case = TinyCase()
+        case = TinyCase(lm)
         self._student = case.student
         self._data, heard = (make_training_data(model, case.examples, case.store) for model in (case.student, case.teacher))
         teacher = LiveTeacher(case.teacher, heard, device=torch.device("cpu"))
@@ -521,9 +529,9 @@ class Training:
         self._recipe = load_recipe(
             "caad",
             [
-                "teacher.folder=tiny", "optim.steps=10", "optim.batch_examples=4", "optim.micro_batch_examples=2",
-                "optim.warmup_steps=2", "optim.audio_dropout=0.2", "run.resume=auto", "run.save_every_steps=2",
-                "run.log_every_steps=2", "run.tensorboard=false", "run.progress_bar=false", "run.device=cpu",
+                "teacher.folder=tiny", "optim.steps=10", "optim.batch_examples=4", "optim.warmup_steps=2",
+                "optim.audio_dropout=0.2", "run.resume=auto", "run.save_every_steps=2", "run.log_every_steps=2",
+                "run.tensorboard=false", "run.progress_bar=false", "run.device=cpu",
             ],
         )  # fmt: skip
 
@@ -561,7 +569,7 @@ class Checkpoint:
     name = "checkpoint"
     steps = 6
 
-    def __init__(self) -> None:
+    def __init__(self, lm: str | None = None) -> None:
         # AdamW imports torch._dynamo with its first step, which takes seconds.
         for name in ("torch._dynamo", "models.training.train"):
             importlib.import_module(name)
@@ -618,7 +626,7 @@ def _steps(checkpoints: Path) -> list[str]:
     return [] if checkpoint is None else [f"step {step}" for step in range(1, checkpoint.step + 1)]
 
 
-WORKS: dict[str, Callable[[], Work]] = {work.name: work for work in (Stage1, Cache, Training, Checkpoint)}
+WORKS: dict[str, Callable[[str | None], Work]] = {work.name: work for work in (Stage1, Cache, Training, Checkpoint)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -630,6 +638,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=100, help="of each kind of work")
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS), help="these kinds of work")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--lm", help="a language model, by id or folder, in place of the tiny random one")
     args = parser.parse_args(argv)
     if args.device != "cpu":
         parser.error(f"--device: expected cpu (a forked process cannot use CUDA), got {args.device}")
@@ -638,10 +647,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     rows, problems = [], []
     for name in args.only:
-        row, found = stress(WORKS[name](), args.rounds, seed=args.seed)
-        rows.append(row)
+        row, found = stress(WORKS[name](args.lm), args.rounds, seed=args.seed)
+        rows.append(row | ({"what": f"{name}, {args.lm}"} if args.lm else {}))
         problems += found
-    finish(args, "stress", "killed at random points", rows, keep=lambda row: row["what"] not in args.only)
+    written = [row["what"] for row in rows]
+    finish(args, "stress", "killed at random points", rows, keep=lambda row: row["what"] not in written)
     for problem in problems:
         print(problem, file=sys.stderr)
     return int(any(row["lost"] or row["doubled"] or min(row["resumed"], row["bitwise_equal"]) < args.rounds for row in rows))

@@ -111,10 +111,9 @@ def run_stage1(
             return report
         answers = journal.read({example.id for example in selected})
         report.resumed = len(answers)
-        missing = [example for example in selected if example.id not in answers]
-        if missing and writer is None:
+        if writer is None and len(answers) < len(selected):
             writer = recipe.make_writer()
-        _write_answers(missing, answers, journal, writer, batch_examples, total=len(selected), progress=progress)
+        _write_answers(selected, answers, journal, writer, batch_examples, progress=progress)
 
         targets, rejects = _sort_out(selected, answers)
         report.accepted = len(targets)
@@ -173,27 +172,32 @@ class _Recipe:
 
 
 def _write_answers(
-    missing: Sequence[Example],
+    selected: Sequence[Example],
     answers: dict[str, str],
     journal: Journal,
     writer: Writer | None,
     batch_examples: int,
     *,
-    total: int,
     progress: bool,
 ) -> None:
-    """Ask `writer` for the missing answers, batch by batch; each batch goes to the journal and to `answers`."""
-    left = sorted(missing, key=lambda example: len(describe(example)))  # batches of equal lengths need little padding
-    with tqdm(total=total, initial=len(answers), desc="stage 1", unit="row", disable=not progress) as bar:
-        for start in range(0, len(left), batch_examples):
-            batch = left[start : start + batch_examples]
+    """Ask `writer` for the missing answers, batch by batch; each batch goes to the journal and to `answers`.
+
+    The batches are those of an undisturbed run. A batch that a kill has cut is asked again, whole: in another batch a row may
+    round to another answer.
+    """
+    order = sorted(selected, key=lambda example: len(describe(example)))  # batches of equal lengths need little padding
+    batches = [order[start : start + batch_examples] for start in range(0, len(order), batch_examples)]
+    with tqdm(total=len(selected), initial=len(answers), desc="stage 1", unit="row", disable=not progress) as bar:
+        for batch in batches:
+            if all(example.id in answers for example in batch):
+                continue
             texts = writer(batch)
             if len(texts) != len(batch):
                 raise Stage1Error(f"writer: expected {len(batch)} answers, got {len(texts)}")
-            written = {example.id: text for example, text in zip(batch, texts, strict=True)}
+            written = {e.id: text for e, text in zip(batch, texts, strict=True) if e.id not in answers}
             journal.append(written)
             answers.update(written)
-            bar.update(len(batch))
+            bar.update(len(written))
 
 
 def _sort_out(selected: Sequence[Example], answers: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:

@@ -3,6 +3,9 @@
 The prompt's text comes first (models/data/prompts.py), so what the language model makes of it depends neither on the
 clip nor on the connector's weights: a training run of many epochs needs it once. Prefixes are looked up by their token
 ids.
+
+A product of other rows, or of padded ones, rounds otherwise, and the states of a prefix must not depend on which prefixes were
+computed beside it: a resumed run would meet other states than an undisturbed one. On a CPU each is therefore computed alone.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ _MIB = 1 << 20
 
 
 _FORMAT_VERSION = "1"
+_BATCH_SIZE = 16  # prefixes a forward pass, on devices other than the CPU
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class PrefixCache:
         max_bytes: limit of the stored tensors' bytes; prefixes beyond it are computed again whenever they are asked for
             (evicting old ones instead would empty the cache once an epoch, since training visits all in turn).
         dtype: storage dtype. bfloat16 halves the memory; it rounds keys and values by up to 2^-9 of their size.
-        batch_size: prefixes a forward pass, when missing ones are computed.
+        batch_size: prefixes a forward pass, when missing ones are computed. None = 1 on a CPU, which makes a prefix's states a
+            function of its tokens alone, bit for bit; 16 on another device, where small passes are slow.
         autocast_dtype: compute under autocast, for example in bfloat16, where that is faster; None = as the model is.
 
     Attributes:
@@ -61,15 +66,15 @@ class PrefixCache:
         *,
         max_bytes: int = 4096 * _MIB,
         dtype: torch.dtype = torch.bfloat16,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         if max_bytes < 0:
             raise ValueError(f"max_bytes: expected >= 0, got {max_bytes}")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected >= 1, got {batch_size}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: expected >= 1 or None, got {batch_size}")
         self.lm = lm
         self.max_bytes, self.dtype, self.batch_size = max_bytes, dtype, batch_size
         self.autocast_dtype = autocast_dtype
@@ -95,7 +100,7 @@ class PrefixCache:
         """
         wanted = {tuple(prefix) for prefix in prefixes} - {()} - self._states.keys()
         missing = sorted(wanted, key=lambda prefix: (len(prefix), prefix))
-        batches = [missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)]
+        batches = self._batches(missing)
         if progress:
             from tqdm import tqdm
 
@@ -116,8 +121,8 @@ class PrefixCache:
         keys = [key for row in rows for key in row]
         missing = sorted({key for key in keys if key and key not in self._states}, key=len)
         fresh: dict[tuple[int, ...], Tensor] = {}
-        for start in range(0, len(missing), self.batch_size):
-            fresh |= self._compute(missing[start : start + self.batch_size])
+        for batch in self._batches(missing):
+            fresh |= self._compute(batch)
         self.hits += sum(key not in fresh for key in keys if key)
         weight = self.lm.get_input_embeddings().weight
         lengths = [sum(map(len, row)) for row in rows]
@@ -173,6 +178,12 @@ class PrefixCache:
                 ids = tuple(tensors.get_tensor(f"{number}.ids").tolist())
                 added += ids not in self._states and self._store(ids, state)
         return added
+
+    def _batches(self, prefixes: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        size = self.batch_size
+        if size is None:  # asked here, since the model may have moved since the cache was made
+            size = 1 if self.lm.get_input_embeddings().weight.device.type == "cpu" else _BATCH_SIZE
+        return [prefixes[start : start + size] for start in range(0, len(prefixes), size)]
 
     @torch.no_grad()
     def _compute(self, prefixes: list[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:

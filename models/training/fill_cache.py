@@ -48,12 +48,13 @@ def fill_cache(
     """Write what is not in the cache yet.
 
     Args:
-        model: the teacher, a SpeechLM in evaluation mode.
+        model: the teacher, a SpeechLM in evaluation mode. It is frozen here (`requires_grad_(False)`), as a live teacher is.
         store: the clips' features (models/speech_lm/features.py).
         examples: with targets.
         made_from: the teacher's identity, `teacher_fingerprint`.
         extra_inputs: added to every batch's inputs, such as the prefix cache.
-        batch_examples: read at a time; the states of a padded row differ from those of the row alone by rounding.
+        batch_examples: read at a time; the states of a padded row differ from those of the row alone by rounding. A batch of
+            which a stopped run has written a part is read again, whole, so that the rest is what it would have been.
         dtype, layers, part, shard_mib: as in kdkernels.ContrastCacheWriter.
 
     Returns:
@@ -63,7 +64,9 @@ def fill_cache(
         CacheError: a sample is in the cache with another prompt, clip or target.
         ValueError: the folder holds a cache of another teacher, dtype or layers.
     """
-    teacher, collate = DualPathTeacher(model, negative=MarkAbsent(), layers=layers), model.make_collator()
+    # torch multiplies other shapes where a weight requires grad (at::matmul folds a batch), and these round otherwise.
+    teacher = DualPathTeacher(model.requires_grad_(False), negative=MarkAbsent(), layers=layers)
+    collate = model.make_collator()
     writer = ContrastCache.writer(
         folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=dtype, layers=layers, part=part,
         shard_mib=shard_mib,
@@ -80,19 +83,18 @@ def fill_cache(
                         f"{folder}: sample {example.id!r} is there with another prompt, clip or target ({held}, now {content}); "
                         "write into a new folder"
                     )
-            missing = [i for i, e in enumerate(chosen) if e.id not in writer]
+            missing = [row for row, e in enumerate(chosen) if e.id not in writer]
             if missing:
-                asked = [chosen[i] for i in missing]
-                batch = crop_to_targets(collate(asked, features[missing])).to(model.device)
+                batch = crop_to_targets(collate(chosen, features)).to(model.device)
                 states = teacher({**batch.model_inputs(), **(extra_inputs or {})}, batch.target_index)
-                for row, i in enumerate(missing):
+                for row in missing:
                     here = (batch.target_row == row).nonzero()[:, 0]
                     by_layer = {}
                     if layers:
                         by_layer = {"audio_layers": states.audio_layers[here], "text_layers": states.text_layers[here]}
                     writer.add(
-                        chosen[i].id, states.audio_hidden[here], states.text_hidden[here], batch.target[here],
-                        content=contents[i], **by_layer,
+                        chosen[row].id, states.audio_hidden[here], states.text_hidden[here], batch.target[here],
+                        content=contents[row], **by_layer,
                     )  # fmt: skip
                 written += len(missing)
             bar.update(len(chosen))
@@ -160,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples = [e for e in manifest.examples if (e.target or "").strip()]
         if not examples:
             raise CacheError(f"{arguments.manifest}: no example with a target; they are written by python -m models pseudo-gt")
-        model = SpeechLM.from_pretrained(arguments.teacher).to(pick_device(arguments.device)).eval()
+        model = SpeechLM.from_pretrained(arguments.teacher).requires_grad_(False).to(pick_device(arguments.device)).eval()
         layers = parse_layers(arguments.layers, len(decoder_layers(model.lm)))
         dtype = DTYPES[arguments.dtype]
         tokens, needed = estimate(model, examples, dtype=dtype, layers=len(layers))
@@ -178,10 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         held = [e for e in examples if e.audio is None or e in store]
         for example in {e.id for e in examples} - {e.id for e in held}:
             print(f"skipped {example}: no features of its clip")
-        extra = {} if model.config.train_lm else {"prefix_cache": model.make_prefix_cache()}
         written = fill_cache(
-            arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from, extra_inputs=extra, dtype=dtype,
-            layers=layers, part=number, batch_examples=arguments.batch_examples,
+            arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from,
+            extra_inputs={"prefix_cache": model.make_prefix_cache()}, dtype=dtype, layers=layers, part=number,
+            batch_examples=arguments.batch_examples,
         )  # fmt: skip
         cache = ContrastCache(arguments.out, fingerprint=made_from)
         print(f"{written} samples written, {len(cache)} in {arguments.out}, {cache.bytes / 2**20:.1f} MiB")

@@ -65,11 +65,8 @@ def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, cont
         assert train(world, recipe, f"alone_{name}", *words(world, *more)) == 0
         alone = load_file(world / f"alone_{name}" / "final" / "connector.safetensors")
         together = load_file(context.folder / name / "final" / "connector.safetensors")
-        untrained = load_file(world / "untrained" / "connector.safetensors")
         for key, value in alone.items():
-            # The text prefixes were computed in other batches, for the first student: rounding, which AdamW's steps pass on.
-            apart, moved = (value - together[key]).norm(), (value - untrained[key]).norm()
-            assert apart == 0 if name == "ce" else apart <= 1e-3 * moved, (name, key, apart, moved)
+            assert torch.equal(value, together[key]), (name, key)
     layers = [load_file(context.folder / name / "final" / "connector.safetensors") for name in ("layers", "layers_again")]
     assert all(torch.equal(layers[0][key], layers[1][key]) for key in layers[0])  # projections start untrained both times
 

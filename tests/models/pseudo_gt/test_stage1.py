@@ -118,6 +118,34 @@ def test_the_last_torn_line_is_dropped_and_written_again(tmp_path):
     assert asked == ["clip-2", "clip-3", "clip-4"] and report.resumed == 2 and report.accepted == 5
 
 
+def test_a_batch_that_was_cut_is_asked_again_whole(tmp_path):
+    """An answer may depend on its batch, by rounding: here it names it."""
+    manifest = _manifest(tmp_path, [dataclasses.replace(_gender(number), choices=(), answer=None) for number in range(8)])
+    asked: list[list[str]] = []
+
+    def writer(batch):
+        asked.append([e.id for e in batch])
+        return [f"{e.id} beside {', '.join(asked[-1])}" for e in batch]
+
+    options = {"writer": writer, "batch_examples": 3, "progress": False}
+    run_stage1(manifest, tmp_path / "whole.jsonl", **options)
+    whole = list(asked)
+
+    def stops_at_the_last(batch):
+        if batch[0].id == whole[2][0]:
+            raise KeyboardInterrupt
+        return writer(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage1(manifest, tmp_path / "out.jsonl", **{**options, "writer": stops_at_the_last})
+    journal = tmp_path / "out.jsonl.journal"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:5]) + b'{"id"')  # four answers and a half
+    asked.clear()
+    assert run_stage1(manifest, tmp_path / "out.jsonl", **options).resumed == 4
+    assert asked == whole[1:]
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("cut", ["other settings", "damage", "lock"])
 def test_a_journal_that_cannot_be_continued_is_an_error(tmp_path, cut):
     manifest = _manifest(tmp_path, [gender(1), gender(2)])

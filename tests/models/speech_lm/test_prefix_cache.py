@@ -33,6 +33,24 @@ def test_rows_equal_a_pass_of_the_model(lm):
             assert not rows.keys[layer][number, :, : 5 - len(prefix)].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_do_not_depend_on_what_is_computed_beside_a_prefix(lm, monkeypatch, dtype):
+    generator = torch.Generator().manual_seed(0)
+    prefixes = [torch.randint(4, 300, (n,), generator=generator).tolist() for n in (1, 2, 3, 5, 8, 13, 21, 21, 34)]
+    forward, read = lm.model.forward, []
+    monkeypatch.setattr(lm.model, "forward", lambda **k: read.append(tuple(k["input_ids"].shape)) or forward(**k))
+    together, filled, small = (PrefixCache(lm, dtype=dtype, **k) for k in ({}, {}, {"max_bytes": 1}))
+    filled.fill(prefixes[::-1])
+    for number, prefix in enumerate(prefixes):
+        alone = PrefixCache(lm, dtype=dtype).rows([prefix])
+        others = [c.rows(prefixes) for c in (together, filled, small)] + [small.rows([*prefixes[-3:], prefix])]
+        for rows, row in zip(others, (number, number, number, 3), strict=True):
+            for one, other in zip(alone.keys + alone.values, rows.keys + rows.values, strict=True):
+                assert torch.equal(one[0], other[row, :, -len(prefix) :])
+    # Equal bits may be a processor's kindness; the same product everywhere is not.
+    assert {rows for rows, _ in read} == {1} and {length for _, length in read} == set(map(len, prefixes))
+
+
 def test_bfloat16_storage_is_within_its_rounding(lm):
     exact = PrefixCache(lm, dtype=torch.float32).rows([[5, 6, 7]])
     rounded = PrefixCache(lm).rows([[5, 6, 7]])

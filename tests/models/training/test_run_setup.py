@@ -1,6 +1,8 @@
 """Recipes on a real SpeechLM with tiny random backbones: the command line, the live teacher and its cache."""
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdkernels.contrast_cache import ContrastCache
+from kdkernels.contrast_cache import ContrastCache, ContrastCacheWriter
 from models.data.audio import write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
 from models.experiments.shared_steps import make_tiny_backbones
@@ -19,6 +21,7 @@ from models.speech_lm.model import SpeechLM, SpeechLMConfig
 from models.training.cache_identity import teacher_fingerprint
 from models.training.curves import read_metrics
 from models.training.fill_cache import main as cache_main
+from models.training.run_setup import TrainingData
 from models.training.train import main
 
 
@@ -122,6 +125,63 @@ def test_one_by_one_the_cache_is_the_live_teacher_bit_for_bit(world, recipe):
     assert all(torch.equal(live[name], cached[name]) for name in live)
 
 
+@pytest.fixture(scope="module")
+def of_many_lengths(world):
+    """A manifest of the same clips, each with a prompt of its own, no two of one length."""
+    examples = read_manifest(world / "m.jsonl").examples
+    told = [dataclasses.replace(e, transcription="so " * (7 * i % 12) + str(i)) for i, e in enumerate(examples)]
+    write_manifest(world / "lengths.jsonl", told)
+    return world / "lengths.jsonl"
+
+
+@pytest.mark.parametrize("recipe", ["sft_teacher", "caad", "caad_layers"])
+def test_stopped_and_resumed_is_the_undisturbed_run_bit_for_bit(world, of_many_lengths, recipe, monkeypatch):
+    """With its teacher live and its prefix caches, which a resumed run fills in another order."""
+    words = [f"data.manifest={of_many_lengths}", "optim.steps=6", "run.log_every_steps=1"]
+    words += [f"teacher.folder={world / 'teacher' / 'final'}"] if recipe != "sft_teacher" else []
+    assert train(world, recipe, f"{recipe}_whole", *words) == 0
+    draw = TrainingData.draw
+
+    def interrupted(data, cursor, count, *, seed):
+        if cursor == 2 * 4:  # the third step, an epoch's last, which is still finished
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(data, cursor, count, seed=seed)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingData, "draw", interrupted)
+        assert train(world, recipe, f"{recipe}_cut", *words) == 128 + signal.SIGINT
+    assert train(world, recipe, f"{recipe}_cut", *words, "run.resume=auto") == 0
+    whole, cut = (read_metrics(world / f"{recipe}_{out}" / "metrics.jsonl") for out in ("whole", "cut"))
+    for line in whole + cut:
+        line.pop("seconds")
+    assert whole == cut and len(whole) == 6
+    whole, cut = weights(world, f"{recipe}_whole"), weights(world, f"{recipe}_cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_that_was_stopped_is_the_undisturbed_one_bit_for_bit(world, of_many_lengths, tmp_path, dtype, monkeypatch):
+    words = [*cache_words(world, tmp_path / "whole", "--dtype", dtype, "--batch-examples", "5"), "--layers", "1,3"]
+    words[1] = str(of_many_lengths)
+    assert cache_main(words) == 0
+    words[words.index("--out") + 1] = str(tmp_path / "cut")
+    add, stops = ContrastCacheWriter.add, ["c3", "c9"]  # each in the middle of a batch
+
+    def interrupted(writer, sample_id, *states, **options):
+        if sample_id in stops:
+            stops.remove(sample_id)
+            raise KeyboardInterrupt
+        add(writer, sample_id, *states, **options)
+
+    monkeypatch.setattr(ContrastCacheWriter, "add", interrupted)
+    assert [cache_main(words) for _ in range(3)] == [130, 130, 0] and not stops
+    whole, cut = (ContrastCache(tmp_path / name) for name in ("whole", "cut"))
+    assert len(whole) == len(cut) == 12
+    for name in whole:
+        for field in ("audio_hidden", "text_hidden", "target", "audio_layers", "text_layers"):
+            assert torch.equal(getattr(whole[name], field), getattr(cut[name], field)), (name, field)
+
+
 def test_a_cache_goes_on_and_its_parts_are_one(world, tmp_path, capsys):
     for part in ("0/2", "1/2", "1/2"):
         assert cache_main(cache_words(world, tmp_path / "c", "--part", part)) == 0
@@ -166,7 +226,13 @@ def test_a_language_model_that_trains_goes_through_every_stage(world, tmp_path):
     assert train(world, "sft_teacher", "all", *words, "run.resume=auto") == 0
     trained = SpeechLM.from_pretrained(world / "all" / "final")
     assert not torch.equal(trained.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    assert train(world, "caad", "of-all", "optim.steps=1", f"teacher.folder={world / 'all' / 'final'}") == 0
+    words = ["optim.steps=2", f"teacher.folder={world / 'all' / 'final'}"]
+    assert train(world, "caad", "of-all", *words, "teacher.batch_examples=1") == 0
+    cached = cache_words(world, tmp_path / "c", "--dtype", "float32", "--batch-examples", "1")
+    assert cache_main([str(world / "all" / "final"), *cached[1:]]) == 0
+    assert train(world, "caad", "of-all-cached", *words, f"teacher.cache={tmp_path / 'c'}") == 0
+    live, cached = weights(world, "of-all"), weights(world, "of-all-cached")
+    assert all(torch.equal(live[name], cached[name]) for name in live)
 
 
 @pytest.mark.parametrize("words", [("run.gradient_checkpointing=true",), ("model.prefix_cache_mib=0",)])
