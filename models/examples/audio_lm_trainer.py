@@ -89,20 +89,12 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="tiny", help="id or folder of an audio LM of transformers (default: tiny, random)")
-    parser.add_argument("--student", default="tiny", help="as --teacher; a smaller model with the same tokenizer")
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRA (default: 8)")
-    parser.add_argument("--alpha", type=float, default=1.0, help="strength of the contrast (default: 1)")
-    parser.add_argument("--kd-weight", type=float, default=0.5, help="share of the distillation term (default: 0.5)")
-    parser.add_argument("--learning-rate", type=float, default=3e-2)
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
-    parser.add_argument("--batch", type=int, default=4, help="samples of one backward pass (default: 4)")
+    parser = toy_task.parser(__doc__, learning_rate=3e-2, batch=4)
     parser.add_argument("--accumulate", type=int, default=2, help="backward passes of one step (default: 2)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
+    parser.add_argument("--rank", type=int, default=8, help="of the LoRA (default: 8)")
     parser.add_argument("--out", default="runs/audio_lm_trainer", help="folder of the trained LoRA")
     parser.add_argument("--save", action="store_true", help="write the LoRA into --out")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 

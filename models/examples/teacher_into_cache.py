@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kdkernels import ContrastCache, DualPathTeacher, LMHead, MaskFeatures, answer_index, fused_linear_caad_loss
 
-# What a batch's teacher states come from: samples -> audio_hidden and text_hidden, (N, H) each.
+# A function from samples to the teacher's audio_hidden and text_hidden, (N, H) each.
 StatesOf = Callable[[list[toy_task.Sample]], tuple[Tensor, Tensor]]
 
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def fill_cache(options: argparse.Namespace, teacher: DualPathTeacher, processor: Any, samples: list[toy_task.Sample]) -> None:
-    """Both paths of every sample, once. Started again after a stop, it goes on after the last finished shard."""
+    """Both paths of every sample, once. After a stop it continues after the last finished shard."""
     fingerprint = {"teacher": options.teacher, "seed": options.seed, "negative": "input_features = 0"}
     hidden_size = teacher.head.weight.shape[1]
     with ContrastCache.writer(
@@ -103,13 +103,13 @@ def train(
         for batch in toy_task.batches(samples, options.batch, seed=options.seed + epoch):
             inputs = toy_task.encode(processor, batch, options.device)
             index, target = answer_index(inputs.pop("labels"))
-            outputs = student(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-            hidden = outputs.hidden_states[-1].flatten(0, 1)[index]
+            outputs = student.base_model(**inputs, use_cache=False)  # the model without its LM head: no logits
+            hidden = outputs.last_hidden_state.flatten(0, 1)[index]
             audio_hidden, text_hidden = states_of(batch)
             own_head = student.get_output_embeddings()
             loss = fused_linear_caad_loss(
                 hidden, own_head.weight, audio_hidden, text_hidden, target=target, student_bias=own_head.bias,
-                alpha=options.alpha, kd_weight=0.5, **head.keywords("teacher"),
+                alpha=options.alpha, kd_weight=options.kd_weight, **head.keywords("teacher"),
             )  # fmt: skip
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -120,18 +120,11 @@ def train(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="tiny", help="id or folder of an audio LM of transformers (default: tiny, random)")
-    parser.add_argument("--student", default="tiny", help="as --teacher; a smaller model with the same tokenizer")
+    parser = toy_task.parser(__doc__, learning_rate=1e-2, batch=4)
     parser.add_argument("--cache", default="runs/teacher_into_cache", help="folder of the cache")
-    parser.add_argument("--alpha", type=float, default=1.0, help="strength of the contrast (default: 1)")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--samples", type=int, default=16, help="clips (default: 16)")
     parser.add_argument("--epochs", type=int, default=5, help="times that the student sees each clip (default: 5)")
-    parser.add_argument("--batch", type=int, default=4, help="samples of one step (default: 4)")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="largest relative difference that is rounding")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 

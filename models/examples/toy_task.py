@@ -1,4 +1,4 @@
-"""What the three examples share: a task of tones, a tiny audio LM, and one function that makes a batch.
+"""What the three examples share: a task of tones, a tiny audio LM, one function that makes a batch, and the common options.
 
 The task: a second of sound is a high tone or a low one, in noise, and the model is asked which. For data of your own, replace
 `tones` by anything that returns a list of `Sample`.
@@ -6,6 +6,7 @@ The task: a second of sound is a high tone or a low one, in noise, and the model
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,20 @@ from torch import Tensor
 
 SAMPLE_RATE = 16_000
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+
+
+def parser(description: str, *, learning_rate: float, batch: int) -> argparse.ArgumentParser:
+    """The options of every example; `learning_rate` and `batch` are the defaults of two of them."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--teacher", default="tiny", help="id or folder of an audio LM of transformers (default: tiny, random)")
+    made.add_argument("--student", default="tiny", help="as --teacher; a smaller model with the same tokenizer")
+    made.add_argument("--alpha", type=float, default=1.0, help="strength of the contrast (default: 1)")
+    made.add_argument("--kd-weight", type=float, default=0.5, help="share of the distillation term (default: 0.5)")
+    made.add_argument("--learning-rate", type=float, default=learning_rate, help=f"of AdamW (default: {learning_rate:g})")
+    made.add_argument("--batch", type=int, default=batch, help=f"samples of one backward pass (default: {batch})")
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    made.add_argument("--seed", type=int, default=0)
+    return made
 
 
 @dataclass(frozen=True)
