@@ -25,10 +25,10 @@ under true hints (on dev its ALL had been the lowest).
 The sweeps over alpha, lambda and tau use the same cached states of the teacher. The anchor sweep changes who writes Y: the
 teacher (heard), Stage 1 from the metadata (as in the paper), or a template from the true label.
 
-What the tables cannot say: there is one teacher, so the intervals hold for this teacher alone. With other teachers the gain was
-smaller on average. There is one task, and the bias of the teacher is induced. All 176 test recordings are real and were seen
-while settings were tuned. No training clip has the same character, but some actors voice characters of both parts. One question
-in three has a false hint. No question of the paper's ALL has one, so the two gains cannot be compared.
+What the tables cannot say: the intervals hold for this one teacher, and with the longer one the gain is smaller. There is one
+task, and the bias of the teacher is induced. All 176 test recordings are real and were seen while settings were tuned. No
+training clip has the same character, but some actors voice characters of both parts. One question in three has a false hint. No
+question of the paper's ALL has one, so the two gains cannot be compared.
 """
 
 from __future__ import annotations

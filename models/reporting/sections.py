@@ -59,10 +59,12 @@ STORED = {
             "ALL is the mean over tasks of the mean over contexts. Accuracy is lenient: the words of the label stand in the "
             "answer. Shift is the share of the questions answered right without a hint that are answered wrong under a false "
             "hint.",
-            "One teacher and one task, the speaker's gender. The teacher's bias was induced: nearly all of its training "
-            "hints were true. With other teachers the differences were smaller on average, and which of CAAD and training by "
-            "true labels was ahead changed with the teacher. One question in three has a false hint here, and none has in "
-            "the ALL of the CAAD paper, so the two gains cannot be compared.",
+            "One task, the speaker's gender, and one teacher; the control rows have two more. The teacher's bias was induced: "
+            "nearly all of its training hints were true. The size of the gain differs between teachers: with the longer one, "
+            "and with those of the two other demo runs, it is smaller. With an earlier teacher the student by true labels was "
+            "ahead of CAAD alpha 2.",
+            "One question in three of ALL has a false hint. No question of the CAAD paper's ALL has one, so the two gains "
+            "cannot be compared.",
             _TEST_CLIPS + " Each was asked with three draws of noise.",
         ),
     ),
