@@ -1,15 +1,19 @@
-"""Which sources and layers are worth their cost: the table of source- and layer-wise distillation (arXiv 2509.18579).
+"""Which sources and layers are worth their cost: the table of source-wise and layer-wise distillation (arXiv 2509.18579).
 
-    python -m models ablation                 # three seeds; models/experiments/results/sources_layers.csv with --write
+    python -m models ablation                 # three seeds; --write puts the table into models/experiments/results
     python -m models ablation --fast-smoke    # the same code on synthetic clips and tiny random models
 
-    corpus -> features -> audio-aware teacher (all tasks) -> for each seed a student that can already hear (all tasks, briefly)
-           -> from there, on questions about what the words mean and which word is said, one student for each row of the table
+    corpus -> features -> audio-aware teacher (all tasks)
+           -> for each seed a student that hears already (all tasks, a short training)
+           -> from there, for each row of the table, a student trained on the content tasks: meaning, and which word is said
 
-Perception tasks (voice, rate, accent, noise) are not trained any more in that last step: what a row keeps of them is what the
-acoustic teacher is for. The text teacher is the language model that the student was cut out of; the student's own, with layers
-dropped, answers those questions by chance. Every row is one recipe of models/training/recipes. Scores are on clips,
-voices, places and events that no training saw, without a hint; `conflict` is the accuracy under a false hint.
+That last step trains no perception task (voice, rate, accent, noise). What a row keeps of them shows what the acoustic teacher is
+for. The text teacher is the language model that the student was cut from: the student's own, with layers dropped, answers the
+content questions by chance. Each row is a recipe of models/training/recipes.
+
+Scores are on test clips without a hint; `conflict` is the accuracy under a false hint. No training clip has the same character,
+place or event, but some actors voice characters of both parts. Whether a claim of the paper holds is judged by a 95% t interval
+over the seeds. The intervals are not corrected for the number of claims, and they say nothing about another teacher.
 """
 
 from __future__ import annotations
@@ -22,21 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from models.experiments.commands import ablation_parser
 from models.experiments.pipeline import Context, Stage, log_console, run_pipeline
 from models.experiments.shared_steps import (
+    TRAINING,
     ask,
     backbone_settings,
+    first_stages,
+    own_start_words,
+    print_scores,
+    print_sentences,
     read_items,
-    run_backbones,
-    run_features,
-    run_student_lm,
-    train_by_recipe,
+    step_words,
+    train_supervised,
     write_parts,
 )
+from models.experiments.t_interval import t_interval
 from models.io_utils import atomic_write_text, cache_dir
 
 PERCEPTION = ("gender", "speaking_rate", "accent", "noise")
@@ -44,7 +49,7 @@ CONTENT = ("content", "place", "mood")
 RESULTS = Path(__file__).parent / "results" / "sources_layers.csv"
 _TEXT_BATCH = 32
 
-# name, label, recipe (None: the student before distillation); the first six in the order of the paper's table
+# name, label, recipe (None: the student before distillation). The first six have the order of the paper's table.
 SYSTEMS = (
     ("baseline", "student before distillation", None),
     ("sft", "SFT only", "sft"),
@@ -57,7 +62,7 @@ SYSTEMS = (
     ("everything", "CAAD + layers + text KD + acoustic KD", "everything"),
 )
 TEXT_TEACHER = ("text_teacher", "text teacher itself, reading the metadata")
-# Claims of the paper's table, as differences between two rows: (better, worse, score, what it says).
+# Claims of the paper's table, as differences between two rows: (better, worse, score, the claim).
 CLAIMS = (
     ("baseline", "sft", "perception", "SFT alone forgets perception"),
     ("text_kd_top", "sft", "content", "top-layer text KD beats SFT on content"),
@@ -87,7 +92,7 @@ class AblationSettings:
     start_learning_rate: float = 2e-3
     layer_weight: float = 0.3
     batch_examples: int = 16
-    seed: int = 0  # of teacher and student language model; the rows' seeds are 0, 1, 2
+    seed: int = 0  # of teacher and student language model; the rows have the seeds 0, 1, 2
     seeds: int = 3
     device: str = "cpu"
 
@@ -105,7 +110,7 @@ SMOKE = AblationSettings(
 
 
 def run_corpus(context: Context) -> dict[str, Any]:
-    """Clips and questions; the targets are the true answers as sentences. `distill` holds the content tasks alone."""
+    """Make clips and questions. The targets are the true answers as sentences. `distill` has content tasks only."""
     from models.corpora.build import build_corpus
     from models.data.manifest import read_manifest
 
@@ -127,46 +132,34 @@ def run_corpus(context: Context) -> dict[str, Any]:
 
 
 def run_teacher(context: Context) -> dict[str, Any]:
-    """The audio-aware teacher: supervised on all tasks, one clip in ten masked."""
-    settings = context.settings
-    train_by_recipe(
-        context,
-        "sft_teacher",
-        manifest=context.folders["corpus"] / "teacher.jsonl",
-        folder=context.folders["features"] / "untrained",
-        words=[f"optim.steps={settings.teacher_steps}", f"optim.learning_rate={settings.learning_rate}"],
-    )
+    """Train the audio-aware teacher on all tasks."""
+    train_supervised(context, words=step_words(context.settings.teacher_steps, context.settings.learning_rate))
     return {}
 
 
 def run_start(context: Context) -> dict[str, Any]:
-    """The student before distillation: all tasks, so that it hears something already; then asked."""
+    """Train the student before distillation on all tasks, so that it hears something already. Then ask it."""
     settings = context.settings
-    train_by_recipe(
+    train_supervised(
         context,
-        "sft_teacher",
-        manifest=context.folders["corpus"] / "teacher.jsonl",
-        folder=context.folders["student_lm"] / "untrained",
+        start=context.folders["student_lm"] / "untrained",
         words=[
-            f"optim.steps={settings.start_steps}",
-            f"optim.learning_rate={settings.start_learning_rate}",
+            *step_words(settings.start_steps, settings.start_learning_rate),
             f"run.seed={context.extra['seed']}",
-            "model.fresh_connector=true",
-            f"model.feature_statistics={context.folders['features'] / 'untrained'}",
+            *own_start_words(context),
         ],
     )
     return ask(context, context.folder / "final", kinds=("neutral", "conflict"), controls=False)
 
 
 def run_rows(context: Context) -> dict[str, Any]:
-    """One row of the table, every seed: from the seed's start, by the row's recipe, on the content tasks; then asked."""
+    """Train one row of the table for every seed: from the start of the seed, by the recipe of the row. Then ask it."""
     from models.experiments.student_group import Cohort
 
     settings, recipe = context.settings, context.extra["recipe"]
     words = [
-        f"optim.steps={settings.student_steps}",
-        f"optim.learning_rate={settings.learning_rate}",
-        # The papers train on the true answers beside the teachers; only the answer's tokens are scored.
+        *step_words(settings.student_steps, settings.learning_rate),
+        # The papers train on the true answers as well as on the teachers. Only the tokens of the answer are scored.
         "loss.ce_token_weight=choice",
         "loss.ce_background_weight=0",
         "loss.kd_weight=0.5",
@@ -190,13 +183,13 @@ def run_rows(context: Context) -> dict[str, Any]:
 
 
 def run_text_teacher(context: Context) -> dict[str, Any]:
-    """The text teacher asked itself: it reads what is known about a clip and writes the answer, as in Stage 1."""
+    """Ask the text teacher: it reads the metadata of a clip and writes the answer, as in Stage 1."""
     from models.evaluation.predictions import Prediction, append_predictions, write_header
     from models.pseudo_gt.writers import BackboneWriter
 
     writer = BackboneWriter.load(str(backbone_settings(context.settings)["lm"]))
     questions = [e for e in read_items(context, "test") if e.kind == "neutral"]
-    questions.sort(key=lambda e: e.task)  # the worked examples of a task are read once
+    questions.sort(key=lambda e: e.task)  # so the worked examples of a task are read once
     path = context.folder / "test-greedy.jsonl"
     write_header(path, {"split": "test", "mode": "generate"})
     for start in range(0, len(questions), _TEXT_BATCH):
@@ -212,51 +205,42 @@ def run_text_teacher(context: Context) -> dict[str, Any]:
 
 
 def make_stages(settings: AblationSettings) -> list[Stage]:
-    """All stages, in an order that honours their needs."""
-    from models.training.recipe import load_recipe, to_dict
-
-    backbone = ("lm", "encoder", "tiny_backbones", "seed", "device")
-    training = (*backbone, "batch_examples")
-    stages = [
-        Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
-        Stage("corpus", "corpus", (), ("sources", "corpus_size", "corpus_seed"), run_corpus),
-        Stage("features", "encoder features", ("backbones", "corpus"), backbone, run_features),
+    """All stages; each comes after the stages that it needs."""
+    corpus = Stage("corpus", "corpus", (), ("sources", "corpus_size", "corpus_seed"), run_corpus)
+    stages = first_stages(corpus)
+    stages.append(
         Stage(
-            "student_lm", "student: drop layers, heal", ("backbones", "corpus"), (*backbone, "keep_layers", "healing_steps"),
-            run_student_lm,
-        ),
-        Stage(
-            "teacher", "audio-aware teacher", ("corpus", "features"), (*training, "teacher_steps", "learning_rate"), run_teacher
-        ),
-    ]  # fmt: skip
+            "teacher", "audio-aware teacher", ("corpus", "features"), (*TRAINING, "teacher_steps", "learning_rate"), run_teacher
+        )
+    )  # fmt: skip
     for seed in range(settings.seeds):
         stages.append(
             Stage(
                 f"start_{seed}", f"student that hears, seed {seed}", ("corpus", "features", "student_lm"),
-                (*training, "start_steps", "start_learning_rate"), run_start, extra={"seed": seed},
+                (*TRAINING, "start_steps", "start_learning_rate"), run_start, extra={"seed": seed},
             )
         )  # fmt: skip
     stages.append(
-        Stage("text_teacher", "text teacher, asked itself", ("corpus",), ("lm", "tiny_backbones"), run_text_teacher)
+        Stage("text_teacher", "answers of the text teacher", ("corpus",), ("lm", "tiny_backbones"), run_text_teacher)
     )
+    return stages + [_row_stage(settings, *system) for system in SYSTEMS if system[2] is not None]
+
+
+def _row_stage(settings: AblationSettings, name: str, label: str, recipe: str) -> Stage:
+    """The stage of one row of the table."""
+    from models.training.recipe import load_recipe, to_dict
+
+    read = load_recipe(recipe, ["teacher.folder=x"])
+    words = [f"{key}.weight={settings.layer_weight}" for key, layers in read.compared_layers() if layers.weight > 0]
+    lm = str(backbone_settings(settings)["lm"])
+    words += [f"sources.{source}.folder={lm}" for source, s in read.sources.items() if s.role == "text"]
     starts = tuple(f"start_{seed}" for seed in range(settings.seeds))
-    for name, label, recipe in SYSTEMS:
-        if recipe is None:
-            continue
-        read = load_recipe(recipe, ["teacher.folder=x"])
-        words = [f"{key}.weight={settings.layer_weight}" for key, layers in read.compared_layers() if layers.weight > 0]
-        lm = str(backbone_settings(settings)["lm"])
-        words += [f"sources.{source}.folder={lm}" for source, s in read.sources.items() if s.role == "text"]
-        taught = ("teacher",) if read.needs_teacher else ()
-        stages.append(
-            Stage(
-                name, label, ("corpus", "features", *starts, *taught),
-                (*training, "student_steps", "learning_rate", "seeds"), run_rows,
-                # What the recipe's file says is part of the fingerprint too.
-                extra={"recipe": recipe, "words": words, "needs_teacher": read.needs_teacher, "read": to_dict(read)},
-            )
-        )  # fmt: skip
-    return stages
+    taught = ("teacher",) if read.needs_teacher else ()
+    return Stage(
+        name, label, ("corpus", "features", *starts, *taught), (*TRAINING, "student_steps", "learning_rate", "seeds"), run_rows,
+        # The text of the recipe is part of the fingerprint too.
+        extra={"recipe": recipe, "words": words, "needs_teacher": read.needs_teacher, "read": to_dict(read)},
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -265,9 +249,9 @@ def make_stages(settings: AblationSettings) -> list[Stage]:
 
 
 def collect(folders: Mapping[str, Path], settings: AblationSettings) -> list[dict[str, Any]]:
-    """A row a system and seed: means over tasks of the accuracy without a hint, of all under a false one, and each task's.
+    """A row for each system and seed: accuracies without a hint as means over tasks and by task, and under a false hint.
 
-    The last row is the text teacher's own answers, which it gives without the sound.
+    The last row is the text teacher, which answers without the sound.
     """
     asked = [
         (name, label, seed, folders[f"start_{seed}"] if recipe is None else folders[name] / str(seed))
@@ -303,41 +287,21 @@ def _scores(name: str, label: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence a claim of the paper's table: reproduced, not reproduced, or within noise.
+    """One sentence for each claim of the paper's table: reproduced, not reproduced, or within noise.
 
-    A difference counts where it has one sign in every seed and its mean is above twice its standard error over seeds.
+    A difference is more than noise where the 95% t interval of its mean over seeds excludes 0.
     """
     scores = {(row["system"], row["seed"]): row for row in rows}
     seeds = sorted({row["seed"] for row in rows})
     sentences = []
     for better, worse, score, claim in CLAIMS:
         differences = [100 * (scores[better, seed][score] - scores[worse, seed][score]) for seed in seeds]
-        mean = statistics.mean(differences)
-        error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("inf")
-        clear = abs(mean) > 2 * error and all(d * mean > 0 for d in differences)
-        word = "within noise" if not clear else "reproduced" if mean > 0 else "NOT reproduced"
+        found = t_interval(differences)
+        word = "within noise" if not found.excludes_zero else "reproduced" if found.mean > 0 else "not reproduced"
         each = ", ".join(f"{d:+.1f}" for d in differences)
-        sentences.append(f"{claim}: {word} ({mean:+.1f} points; by seed {each})")
+        ends = f"95% t interval {found.low:+.1f} to {found.high:+.1f}"
+        sentences.append(f"{claim}: {word} ({found.mean:+.1f} points; {ends}; by seed {each})")
     return sentences
-
-
-def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Means and spreads over seeds."""
-    table = Table(title="accuracy in %, mean and standard deviation over seeds")
-    columns = ("perception", "content", "all", "conflict")
-    columns += tuple(f"task_{task}" for task in (*PERCEPTION, *CONTENT))
-    table.add_column("system", no_wrap=True)
-    for column in columns:
-        table.add_column(column.removeprefix("task_"), justify="right", no_wrap=True)
-    for name, label in (*(system[:2] for system in SYSTEMS), TEXT_TEACHER):
-        own = [row for row in rows if row["system"] == name]
-        cells = []
-        for number, column in enumerate(columns):
-            values = [100 * row[column] for row in own if row[column] != ""]
-            spread = f" ±{statistics.stdev(values):.1f}" if number < 4 and len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
-        table.add_row(label, *cells)
-    console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -346,19 +310,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device)
     console, stages = log_console(), make_stages(settings)
     started = time.monotonic()
-    try:
-        folders, _ = run_pipeline(
-            arguments, stages, settings, cache_dir() / "ablation", command="ablation", argv=argv, console=console
-        )
-    except SystemExit as ended:
-        return ended.code
+    folders, _ = run_pipeline(
+        arguments, stages, settings, cache_dir() / "ablation", command="ablation", argv=argv, console=console
+    )
     rows = collect(folders, settings)
-    print_table(console, rows)
-    sentences = verdicts(rows)
-    if arguments.fast_smoke:
-        sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
-    for sentence in sentences:
-        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+    columns = ("perception", "content", "all", "conflict", *(f"task_{task}" for task in (*PERCEPTION, *CONTENT)))
+    print_scores(console, rows, columns, title="accuracy in %, mean and standard deviation over seeds")
+    print_sentences(console, verdicts(rows), smoke=arguments.fast_smoke)
     from models.reporting.results_csv import rows_csv
 
     text = rows_csv(rows)

@@ -15,9 +15,9 @@ def demo_parser() -> Parser:
 
 def six_systems_parser() -> Parser:
     parser = Parser(prog="python -m models six-systems", description="Make the table of the CAAD paper's six systems.")
-    parser.add_argument("--seeds", type=int, help="students of each system (default: 5)")
-    parser.add_argument("--split", default="test", choices=("test", "dev"), help="which questions are asked")
-    parser.add_argument("--no-sweeps", action="store_true", help="the table alone, without the sweeps")
+    parser.add_argument("--seeds", type=int, help="students to train for each system (default: 5)")
+    parser.add_argument("--split", default="test", choices=("test", "dev"), help="the questions to ask (default: test)")
+    parser.add_argument("--no-sweeps", action="store_true", help="make the table without the sweeps")
     parser.add_argument("--write", action="store_true", help="write the tables into models/experiments/results")
     return _with_stages(parser, out="runs/six_systems")
 
@@ -29,13 +29,13 @@ def ablation_parser() -> Parser:
 
 
 def _with_stages(parser: Parser, *, out: str) -> Parser:
-    """The arguments of every pipeline, and what a stage's own process is called with."""
+    """The arguments of every pipeline, and --run-stage, with which the process of a stage is started."""
     parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips and tiny random models: a minute, for CI")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--out", default=out, help=f"folder of the results (default: {out})")
-    parser.add_argument("--fresh", action="store_true", help="make every stage again; downloads are kept")
+    parser.add_argument("--fresh", action="store_true", help="make every stage again, but keep the downloads")
     parser.add_argument(
-        "--workers", type=int, help="stages at a time, each in a process; 0 = all in this process, one after another"
+        "--workers", type=int, help="stages at a time, each in a process (default: 2); 0 = all in this process"
     )
     parser.add_argument("--run-stage", help=argparse.SUPPRESS)
     return parser

@@ -1,6 +1,6 @@
-"""The whole path in one command: recorded speech in, a distilled speech LM out, and what the distillation was worth.
+"""The whole path in one command: from recorded speech to a distilled speech LM, and what the distillation was worth.
 
-    python -m models demo                 # about 14 minutes on 2 cores after the downloads; again: seconds
+    python -m models demo                 # about 14 minutes on 2 cores after the downloads, seconds when run again
     python -m models demo --fast-smoke    # the same code on synthetic clips and tiny random models, for CI
 
     corpus -> features -> Stage 1 (the text backbone writes Y) -> teacher, biased by hints that are nearly always true
@@ -9,11 +9,15 @@
            -> students: CE only, KD, sharpened control, CAAD alpha 1 and 2
            -> test clips under a true, a false and no hint -> table, verdict, report
 
-What it shows: a teacher that has learned to trust hints answers from the hint where the sound says otherwise. Plain KD hands that
-bias down. CAAD's target subtracts what the teacher would have said without hearing anything. The verdict is computed from the
-numbers; where CAAD does not win, it says so.
+The teacher has learned to trust hints: it follows a hint where the sound says otherwise. Plain KD passes that bias on to the
+student. The target of CAAD subtracts what the teacher would have said without the audio. The verdict is computed from the numbers
+and says so where CAAD does not win.
 
-Each stage is made once, and a stopped demo goes on where it was (models/experiments/pipeline.py).
+The demo has one teacher, one task and one seed, so it shows how the method works and not how large the gain is. The
+recordings of the test are real (synthesised where apt cannot fetch them). No training clip has the same character, but some
+characters of both parts are voiced by the same actor.
+
+Each stage is made once, and a stopped demo continues where it stopped (models/experiments/pipeline.py).
 """
 
 from __future__ import annotations
@@ -33,23 +37,18 @@ from rich.console import Console
 from rich.table import Table
 
 from models.experiments.commands import demo_parser
-from models.experiments.pipeline import (
-    Context,
-    Stage,
-    check_status,
-    log_console,
-    read_done,
-    run_pipeline,
-)
+from models.experiments.pipeline import Context, Stage, check_status, log_console, read_done, run_pipeline
 from models.experiments.shared_steps import (
+    TRAINING,
     ask,
+    first_stages,
     limited,
     load_speech_lm,
+    predictions_name,
+    print_sentences,
     read_items,
-    run_backbones,
-    run_features,
-    run_student_lm,
-    train_by_recipe,
+    step_words,
+    train_supervised,
     write_answered_pool,
     write_cache,
 )
@@ -69,10 +68,10 @@ class DemoSettings:
     max_test_clips: int | None = None
     lm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     encoder: str = "openai/whisper-tiny.en"
-    tiny_backbones: bool = False  # random ones, made on the spot
+    tiny_backbones: bool = False  # random models, made by the stage
     keep_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
     healing_steps: int = 96
-    target_source: str = "text_backbone"  # of the teacher's training targets
+    target_source: str = "text_backbone"  # who writes the training targets of the teacher
     teacher_steps: int = 120
     teacher_learning_rate: float = 1e-3
     student_steps: int = 120
@@ -97,7 +96,7 @@ STUDENTS = (
     ("caad2", "student, CAAD alpha 2", "caad", 2.0),
 )
 TEACHER_ALPHAS = (None, 1.0, 2.0)
-# Students of one process: they share what is frozen (models/experiments/student_group.py). Two processes, for two cores.
+# The students of one process share what is frozen (models/experiments/student_group.py). Two processes, for two cores.
 COHORTS = (("kd", "caad1", "caad2"), ("ce_only", "sharpened2"))
 
 
@@ -107,7 +106,7 @@ COHORTS = (("kd", "caad1", "caad2"), ("ce_only", "sharpened2"))
 
 
 def run_corpus(context: Context) -> dict[str, Any]:
-    """Clips, questions and hints, in the demo's three parts: teacher, distill, test."""
+    """Make clips, questions and hints in three parts: teacher, distill, test."""
     from models.corpora.build import build_corpus
     from models.data.manifest import read_manifest, write_manifest
 
@@ -131,7 +130,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
 
 
 def run_stage1(context: Context) -> dict[str, Any]:
-    """Stage 1: Y for the teacher's training items, written from the metadata by the text backbone (or by a template)."""
+    """Stage 1: the text backbone, or a template, writes Y for the training items of the teacher from their metadata."""
     from models.data.manifest import read_manifest
     from models.pseudo_gt import stage1
 
@@ -147,25 +146,20 @@ def run_stage1(context: Context) -> dict[str, Any]:
 
 
 def stage1_manifest(folders: Mapping[str, Path]) -> Path:
-    """Where Stage 1 writes: a manifest has to lie where its clips are within reach, so beside the corpus' own."""
+    """The manifest that Stage 1 writes. It is in the folder of the corpus, since paths of clips are relative to a manifest."""
     return folders["corpus"] / f"{folders['stage1'].name}.jsonl"
 
 
 def run_teacher(context: Context) -> dict[str, Any]:
-    """The teacher: supervised on its biased training items; one clip in ten masked."""
+    """Train the teacher on its biased items."""
     settings = context.settings
-    train_by_recipe(
-        context,
-        "sft_teacher",
-        manifest=stage1_manifest(context.folders),
-        folder=context.folders["features"] / "untrained",
-        words=[f"optim.steps={settings.teacher_steps}", f"optim.learning_rate={settings.teacher_learning_rate}"],
-    )
+    words = step_words(settings.teacher_steps, settings.teacher_learning_rate)
+    train_supervised(context, manifest=stage1_manifest(context.folders), words=words)
     return {}
 
 
 def run_pool(context: Context) -> dict[str, Any]:
-    """The teacher answers the distillation pool: its answers are the students' Y. Then both of its paths over them, once."""
+    """Let the teacher answer the distillation pool: its answers are the students' Y. Then cache both of its paths over them."""
     teacher = context.folders["teacher"] / "final"
     model, store, extra = load_speech_lm(context, teacher)
     examples = [e for e in read_items(context, "distill") if e in store]
@@ -176,20 +170,18 @@ def run_pool(context: Context) -> dict[str, Any]:
 
 
 def run_student(context: Context) -> dict[str, Any]:
-    """Students one after another: each trained, then asked the test questions."""
+    """Train the students of one group one after another, and ask each the test questions."""
     from models.experiments.student_group import Cohort
 
     settings, cohort = context.settings, Cohort(context)
     result = {}
     for name, objective, alpha in context.extra:
         words = [
-            f"optim.steps={settings.student_steps}",
-            f"optim.learning_rate={settings.student_learning_rate}",
-            # Only the answer's token is learned, since only the choices are scored: a step takes two thirds of the time.
-            # Students that are to answer freely need loss.ce_background_weight above 0 (and ce_background_fraction, to keep
-            # it cheap).
+            *step_words(settings.student_steps, settings.student_learning_rate),
+            # Only the choices are scored, so only the token of the answer is learned: a step takes two thirds of the time.
+            # A student that answers freely needs loss.ce_background_weight above 0. ce_background_fraction keeps that cheap.
             "loss.ce_background_weight=0",
-            # The statistics of the features come from the teacher's clips: one standardisation for all.
+            # The statistics of the features come from the teacher's clips, so all models standardise alike.
             f"model.feature_statistics={context.folders['features'] / 'untrained'}",
         ]
         if objective != "ce_only":
@@ -209,42 +201,35 @@ def run_student(context: Context) -> dict[str, Any]:
 
 
 def run_teacher_answers(context: Context) -> dict[str, Any]:
-    """The teacher on the test questions: greedy, and by contrastive decoding."""
+    """Ask the teacher the test questions, greedily and by contrastive decoding."""
     return ask(context, context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS)
 
 
 def make_stages() -> list[Stage]:
-    """All stages, in an order that honours their needs; of those that may run, the first ones are started."""
-    backbone = ("lm", "encoder", "tiny_backbones", "seed", "device")
-    training = (*backbone, "batch_examples")
+    """All stages; each comes after the stages that it needs. Of those that are ready, the first ones start first."""
+    corpus = ("sources", "corpus_size", "task", "seed", "max_train_clips", "max_test_clips")
+    *first, student_lm = first_stages(Stage("corpus", "corpus", (), corpus, run_corpus))
     stages = [
-        Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
-        Stage(
-            "corpus", "corpus", (),
-            ("sources", "corpus_size", "task", "seed", "max_train_clips", "max_test_clips"), run_corpus,
-        ),
-        Stage("features", "encoder features", ("backbones", "corpus"), backbone, run_features),
+        *first,
+        # The teacher waits for Stage 1, and most stages wait for the teacher.
         Stage("stage1", "Stage 1: pseudo ground truth", ("backbones", "corpus"), ("lm", "target_source"), run_stage1),
-        Stage(
-            "student_lm", "student: drop layers, heal", ("backbones", "corpus"),
-            (*backbone, "keep_layers", "healing_steps"), run_student_lm,
-        ),
+        student_lm,
         Stage(
             "teacher", "teacher (sft, biased)", ("corpus", "features", "stage1"),
-            (*training, "teacher_steps", "teacher_learning_rate"), run_teacher,
+            (*TRAINING, "teacher_steps", "teacher_learning_rate"), run_teacher,
         ),
-        Stage("pool", "teacher's answers, both its paths", ("corpus", "features", "teacher"), training, run_pool),
+        Stage("pool", "teacher's answers, both its paths", ("corpus", "features", "teacher"), TRAINING, run_pool),
     ]  # fmt: skip
     for number, names in enumerate(COHORTS, start=1):
         told = [(name, objective, alpha) for name, _, objective, alpha in STUDENTS if name in names]
         stages.append(
             Stage(
                 f"students_{number}", f"students: {', '.join(names)}", ("corpus", "features", "teacher", "student_lm", "pool"),
-                (*training, "student_steps", "student_learning_rate"), run_student, extra=told,
+                (*TRAINING, "student_steps", "student_learning_rate"), run_student, extra=told,
             )
         )  # fmt: skip
     needs = ("corpus", "features", "teacher")
-    stages.append(Stage("answers_teacher", "teacher's test answers", needs, training, run_teacher_answers, list(TEACHER_ALPHAS)))
+    stages.append(Stage("answers_teacher", "teacher's test answers", needs, TRAINING, run_teacher_answers, list(TEACHER_ALPHAS)))
     return stages
 
 
@@ -254,29 +239,29 @@ def make_stages() -> list[Stage]:
 
 
 def collect(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
-    """Test predictions of every system, by label, in the order of the table."""
+    """Label -> test predictions of every system, in the order of the table."""
     from models.evaluation.predictions import read_predictions
 
-    files = {"teacher, greedy": folders["answers_teacher"] / "test-greedy.jsonl"}
-    for alpha in TEACHER_ALPHAS[1:]:
-        label = f"teacher, contrastive {alpha:g}"
-        files[label] = folders["answers_teacher"] / f"test-contrastive{alpha:g}.jsonl"
+    files = {}
+    for alpha in TEACHER_ALPHAS:
+        label = "teacher, greedy" if alpha is None else f"teacher, contrastive {alpha:g}"
+        files[label] = folders["answers_teacher"] / predictions_name("test", alpha)
     for name, label, _, _ in STUDENTS:
-        files[label] = student_folder(folders, name) / "test-greedy.jsonl"
+        files[label] = student_folder(folders, name) / predictions_name("test")
     return {label: read_predictions(path)[1] for label, path in files.items()}
 
 
 def student_folder(folders: Mapping[str, Path], name: str) -> Path:
-    """Run and predictions of a student."""
+    """The folder of a student: its run and its predictions."""
     number = next(i for i, names in enumerate(COHORTS, start=1) if name in names)
     return folders[f"students_{number}"] / name
 
 
 def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
-    """What the numbers say about CAAD, in sentences. Computed; a loss or a draw is said as plainly as a win.
+    """What the numbers say about CAAD, in sentences. A loss or a draw is said as plainly as a win.
 
-    Compared are the answers under a false hint (what CAAD is for) and with no hint (what it must not cost), pair by pair, with
-    95% bootstrap intervals over clips. The first sentence is about plain KD; the controls follow.
+    Answers are compared pair by pair: under a false hint, where CAAD should gain, and without a hint, where it should not lose.
+    The 95% intervals come from a bootstrap over clips. The first sentence compares with plain KD, and the controls follow.
     """
     from models.evaluation.scoring import paired_difference
 
@@ -296,14 +281,14 @@ def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
                 costs += [f"alpha {alpha}"] if neutral.high < 0 else []
     if wins:
         headline = f"CAAD ({' and '.join(wins)}) follows a false hint less often than plain KD does"
-        headline += f", and pays for it without a hint ({' and '.join(costs)})." if costs else "."
+        headline += f", but is less accurate without a hint ({' and '.join(costs)})." if costs else "."
     else:
         headline = "CAAD does NOT show an advantage over plain KD under a false hint in this run."
     return [headline, *details]
 
 
 def caveat(folders: Mapping[str, Path], settings: DemoSettings) -> str:
-    """What the numbers stand on, so that nobody takes them for more."""
+    """What limits the numbers: the data, the teacher, the seed."""
     from models.data.manifest import read_manifest
 
     def read(part: str) -> list[Any]:
@@ -315,9 +300,9 @@ def caveat(folders: Mapping[str, Path], settings: DemoSettings) -> str:
     voices = {e.metadata.get("speaker") for e in test}
     clips = {e.audio for e in test}
     return (
-        f"On one task ({settings.task}), one seed, {len(clips)} test clips of {len(voices)} voices in no training set; the "
-        f"teacher's bias was induced: {true:.0%} of the hints it was trained with were true. Answers are the likelier of the two "
-        "choices."
+        f"These are {len(clips)} test clips of {len(voices)} voices, one task ({settings.task}), one teacher and one seed. "
+        "The training clips have other voices, but one actor may voice characters in both parts. The bias of the teacher "
+        f"was induced: {true:.0%} of the hints in its training were true. An answer is the likelier of the two choices."
     )
 
 
@@ -337,10 +322,10 @@ def _plain(predictions: Sequence[Any]) -> list[Any]:
 
 
 def print_table(console: Console, predictions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The table on the terminal; returns the scores of every system."""
+    """Print the table and return the scores of every system."""
     from models.evaluation.summary import summarize
 
-    table = Table(title="accuracy on voices in no training set, by what the prompt says (Shift = TIR_adv, lower is better)")
+    table = Table(title="accuracy on the test clips, by what the prompt says (Shift = TIR_adv, lower is better)")
     for column in ("system", *(label for _, label in CONTEXTS), "Shift", "no audio", "swapped"):
         table.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
     scores = {}
@@ -365,21 +350,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = dataclasses.replace(SMOKE if arguments.fast_smoke else FULL, device=arguments.device, seed=arguments.seed)
     console, stages = log_console(), make_stages()
     started = time.monotonic()
-    try:
-        folders, seconds = run_pipeline(
-            arguments, stages, settings, cache_dir() / "demo", command="demo", argv=argv, console=console
-        )
-    except SystemExit as ended:
-        return ended.code
+    folders, seconds = run_pipeline(
+        arguments, stages, settings, cache_dir() / "demo", command="demo", argv=argv, console=console
+    )
     for source, reason in read_done(folders["corpus"])["result"]["unavailable"].items():
-        console.print(f"warning: without the recordings of {source}: {reason}", markup=False)
+        console.print(f"warning: the recordings of {source} are not in this corpus: {reason}", markup=False)
     predictions = collect(folders)
     scores = print_table(console, predictions)
     sentences = [*verdict(predictions), caveat(folders, settings)]
-    if arguments.fast_smoke:
-        sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
-    for sentence in sentences:
-        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+    sentences = print_sentences(console, sentences, smoke=arguments.fast_smoke)
 
     from models.evaluation.score_tables import to_json
     from models.reporting.report import write_report
@@ -395,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def results_csv(results: Mapping[str, Any]) -> str:
-    """A row a system, from what results.json holds: accuracies by context with their 95% intervals, and TIR_adv."""
+    """A row for each system, from the content of results.json: accuracies by context with 95% intervals, and TIR_adv."""
     import torch
 
     seconds = sum(results["seconds"].values())
@@ -427,7 +406,7 @@ def make_report(
     sentences: Sequence[str],
     seconds: Mapping[str, float],
 ) -> Any:
-    """The demo's report: systems, curves of every training, clips, settings, what each stage did and how long it took."""
+    """The report of the demo: systems, curves of every training, clips, settings, what each stage did and its seconds."""
     from models.data.manifest import read_manifest
     from models.reporting.report import Report
     from models.training.curves import read_metrics

@@ -1,8 +1,7 @@
-"""Pipelines of stages: each a process of its own with a folder of its own, made once, resumed after a stop.
+"""Pipelines of stages. Each stage has a process and a folder of its own, is made once, and continues after a stop.
 
-A stage's folder is named by the fingerprint of its settings and inputs: what is there is not made again, and a stopped pipeline
-goes on where it was. Independent stages run side by side, one core each. `models.experiments.demo` and
-`models.experiments.ablation` are two of them.
+The name of a folder is the fingerprint of the settings and inputs of its stage. What is there is not made again, and a stopped
+pipeline continues where it stopped. Independent stages run side by side, each on its share of the cores.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from rich.console import Console
 from models.io_utils import atomic_write_json, exclusive, fingerprint
 
 DONE_NAME = "done.json"
-# Raised whenever a stage's code changes what it makes from the same settings, or a format of what is kept.
+# Goes up whenever the code of a stage makes something else from the same settings, or a format of the kept files changes.
 STAGES_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: what it needs, the settings it depends on, and the function that fills its folder."""
+    """One stage: the stages that it needs, the settings that it depends on, and the function that fills its folder."""
 
     name: str
     title: str
@@ -43,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage's function gets: settings, its own folder, and the folders and results of the stages it needs."""
+    """What the function of a stage gets: settings, its own folder, and the folders and results of the stages it needs."""
 
     settings: Any
     folder: Path
@@ -51,16 +50,16 @@ class Context:
     extra: Any
 
     def result(self, stage: str) -> dict[str, Any]:
-        """What a needed stage returned."""
+        """What the function of a needed stage returned."""
         return read_done(self.folders[stage])["result"]
 
 
 class StageError(RuntimeError):
-    """A stage ended badly; the message has the end of its log."""
+    """A stage failed. The message has the end of its log."""
 
 
 def stage_folders(stages: Sequence[Stage], settings: Any, root: Path) -> dict[str, Path]:
-    """Each stage's folder, named by its fingerprint: version, settings it depends on, folders it reads."""
+    """The folder of each stage. Its fingerprint covers the version, the settings it depends on, and the folders it reads."""
     folders: dict[str, Path] = {}
     for stage in stages:
         key = {
@@ -74,7 +73,7 @@ def stage_folders(stages: Sequence[Stage], settings: Any, root: Path) -> dict[st
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """What a finished stage noted: result and seconds. None = not finished."""
+    """The result and the seconds that a finished stage wrote down. None = not finished."""
     try:
         return json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -90,18 +89,18 @@ def run_stages(
     threads: int,
     console: Console,
 ) -> dict[str, float]:
-    """Run what is not done, `workers` processes at a time.
+    """Run the stages that are not done, in at most `workers` processes at a time.
 
     Args:
-        command: the command line that runs a stage in its own process.
-        threads: of each process.
+        command: makes the command line that runs a stage in its own process.
+        threads: threads of each process.
 
     Returns:
-        seconds of each stage, as measured when it was made.
+        seconds of each stage, measured when it was made.
 
     Raises:
-        StageError: a stage failed; the others that ran were stopped (and can be gone on with).
-        KeyboardInterrupt: Ctrl-C; running stages have saved what they had.
+        StageError: a stage failed. The other running stages were stopped and continue next time.
+        KeyboardInterrupt: Ctrl-C. The running stages have saved their state.
     """
     done = {s.name for s in stages if read_done(folders[s.name]) is not None}
     for stage in stages:
@@ -129,8 +128,8 @@ def run_stages(
                 folder.mkdir(parents=True, exist_ok=True)
                 log = folder / "log.txt"
                 with open(log, "ab") as file:
-                    # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once. A
-                    # second one would break off the saving.
+                    # In a session of its own, so that Ctrl-C in the terminal reaches only this process, which passes it on
+                    # once. A second signal would interrupt the saving.
                     process = subprocess.Popen(
                         command(stage), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
                     )
@@ -155,7 +154,7 @@ def run_stages(
     except BaseException:
         for process, _, _ in running.values():
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)  # they save and go
+                process.send_signal(signal.SIGINT)  # it saves its state and ends
         for process, _, _ in running.values():
             process.wait()
         raise
@@ -168,14 +167,14 @@ def run_stages(
 
 
 def _interrupt(*_: Any) -> None:
-    # Not raise_signal(SIGINT): whatever a shell starts in the background ignores that.
+    # Not raise_signal(SIGINT): a process that a shell starts in the background ignores that signal.
     raise KeyboardInterrupt
 
 
 def run_stages_here(
     stages: Sequence[Stage], folders: Mapping[str, Path], *, settings: Any, console: Console
 ) -> dict[str, float]:
-    """`run_stages` in this process, one after the other."""
+    """Like `run_stages`, but in this process, one stage after the other."""
     seconds = {}
     for stage in stages:
         cached = read_done(folders[stage.name]) is not None
@@ -191,7 +190,7 @@ def run_stages_here(
 
 
 def run_one_stage(stages: Sequence[Stage], name: str, settings: Any, folders: Mapping[str, Path]) -> None:
-    """What a stage's process does: run it and note that it is done."""
+    """Run one stage and write down that it is done: the work of its process."""
     by_name = {s.name: s for s in stages}
     if name not in by_name:
         raise ValueError(f"stage: expected one of {', '.join(by_name)}, got {name!r}")
@@ -202,11 +201,11 @@ def run_one_stage(stages: Sequence[Stage], name: str, settings: Any, folders: Ma
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     needed = {need: folders[need] for need in stage.needs}
     try:
-        with exclusive(folders[name] / "running", f"stage {name!r}"):  # a training in the folder itself has a lock of its own
+        with exclusive(folders[name] / "running", f"stage {name!r}"):  # a training in the folder has another lock
             result = stage.run(Context(settings, folders[name], needed, stage.extra))
     except BlockingIOError as error:
         raise SystemExit(str(error)) from error
-    # CPU seconds as well: what a stage takes on a machine that has nothing else to do.
+    # CPU seconds as well: the time of the stage on a machine without other work.
     noted = {"result": result, "seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(time.process_time(), 1)}
     atomic_write_json(folders[name] / DONE_NAME, noted)
 
@@ -217,7 +216,7 @@ def _tail(log: Path, lines: int = 25) -> str:
 
 
 def _progress(log: Path) -> str:
-    """The counter of the last progress bar in a log: "120/300"."""
+    """The counter of the last progress bar in a log, such as "120/300"."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 400))
         text = file.read().decode("utf-8", errors="replace")
@@ -227,13 +226,13 @@ def _progress(log: Path) -> str:
 
 
 def check_status(what: str, status: int) -> None:
-    """Ends a stage whose command line ended with `status`, unless that is 0."""
+    """Raise SystemExit for a stage whose command ended with a `status` other than 0."""
     if status:
         raise SystemExit(status if status > 128 else f"{what} ended with status {status}")
 
 
 def log_console() -> Console:
-    """The console of a pipeline; a log file has no width, and 80 columns would break the tables."""
+    """The console of a pipeline. In a log file it is 160 columns wide: 80, the default, would break the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
 
@@ -248,22 +247,22 @@ def run_pipeline(
     argv: Sequence[str] | None,
     console: Console,
 ) -> tuple[dict[str, Path], dict[str, float]]:
-    """Run a pipeline, or with --run-stage one stage of it. Two stages at a time, unless --workers says otherwise.
+    """Run a pipeline, or with --run-stage one stage of it. Two stages run at a time, unless --workers is given.
 
     Args:
-        arguments: with those of `add_stage_arguments`.
-        command, argv: what this pipeline was called as (None: by the command line); a stage's process gets the same words and
-            --run-stage NAME.
+        arguments: from a parser of models/experiments/commands.py.
+        command, argv: the command and its words (None: those of the command line). The process of a stage gets the same words
+            and --run-stage NAME.
 
     Returns:
-        each stage's folder, and its seconds.
+        the folder of each stage, and its seconds.
 
     Raises:
-        SystemExit: with status 0 behind a --run-stage, 1 for a failed stage (its log is shown), 130 for Ctrl-C.
+        SystemExit: with status 0 after a --run-stage, 1 for a failed stage (its log is shown), 130 for Ctrl-C.
     """
     folders = stage_folders(stages, settings, root)
     if arguments.run_stage:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it otherwise
         try:
             run_one_stage(stages, arguments.run_stage, settings, folders)
         except KeyboardInterrupt:
@@ -272,13 +271,13 @@ def run_pipeline(
     if arguments.fresh:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
-    # A smoke stage is shorter than the imports of a process of its own.
+    # A stage of a smoke run takes less time than the imports of another process.
     workers = 0 if arguments.fast_smoke else 2
     command = [sys.executable, "-m", "models", command, *(sys.argv[1:] if argv is None else argv)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, cores) if arguments.workers is None else arguments.workers
     threads = max(1, cores // max(1, workers))
-    console.print(f"{workers or 1} stage(s) at a time, {threads} thread(s) each; stages are kept in", root, soft_wrap=True)
+    console.print(f"{workers or 1} stage(s) at a time, {threads} thread(s) each; the stages are in", root, soft_wrap=True)
     try:
         if workers:
             seconds = run_stages(
@@ -295,6 +294,6 @@ def run_pipeline(
         console.print(f"error: {error}", markup=False)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
+        console.print("Stopped. The same command continues from here.")
         raise SystemExit(130) from None
     return folders, seconds

@@ -1,23 +1,44 @@
-"""What the stages of several pipelines do: backbones, features, the student's language model, training, asking.
+"""Steps that several pipelines share: backbones, features, the student's language model, training, asking, printing.
 
-Each `run_*` is the function of a stage (models/experiments/pipeline.py); settings need the fields that it names, as
-`models.experiments.demo.DemoSettings` has them.
+Each `run_*` is the function of a stage (models/experiments/pipeline.py). It reads the settings by the names that
+`models.experiments.demo.DemoSettings` gives them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.experiments.pipeline import Context, check_status
+from rich.console import Console
+from rich.table import Table
+
+from models.experiments.pipeline import Context, Stage, check_status
 from models.io_utils import cache_dir
+
+# The settings that decide what a model computes, and those that decide what a training makes of it.
+BACKBONE = ("lm", "encoder", "tiny_backbones", "seed", "device")
+TRAINING = (*BACKBONE, "batch_examples")
+
+
+def first_stages(corpus: Stage) -> list[Stage]:
+    """Four stages with which every pipeline starts: backbones, its own corpus, features, the student's language model."""
+    return [
+        Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
+        corpus,
+        Stage("features", "encoder features", ("backbones", "corpus"), BACKBONE, run_features),
+        Stage(
+            "student_lm", "student: drop layers, heal", ("backbones", "corpus"), (*BACKBONE, "keep_layers", "healing_steps"),
+            run_student_lm,
+        ),
+    ]  # fmt: skip
 
 
 def run_backbones(context: Context) -> dict[str, Any]:
-    """Language model and encoder: found or fetched here, once, and not by several stages at the same time."""
+    """Find or fetch language model and encoder here, so that several stages do not fetch them at the same time."""
     from models.backbones.resolve import BackboneError, resolve_backbone
 
     ids = backbone_settings(context.settings)
@@ -29,7 +50,7 @@ def run_backbones(context: Context) -> dict[str, Any]:
 
 
 def run_features(context: Context) -> dict[str, Any]:
-    """Every clip through the frozen encoder, once; and the untrained teacher with the features' statistics."""
+    """Run every clip through the frozen encoder once, and save the untrained teacher with the statistics of the features."""
     import torch
 
     from models.backbones.device import pick_device
@@ -51,7 +72,7 @@ def run_features(context: Context) -> dict[str, Any]:
 
 
 def run_student_lm(context: Context) -> dict[str, Any]:
-    """The student's language model: layers dropped, then healed on text; with an untrained connector."""
+    """Make the student's language model: drop layers, then train it on text. Save it with an untrained connector."""
     import torch
 
     from models.backbones.healing import healed_student, healing_texts
@@ -74,7 +95,7 @@ def run_student_lm(context: Context) -> dict[str, Any]:
 
 
 def read_items(context: Context, name: str, *, folder: Path | None = None) -> list[Any]:
-    """Examples of NAME.jsonl in `folder`, by default that of the stage "corpus", where the clips are."""
+    """The examples of NAME.jsonl in `folder`, by default the folder of the stage "corpus". The clips are always there."""
     from models.data.manifest import read_manifest
 
     corpus = context.folders["corpus"]
@@ -82,7 +103,10 @@ def read_items(context: Context, name: str, *, folder: Path | None = None) -> li
 
 
 def write_parts(folder: Path, parts: dict[str, Sequence[Any]]) -> dict[str, int]:
-    """NAME.jsonl of each part, with the true answers as sentences for targets in all but "dev" and "test"; counts by part."""
+    """Write NAME.jsonl of each part and return the number of its examples.
+
+    The targets are the true answers as sentences; the parts "dev" and "test" have none.
+    """
     from models.data.manifest import write_manifest
     from models.data.prompts import target_template
 
@@ -94,7 +118,7 @@ def write_parts(folder: Path, parts: dict[str, Sequence[Any]]) -> dict[str, int]
 
 
 def limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
-    """Examples of the first `clips` clips, tasks and answers in turn; all where there is no limit."""
+    """The examples of at most `clips` clips, with tasks and answers in turn; None = all examples."""
     if clips is None:
         return list(examples)
     groups: dict[tuple[str, str | None], list[str]] = {}
@@ -108,7 +132,7 @@ def limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
 
 
 def load_model(context: Context, folder: Path) -> Any:
-    """A trained model on its device, its products in the precision that is fast there."""
+    """A trained model on its device. On a CPU with fast bfloat16 its products use that."""
     from models.backbones.device import pick_device
     from models.speech_lm.frozen_linear import use_bf16_products
     from models.speech_lm.model import SpeechLM
@@ -120,7 +144,7 @@ def load_model(context: Context, folder: Path) -> Any:
 
 
 def load_speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """`load_model`, the features, and the model's prefix cache as extra inputs."""
+    """The model of `load_model`, the features, and the model's prefix cache as extra inputs."""
     from models.speech_lm.features import FeatureStore
 
     model = load_model(context, folder)
@@ -129,7 +153,7 @@ def load_speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, 
 
 
 def recipe_words(context: Context, *, manifest: Path, folder: Path, out_dir: Path, words: Sequence[str]) -> list[str]:
-    """What the recipe of a stage's training is told: data, model, run, and `words` after them."""
+    """The key=value words for the recipe of a training: data, model, run, and `words` after them."""
     settings = context.settings
     return [
         f"data.manifest={manifest}",
@@ -146,15 +170,45 @@ def recipe_words(context: Context, *, manifest: Path, folder: Path, out_dir: Pat
     ]
 
 
-def train_by_recipe(context: Context, recipe: str, *, manifest: Path, folder: Path, words: list[str]) -> None:
+def step_words(steps: int, learning_rate: float) -> list[str]:
+    """The key=value words for the length of a training and its learning rate."""
+    return [f"optim.steps={steps}", f"optim.learning_rate={learning_rate}"]
+
+
+def own_start_words(context: Context) -> list[str]:
+    """Each seed starts with connector weights of its own. The statistics of the features come from the teacher's clips."""
+    return ["model.fresh_connector=true", f"model.feature_statistics={context.folders['features'] / 'untrained'}"]
+
+
+def train_supervised(
+    context: Context, *, words: Sequence[str], manifest: Path | None = None, start: Path | None = None
+) -> None:
+    """Train a model on targets alone, in the folder of the stage. One clip in ten is masked.
+
+    Args:
+        words: key=value words after those of every training.
+        manifest: default: the teacher's part of the corpus.
+        start: SpeechLM folder; default: the untrained teacher.
+    """
+    train_by_recipe(
+        context,
+        "sft_teacher",
+        manifest=manifest or context.folders["corpus"] / "teacher.jsonl",
+        folder=start or context.folders["features"] / "untrained",
+        words=words,
+    )
+
+
+def train_by_recipe(context: Context, recipe: str, *, manifest: Path, folder: Path, words: Sequence[str]) -> None:
+    """Train the SpeechLM in `folder` by a recipe of models/training/recipes, in the folder of the stage."""
     from models.training.train import main
 
     all_words = recipe_words(context, manifest=manifest, folder=folder, out_dir=context.folder, words=words)
-    check_status("models.training.train", main([recipe, *all_words]))
+    check_status("train", main([recipe, *all_words]))
 
 
 def ask(context: Context, folder: Path, *, part: str = "test", **options: Any) -> dict[str, Any]:
-    """The questions of `part` to the SpeechLM in `folder`; see `ask_model`."""
+    """Ask the SpeechLM in `folder` the questions of `part`; see `ask_model`."""
     model, store, extra = load_speech_lm(context, folder)
     questions = [e for e in read_items(context, part) if e in store]
     return ask_model(context.folder, model, questions, store, extra, part=part, **options)
@@ -172,14 +226,15 @@ def ask_model(
     kinds: Sequence[str] = (),
     controls: bool = True,
 ) -> dict[str, Any]:
-    """Questions, and the two controls on the neutral ones. Predictions are saved for tables and reports.
+    """Ask the questions, and the neutral ones with both controls as well. Save the predictions for tables and reports.
 
     Args:
-        out: folder of the predictions, PART-greedy.jsonl and PART-contrastiveALPHA.jsonl.
+        out: folder of the predictions, which `predictions_name` names.
         questions: examples whose clips are in `store`.
-        extra: added to every batch's inputs, such as the prefix cache.
-        alphas: None = greedily, a number = by contrastive decoding.
-        kinds: of the questions; empty = all.
+        extra: further inputs of every batch, such as the prefix cache.
+        alphas: None = greedy decoding, a number = contrastive decoding.
+        kinds: kinds of the questions to ask; empty = all.
+        controls: also ask without the audio, and with the audio of another clip.
     """
     from models.evaluation.ask import evaluate
     from models.evaluation.predictions import append_predictions, write_header
@@ -192,20 +247,25 @@ def ask_model(
         options |= {"controls": ("no_audio", "swapped_audio"), "plain": False}
         answers[None] += evaluate(model, neutral, store, **options)[None]
     for alpha, predictions in answers.items():
-        path = out / f"{part}-{'greedy' if alpha is None else f'contrastive{alpha:g}'}.jsonl"
+        path = out / predictions_name(part, alpha)
         write_header(path, {"alpha": alpha, "split": part, "mode": "choice"})
         append_predictions(path, predictions)
     return {"answers": {str(alpha): len(predictions) for alpha, predictions in answers.items()}}
 
 
+def predictions_name(part: str, alpha: float | None = None) -> str:
+    """The file of the predictions that `ask_model` writes."""
+    return f"{part}-greedy.jsonl" if alpha is None else f"{part}-contrastive{alpha:g}.jsonl"
+
+
 def write_answered_pool(path: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any]) -> dict[str, Any]:
-    """A manifest of `examples` with the model's own answers as their targets: pseudo ground truth that it has heard itself.
+    """Write a manifest of `examples` with the model's own answers as targets.
 
     Args:
         model, store, extra: as `load_speech_lm` returns them.
 
     Returns:
-        how many there are, and how often the answers are right, by context.
+        the number of answers, and the share of right answers by context.
     """
     from models.data.manifest import write_manifest
     from models.evaluation.ask import evaluate
@@ -223,7 +283,7 @@ def write_answered_pool(path: Path, model: Any, store: Any, extra: dict[str, Any
 def write_cache(
     folder: Path, teacher: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any]
 ) -> None:
-    """Both paths of `model`, loaded from the folder `teacher`, over the targets of `examples` into a ContrastCache (float32)."""
+    """Store both paths of `model` over the targets of `examples` in a ContrastCache (float32). `teacher` is its folder."""
     import torch
 
     from models.training.cache_identity import teacher_fingerprint
@@ -234,6 +294,7 @@ def write_cache(
 
 
 def backbone_settings(settings: Any) -> dict[str, Any]:
+    """The fields of `SpeechLMConfig` that name language model and encoder."""
     if not settings.tiny_backbones:
         return {"lm": settings.lm, "encoder": settings.encoder}
     folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones")
@@ -241,10 +302,10 @@ def backbone_settings(settings: Any) -> dict[str, Any]:
 
 
 def make_tiny_backbones(folder: Path, *, vocab_size: int = 258) -> Path:
-    """A random Llama of three layers with a byte-level tokenizer and a random Whisper encoder: shape, not skill.
+    """Make a random Llama of three layers with a byte-level tokenizer, and a random Whisper encoder, in `folder`.
 
     Args:
-        vocab_size: rows of the LM head; above the tokenizer's 258 they have no token.
+        vocab_size: rows of the LM head. The tokenizer has 258 tokens; further rows have no token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
@@ -293,10 +354,45 @@ def make_tiny_backbones(folder: Path, *, vocab_size: int = 258) -> Path:
 
 
 def multiplies_bf16(settings: Any) -> bool:
-    """Short products where the processor has them: the demo's steps then take two thirds of the time."""
+    """Whether products use bfloat16: on a CPU where that is fast. A step of the demo then takes two thirds of the time."""
     from models.backbones.device import has_fast_bfloat16, pick_device
 
     device = pick_device(settings.device)
     return device.type == "cpu" and has_fast_bfloat16(device)
 
 
+def print_scores(
+    console: Console, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, title: str, latency: bool = False
+) -> None:
+    """Print the mean of each column over seeds, in %, with the standard deviation, in a row for each system.
+
+    Columns task_NAME stand there as NAME and without a deviation, which would make the table too wide.
+
+    Args:
+        rows: with "system", "label" and the columns, one for each system and seed; "" = not measured.
+        latency: add the column "latency_ms" of the first seed.
+    """
+    table = Table(title=title)
+    table.add_column("system", no_wrap=True)
+    for column in (*columns, *(["ms"] if latency else [])):
+        table.add_column(column.removeprefix("task_"), justify="right", no_wrap=True)
+    for system in dict.fromkeys(row["system"] for row in rows):
+        own = [row for row in rows if row["system"] == system]
+        cells = []
+        for column in columns:
+            values = [100 * row[column] for row in own if row[column] != ""]
+            spread = f" ±{statistics.stdev(values):.1f}" if len(values) > 1 and not column.startswith("task_") else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
+        if latency:
+            cells.append(f"{own[0]['latency_ms']:.0f}")
+        table.add_row(own[0]["label"], *cells)
+    console.print(table)
+
+
+def print_sentences(console: Console, sentences: Sequence[str], *, smoke: bool) -> list[str]:
+    """Print what came out, and return it. A smoke run says first that its numbers mean nothing."""
+    if smoke:
+        sentences = ["Smoke run: random models, the numbers mean nothing.", *sentences]
+    for sentence in sentences:
+        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+    return list(sentences)

@@ -1,8 +1,8 @@
-"""Students of one pipeline, trained one after another in one process: what is frozen for all of them is computed once.
+"""Students of one pipeline, trained one after another in one process. What is frozen for all of them is computed once.
 
-A run by `python -m models train` loads the models, computes the text prefixes of its prompts and the teachers' states, trains
-for a minute and ends. In a table of many students all but the training is the same work again and again. A `Cohort` keeps
-between runs the features, each frozen language model with its prefix cache, and the states of each teacher.
+`python -m models train` loads the models, computes the text prefixes of its prompts and the states of the teachers, and trains
+for a minute. For a table of many students all of this but the training is the same each time. A `Cohort` keeps the features,
+each frozen language model with its prefix cache, and the states of each teacher from one run to the next.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Cohort:
     def run(
         self, folder: Path, recipe: str, *, manifest: Path, start: Path, words: Sequence[str], **asked: Any
     ) -> dict[str, Any]:
-        """Train one student and ask it. One that has been asked before is left alone; one that was stopped goes on.
+        """Train one student and ask it. A student that was asked before is not trained again; a stopped one continues.
 
         Args:
-            folder: of its run; checkpoints, "final" and the predictions lie there.
+            folder: folder of the run, with checkpoints, "final" and the predictions.
             recipe: name in models/training/recipes.
-            manifest: its examples.
-            start: SpeechLM folder it starts from.
-            words: further `key=value`.
+            manifest: the training examples.
+            start: SpeechLM folder that the student starts from.
+            words: further `key=value` words.
             asked: options of `models.experiments.shared_steps.ask_model`.
 
         Returns:
@@ -57,14 +57,14 @@ class Cohort:
         return self._once(folder, lambda: self.train(folder, recipe, manifest=manifest, start=start, words=words), asked)
 
     def train(self, folder: Path, recipe: str, *, manifest: Path, start: Path, words: Sequence[str]) -> Any:
-        """The trained student, as in `run`; one that is trained already is read from its folder."""
+        """The trained student, as in `run`. A student that is trained already is read from its folder."""
         all_words = recipe_words(self._context, manifest=manifest, folder=start, out_dir=folder, words=words)
         settings = load_recipe(recipe, all_words)
         trained = (folder / "final").exists()
         return load_model(self._context, folder / "final") if trained else self._train(settings)
 
     def ask(self, folder: Path, trained: Path, **asked: Any) -> dict[str, Any]:
-        """The answers of the SpeechLM in `trained`, once, into `folder`; see `run`."""
+        """Ask the SpeechLM in `trained` once and keep the answers in `folder`; see `run`."""
         return self._once(folder, lambda: load_model(self._context, trained), asked)
 
     def _once(self, folder: Path, make: Callable[[], Any], asked: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Cohort:
         return result
 
     def _ask(self, folder: Path, model: Any, *, part: str = "test", **asked: Any) -> dict[str, Any]:
-        """`ask_model` with what is kept here; `part` is a manifest of the stage "corpus"."""
+        """`ask_model` with what the cohort keeps. `part` is a manifest of the stage "corpus"."""
         if part not in self._questions:
             self._questions[part] = [e for e in read_items(self._context, part) if e in self._store]
         extra = {"prefix_cache": self._prefix_cache(model)}
@@ -91,14 +91,14 @@ class Cohort:
         data = build_data(recipe, model, examples, audio_root, store=self._store)
         data.extra_inputs = {"prefix_cache": self._prefix_cache(model)}
         sources = build_sources(recipe, data, model, device=pick_device(recipe.run.device, name="run.device"), kept=self._sources)
-        seed_everything(recipe.run.seed)  # what was built now, and what was there already, must not change the run
+        seed_everything(recipe.run.seed)  # a run must not depend on what was kept and what was built now
         result = train(recipe, model=model, data=data, sources=sources)
         if result.stopped_by is not None:
             raise SystemExit(128 + result.stopped_by)
         return model
 
     def _prefix_cache(self, model: Any) -> Any:
-        """Of the model's language model, which is replaced by the equal one that earlier students had."""
+        """The prefix cache of the model's language model, which is replaced by the equal one of earlier students."""
         if model.config.train_lm:
             raise ValueError("model: expected a frozen language model, got train_lm true")
         key = str(model.config.lm)

@@ -1,7 +1,8 @@
-"""The report's figures: SVG for light and dark ground, for the colour-blind, and with the numbers in words for who cannot see it.
+"""The figures of a report, as SVG, on a light or a dark ground.
 
-Colours are told apart in the common colour vision deficiencies and stand out from the ground (3:1 and more, both schemes);
-markers and dashes differ too. The same numbers give the same bytes (with the same matplotlib): no dates, fixed ids.
+Readers with the common colour vision deficiencies can tell the colours apart. The contrast with the ground is 3:1 or more in both
+schemes, and markers and dashes differ as well. A text alternative holds the numbers. The same numbers give the same bytes (with
+the same matplotlib): there are no dates, and the ids are fixed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _STYLE = {
 
 
 class Value(NamedTuple):
-    """A number with its interval, where it has one."""
+    """A number, and its interval if it has one."""
 
     value: float
     low: float | None = None
@@ -59,9 +60,9 @@ class Figure:
     Args:
         name: stem of its file.
         caption: what is drawn, with units.
-        alt: the same in words and numbers, for who cannot see it.
-        svg: text; no ground of its own.
-        wide: takes the page's whole width.
+        alt: the same in words and numbers, for readers who cannot see it.
+        svg: the drawing as text, without a ground.
+        wide: the drawing takes the whole width of the page.
     """
 
     name: str
@@ -72,22 +73,22 @@ class Figure:
 
     @property
     def data_uri(self) -> str:
-        """For a page: colours follow the reader's scheme, also inside an <img>."""
+        """For a page: the colours follow the colour scheme of the reader, inside an <img> as well."""
         light = "".join(f"--c{c[1:]}:{c};" for c in DARK)
         dark = "".join(f"--c{c[1:]}:{d};" for c, d in DARK.items())
         rules = f"<style>:root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
         themed = re.sub(rf"(fill|stroke): ({'|'.join(DARK)})", lambda m: f"{m[1]}: var(--c{m[2][1:]})", self.svg)
-        head, tag, rest = themed.partition(" <defs>")  # the first; what comes before it is matplotlib's own
+        head, tag, rest = themed.partition(" <defs>")  # before the first one stands only what matplotlib always writes
         return f"data:image/svg+xml;base64,{base64.b64encode((head + rules + tag + rest).encode()).decode('ascii')}"
 
     @property
     def file_text(self) -> str:
-        """For a file: on white, since who shows it may know no scheme."""
+        """For a file: on white, since the program that shows it may not know colour schemes."""
         return re.sub(r"(<svg[^>]*>)", rf'\1<rect width="100%" height="100%" fill="{LIGHT_GROUND}"/>', self.svg, count=1)
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
-    """A figure for each of CURVES that some run has.
+    """A figure for each of CURVES that at least one run has.
 
     Args:
         curves: label -> lines of a metrics file.
@@ -124,7 +125,7 @@ def draw_lines(
 
     Args:
         series: label -> {x: value}.
-        markers: a mark and an interval at each value; a training curve has too many of them.
+        markers: draw a mark and an interval at each value. A training curve has too many values for that.
         limits: of the y axis.
     """
     figure, axes = _figure(*((8.2, 3.6) if wide else (5.0, 3.2)))
@@ -152,14 +153,14 @@ def draw_lines(
 def draw_intervals(
     name: str, rows: Mapping[str, Mapping[str, Value]], *, xlabel: str, caption: str, limits: tuple[float, float] | None = (0, 1)
 ) -> Figure:
-    """A line of marks with their intervals for each row.
+    """A row of marks with their intervals for each label.
 
     Args:
-        rows: label -> {series: value}; a series that a row lacks is left out there.
-        limits: of the x axis; None = those of the values, which are differences: a line at 0.
+        rows: label -> {series: value}. A row may lack a series.
+        limits: of the x axis. None = the values are differences: the axis fits them, and a line is drawn at 0.
     """
     series = list(dict.fromkeys(s for values in rows.values() for s in values))
-    lane = 0.17 if len(series) > 1 else 0.26  # inches a mark
+    lane = 0.17 if len(series) > 1 else 0.26  # inches for a mark
     figure, axes = _figure(8.2, 1.1 + len(rows) * (lane * len(series) + 0.08))
     handles: dict[str, Any] = {}
     for i, kind in enumerate(series):
@@ -186,7 +187,7 @@ def draw_intervals(
 
 
 def _figure(width_inches: float, height_inches: float) -> tuple[Canvas, Axes]:
-    # The object interface: pyplot would keep every figure, and look for a display.
+    # Not pyplot: it would keep every figure and look for a display.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
@@ -204,21 +205,21 @@ def _legend(figure: Canvas, handles: Mapping[str, Any], *, columns: int) -> None
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        # By handle: a legend that looks for names itself leaves out those that start with an underscore.
+        # With handles: a legend that looks for the names itself leaves out names that start with an underscore.
         figure.legend(
             list(handles.values()), list(handles), loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8
         )  # fmt: skip
 
 
 def _reach(values: Any) -> list[list[float]]:
-    # A percentile interval need not hold the estimate itself when nearly all items agree.
+    # When nearly all items agree, a percentile interval may not contain the estimate.
     below = [0.0 if v.low is None else max(0.0, v.value - v.low) for v in values]
     above = [0.0 if v.high is None else max(0.0, v.high - v.value) for v in values]
     return [below, above]
 
 
 def _widened(limits: tuple[float, float]) -> tuple[float, float]:
-    # By a hair, so that a mark on the edge is whole.
+    # A little more, so that a mark on the edge is drawn whole.
     margin = 0.02 * (limits[1] - limits[0])
     return limits[0] - margin, limits[1] + margin
 
@@ -236,7 +237,7 @@ def _svg(figure: Canvas) -> str:
     import matplotlib
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # a system's name is no formula, whatever dollar signs it has
+    for text in figure.findobj(Text):  # a label with dollar signs is not a formula
         text.set_parse_math(False)
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):

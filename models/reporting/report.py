@@ -1,14 +1,13 @@
-"""A report in one HTML file, and the same as Markdown: tables, figures, clips to listen to. The HTML loads nothing from anywhere.
+"""A report as one HTML file, and the same as Markdown: tables, figures, clips to listen to. The HTML file needs no other file.
 
     python -m models report --results models/experiments/results --out report.html --markdown report.md
         [--predictions "KD=runs/kd/test.jsonl" "CAAD=runs/caad/test.jsonl" --manifest corpus/manifest.jsonl]
         [--metrics "CAAD=runs/caad/metrics.jsonl"]
 
-Without arguments it is made of the committed results (models/experiments/results) alone. Everything shown is
-computed from stored results,
-saved predictions and metrics, so a report can be made again at any time; what was looked for and not found is listed in it.
+Without arguments the report shows the committed results (models/experiments/results). Everything in it is computed from stored
+results, saved predictions and metrics, so it can be made again at any time. It lists what it looked for and did not find.
 
-Markdown cannot hold figures and sound: they go into a folder beside it, report_files for report.md.
+A Markdown file cannot hold figures and sound. They go into a folder beside it: report_files for report.md.
 """
 
 from __future__ import annotations
@@ -35,17 +34,10 @@ from models.evaluation.scoring import judge
 from models.io_utils import atomic_write_bytes, atomic_write_text
 from models.reporting.commands import report_parser
 from models.reporting.figures import draw_curves
+from models.reporting.prediction_sections import prediction_sections
 from models.reporting.results_csv import ResultsError
-from models.reporting.sections import (
-    NOTHING,
-    Cell,
-    Column,
-    Section,
-    Stored,
-    Table,
-    prediction_sections,
-    stored_sections,
-)
+from models.reporting.sections import Stored, stored_sections
+from models.reporting.tables import NOTHING, Cell, Column, Section, Table
 from models.training.curves import read_metrics
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -58,17 +50,17 @@ class Report:
     """What a report shows.
 
     Args:
-        title: heading.
-        findings: sentences under it.
+        title: heading of the page.
+        findings: sentences below it.
         systems: label -> predictions, in the order of the tables.
         curves: label -> lines of a metrics file.
-        examples: the manifest's examples, for the clips; audio paths relative to `audio_root`.
+        examples: examples of the manifest, for the clips. Their audio paths are relative to `audio_root`.
         audio_root: None = no clips.
-        facts: (heading, rows of (name, value)) tables: settings, data, times.
+        facts: tables of settings, data and times: (heading, rows of (name, value)).
         max_clips: clips to embed.
-        results: folder of stored results (models/reporting/sections.py says which files it knows); None = none are shown.
+        results: folder of stored results (models/reporting/sections.py knows the files); None = the report shows none.
         reference: label of the system in `systems` that the others are compared with; None = the first.
-        missing: sentences about what was not found, besides those that the report finds itself.
+        missing: sentences about what was not found. The report adds what it does not find itself.
     """
 
     title: str
@@ -87,22 +79,23 @@ class Report:
 def write_report(path: str | Path, report: Report, *, markdown: str | Path | None = None) -> Path:
     """Write `report` as one self-contained HTML file, atomically, and as Markdown where a path for it is given.
 
-    Everything that comes from data is escaped. In the HTML figures and clips are embedded, and a content security policy
-    forbids requests as well as any script or style but the page's own.
+    Everything that comes from data is escaped. Figures and clips are embedded in the HTML. A content security policy forbids
+    requests, and any script or style except those of the page.
 
     Args:
-        markdown: its figures and clips go into the folder "<stem>_files" beside it; equal names there are replaced.
+        markdown: path of the Markdown file. Its figures and clips go into the folder "<stem>_files" beside it, where they replace
+            files of the same name.
 
     Returns:
         the path of the HTML.
 
     Raises:
-        ResultsError: stored results that cannot be used.
-        ValueError: no system is called `report.reference`.
+        ResultsError: stored results cannot be used.
+        ValueError: no system has the label `report.reference`.
     """
     stored = Stored() if report.results is None else stored_sections(report.results)
     clips, unreadable = choose_clips(report)
-    # Stored curves may stand for runs whose metrics are given too: both are shown, the given ones under their name.
+    # A run may have a stored curve and given metrics. Both are shown; the given ones keep the label.
     curves = {f"{label} (stored)" if label in report.curves else label: lines for label, lines in stored.curves.items()}
     curves |= report.curves
     figures = draw_curves(curves)
@@ -149,17 +142,17 @@ def _write_markdown(path: Path, values: Mapping[str, Any]) -> None:
 
 
 class _Plain(str):
-    """Text that is Markdown already."""
+    """Text that is Markdown already and is not escaped again."""
 
 
 def _markdown(value: Any) -> str:
-    """Any value as text that Markdown shows as it is, in one line: nothing in it is a tag, a link, a formula or a cell's end."""
+    """Any value as one line that Markdown shows unchanged: nothing in it is a tag, a link, a formula or the end of a cell."""
     if isinstance(value, _Plain):
         return value
     text = " ".join(str(value).split())
     text = re.sub(r"([\\`*_{}\[\]#!|~$@])", r"\\\1", text)
     text = re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.IGNORECASE)  # GitHub makes links of these
-    # A number or a sign at the start would begin a list.
+    # A number or a sign at the start of a line would begin a list.
     text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(r"^([-+=>])", r"\\\1", text))
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
@@ -189,26 +182,26 @@ def _fact_section(heading: str, rows: Sequence[tuple[str, Any]]) -> Section:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip with its question under all contexts and what each system answered."""
+    """One clip, its question, and what each system answered in each context."""
 
     title: str
     flac: bytes
     transcription: str
     question: str
     answer: str
-    table: Table  # a row a system, a column a context
+    table: Table  # a row for each system, a column for each context
 
     @property
     def audio(self) -> str:
-        """As a data URI."""
+        """The clip as a data URI."""
         return f"data:audio/flac;base64,{base64.b64encode(self.flac).decode('ascii')}"
 
 
 def choose_clips(report: Report) -> tuple[list[Clip], list[str]]:
-    """Clips on which the systems disagree most come first: they are worth listening to. Labels take turns.
+    """The clips on which the systems disagree most come first. The labels take turns.
 
     Returns:
-        the clips, and the names of those that came before them and could not be read.
+        the clips, and the names of clips before them that could not be read.
     """
     if report.audio_root is None or not report.systems:
         return [], []
@@ -306,9 +299,9 @@ def _labelled(words: Sequence[str]) -> dict[str, str]:
 
 
 def _read_clip(root: Path, example: Example) -> bytes | None:
-    """An example's span as FLAC; None if it cannot be read, or is more than `_MAX_CLIP_SECONDS` long.
+    """The span of an example as FLAC; None if it cannot be read or is longer than `_MAX_CLIP_SECONDS`.
 
-    Decoded, not copied: a manifest's file may hold an hour around the span, or be no audio at all.
+    The span is decoded, and the file is not copied: it may hold an hour around the span, or no audio at all.
     """
     try:
         samples = load_audio(

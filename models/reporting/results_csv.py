@@ -1,10 +1,10 @@
-"""Reads the tables of models/experiments/results, one row a system and seed, and sums them up over seeds.
+"""Reads the tables of models/experiments/results, with a row for each system and seed, and summarises them over seeds.
 
-A cell that is no number, a row with too few cells or a seed that stands twice is an error with file, row and column: a report
-must not be drawn from half a table. A blank cell is a value that was not measured, and stays blank.
+A cell that is not a number, a row with too few cells, or a seed that stands twice is an error that names file, row and column:
+a report must not be drawn from half a table. A blank cell is a value that was not measured. It stays blank.
 
-`rows_csv` writes such a table. `training.csv` keeps the curves of training runs beside them: `curves_csv` writes it from metrics
-files (models/training/curves.py).
+`rows_csv` writes such a table. `curves_csv` writes training.csv, the curves of training runs, from metrics files
+(models/training/curves.py).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _RUN_COLUMNS = ("system", "label", "seed", "step")
 
 
 class ResultsError(ValueError):
-    """A results file cannot be used; the message names file, row and column."""
+    """A results file cannot be used. The message names file, row and column."""
 
 
 @dataclass(frozen=True)
 class ResultsTable:
-    """One CSV as it stands: `name` is its file name, rows are dictionaries of text."""
+    """One CSV file as it is: `name` is its file name, the rows are dictionaries of text."""
 
     name: str
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, str], ...]
 
     def number(self, index: int, column: str) -> float | None:
-        """The finite number in a cell; None where it is blank or the table has no such column.
+        """The finite number in a cell. None where the cell is blank or the table has no such column.
 
         Raises:
             ResultsError: the cell holds something else.
@@ -58,7 +58,7 @@ class ResultsTable:
         return value
 
     def numeric(self, column: str) -> bool:
-        """Whether the column holds numbers and blanks alone, and at least one number."""
+        """Whether the column holds only numbers and blanks, and at least one number."""
         found = False
         for row in self.rows:
             if row[column].strip():
@@ -71,13 +71,13 @@ class ResultsTable:
         return found
 
     def need(self, *columns: str) -> None:
-        """Raises ResultsError unless the table has these columns."""
+        """Raises ResultsError if one of these columns is missing."""
         absent = [c for c in columns if c not in self.columns]
         if absent:
             raise ResultsError(f"{self.name}: expected columns {list(columns)}, got none called {absent}")
 
     def origin(self) -> str:
-        """Which torch, commit and date the rows come from, as a sentence's part; "" where the table does not say."""
+        """Which torch, commit and date the rows come from, as a part of a sentence; "" where the table does not say."""
         parts = []
         for column in ORIGIN_COLUMNS:
             values = sorted({row[column] for row in self.rows if row.get(column)})
@@ -92,8 +92,8 @@ class SeedSummary:
 
     Args:
         mean: over the seeds that have a value; None where no seed has one.
-        deviation: standard deviation over seeds (n - 1 in the denominator); None below two seeds.
-        low, high: 95% interval; by bootstrap over seeds, or with one seed the interval over clips that its file gives.
+        deviation: standard deviation over seeds (n - 1 in the denominator); None for fewer than two seeds.
+        low, high: 95% interval by bootstrap over seeds. With one seed it is the interval over clips that the file gives.
         seeds: how many seeds have a value.
     """
 
@@ -108,7 +108,7 @@ def read_results(path: str | Path) -> ResultsTable:
     """Read one CSV.
 
     Raises:
-        ResultsError: it cannot be read, holds no row, a column twice, or a row of another width.
+        ResultsError: the file cannot be read, holds no row, or holds a column twice or a row of another width.
     """
     path = Path(path)
     try:
@@ -134,11 +134,11 @@ def read_results(path: str | Path) -> ResultsTable:
 def summarize_seeds(values: Iterable[float | None], interval: tuple[float | None, float | None] = (None, None)) -> SeedSummary:
     """Mean, spread and 95% percentile bootstrap interval over seeds.
 
-    With few seeds the interval is too narrow: with three it spans the lowest and the highest seed and nothing beyond.
+    With few seeds the interval is too narrow: with three it ends at the lowest and the highest seed.
 
     Args:
-        values: one a seed; None is not counted.
-        interval: taken over where there is a single seed, which has no spread of its own.
+        values: one for each seed; None is not counted.
+        interval: the interval to use for a single seed, which has no spread.
     """
     kept = np.array([v for v in values if v is not None], dtype=np.float64)
     if kept.size == 0:
@@ -152,12 +152,12 @@ def summarize_seeds(values: Iterable[float | None], interval: tuple[float | None
 def over_seeds(
     table: ResultsTable, columns: Sequence[str], *, by: Sequence[str] = ("system",)
 ) -> dict[tuple[str, ...], dict[str, SeedSummary]]:
-    """`summarize_seeds` of each column, for each group of rows that agree in the columns `by`; groups in the file's order.
+    """`summarize_seeds` of each column, for each group of rows that agree in the columns `by`. Groups keep the order of the file.
 
-    Where a group has one row and the file gives `<column>_low` and `<column>_high`, these are its interval.
+    Where a group has one row and the file has `<column>_low` and `<column>_high`, these are its interval.
 
     Raises:
-        ResultsError: a cell is no number, or a seed stands twice in a group.
+        ResultsError: a cell is not a number, or a seed stands twice in a group.
     """
     table.need(*by, "seed")
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -185,14 +185,14 @@ def over_seeds(
 
 
 def labels(table: ResultsTable) -> dict[str, str]:
-    """System -> its label; the system's own name where the table has no labels, or beside a label that several share."""
+    """System -> its label. Without labels it is the name of the system; a label that several systems share has the name added."""
     names = {row["system"]: row.get("label") or row["system"] for row in table.rows}
     shared = [name for name in names.values() if list(names.values()).count(name) > 1]
     return {system: f"{name} ({system})" if name in shared else name for system, name in names.items()}
 
 
 def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The text of a table: fractions to four places, a column for every key of any row, and where the rows come from."""
+    """The text of a table: fractions to four places, a column for each key of any row, and the origin of the rows."""
     import torch
 
     origin = dict(zip(ORIGIN_COLUMNS, (torch.__version__, source_commit(), datetime.date.today().isoformat()), strict=True))
@@ -223,7 +223,7 @@ def curves_csv(runs: Mapping[tuple[str, str, int], Sequence[Mapping[str, Any]]])
 
 
 def read_curves(table: ResultsTable) -> dict[str, list[dict[str, float]]]:
-    """Label -> lines of its metrics, from a table that `curves_csv` wrote; several seeds are averaged step by step."""
+    """Label -> lines of its metrics, from a table that `curves_csv` wrote. Each step is a mean over seeds."""
     table.need(*_RUN_COLUMNS)
     names = labels(table)
     metrics = [c for c in table.columns if c not in (*_RUN_COLUMNS, *ORIGIN_COLUMNS)]
@@ -240,6 +240,6 @@ def read_curves(table: ResultsTable) -> dict[str, list[dict[str, float]]]:
 
 @lru_cache(maxsize=16)
 def _draws(count: int) -> np.ndarray:
-    """(samples, seeds) weights of resampling `count` seeds with replacement; the same at every call."""
+    """(samples, seeds) weights for resampling `count` seeds with replacement, the same in every call."""
     draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=BOOTSTRAP_SAMPLES)
     return draws / count

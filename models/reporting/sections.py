@@ -1,7 +1,4 @@
-"""What a report says, as tables and figures: from stored results (models/experiments/results/*.csv) and from saved predictions.
-
-Both templates, HTML and Markdown, render the same sections, so that neither can show what the other lacks.
-"""
+"""What stored results say (models/experiments/results/*.csv), as sections of a report."""
 
 from __future__ import annotations
 
@@ -9,11 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from models.evaluation.predictions import KINDS, Prediction
-from models.evaluation.scoring import Estimate, paired_difference
-from models.evaluation.summary import summarize
+from models.evaluation.predictions import KINDS
+from models.evaluation.scoring import Estimate
 from models.reporting.figures import Figure, Value, draw_intervals, draw_lines
 from models.reporting.results_csv import (
     ORIGIN_COLUMNS,
@@ -25,10 +21,9 @@ from models.reporting.results_csv import (
     read_curves,
     read_results,
 )
+from models.reporting.tables import CONTEXTS, NOTHING, Cell, Column, Section, Table, difference_cell
 
-NOTHING = "–"
-CONTEXTS = {"neutral": "no hint", "aligned": "true hint", "conflict": "false hint", "irrelevant": "irrelevant text"}
-# Column of a results file -> how a table calls it.
+# Column of a results file -> its heading in a table.
 HEADINGS = CONTEXTS | {
     "all": "ALL",
     "shift_tir_adv": "Shift (TIR_adv), lower is better",
@@ -42,35 +37,81 @@ HEADINGS = CONTEXTS | {
     "stage_seconds": "time of all stages (s)",
 }
 COUNTS = ("alpha", "questions", "clips", "answers", "seeds", "stage_seconds")
-# File -> (heading, the command that makes it, what it holds).
+
+
+class StoredFile(NamedTuple):
+    """A results file that the report knows: its heading, the command that makes it, and sentences about what it holds."""
+
+    title: str
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+_TEST_CLIPS = (
+    "All 176 test recordings are real: acted speech from one game. No training clip is of the same character, but some of "
+    "the actors also voice characters of the training set. The recordings were seen while settings were tuned."
+)
 STORED = {
-    "six_systems.csv": (
+    "six_systems.csv": StoredFile(
         "Systems of the CAAD paper, on the built-in corpus",
         "python -m models six-systems --write",
-        "ALL is the mean over tasks of the mean over contexts. Accuracy is lenient: the label's words stand in the answer. Shift "
-        "is the share of the questions answered rightly without a hint that a false hint turns wrong.",
+        (
+            "ALL is the mean over tasks of the mean over contexts. Accuracy is lenient: the words of the label stand in the "
+            "answer. Shift is the share of the questions answered right without a hint that are answered wrong under a false "
+            "hint.",
+            "One task, the speaker's gender, and one teacher; the control rows have two more. The teacher's bias was induced: "
+            "nearly all of its training hints were true. The size of the gain differs between teachers: with the longer one, "
+            "and with those of the two other demo runs, it is smaller. With an earlier teacher the student by true labels was "
+            "ahead of CAAD alpha 2.",
+            "One question in three of ALL has a false hint. No question of the CAAD paper's ALL has one, so the two gains "
+            "cannot be compared.",
+            _TEST_CLIPS + " Each was asked with three draws of noise.",
+        ),
     ),
-    "six_systems_paired.csv": (
+    "six_systems_paired.csv": StoredFile(
         "Differences between systems",
         "python -m models six-systems --write",
-        "Accuracy of one system minus another's on the same questions, all seeds together; 95% intervals by paired bootstrap "
-        "over clips.",
+        (
+            "Accuracy of one system minus the accuracy of another on the same questions, all seeds together. The 95% "
+            "intervals come from a paired bootstrap over clips. They hold for this teacher alone, and they are too narrow "
+            "for other speakers: several clips share a recording, and several recordings share an actor. They are not "
+            "corrected for the number of comparisons.",
+        ),
     ),
-    "sweeps.csv": ("Sweeps", "python -m models six-systems --write", "One setting is changed, the others stay."),
-    "sources_layers.csv": (
+    "sweeps.csv": StoredFile(
+        "Sweeps",
+        "python -m models six-systems --write",
+        (
+            "One setting is changed, the others stay. All sweeps but the first and the last have one seed.",
+            "The CAAD paper writes the pseudo ground truth from the metadata. With it CAAD gains less than with the "
+            "teacher's own answers. Where the noise is strong (left in the first figure) little can be heard, and a true "
+            "hint is information.",
+        ),
+    ),
+    "sources_layers.csv": StoredFile(
         "Sources and layers",
         "python -m models ablation --write",
-        "Perception is the mean over tasks that only the sound answers, content over tasks that the words answer, ALL over both; "
-        "without a hint, but for the column that says so.",
+        (
+            "Perception is the mean over the tasks that only the sound answers, content is the mean over the tasks that the "
+            "words answer, and ALL is the mean over both. The questions have no hint, except in the column “false hint”.",
+            "Whether a difference between two rows is more than noise is judged by a 95% t interval over the seeds. The "
+            "command prints the judgement of each claim of the paper.",
+        ),
     ),
-    "demo.csv": ("Demo", "python -m models demo", "One task, the speaker's gender against a misleading hint."),
-    "demo_avx2.csv": ("Demo without AVX-512", "python -m models demo", "In float32; its teacher came out less biased."),
-    "demo_amx.csv": ("Demo with AMX", "python -m models demo", "Its teacher came out less biased."),
-    "demo_seconds.csv": ("Time of the demo's stages", "python -m models demo", ""),
+    "demo.csv": StoredFile(
+        "Demo",
+        "python -m models demo",
+        ("One task, the speaker's gender against a misleading hint. One teacher, one seed.", _TEST_CLIPS),
+    ),
+    "demo_avx2.csv": StoredFile(
+        "Demo without AVX-512", "python -m models demo", ("In float32, with another teacher, which is less biased.",)
+    ),
+    "demo_amx.csv": StoredFile("Demo with AMX", "python -m models demo", ("Another teacher, which is less biased.",)),
+    "demo_seconds.csv": StoredFile("Time of the demo's stages", "python -m models demo"),
 }
 CURVES_FILE = "training.csv"
 BIAS_SYSTEMS = ("teacher", "before", "kd", "caad1", "caad2", "caad_plus")
-# Sweep -> (heading, what the x axis says)
+# Sweep -> (heading, label of the x axis)
 SWEEPS = {
     "conflict_strength": ("Accuracy against conflict strength", "signal-to-noise ratio of the clips, dB"),
     "alpha": ("Contrast strength alpha", "contrast strength alpha"),
@@ -79,57 +120,18 @@ SWEEPS = {
     "anchor": ("Who writes the pseudo ground truth", "pseudo ground truth by"),
     "teacher_steps": ("Training of the teacher", "steps that the teacher was trained for"),
 }
+_SEED_NOTE = (
+    "Mean ± standard deviation over seeds. Below it stands the 95% interval by bootstrap over seeds. With few seeds this "
+    "interval is too narrow, and it says nothing about other test clips or another teacher. With one seed there is no "
+    "deviation; an interval there is over clips and comes from the file."
+)
 SCORES = ("all", *KINDS, "shift_tir_adv")
 _MAX_PLAIN_ROWS = 200
 
 
-@dataclass(frozen=True)
-class Column:
-    """Heading of a column; `note` stands small under it."""
-
-    name: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell.
-
-    Args:
-        text: what it says.
-        note: stands small under it.
-        value: number to sort by; None = sort by the text.
-        mark: "right", "wrong" or "".
-    """
-
-    text: str
-    note: str = ""
-    value: float | None = None
-    mark: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """The first column holds the rows' headings. A folded table is opened by the reader."""
-
-    caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, sentences under it, then tables and figures in order."""
-
-    title: str
-    notes: tuple[str, ...] = ()
-    blocks: tuple[Table | Figure, ...] = ()
-
-
 @dataclass
 class Stored:
-    """What a folder of results gave: sections, training curves by label, sentences, and what was looked for and not found."""
+    """What a folder of results gave: sections, training curves by label, findings, and sentences about what is missing."""
 
     sections: list[Section] = field(default_factory=list)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
@@ -137,16 +139,11 @@ class Stored:
     missing: list[str] = field(default_factory=list)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Stored results
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def stored_sections(folder: str | Path) -> Stored:
-    """Everything that the CSV files of `folder` hold; a known one that is not there is named in `missing`.
+    """Everything that the CSV files of `folder` hold. `missing` names the known files that are not there.
 
     Raises:
-        ResultsError: no such folder, or a file in it that cannot be used.
+        ResultsError: there is no such folder, or a file in it cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -161,11 +158,11 @@ def stored_sections(folder: str | Path) -> Stored:
     names = labels(tables["six_systems.csv"]) if "six_systems.csv" in tables else {}
     for name in (*STORED, *sorted(tables.keys() - STORED.keys())):
         if name not in tables:
-            found.missing.append(f"{name} is not among the results; {STORED[name][1]} makes it.")
+            found.missing.append(f"{name} is not among the results; {STORED[name].command} makes it.")
             continue
         table = tables[name]
-        title, command, what = STORED.get(name, (name, "", ""))
-        notes = [what] if what else []
+        title, command, known_notes = STORED.get(name, StoredFile(name, ""))
+        notes = list(known_notes)
         if name == "sweeps.csv":
             blocks = _sweeps(table, names, found)
         elif name == "six_systems_paired.csv":
@@ -181,25 +178,9 @@ def stored_sections(folder: str | Path) -> Stored:
     return found
 
 
-_SEED_NOTE = (
-    "Mean ± standard deviation over seeds, under it the 95% interval by bootstrap over seeds: with few seeds it is too narrow, "
-    "and says nothing about other test clips. With one seed there is no deviation; an interval is then the file's, over clips."
-)
-
-
 def _by_system(table: ResultsTable, found: Stored) -> list[Table | Figure]:
-    """Tables and figures of a file with a row a system and seed."""
-    skipped = ("system", "label", "seed", *ORIGIN_COLUMNS)
-    ends = [c for c in table.columns if re.fullmatch(r"(.*)_(low|high)", c) and c.rpartition("_")[0] in table.columns]
-    columns = [c for c in table.columns if c not in skipped and c not in ends]
-    blank = [c for c in columns if not any(row[c].strip() for row in table.rows)]
-    if blank:
-        found.missing.append(f"{table.name}: no value in the columns {', '.join(blank)}.")
-    columns = [c for c in columns if c not in blank]
-    if table.name == "six_systems.csv":
-        absent = [c for c in (*SCORES, "follows_hint", "strict", "latency_ms") if c not in table.columns]
-        if absent:
-            found.missing.append(f"{table.name}: no column {', '.join(absent)}.")
+    """Tables and figures of a file with a row for each system and seed."""
+    columns = _score_columns(table, found)
     groups, names = over_seeds(table, columns), labels(table)
     scores = {names[system]: summaries for (system,), summaries in groups.items()}
     seeds = {names[system]: len([row for row in table.rows if row["system"] == system]) for (system,) in groups}
@@ -209,30 +190,55 @@ def _by_system(table: ResultsTable, found: Stored) -> list[Table | Figure]:
     stem = table.name.removesuffix(".csv").replace("_", "-")
     if contexts:
         rows = {label: _values(summaries, contexts) for label, summaries in scores.items()}
-        caption = "Accuracy by system; bars are the intervals of the table."
+        caption = "Accuracy by system. The bars are the intervals of the table."
         blocks.append(draw_intervals(stem, rows, xlabel="accuracy", caption=caption))
     if "follows_hint" in main:
-        rows = {
-            names[system]: _values(groups[system,], ["follows_hint"])
-            for system in BIAS_SYSTEMS
-            if (system,) in groups and groups[system,]["follows_hint"].mean is not None
-        }
-        lacking = [system for system in BIAS_SYSTEMS if (system,) not in groups]
-        if lacking:
-            found.missing.append(f"{table.name}: no rows of {', '.join(lacking)} for the figure of the bias before and after.")
-        if rows:
-            figure = draw_intervals(
-                f"{stem}-bias", rows, xlabel="share of the answers that repeat a false hint",
-                caption="Bias before and after: share of the answers under a false hint that repeat it (lower is better).",
-            )  # fmt: skip
-            blocks.append(figure)
-            said = "; ".join(f"{label} {next(iter(v.values())).value:.3f}" for label, v in rows.items())
-            found.findings.append(f"Share of the answers under a false hint that repeat it: {said}.")
+        blocks += _bias_figure(f"{stem}-bias", table.name, {system: s for (system,), s in groups.items()}, names, found)
     return blocks + [table for part in ("task", "class") for table in _part_tables(scores, columns, part)]
 
 
+def _score_columns(table: ResultsTable, found: Stored) -> list[str]:
+    """The columns that hold scores. `found.missing` names the empty ones and those that six_systems.csv lacks."""
+    skipped = ("system", "label", "seed", *ORIGIN_COLUMNS)
+    ends = [c for c in table.columns if re.fullmatch(r"(.*)_(low|high)", c) and c.rpartition("_")[0] in table.columns]
+    columns = [c for c in table.columns if c not in skipped and c not in ends]
+    blank = [c for c in columns if not any(row[c].strip() for row in table.rows)]
+    if blank:
+        found.missing.append(f"{table.name}: no value in the columns {', '.join(blank)}.")
+    if table.name == "six_systems.csv":
+        scores = (*SCORES, "follows_hint", "strict", "latency_ms")
+        absent = [c for c in scores if c not in table.columns]
+        if absent:
+            found.missing.append(f"{table.name}: no column {', '.join(absent)}.")
+    return [c for c in columns if c not in blank]
+
+
+def _bias_figure(
+    name: str, file: str, groups: Mapping[str, Mapping[str, SeedSummary]], names: Mapping[str, str], found: Stored
+) -> list[Figure]:
+    """How often a false hint is repeated, before and after distillation. No figure where no such system has the score."""
+    lacking = [system for system in BIAS_SYSTEMS if system not in groups]
+    if lacking:
+        found.missing.append(f"{file}: no rows of {', '.join(lacking)} for the figure of the bias before and after.")
+    rows = {
+        names[system]: _values(groups[system], ["follows_hint"])
+        for system in BIAS_SYSTEMS
+        if system in groups and groups[system]["follows_hint"].mean is not None
+    }
+    if not rows:
+        return []
+    said = "; ".join(f"{label} {next(iter(v.values())).value:.3f}" for label, v in rows.items())
+    found.findings.append(f"Share of the answers under a false hint that repeat it: {said}.")
+    return [
+        draw_intervals(
+            name, rows, xlabel="share of the answers that repeat a false hint",
+            caption="Bias before and after: share of the answers under a false hint that repeat it (lower is better).",
+        )
+    ]  # fmt: skip
+
+
 def _part_tables(scores: Mapping[str, Mapping[str, SeedSummary]], columns: Sequence[str], part: str) -> list[Table]:
-    """A table a context; columns are <part>_<name>_<context>, or <part>_<name> where there is one context."""
+    """A table for each context. Columns are <part>_<name>_<context>, or <part>_<name> where there is one context."""
     by_kind: dict[str, dict[str, str]] = {}
     for column in (c for c in columns if c.startswith(f"{part}_")):
         name, _, kind = column.removeprefix(f"{part}_").rpartition("_")
@@ -246,7 +252,7 @@ def _part_tables(scores: Mapping[str, Mapping[str, SeedSummary]], columns: Seque
 
 
 def _sweeps(table: ResultsTable, names: Mapping[str, str], found: Stored) -> list[Table | Figure]:
-    """A table and a figure for each sweep; that of the conflict strength has a line a system, the others one a score."""
+    """A table and a figure for each sweep."""
     table.need("sweep", "value", "system", "seed")
     columns = [c for c in SCORES if c in table.columns]
     absent = [c for c in SCORES if c not in table.columns and c != "irrelevant"]
@@ -283,7 +289,10 @@ def _sweep_figure(
     rows: Mapping[str, Mapping[str, SeedSummary]],
     shown: Sequence[str],
 ) -> Figure:
-    """Lines over numbers, rows of marks over names."""
+    """Lines where the values of the setting are numbers, rows of marks where they are names.
+
+    The sweep of the conflict strength has a line for each system, the others a line for each score.
+    """
     name = f"sweep-{re.sub(r'[^a-z0-9]+', '-', sweep.lower())}"
     if not _all_numbers([value for value, _ in cells]):
         drawn = {label: _values(summaries, shown) for label, summaries in rows.items()}
@@ -305,7 +314,7 @@ def _sweep_figure(
 
 
 def _differences(table: ResultsTable, names: Mapping[str, str]) -> list[Table | Figure]:
-    """A row a pair of systems, a column a context."""
+    """A row for each pair of systems, a column for each context."""
     table.need("system", "minus", "context", "difference", "low", "high")
     pairs: dict[str, dict[str, Estimate]] = {}
     for i, row in enumerate(table.rows):
@@ -314,7 +323,7 @@ def _differences(table: ResultsTable, names: Mapping[str, str]) -> list[Table | 
         count = table.number(i, "answers")
         pairs.setdefault(pair, {})[row["context"]] = Estimate(value, low, high, int(count or 0))
     contexts = list(dict.fromkeys(context for estimates in pairs.values() for context in estimates))
-    rows = tuple((pair, tuple(_difference_cell(found.get(c)) for c in contexts)) for pair, found in pairs.items())
+    rows = tuple((pair, tuple(difference_cell(found.get(c)) for c in contexts)) for pair, found in pairs.items())
     columns = (Column("pair"), *(Column(CONTEXTS.get(c, c)) for c in contexts))
     drawn = {
         pair: {CONTEXTS.get(c, c): Value(e.value, e.low, e.high) for c, e in found.items() if e.value is not None}
@@ -322,13 +331,13 @@ def _differences(table: ResultsTable, names: Mapping[str, str]) -> list[Table | 
     }
     figure = draw_intervals(
         "differences", drawn, xlabel="difference in accuracy", limits=None,
-        caption="Difference in accuracy by context; right of 0 the first system is better.",
+        caption="Difference in accuracy by context. Right of 0 the first system is better.",
     )  # fmt: skip
     return [Table("Difference in accuracy (share of the questions), 95% interval.", columns, rows), figure]
 
 
 def _plain(table: ResultsTable, title: str, found: Stored) -> list[Table]:
-    """Any other file as it stands."""
+    """Any other file, unchanged."""
     if len(table.rows) > _MAX_PLAIN_ROWS:
         found.missing.append(f"{table.name}: the first {_MAX_PLAIN_ROWS} of its {len(table.rows)} rows are shown.")
     shown = [c for c in table.columns if c not in ORIGIN_COLUMNS]
@@ -349,7 +358,7 @@ def _seed_table(
     first: str = "system",
     folded: bool = False,
 ) -> Table:
-    """A row a label, the number of seeds where it is given, and a column for each of `headings`."""
+    """A row for each label and a column for each of `headings`. Where `seeds` is given, the first column says how many."""
     columns = [Column(first), *([] if seeds is None else [Column("seeds")]), *(Column(name) for name in headings.values())]
     rows = []
     for label, summaries in scores.items():
@@ -373,7 +382,7 @@ def _seed_cell(s: SeedSummary, column: str, seeds: int | None) -> Cell:
 
 
 def _digits(value: float, *, like: float | None = None) -> str:
-    """Three decimals of a share; fewer of what is large. `like` decides instead of the value itself."""
+    """Three decimals of a share, fewer of a large number. With `like` its size decides how many."""
     size = abs(value if like is None else like)
     return f"{value:.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.3f}"
 
@@ -399,152 +408,3 @@ def _all_numbers(texts: Sequence[str]) -> bool:
         return all(float(t) == float(t) for t in texts)
     except ValueError:
         return False
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Saved predictions
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def prediction_sections(systems: Mapping[str, Sequence[Prediction]], *, reference: str | None = None) -> list[Section]:
-    """Accuracy, Shift, controls, classes and paired differences of the systems that have predictions.
-
-    Args:
-        reference: label of the system that the others are compared with; None = the first.
-
-    Raises:
-        ValueError: no system is called `reference`.
-    """
-    if reference is not None and reference not in systems:
-        raise ValueError(f"reference: expected one of {list(systems)}, got {reference!r}")
-    summaries = {label: summarize(predictions) for label, predictions in systems.items() if predictions}
-    plain = {label: s["plain"] for label, s in summaries.items() if "plain" in s}
-    if not plain:
-        return []
-    kinds = [k for k in KINDS if any(k in s["by_kind"] for s in plain.values())]
-    kind_columns = tuple(Column(k, CONTEXTS[k]) for k in kinds)
-
-    def rows(cells: Any) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-        return tuple((label, tuple(cells(label, s))) for label, s in plain.items())
-
-    accuracy = Table(
-        "Accuracy by system and context, with 95% interval and number of answers.",
-        (Column("system"), *kind_columns, Column("all"), Column("strict")),
-        rows(
-            lambda _, s: (
-                *(_estimate_cell(s["by_kind"].get(k)) for k in kinds),
-                _estimate_cell(s["accuracy"]),
-                _estimate_cell(s["strict_accuracy"]),
-            )
-        ),
-    )
-    bars = draw_intervals(
-        "accuracy",
-        {
-            label: {k: Value(e.value, e.low, e.high) for k, e in s["by_kind"].items() if e.value is not None}
-            for label, s in plain.items()
-        },
-        xlabel="accuracy",
-        caption="Accuracy by system and context, with 95% intervals over clips.",
-    )
-    tirs = ("tir_adv", "tir_adversarial_all", "tir_faithful_all", "tir_irrelevant_all")
-    shift = Table(
-        "Shift by system, with 95% interval and number of pairs.",
-        (
-            Column("system"), Column("TIR_adv"), Column("TIR_adversarial, all pairs"), Column("TIR_faithful, all pairs"),
-            Column("TIR_irrelevant, all pairs"),
-        ),
-        rows(lambda _, s: (_estimate_cell(s[t]) for t in tirs)),
-    )  # fmt: skip
-    sections = [
-        Section(
-            "Accuracy",
-            (
-                "By what the prompt claims. Under each figure its 95% bootstrap interval over clips and the number of answers. "
-                "Lenient: the label's words stand in the answer; strict: and no other choice does.",
-            ),
-            (accuracy, bars),
-        ),
-        Section(
-            "Shift: how much a false text moves the answer",
-            (
-                "TIR_adv = right without a hint and wrong under a false one, over those right without a hint (lower is better). "
-                "The others count over all pairs: right to wrong under a false hint, wrong to right under a true one, either "
-                "under one that says nothing to the point.",
-            ),
-            (shift,),
-        ),
-    ]
-    controls = sorted({name for s in summaries.values() for name in s} - {"plain"})
-    if controls:
-        asked = rows(
-            lambda label, s: (
-                _estimate_cell(s["by_kind"].get("neutral")),
-                *(_estimate_cell(summaries[label][c]["accuracy"] if c in summaries[label] else None) for c in controls),
-            )
-        )
-        columns = (Column("system"), Column("neutral, as it is"), *(Column(c.replace("_", " ")) for c in controls))
-        sections.append(
-            Section(
-                "Controls",
-                (
-                    "The same questions with no audio, and with the audio of a clip that has another answer (right would then "
-                    "mean: not from the sound). Without a hint chance is the share of the more frequent class.",
-                ),
-                (Table("Accuracy of the controls.", columns, asked),),
-            )
-        )
-    sections += _paired_section(systems, plain, kinds, reference or next(iter(plain)))
-    classes = sorted({(task, label) for s in plain.values() for task, found in s["by_class"].items() for label in found})
-    by_class = rows(
-        lambda _, s: (
-            _estimate_cell(s["by_class"].get(task, {}).get(name, {}).get(k), brief=True) for task, name in classes for k in kinds
-        )
-    )
-    columns = (Column("system"), *(Column(f"{name}, {k}", task) for task, name in classes for k in kinds))
-    sections.append(
-        Section(
-            "By class",
-            (
-                "Contrast can amplify a class offset of the teacher's text path: an average may hide that one class pays for "
-                "the other.",
-            ),
-            (Table("Accuracy by true class and context.", columns, by_class),),
-        )
-    )
-    return sections
-
-
-def _paired_section(
-    systems: Mapping[str, Sequence[Prediction]], plain: Mapping[str, Any], kinds: Sequence[str], reference: str
-) -> list[Section]:
-    others = [label for label in plain if label != reference]
-    if not others or reference not in plain:
-        return []
-    asked = {label: [p for p in systems[label] if not p.control] for label in plain}
-
-    def difference(label: str, kind: str | None) -> Estimate | None:
-        ids = {p.id for p in asked[reference] if kind is None or p.kind == kind}
-        if not any(p.id in ids and (kind is None or p.kind == kind) for p in asked[label]):
-            return None
-        return paired_difference(asked[label], asked[reference], kind=kind)
-
-    rows = tuple((label, tuple(_difference_cell(difference(label, k)) for k in (*kinds, None))) for label in others)
-    columns = (Column("system"), *(Column(k, CONTEXTS[k]) for k in kinds), Column("all"))
-    note = f"Accuracy minus that of “{reference}” on the questions both answered; 95% intervals by paired bootstrap over clips."
-    return [Section("Paired differences", (note,), (Table(f"Difference to {reference}.", columns, rows),))]
-
-
-def _estimate_cell(estimate: Estimate | None, *, brief: bool = False) -> Cell:
-    if estimate is None or estimate.value is None:
-        return Cell(NOTHING)
-    note = "" if brief else f"{estimate.low:.3f} to {estimate.high:.3f}, n {estimate.count}"
-    return Cell(f"{estimate.value:.3f}", note, estimate.value)
-
-
-def _difference_cell(estimate: Estimate | None) -> Cell:
-    if estimate is None or estimate.value is None:
-        return Cell(NOTHING)
-    notes = [] if estimate.low is None or estimate.high is None else [f"{estimate.low:+.3f} to {estimate.high:+.3f}"]
-    notes += [f"n {estimate.count}"] if estimate.count else []
-    return Cell(f"{estimate.value:+.3f}".replace("-", "−"), ", ".join(notes).replace("-", "−"), estimate.value)

@@ -1,5 +1,5 @@
 "use strict";
-// Tables are complete without this: it adds sorting, and opens what is folded for print.
+// Tables are complete without this script. It adds sorting, and it opens folded tables for print.
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   const key = (row, column) => {
@@ -22,7 +22,7 @@ for (const table of document.querySelectorAll("table")) {
       header.setAttribute("aria-sort", down ? "descending" : "ascending");
       const empty = (row) => row.cells[column].dataset.empty !== undefined;
       const rows = [...body.rows].sort((a, b) => {
-        if (empty(a) || empty(b)) return empty(a) - empty(b); // what has no value stays at the end
+        if (empty(a) || empty(b)) return empty(a) - empty(b); // cells without a value stay at the end
         return (down ? -1 : 1) * compare(key(a, column), key(b, column));
       });
       body.append(...rows);

@@ -64,7 +64,7 @@ def test_the_verdict_says_what_it_costs():
         dataclasses.replace(p, prediction="a woman") if p.kind == "neutral" and int(p.pair_id) < 50 else p
         for p in predictions["student, CAAD alpha 1"]
     ]
-    assert verdict(predictions)[0].endswith("and pays for it without a hint (alpha 1).")
+    assert verdict(predictions)[0].endswith("but is less accurate without a hint (alpha 1).")
 
 
 def test_a_setting_renames_the_stages_that_depend_on_it_and_no_others(tmp_path):

@@ -101,7 +101,7 @@ def test_the_verdict_follows_the_numbers():
     assert any(s.startswith("caad2 against standard KD, ALL: +21.7% relative; target +8%: met") for s in sentences)
     assert "caad2 against standard KD, Shift: -50.0 points; target -20: met." in sentences
     assert any(s.startswith("caad2 against standard KD, conflict: +50.0") and s.endswith("target up: met.") for s in sentences)
-    assert sentences[-1].endswith("at 0.33 of its latency; aim past it at half: met.")
+    assert sentences[-1].endswith("at 0.33 of its latency; target above 0 points at 0.50: met.")
     assert any(s.startswith("caad2 against standard KD, conflict") and s.endswith("MISSED.") for s in said([8, 12]))
 
 
@@ -119,7 +119,7 @@ def test_only_the_whole_run_on_the_test_split_is_committed(capsys):
     for words in (["--write", "--split", "dev"], ["--write", "--fast-smoke"]):
         with pytest.raises(SystemExit):
             main(words)
-        assert "--write: the committed tables are of the whole run" in capsys.readouterr().err
+        assert "--write: the committed tables need the whole run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--seeds", "0"])
     assert "--seeds: expected at least 1, got 0" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from models.reporting.results_csv import (
     rows_csv,
     summarize_seeds,
 )
-from models.reporting.sections import STORED, Table, stored_sections
+from models.reporting.sections import STORED, stored_sections
+from models.reporting.tables import Table
 
 
 @pytest.fixture(scope="module")
