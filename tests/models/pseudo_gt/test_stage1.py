@@ -120,7 +120,7 @@ def test_the_last_torn_line_is_dropped_and_written_again(tmp_path):
 
 def test_a_batch_that_was_cut_is_asked_again_whole(tmp_path):
     """An answer may depend on its batch, by rounding: here it names it."""
-    manifest = _manifest(tmp_path, [dataclasses.replace(_gender(number), choices=(), answer=None) for number in range(8)])
+    manifest = _manifest(tmp_path, [dataclasses.replace(gender(number), choices=(), answer=None) for number in range(8)])
     asked: list[list[str]] = []
 
     def writer(batch):
