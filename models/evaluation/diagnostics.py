@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.data.answers import lenient_match, normalize
+from models.data.answers import lenient_match, same_choice
 from models.evaluation.bootstrap import Statistic
 from models.evaluation.predictions import KINDS, Prediction
 from models.evaluation.scoring import AUDIO_CATEGORY, Judged, judged, shift_masks
@@ -202,11 +202,11 @@ def hint_priors(predictions: Sequence[Prediction]) -> dict[str, str]:
 
 
 def _is_answer(prior: str, p: Prediction) -> bool:
-    return normalize(prior) == normalize(p.answer) if p.choices else lenient_match(prior, p.answer)
+    return same_choice(prior, p.answer, p.choices) if p.choices else lenient_match(prior, p.answer)
 
 
 def _says(p: Prediction, prior: str) -> bool:
     said = p.said()
     if said is None:
         return False
-    return normalize(said) == normalize(prior) if p.choices else lenient_match(said, prior)
+    return same_choice(said, prior, p.choices) if p.choices else lenient_match(said, prior)

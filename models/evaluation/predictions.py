@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.data.answers import named_choices, normalize
+from models.data.answers import named_choices
 from models.data.manifest import Example
 from models.io_utils import append_bytes, atomic_write_text, fingerprint
 
@@ -46,7 +46,7 @@ class Prediction:
         if self.scores:
             return max(self.scores, key=self.scores.__getitem__)
         if not self.choices:
-            return self.prediction if normalize(self.prediction) else None
+            return self.prediction if any(c.isalnum() for c in self.prediction) else None
         named = named_choices(self.prediction, self.choices)
         return named[0] if len(named) == 1 else None
 

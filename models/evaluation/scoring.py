@@ -248,10 +248,11 @@ def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient"
         ValueError: the name is unknown, or the scorer does not give one bool for each prediction.
     """
     predictions = list(predictions)
-    if scorer == "lenient":
-        return np.array([lenient_match(p.prediction, p.answer) for p in predictions], dtype=bool)
-    if scorer == "strict":
-        return np.array([strict_match(p.prediction, p.answer, p.choices) for p in predictions], dtype=bool)
+    match = {"lenient": lenient_match, "strict": strict_match}.get(scorer) if isinstance(scorer, str) else None
+    if match is not None:
+        # Where the choices were ranked, the likeliest one is the answer; how its sentence reads decides nothing.
+        verdicts = (p.said() == p.answer if p.scores else match(p.prediction, p.answer, p.choices) for p in predictions)
+        return np.fromiter(verdicts, dtype=bool, count=len(predictions))
     if isinstance(scorer, str):
         raise ValueError(f"scorer: expected 'lenient', 'strict' or a scorer, got {scorer!r}")
     verdicts = list(scorer.judge(predictions))

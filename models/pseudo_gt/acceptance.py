@@ -26,7 +26,7 @@ def check_answer(text: str, example: Example, *, max_characters: int = _MAX_ANSW
         return "too long"
     if not example.choices:
         return None
-    named = named_choices(text, example.choices, normalizer=_normal)
+    named = named_choices(text, example.choices, skip_brackets=False)
     if not named:
         return "no choice named"
     if len(named) > 1:
@@ -68,8 +68,3 @@ def write_rejects(out: Path, rejects: list[dict[str, str]]) -> None:
         atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejects))
     else:
         path.unlink(missing_ok=True)
-
-
-def _normal(text: str) -> str:
-    """Lower case, letters and digits only, single spaces."""
-    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())

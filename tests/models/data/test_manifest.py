@@ -107,7 +107,7 @@ def test_written_manifests_read_back_equal(root):
         (_row(metadata=[]), "metadata: expected an object, got list"),
         (_row(choices="man"), "choices: expected a list of strings, got str"),
         (_row(choices=["man", 3]), "choices: expected a string, got int"),
-        (_row(choices=["man", "man"]), "choices: expected different labels"),
+        (_row(choices=["man", "man."]), r"choices: 'man' and 'man\.' cannot be told apart in an answer"),
         (_row(choices=["man", ""]), "choices: expected labels, got an empty string"),
         (_row(answer="child"), r"answer: expected one of \['man', 'woman'\], got 'child'"),
         (_row(split="tset"), "split: expected one of .*, got 'tset', did you mean 'test'"),
@@ -263,3 +263,8 @@ def test_command_line_never_shows_a_traceback(root):
         cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 1 and "Traceback" not in result.stderr and "error: " in result.stderr
+
+
+def test_a_repeated_choice_stands_once():
+    example = Example(id="1", audio=None, choices=["yes", "no", "yes"], answer="yes")
+    assert example.choices == ("yes", "no")

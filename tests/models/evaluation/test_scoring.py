@@ -286,3 +286,22 @@ def test_mistakes_are_named():
         score([])
     with pytest.raises(ValueError, match="id '1/neutral' twice"):
         score([p(1, "neutral", True)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("choices", "sentence"),
+    [(("C major", "C# major"), "The chord is {}."), (("(laughter)", "(cough)"), "I hear {}."), (("男", "女"), "说话人是{}。")],
+)
+@pytest.mark.parametrize("scorer", ["lenient", "strict"])
+def test_where_choices_are_ranked_the_likeliest_decides(choices, sentence, scorer):
+    """A model at chance is right half of the time, whatever the choices look like."""
+    rows = [
+        Prediction(
+            id=f"{i}", task="t", kind="neutral", choices=choices, answer=choices[i % 2], prediction=sentence.format(said),
+            scores={c: 0.0 if c == said else -1.0 for c in choices},
+        )
+        for i, said in enumerate([choices[0], choices[0], choices[1], choices[1]])
+    ]  # fmt: skip
+    assert judge(rows, scorer=scorer).tolist() == [True, False, False, True]
+    free = [dataclasses.replace(row, scores={}) for row in rows]
+    assert judge(free, scorer=scorer).tolist() == [True, False, False, True]
