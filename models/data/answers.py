@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 # By the first word of a character's Unicode name.
-_JOINED_SCRIPTS = frozenset(["CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"])
+_JOINED_SCRIPTS = frozenset(
+    ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+)
 _BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\(([^)]+?)\)")
 _EDGES = ".,;:!?…\"'“”‘’«»。，、！？；：「」"  # punctuation around a word, which is no part of a label
 
