@@ -36,7 +36,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from kdkernels.layer_states import LayerStates
 from kdkernels.packing import Packing
 from models.backbones import resolve
-from models.backbones.causal_lm import cache_keyword
+from models.backbones.causal_lm import cache_keyword, logit_post
 from models.speech_lm.collation import Collator, SpeechBatch, find_placeholder_id
 from models.speech_lm.config import SAMPLE_RATE, SpeechLMConfig
 from models.speech_lm.connector import Connector
@@ -512,16 +512,7 @@ class SpeechLM(nn.Module):
         ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """The LM head, and what some families do with its logits: Cohere and Granite scale them, Gemma caps them softly."""
-        config = self.lm.config
-        logits = self.lm.get_output_embeddings()(hidden)
-        if getattr(config, "logit_scale", None):
-            logits = logits * config.logit_scale
-        if getattr(config, "logits_scaling", None):
-            logits = logits / config.logits_scaling
-        if getattr(config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        return logits
+        return logit_post(self.lm)(self.lm.get_output_embeddings()(hidden))
 
     def _set_encoder(self, encoder: nn.Module, feature_extractor: Any) -> None:
         check_encoder(encoder, self.config)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from kdkernels.contrast_cache import ContrastCache
 from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.backbones.causal_lm import read_head
 from models.speech_lm.collation import crop_to_targets
 from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
 from models.training.commands import CACHE_DTYPES, cache_parser
@@ -65,7 +66,8 @@ def fill_cache(
         ValueError: the folder holds a cache of another teacher, dtype or layers.
     """
     # torch multiplies other shapes where a weight requires grad (at::matmul folds a batch), and these round otherwise.
-    teacher = DualPathTeacher(model.requires_grad_(False), negative=MarkAbsent(), layers=layers)
+    head = read_head(model.requires_grad_(False))
+    teacher = DualPathTeacher(model, negative=MarkAbsent(), layers=layers, head=head)
     collate = model.make_collator()
     writer = ContrastCache.writer(
         folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=dtype, layers=layers, part=part,
@@ -112,7 +114,7 @@ def estimate(model: Any, examples: Sequence[Any], *, dtype: torch.dtype, layers:
 @torch.no_grad()
 def rounding_error(cache: ContrastCache, model: Any, store: Any, examples: Sequence[Any], *, alpha: float = 2.0) -> float:
     """Mean KL, in nats, from the target distribution of live states to that of cached states, at contrast `alpha`."""
-    teacher, collate = DualPathTeacher(model, negative=MarkAbsent()), model.make_collator()
+    teacher, collate = DualPathTeacher(model, negative=MarkAbsent(), head=read_head(model)), model.make_collator()
     batch = collate(examples, store.rows(examples)).to(model.device)
     live, held = teacher(batch.model_inputs(), batch.target_index), cache.get([e.id for e in examples])
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from kdkernels.layer_states import decoder_layers
-from kdkernels.teacher import LMHead
+from models.backbones.causal_lm import read_head
 from models.backbones.device import inference_dtype
 from models.io_utils import fingerprint
 from models.speech_lm.collation import crop_to_targets
@@ -380,7 +380,7 @@ def _cached_teacher(
 
     try:
         cache = ContrastCache(recipe.teacher.cache, fingerprint=teacher_fingerprint(recipe.teacher.folder))
-        return CachedTeacher(cache, LMHead.from_model(lm.to(device)), device=device, content=content, layers=layers)
+        return CachedTeacher(cache, read_head(lm.to(device)), device=device, content=content, layers=layers)
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
 

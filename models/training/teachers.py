@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from kdkernels.layer_mse import LayerProjections
 from kdkernels.layer_states import LayerStates
-from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
+from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.backbones.causal_lm import read_head
 from models.training.recipe import LayersConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ class LiveTeacher:
         layers: Sequence[int] = (),
         batch_examples: int = 0,
     ) -> None:
-        self._teacher = DualPathTeacher(lm.to(device).eval(), negative=MarkAbsent("audio_present"), layers=layers)
+        lm = lm.to(device).eval()
+        self._teacher = DualPathTeacher(lm, negative=MarkAbsent("audio_present"), layers=layers, head=read_head(lm))
         self._data = data
         self._device = device
         self._batch_examples = batch_examples
@@ -204,7 +206,7 @@ class ListeningTeacher:
         self._data = data
         self._device = device
         self._layers = tuple(layers)
-        self._head = LMHead.from_model(self._lm)
+        self._head = read_head(self._lm)
 
     @torch.no_grad()
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
@@ -253,7 +255,7 @@ class TextTeacher:
         self._layers = tuple(layers)
         self._reasoning = reasoning
         self._prefixes = WorkedPrefixes(self._lm, tokenizer)
-        self._head = LMHead.from_model(self._lm)
+        self._head = read_head(self._lm)
 
     @torch.no_grad()
     def __call__(self, batch: Any, examples: Sequence[Example]) -> TeacherStates:
