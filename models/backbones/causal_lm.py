@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from kdkernels.teacher import LMHead
 
 
@@ -26,8 +28,25 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def cache_keyword(model: nn.Module) -> str:
-    """The argument of `model.forward` that takes the KV cache: transformers 5.24 renamed `past_key_values` to `cache`."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """The argument of `model.forward` that takes its cache: transformers 5.24 renamed `past_key_values` to `cache`."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), "past_key_values")
+
+
+def has_only_attention(lm: nn.Module) -> bool:
+    """Whether keys and values are all that `lm` keeps of a text, as far as its config says."""
+    kinds = set(getattr(lm.config, "layer_types", None) or ())
+    return kinds <= {"full_attention", "sliding_attention"} and cache_keyword(lm.get_decoder()) != "cache_params"
+
+
+def check_token_ids(ids: Iterable[int], lm: nn.Module, tokenizer: PreTrainedTokenizerBase, *, what: str = "") -> None:
+    """ValueError where a token has no row in the embeddings of `lm`; `what` begins the message."""
+    highest, rows = max(ids, default=0), lm.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise ValueError(
+            f"{what}tokenizer: expected ids below {rows}, the number of the language model's embeddings, got {highest} "
+            f"({tokenizer.convert_ids_to_tokens(highest)!r}) from a tokenizer of {len(tokenizer)} tokens"
+        )
 
 
 class LogitPost(NamedTuple):
