@@ -376,12 +376,10 @@ class Recipe:
 
     def _check_paths(self) -> None:
         """Some settings of the loss need a teacher of the objective's own that has two paths."""
-        lacks = {"sharpened": "which has no text path"}.get(self.objective)
-        if not self.needs_teacher:
-            lacks = "which has no teacher of its own"
+        lacks = {"sharpened": "which has no text path", "sources": "which has no teacher of its own"}.get(self.objective)
         if lacks and self.loss.kd_token_weight == "divergence":
             raise ConfigError(f"loss.kd_token_weight: expected uniform or choice with objective {self.objective!r}, {lacks}")
-        if self.objective == "kd":
+        if self.objective in ("kd", "sft", "ce_only"):
             lacks = "which has no contrast"
         if lacks and self.loss.alpha_half_divergence is not None:
             raise ConfigError(f"loss.alpha_half_divergence: expected null with objective {self.objective!r}, {lacks}")

@@ -119,14 +119,14 @@ def test_recipe_option_reaches_student_and_teachers(model, cache_mib):
         batch = data.make_batch(examples)
         inputs = data.model_inputs(data.crop(batch))
         assert inputs.get("pack_tokens") == (200 if packing == "pack" else None)
+        teachers = [kind(model, data, device=device) for kind in (LiveTeacher, ListeningTeacher)]
         seen = []
         handle = model.lm.model.register_forward_pre_hook(
             lambda _m, _a, k, seen=seen: seen.append(len(k["inputs_embeds"])) if "inputs_embeds" in k else None, with_kwargs=True
         )
         with torch.no_grad():
             student = model.hidden_states_at(data.crop(batch).target_index, **inputs)
-        live = LiveTeacher(model, data, device=device)(batch, examples)
-        listening = ListeningTeacher(model, data, device=device)(batch, examples)
+        live, listening = (teacher(batch, examples) for teacher in teachers)
         handle.remove()
         results[packing] = (seen, [student, live.audio_hidden, live.text_hidden, listening.audio_hidden])
     (padded_rows, padded), (packed_rows, packed) = results.values()

@@ -106,7 +106,7 @@ def test_alpha_ramp():
         (["objective=kd", "loss.center_text=true"], "loss.center_text: expected false with objective 'kd', which has no"),
         (["objective=sft", "loss.center_text=true"], "loss.center_text: expected false with objective 'sft', which has"),
         (["objective=sharpened", "loss.center_text=true"], "loss.center_text: expected false with objective 'sharpened'"),
-        (["objective=ce_only", "loss.kd_token_weight=divergence"], "loss.kd_token_weight: expected uniform or choice with"),
+        (["objective=ce_only", "loss.alpha_half_divergence=1"], "loss.alpha_half_divergence: expected null with"),
         (["objective=kd", "loss.alpha_half_divergence=1"], "loss.alpha_half_divergence: expected null with objective 'kd'"),
         (["loss.alpha_start=0"], "loss.alpha_ramp_steps: expected >= 1 with loss.alpha_start=0, got 0"),
         (["loss.alpha_ramp_steps=9"], "loss.alpha_ramp_steps: expected 0 without loss.alpha_start, got 9"),

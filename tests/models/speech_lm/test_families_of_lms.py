@@ -10,9 +10,10 @@ from tiny_speech import make_config, make_examples, make_features, make_tokenize
 from models.speech_lm.collation import Collator
 from models.speech_lm.model import SpeechLM
 from models.speech_lm.prefix_cache import why_not_cached
-from models.training.recipe import DataConfig
+from models.training.recipe import DataConfig, load_recipe
 from models.training.run_setup import make_training_data
 from models.training.teachers import ListeningTeacher, LiveTeacher, SourceError, TextTeacher, check_packing
+from models.training.train import train
 
 TOKENIZER = make_tokenizer()
 ROWS, WINDOW = 6, 16
@@ -165,3 +166,12 @@ def test_a_tokenizer_longer_than_the_embeddings_is_an_error_where_a_text_needs_i
     assert len(Collator(tokenizer, 3)(examples)) == 2  # nothing to compare with
     with pytest.raises(ValueError, match="tokenizer: expected ids below 3, the number of the language model's embeddings"):
         SpeechLM(make_config(), lm=make_family("Llama", 3), tokenizer=tokenizer)
+
+
+def test_the_student_is_compared_before_the_first_step(tmp_path):
+    model = make_model("GptOss", {})
+    model.connector.requires_grad_(True)
+    words = ["data.packing=pack", f"run.out_dir={tmp_path / 'run'}", "run.device=cpu", "run.tensorboard=false", "optim.steps=1"]
+    with pytest.raises(SourceError, match=r"data\.packing: expected none with GptOssForCausalLM"):
+        train(load_recipe("sft", [*words, "run.progress_bar=false"]), model=model, data=packed_data(model))
+    assert not (tmp_path / "run").exists()
