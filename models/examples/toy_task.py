@@ -28,7 +28,7 @@ def parser(description: str, *, learning_rate: float, batch: int) -> argparse.Ar
     made.add_argument("--learning-rate", type=float, default=learning_rate, help=f"of AdamW (default: {learning_rate:g})")
     made.add_argument("--batch", type=int, default=batch, help=f"samples of one backward pass (default: {batch})")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of weights, clips and their order (default: 0)")
     return made
 
 
