@@ -536,19 +536,17 @@ class Training:
         )  # fmt: skip
 
     def run(self, folder: Path, done: Done) -> None:
-        from models.training import train
+        from models.training.loop import TrainingLoop
+        from models.training.train import seed_everything
 
-        save = train.save_checkpoint
+        class Loop(TrainingLoop):
+            def save(self, step: int) -> None:
+                super().save(step)
+                done([f"step {step}"])
 
-        def save_and_say(root: Any, step: int, **state: Any) -> Path:
-            path = save(root, step, **state)
-            done([f"step {step}"])
-            return path
-
-        train.save_checkpoint = save_and_say
         recipe = dataclasses.replace(self._recipe, run=dataclasses.replace(self._recipe.run, out_dir=str(folder)))
-        train.seed_everything(recipe.run.seed)
-        train.train(recipe, model=self._student, data=self._data, sources=self._sources)
+        seed_everything(recipe.run.seed)
+        Loop(recipe, model=self._student, data=self._data, sources=self._sources).run()
 
     def held(self, folder: Path) -> list[str]:
         from models.training.curves import read_metrics
