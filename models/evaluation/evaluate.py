@@ -45,7 +45,7 @@ from models.evaluation.scorers import load_scorer
 from models.evaluation.scoring import AUDIO_CATEGORY
 from models.evaluation.summary import summarize
 from models.io_utils import atomic_write_json, fingerprint, sha256_file
-from models.speech_lm.features import FeatureError, FeatureStore, clip_key, extract_features
+from models.speech_lm.features import FeatureError, clip_features
 
 _SKIPPED_SHOWN = 20
 
@@ -153,7 +153,15 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         raise EvaluationError(f"checkpoint: {error}") from error
     if not Path(arguments.out).exists():
         write_header(arguments.out, settings)
-    usable, store = _heard(model, examples, suite, arguments)
+    store, usable = clip_features(
+        model,
+        examples,
+        audio_root=suite.audio_root,
+        features=arguments.features,
+        max_bad_fraction=arguments.max_bad_fraction,
+        max_cut_fraction=arguments.max_cut_fraction,
+        say=print,
+    )
     alpha = arguments.alpha if arguments.decoding == "contrastive" else None
     return settings, evaluate(
         model,
@@ -214,28 +222,6 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
         )
     _print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
     return [e for e in chosen if e.answer is not None]
-
-
-def _heard(
-    model: Any, examples: list[Example], suite: Suite, arguments: argparse.Namespace
-) -> tuple[list[Example], FeatureStore]:
-    """The examples whose clips could be encoded, and the features. The names of the others are printed."""
-    limit = arguments.max_bad_fraction
-    if arguments.features:
-        store, reasons = FeatureStore.load(arguments.features), {}
-    else:
-        store, problems = extract_features(
-            examples, model.encode_audio, audio_root=suite.audio_root, max_bad_fraction=limit
-        )
-        clips = {e.id: clip_key(e) for e in examples}
-        reasons = {clips[example_id]: reason for example_id, reason in problems}
-    usable = [e for e in examples if e.audio is None or e in store]
-    lacking = [e for e in examples if e.audio is not None and e not in store]
-    if len(lacking) > limit * len(examples):
-        source = arguments.features or suite.name
-        raise EvaluationError(f"{source}: lacks the clips of {len(lacking)} of {len(examples)} questions")
-    _print_skipped(f"{e.id}: {reasons.get(clip_key(e), f'{arguments.features} lacks its clip')}" for e in lacking)
-    return usable, store
 
 
 def _print_skipped(reasons: Iterable[object]) -> None:

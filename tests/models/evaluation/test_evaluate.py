@@ -32,7 +32,7 @@ from models.evaluation.score_tables import print_comparison, print_summary
 from models.evaluation.summary import summarize
 from models.evaluation.text_priors import Prior, write_priors
 from models.experiments.shared_steps import make_tiny_backbones
-from models.speech_lm.features import FeatureStore, clip_key
+from models.speech_lm.features import FeatureStore, clip_key, made_by
 from models.speech_lm.model import SpeechLM, SpeechLMConfig
 
 
@@ -332,13 +332,15 @@ def test_skipped_rows_are_listed(files, tmp_path, capsys):
 
 
 def test_clips_without_features_are_named_or_stop_the_evaluation(files, store, tmp_path, capsys):
-    store.save(tmp_path / "all.safetensors")
-    FeatureStore([clip_key(example(i)) for i in range(3)], store.features[:3]).save(tmp_path / "few.safetensors")
+    origin = made_by(SpeechLM.from_pretrained(files / "model"))
+    for name, clips in (("all", 4), ("few", 3)):
+        keys = [clip_key(example(i)) for i in range(clips)]
+        FeatureStore(keys, store.features[:clips], made_by=origin).save(tmp_path / f"{name}.safetensors")
     words = [str(files / "model"), str(files / "m.jsonl"), "--device", "cpu"]
     assert main([*words, "--out", str(tmp_path / "a.jsonl"), "--features", str(tmp_path / "all.safetensors")]) == 0
     assert "skipped" not in capsys.readouterr().out
     assert main([*words, "--out", str(tmp_path / "b.jsonl"), "--features", str(tmp_path / "few.safetensors")]) == 1
-    assert "lacks the clips of 2 of 8 questions" in capsys.readouterr().err
+    assert "2 of 8 examples have no features, more than 5%" in capsys.readouterr().err
 
 
 SLOW = """
