@@ -100,8 +100,8 @@ def load(name: str, *, seed: int, width: int = 32, device: str = "cpu") -> tuple
     if name == "tiny":
         set_seed(seed)
         return _tiny_model(width).to(device), _tiny_processor()
-    model = AutoModelForMultimodalLM.from_pretrained(name, dtype=torch.bfloat16)
-    return model.to(device), AutoProcessor.from_pretrained(name)
+    model = AutoModelForMultimodalLM.from_pretrained(name, dtype=torch.bfloat16, trust_remote_code=False)
+    return model.to(device), AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def _tiny_model(width: int) -> Any:
