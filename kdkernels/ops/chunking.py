@@ -41,7 +41,7 @@ class DeviceModel:
 
 # The others are assumed to reach the same share of their data sheet as an H100 does (of 3.35 TB/s and 989 TFLOP/s).
 _MEASURED = "measured"
-_DERATED = "data sheet, times the share that an H100 reaches of its own"
+_DERATED = "data sheet, derated to the share that an H100 reaches of its own"
 _REACHED_BANDWIDTH, _REACHED_FLOP = 3.0 / 3.35, 800 / 989
 
 
