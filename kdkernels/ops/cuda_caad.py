@@ -139,8 +139,10 @@ def misfit(
     return None
 
 
-def _run(arguments: tuple, grad: torch.Tensor | None, want_stats: bool, blocks: int) -> RowResult | str:
-    """The result, or why the kernel does not take the call."""
+def try_caad_rows(
+    arguments: tuple, grad: torch.Tensor | None, want_stats: bool, blocks: int = 0
+) -> RowResult | str:
+    """The result of :func:`caad_rows`, or the reason why the kernel does not take the call."""
     student, audio, text, target, alpha, kd_coef, ce_coef, spec = arguments
     if student.device.type != "cuda":
         return f"student: expected a tensor on a CUDA device, got one on {student.device}"
@@ -200,30 +202,7 @@ def caad_rows(
     """
     if student.device.type == "cuda":
         load_library()
-    result = _run((student, audio, text, target, alpha, kd_coef, ce_coef, spec), grad, want_stats, blocks)
+    result = try_caad_rows((student, audio, text, target, alpha, kd_coef, ce_coef, spec), grad, want_stats, blocks)
     if isinstance(result, str):
         raise ValueError(f"impl='cuda': {result}; impl='auto' and 'triton' have no such limit")
-    return result
-
-
-def caad_rows_or_triton(
-    student: torch.Tensor,
-    audio: torch.Tensor,
-    text: torch.Tensor | None,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    kd_coef: torch.Tensor,
-    ce_coef: torch.Tensor,
-    spec: RowSpec,
-    *,
-    grad: torch.Tensor | None = None,
-    want_stats: bool = False,
-) -> RowResult:
-    """:func:`caad_rows`, and the Triton kernel for a call that it does not take."""
-    arguments = (student, audio, text, target, alpha, kd_coef, ce_coef, spec)
-    result = _run(arguments, grad, want_stats, 0)
-    if isinstance(result, str):
-        from .dispatch import load_triton_rows
-
-        return load_triton_rows()(*arguments, grad=grad, want_stats=want_stats)
     return result

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import cuda_caad, native
+from .rows import RowResult, RowSpec
 
 logger = logging.getLogger("kdkernels")
 
@@ -119,4 +120,14 @@ def row_launcher(impl: str) -> Callable:
     """The ``caad_rows`` function (see :mod:`kdkernels.ops.rows`) of a kernel implementation."""
     if impl == "triton":
         return load_triton_rows()
-    return {"cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: cuda_caad.caad_rows_or_triton}.get(impl, native.caad_rows)
+    return {"cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: caad_rows_or_triton}.get(impl, native.caad_rows)
+
+
+def caad_rows_or_triton(
+    *arguments: torch.Tensor | RowSpec | None, grad: torch.Tensor | None = None, want_stats: bool = False
+) -> RowResult:
+    """The CUDA C++ kernel, and the Triton kernel for a call that it does not take."""
+    result = cuda_caad.try_caad_rows(arguments, grad, want_stats)
+    if isinstance(result, str):
+        return load_triton_rows()(*arguments, grad=grad, want_stats=want_stats)
+    return result

@@ -717,7 +717,7 @@ def test_auto_takes_it_only_when_asked(monkeypatch, asked, reason):
     if asked == "0":
         assert chosen == "triton"
     elif reason is None:
-        assert chosen == "cuda_or_triton" and dispatch.row_launcher(chosen) is cuda_caad.caad_rows_or_triton
+        assert chosen == "cuda_or_triton" and dispatch.row_launcher(chosen) is dispatch.caad_rows_or_triton
     else:
         assert chosen == "triton" and "no clusters" in why
 
@@ -733,7 +733,7 @@ def test_auto_falls_back_to_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "load_triton_rows", lambda: triton_rows)
     x, one = torch.zeros(1, 2, 64), torch.ones(1)
     spec = RowSpec(vocab=64)
-    assert cuda_caad.caad_rows_or_triton(x, x, None, None, one, one, one, spec, want_stats=True) == "triton"
+    assert dispatch.caad_rows_or_triton(x, x, None, None, one, one, one, spec, want_stats=True) == "triton"
     assert seen == {"arguments": 8, "want_stats": True}
 
 
