@@ -11,12 +11,12 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from . import cuda_caad, native
-from .rows import RowResult, RowSpec
+from .rows import RowLauncher, RowProblem, RowResult, row_launcher_of
 
 logger = logging.getLogger("kdkernels")
 
@@ -30,7 +30,7 @@ def checks_enabled(device: torch.device) -> bool:
 
 
 @functools.cache
-def load_triton_rows() -> Callable:
+def load_triton_rows() -> RowLauncher:
     """The launcher of the Triton row kernel. Raises RuntimeError saying why it is missing and how to get it."""
     try:
         return importlib.import_module(".triton_caad", __package__).caad_rows
@@ -116,18 +116,20 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
-def row_launcher(impl: str) -> Callable:
+def row_launcher(impl: str) -> RowLauncher:
     """The ``caad_rows`` function (see :mod:`kdkernels.ops.rows`) of a kernel implementation."""
     if impl == "triton":
         return load_triton_rows()
     return {"cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: caad_rows_or_triton}.get(impl, native.caad_rows)
 
 
-def caad_rows_or_triton(
-    *arguments: torch.Tensor | RowSpec | None, grad: torch.Tensor | None = None, want_stats: bool = False
-) -> RowResult:
+def _solve_rows(problem: RowProblem) -> RowResult:
     """The CUDA C++ kernel, and the Triton kernel for a call that it does not take."""
-    result = cuda_caad.try_caad_rows(arguments, grad, want_stats)
+    result = cuda_caad.try_rows(problem)
     if isinstance(result, str):
+        *arguments, grad, want_stats = problem
         return load_triton_rows()(*arguments, grad=grad, want_stats=want_stats)
     return result
+
+
+caad_rows_or_triton = row_launcher_of(_solve_rows)
