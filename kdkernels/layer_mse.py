@@ -12,19 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .caad import (
-    REDUCTIONS,
-    _accumulation_dtype,
-    _check_device,
-    _check_leading,
-    _check_shape,
-    _check_tensor,
-    _choose,
-    _is_number,
-    _is_whole,
-)
+from .checks import check_device, check_leading, check_shape, check_tensor, is_number, is_whole
+from .loss_options import REDUCTIONS
+from .loss_terms import accumulation_dtype, alpha_tensor, looked_at
 from .ops import layers as _layers
-from .ops.dispatch import checks_enabled
+from .ops.dispatch import choose_for
+from .ops.schema import check_values
 
 DIRECTIONS = ("student_to_teacher", "teacher_to_student")
 LAYER_MAPS = ("top", "skip", "all")
@@ -111,32 +104,34 @@ def fused_layer_mse_loss(
     project_teacher = direction == "teacher_to_student"
     for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
         for name, x in ((f"student_hidden[{i}]", s), (f"teacher_hidden[{i}]", t)):
-            _check_leading(name, x, leading, "student_hidden[0]")
-            _check_device(name, x, first)
+            check_leading(name, x, leading, "student_hidden[0]")
+            check_device(name, x, first)
         if texts is not None:
-            _check_shape(f"teacher_text_hidden[{i}]", texts[i], t.shape)
-            _check_device(f"teacher_text_hidden[{i}]", texts[i], first)
+            check_shape(f"teacher_text_hidden[{i}]", texts[i], t.shape)
+            check_device(f"teacher_text_hidden[{i}]", texts[i], first)
         _check_projection(f"projections[{i}]", p, s, t, project_teacher)
 
     flat = [x for x in (*students, *teachers, *(texts or []), *weights) if x is not None]
     dtypes = [x.dtype for x in flat]
-    dtype = _accumulation_dtype(dtypes)
+    dtype = accumulation_dtype(dtypes)
     n = math.prod(leading)
     valid = None
     if mask is not None:
-        _check_tensor("mask", mask)
+        check_tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected bool, got {mask.dtype}")
-        _check_shape("mask", mask, leading)
-        _check_device("mask", mask, first)
+        check_shape("mask", mask, leading)
+        check_device("mask", mask, first)
         valid = mask.reshape(-1)
-    alphas = _alpha(alpha, leading, device, dtype)
+    alphas = alpha_tensor("alpha", alpha, leading, device, dtype)
+    if not torch.compiler.is_compiling():
+        check_values(None, alphas, 0, 0)
     layer_weights = _layer_weights(layer_weight, len(students), device, dtype)
     counts = torch.ones(n, dtype=dtype, device=device) if valid is None else valid.to(dtype)
     if reduction == "mean":
         counts = counts / counts.sum().clamp_min(1)
 
-    chosen = _choose("auto" if impl == "auto" else impl, device, dtypes, "fused_layer_mse_loss")
+    chosen = choose_for("fused_layer_mse_loss", impl, device, dtypes)
     if chosen == "cuda":  # which has no kernel for layers
         chosen = "triton"
     total = torch.zeros(n if reduction == "none" else (), dtype=dtype, device=device)
@@ -191,7 +186,7 @@ def layer_map(
         ValueError, TypeError: naming the argument; for a pair out of range also the range.
     """
     for name, x in (("student_layers", student_layers), ("teacher_layers", teacher_layers), ("every", every)):
-        if not _is_whole(x):
+        if not is_whole(x):
             raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
         if x < 1:
             raise ValueError(f"{name}: expected at least 1, got {x}")
@@ -206,7 +201,7 @@ def layer_map(
         raise ValueError("embeddings: expected False with explicit pairs (add (0, 0) to them), got True")
     pairs = []
     for pair in kind:
-        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(_is_whole(x) for x in pair)):
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(is_whole(x) for x in pair)):
             raise TypeError(f"kind: expected pairs (student layer, teacher layer) of ints, got {pair!r}")
         s, t = pair
         if not (0 <= s <= student_layers and 0 <= t <= teacher_layers):
@@ -252,13 +247,13 @@ class LayerProjections(torch.nn.Module):
         super().__init__()
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
-        if not (_is_whole(pairs) or isinstance(pairs, Sequence)):
+        if not (is_whole(pairs) or isinstance(pairs, Sequence)):
             raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
-        count = pairs if _is_whole(pairs) else len(pairs)
+        count = pairs if is_whole(pairs) else len(pairs)
         if count < 1:
             raise ValueError(f"pairs: expected at least one, got {pairs!r}")
         self.direction = direction
-        self.pairs = None if _is_whole(pairs) else [tuple(p) for p in pairs]
+        self.pairs = None if is_whole(pairs) else [tuple(p) for p in pairs]
         widths = zip(_widths("student_width", student_width, count), _widths("teacher_width", teacher_width, count), strict=True)
         weights: list[torch.nn.Parameter | None] = []
         for s, t in widths:
@@ -297,14 +292,14 @@ class LayerProjections(torch.nn.Module):
         """
         students = _check_states("student_hidden", student_hidden, self._count)
         teachers = _check_states("teacher_hidden", teacher_hidden, self._count)
-        if not (_is_number(ridge) and 0 <= ridge < math.inf):
+        if not (is_number(ridge) and 0 <= ridge < math.inf):
             raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
         for i, (weight, s, t) in enumerate(zip(self.weights, students, teachers, strict=True)):
             if weight is None:
                 continue
             project_teacher = self.direction == "teacher_to_student"
             _check_projection(f"projections[{i}]", weight, s, t, project_teacher)
-            _check_leading(f"teacher_hidden[{i}]", t, s.shape[:-1], f"student_hidden[{i}]")
+            check_leading(f"teacher_hidden[{i}]", t, s.shape[:-1], f"student_hidden[{i}]")
             x, y = (h.reshape(-1, h.shape[-1]).double() for h in ((t, s) if project_teacher else (s, t)))
             if not bool(x.isfinite().all() and y.isfinite().all()):
                 raise ValueError(f"student_hidden[{i}], teacher_hidden[{i}]: expected finite states")
@@ -329,13 +324,13 @@ def _initial(weight: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _widths(name: str, value: int | Sequence[int], count: int) -> list[int]:
-    if not (_is_whole(value) or (isinstance(value, Iterable) and not isinstance(value, str))):
+    if not (is_whole(value) or (isinstance(value, Iterable) and not isinstance(value, str))):
         raise TypeError(f"{name}: expected a whole number, or one a pair, got {value!r}")
-    widths = [value] * count if _is_whole(value) else list(value)
+    widths = [value] * count if is_whole(value) else list(value)
     if len(widths) != count:
         raise ValueError(f"{name}: expected one number or {count}, got {len(widths)}")
     for w in widths:
-        if not _is_whole(w) or w < 1:
+        if not is_whole(w) or w < 1:
             raise ValueError(f"{name}: expected whole numbers >= 1, got {w!r}")
     return [int(w) for w in widths]
 
@@ -351,7 +346,7 @@ def _check_states(name: str, states: Any, count: int | None = None) -> list[Tens
     if count is not None and len(states) != count:
         raise ValueError(f"{name}: expected {count} layers as student_hidden has, got {len(states)}")
     for i, x in enumerate(states):
-        _check_tensor(f"{name}[{i}]", x, floating=True)
+        check_tensor(f"{name}[{i}]", x, floating=True)
         if x.dim() < 1 or x.shape[-1] < 1:
             raise ValueError(f"{name}[{i}]: expected (..., width), got {tuple(x.shape)}")
     return list(states)
@@ -363,27 +358,9 @@ def _check_projection(name: str, p: Tensor | None, s: Tensor, t: Tensor, project
         if widths[0] != widths[1]:
             raise ValueError(f"{name}: expected a weight for widths {widths[0]} (student) and {widths[1]} (teacher), got None")
         return
-    _check_tensor(name, p, floating=True)
-    _check_shape(name, p, torch.Size(widths if project_teacher else widths[::-1]))
-    _check_device(name, p, s)
-
-
-def _alpha(alpha: float | Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1,) or (N,)"""
-    if not isinstance(alpha, Tensor):
-        if not (_is_number(alpha) and 0 <= alpha < math.inf):
-            raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
-        return torch.full((1,), float(alpha), dtype=dtype, device=device)
-    if not alpha.is_floating_point():
-        raise TypeError(f"alpha: expected a floating-point tensor, got {alpha.dtype}")
-    if alpha.dim() and alpha.shape != leading:
-        raise ValueError(f"alpha: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
-    alpha = alpha.detach().to(device=device, dtype=dtype).reshape(-1)
-    if not torch.compiler.is_compiling() and checks_enabled(device):
-        bad = ~((alpha >= 0) & alpha.isfinite())
-        if bool(bad.any()):
-            raise ValueError(f"alpha: expected finite values >= 0, got {float(alpha[bad][0])}")
-    return alpha
+    check_tensor(name, p, floating=True)
+    check_shape(name, p, torch.Size(widths if project_teacher else widths[::-1]))
+    check_device(name, p, s)
 
 
 def _layer_weights(
@@ -392,9 +369,9 @@ def _layer_weights(
     if layer_weight is None:
         return [1.0] * count
     if isinstance(layer_weight, Tensor):
-        _check_shape("layer_weight", layer_weight, torch.Size([count]))
+        check_shape("layer_weight", layer_weight, torch.Size([count]))
         layer_weight = layer_weight.detach().to(device=device, dtype=dtype)
-        if not torch.compiler.is_compiling() and checks_enabled(device):
+        if looked_at(device):
             bad = ~((layer_weight >= 0) & layer_weight.isfinite())
             if bool(bad.any()):
                 raise ValueError(f"layer_weight: expected finite numbers >= 0, got {float(layer_weight[bad][0])}")
@@ -405,6 +382,6 @@ def _layer_weights(
     if len(weights) != count:
         raise ValueError(f"layer_weight: expected {count} as student_hidden has layers, got {len(weights)}")
     for w in weights:
-        if not (_is_number(w) and 0 <= w < math.inf):
+        if not (is_number(w) and 0 <= w < math.inf):
             raise ValueError(f"layer_weight: expected finite numbers >= 0, got {w!r}")
     return [float(w) for w in weights]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from ..caad import CAADLoss
+from ..loss_options import LinearLossOptions
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,7 @@ class CAADOptions:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        CAADLoss(
-            alpha=self.alpha,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            divergence=self.divergence,
-            jsd_beta=self.jsd_beta,
-            plausibility=self.plausibility,
-            vocab_size=self.vocab_size,
-            impl=self.impl,
-        )
+        LinearLossOptions(**self._of_the_loss())
         if self.alpha_start is not None and not 0 <= self.alpha_start < math.inf:
             raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {self.alpha_start!r}")
         if self.alpha_ramp_steps < 0:
@@ -55,17 +46,9 @@ class CAADOptions:
         return self.alpha_start + (self.alpha - self.alpha_start) * (step - 1) / self.alpha_ramp_steps
 
     def keywords(self, step: int) -> dict[str, Any]:
-        """Of the loss, at optimiser step `step`."""
-        names = (
-            "temperature",
-            "kd_weight",
-            "divergence",
-            "jsd_beta",
-            "plausibility",
-            "vocab_size",
-            "chunk_tokens",
-            "workspace_bytes",
-            "logits_dtype",
-            "impl",
-        )
-        return {"alpha": self.alpha_at(step), **{name: getattr(self, name) for name in names}}
+        """The keywords of the loss at optimiser step `step`."""
+        return {**self._of_the_loss(), "alpha": self.alpha_at(step)}
+
+    def _of_the_loss(self) -> dict[str, Any]:
+        ramp = ("alpha_start", "alpha_ramp_steps")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ramp}

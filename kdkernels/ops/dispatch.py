@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from . import cuda_caad, native
 from .rows import RowLauncher, RowProblem, RowResult, row_launcher_of
 
 logger = logging.getLogger("kdkernels")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 CUDA_OR_TRITON = "cuda_or_triton"  # what "auto" may choose, beside the names above
@@ -49,6 +51,11 @@ def cuda_rows_wanted() -> bool:
     return os.environ.get("KDKERNELS_CUDA_ROWS", "0") == "1"
 
 
+def check_implementation(impl: str) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
 def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
     """Returns (implementation, reason) for tensors of these dtypes on this device.
 
@@ -57,8 +64,7 @@ def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tu
     Raises ValueError for an unknown ``impl`` or one that cannot run on ``device``, TypeError for a dtype it lacks, RuntimeError
     where it is not installed.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    check_implementation(impl)
     if impl == "auto":
         return _automatic(device, dtypes)
     if impl in ("cpu", "triton", "cuda"):
@@ -108,6 +114,24 @@ def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str
             )
         return "reference", "tensors on a CUDA device, and Triton is missing (pip install triton)"
     return "reference", f"no kernel for device type {device.type!r}"
+
+
+def decided_while_tracing(function: _Function) -> _Function:
+    """For a function that imports libraries, which cannot be traced: torch.compile calls it and takes its result for a constant.
+
+    This sets what torch.compiler.assume_constant_result sets. Calling that would import all of torch._dynamo, over a second, with
+    kdkernels.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@decided_while_tracing
+def choose_for(caller: str, impl: str, device: torch.device, dtypes: list[torch.dtype]) -> str:
+    """The implementation of :func:`choose` for a call of the loss ``caller``; the reason goes to the debug log."""
+    chosen, reason = choose(impl, device, dtypes)
+    logger.debug("%s: impl=%r (%s)", caller, chosen, reason)
+    return chosen
 
 
 def _index(device: torch.device) -> int:

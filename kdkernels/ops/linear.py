@@ -14,7 +14,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,28 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .rows import STAT_NAMES, RowResult, RowSpec
+from .rows import STAT_NAMES, RowLauncher, RowResult, RowSpec
+
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
+
+
+class LinearTensors(NamedTuple):
+    """Hidden states and LM heads of a student and its teacher."""
+
+    student_hidden: Tensor  # (N, H_s); before flat() (..., H_s)
+    student_weight: Tensor  # (V_s, H_s)
+    student_bias: Tensor | None
+    audio_hidden: Tensor  # (N, H_t)
+    text_hidden: Tensor | None
+    teacher_weight: Tensor  # (V_t, H_t)
+    teacher_bias: Tensor | None
+
+    def flat(self) -> LinearTensors:
+        """Hidden states (N, H), and the teacher's tensors without a gradient."""
+        hidden, weight, bias, *teacher = self
+        audio, text, *head = (None if x is None else x.detach() for x in teacher)
+        hidden, audio, text = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, audio, text))
+        return LinearTensors(hidden, weight, bias, audio, text, *head)
 
 
 @dataclass(frozen=True)
@@ -85,8 +106,8 @@ class TeacherHead:
 
     def pick(self, keep: Tensor | None) -> TeacherHead:
         """The same teacher at some of the tokens."""
-        audio, text = picked(keep, self.audio_hidden, self.text_hidden)
-        (alpha,) = picked(keep, self.alpha) if self.alpha.numel() > 1 else (self.alpha,)
+        alpha = picked(keep, self.alpha) if self.alpha.numel() > 1 else self.alpha
+        audio, text = picked(keep, self.audio_hidden), picked(keep, self.text_hidden)
         return dataclasses.replace(self, audio_hidden=audio, text_hidden=text, alpha=alpha)
 
     def alpha_of(self, chunk: slice) -> Tensor:
@@ -108,20 +129,14 @@ class TeacherHead:
 
 
 def linear_caad_chunks(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    audio_hidden: Tensor,
-    text_hidden: Tensor | None,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
+    heads: LinearTensors,
     target: Tensor | None,
     alpha: Tensor,
     kd_coef: Tensor,
     ce_coef: Tensor,
     spec: RowSpec,
     *,
-    rows: Callable[..., RowResult],
+    rows: RowLauncher,
     logits_dtype: torch.dtype,
     want_stats: bool,
     gain: Tensor | None = None,
@@ -136,10 +151,8 @@ def linear_caad_chunks(
     if gain is not None:
         kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
     keep = kept_tokens(target, spec.ignore_index)
-    target, kd_coef, ce_coef = picked(keep, target, kd_coef, ce_coef)
-    teacher = TeacherHead(
-        audio_hidden, text_hidden, teacher_weight, teacher_bias, alpha, spec, want_stats, logits_dtype, survivors
-    ).pick(keep)
+    target, kd_coef, ce_coef = picked(keep, target), picked(keep, kd_coef), picked(keep, ce_coef)
+    teacher = TeacherHead(*heads[3:], alpha, spec, want_stats, logits_dtype, survivors).pick(keep)
     need_teacher = spec.with_kd or want_stats
 
     def chunk_rows(
@@ -163,9 +176,7 @@ def linear_caad_chunks(
         )
 
     return student_chunks(
-        student_hidden,
-        student_weight,
-        student_bias,
+        *heads[:3],
         chunk_rows,
         keep=keep,
         vocab=spec.vocab,
@@ -203,7 +214,7 @@ def student_chunks(
     :func:`kept_tokens`), which ``chunk`` indexes.
     """
     device, n_total = student_hidden.device, student_hidden.shape[0]
-    (student_hidden,) = picked(keep, student_hidden)
+    student_hidden = picked(keep, student_hidden)
     n = student_hidden.shape[0]
     buffers = 1 + teacher_buffers
     plan = plan_chunks(
@@ -272,9 +283,9 @@ def kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if bool(valid.all()) else valid.nonzero()[:, 0]
 
 
-def picked(keep: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The kept tokens of each; None stands for all."""
-    return [x if x is None or keep is None else x.index_select(0, keep) for x in tensors]
+def picked(keep: Tensor | None, x: _MaybeTensor, dim: int = 0) -> _MaybeTensor:
+    """The kept tokens of x; ``keep`` None stands for all."""
+    return x if x is None or keep is None else x.index_select(dim, keep)
 
 
 # Union of the survivors, as a share of the vocabulary, from which gathering their weights costs more than it saves: the two are
@@ -309,7 +320,7 @@ def contrast_at_survivors(
     C * V bytes for the mask, and one block of VOCAB_BLOCK ids.
     """
     _as_logits(audio_logits, spec)
-    threshold = audio_logits.amax(1).float().clamp_min_(_FLOOR) + math.log(spec.plausibility)
+    threshold = audio_logits.amax(1).float().clamp_min_(_FLOOR) + spec.log_plausibility
     dropped = audio_logits < threshold[:, None]
     unread = alpha[:, None] == 0  # the text path is not read there
     ids = (dropped | unread).all(0).logical_not_().nonzero()[:, 0]
