@@ -18,7 +18,7 @@ from .loss_terms import LossTerms, accumulation_dtype
 from .ops import reference as _reference
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
-from .ops.linear import LinearTensors
+from .ops.rows import LinearTensors
 
 
 class CAADStats(NamedTuple):
@@ -303,16 +303,16 @@ def _loss_of_hidden_states(
     _check_heads(heads, empty=group is not None)
     hidden, student_weight, _, _, _, teacher_weight, _ = heads
     dtypes = [x.dtype for x in heads if x is not None]
-    first, widths = 0, (student_weight.shape[0], teacher_weight.shape[0])
+    first, student_vocab, teacher_vocab = 0, student_weight.shape[0], teacher_weight.shape[0]
     if group is not None:
-        first, *widths = parallel.shard_range(group, *widths, hidden.device)
+        first, student_vocab, teacher_vocab = parallel.shard_range(group, student_vocab, teacher_vocab, hidden.device)
     terms = LossTerms.build(
         options,
         target,
         leading=hidden.shape[:-1],
         device=hidden.device,
         dtype=accumulation_dtype(dtypes),
-        widths=tuple(widths),
+        widths=(student_vocab, teacher_vocab),
     )
     if group is not None and options.impl not in ("auto", "reference"):
         raise ValueError(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
-def is_number(x: Any) -> TypeGuard[float]:
+
+def is_number(x: Any) -> TypeIs[float]:
     """Python's numbers and NumPy's scalars."""
     return isinstance(x, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)) and not isinstance(x, bool)
 
 
-def is_whole(x: Any) -> TypeGuard[int]:
+def is_whole(x: Any) -> TypeIs[int]:
     return isinstance(x, (int, torch.SymInt, numbers.Integral)) and not isinstance(x, bool)
 
 
@@ -26,9 +29,10 @@ def is_dtensor(x: Any) -> bool:
 def check_tensor(name: str, x: Any, *, floating: bool = False) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if is_dtensor(x):
+    placements = getattr(x, "placements", None)
+    if placements is not None:
         raise TypeError(
-            f"{name}: expected a plain tensor, the same on every rank, got a DTensor placed as {tuple(x.placements)}; "
+            f"{name}: expected a plain tensor, the same on every rank, got a DTensor placed as {tuple(placements)}; "
             "x.full_tensor() gathers it"
         )
     if floating and not x.is_floating_point():
@@ -67,9 +71,7 @@ def check_head(
         empty: whether the weight may have no rows.
     """
     names = [pattern.format(x) for x in (hidden_name, "weight", "bias")]
-    for name, x in zip(names, (hidden, weight, bias), strict=True):
-        if x is None and name == names[2]:
-            continue
+    for name, x in zip(names, (hidden, weight) if bias is None else (hidden, weight, bias), strict=False):
         check_tensor(name, x, floating=True)
         check_device(name, x, like)
     if hidden.dim() < 1:

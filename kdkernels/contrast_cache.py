@@ -31,10 +31,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 __all__ = ["CachedStates", "ContrastCache", "ContrastCacheWriter", "CorruptCacheError"]
 
@@ -353,7 +356,7 @@ class ContrastCacheWriter(AbstractContextManager):
             raise TypeError(f"target: expected a tensor of torch.int64, got {getattr(target, 'dtype', type(target))}")
         if target.ndim != 1:
             raise ValueError(f"target: expected shape (n,), got {tuple(target.shape)}")
-        states = {"audio_hidden": audio_hidden, "text_hidden": text_hidden}
+        states: dict[str, Any] = {"audio_hidden": audio_hidden, "text_hidden": text_hidden}
         for name, layers in (("audio_layers", audio_layers), ("text_layers", text_layers)):
             if (layers is not None) != bool(self.layers):
                 expected = f"the states of layers {list(self.layers)}" if self.layers else "none, in a cache without layers"
@@ -541,7 +544,7 @@ def _read_index(path: Path, header: Mapping[str, Any]) -> tuple[list[dict[str, A
     if not path.exists():
         return [], False
     part = path.stem.removeprefix("index-")
-    records = []
+    records: list[dict[str, Any]] = []
     with open(path, "rb") as file:
         while line := file.readline(_MAX_INDEX_LINE_BYTES + 1):
             where = f"{path}, line {len(records) + 1}"
@@ -597,7 +600,7 @@ def _record_problem(record: Mapping[str, Any], part: str, header: Mapping[str, A
     return None
 
 
-def _is_count(value: object, *, least: int = 0) -> bool:
+def _is_count(value: object, *, least: int = 0) -> TypeIs[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

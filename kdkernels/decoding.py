@@ -203,6 +203,7 @@ def _both_prompts(inputs: Inputs, negative: Negative | None, text_inputs: Inputs
         positive = getattr(negative, "positive", None)
         cleaned = cleaned if positive is None else positive(cleaned)
         text_inputs = negative(cleaned)
+    assert text_inputs is not None  # given, or made above
     text_cleaned = clean(text_inputs, "text_inputs" if negative is None else "negative(inputs)")
     if negative is not None and text_cleaned.keys() != cleaned.keys():
         raise ValueError(
@@ -326,7 +327,7 @@ def _is_transformers(model: Any) -> bool:
     return hasattr(model, "generation_config") and hasattr(model, "prepare_inputs_for_generation")
 
 
-def _without_peft(model: nn.Module) -> nn.Module:
+def _without_peft(model: Any) -> nn.Module:
     """PEFT's adapters live in the layers; its wrapper's generate would keep our generation config."""
     if not hasattr(model, "get_base_model"):
         return model

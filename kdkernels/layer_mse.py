@@ -88,7 +88,7 @@ def fused_layer_mse_loss(
     texts = None if teacher_text_hidden is None else _check_states("teacher_text_hidden", teacher_text_hidden, len(students))
     if not (projections is None or isinstance(projections, Iterable)):
         raise TypeError(f"projections: expected a list of weights, one a layer, or None, got {type(projections).__name__}")
-    weights = [None] * len(students) if projections is None else list(projections)
+    weights: list[Tensor | None] = [None] * len(students) if projections is None else list(projections)
     if len(weights) != len(students):
         raise ValueError(f"projections: expected {len(students)} as student_hidden has layers, got {len(weights)}")
     if direction not in DIRECTIONS:
@@ -138,9 +138,8 @@ def fused_layer_mse_loss(
     for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
         width = s.shape[-1] if project_teacher else t.shape[-1]
         coef = counts * (layer_weights[i] / width)
-        hidden, audio = s.reshape(-1, s.shape[-1]), t.detach().reshape(-1, t.shape[-1])
-        text = None if texts is None else texts[i].detach().reshape(audio.shape)
-        hidden, audio, text = (_dense(x) for x in (hidden, audio, text))
+        hidden, audio = _dense(s.reshape(-1, s.shape[-1])), _dense(t.detach().reshape(-1, t.shape[-1]))
+        text = None if texts is None else _dense(texts[i].detach().reshape(audio.shape))
         if chosen == "reference":
             loss = _layers.reference_layer_mse(
                 hidden, audio, text, p, valid, alphas, coef, project_teacher=project_teacher, normalize=normalize
@@ -152,8 +151,8 @@ def fused_layer_mse_loss(
             if reduction == "none" and grads[1]:
                 grads = [False, False]  # the backward runs the chunks with each token's own factor
             loss, _, _ = _layers.layer_mse(
-                hidden, audio, text, _dense(p), valid, alphas, coef, project_teacher, normalize, reduction != "none",
-                *grads, chosen,
+                hidden, audio, text, None if p is None else _dense(p), valid, alphas, coef, project_teacher, normalize,
+                reduction != "none", *grads, chosen,
             )  # fmt: skip
         total = total + loss
     return total.reshape(leading) if reduction == "none" else total
@@ -261,8 +260,8 @@ class LayerProjections(torch.nn.Module):
                 weights.append(None)
                 continue
             shape = (t, s) if direction == "student_to_teacher" else (s, t)
-            weight = torch.empty(shape, dtype=dtype, device=device)
-            weights.append(torch.nn.Parameter(_initial(weight, generator)))
+            empty = torch.empty(shape, dtype=dtype, device=device)
+            weights.append(torch.nn.Parameter(_initial(empty, generator)))
         # ParameterList takes no None.
         for i, weight in enumerate(weights):
             self.register_parameter(f"weight_{i}", weight)
@@ -335,9 +334,9 @@ def _widths(name: str, value: int | Sequence[int], count: int) -> list[int]:
     return [int(w) for w in widths]
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(x: Tensor) -> Tensor:
     """The kernels want the items of a row beside each other."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_states(name: str, states: Any, count: int | None = None) -> list[Tensor]:

@@ -74,7 +74,7 @@ class LMHead:
             weight, bias = _head_weight(head, merge_lora=merge_lora, gather=gather)
             _check_forward(head, weight, bias)
             if copies:
-                weight, bias = (None if x is None else x.clone() for x in (weight, bias))
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
         softcap, scale = logit_post(model, device=weight.device, probe=probe)
         return cls(weight, bias, softcap, scale)
 
@@ -123,22 +123,22 @@ def head_module(model: nn.Module) -> nn.Module:
 
 def _head_weight(head: nn.Module, *, merge_lora: bool, gather: bool = False) -> tuple[Tensor, Tensor | None]:
     """Weight (V, H) and bias (V,) of a head that stays as it is: detached."""
-    head = computing_layer(head)
-    if not hasattr(head, "base_layer"):
-        weight, bias = plain_parameters(head, gather=gather)
+    layer: Any = computing_layer(head)  # with an adapter: attributes that nn.Module does not have
+    if not hasattr(layer, "base_layer"):
+        weight, bias = plain_parameters(layer, gather=gather)
         return weight.detach(), None if bias is None else bias.detach()
     # Under a PEFT adapter the base weight alone would be a silently wrong teacher.
-    base_weight, base_bias = _head_weight(head.base_layer, merge_lora=merge_lora, gather=gather)
-    active = active_lora(head)
+    base_weight, base_bias = _head_weight(layer.base_layer, merge_lora=merge_lora, gather=gather)
+    active = active_lora(layer)
     if active and not merge_lora:
         raise TypeError(
             f"LM head: LoRA adapter {active} of PEFT sits on it, expected a plain linear layer; pass merge_lora=True "
             "to merge it into a copy of the weight, or call model.merge_and_unload()"
         )
-    if any(head.lora_B[name].bias is not None for name in active):
+    if any(layer.lora_B[name].bias is not None for name in active):
         raise TypeError(f"LM head: LoRA adapter {active} has a bias of its own, which merge_lora cannot merge")
     for name in active:
-        base_weight = base_weight + head.get_delta_weight(name).detach().to(base_weight)
+        base_weight = base_weight + layer.get_delta_weight(name).detach().to(base_weight)
     return base_weight, base_bias
 
 
@@ -152,22 +152,22 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
     Raises:
         TypeError, ValueError: as `LMHead.from_model`.
     """
-    head = computing_layer(head)
-    active = active_lora(head)
-    weight, bias = plain_parameters(_without_adapter(head))
+    layer: Any = computing_layer(head)  # with a LoRA: attributes that nn.Module does not have
+    active = active_lora(layer)
+    weight, bias = plain_parameters(_without_adapter(layer))
     columns, rows = [hidden.to(weight.dtype)], [weight]
     for name in active:
-        lora_a, lora_b = head.lora_A[name], head.lora_B[name]
-        low = lora_a(head.lora_dropout[name](hidden.to(lora_a.weight.dtype))) * head.scaling[name]  # (N, r)
+        lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+        low = lora_a(layer.lora_dropout[name](hidden.to(lora_a.weight.dtype))) * layer.scaling[name]  # (N, r)
         columns.append(low.to(weight.dtype))
-        rows.append(_plain(lora_b.weight, head, f"LoRA {name!r}").to(weight.dtype))
+        rows.append(_plain(lora_b.weight, layer, f"LoRA {name!r}").to(weight.dtype))
         if lora_b.bias is not None:
-            added = lora_b.bias.to(weight.dtype) * head.scaling[name]
+            added = lora_b.bias.to(weight.dtype) * layer.scaling[name]
             bias = added if bias is None else bias + added
     return (torch.cat(columns, 1), torch.cat(rows, 1), bias) if active else (columns[0], weight, bias)
 
 
-def computing_layer(head: nn.Module) -> nn.Module:
+def computing_layer(head: Any) -> nn.Module:
     """The layer inside a PEFT wrapper that turns hidden states into logits: its fully trained copy, or the original."""
     saved = getattr(head, "modules_to_save", None)
     if not isinstance(saved, nn.ModuleDict):
@@ -192,8 +192,8 @@ def active_lora(head: nn.Module) -> list[str]:
 
 
 def _without_adapter(head: nn.Module) -> nn.Module:
-    while hasattr(head, "base_layer"):
-        head = computing_layer(head.base_layer)
+    while (inner := getattr(head, "base_layer", None)) is not None:
+        head = computing_layer(inner)
     return head
 
 
@@ -205,7 +205,7 @@ def plain_parameters(head: nn.Module, *, gather: bool = False) -> tuple[Tensor, 
     return _plain(weight, head, "weight", gather), None if bias is None else _plain(bias, head, "bias", gather)
 
 
-def _plain(tensor: Tensor, head: nn.Module, what: str, gather: bool = False) -> Tensor:
+def _plain(tensor: Any, head: nn.Module, what: str, gather: bool = False) -> Tensor:
     """`tensor`, or an error that says which kind of tensor it is instead of a plain one."""
     name = f"LM head: its {what}"
     if hasattr(tensor, "placements"):  # torch.distributed.tensor.DTensor, told by its own attribute to save the import
@@ -233,7 +233,7 @@ def _plain(tensor: Tensor, head: nn.Module, what: str, gather: bool = False) -> 
     return tensor
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Any) -> bool:
     """Whether DeepSpeed ZeRO-3 holds it in parts at the moment."""
     return hasattr(parameter, "ds_id") and tuple(parameter.shape) != tuple(parameter.ds_shape)
 

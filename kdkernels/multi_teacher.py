@@ -23,8 +23,7 @@ from .ops import multi_teacher as _multi_teacher
 from .ops import reference as _reference
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
-from .ops.linear import LinearTensors
-from .ops.rows import RowSpec
+from .ops.rows import LinearTensors, RowSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,14 +88,14 @@ class Packing:
         lengths = mask.sum(1).tolist()
         bins = [list(range(len(lengths)))] if capacity is None else fill_bins(lengths, capacity, keep_order=keep_order)
         columns = max(1, max(sum(lengths[sample] for sample in samples) for samples in bins))
-        start, number = [0] * len(lengths), [0] * len(lengths)
+        starts, numbers = [0] * len(lengths), [0] * len(lengths)
         for row, samples in enumerate(bins):
             column = 0
             for n, sample in enumerate(samples, start=1):
-                start[sample], number[sample] = row * columns + column, n
+                starts[sample], numbers[sample] = row * columns + column, n
                 column += lengths[sample]
         device, size = mask.device, len(bins) * columns
-        start, number = torch.tensor([start, number], device=device)[..., None].unbind(0)  # (B, 1)
+        start, number = torch.tensor([starts, numbers], device=device)[..., None].unbind(0)  # (B, 1)
         place = (start + mask.cumsum(1) - 1).where(mask, -1)
 
         def laid(values: Tensor, behind: int) -> Tensor:

@@ -24,9 +24,9 @@ from torch import Tensor
 from .checks import is_dtensor
 from .loss_options import LinearLossOptions
 from .loss_terms import LossTerms
-from .ops.linear import LinearResult, LinearTensors, linear_caad_chunks
+from .ops.linear import LinearResult, linear_caad_chunks
 from .ops.reference import contrastive_logits
-from .ops.rows import RowProblem, RowResult, RowSpec, row_launcher_of
+from .ops.rows import LinearTensors, RowProblem, RowResult, RowSpec, row_launcher_of
 from .ops.schema import all_stats, check_values, refuse_second_derivative, weighted, without_gradients
 
 # As in the CPU kernel: a finite start of every maximum, so that no difference of maxima is inf - inf.
@@ -181,7 +181,7 @@ class VocabularyParallelCAAD(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _stats: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _stats: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         if ctx.again:
             *tensors, kd_coef, ce_coef = ctx.saved_tensors
@@ -197,12 +197,15 @@ class VocabularyParallelCAAD(torch.autograd.Function):
 
 def _run(tensors: Sequence[Any], shards: _Shards, grads: Sequence[bool], want_stats: bool) -> LinearResult:
     """``tensors``: LinearTensors, target, alpha, kd_coef, ce_coef."""
-    heads, others = LinearTensors(*tensors[:7]), tensors[7:]
+    heads, (target, alpha, kd_coef, ce_coef) = LinearTensors(*tensors[:7]), tensors[7:]
     logits_dtype, chunk_tokens, workspace_bytes = shards.chunking
     with torch.amp.autocast(heads.student_hidden.device.type, enabled=False):
         out = linear_caad_chunks(
             heads,
-            *others,
+            target,
+            alpha,
+            kd_coef,
+            ce_coef,
             shards.spec,
             rows=row_launcher_of(functools.partial(_solve_rows, group=shards.group, first=shards.first)),
             logits_dtype=logits_dtype,
@@ -235,7 +238,9 @@ def _solve_rows(problem: RowProblem, *, group: dist.ProcessGroup, first: int) ->
     kd, kd_grad = _kd_and_gradient(problem, here, whole, group)
     ce = _cross_entropy(problem, here, whole)
     if problem.grad is not None:
-        _write_gradient(problem, here, whole, kd_grad)
+        gradient = _gradient(problem, here, whole, kd_grad)
+        problem.grad[0, :, : problem.spec.vocab] = torch.where(here.valid[:, None], gradient, 0.0)
+        problem.grad[0, :, problem.spec.vocab :] = 0
     stats = torch.where(here.valid, whole.stats(), 0.0).to(here.s.dtype) if problem.want_stats else None
     kd, ce = (torch.where(here.valid, x, 0.0).to(here.s.dtype) for x in (kd, ce))
     return RowResult(kd=kd, ce=ce, stats=stats)
@@ -426,7 +431,8 @@ def _cross_entropy(problem: RowProblem, here: _Slice, whole: _Whole) -> Tensor:
     return torch.where(ce < 0, 0.0, ce)
 
 
-def _write_gradient(problem: RowProblem, here: _Slice, whole: _Whole, kd_grad: Tensor) -> None:
+def _gradient(problem: RowProblem, here: _Slice, whole: _Whole, kd_grad: Tensor) -> Tensor:
+    """d loss / d what is stored of the student's logits, (C, V_r)."""
     spec, dtype = problem.spec, here.s.dtype
     total = torch.where(problem.kd_coef == 0, 0.0, problem.kd_coef)[:, None] * kd_grad
     if problem.with_ce:
@@ -437,8 +443,7 @@ def _write_gradient(problem: RowProblem, here: _Slice, whole: _Whole, kd_grad: T
         total = total + problem.ce_coef[:, None] * ce_grad
     if spec.student_softcap is not None:
         total = total * (1 - (here.s / spec.student_softcap) ** 2)
-    problem.grad[0, :, : spec.vocab] = torch.where(here.valid[:, None], total * spec.student_scale, 0.0)
-    problem.grad[0, :, spec.vocab :] = 0
+    return total * spec.student_scale
 
 
 def _peak(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ class DualPathTeacher(nn.Module):
             and not hasattr(parameter, "placements")  # a shard: the head is a copy
         }
         super()._apply(fn, recurse)
-        moved = {
+        moved: dict[str, Any] = {
             name: getattr(layer, name).detach() if shared.get(name) else fn(tensor)
             for name in ("weight", "bias")
             if (tensor := getattr(self.head, name)) is not None
@@ -272,7 +273,8 @@ class DualPathTeacher(nn.Module):
         with evaluating(self.model):
             if self._has_protocol:
                 keywords = {"layers": self.layers} if self.layers else {}
-                states = self.model.hidden_states_at(index, **batch.inputs, **keywords)
+                model: Any = self.model
+                states = model.hidden_states_at(index, **batch.inputs, **keywords)
                 expected = (len(index), 1 + len(self.layers)) if self.layers else (len(index),)
                 if states.shape[:-1] != expected:
                     shape = ", ".join(map(str, expected))
@@ -284,7 +286,7 @@ class DualPathTeacher(nn.Module):
 
     def _packed(self, batch: PathBatch, index: Tensor) -> Tensor:
         """`_taken` of the rows side by side, compared with padded ones the first time."""
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
         grids = 4 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .options import CAADOptions
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["CAADOptions", "CAADTrainer"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "CAADTrainer":
         try:
             return importlib.import_module(".trainer", __name__).CAADTrainer

@@ -104,11 +104,12 @@ class CAADTrainer(Trainer):
             teacher.head = teacher.head.to(args.device)
         elif isinstance(teacher, DualPathTeacher):
             teacher.to(args.device)
-        else:
+        elif teacher_head is not None:
             self._cached_head = teacher_head.to(args.device)
-        softcap, scale = logit_post(self.model)
+        student: Any = self.model
+        softcap, scale = logit_post(student)
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
-        self._at_head = HeadLoss(self.model, softcap=softcap, logit_scale=scale)
+        self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -224,7 +225,7 @@ class CAADTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """(None, weighted sums (B, 6) of each row's `CAADStats`, its sums of weights (B, 2)), float64."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(dict(inputs))
         with self.compute_loss_context_manager():
             _, stats = self._loss(
                 model, inputs, step=max(self.state.global_step, 1), reduction="sum", return_stats=True
@@ -243,8 +244,10 @@ class CAADTrainer(Trainer):
 
     def _token_means(self, prediction: EvalPrediction) -> dict[str, float]:
         """From what `prediction_step` returned for all samples, gathered and without the duplicates of a last batch."""
-        kd_total, ce_total = prediction.label_ids.sum(0)
-        sums = dict(zip(CAADStats._fields, prediction.predictions.sum(0), strict=True))
+        predictions: Any = prediction.predictions  # one array each: prediction_step returns one tensor each
+        label_ids: Any = prediction.label_ids
+        kd_total, ce_total = label_ids.sum(0)
+        sums = dict(zip(CAADStats._fields, predictions.sum(0), strict=True))
         means = {name: float(x / max(ce_total if name == "ce" else kd_total, 1e-12)) for name, x in sums.items()}
         kd_weight = self.options.kd_weight
         return {"loss": kd_weight * means["kd"] + (1 - kd_weight) * means["ce"], **means}
@@ -255,11 +258,13 @@ class CAADTrainer(Trainer):
         """Columns that Trainer leaves in the dataset (args.remove_unused_columns)."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            known = [*self._signature_columns, "labels"]
+            trainer: Any = self  # transformers says that this is None
+            columns = trainer._signature_columns
+            known = [*columns, "labels"]
             if isinstance(self.teacher, DualPathTeacher):
                 known += inspect.signature(self.teacher.model.forward).parameters
             prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
-            self._signature_columns += [*prefixed, SAMPLE_ID, *BY_TOKEN]
+            trainer._signature_columns = [*columns, *prefixed, SAMPLE_ID, *BY_TOKEN]
 
 
 def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
@@ -270,7 +275,7 @@ def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead
     if cached != isinstance(teacher_head, LMHead):
         wanted = "the teacher's LMHead with a ContrastCache" if cached else "None with a DualPathTeacher, which has its own"
         raise TypeError(f"teacher_head: expected {wanted}, got {type(teacher_head).__name__}")
-    if cached and teacher_head.weight.shape[1] != teacher.hidden_size:
+    if isinstance(teacher_head, LMHead) and cached and teacher_head.weight.shape[1] != teacher.hidden_size:
         raise ValueError(
             f"teacher_head: expected a weight (V, {teacher.hidden_size}) as wide as the ContrastCache, got "
             f"{tuple(teacher_head.weight.shape)}"

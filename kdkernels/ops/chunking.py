@@ -110,12 +110,7 @@ def plan_chunks(
     if chunk_tokens is not None:
         size, reason = chunk_tokens, "chunk_tokens given"
     else:
-        if workspace_bytes is not None:
-            budget = workspace_bytes
-        elif model is not None:
-            budget = _share_of_free(model.memory_bytes)
-        else:
-            budget = default_workspace_bytes(device)
+        budget = _default_budget(model, device) if workspace_bytes is None else workspace_bytes
         most = budget // bytes_per_token
         if most < 1:
             raise ValueError(
@@ -123,8 +118,8 @@ def plan_chunks(
                 if workspace_bytes is not None
                 else f"out of memory: one token's logits take {bytes_per_token} bytes, the default workspace has {budget}"
             )
-        if model is not None or device.type == "cuda":
-            processors = _multiprocessors(device) if model is None else model.multiprocessors
+        processors = _processors(model, device)
+        if processors is not None:
             size, use = _fill_machine(most, n_tokens, student_width, processors)
             reason = f"fits {budget} bytes; tiles of dh fill {processors} multiprocessors to {use:.0%}"
         else:
@@ -132,6 +127,20 @@ def plan_chunks(
             reason = f"CPU default {CPU_CHUNK_TOKENS}, within {budget} bytes"
     size = max(1, min(size, n_tokens)) if n_tokens else 1
     return ChunkPlan(size, math.ceil(n_tokens / size), size * bytes_per_token, reason)
+
+
+def _default_budget(model: DeviceModel | None, device: torch.device | None) -> int:
+    if model is not None:
+        return _share_of_free(model.memory_bytes)
+    assert device is not None  # one of the two is given
+    return default_workspace_bytes(device)
+
+
+def _processors(model: DeviceModel | None, device: torch.device | None) -> int | None:
+    """Multiprocessors of a GPU; None for the CPU."""
+    if model is not None:
+        return model.multiprocessors
+    return _multiprocessors(device) if device is not None and device.type == "cuda" else None
 
 
 def default_workspace_bytes(device: torch.device) -> int:
@@ -233,6 +242,6 @@ def predict(
     student_gemms = 1 + gradient + (gradient and head_trains)
     flop = 2.0 * logits * (student_gemms * student_width + teacher_gemms * teacher_width)
     reads = passes if gradient else 1
-    moved = logits * (reads * (1 + teacher_tensors) * logits_bytes + gradient * gradient_bytes)
-    moved = 0.0 if path == NO_LOGITS else float(moved)
+    row_bytes = logits * (reads * (1 + teacher_tensors) * logits_bytes + gradient * gradient_bytes)
+    moved = 0.0 if path == NO_LOGITS else float(row_bytes)
     return Prediction(flop, flop / model.flop_per_second, moved, moved / model.bytes_per_second)

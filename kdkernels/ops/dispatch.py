@@ -151,8 +151,7 @@ def _solve_rows(problem: RowProblem) -> RowResult:
     """The CUDA C++ kernel, and the Triton kernel for a call that it does not take."""
     result = cuda_caad.try_rows(problem)
     if isinstance(result, str):
-        *arguments, grad, want_stats = problem
-        return load_triton_rows()(*arguments, grad=grad, want_stats=want_stats)
+        return load_triton_rows()(*problem[:8], grad=problem.grad, want_stats=problem.want_stats)
     return result
 
 

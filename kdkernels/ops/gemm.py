@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,13 +78,14 @@ _precision_before = "none"
 
 
 @contextlib.contextmanager
-def _bf16_inner_precision():
+def _bf16_inner_precision() -> Iterator[None]:
     """float32 GEMMs multiply in bf16 and add in float32: exact for operands that hold bf16 values, and 3-4 times as fast.
 
     The setting is the process's, so threads that overlap in here share it, and the last one restores it.
     """
     global _precision_users, _precision_before
-    setting = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # whose stubs lack this setting
+    setting = mkldnn.matmul
     with _precision_lock:
         if _precision_users == 0:
             _precision_before = setting.fp32_precision
@@ -187,10 +190,10 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def empty_weight_gradient(weight: Tensor) -> Tensor:
     """(V, H) float32, not yet written; with the memory order of (H, V) where the native product adds to it."""
-    float32 = {"dtype": torch.float32, "device": weight.device}
-    if _native_weight_gradient(weight):
-        return torch.empty(weight.shape[1], weight.shape[0], **float32).T
-    return torch.empty(weight.shape, **float32)
+    native_order = _native_weight_gradient(weight)
+    shape = weight.shape[::-1] if native_order else weight.shape
+    total = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    return total.T if native_order else total
 
 
 def finish_weight_gradient(total: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,28 +33,11 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .rows import STAT_NAMES, RowLauncher, RowResult, RowSpec
+from .rows import STAT_NAMES, LinearTensors, RowLauncher, RowResult, RowSpec
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
-
-
-class LinearTensors(NamedTuple):
-    """Hidden states and LM heads of a student and its teacher."""
-
-    student_hidden: Tensor  # (N, H_s); before flat() (..., H_s)
-    student_weight: Tensor  # (V_s, H_s)
-    student_bias: Tensor | None
-    audio_hidden: Tensor  # (N, H_t)
-    text_hidden: Tensor | None
-    teacher_weight: Tensor  # (V_t, H_t)
-    teacher_bias: Tensor | None
-
-    def flat(self) -> LinearTensors:
-        """Hidden states (N, H), and the teacher's tensors without a gradient."""
-        hidden, weight, bias, *teacher = self
-        audio, text, *head = (None if x is None else x.detach() for x in teacher)
-        hidden, audio, text = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (hidden, audio, text))
-        return LinearTensors(hidden, weight, bias, audio, text, *head)
+# See student_chunks: chunk, student logits, scratch in the logits' dtype and in float32, gradient or None.
+ChunkRows = Callable[[slice, Tensor, Tensor, Tensor, "Tensor | None"], RowResult]
 
 
 @dataclass(frozen=True)
@@ -115,17 +98,18 @@ class TeacherHead:
 
     def logits(self, chunk: slice, labels: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
         """A chunk's logits in ``scratch`` (1 + two_paths, C, V): (audio path or contrast, text path or None)."""
-        w, b = (None if x is None else x[: self.spec.vocab] for x in (self.weight, self.bias))
+        w, b = self.weight[: self.spec.vocab], None if self.bias is None else self.bias[: self.spec.vocab]
         audio, alpha = self.audio_hidden[chunk], self.alpha_of(chunk)
-        if self.collapse:
-            audio = contrastive_hidden(audio, self.text_hidden[chunk], alpha)
+        text = None if self.text_hidden is None else self.text_hidden[chunk]
+        if self.collapse and text is not None:
+            audio = contrastive_hidden(audio, text, alpha)
         # The contrast of low-precision states is float32, yet as two low-precision summands exact enough. Two of float16
         # save nothing on the CPU, and can overflow.
         split = self.audio_hidden.dtype == w.dtype and (w.dtype == torch.bfloat16 or w.device.type != "cpu")
         audio_logits = gemm(audio, w, b, scratch[0], split=split)
-        if self.at_survivors:
-            self.survivors(audio_logits, self.text_hidden[chunk], w, b, labels, alpha, self.spec)
-        return audio_logits, gemm(self.text_hidden[chunk], w, b, scratch[1]) if self.two_paths else None
+        if self.at_survivors and self.survivors is not None:
+            self.survivors(audio_logits, text, w, b, labels, alpha, self.spec)
+        return audio_logits, gemm(text, w, b, scratch[1]) if text is not None and self.two_paths else None
 
 
 def linear_caad_chunks(
@@ -192,7 +176,7 @@ def student_chunks(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
-    chunk_rows: Callable[[slice, Tensor, Tensor, Tensor, Tensor | None], RowResult],
+    chunk_rows: ChunkRows,
     *,
     keep: Tensor | None,
     vocab: int,
@@ -232,47 +216,83 @@ def student_chunks(
     totals = memory[:float32_bytes].view(torch.float32).view(float32_buffers, *shape)
     scratch = memory[float32_bytes : float32_bytes + logits_bytes].view(logits_dtype).view(buffers, *shape)
 
-    any_grad = hidden_grad or weight_grad or bias_grad
-    float32 = {"dtype": torch.float32, "device": device}
-    kd, ce = torch.empty(2, n, **float32).unbind(0)
-    stats = torch.empty(n_stats, n, **float32) if n_stats else None
-    dh = torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else None
-    dw = empty_weight_gradient(student_weight) if weight_grad else None
-    if dw is not None:
-        dw[vocab if n else 0 :].zero_()  # what no product writes
-    db = torch.zeros(student_weight.shape[0], **float32) if bias_grad else None
-    w_s = student_weight[:vocab]
-    b_s = None if student_bias is None else student_bias[:vocab]
-
+    rows = RowResult.empty(n, n_stats, device)
+    gradients = _Gradients.empty(student_hidden, student_weight, student_bias, hidden_grad, weight_grad, bias_grad)
+    if gradients.weight is not None:
+        gradients.weight[vocab if n else 0 :].zero_()  # what no product writes
+    w_s, b_s = student_weight[:vocab], None if student_bias is None else student_bias[:vocab]
     for start in range(0, n, plan.chunk_tokens):
         chunk = slice(start, min(start + plan.chunk_tokens, n))
         size = chunk.stop - start
         student_logits = gemm(student_hidden[chunk], w_s, b_s, scratch[0, :size])  # (C, V)
-        grad = gradient_view(student_logits, student_weight.dtype) if any_grad else None
+        grad = gradient_view(student_logits, student_weight.dtype) if gradients.wanted else None
         out = chunk_rows(chunk, student_logits, scratch[1:, :size], totals[:, :size], grad)
-        kd[chunk], ce[chunk] = out.kd, out.ce
-        if stats is not None:
-            stats[:, chunk] = out.stats
-        if hidden_grad:
-            hidden_gradient(grad, w_s, dh[chunk])
-        if weight_grad:
-            add_weight_gradient(dw[:vocab], grad, student_hidden[chunk], accumulate=start > 0)
-        if bias_grad:
-            db[:vocab] += grad.sum(0, dtype=torch.float32)
+        rows.kd[chunk], rows.ce[chunk] = out.kd, out.ce
+        if rows.stats is not None and out.stats is not None:
+            rows.stats[:, chunk] = out.stats
+        if grad is not None:
+            gradients.add(chunk, grad, student_hidden[chunk], w_s)
 
     return_scratch(memory)
-    if keep is not None:
-        kd, ce = (spread(x, keep, n_total, 0) for x in (kd, ce))
-        stats = None if stats is None else spread(stats, keep, n_total, 1)
-        dh = None if dh is None else spread(dh, keep, n_total, 0)
-    if gain is not None:
-        dw, db = (None if x is None else x.div_(gain) for x in (dw, db))
-    return LinearResult(
-        rows=RowResult(kd=kd, ce=ce, stats=stats),
-        hidden_grad=dh,
-        weight_grad=None if dw is None else finish_weight_gradient(dw, student_weight.dtype),
-        bias_grad=None if db is None else db.to(student_bias.dtype),
-    )
+    return LinearResult(spread_rows(rows, keep, n_total), *gradients.finished(keep, n_total, gain))
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """Gradients of the student's hidden states (C by C) and head (accumulated in float32); None: not wanted."""
+
+    hidden: Tensor | None  # (N, H_s)
+    weight: Tensor | None  # (V_s, H_s) float32
+    bias: Tensor | None  # (V_s,) float32
+    dtypes: tuple[torch.dtype, torch.dtype]  # of weight and bias
+
+    @classmethod
+    def empty(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+    ) -> _Gradients:
+        return cls(
+            torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else None,
+            empty_weight_gradient(weight) if weight_grad else None,
+            torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device) if bias_grad else None,
+            (weight.dtype, weight.dtype if bias is None else bias.dtype),
+        )
+
+    @property
+    def wanted(self) -> bool:
+        return any(x is not None for x in (self.hidden, self.weight, self.bias))
+
+    def add(self, chunk: slice, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """One chunk's: from the gradient of its logits (C, V)."""
+        vocab = weight.shape[0]
+        if self.hidden is not None:
+            hidden_gradient(grad, weight, self.hidden[chunk])
+        if self.weight is not None:
+            add_weight_gradient(self.weight[:vocab], grad, hidden, accumulate=chunk.start > 0)
+        if self.bias is not None:
+            self.bias[:vocab] += grad.sum(0, dtype=torch.float32)
+
+    def finished(
+        self, keep: Tensor | None, n_total: int, gain: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In their dtypes, of all tokens; ``gain`` is taken out of weight and bias."""
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        if hidden is not None and keep is not None:
+            hidden = spread(hidden, keep, n_total, 0)
+        if gain is not None:
+            weight, bias = (None if x is None else x.div_(gain) for x in (weight, bias))
+        return (
+            hidden,
+            None if weight is None else finish_weight_gradient(weight, self.dtypes[0]),
+            None if bias is None else bias.to(self.dtypes[1]),
+        )
+
+
+def spread_rows(rows: RowResult, keep: Tensor | None, n_total: int) -> RowResult:
+    """The kept tokens' results among all tokens, 0 elsewhere."""
+    if keep is None:
+        return rows
+    stats = None if rows.stats is None else spread(rows.stats, keep, n_total, 1)
+    return RowResult(spread(rows.kd, keep, n_total, 0), spread(rows.ce, keep, n_total, 0), stats)
 
 
 def kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:

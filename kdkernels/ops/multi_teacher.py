@@ -104,7 +104,8 @@ class _Chunk:
 
     def _mixture(self, number: int, group: list[int]) -> _Taught:
         """The teachers of a group as one, whose logits go into ``totals[number]``."""
-        total, sums = self.totals[None, number], None
+        total = self.totals[None, number]
+        sums: Any = None  # the first teacher makes them
         weight = functools.reduce(torch.add, [self.omega[k] for k in group])
         for k in group:
             share = torch.where(weight == 0, 0.0, self.omega[k] / weight)
@@ -131,7 +132,7 @@ class _Chunk:
 
 
 def multi_teacher_chunks(
-    student: Sequence[Tensor | None],  # hidden states (N, H_s), weight (V_s, H_s), bias
+    student: tuple[Tensor, Tensor, Tensor | None],  # hidden states (N, H_s), weight (V_s, H_s), bias
     teachers: Sequence[TeacherHead],
     target: Tensor | None,
     omega: Tensor,  # (K, N)
@@ -163,8 +164,9 @@ def multi_teacher_chunks(
     ) -> RowResult:
         labels = None if target is None else target[tokens]
         here = (omega[:, tokens], kd_coef[tokens], ce_coef[tokens])
-        work = (student_logits[None], scratch, totals, {} if want_stats else None)
-        return _Chunk(teachers, passes, spec, rows, mix, tokens, labels, *here, *work).solve(grad)
+        stats: dict[int, RowResult] | None = {} if want_stats else None
+        of_all = (teachers, passes, spec, rows, mix)
+        return _Chunk(*of_all, tokens, labels, *here, student_logits[None], scratch, totals, stats).solve(grad)
 
     return student_chunks(
         *student,
@@ -248,9 +250,10 @@ def linear_multi_teacher(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
     for k, alpha in enumerate(given.alpha):
         check_values(None if k else given.target, alpha, common.vocab, common.ignore_index, source=f"sources[{k}].")
     survivors = survivors_launcher(wanted.impl)
+    heads = zip(given.audio_hidden, given.text_hidden, given.teacher_weight, given.teacher_bias, given.alpha, strict=True)
     teachers = [
-        TeacherHead(*tensors, spec, wanted.want_stats, wanted.logits_dtype, survivors)
-        for *tensors, spec in zip(*given[3:8], specs, strict=True)
+        TeacherHead(*head, spec, wanted.want_stats, wanted.logits_dtype, survivors)
+        for head, spec in zip(heads, specs, strict=True)
     ]
     gain = None
     if wanted.any_grad:
@@ -267,13 +270,13 @@ def linear_multi_teacher(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
             gain=gain,
             **wanted.chunks,
         )
-    return linear_results(out, given, given.kd_coef, given.ce_coef, wanted.reduced, gain)
+    return linear_results(out, given[:3], given.kd_coef, given.ce_coef, wanted.reduced, gain)
 
 
 @linear_multi_teacher.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given, _, specs, wanted = _Arguments.of(arguments)
-    return fake_linear_results(given, given.kd_coef, wanted, 2 + stat_count(len(specs)))
+    return fake_linear_results(given[:3], given.kd_coef, wanted, 2 + stat_count(len(specs)))
 
 
 register_linear_autograd(linear_multi_teacher, tensors=len(_Arguments._fields))

@@ -33,10 +33,11 @@ def import_extension(name: str) -> ModuleType:
             files = []
         for file in files:
             if file.parent.name == "kdkernels" and file.name.startswith(f"{name}.") and file.suffix in (".so", ".pyd"):
-                spec = importlib.util.spec_from_file_location(f"kdkernels.{name}", file.locate())
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                return module
+                spec = importlib.util.spec_from_file_location(f"kdkernels.{name}", str(file.locate()))
+                if spec is not None and spec.loader is not None:
+                    module = importlib.util.module_from_spec(spec)
+                    spec.loader.exec_module(module)
+                    return module
         raise
 
 

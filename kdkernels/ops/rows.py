@@ -146,9 +146,35 @@ def row_launcher_of(solve: Callable[..., RowResult]) -> RowLauncher:
     def caad_rows(
         *arguments: Any, grad: torch.Tensor | None = None, want_stats: bool = False, **options: Any
     ) -> RowResult:
-        return solve(RowProblem(*arguments, grad=grad, want_stats=want_stats), **options)
+        return solve(RowProblem._make((*arguments, grad, want_stats)), **options)
 
     return caad_rows
+
+
+class LinearTensors(NamedTuple):
+    """Hidden states and LM heads of a student and its teacher, from which the logits of a row problem are made."""
+
+    student_hidden: torch.Tensor  # (N, H_s); before flat() (..., H_s)
+    student_weight: torch.Tensor  # (V_s, H_s)
+    student_bias: torch.Tensor | None
+    audio_hidden: torch.Tensor  # (N, H_t)
+    text_hidden: torch.Tensor | None
+    teacher_weight: torch.Tensor  # (V_t, H_t)
+    teacher_bias: torch.Tensor | None
+
+    def flat(self) -> LinearTensors:
+        """Hidden states (N, H), and the teacher's tensors without a gradient."""
+
+        def rows(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.reshape(-1, hidden.shape[-1])
+
+        return self._replace(
+            student_hidden=rows(self.student_hidden),
+            audio_hidden=rows(self.audio_hidden.detach()),
+            text_hidden=None if self.text_hidden is None else rows(self.text_hidden.detach()),
+            teacher_weight=self.teacher_weight.detach(),
+            teacher_bias=None if self.teacher_bias is None else self.teacher_bias.detach(),
+        )
 
 
 def stat_count(teachers: int) -> int:

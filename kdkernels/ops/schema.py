@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .chunking import NO_LOGITS, choose_path
 from .dispatch import checks_enabled, row_launcher
-from .linear import LinearResult, LinearTensors, linear_caad_chunks, survivors_launcher
-from .rows import STAT_NAMES, RowProblem, RowResult, RowSpec
+from .linear import LinearResult, linear_caad_chunks, survivors_launcher
+from .rows import STAT_NAMES, LinearTensors, RowProblem, RowResult, RowSpec
 
 _N_STATS = 2 + len(STAT_NAMES)  # kd, ce, then STAT_NAMES
 _LINEAR_TENSORS = len(LinearTensors._fields) + 4  # and target, alpha, kd_coef, ce_coef
@@ -96,6 +96,7 @@ def weighted(kd: Tensor, ce: Tensor, kd_coef: Tensor, ce_coef: Tensor) -> Tensor
 
 
 def all_stats(result: RowResult) -> Tensor:
+    assert result.stats is not None
     return torch.cat([torch.stack([result.kd, result.ce]), result.stats])  # (_N_STATS, N)
 
 
@@ -237,20 +238,20 @@ def _(
     )
 
 
-def without_gradients(ctx, outputs: Sequence[Tensor]) -> None:
+def without_gradients(ctx: Any, outputs: Sequence[Tensor]) -> None:
     """``outputs`` are not differentiated. Autograd would still hand the backward a tensor of zeros for each: as large as a
     gradient of logits or of an LM head."""
     ctx.mark_non_differentiable(*outputs)
     ctx.set_materialize_grads(False)
 
 
-def _rows_setup(ctx, inputs, output):
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     without_gradients(ctx, output[1:])
     ctx.save_for_backward(output[1], output[3])
     ctx.leading, ctx.inputs = inputs[0].shape[:2], len(inputs)
 
 
-def _rows_backward(ctx, grad_loss, *_others):
+def _rows_backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
     grad, gain = ctx.saved_tensors
     factor = _without_gain(grad_loss, gain).reshape(ctx.leading)
@@ -264,9 +265,11 @@ class InPlaceRows(torch.autograd.Function):
     """The same with the gradient written over the student's logits; eager only. Its memory is consumed by the backward."""
 
     @staticmethod
-    def forward(ctx, student, audio, text, target, alpha, kd_coef, ce_coef, spec, want_stats, impl):
+    def forward(ctx: Any, student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        """The arguments of RowProblem up to spec; want_stats, impl"""
+        *tensors, spec, want_stats, impl = others
         memory = student.detach()
-        problem = RowProblem(memory, audio, text, target, alpha, kd_coef, ce_coef, spec, memory, want_stats)
+        problem = RowProblem._make((memory, *tensors, spec, memory, want_stats))
         loss, stats, ctx.gain = solve_rows(problem, impl)
         # Whoever else saved these logits for its backward must learn that they are gone.
         torch.autograd.graph.increment_version(student)
@@ -276,7 +279,7 @@ class InPlaceRows(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx, grad_loss, _stats):
+    def backward(ctx: Any, grad_loss: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         grad, ctx.grad = ctx.grad, None
         if grad is None:
@@ -288,7 +291,7 @@ class InPlaceRows(torch.autograd.Function):
             _scale_rows(grad, grad_loss, out=grad)
         elif not _is_one(grad_loss):
             grad.mul_(grad_loss.reshape(*grad.shape[:2], 1))
-        return (grad,) + (None,) * 9
+        return grad, *[None] * 9
 
 
 # -- hidden states in ----------------------------------------------------------------------------------------------------
@@ -339,7 +342,7 @@ def linear_caad(
                 gain=gain,
                 **wanted.chunks,
             )
-    return linear_results(out, heads, kd_coef, ce_coef, wanted.reduced, gain)
+    return linear_results(out, heads[:3], kd_coef, ce_coef, wanted.reduced, gain)
 
 
 def _linear_arguments(
@@ -352,14 +355,14 @@ def _linear_arguments(
 
 def linear_results(
     out: LinearResult,
-    student: Sequence[Tensor | None],
+    student: tuple[Tensor, Tensor, Tensor | None],  # hidden states, weight, bias
     kd_coef: Tensor,
     ce_coef: Tensor,
     reduced: bool,
     gain: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What an operator over LM heads returns, empty where there is nothing. ``student`` begins with hidden states and weight."""
-    hidden, weight = student[:2]
+    """What an operator over LM heads returns, empty where there is nothing."""
+    hidden, weight, _ = student
     loss = weighted(out.rows.kd, out.rows.ce, kd_coef, ce_coef)
     return (
         loss.sum() if reduced else loss,
@@ -372,15 +375,16 @@ def linear_results(
 
 
 def fake_linear_results(
-    student: Sequence[Tensor | None], kd_coef: Tensor, wanted: LinearSettings, n_stats: int
+    student: tuple[Tensor, Tensor, Tensor | None], kd_coef: Tensor, wanted: LinearSettings, n_stats: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The shapes of linear_results; ``student`` begins with hidden states, weight and bias."""
-    hidden, weight, bias = student[:3]
+    """The shapes of linear_results."""
+    hidden, weight, bias = student
     n = hidden.shape[0]
     has_gain = torch.float16 in (hidden.dtype, weight.dtype, wanted.logits_dtype) and wanted.any_grad
 
     def gradient(x: Tensor | None, made: bool, like: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format) if made else like.new_empty(0)
+        made_of = x if made else None
+        return like.new_empty(0) if made_of is None else torch.empty_like(made_of, memory_format=torch.contiguous_format)
 
     return (
         kd_coef.new_empty(() if wanted.reduced else (n,)),
@@ -395,16 +399,16 @@ def fake_linear_results(
 @linear_caad.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, (_, _, kd_coef, _), _, wanted = _linear_arguments(arguments)
-    return fake_linear_results(heads, kd_coef, wanted, _N_STATS)
+    return fake_linear_results(heads[:3], kd_coef, wanted, _N_STATS)
 
 
-def register_linear_autograd(op, *, tensors: int) -> None:
+def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
     """Autograd of an operator over LM heads, whose first three inputs are the student's hidden states, weight and bias, and whose
     first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Its flags reduced, hidden_grad, weight_grad,
     bias_grad and want_stats follow each other; it returns what linear_caad does."""
     reduced = [x.name for x in op._opoverload._schema.arguments].index("reduced")
 
-    def setup(ctx, inputs, output):
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         without_gradients(ctx, output[1:])
         ctx.reduced = inputs[reduced]
         ctx.structure = [_is_tensor_list(x) and len(x) for x in inputs]
@@ -420,7 +424,7 @@ def register_linear_autograd(op, *, tensors: int) -> None:
         else:
             ctx.save_for_backward(*output[1:4], output[5])
 
-    def backward(ctx, grad_loss, *_others):
+    def backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tuple[Any, ...]:
         refuse_second_derivative()
         needs = ctx.needs_input_grad[:3]
         if ctx.again:

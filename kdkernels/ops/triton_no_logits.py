@@ -25,14 +25,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .chunking import default_workspace_bytes
-from .linear import LinearTensors
-from .rows import DIVERGENCES, RowResult, RowSpec
+from .rows import DIVERGENCES, LinearTensors, RowResult, RowSpec
 from .triton_shared import (
     _FLOOR,
     _FORWARD,
@@ -507,7 +507,7 @@ class _Limits:
 def _device_limits(device: torch.device) -> _Limits:
     if device.type != "cuda":
         return _Limits()
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stubs lack the shared memory that is wanted
     return _Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major)
 
 
