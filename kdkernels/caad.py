@@ -161,7 +161,7 @@ def _loss_of_logits(
     if options.inplace and want_grad and not torch.compiler.is_compiling() and _rows_are_apart(student):
         loss, stats = _schema.InPlaceRows.apply(student, *tail, spec, want_stats, chosen)
     else:
-        loss, _, stats, _ = _schema.caad_rows(student, *tail, *spec.values(), want_grad, want_stats, chosen)
+        loss, _, stats, _ = _schema.caad_rows(student, *tail, *spec.packed(), want_grad, want_stats, chosen)
     return _for_caller(terms, loss, stats, want_stats)
 
 
@@ -344,11 +344,10 @@ def linear_loss(
     if chosen == "reference":
         rows = _reference.linear_caad(*heads, terms.target, terms.alpha, terms.spec, want_stats=want_stats)
         return terms.weigh_reference(rows)
-    grads = wanted_gradients(*heads[:3], terms.reduced)
+    wanted = linear_settings(terms, options, heads[:3], chosen)
     loss, _, _, _, stats, _ = _schema.linear_caad(
-        *heads, terms.target, terms.alpha, terms.kd_coef, terms.ce_coef, *terms.spec.values(), *options.chunking,
-        terms.reduced, *grads, want_stats, chosen,
-    )  # fmt: skip
+        *heads, terms.target, terms.alpha, terms.kd_coef, terms.ce_coef, *terms.spec.packed(), *wanted.packed()
+    )
     return loss, stats
 
 
@@ -397,12 +396,15 @@ class CAADLoss(torch.nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
 
-def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduced: bool) -> list[bool]:
-    """Of hidden states, weight and bias: which gradients the forward makes."""
-    grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    if not reduced and (grads[1] or grads[2]):
-        return [False] * 3  # the backward runs the chunks with each token's own factor
-    return grads
+def linear_settings(
+    terms: LossTerms, options: LinearLossOptions, student: tuple[Tensor, Tensor, Tensor | None], chosen: str
+) -> _schema.LinearSettings:
+    """What the operator is asked for. ``student``: hidden states, weight and bias."""
+    grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
+    if not terms.reduced and (grads[1] or grads[2]):
+        grads = [False] * 3  # the backward runs the chunks with each token's own factor
+    logits_dtype, *sizes = options.chunking
+    return _schema.LinearSettings(*sizes, terms.reduced, *grads, options.return_stats, logits_dtype, chosen)
 
 
 def _three_dimensional(logits: Tensor) -> Tensor:

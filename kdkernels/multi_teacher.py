@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .caad import linear_loss, wanted_gradients
+from .caad import linear_loss, linear_settings
 from .checks import check_head, check_leading, check_text_path
 from .loss_options import LinearLossOptions, check_divergence, check_head_options, check_not_negative
 from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, looked_at, token_weight
@@ -259,12 +259,10 @@ def _several(
             *student, teachers, terms.target, omega, want_stats=options.return_stats
         )
         return terms.weigh_reference(result)
-    grads = wanted_gradients(*student, terms.reduced)
     heads = [list(x) for x in zip(*(x.heads[3:] for x in taught), strict=True)]
     loss, _, _, _, stats, _ = _multi_teacher.linear_multi_teacher(
         *student, *heads, [x.alpha for x in taught], terms.target, omega, terms.kd_coef, terms.ce_coef,
-        *_multi_teacher.packed_specs(spec, [x.spec for x in taught]), *options.chunking, terms.reduced, *grads,
-        options.return_stats, chosen,
+        *_multi_teacher.packed_specs([x.spec for x in taught]), *linear_settings(terms, options, student, chosen).packed(),
     )  # fmt: skip
     return loss, stats
 

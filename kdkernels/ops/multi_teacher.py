@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, library
@@ -22,7 +22,7 @@ from torch import Tensor, library
 from .dispatch import row_launcher
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, student_chunks, survivors_launcher
 from .mixture import gradient_passes, mix_launcher
-from .rows import SPEC_FIELDS, RowLauncher, RowResult, RowSpec, joined_stats, stat_count
+from .rows import RowLauncher, RowResult, RowSpec, joined_stats, stat_count
 from .schema import (
     LinearSettings,
     check_values,
@@ -30,8 +30,6 @@ from .schema import (
     half_gain,
     linear_results,
     register_linear_autograd,
-    schema_of,
-    split_settings,
 )
 
 
@@ -182,101 +180,78 @@ def multi_teacher_chunks(
     )
 
 
-# The fields of RowSpec that are one a teacher: divergences with commas between them, 0 for no plausibility mask and no softcap.
-_BY_TEACHER = {
-    "divergence": "str",
-    "jsd_beta": "float[]",
-    "plausibility": "float[]",
-    "teacher_scale": "float[]",
-    "teacher_softcap": "float[]",
-}
+def packed_specs(specs: Sequence[RowSpec]) -> tuple[list[int], list[float], str]:
+    """The operator's arguments for teachers whose specs differ in what concerns a teacher alone."""
+    packed = [spec.packed() for spec in specs]
+    return packed[0][0], [x for _, numbers, _ in packed for x in numbers], ",".join(name for _, _, name in packed)
 
 
-def packed_specs(common: RowSpec, specs: Sequence[RowSpec]) -> list[Any]:
-    """The operator's arguments for K teachers that share all but the fields of _BY_TEACHER."""
-    packed: dict[str, Any] = {name: [getattr(s, name) or 0.0 for s in specs] for name in _BY_TEACHER}
-    packed["divergence"] = ",".join(s.divergence for s in specs)
-    return [packed.get(name, value) for name, value in zip(SPEC_FIELDS, common.values(), strict=True)]
+def _unpacked_specs(whole: Sequence[int], numbers: Sequence[float], divergences: str) -> list[RowSpec]:
+    names = divergences.split(",")
+    each = len(numbers) // len(names)
+    return [RowSpec.unpacked(whole, numbers[each * k : each * (k + 1)], name) for k, name in enumerate(names)]
 
 
-def _unpacked_specs(settings: Sequence[Any]) -> tuple[RowSpec, list[RowSpec]]:
-    """(what is common to all teachers, each teacher's own) from :func:`packed_specs`."""
-    fields = dict(zip(SPEC_FIELDS, settings, strict=True))
-    lists = {name: fields.pop(name) for name in _BY_TEACHER}
-    lists["divergence"] = lists["divergence"].split(",")
-    for name in ("plausibility", "teacher_softcap"):
-        lists[name] = [x or None for x in lists[name]]
-    common = RowSpec(**fields)
-    own = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-    return common, [dataclasses.replace(common, **values) for values in own]
-
-
-class _Arguments(NamedTuple):
-    """The tensors of linear_multi_teacher."""
-
-    student_hidden: Tensor  # (N, H_s)
-    student_weight: Tensor  # (V_s, H_s)
-    student_bias: Tensor | None
-    audio_hidden: list[Tensor]  # K of (N, H_k), and so on
-    text_hidden: list[Tensor | None]
-    teacher_weight: list[Tensor]
-    teacher_bias: list[Tensor | None]
-    alpha: list[Tensor]
-    target: Tensor | None
-    omega: Tensor  # (K, N) float32
-    kd_coef: Tensor
-    ce_coef: Tensor
-
-    @classmethod
-    def of(cls, arguments: Sequence[Any]) -> tuple[_Arguments, RowSpec, list[RowSpec], LinearSettings]:
-        """(tensors, what is common to all teachers, each teacher's own spec, settings) from the operator's arguments."""
-        tensors, settings, wanted = split_settings(arguments, len(cls._fields))
-        return cls(*tensors), *_unpacked_specs(settings), wanted
-
-
-@library.custom_op(
-    "kdkernels::linear_multi_teacher",
-    mutates_args=(),
-    schema=(
-        "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor[] audio_hidden, Tensor?[] text_hidden, "
-        "Tensor[] teacher_weight, Tensor?[] teacher_bias, Tensor[] alpha, Tensor? target, Tensor omega, Tensor kd_coef, "
-        f"Tensor ce_coef, {schema_of(RowSpec, **_BY_TEACHER)}, {schema_of(LinearSettings)}) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
-def linear_multi_teacher(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@library.custom_op("kdkernels::linear_multi_teacher", mutates_args=())
+def linear_multi_teacher(
+    student_hidden: Tensor,  # (N, H_s)
+    student_weight: Tensor,  # (V_s, H_s)
+    student_bias: Tensor | None,
+    audio_hidden: Sequence[Tensor],  # K of (N, H_k), and so on
+    text_hidden: Sequence[Optional[Tensor]],  # noqa: UP045 - torch reads the annotation; of a list it does not know "| None"
+    teacher_weight: Sequence[Tensor],
+    teacher_bias: Sequence[Optional[Tensor]],  # noqa: UP045
+    alpha: Sequence[Tensor],
+    target: Tensor | None,
+    omega: Tensor,  # (K, N) float32
+    kd_coef: Tensor,
+    ce_coef: Tensor,
+    spec_whole: Sequence[int],  # packed_specs
+    spec_numbers: Sequence[float],
+    divergences: str,
+    wanted_whole: Sequence[int],  # LinearSettings.packed()
+    logits_dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As linear_caad; the statistics are (2 + stat_count(K), N)."""
-    given, common, specs, wanted = _Arguments.of(arguments)
-    for k, alpha in enumerate(given.alpha):
-        check_values(None if k else given.target, alpha, common.vocab, common.ignore_index, source=f"sources[{k}].")
-    survivors = survivors_launcher(wanted.impl)
-    heads = zip(given.audio_hidden, given.text_hidden, given.teacher_weight, given.teacher_bias, given.alpha, strict=True)
+    student = (student_hidden, student_weight, student_bias)
+    specs = _unpacked_specs(spec_whole, spec_numbers, divergences)
+    common, wanted = specs[0].of_student(), LinearSettings.unpacked(wanted_whole, logits_dtype, impl)
+    for k, a in enumerate(alpha):
+        check_values(None if k else target, a, common.vocab, common.ignore_index, source=f"sources[{k}].")
+    heads = zip(audio_hidden, text_hidden, teacher_weight, teacher_bias, alpha, strict=True)
     teachers = [
-        TeacherHead(*head, spec, wanted.want_stats, wanted.logits_dtype, survivors)
+        TeacherHead(*head, spec, wanted.want_stats, logits_dtype, survivors_launcher(impl))
         for head, spec in zip(heads, specs, strict=True)
     ]
     gain = None
     if wanted.any_grad:
-        dtypes = (given.student_hidden.dtype, given.student_weight.dtype, wanted.logits_dtype)
-        gain = half_gain(given.kd_coef * given.omega.sum(0), given.ce_coef, *dtypes)
-    with torch.amp.autocast(given.student_hidden.device.type, enabled=False):
+        gain = half_gain(kd_coef * omega.sum(0), ce_coef, student_hidden.dtype, student_weight.dtype, logits_dtype)
+    with torch.amp.autocast(student_hidden.device.type, enabled=False):
         out = multi_teacher_chunks(
-            given[:3],
+            student,
             teachers,
-            *given[8:],
+            target,
+            omega,
+            kd_coef,
+            ce_coef,
             common,
-            rows=row_launcher(wanted.impl),
-            mix=mix_launcher(wanted.impl),
+            rows=row_launcher(impl),
+            mix=mix_launcher(impl),
             gain=gain,
             **wanted.chunks,
         )
-    return linear_results(out, given[:3], given.kd_coef, given.ce_coef, wanted.reduced, gain)
+    return linear_results(out, student, kd_coef, ce_coef, wanted.reduced, gain)
+
+
+_TENSORS = 12  # inputs up to ce_coef
 
 
 @linear_multi_teacher.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given, _, specs, wanted = _Arguments.of(arguments)
-    return fake_linear_results(given[:3], given.kd_coef, wanted, 2 + stat_count(len(specs)))
+    n_stats = 2 + stat_count(len(arguments[3]))
+    wanted = LinearSettings.unpacked(*arguments[-3:])
+    return fake_linear_results(arguments[:3], arguments[_TENSORS - 2], wanted, n_stats)
 
 
-register_linear_autograd(linear_multi_teacher, tensors=len(_Arguments._fields))
+register_linear_autograd(linear_multi_teacher, tensors=_TENSORS)

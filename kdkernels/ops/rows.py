@@ -55,12 +55,46 @@ class RowSpec:
         """How far below the largest z_audio a token may be; 0 without a plausibility mask."""
         return 0.0 if self.plausibility is None else math.log(self.plausibility)
 
-    def values(self) -> list[Any]:
-        """The fields in order: ``RowSpec(*spec.values())`` is the same."""
-        return [getattr(self, name) for name in SPEC_FIELDS]
+    def packed(self) -> tuple[list[int], list[float], str]:
+        """(whole numbers and flags, numbers, divergence): an operator's arguments. Few, for each one costs time in every call."""
+        return (
+            [self.vocab, self.ignore_index, int(self.with_kd), int(self.with_ce)],
+            [
+                self.temperature,
+                self.jsd_beta,
+                self.plausibility or 0.0,
+                self.student_scale,
+                self.teacher_scale,
+                self.student_softcap or 0.0,
+                self.teacher_softcap or 0.0,
+            ],
+            self.divergence,
+        )
 
+    @classmethod
+    def unpacked(cls, whole: Sequence[int], numbers: Sequence[float], divergence: str) -> RowSpec:
+        vocab, ignore_index, with_kd, with_ce = whole
+        temperature, jsd_beta, plausibility, student_scale, teacher_scale, student_softcap, teacher_softcap = numbers
+        return cls(
+            vocab=vocab,
+            temperature=temperature,
+            divergence=divergence,
+            jsd_beta=jsd_beta,
+            plausibility=plausibility or None,
+            ignore_index=ignore_index,
+            with_kd=bool(with_kd),
+            with_ce=bool(with_ce),
+            student_scale=student_scale,
+            teacher_scale=teacher_scale,
+            student_softcap=student_softcap or None,
+            teacher_softcap=teacher_softcap or None,
+        )
 
-SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(RowSpec))
+    def of_student(self) -> RowSpec:
+        """Without what concerns a teacher alone."""
+        return dataclasses.replace(
+            self, divergence="forward_kl", jsd_beta=0.5, plausibility=None, teacher_scale=1.0, teacher_softcap=None
+        )
 
 
 @dataclass(frozen=True)

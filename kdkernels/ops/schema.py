@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,8 @@ _LINEAR_TENSORS = len(LinearTensors._fields) + 4  # and target, alpha, kd_coef, 
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """What an operator over LM heads is asked for: its last arguments."""
+    """What an operator over LM heads is asked for."""
 
-    logits_dtype: torch.dtype
     chunk_tokens: int | None
     workspace_bytes: int | None
     reduced: bool
@@ -36,7 +35,19 @@ class LinearSettings:
     weight_grad: bool
     bias_grad: bool
     want_stats: bool
+    logits_dtype: torch.dtype
     impl: str
+
+    def packed(self) -> tuple[list[int], torch.dtype, str]:
+        """The operator's last arguments, see :meth:`RowSpec.packed`."""
+        flags = (self.reduced, self.hidden_grad, self.weight_grad, self.bias_grad, self.want_stats)
+        sizes = (self.chunk_tokens or 0, self.workspace_bytes or 0)
+        return [*sizes, *map(int, flags)], self.logits_dtype, self.impl
+
+    @classmethod
+    def unpacked(cls, whole: Sequence[int], logits_dtype: torch.dtype, impl: str) -> LinearSettings:
+        chunk_tokens, workspace_bytes, *flags = whole
+        return cls(chunk_tokens or None, workspace_bytes or None, *map(bool, flags), logits_dtype, impl)
 
     @property
     def any_grad(self) -> bool:
@@ -47,29 +58,6 @@ class LinearSettings:
         """Keywords of the chunk loops."""
         names = ("logits_dtype", "chunk_tokens", "workspace_bytes", "hidden_grad", "weight_grad", "bias_grad", "want_stats")
         return {name: getattr(self, name) for name in names}
-
-
-_SCHEMA_TYPES = {
-    "bool": "bool",
-    "float": "float",
-    "float | None": "float?",
-    "int": "SymInt",
-    "int | None": "SymInt?",
-    "str": "str",
-    "torch.dtype": "ScalarType",
-}
-
-
-def schema_of(settings: type[RowSpec] | type[LinearSettings], **other_types: str) -> str:
-    """The fields in order as arguments of an operator; ``other_types`` of fields by name."""
-    types = {field.name: other_types.get(field.name) or _SCHEMA_TYPES[str(field.type)] for field in fields(settings)}
-    return ", ".join(f"{kind} {name}" for name, kind in types.items())
-
-
-def split_settings(arguments: Sequence[Any], tensors: int) -> tuple[Sequence[Any], Sequence[Any], LinearSettings]:
-    """The arguments of an operator over LM heads: its tensors, the fields of RowSpec, what it is asked for."""
-    last = len(fields(LinearSettings))
-    return arguments[:tensors], arguments[tensors:-last], LinearSettings(*arguments[-last:])
 
 
 def check_values(target: Tensor | None, alpha: Tensor, vocab: int, ignore_index: int, *, source: str = "") -> None:
@@ -160,14 +148,7 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
 # -- logits in -----------------------------------------------------------------------------------------------------------
 
 
-@library.custom_op(
-    "kdkernels::caad_rows",
-    mutates_args=(),
-    schema=(
-        "(Tensor student, Tensor audio, Tensor? text, Tensor? target, Tensor alpha, Tensor kd_coef, Tensor ce_coef, "
-        f"{schema_of(RowSpec)}, bool want_grad, bool want_stats, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
+@library.custom_op("kdkernels::caad_rows", mutates_args=())
 def caad_rows(
     student: Tensor,  # (B, T, V_s)
     audio: Tensor,  # (B, T, V_t)
@@ -176,13 +157,18 @@ def caad_rows(
     alpha: Tensor,  # (1,) or (N,) float32
     kd_coef: Tensor,  # (N,) float32
     ce_coef: Tensor,
-    *settings: Any,  # the fields of RowSpec; want_grad, want_stats, impl
+    whole: Sequence[int],  # RowSpec.packed()
+    numbers: Sequence[float],
+    divergence: str,
+    want_grad: bool,
+    want_stats: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss per token (N,), its gradient times half_gain (B, T, V_s), statistics (6, N), half_gain); each but the first may be
     empty."""
-    *spec, want_grad, want_stats, impl = settings
+    spec = RowSpec.unpacked(whole, numbers, divergence)
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else None
-    problem = RowProblem(student, audio, text, target, alpha, kd_coef, ce_coef, RowSpec(*spec), grad, want_stats)
+    problem = RowProblem(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats)
     loss, stats, gain = solve_rows(problem, impl)
     return (
         loss,
@@ -218,17 +204,8 @@ def _as_rows(logits: Tensor) -> Tensor:
 
 
 @caad_rows.register_fake
-def _(
-    student: Tensor,
-    audio: Tensor,
-    text: Tensor | None,
-    target: Tensor | None,
-    alpha: Tensor,
-    kd_coef: Tensor,
-    ce_coef: Tensor,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, want_grad, want_stats, _impl = settings
+def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, kd_coef, _, _, _, _, want_grad, want_stats, _ = others
     rows = student.shape[0] * student.shape[1]
     return (
         kd_coef.new_empty(rows),
@@ -297,33 +274,44 @@ class InPlaceRows(torch.autograd.Function):
 # -- hidden states in ----------------------------------------------------------------------------------------------------
 
 
-@library.custom_op(
-    "kdkernels::linear_caad",
-    mutates_args=(),
-    schema=(
-        "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor audio_hidden, Tensor? text_hidden, "
-        "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor alpha, Tensor kd_coef, Tensor ce_coef, "
-        f"{schema_of(RowSpec)}, {schema_of(LinearSettings)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
+@library.custom_op("kdkernels::linear_caad", mutates_args=())
 def linear_caad(
-    *arguments: Any,  # LinearTensors; target, alpha, kd_coef, ce_coef; the fields of RowSpec; LinearSettings
+    student_hidden: Tensor,  # (N, H_s)
+    student_weight: Tensor,  # (V_s, H_s)
+    student_bias: Tensor | None,
+    audio_hidden: Tensor,  # (N, H_t)
+    text_hidden: Tensor | None,
+    teacher_weight: Tensor,  # (V_t, H_t)
+    teacher_bias: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    kd_coef: Tensor,
+    ce_coef: Tensor,
+    spec_whole: Sequence[int],  # RowSpec.packed()
+    spec_numbers: Sequence[float],
+    divergence: str,
+    wanted_whole: Sequence[int],  # LinearSettings.packed()
+    logits_dtype: torch.dtype,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss: () if reduced else (N,); gradients of hidden (times half_gain), weight and bias, each full or empty; statistics
     (6, N) or empty; half_gain or empty)."""
-    heads, (target, alpha, kd_coef, ce_coef), spec, wanted = _linear_arguments(arguments)
+    student = (student_hidden, student_weight, student_bias)
+    heads = LinearTensors(*student, audio_hidden, text_hidden, teacher_weight, teacher_bias)
+    spec = RowSpec.unpacked(spec_whole, spec_numbers, divergence)
+    wanted = LinearSettings.unpacked(wanted_whole, logits_dtype, impl)
     check_values(target, alpha, spec.vocab, spec.ignore_index)
     gain = None
     if wanted.any_grad:
-        gain = half_gain(kd_coef, ce_coef, heads.student_hidden.dtype, heads.student_weight.dtype, wanted.logits_dtype)
+        gain = half_gain(kd_coef, ce_coef, student_hidden.dtype, student_weight.dtype, logits_dtype)
     path, _ = choose_path(
-        impl=wanted.impl,
+        impl=impl,
         gradient=wanted.any_grad,
-        divergence=spec.divergence,
+        divergence=divergence,
         want_stats=wanted.want_stats,
         chunk_tokens=wanted.chunk_tokens,
     )
-    with torch.amp.autocast(heads.student_hidden.device.type, enabled=False):
+    with torch.amp.autocast(student_hidden.device.type, enabled=False):
         if path == NO_LOGITS:
             from .triton_no_logits import linear_caad_no_logits
 
@@ -337,20 +325,12 @@ def linear_caad(
                 kd_coef,
                 ce_coef,
                 spec,
-                rows=row_launcher(wanted.impl),
-                survivors=survivors_launcher(wanted.impl),
+                rows=row_launcher(impl),
+                survivors=survivors_launcher(impl),
                 gain=gain,
                 **wanted.chunks,
             )
-    return linear_results(out, heads[:3], kd_coef, ce_coef, wanted.reduced, gain)
-
-
-def _linear_arguments(
-    arguments: Sequence[Any],
-) -> tuple[LinearTensors, Sequence[Any], RowSpec, LinearSettings]:
-    """The operator's arguments by what they are: heads; target, alpha, kd_coef and ce_coef; spec; settings."""
-    tensors, spec, wanted = split_settings(arguments, _LINEAR_TENSORS)
-    return LinearTensors(*tensors[:-4]), tensors[-4:], RowSpec(*spec), wanted
+    return linear_results(out, student, kd_coef, ce_coef, wanted.reduced, gain)
 
 
 def linear_results(
@@ -398,29 +378,28 @@ def fake_linear_results(
 
 @linear_caad.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    heads, (_, _, kd_coef, _), _, wanted = _linear_arguments(arguments)
-    return fake_linear_results(heads[:3], kd_coef, wanted, _N_STATS)
+    kd_coef = arguments[_LINEAR_TENSORS - 2]
+    return fake_linear_results(arguments[:3], kd_coef, LinearSettings.unpacked(*arguments[-3:]), _N_STATS)
 
 
 def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
     """Autograd of an operator over LM heads, whose first three inputs are the student's hidden states, weight and bias, and whose
-    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Its flags reduced, hidden_grad, weight_grad,
-    bias_grad and want_stats follow each other; it returns what linear_caad does."""
-    reduced = [x.name for x in op._opoverload._schema.arguments].index("reduced")
+    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Its last three are LinearSettings; it returns
+    what linear_caad does."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         without_gradients(ctx, output[1:])
-        ctx.reduced = inputs[reduced]
+        wanted = LinearSettings.unpacked(*inputs[-3:])
         ctx.structure = [_is_tensor_list(x) and len(x) for x in inputs]
         # A token's own factor reaches dW only inside the GEMM, so an unreduced loss with a training head is run again with the
         # factors in its coefficients. (The front end asked for no gradients in that forward.)
-        ctx.again = not ctx.reduced and not any(inputs[reduced + 1 : reduced + 4])
+        ctx.again = not wanted.reduced and not wanted.any_grad
         if ctx.again:
             flat, ctx.tree = tree_flatten(list(inputs[:tensors]))
             # A teacher run under inference_mode gives tensors that autograd refuses to save.
             ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in flat if x is not None])
             ctx.absent = [x is None for x in flat]
-            ctx.options = inputs[tensors:]
+            ctx.spec, ctx.wanted = inputs[tensors:-3], wanted
         else:
             ctx.save_for_backward(*output[1:4], output[5])
 
@@ -431,9 +410,16 @@ def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
             saved = iter(ctx.saved_tensors)
             inputs = tree_unflatten([None if absent else next(saved) for absent in ctx.absent], ctx.tree)
             inputs[-2:] = [x * grad_loss for x in inputs[-2:]]
-            options = list(ctx.options)
-            options[reduced - tensors : reduced - tensors + 5] = [True, *needs, False]
-            _, *grads, _, gain = op(*inputs, *options)
+            hidden_grad, weight_grad, bias_grad = needs
+            wanted = replace(
+                ctx.wanted,
+                reduced=True,
+                hidden_grad=hidden_grad,
+                weight_grad=weight_grad,
+                bias_grad=bias_grad,
+                want_stats=False,
+            )
+            _, *grads, _, gain = op(*inputs, *ctx.spec, *wanted.packed())
             if gain.numel() and needs[0]:
                 grads[0] = _scaled(grads[0], 1.0 / gain)
         else:

@@ -552,7 +552,7 @@ def test_opcheck(dtype, want_stats):
         coef,
         coef,
     )
-    options = (*RowSpec(vocab=33).values(), True, want_stats, "cpu")
+    options = (*RowSpec(vocab=33).packed(), True, want_stats, "cpu")
     library.opcheck(schema.caad_rows, (*arguments, *options))
 
 
