@@ -30,7 +30,7 @@ class CAADStats(NamedTuple):
     teacher_entropy  of p = softmax(z_hat / tau), in nats
     top1_agreement   1 where argmax s == argmax z_hat, else 0
     path_divergence  KL(softmax(z_audio / tau) || softmax(z_text / tau)) in nats: how much the sound changes the teacher's
-                     answer; 0 without a text path
+                     answer. 0 without a text path
     """
 
     kd: Tensor
@@ -87,35 +87,36 @@ def fused_caad_loss(
         divergence: "forward_kl", "reverse_kl" or "jsd".
         jsd_beta: beta in (0, 1); m = beta p + (1 - beta) q, jsd = beta KL(p || m) + (1 - beta) KL(q || m).
         plausibility: beta in (0, 1]; only tokens with z_audio_v >= max z_audio + log beta keep a probability in p.
-        ignore_index: positions with this target count nowhere; their logits are not read.
+        ignore_index: positions with this target do not count. Their logits are not read.
         kd_token_weight, ce_token_weight: (...) weights >= 0 of each term, or None: 1.
-        kd_normalizer, ce_normalizer: divisors instead of the default (gradient accumulation, data parallel): pass the sum of
-            weights (or number of valid positions) of the whole step. They divide under every reduction; 0 gives loss 0.
+        kd_normalizer, ce_normalizer: divisors instead of the default. For gradient accumulation and data parallelism pass the
+            sum of weights (or the number of valid positions) of the whole step. They divide under every reduction; 0 gives
+            loss 0.
         reduction: "mean" divides each term by its sum of weights over valid positions; "sum" by 1; "none" returns (...).
         vocab_size: number of valid ids; default min(V_s, V_t). Logits beyond it count as -inf on both sides.
-        impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
-        inplace: allow the gradient to overwrite ``student_logits``' memory (eager only; ignored under torch.compile and by
-            impl="reference", and for logits whose rows share memory or are not contiguous). Another use of the logits in the
-            same graph is then an error.
+        impl: "auto", "reference", "cpu", "triton" or "cuda". An explicit choice never falls back to another one.
+        inplace: the gradient may overwrite ``student_logits``' memory. Autograd then raises an error if the same graph uses the
+            logits elsewhere. Ignored under torch.compile, by impl="reference", and for logits whose rows share memory or are
+            not contiguous.
         return_stats: also return :class:`CAADStats`.
 
     Returns:
         float32 loss (float64 for float64 inputs): () or, with reduction="none", (...); with ``return_stats`` a pair. Without a
         valid position it is 0 with zero gradients.
 
-    -inf logits are legal: probability, contribution and gradient 0. A token masked on either teacher path has p = 0.
-    forward_kl with p_v > 0 where the student has -inf is +inf, never NaN; so is reverse_kl where q_v > 0 meets p_v = 0, and then
-    that token's distillation term has no gradient.
+    -inf logits are legal: their probability, contribution and gradient are 0. A token masked on either teacher path has p = 0.
+    forward_kl is +inf, never NaN, where p_v > 0 and the student has -inf. reverse_kl is +inf where q_v > 0 and p_v = 0; the
+    distillation term of that position then has no gradient.
 
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
-    The gradient is made in the forward; the backward scales it. Second derivatives and torch.func transforms are not available
-    (impl="reference" has both): a backward with create_graph=True is a RuntimeError.
+    The forward computes the gradient; the backward scales it. Second derivatives and torch.func transforms work with
+    impl="reference" alone: elsewhere a backward with create_graph=True raises RuntimeError.
 
     Raises:
-        ValueError, TypeError: naming the argument, expected and got. On the CPU also for a target outside [0, vocab) or a bad
-            alpha; on CUDA such a row's loss is NaN, unless KDKERNELS_CHECK=1.
-        RuntimeError: where ``impl`` names something that is not installed.
+        ValueError, TypeError: for a bad argument, with its name, expected and got. On the CPU also for a target outside
+            [0, vocab) or a bad alpha. On CUDA the loss of such a row is NaN, unless KDKERNELS_CHECK=1.
+        RuntimeError: ``impl`` names something that is not installed.
 
     Source: CAAD, arXiv 2606.23052; generalised JSD as in GKD, arXiv 2306.13649; plausibility as in contrastive decoding,
     arXiv 2210.15097.
@@ -235,43 +236,45 @@ def fused_linear_caad_loss(
     z_hat = scale_t (W_t ((1 + alpha) h_audio - alpha h_text) + b_t), for per-token alpha too. With ``plausibility`` z_text is
     formed only at tokens that survive it (densely where those are many).
 
-    Without a gradient (torch.no_grad, or no input of the student's requires one) impl="triton" forms no logits at all: both
-    heads' GEMMs carry the online softmax in their epilogue, with a few tens of MiB of scratch whatever N and V. Not so for the
-    jsd, ``return_stats`` and a given ``chunk_tokens``, which run in chunks. ``kdkernels.explain`` says which path a call takes.
+    Without a gradient (torch.no_grad, or no student tensor requires one) impl="triton" stores no logits at all: the GEMMs of both
+    heads compute the online softmax in their epilogue. Scratch is then a few tens of MiB for any N and V. The jsd,
+    ``return_stats`` and a given ``chunk_tokens`` still run in chunks. ``kdkernels.explain`` says which path a call takes.
 
     Args:
         student_hidden: (..., H_s) float32, bfloat16 or float16: the LM head's inputs at the positions that predict ``target``.
-        student_weight: (V_s, H_s). Its gradient is computed only if it requires one; a frozen head costs nothing. A LoRA on the
-            head is honoured by passing the merged weight, W + B A.
-        teacher_audio_hidden, teacher_text_hidden: (..., H_t); the second None: plain distillation. Never get a gradient.
+        student_weight: (V_s, H_s). Its gradient is computed only if it requires one, so a frozen head costs nothing. For a head
+            with a LoRA pass the merged weight, W + B A.
+        teacher_audio_hidden, teacher_text_hidden: (..., H_t). With text None: plain distillation. They never get a gradient.
         teacher_weight: (V_t, H_t), no gradient.
         target: (...) int64, or None (see :func:`fused_caad_loss`). On the CPU ignored positions are left out of the GEMMs.
         student_bias, teacher_bias: (V_s,), (V_t,) or None.
         student_softcap, teacher_softcap: > 0, as in Gemma 2; applied after the scale. None: none.
         student_logit_scale, teacher_logit_scale: factors on the logits (Cohere; 1 / logits_scaling for Granite).
-        chunk_tokens: tokens a chunk; None: from ``workspace_bytes`` and what fills the machine.
-        workspace_bytes: bound on the scratch for logits; None: 512 MiB on the CPU; on CUDA a tenth of free memory, at most 2 GiB.
-            A chunk holds at least one token's logits, a call without logits at least one tile of 64 or 128 tokens.
-        logits_dtype: dtype in which a chunk's logits are stored; None: float32. bfloat16 is faster and coarser (gradient error
-            2-5%, far more near convergence, against 0.6%).
-        process_group: a ProcessGroup or one-dimensional DeviceMesh: vocabulary-parallel. Weights and biases are then this rank's
-            rows of the vocabulary, in rank order, student and teacher shards starting at the same ids (uneven sizes are fine;
-            ``kdkernels.parallel.vocabulary_rows`` cuts them), or DTensors with placements (Shard(0),), which need no
-            process_group and whose gradients are DTensors; everything else is the same on every rank. Loss and
-            student_hidden's gradient come out complete on every rank. Eager row arithmetic (about 8 float32 tensors of a
-            chunk), impl="auto" or "reference", not under torch.compile.
-        inplace: accepted for symmetry; nothing of the caller's memory is overwritten here.
+        chunk_tokens: tokens of a chunk. None: chosen from ``workspace_bytes`` and from what keeps the GPU busy.
+        workspace_bytes: upper bound of the scratch for logits. None: 512 MiB on the CPU; on CUDA a tenth of the free memory, at
+            most 2 GiB. A chunk holds at least the logits of one token. A call that stores no logits holds at least one tile of 64
+            or 128 tokens.
+        logits_dtype: dtype in which a chunk's logits are stored. None: float32. bfloat16 is faster and less accurate: its
+            gradient error is 2-5% instead of 0.6%, and far more near convergence.
+        process_group: a ProcessGroup or a one-dimensional DeviceMesh makes the loss vocabulary-parallel. Weights and biases
+            are then this rank's rows of the vocabulary, in rank order. Student and teacher shards start at the same ids; their
+            sizes may differ (``kdkernels.parallel.vocabulary_rows`` cuts them). DTensors with placements (Shard(0),) need no
+            process_group, and their gradients are DTensors. Everything else is the same on every rank. Every rank gets the whole
+            loss and the whole gradient of student_hidden. The rows are computed in eager PyTorch (about 8 float32 tensors of a
+            chunk), with impl="auto" or "reference", and not under torch.compile.
+        inplace: has no effect here: this loss overwrites no memory of the caller.
         The rest: as in :func:`fused_caad_loss`.
 
     Returns:
         As :func:`fused_caad_loss`. Gradients reach student_hidden, student_weight and student_bias only.
 
-    dW is accumulated in float32. With reduction="none" and a training head the backward runs the chunks a second time, since a
-    token's own grad_output reaches dW only inside the GEMM. Extra memory: one chunk of logits (2 tensors; 3 with
-    ``teacher_softcap`` and no ``plausibility``, or with ``return_stats``), N * H_s items for dh, V_s * H_s float32 for dW where
-    the head trains, and on the CPU, for float32 logits of low-precision weights, one float32 block of 4096 weight rows:
-    independent of N but for dh.
-    On the CPU up to 512 MiB of that scratch stay with the process for the next call.
+    dW is accumulated in float32. With reduction="none" and a training head the backward runs the chunks a second time: the
+    GEMM of dW needs each token's own grad_output.
+
+    Extra memory: one chunk of logits (2 tensors; 3 with ``teacher_softcap`` and no ``plausibility``, or with ``return_stats``);
+    N * H_s items for dh; V_s * H_s float32 for dW if the head trains; and on the CPU, for float32 logits of low-precision
+    weights, one float32 block of 4096 weight rows. Only dh grows with N. On the CPU the process keeps up to 512 MiB of that
+    scratch for the next call.
 
     Raises:
         As :func:`fused_caad_loss`.
@@ -400,11 +403,13 @@ def linear_settings(
     terms: LossTerms, options: LinearLossOptions, student: tuple[Tensor, Tensor, Tensor | None], chosen: str
 ) -> _schema.LinearSettings:
     """What the operator is asked for. ``student``: hidden states, weight and bias."""
-    grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
-    if not terms.reduced and (grads[1] or grads[2]):
-        grads = [False] * 3  # the backward runs the chunks with each token's own factor
-    logits_dtype, *sizes = options.chunking
-    return _schema.LinearSettings(*sizes, terms.reduced, *grads, options.return_stats, logits_dtype, chosen)
+    hidden, weight, bias = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
+    if not terms.reduced and (weight or bias):
+        hidden = weight = bias = False  # the backward runs the chunks with each token's own factor
+    logits_dtype, chunk_tokens, workspace_bytes = options.chunking
+    return _schema.LinearSettings(
+        chunk_tokens, workspace_bytes, terms.reduced, hidden, weight, bias, options.return_stats, logits_dtype, chosen
+    )
 
 
 def _three_dimensional(logits: Tensor) -> Tensor:

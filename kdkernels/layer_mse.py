@@ -51,10 +51,10 @@ def fused_layer_mse_loss(
 
     Args:
         student_hidden: L tensors (..., H_s) float32, bfloat16 or float16 (float64 with impl="reference").
-        teacher_hidden: L tensors (..., H_t), the audio path; their dtype may differ. Never get a gradient. Widths may differ from
-            layer to layer, leading dimensions may not.
-        projections: L weights (no bias), or None for a pair of equal widths; None: none at all. :class:`LayerProjections` holds
-            trainable ones.
+        teacher_hidden: L tensors (..., H_t), the audio path. Their dtype may differ. They never get a gradient. Widths may differ
+            from layer to layer, leading dimensions may not.
+        projections: L weights (no bias), with None for a pair of equal widths. None: no projection at all.
+            :class:`LayerProjections` holds trainable ones.
         teacher_text_hidden: L tensors like ``teacher_hidden``, the path without audio, or None.
         alpha: contrast strength >= 0 of the layer target: a number, or a tensor (...) per token. Where it is 0 the text path is
             not read.
@@ -70,14 +70,14 @@ def fused_layer_mse_loss(
         float32 loss (float64 for float64 inputs): () or (...). Without a valid token it is 0 with zero gradients. Gradients reach
         ``student_hidden`` and ``projections`` only.
 
-    GEMMs accumulate in float32, and the difference is taken from float32. Extra memory: the gradients, and one chunk of
-    projected states (float32; on the CPU 16 MiB), whatever N and L. The gradients are made in the forward; the backward scales
-    them. With reduction="none" and trainable projections the backward runs the chunks a second time. No second derivatives
-    (impl="reference" has them).
+    GEMMs accumulate in float32, and differences are computed in float32. Extra memory: the gradients, and one chunk of projected
+    states (float32; on the CPU 16 MiB) for any N and L. The forward computes the gradients; the backward scales them. With
+    reduction="none" and trainable projections the backward runs the chunks a second time. Only impl="reference" has second
+    derivatives.
 
     Raises:
-        ValueError, TypeError: naming the argument and the pair, expected and got. On the CPU also for a negative alpha.
-        RuntimeError: where ``impl`` names something that is not installed.
+        ValueError, TypeError: for a bad argument, with its name and pair, expected and got. On the CPU also for a negative alpha.
+        RuntimeError: ``impl`` names something that is not installed.
 
     Source: source- and layer-wise distillation, arXiv 2509.18579; the contrastive layer target, CAAD, arXiv 2606.23052.
     """
@@ -225,8 +225,8 @@ class LayerProjections(torch.nn.Module):
         generator: of the random initialisation.
         dtype, device: of the weights.
 
-    Initialisation: rows (or columns, whichever are fewer) orthonormal, the identity for equal widths, so that lengths are kept on
-    average; :meth:`fit` replaces it by the least-squares solution on given states.
+    Initialisation: orthonormal rows (or columns, if there are fewer of them), and the identity for equal widths. Lengths then
+    stay the same on average. :meth:`fit` replaces it by the least-squares solution on given states.
 
     ``LayerProjections(576, 960, 4)(student_states, teacher_states, mask=mask)`` is the loss.
     """

@@ -1,4 +1,4 @@
-"""The LM head: what stands between hidden states and logits, and how to take its input without running it.
+"""The LM head: what turns hidden states into logits, and how to take its input without running it.
 
 Legend: B rows, L columns, N positions, H hidden width, V vocabulary.
 """
@@ -52,22 +52,22 @@ class LMHead:
     ) -> LMHead:
         """Reads weight, bias, soft cap and scale from a model.
 
-        The numbers in a config do not always say what the model does (Granite divides by `logits_scaling`, HyperCLOVA
-        X multiplies by it, Granite Speech ignores it), so where the config names a soft cap or a scale the model is
-        asked: one forward of a single token, with the head's output replaced by known numbers, shows what happens to
-        logits after the head.  Where that forward cannot run, the config is read by transformers' usual meaning.
+        The numbers in a config do not always say what the model does: Granite divides by `logits_scaling`, HyperCLOVA X
+        multiplies by it, Granite Speech ignores it.  So if the config has a soft cap or a scale, the model runs one forward of
+        a single token whose head returns known numbers. Its output shows what it does to logits.  If that forward cannot run,
+        the config counts, with the meaning that transformers usually gives it.
 
         Args:
             model: any module with `get_output_embeddings()`.
-            merge_lora: a LoRA on the head is merged into a copy of its weight instead of being refused.
-            gather: a head that is sharded (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) is gathered into a
-                whole copy on every rank instead of being refused; every rank has to make the call.
+            merge_lora: True merges a LoRA on the head into a copy of its weight; False raises TypeError for it.
+            gather: True gathers a sharded head (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) into a whole copy on
+                every rank, and every rank has to make the call; False raises an error for it.
             probe: False reads the config alone and runs nothing.
 
         Raises:
-            TypeError: the head is not a plain linear layer in floating point (quantised, sharded, adapted, absent, or
-                with a forward that computes something else).
-            ValueError: its weight is not here (FSDP / ZeRO-3 shards, offloaded to the meta device).
+            TypeError: the head is no plain linear layer in floating point: it is quantised, sharded, adapted or absent, or its
+                forward computes something else.
+            ValueError: its weight is not in this process (FSDP / ZeRO-3 shards, offloaded to the meta device).
         """
         head = head_module(model)
         with gathered(*head.parameters(), enabled=gather) as copies:
@@ -145,9 +145,9 @@ def _head_weight(head: nn.Module, *, merge_lora: bool, gather: bool = False) -> 
 def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden (N, H'), weight (V, H'), bias) whose product is what `head` computes from `hidden` (N, H), with gradients.
 
-    A LoRA on the head becomes more columns of both, H' = H + r, so that its dropout holds and no update is rounded to the
-    precision of W:  h W^T + s (A h) B^T = [h, s A h] [W, B]^T.  That copies the weight, V (H + r) items a call, and where A
-    or B train the gradient of as many.
+    A LoRA on the head adds columns to both, H' = H + r:  h W^T + s (A h) B^T = [h, s A h] [W, B]^T.  So its dropout works, and no
+    update is rounded to the precision of W.  Each call copies the weight, V (H + r) items; if A or B train, their gradient needs
+    as many.
 
     Raises:
         TypeError, ValueError: as `LMHead.from_model`.
@@ -178,9 +178,9 @@ def computing_layer(head: Any) -> nn.Module:
 
 
 def active_lora(head: nn.Module) -> list[str]:
-    """Names of the LoRA adapters that play a part in what `head` computes; TypeError for any other kind of adapter."""
+    """Names of the LoRA adapters that take part in what `head` computes; TypeError for any other kind of adapter."""
     if not hasattr(head, "base_layer") or getattr(head, "merged", False) or getattr(head, "disable_adapters", False):
-        return []  # merged: the base already holds it; disabled: it plays no part
+        return []  # merged: the base already holds it; disabled: it has no effect
     active = [name for name in getattr(head, "active_adapters", ()) if name in getattr(head, "lora_A", {})]
     variants = getattr(head, "lora_variant", None) or getattr(head, "use_dora", None) or {}
     if not active or not hasattr(head, "get_delta_weight") or any(variants.get(name) for name in active):
@@ -208,7 +208,7 @@ def plain_parameters(head: nn.Module, *, gather: bool = False) -> tuple[Tensor, 
 def _plain(tensor: Any, head: nn.Module, what: str, gather: bool = False) -> Tensor:
     """`tensor`, or an error that says which kind of tensor it is instead of a plain one."""
     name = f"LM head: its {what}"
-    if hasattr(tensor, "placements"):  # torch.distributed.tensor.DTensor, told by its own attribute to save the import
+    if hasattr(tensor, "placements"):  # a DTensor; asking for its class would import torch.distributed.tensor
         if all(placement.is_replicate() for placement in tensor.placements):
             return tensor.to_local()
         if gather:
@@ -242,8 +242,8 @@ def is_partitioned(parameter: Any) -> bool:
 def gathered(*parameters: Tensor, enabled: bool = True) -> Iterator[list[Tensor]]:
     """Inside, parameters that DeepSpeed ZeRO-3 has partitioned are whole on every rank; yields those that were not.
 
-    With `deepspeed.zero.GatheredParameters`, its documented way; a parameter that is whole already (inside the forward of
-    its own module under DeepSpeed's engine) is left to whoever gathered it.  Other parameters are not touched.
+    Uses `deepspeed.zero.GatheredParameters`, the documented way. Parameters that are whole already stay as they are, for example
+    inside the forward of their own module under DeepSpeed's engine.
     """
     partitioned = [p for p in parameters if is_partitioned(p)]
     if not enabled or not partitioned:
@@ -257,7 +257,7 @@ def gathered(*parameters: Tensor, enabled: bool = True) -> Iterator[list[Tensor]
 
 @torch.no_grad()
 def _check_forward(head: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Whether a head whose forward is not nn.Linear's computes a linear layer all the same; TypeError where it does not."""
+    """TypeError if the head has a forward of its own and that computes no linear layer."""
     layer = computing_layer(head)
     own_forward = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
     if not own_forward or hasattr(layer, "base_layer"):
@@ -287,7 +287,7 @@ def logit_post(
 
 
 def _head_owner(model: nn.Module, head: nn.Module) -> nn.Module:
-    """The innermost module with a config whose head this is: it is the one that treats the logits after the head."""
+    """The innermost module with a config whose head this is: its forward gets the logits first."""
     owner = model
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
@@ -368,7 +368,7 @@ def _probe_with_one_token(owner: nn.Module, head: nn.Module, device: torch.devic
         with torch.no_grad(), evaluating(owner), capture:
             output = owner(input_ids=token, attention_mask=torch.ones_like(token))
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return None  # a model that takes no bare token; DualPathTeacher checks again on its first real pass
+        return None  # the model takes no bare token; DualPathTeacher checks again on its first real pass
     seen = capture.seen(output)
     return None if seen is None else fit_post(seen)
 
@@ -376,9 +376,9 @@ def _probe_with_one_token(owner: nn.Module, head: nn.Module, device: torch.devic
 class HeadCapture(contextlib.AbstractContextManager):
     """Takes the LM head's input and lets the head compute nothing, for the calls of one thread.
 
-    A forward pre-hook keeps the head's input and hands the head a view of zero rows, so its GEMM and whatever the model
-    does to logits afterwards cost nothing.  Hooks are used (rather than an exception that leaves the forward early) so
-    that the hooks of FSDP, accelerate and PEFT around the head run as ever.
+    A forward pre-hook keeps the head's input and gives the head a view of zero rows. So its GEMM, and what the model does to
+    logits afterwards, cost nothing.  An exception could leave the forward early as well, but then the hooks of FSDP,
+    accelerate and PEFT around the head would not run.
 
     With `probe` (P,) the head's output is replaced by these P numbers at every position, so that the model's own output
     shows what it does to logits.

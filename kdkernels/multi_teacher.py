@@ -1,4 +1,4 @@
-"""Distillation from several teachers in one pass over the student's logits: public signature, validation, dispatch.
+"""Distillation from several teachers in one pass over the student's logits: public signature, checks, dispatch.
 
 Legend: ... leading dimensions (their product is N tokens), K sources, V_s / V_k vocabulary widths of the student and of source k,
 V valid ids, H_s / H_k hidden widths.
@@ -37,8 +37,8 @@ class TeacherSource:
         bias: (V_k,) or None.
         softcap: > 0, as in Gemma 2, applied after the scale; or None.
         logit_scale: factor on the logits.
-        alpha: contrast strength >= 0, a number or a tensor (...) per token; not looked at where ``text_hidden`` is None.
-        source_weight: omega >= 0, a number or a tensor (...) per token. Where it is 0 the source may hold anything finite.
+        alpha: contrast strength >= 0, a number or a tensor (...) per token. Not used where ``text_hidden`` is None.
+        source_weight: omega >= 0, a number or a tensor (...) per token. Where it is 0 the source may hold any finite values.
         divergence: "forward_kl", "reverse_kl" or "jsd".
         jsd_beta: beta in (0, 1) of the jsd.
         plausibility: beta in (0, 1] of the plausibility mask, or None; not with "reverse_kl".
@@ -111,41 +111,45 @@ def fused_linear_multi_teacher_loss(
         kd_i = tau^2 sum_k omega_ki D_k(p_ki, q_i)
         loss = kd_weight sum_i w_i kd_i / norm_kd + (1 - kd_weight) sum_i u_i ce_i / norm_ce
 
-    A weighted sum of forward KLs is W = sum_k omega_k times the KL of one distribution, p = sum_k omega_k p_k / W, plus what does
-    not depend on the student; of reverse KLs likewise with the mean of the logits. So all forward_kl sources share one gradient,
-    all reverse_kl sources another; a jsd source has its own. One source is :func:`fused_linear_caad_loss`, to the bit.
+    A weighted sum of forward KLs is W = sum_k omega_k times the KL of one distribution, p = sum_k omega_k p_k / W, plus a term
+    that does not depend on the student. The same holds for reverse KLs, with the mean of the logits. So all forward_kl sources
+    share one gradient and all reverse_kl sources share another; each jsd source has its own. With one source the result is
+    that of :func:`fused_linear_caad_loss`, to the bit.
 
     Args:
         student_hidden: (..., H_s) float32, bfloat16 or float16 (float64 with impl="reference").
         student_weight: (V_s, H_s). Its gradient is computed only if it requires one.
-        sources: one or more :class:`TeacherSource`. Widths, dtypes and padded vocabularies may differ; ids must mean the same.
+        sources: one or more :class:`TeacherSource`. Widths, dtypes and padded vocabularies may differ. An id must mean the
+            same token in all of them.
         target: (...) int64 or None, as in :func:`fused_caad_loss`. On the CPU ignored positions are left out of the GEMMs.
         student_bias, student_softcap, student_logit_scale, chunk_tokens, workspace_bytes: as in :func:`fused_linear_caad_loss`.
         logits_dtype: dtype of the student's and of one source's logits of a chunk; None: float32. The mixture is float32 always.
         temperature, kd_weight, ignore_index, kd_token_weight, ce_token_weight: as in :func:`fused_caad_loss`.
-        kd_normalizer, ce_normalizer, reduction: likewise. The sources' weights do not enter the normalizers.
+        kd_normalizer, ce_normalizer, reduction: as in :func:`fused_caad_loss`. The sources' weights do not enter the normalizers.
         vocab_size: number of valid ids; default the smallest of V_s and all V_k. Logits beyond it count as -inf on all sides.
         impl: "auto", "reference", "cpu", "triton" or "cuda" (row kernel in CUDA C++, mixing in Triton).
-        return_stats: also return :class:`MultiTeacherStats`; takes both paths of each source, and a row pass more a source.
+        return_stats: also return :class:`MultiTeacherStats`. This computes both paths of each source and one more row pass for
+            each.
 
-    There is no process_group: a vocabulary-parallel head takes one teacher (:func:`fused_linear_caad_loss`).
+    There is no process_group: a vocabulary-parallel head works with one teacher (:func:`fused_linear_caad_loss`).
 
     Returns:
         float32 loss (float64 for float64 inputs): () or, with reduction="none", (...); with ``return_stats`` a pair. Gradients
         reach student_hidden, student_weight and student_bias only. A token at which all omega are 0 has kd 0.
 
     -inf logits are legal as in :func:`fused_caad_loss`. Where a reverse KL is infinite, the token gets no gradient from any
-    reverse_kl source. A source that is masked throughout at a token contributes nothing there.
+    reverse_kl source. A source whose logits are all masked at a token contributes nothing there.
 
-    Extra memory: one chunk of logits, whatever K and N: the student's and one source's in ``logits_dtype`` and the mixture in
-    float32; one more in ``logits_dtype`` where a source needs both paths (a softcap with a contrast, or ``return_stats``), one
-    more in float32 where several forward_kl meet several reverse_kl sources. Besides N * H_s items for dh, V_s * H_s float32 for
-    dW where the head trains. Computes in float32 (float64 for the sums of a row on the CPU).
+    Extra memory: one chunk of logits for any K and N: the student's and one source's in ``logits_dtype`` and the mixture in
+    float32. One more in ``logits_dtype`` where a source needs both paths (a softcap with a contrast, or ``return_stats``). One
+    more in float32 where several forward_kl and several reverse_kl sources are given. Then N * H_s items for dh, and V_s * H_s
+    float32 for dW if the head trains. Computes in float32 (float64 for the sums of a row on the CPU).
 
     Raises:
-        ValueError, TypeError: naming the argument (``sources[1].weight``), expected and got. On the CPU also for a target outside
-            [0, vocab), a bad alpha or source_weight; on CUDA such a row's loss is NaN, unless KDKERNELS_CHECK=1.
-        RuntimeError: where ``impl`` names something that is not installed.
+        ValueError, TypeError: for a bad argument, with its name (``sources[1].weight``), expected and got. On the CPU also for a
+            target outside [0, vocab), a bad alpha or source_weight. On CUDA the loss of such a row is NaN, unless
+            KDKERNELS_CHECK=1.
+        RuntimeError: ``impl`` names something that is not installed.
 
     Source: source- and layer-wise distillation, arXiv 2509.18579; CAAD, arXiv 2606.23052.
     """

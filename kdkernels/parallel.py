@@ -1,9 +1,8 @@
 """Vocabulary-parallel loss: each rank of a process group holds the rows of the LM heads for its slice of the vocabulary.
 
 Hidden states, targets and options are the same on every rank. For each chunk of tokens the ranks exchange their row statistics
-in one collective, maxima and the sums taken relative to them together; each leaves the gradient of its own slice of the logits,
-and dh is summed over ranks once a call, so that loss and dh are complete on every rank and dW is the gradient of the rank's own
-rows.
+(maxima, and sums relative to them) in one collective. Each rank computes the gradient of its own slice of the logits, and dh is
+summed over ranks once a call. So every rank has the whole loss and the whole dh, and dW is the gradient of the rank's own rows.
 
 Legend: N tokens, C tokens of a chunk, V_r valid ids of this rank, W ranks.
 """
@@ -48,7 +47,7 @@ def as_group(process_group: Any) -> dist.ProcessGroup:
 def local_heads(process_group: Any, heads: LinearTensors) -> tuple[dist.ProcessGroup, LinearTensors]:
     """The group, and the heads with this rank's rows of each weight and bias.
 
-    A DTensor counts as its local shard, and names the group where none is given; its gradient is a DTensor again.
+    A DTensor counts as its local shard, and its group is used if none is given. Its gradient is a DTensor again.
 
     Raises:
         TypeError: a DTensor that is not sharded by rows over a one-dimensional mesh, one beside plain tensors without a

@@ -1,4 +1,4 @@
-"""kdkernels inside other people's training loops. Each needs its library and loads it when it is first asked for."""
+"""kdkernels inside training loops of other libraries. Each integration imports its library when it is first used."""
 
 from __future__ import annotations
 

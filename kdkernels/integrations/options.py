@@ -1,4 +1,4 @@
-"""The loss's settings of a run, checked before anything is loaded."""
+"""The settings of the loss for one run, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..loss_options import LinearLossOptions
 
 @dataclass(frozen=True)
 class CAADOptions:
-    """What `CAADTrainer` passes to `kdkernels.fused_linear_caad_loss`, which documents each; contrast may ramp up.
+    """What `CAADTrainer` passes to `kdkernels.fused_linear_caad_loss`, which documents each option; alpha may ramp up.
 
-    Raises ValueError for a value out of range, at construction.
+    A value out of range raises ValueError at construction.
     """
 
     alpha: float = 2.0

@@ -40,31 +40,32 @@ class CAADTrainer(Trainer):
 
         loss = kd_weight sum_i w_i kd_i / sum w + (1 - kd_weight) sum_i u_i ce_i / sum u
 
-    Both sums of weights (without weights: the number of positions that predict a label) are those of the whole optimiser
-    step, over gradient accumulation and, with args.average_tokens_across_devices (the default), over ranks: 4 x 4 rows are 16.
+    Both sums of weights (without weights: the number of positions that predict a label) are those of the whole optimiser step:
+    over gradient accumulation and, with args.average_tokens_across_devices (the default), over ranks. So 4 x 4 rows count as 16.
 
-    The student's loss is computed inside its own forward, in the place of its LM head (see `kdkernels.head_loss`), so that
-    DDP, FSDP and DeepSpeed ZeRO-3 gather the head as they do in any forward; no logits are built for more than a chunk of
-    tokens, in training or in evaluation.
+    The student's loss is computed inside its own forward, in the place of its LM head (see `kdkernels.head_loss`). So DDP, FSDP
+    and DeepSpeed ZeRO-3 gather the head as in any forward. Logits exist for one chunk of tokens at a time, in training and in
+    evaluation.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as for Trainer.
-        teacher: a `DualPathTeacher`, which is moved to args.device (one that ZeRO-3 has partitioned gets an engine of its own
-            and is frozen), or an open `ContrastCache` written by one.
-        teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes
-            a whole copy of a sharded one.
+        teacher: a `DualPathTeacher`, or an open `ContrastCache` that one has written. A DualPathTeacher is moved to
+            args.device. If ZeRO-3 has partitioned it, it gets an engine of its own and is frozen.
+        teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
+            whole copy of a sharded one.
         options: the loss's settings.
 
     `evaluate()` reports, by token over the whole dataset and all ranks: loss, kd, ce, student_entropy, teacher_entropy,
-    top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` returns in `predictions` a sample's weighted sums of
-    these from kd on, in `label_ids` its two sums of weights: there are no logits to return.
+    top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` has no logits to return. Its `predictions` are each
+    sample's weighted sums of these values, from kd on; its `label_ids` are the sample's two sums of weights.
 
-    Positions are found from `labels` on their device: one wait for a CUDA device a micro-batch.
+    Each micro-batch waits for a CUDA device once: the positions are found from `labels`.
 
     Raises:
-        ValueError, TypeError: naming the argument, or the column that a batch lacks.  Refused because the loss would not
-            honour them: compute_metrics, compute_loss_func, label smoothing, torch_compile, batch_eval_metrics, DataParallel,
-            tensor, context or sequence parallelism; an LM head with an adapter other than LoRA.
+        ValueError, TypeError: for a bad argument, or for a column that a batch lacks, with its name.  These raise because the
+        loss
+            could not follow them: compute_metrics, compute_loss_func, label smoothing, torch_compile, batch_eval_metrics,
+            DataParallel, tensor, context or sequence parallelism; an LM head with an adapter other than LoRA.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class CAADTrainer(Trainer):
         return None, by_row(weighted), by_row(weights)
 
     def _token_means(self, prediction: EvalPrediction) -> dict[str, float]:
-        """From what `prediction_step` returned for all samples, gathered and without the duplicates of a last batch."""
+        """Means by token from what `prediction_step` returned for all samples; duplicates of a last batch are gone."""
         predictions: Any = prediction.predictions  # one array each: prediction_step returns one tensor each
         label_ids: Any = prediction.label_ids
         kd_total, ce_total = label_ids.sum(0)
@@ -347,7 +348,7 @@ def _zero3_engine(model: nn.Module) -> Any:
 
     dtype = next(model.parameters()).dtype
     config = {
-        "train_micro_batch_size_per_gpu": 1,  # asked for, and of no account without an optimiser
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; without an optimiser it does nothing
         "zero_optimization": {"stage": 3},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},

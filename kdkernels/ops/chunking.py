@@ -1,6 +1,6 @@
-"""How the fused linear loss is cut up: which path runs, how many tokens a chunk takes, and what that should cost.
+"""How the fused linear loss is cut up: which path runs, how many tokens a chunk has, and how long that should take.
 
-The table of devices lets a plan be made, and its time predicted, for a GPU that is not at hand.
+With the table of devices one can plan, and predict the time, for a GPU that is not in this machine.
 
 Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths, F_s = 2 N V H_s and F_t = 2 N V H_t FLOP.
 """
@@ -30,7 +30,7 @@ WITHOUT_LOGITS = ("triton", CUDA_OR_TRITON)
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """A GPU as the planner sees it; the rates are what kernels reach, not what a data sheet promises."""
+    """A GPU for the planner. The rates are what kernels reach, not what its data sheet says."""
 
     multiprocessors: int
     memory_bytes: int
@@ -39,9 +39,9 @@ class DeviceModel:
     source: str
 
 
-# What an H100 reaches of its data sheet (3.35 TB/s, 989 TFLOP/s) is granted to the others as well.
+# The others are assumed to reach the same share of their data sheet as an H100 does (of 3.35 TB/s and 989 TFLOP/s).
 _MEASURED = "measured"
-_DERATED = "data sheet, derated by what an H100 reaches of its own"
+_DERATED = "data sheet, derated to the share that an H100 reaches of its own"
 _REACHED_BANDWIDTH, _REACHED_FLOP = 3.0 / 3.35, 800 / 989
 
 
@@ -51,7 +51,7 @@ def _derated(multiprocessors: int, gib: int, terabytes: float, teraflop: float) 
     )
 
 
-# Found by name in what torch.cuda.get_device_name says. Dense bf16 rates; the SXM boards of H100, H200 and A100.
+# By a part of what torch.cuda.get_device_name returns. Dense bf16 rates; the SXM boards of H100, H200 and A100.
 DEVICES = {
     "H100": DeviceModel(132, 80 << 30, 3.0e12, 800e12, _MEASURED),
     "H200": _derated(132, 141, 4.8, 989),
@@ -99,8 +99,8 @@ def plan_chunks(
     Args:
         student_width: H_s, from which the tiles of dh follow.
         device: where it runs; or
-        device_name: a GPU of DEVICES that need not be there (its memory counts as free).
-        chunk_tokens: fixes C; workspace_bytes: bounds the scratch.
+        device_name: a GPU of DEVICES, which need not be in this machine. All its memory counts as free.
+        chunk_tokens: fixes C. workspace_bytes: upper bound of the scratch.
 
     Raises ValueError where the workspace does not hold one token, and for a name that is not in the table.
     """
@@ -184,26 +184,26 @@ def choose_path(
 ) -> tuple[str, str]:
     """(CHUNKS or NO_LOGITS, the reason in words): the one place that decides how the fused linear loss runs.
 
-    ``impl`` is the chosen implementation, never "auto". Without logits a call needs next to no memory, and never fails for
-    want of ``workspace_bytes``. A gradient is not offered there: dh needs every logit again, once the row's sums are known, so
-    both heads' GEMMs would run twice; where memory is short, short chunks are cheaper.
+    ``impl`` is the chosen implementation, never "auto". Without logits a call needs very little memory, and never fails because
+    ``workspace_bytes`` is too small. That path has no gradient: dh needs every logit again once the row's sums are known, so the
+    GEMMs of both heads would run twice. Where memory is short, short chunks are cheaper.
     """
     if impl not in WITHOUT_LOGITS:
-        return CHUNKS, f"impl {impl!r} has no kernel that does without logits"
+        return CHUNKS, f"impl {impl!r} has no kernel that works without logits"
     if gradient:
-        return CHUNKS, "a gradient is asked for, and it is made from the logits"
+        return CHUNKS, "a gradient is wanted, and it is computed from the logits"
     if divergence == "jsd":
         return CHUNKS, "the jsd needs p and q of the whole row twice"
     if want_stats:
-        return CHUNKS, "statistics are asked for"
+        return CHUNKS, "statistics are wanted"
     if chunk_tokens is not None:
         return CHUNKS, "chunk_tokens given"
-    return NO_LOGITS, "no gradient is asked for: GEMMs with the online softmax in their epilogue"
+    return NO_LOGITS, "no gradient is wanted: GEMMs with the online softmax in their epilogue"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a call should cost on a device: FLOP and seconds of the GEMMs, bytes and seconds of the row kernel."""
+    """What a call should take on a device: FLOP and seconds of the GEMMs, bytes and seconds of the row kernel."""
 
     gemm_flop: float
     gemm_seconds: float

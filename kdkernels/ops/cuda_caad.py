@@ -1,6 +1,6 @@
 """The CUDA C++ row kernel (csrc/cuda): a cluster of thread blocks keeps a row in shared memory and reads it once.
 
-The compiled library is loaded when first needed. What does not fit a cluster is for Triton; see :func:`misfit`. The kernel has
+The compiled library is loaded when first needed. Triton computes what does not fit a cluster; see :func:`misfit`. The kernel has
 not run on a GPU yet: ``impl="auto"`` takes it only with KDKERNELS_CUDA_ROWS=1 (benchmarks/gpu/QUEUE.md: what has to pass first).
 """
 
@@ -36,7 +36,7 @@ def load_library() -> Any:
 
 @functools.cache
 def unavailable(device_index: int) -> str | None:
-    """Why no row kernel can run on this CUDA device, or None: asked of the device, for the kernel itself."""
+    """Why no row kernel can run on this CUDA device, or None. The device is asked for this very kernel."""
     try:
         library = load_library()
         with torch.cuda.device(device_index) if torch.cuda.is_available() else contextlib.nullcontext():
@@ -88,7 +88,7 @@ def fill_problem(
 
 
 def misfit(problem: RowProblem) -> str | None:
-    """What of this call the kernel does not take (shared memory apart, which the library knows), naming the argument; or None.
+    """The argument that the kernel does not take, and why; or None. (The library itself checks shared memory.)
 
     Rows are copied 16 bytes at a time: each must begin at a multiple of 16 bytes, and the last copy of a row, which may reach
     past the vocabulary, must stay inside the tensor's memory.
@@ -136,7 +136,7 @@ def try_rows(problem: RowProblem, blocks: int = 0) -> RowResult | str:
         if plan.blocks > 0:
             stream = torch.cuda.current_stream().cuda_stream
             library.caad_rows(native_problem, plan, device.index, stream)
-    del keep  # the stream's order keeps this memory from being used again before the kernel is through with it
+    del keep  # the order of the stream protects this memory until the kernel has finished
     if plan.blocks == 0:
         row = problem.spec.vocab * sum(x.element_size() for x in problem.read.values())
         return (

@@ -1,7 +1,8 @@
 """Which implementation runs, and why. `impl="auto"` chooses; an explicit choice never falls back to another.
 
-On CUDA "auto" means Triton. KDKERNELS_CUDA_ROWS=1 lets it take the CUDA C++ row kernel for every call that fits it, and Triton
-for the others: not by default before that kernel has passed its items in benchmarks/gpu/QUEUE.md, for it has never run on a GPU.
+On CUDA "auto" means Triton. With KDKERNELS_CUDA_ROWS=1 it takes the CUDA C++ row kernel for every call that fits it, and
+Triton for the others. This is not the default, because that kernel has never run on a GPU (benchmarks/gpu/QUEUE.md: what has
+to pass first).
 """
 
 from __future__ import annotations
@@ -27,20 +28,24 @@ CUDA_OR_TRITON = "cuda_or_triton"  # what "auto" may choose, beside the names ab
 
 
 def checks_enabled(device: torch.device) -> bool:
-    """Whether values of tensors are looked at: always on the CPU, on other devices (a sync) with KDKERNELS_CHECK=1."""
+    """Whether values of tensors are checked: always on the CPU; on other devices, where it waits, with KDKERNELS_CHECK=1."""
     return device.type == "cpu" or os.environ.get("KDKERNELS_CHECK", "0") == "1"
+
+
+def load_triton(module: str, function: str, user: str) -> Any:
+    """A launcher of ``kdkernels.ops.<module>``. Raises RuntimeError: ``user`` needs Triton, why it is missing, how to get it."""
+    try:
+        return getattr(importlib.import_module(f".{module}", __package__), function)
+    except ImportError as error:
+        raise RuntimeError(
+            f"{user} needs Triton, which could not be imported: {error}. Install it with "
+            "`pip install triton` (Linux; a CUDA build of PyTorch brings it along)."
+        ) from error
 
 
 @functools.cache
 def load_triton_rows() -> RowLauncher:
-    """The launcher of the Triton row kernel. Raises RuntimeError saying why it is missing and how to get it."""
-    try:
-        return importlib.import_module(".triton_caad", __package__).caad_rows
-    except ImportError as error:
-        raise RuntimeError(
-            f"impl='triton' needs Triton, which could not be imported: {error}. Install it with "
-            "`pip install triton` (Linux; a CUDA build of PyTorch brings it along)."
-        ) from error
+    return load_triton("triton_caad", "caad_rows", "impl='triton'")
 
 
 def triton_interpreted() -> bool:
@@ -61,8 +66,8 @@ def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tu
 
     The implementation is one of IMPLEMENTATIONS but "auto", or CUDA_OR_TRITON.
 
-    Raises ValueError for an unknown ``impl`` or one that cannot run on ``device``, TypeError for a dtype it lacks, RuntimeError
-    where it is not installed.
+    Raises ValueError for an unknown ``impl`` or one that cannot run on ``device``, TypeError for a dtype that it does not
+    support, RuntimeError where it is not installed.
     """
     check_implementation(impl)
     if impl == "auto":
@@ -90,13 +95,13 @@ def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tu
         reason = cuda_caad.unavailable(_index(device))
         if reason is not None:
             raise RuntimeError(f"impl='cuda': {reason}")
-    return impl, "asked for by name"
+    return impl, "given by the caller"
 
 
 def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
     unsupported = [d for d in dtypes if d not in native.DTYPES]
     if unsupported:
-        return "reference", f"{unsupported[0]} is computed by the eager formula alone"
+        return "reference", f"{unsupported[0]} has only the eager formula"
     if device.type == "cpu":
         if native.available():
             return "cpu", f"tensors on the CPU; native kernel ({native.instruction_set()})"

@@ -1,7 +1,7 @@
 """The layer loss in token chunks: projection GEMM, row kernel, GEMMs of the gradients; and its operator.
 
-Per chunk of C tokens: the projected states into scratch, one row kernel that leaves the loss and, in the scratch, the gradient,
-then one GEMM to the student's gradient and one to the projection's. Without a projection the row kernel alone.
+Per chunk of C tokens: a GEMM writes the projected states into scratch. One row kernel writes the loss and, into the scratch, the
+gradient. Then one GEMM makes the student's gradient and one the projection's. Without a projection the row kernel runs alone.
 
 Legend: N tokens, C tokens of a chunk, H_s / H_t hidden widths of student and teacher, W the width in which they are compared.
 """
@@ -33,8 +33,8 @@ from .gemm import (
 )
 from .schema import _scaled, half_gain, refuse_second_derivative, without_gradients
 
-# Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504; of unit vectors
-# they are small, and divided by the vector's length besides.
+# Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504. Differences of
+# unit vectors are small, and they are divided by the vector's length.
 _GAIN_PLAIN, _GAIN_NORMALIZED = 2.0**-6, 2.0**6
 
 
@@ -47,7 +47,7 @@ class LayerResult:
     projection_grad: Tensor | None
 
 
-# Rows of a layer are short: in chunks as few tokens as of logits, starting threads would cost as much as the products.
+# Rows of a layer are short. With as few tokens a chunk as for logits, starting threads would cost as much as the products.
 _CPU_SCRATCH_BYTES = 16 << 20
 
 
@@ -247,7 +247,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     without_gradients(ctx, output[1:])
-    # A token's own factor reaches the projection's gradient only inside the GEMM: an unreduced loss runs again in the backward.
+    # The GEMM of the projection's gradient needs each token's own factor: an unreduced loss runs again in the backward.
     ctx.again = not inputs[_REDUCED] and not inputs[_HIDDEN_GRAD] and not inputs[_PROJECTION_GRAD]
     if ctx.again:
         ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in inputs[:_TENSORS] if x is not None])

@@ -1,8 +1,8 @@
-"""The fused linear loss in token chunks: GEMM, row kernel, GEMM, with scratch for one chunk whatever the number of tokens.
+"""The fused linear loss in token chunks: GEMM, row kernel, GEMM. Scratch is that of one chunk for any number of tokens.
 
-Per chunk of C tokens: student logits into scratch, the contrast of the teacher's logits into scratch, one row kernel that leaves
-the gradient in the student's scratch, one GEMM that turns it into dh (and one into dW, accumulated in float32, where the head
-trains).
+Per chunk of C tokens: GEMMs write the student's logits and the contrast of the teacher's logits into scratch. One row kernel
+overwrites the student's logits with their gradient. One GEMM turns that into dh, and one into dW (accumulated in float32) if the
+head trains.
 
 Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths.
 """
@@ -103,8 +103,8 @@ class TeacherHead:
         text = None if self.text_hidden is None else self.text_hidden[chunk]
         if self.collapse and text is not None:
             audio = contrastive_hidden(audio, text, alpha)
-        # The contrast of low-precision states is float32, yet as two low-precision summands exact enough. Two of float16
-        # save nothing on the CPU, and can overflow.
+        # The contrast of low-precision states is float32. The sum of two low-precision tensors is exact enough. Two float16
+        # tensors save nothing on the CPU, and can overflow.
         split = self.audio_hidden.dtype == w.dtype and (w.dtype == torch.bfloat16 or w.device.type != "cpu")
         audio_logits = gemm(audio, w, b, scratch[0], split=split)
         if self.at_survivors and self.survivors is not None:
@@ -127,9 +127,9 @@ def linear_caad_chunks(
     survivors: Callable[..., None] | None = None,
     **chunks: Any,
 ) -> LinearResult:
-    """``gain``: a factor on the gradients inside, which leaves hidden_grad too large by it, and no other result.
+    """``gain``: a factor on the gradients inside. hidden_grad comes back too large by it; no other result does.
 
-    ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask; None: both paths densely.
+    ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask. None: both paths densely.
     ``chunks``: keywords of :func:`student_chunks`.
     """
     if gain is not None:
@@ -191,7 +191,7 @@ def student_chunks(
     bias_grad: bool,
     gain: Tensor | None,
 ) -> LinearResult:
-    """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, and what becomes of the gradient.
+    """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, then the GEMMs of the gradients.
 
     ``chunk_rows(chunk, student logits (C, V), scratch (teacher_buffers, C, V) in logits_dtype and (float32_buffers, C, V) in
     float32, grad (C, V) or None)`` fills ``grad``, which lies over the student's logits. ``keep``: the tokens that count (see
@@ -308,8 +308,8 @@ def picked(keep: Tensor | None, x: _MaybeTensor, dim: int = 0) -> _MaybeTensor:
     return x if x is None or keep is None else x.index_select(dim, keep)
 
 
-# Union of the survivors, as a share of the vocabulary, from which gathering their weights costs more than it saves: the two are
-# level at 0.6 on one core (bf16, chunks of 256, H_t 1024).
+# Share of the vocabulary that survives at some token of the chunk. Above it, gathering those weights costs more than it saves:
+# both ways take the same time at 0.6 on one core (bf16, chunks of 256, H_t 1024).
 DENSE_SHARE = 0.5
 _FLOOR = -1e30  # logits below it count as -inf, as in the kernels
 
@@ -336,8 +336,8 @@ def contrast_at_survivors(
     """z_audio becomes z_hat in place, on the CPU: z_text = h_text W_t^T + b_t only at ids that some token of the chunk keeps.
 
     ``spec``'s teacher scale and softcap are applied; what plausibility drops becomes -inf. Where the chunk keeps more than
-    DENSE_SHARE of the vocabulary, the weights are taken as they lie, a block at a time, instead of being gathered. Extra memory:
-    C * V bytes for the mask, and one block of VOCAB_BLOCK ids.
+    DENSE_SHARE of the vocabulary, the weights are not gathered but read as they are, a block at a time. Extra memory: C * V bytes
+    for the mask, and one block of VOCAB_BLOCK ids.
     """
     _as_logits(audio_logits, spec)
     threshold = audio_logits.amax(1).float().clamp_min_(_FLOOR) + spec.log_plausibility

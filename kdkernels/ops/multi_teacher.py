@@ -1,9 +1,9 @@
 """Several teachers behind one student: the chunk loop of :mod:`kdkernels.ops.linear` with one gradient for all that can be mixed,
 and its operator.
 
-Per chunk of C tokens: the student's logits, then a teacher's after the other into the same scratch and from there into the
-mixture (:mod:`kdkernels.ops.mixture`), then the row kernel once. A teacher that cannot be mixed has a row pass of its own; the
-gradients of several passes are added in float32.
+Per chunk of C tokens: first the student's logits. Then the teachers' logits, one teacher after the other, go into the same
+scratch and from there into the mixture (:mod:`kdkernels.ops.mixture`). Then the row kernel runs once. A teacher that cannot be
+mixed has a row pass of its own; the gradients of several passes are added in float32.
 
 Legend: N tokens, C tokens of a chunk, K teachers, V valid ids, H_s / H_k hidden widths.
 """

@@ -1,4 +1,4 @@
-"""The CPU kernels: loads the compiled library when first needed, and hands it addresses, sizes and strides.
+"""The CPU kernels: loads the compiled library when first needed, and passes it addresses, sizes and strides.
 
 ``caad_rows`` solves the row problem (``rows``), ``mix_rows`` the mixture problem (``mixture``).
 """
@@ -181,12 +181,12 @@ def layer_rows(
 
 
 def multiplies_bf16() -> bool:
-    """Whether :func:`bf16_gemm` is the best way here: vdpbf16ps, and no AMX, whose products torch's own library makes faster."""
+    """Whether :func:`bf16_gemm` is fastest here: with vdpbf16ps and without AMX. With AMX torch's own library is faster."""
     return available() and instruction_set() == "avx512_bf16" and not has_amx()
 
 
 def has_amx() -> bool:
-    """Whether torch's own library has the processor's AMX; a private name is the only way to ask."""
+    """Whether torch's own library can use the processor's AMX. Only a private name of torch tells."""
     return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
@@ -200,9 +200,9 @@ def bf16_gemm(
 ) -> None:
     """out (C, V) float32 = sum of parts (C, H) @ weight (V, H).T, all bf16, accumulated in float32.
 
-    At most two parts, which share one reading of the weight. Last strides are 1 and H is even. Scratch: 256 KiB a thread.
+    At most two parts: the weight is read once for both. Last strides are 1 and H is even. Scratch: 256 KiB a thread.
 
-    ``accumulate`` adds to what out holds; with ``weight_by_rows`` the weight is given as (H, V).
+    ``accumulate`` adds to what out holds. With ``weight_by_rows`` the weight is given as (H, V).
     """
     lib = load_library()
     g = lib.Bf16Gemm()

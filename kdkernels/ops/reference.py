@@ -1,6 +1,6 @@
-"""The formula in eager PyTorch: the oracle of tests and benchmarks (in float64), and a working implementation anywhere.
+"""The formula in eager PyTorch: the oracle of tests and benchmarks (in float64), and an implementation that runs on any device.
 
-Written to be read beside the maths, with no care for memory: it holds several (N, V) tensors in the compute dtype. Gradients
+Written to be read beside the maths. It does not save memory: it holds several (N, V) tensors in the compute dtype. Its gradients
 come from autograd, so they are independent of the analytic ones in the kernels.
 """
 
@@ -109,7 +109,7 @@ def caad_rows(
     valid = None if target is None else target != spec.ignore_index  # (N,)
 
     s = _logits(student, spec, spec.student_scale, spec.student_softcap, dtype)
-    s = torch.where(torch.isneginf(s), s.detach(), s)  # a masked token takes no gradient, as the label neither
+    s = torch.where(torch.isneginf(s), s.detach(), s)  # a masked token gets no gradient, not even as the label
     a = _logits(audio.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     t = None if text is None else _logits(text.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     if valid is not None:

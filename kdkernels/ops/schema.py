@@ -1,4 +1,4 @@
-"""The custom operators: one boundary each for the two hot paths, with fake and autograd, so that torch.compile sees through.
+"""The custom operators: one for each of the two hot paths, with fake and autograd, so that torch.compile can trace them.
 
 Everything is computed in the forward; the backward only scales. Registered at import; torch is all that is needed for that.
 
@@ -46,8 +46,10 @@ class LinearSettings:
 
     @classmethod
     def unpacked(cls, whole: Sequence[int], logits_dtype: torch.dtype, impl: str) -> LinearSettings:
-        chunk_tokens, workspace_bytes, *flags = whole
-        return cls(chunk_tokens or None, workspace_bytes or None, *map(bool, flags), logits_dtype, impl)
+        chunk_tokens, workspace_bytes, reduced, hidden_grad, weight_grad, bias_grad, want_stats = whole
+        grads = (bool(hidden_grad), bool(weight_grad), bool(bias_grad))
+        sizes = (chunk_tokens or None, workspace_bytes or None)
+        return cls(*sizes, bool(reduced), *grads, bool(want_stats), logits_dtype, impl)
 
     @property
     def any_grad(self) -> bool:
@@ -91,8 +93,8 @@ def all_stats(result: RowResult) -> Tensor:
 def half_gain(kd_coef: Tensor, ce_coef: Tensor, *dtypes: torch.dtype) -> Tensor | None:
     """The power of two by which a float16 gradient is stored too large, and which the backward takes out again; else None.
 
-    Without it a mean over thousands of tokens would leave the gradient among float16's subnormals, where a gradient scaler,
-    which acts in the backward, comes too late.
+    Without it the gradient of a mean over thousands of tokens would be among float16's subnormals. A gradient scaler acts in the
+    backward, which is too late.
     """
     if torch.float16 not in dtypes:
         return None
@@ -101,8 +103,8 @@ def half_gain(kd_coef: Tensor, ce_coef: Tensor, *dtypes: torch.dtype) -> Tensor 
 
 
 def refuse_second_derivative() -> None:
-    """For a backward: autograd records it exactly under create_graph=True. The gradient it hands out was made in the forward and
-    depends on nothing that is recorded, so a second derivative would silently come out as 0."""
+    """For a backward: RuntimeError under create_graph=True, the only time that autograd records it. The forward has computed the
+    gradient, and nothing that is recorded leads to it: a second derivative would silently be 0."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True: the fused losses have no second derivatives; impl='reference' computes them by autograd"
@@ -110,7 +112,7 @@ def refuse_second_derivative() -> None:
 
 
 def _is_one(grad_output: Tensor) -> bool:
-    """Whether scaling can be skipped; looked at only where that is neither a device sync nor traced."""
+    """Whether scaling can be skipped. Asked only on the CPU and not while tracing: elsewhere it would wait for the device."""
     plain = type(grad_output) is Tensor and grad_output.device.type == "cpu" and not torch.compiler.is_compiling()
     return plain and bool((grad_output == 1).all())
 
@@ -121,8 +123,9 @@ def _without_gain(grad_output: Tensor, gain: Tensor) -> Tensor:
 
 
 def _triton_scales(grad: Tensor) -> bool:
-    """Whether a gradient is scaled by the Triton kernel: one read and one write, and no float32 copy of a narrower one. Not
-    while tracing: there the compiler fuses what it sees."""
+    """Whether the Triton kernel scales a gradient: one read and one write, and no float32 copy of a narrower one. Not while
+    tracing:
+    the compiler fuses what it sees there."""
     plain = type(grad) is Tensor and grad.is_cuda and not torch.compiler.is_compiling()
     return plain and grad.stride(-1) == 1 and importlib.util.find_spec("triton") is not None
 
@@ -216,8 +219,9 @@ def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def without_gradients(ctx: Any, outputs: Sequence[Tensor]) -> None:
-    """``outputs`` are not differentiated. Autograd would still hand the backward a tensor of zeros for each: as large as a
-    gradient of logits or of an LM head."""
+    """``outputs`` are not differentiated. By default autograd would still pass a tensor of zeros for each to the backward, as
+    large
+    as a gradient of logits or of an LM head."""
     ctx.mark_non_differentiable(*outputs)
     ctx.set_materialize_grads(False)
 
@@ -239,7 +243,7 @@ caad_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 
 class InPlaceRows(torch.autograd.Function):
-    """The same with the gradient written over the student's logits; eager only. Its memory is consumed by the backward."""
+    """The same with the gradient written over the student's logits; eager only. The backward consumes that memory."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -248,7 +252,7 @@ class InPlaceRows(torch.autograd.Function):
         memory = student.detach()
         problem = RowProblem._make((memory, *tensors, spec, memory, want_stats))
         loss, stats, ctx.gain = solve_rows(problem, impl)
-        # Whoever else saved these logits for its backward must learn that they are gone.
+        # An operation that saved these logits for its backward has to learn that they are gone.
         torch.autograd.graph.increment_version(student)
         ctx.grad = memory
         stats = loss.new_empty(0) if stats is None else stats
@@ -391,8 +395,8 @@ def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
         without_gradients(ctx, output[1:])
         wanted = LinearSettings.unpacked(*inputs[-3:])
         ctx.structure = [_is_tensor_list(x) and len(x) for x in inputs]
-        # A token's own factor reaches dW only inside the GEMM, so an unreduced loss with a training head is run again with the
-        # factors in its coefficients. (The front end asked for no gradients in that forward.)
+        # The GEMM of dW needs each token's own factor. So an unreduced loss with a training head runs again, with the factors in
+        # its coefficients. (The front end asked for no gradients in that forward.)
         ctx.again = not wanted.reduced and not wanted.any_grad
         if ctx.again:
             flat, ctx.tree = tree_flatten(list(inputs[:tensors]))

@@ -1,7 +1,7 @@
 """The layer row problem (:mod:`kdkernels.ops.layer_rows`) in Triton: one program a row, which it keeps in registers.
 
-A row of 16,384 float32 states is 64 a thread of 8 warps; wider rows are refused. Sums are over the whole block at once, so the
-result does not depend on anything but the shape.
+A row of 16,384 float32 states is 64 a thread of 8 warps; wider rows raise ValueError. Sums are over the whole block at once,
+so the result depends on the shape alone.
 """
 
 from __future__ import annotations

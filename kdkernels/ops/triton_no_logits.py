@@ -8,14 +8,14 @@ tile of M tokens and a strip of the vocabulary. For each tile of its strip, M x 
 and folds them into the running maxima, shifted sums and the cross term of its tokens, as the row kernel does with logits it
 reads. The strips' results, (splits, N) a field, are merged by a second small kernel in a fixed order: deterministic.
 
-Where a tile waits. Two accumulators of 128 x 128 and an online softmax beside them do not fit into registers. So each product
-goes into a tile of memory of the program's own (128 KiB for s and z together) that every tile of the strip overwrites: some 20
-MiB on the whole GPU, which stay in L2. The epilogue streams it in slices of columns.
+Where a tile is stored. Two accumulators of 128 x 128 and an online softmax do not fit into registers together. So each product
+goes into a tile of memory of the program's own (128 KiB for s and z together), and every tile of the strip overwrites it:
+about 20 MiB on the whole GPU, which stay in L2. The epilogue reads it in slices of columns.
 
-The teacher's paths. Without softcap and plausibility mask they collapse: h is the contrast of the hidden states, for bf16
-weights as the sum of two bf16 tensors (relative error 2^-17), both multiplied with the same tile of W_t. Float16 could overflow
-there, and a softcap is not linear: then z_audio and z_text are formed one by one. A plausibility mask needs the maximum of
-z_audio first: one more GEMM; z_text is then formed only in tiles with a survivor.
+The teacher's paths. Without softcap and plausibility mask they collapse: h is the contrast of the hidden states. For bf16 weights
+it is the sum of two bf16 tensors (relative error 2^-17), both multiplied with the same tile of W_t. Float16 could overflow there,
+and a softcap is not linear: then z_audio and z_text are formed one by one. A plausibility mask needs the maximum of z_audio
+first, which takes one more GEMM. z_text is then formed only in tiles with a survivor.
 
 Legend: N tokens, V valid ids, H_s / H_t hidden widths, M x E a tile of tokens and ids, K a step of the inner dimension.
 """

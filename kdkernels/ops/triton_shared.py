@@ -320,7 +320,7 @@ def _is_vectorisable(tensor: torch.Tensor, vocab: int) -> bool:
 
 
 def _stride(tensor: torch.Tensor | None, dim: int) -> int:
-    """Stride of a leading dimension; 0 where it is never taken, whatever the tensor says."""
+    """Stride of a leading dimension; 0 for a dimension of size 1, whose stride has no meaning."""
     return 0 if tensor is None or tensor.shape[dim] == 1 else tensor.stride(dim)
 
 

@@ -7,8 +7,8 @@ kernel needs neither a text path nor a mask. One program owns M x E logits, coun
     few         one dot product of two rows, h_text and W_t, a survivor
     many        one dense product of the tile on tensor cores
 
-The choice falls on the device, so nothing is read back to the host, a CUDA graph can capture it, and the worst case costs a
-dense GEMM.
+The device makes this choice. So nothing is read back to the host, a CUDA graph can capture it, and the worst case costs one dense
+GEMM.
 
 Legend: C tokens of a chunk, V valid ids, H_t hidden width, M x E a tile of tokens and ids.
 """
@@ -28,8 +28,8 @@ from .triton_shared import _FLOOR, _MASKED, _alpha_stride, _contrast, _device_of
 # The dense product and z_audio are in registers together, one address a logit where rows are not aligned: a quarter of a GEMM
 # kernel's tile.
 ROWS, ROWS_FP32, COLUMNS = 64, 32, 64
-# Survivors a tile from which the dense product is cheaper, reasoned and not measured: for H_t 4096 a tile is 34 MFLOP, 13 us at
-# 2.6 TFLOP/s a multiprocessor; a dot product reads two rows of 8 KiB out of L2 and reduces them, about 1 us.
+# Survivors a tile from which the dense product is cheaper. Estimated, not measured: for H_t 4096 a tile is 34 MFLOP, 13 us at 2.6
+# TFLOP/s a multiprocessor. A dot product reads two rows of 8 KiB from L2 and reduces them, about 1 us.
 DENSE_FROM = 12
 
 
