@@ -8,6 +8,8 @@ from models.arguments import Parser
 
 DEFAULT_BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCES = ("text_backbone", "template")
+DEFAULT_MAX_NEW_TOKENS = 24
+DEFAULT_MAX_CHARACTERS = 160
 
 
 def pseudo_gt_parser() -> Parser:
@@ -30,5 +32,15 @@ def pseudo_gt_parser() -> Parser:
         default=0.5,
         help="share of rejected answers above which no manifest is written",
     )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_MAX_NEW_TOKENS,
+        help="longest answer of the backbone in tokens; one that does not end within it is rejected",
+    )
+    parser.add_argument(
+        "--max-characters", type=int, default=DEFAULT_MAX_CHARACTERS, help="a longer answer is rejected"
+    )
+    parser.add_argument("--restart", action="store_true", help="discard the answers of an unfinished run and begin again")
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
     return parser

@@ -10,8 +10,8 @@ The story of a run:
    `--source template` the task's sentence is filled in instead. The manifest names the source of each target.
 3. Every answer goes to a journal beside OUT and is on the disk before the next batch (journal.py). A killed run
    continues from there: no line is lost, and none is written twice.
-4. An answer is rejected if it is empty or too long, or if it names no choice, several, or the wrong one (acceptance.py).
-   A row whose answer is rejected is left out of the manifest; OUT.rejects.jsonl holds it with the reason.
+4. An answer is rejected if it is empty, cut off or too long, or if it names no choice, several, or the wrong one
+   (acceptance.py). A row whose answer is rejected is left out of the manifest; OUT.rejects.jsonl holds it with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ from tqdm import tqdm
 from models.data.manifest import SPLITS, Example, Manifest, ManifestError, read_manifest, write_manifest
 from models.io_utils import fingerprint
 from models.pseudo_gt.acceptance import check_answer, set_targets, write_rejects
-from models.pseudo_gt.commands import DEFAULT_BACKBONE, SOURCES, pseudo_gt_parser
+from models.pseudo_gt.commands import (
+    DEFAULT_BACKBONE,
+    DEFAULT_MAX_CHARACTERS,
+    DEFAULT_MAX_NEW_TOKENS,
+    SOURCES,
+    pseudo_gt_parser,
+)
 from models.pseudo_gt.journal import Journal, Stage1Error
 from models.pseudo_gt.wording import WORDING_VERSION, describe
 from models.pseudo_gt.writers import BackboneWriter, Writer, write_by_template
@@ -72,6 +78,9 @@ def run_stage1(
     task: str | None = None,
     batch_examples: int = 64,
     max_reject_fraction: float = 0.5,
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    max_characters: int = DEFAULT_MAX_CHARACTERS,
+    restart: bool = False,
     progress: bool = True,
 ) -> Stage1Report:
     """Give the manifest's examples their targets and write the result to `out`.
@@ -88,6 +97,9 @@ def run_stage1(
         batch_examples: how many examples the backbone gets at once.
         max_reject_fraction: if more answers are rejected, only the rejects are written: the wording does not suit the
             backbone.
+        max_new_tokens: longest answer of the backbone. An answer that does not end within it is rejected.
+        max_characters: a longer answer is rejected.
+        restart: discard the answers of an unfinished run, and write a finished `out` again.
         progress: show a bar on stderr.
 
     Returns:
@@ -97,16 +109,17 @@ def run_stage1(
         ValueError: an argument outside its range.
         Stage1Error: no such row, too many rejected answers, another run writes here, or the journal has other settings.
     """
-    _check_options(source, splits, batch_examples, max_reject_fraction)
+    _check_options(source, splits, batch_examples, max_reject_fraction, max_new_tokens, max_characters)
     out = Path(out)
     started = time.monotonic()
     selected = _select(manifest, splits, pool, task)
-    recipe = _Recipe(source, backbone if source == "text_backbone" else None)
+    by_backbone = source == "text_backbone"
+    recipe = _Recipe(source, backbone if by_backbone else None, max_new_tokens if by_backbone else None, max_characters)
     identity, rows = recipe.identity(selected), fingerprint([example.to_row() for example in manifest])
     report = Stage1Report(passed_through=len(manifest) - len(selected))
     prefix = _audio_prefix(manifest.audio_root, out)
-    with Journal(out.with_name(out.name + ".journal"), identity) as journal:
-        if _is_finished(out, identity, rows, report):
+    with Journal(out.with_name(out.name + ".journal"), identity, restart=restart) as journal:
+        if not restart and _is_finished(out, recipe, identity, rows, report):
             journal.discard()
             return report
         answers = journal.read({example.id for example in selected})
@@ -115,12 +128,13 @@ def run_stage1(
             writer = recipe.make_writer()
         _write_answers(selected, answers, journal, writer, batch_examples, progress=progress)
 
-        targets, rejects = _sort_out(selected, answers)
+        targets, rejects = _sort_out(selected, answers, max_characters)
         report.accepted = len(targets)
         report.rejected = Counter(row["reason"] for row in rejects)
         report.seconds = time.monotonic() - started
         write_rejects(out, rejects)
         if 1.0 - report.acceptance() > max_reject_fraction:
+            journal.complete()
             raise Stage1Error(f"more than {max_reject_fraction:.0%} of the answers were rejected; {report.summary()}")
         rejected = {row["id"] for row in rejects}
         kept = [example for example in manifest if example.id not in rejected]
@@ -130,11 +144,23 @@ def run_stage1(
     return report
 
 
-def _check_options(source: str, splits: Sequence[str], batch_examples: int, max_reject_fraction: float) -> None:
+def _check_options(
+    source: str,
+    splits: Sequence[str],
+    batch_examples: int,
+    max_reject_fraction: float,
+    max_new_tokens: int,
+    max_characters: int,
+) -> None:
     if source not in SOURCES:
         raise ValueError(f"source: expected one of {list(SOURCES)}, got {source!r}")
-    if batch_examples < 1:
-        raise ValueError(f"batch_examples: expected at least 1, got {batch_examples}")
+    for name, number in (
+        ("batch_examples", batch_examples),
+        ("max_new_tokens", max_new_tokens),
+        ("max_characters", max_characters),
+    ):
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
     if not 0.0 <= max_reject_fraction <= 1.0:
         raise ValueError(f"max_reject_fraction: expected a number from 0 to 1, got {max_reject_fraction}")
     for split in splits:
@@ -157,18 +183,24 @@ def _select(manifest: Manifest, splits: Sequence[str], pool: str | None, task: s
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How the answers are made: their source, and the backbone if the source is one."""
+    """How the answers are made: their source, the backbone and its limit if the source is one, and the longest accepted."""
 
     source: str
     backbone: str | None
+    max_new_tokens: int | None
+    max_characters: int
 
     def identity(self, selected: Sequence[Example]) -> str:
-        """The fingerprint of all that decides the answers."""
+        """The fingerprint of all that decides the answers, not which of them are accepted."""
         rows = [example.to_row() for example in selected]
-        return fingerprint({"wording": WORDING_VERSION, **dataclasses.asdict(self), "examples": rows})
+        limit = {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
+        made = {"source": self.source, "backbone": self.backbone, **limit}
+        return fingerprint({"wording": WORDING_VERSION, **made, "examples": rows})
 
     def make_writer(self) -> Writer:
-        return write_by_template if self.backbone is None else BackboneWriter.load(self.backbone)
+        if self.backbone is None:
+            return write_by_template
+        return BackboneWriter.load(self.backbone, max_new_tokens=self.max_new_tokens)
 
 
 def _write_answers(
@@ -200,13 +232,15 @@ def _write_answers(
             bar.update(len(written))
 
 
-def _sort_out(selected: Sequence[Example], answers: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+def _sort_out(
+    selected: Sequence[Example], answers: Mapping[str, str], max_characters: int
+) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The accepted answers by id, and the rejected ones as rows with their reason."""
     targets: dict[str, str] = {}
     rejects: list[dict[str, str]] = []
     for example in selected:
         text = answers[example.id]
-        reason = check_answer(text, example)
+        reason = check_answer(text, example, max_characters=max_characters)
         if reason is None:
             targets[example.id] = text
         else:
@@ -221,6 +255,8 @@ def _header(manifest: Manifest, recipe: _Recipe, identity: str, rows: str, repor
         "stage1": {
             "source": recipe.source,
             "backbone": recipe.backbone,
+            "max_new_tokens": recipe.max_new_tokens,
+            "max_characters": recipe.max_characters,
             "fingerprint": identity,
             "rows": rows,
             "accepted": report.accepted,
@@ -230,13 +266,14 @@ def _header(manifest: Manifest, recipe: _Recipe, identity: str, rows: str, repor
     }
 
 
-def _is_finished(out: Path, identity: str, rows: str, report: Stage1Report) -> bool:
+def _is_finished(out: Path, recipe: _Recipe, identity: str, rows: str, report: Stage1Report) -> bool:
     """Whether `out` is the complete result of these settings and rows; fills the report from its header."""
     if not out.exists():
         return False
     try:
         stage1 = read_manifest(out, check_audio=False).header["stage1"]
-        if (stage1["fingerprint"], stage1["rows"]) != (identity, rows):
+        made = stage1["fingerprint"], stage1["rows"], stage1.get("max_characters", DEFAULT_MAX_CHARACTERS)
+        if made != (identity, rows, recipe.max_characters):
             return False
         report.accepted = report.resumed = stage1["accepted"]
         report.rejected = Counter(stage1["rejected"])
@@ -278,6 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             task=arguments.task,
             batch_examples=arguments.batch_examples,
             max_reject_fraction=arguments.max_reject_fraction,
+            max_new_tokens=arguments.max_new_tokens,
+            max_characters=arguments.max_characters,
+            restart=arguments.restart,
         )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

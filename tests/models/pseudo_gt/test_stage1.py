@@ -17,6 +17,7 @@ import pytest
 from models.data.manifest import Example, Manifest, read_manifest, write_manifest
 from models.pseudo_gt.journal import Stage1Error
 from models.pseudo_gt.stage1 import main, run_stage1
+from models.pseudo_gt.writers import Answer
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -80,6 +81,72 @@ def test_too_many_rejected_is_an_error_and_the_answers_stay_in_the_journal(tmp_p
     with pytest.raises(Stage1Error, match=r"more than 50% of the answers were rejected; 0 targets accepted"):
         run_stage1(manifest, tmp_path / "out.jsonl", writer=lambda batch: [""] * len(batch), progress=False)
     assert not (tmp_path / "out.jsonl").exists() and (tmp_path / "out.jsonl.rejects.jsonl").exists()
+
+
+def test_an_answer_that_was_cut_off_is_rejected_also_after_a_stop(tmp_path):
+    manifest = _manifest(tmp_path, [gender(number) for number in range(3)])
+
+    def writer(batch):
+        if batch[0].id == "clip-2" and stops:
+            raise KeyboardInterrupt
+        return [Answer("The speaker is a man", ended=batch[0].id != "clip-0")]
+
+    options = {"writer": writer, "batch_examples": 1, "progress": False}
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        run_stage1(manifest, tmp_path / "out.jsonl", **options)
+    stops = False
+    report = run_stage1(manifest, tmp_path / "out.jsonl", **options)
+    assert dict(report.rejected) == {"cut off": 1} and report.resumed == 2
+    out = read_manifest(tmp_path / "out.jsonl")
+    assert [e.id for e in out] == ["clip-1", "clip-2"]
+    assert (out.header["stage1"]["max_new_tokens"], out.header["stage1"]["max_characters"]) == (24, 160)
+
+
+def test_another_limit_makes_the_manifest_again(tmp_path):
+    manifest, asked = _manifest(tmp_path, [gender(1), gender(2)]), []
+
+    def writer(batch):
+        asked.append(len(batch))
+        return ["The speaker is a man.", "The speaker is, as far as one can tell, a man."]
+
+    options = {"writer": writer, "progress": False}
+    with pytest.raises(Stage1Error, match="too long"):
+        run_stage1(manifest, tmp_path / "out.jsonl", max_characters=30, max_reject_fraction=0.0, **options)
+    assert run_stage1(manifest, tmp_path / "out.jsonl", **options).accepted == 2 and asked == [2]  # nothing is asked twice
+    assert run_stage1(manifest, tmp_path / "out.jsonl", max_characters=30, **options).accepted == 1
+    assert run_stage1(manifest, tmp_path / "out.jsonl", max_new_tokens=40, **options).accepted == 2
+    assert asked == [2, 2, 2]
+
+
+def test_restart_discards_what_an_earlier_run_left(tmp_path):
+    manifest = _manifest(tmp_path, [gender(1), gender(2)])
+
+    def stops(batch):
+        if batch[0].id == "clip-2":
+            raise KeyboardInterrupt
+        return ["The speaker is a man."]
+
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run_stage1(manifest, out, writer=stops, batch_examples=1, progress=False)
+    with pytest.raises(Stage1Error, match="unfinished run of other settings.*--restart"):
+        run_stage1(manifest, out, source="template", progress=False)
+    report = run_stage1(manifest, out, source="template", restart=True, progress=False)
+    assert (report.accepted, report.resumed) == (2, 0)
+    assert run_stage1(manifest, out, source="template", restart=True, progress=False).resumed == 0
+    (tmp_path / "out.jsonl.journal").write_bytes(b'{"stage1_journal": 1, "fingerprint": "x"}\n{{{\n')
+    with pytest.raises(Stage1Error, match="damaged.*--restart"):
+        run_stage1(manifest, out, writer=stops, progress=False)
+    assert run_stage1(manifest, out, source="template", restart=True, progress=False).accepted == 2
+
+
+def test_a_run_whose_answers_were_all_rejected_does_not_stand_in_the_way_of_another(tmp_path):
+    manifest, out = _manifest(tmp_path, [gender(1), gender(2)]), tmp_path / "out.jsonl"
+    for _ in range(2):
+        with pytest.raises(Stage1Error, match="0 targets accepted"):
+            run_stage1(manifest, out, writer=lambda batch: ["Well."] * len(batch), progress=False)
+    assert run_stage1(manifest, out, source="template", progress=False).accepted == 2
 
 
 def test_a_finished_run_is_not_repeated_and_a_changed_one_is(tmp_path):
@@ -265,6 +332,8 @@ def test_bad_arguments_are_named(tmp_path):
     for options, message in (
         ({"source": "oracle"}, "source: expected one of"),
         ({"batch_examples": 0}, "batch_examples: expected at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"max_characters": 0}, "max_characters: expected at least 1, got 0"),
         ({"max_reject_fraction": 2}, "max_reject_fraction: expected a number from 0 to 1, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
