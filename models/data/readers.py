@@ -43,6 +43,7 @@ _OFFERED = re.compile(
     r"\b(?:answers?|labels?|responses?|options?)\s+(?:could|should|can|may|must|might)\s+be\s+(.+)", re.I
 )
 _MAX_DESCRIPTION_CHARACTERS = 4096  # matching may take time with its square
+_TIMES = re.compile(r"\[\d{1,6}:\d\d(?:\.\d+)?-\d{1,6}:\d\d(?:\.\d+)?\]")
 _SEGMENT = re.compile(
     r"\[(\d{1,6}):(\d\d(?:\.\d+)?)-(\d{1,6}):(\d\d(?:\.\d+)?)\]\s*(.*?)\s*\(((?:[^()]|\([^()]*\))*)\)\s*$", re.DOTALL
 )
@@ -108,18 +109,25 @@ def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | N
     """Take `[00:00-00:05] text (Gender: female, Emotion: happy)` apart.
 
     Returns:
-        (text, {"gender": "female", "emotion": "happy"}, start, end in seconds), or None for text of another form.
+        (text, {"gender": "female", "emotion": "happy"}, start, end in seconds), or None for text of another form, such as
+        one of several segments. A comma in a value belongs to the value.
     """
     text = text.strip()
     match = _SEGMENT.fullmatch(text) if len(text) <= _MAX_DESCRIPTION_CHARACTERS else None
     if match is None:
         return None
     start_minutes, start_seconds, end_minutes, end_seconds, words, facts = match.groups()
-    metadata = {}
+    if _TIMES.search(words):
+        return None
+    metadata: dict[str, str] = {}
+    last = ""
     for fact in facts.split(","):
         name, colon, value = fact.partition(":")
         if colon:
-            metadata["_".join(name.casefold().split())] = value.strip()
+            last = "_".join(name.casefold().split())
+            metadata[last] = value.strip()
+        elif last:
+            metadata[last] += f", {fact.strip()}"
     start = 60 * int(start_minutes) + float(start_seconds)
     return words, metadata, start, 60 * int(end_minutes) + float(end_seconds)
 

@@ -38,17 +38,21 @@ from models.pseudo_gt.commands import (
     pseudo_gt_parser,
 )
 from models.pseudo_gt.journal import Journal, Stage1Error
-from models.pseudo_gt.wording import WORDING_VERSION, describe
+from models.pseudo_gt.wording import WORDING_VERSION, describe, not_told, told_by_name
 from models.pseudo_gt.writers import BackboneWriter, Writer, write_by_template
 
 
 @dataclass
 class Stage1Report:
-    """What a run did: rows accepted, passed through, rejected (by reason), and how many were there already."""
+    """What a run did: rows accepted, passed through, rejected (by reason), and how many were there already.
+
+    `not_told` counts the rows by the metadata that the backbone did not read.
+    """
 
     accepted: int = 0
     passed_through: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    not_told: Counter[str] = field(default_factory=Counter)
     resumed: int = 0
     seconds: float = 0.0
 
@@ -58,12 +62,16 @@ class Stage1Report:
         return self.accepted / written if written else 1.0
 
     def summary(self) -> str:
-        """A line of counts, and a line for each reason of a rejection."""
+        """A line of counts, a line for each reason of a rejection, and the metadata that were not told."""
         lines = [
             f"{self.accepted} targets accepted ({self.acceptance():.1%}), {sum(self.rejected.values())} rejected, "
             f"{self.passed_through} rows passed through, {self.resumed} taken from an earlier run, {self.seconds:.0f} s"
         ]
-        return "\n".join(lines + [f"  {count:6} {reason}" for reason, count in self.rejected.most_common()])
+        lines += [f"  {count:6} {reason}" for reason, count in self.rejected.most_common()]
+        if self.not_told:
+            names = ", ".join(f"{name} ({count})" for name, count in self.not_told.most_common())
+            lines.append(f"metadata that the backbone was not told, with the number of rows: {names}")
+        return "\n".join(lines)
 
 
 def run_stage1(
@@ -117,6 +125,8 @@ def run_stage1(
     recipe = _Recipe(source, backbone if by_backbone else None, max_new_tokens if by_backbone else None, max_characters)
     identity, rows = recipe.identity(selected), fingerprint([example.to_row() for example in manifest])
     report = Stage1Report(passed_through=len(manifest) - len(selected))
+    if by_backbone:
+        report.not_told = Counter(name for example in selected for name in not_told(example))
     prefix = _audio_prefix(manifest.audio_root, out)
     with Journal(out.with_name(out.name + ".journal"), identity, restart=restart) as journal:
         if not restart and _is_finished(out, recipe, identity, rows, report):
@@ -195,7 +205,9 @@ class _Recipe:
         rows = [example.to_row() for example in selected]
         limit = {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
         made = {"source": self.source, "backbone": self.backbone, **limit}
-        return fingerprint({"wording": WORDING_VERSION, **made, "examples": rows})
+        told = sorted({name for example in selected for name in told_by_name(example)})
+        by_name = {"told_by_name": told} if told and self.backbone is not None else {}
+        return fingerprint({"wording": WORDING_VERSION, **made, "examples": rows, **by_name})
 
     def make_writer(self) -> Writer:
         if self.backbone is None:

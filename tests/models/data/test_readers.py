@@ -190,6 +190,12 @@ def test_parse_description_undoes_the_wording_of_stage_1(text, start, length, la
     )  # fmt: skip
 
 
+def test_a_description_keeps_commas_within_values_and_several_segments_together():
+    text = "[00:00-00:05] Good luck. (Emotion: sad, slightly tired, Gender: female)"
+    assert parse_description(text)[1] == {"emotion": "sad, slightly tired", "gender": "female"}
+    assert parse_description("[00:00-00:05] Hi. (Gender: female)\n[00:05-00:09] Hello. (Gender: male)") is None
+
+
 @given(st.text(max_size=80))
 def test_parse_description_never_fails(text):
     parse_description(text)

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from models.data.manifest import Example, Manifest, read_manifest, write_manifest
+from models.io_utils import fingerprint
 from models.pseudo_gt.journal import Stage1Error
-from models.pseudo_gt.stage1 import main, run_stage1
+from models.pseudo_gt.stage1 import _Recipe, main, run_stage1
 from models.pseudo_gt.writers import Answer
 
 REPOSITORY = Path(__file__).parents[3]
@@ -325,6 +326,30 @@ def test_a_selection_of_nothing_is_an_error(tmp_path):
         run_stage1(manifest, tmp_path / "out.jsonl", source="template", task="gendre", progress=False)
     with pytest.raises(ValueError, match=r"splits: expected some of .*got 'trian'"):
         run_stage1(manifest, tmp_path / "out.jsonl", source="template", splits=("trian",), progress=False)
+
+
+def test_metadata_that_are_not_told_are_listed_with_their_rows(tmp_path):
+    rows = [gender(1), gender(2, metadata={"gender": "man", "speaker": "A", "speaking_style": "calm"})]
+    manifest = _manifest(tmp_path, rows)
+    report = run_stage1(
+        manifest, tmp_path / "out.jsonl", writer=lambda batch: ["The speaker is a man."] * len(batch), progress=False
+    )
+    assert dict(report.not_told) == {"speaker": 2, "pool": 1}
+    assert "the number of rows: speaker (2), pool (1)" in report.summary()
+    told = run_stage1(manifest, tmp_path / "template.jsonl", source="template", progress=False)
+    assert "metadata" not in told.summary()  # a template reads none
+
+
+def test_the_fingerprint_changes_only_where_other_words_are_read():
+    def identity(**metadata):
+        return _Recipe("text_backbone", "lm", 24, 160).identity([gender(1, metadata={"gender": "man", **metadata})])
+
+    def before(**metadata):
+        rows = [gender(1, metadata={"gender": "man", **metadata}).to_row()]
+        made = {"source": "text_backbone", "backbone": "lm", "max_new_tokens": 24}
+        return fingerprint({"wording": 1, **made, "examples": rows})
+
+    assert identity(speaker="JOE") == before(speaker="JOE") and identity(style="calm") != before(style="calm")
 
 
 def test_bad_arguments_are_named(tmp_path):

@@ -25,25 +25,25 @@ class _Characters:
 
 
 _SIZES = {
-    "vocab_size": 98, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 98, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
 }  # fmt: skip
 EXAMPLES = [
     gender(1),
     gender(2, "woman", transcription="A much longer line than the first one was."),
-    gender(3, transcription="Line 4."),
-    gender(4, task="content", question="Which word is spoken, cat or dog?", choices=("cat", "dog"), answer=None),
+    *(gender(number, transcription="Go. " * (number % 4)) for number in range(4, 14)),
+    gender(3, task="content", question="Which word is spoken, cat or dog?", choices=("cat", "dog"), answer=None),
 ]
 
 
 def _tiny(family, **config):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**_SIZES, **config})).eval()
+    torch.manual_seed(1)
     for weight in model.parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.4)  # wide enough for what is attended to to decide the answer
+            torch.nn.init.normal_(weight, std=0.3)  # wide enough for what is attended to to decide the answer
     return model
 
 
@@ -70,10 +70,9 @@ def _greedily(model, tokenizer, example, tokens):
     [
         ("llama", {}),
         ("mistral", {"sliding_window": 16}),
-        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}),
         ("mistral", {"sliding_window": 4000}),
-        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "window_size": 16, "attention_types": [[["global", "local"], 1]]}),
+        ("gpt_neo", {"num_layers": 6, "num_heads": 4, "window_size": 16, "attention_types": [[["global", "local"], 3]]}),
     ],
 )
 def test_answers_in_a_batch_are_those_of_each_row_alone_without_a_cache(family, config):
@@ -82,7 +81,10 @@ def test_answers_in_a_batch_are_those_of_each_row_alone_without_a_cache(family, 
     expected = [_greedily(model, tokenizer, example, 8) for example in EXAMPLES]
     answers = writer(EXAMPLES)
     assert [(str(answer), answer.ended) for answer in answers] == expected
-    assert [str(answer) for answer in writer(EXAMPLES)] == [text for text, _ in expected]  # the shared states stay
+    assert list(map(str, writer(EXAMPLES))) == [text for text, _ in expected]  # the shared states stay as they were
+    writer._window = float("inf")
+    padded = [str(answer) for answer in writer(EXAMPLES)]
+    assert (padded != [text for text, _ in expected]) == (16 in config.values()), "padding that the test must notice"
     assert len({text for text, _ in expected}) > 1
 
 
