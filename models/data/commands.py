@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.arguments import Parser
 from models.data.audio import MAX_SECONDS
+from models.data.example import SPLITS
 
 FORMS = ("desta", "dynamic_superb", "mcr_bench")
 
@@ -25,6 +26,8 @@ def convert_parser() -> Parser:
     parser.add_argument("--form", required=True, choices=FORMS, help="layout of the rows")
     parser.add_argument("--out", type=Path, required=True, help="manifest to write; read it with the same --audio-root")
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the rows')")
-    parser.add_argument("--split", default="test", help="split of rows that name none")
+    parser.add_argument(
+        "--split", choices=SPLITS, help="split of rows that name none (default: train for desta, test for the benchmarks)"
+    )
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad rows above which nothing is written")
     return parser

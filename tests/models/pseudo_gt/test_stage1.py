@@ -131,13 +131,13 @@ def test_restart_discards_what_an_earlier_run_left(tmp_path):
     out = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         run_stage1(manifest, out, writer=stops, batch_examples=1, progress=False)
-    with pytest.raises(Stage1Error, match="unfinished run of other settings.*--restart"):
+    with pytest.raises(Stage1Error, match=r"unfinished run of other settings.*--restart"):
         run_stage1(manifest, out, source="template", progress=False)
     report = run_stage1(manifest, out, source="template", restart=True, progress=False)
     assert (report.accepted, report.resumed) == (2, 0)
     assert run_stage1(manifest, out, source="template", restart=True, progress=False).resumed == 0
     (tmp_path / "out.jsonl.journal").write_bytes(b'{"stage1_journal": 1, "fingerprint": "x"}\n{{{\n')
-    with pytest.raises(Stage1Error, match="damaged.*--restart"):
+    with pytest.raises(Stage1Error, match=r"damaged.*--restart"):
         run_stage1(manifest, out, writer=stops, progress=False)
     assert run_stage1(manifest, out, source="template", restart=True, progress=False).accepted == 2
 
