@@ -21,6 +21,14 @@ class Parser(argparse.ArgumentParser):
         """An option of several words. Given twice, it holds the words of both."""
         self.add_argument(*names, nargs=nargs, action=_Collect, default=list(default), **options)
 
+    def add_allow_links(self) -> None:
+        """The option of every command that reads clips."""
+        self.add_argument(
+            "--allow-links",
+            action="store_true",
+            help="clips may be links that leave the folder of the audio (a hub's cache, git-annex, DVC)",
+        )
+
     def _nearest(self, message: str) -> str:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:

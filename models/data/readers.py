@@ -35,7 +35,7 @@ from typing import Any
 from models.data.audio import MAX_SECONDS
 from models.data.commands import FORMS, convert_parser
 from models.data.json_rows import read_json, read_rows
-from models.data.manifest import SPLITS, Example, Manifest, ManifestError, write_manifest
+from models.data.manifest import SPLITS, Example, Manifest, ManifestError, header_with_root, write_manifest
 from models.data.rows import AudioChecker, collect_examples
 
 # The split of rows that name none.
@@ -73,6 +73,7 @@ def read_foreign(
     max_bad_fraction: float = 0.05,
     check_audio: bool = True,
     max_seconds: float = MAX_SECONDS,
+    allow_links: bool = False,
 ) -> Manifest:
     """Read a file of one of FORMS.
 
@@ -82,7 +83,7 @@ def read_foreign(
         audio_root: folder that audio paths are relative to; absolute ones lie below it. None is the file's own folder.
         split: split of rows that do not name one; None is "train" for the desta form and "test" for the benchmarks.
         target_source: who wrote the targets of the desta form.
-        max_bad_fraction, check_audio, max_seconds: as for `read_manifest`.
+        max_bad_fraction, check_audio, max_seconds, allow_links: as for `read_manifest`.
 
     Returns:
         Manifest; the rows of problems count lines (array: elements) from 1.
@@ -117,7 +118,7 @@ def read_foreign(
         path,
         _rows(path, form),
         convert,
-        checker=AudioChecker(root, max_seconds=max_seconds) if check_audio else None,
+        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links) if check_audio else None,
         max_bad_fraction=max_bad_fraction,
     )
     return Manifest(examples, problems, root, {"form": form}, path)
@@ -359,8 +360,10 @@ def main(argv: list[str] | None = None) -> int:
             audio_root=arguments.audio_root,
             split=arguments.split,
             max_bad_fraction=arguments.max_bad_fraction,
+            allow_links=arguments.allow_links,
         )
-        write_manifest(arguments.out, manifest.examples, header=manifest.header)
+        header = header_with_root(manifest.header, audio_root=manifest.audio_root, folder=arguments.out.parent)
+        write_manifest(arguments.out, manifest.examples, header=header)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

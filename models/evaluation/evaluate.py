@@ -138,6 +138,7 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         manifest=arguments.manifest if arguments.benchmark else None,
         audio_root=arguments.audio_root,
         check_audio=arguments.features is None,
+        allow_links=arguments.allow_links,
         max_bad_fraction=arguments.max_bad_fraction,
     )
     _print_skipped(suite.problems)

@@ -17,7 +17,7 @@ def pseudo_gt_parser() -> Parser:
         prog="python -m models pseudo-gt", description="Stage 1: write the answers that the student learns from."
     )
     parser.add_argument("manifest", type=Path, help="JSONL manifest")
-    parser.add_argument("--out", type=Path, required=True, help="manifest to write, in the audio root or above it")
+    parser.add_argument("--out", type=Path, required=True, help="manifest to write")
     parser.add_argument("--source", default="text_backbone", choices=SOURCES, help="who writes the answers")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="id or folder of a causal language model")
     parser.add_argument(
@@ -43,4 +43,5 @@ def pseudo_gt_parser() -> Parser:
     )
     parser.add_argument("--restart", action="store_true", help="discard the answers of an unfinished run and begin again")
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
+    parser.add_allow_links()
     return parser

@@ -27,7 +27,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from models.data.manifest import SPLITS, Example, Manifest, ManifestError, read_manifest, write_manifest
+from models.data.manifest import (
+    SPLITS,
+    Example,
+    Manifest,
+    ManifestError,
+    header_with_root,
+    read_manifest,
+    write_manifest,
+)
 from models.io_utils import fingerprint
 from models.pseudo_gt.acceptance import check_answer, set_targets, write_rejects
 from models.pseudo_gt.commands import (
@@ -95,9 +103,9 @@ def run_stage1(
 
     Args:
         manifest: what `read_manifest` returned.
-        out: the manifest to write. It lies in the audio root or above it, so that it can name the audio. OUT.journal
-            lies beside it while the run lasts, and OUT.rejects.jsonl with the rejected rows. If `out` was already made
-            from the same examples in the same way, nothing is done.
+        out: the manifest to write. It may lie anywhere; where its folder is not above the audio root, its header names the
+            root. OUT.journal lies beside it while the run lasts, and OUT.rejects.jsonl with the rejected rows. If `out` was
+            already made from the same examples in the same way, nothing is done.
         source: "text_backbone" or "template".
         writer: writes the answers. None is the one of `source`; it is made only if answers are missing.
         backbone: id or folder of a causal language model.
@@ -127,7 +135,7 @@ def run_stage1(
     report = Stage1Report(passed_through=len(manifest) - len(selected))
     if by_backbone:
         report.not_told = Counter(name for example in selected for name in not_told(example))
-    prefix = _audio_prefix(manifest.audio_root, out)
+    prefix, root = _audio_prefix(manifest.audio_root, out)
     with Journal(out.with_name(out.name + ".journal"), identity, restart=restart) as journal:
         if not restart and _is_finished(out, recipe, identity, rows, report):
             journal.discard()
@@ -149,7 +157,7 @@ def run_stage1(
         rejected = {row["id"] for row in rejects}
         kept = [example for example in manifest if example.id not in rejected]
         finished = [_rebase(example, prefix) for example in set_targets(kept, targets, target_source=source)]
-        write_manifest(out, finished, header=_header(manifest, recipe, identity, rows, report))
+        write_manifest(out, finished, header=_header(manifest, root, out, recipe, identity, rows, report))
         journal.discard()
     return report
 
@@ -260,10 +268,12 @@ def _sort_out(
     return targets, rejects
 
 
-def _header(manifest: Manifest, recipe: _Recipe, identity: str, rows: str, report: Stage1Report) -> dict[str, object]:
+def _header(
+    manifest: Manifest, root: Path, out: Path, recipe: _Recipe, identity: str, rows: str, report: Stage1Report
+) -> dict[str, object]:
     """The input's header, and what this run did. `rows` stands for all rows of the input: some pass through to `out`."""
     return {
-        **{key: value for key, value in manifest.header.items() if key != "kdkernels_manifest"},
+        **header_with_root(manifest.header, audio_root=root, folder=out.parent),
         "stage1": {
             "source": recipe.source,
             "backbone": recipe.backbone,
@@ -295,13 +305,16 @@ def _is_finished(out: Path, recipe: _Recipe, identity: str, rows: str, report: S
     return True
 
 
-def _audio_prefix(audio_root: Path, out: Path) -> str:
-    """What to put before audio paths so that they are relative to the folder of `out`."""
+def _audio_prefix(audio_root: Path, out: Path) -> tuple[str, Path]:
+    """What to put before the audio paths of `out`, and the folder that they are then relative to.
+
+    A manifest above the audio root needs no header to find the clips: its own folder is the root.
+    """
     root, folder = audio_root.resolve(), out.parent.resolve()
     if not root.is_relative_to(folder):
-        raise ValueError(f"out: expected a file in {audio_root} or above it, so that it can name the audio, got {out}")
+        return "", root
     prefix = root.relative_to(folder).as_posix()
-    return "" if prefix == "." else f"{prefix}/"
+    return "" if prefix == "." else f"{prefix}/", folder
 
 
 def _rebase(example: Example, prefix: str) -> Example:
@@ -314,7 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Status 1 and one message if Stage 1 cannot be done; 130 after Ctrl-C (run it again to go on)."""
     arguments = pseudo_gt_parser().parse_args(argv)
     try:
-        manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root)
+        manifest = read_manifest(
+            arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
+        )
         for problem in manifest.problems:
             print(f"skipped {problem}", file=sys.stderr)
         report = run_stage1(

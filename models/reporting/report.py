@@ -29,6 +29,7 @@ from markupsafe import Markup
 
 from models.data.audio import AudioError, encode_audio, load_audio
 from models.data.manifest import Example, read_manifest
+from models.data.rows import link_problem
 from models.evaluation.predictions import KINDS, EvaluationError, Prediction, context_kind, read_predictions
 from models.evaluation.scoring import judge
 from models.io_utils import atomic_write_bytes, atomic_write_text
@@ -56,6 +57,7 @@ class Report:
         curves: label -> lines of a metrics file.
         examples: examples of the manifest, for the clips. Their audio paths are relative to `audio_root`.
         audio_root: None = no clips.
+        allow_links: clips may be links that leave `audio_root`.
         facts: tables of settings, data and times: (heading, rows of (name, value)).
         max_clips: clips to embed.
         results: folder of stored results (models/reporting/sections.py knows the files); None = the report shows none.
@@ -69,6 +71,7 @@ class Report:
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     audio_root: Path | None = None
+    allow_links: bool = False
     facts: Sequence[tuple[str, Sequence[tuple[str, Any]]]] = ()
     max_clips: int = 8
     results: Path | None = None
@@ -234,9 +237,10 @@ def choose_clips(report: Report) -> tuple[list[Clip], list[str]]:
             break
         first = group[0]
         title = first.pair_id or first.id
-        flac = _read_clip(report.audio_root, first)
+        problem = link_problem(report.audio_root, first.audio, allow_links=report.allow_links)
+        flac = None if problem else _read_clip(report.audio_root, first)
         if flac is None:
-            unreadable.append(title)
+            unreadable.append(f"{title} ({problem})" if problem else title)
             continue
         by_kind = {context_kind(e): e for e in group}
         kinds = [k for k in KINDS if k in by_kind]
@@ -274,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.manifest:
             manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root, check_audio=False)
             report.examples, report.audio_root = manifest.examples, manifest.audio_root
+            report.allow_links = arguments.allow_links
         if not systems or not arguments.manifest:
             report.missing = ["Clips to listen to need --predictions and --manifest."]
         path = write_report(arguments.out, report, markdown=arguments.markdown)

@@ -340,7 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = features_parser().parse_args(argv)
     try:
-        manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root)
+        manifest = read_manifest(
+            arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
+        )
         for problem in manifest.problems:
             print(f"skipped {problem}")
         model = SpeechLM.from_pretrained(arguments.model)

@@ -155,7 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
         made_from = teacher_fingerprint(arguments.teacher)
         manifest = read_manifest(
-            arguments.manifest, audio_root=arguments.audio_root, check_audio=arguments.features is None
+            arguments.manifest,
+            audio_root=arguments.audio_root,
+            check_audio=arguments.features is None,
+            allow_links=arguments.allow_links,
         )
         for problem in manifest.problems:
             print(f"skipped {problem}")

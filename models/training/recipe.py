@@ -51,6 +51,7 @@ class DataConfig:
 
     manifest: str = ""  # JSONL manifest (models/data/manifest.py)
     audio_root: str | None = None  # folder where the manifest's audio paths start; None = as the manifest says
+    allow_links: bool = False  # clips may be links that leave the audio root (a hub's cache, git-annex, DVC)
     features: str | None = None  # file of encoder features (models/speech_lm/features.py); None = encode now, in memory
     splits: tuple[str, ...] = ("train",)  # only examples of these splits
     tasks: tuple[str, ...] = ()  # only examples of these tasks; empty = all

@@ -155,6 +155,7 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
             max_bad_fraction=settings.max_bad_fraction,
             check_audio=settings.features is None,
             max_seconds=settings.max_clip_seconds,
+            allow_links=settings.allow_links,
         )
     except ManifestError as error:
         raise SourceError(f"data.manifest: {error}") from error

@@ -90,6 +90,18 @@ def test_only_the_mark_of_the_clip_is_taken_out_of_a_turn(root, content, questio
     assert example.question == question
 
 
+def test_a_converted_manifest_names_the_folder_of_its_audio(root, tmp_path_factory, capsys):
+    away, outside = tmp_path_factory.mktemp("away"), tmp_path_factory.mktemp("outside")
+    (root / "a.flac").rename(outside / "a.flac")
+    (root / "a.flac").symlink_to(outside / "a.flac")
+    (root / "rows.jsonl").write_text(json.dumps(DESTA))
+    words = [str(root / "rows.jsonl"), "--form", "desta", "--audio-root", str(root), "--out", str(away / "m.jsonl")]
+    assert main(words) == 1 and "--allow-links" in capsys.readouterr().err
+    assert main([*words, "--allow-links"]) == 0
+    manifest = read_manifest(away / "m.jsonl", allow_links=True)
+    assert len(manifest) == 1 and manifest.audio_root.resolve() == root
+
+
 def test_rows_without_a_split_are_training_data_or_a_benchmark(root):
     for form, row, split in (("desta", DESTA, "train"), ("dynamic_superb", SUPERB, "test"), ("mcr_bench", MCR, "test")):
         assert {e.split for e in _read(root, [row], form)} == {split}

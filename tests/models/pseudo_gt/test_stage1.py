@@ -295,12 +295,23 @@ def test_killed_at_random_points_it_ends_with_the_same_manifest(tmp_path):
 def test_audio_paths_stay_within_reach_of_the_new_manifest(tmp_path):
     folder = tmp_path / "deep" / "corpus"
     folder.mkdir(parents=True)
-    write_manifest(folder / "in.jsonl", [gender(1, audio="audio/a.flac")])
+    write_manifest(folder / "in.jsonl", [gender(1, audio="audio/a.flac")], header={"seed": 3})
     manifest = read_manifest(folder / "in.jsonl", check_audio=False)
     run_stage1(manifest, tmp_path / "out.jsonl", source="template", progress=False)
     assert read_manifest(tmp_path / "out.jsonl", check_audio=False).examples[0].audio == "deep/corpus/audio/a.flac"
-    with pytest.raises(ValueError, match=r"out: expected a file in .* or above it"):
-        run_stage1(manifest, folder / "below" / "out.jsonl", source="template", progress=False)
+    for out in (folder / "below" / "out.jsonl", tmp_path / "elsewhere" / "out.jsonl"):
+        run_stage1(manifest, out, source="template", progress=False)
+        made = read_manifest(out, check_audio=False)
+        assert made.audio_path(made.examples[0]).resolve() == folder / "audio" / "a.flac"
+        assert made.header["seed"] == 3 and str(tmp_path) not in out.read_text()
+        assert run_stage1(manifest, out, source="template", progress=False).resumed == 1
+        again = out.with_name("again.jsonl")  # the named root is handed on, also to a manifest above the audio
+        run_stage1(made, again, source="template", splits=("train",), progress=False)
+        run_stage1(made, tmp_path / "above.jsonl", source="template", progress=False)
+        for path in (again, tmp_path / "above.jsonl"):
+            read = read_manifest(path, check_audio=False)
+            assert read.audio_path(read.examples[0]).resolve() == folder / "audio" / "a.flac"
+        assert "audio_root" not in read_manifest(tmp_path / "above.jsonl", check_audio=False).header
 
 
 def test_a_run_that_failed_before_its_first_answer_does_not_stand_in_the_way_of_another(tmp_path):
