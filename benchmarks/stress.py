@@ -52,6 +52,8 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from models.arguments import Collect
+
 from .common import add_common_arguments, finish
 
 Done = Callable[[Iterable[str]], None]
@@ -634,7 +636,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_common_arguments(parser)
     parser.add_argument("--rounds", type=int, default=100, help="of each kind of work")
-    parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS), help="these kinds of work")
+    parser.add_argument("--only", nargs="+", action=Collect, choices=list(WORKS), default=list(WORKS), help="these kinds of work")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--lm", help="a language model, by id or folder, in place of the tiny random one")
     args = parser.parse_args(argv)

@@ -11,8 +11,10 @@ default value:
 
 (one line each in the file). Audio paths are relative to the audio root. That is the folder that the header names as
 "audio_root", relative to the manifest's own folder; without it, the manifest's folder. The paths may not leave the root: not
-by "..", not as absolute paths, and through links only if the reader allows them (`allow_links`). Bad rows are skipped, counted and listed. More of them
-than `max_bad_fraction` are an error. `python -m models check FILE` checks a manifest.
+by "..", not as absolute paths, and through links only if the reader allows them (`allow_links`).
+
+Bad rows are skipped, counted and listed. More of them than `max_bad_fraction` are an error. `python -m models check FILE`
+checks a manifest.
 """
 
 from __future__ import annotations

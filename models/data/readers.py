@@ -89,8 +89,8 @@ def read_foreign(
         Manifest; the rows of problems count lines (array: elements) from 1.
 
     Raises:
-        ValueError: `form` is unknown.
-        ManifestError: the file cannot be read, has no row, or too many bad ones.
+        ValueError: `form` is unknown, or `max_bad_fraction` lies outside [0, 1].
+        ManifestError: the audio root is no folder, or the file cannot be read, has no row, or too many bad ones.
     """
     converters: dict[str, Callable[[Mapping[str, Any], _Defaults], Iterator[Example]]] = {
         "desta": _from_desta,
@@ -99,8 +99,12 @@ def read_foreign(
     }
     if form not in converters:
         raise ValueError(f"form: expected one of {list(FORMS)}, got {form!r}")
+    if not 0.0 <= max_bad_fraction <= 1.0:
+        raise ValueError(f"max_bad_fraction: expected a number from 0 to 1, got {max_bad_fraction}")
     path = Path(path)
     root = Path(audio_root) if audio_root is not None else path.parent
+    if check_audio and not root.is_dir():
+        raise ManifestError(f"audio_root: expected a folder, got {root}")
     if split is None:
         split = _SPLITS[form]
     numbers = _Numbers()
@@ -354,6 +358,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command `convert`: one message and status 1 if the file cannot be converted."""
     arguments = convert_parser().parse_args(argv)
     try:
+        if arguments.out.absolute() == arguments.rows.absolute():
+            raise ValueError(f"--out: expected another file than the rows, got {str(arguments.out)!r}")
         manifest = read_foreign(
             arguments.rows,
             form=arguments.form,

@@ -26,7 +26,7 @@ def evaluate_parser() -> Parser:
     parser.add_argument(
         "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
     )
-    parser.add_argument("--alpha", type=float, default=1.0, help="strength of contrastive decoding")
+    parser.add_argument("--alpha", type=float, help="strength of contrastive decoding (default: 1)")
     parser.add_list("--controls", nargs="*", choices=CONTROLS, help="ask again without the audio, or with another clip's")
     parser.add_argument("--split", default="test", choices=SPLITS, help="which split is asked about")
     parser.add_list("--tasks", nargs="*", help="only these tasks")
@@ -56,5 +56,5 @@ def priors_parser() -> Parser:
     parser.add_list("--splits", default=["test"], choices=SPLITS, help="which splits are asked about")
     parser.add_list("--contexts", default=["neutral"], choices=KINDS, help="which contexts are asked about")
     parser.add_argument("--batch-examples", type=int, default=32, help="prompts in a forward pass")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     return parser

@@ -56,6 +56,15 @@ def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str
     Raises:
         EvaluationError: the file cannot be read, is not such an object, or has none of the predictions' ids.
     """
+    priors = _prior_answers(path)
+    asked = {p.id for p in predictions if not p.control}
+    known = {name: answer for name, answer in priors.items() if name in asked}
+    if not known:
+        raise EvaluationError(f"--priors {path}: none of its {len(priors)} ids is among the {len(asked)} predictions")
+    return known
+
+
+def _prior_answers(path: str | Path) -> dict[str, str]:
     try:
         priors = parse_object(Path(path).read_bytes())
         if text_priors.FILE_KEY in priors:
@@ -67,11 +76,7 @@ def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str
     for name, answer in priors.items():
         if not isinstance(answer, str):
             raise EvaluationError(f"--priors {path}: expected a string for {name!r}, got {type(answer).__name__}")
-    asked = {p.id for p in predictions if not p.control}
-    known = {name: answer for name, answer in priors.items() if name in asked}
-    if not known:
-        raise EvaluationError(f"--priors {path}: none of its {len(priors)} ids is among the {len(asked)} predictions")
-    return known
+    return priors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,12 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         scorer = load_scorer(arguments.scorer)  # first, so that a wrong name costs no work
+        _check_arguments(arguments)
         other = _nonempty_predictions(arguments.compare)[1] if arguments.compare else None
         if arguments.rescore:
             settings, predictions = _nonempty_predictions(arguments.rescore)
         elif not arguments.checkpoint or not (arguments.manifest or arguments.benchmark):
             parser.error("expected CHECKPOINT and MANIFEST, --benchmark NAME and CHECKPOINT, or --rescore FILE")
         else:
+            _check_checkpoint(arguments)
             settings, predictions = _evaluate_files(arguments)
         priors = read_priors(arguments.priors, predictions) if arguments.priors else None
         summary = summarize(predictions, scorer=scorer, priors=priors)
@@ -109,6 +116,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Find what cannot work, or contradicts itself, before anything is built, loaded or asked."""
+    if arguments.rescore and (arguments.checkpoint or arguments.manifest or arguments.benchmark):
+        raise EvaluationError("--rescore: expected no CHECKPOINT, MANIFEST or --benchmark beside it, since nothing is asked")
+    if arguments.alpha is not None and arguments.decoding != "contrastive" and not arguments.rescore:
+        raise EvaluationError("--alpha: expected --decoding contrastive beside it; greedy decoding has no strength")
+    arguments.alpha = 1.0 if arguments.alpha is None else arguments.alpha
+    for name in ("batch_examples", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            raise EvaluationError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    if not 0.0 <= arguments.max_bad_fraction <= 1.0:
+        raise EvaluationError(f"--max-bad-fraction: expected a number from 0 to 1, got {arguments.max_bad_fraction}")
+    if arguments.features and not Path(arguments.features).is_file():
+        raise EvaluationError(f"--features: no file {arguments.features!r}")
+    if arguments.priors:
+        _prior_answers(arguments.priors)
+    written = {} if arguments.rescore else {Path(arguments.out).absolute(): "--out"}
+    if arguments.json:
+        if Path(arguments.json).absolute() in written:
+            raise EvaluationError(f"--json: expected another file than --out, got {arguments.json!r}")
+        written[Path(arguments.json).absolute()] = "--json"
+    for name in ("rescore", "compare", "priors", "features", "manifest"):
+        path = getattr(arguments, name)
+        if path and (option := written.get(Path(path).absolute())):
+            raise EvaluationError(f"{option}: expected another file than {name.upper()} {path!r}, which is read")
+
+
+def _check_checkpoint(arguments: argparse.Namespace) -> None:
+    """Look at the model before the questions, which may have to be built. A finished evaluation needs no backbone."""
+    from models.speech_lm.saving import check_folder
+
+    if not Path(arguments.checkpoint).is_dir():
+        raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
+    try:
+        check_folder(arguments.checkpoint, backbones=not Path(arguments.out).exists(), encoder=not arguments.features)
+    except RuntimeError as error:  # BackboneError and SpeechLMError both are
+        raise EvaluationError(f"checkpoint: {error}") from error
+
+
 def _nonempty_predictions(path: str) -> tuple[dict[str, Any], list[Prediction]]:
     header, predictions = read_predictions(path)
     if not predictions:
@@ -130,8 +176,6 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     from models.backbones.device import pick_device
     from models.speech_lm.model import SpeechLM
 
-    if not Path(arguments.checkpoint).is_dir():
-        raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
     device = pick_device(arguments.device)
     suite = load_suite(
         arguments.benchmark or arguments.manifest,
@@ -216,6 +260,9 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
         there = sorted({(e.split, e.task) for e in suite.examples})
         held = ", ".join(f"{split} {task or '(no task)'}" for split, task in there)
         raise EvaluationError(f"{suite.name}: no example in {where}; it holds {held or 'none at all'}")
+    lacking = sorted(set(arguments.tasks) - {e.task for e in chosen})
+    if lacking:
+        raise EvaluationError(f"{suite.name}: no example in split {arguments.split!r} of task {', '.join(lacking)}")
     unanswered = [e for e in chosen if e.answer is None]
     if len(unanswered) == len(chosen):
         raise EvaluationError(

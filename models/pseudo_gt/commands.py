@@ -19,12 +19,12 @@ def pseudo_gt_parser() -> Parser:
     parser.add_argument("manifest", type=Path, help="JSONL manifest")
     parser.add_argument("--out", type=Path, required=True, help="manifest to write")
     parser.add_argument("--source", default="text_backbone", choices=SOURCES, help="who writes the answers")
-    parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="id or folder of a causal language model")
-    parser.add_argument(
+    parser.add_argument("--backbone", help=f"id or folder of a causal language model (default: {DEFAULT_BACKBONE})")
+    parser.add_comma_list(
         "--splits", default="train,dev", help="comma-separated splits that get answers; the others are copied"
     )
-    parser.add_argument("--pool", help='only rows with this metadata["pool"]; the others are copied')
-    parser.add_argument("--task", help="only rows of this task; the others are copied")
+    parser.add_list("--pool", nargs=1, help='only rows with this metadata["pool"]; may be repeated; the others are copied')
+    parser.add_list("--task", nargs=1, help="only rows of this task; may be repeated; the others are copied")
     parser.add_argument("--batch-examples", type=int, default=64, help="rows that the backbone reads at once")
     parser.add_argument(
         "--max-reject-fraction",
@@ -35,8 +35,8 @@ def pseudo_gt_parser() -> Parser:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=DEFAULT_MAX_NEW_TOKENS,
-        help="longest answer of the backbone in tokens; one that does not end within it is rejected",
+        help="longest answer of the backbone; one that does not end within these tokens is rejected "
+        f"(default: {DEFAULT_MAX_NEW_TOKENS})",
     )
     parser.add_argument(
         "--max-characters", type=int, default=DEFAULT_MAX_CHARACTERS, help="a longer answer is rejected"

@@ -16,6 +16,7 @@ The story of a run:
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -90,8 +92,8 @@ def run_stage1(
     writer: Writer | None = None,
     backbone: str = DEFAULT_BACKBONE,
     splits: Sequence[str] = ("train", "dev"),
-    pool: str | None = None,
-    task: str | None = None,
+    pool: str | Sequence[str] | None = None,
+    task: str | Sequence[str] | None = None,
     batch_examples: int = 64,
     max_reject_fraction: float = 0.5,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
@@ -109,7 +111,8 @@ def run_stage1(
         source: "text_backbone" or "template".
         writer: writes the answers. None is the one of `source`; it is made only if answers are missing.
         backbone: id or folder of a causal language model.
-        splits, pool, task: which examples get targets; None is all. The others pass through unchanged.
+        splits, pool, task: which examples get targets: those of one of the names; None is all. The others pass through
+            unchanged.
         batch_examples: how many examples the backbone gets at once.
         max_reject_fraction: if more answers are rejected, only the rejects are written: the wording does not suit the
             backbone.
@@ -186,13 +189,16 @@ def _check_options(
             raise ValueError(f"splits: expected some of {list(SPLITS)}, got {split!r}")
 
 
-def _select(manifest: Manifest, splits: Sequence[str], pool: str | None, task: str | None) -> list[Example]:
+def _select(
+    manifest: Manifest, splits: Sequence[str], pool: str | Sequence[str] | None, task: str | Sequence[str] | None
+) -> list[Example]:
+    pools, tasks = ((names,) if isinstance(names, str) else names for names in (pool, task))
     selected = [
         example
         for example in manifest
         if example.split in splits
-        and (pool is None or example.metadata.get("pool") == pool)
-        and (task is None or example.task == task)
+        and (pools is None or example.metadata.get("pool") in pools)
+        and (tasks is None or example.task in tasks)
     ]
     if not selected:
         raise Stage1Error(f"no row to write a target for (splits {list(splits)}, pool {pool}, task {task})")
@@ -323,29 +329,43 @@ def _rebase(example: Example, prefix: str) -> Example:
     return dataclasses.replace(example, audio=prefix + example.audio)
 
 
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `run_stage1`, checked before the manifest's clips are read."""
+    if arguments.source == "template":
+        for name in ("backbone", "max_new_tokens"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: expected --source text_backbone beside it, got template")
+    if arguments.out.absolute() == arguments.manifest.absolute():
+        raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
+    options: dict[str, Any] = {
+        "source": arguments.source,
+        "splits": tuple(filter(None, arguments.splits.split(","))),
+        "batch_examples": arguments.batch_examples,
+        "max_reject_fraction": arguments.max_reject_fraction,
+        "max_new_tokens": DEFAULT_MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens,
+        "max_characters": arguments.max_characters,
+    }
+    _check_options(**options)
+    return {
+        **options,
+        "backbone": arguments.backbone or DEFAULT_BACKBONE,
+        "pool": arguments.pool or None,
+        "task": arguments.task or None,
+        "restart": arguments.restart,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Status 1 and one message if Stage 1 cannot be done; 130 after Ctrl-C (run it again to go on)."""
     arguments = pseudo_gt_parser().parse_args(argv)
     try:
+        options = _options(arguments)
         manifest = read_manifest(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )
         for problem in manifest.problems:
             print(f"skipped {problem}", file=sys.stderr)
-        report = run_stage1(
-            manifest,
-            arguments.out,
-            source=arguments.source,
-            backbone=arguments.backbone,
-            splits=tuple(filter(None, arguments.splits.split(","))),
-            pool=arguments.pool,
-            task=arguments.task,
-            batch_examples=arguments.batch_examples,
-            max_reject_fraction=arguments.max_reject_fraction,
-            max_new_tokens=arguments.max_new_tokens,
-            max_characters=arguments.max_characters,
-            restart=arguments.restart,
-        )
+        report = run_stage1(manifest, arguments.out, **options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

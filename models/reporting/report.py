@@ -12,6 +12,7 @@ A Markdown file cannot hold figures and sound. They go into a folder beside it: 
 
 from __future__ import annotations
 
+import argparse
 import base64
 import datetime
 import hashlib
@@ -262,7 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     arguments = report_parser().parse_args(argv)
     try:
+        _check_arguments(arguments)
         systems, curves = _labelled(arguments.predictions), _labelled(arguments.metrics)
+        if arguments.reference is not None and arguments.reference not in systems:
+            raise ValueError(f"--reference: expected one of {list(systems)}, got {arguments.reference!r}")
         for path in curves.values():
             if not Path(path).is_file():
                 raise ValueError(f"--metrics: no file {path!r}")
@@ -289,6 +293,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.markdown:
         print(arguments.markdown)
     return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Find what contradicts itself before anything is read."""
+    if arguments.audio_root and not arguments.manifest:
+        raise ValueError("--audio-root: expected --manifest beside it, whose clips lie there")
+    if arguments.max_clips < 0:
+        raise ValueError(f"--max-clips: expected at least 0, got {arguments.max_clips}")
+    if arguments.markdown and Path(arguments.markdown).absolute() == Path(arguments.out).absolute():
+        raise ValueError(f"--markdown: expected another file than --out, got {arguments.markdown!r}")
 
 
 def _labelled(words: Sequence[str]) -> dict[str, str]:

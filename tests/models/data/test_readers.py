@@ -276,6 +276,21 @@ def test_parse_description_never_fails(text):
     parse_description(text)
 
 
+def test_a_conversion_that_cannot_work_is_found_first(root, capsys):
+    rows = root / "rows.jsonl"
+    rows.write_text(json.dumps(DESTA))
+    for words, message in (
+        (["--out", str(rows)], "--out: expected another file than the rows"),
+        (["--audio-root", str(root / "none")], "audio_root: expected a folder"),
+        (["--max-bad-fraction", "7"], "max_bad_fraction: expected a number from 0 to 1, got 7"),
+    ):
+        assert main([str(rows), "--form", "desta", "--out", str(root / "m.jsonl"), *words]) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(rows), "--form", "desta", "--out", str(root / "m.jsonl"), "--split", "trian"])
+    assert json.loads(rows.read_text()) == DESTA and not (root / "m.jsonl").exists()
+
+
 def test_command_line_converts_to_a_manifest(root, capsys):
     (root / "rows.jsonl").write_text(json.dumps(DESTA))
     assert main([str(root / "rows.jsonl"), "--form", "desta", "--out", str(root / "m.jsonl"), "--split", "train"]) == 0

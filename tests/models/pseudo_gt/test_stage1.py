@@ -378,6 +378,36 @@ def test_bad_arguments_are_named(tmp_path):
         run_stage1(manifest, tmp_path / "out.jsonl", writer=lambda batch: [], progress=False)
 
 
+def test_several_tasks_and_pools_get_answers(tmp_path):
+    rows = [gender(1), gender(2, task="other"), gender(3, task="third"), gender(4, metadata={"pool": "distill"})]
+    manifest = _manifest(tmp_path, rows)
+    report = run_stage1(manifest, tmp_path / "out.jsonl", source="template", task=["gender", "other"], progress=False)
+    assert (report.accepted, report.passed_through) == (3, 1)
+    report = run_stage1(
+        manifest, tmp_path / "out.jsonl", source="template", pool=("teacher",), task="gender", progress=False
+    )
+    assert (report.accepted, report.passed_through) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--source", "template", "--backbone", "x"], "--backbone: expected --source text_backbone beside it"),
+        (["--source", "template", "--max-new-tokens", "9"], "--max-new-tokens: expected --source text_backbone beside it"),
+        (["--splits", "trian"], "splits: expected some of"),
+        (["--max-reject-fraction", "2"], "max_reject_fraction: expected a number from 0 to 1"),
+        (["--batch-examples", "0"], "batch_examples: expected at least 1"),
+        (["--max-characters", "0"], "max_characters: expected at least 1"),
+        (["--out", "in.jsonl"], "--out: expected another file than the manifest"),
+    ],
+)
+def test_settings_that_cannot_work_are_found_before_the_manifest_is_read(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("models.pseudo_gt.stage1.read_manifest", lambda *_, **__: pytest.fail("the manifest was read"))
+    assert main(["in.jsonl", "--out", "out.jsonl", *words]) == 1
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
 def test_command_line(tmp_path, capsys):
     _manifest(tmp_path, [gender(1)])
     arguments = [str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]

@@ -219,6 +219,9 @@ def test_command_line(report, tmp_path, capsys):
         (["--manifest", str(tmp_path / "none.jsonl")], "none.jsonl: cannot be read"),
         (["--out", str(tmp_path / "p.jsonl" / "r.html")], "p.jsonl"),
         (["--results", str(tmp_path / "none")], "results: expected a folder, got"),
+        (["--audio-root", str(tmp_path)], "--audio-root: expected --manifest beside it"),
+        (["--max-clips", "-1"], "--max-clips: expected at least 0, got -1"),
+        (["--markdown", str(out)], "--markdown: expected another file than --out"),
         (["--reference", "him"], "reference: expected one of ['mine'], got 'him'"),
     ):
         assert main(["--out", str(out), "--predictions", f"mine={path}", *words]) == 1
