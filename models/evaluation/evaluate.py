@@ -48,6 +48,7 @@ from models.io_utils import atomic_write_json, fingerprint, sha256_file
 from models.speech_lm.features import FeatureError, clip_features
 
 _SKIPPED_SHOWN = 20
+_SETTINGS = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
 
 
 def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str, str]:
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("expected CHECKPOINT and MANIFEST, --benchmark NAME and CHECKPOINT, or --rescore FILE")
         else:
             _check_checkpoint(arguments)
+            _check_earlier(arguments)
             settings, predictions = _evaluate_files(arguments)
         priors = read_priors(arguments.priors, predictions) if arguments.priors else None
         summary = summarize(predictions, scorer=scorer, priors=priors)
@@ -225,10 +227,9 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
 
 def _settings(suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace) -> dict[str, Any]:
     """What decides the predictions; it stands in the first line of their file."""
-    names = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
     checkpoint = [sha256_file(p) for p in sorted(Path(arguments.checkpoint).rglob("*")) if p.is_file()]
     return {
-        **{name: getattr(arguments, name) for name in names},
+        **{name: getattr(arguments, name) for name in _SETTINGS},
         "mode": arguments.mode or suite.mode,
         "left_out": suite.left_out,
         # A checkpoint or manifest may change under the same name; the old answers are not those of the new one.
@@ -243,12 +244,25 @@ def _read_done(out: str, settings: Mapping[str, Any]) -> list[Prediction]:
         return []
     header, done = read_predictions(out, repair=True)
     if header.get("fingerprint") != fingerprint(settings):
-        raise EvaluationError(
-            f"{out}: holds predictions of other settings, of another model or of another manifest; "
-            "choose another --out or remove it"
-        )
+        raise _other_settings(out)
     print(f"going on from {out}: {len(done)} answers are there")
     return done
+
+
+def _check_earlier(arguments: argparse.Namespace) -> None:
+    """Compare an earlier predictions file with the arguments, before the questions are there to compare as well."""
+    if not Path(arguments.out).exists():
+        return
+    earlier = read_predictions(arguments.out)[0].get("settings", {})
+    if any(earlier[name] != getattr(arguments, name) for name in _SETTINGS if name in earlier):
+        raise _other_settings(arguments.out)
+
+
+def _other_settings(out: str) -> EvaluationError:
+    return EvaluationError(
+        f"{out}: holds predictions of other settings, of another model or of another manifest; "
+        "choose another --out or remove it"
+    )
 
 
 def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:

@@ -139,7 +139,7 @@ def run_stage1(
     if by_backbone:
         report.not_told = Counter(name for example in selected for name in not_told(example))
     prefix, root = _audio_prefix(manifest.audio_root, out)
-    with Journal(out.with_name(out.name + ".journal"), identity, restart=restart) as journal:
+    with Journal(_journal(out), identity, restart=restart) as journal:
         if not restart and _is_finished(out, recipe, identity, rows, report):
             journal.discard()
             return report
@@ -311,6 +311,10 @@ def _is_finished(out: Path, recipe: _Recipe, identity: str, rows: str, report: S
     return True
 
 
+def _journal(out: Path) -> Path:
+    return out.with_name(out.name + ".journal")
+
+
 def _audio_prefix(audio_root: Path, out: Path) -> tuple[str, Path]:
     """What to put before the audio paths of `out`, and the folder that they are then relative to.
 
@@ -357,9 +361,13 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Status 1 and one message if Stage 1 cannot be done; 130 after Ctrl-C (run it again to go on)."""
+    from models.backbones.resolve import resolve_backbone
+
     arguments = pseudo_gt_parser().parse_args(argv)
     try:
         options = _options(arguments)
+        if arguments.source == "text_backbone" and not (arguments.out.exists() or _journal(arguments.out).exists()):
+            resolve_backbone(options["backbone"], kind="causal_lm")  # a wrong id shall not cost the reading of all clips
         manifest = read_manifest(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )

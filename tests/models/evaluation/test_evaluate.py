@@ -355,6 +355,14 @@ def test_settings_that_cannot_work_are_found_before_anything_is_read(files, tmp_
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
+def test_an_earlier_file_of_other_settings_is_found_before_the_questions_are_read(files, tmp_path, monkeypatch, capsys):
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 0
+    monkeypatch.setattr("models.evaluation.evaluate.load_suite", lambda *_, **__: pytest.fail("the questions were read"))
+    assert main([*words, "--controls", "no_audio"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
 def test_a_task_that_is_not_there_is_named_beside_one_that_is(files, tmp_path, capsys):
     words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
     assert main([*words, "--tasks", "gender", "gendre"]) == 1

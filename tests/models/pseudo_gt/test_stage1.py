@@ -395,6 +395,7 @@ def test_several_tasks_and_pools_get_answers(tmp_path):
         (["--source", "template", "--backbone", "x"], "--backbone: expected --source text_backbone beside it"),
         (["--source", "template", "--max-new-tokens", "9"], "--max-new-tokens: expected --source text_backbone beside it"),
         (["--splits", "trian"], "splits: expected some of"),
+        (["--backbone", "gone/model"], "gone/model: the backbone was not found"),
         (["--max-reject-fraction", "2"], "max_reject_fraction: expected a number from 0 to 1"),
         (["--batch-examples", "0"], "batch_examples: expected at least 1"),
         (["--max-characters", "0"], "max_characters: expected at least 1"),
