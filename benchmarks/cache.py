@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kdkernels.contrast_cache import ContrastCache
+from models.backbones.causal_lm import read_head
 
 from .common import add_common_arguments, finish, time_calls, time_columns
 from .step import StepCase
@@ -68,7 +69,7 @@ def target_distribution(z_first: torch.Tensor, z_second: torch.Tensor) -> torch.
 def measure_errors(lm: Any, tokenizer: Any, count: int, ks: Sequence[int]) -> list[dict]:
     """A row a representation: bytes a token on the disk, and its error."""
     samples = two_paths(lm, tokenizer, count)
-    head = lm.get_output_embeddings()
+    head = read_head(lm).logits  # with what the family does to its logits
     first, second = (torch.cat([sample[i] for sample in samples]) for i in (0, 1))
     z_first, z_second = head(first), head(second)
     exact = target_distribution(z_first, z_second)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.backbones import resolve
-from models.backbones.causal_lm import pad_rows
+from models.backbones.causal_lm import pad_rows, read_head
 from models.backbones.commands import heal_parser
 from models.backbones.device import has_fast_bfloat16
 from models.backbones.healing_config import KEEP_LAYERS, HealingConfig
@@ -177,11 +177,9 @@ class _TextKL:
     """KL(teacher || student) of the next token, in nats; mean over the tokens of a batch of texts."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, config: HealingConfig) -> None:
-        from kdkernels.teacher import LMHead
-
         self.student, self.teacher = student, teacher
         self._batch_size = config.batch_size
-        self._student_head, self._teacher_head = LMHead.from_model(student), LMHead.from_model(teacher)
+        self._student_head, self._teacher_head = read_head(student), read_head(teacher)
         self._device = self._student_head.weight.device
         fast = config.precision == "auto" and has_fast_bfloat16(self._device)
         self._bfloat16 = config.precision == "bfloat16" or fast

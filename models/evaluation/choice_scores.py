@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
+from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.backbones.causal_lm import read_head
 from models.data.manifest import Example
 from models.data.prompts import target_template
 from models.speech_lm.collation import crop_to_targets
@@ -71,7 +72,7 @@ def choice_scores(
     if not hears:
         inputs["audio_present"] = torch.zeros_like(inputs["audio_present"])
 
-    head = LMHead.from_model(model, probe=False)
+    head = read_head(model)
     if any(alphas):
         states = DualPathTeacher(model, negative=MarkAbsent(), head=head)(inputs, index)
         audio, text = head.logits(states.audio_hidden).float(), head.logits(states.text_hidden).float()

@@ -32,7 +32,7 @@ def main() -> None:
     student, processor = toy_task.load(options.student, seed=options.seed, device=options.device)
     teacher.eval().requires_grad_(False)
     student.train()
-    teacher_head = LMHead.from_model(teacher)
+    teacher_head, student_head = LMHead.from_model(teacher), LMHead.from_model(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate)
     samples = toy_task.tones(options.batch * options.accumulate, options.seed)
 
@@ -57,10 +57,11 @@ def main() -> None:
             head = student.get_output_embeddings()
             if options.from_logits:
                 teacher_logits = [teacher_head.logits(hidden) for hidden in (audio_hidden, text_hidden)]
-                loss = fused_caad_loss(head(student_hidden), *teacher_logits, target, **settings)
+                loss = fused_caad_loss(student_head.post(head(student_hidden)), *teacher_logits, target, **settings)
             else:  # logits exist for a chunk of tokens at a time
                 loss = fused_linear_caad_loss(
                     student_hidden, head.weight, audio_hidden, text_hidden, target=target, student_bias=head.bias,
+                    student_softcap=student_head.softcap, student_logit_scale=student_head.logit_scale,
                     **teacher_head.keywords("teacher"), **settings,
                 )  # fmt: skip
             loss.backward()

@@ -98,6 +98,7 @@ def train(
 ) -> list[float]:
     """Train `student` in place and return the loss of every step. `head` is the teacher's LM head."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate)
+    own_head = LMHead.from_model(student)  # says what the student does to its logits
     losses = []
     for epoch in range(options.epochs):
         for batch in toy_task.batches(samples, options.batch, seed=options.seed + epoch):
@@ -106,9 +107,10 @@ def train(
             outputs = student.base_model(**inputs, use_cache=False)  # the model without its LM head: no logits
             hidden = outputs.last_hidden_state.flatten(0, 1)[index]
             audio_hidden, text_hidden = states_of(batch)
-            own_head = student.get_output_embeddings()
+            own_layer = student.get_output_embeddings()
             loss = fused_linear_caad_loss(
-                hidden, own_head.weight, audio_hidden, text_hidden, target=target, student_bias=own_head.bias,
+                hidden, own_layer.weight, audio_hidden, text_hidden, target=target, student_bias=own_layer.bias,
+                student_softcap=own_head.softcap, student_logit_scale=own_head.logit_scale,
                 alpha=options.alpha, kd_weight=options.kd_weight, **head.keywords("teacher"),
             )  # fmt: skip
             loss.backward()

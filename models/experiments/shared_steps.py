@@ -148,7 +148,7 @@ def load_speech_lm(context: Context, folder: Path) -> tuple[Any, Any, dict[str, 
 
     model = load_model(context, folder)
     store = FeatureStore.load(context.folders["features"] / "features.safetensors")
-    return model, store, {"prefix_cache": model.make_prefix_cache()}
+    return model, store, model.prefix_inputs()
 
 
 def recipe_words(context: Context, *, manifest: Path, folder: Path, out_dir: Path, words: Sequence[str]) -> list[str]:

@@ -104,5 +104,5 @@ class Cohort:
         key = str(model.config.lm)
         model.lm = self._lms.setdefault(key, model.lm)
         if key not in self._prefixes:
-            self._prefixes[key] = model.make_prefix_cache()
+            self._prefixes[key] = model.prefix_inputs().get("prefix_cache")
         return self._prefixes[key]

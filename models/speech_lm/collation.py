@@ -10,14 +10,16 @@ Legend: B rows, L columns, N target tokens of all rows.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.backbones.causal_lm import check_token_ids
 from models.data.manifest import AUDIO_PLACEHOLDER
 from models.data.prompts import render_prompt
 
@@ -87,6 +89,7 @@ class Collator:
         append_eos: end every target with the end-of-text token, so that the model learns to stop.
         max_tokens: longest row allowed, in tokens; None = no limit.
         pad_to_multiple_of: round L up to a multiple of this, so that fewer different shapes occur.
+        lm: the language model that reads the batches; None = its embeddings are not compared with the tokens.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Collator:
         append_eos: bool = True,
         max_tokens: int | None = None,
         pad_to_multiple_of: int = 1,
+        lm: nn.Module | None = None,
     ) -> None:
         if num_queries < 1:
             raise ValueError(f"num_queries: expected >= 1, got {num_queries}")
@@ -113,8 +117,12 @@ class Collator:
         self.append_eos = append_eos
         self.max_tokens = max_tokens
         self.pad_to_multiple_of = pad_to_multiple_of
+        # Few tokenizers are longer than the embeddings; most texts never use their last tokens.
+        rows = None if lm is None else lm.get_input_embeddings().weight.shape[0]
+        self._checked_lm = lm if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows else None
         pad = tokenizer.pad_token_id
-        self._pad_id = pad if pad is not None else (tokenizer.eos_token_id or 0)
+        usable = pad is not None and (rows is None or pad < rows)
+        self._pad_id = pad if usable else (tokenizer.eos_token_id or 0)
         self._start_ids = list(tokenizer("").input_ids) if tokenizer.bos_token_id is not None else []
         self._start_ids = [token for token in self._start_ids if token == tokenizer.bos_token_id][:1]
 
@@ -142,6 +150,8 @@ class Collator:
             self._choice_mask(example, ids) if with_target else []
             for example, ids in zip(examples, targets, strict=True)
         ]
+        for example, *ids in zip(examples, prompts, targets, strict=True):
+            self._check_ids(example, *ids)
         lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
         if self.max_tokens is not None and max(lengths) > self.max_tokens:
             worst = max(range(len(lengths)), key=lengths.__getitem__)
@@ -168,6 +178,16 @@ class Collator:
             target_row=torch.tensor([row for row, target in enumerate(targets) for _ in target], dtype=torch.int64),
             choice_mask=torch.tensor([flag for mask in masks for flag in mask], dtype=torch.bool),
         )
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        """ValueError where a text has a token without a row in the language model's embeddings."""
+        if self._checked_lm is not None:
+            for example in examples:
+                self._check_ids(example, self.prompt_ids(example), self.target_ids(example) if example.target else [])
+
+    def _check_ids(self, example: Example, *ids: list[int]) -> None:
+        if self._checked_lm is not None:
+            check_token_ids(itertools.chain(*ids), self._checked_lm, self.tokenizer, what=f"example {example.id!r}: ")
 
     def prefix_ids(self, example: Example) -> list[int]:
         """Tokens before the first audio token: what a `PrefixCache` is filled with."""

@@ -29,18 +29,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
 
 from kdkernels.layer_states import LayerStates
+from kdkernels.lm_head import accepts
 from kdkernels.packing import Packing
 from models.backbones import resolve
-from models.backbones.causal_lm import cache_keyword
+from models.backbones.causal_lm import cache_keyword, check_token_ids, has_only_attention, logit_post
 from models.speech_lm.collation import Collator, SpeechBatch, find_placeholder_id
 from models.speech_lm.config import SAMPLE_RATE, SpeechLMConfig
 from models.speech_lm.connector import Connector
-from models.speech_lm.prefix_cache import PrefixCache
+from models.speech_lm.prefix_cache import PrefixCache, why_not_cached
 from models.speech_lm.row_layout import (
     Packer,
     PrefixedCache,
@@ -48,6 +50,7 @@ from models.speech_lm.row_layout import (
     check_packable,
     continued_layout,
     full_mask,
+    left_padded,
     plain_layout,
     prefixed_layout,
 )
@@ -109,6 +112,8 @@ class SpeechLM(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.placeholder_token_id = _placeholder_id(config, tokenizer)
+        special = [self.placeholder_token_id, *filter(None, (tokenizer.eos_token_id, tokenizer.bos_token_id))]
+        check_token_ids(special, lm, tokenizer)
         self.lm = lm.requires_grad_(config.train_lm)
         self.connector = Connector(config.connector_config(lm.get_input_embeddings().embedding_dim))
         self._encoder: nn.Module | None = None
@@ -183,18 +188,28 @@ class SpeechLM(nn.Module):
     def make_collator(self, **options: Any) -> Collator:
         """A `Collator` with this model's tokenizer, number of queries and placeholder."""
         return Collator(
-            self.tokenizer, self.config.num_queries, placeholder_token_id=self.placeholder_token_id, **options
+            self.tokenizer, self.config.num_queries, placeholder_token_id=self.placeholder_token_id, lm=self.lm, **options
         )
 
     def make_prefix_cache(self, **options: Any) -> PrefixCache:
         """An empty `PrefixCache` of this model's language model.
 
         Raises:
-            ValueError: the language model trains, so its keys and values change in every step.
+            ValueError: the language model trains, so its keys and values change in every step; or it keeps other states.
         """
         if any(parameter.requires_grad for parameter in self.lm.parameters()):
             raise ValueError("train_lm: a prefix cache needs a frozen language model")
+        if (why := why_not_cached(self.lm)) is not None:
+            raise ValueError(f"prefix_cache: {type(self.lm).__name__} has to run without one: {why}")
         return PrefixCache(self.lm, **options)
+
+    def prefix_inputs(self, **options: Any) -> dict[str, Any]:
+        """`{"prefix_cache": make_prefix_cache(**options)}`; empty, with a line that says so, where the language model's states
+        cannot be kept."""
+        if (why := why_not_cached(self.lm)) is not None:
+            tqdm.write(f"prefix cache: {type(self.lm).__name__} runs without one: {why}")
+            return {}
+        return {"prefix_cache": self.make_prefix_cache(**options)}
 
     # --- audio ------------------------------------------------------------------------------------------------------
 
@@ -354,6 +369,8 @@ class SpeechLM(nn.Module):
         inputs = dict(batch.model_inputs() if isinstance(batch, SpeechBatch) else batch)
         prefix_cache = inputs.pop("prefix_cache", None) if prefix_cache is None else prefix_cache
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if prefix_cache is None:  # new tokens follow their row's last one in the next column, where a sliding window expects them
+            ids, mask = left_padded(ids, full_mask(ids, mask, 0))
         layout = self._layout(ids, mask, prefix_cache, None, True)
         hidden = self._run(layout, inputs.get("audio_features"), inputs.get("audio_present"))
         rows = torch.arange(len(ids), device=ids.device)
@@ -430,12 +447,15 @@ class SpeechLM(nn.Module):
             raise ValueError(f"input_ids: expected (B, L) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
         if isinstance(past, PrefixedCache):
             return continued_layout(input_ids, attention_mask, past)
-        past_columns = past.get_seq_length() if past is not None else 0
+        past_columns = 0
+        if past is not None:  # not asked of the cache: one without keys and values does not know
+            columns = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+            past_columns = max(columns - input_ids.shape[1], past.get_seq_length() if has_only_attention(self.lm) else 0)
         attention_mask = full_mask(input_ids, attention_mask, past_columns)
         pack = None if pack_tokens is None else self._packer(pack_tokens)
         if prefix_cache is None:
-            if past is None and use_cache:
-                past = DynamicCache()
+            if past is None and use_cache:  # with a config it keeps other states too, without one all columns of keys and values
+                past = DynamicCache() if has_only_attention(self.lm) else DynamicCache(config=self.lm.config)
             return plain_layout(input_ids, attention_mask, past, past_columns, pack)
         if past is not None:
             raise ValueError("past_key_values: cannot be combined with prefix_cache")
@@ -443,7 +463,9 @@ class SpeechLM(nn.Module):
             raise ValueError("prefix_cache: expected one made with this model's language model, got another's")
         if self._gradient_checkpointing and self.training:
             raise ValueError("prefix_cache: cannot be combined with gradient checkpointing, which drops the KV cache")
-        return prefixed_layout(input_ids, attention_mask, prefix_cache, self.placeholder_token_id, pack)
+        layout = prefixed_layout(input_ids, attention_mask, prefix_cache, self.placeholder_token_id, pack)
+        layout.grows = use_cache
+        return layout
 
     def _packer(self, pack_tokens: int) -> Packer:
         limit = None if self._runs_varlen else pack_tokens  # varlen: everything in one row
@@ -460,13 +482,16 @@ class SpeechLM(nn.Module):
         x = embeddings(layout.ids)  # (B, S, H)
         if not layout.continues:
             x = self._insert_audio(x, is_audio, features, present)
-        if layout.packing is None:
-            return self._body(x, layout.mask, layout.position_ids, layout.past, layout.past is not None)
-        x, keywords = layout.packing.take(x), {}
-        if self._runs_varlen:
-            begins, longest = layout.packing.cumulative_lengths(), max(layout.packing.lengths)
-            keywords = {f"cu_seq_lens_{side}": begins for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
-        return self._body(x, layout.mask, layout.position_ids, layout.past, layout.past is not None, **keywords)
+        keywords: dict[str, Any] = {}
+        if layout.packing is not None:
+            x = layout.packing.take(x)
+            if self._runs_varlen:
+                begins, longest = layout.packing.cumulative_lengths(), max(layout.packing.lengths)
+                keywords = {f"cu_seq_lens_{side}": begins for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
+        hidden = self._body(x, layout.mask, layout.position_ids, layout.past, layout.past is not None, **keywords)
+        if layout.grows:
+            layout.close_gaps()
+        return hidden
 
     def _insert_audio(self, x: Tensor, is_audio: Tensor, features: Tensor | None, present: Tensor | None) -> Tensor:
         """Put the connector's vectors at the audio positions, by gather and where: the CPU does not wait for the device."""
@@ -502,26 +527,18 @@ class SpeechLM(nn.Module):
         self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor, past: Any, use_cache: bool, **varlen: Any
     ) -> Tensor:
         decoder = self.lm.get_decoder()
+        if accepts(decoder, "position_ids"):
+            varlen["position_ids"] = position_ids
         return decoder(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            position_ids=position_ids,
             use_cache=use_cache,
             **{cache_keyword(decoder): past},
             **varlen,
         ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """The LM head, and what some families do with its logits: Cohere and Granite scale them, Gemma caps them softly."""
-        config = self.lm.config
-        logits = self.lm.get_output_embeddings()(hidden)
-        if getattr(config, "logit_scale", None):
-            logits = logits * config.logit_scale
-        if getattr(config, "logits_scaling", None):
-            logits = logits / config.logits_scaling
-        if getattr(config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        return logits
+        return logit_post(self.lm)(self.lm.get_output_embeddings()(hidden))
 
     def _set_encoder(self, encoder: nn.Module, feature_extractor: Any) -> None:
         check_encoder(encoder, self.config)

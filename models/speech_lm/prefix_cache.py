@@ -19,8 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
-from models.backbones.causal_lm import cache_keyword, pad_rows
+from kdkernels.lm_head import evaluating
+from models.backbones.causal_lm import cache_keyword, has_only_attention, pad_rows
 from models.io_utils import atomic_write_bytes
 
 _MIB = 1 << 20
@@ -42,6 +44,36 @@ class PrefixRows:
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
+
+
+@torch.no_grad()
+def why_not_cached(lm: nn.Module) -> str | None:
+    """Why a `PrefixCache` cannot serve `lm`; None where it can. The model is asked: three tokens at once and in two parts.
+
+    Layers with another state than keys and values (Mamba, linear attention, convolutions) forget the first part.
+    """
+    decoder, keyword = lm.get_decoder(), cache_keyword(lm.get_decoder())
+    if not has_only_attention(lm):
+        return "it has other layers than those of full or sliding attention"
+    ids = torch.arange(3, device=lm.get_input_embeddings().weight.device)[None]
+    mask = torch.ones_like(ids)
+    try:
+        with evaluating(decoder):
+            whole = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, 2]
+            past, again = DynamicCache(), DynamicCache()
+            decoder(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True, **{keyword: past})
+            states = [(layer.keys, layer.values) for layer in past.layers]
+            torch.stack([torch.stack(pair) for pair in states])  # one shape, as `PrefixCache` stores them
+            for number, pair in enumerate(states):
+                again.update(*pair, number)
+            inputs = {"input_ids": ids[:, 2:], "attention_mask": mask, "position_ids": ids[:, 2:], keyword: again}
+            parts = decoder(**inputs, use_cache=True).last_hidden_state[:, 0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        return f"a text in two parts raises {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    # 2e-2: in bfloat16 each side rounds by 2^-9 in every layer.
+    if not (parts - whole).double().norm() <= 2e-2 * whole.double().norm():
+        return "a text in two parts gives it other states than the whole text"
+    return None
 
 
 class PrefixCache:
@@ -197,8 +229,9 @@ class PrefixCache:
         autocast = torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
         try:
             with autocast:
-                output = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True)
-                cache = getattr(output, cache_keyword(decoder))
+                cache = DynamicCache()  # without a config: it keeps all columns, also those outside a sliding window
+                inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), cache_keyword(decoder): cache}
+                decoder(**inputs, use_cache=True)
         finally:
             decoder.train(was_training)
         # One copy to the host a batch; (layers, 2, B, heads, P, head width)

@@ -43,6 +43,7 @@ class RowLayout:
         start: (B,) the caller's column of each row's first token that is run; None = column 0 and S = L.
         continues: the call continues from the caller's own KV cache, which holds the audio.
         packing: how the B rows are packed before they are run; `mask` and `position_ids` are then those of the packed rows.
+        grows: more tokens follow behind the cached prefixes and the own tokens.
     """
 
     ids: Tensor
@@ -53,6 +54,7 @@ class RowLayout:
     start: Tensor | None
     continues: bool
     packing: Packing | None = None
+    grows: bool = False
 
     def scatter(self, hidden: Tensor, columns: int) -> Tensor:
         """Back to the caller's columns, zeros elsewhere."""
@@ -61,6 +63,19 @@ class RowLayout:
         target = torch.where(self.own_mask.bool(), target, columns)
         out = hidden.new_zeros(hidden.shape[0], columns + 1, hidden.shape[2])
         return out.scatter(1, target[..., None].expand(-1, -1, hidden.shape[2]), hidden)[:, :columns]
+
+    def close_gaps(self) -> None:
+        """Move the padding between the columns of each row's tokens in front of them, in the cache and in its mask.
+
+        A sliding window counts columns: tokens that follow must stand right behind the last token of their row.
+        """
+        order = (self.mask != 0).long().argsort(dim=1, stable=True)  # (B, columns)
+        for layer in self.past.layers:
+            where = order[:, None, :, None]
+            layer.keys, layer.values = (
+                states.gather(2, where.expand(-1, states.shape[1], -1, states.shape[3])) for states in (layer.keys, layer.values)
+            )
+        self.mask = self.past.mask = self.mask.gather(1, order)
 
     def positions_of(self, index: Tensor, columns: int, limit: int) -> Tensor:
         """`index` (N,), row * L + column of the caller, as numbers among the positions that are run.
@@ -92,11 +107,23 @@ def check_packable(lm_config: Any, pack_tokens: int, prefix_cache: PrefixCache |
     kinds = set(getattr(lm_config, "layer_types", None) or ())
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"pack_tokens: expected layers of attention, which keep samples apart, got {sorted(kinds)}")
-    if prefix_cache is not None:
-        sliding = "sliding_attention" in kinds or (not kinds and getattr(lm_config, "sliding_window", None) is not None)
-        if lm_config._attn_implementation != "sdpa" or sliding:
-            got = "a sliding window" if sliding else lm_config._attn_implementation
-            raise ValueError(f"prefix_cache: expected SDPA without a sliding window where pack_tokens is given, got {got}")
+    if prefix_cache is not None and (got := why_not_packed_with_prefixes(lm_config)):
+        raise ValueError(f"prefix_cache: expected SDPA without a sliding window where pack_tokens is given, got {got}")
+
+
+def why_not_packed_with_prefixes(lm_config: Any) -> str | None:
+    """What keeps a language model of this config from packed rows behind cached prefixes; None where nothing does."""
+    kinds = set(getattr(lm_config, "layer_types", None) or ())
+    sliding = "sliding_attention" in kinds or (not kinds and getattr(lm_config, "sliding_window", None) is not None)
+    if sliding:
+        return "a sliding window"
+    return None if lm_config._attn_implementation == "sdpa" else lm_config._attn_implementation
+
+
+def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, L) with each row's tokens at its end, whatever side their padding was on."""
+    order = (attention_mask != 0).long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
 def full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_columns: int) -> Tensor:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kdkernels.contrast_cache import ContrastCache
+from kdkernels.contrast_cache import ContrastCache, CorruptCacheError
 from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.backbones.causal_lm import read_head
 from models.speech_lm.collation import crop_to_targets
 from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
 from models.training.commands import CACHE_DTYPES, cache_parser
@@ -65,7 +66,8 @@ def fill_cache(
         ValueError: the folder holds a cache of another teacher, dtype or layers.
     """
     # torch multiplies other shapes where a weight requires grad (at::matmul folds a batch), and these round otherwise.
-    teacher = DualPathTeacher(model.requires_grad_(False), negative=MarkAbsent(), layers=layers)
+    head = read_head(model.requires_grad_(False))
+    teacher = DualPathTeacher(model, negative=MarkAbsent(), layers=layers, head=head)
     collate = model.make_collator()
     writer = ContrastCache.writer(
         folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=dtype, layers=layers, part=part,
@@ -112,7 +114,7 @@ def estimate(model: Any, examples: Sequence[Any], *, dtype: torch.dtype, layers:
 @torch.no_grad()
 def rounding_error(cache: ContrastCache, model: Any, store: Any, examples: Sequence[Any], *, alpha: float = 2.0) -> float:
     """Mean KL, in nats, from the target distribution of live states to that of cached states, at contrast `alpha`."""
-    teacher, collate = DualPathTeacher(model, negative=MarkAbsent()), model.make_collator()
+    teacher, collate = DualPathTeacher(model, negative=MarkAbsent(), head=read_head(model)), model.make_collator()
     batch = collate(examples, store.rows(examples)).to(model.device)
     live, held = teacher(batch.model_inputs(), batch.target_index), cache.get([e.id for e in examples])
 
@@ -138,6 +140,19 @@ def parse_layers(text: str, depth: int) -> tuple[int, ...]:
     return layers
 
 
+def _check_out(folder: Path, made_from: dict[str, Any], dtype: torch.dtype) -> None:
+    """Whether a cache that is there already can be continued: asked before the teacher is loaded."""
+    if not (folder / "cache.json").is_file():
+        return
+    try:
+        held = ContrastCache(folder, fingerprint=made_from, verify_checksums=False).dtype
+    except CorruptCacheError:
+        return  # its writer keeps the good shards
+    if held != dtype:
+        names = {one: name for name, one in DTYPES.items()}
+        raise CacheError(f"--dtype: expected {names[held]}, as the cache in {folder} has, got {names[dtype]}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     from models.backbones.device import pick_device
@@ -153,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CacheError(f"--part: expected I/N with I from 0 to N - 1, got {arguments.part!r}")
         if arguments.batch_examples < 1:
             raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
-        made_from = teacher_fingerprint(arguments.teacher)
+        made_from, dtype = teacher_fingerprint(arguments.teacher), DTYPES[arguments.dtype]
+        _check_out(Path(arguments.out), made_from, dtype)
         manifest = read_manifest(
             arguments.manifest,
             audio_root=arguments.audio_root,
@@ -167,7 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CacheError(f"{arguments.manifest}: no example with a target; they are written by python -m models pseudo-gt")
         model = SpeechLM.from_pretrained(arguments.teacher).requires_grad_(False).to(pick_device(arguments.device)).eval()
         layers = parse_layers(arguments.layers, len(decoder_layers(model.lm)))
-        dtype = DTYPES[arguments.dtype]
         tokens, needed = estimate(model, examples, dtype=dtype, layers=len(layers))
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(arguments.out).free
@@ -184,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         written = fill_cache(
             arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from,
-            extra_inputs={"prefix_cache": model.make_prefix_cache()}, dtype=dtype, layers=layers, part=number,
+            extra_inputs=model.prefix_inputs(), dtype=dtype, layers=layers, part=number,
             batch_examples=arguments.batch_examples,
         )  # fmt: skip
         cache = ContrastCache(arguments.out, fingerprint=made_from)

@@ -48,7 +48,7 @@ from models.training.objective import Normalizers, Part, PartLoss, counted_posit
 from models.training.recipe import ConfigError, Recipe, settings_to_continue, to_dict
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.stop_signals import noted_signals
-from models.training.teachers import Source
+from models.training.teachers import Source, check_packing
 
 
 class NonFiniteError(RuntimeError):
@@ -95,6 +95,7 @@ class TrainingLoop:
         self.compared = {source.name: source.layers for source in sources if source.layers is not None}
         if self.compared:  # in the model: one state dict and one list of parameters, for optimiser and checkpoints
             model.layer_distillation = torch.nn.ModuleDict(self.compared).to(self.device)
+        check_packing(model, data, self.device)
         objective = PartLoss(recipe, model, data, self.compared)
         self.objective = parallelize(objective, recipe.run.parallel, self.ranks, lm=getattr(model, "lm", None))
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -316,9 +317,6 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
         raise ConfigError(
             f"optim.batch_examples: expected a multiple of the {ranks.size} ranks, got {recipe.optim.batch_examples}"
         )
-    if recipe.run.parallel == "fsdp2" and recipe.model.prefix_cache_mib:
-        # A rank that has a prefix runs fewer layers than one that has not: the other would wait for its shards forever.
-        raise ConfigError(f"model.prefix_cache_mib: expected 0 with run.parallel=fsdp2, got {recipe.model.prefix_cache_mib}")
 
 
 def _seed_of(*numbers: int) -> int:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from kdkernels import TeacherSource, adaptive_alpha, fused_linear_multi_teacher_loss
+from kdkernels.lm_head import linear_of
+from models.backbones.causal_lm import logit_post
 from models.training.recipe import LossConfig, Recipe
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.teachers import LayerDistillation, TeacherStates
@@ -145,17 +147,20 @@ def objective_loss(
     Returns:
         the loss, and (name, mean, weight) of each curve to log.
     """
-    head = model.get_output_embeddings()
-    hidden = hidden.to(head.weight.dtype)  # autocast hands out bfloat16 states of a float32 model
+    post = logit_post(model)
+    # In the head's dtype: autocast hands out bfloat16 states of a float32 model.
+    hidden, weight, bias = linear_of(model.get_output_embeddings(), hidden)
     if not recipe.distils:
-        return _cross_entropy(hidden, head, target, weights.ce, ce_normalizer)
+        return _cross_entropy(post(F.linear(hidden, weight, bias)), target, weights.ce, ce_normalizer)
     settings = recipe.loss
     result = fused_linear_multi_teacher_loss(  # of one teacher: fused_linear_caad_loss, to the bit
         hidden,
-        head.weight,
+        weight,
         [teacher_source(recipe, name, step, one) for name, one in states.items()],
         target,
-        student_bias=head.bias,
+        student_bias=bias,
+        student_softcap=post.softcap,
+        student_logit_scale=post.scale,
         temperature=settings.temperature,
         kd_weight=settings.kd_weight,
         kd_token_weight=weights.kd,
@@ -173,10 +178,9 @@ def objective_loss(
 
 
 def _cross_entropy(
-    hidden: torch.Tensor, head: torch.nn.Linear, target: torch.Tensor, weights: torch.Tensor, normalizer: torch.Tensor
+    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor, normalizer: torch.Tensor
 ) -> tuple[torch.Tensor, list[Curve]]:
-    """The objective without any teacher, and its curves."""
-    logits = F.linear(hidden, head.weight, head.bias)  # (N, V)
+    """The objective without any teacher, from logits (N, V), and its curves."""
     token_loss = F.cross_entropy(logits.float(), target, reduction="none")  # (N,)
     loss = (token_loss * weights).sum() / normalizer
     right = (logits.argmax(-1) == target).double()
@@ -247,6 +251,7 @@ class PartLoss(torch.nn.Module):
         self, recipe: Recipe, model: torch.nn.Module, data: TrainingData, compared: Mapping[str, LayerDistillation]
     ) -> None:
         super().__init__()
+        logit_post(model)  # asked here, before the weights may be sharded
         self.model = model
         self._recipe = recipe
         self._data = data

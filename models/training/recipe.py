@@ -140,6 +140,7 @@ class LossConfig:
         _check(self.alpha >= 0, "loss.alpha", ">= 0", self.alpha)
         _check(self.alpha_start is None or self.alpha_start >= 0, "loss.alpha_start", ">= 0", self.alpha_start)
         _check(self.alpha_ramp_steps >= 0, "loss.alpha_ramp_steps", ">= 0", self.alpha_ramp_steps)
+        _check_ramp("loss.alpha", self.alpha_start, self.alpha_ramp_steps)
         half = self.alpha_half_divergence
         _check(half is None or half > 0, "loss.alpha_half_divergence", "> 0", half)
         _check(self.temperature > 0, "loss.temperature", "> 0", self.temperature)
@@ -237,6 +238,7 @@ class SourceConfig:
         _check(self.weight >= 0, "weight", ">= 0", self.weight)
         _check(self.weight_start is None or self.weight_start >= 0, "weight_start", ">= 0", self.weight_start)
         _check(self.weight_ramp_steps >= 0, "weight_ramp_steps", ">= 0", self.weight_ramp_steps)
+        _check_ramp("weight", self.weight_start, self.weight_ramp_steps)
         _check(self.alpha >= 0, "alpha", ">= 0", self.alpha)
         _one_of(self.divergence, "divergence", DIVERGENCES)
         _check(0 < self.jsd_beta < 1, "jsd_beta", "in (0, 1)", self.jsd_beta)
@@ -251,6 +253,14 @@ class SourceConfig:
     def weight_at(self, step: int) -> float:
         """Weight at optimiser step `step` (the first is 1): linear from weight_start to weight."""
         return ramp(self.weight, self.weight_start, self.weight_ramp_steps, step)
+
+
+def _check_ramp(name: str, start: float | None, steps: int) -> None:
+    """`NAME_start` and `NAME_ramp_steps` do something only together."""
+    if start is not None and steps == 0:
+        raise ConfigError(f"{name}_ramp_steps: expected >= 1 with {name}_start={start:g}, got 0")
+    if start is None and steps > 0:
+        raise ConfigError(f"{name}_ramp_steps: expected 0 without {name}_start, got {steps}")
 
 
 def ramp(value: float, start: float | None, steps: int, step: int) -> float:
@@ -365,14 +375,21 @@ class Recipe:
         self._check_paths()
         self._check_layers()
         self._check_sources()
+        self._check_run()
 
     def _check_paths(self) -> None:
-        """The divergence of the teacher's two paths needs a teacher that has both."""
-        lacks = {"sharpened": "which has no text path", "sources": "which has no teacher of its own"}.get(self.objective)
+        """Some settings of the loss need a teacher of the objective's own that has two paths."""
+        lacks = {"sharpened": "which has no text path"}.get(self.objective)
+        if not self.needs_teacher:
+            lacks = "which has no teacher of its own"
         if lacks and self.loss.kd_token_weight == "divergence":
             raise ConfigError(f"loss.kd_token_weight: expected uniform or choice with objective {self.objective!r}, {lacks}")
+        if self.objective == "kd":
+            lacks = "which has no contrast"
         if lacks and self.loss.alpha_half_divergence is not None:
             raise ConfigError(f"loss.alpha_half_divergence: expected null with objective {self.objective!r}, {lacks}")
+        if lacks and self.loss.center_text:
+            raise ConfigError(f"loss.center_text: expected false with objective {self.objective!r}, {lacks}")
 
     def _check_layers(self) -> None:
         if self.layers.weight > 0 and not self.needs_teacher:
@@ -388,6 +405,20 @@ class Recipe:
             raise ConfigError(f"sources: expected none with objective {self.objective!r}, which has no divergence; use 'sources'")
         if "teacher" in self.sources:
             raise ConfigError("sources.teacher: this name stands for the objective's own teacher; choose another")
+
+    def _check_run(self) -> None:
+        """Settings of different sections that no run can have together, whatever the model is."""
+        model, varlen = self.model, self.data.packing == "varlen"
+        if self.run.parallel == "fsdp2" and model.prefix_cache_mib:
+            # A rank that has a prefix runs fewer layers than one that has not: the other would wait for its shards forever.
+            raise ConfigError(f"model.prefix_cache_mib: expected 0 with run.parallel=fsdp2, got {model.prefix_cache_mib}")
+        if model.bf16_products and varlen:
+            raise ConfigError("model.bf16_products: expected false with data.packing=varlen, which needs CUDA")
+        cuda = self.run.device.startswith("cuda")
+        if model.bf16_products and cuda:
+            raise ConfigError(f"model.bf16_products: expected false with run.device={self.run.device}; it is for CPUs")
+        if varlen and self.run.device == "cpu":
+            raise ConfigError("data.packing: expected none or pack with run.device=cpu, got 'varlen', which needs CUDA")
 
     @property
     def needs_teacher(self) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from kdkernels.layer_states import decoder_layers
-from kdkernels.teacher import LMHead
+from models.backbones.causal_lm import read_head
 from models.backbones.device import inference_dtype
 from models.io_utils import fingerprint
 from models.speech_lm.collation import crop_to_targets
 from models.speech_lm.frozen_linear import use_bf16_products
+from models.speech_lm.row_layout import why_not_packed_with_prefixes
 from models.training.recipe import DataConfig, Recipe, SourceConfig, to_dict
 from models.training.teachers import (
     CachedTeacher,
@@ -36,6 +37,9 @@ from models.training.teachers import (
     kept_bytes,
     snapshot,
 )
+
+if TYPE_CHECKING:
+    from models.speech_lm.config import SpeechLMConfig
 
 _PADDED = DataConfig()
 OWN_TEACHER = "teacher"  # name of the objective's own teacher among the sources
@@ -89,21 +93,20 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     settings = recipe.model
     try:
         if settings.folder is None:
-            return SpeechLM.from_config(SpeechLMConfig.from_dict(settings.settings))
-        model = SpeechLM.from_pretrained(settings.folder)
+            model = SpeechLM.from_config(SpeechLMConfig.from_dict(settings.settings))
+        else:
+            model = SpeechLM.from_pretrained(settings.folder)
     except BackboneError as error:
         raise SourceError(str(error)) from error
     except SpeechLMError as error:
         raise SourceError(f"model.folder: {error}") from error
     except (TypeError, ValueError) as error:
-        raise SourceError(f"model.settings: {error}") from error
+        raise SourceError(f"{'model.settings' if settings.folder is None else 'model.folder'}: {error}") from error
     if settings.fresh_connector:
         model.connector.reset_parameters()
     if settings.feature_statistics is not None:
         copy_feature_statistics(settings.feature_statistics, model)
     if settings.bf16_products:
-        if model.config.train_lm:
-            raise SourceError("model.bf16_products: expected a frozen language model, got train_lm true")
         use_bf16_products(model.lm.get_decoder())
     return model
 
@@ -121,10 +124,10 @@ def copy_feature_statistics(folder: str, model: torch.nn.Module) -> None:
 
 
 def check_folders(recipe: Recipe) -> None:
-    """Check that the files and folders that `recipe` names exist, before a backbone is loaded or fetched.
+    """Check the files and folders that `recipe` names, and their settings, before a backbone is loaded or fetched.
 
     Raises:
-        SourceError: one is missing; the message names the key.
+        SourceError: one is missing, or does not fit the others or the recipe; the message names the keys.
     """
     wanted = [("data.features", recipe.data.features, "")]
     wanted += [(f"model.{name}", getattr(recipe.model, name), "speech_lm.json") for name in ("folder", "feature_statistics")]
@@ -135,6 +138,72 @@ def check_folders(recipe: Recipe) -> None:
     for key, given, inside in wanted:
         if given is not None and not (Path(given) / inside).is_file():
             raise SourceError(f"{key}: expected {'a folder with ' + inside if inside else 'a file'}, got {given}")
+    student = _check_student(recipe)
+    listening = {f"sources.{name}.folder": s.folder for name, s in recipe.sources.items() if s.role != "text" and s.folder}
+    if recipe.needs_teacher and recipe.teacher.cache is None:
+        listening["teacher.folder"] = recipe.teacher.folder
+    for key, folder in listening.items():
+        _check_same_clips(key, student, _saved_settings(key, folder))
+    if recipe.needs_teacher and recipe.teacher.cache is not None:
+        _check_cached_layers(recipe)
+
+
+def _saved_settings(key: str, folder: str) -> SpeechLMConfig:
+    """The settings of the SpeechLM in `folder`, which `key` names."""
+    from models.speech_lm.saving import SpeechLMError, read_record
+
+    try:
+        return read_record(Path(folder))[0]
+    except SpeechLMError as error:
+        raise SourceError(f"{key}: {error}") from error
+
+
+def _check_student(recipe: Recipe) -> SpeechLMConfig:
+    """The student's settings; SourceError where the recipe asks for what they do not allow."""
+    from models.speech_lm.config import SpeechLMConfig
+
+    key = "model.settings" if recipe.model.folder is None else "model.folder"
+    try:
+        if recipe.model.folder is None:
+            student = SpeechLMConfig.from_dict(recipe.model.settings)
+        else:
+            student = _saved_settings(key, recipe.model.folder)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{key}: {error}") from error
+    if recipe.model.bf16_products and student.train_lm:
+        raise SourceError(f"model.bf16_products: expected a frozen language model, got train_lm true in {key}")
+    if recipe.data.packing == "varlen" and student.lm_dtype == "float32":
+        raise SourceError(f"data.packing: varlen needs an LM in bfloat16 or float16, got lm_dtype float32 in {key}")
+    return student
+
+
+def _check_same_clips(key: str, student: SpeechLMConfig, teacher: SpeechLMConfig) -> None:
+    """SourceError unless a live teacher hears as much of each clip as the student, in features of one shape."""
+    for name in ("encoder_layers", "audio_frames", "max_audio_seconds"):
+        theirs, ours = getattr(teacher, name), getattr(student, name)
+        if theirs != ours:
+            raise SourceError(
+                f"{key}: expected {name} {ours}, as the student has, got {theirs}. A live teacher gets the student's features: "
+                "make both alike, or write the teacher's cache (python -m models cache) and pass teacher.cache"
+            )
+
+
+def _check_cached_layers(recipe: Recipe) -> None:
+    """SourceError where it is known already that teacher.cache lacks layers that are compared."""
+    from kdkernels.contrast_cache import ContrastCache
+
+    try:
+        held = ContrastCache(recipe.teacher.cache, verify_checksums=False).layers
+    except ValueError as error:
+        raise SourceError(f"teacher.cache: {error}") from error
+    wanted = {int(pair.split("-")[1]) for pair in recipe.layers.pairs}
+    missing = sorted(wanted - set(held))
+    if recipe.layers.weight > 0 and (missing or not held):
+        key, which = ("layers.pairs", f"those of {missing}") if missing else ("layers.weight", "any")
+        raise SourceError(
+            f"teacher.cache: expected the states of layers that {key} compares, got a cache without {which}; write it with "
+            "python -m models cache --layers"
+        )
 
 
 def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
@@ -217,7 +286,8 @@ def make_training_data(
     `layout`: its `packing` and `pack_tokens` say how the model lays out a batch.
 
     Raises:
-        SourceError: packing "varlen" without flash-attention 2, or with a language model in float32.
+        SourceError: packing "varlen" without flash-attention 2, or with a language model in float32; a text with a token that the
+            language model's embeddings lack.
     """
     if layout.packing == "varlen":
         prefix_cache_mib = 0
@@ -228,13 +298,20 @@ def make_training_data(
         if model.lm.dtype not in (torch.bfloat16, torch.float16):
             raise SourceError(f"data.packing: varlen needs an LM in bfloat16 or float16 (lm_dtype), got {model.lm.dtype}")
     collator = model.make_collator()
+    try:
+        collator.check_examples(examples)
+    except ValueError as error:
+        raise SourceError(str(error)) from error
 
     def make_batch(chosen: Sequence[Any]) -> Any:
         return collator(chosen, store.rows(chosen))
 
     extra: dict[str, Any] = {}
+    if prefix_cache_mib and layout.packing == "pack" and (why := why_not_packed_with_prefixes(model.lm.config)):
+        tqdm.write(f"model.prefix_cache_mib: {type(model.lm).__name__} runs without it under data.packing=pack: it has {why}")
+        prefix_cache_mib = 0
     if prefix_cache_mib:
-        extra["prefix_cache"] = model.make_prefix_cache(max_bytes=prefix_cache_mib << 20)
+        extra |= model.prefix_inputs(max_bytes=prefix_cache_mib << 20)
     if layout.packing != "none":
         extra["pack_tokens"] = layout.pack_tokens
     return TrainingData(examples, make_batch, extra, store, crop_to_targets)
@@ -346,13 +423,7 @@ def _build_source(
 
 def _check_same_features(key: str, model: torch.nn.Module, lm: torch.nn.Module) -> None:
     """SourceError unless a live teacher can use the features that the student's encoder has made."""
-    for name in ("encoder_layers", "audio_frames", "max_audio_seconds"):
-        theirs, ours = getattr(lm.config, name), getattr(model.config, name)
-        if theirs != ours:
-            raise SourceError(
-                f"{key}: expected {name} {ours}, as the student has, got {theirs}. A live teacher gets the student's features: "
-                "make both alike, or write the teacher's cache (python -m models cache) and pass teacher.cache"
-            )
+    _check_same_clips(key, model.config, lm.config)
     theirs, ours = lm.encoder.state_dict(), model.encoder.state_dict()
     if theirs.keys() != ours.keys() or not all(torch.equal(x.to(ours[name]), ours[name]) for name, x in theirs.items()):
         raise SourceError(f"{key}: expected the student's encoder {model.config.encoder}, got another ({lm.config.encoder})")
@@ -373,7 +444,7 @@ def _cached_teacher(
 
     try:
         cache = ContrastCache(recipe.teacher.cache, fingerprint=teacher_fingerprint(recipe.teacher.folder))
-        return CachedTeacher(cache, LMHead.from_model(lm.to(device)), device=device, content=content, layers=layers)
+        return CachedTeacher(cache, read_head(lm.to(device)), device=device, content=content, layers=layers)
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
 

@@ -29,13 +29,17 @@ from tqdm import tqdm
 
 from kdkernels.layer_mse import LayerProjections
 from kdkernels.layer_states import LayerStates
-from kdkernels.teacher import DualPathTeacher, LMHead, MarkAbsent
+from kdkernels.lm_head import evaluating
+from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.backbones.causal_lm import read_head
 from models.training.recipe import LayersConfig, SourceConfig
 
 if TYPE_CHECKING:
     from models.data.manifest import Example
 
 _KEPT_BATCH_EXAMPLES = 32
+# Relative: bfloat16 rounds to 2^-9 a layer, while examples that see each other are off by order 1.
+_PACKING_TOLERANCE = 0.1
 
 
 class SourceError(RuntimeError):
@@ -95,6 +99,34 @@ class Source:
     layers: LayerDistillation | None = None
 
 
+@torch.no_grad()
+def check_packing(lm: torch.nn.Module, data: Any, device: torch.device) -> None:
+    """Where `data` packs: does `lm` give two examples side by side in a row the states of padded rows?
+
+    Some families ignore the positions, or the masks, by which packed examples are kept apart.
+
+    Raises:
+        SourceError: it does not; the message names the family and the option.
+    """
+    if "pack_tokens" not in data.extra_inputs or not len(data.examples):
+        return
+    batch = _own_batch(data, [data.examples[0], data.examples[min(1, len(data.examples) - 1)]], device)
+    inputs = data.model_inputs(batch)
+    with evaluating(lm):
+        packed, padded = (
+            lm.hidden_states_at(batch.target_index, **{**inputs, "pack_tokens": tokens}).double()
+            for tokens in (batch.input_ids.numel(), None)
+        )
+    for row in range(2):  # each by itself: the first in a packed row has nobody before it
+        here = (batch.target_row == row).to(packed.device)
+        difference = (packed - padded)[here].norm() / padded[here].norm().clamp_min(1e-12)
+        if not difference < _PACKING_TOLERANCE:
+            raise SourceError(
+                f"data.packing: expected none with {type(lm.lm).__name__}, which does not keep packed examples apart: their "
+                f"states are {float(difference):.2g} off those of padded rows"
+            )
+
+
 class LiveTeacher:
     """Runs the frozen teacher on each batch: both paths in one pass (kdkernels.DualPathTeacher).
 
@@ -115,7 +147,9 @@ class LiveTeacher:
         layers: Sequence[int] = (),
         batch_examples: int = 0,
     ) -> None:
-        self._teacher = DualPathTeacher(lm.to(device).eval(), negative=MarkAbsent("audio_present"), layers=layers)
+        lm = lm.to(device).eval()
+        check_packing(lm, data, device)
+        self._teacher = DualPathTeacher(lm, negative=MarkAbsent("audio_present"), layers=layers, head=read_head(lm))
         self._data = data
         self._device = device
         self._batch_examples = batch_examples
@@ -201,10 +235,11 @@ class ListeningTeacher:
 
     def __init__(self, lm: torch.nn.Module, data: Any, *, device: torch.device, layers: Sequence[int] = ()) -> None:
         self._lm = lm.to(device).eval()
+        check_packing(self._lm, data, device)
         self._data = data
         self._device = device
         self._layers = tuple(layers)
-        self._head = LMHead.from_model(self._lm)
+        self._head = read_head(self._lm)
 
     @torch.no_grad()
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
@@ -244,6 +279,7 @@ class TextTeacher:
         reasoning: bool = False,
     ) -> None:
         from models.pseudo_gt.writers import WorkedPrefixes
+        from models.speech_lm.prefix_cache import why_not_cached
 
         self._lm = lm.to(device).eval()
         self._tokenizer = tokenizer
@@ -252,8 +288,9 @@ class TextTeacher:
         self._device = device
         self._layers = tuple(layers)
         self._reasoning = reasoning
-        self._prefixes = WorkedPrefixes(self._lm, tokenizer)
-        self._head = LMHead.from_model(self._lm)
+        # None: its state after the worked examples cannot be kept, so it reads them in every row.
+        self._prefixes = None if why_not_cached(self._lm) else WorkedPrefixes(self._lm, tokenizer)
+        self._head = read_head(self._lm)
 
     @torch.no_grad()
     def __call__(self, batch: Any, examples: Sequence[Example]) -> TeacherStates:
@@ -283,8 +320,13 @@ class TextTeacher:
 
     def _read(self, prefix: str, prompts: list[list[int]], targets: list[list[int]]) -> list[torch.Tensor]:
         """(n, H) or (n, 1 + K, H) of each row's target tokens."""
-        from models.backbones.causal_lm import cache_keyword, pad_rows
+        from models.backbones.causal_lm import cache_keyword, check_token_ids, pad_rows
 
+        if self._prefixes is None:
+            worked = self._tokenizer.encode(prefix)
+            prompts = [worked + prompt for prompt in prompts]
+        read = (token for row in (*prompts, *targets) for token in row)
+        check_token_ids(read, self._lm, self._tokenizer, what="text teacher: ")
         # The last target token is left out: nobody needs what it predicts.
         ids, mask = pad_rows([p + t[:-1] for p, t in zip(prompts, targets, strict=True)])
         columns = ids.shape[1]
@@ -293,17 +335,18 @@ class TextTeacher:
             for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
             for n in range(len(target))
         ]
-        prefix_ids, cache = self._prefixes.expanded(prefix, len(prompts))
-        length = prefix_ids.shape[1]
         ids, mask, at = (x.to(self._device) for x in (ids, mask, torch.tensor(index)))
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.cat([mask.new_ones(len(prompts), length), mask], 1),
-            "position_ids": length + torch.arange(columns, device=self._device).expand_as(ids),
-            "use_cache": True,
-        }
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         decoder = self._lm.get_decoder()
-        inputs[cache_keyword(decoder)] = cache
+        if self._prefixes is not None:
+            prefix_ids, cache = self._prefixes.expanded(prefix, len(prompts))
+            length = prefix_ids.shape[1]
+            inputs |= {
+                "attention_mask": torch.cat([mask.new_ones(len(prompts), length), mask], 1),
+                "position_ids": length + torch.arange(columns, device=self._device).expand_as(ids),
+                "use_cache": True,
+                cache_keyword(decoder): cache,
+            }
         if self._layers:
             with LayerStates(self._lm, self._layers, at) as layers:
                 hidden = decoder(**inputs).last_hidden_state

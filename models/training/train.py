@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = pick_device(recipe.run.device, name="run.device")
         if recipe.distils:
             _check_impl(recipe.loss.impl, device)
+        _check_start(recipe, device)
         check_folders(recipe)
         examples, audio_root = read_examples(recipe)
         with Ranks.started_by_torchrun(device, recipe.run.parallel) as ranks:
@@ -133,6 +134,25 @@ def _resume_command(recipe: Recipe, words: Sequence[str]) -> str:
     kept = [word for word in words if not word.startswith("run.resume=")]
     started = ["python"] if recipe.run.parallel == "none" else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     return shlex.join([*started, "-m", "models", "train", *kept, "run.resume=auto"])
+
+
+def _check_start(recipe: Recipe, device: torch.device) -> None:
+    """ConfigError where the recipe does not fit this device or the processes that torchrun started."""
+    started = int(os.environ.get("WORLD_SIZE", 0))
+    parallel, batch = recipe.run.parallel, recipe.optim.batch_examples
+    if parallel != "none" and not started:
+        raise ConfigError(f"run.parallel: expected none in a process that torchrun did not start, got {parallel!r}")
+    if parallel != "none" and batch % started:
+        raise ConfigError(
+            f"optim.batch_examples: expected a multiple of the {started} processes of run.parallel={parallel}, got {batch}"
+        )
+    if device.type == "cuda" and recipe.model.bf16_products:
+        raise ConfigError(f"model.bf16_products: expected false on CUDA, got run.device={recipe.run.device}; it is for CPUs")
+    if device.type != "cuda" and recipe.data.packing == "varlen":
+        raise ConfigError(f"data.packing: varlen needs CUDA, got run.device={recipe.run.device} without a CUDA device")
+    resume = recipe.run.resume
+    if resume not in ("never", "auto", "fallback") and not os.path.isdir(resume):
+        raise ConfigError(f"run.resume: expected never, auto, fallback or a checkpoint's folder, got {resume!r}")
 
 
 def _check_impl(impl: str, device: torch.device) -> None:

@@ -97,3 +97,27 @@ def test_alpha_ramp():
     loss = LossConfig(alpha=2.0, alpha_start=0.0, alpha_ramp_steps=4)
     assert [loss.alpha_at(s) for s in (1, 3, 5, 99)] == [0.0, 1.0, 2.0, 2.0]
     assert LossConfig(alpha=1.5).alpha_at(1) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run.parallel=fsdp2"], "model.prefix_cache_mib: expected 0 with run.parallel=fsdp2, got 4096"),
+        (["objective=kd", "loss.center_text=true"], "loss.center_text: expected false with objective 'kd', which has no"),
+        (["objective=sft", "loss.center_text=true"], "loss.center_text: expected false with objective 'sft', which has"),
+        (["objective=sharpened", "loss.center_text=true"], "loss.center_text: expected false with objective 'sharpened'"),
+        (["objective=ce_only", "loss.kd_token_weight=divergence"], "loss.kd_token_weight: expected uniform or choice with"),
+        (["objective=kd", "loss.alpha_half_divergence=1"], "loss.alpha_half_divergence: expected null with objective 'kd'"),
+        (["loss.alpha_start=0"], "loss.alpha_ramp_steps: expected >= 1 with loss.alpha_start=0, got 0"),
+        (["loss.alpha_ramp_steps=9"], "loss.alpha_ramp_steps: expected 0 without loss.alpha_start, got 9"),
+        (["sources.a.role=acoustic", "sources.a.weight_start=0"], "sources.a.weight_ramp_steps: expected >= 1 with"),
+        (["run.device=cuda:1", "model.bf16_products=true"], "model.bf16_products: expected false with run.device=cuda:1"),
+        (["data.packing=varlen", "model.bf16_products=true"], "model.bf16_products: expected false with data.packing=varlen"),
+        (["data.packing=varlen", "run.device=cpu"], "data.packing: expected none or pack with run.device=cpu"),
+        (["run.gradient_checkpointing=true", "layers.weight=1"], "layers.weight: expected 0 with run.gradient_checkpointing"),
+    ],
+)
+def test_settings_that_conflict_name_both_keys(words, message):
+    with pytest.raises(ConfigError) as raised:
+        load_recipe("caad", ["teacher.folder=x", *words])
+    assert message in str(raised.value)

@@ -1,7 +1,9 @@
 """Recipes on a real SpeechLM with tiny random backbones: the command line, the live teacher and its cache."""
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,8 @@ from models.speech_lm.model import SpeechLM, SpeechLMConfig
 from models.training.cache_identity import teacher_fingerprint
 from models.training.curves import read_metrics
 from models.training.fill_cache import main as cache_main
-from models.training.run_setup import TrainingData
+from models.training.recipe import load_recipe
+from models.training.run_setup import TrainingData, build_model
 from models.training.train import main
 
 
@@ -279,6 +282,53 @@ def test_a_missing_manifest_is_found_before_any_backbone_is_looked_for(world, ca
     monkeypatch.setattr("models.backbones.resolve.resolve_backbone", refuse)
     assert train(world, "sft_teacher", "never", "data.manifest=none.jsonl") == 1
     assert "error: data.manifest: none.jsonl" in capsys.readouterr().err
+
+
+def test_conflicts_are_found_before_a_backbone_is_loaded(world, capsys, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise AssertionError("a backbone was loaded")
+
+    made_from = teacher_fingerprint(world / "teacher" / "final")
+    with ContrastCache.writer(tmp_path / "c", fingerprint=made_from, hidden_size=64, dtype=torch.float32):
+        pass
+    other = tmp_path / "other"
+    shutil.copytree(world / "teacher" / "final", other)
+    record = json.loads((other / "speech_lm.json").read_text())
+    record["config"]["audio_frames"] += 1
+    (other / "speech_lm.json").write_text(json.dumps(record))
+    teacher = f"teacher.folder={world / 'teacher' / 'final'}"
+    cache = [teacher, f"teacher.cache={tmp_path / 'c'}", "layers.weight=1"]
+    monkeypatch.setattr("models.backbones.resolve.load_causal_lm", refuse)
+    monkeypatch.setattr("models.speech_lm.model.SpeechLM.from_pretrained", refuse)
+    for objective, words, message in (
+        ("caad", cache, "teacher.cache: expected the states of layers that layers.weight compares, got a cache without any"),
+        ("caad", [*cache, "layers.pairs=[1-2]"], "layers that layers.pairs compares, got a cache without those of [2]"),
+        ("caad", [f"teacher.folder={other}"], "teacher.folder: expected audio_frames"),
+        ("sources", ["sources.a.role=audio", f"sources.a.folder={other}"], "sources.a.folder: expected audio_frames"),
+        ("sft", ["run.parallel=ddp"], "run.parallel: expected none in a process that torchrun did not start, got 'ddp'"),
+        ("sft", ["data.packing=varlen"], "data.packing: varlen needs"),
+        ("sft", ["run.resume=none"], "run.resume: expected never, auto, fallback or a checkpoint's folder, got 'none'"),
+    ):
+        assert train(world, "sft", "never", f"objective={objective}", *words) in (1, 2)
+        assert message in capsys.readouterr().err
+    words = cache_words(world, tmp_path / "c", "--dtype", "bfloat16")
+    assert cache_main([str(world / "teacher" / "final"), *words[1:]]) == 1
+    assert "--dtype: expected float32, as the cache in" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert train(world, "sft", "never", "run.parallel=ddp", "optim.batch_examples=4", "optim.micro_batch_examples=null") == 1
+    assert "optim.batch_examples: expected a multiple of the 3 processes of run.parallel=ddp, got 4" in capsys.readouterr().err
+
+
+def test_model_options_reach_a_new_model_too(world):
+    """model.feature_statistics and model.bf16_products, without model.folder."""
+    config = SpeechLM.from_pretrained(world / "untrained").config
+    words = [f"model.settings.{k}={getattr(config, k)}" for k in ("lm", "encoder", "connector_width", "audio_frames")]
+    words += ["model.settings.encoder_layers=[1,2]", "model.bf16_products=true"]
+    words += [f"model.feature_statistics={world / 'untrained'}"]
+    model = build_model(load_recipe("sft", words))
+    saved = load_file(world / "untrained" / "connector.safetensors")
+    assert torch.equal(model.connector.state_dict()["feature_mean"], saved["feature_mean"])
+    assert any(type(module).__name__ == "_FrozenLinear" for module in model.lm.modules())
 
 
 def test_a_new_model_is_fitted_to_its_training_features(world):
