@@ -108,6 +108,10 @@ def fused_caad_loss(
     forward_kl is +inf, never NaN, where p_v > 0 and the student has -inf. reverse_kl is +inf where q_v > 0 and p_v = 0; the
     distillation term of that position then has no gradient.
 
+    Under torch.compile the float options may change from call to call (a ramp of alpha). The second value compiles a graph that
+    serves all later ones. kd_weight 0 and 1, and None instead of a number, have graphs of their own. The other options are
+    constants of the graph: a new value compiles again.
+
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
     The forward computes the gradient; the backward scales it. Second derivatives and torch.func transforms work with
@@ -359,6 +363,7 @@ class CAADLoss(torch.nn.Module):
 
     ``CAADLoss(alpha=1.0)(student_logits, teacher_audio_logits, teacher_text_logits, target)``; the options are the keyword
     arguments of :func:`fused_caad_loss`, checked at construction; ``alpha`` and the tensors among them may be given per call.
+    Under torch.compile give a changing ``alpha`` per call: every new value in ``options`` compiles another graph.
 
     Raises TypeError for an option that does not exist, ValueError for a value out of range.
     """

@@ -17,6 +17,7 @@ from .loss_options import REDUCTIONS
 from .loss_terms import accumulation_dtype, alpha_tensor, looked_at
 from .ops import layers as _layers
 from .ops.dispatch import choose_for
+from .ops.rows import scalar
 from .ops.schema import check_values
 
 DIRECTIONS = ("student_to_teacher", "teacher_to_student")
@@ -364,7 +365,7 @@ def _check_projection(name: str, p: Tensor | None, s: Tensor, t: Tensor, project
 
 def _layer_weights(
     layer_weight: Sequence[float] | Tensor | None, count: int, device: torch.device, dtype: torch.dtype
-) -> Tensor | list[float]:
+) -> Tensor | list[Any]:
     if layer_weight is None:
         return [1.0] * count
     if isinstance(layer_weight, Tensor):
@@ -383,4 +384,4 @@ def _layer_weights(
     for w in weights:
         if not (is_number(w) and 0 <= w < math.inf):
             raise ValueError(f"layer_weight: expected finite numbers >= 0, got {w!r}")
-    return [float(w) for w in weights]
+    return [scalar(w) for w in weights]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import is_number, is_whole
 from .ops.dispatch import check_implementation
-from .ops.rows import DIVERGENCES, RowSpec
+from .ops.rows import DIVERGENCES, RowSpec, scalar
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -76,17 +76,17 @@ class LossOptions:
         share = self.kd_share(has_target=has_target)
         return RowSpec(
             vocab=vocab,
-            temperature=float(self.temperature),
+            temperature=scalar(self.temperature),
             divergence=self.divergence,
-            jsd_beta=float(self.jsd_beta),
-            plausibility=None if self.plausibility is None else float(self.plausibility),
+            jsd_beta=scalar(self.jsd_beta),
+            plausibility=None if self.plausibility is None else scalar(self.plausibility),
             ignore_index=int(self.ignore_index),
             with_kd=share > 0 or self.return_stats,
             with_ce=has_target and (share < 1 or self.return_stats),
         )
 
     def kd_share(self, *, has_target: bool) -> float:
-        return float(self.kd_weight) if has_target else 1.0
+        return self.kd_weight if has_target else 1.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,10 +118,10 @@ class LinearLossOptions(LossOptions):
     def row_spec(self, vocab: int, *, has_target: bool) -> RowSpec:
         return dataclasses.replace(
             LossOptions.row_spec(self, vocab, has_target=has_target),
-            student_scale=float(self.student_logit_scale),
-            teacher_scale=float(self.teacher_logit_scale),
-            student_softcap=None if self.student_softcap is None else float(self.student_softcap),
-            teacher_softcap=None if self.teacher_softcap is None else float(self.teacher_softcap),
+            student_scale=scalar(self.student_logit_scale),
+            teacher_scale=scalar(self.teacher_logit_scale),
+            student_softcap=None if self.student_softcap is None else scalar(self.student_softcap),
+            teacher_softcap=None if self.teacher_softcap is None else scalar(self.teacher_softcap),
         )
 
     @property

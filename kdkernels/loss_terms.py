@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import check_shape, check_tensor
 from .loss_options import LossOptions, check_not_negative
 from .ops.dispatch import checks_enabled
-from .ops.rows import RowResult, RowSpec
+from .ops.rows import RowResult, RowSpec, filled, scalar
 from .ops.schema import all_stats, check_values, weighted
 
 
@@ -104,7 +104,7 @@ def alpha_tensor(
     """(1,) or (N,)"""
     if not isinstance(alpha, Tensor):
         check_not_negative(name, alpha)
-        return torch.full((1,), float(alpha), dtype=dtype, device=device)
+        return filled((1,), alpha, dtype=dtype, device=device)
     if not (alpha.is_floating_point() or alpha.dtype in (torch.int32, torch.int64)):
         raise TypeError(f"{name}: expected a floating-point tensor, got {alpha.dtype}")
     if alpha.dim() and alpha.shape != leading:
@@ -129,7 +129,7 @@ def _coefficients(
     given = (options.kd_token_weight, options.ce_token_weight, options.kd_normalizer, options.ce_normalizer)
     alike = all(x is None for x in given)
     ce = kd if alike else of_term("ce", options.ce_token_weight, options.ce_normalizer)
-    share = options.kd_share(has_target=target is not None)
+    share = scalar(options.kd_share(has_target=target is not None))
     return share * kd, (1.0 - share) * ce
 
 
@@ -159,7 +159,7 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        return torch.full((), float(value), dtype=dtype, device=device)
+        return filled((), value, dtype=dtype, device=device)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a tensor of one element, got {tuple(value.shape)}")
     value = value.detach().reshape(()).to(device=device, dtype=dtype)

@@ -23,7 +23,7 @@ from .ops import multi_teacher as _multi_teacher
 from .ops import reference as _reference
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
-from .ops.rows import LinearTensors, RowSpec
+from .ops.rows import LinearTensors, RowSpec, filled, scalar
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,10 +224,10 @@ def _taught(
     spec = dataclasses.replace(
         terms.spec,
         divergence=source.divergence,
-        jsd_beta=float(source.jsd_beta),
-        plausibility=None if source.plausibility is None else float(source.plausibility),
-        teacher_scale=float(source.logit_scale),
-        teacher_softcap=None if source.softcap is None else float(source.softcap),
+        jsd_beta=scalar(source.jsd_beta),
+        plausibility=None if source.plausibility is None else scalar(source.plausibility),
+        teacher_scale=scalar(source.logit_scale),
+        teacher_softcap=None if source.softcap is None else scalar(source.softcap),
     )
     alpha = 0.0 if source.text_hidden is None else source.alpha
     return _Taught(
@@ -288,7 +288,7 @@ def _omega(
     """(N,)"""
     if not isinstance(weight, Tensor):
         check_not_negative(name, weight)
-        return torch.full((math.prod(leading),), float(weight), dtype=dtype, device=device)
+        return filled((math.prod(leading),), weight, dtype=dtype, device=device)
     if weight.dim() == 0:
         weight = weight.expand(leading)
     weight = token_weight(name, weight, leading, None, device, dtype)

@@ -22,8 +22,9 @@ from torch import Tensor, library
 from .dispatch import row_launcher
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, student_chunks, survivors_launcher
 from .mixture import gradient_passes, mix_launcher
-from .rows import RowLauncher, RowResult, RowSpec, joined_stats, stat_count
+from .rows import RowLauncher, RowResult, RowSpec, joined_stats, packed_numbers, stat_count
 from .schema import (
+    READS_ON_HOST,
     LinearSettings,
     check_values,
     fake_linear_results,
@@ -180,19 +181,20 @@ def multi_teacher_chunks(
     )
 
 
-def packed_specs(specs: Sequence[RowSpec]) -> tuple[list[int], list[float], str]:
+def packed_specs(specs: Sequence[RowSpec]) -> tuple[list[int], Tensor, str]:
     """The operator's arguments for teachers whose specs differ in what concerns a teacher alone."""
-    packed = [spec.packed() for spec in specs]
-    return packed[0][0], [x for _, numbers, _ in packed for x in numbers], ",".join(name for _, _, name in packed)
+    parts = [spec.parts() for spec in specs]
+    numbers = packed_numbers([x for _, of_one, _ in parts for x in of_one])
+    return parts[0][0], numbers, ",".join(name for _, _, name in parts)
 
 
-def _unpacked_specs(whole: Sequence[int], numbers: Sequence[float], divergences: str) -> list[RowSpec]:
+def _unpacked_specs(whole: Sequence[int], numbers: Tensor, divergences: str) -> list[RowSpec]:
     names = divergences.split(",")
-    each = len(numbers) // len(names)
-    return [RowSpec.unpacked(whole, numbers[each * k : each * (k + 1)], name) for k, name in enumerate(names)]
+    by_teacher = numbers.view(len(names), -1).tolist()
+    return [RowSpec.unpacked(whole, own, name) for own, name in zip(by_teacher, names, strict=True)]
 
 
-@library.custom_op("kdkernels::linear_multi_teacher", mutates_args=())
+@library.custom_op("kdkernels::linear_multi_teacher", mutates_args=(), **READS_ON_HOST)
 def linear_multi_teacher(
     student_hidden: Tensor,  # (N, H_s)
     student_weight: Tensor,  # (V_s, H_s)
@@ -207,7 +209,7 @@ def linear_multi_teacher(
     kd_coef: Tensor,
     ce_coef: Tensor,
     spec_whole: Sequence[int],  # packed_specs
-    spec_numbers: Sequence[float],
+    spec_numbers: Tensor,
     divergences: str,
     wanted_whole: Sequence[int],  # LinearSettings.packed()
     logits_dtype: torch.dtype,

@@ -18,6 +18,11 @@ from .rows import RowResult, RowSpec, joined_stats
 _NEG_INF = float("-inf")
 
 
+def _maths_of(x: Any) -> Any:
+    """The module with log and log1p for a number of a RowSpec, which is a tensor while torch.compile traces."""
+    return torch if isinstance(x, torch.Tensor) else math
+
+
 def _logits(raw: torch.Tensor, spec: RowSpec, scale: float, softcap: float | None, dtype: torch.dtype) -> torch.Tensor:
     logits = raw[..., : spec.vocab].reshape(-1, spec.vocab).to(dtype) * scale  # (N, V)
     if softcap is None:
@@ -40,7 +45,7 @@ def contrastive_logits(
         mixed = audio + a * (audio.masked_fill(masked, 0.0) - text.masked_fill(masked, 0.0))
         target = torch.where(a == 0, audio, mixed.masked_fill(masked, _NEG_INF))
     if plausibility is not None:
-        threshold = audio.amax(dim=-1, keepdim=True) + math.log(plausibility)
+        threshold = audio.amax(dim=-1, keepdim=True) + _maths_of(plausibility).log(plausibility)
         target = target.masked_fill(audio < threshold, _NEG_INF)
     return target
 
@@ -82,8 +87,9 @@ def divergence(log_p: torch.Tensor, student: torch.Tensor, kind: str, jsd_beta: 
     else:
         log_q = _log_softmax(student)
         empty = torch.isneginf(log_p) & torch.isneginf(log_q)
+        maths = _maths_of(jsd_beta)
         log_m = torch.logaddexp(
-            log_p.masked_fill(empty, 0.0) + math.log(jsd_beta), log_q.masked_fill(empty, 0.0) + math.log1p(-jsd_beta)
+            log_p.masked_fill(empty, 0.0) + maths.log(jsd_beta), log_q.masked_fill(empty, 0.0) + maths.log1p(-jsd_beta)
         ).masked_fill(empty, _NEG_INF)
         value = jsd_beta * _relative_entropy(log_p, log_m) + (1 - jsd_beta) * _relative_entropy(log_q, log_m)
     return torch.where(torch.isneginf(log_p).all(dim=-1), torch.zeros_like(value), value)

@@ -29,6 +29,33 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 STAT_NAMES = ("student_entropy", "teacher_entropy", "top1_agreement", "path_divergence")
 
 
+def scalar(x: Any) -> Any:
+    """``x`` as a float; while torch.compile traces, as a float64 tensor () on the CPU.
+
+    The compiler makes a Python float that changes from call to call an input of its graph, but only where the float multiplies
+    (adds to, divides, ...) a tensor. Where it goes into torch.full or an operator's list of numbers, its value of the moment
+    becomes a constant. A float that is used in both ways is then stale there. So every number that a caller may change becomes a
+    tensor here (or in :func:`filled`) before it is used.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64, device="cpu") * x
+    return float(x)
+
+
+def filled(shape: tuple[int, ...], x: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.full; see :func:`scalar`."""
+    if torch.compiler.is_compiling():
+        return torch.ones(shape, dtype=dtype, device=device) * x
+    return torch.full(shape, float(x), dtype=dtype, device=device)
+
+
+def packed_numbers(numbers: Sequence[Any]) -> torch.Tensor:
+    """Floats, or what :func:`scalar` returned, as one tensor on the CPU for an operator, which reads it there."""
+    if torch.compiler.is_compiling():
+        return torch.stack([x if isinstance(x, torch.Tensor) else scalar(x) for x in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
 @dataclass(frozen=True)
 class RowSpec:
     """Everything of the row problem that is not a tensor.
@@ -38,42 +65,48 @@ class RowSpec:
     """
 
     vocab: int
-    temperature: float = 2.0
+    temperature: Any = 2.0  # float; like every number below a tensor () while torch.compile traces: see scalar
     divergence: str = "forward_kl"
-    jsd_beta: float = 0.5
-    plausibility: float | None = None
+    jsd_beta: Any = 0.5
+    plausibility: Any = None  # or None
     ignore_index: int = -100
     with_kd: bool = True  # False: kd is not needed; it comes back as 0
     with_ce: bool = True  # False: ce is not needed (or there is no target); it comes back as 0
-    student_scale: float = 1.0
-    teacher_scale: float = 1.0
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
+    student_scale: Any = 1.0
+    teacher_scale: Any = 1.0
+    student_softcap: Any = None  # or None
+    teacher_softcap: Any = None  # or None
 
     @property
     def log_plausibility(self) -> float:
         """How far below the largest z_audio a token may be; 0 without a plausibility mask."""
         return 0.0 if self.plausibility is None else math.log(self.plausibility)
 
-    def packed(self) -> tuple[list[int], list[float], str]:
+    def packed(self) -> tuple[list[int], torch.Tensor, str]:
         """(whole numbers and flags, numbers, divergence): an operator's arguments. Few, for each one costs time in every call."""
+        whole, numbers, divergence = self.parts()
+        return whole, packed_numbers(numbers), divergence
+
+    def parts(self) -> tuple[list[int], list[Any], str]:
+        """What :meth:`packed` packs."""
         return (
             [self.vocab, self.ignore_index, int(self.with_kd), int(self.with_ce)],
             [
                 self.temperature,
                 self.jsd_beta,
-                self.plausibility or 0.0,
+                0.0 if self.plausibility is None else self.plausibility,
                 self.student_scale,
                 self.teacher_scale,
-                self.student_softcap or 0.0,
-                self.teacher_softcap or 0.0,
+                0.0 if self.student_softcap is None else self.student_softcap,
+                0.0 if self.teacher_softcap is None else self.teacher_softcap,
             ],
             self.divergence,
         )
 
     @classmethod
-    def unpacked(cls, whole: Sequence[int], numbers: Sequence[float], divergence: str) -> RowSpec:
+    def unpacked(cls, whole: Sequence[int], numbers: torch.Tensor | Sequence[float], divergence: str) -> RowSpec:
         vocab, ignore_index, with_kd, with_ce = whole
+        numbers = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
         temperature, jsd_beta, plausibility, student_scale, teacher_scale, student_softcap, teacher_softcap = numbers
         return cls(
             vocab=vocab,

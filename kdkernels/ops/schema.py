@@ -8,6 +8,7 @@ Legend: B, T leading dimensions, N = B * T tokens, V_s / V_t vocabulary widths, 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,7 +152,13 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
 # -- logits in -----------------------------------------------------------------------------------------------------------
 
 
-@library.custom_op("kdkernels::caad_rows", mutates_args=())
+# The operators read the numbers of a RowSpec on the host, from a tensor on the CPU. A CUDA graph that the compiler captures would
+# keep the numbers of the first call; so it leaves these operators out.
+_tags_known = hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(library.custom_op).parameters
+READS_ON_HOST: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if _tags_known else {}
+
+
+@library.custom_op("kdkernels::caad_rows", mutates_args=(), **READS_ON_HOST)
 def caad_rows(
     student: Tensor,  # (B, T, V_s)
     audio: Tensor,  # (B, T, V_t)
@@ -161,7 +168,7 @@ def caad_rows(
     kd_coef: Tensor,  # (N,) float32
     ce_coef: Tensor,
     whole: Sequence[int],  # RowSpec.packed()
-    numbers: Sequence[float],
+    numbers: Tensor,
     divergence: str,
     want_grad: bool,
     want_stats: bool,
@@ -278,7 +285,7 @@ class InPlaceRows(torch.autograd.Function):
 # -- hidden states in ----------------------------------------------------------------------------------------------------
 
 
-@library.custom_op("kdkernels::linear_caad", mutates_args=())
+@library.custom_op("kdkernels::linear_caad", mutates_args=(), **READS_ON_HOST)
 def linear_caad(
     student_hidden: Tensor,  # (N, H_s)
     student_weight: Tensor,  # (V_s, H_s)
@@ -292,7 +299,7 @@ def linear_caad(
     kd_coef: Tensor,
     ce_coef: Tensor,
     spec_whole: Sequence[int],  # RowSpec.packed()
-    spec_numbers: Sequence[float],
+    spec_numbers: Tensor,
     divergence: str,
     wanted_whole: Sequence[int],  # LinearSettings.packed()
     logits_dtype: torch.dtype,
@@ -388,8 +395,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
     """Autograd of an operator over LM heads, whose first three inputs are the student's hidden states, weight and bias, and whose
-    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Its last three are LinearSettings; it returns
-    what linear_caad does."""
+    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Then come RowSpec.packed() or packed_specs, and
+    LinearSettings.packed(). It returns what linear_caad does."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         without_gradients(ctx, output[1:])
@@ -401,9 +408,10 @@ def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
         if ctx.again:
             flat, ctx.tree = tree_flatten(list(inputs[:tensors]))
             # A teacher run under inference_mode gives tensors that autograd refuses to save.
-            ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in flat if x is not None])
-            ctx.absent = [x is None for x in flat]
-            ctx.spec, ctx.wanted = inputs[tensors:-3], wanted
+            ctx.spec_whole, numbers, ctx.divergences = inputs[tensors:-3]
+            given = [x for x in (*flat, numbers) if x is not None]
+            ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in given])
+            ctx.absent, ctx.wanted = [x is None for x in flat], wanted
         else:
             ctx.save_for_backward(*output[1:4], output[5])
 
@@ -423,7 +431,7 @@ def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
                 bias_grad=bias_grad,
                 want_stats=False,
             )
-            _, *grads, _, gain = op(*inputs, *ctx.spec, *wanted.packed())
+            _, *grads, _, gain = op(*inputs, ctx.spec_whole, next(saved), ctx.divergences, *wanted.packed())
             if gain.numel() and needs[0]:
                 grads[0] = _scaled(grads[0], 1.0 / gain)
         else:
