@@ -34,7 +34,6 @@ from .triton_shared import (
     _advance,
     _advance_moment,
     _alpha_stride,
-    _audio_threshold,
     _columns,
     _cross_entropy,
     _device_of,
@@ -154,9 +153,12 @@ def _caad_row_kernel(
     blocks = tl.cdiv(vocab, BLOCK)
     threshold = 0.0
     if HAS_PLAUSIBILITY:
-        threshold = _audio_threshold(
-            audio_ptr, local, vocab, vocab, log_plausibility, GROUPS, BLOCK, TEACHER_SCALE, TEACHER_SOFTCAP
-        )
+        audio_max = tl.full([GROUPS], _FLOOR, tl.float32)
+        for i in range(0, blocks):
+            columns = i * BLOCK + local
+            audio = _read(audio_ptr, columns, columns < vocab, TEACHER_SCALE, TEACHER_SOFTCAP)
+            audio_max = tl.maximum(audio_max, tl.max(audio, axis=1))
+        threshold = tl.max(audio_max, axis=0) + log_plausibility
 
     # Pass 1. s: student, z: z_hat; q and p their softmax at tau, q1 the student's at 1. All sums are (G,).
     s_max = tl.full([GROUPS], _FLOOR, tl.float32)

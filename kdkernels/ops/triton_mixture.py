@@ -20,12 +20,12 @@ from .triton_shared import (
     _advance,
     _advance_moment,
     _alpha_stride,
-    _audio_threshold,
     _columns,
     _device_of,
     _is_vectorisable,
     _merge_moment,
     _merge_weight,
+    _read,
     _read_teacher,
     _reciprocal,
     _stride,
@@ -105,9 +105,12 @@ def _mix_row_kernel(
 
     threshold = 0.0
     if HAS_PLAUSIBILITY:
-        threshold = _audio_threshold(
-            audio_ptr, local, read_vocab, vocab, log_plausibility, GROUPS, BLOCK, SCALE, SOFTCAP
-        )
+        audio_max = tl.full([GROUPS], _FLOOR, tl.float32)
+        for i in range(0, tl.cdiv(read_vocab, BLOCK)):
+            columns = i * BLOCK + local
+            audio = _read(audio_ptr, columns, columns < vocab, SCALE, SOFTCAP)
+            audio_max = tl.maximum(audio_max, tl.max(audio, axis=1))
+        threshold = tl.max(audio_max, axis=0) + log_plausibility
 
     # Pass 1. All sums are (G,).
     z_max = tl.full([GROUPS], _FLOOR, tl.float32)

@@ -4,9 +4,10 @@ Masked logits. A logit below -1e30, -inf above all, is masked: the finite _MASKE
 Running maxima start at _FLOOR > _MASKED, so e^(_MASKED - max) is 0 also in a row where everything is masked, and no
 inf - inf or 0 * inf arises. NaN compares false and passes through all of it.
 
-Device functions are inlined: a kernel gets the same instructions as if their text stood in it. Yet ptxas takes the line info of
-each inlined function into account when it gives out registers: the first pass of the row kernel needs 94 instead of 80 on sm_80
-when its steps are functions. So that pass stands in the row kernel, and again in the kernel without logits, as plain code.
+Device functions are inlined: a kernel gets the same instructions as if their text stood in it. But ptxas also counts the line
+info of inlined functions when it gives out registers. As functions, the steps of the row kernel's first pass need 94 registers
+instead of 80 on sm_80, and its pass for the plausibility mask 116 instead of 105 on sm_90. So these passes stand as plain code
+in each kernel.
 
 Legend: G groups of E logits, each group with running maxima and sums of its own.
 """
@@ -167,27 +168,6 @@ def _read_pair(
             TEACHER_SOFTCAP,
         )[2]
     return s, slope, z
-
-
-@triton.jit
-def _audio_threshold(
-    audio_ptr,
-    local,
-    stop,  # columns from here on are not read
-    vocab,
-    log_plausibility,
-    GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """max z_audio + log beta of the row: one pass over it."""
-    audio_max = tl.full([GROUPS], _FLOOR, tl.float32)
-    for i in range(0, tl.cdiv(stop, BLOCK)):
-        columns = i * BLOCK + local
-        audio = _read(audio_ptr, columns, columns < vocab, SCALE, SOFTCAP)
-        audio_max = tl.maximum(audio_max, tl.max(audio, axis=1))
-    return tl.max(audio_max, axis=0) + log_plausibility
 
 
 @triton.jit
