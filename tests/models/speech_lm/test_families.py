@@ -50,6 +50,10 @@ class Store:
         return self.features[[int(example.id[1:]) for example in examples]]
 
 
+def packed_data(model, *, count=ROWS, **options):
+    return make_training_data(model, make_examples(count), Store(model), layout=DataConfig(packing="pack"), **options)
+
+
 def collated(model, rows=range(ROWS), **options):
     examples = make_examples(ROWS)
     return model.make_collator()([examples[row] for row in rows], make_features(model, ROWS)[list(rows)], **options)
@@ -98,20 +102,22 @@ def test_cached_prefixes_and_packing_change_nothing_or_are_refused(family, chang
     cache = model.make_prefix_cache(dtype=torch.float32)
     got = model.hidden_states_at(batch.target_index, **batch.model_inputs(), prefix_cache=cache)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    data = make_training_data(model, make_examples(ROWS), Store(model), layout=DataConfig(packing="pack"))
-    if family in ("OPT", "GptOss"):  # they ignore position ids, or the masks of packed rows
+    if family != "GptOss":  # behind cached prefixes the masks of packed rows are explicit
+        check_packing(model, packed_data(model), CPU)
+    data = packed_data(model, prefix_cache_mib=0)
+    if family in ("OPT", "GptOss"):  # these do not read from position ids where a sample begins
         for check in (check_packing, lambda lm, data, device: LiveTeacher(lm, data, device=device)):
             with pytest.raises(SourceError, match=rf"data\.packing: expected none with {family}ForCausalLM, which does not keep"):
                 check(model, data, CPU)
         return
     check_packing(model, data, CPU)
-    packed = model.hidden_states_at(batch.target_index, **data.model_inputs(batch) | {"prefix_cache": None})
+    packed = model.hidden_states_at(batch.target_index, **data.model_inputs(batch))
     torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_example_is_compared_with_itself():
     model = make_model("OPT", {})
-    data = make_training_data(model, make_examples(1), Store(model), layout=DataConfig(packing="pack"))
+    data = packed_data(model, count=1, prefix_cache_mib=0)
     with pytest.raises(SourceError, match=r"data\.packing: expected none with OPTForCausalLM"):
         check_packing(model, data, CPU)
 
@@ -138,7 +144,7 @@ def test_hybrid_language_models_run_with_default_settings(family, capsys):
 
 def test_packing_behind_cached_prefixes_falls_back_where_the_masks_do_not_allow_it(capsys):
     model = make_model("Mistral", SLIDING["Mistral"])
-    data = make_training_data(model, make_examples(ROWS), Store(model), layout=DataConfig(packing="pack"))
+    data = packed_data(model)
     assert "prefix_cache" not in data.extra_inputs and data.extra_inputs["pack_tokens"] == 512
     assert "MistralForCausalLM runs without it under data.packing=pack: it has a sliding window" in capsys.readouterr().out
 

@@ -306,7 +306,7 @@ def test_conflicts_are_found_before_a_backbone_is_loaded(world, capsys, monkeypa
         ("caad", [f"teacher.folder={other}"], "teacher.folder: expected audio_frames"),
         ("sources", ["sources.a.role=audio", f"sources.a.folder={other}"], "sources.a.folder: expected audio_frames"),
         ("sft", ["run.parallel=ddp"], "run.parallel: expected none in a process that torchrun did not start, got 'ddp'"),
-        ("sft", ["data.packing=varlen"], "data.packing: varlen needs"),
+        ("sft", ["data.packing=varlen", "run.device=auto"], "data.packing: varlen needs"),
         ("sft", ["run.resume=none"], "run.resume: expected never, auto, fallback or a checkpoint's folder, got 'none'"),
     ):
         assert train(world, "sft", "never", f"objective={objective}", *words) in (1, 2)
