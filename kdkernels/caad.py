@@ -151,7 +151,9 @@ def _loss_of_logits(
     audio, text = audio.detach(), None if text is None else text.detach()
     spec, want_stats = terms.spec, options.return_stats
     if chosen == "reference":
-        rows = _reference.caad_rows(student, audio, text, terms.target, terms.alpha, spec, want_stats=want_stats)
+        rows = _reference.caad_rows(
+            student, audio, text, terms.target, terms.alpha, spec, want_stats=want_stats, counts=terms.counts
+        )
         return _for_caller(terms, *terms.weigh_reference(rows), want_stats)
     want_grad = student.requires_grad and torch.is_grad_enabled()
     student = _three_dimensional(student)
@@ -349,7 +351,9 @@ def linear_loss(
     """(loss per token or reduced, statistics (6, N) where wanted) of checked arguments, hidden states (N, H)."""
     want_stats = options.return_stats
     if chosen == "reference":
-        rows = _reference.linear_caad(*heads, terms.target, terms.alpha, terms.spec, want_stats=want_stats)
+        rows = _reference.linear_caad(
+            *heads, terms.target, terms.alpha, terms.spec, want_stats=want_stats, counts=terms.counts
+        )
         return terms.weigh_reference(rows)
     wanted = linear_settings(terms, options, heads[:3], chosen)
     loss, _, _, _, stats, _ = _schema.linear_caad(

@@ -54,6 +54,11 @@ class LossTerms(NamedTuple):
         return cls(spec, target, alpha, kd_coef, ce_coef, leading, options.reduction)
 
     @property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """(N,) bool each: whether a token's kd and its ce have a factor."""
+        return self.kd_coef != 0, self.ce_coef != 0
+
+    @property
     def reduced(self) -> bool:
         return self.reduction != "none"
 

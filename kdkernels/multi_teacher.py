@@ -260,7 +260,7 @@ def _several(
             _schema.check_values(None, x.alpha, spec.vocab, spec.ignore_index, source=f"sources[{k}].")
         teachers = [(*x.heads[3:], x.alpha, x.spec) for x in taught]
         result = _reference.linear_multi_teacher(
-            *student, teachers, terms.target, omega, want_stats=options.return_stats
+            *student, teachers, terms.target, omega, want_stats=options.return_stats, counts=terms.counts
         )
         return terms.weigh_reference(result)
     heads = [list(x) for x in zip(*(x.heads[3:] for x in taught), strict=True)]

@@ -26,7 +26,15 @@ from .loss_terms import LossTerms
 from .ops.linear import LinearResult, linear_caad_chunks
 from .ops.reference import contrastive_logits
 from .ops.rows import LinearTensors, RowProblem, RowResult, RowSpec, row_launcher_of
-from .ops.schema import all_stats, check_values, refuse_second_derivative, weighted, without_gradients
+from .ops.schema import (
+    _scaled,
+    all_stats,
+    check_values,
+    half_gain,
+    refuse_second_derivative,
+    weighted,
+    without_gradients,
+)
 
 # As in the CPU kernel: a finite start of every maximum, so that no difference of maxima is inf - inf.
 _FLOOR = -1e30
@@ -171,7 +179,7 @@ class VocabularyParallelCAAD(torch.autograd.Function):
             ctx.save_for_backward(*[x.clone() if x is not None and x.is_inference() else x for x in tensors])
             ctx.shards = shards
         else:
-            ctx.save_for_backward(out.hidden_grad, out.weight_grad, out.bias_grad)
+            ctx.save_for_backward(out.hidden_grad, out.weight_grad, out.bias_grad, out.gains)
         ctx.nothing = [None] * (len(inputs) - 3)
         loss = weighted(out.rows.kd, out.rows.ce, *tensors[-2:])
         loss = loss.sum() if reduced else loss
@@ -186,11 +194,12 @@ class VocabularyParallelCAAD(torch.autograd.Function):
             *tensors, kd_coef, ce_coef = ctx.saved_tensors
             scaled = (*tensors, kd_coef * grad_loss, ce_coef * grad_loss)
             out = _run(scaled, ctx.shards, ctx.needs_input_grad[:3], False)
-            return (out.hidden_grad, out.weight_grad, out.bias_grad, *ctx.nothing)
-        grads = []
-        for grad in ctx.saved_tensors:
-            factor = grad_loss if grad is None or not grad_loss.dim() else grad_loss[:, None]
-            grads.append(None if grad is None else (grad * factor).to(grad.dtype))
+            saved, gains, factor = (out.hidden_grad, out.weight_grad, out.bias_grad), out.gains, grad_loss.new_ones(())
+        else:
+            *saved, gains = ctx.saved_tensors
+            factor = grad_loss
+        factors = [factor] * 3 if gains is None else [factor / gain for gain in gains.unbind(0)]
+        grads = [None if g is None else _scaled(g, f) for g, f in zip(saved, factors, strict=True)]
         return (*grads, *ctx.nothing)
 
 
@@ -198,6 +207,7 @@ def _run(tensors: Sequence[Any], shards: _Shards, grads: Sequence[bool], want_st
     """``tensors``: LinearTensors, target, alpha, kd_coef, ce_coef."""
     heads, (target, alpha, kd_coef, ce_coef) = LinearTensors(*tensors[:7]), tensors[7:]
     logits_dtype, chunk_tokens, workspace_bytes = shards.chunking
+    gain = half_gain(kd_coef, ce_coef, heads.student_hidden.dtype, heads.student_weight.dtype, logits_dtype)
     with torch.amp.autocast(heads.student_hidden.device.type, enabled=False):
         out = linear_caad_chunks(
             heads,
@@ -214,6 +224,7 @@ def _run(tensors: Sequence[Any], shards: _Shards, grads: Sequence[bool], want_st
             weight_grad=grads[1],
             bias_grad=grads[2],
             want_stats=want_stats,
+            gain=gain,
         )
     if out.hidden_grad is not None:
         dist.all_reduce(out.hidden_grad, group=shards.group)
@@ -433,15 +444,16 @@ def _cross_entropy(problem: RowProblem, here: _Slice, whole: _Whole) -> Tensor:
 def _gradient(problem: RowProblem, here: _Slice, whole: _Whole, kd_grad: Tensor) -> Tensor:
     """d loss / d what is stored of the student's logits, (C, V_r)."""
     spec, dtype = problem.spec, here.s.dtype
-    total = torch.where(problem.kd_coef == 0, 0.0, problem.kd_coef)[:, None] * kd_grad
+    kd_coef, ce_coef = problem.kd_coef[:, None], problem.ce_coef[:, None]
+    total = torch.where(kd_coef == 0, 0.0, kd_coef * kd_grad)
     if problem.with_ce:
         ce_grad = here.q1 * whole.share(whole.s_shift * whole.tau, whole.q1_sum, dtype)
         if spec.vocab and here.label is not None and here.label_here is not None:
             hit = (here.label_here & ~torch.isneginf(whole.ranks["label_logit"].sum(0))).to(dtype)
             ce_grad.scatter_add_(1, here.label[:, None], -hit[:, None])
-        total = total + problem.ce_coef[:, None] * ce_grad
+        total = total + torch.where(ce_coef == 0, 0.0, ce_coef * ce_grad)
     if spec.student_softcap is not None:
-        total = total * (1 - (here.s / spec.student_softcap) ** 2)
+        total = torch.where(total == 0, 0.0, total * (1 - (here.s / spec.student_softcap) ** 2))
     return total * spec.student_scale
 
 

@@ -78,7 +78,9 @@ def layer_chunks(
     ``projection``: (H_t, H_s) for the student's states, (H_s, H_t) with ``project_teacher``, or None.
     """
     device, n_total = student.device, student.shape[0]
-    keep = None
+    keep, valid = None, coef != 0 if valid is None else valid & (coef != 0)
+    if device.type == "cpu" and bool(valid.all()):
+        valid = None
     if valid is not None and device.type == "cpu":  # elsewhere their number would need a sync
         keep = valid.nonzero()[:, 0]
         student, audio, coef = student[keep], audio[keep], coef[keep]
@@ -119,6 +121,8 @@ def layer_chunks(
             solve = here.teacher_projected if project_teacher else here.student_projected
             loss[chunk], hidden, grad = solve(scratch[: chunk.stop - start], None if dh is None else dh[chunk], dp is not None)
             if dp is not None and grad is not None:
+                # A row that does not count has a gradient of 0, but may itself be NaN.
+                hidden = hidden if here.valid is None else hidden.masked_fill(~here.valid[:, None], 0.0)
                 add_weight_gradient(dp, grad, hidden, accumulate=start > 0)
         return_scratch(memory)
     if keep is not None:
@@ -210,12 +214,17 @@ def layer_mse(
     loss = torch.where(coef == 0, 0.0, coef * out.loss)
     dp = out.projection_grad
     if dp is not None and projection is not None:
-        dp = finish_weight_gradient(dp if gain is None else dp / gain, projection.dtype)
+        dp = finish_weight_gradient(dp if gain is None else dp / gain, _stored_dtype(projection))
     return (
         loss.sum() if reduced else loss,
         student.new_empty(0) if out.hidden_grad is None else out.hidden_grad,
         student.new_empty(0) if dp is None else dp,
     )
+
+
+def _stored_dtype(projection: Tensor) -> torch.dtype:
+    """Of a projection's gradient until it is scaled: many of its values would be among float16's subnormals."""
+    return torch.float32 if projection.dtype == torch.float16 else projection.dtype
 
 
 def _gain(coef: Tensor, student: Tensor, projection: Tensor | None, normalize: bool) -> Tensor | None:
@@ -236,7 +245,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     def gradient(of: int, wanted: int) -> Tensor:
         if not arguments[wanted]:
             return student.new_empty(0)
-        return torch.empty_like(arguments[of], memory_format=torch.contiguous_format)
+        dtype = _stored_dtype(arguments[of]) if of == _PROJECTION else student.dtype
+        return torch.empty_like(arguments[of], dtype=dtype, memory_format=torch.contiguous_format)
 
     return (
         coef.new_empty(() if arguments[_REDUCED] else coef.shape),
@@ -256,6 +266,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     else:
         gain = _gain(inputs[_COEF], inputs[_STUDENT], inputs[_PROJECTION], inputs[_NORMALIZE])
         ctx.save_for_backward(*output[1:], *([] if gain is None else [gain]))
+    ctx.projection_dtype = None if inputs[_PROJECTION] is None else inputs[_PROJECTION].dtype
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -276,7 +287,8 @@ def _backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tuple[Ten
         of_hidden = factor if gain is None else (1.0 if factor is None else factor) / gain
         grads[_STUDENT] = dh if of_hidden is None else _scaled(dh, of_hidden)
     if needs[1]:
-        grads[_PROJECTION] = dp if factor is None else _scaled(dp, factor)
+        scaled = dp if factor is None else _scaled(dp, factor)
+        grads[_PROJECTION] = scaled.to(ctx.projection_dtype)
     return tuple(grads)
 
 
@@ -298,8 +310,9 @@ def reference_layer_mse(
     """The loss per token (N,) by eager PyTorch in coef's dtype, gradients by autograd."""
     dtype = coef.dtype
     u, v = student.to(dtype), layer_rows.contrastive(audio, text, alpha).to(dtype)
-    if valid is not None:  # a masked row may hold anything
-        u, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (u, v))
+    # A row that does not count may hold anything.
+    valid = coef != 0 if valid is None else valid & (coef != 0)
+    u, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (u, v))
     if projection is not None:
         if project_teacher:
             v = v @ projection.to(dtype).T

@@ -46,6 +46,7 @@ class LinearResult:
     hidden_grad: Tensor | None  # (N, H_s)
     weight_grad: Tensor | None  # (V_s, H_s)
     bias_grad: Tensor | None  # (V_s,)
+    gains: Tensor | None = None  # (3,): by which the three gradients are too large; None: by nothing
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def linear_caad_chunks(
     survivors: Callable[..., None] | None = None,
     **chunks: Any,
 ) -> LinearResult:
-    """``gain``: a factor on the gradients inside. hidden_grad comes back too large by it; no other result does.
+    """``gain``: a factor on the gradients inside (see half_gain); LinearResult.gains tells what is left of it.
 
     ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask. None: both paths densely.
     ``chunks``: keywords of :func:`student_chunks`.
@@ -136,6 +137,7 @@ def linear_caad_chunks(
         kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
     keep = kept_tokens(target, spec.ignore_index)
     target, kd_coef, ce_coef = picked(keep, target), picked(keep, kd_coef), picked(keep, ce_coef)
+    counts = counted_tokens(target, spec.ignore_index, kd_coef, ce_coef)
     teacher = TeacherHead(*heads[3:], alpha, spec, want_stats, logits_dtype, survivors).pick(keep)
     need_teacher = spec.with_kd or want_stats
 
@@ -163,6 +165,7 @@ def linear_caad_chunks(
         *heads[:3],
         chunk_rows,
         keep=keep,
+        counts=counts,
         vocab=spec.vocab,
         logits_dtype=logits_dtype,
         teacher_buffers=need_teacher * (1 + teacher.two_paths),
@@ -179,6 +182,7 @@ def student_chunks(
     chunk_rows: ChunkRows,
     *,
     keep: Tensor | None,
+    counts: Tensor | None,
     vocab: int,
     logits_dtype: torch.dtype,
     teacher_buffers: int,
@@ -194,8 +198,8 @@ def student_chunks(
     """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, then the GEMMs of the gradients.
 
     ``chunk_rows(chunk, student logits (C, V), scratch (teacher_buffers, C, V) in logits_dtype and (float32_buffers, C, V) in
-    float32, grad (C, V) or None)`` fills ``grad``, which lies over the student's logits. ``keep``: the tokens that count (see
-    :func:`kept_tokens`), which ``chunk`` indexes.
+    float32, grad (C, V) or None)`` fills ``grad``, which lies over the student's logits. ``keep``: the tokens that ``chunk``
+    indexes (see :func:`kept_tokens`). ``counts``: which of these count (see :func:`counted_tokens`).
     """
     device, n_total = student_hidden.device, student_hidden.shape[0]
     student_hidden = picked(keep, student_hidden)
@@ -231,7 +235,7 @@ def student_chunks(
         if rows.stats is not None and out.stats is not None:
             rows.stats[:, chunk] = out.stats
         if grad is not None:
-            gradients.add(chunk, grad, student_hidden[chunk], w_s)
+            gradients.add(chunk, grad, student_hidden[chunk], w_s, None if counts is None else counts[chunk])
 
     return_scratch(memory)
     return LinearResult(spread_rows(rows, keep, n_total), *gradients.finished(keep, n_total, gain))
@@ -261,30 +265,55 @@ class _Gradients:
     def wanted(self) -> bool:
         return any(x is not None for x in (self.hidden, self.weight, self.bias))
 
-    def add(self, chunk: slice, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """One chunk's: from the gradient of its logits (C, V)."""
+    def add(self, chunk: slice, grad: Tensor, hidden: Tensor, weight: Tensor, counts: Tensor | None) -> None:
+        """One chunk's: from the gradient of its logits (C, V), whose rows are 0 for tokens that do not count."""
         vocab = weight.shape[0]
         if self.hidden is not None:
             hidden_gradient(grad, weight, self.hidden[chunk])
         if self.weight is not None:
+            hidden = rows_that_count(hidden, counts)
             add_weight_gradient(self.weight[:vocab], grad, hidden, accumulate=chunk.start > 0)
         if self.bias is not None:
             self.bias[:vocab] += grad.sum(0, dtype=torch.float32)
 
     def finished(
         self, keep: Tensor | None, n_total: int, gain: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In their dtypes, of all tokens; ``gain`` is taken out of weight and bias."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """In their dtypes, of all tokens, and LinearResult.gains."""
         hidden, weight, bias = self.hidden, self.weight, self.bias
         if hidden is not None and keep is not None:
             hidden = spread(hidden, keep, n_total, 0)
+        gains = None
         if gain is not None:
-            weight, bias = (None if x is None else x.div_(gain) for x in (weight, bias))
+            # Before they are rounded.
+            of_head = [_fit_half(x, gain, dtype) for x, dtype in zip((weight, bias), self.dtypes, strict=True)]
+            gains = torch.stack([gain, *of_head])
         return (
             hidden,
             None if weight is None else finish_weight_gradient(weight, self.dtypes[0]),
             None if bias is None else bias.to(self.dtypes[1]),
+            gains,
         )
+
+
+def _fit_half(total: Tensor | None, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies ``total``, which is too large by ``gain``, by a power of two. Returns what it is too large by then.
+
+    For float16 its largest item comes to lie between 2^13 and 2^14: the gain that fits one token could make a sum over many
+    overflow. For other dtypes nothing is left of the gain.
+    """
+    if total is None:
+        return torch.ones_like(gain)
+    if dtype != torch.float16:
+        total.div_(gain)
+        return torch.ones_like(gain)
+    largest = total.abs().amax()
+    fits = torch.isfinite(largest) & (largest > 0)
+    # No more than 2^100 in all: the factor has to stay a float32.
+    exponent = (14 - torch.frexp(torch.where(fits, largest, 1.0)).exponent).clamp(max=60)
+    shift = torch.ldexp(torch.ones_like(gain), exponent)
+    total.mul_(shift)
+    return gain * shift
 
 
 def spread_rows(rows: RowResult, keep: Tensor | None, n_total: int) -> RowResult:
@@ -301,6 +330,24 @@ def kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
         return None
     valid = target != ignore_index
     return None if bool(valid.all()) else valid.nonzero()[:, 0]
+
+
+def counted_tokens(
+    target: Tensor | None, ignore_index: int, kd_coef: Tensor, ce_coef: Tensor
+) -> Tensor | None:
+    """(N,) bool: False where a token is ignored or neither of its terms has a factor. None: all count (known on the CPU only).
+
+    A kernel leaves a gradient of 0 at such a token, but its hidden states may be NaN, and 0 * NaN would reach dW.
+    """
+    counts = (kd_coef != 0) | (ce_coef != 0)
+    if target is not None:
+        counts &= target != ignore_index
+    return None if counts.device.type == "cpu" and bool(counts.all()) else counts
+
+
+def rows_that_count(hidden: Tensor, counts: Tensor | None) -> Tensor:
+    """hidden (C, H) with zeros where ``counts`` (C,) is False; None stands for all."""
+    return hidden if counts is None else hidden.masked_fill(~counts[:, None], 0.0)
 
 
 def picked(keep: Tensor | None, x: _MaybeTensor, dim: int = 0) -> _MaybeTensor:

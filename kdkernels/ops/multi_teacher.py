@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, library
 
 from .dispatch import row_launcher
-from .linear import LinearResult, TeacherHead, kept_tokens, picked, student_chunks, survivors_launcher
+from .linear import (
+    LinearResult,
+    TeacherHead,
+    counted_tokens,
+    kept_tokens,
+    picked,
+    student_chunks,
+    survivors_launcher,
+)
 from .mixture import gradient_passes, mix_launcher
 from .rows import RowLauncher, RowResult, RowSpec, joined_stats, packed_numbers, stat_count
 from .schema import (
@@ -153,6 +161,7 @@ def multi_teacher_chunks(
     target, kd_coef, ce_coef = picked(keep, target), picked(keep, kd_coef), picked(keep, ce_coef)
     omega = picked(keep, omega, dim=1)
     omega = torch.where(omega >= 0, omega, torch.nan)
+    counts = counted_tokens(target, spec.ignore_index, kd_coef * omega.sum(0), ce_coef)
     teachers = [t.pick(keep) for t in teachers]
     need_teachers = spec.with_kd or want_stats
     passes = gradient_passes([t.spec.divergence for t in teachers]) if need_teachers else []
@@ -171,6 +180,7 @@ def multi_teacher_chunks(
         *student,
         chunk_rows,
         keep=keep,
+        counts=counts,
         vocab=spec.vocab,
         logits_dtype=logits_dtype,
         teacher_buffers=need_teachers * (1 + any(t.two_paths for t in teachers)),
@@ -243,7 +253,7 @@ def linear_multi_teacher(
             gain=gain,
             **wanted.chunks,
         )
-    return linear_results(out, student, kd_coef, ce_coef, wanted.reduced, gain)
+    return linear_results(out, student, kd_coef, ce_coef, wanted.reduced)
 
 
 _TENSORS = 12  # inputs up to ce_coef

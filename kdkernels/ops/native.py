@@ -83,6 +83,11 @@ def _solve_rows(problem: RowProblem) -> RowResult:
     p.with_kd, p.with_ce = spec.with_kd, problem.with_ce
     p.student_scale, p.student_softcap = spec.student_scale, spec.student_softcap or 0.0
     lib.caad_rows(p, instruction_set())
+    if problem.grad is not None and spec.student_softcap is not None:
+        # The slope of the softcap at NaN is NaN, also where no term has a factor.
+        silent = ((kd_coef == 0) & (ce_coef == 0)).view(*problem.grad.shape[:2])
+        if bool(silent.any()):
+            problem.grad[silent] = 0
     del keep, kd_coef, ce_coef  # until here: the library reads at their addresses
     return out
 

@@ -104,8 +104,11 @@ def caad_rows(
     spec: RowSpec,
     *,
     want_stats: bool = False,
+    counts: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RowResult:
     """kd and ce per row (see :mod:`kdkernels.ops.rows`), differentiable in ``student``.
+
+    ``counts``: (N,) bool each, whether the row's kd and its ce have a factor. A term without one has no gradient, not even NaN.
 
     Computes in float64 where an input is float64, else in float32.
     """
@@ -115,6 +118,10 @@ def caad_rows(
     valid = None if target is None else target != spec.ignore_index  # (N,)
 
     s = _logits(student, spec, spec.student_scale, spec.student_softcap, dtype)
+    used = _used_rows(valid, counts)
+    if used is not None:
+        # The slope at NaN is NaN: rows without a gradient go through the formula as constants.
+        s = _values_of(used, _logits(_only(used, student), spec, spec.student_scale, spec.student_softcap, dtype), s)
     s = torch.where(torch.isneginf(s), s.detach(), s)  # a masked token gets no gradient, not even as the label
     a = _logits(audio.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     t = None if text is None else _logits(text.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
@@ -128,11 +135,12 @@ def caad_rows(
     rows = s.shape[0]
     zeros = s.new_zeros(rows)
     log_p = _log_softmax(z / tau)
-    kd = tau**2 * divergence(log_p, s / tau, spec.divergence, spec.jsd_beta) if spec.with_kd else zeros
+    s_kd, s_ce = (s, s) if counts is None else (_values_of(x, s, s) for x in counts)
+    kd = tau**2 * divergence(log_p, s_kd / tau, spec.divergence, spec.jsd_beta) if spec.with_kd else zeros
     ce = zeros
     if target is not None and spec.with_ce:
         inside = (target >= 0) & (target < spec.vocab)
-        picked = _log_softmax(s).gather(-1, torch.where(inside, target, 0)[:, None])[:, 0]
+        picked = _log_softmax(s_ce).gather(-1, torch.where(inside, target, 0)[:, None])[:, 0]
         ce = torch.where(inside, -picked, math.nan)
     if text is not None:
         kd = torch.where((alpha >= 0) & torch.isfinite(alpha), kd, math.nan)
@@ -155,6 +163,26 @@ def caad_rows(
     return RowResult(kd=kd, ce=ce, stats=stats)
 
 
+def _used_rows(
+    valid: torch.Tensor | None, counts: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor | None:
+    """(N,) bool: the rows that have a gradient; None: all."""
+    if counts is None:
+        return valid
+    used = counts[0] | counts[1]
+    return used if valid is None else used & valid
+
+
+def _only(used: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (..., H) of N in all, with zeros where ``used`` (N,) is False."""
+    return torch.where(used.reshape(*rows.shape[:-1], 1), rows, torch.zeros_like(rows))
+
+
+def _values_of(used: torch.Tensor, differentiable: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(N, V): ``values``, differentiated as ``differentiable`` where ``used`` (N,), and nowhere else."""
+    return torch.where(used[:, None], differentiable, values.detach())
+
+
 def _entropy(log_p: torch.Tensor) -> torch.Tensor:
     return -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(dim=-1)
 
@@ -172,8 +200,12 @@ def linear_caad(
     spec: RowSpec,
     *,
     want_stats: bool = False,
+    counts: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RowResult:
-    """The row problem behind two LM heads, logits in full: float64 where an input is float64, else float32."""
+    """The row problem behind two LM heads, logits in full: float64 where an input is float64, else float32.
+
+    ``counts``: as in :func:`caad_rows`.
+    """
     given = [student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias]
     dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in given) else torch.float32
 
@@ -185,9 +217,13 @@ def linear_caad(
     available = torch.amp.is_autocast_available(device_type)  # not on "meta"
     with torch.amp.autocast(device_type, enabled=False) if available else contextlib.nullcontext():
         student = logits(student_hidden, student_weight, student_bias)
+        used = _used_rows(None if target is None else target != spec.ignore_index, counts)
+        if used is not None:  # hidden states that are NaN would reach the weight's gradient, though they are multiplied by 0
+            clean = logits(_only(used, student_hidden), student_weight, student_bias)
+            student = _values_of(used, clean[0], student[0])[None]
         audio = logits(audio_hidden, teacher_weight, teacher_bias)
         text = None if text_hidden is None else logits(text_hidden, teacher_weight, teacher_bias)
-    return caad_rows(student, audio, text, target, alpha, spec, want_stats=want_stats)
+    return caad_rows(student, audio, text, target, alpha, spec, want_stats=want_stats, counts=counts)
 
 
 def linear_multi_teacher(
@@ -199,18 +235,21 @@ def linear_multi_teacher(
     omega: torch.Tensor,
     *,
     want_stats: bool = False,
+    counts: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RowResult:
     """kd_i = sum_k omega_ki tau^2 D_k, teacher by teacher; ce as against any one of them.
 
     Args:
         teachers: for each audio_hidden, text_hidden, weight, bias, alpha and RowSpec, as :func:`linear_caad` takes them.
         omega: (K, N).
+        counts: as in :func:`caad_rows`.
     """
     student = (student_hidden, student_weight, student_bias)
     results = []
-    for audio, text, weight, bias, alpha, spec in teachers:
+    for share, (audio, text, weight, bias, alpha, spec) in zip(omega, teachers, strict=True):
         tensors = (*student, audio, text, weight, bias)
-        results.append(linear_caad(*tensors, target, alpha, spec, want_stats=want_stats))
+        own = None if counts is None else (counts[0] & (share != 0), counts[1])
+        results.append(linear_caad(*tensors, target, alpha, spec, want_stats=want_stats, counts=own))
     reverse = other = torch.zeros_like(results[0].kd)
     for share, result, (*_, spec) in zip(omega, results, teachers, strict=True):
         weighted = torch.where(share == 0, 0.0, share * result.kd)

@@ -305,8 +305,8 @@ def linear_caad(
     logits_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss: () if reduced else (N,); gradients of hidden (times half_gain), weight and bias, each full or empty; statistics
-    (6, N) or empty; half_gain or empty)."""
+    """(loss: () if reduced else (N,); gradients of hidden, weight and bias, each full or empty; statistics (6, N) or empty; by
+    what the three gradients are too large, (3,) or empty)."""
     student = (student_hidden, student_weight, student_bias)
     heads = LinearTensors(*student, audio_hidden, text_hidden, teacher_weight, teacher_bias)
     spec = RowSpec.unpacked(spec_whole, spec_numbers, divergence)
@@ -341,7 +341,7 @@ def linear_caad(
                 gain=gain,
                 **wanted.chunks,
             )
-    return linear_results(out, student, kd_coef, ce_coef, wanted.reduced, gain)
+    return linear_results(out, student, kd_coef, ce_coef, wanted.reduced)
 
 
 def linear_results(
@@ -350,7 +350,6 @@ def linear_results(
     kd_coef: Tensor,
     ce_coef: Tensor,
     reduced: bool,
-    gain: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What an operator over LM heads returns, empty where there is nothing."""
     hidden, weight, _ = student
@@ -361,7 +360,7 @@ def linear_results(
         weight.new_empty(0) if out.weight_grad is None else out.weight_grad,
         weight.new_empty(0) if out.bias_grad is None else out.bias_grad,
         loss.new_empty(0) if out.rows.stats is None else all_stats(out.rows),
-        loss.new_empty(0) if gain is None else gain,
+        loss.new_empty(0) if out.gains is None else out.gains,
     )
 
 
@@ -383,7 +382,7 @@ def fake_linear_results(
         gradient(weight, wanted.weight_grad, weight),
         gradient(bias, wanted.bias_grad, weight),
         kd_coef.new_empty((n_stats, n)) if wanted.want_stats else kd_coef.new_empty(0),
-        kd_coef.new_empty(() if has_gain else 0),
+        kd_coef.new_empty(3 if has_gain else 0),
     )
 
 
@@ -431,12 +430,13 @@ def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
                 bias_grad=bias_grad,
                 want_stats=False,
             )
-            _, *grads, _, gain = op(*inputs, ctx.spec_whole, next(saved), ctx.divergences, *wanted.packed())
-            if gain.numel() and needs[0]:
-                grads[0] = _scaled(grads[0], 1.0 / gain)
+            _, *grads, _, gains = op(*inputs, ctx.spec_whole, next(saved), ctx.divergences, *wanted.packed())
+            if gains.numel():
+                factors = (1.0 / gains).unbind(0)
+                grads = [_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)]
         else:
-            *grads, gain = ctx.saved_tensors
-            factors = (_without_gain(grad_loss, gain), grad_loss, grad_loss)
+            *grads, gains = ctx.saved_tensors
+            factors = [grad_loss / gain for gain in gains.unbind(0)] if gains.numel() else [grad_loss] * 3
             grads = [_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)]
         # Autograd wants a list of tensors answered by a list.
         nothing = [[None] * size if size else None for size in ctx.structure]

@@ -300,13 +300,14 @@ def _caad_row_kernel(
     if WANT_GRAD:
         if WITH_KD:
             # tau^2 from kd, 1 / tau from d (s / tau) / d s.
-            kd_scale = tl.load(kd_coef_ptr + row) / inverse_tau
-            kd_scale = tl.where(empty, 0.0, kd_scale)
+            kd_coef = tl.load(kd_coef_ptr + row)
+            kd_scale = tl.where(empty, 0.0, kd_coef / inverse_tau)
             if DIVERGENCE == _REVERSE:
                 kd_scale = tl.where(infinite, 0.0, kd_scale)
-            kd_scale = tl.where(alpha_legal, kd_scale, float("nan"))
+            kd_scale = tl.where(alpha_legal | (kd_coef == 0.0), kd_scale, float("nan"))
         if WITH_CE:
-            ce_scale = tl.where(label_inside, tl.load(ce_coef_ptr + row), float("nan"))
+            ce_scale = tl.load(ce_coef_ptr + row)
+            ce_scale = tl.where(label_inside | (ce_scale == 0.0), ce_scale, float("nan"))
             inverse_q1 = _reciprocal(q1_row)
         for start in range(0, width, BLOCK):
             columns = start + local
@@ -328,6 +329,7 @@ def _caad_row_kernel(
                     else:
                         log_q_m = _jsd_terms(log_ratio, jsd_beta)[1]
                         gradient = kd_scale * (1.0 - jsd_beta) * q * (log_q_m - jsd_q)
+                gradient = tl.where(kd_scale == 0.0, 0.0, gradient)  # a term without a factor may be NaN
             if WITH_CE:
                 if WITH_KD and TEMPERATURE == 1:
                     q1 = q
@@ -335,8 +337,8 @@ def _caad_row_kernel(
                     q1 = s_exp * s_exp * inverse_q1
                 else:
                     q1 = tl.exp2((s - s_row) * _LOG2E) * inverse_q1
-                gradient += ce_scale * (q1 - tl.where(columns == label, 1.0, 0.0))
-            gradient = tl.where(s == _MASKED, 0.0, gradient * slope)
+                gradient += tl.where(ce_scale == 0.0, 0.0, ce_scale * (q1 - tl.where(columns == label, 1.0, 0.0)))
+            gradient = tl.where((s == _MASKED) | (gradient == 0.0), 0.0, gradient * slope)
             tl.debug_barrier()  # all of this block is read before any of it is overwritten
             tl.store(grad_ptr + columns, gradient.to(grad_ptr.dtype.element_ty), mask=columns < width)
 
