@@ -12,12 +12,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layer_states import LayerStates
-from .lm_head import HeadCapture, LMHead, accepts, computing_layer, evaluating, fit_post, head_module, probe_values
+from .lm_head import (
+    HeadCapture,
+    LMHead,
+    accepts,
+    apply_post,
+    check_linear,
+    fit_post,
+    head_module,
+    head_parameters,
+    head_state,
+    hearing,
+    post_numbers,
+    probe_values,
+    refuse_hooks,
+)
 from .packing import pack_batch
 from .paths import DropKey, Inputs, MarkAbsent, MaskFeatures, Negative, PathBatch, as_batch, clean, join
 
@@ -105,12 +120,17 @@ class DualPathTeacher(nn.Module):
             restart at each sample, by which transformers keeps them apart; flash-attention then runs its varlen kernel (not run
             here, for want of a GPU). Of no use to a model with its own hidden_states_at, which packs by its own inputs. The
             first call also runs without packing and compares. One wait for a CUDA device a pass.
-        head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why).
-        merge_lora: see `LMHead.from_model`.
+        head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why).  A copy stays as it is; one
+            that shares the model's memory follows the model.
+        merge_lora: see `LMHead.from_model`; the merge is made each time that `head` is read.
         layers: also hand out the states of these layers at the same positions, counted as in `kdkernels.layer_map`.
 
     Attributes:
-        head: `LMHead`; `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
+        head: `LMHead`, read from the model each time, so that it is the head that the model has now;
+            `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
+
+    Each call puts the model in the modes of an evaluation with audio and restores its own afterwards: evaluation mode, adapters
+    on that the model turns on for audio (Granite Speech), no cache, no states of layers and no attentions in its output.
 
     Raises:
         TypeError, ValueError: see `LMHead.from_model`; rows_per_pass or pack_tokens is not a positive int; pack_tokens with a
@@ -146,28 +166,69 @@ class DualPathTeacher(nn.Module):
         if pack_tokens is not None and self._has_protocol:
             raise ValueError("pack_tokens: expected None with a model that has hidden_states_at, which packs by its own inputs")
         self.layers = tuple(layers)
-        self.head = head if head is not None else LMHead.from_model(model, merge_lora=merge_lora)
+        self.merge_lora = merge_lora
+        self._own_head = head  # what the caller gave, or None
+        self._follows = head is None or self._shares_memory(head)
+        self._known_state: tuple[Any, ...] | None = None
+        self._post: tuple[float | None, float] = (None, 1.0)
         self._post_checked = False
         self._packing_checked = False
         self.eval()
+        with hearing(model):
+            self._look_at_head()
+
+    @property
+    def head(self) -> LMHead:
+        """The LM head as it is now.
+
+        Raises:
+            TypeError, ValueError: see `LMHead.from_model`; the model may have changed since it was given.
+        """
+        with hearing(self.model):
+            self._look_at_head()
+            if self._own_head is not None and not self._follows:
+                return self._own_head
+            weight, bias = head_parameters(head_module(self.model), merge_lora=self.merge_lora)
+        return LMHead(weight, bias, *self._post)
+
+    @head.setter
+    def head(self, head: LMHead) -> None:
+        self._own_head, self._follows = head, self._shares_memory(head)
+        self._known_state, self._post_checked = None, False
+
+    def _look_at_head(self) -> None:
+        """Asks the head what it computes, the first time and whenever modules, parameters or adapters in it have changed."""
+        try:
+            head = head_module(self.model)
+        except TypeError:
+            if self._own_head is None:
+                raise
+            return
+        refuse_hooks(head)
+        state = (head_state(head), post_numbers(self.model, head))
+        if state == self._known_state:
+            return
+        own = self._own_head or LMHead.from_model(self.model, merge_lora=self.merge_lora)
+        if self._own_head is not None and self._follows:
+            check_linear(head, *head_parameters(head, merge_lora=self.merge_lora))
+        self._post = (own.softcap, own.logit_scale)
+        self._known_state, self._post_checked = state, False
+
+    def _shares_memory(self, head: LMHead) -> bool:
+        try:
+            weight, _ = head_parameters(head_module(self.model))
+        except (TypeError, ValueError):
+            return False
+        return weight.data_ptr() == head.weight.data_ptr() and weight.shape == head.weight.shape
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualPathTeacher:
-        """`.to()`, `.half()` and the like: the LM head follows, sharing the model's memory where it did before."""
-        layer = computing_layer(head_module(self.model))
-        shared = {
-            name: tensor.data_ptr() == parameter.data_ptr()
-            for name in ("weight", "bias")
-            if (tensor := getattr(self.head, name)) is not None
-            and isinstance(parameter := getattr(layer, name, None), Tensor)
-            and not hasattr(parameter, "placements")  # a shard: the head is a copy
-        }
+        """`.to()`, `.half()` and the like: a head of the caller's own goes along."""
         super()._apply(fn, recurse)
-        moved = {
-            name: getattr(layer, name).detach() if shared.get(name) else fn(tensor)
-            for name in ("weight", "bias")
-            if (tensor := getattr(self.head, name)) is not None
-        }
-        self.head = dataclasses.replace(self.head, **moved)
+        if self._own_head is not None and not self._follows:
+            bias = self._own_head.bias
+            self._own_head = dataclasses.replace(
+                self._own_head, weight=fn(self._own_head.weight), bias=None if bias is None else fn(bias)
+            )
         return self
 
     def freeze(self) -> DualPathTeacher:
@@ -269,7 +330,8 @@ class DualPathTeacher(nn.Module):
         return self._one_pass(batch.slice(0, 1), index) if result is None else result  # no position at all: (0, H)
 
     def _one_pass(self, batch: PathBatch, index: Tensor) -> Tensor:
-        with evaluating(self.model):
+        with hearing(self.model):
+            self._look_at_head()
             if self._has_protocol:
                 keywords = {"layers": self.layers} if self.layers else {}
                 states = self.model.hidden_states_at(index, **batch.inputs, **keywords)
@@ -331,12 +393,12 @@ class DualPathTeacher(nn.Module):
     def _check_post(self, seen: Tensor | None) -> None:
         """Once: does the model treat logits after its head as `self.head` says?  (Reads the device that one time.)"""
         if seen is not None:
-            expected = self.head.post(probe_values()).double()
+            expected = apply_post(probe_values(), *self._post).double()
             if not torch.allclose(seen.double().cpu(), expected, rtol=1e-2, atol=1e-6):
                 softcap, scale = fit_post(seen)
                 raise ValueError(
                     f"head: expected what the model does to its logits, softcap={softcap} logit_scale={scale:.6g}, got "
-                    f"softcap={self.head.softcap} logit_scale={self.head.logit_scale:.6g}; pass head=LMHead(...)"
+                    f"softcap={self._post[0]} logit_scale={self._post[1]:.6g}; pass head=LMHead(...)"
                 )
         self._post_checked = True
 

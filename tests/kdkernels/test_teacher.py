@@ -226,11 +226,13 @@ class TestNoLogits:
         model, inputs = tiny_lms.AUDIO_MODELS[name]()
         index, _ = answer_positions(inputs)
         negative = MaskFeatures(tiny_lms.feature_name(inputs))
-        teacher = DualPathTeacher(model, negative=negative, pack_tokens=pack_tokens)
         sizes = []
         head = lm_head.head_module(model)
         forward = head.forward
         head.forward = lambda hidden: sizes.append(hidden.numel()) or forward(hidden)
+        teacher = DualPathTeacher(model, negative=negative, pack_tokens=pack_tokens)
+        assert max(sizes) == head.weight.shape[1]  # asked once, with one row
+        sizes.clear()
         teacher(inputs, index)
         teacher(inputs, index)
         assert sizes == [0] * (2 if pack_tokens is None else 3)  # packed, the first call compares with padded rows

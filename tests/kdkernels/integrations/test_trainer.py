@@ -430,6 +430,8 @@ def zero3_engine(model: torch.nn.Module):
             if hasattr(parameter, "whole"):
                 parameter.data = parameter.data.new_empty(0)
 
+    for hook in (gather, free):
+        hook.__module__ = "deepspeed.runtime.zero.parameter_offload"  # hooks of an engine are told by where they come from
     handles = []
     for module in model.modules():
         handles += [module.register_forward_pre_hook(gather), module.register_forward_hook(free)]
