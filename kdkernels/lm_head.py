@@ -626,12 +626,15 @@ def adapters_of_audio(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def kept_adapters(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """Yields `adapters_of_audio`; afterwards each is on or off as it was, and trains or does not as it did."""
+def audio_adapters_on(model: nn.Module) -> Iterator[None]:
+    """Inside, `adapters_of_audio` are on; afterwards each is on or off as it was, and trains or does not as it did."""
     layers = adapters_of_audio(model)
     before = [(layer, layer.disable_adapters, [(p, p.requires_grad) for p in layer.parameters()]) for layer in layers]
     try:
-        yield layers
+        for layer in layers:
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
+        yield
     finally:
         for layer, disabled, parameters in before:
             if layer.disable_adapters != disabled:
@@ -658,10 +661,7 @@ def hearing(model: nn.Module) -> Iterator[None]:
         for name, value in _LEAN_OUTPUT.items()
         if getattr(config, name, value) not in (None, value)
     ]
-    with evaluating(model), kept_adapters(model) as layers:
-        for layer in layers:
-            if layer.disable_adapters:
-                layer.enable_adapters(True)
+    with evaluating(model), audio_adapters_on(model):
         try:
             for config, name, _ in changed:
                 setattr(config, name, _LEAN_OUTPUT[name])
