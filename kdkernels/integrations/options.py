@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..caad import CAADLoss
+from ..caad import CAADLoss, _check_chunks
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class CAADOptions:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        _check_chunks(self.chunk_tokens, self.workspace_bytes, self.logits_dtype)
+        if isinstance(self.alpha, torch.Tensor):
+            raise TypeError("alpha: expected a number, got a tensor; a batch's column 'alpha' has one for each token")
+        if self.vocab_size is not None and not (isinstance(self.vocab_size, int) and self.vocab_size >= 1):
+            raise ValueError(f"vocab_size: expected a whole number >= 1 or None, got {self.vocab_size!r}")
         CAADLoss(
             alpha=self.alpha,
             temperature=self.temperature,
@@ -43,8 +48,11 @@ class CAADOptions:
             vocab_size=self.vocab_size,
             impl=self.impl,
         )
-        if self.alpha_start is not None and not 0 <= self.alpha_start < math.inf:
-            raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {self.alpha_start!r}")
+        start = self.alpha_start
+        if start is not None and not (isinstance(start, (int, float)) and 0 <= start < math.inf):
+            raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {start!r}")
+        if not isinstance(self.alpha_ramp_steps, int):
+            raise TypeError(f"alpha_ramp_steps: expected an int, got {type(self.alpha_ramp_steps).__name__}")
         if self.alpha_ramp_steps < 0:
             raise ValueError(f"alpha_ramp_steps: expected >= 0, got {self.alpha_ramp_steps!r}")
 
