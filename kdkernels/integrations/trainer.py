@@ -13,6 +13,8 @@ Legend: B rows of a batch, L columns, N positions that predict a label, H hidden
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,6 +31,8 @@ from ..teacher import DualPathTeacher, answer_index
 from .options import CAADOptions
 
 __all__ = ["CAADTrainer"]
+
+logger = logging.getLogger(__name__)
 
 TEACHER, NEGATIVE, SAMPLE_ID = "teacher_", "negative_", "sample_id"
 BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
@@ -59,12 +63,19 @@ class CAADTrainer(Trainer):
     top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` returns in `predictions` a sample's weighted sums of
     these from kd on, in `label_ids` its two sums of weights: there are no logits to return.
 
-    Positions are found from `labels` on their device: one wait for a CUDA device a micro-batch.
+    A loss, or a gradient, that is NaN or infinite stops the training before its optimiser step, whatever
+    args.logging_nan_inf_filter says.  With args.fp16 the gradient scaler skips steps with an infinite gradient, as ever.
+
+    Waits for a CUDA device: two a micro-batch, where positions are found from `labels` and where the loss is looked at; two a
+    step, for the number of labels and for the gradient's norm.
 
     Raises:
-        ValueError, TypeError: naming the argument, or the column that a batch lacks.  Refused because the loss would not
-            honour them: compute_metrics, compute_loss_func, label smoothing, torch_compile, batch_eval_metrics, DataParallel,
-            tensor, context or sequence parallelism; an LM head with an adapter other than LoRA.
+        ValueError, TypeError: naming the argument, or the column that a batch lacks.  These do not work with this loss and are
+            refused at construction: compute_metrics, compute_loss_func, DataParallel, tensor, context or sequence parallelism,
+            and of args label_smoothing_factor, torch_compile, batch_eval_metrics, eval_do_concat_batches=False,
+            eval_use_gather_object, use_liger_kernel, predict_with_generate and debug="underflow_overflow".  An LM head with
+            an active adapter other than LoRA, or with a hook that would get logits, is refused when it is first used.
+        FloatingPointError: the loss or the gradient is not finite; it names the step and the samples.
     """
 
     def __init__(
@@ -119,9 +130,17 @@ class CAADTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        self._step_samples = [_names(batch) for batch in batches]
         sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices:
             sums = self.accelerator.reduce(sums, reduction="sum")
+        if not bool(sums.any()):
+            logger.warning(
+                "optimiser step %d has nothing to learn from, and its loss is 0: labels are %d everywhere in samples %s",
+                self.state.global_step + 1,
+                IGNORE_INDEX,
+                ", ".join(name for batch in self._step_samples for name in batch),
+            )
         return batches, sums
 
     def compute_loss(
@@ -154,7 +173,38 @@ class CAADTrainer(Trainer):
             )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and ranks > 1:
             loss = loss * ranks  # gradients are averaged over ranks
+        if torch.is_grad_enabled() and not bool(torch.isfinite(loss)):
+            self._refuse_step(f"loss {loss.item()}", self._samples_not_finite(inputs))
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's last look at the gradient before the optimiser's step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is None or self.accelerator.scaler is not None or self.is_deepspeed_enabled:
+            return grad_norm  # a gradient scaler skips such a step; DeepSpeed has made it by now
+        value = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+        if not math.isfinite(value):
+            # The loss was finite: which of the step's samples it comes from cannot be told.
+            self._refuse_step(f"gradient norm {value}", [name for batch in self._step_samples for name in batch])
+        return grad_norm
+
+    def _refuse_step(self, what: str, samples: list[str]) -> None:
+        raise FloatingPointError(
+            f"optimiser step {self.state.global_step + 1}: expected a finite loss and gradient, got {what}; nothing was updated. "
+            f"Samples: {', '.join(samples)}"
+        )
+
+    def _samples_not_finite(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Names of the micro-batch's samples whose loss is not finite; of all where they cannot be told apart."""
+        names = _names(inputs)
+        if not self.accelerator.distributed_type.value.startswith(("NO", "MULTI")):
+            return names  # the forward of a sharded model is every rank's
+        with torch.no_grad():
+            values, weights = self._by_row(self.accelerator.unwrap_model(self.model), inputs)
+        kd_weight = self.options.kd_weight
+        terms = [values[:, column] for column, share in enumerate((kd_weight, 1 - kd_weight)) if share > 0]
+        finite = torch.isfinite(torch.stack([*terms, *weights.T])).all(0).tolist()
+        return [name for name, good in zip(names, finite, strict=True) if not good] or names
 
     def _loss(self, model: nn.Module, inputs: Mapping[str, Any], *, step: int, **reduction: Any) -> Any:
         labels = _labels(inputs, "")
@@ -226,9 +276,11 @@ class CAADTrainer(Trainer):
         """(None, weighted sums (B, 6) of each row's `CAADStats`, its sums of weights (B, 2)), float64."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            _, stats = self._loss(
-                model, inputs, step=max(self.state.global_step, 1), reduction="sum", return_stats=True
-            )
+            return None, *self._by_row(model, inputs)
+
+    def _by_row(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Weighted sums (B, 6) of each row's `CAADStats`, its sums of weights (B, 2), float64."""
+        _, stats = self._loss(model, inputs, step=max(self.state.global_step, 1), reduction="sum", return_stats=True)
         labels = _labels(inputs, "")
         index, _ = answer_index(labels)
         rows = index // labels.shape[1]
@@ -239,15 +291,24 @@ class CAADTrainer(Trainer):
         def by_row(values: Tensor) -> Tensor:
             return values.new_zeros(len(labels), values.shape[1]).index_add_(0, rows, values)
 
-        return None, by_row(weighted), by_row(weights)
+        return by_row(weighted), by_row(weights)
 
     def _token_means(self, prediction: EvalPrediction) -> dict[str, float]:
         """From what `prediction_step` returned for all samples, gathered and without the duplicates of a last batch."""
-        kd_total, ce_total = prediction.label_ids.sum(0)
-        sums = dict(zip(CAADStats._fields, prediction.predictions.sum(0), strict=True))
-        means = {name: float(x / max(ce_total if name == "ce" else kd_total, 1e-12)) for name, x in sums.items()}
+        kd_total, ce_total = (float(x) for x in prediction.label_ids.sum(0))
         kd_weight = self.options.kd_weight
-        return {"loss": kd_weight * means["kd"] + (1 - kd_weight) * means["ce"], **means}
+        for name, share, total in (("kd", kd_weight, kd_total), ("ce", 1 - kd_weight, ce_total)):
+            if share > 0 and not total > 0:
+                raise ValueError(
+                    f"labels: expected at least one position with a label and a {name}_token_weight above 0 in the dataset, got "
+                    f"{name} weights that sum to {total:g}: labels are missing, or {IGNORE_INDEX} everywhere"
+                )
+        sums = dict(zip(CAADStats._fields, prediction.predictions.sum(0), strict=True))
+        totals = {name: ce_total if name == "ce" else kd_total for name in sums}
+        # A term without weight has no mean.
+        means = {name: float(x / totals[name]) if totals[name] > 0 else math.nan for name, x in sums.items()}
+        loss = sum(share * means[name] for name, share in (("kd", kd_weight), ("ce", 1 - kd_weight)) if share > 0)
+        return {"loss": loss, **means}
 
     # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -257,9 +318,23 @@ class CAADTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             known = [*self._signature_columns, "labels"]
             if isinstance(self.teacher, DualPathTeacher):
-                known += inspect.signature(self.teacher.model.forward).parameters
+                for name in ("forward", "hidden_states_at"):
+                    if callable(method := getattr(self.teacher.model, name, None)):
+                        known += inspect.signature(method).parameters
             prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
             self._signature_columns += [*prefixed, SAMPLE_ID, *BY_TOKEN]
+
+
+# Arguments that have no effect on this loss, or the wrong one: what is expected of each, and why.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0, "the teacher's distribution takes its place"),
+    "torch_compile": (False, "a compiled model hides its LM head"),
+    "use_liger_kernel": (False, "it replaces the model's forward and loss; apply the kernels you want to the model yourself"),
+    "batch_eval_metrics": (False, "evaluation is by token over the whole dataset"),
+    "eval_do_concat_batches": (True, "evaluation is by token over the whole dataset"),
+    "eval_use_gather_object": (False, "what evaluation gathers are tensors"),
+    "predict_with_generate": (False, "predict() returns sums of the loss; call model.generate() yourself"),
+}
 
 
 def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
@@ -275,14 +350,13 @@ def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead
             f"teacher_head: expected a weight (V, {teacher.hidden_size}) as wide as the ContrastCache, got "
             f"{tuple(teacher_head.weight.shape)}"
         )
-    refused = {
-        "label_smoothing_factor": 0,
-        "torch_compile": False,  # hides the LM head
-        "batch_eval_metrics": False,
-    }
-    for name, expected in refused.items():
-        if getattr(args, name) != expected:
-            raise ValueError(f"args.{name}: expected {expected!r} with CAADTrainer, got {getattr(args, name)!r}")
+    for name, (expected, reason) in _REFUSED.items():
+        if getattr(args, name, expected) != expected:
+            raise ValueError(f"args.{name}: expected {expected!r} with CAADTrainer, got {getattr(args, name)!r}: {reason}")
+    if any(str(getattr(option, "value", option)) == "underflow_overflow" for option in args.debug):
+        raise ValueError(
+            "args.debug: expected no 'underflow_overflow' with CAADTrainer, got it: its hooks look at logits, which are not built"
+        )
     if args.n_gpu > 1:
         raise ValueError(f"args.n_gpu: expected one GPU a process (start with torchrun), got {args.n_gpu}: DataParallel")
 
@@ -311,6 +385,13 @@ def _split_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     for columns in others.values():
         columns.pop("labels", None)
     return student, others[TEACHER], others[NEGATIVE]
+
+
+def _names(inputs: Mapping[str, Any]) -> list[str]:
+    """The samples of a micro-batch, for an error message."""
+    rows = len(_labels(inputs, ""))
+    names = inputs.get(SAMPLE_ID)
+    return [f"row {row} of {rows}" for row in range(rows)] if names is None else [str(name) for name in names]
 
 
 def _labels(inputs: Mapping[str, Any], prefix: str) -> Tensor:
