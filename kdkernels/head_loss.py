@@ -29,6 +29,7 @@ from .lm_head import (
     head_state,
     linear_of,
     logits_of,
+    modules_around,
     post_numbers,
     probe_values,
     refuse_hooks,
@@ -84,7 +85,12 @@ class HeadLoss:
             raise ValueError(f"model: expected the {type(self._root).__name__} given to HeadLoss, or a wrapper around it")
         self._head = head_module(self._root)
         layer = computing_layer(self._head)
-        refuse_hooks(self._head, backward=torch.is_grad_enabled(), ancestors=_around(self._root, self._head))
+        refuse_hooks(
+            self._head,
+            captured=(self._head, layer),
+            backward=torch.is_grad_enabled(),
+            ancestors=modules_around(self._root, self._head),
+        )
         self._check_audio_adapters()
         results: list[Any] = []
         hooked: list[Any] = []
@@ -150,8 +156,8 @@ class HeadLoss:
     def _check_audio_adapters(self) -> None:
         if any(layer.disable_adapters for layer in adapters_of_audio(self._root)):
             raise ValueError(
-                f"model: expected the adapters of {type(self._root).__name__} that belong to its audio to be on, got them off, as "
-                "its generate() without audio leaves them; call model.enable_adapters(), or set config.has_lora_adapter=False "
+                f"model: expected the adapters of {type(self._root).__name__} that belong to its audio to be on, got them off, "
+                "as its generate() without audio leaves them; call model.enable_adapters(), or set config.has_lora_adapter=False "
                 "to train without them"
             )
 
@@ -182,13 +188,6 @@ class HeadLoss:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(hidden, weight, bias)
-
-
-def _around(root: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """The modules that `head` is inside, from the root down."""
-    path = next((name for name, module in root.named_modules() if module is head), "")
-    parts = path.split(".")
-    return [root.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,7 +212,7 @@ def _adapters_here(layer: nn.Module) -> set[str]:
     """Names of the adapters that a PEFT layer holds, active or not."""
     names = [name for name in (*getattr(layer, "adapter_layer_names", ()), "lora_A") if "." not in name]
     holders = [getattr(layer, name, None) for name in names]
-    return {key for holder in holders if hasattr(holder, "keys") for key in holder.keys()}
+    return {key for holder in holders if hasattr(holder, "keys") for key in holder}
 
 
 def _without_adapter(head: nn.Module) -> nn.Module:
@@ -375,33 +375,40 @@ def head_state(head: nn.Module) -> tuple[Any, ...]:
 _ENGINES = ("torch.distributed", "torch.nn.utils", "deepspeed", "accelerate", "kdkernels")
 
 
-def refuse_hooks(head: nn.Module, *, backward: bool = False, ancestors: Iterable[nn.Module] = ()) -> None:
+def refuse_hooks(
+    head: nn.Module,
+    *,
+    captured: Sequence[nn.Module] = (),
+    backward: bool = False,
+    ancestors: Sequence[nn.Module] = (),
+) -> None:
     """TypeError for a hook on the LM head that would get no logits, since none are built.
 
-    A forward pre-hook on the head itself gets the hidden states as ever.
-
     Args:
+        captured: modules whose input is taken, `head` itself by default: forward pre-hooks there get the hidden states as ever.
         backward: refuse backward hooks as well, which would get no gradient of the logits.
         ancestors: modules around the head whose output has no logits either.
     """
-    inner = computing_layer(head)
-    around = list(ancestors)
-    asked = [(module, ["_forward_hooks"]) for module in around]
+    for module in ancestors:
+        _refuse(module, "_forward_hooks", f"model: {type(module).__name__}")
     for module in head.modules():
-        kinds = ["_forward_hooks"] if module in (head, inner) else ["_forward_hooks", "_forward_pre_hooks"]
-        asked.append((module, [*kinds, *(("_backward_hooks", "_backward_pre_hooks") if backward else ())]))
-    for module, kinds in asked:
-        for kind in kinds:
-            for hook in getattr(module, kind).values():
-                function = hook.func if isinstance(hook, functools.partial) else hook
-                origin = getattr(function, "__module__", None) or type(function).__module__
-                if not origin.startswith(_ENGINES):
-                    where = "LM head" if module not in around else f"model: {type(module).__name__}"
-                    name = getattr(function, "__qualname__", type(function).__name__)
-                    raise TypeError(
-                        f"{where}: expected no {kind.strip('_').replace('_', ' ')[:-1]} on it, got {origin}.{name}: no logits are "
-                        "built that it could read or change; remove it (its handle's remove())"
-                    )
+        _refuse(module, "_forward_hooks", "LM head")
+        if module not in (captured or (head,)):
+            _refuse(module, "_forward_pre_hooks", "LM head")
+        for kind in ("_backward_hooks", "_backward_pre_hooks") if backward else ():
+            _refuse(module, kind, "LM head")
+
+
+def _refuse(module: nn.Module, kind: str, where: str) -> None:
+    for hook in getattr(module, kind).values():
+        function = hook.func if isinstance(hook, functools.partial) else hook
+        origin = getattr(function, "__module__", None) or type(function).__module__
+        if not origin.startswith(_ENGINES):
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise TypeError(
+                f"{where}: expected no {kind.strip('_').replace('_', ' ')[:-1]} on it, got {origin}.{name}: no logits are built "
+                "that it could read or change; remove it (its handle's remove())"
+            )
 
 
 def logit_post(
@@ -419,14 +426,26 @@ def logit_post(
     return _config_post(hints)
 
 
+def modules_around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """The modules that `head` is inside, from `model` down.  Level by level, since a head is near the top."""
+    level: list[list[nn.Module]] = [[model]]
+    while level:
+        below = []
+        for path in level:
+            if path[-1] is head:
+                return path[:-1]
+            below += [[*path, child] for child in path[-1].children()]
+        level = below
+    return [model]  # held by no module
+
+
 def _head_owner(model: nn.Module, head: nn.Module) -> nn.Module:
     """The innermost module with a config whose head this is: it is the one that treats the logits after the head."""
-    owner = model
-    for module in model.modules():
+    for module in reversed(modules_around(model, head)):
         getter = getattr(module, "get_output_embeddings", None)
-        if module is not head and hasattr(module, "config") and callable(getter) and getter() is head:
-            owner = module
-    return owner
+        if hasattr(module, "config") and callable(getter) and getter() is head:
+            return module
+    return model
 
 
 def post_numbers(model: nn.Module, head: nn.Module) -> dict[str, float]:
@@ -612,9 +631,13 @@ def adapters_of_audio(model: nn.Module) -> list[nn.Module]:
 
     The switch stays as the last call left it, and a forward does not touch it.
     """
+    try:
+        around = modules_around(model, head_module(model))
+    except TypeError:
+        around = [model]  # contrastive_generate takes a model whose head has no name
     owners = [
         module
-        for module in model.modules()
+        for module in around
         if getattr(vars(module).get("config"), "has_lora_adapter", False) and getattr(module, "_hf_peft_config_loaded", False)
     ]
     return [

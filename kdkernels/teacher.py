@@ -23,7 +23,9 @@ from .lm_head import (
     LMHead,
     accepts,
     apply_post,
+    audio_adapters_on,
     check_linear,
+    evaluating,
     fit_post,
     head_module,
     head_parameters,
@@ -184,11 +186,15 @@ class DualPathTeacher(nn.Module):
         Raises:
             TypeError, ValueError: see `LMHead.from_model`; the model may have changed since it was given.
         """
-        with hearing(self.model):
+        own = self._own_head
+        head = self._model_head()
+        if head is None:
+            return own
+        with evaluating(head), audio_adapters_on(self.model):
             self._look_at_head()
-            if self._own_head is not None and not self._follows:
-                return self._own_head
-            weight, bias = head_parameters(head_module(self.model), merge_lora=self.merge_lora)
+            if own is not None and not self._follows:
+                return own
+            weight, bias = head_parameters(head, merge_lora=self.merge_lora)
         return LMHead(weight, bias, *self._post)
 
     @head.setter
@@ -198,11 +204,8 @@ class DualPathTeacher(nn.Module):
 
     def _look_at_head(self) -> None:
         """Asks the head what it computes, the first time and whenever modules, parameters or adapters in it have changed."""
-        try:
-            head = head_module(self.model)
-        except TypeError:
-            if self._own_head is None:
-                raise
+        head = self._model_head()
+        if head is None:
             return
         refuse_hooks(head)
         state = (head_state(head), post_numbers(self.model, head))
@@ -213,6 +216,15 @@ class DualPathTeacher(nn.Module):
             check_linear(head, *head_parameters(head, merge_lora=self.merge_lora))
         self._post = (own.softcap, own.logit_scale)
         self._known_state, self._post_checked = state, False
+
+    def _model_head(self) -> nn.Module | None:
+        """None where the model has none that can be found, and the caller gave one."""
+        try:
+            return head_module(self.model)
+        except TypeError:
+            if self._own_head is None:
+                raise
+            return None
 
     def _shares_memory(self, head: LMHead) -> bool:
         try:

@@ -469,6 +469,18 @@ class TestHead:
         assert seen == [(6, 20, 32)]
         torch.testing.assert_close(teacher.head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
 
+    def test_pre_hook_inside_a_wrapper_is_refused(self):
+        """The head's input is taken before: its change would be dropped."""
+        peft = pytest.importorskip("peft")
+        model, inputs = tiny_lms.llama()
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = peft.get_peft_model(model, config).eval()
+        teacher = DualPathTeacher(model, negative=dict)
+        copy = model.get_output_embeddings().modules_to_save["default"]
+        copy.register_forward_pre_hook(lambda _m, args: (2 * args[0],))
+        with pytest.raises(TypeError, match="LM head: expected no forward pre hook on it, got"):
+            teacher(inputs, torch.tensor([1]))
+
     @pytest.mark.parametrize("replaced", ["before", "after"])
     def test_forward_replaced_on_the_module(self, replaced):
         model, inputs = tiny_lms.llama()
