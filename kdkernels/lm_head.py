@@ -371,8 +371,8 @@ def head_state(head: nn.Module) -> tuple[Any, ...]:
     return tuple(state)
 
 
-# Hooks of these libraries gather weights, compute them or move tensors.  They neither read logits nor change them.
-_ENGINES = ("torch.distributed", "torch.nn.utils", "deepspeed", "accelerate", "kdkernels")
+# Hooks of these gather weights, compute them, move tensors or record layers.  They neither read logits nor change them.
+_ENGINES = ("torch.distributed", "torch.nn.utils", "deepspeed", "accelerate", "transformers.utils.output_capturing", "kdkernels")
 
 
 def refuse_hooks(
