@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
@@ -64,10 +65,10 @@ class CAADTrainer(Trainer):
     these from kd on, in `label_ids` its two sums of weights: there are no logits to return.
 
     A loss, or a gradient, that is NaN or infinite stops the training before its optimiser step, whatever
-    args.logging_nan_inf_filter says.  With args.fp16 the gradient scaler skips steps with an infinite gradient, as ever.
+    args.logging_nan_inf_filter says, on all ranks.  With args.fp16 the gradient scaler skips steps whose gradient is infinite.
 
     Waits for a CUDA device: two a micro-batch, where positions are found from `labels` and where the loss is looked at; two a
-    step, for the number of labels and for the gradient's norm.
+    step, for the number of labels and the gradient's norm; on several ranks a third, where they agree to go on.
 
     Raises:
         ValueError, TypeError: naming the argument, or the column that a batch lacks.  These do not work with this loss and are
@@ -106,6 +107,10 @@ class CAADTrainer(Trainer):
             optimizers=optimizers,
         )
         _check_parallelism(self.accelerator)
+        self._not_finite: list[tuple[str, list[str]]] = []  # of this rank's micro-batches of a step: what, samples
+        self._step_samples: list[list[str]] = []
+        self._grad_norm: Any = None
+        self.add_callback(_BeforeStep(self._check_step))
         # The loss that compute_loss returns is a share of the whole step's: Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.options = CAADOptions() if options is None else options
@@ -174,30 +179,46 @@ class CAADTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and ranks > 1:
             loss = loss * ranks  # gradients are averaged over ranks
         if torch.is_grad_enabled() and not bool(torch.isfinite(loss)):
-            self._refuse_step(f"loss {loss.item()}", self._samples_not_finite(inputs))
+            self._not_finite.append((f"loss {loss.item()}", self._samples_not_finite(inputs)))
+            if ranks == 1 or self.is_deepspeed_enabled:  # DeepSpeed makes the optimiser's step in the backward
+                self._refuse_step(self._not_finite)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Trainer's last look at the gradient before the optimiser's step."""
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if grad_norm is None or self.accelerator.scaler is not None or self.is_deepspeed_enabled:
-            return grad_norm  # a gradient scaler skips such a step; DeepSpeed has made it by now
-        value = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-        if not math.isfinite(value):
-            # The loss was finite: which of the step's samples it comes from cannot be told.
-            self._refuse_step(f"gradient norm {value}", [name for batch in self._step_samples for name in batch])
-        return grad_norm
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
 
-    def _refuse_step(self, what: str, samples: list[str]) -> None:
+    def _check_step(self) -> None:
+        """Before the optimiser's step, on all ranks alike: one that stopped alone would leave the others waiting."""
+        norm, self._grad_norm = self._grad_norm, None
+        # A gradient scaler skips a step whose gradient is infinite; DeepSpeed has made its step by now.
+        if norm is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            if not math.isfinite(value) and not self._not_finite:
+                # Of a finite loss: which of the step's samples it comes from cannot be told.
+                self._not_finite.append((f"gradient norm {value}", [name for batch in self._step_samples for name in batch]))
+        found = self._not_finite
+        if self.accelerator.num_processes > 1:
+            number = torch.tensor(float(len(found)), device=self.args.device)
+            if bool(self.accelerator.reduce(number, reduction="sum")):
+                found = gather_object(found)
+        if found:
+            self._refuse_step(found)
+
+    def _refuse_step(self, found: list[tuple[str, list[str]]]) -> None:
+        losses = [(what, names) for what, names in found if what.startswith("loss")]
+        shown = losses or found  # the gradient is that of all ranks
+        samples = ", ".join(name for _, names in shown for name in names)
+        self._not_finite = []
         raise FloatingPointError(
-            f"optimiser step {self.state.global_step + 1}: expected a finite loss and gradient, got {what}; nothing was updated. "
-            f"Samples: {', '.join(samples)}"
+            f"optimiser step {self.state.global_step + 1}: expected a finite loss and gradient, got {shown[0][0]}; nothing was "
+            f"updated. Samples: {samples}"
         )
 
     def _samples_not_finite(self, inputs: Mapping[str, Any]) -> list[str]:
         """Names of the micro-batch's samples whose loss is not finite; of all where they cannot be told apart."""
         names = _names(inputs)
-        if not self.accelerator.distributed_type.value.startswith(("NO", "MULTI")):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return names  # the forward of a sharded model is every rank's
         with torch.no_grad():
             values, weights = self._by_row(self.accelerator.unwrap_model(self.model), inputs)
@@ -323,6 +344,14 @@ class CAADTrainer(Trainer):
                         known += inspect.signature(method).parameters
             prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
             self._signature_columns += [*prefixed, SAMPLE_ID, *BY_TOKEN]
+
+
+class _BeforeStep(TrainerCallback):
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
+        self._check()
 
 
 # Arguments that have no effect on this loss, or the wrong one: what is expected of each, and why.
