@@ -249,11 +249,15 @@ class TestWhatTheHeadComputes:
         norm(model.lm_head)
         own_loss(model, inputs, index, target).backward()
         expected = gradients(model)
-        with torch.no_grad():
-            for parameter in model.lm_head.parameters():
-                parameter.mul_(1.0)
         HeadLoss(model)(model, inputs, index, cross_entropy(target)).backward()
         assert_same_gradients(gradients(model), expected)
+
+    def test_weights_that_are_not_finite(self, case):
+        model, inputs, index, target = case
+        with torch.no_grad():
+            model.lm_head.weight[5] = float("nan")
+        assert HeadLoss(model)(model, inputs, index, cross_entropy(target)).isnan()
+        assert DualPathTeacher(model, negative=dict).head.weight.isnan().any()
 
     def test_another_head_than_at_first(self, case):
         model, inputs, index, target = case
