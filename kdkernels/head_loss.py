@@ -1,8 +1,8 @@
 """The student's loss where its LM head would run: inside the model's own forward, with the head's weights in hand.
 
-A loss that reads `model.lm_head.weight` from outside sees what FSDP or ZeRO-3 has left there: a shard, or nothing.  Here the
-loss is computed in the head's place, between the hooks that gather its weight and those that free it, and it leaves the
-model as its output, so that DDP, FSDP and DeepSpeed see an ordinary forward whose result is differentiated.
+A loss that reads `model.lm_head.weight` from outside sees a shard of it under FSDP, and nothing under ZeRO-3. So the loss runs
+here in the place of the head, between the hooks that gather its weight and those that free it. The model returns the loss as
+its output: DDP, FSDP and DeepSpeed see an ordinary forward whose result is differentiated.
 
 Legend: B rows of a batch, L columns, N positions that predict a target, H hidden width, V vocabulary.
 """
@@ -46,18 +46,18 @@ class HeadLoss:
 
         hidden (N, H) = the head's input at `index`;   head(hidden) = hidden @ weight^T + bias
 
-    A LoRA on the head works (see `kdkernels.lm_head.linear_of`: hidden and weight then have H + r columns); another active
-    adapter, or a head that is no linear layer, raises TypeError.
+    A LoRA on the head works; hidden and weight then have H + r columns (see `kdkernels.lm_head.linear_of`). Other active
+    adapters, and heads that are no linear layers, raise TypeError.
 
     Args:
         model: any causal LM of transformers, or a module that calls the head of its `get_output_embeddings()` once and
             returns an output with `.logits`.  FSDP2, FSDP 1 and DDP may have been applied, or DeepSpeed's engine.
-        softcap, logit_scale: what the model does to logits after its head, as the loss is told; checked on the first call.
+        softcap, logit_scale: what the model does to logits after its head. The first call checks them.
 
-    The first call reads the device back for its two checks, of the head's arithmetic and of what follows it; so does the first
-    one after modules, parameters or adapters of the head have changed.
+    The first call waits for the device: it checks what the head computes, and what the model does to the head's output. So does
+    the first call after modules, parameters or adapters of the head have changed.
 
-    A forward pre-hook on the head gets the hidden states, and may change them.  A hook that would get logits raises TypeError:
+    A forward pre-hook on the head gets the hidden states, and may change them. A hook that would get logits raises TypeError:
     a forward or backward hook on the head, or a forward hook on a module around it.
     """
 
@@ -74,12 +74,12 @@ class HeadLoss:
             model: the one given to the constructor, or a wrapper around it (DDP, an engine).
             inputs: its keyword arguments, without labels.
             index: (N,) int64, row * L + column of the positions wanted.
-            loss: gets hidden (N, H), weight (V, H), bias (V,) or None, all in the weight's dtype, while they are whole.
+            loss: called with hidden (N, H), weight (V, H) and bias (V,) or None, all in the weight's dtype and whole.
 
         Raises:
-            ValueError: the model does not call its head once, or treats logits otherwise than `softcap` and `logit_scale` say;
-                adapters that belong to its audio are off.
-            TypeError: the head is not a plain linear layer, or one with a LoRA; a hook would get logits.
+            ValueError: the model does not call its head exactly once, or does something else to its logits than `softcap` and
+                `logit_scale` say; adapters that belong to its audio are off.
+            TypeError: the head is neither a plain linear layer nor one with a LoRA; a hook would get logits.
         """
         if _unwrapped(model) is not self._root:
             raise ValueError(f"model: expected the {type(self._root).__name__} given to HeadLoss, or a wrapper around it")

@@ -1,4 +1,4 @@
-"""The LM head: what stands between hidden states and logits, and how to take its input without running it.
+"""The LM head: what turns hidden states into logits, and how to take its input without running it.
 
 Legend: B rows, L columns, N positions, H hidden width, V vocabulary.
 """
@@ -53,22 +53,22 @@ class LMHead:
     ) -> LMHead:
         """Reads weight, bias, soft cap and scale from a model.
 
-        The numbers in a config do not always say what the model does (Granite divides by `logits_scaling`, HyperCLOVA
-        X multiplies by it, Granite Speech ignores it), so where the config names a soft cap or a scale the model is
-        asked: one forward of a single token, with the head's output replaced by known numbers, shows what happens to
-        logits after the head.  Where that forward cannot run, the config is read by transformers' usual meaning.
+        The numbers in a config do not always say what the model does: Granite divides by `logits_scaling`, HyperCLOVA X
+        multiplies by it, Granite Speech ignores it.  So if the config has a soft cap or a scale, the model runs one forward of
+        a single token whose head returns known numbers. Its output shows what it does to logits.  If that forward cannot run,
+        the config counts, with the meaning that transformers usually gives it.
 
         Args:
             model: any module with `get_output_embeddings()`.
-            merge_lora: a LoRA on the head is merged into a copy of its weight instead of being refused.
-            gather: a head that is sharded (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) is gathered into a
-                whole copy on every rank instead of being refused; every rank has to make the call.
+            merge_lora: True merges a LoRA on the head into a copy of its weight; False raises TypeError for it.
+            gather: True gathers a sharded head (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) into a whole copy on
+                every rank, and every rank has to make the call; False raises an error for it.
             probe: False reads the config alone and runs nothing.
 
         Raises:
-            TypeError: the head is not a plain linear layer in floating point (quantised, sharded, adapted, absent, or
-                with a forward that computes something else), or a hook on it reads or changes its logits.
-            ValueError: its weight is not here (FSDP / ZeRO-3 shards, offloaded to the meta device).
+            TypeError: the head is no plain linear layer in floating point: it is quantised, sharded, adapted or absent, or its
+                forward computes something else. Or a hook on it would get logits.
+            ValueError: its weight is not in this process (FSDP / ZeRO-3 shards, offloaded to the meta device).
         """
         head = head_module(model)
         refuse_hooks(head)
@@ -77,7 +77,7 @@ class LMHead:
                 weight, bias = head_parameters(head, merge_lora=merge_lora, gather=gather)
                 check_linear(head, weight, bias, partitioned=bool(copies))
                 if copies:
-                    weight, bias = (None if x is None else x.clone() for x in (weight, bias))
+                    weight, bias = weight.clone(), None if bias is None else bias.clone()
             softcap, scale = logit_post(model, device=weight.device, probe=probe)
         return cls(weight, bias, softcap, scale)
 
@@ -131,51 +131,51 @@ def head_parameters(
     head: nn.Module, *, merge_lora: bool = False, gather: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Weight (V, H) and bias (V,) of a head as it is at the moment, detached; see `LMHead.from_model`."""
-    head = computing_layer(head)
-    if not hasattr(head, "base_layer"):
-        weight, bias = plain_parameters(head, gather=gather)
+    layer: Any = computing_layer(head)  # with an adapter: attributes that nn.Module does not have
+    if not hasattr(layer, "base_layer"):
+        weight, bias = plain_parameters(layer, gather=gather)
         return weight.detach(), None if bias is None else bias.detach()
     # Under a PEFT adapter the base weight alone would be a silently wrong teacher.
-    base_weight, base_bias = head_parameters(head.base_layer, merge_lora=merge_lora, gather=gather)
-    active = active_lora(head)
+    base_weight, base_bias = head_parameters(layer.base_layer, merge_lora=merge_lora, gather=gather)
+    active = active_lora(layer)
     if active and not merge_lora:
         raise TypeError(
             f"LM head: LoRA adapter {active} of PEFT sits on it, expected a plain linear layer; pass merge_lora=True "
             "to merge it into a copy of the weight, or call model.merge_and_unload()"
         )
-    if any(head.lora_B[name].bias is not None for name in active):
+    if any(layer.lora_B[name].bias is not None for name in active):
         raise TypeError(f"LM head: LoRA adapter {active} has a bias of its own, which merge_lora cannot merge")
     for name in active:
-        base_weight = base_weight + head.get_delta_weight(name).detach().to(base_weight)
+        base_weight = base_weight + layer.get_delta_weight(name).detach().to(base_weight)
     return base_weight, base_bias
 
 
 def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden (N, H'), weight (V, H'), bias) whose product is what `head` computes from `hidden` (N, H), with gradients.
 
-    A LoRA on the head becomes more columns of both, H' = H + r, so that its dropout holds and no update is rounded to the
-    precision of W:  h W^T + s (A h) B^T = [h, s A h] [W, B]^T.  That copies the weight, V (H + r) items a call, and where A
-    or B train the gradient of as many.
+    A LoRA on the head adds columns to both, H' = H + r:  h W^T + s (A h) B^T = [h, s A h] [W, B]^T.  So its dropout works, and no
+    update is rounded to the precision of W.  Each call copies the weight, V (H + r) items; if A or B train, their gradient needs
+    as many.
 
     Raises:
         TypeError, ValueError: as `LMHead.from_model`.
     """
-    head = computing_layer(head)
-    active = active_lora(head)
-    weight, bias = plain_parameters(_without_adapter(head))
+    layer: Any = computing_layer(head)  # with a LoRA: attributes that nn.Module does not have
+    active = active_lora(layer)
+    weight, bias = plain_parameters(_without_adapter(layer))
     columns, rows = [hidden.to(weight.dtype)], [weight]
     for name in active:
-        lora_a, lora_b = head.lora_A[name], head.lora_B[name]
-        low = lora_a(head.lora_dropout[name](hidden.to(lora_a.weight.dtype))) * head.scaling[name]  # (N, r)
+        lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+        low = lora_a(layer.lora_dropout[name](hidden.to(lora_a.weight.dtype))) * layer.scaling[name]  # (N, r)
         columns.append(low.to(weight.dtype))
-        rows.append(_plain(lora_b.weight, head, f"LoRA {name!r}").to(weight.dtype))
+        rows.append(_plain(lora_b.weight, layer, f"LoRA {name!r}").to(weight.dtype))
         if lora_b.bias is not None:
-            added = lora_b.bias.to(weight.dtype) * head.scaling[name]
+            added = lora_b.bias.to(weight.dtype) * layer.scaling[name]
             bias = added if bias is None else bias + added
     return (torch.cat(columns, 1), torch.cat(rows, 1), bias) if active else (columns[0], weight, bias)
 
 
-def computing_layer(head: nn.Module) -> nn.Module:
+def computing_layer(head: Any) -> nn.Module:
     """The layer inside a PEFT wrapper that turns hidden states into logits: its fully trained copy, or the original."""
     saved = getattr(head, "modules_to_save", None)
     if not isinstance(saved, nn.ModuleDict):
@@ -185,8 +185,8 @@ def computing_layer(head: nn.Module) -> nn.Module:
     return computing_layer(saved[active[0]] if enabled else head.original_module)
 
 
-def active_lora(head: nn.Module) -> list[str]:
-    """Names of the LoRA adapters that play a part in what `head` computes; TypeError for an active adapter of another kind."""
+def active_lora(head: Any) -> list[str]:
+    """Names of the LoRA adapters that take part in what `head` computes; TypeError for an active adapter of another kind."""
     if not hasattr(head, "base_layer"):
         return []
     if getattr(head, "disable_adapters", False):
@@ -216,8 +216,8 @@ def _adapters_here(layer: nn.Module) -> set[str]:
 
 
 def _without_adapter(head: nn.Module) -> nn.Module:
-    while hasattr(head, "base_layer"):
-        head = computing_layer(head.base_layer)
+    while (inner := getattr(head, "base_layer", None)) is not None:
+        head = computing_layer(inner)
     return head
 
 
@@ -229,10 +229,10 @@ def plain_parameters(head: nn.Module, *, gather: bool = False) -> tuple[Tensor, 
     return _plain(weight, head, "weight", gather), None if bias is None else _plain(bias, head, "bias", gather)
 
 
-def _plain(tensor: Tensor, head: nn.Module, what: str, gather: bool = False) -> Tensor:
+def _plain(tensor: Any, head: nn.Module, what: str, gather: bool = False) -> Tensor:
     """`tensor`, or an error that says which kind of tensor it is instead of a plain one."""
     name = f"LM head: its {what}"
-    if hasattr(tensor, "placements"):  # torch.distributed.tensor.DTensor, told by its own attribute to save the import
+    if hasattr(tensor, "placements"):  # a DTensor; asking for its class would import torch.distributed.tensor
         if all(placement.is_replicate() for placement in tensor.placements):
             return tensor.to_local()
         if gather:
@@ -257,7 +257,7 @@ def _plain(tensor: Tensor, head: nn.Module, what: str, gather: bool = False) -> 
     return tensor
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Any) -> bool:
     """Whether DeepSpeed ZeRO-3 holds it in parts at the moment."""
     return hasattr(parameter, "ds_id") and tuple(parameter.shape) != tuple(parameter.ds_shape)
 
@@ -266,8 +266,8 @@ def is_partitioned(parameter: Tensor) -> bool:
 def gathered(*parameters: Tensor, enabled: bool = True) -> Iterator[list[Tensor]]:
     """Inside, parameters that DeepSpeed ZeRO-3 has partitioned are whole on every rank; yields those that were not.
 
-    With `deepspeed.zero.GatheredParameters`, its documented way; a parameter that is whole already (inside the forward of
-    its own module under DeepSpeed's engine) is left to whoever gathered it.  Other parameters are not touched.
+    Uses `deepspeed.zero.GatheredParameters`, the documented way. Parameters that are whole already stay as they are, for example
+    inside the forward of their own module under DeepSpeed's engine.
     """
     partitioned = [p for p in parameters if is_partitioned(p)]
     if not enabled or not partitioned:
@@ -445,7 +445,7 @@ def modules_around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
 
 
 def _head_owner(model: nn.Module, head: nn.Module) -> nn.Module:
-    """The innermost module with a config whose head this is: it is the one that treats the logits after the head."""
+    """The innermost module with a config whose head this is: its forward gets the logits first."""
     for module in reversed(modules_around(model, head)):
         getter = getattr(module, "get_output_embeddings", None)
         if hasattr(module, "config") and callable(getter) and getter() is head:
@@ -526,7 +526,7 @@ def _probe_with_one_token(owner: nn.Module, head: nn.Module, device: torch.devic
         with torch.no_grad(), evaluating(owner), capture:
             output = owner(input_ids=token, attention_mask=torch.ones_like(token))
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return None  # a model that takes no bare token; DualPathTeacher checks again on its first real pass
+        return None  # the model takes no bare token; DualPathTeacher checks again on its first real pass
     seen = capture.seen(output)
     return None if seen is None else fit_post(seen)
 
@@ -534,9 +534,9 @@ def _probe_with_one_token(owner: nn.Module, head: nn.Module, device: torch.devic
 class HeadCapture(contextlib.AbstractContextManager):
     """Takes the LM head's input and lets the head compute nothing, for the calls of one thread.
 
-    A forward pre-hook keeps the head's input and hands the head a view of zero rows, so its GEMM and whatever the model
-    does to logits afterwards cost nothing.  Hooks are used (rather than an exception that leaves the forward early) so
-    that the hooks of FSDP, accelerate and PEFT around the head run as ever.
+    A forward pre-hook keeps the head's input and gives the head a view of zero rows. So its GEMM, and what the model does to
+    logits afterwards, cost nothing.  An exception could leave the forward early as well, but then the hooks of FSDP,
+    accelerate and PEFT around the head would not run.
 
     With `probe` (P,) the head's output is replaced by these P numbers at every position, so that the model's own output
     shows what it does to logits.

@@ -7,7 +7,7 @@
 // Exponents are in units of log 2: x * rate - top, one fused multiply-add, where rate = log2(e) / tau and top = max * rate rounded
 // to fp32. The same rounded top stands in every place, so that its rounding cancels, however large the logits are.
 //
-// Masked logits, as in ops/triton_caad.py: a logit below -1e30, -inf above all, becomes the finite MASKED right after its load.
+// Masked logits, as in ops/triton_shared.py: a logit below -1e30, -inf above all, becomes the finite MASKED right after its load.
 // Running maxima start at FLOOR > MASKED, so e^(MASKED - max) is 0 also in a row that is masked throughout, and no inf - inf or
 // 0 * inf arises. NaN compares false and passes through all of it.
 #pragma once

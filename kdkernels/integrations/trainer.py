@@ -45,38 +45,38 @@ class CAADTrainer(Trainer):
 
         loss = kd_weight sum_i w_i kd_i / sum w + (1 - kd_weight) sum_i u_i ce_i / sum u
 
-    Both sums of weights (without weights: the number of positions that predict a label) are those of the whole optimiser
-    step, over gradient accumulation and, with args.average_tokens_across_devices (the default), over ranks: 4 x 4 rows are 16.
+    Both sums of weights (without weights: the number of positions that predict a label) are those of the whole optimiser step:
+    over gradient accumulation and, with args.average_tokens_across_devices (the default), over ranks. So 4 x 4 rows count as 16.
 
-    The student's loss is computed inside its own forward, in the place of its LM head (see `kdkernels.head_loss`), so that
-    DDP, FSDP and DeepSpeed ZeRO-3 gather the head as they do in any forward; no logits are built for more than a chunk of
-    tokens, in training or in evaluation.
+    The student's loss is computed inside its own forward, in the place of its LM head (see `kdkernels.head_loss`). So DDP, FSDP
+    and DeepSpeed ZeRO-3 gather the head as in any forward. Logits exist for one chunk of tokens at a time, in training and in
+    evaluation.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as for Trainer.
-        teacher: a `DualPathTeacher`, which is moved to args.device (one that ZeRO-3 has partitioned gets an engine of its own
-            and is frozen), or an open `ContrastCache` written by one.
-        teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes
-            a whole copy of a sharded one.
+        teacher: a `DualPathTeacher`, or an open `ContrastCache` that one has written. A DualPathTeacher is moved to
+            args.device. If ZeRO-3 has partitioned it, it gets an engine of its own and is frozen.
+        teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
+            whole copy of a sharded one.
         options: the loss's settings.
 
     `evaluate()` reports, by token over the whole dataset and all ranks: loss, kd, ce, student_entropy, teacher_entropy,
-    top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` returns in `predictions` a sample's weighted sums of
-    these from kd on, in `label_ids` its two sums of weights: there are no logits to return.
+    top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` has no logits to return. Its `predictions` are each
+    sample's weighted sums of these values, from kd on; its `label_ids` are the sample's two sums of weights.
 
-    A loss, or a gradient, that is NaN or infinite stops the training before its optimiser step, whatever
-    args.logging_nan_inf_filter says, on all ranks.  With args.fp16 the gradient scaler skips steps whose gradient is infinite.
+    A loss or a gradient that is NaN or infinite stops the training before the optimiser's step, on all ranks, whatever
+    args.logging_nan_inf_filter says. With args.fp16 the gradient scaler skips steps whose gradient is infinite.
 
-    Waits for a CUDA device: two a micro-batch, where positions are found from `labels` and where the loss is looked at; two a
-    step, for the number of labels and the gradient's norm; on several ranks a third, where they agree to go on.
+    Each micro-batch waits for a CUDA device twice: to find positions from `labels`, and to look at the loss. Each step waits
+    twice: for the number of labels and for the gradient's norm. Several ranks wait once more, to agree that they go on.
 
     Raises:
-        ValueError, TypeError: naming the argument, or the column that a batch lacks.  These do not work with this loss and are
-            refused at construction: compute_metrics, compute_loss_func, DataParallel, tensor, context or sequence parallelism,
-            and of args label_smoothing_factor, torch_compile, batch_eval_metrics, eval_do_concat_batches=False,
-            eval_use_gather_object, use_liger_kernel, predict_with_generate and debug="underflow_overflow".  An LM head with
-            an active adapter other than LoRA, or with a hook that would get logits, is refused when it is first used.
-        FloatingPointError: the loss or the gradient is not finite; it names the step and the samples.
+        ValueError, TypeError: for a bad argument, or for a column that a batch lacks, with its name. These raise at construction,
+            because the loss could not follow them: compute_metrics, compute_loss_func, DataParallel, tensor, context or sequence
+            parallelism, and of args label_smoothing_factor, torch_compile, use_liger_kernel, batch_eval_metrics,
+            eval_do_concat_batches=False, eval_use_gather_object, predict_with_generate and debug="underflow_overflow". An LM
+            head with an active adapter other than LoRA, or with a hook that would get logits, raises when it is first used.
+        FloatingPointError: the loss or the gradient is not finite. It names the step and the samples.
     """
 
     def __init__(
@@ -120,11 +120,12 @@ class CAADTrainer(Trainer):
             teacher.head = teacher.head.to(args.device)
         elif isinstance(teacher, DualPathTeacher):
             teacher.to(args.device)
-        else:
+        elif teacher_head is not None:
             self._cached_head = teacher_head.to(args.device)
-        softcap, scale = logit_post(self.model)
+        student: Any = self.model
+        softcap, scale = logit_post(student)
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
-        self._at_head = HeadLoss(self.model, softcap=softcap, logit_scale=scale)
+        self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -295,7 +296,7 @@ class CAADTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """(None, weighted sums (B, 6) of each row's `CAADStats`, its sums of weights (B, 2)), float64."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(dict(inputs))
         with self.compute_loss_context_manager():
             return None, *self._by_row(model, inputs)
 
@@ -315,8 +316,10 @@ class CAADTrainer(Trainer):
         return by_row(weighted), by_row(weights)
 
     def _token_means(self, prediction: EvalPrediction) -> dict[str, float]:
-        """From what `prediction_step` returned for all samples, gathered and without the duplicates of a last batch."""
-        kd_total, ce_total = (float(x) for x in prediction.label_ids.sum(0))
+        """Means by token from what `prediction_step` returned for all samples; duplicates of a last batch are gone."""
+        predictions: Any = prediction.predictions  # one array each: prediction_step returns one tensor each
+        label_ids: Any = prediction.label_ids
+        kd_total, ce_total = (float(x) for x in label_ids.sum(0))
         kd_weight = self.options.kd_weight
         for name, share, total in (("kd", kd_weight, kd_total), ("ce", 1 - kd_weight, ce_total)):
             if share > 0 and not total > 0:
@@ -324,7 +327,7 @@ class CAADTrainer(Trainer):
                     f"labels: expected at least one position with a label and a {name}_token_weight above 0 in the dataset, got "
                     f"{name} weights that sum to {total:g}: labels are missing, or {IGNORE_INDEX} everywhere"
                 )
-        sums = dict(zip(CAADStats._fields, prediction.predictions.sum(0), strict=True))
+        sums = dict(zip(CAADStats._fields, predictions.sum(0), strict=True))
         totals = {name: ce_total if name == "ce" else kd_total for name in sums}
         # A term without weight has no mean.
         means = {name: float(x / totals[name]) if totals[name] > 0 else math.nan for name, x in sums.items()}
@@ -337,13 +340,15 @@ class CAADTrainer(Trainer):
         """Columns that Trainer leaves in the dataset (args.remove_unused_columns)."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            known = [*self._signature_columns, "labels"]
+            trainer: Any = self  # transformers says that this is None
+            columns = trainer._signature_columns
+            known = [*columns, "labels"]
             if isinstance(self.teacher, DualPathTeacher):
                 for name in ("forward", "hidden_states_at"):
                     if callable(method := getattr(self.teacher.model, name, None)):
                         known += inspect.signature(method).parameters
             prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
-            self._signature_columns += [*prefixed, SAMPLE_ID, *BY_TOKEN]
+            trainer._signature_columns = [*columns, *prefixed, SAMPLE_ID, *BY_TOKEN]
 
 
 class _BeforeStep(TrainerCallback):
@@ -374,7 +379,7 @@ def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead
     if cached != isinstance(teacher_head, LMHead):
         wanted = "the teacher's LMHead with a ContrastCache" if cached else "None with a DualPathTeacher, which has its own"
         raise TypeError(f"teacher_head: expected {wanted}, got {type(teacher_head).__name__}")
-    if cached and teacher_head.weight.shape[1] != teacher.hidden_size:
+    if isinstance(teacher_head, LMHead) and cached and teacher_head.weight.shape[1] != teacher.hidden_size:
         raise ValueError(
             f"teacher_head: expected a weight (V, {teacher.hidden_size}) as wide as the ContrastCache, got "
             f"{tuple(teacher_head.weight.shape)}"
@@ -452,7 +457,7 @@ def _zero3_engine(model: nn.Module) -> Any:
 
     dtype = next(model.parameters()).dtype
     config = {
-        "train_micro_batch_size_per_gpu": 1,  # asked for, and of no account without an optimiser
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; without an optimiser it does nothing
         "zero_optimization": {"stage": 3},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},

@@ -1,6 +1,6 @@
-"""The formula in eager PyTorch: the oracle of tests and benchmarks (in float64), and a working implementation anywhere.
+"""The formula in eager PyTorch: the oracle of tests and benchmarks (in float64), and an implementation that runs on any device.
 
-Written to be read beside the maths, with no care for memory: it holds several (N, V) tensors in the compute dtype. Gradients
+Written to be read beside the maths. It does not save memory: it holds several (N, V) tensors in the compute dtype. Its gradients
 come from autograd, so they are independent of the analytic ones in the kernels.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -108,7 +109,7 @@ def caad_rows(
     valid = None if target is None else target != spec.ignore_index  # (N,)
 
     s = _logits(student, spec, spec.student_scale, spec.student_softcap, dtype)
-    s = torch.where(torch.isneginf(s), s.detach(), s)  # a masked token takes no gradient, as the label neither
+    s = torch.where(torch.isneginf(s), s.detach(), s)  # a masked token gets no gradient, not even as the label
     a = _logits(audio.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     t = None if text is None else _logits(text.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     if valid is not None:
@@ -187,7 +188,7 @@ def linear_multi_teacher(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
     student_bias: torch.Tensor | None,
-    teachers: Sequence[tuple],
+    teachers: Sequence[tuple[Any, ...]],
     target: torch.Tensor | None,
     omega: torch.Tensor,
     *,
@@ -200,15 +201,18 @@ def linear_multi_teacher(
         omega: (K, N).
     """
     student = (student_hidden, student_weight, student_bias)
-    results = [
-        linear_caad(*student, *tensors, target, alpha, spec, want_stats=want_stats)
-        for *tensors, alpha, spec in teachers
-    ]
-    kd = {True: 0.0, False: 0.0}
-    for weight, result, (*_, spec) in zip(omega, results, teachers, strict=True):
-        kd[spec.divergence == "reverse_kl"] += torch.where(weight == 0, 0.0, weight * result.kd)
-    if isinstance(kd[True], torch.Tensor):  # an infinite reverse KL takes its token's gradient, and those it is added to
-        kd[True] = torch.where(torch.isinf(kd[True]), kd[True].detach(), kd[True])
-    return RowResult(
-        kd=kd[True] + kd[False], ce=results[0].ce, stats=joined_stats(results) if want_stats else None
-    )
+    results = []
+    for audio, text, weight, bias, alpha, spec in teachers:
+        tensors = (*student, audio, text, weight, bias)
+        results.append(linear_caad(*tensors, target, alpha, spec, want_stats=want_stats))
+    reverse = other = torch.zeros_like(results[0].kd)
+    for share, result, (*_, spec) in zip(omega, results, teachers, strict=True):
+        weighted = torch.where(share == 0, 0.0, share * result.kd)
+        if spec.divergence == "reverse_kl":
+            reverse = reverse + weighted
+        else:
+            other = other + weighted
+    # An infinite reverse KL takes its token's gradient, and the gradients of what it is added to.
+    reverse = torch.where(torch.isinf(reverse), reverse.detach(), reverse)
+    stats = joined_stats(results) if want_stats else None
+    return RowResult(kd=reverse + other, ce=results[0].ce, stats=stats)

@@ -552,7 +552,7 @@ def test_opcheck(dtype, want_stats):
         coef,
         coef,
     )
-    options = (33, 2.0, "forward_kl", 0.5, None, -100, True, True, True, want_stats, "cpu")
+    options = (*RowSpec(vocab=33).packed(), True, want_stats, "cpu")
     library.opcheck(schema.caad_rows, (*arguments, *options))
 
 

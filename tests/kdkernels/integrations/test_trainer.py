@@ -634,8 +634,8 @@ class TestColumnsAndArguments:
 
     def test_options_are_checked(self):
         for options, error, message in (
-            ({"vocab_size": 0}, ValueError, "vocab_size: expected a whole number >= 1 or None, got 0"),
-            ({"vocab_size": 2.5}, ValueError, "vocab_size: expected a whole number >= 1 or None, got 2.5"),
+            ({"vocab_size": 0}, ValueError, "vocab_size: expected 1 to the width of the logits, got 0"),
+            ({"vocab_size": 2.5}, TypeError, "vocab_size: expected an int or None, got float"),
             ({"alpha": torch.ones(2)}, TypeError, "alpha: expected a number, got a tensor"),
             ({"alpha_start": "0"}, ValueError, "alpha_start: expected a finite number >= 0 or None, got '0'"),
             ({"alpha_ramp_steps": 2.5}, TypeError, "alpha_ramp_steps: expected an int, got float"),

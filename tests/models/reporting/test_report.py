@@ -215,6 +215,7 @@ def test_command_line(report, tmp_path, capsys):
         assert error.startswith("error: ") and message in error
 
 
+@pytest.mark.slow
 def test_without_arguments_the_committed_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0
