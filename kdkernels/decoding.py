@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lm_head import evaluating
+from .lm_head import audio_adapters_on, evaluating
 from .paths import SEQUENCE_PADDING, Inputs, Negative, PathBatch, as_batch, clean, join, tokens_of
 
 __all__ = ["contrast_logits", "contrastive_generate"]
@@ -144,7 +144,7 @@ def contrastive_generate(
     model = _without_peft(model)
     eos = _eos_ids(model, eos_token_id)
     pad = _pad_id(model, pad_token_id, eos)
-    with evaluating(model):
+    with evaluating(model), audio_adapters_on(model):
         if _is_transformers(model):
             tokens = _generate(model, both, chooser, max_new_tokens, eos, pad, use_cache)
         else:

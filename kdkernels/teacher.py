@@ -18,7 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from .layer_states import LayerStates
-from .lm_head import HeadCapture, LMHead, accepts, computing_layer, evaluating, fit_post, head_module, probe_values
+from .lm_head import (
+    HeadCapture,
+    LMHead,
+    accepts,
+    apply_post,
+    audio_adapters_on,
+    check_linear,
+    evaluating,
+    fit_post,
+    head_module,
+    head_parameters,
+    head_state,
+    hearing,
+    post_numbers,
+    probe_values,
+    refuse_hooks,
+)
 from .packing import pack_batch
 from .paths import DropKey, Inputs, MarkAbsent, MaskFeatures, Negative, PathBatch, as_batch, clean, join
 
@@ -103,16 +119,20 @@ class DualPathTeacher(nn.Module):
             waits for a CUDA device once.
         pack_tokens: put the rows of a pass side by side, without padding, in rows of at most this many tokens. A longer row
             raises that limit; flash-attention takes one row of any length. The attention mask is left out and position ids
-            restart at
-            each sample: by these transformers keeps samples apart, and flash-attention runs its varlen kernel (not tested on a
-            GPU). A model with its own hidden_states_at packs by itself and cannot take this. The first call also runs without
-            packing and compares. Each pass waits for a CUDA device once.
-        head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why).
-        merge_lora: see `LMHead.from_model`.
+            restart at each sample: by these transformers keeps samples apart, and flash-attention runs its varlen kernel (not
+            tested on a GPU). A model with its own hidden_states_at packs by itself and cannot take this. The first call also
+            runs without packing and compares. Each pass waits for a CUDA device once.
+        head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why). A copy stays as it is; one
+            that shares the model's memory follows the model.
+        merge_lora: see `LMHead.from_model`; the merge is made each time that `head` is read.
         layers: also hand out the states of these layers at the same positions, counted as in `kdkernels.layer_map`.
 
     Attributes:
-        head: `LMHead`; `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
+        head: `LMHead`, read from the model each time, so that it is the head that the model has now;
+            `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
+
+    Each call puts the model in the modes of an evaluation with audio and restores its own afterwards: evaluation mode, adapters
+    on that the model turns on for audio (Granite Speech), no cache, no states of layers and no attentions in its output.
 
     Raises:
         TypeError, ValueError: see `LMHead.from_model`. Also for rows_per_pass or pack_tokens that is not a positive int, and for
@@ -148,28 +168,80 @@ class DualPathTeacher(nn.Module):
         if pack_tokens is not None and self._has_protocol:
             raise ValueError("pack_tokens: expected None with a model that has hidden_states_at, which packs by its own inputs")
         self.layers = tuple(layers)
-        self.head = head if head is not None else LMHead.from_model(model, merge_lora=merge_lora)
+        self.merge_lora = merge_lora
+        self._own_head = head  # what the caller gave, or None
+        self._follows = head is None or self._shares_memory(head)
+        self._known_state: tuple[Any, ...] | None = None
+        self._post: tuple[float | None, float] = (None, 1.0)
         self._post_checked = False
         self._packing_checked = False
         self.eval()
+        with hearing(model):
+            self._look_at_head()
+
+    @property
+    def head(self) -> LMHead:
+        """The LM head as it is now.
+
+        Raises:
+            TypeError, ValueError: see `LMHead.from_model`; the model may have changed since it was given.
+        """
+        own = self._own_head
+        head = self._model_head()
+        if head is None:
+            assert own is not None
+            return own
+        with evaluating(head), audio_adapters_on(self.model):
+            self._look_at_head()
+            if own is not None and not self._follows:
+                return own
+            weight, bias = head_parameters(head, merge_lora=self.merge_lora)
+        return LMHead(weight, bias, *self._post)
+
+    @head.setter
+    def head(self, head: LMHead) -> None:
+        self._own_head, self._follows = head, self._shares_memory(head)
+        self._known_state, self._post_checked = None, False
+
+    def _look_at_head(self) -> None:
+        """Asks the head what it computes, the first time and whenever modules, parameters or adapters in it have changed."""
+        head = self._model_head()
+        if head is None:
+            return
+        refuse_hooks(head)
+        state = (head_state(head), post_numbers(self.model, head))
+        if state == self._known_state:
+            return
+        own = self._own_head or LMHead.from_model(self.model, merge_lora=self.merge_lora)
+        if self._own_head is not None and self._follows:
+            check_linear(head, *head_parameters(head, merge_lora=self.merge_lora))
+        self._post = (own.softcap, own.logit_scale)
+        self._known_state, self._post_checked = state, False
+
+    def _model_head(self) -> nn.Module | None:
+        """None where the model has none that can be found, and the caller gave one."""
+        try:
+            return head_module(self.model)
+        except TypeError:
+            if self._own_head is None:
+                raise
+            return None
+
+    def _shares_memory(self, head: LMHead) -> bool:
+        try:
+            weight, _ = head_parameters(head_module(self.model))
+        except (TypeError, ValueError):
+            return False
+        return weight.data_ptr() == head.weight.data_ptr() and weight.shape == head.weight.shape
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualPathTeacher:
-        """`.to()`, `.half()` and the like: the LM head follows, sharing the model's memory where it did before."""
-        layer = computing_layer(head_module(self.model))
-        shared = {
-            name: tensor.data_ptr() == parameter.data_ptr()
-            for name in ("weight", "bias")
-            if (tensor := getattr(self.head, name)) is not None
-            and isinstance(parameter := getattr(layer, name, None), Tensor)
-            and not hasattr(parameter, "placements")  # a shard: the head is a copy
-        }
+        """`.to()`, `.half()` and the like: a head of the caller's own goes along."""
         super()._apply(fn, recurse)
-        moved: dict[str, Any] = {
-            name: getattr(layer, name).detach() if shared.get(name) else fn(tensor)
-            for name in ("weight", "bias")
-            if (tensor := getattr(self.head, name)) is not None
-        }
-        self.head = dataclasses.replace(self.head, **moved)
+        if self._own_head is not None and not self._follows:
+            bias = self._own_head.bias
+            self._own_head = dataclasses.replace(
+                self._own_head, weight=fn(self._own_head.weight), bias=None if bias is None else fn(bias)
+            )
         return self
 
     def freeze(self) -> DualPathTeacher:
@@ -271,7 +343,8 @@ class DualPathTeacher(nn.Module):
         return self._one_pass(batch.slice(0, 1), index) if result is None else result  # no position at all: (0, H)
 
     def _one_pass(self, batch: PathBatch, index: Tensor) -> Tensor:
-        with evaluating(self.model):
+        with hearing(self.model):
+            self._look_at_head()
             if self._has_protocol:
                 keywords = {"layers": self.layers} if self.layers else {}
                 model: Any = self.model
@@ -334,12 +407,12 @@ class DualPathTeacher(nn.Module):
     def _check_post(self, seen: Tensor | None) -> None:
         """Once: raises ValueError if the model does something else to its logits than `self.head` says. Waits for the device."""
         if seen is not None:
-            expected = self.head.post(probe_values()).double()
+            expected = apply_post(probe_values(), *self._post).double()
             if not torch.allclose(seen.double().cpu(), expected, rtol=1e-2, atol=1e-6):
                 softcap, scale = fit_post(seen)
                 raise ValueError(
                     f"head: expected what the model does to its logits, softcap={softcap} logit_scale={scale:.6g}, got "
-                    f"softcap={self.head.softcap} logit_scale={self.head.logit_scale:.6g}; pass head=LMHead(...)"
+                    f"softcap={self._post[0]} logit_scale={self._post[1]:.6g}; pass head=LMHead(...)"
                 )
         self._post_checked = True
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checks import is_number, is_whole
 from ..loss_options import LinearLossOptions
 
 
@@ -34,8 +35,13 @@ class CAADOptions:
 
     def __post_init__(self) -> None:
         LinearLossOptions(**self._of_the_loss())
-        if self.alpha_start is not None and not 0 <= self.alpha_start < math.inf:
-            raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {self.alpha_start!r}")
+        if isinstance(self.alpha, torch.Tensor):
+            raise TypeError("alpha: expected a number, got a tensor; a batch's column 'alpha' has one for each token")
+        start = self.alpha_start
+        if start is not None and not (is_number(start) and 0 <= start < math.inf):
+            raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {start!r}")
+        if not is_whole(self.alpha_ramp_steps):
+            raise TypeError(f"alpha_ramp_steps: expected an int, got {type(self.alpha_ramp_steps).__name__}")
         if self.alpha_ramp_steps < 0:
             raise ValueError(f"alpha_ramp_steps: expected >= 0, got {self.alpha_ramp_steps!r}")
 
