@@ -212,7 +212,7 @@ def _adapters_here(layer: nn.Module) -> set[str]:
     """Names of the adapters that a PEFT layer holds, active or not."""
     names = [name for name in (*getattr(layer, "adapter_layer_names", ()), "lora_A") if "." not in name]
     holders = [getattr(layer, name, None) for name in names]
-    return {key for holder in holders if hasattr(holder, "keys") for key in holder}
+    return {key for holder in holders if holder is not None and hasattr(holder, "keys") for key in holder}
 
 
 def _without_adapter(head: nn.Module) -> nn.Module:
@@ -597,14 +597,14 @@ def without_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor,
     Raises:
         ValueError: it is called with more than hidden states (PEFT's adapter_names, which pick an adapter a row).
     """
-    given = {**dict(enumerate(args)), **{key: value for key, value in kwargs.items() if value is not None}}
-    name, hidden = next(((key, value) for key, value in given.items() if isinstance(value, Tensor)), (None, None))
-    if hidden is None or len(given) != 1:
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *((key, value) for key, value in kwargs.items() if value is not None)]
+    name, hidden = given[0] if len(given) == 1 else (0, None)
+    if not isinstance(hidden, Tensor):
         raise ValueError(
             f"model: expected it to call its LM head with hidden states alone, got {len(args)} arguments and {sorted(kwargs)}"
         )
     nothing = hidden[..., :0, :]
-    return hidden, (((nothing,), kwargs) if name == 0 else (args, {**kwargs, name: nothing}))
+    return hidden, (((nothing,), kwargs) if isinstance(name, int) else (args, {**kwargs, name: nothing}))
 
 
 def logits_of(output: Any) -> Any:
@@ -631,7 +631,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def adapters_of_audio(model: nn.Module) -> list[nn.Module]:
+def adapters_of_audio(model: nn.Module) -> list[Any]:
     """PEFT's layers in models whose own generate() turns them on with audio and off without (Granite Speech).
 
     The switch stays as the last call left it, and a forward does not touch it.
