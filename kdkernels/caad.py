@@ -95,9 +95,10 @@ def fused_caad_loss(
         reduction: "mean" divides each term by its sum of weights over valid positions; "sum" by 1; "none" returns (...).
         vocab_size: number of valid ids; default min(V_s, V_t). Logits beyond it count as -inf on both sides.
         impl: "auto", "reference", "cpu", "triton" or "cuda". An explicit choice never falls back to another one.
-        inplace: the gradient may overwrite ``student_logits``' memory. Autograd then raises an error if the same graph uses the
-            logits elsewhere. Ignored under torch.compile, by impl="reference", and for logits whose rows share memory or are
-            not contiguous.
+        inplace: the gradient may overwrite ``student_logits``' memory. The backward then raises RuntimeError if the same graph
+            uses the logits elsewhere, before or after. What reads them without autograd after the loss sees the gradient.
+            Ignored under torch.compile, by impl="reference", for leaves, for views that autograd does not let change
+            (torch.chunk), and for logits whose rows share memory or are not contiguous.
         return_stats: also return :class:`CAADStats`.
 
     Returns:
@@ -156,7 +157,7 @@ def _loss_of_logits(
         )
         return _for_caller(terms, *terms.weigh_reference(rows), want_stats)
     want_grad = student.requires_grad and torch.is_grad_enabled()
-    student = _three_dimensional(student)
+    given, student = student, _three_dimensional(student)
     tail = (
         _three_dimensional(audio),
         None if text is None else _three_dimensional(text),
@@ -165,8 +166,8 @@ def _loss_of_logits(
         terms.kd_coef,
         terms.ce_coef,
     )
-    if options.inplace and want_grad and not torch.compiler.is_compiling() and _rows_are_apart(student):
-        loss, stats = _schema.InPlaceRows.apply(student, *tail, spec, want_stats, chosen)
+    if options.inplace and want_grad and not torch.compiler.is_compiling() and _may_overwrite(given, student):
+        loss, stats = _schema.consume_rows(given, _three_dimensional, *tail, spec, want_stats, chosen)
     else:
         loss, _, stats, _ = _schema.caad_rows(student, *tail, *spec.packed(), want_grad, want_stats, chosen)
     return _for_caller(terms, loss, stats, want_stats)
@@ -428,6 +429,12 @@ def _three_dimensional(logits: Tensor) -> Tensor:
     if logits.dim() < 3:
         return logits[(None,) * (3 - logits.dim())]
     return logits.reshape(-1, *logits.shape[-2:])
+
+
+def _may_overwrite(given: Tensor, rows: Tensor) -> bool:
+    """``rows``: the given logits as (B, T, V)."""
+    same_memory = rows.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return same_memory and _rows_are_apart(rows) and _schema.can_be_consumed(given)
 
 
 def _rows_are_apart(logits: Tensor) -> bool:

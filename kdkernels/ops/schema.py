@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,9 +140,10 @@ def _scale_rows(grad: Tensor, factor: Tensor, *, out: Tensor | None = None) -> T
 
 
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
-    """A new tensor: the saved one may be wanted again (retain_graph). On the CPU the saved one where the factor is 1."""
+    """A new tensor: the saved one may be wanted again. On the CPU the saved one where the factor is 1 and no graph is kept."""
     if _is_one(grad_output):
-        return grad
+        # What a backward hands out its receiver may change (clipping, all_reduce of .grad).
+        return grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
     if grad.dim() in (2, 3) and _triton_scales(grad):
         return _scale_rows(grad, grad_output)
     factor = grad_output.to(torch.promote_types(grad.dtype, torch.float32))
@@ -262,6 +263,7 @@ class InPlaceRows(torch.autograd.Function):
         # An operation that saved these logits for its backward has to learn that they are gone.
         torch.autograd.graph.increment_version(student)
         ctx.grad = memory
+        ctx.version = memory._version
         stats = loss.new_empty(0) if stats is None else stats
         without_gradients(ctx, (stats,))
         return loss, stats
@@ -274,12 +276,67 @@ class InPlaceRows(torch.autograd.Function):
             raise RuntimeError(
                 "inplace=True: the gradient was consumed by the first backward; a second one needs inplace=False"
             )
+        if grad._version != ctx.version:
+            raise _used_later()
         grad_loss = grad_loss if ctx.gain is None else grad_loss / ctx.gain
         if _triton_scales(grad):
             _scale_rows(grad, grad_loss, out=grad)
         elif not _is_one(grad_loss):
             grad.mul_(grad_loss.reshape(*grad.shape[:2], 1))
         return grad, *[None] * 9
+
+
+def _used_later() -> RuntimeError:
+    return RuntimeError(
+        "inplace=True: expected no use of student_logits after the loss, which has overwritten them (modified by an inplace "
+        "operation), got one; use them before, or pass inplace=False"
+    )
+
+
+class _Consumed(torch.autograd.Function):
+    """Logits that InPlaceRows overwrites. Every later use of them has this as its history, so that a backward finds it.
+
+    A version number cannot do that. It tells only that a tensor changed after an operation had saved it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, memory: Tensor | None) -> Tensor:
+        """``memory``: what the gradient of the loss will lie in; None: no gradient comes through here."""
+        ctx.mark_dirty(logits)
+        ctx.memory = memory
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The gradient of another use has been added to that of the loss: then the sum lies elsewhere.
+        if ctx.memory is None or grad.data_ptr() != ctx.memory.data_ptr():
+            raise _used_later()
+        return grad, None
+
+
+def can_be_consumed(logits: Tensor) -> bool:
+    """Whether autograd lets an operation overwrite these logits: not a leaf, and not a view such as torch.chunk returns."""
+    if logits.is_leaf:
+        return False
+    if not logits._is_view():
+        return True
+    private: Any = torch._C._autograd
+    return not logits.retains_grad and private._get_creation_meta(logits) == private.CreationMeta.DEFAULT
+
+
+def consume_rows(
+    logits: Tensor, as_rows: Callable[[Tensor], Tensor], *others: Any
+) -> tuple[Tensor, Tensor]:
+    """InPlaceRows of the logits, which ``as_rows`` views as (B, T, V)."""
+    if logits._is_view():
+        # Autograd would copy a gradient that comes through a change of a part of something larger. So none comes.
+        loss, stats = InPlaceRows.apply(as_rows(logits), *others)
+        _Consumed.apply(logits, None)
+        if loss.grad_fn is not None:
+            loss.grad_fn.version = logits._version
+        return loss, stats
+    logits = _Consumed.apply(logits, logits.detach())
+    return InPlaceRows.apply(as_rows(logits), *others)
 
 
 # -- hidden states in ----------------------------------------------------------------------------------------------------
