@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.arguments import Collect
+
 from .common import add_common_arguments, finish, relative_error
 from .contenders import (
     ALPHA,
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--width", type=int, default=576, help="hidden width of both models")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtypes", nargs="+", action=Collect, default=["float32", "bfloat16", "float16"])
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
     args = parser.parse_args(argv)
     rows = []

@@ -34,6 +34,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from models.arguments import Collect
+
 from .common import RESULTS, print_table
 
 # compute capability -> multiprocessors and bytes of shared memory a block may use: A100, H100, B200.
@@ -651,8 +653,8 @@ def main(argv: list[str] | None = None, registry: Registry = REGISTRY) -> int:
         prog="python -m benchmarks.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a representative subset")
-    parser.add_argument("--kernel", nargs="+", choices=sorted(registry), help="these kernels alone")
-    parser.add_argument("--sm", nargs="+", type=int, default=CAPABILITIES, help="compute capabilities, like 90")
+    parser.add_argument("--kernel", nargs="+", action=Collect, choices=sorted(registry), help="these kernels alone")
+    parser.add_argument("--sm", nargs="+", action=Collect, type=int, default=CAPABILITIES, help="compute capabilities, like 90")
     parser.add_argument("--write", action="store_true", help="replace this Triton's rows of the committed CSV")
     parser.add_argument("--csv", type=Path, default=RESULTS / "aot_triton.csv", help="the committed figures")
     parser.add_argument("--json", type=Path, help="also leave all figures here, with the memory instructions in order")

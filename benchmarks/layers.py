@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import fused_layer_mse_loss
+from models.arguments import Collect
 
 from .common import PeakMemory, add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
 
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(parser, repeats=9)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", action=Collect, default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--shrink", type=int, default=1, help="divide the numbers of tokens by this (for a try-out)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory runs (one process each)")

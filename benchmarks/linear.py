@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from models.arguments import Collect
+
 from . import memory
 from .common import add_common_arguments, finish, time_calls, time_columns
 from .contenders import (
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes (it takes a minute)")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory runs (one process each)")
     parser.add_argument("--sweep", choices=("tokens", "vocab", "width", "chunk", "threads"))
-    parser.add_argument("--values", type=int, nargs="+", help="of the sweep, instead of its own")
+    parser.add_argument("--values", type=int, nargs="+", action=Collect, help="of the sweep, instead of its own")
     args = parser.parse_args(argv)
     if args.sweep:
         rows = sweep(args)

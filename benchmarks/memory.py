@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from models.arguments import Collect
+
 from .common import PeakMemory, add_common_arguments, available_bytes, finish
 from .contenders import (
     FULL,
@@ -38,14 +40,16 @@ VOCAB = {"cpu": 49152, "cuda": 128256}
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     add_common_arguments(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", help="N of the first sweep; its smallest is that of the second")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", action=Collect, help="N of the first sweep; its smallest is that of the second"
+    )
     parser.add_argument("--vocab", type=int, help="V of the first sweep")
-    parser.add_argument("--vocabs", type=int, nargs="*", help="V of the second sweep")
+    parser.add_argument("--vocabs", type=int, nargs="*", action=Collect, help="V of the second sweep")
     parser.add_argument("--student-width", type=int)
     parser.add_argument("--teacher-width", type=int)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
-    parser.add_argument("--contenders", nargs="+", help="those alone whose names contain one of these")
+    parser.add_argument("--contenders", nargs="+", action=Collect, help="those alone whose names contain one of these")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # contender, objective and sizes as JSON: what a child measures
     args = parser.parse_args(argv)
     device_type = torch.device(args.device).type

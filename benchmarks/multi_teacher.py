@@ -15,6 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from models.arguments import Collect
+
 from .common import add_common_arguments, finish, relative_error, time_calls, time_columns
 from .contenders import (
     ALPHA,
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common_arguments(parser, repeats=7)
-    parser.add_argument("--sources", type=int, nargs="+", default=[1, 2, 3], help="numbers of teachers K")
+    parser.add_argument("--sources", type=int, nargs="+", action=Collect, default=[1, 2, 3], help="numbers of teachers K")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--student-width", type=int, default=576)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from models.arguments import Collect
+
 from .common import PeakMemory, add_common_arguments, available_bytes, finish, time_calls, time_columns
 from .contenders import (
     CHUNKS,
@@ -59,10 +61,10 @@ TOKENS = {"cpu": 256, "cuda": 8192}
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     add_common_arguments(parser, repeats=7)
-    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", action=Collect, choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--tokens", type=int, help="N; 256 on the CPU, 8192 on CUDA")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of states and heads")
-    parser.add_argument("--objectives", nargs="+", choices=[x.name for x in OBJECTIVES], help="these alone")
+    parser.add_argument("--objectives", nargs="+", action=Collect, choices=[x.name for x in OBJECTIVES], help="these alone")
     parser.add_argument("--shrink", type=int, default=1, help="divide vocabularies and widths by this (for a try-out)")
     parser.add_argument("--limit-seconds", type=float, default=10, help="of timing, an objective of a pair")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")

@@ -24,6 +24,7 @@ import torch
 
 from kdkernels.contrast_cache import ContrastCache
 from kdkernels.ops.chunking import DEVICES, DeviceModel, known_device, plan_chunks, predict
+from models.arguments import Collect
 
 from .common import add_common_arguments, finish
 from .peers import PAIRS, Pair
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     add_common_arguments(parser)
     parser.add_argument("pair", nargs="?", choices=list(BODIES), help="student from teacher, as in benchmarks.peers")
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(DEVICES)}")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8])
+    parser.add_argument("--gpus", type=int, nargs="+", action=Collect, default=[8])
     parser.add_argument("--clips", type=int, default=Run.clips)
     parser.add_argument("--clips-a-gpu", type=int, default=Run.clips_a_gpu, help="a step")
     parser.add_argument("--prompt-tokens", type=int, default=Run.prompt_tokens)

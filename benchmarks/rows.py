@@ -15,6 +15,7 @@ from torch import Tensor
 from kdkernels import fused_caad_loss
 from kdkernels.ops.dispatch import choose, row_launcher
 from kdkernels.ops.rows import RowSpec
+from models.arguments import Collect
 
 from .common import PeakMemory, add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
 from .contenders import ALPHA, KD_WEIGHT, TEMPERATURE, authors_loss, eager_loss, exact_loss
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     add_common_arguments(parser, repeats=15)
     parser.add_argument("--rows", type=int, default=256, help="tokens")
     parser.add_argument("--vocab", type=int, default=49152, help="vocabulary width")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", action=Collect, default=["float32", "bfloat16"])
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
     args = parser.parse_args(argv)
     results = [row for name in args.dtypes for row in measure(args, getattr(torch, name))]

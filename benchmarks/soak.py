@@ -124,14 +124,15 @@ def soak(
     call: Callable[[], None],
     *,
     minutes: float,
+    least_iterations: int = 0,
     load: float = 1.0,
     clock: Callable[[], float] = time.monotonic,
     cpu_clock: Callable[[], float] = time.process_time,
 ) -> list[tuple[float, float]]:
-    """(minute, KiB of the resident set) after each call, for so many minutes; calls get a share `load` of a core's time."""
+    """(minute, KiB of the resident set) after each call, for so many minutes and calls. Calls get a share `load` of a core."""
     samples: list[tuple[float, float]] = []
     started = clock()
-    while (now := clock()) - started < 60 * minutes:
+    while (now := clock()) - started < 60 * minutes or len(samples) < least_iterations:
         before = cpu_clock()
         call()
         taken = cpu_clock() - before
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_common_arguments(parser)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--least-iterations", type=int, default=0, help="goes on past the minutes where these are not done yet")
     parser.add_argument("--load", type=float, default=0.08, help="share of a core that may be used, in (0, 1]")
     parser.add_argument("--bound-kib-a-minute", type=float, default=50.0, help="a steeper slope is a leak")
     args = parser.parse_args(argv)
@@ -187,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(name, "1")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="kdkernels-soak-") as folder:
-        samples = soak(Iteration(Path(folder)), minutes=args.minutes, load=args.load)
+        samples = soak(Iteration(Path(folder)), minutes=args.minutes, least_iterations=args.least_iterations, load=args.load)
     steepness = slope(samples)
     common = {"minutes": args.minutes, "kib_a_minute": steepness, "bound_kib_a_minute": args.bound_kib_a_minute}
     finish(args, "soak", "resident memory over time", [{**row, **common} for row in summarise(samples)])

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from models.arguments import Collect
+
 from .common import add_common_arguments, finish, time_calls, time_columns
 
 # label -> objective, sources, layers compared
@@ -263,7 +265,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_common_arguments(parser, repeats=7)
     parser.add_argument("--examples", type=int, default=16)
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="these, beside the baseline")
+    parser.add_argument(
+        "--systems", nargs="+", action=Collect, choices=list(SYSTEMS), default=list(SYSTEMS), help="these, beside the baseline"
+    )
     args = parser.parse_args(argv)
     case = StepCase(args.examples, torch.device(args.device))
     finish(args, "step", "a training step; time_ms: all but the teachers' forwards", measure(case, args.repeats, args.systems))

@@ -52,6 +52,8 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from models.arguments import Collect
+
 from .common import add_common_arguments, finish
 
 Done = Callable[[Iterable[str]], None]
@@ -536,19 +538,17 @@ class Training:
         )  # fmt: skip
 
     def run(self, folder: Path, done: Done) -> None:
-        from models.training import train
+        from models.training.loop import TrainingLoop
+        from models.training.train import seed_everything
 
-        save = train.save_checkpoint
+        class Loop(TrainingLoop):
+            def save(self, step: int) -> None:
+                super().save(step)
+                done([f"step {step}"])
 
-        def save_and_say(root: Any, step: int, **state: Any) -> Path:
-            path = save(root, step, **state)
-            done([f"step {step}"])
-            return path
-
-        train.save_checkpoint = save_and_say
         recipe = dataclasses.replace(self._recipe, run=dataclasses.replace(self._recipe.run, out_dir=str(folder)))
-        train.seed_everything(recipe.run.seed)
-        train.train(recipe, model=self._student, data=self._data, sources=self._sources)
+        seed_everything(recipe.run.seed)
+        Loop(recipe, model=self._student, data=self._data, sources=self._sources).run()
 
     def held(self, folder: Path) -> list[str]:
         from models.training.curves import read_metrics
@@ -636,7 +636,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_common_arguments(parser)
     parser.add_argument("--rounds", type=int, default=100, help="of each kind of work")
-    parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS), help="these kinds of work")
+    parser.add_argument("--only", nargs="+", action=Collect, choices=list(WORKS), default=list(WORKS), help="these kinds of work")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--lm", help="a language model, by id or folder, in place of the tiny random one")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Contrast strength by token: strong where the sound decides, weak where both paths of the teacher say the same anyway."""
+"""Contrast strength by token: strong where the sound decides, weak where both paths of the teacher agree."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ def adaptive_alpha(divergence: Tensor, alpha: float | Tensor, *, half_at: float)
 
         alpha_i = alpha * d_i / (d_i + half_at)          d_i = KL(softmax z_audio,i || softmax z_text,i)
 
-    Where the paths agree (d 0) there is nothing to contrast, and extrapolating would only blow up the noise of both: alpha 0.
-    Where they differ by `half_at` nats alpha is halved, beyond that it nears the full strength.
+    Where the paths agree (d = 0) alpha is 0: there is nothing to contrast, and extrapolation would only amplify noise. Where they
+    differ by `half_at` nats alpha is halved. For larger differences it approaches the full strength.
 
     Args:
-        divergence: (...) floating, nats, >= 0; CAADStats.path_divergence is one such. Rounding below 0 counts as 0.
+        divergence: (...) floating, nats, >= 0, for example CAADStats.path_divergence. Values below 0 (rounding) count as 0.
         alpha: the largest strength, >= 0; a number or a tensor that broadcasts to (...).
         half_at: nats, > 0.
 
     Returns:
-        (...) in the dtype of `divergence`, without a gradient: to be given to a loss as its `alpha`.
+        (...) in the dtype of `divergence`, without a gradient. Pass it to a loss as `alpha`.
 
     Raises:
         TypeError: `divergence` is not floating.
-        ValueError: `half_at` or a number `alpha` outside its range.
+        ValueError: `half_at` or `alpha` is outside its range.
 
-    Source: the CAAD paper (arXiv 2606.23052) names an alpha that adapts to the acoustic conditions as future work; this form is
-    ours.
+    Source: the CAAD paper (arXiv 2606.23052) leaves an alpha that adapts to the acoustic conditions to future work. This
+    formula is our own.
     """
     if not divergence.is_floating_point():
         raise TypeError(f"divergence: expected a floating tensor, got {divergence.dtype}")

@@ -1,8 +1,8 @@
-"""The teacher's hidden states of both paths on disk: an epoch, an alpha or a lambda later, the teacher need not run.
+"""The teacher's hidden states of both paths on disk: for another epoch, alpha or lambda the teacher does not run again.
 
-The teacher is frozen and Y is fixed, so audio_hidden and text_hidden at the N positions that predict Y are all there is
-to know about it.  With the teacher's LM head they give the exact distribution over the whole vocabulary, in
-2 * H * 2 bytes a token (bf16), where stored logits would take 2 * V * 2.
+The teacher is frozen and Y is fixed, so audio_hidden and text_hidden at the N positions that predict Y say all about it.  With
+the teacher's LM head they give the exact distribution over the whole vocabulary, in 2 * H * 2 bytes a token (bf16). Stored logits
+would take 2 * V * 2.
 
 A cache is a folder:
 
@@ -11,11 +11,11 @@ A cache is a folder:
                                    audio_layers and text_layers (R, K, H); in float8 the scale of each row beside each
     index-PART.jsonl               one line a finished shard: file, bytes, sha256, [sample id, first row, rows, content] ...
 
-A shard is written to a temporary file, synced and renamed, and only then named in the index.  So a writer that is
-killed leaves a cache that holds every finished shard and nothing half-written.
+A shard is written to a temporary file, synced and renamed, and only then named in the index.  So after a kill the cache holds
+every finished shard and nothing half-written.
 
-A sample's content is a fingerprint that the caller makes of whatever the states depend on beside the cache's own: prompt,
-audio, Y. It tells a sample that was changed since from one that is up to date.
+A sample's content is a fingerprint that the caller makes of what its states depend on: prompt, audio, Y. It shows whether the
+sample has changed since it was stored.
 
 Legend: R rows of a shard, n rows of a sample, N rows asked for, B samples asked for, K layers, H hidden width.
 """
@@ -31,17 +31,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 __all__ = ["CachedStates", "ContrastCache", "ContrastCacheWriter", "CorruptCacheError"]
 
 FORMAT_VERSION = 2
 _MARK = "kdkernels_contrast_cache"
 _MIB = 1 << 20
-# Far beyond any fingerprint or shard of samples; what claims more is another kind of file, and is not taken into memory.
+# Far beyond any fingerprint or shard of samples. A larger file is of another kind, and is not read into memory.
 _MAX_HEADER_BYTES = 16 * _MIB
 _MAX_INDEX_LINE_BYTES = 64 * _MIB
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -248,16 +251,16 @@ class ContrastCacheWriter(AbstractContextManager):
 
     Args:
         folder: made if missing.
-        fingerprint: whatever determines the states, JSON values by name: model, tokenizer, prompt, Y, ... A folder with
-            another fingerprint is refused.
+        fingerprint: what determines the states, JSON values by name: model, tokenizer, prompt, Y, ... A folder with another
+            fingerprint raises ValueError.
         hidden_size: H.
         dtype: of the stored states: torch.bfloat16, torch.float32 (then they come back bitwise) or torch.float8_e4m3fn with a
             float32 scale a row (half of bfloat16's bytes; `python -m models cache --measure` says what it costs in accuracy).
         layers: numbers of the teacher's layers whose states are stored as well.
-        shard_mib: a shard is closed when it holds as much; also what a kill can lose, and what is held in memory.
+        shard_mib: size at which a shard is closed. This much is held in memory, and a kill can lose it.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).
-        verify_checksums: read the shards that are there already and compare their sha256; a bad one is dropped with a
-            warning, so that its samples are asked for again.
+        verify_checksums: read the existing shards and compare their sha256. A bad one is dropped with a warning, and its samples
+            count as missing.
 
     Raises:
         ValueError: another fingerprint, hidden size, dtype or format version than the folder's.
@@ -341,7 +344,7 @@ class ContrastCacheWriter(AbstractContextManager):
             content: a fingerprint of what the states depend on, to be compared later.
 
         Raises:
-            TypeError, ValueError: naming the argument; states that are not finite are refused as well.
+            TypeError, ValueError: for a bad argument, with its name. States that are not finite raise ValueError.
         """
         if not isinstance(sample_id, str) or not sample_id:
             raise TypeError(f"sample_id: expected a string that is not empty, got {sample_id!r}")
@@ -353,7 +356,7 @@ class ContrastCacheWriter(AbstractContextManager):
             raise TypeError(f"target: expected a tensor of torch.int64, got {getattr(target, 'dtype', type(target))}")
         if target.ndim != 1:
             raise ValueError(f"target: expected shape (n,), got {tuple(target.shape)}")
-        states = {"audio_hidden": audio_hidden, "text_hidden": text_hidden}
+        states: dict[str, Any] = {"audio_hidden": audio_hidden, "text_hidden": text_hidden}
         for name, layers in (("audio_layers", audio_layers), ("text_layers", text_layers)):
             if (layers is not None) != bool(self.layers):
                 expected = f"the states of layers {list(self.layers)}" if self.layers else "none, in a cache without layers"
@@ -541,7 +544,7 @@ def _read_index(path: Path, header: Mapping[str, Any]) -> tuple[list[dict[str, A
     if not path.exists():
         return [], False
     part = path.stem.removeprefix("index-")
-    records = []
+    records: list[dict[str, Any]] = []
     with open(path, "rb") as file:
         while line := file.readline(_MAX_INDEX_LINE_BYTES + 1):
             where = f"{path}, line {len(records) + 1}"
@@ -597,7 +600,7 @@ def _record_problem(record: Mapping[str, Any], part: str, header: Mapping[str, A
     return None
 
 
-def _is_count(value: object, *, least: int = 0) -> bool:
+def _is_count(value: object, *, least: int = 0) -> TypeIs[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -627,7 +630,7 @@ def _digest(file: Any) -> str:
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Written in a folder of its own: safetensors writes by way of a file of a random name, which a kill would leave."""
+    """Writes in a folder of its own: safetensors uses a file with a random name, and a kill would leave that file behind."""
     folder = path.with_name(f"{path.name}.tmp")
     temporary = folder / path.name
     folder.mkdir(exist_ok=True)
@@ -648,7 +651,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """All of `data` at the file's end, on the disk, or none of it: what a full disk has cut off would spoil the next line."""
+    """Writes all of `data` at the file's end, on the disk, or none of it: half a line would spoil the next one."""
     with _naming(path), open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
@@ -664,7 +667,7 @@ def _append(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """A full disk is met by a descriptor, whose error names no file."""
+    """Puts the file's name into errors of its descriptor (a full disk), which have none."""
     try:
         yield
     except OSError as error:
@@ -687,7 +690,7 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes renames durable; Windows cannot open a folder, and has nothing to sync there."""
+    """Makes renames durable. Windows cannot open a folder and has nothing to sync there."""
     with suppress(PermissionError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -701,7 +704,7 @@ def _lock(path: Path) -> Any:
     file = open(path, "ab")  # noqa: SIM115 (its life is the writer's)
     try:
         import fcntl
-    except ImportError:  # not POSIX: two writers of one part are then the caller's care
+    except ImportError:  # not POSIX: the caller has to avoid two writers of one part
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

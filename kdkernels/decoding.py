@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lm_head import evaluating
+from .lm_head import audio_adapters_on, evaluating
 from .paths import SEQUENCE_PADDING, Inputs, Negative, PathBatch, as_batch, clean, join, tokens_of
 
 __all__ = ["contrast_logits", "contrastive_generate"]
@@ -99,10 +99,10 @@ def contrastive_generate(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Continues prompts by the contrast of the two paths; see `contrast_logits` for the formulas.
 
-    The chosen token goes to both paths.  transformers models run through their own `generate`, so that each family's
-    positions and caches are its own, but with a bare generation config: a checkpoint's sampling, penalties and the like
-    play no part (`model.generation_config` is exchanged during the call).  Other modules run through their `forward`,
-    which has to take `past_key_values` and `use_cache`.
+    The chosen token goes to both paths.  transformers models run through their own `generate`, with the positions and caches
+    of their
+    family, but with an empty generation config: a checkpoint's sampling and penalties have no effect (`model.generation_config`
+    is replaced during the call).  Other modules run through their `forward`, which has to take `past_key_values` and `use_cache`.
 
     Args:
         model: a transformers LM that can generate (with or without PEFT), or a module whose forward takes `input_ids`,
@@ -110,21 +110,22 @@ def contrastive_generate(
         inputs: the prompts of the positive path, padded on either side; without `position_ids`, which follow from the
             attention mask.
         negative: makes the negative path's inputs, see `DualPathTeacher`; `DropKey` does not fit here.
-        text_inputs: the negative path's prompts, of another length if need be; either this or negative is needed.
+        text_inputs: the negative path's prompts. Their length may differ. Give either this or negative.
         alpha, formula, plausibility: see `contrast_logits`.
         max_new_tokens: T at most.
         eos_token_id: a row ends after any of these; None takes the model's generation config's, [] never ends.
         pad_token_id: fills ended rows; None takes the generation config's, or else an end token.
         temperature: None chooses the best token, a number samples from softmax(scores / temperature).
         generator: for sampling, on the model's device.
-        use_cache: False recomputes both prompts for each token; needed (and only then slow) where a model has no cache.
+        use_cache: False recomputes both prompts for each token, which is slow. Models without a cache need it.
         return_scores: also return the contrastive scores that each token was chosen from.
 
     Returns:
         (B, T) int64, the new tokens alone; with return_scores also (B, T, V) float32.
 
     Raises:
-        ValueError, TypeError: naming the argument; a model without a cache is refused unless use_cache=False.
+        ValueError, TypeError: for a bad argument, with its name. A model without a cache raises ValueError unless
+        use_cache=False.
 
     Memory: the KV cache of 2 B rows; logits of the last position only where the model takes `logits_to_keep`.
     """
@@ -143,7 +144,7 @@ def contrastive_generate(
     model = _without_peft(model)
     eos = _eos_ids(model, eos_token_id)
     pad = _pad_id(model, pad_token_id, eos)
-    with evaluating(model):
+    with evaluating(model), audio_adapters_on(model):
         if _is_transformers(model):
             tokens = _generate(model, both, chooser, max_new_tokens, eos, pad, use_cache)
         else:
@@ -203,6 +204,7 @@ def _both_prompts(inputs: Inputs, negative: Negative | None, text_inputs: Inputs
         positive = getattr(negative, "positive", None)
         cleaned = cleaned if positive is None else positive(cleaned)
         text_inputs = negative(cleaned)
+    assert text_inputs is not None  # given, or made above
     text_cleaned = clean(text_inputs, "text_inputs" if negative is None else "negative(inputs)")
     if negative is not None and text_cleaned.keys() != cleaned.keys():
         raise ValueError(
@@ -270,7 +272,7 @@ def _generate(
 
 @contextlib.contextmanager
 def _bare_generation_config(model: Any, bare: Any) -> Iterator[None]:
-    """What a generation config leaves open transformers fills in from the model's, penalties included: empty it."""
+    """Empties it: transformers fills what a generation config leaves open from the model's own, penalties included."""
     own = model.generation_config
     model.generation_config = bare
     try:
@@ -326,7 +328,7 @@ def _is_transformers(model: Any) -> bool:
     return hasattr(model, "generation_config") and hasattr(model, "prepare_inputs_for_generation")
 
 
-def _without_peft(model: nn.Module) -> nn.Module:
+def _without_peft(model: Any) -> nn.Module:
     """PEFT's adapters live in the layers; its wrapper's generate would keep our generation config."""
     if not hasattr(model, "get_base_model"):
         return model

@@ -1,8 +1,8 @@
 """The student's loss where its LM head would run: inside the model's own forward, with the head's weights in hand.
 
-A loss that reads `model.lm_head.weight` from outside sees what FSDP or ZeRO-3 has left there: a shard, or nothing.  Here the
-loss is computed in the head's place, between the hooks that gather its weight and those that free it, and it leaves the
-model as its output, so that DDP, FSDP and DeepSpeed see an ordinary forward whose result is differentiated.
+A loss that reads `model.lm_head.weight` from outside sees a shard of it under FSDP, and nothing under ZeRO-3. So the loss runs
+here in the place of the head, between the hooks that gather its weight and those that free it. The model returns the loss as
+its output: DDP, FSDP and DeepSpeed see an ordinary forward whose result is differentiated.
 
 Legend: B rows of a batch, L columns, N positions that predict a target, H hidden width, V vocabulary.
 """
@@ -17,7 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lm_head import accepts, computing_layer, fit_post, gathered, head_module, linear_of, probe_values
+from .lm_head import (
+    accepts,
+    adapters_of_audio,
+    apply_post,
+    ask_head,
+    computing_layer,
+    fit_post,
+    gathered,
+    head_module,
+    head_state,
+    linear_of,
+    logits_of,
+    modules_around,
+    post_numbers,
+    probe_values,
+    refuse_hooks,
+    without_rows,
+)
 
 __all__ = ["HeadLoss"]
 
@@ -29,22 +46,25 @@ class HeadLoss:
 
         hidden (N, H) = the head's input at `index`;   head(hidden) = hidden @ weight^T + bias
 
-    A LoRA on the head is honoured (see `kdkernels.lm_head.linear_of`: hidden and weight then have H + r columns); what is not
-    a linear layer is refused by name.
+    A LoRA on the head works; hidden and weight then have H + r columns (see `kdkernels.lm_head.linear_of`). Other active
+    adapters, and heads that are no linear layers, raise TypeError.
 
     Args:
         model: any causal LM of transformers, or a module that calls the head of its `get_output_embeddings()` once and
             returns an output with `.logits`.  FSDP2, FSDP 1 and DDP may have been applied, or DeepSpeed's engine.
-        softcap, logit_scale: what the model does to logits after its head, as the loss is told; checked on the first call.
+        softcap, logit_scale: what the model does to logits after its head. The first call checks them.
 
-    The first call reads the device back once for its two checks, of the head's arithmetic and of what follows it.
+    The first call waits for the device: it checks what the head computes, and what the model does to the head's output. So does
+    the first call after modules, parameters or adapters of the head have changed.
+
+    A forward pre-hook on the head gets the hidden states, and may change them. A hook that would get logits raises TypeError:
+    a forward or backward hook on the head, or a forward hook on a module around it.
     """
 
     def __init__(self, model: nn.Module, *, softcap: float | None = None, logit_scale: float = 1.0) -> None:
         self._root = _unwrapped(model)
-        self._head = head_module(self._root)
         self._post = (softcap, logit_scale)
-        self._checked = False
+        self._known_states: dict[bool, Any] = {}  # of the head, in training and in evaluation: see head_state
         self._no_cache = {"use_cache": False} if accepts(self._root, "use_cache") else {}
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], index: Tensor, loss: LossFunction) -> Any:
@@ -54,25 +74,35 @@ class HeadLoss:
             model: the one given to the constructor, or a wrapper around it (DDP, an engine).
             inputs: its keyword arguments, without labels.
             index: (N,) int64, row * L + column of the positions wanted.
-            loss: gets hidden (N, H), weight (V, H), bias (V,) or None, all in the weight's dtype, while they are whole.
+            loss: called with hidden (N, H), weight (V, H) and bias (V,) or None, all in the weight's dtype and whole.
 
         Raises:
-            ValueError: the model does not call its head once, or treats logits otherwise than `softcap` and `logit_scale` say.
-            TypeError: the head is not a plain linear layer, or one with a LoRA.
+            ValueError: the model does not call its head exactly once, or does something else to its logits than `softcap` and
+                `logit_scale` say; adapters that belong to its audio are off.
+            TypeError: the head is neither a plain linear layer nor one with a LoRA; a hook would get logits.
         """
         if _unwrapped(model) is not self._root:
             raise ValueError(f"model: expected the {type(self._root).__name__} given to HeadLoss, or a wrapper around it")
+        self._head = head_module(self._root)
+        layer = computing_layer(self._head)
+        refuse_hooks(
+            self._head,
+            captured=(self._head, layer),
+            backward=torch.is_grad_enabled(),
+            ancestors=modules_around(self._root, self._head),
+        )
+        self._check_audio_adapters()
         results: list[Any] = []
         hooked: list[Any] = []
-        probe = None if self._checked else probe_values()
+        state = (head_state(self._head), post_numbers(self._root, self._head))
+        known = self._known_states.get(self._head.training) == state
+        probe = None if known else probe_values()
 
         def before(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # Appended behind the hooks that gather the weights, so they are whole here.
-            name = None if args else next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-            hidden = args[0] if name is None else kwargs[name]
-            results.append(self._compute(hidden, inputs, index, loss))
-            nothing = hidden[..., :0, :]
-            return ((nothing, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: nothing})
+            hidden, empty = without_rows(args, kwargs)
+            results.append(self._compute(hidden, inputs, index, loss, ask=not known))
+            return empty
 
         def hand_out(_head: nn.Module, _args: Any, _output: Any) -> Any:
             return results[-1]  # put before the hooks that free the weights: FSDP asks for them again when it is differentiated
@@ -89,7 +119,6 @@ class HeadLoss:
                 self._check_post(output, len(probe))
             return hooked[-1]
 
-        layer = computing_layer(self._head)
         with contextlib.ExitStack() as hooks:
             for handle in (
                 layer.register_forward_pre_hook(before, with_kwargs=True),
@@ -99,10 +128,12 @@ class HeadLoss:
             ):
                 hooks.callback(handle.remove)
             output = model(**inputs, **self._no_cache)
-        self._checked = True
+        self._known_states[self._head.training] = state
         return _in_full_precision(output, results[-1])
 
-    def _compute(self, hidden: Tensor, inputs: Mapping[str, Any], index: Tensor, loss: LossFunction) -> Any:
+    def _compute(
+        self, hidden: Tensor, inputs: Mapping[str, Any], index: Tensor, loss: LossFunction, *, ask: bool
+    ) -> Any:
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if tokens is not None and hidden.shape[:-1].numel() != tokens.shape[:2].numel():
             raise ValueError(
@@ -118,22 +149,16 @@ class HeadLoss:
                     "LM head: its weights train and ZeRO-3 has them partitioned inside their module's own forward, expected "
                     "DeepSpeed's engine to have gathered them; call the engine, and keep a LoRA off the head"
                 )
-            hidden, weight, bias = linear_of(layer, hidden)
-            if not self._checked:
-                self._check_linear(layer, hidden, weight, bias)
-            return loss(hidden, weight, bias)
+            if ask:
+                ask_head(layer, lambda row: _logits(*linear_of(layer, row)), partitioned=bool(partitioned))
+            return loss(*linear_of(layer, hidden))
 
-    @torch.no_grad()
-    def _check_linear(self, layer: nn.Module, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """Does the head compute what the loss is given?  nn.Linear and LoRA are known to; others are asked."""
-        if type(layer).forward is nn.Linear.forward or hasattr(layer, "base_layer") or not len(hidden):
-            return
-        row = hidden[:1]
-        expected, seen = F.linear(row, weight, bias).double(), layer.forward(row).double()
-        if seen.shape != expected.shape or not (seen - expected).norm() <= 1e-2 * expected.norm():
-            raise TypeError(
-                f"LM head: expected hidden @ weight^T + bias, got a {type(layer).__module__}.{type(layer).__name__} whose "
-                "forward computes something else"
+    def _check_audio_adapters(self) -> None:
+        if any(layer.disable_adapters for layer in adapters_of_audio(self._root)):
+            raise ValueError(
+                f"model: expected the adapters of {type(self._root).__name__} that belong to its audio to be on, got them off, "
+                "as its generate() without audio leaves them; call model.enable_adapters(), or set config.has_lora_adapter=False "
+                "to train without them"
             )
 
     def _check_calls(self, results: list[Any]) -> None:
@@ -144,15 +169,14 @@ class HeadLoss:
             )
 
     def _check_post(self, output: Any, width: int) -> None:
-        logits = getattr(output, "logits", None)
+        logits = logits_of(output)
         if not isinstance(logits, Tensor) or logits.shape[-1:] != (width,):
             raise ValueError(
                 f"model: expected an output with .logits of what its LM head returned, got {type(output).__name__}"
             )
         softcap, scale = self._post
         seen = logits.reshape(-1, width)[-1]
-        expected = probe_values() * scale
-        expected = expected if softcap is None else torch.tanh(expected / softcap) * softcap
+        expected = apply_post(probe_values(), softcap, scale)
         # 1e-2: the model may do this arithmetic in bf16, whose rounding is 2^-9.
         if not torch.allclose(seen.double().cpu(), expected.double(), rtol=1e-2, atol=1e-6):
             found = fit_post(seen)
@@ -160,6 +184,10 @@ class HeadLoss:
                 f"softcap, logit_scale: expected what the model does to its logits, {found[0]} and {found[1]:.6g}, got "
                 f"{softcap} and {scale:.6g}"
             )
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(hidden, weight, bias)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

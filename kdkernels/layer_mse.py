@@ -12,19 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .caad import (
-    REDUCTIONS,
-    _accumulation_dtype,
-    _check_device,
-    _check_leading,
-    _check_shape,
-    _check_tensor,
-    _choose,
-    _is_number,
-    _is_whole,
-)
+from .checks import check_device, check_leading, check_shape, check_tensor, is_number, is_whole
+from .loss_options import REDUCTIONS
+from .loss_terms import accumulation_dtype, alpha_tensor, looked_at
 from .ops import layers as _layers
-from .ops.dispatch import checks_enabled
+from .ops.dispatch import choose_for
+from .ops.rows import scalar
+from .ops.schema import check_values
 
 DIRECTIONS = ("student_to_teacher", "teacher_to_student")
 LAYER_MAPS = ("top", "skip", "all")
@@ -58,10 +52,10 @@ def fused_layer_mse_loss(
 
     Args:
         student_hidden: L tensors (..., H_s) float32, bfloat16 or float16 (float64 with impl="reference").
-        teacher_hidden: L tensors (..., H_t), the audio path; their dtype may differ. Never get a gradient. Widths may differ from
-            layer to layer, leading dimensions may not.
-        projections: L weights (no bias), or None for a pair of equal widths; None: none at all. :class:`LayerProjections` holds
-            trainable ones.
+        teacher_hidden: L tensors (..., H_t), the audio path. Their dtype may differ. They never get a gradient. Widths may differ
+            from layer to layer, leading dimensions may not.
+        projections: L weights (no bias), with None for a pair of equal widths. None: no projection at all.
+            :class:`LayerProjections` holds trainable ones.
         teacher_text_hidden: L tensors like ``teacher_hidden``, the path without audio, or None.
         alpha: contrast strength >= 0 of the layer target: a number, or a tensor (...) per token. Where it is 0 the text path is
             not read.
@@ -77,14 +71,14 @@ def fused_layer_mse_loss(
         float32 loss (float64 for float64 inputs): () or (...). Without a valid token it is 0 with zero gradients. Gradients reach
         ``student_hidden`` and ``projections`` only.
 
-    GEMMs accumulate in float32, and the difference is taken from float32. Extra memory: the gradients, and one chunk of
-    projected states (float32; on the CPU 16 MiB), whatever N and L. The gradients are made in the forward; the backward scales
-    them. With reduction="none" and trainable projections the backward runs the chunks a second time. No second derivatives
-    (impl="reference" has them).
+    GEMMs accumulate in float32, and differences are computed in float32. Extra memory: the gradients, and one chunk of projected
+    states (float32; on the CPU 16 MiB) for any N and L. The forward computes the gradients; the backward scales them. With
+    reduction="none" and trainable projections the backward runs the chunks a second time. Only impl="reference" has second
+    derivatives.
 
     Raises:
-        ValueError, TypeError: naming the argument and the pair, expected and got. On the CPU also for a negative alpha.
-        RuntimeError: where ``impl`` names something that is not installed.
+        ValueError, TypeError: for a bad argument, with its name and pair, expected and got. On the CPU also for a negative alpha.
+        RuntimeError: ``impl`` names something that is not installed.
 
     Source: source- and layer-wise distillation, arXiv 2509.18579; the contrastive layer target, CAAD, arXiv 2606.23052.
     """
@@ -95,7 +89,7 @@ def fused_layer_mse_loss(
     texts = None if teacher_text_hidden is None else _check_states("teacher_text_hidden", teacher_text_hidden, len(students))
     if not (projections is None or isinstance(projections, Iterable)):
         raise TypeError(f"projections: expected a list of weights, one a layer, or None, got {type(projections).__name__}")
-    weights = [None] * len(students) if projections is None else list(projections)
+    weights: list[Tensor | None] = [None] * len(students) if projections is None else list(projections)
     if len(weights) != len(students):
         raise ValueError(f"projections: expected {len(students)} as student_hidden has layers, got {len(weights)}")
     if direction not in DIRECTIONS:
@@ -111,41 +105,42 @@ def fused_layer_mse_loss(
     project_teacher = direction == "teacher_to_student"
     for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
         for name, x in ((f"student_hidden[{i}]", s), (f"teacher_hidden[{i}]", t)):
-            _check_leading(name, x, leading, "student_hidden[0]")
-            _check_device(name, x, first)
+            check_leading(name, x, leading, "student_hidden[0]")
+            check_device(name, x, first)
         if texts is not None:
-            _check_shape(f"teacher_text_hidden[{i}]", texts[i], t.shape)
-            _check_device(f"teacher_text_hidden[{i}]", texts[i], first)
+            check_shape(f"teacher_text_hidden[{i}]", texts[i], t.shape)
+            check_device(f"teacher_text_hidden[{i}]", texts[i], first)
         _check_projection(f"projections[{i}]", p, s, t, project_teacher)
 
     flat = [x for x in (*students, *teachers, *(texts or []), *weights) if x is not None]
     dtypes = [x.dtype for x in flat]
-    dtype = _accumulation_dtype(dtypes)
+    dtype = accumulation_dtype(dtypes)
     n = math.prod(leading)
     valid = None
     if mask is not None:
-        _check_tensor("mask", mask)
+        check_tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected bool, got {mask.dtype}")
-        _check_shape("mask", mask, leading)
-        _check_device("mask", mask, first)
+        check_shape("mask", mask, leading)
+        check_device("mask", mask, first)
         valid = mask.reshape(-1)
-    alphas = _alpha(alpha, leading, device, dtype)
+    alphas = alpha_tensor("alpha", alpha, leading, device, dtype)
+    if not torch.compiler.is_compiling():
+        check_values(None, alphas, 0, 0)
     layer_weights = _layer_weights(layer_weight, len(students), device, dtype)
     counts = torch.ones(n, dtype=dtype, device=device) if valid is None else valid.to(dtype)
     if reduction == "mean":
         counts = counts / counts.sum().clamp_min(1)
 
-    chosen = _choose("auto" if impl == "auto" else impl, device, dtypes, "fused_layer_mse_loss")
+    chosen = choose_for("fused_layer_mse_loss", impl, device, dtypes)
     if chosen == "cuda":  # which has no kernel for layers
         chosen = "triton"
     total = torch.zeros(n if reduction == "none" else (), dtype=dtype, device=device)
     for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
         width = s.shape[-1] if project_teacher else t.shape[-1]
         coef = counts * (layer_weights[i] / width)
-        hidden, audio = s.reshape(-1, s.shape[-1]), t.detach().reshape(-1, t.shape[-1])
-        text = None if texts is None else texts[i].detach().reshape(audio.shape)
-        hidden, audio, text = (_dense(x) for x in (hidden, audio, text))
+        hidden, audio = _dense(s.reshape(-1, s.shape[-1])), _dense(t.detach().reshape(-1, t.shape[-1]))
+        text = None if texts is None else _dense(texts[i].detach().reshape(audio.shape))
         if chosen == "reference":
             loss = _layers.reference_layer_mse(
                 hidden, audio, text, p, valid, alphas, coef, project_teacher=project_teacher, normalize=normalize
@@ -157,8 +152,8 @@ def fused_layer_mse_loss(
             if reduction == "none" and grads[1]:
                 grads = [False, False]  # the backward runs the chunks with each token's own factor
             loss, _, _ = _layers.layer_mse(
-                hidden, audio, text, _dense(p), valid, alphas, coef, project_teacher, normalize, reduction != "none",
-                *grads, chosen,
+                hidden, audio, text, None if p is None else _dense(p), valid, alphas, coef, project_teacher, normalize,
+                reduction != "none", *grads, chosen,
             )  # fmt: skip
         total = total + loss
     return total.reshape(leading) if reduction == "none" else total
@@ -191,7 +186,7 @@ def layer_map(
         ValueError, TypeError: naming the argument; for a pair out of range also the range.
     """
     for name, x in (("student_layers", student_layers), ("teacher_layers", teacher_layers), ("every", every)):
-        if not _is_whole(x):
+        if not is_whole(x):
             raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
         if x < 1:
             raise ValueError(f"{name}: expected at least 1, got {x}")
@@ -206,7 +201,7 @@ def layer_map(
         raise ValueError("embeddings: expected False with explicit pairs (add (0, 0) to them), got True")
     pairs = []
     for pair in kind:
-        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(_is_whole(x) for x in pair)):
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(is_whole(x) for x in pair)):
             raise TypeError(f"kind: expected pairs (student layer, teacher layer) of ints, got {pair!r}")
         s, t = pair
         if not (0 <= s <= student_layers and 0 <= t <= teacher_layers):
@@ -231,8 +226,8 @@ class LayerProjections(torch.nn.Module):
         generator: of the random initialisation.
         dtype, device: of the weights.
 
-    Initialisation: rows (or columns, whichever are fewer) orthonormal, the identity for equal widths, so that lengths are kept on
-    average; :meth:`fit` replaces it by the least-squares solution on given states.
+    Initialisation: orthonormal rows (or columns, if there are fewer of them), and the identity for equal widths. Lengths then
+    stay the same on average. :meth:`fit` replaces it by the least-squares solution on given states.
 
     ``LayerProjections(576, 960, 4)(student_states, teacher_states, mask=mask)`` is the loss.
     """
@@ -252,13 +247,13 @@ class LayerProjections(torch.nn.Module):
         super().__init__()
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
-        if not (_is_whole(pairs) or isinstance(pairs, Sequence)):
+        if not (is_whole(pairs) or isinstance(pairs, Sequence)):
             raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
-        count = pairs if _is_whole(pairs) else len(pairs)
+        count = pairs if is_whole(pairs) else len(pairs)
         if count < 1:
             raise ValueError(f"pairs: expected at least one, got {pairs!r}")
         self.direction = direction
-        self.pairs = None if _is_whole(pairs) else [tuple(p) for p in pairs]
+        self.pairs = None if is_whole(pairs) else [tuple(p) for p in pairs]
         widths = zip(_widths("student_width", student_width, count), _widths("teacher_width", teacher_width, count), strict=True)
         weights: list[torch.nn.Parameter | None] = []
         for s, t in widths:
@@ -266,8 +261,8 @@ class LayerProjections(torch.nn.Module):
                 weights.append(None)
                 continue
             shape = (t, s) if direction == "student_to_teacher" else (s, t)
-            weight = torch.empty(shape, dtype=dtype, device=device)
-            weights.append(torch.nn.Parameter(_initial(weight, generator)))
+            empty = torch.empty(shape, dtype=dtype, device=device)
+            weights.append(torch.nn.Parameter(_initial(empty, generator)))
         # ParameterList takes no None.
         for i, weight in enumerate(weights):
             self.register_parameter(f"weight_{i}", weight)
@@ -297,14 +292,14 @@ class LayerProjections(torch.nn.Module):
         """
         students = _check_states("student_hidden", student_hidden, self._count)
         teachers = _check_states("teacher_hidden", teacher_hidden, self._count)
-        if not (_is_number(ridge) and 0 <= ridge < math.inf):
+        if not (is_number(ridge) and 0 <= ridge < math.inf):
             raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
         for i, (weight, s, t) in enumerate(zip(self.weights, students, teachers, strict=True)):
             if weight is None:
                 continue
             project_teacher = self.direction == "teacher_to_student"
             _check_projection(f"projections[{i}]", weight, s, t, project_teacher)
-            _check_leading(f"teacher_hidden[{i}]", t, s.shape[:-1], f"student_hidden[{i}]")
+            check_leading(f"teacher_hidden[{i}]", t, s.shape[:-1], f"student_hidden[{i}]")
             x, y = (h.reshape(-1, h.shape[-1]).double() for h in ((t, s) if project_teacher else (s, t)))
             if not bool(x.isfinite().all() and y.isfinite().all()):
                 raise ValueError(f"student_hidden[{i}], teacher_hidden[{i}]: expected finite states")
@@ -329,20 +324,20 @@ def _initial(weight: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _widths(name: str, value: int | Sequence[int], count: int) -> list[int]:
-    if not (_is_whole(value) or (isinstance(value, Iterable) and not isinstance(value, str))):
+    if not (is_whole(value) or (isinstance(value, Iterable) and not isinstance(value, str))):
         raise TypeError(f"{name}: expected a whole number, or one a pair, got {value!r}")
-    widths = [value] * count if _is_whole(value) else list(value)
+    widths = [value] * count if is_whole(value) else list(value)
     if len(widths) != count:
         raise ValueError(f"{name}: expected one number or {count}, got {len(widths)}")
     for w in widths:
-        if not _is_whole(w) or w < 1:
+        if not is_whole(w) or w < 1:
             raise ValueError(f"{name}: expected whole numbers >= 1, got {w!r}")
     return [int(w) for w in widths]
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(x: Tensor) -> Tensor:
     """The kernels want the items of a row beside each other."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_states(name: str, states: Any, count: int | None = None) -> list[Tensor]:
@@ -351,7 +346,7 @@ def _check_states(name: str, states: Any, count: int | None = None) -> list[Tens
     if count is not None and len(states) != count:
         raise ValueError(f"{name}: expected {count} layers as student_hidden has, got {len(states)}")
     for i, x in enumerate(states):
-        _check_tensor(f"{name}[{i}]", x, floating=True)
+        check_tensor(f"{name}[{i}]", x, floating=True)
         if x.dim() < 1 or x.shape[-1] < 1:
             raise ValueError(f"{name}[{i}]: expected (..., width), got {tuple(x.shape)}")
     return list(states)
@@ -363,38 +358,20 @@ def _check_projection(name: str, p: Tensor | None, s: Tensor, t: Tensor, project
         if widths[0] != widths[1]:
             raise ValueError(f"{name}: expected a weight for widths {widths[0]} (student) and {widths[1]} (teacher), got None")
         return
-    _check_tensor(name, p, floating=True)
-    _check_shape(name, p, torch.Size(widths if project_teacher else widths[::-1]))
-    _check_device(name, p, s)
-
-
-def _alpha(alpha: float | Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1,) or (N,)"""
-    if not isinstance(alpha, Tensor):
-        if not (_is_number(alpha) and 0 <= alpha < math.inf):
-            raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
-        return torch.full((1,), float(alpha), dtype=dtype, device=device)
-    if not alpha.is_floating_point():
-        raise TypeError(f"alpha: expected a floating-point tensor, got {alpha.dtype}")
-    if alpha.dim() and alpha.shape != leading:
-        raise ValueError(f"alpha: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
-    alpha = alpha.detach().to(device=device, dtype=dtype).reshape(-1)
-    if not torch.compiler.is_compiling() and checks_enabled(device):
-        bad = ~((alpha >= 0) & alpha.isfinite())
-        if bool(bad.any()):
-            raise ValueError(f"alpha: expected finite values >= 0, got {float(alpha[bad][0])}")
-    return alpha
+    check_tensor(name, p, floating=True)
+    check_shape(name, p, torch.Size(widths if project_teacher else widths[::-1]))
+    check_device(name, p, s)
 
 
 def _layer_weights(
     layer_weight: Sequence[float] | Tensor | None, count: int, device: torch.device, dtype: torch.dtype
-) -> Tensor | list[float]:
+) -> Tensor | list[Any]:
     if layer_weight is None:
         return [1.0] * count
     if isinstance(layer_weight, Tensor):
-        _check_shape("layer_weight", layer_weight, torch.Size([count]))
+        check_shape("layer_weight", layer_weight, torch.Size([count]))
         layer_weight = layer_weight.detach().to(device=device, dtype=dtype)
-        if not torch.compiler.is_compiling() and checks_enabled(device):
+        if looked_at(device):
             bad = ~((layer_weight >= 0) & layer_weight.isfinite())
             if bool(bad.any()):
                 raise ValueError(f"layer_weight: expected finite numbers >= 0, got {float(layer_weight[bad][0])}")
@@ -405,6 +382,6 @@ def _layer_weights(
     if len(weights) != count:
         raise ValueError(f"layer_weight: expected {count} as student_hidden has layers, got {len(weights)}")
     for w in weights:
-        if not (_is_number(w) and 0 <= w < math.inf):
+        if not (is_number(w) and 0 <= w < math.inf):
             raise ValueError(f"layer_weight: expected finite numbers >= 0, got {w!r}")
-    return [float(w) for w in weights]
+    return [scalar(w) for w in weights]

@@ -6,7 +6,7 @@ leaves a layer, N H items each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class LayerStates:
     def _take_input(self, _module: nn.Module, arguments: tuple, keywords: dict) -> None:
         self._take(0, arguments[0] if arguments else keywords["hidden_states"])
 
-    def _take_output(self, layer: int):
+    def _take_output(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
             self._take(layer, output[0] if isinstance(output, tuple) else output)
 

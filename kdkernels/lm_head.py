@@ -1,4 +1,4 @@
-"""The LM head: what stands between hidden states and logits, and how to take its input without running it.
+"""The LM head: what turns hidden states into logits, and how to take its input without running it.
 
 Legend: B rows, L columns, N positions, H hidden width, V vocabulary.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,30 +53,32 @@ class LMHead:
     ) -> LMHead:
         """Reads weight, bias, soft cap and scale from a model.
 
-        The numbers in a config do not always say what the model does (Granite divides by `logits_scaling`, HyperCLOVA
-        X multiplies by it, Granite Speech ignores it), so where the config names a soft cap or a scale the model is
-        asked: one forward of a single token, with the head's output replaced by known numbers, shows what happens to
-        logits after the head.  Where that forward cannot run, the config is read by transformers' usual meaning.
+        The numbers in a config do not always say what the model does: Granite divides by `logits_scaling`, HyperCLOVA X
+        multiplies by it, Granite Speech ignores it.  So if the config has a soft cap or a scale, the model runs one forward of
+        a single token whose head returns known numbers. Its output shows what it does to logits.  If that forward cannot run,
+        the config counts, with the meaning that transformers usually gives it.
 
         Args:
             model: any module with `get_output_embeddings()`.
-            merge_lora: a LoRA on the head is merged into a copy of its weight instead of being refused.
-            gather: a head that is sharded (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) is gathered into a
-                whole copy on every rank instead of being refused; every rank has to make the call.
+            merge_lora: True merges a LoRA on the head into a copy of its weight; False raises TypeError for it.
+            gather: True gathers a sharded head (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) into a whole copy on
+                every rank, and every rank has to make the call; False raises an error for it.
             probe: False reads the config alone and runs nothing.
 
         Raises:
-            TypeError: the head is not a plain linear layer in floating point (quantised, sharded, adapted, absent, or
-                with a forward that computes something else).
-            ValueError: its weight is not here (FSDP / ZeRO-3 shards, offloaded to the meta device).
+            TypeError: the head is no plain linear layer in floating point: it is quantised, sharded, adapted or absent, or its
+                forward computes something else. Or a hook on it would get logits.
+            ValueError: its weight is not in this process (FSDP / ZeRO-3 shards, offloaded to the meta device).
         """
         head = head_module(model)
-        with gathered(*head.parameters(), enabled=gather) as copies:
-            weight, bias = _head_weight(head, merge_lora=merge_lora, gather=gather)
-            _check_forward(head, weight, bias)
-            if copies:
-                weight, bias = (None if x is None else x.clone() for x in (weight, bias))
-        softcap, scale = logit_post(model, device=weight.device, probe=probe)
+        refuse_hooks(head)
+        with hearing(model):
+            with gathered(*head.parameters(), enabled=gather) as copies:
+                weight, bias = head_parameters(head, merge_lora=merge_lora, gather=gather)
+                check_linear(head, weight, bias, partitioned=bool(copies))
+                if copies:
+                    weight, bias = weight.clone(), None if bias is None else bias.clone()
+            softcap, scale = logit_post(model, device=weight.device, probe=probe)
         return cls(weight, bias, softcap, scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -85,11 +88,7 @@ class LMHead:
 
     def post(self, logits: Tensor) -> Tensor:
         """Scale and soft cap, applied to the head's raw output of any shape."""
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return apply_post(logits, self.softcap, self.logit_scale)
 
     def to(self, device: torch.device | str) -> LMHead:
         """The same on another device; shares memory where it is there already."""
@@ -108,6 +107,13 @@ class LMHead:
         }
 
 
+def apply_post(logits: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """Scale and soft cap of raw logits."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def head_module(model: nn.Module) -> nn.Module:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
@@ -121,53 +127,55 @@ def head_module(model: nn.Module) -> nn.Module:
     return head
 
 
-def _head_weight(head: nn.Module, *, merge_lora: bool, gather: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) of a head that stays as it is: detached."""
-    head = computing_layer(head)
-    if not hasattr(head, "base_layer"):
-        weight, bias = plain_parameters(head, gather=gather)
+def head_parameters(
+    head: nn.Module, *, merge_lora: bool = False, gather: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, H) and bias (V,) of a head as it is at the moment, detached; see `LMHead.from_model`."""
+    layer: Any = computing_layer(head)  # with an adapter: attributes that nn.Module does not have
+    if not hasattr(layer, "base_layer"):
+        weight, bias = plain_parameters(layer, gather=gather)
         return weight.detach(), None if bias is None else bias.detach()
     # Under a PEFT adapter the base weight alone would be a silently wrong teacher.
-    base_weight, base_bias = _head_weight(head.base_layer, merge_lora=merge_lora, gather=gather)
-    active = active_lora(head)
+    base_weight, base_bias = head_parameters(layer.base_layer, merge_lora=merge_lora, gather=gather)
+    active = active_lora(layer)
     if active and not merge_lora:
         raise TypeError(
             f"LM head: LoRA adapter {active} of PEFT sits on it, expected a plain linear layer; pass merge_lora=True "
             "to merge it into a copy of the weight, or call model.merge_and_unload()"
         )
-    if any(head.lora_B[name].bias is not None for name in active):
+    if any(layer.lora_B[name].bias is not None for name in active):
         raise TypeError(f"LM head: LoRA adapter {active} has a bias of its own, which merge_lora cannot merge")
     for name in active:
-        base_weight = base_weight + head.get_delta_weight(name).detach().to(base_weight)
+        base_weight = base_weight + layer.get_delta_weight(name).detach().to(base_weight)
     return base_weight, base_bias
 
 
 def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden (N, H'), weight (V, H'), bias) whose product is what `head` computes from `hidden` (N, H), with gradients.
 
-    A LoRA on the head becomes more columns of both, H' = H + r, so that its dropout holds and no update is rounded to the
-    precision of W:  h W^T + s (A h) B^T = [h, s A h] [W, B]^T.  That copies the weight, V (H + r) items a call, and where A
-    or B train the gradient of as many.
+    A LoRA on the head adds columns to both, H' = H + r:  h W^T + s (A h) B^T = [h, s A h] [W, B]^T.  So its dropout works, and no
+    update is rounded to the precision of W.  Each call copies the weight, V (H + r) items; if A or B train, their gradient needs
+    as many.
 
     Raises:
         TypeError, ValueError: as `LMHead.from_model`.
     """
-    head = computing_layer(head)
-    active = active_lora(head)
-    weight, bias = plain_parameters(_without_adapter(head))
+    layer: Any = computing_layer(head)  # with a LoRA: attributes that nn.Module does not have
+    active = active_lora(layer)
+    weight, bias = plain_parameters(_without_adapter(layer))
     columns, rows = [hidden.to(weight.dtype)], [weight]
     for name in active:
-        lora_a, lora_b = head.lora_A[name], head.lora_B[name]
-        low = lora_a(head.lora_dropout[name](hidden.to(lora_a.weight.dtype))) * head.scaling[name]  # (N, r)
+        lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+        low = lora_a(layer.lora_dropout[name](hidden.to(lora_a.weight.dtype))) * layer.scaling[name]  # (N, r)
         columns.append(low.to(weight.dtype))
-        rows.append(_plain(lora_b.weight, head, f"LoRA {name!r}").to(weight.dtype))
+        rows.append(_plain(lora_b.weight, layer, f"LoRA {name!r}").to(weight.dtype))
         if lora_b.bias is not None:
-            added = lora_b.bias.to(weight.dtype) * head.scaling[name]
+            added = lora_b.bias.to(weight.dtype) * layer.scaling[name]
             bias = added if bias is None else bias + added
     return (torch.cat(columns, 1), torch.cat(rows, 1), bias) if active else (columns[0], weight, bias)
 
 
-def computing_layer(head: nn.Module) -> nn.Module:
+def computing_layer(head: Any) -> nn.Module:
     """The layer inside a PEFT wrapper that turns hidden states into logits: its fully trained copy, or the original."""
     saved = getattr(head, "modules_to_save", None)
     if not isinstance(saved, nn.ModuleDict):
@@ -177,23 +185,39 @@ def computing_layer(head: nn.Module) -> nn.Module:
     return computing_layer(saved[active[0]] if enabled else head.original_module)
 
 
-def active_lora(head: nn.Module) -> list[str]:
-    """Names of the LoRA adapters that play a part in what `head` computes; TypeError for any other kind of adapter."""
-    if not hasattr(head, "base_layer") or getattr(head, "merged", False) or getattr(head, "disable_adapters", False):
-        return []  # merged: the base already holds it; disabled: it plays no part
-    active = [name for name in getattr(head, "active_adapters", ()) if name in getattr(head, "lora_A", {})]
+def active_lora(head: Any) -> list[str]:
+    """Names of the LoRA adapters that take part in what `head` computes; TypeError for an active adapter of another kind."""
+    if not hasattr(head, "base_layer"):
+        return []
+    if getattr(head, "disable_adapters", False):
+        if getattr(head, "merged", False):
+            head.unmerge()  # as the head's own forward does before it multiplies
+        return []
+    if getattr(head, "merged", False):
+        return []  # the base holds it
+    active = [name for name in getattr(head, "active_adapters", ()) if name in _adapters_here(head)]
     variants = getattr(head, "lora_variant", None) or getattr(head, "use_dora", None) or {}
-    if not active or not hasattr(head, "get_delta_weight") or any(variants.get(name) for name in active):
+    lora = isinstance(getattr(head, "lora_A", None), nn.ModuleDict) and hasattr(head, "get_delta_weight")
+    other = [name for name in active if not lora or name not in head.lora_A or variants.get(name)]
+    if other:
+        kind = next((f", a {type(variants[name]).__name__}" for name in other if variants.get(name)), "")
         raise TypeError(
-            f"LM head: a {type(head).__module__}.{type(head).__name__} adapter sits on it, expected a plain linear "
-            "layer; merge it first (model.merge_and_unload())"
+            f"LM head: a {type(head).__module__}.{type(head).__name__} adapter sits on it, expected a plain linear layer; merge "
+            f"it first (model.merge_and_unload()), or keep it off the LM head, where only a plain LoRA works; got {other}{kind}"
         )
     return active
 
 
+def _adapters_here(layer: nn.Module) -> set[str]:
+    """Names of the adapters that a PEFT layer holds, active or not."""
+    names = [name for name in (*getattr(layer, "adapter_layer_names", ()), "lora_A") if "." not in name]
+    holders = [getattr(layer, name, None) for name in names]
+    return {key for holder in holders if holder is not None and hasattr(holder, "keys") for key in holder}
+
+
 def _without_adapter(head: nn.Module) -> nn.Module:
-    while hasattr(head, "base_layer"):
-        head = computing_layer(head.base_layer)
+    while (inner := getattr(head, "base_layer", None)) is not None:
+        head = computing_layer(inner)
     return head
 
 
@@ -205,10 +229,10 @@ def plain_parameters(head: nn.Module, *, gather: bool = False) -> tuple[Tensor, 
     return _plain(weight, head, "weight", gather), None if bias is None else _plain(bias, head, "bias", gather)
 
 
-def _plain(tensor: Tensor, head: nn.Module, what: str, gather: bool = False) -> Tensor:
+def _plain(tensor: Any, head: nn.Module, what: str, gather: bool = False) -> Tensor:
     """`tensor`, or an error that says which kind of tensor it is instead of a plain one."""
     name = f"LM head: its {what}"
-    if hasattr(tensor, "placements"):  # torch.distributed.tensor.DTensor, told by its own attribute to save the import
+    if hasattr(tensor, "placements"):  # a DTensor; asking for its class would import torch.distributed.tensor
         if all(placement.is_replicate() for placement in tensor.placements):
             return tensor.to_local()
         if gather:
@@ -233,7 +257,7 @@ def _plain(tensor: Tensor, head: nn.Module, what: str, gather: bool = False) -> 
     return tensor
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Any) -> bool:
     """Whether DeepSpeed ZeRO-3 holds it in parts at the moment."""
     return hasattr(parameter, "ds_id") and tuple(parameter.shape) != tuple(parameter.ds_shape)
 
@@ -242,8 +266,8 @@ def is_partitioned(parameter: Tensor) -> bool:
 def gathered(*parameters: Tensor, enabled: bool = True) -> Iterator[list[Tensor]]:
     """Inside, parameters that DeepSpeed ZeRO-3 has partitioned are whole on every rank; yields those that were not.
 
-    With `deepspeed.zero.GatheredParameters`, its documented way; a parameter that is whole already (inside the forward of
-    its own module under DeepSpeed's engine) is left to whoever gathered it.  Other parameters are not touched.
+    Uses `deepspeed.zero.GatheredParameters`, the documented way. Parameters that are whole already stay as they are, for example
+    inside the forward of their own module under DeepSpeed's engine.
     """
     partitioned = [p for p in parameters if is_partitioned(p)]
     if not enabled or not partitioned:
@@ -255,20 +279,141 @@ def gathered(*parameters: Tensor, enabled: bool = True) -> Iterator[list[Tensor]
         yield partitioned
 
 
-@torch.no_grad()
-def _check_forward(head: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Whether a head whose forward is not nn.Linear's computes a linear layer all the same; TypeError where it does not."""
-    layer = computing_layer(head)
-    own_forward = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
-    if not own_forward or hasattr(layer, "base_layer"):
-        return
-    hidden = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
-    expected, seen = F.linear(hidden, weight, bias), layer.forward(hidden)
-    if seen.shape != expected.shape or not (seen.double() - expected.double()).norm() <= 1e-2 * expected.double().norm():
+# --------------------------------------------------------------------------------------------------------------------
+# Asking it what it computes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def ask_head(
+    head: nn.Module,
+    read: Callable[[Tensor], Tensor],
+    *,
+    partitioned: bool = False,
+    hint: str = "",
+) -> None:
+    """Does `head`'s own forward compute `read(hidden)`?  One row is asked; reads the device.
+
+    Where gradients are on, trained parameters are asked too: an adapter that starts at 0 changes no logit yet.
+
+    Args:
+        head: the module whose forward is asked, without its hooks.
+        read: hidden (1, H) -> logits (1, V), what the loss will compute.
+        partitioned: ZeRO-3 has its parameters in parts, gathered at the moment.  Modules inside would free them.
+        hint: what to do, for the error message.
+
+    Raises:
+        TypeError: it computes something else.
+    """
+    plain = _without_adapter(computing_layer(head))
+    replaced = "forward" in vars(head)
+    if (partitioned and plain is not head) or any(hasattr(p, "placements") for p in head.parameters()):
+        if type(plain).forward is nn.Linear.forward and "forward" not in vars(plain) and not replaced:
+            return
         raise TypeError(
-            f"LM head: expected hidden @ weight^T + bias, got a {type(layer).__module__}.{type(layer).__name__} whose "
-            "forward computes something else; pass head=LMHead(...)"
+            f"LM head: expected a plain linear layer where the head is sharded, got a {type(plain).__module__}."
+            f"{type(plain).__name__} with a forward of its own, which cannot be asked there; {hint}"
         )
+    weight, _ = plain_parameters(plain)
+    hidden = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    trained = [p for p in head.parameters() if p.requires_grad]
+    if (type(head).forward is nn.Linear.forward and not replaced) or not torch.is_grad_enabled():
+        trained = []
+    device = hidden.device.type
+    results = []
+    for compute in (head.forward, read):
+        # Both draw the same dropout, or none on devices whose generator is not known.  Under autocast they would round otherwise.
+        with (
+            torch.set_grad_enabled(bool(trained)),
+            torch.random.fork_rng([hidden.device] if device == "cuda" else []),
+            contextlib.nullcontext() if device in ("cpu", "cuda") else evaluating(head),
+            torch.autocast(device, enabled=False),
+        ):
+            logits = compute(hidden).double()
+        gradients: Sequence[Tensor | None] = ()
+        if trained and logits.requires_grad:
+            direction = torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype, device=logits.device).expand_as(logits)
+            gradients = torch.autograd.grad(logits, trained, direction, allow_unused=True)
+        results.append((logits.detach(), gradients))
+    (seen, seen_gradients), (expected, gradients) = results
+    same = seen.shape == expected.shape
+    if same:
+        finite = expected.isfinite()  # weights that are not finite are told by the loss
+        error, size = (seen - expected)[finite].norm(), expected[finite].norm()
+        same = bool((seen.isfinite() == finite).all() & (error <= 1e-2 * size))
+    if trained and same:
+        nothing: list[Tensor | None] = [None] * len(trained)
+        pairs = zip(seen_gradients or nothing, gradients or nothing, strict=True)
+        same = all(_close(mine, other) for mine, other in pairs)
+    if not same:
+        where = ", replaced on this module," if replaced else ""
+        raise TypeError(
+            f"LM head: expected hidden @ weight^T + bias, got a {type(head).__module__}.{type(head).__name__} whose "
+            f"forward{where} computes something else{'; ' if hint else ''}{hint}"
+        )
+
+
+@torch.no_grad()
+def check_linear(head: nn.Module, weight: Tensor, bias: Tensor | None, *, partitioned: bool = False) -> None:
+    """Does `head` compute hidden @ weight^T + bias at the moment?  TypeError where it does not."""
+    ask_head(head, lambda hidden: F.linear(hidden, weight, bias), partitioned=partitioned, hint="pass head=LMHead(...)")
+
+
+def _close(seen: Tensor | None, expected: Tensor | None) -> bool:
+    """Of two gradients; None is 0."""
+    if seen is None or expected is None:
+        return all(x is None or not bool(x.any()) for x in (seen, expected))
+    # 3e-2: a LoRA in float32 on a bfloat16 head is rounded at other places, by 2^-9 each.
+    return bool((seen.double() - expected.double()).norm() <= 3e-2 * expected.double().norm())
+
+
+def head_state(head: nn.Module) -> tuple[Any, ...]:
+    """What decides how `head` computes, values aside: equal as long as an answer of `ask_head` holds."""
+    state: list[Any] = []
+    for name, module in head.named_modules():
+        adapters = (getattr(module, flag, None) for flag in ("merged", "disable_adapters", "active_adapters"))
+        parameters = [(key, id(p), p.dtype, p.requires_grad) for key, p in module._parameters.items() if p is not None]
+        state.append((name, id(module), vars(module).get("forward"), module.training, *map(repr, adapters), *parameters))
+    return tuple(state)
+
+
+# Hooks of these gather weights, compute them, move tensors or record layers.  They neither read logits nor change them.
+_ENGINES = ("torch.distributed", "torch.nn.utils", "deepspeed", "accelerate", "transformers.utils.output_capturing", "kdkernels")
+
+
+def refuse_hooks(
+    head: nn.Module,
+    *,
+    captured: Sequence[nn.Module] = (),
+    backward: bool = False,
+    ancestors: Sequence[nn.Module] = (),
+) -> None:
+    """TypeError for a hook on the LM head that would get no logits, since none are built.
+
+    Args:
+        captured: modules whose input is taken, `head` itself by default: forward pre-hooks there get the hidden states as ever.
+        backward: refuse backward hooks as well, which would get no gradient of the logits.
+        ancestors: modules around the head whose output has no logits either.
+    """
+    for module in ancestors:
+        _refuse(module, "_forward_hooks", f"model: {type(module).__name__}")
+    for module in head.modules():
+        _refuse(module, "_forward_hooks", "LM head")
+        if module not in (captured or (head,)):
+            _refuse(module, "_forward_pre_hooks", "LM head")
+        for kind in ("_backward_hooks", "_backward_pre_hooks") if backward else ():
+            _refuse(module, kind, "LM head")
+
+
+def _refuse(module: nn.Module, kind: str, where: str) -> None:
+    for hook in getattr(module, kind).values():
+        function = hook.func if isinstance(hook, functools.partial) else hook
+        origin = getattr(function, "__module__", None) or type(function).__module__
+        if not origin.startswith(_ENGINES):
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise TypeError(
+                f"{where}: expected no {kind.strip('_').replace('_', ' ')[:-1]} on it, got {origin}.{name}: no logits are built "
+                "that it could read or change; remove it (its handle's remove())"
+            )
 
 
 def logit_post(
@@ -277,7 +422,7 @@ def logit_post(
     """(soft cap, scale) that `model` applies to its LM head's output; see `LMHead.from_model`."""
     head = head_module(model)
     owner = _head_owner(model, head)
-    hints = _config_numbers(owner)
+    hints = post_numbers(model, head)
     if probe and hints:
         device = next(head.parameters()).device if device is None else device
         measured = _probe_with_one_token(owner, head, device)
@@ -286,18 +431,31 @@ def logit_post(
     return _config_post(hints)
 
 
+def modules_around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """The modules that `head` is inside, from `model` down.  Level by level, since a head is near the top."""
+    level: list[list[nn.Module]] = [[model]]
+    while level:
+        below = []
+        for path in level:
+            if path[-1] is head:
+                return path[:-1]
+            below += [[*path, child] for child in path[-1].children()]
+        level = below
+    return [model]  # held by no module
+
+
 def _head_owner(model: nn.Module, head: nn.Module) -> nn.Module:
-    """The innermost module with a config whose head this is: it is the one that treats the logits after the head."""
-    owner = model
-    for module in model.modules():
+    """The innermost module with a config whose head this is: its forward gets the logits first."""
+    for module in reversed(modules_around(model, head)):
         getter = getattr(module, "get_output_embeddings", None)
-        if module is not head and hasattr(module, "config") and callable(getter) and getter() is head:
-            owner = module
-    return owner
+        if hasattr(module, "config") and callable(getter) and getter() is head:
+            return module
+    return model
 
 
-def _config_numbers(owner: nn.Module) -> dict[str, float]:
+def post_numbers(model: nn.Module, head: nn.Module) -> dict[str, float]:
     """The numbers of a config that concern the logits; empty for most models."""
+    owner = _head_owner(model, head)
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     config = getattr(owner, "config", None)
     text_config = getattr(config, "text_config", None)
@@ -368,7 +526,7 @@ def _probe_with_one_token(owner: nn.Module, head: nn.Module, device: torch.devic
         with torch.no_grad(), evaluating(owner), capture:
             output = owner(input_ids=token, attention_mask=torch.ones_like(token))
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return None  # a model that takes no bare token; DualPathTeacher checks again on its first real pass
+        return None  # the model takes no bare token; DualPathTeacher checks again on its first real pass
     seen = capture.seen(output)
     return None if seen is None else fit_post(seen)
 
@@ -376,9 +534,9 @@ def _probe_with_one_token(owner: nn.Module, head: nn.Module, device: torch.devic
 class HeadCapture(contextlib.AbstractContextManager):
     """Takes the LM head's input and lets the head compute nothing, for the calls of one thread.
 
-    A forward pre-hook keeps the head's input and hands the head a view of zero rows, so its GEMM and whatever the model
-    does to logits afterwards cost nothing.  Hooks are used (rather than an exception that leaves the forward early) so
-    that the hooks of FSDP, accelerate and PEFT around the head run as ever.
+    A forward pre-hook keeps the head's input and gives the head a view of zero rows. So its GEMM, and what the model does to
+    logits afterwards, cost nothing.  An exception could leave the forward early as well, but then the hooks of FSDP,
+    accelerate and PEFT around the head would not run.
 
     With `probe` (P,) the head's output is replaced by these P numbers at every position, so that the model's own output
     shows what it does to logits.
@@ -392,9 +550,9 @@ class HeadCapture(contextlib.AbstractContextManager):
         self.inputs: list[Tensor] = []
 
     def __enter__(self) -> HeadCapture:
-        # prepend: PEFT's or accelerate's own hooks on the head then see the empty rows as well.
+        # Appended: a pre-hook that changes the hidden states has had its turn.
         self._handles = [
-            self._head.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            self._head.register_forward_pre_hook(self._before, with_kwargs=True),
             self._head.register_forward_hook(self._after),
         ]
         return self
@@ -407,12 +565,9 @@ class HeadCapture(contextlib.AbstractContextManager):
     def _before(self, _head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
             return None  # another thread uses the model as usual
-        if args:
-            self.inputs.append(args[0])
-            return (args[0][..., :0, :], *args[1:]), kwargs
-        name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-        self.inputs.append(kwargs[name])
-        return args, {**kwargs, name: kwargs[name][..., :0, :]}
+        hidden, empty = without_rows(args, kwargs)
+        self.inputs.append(hidden)
+        return empty
 
     def _after(self, _head: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._probe is None or threading.get_ident() != self._thread:
@@ -430,12 +585,37 @@ class HeadCapture(contextlib.AbstractContextManager):
 
     def seen(self, output: Any) -> Tensor | None:
         """(P,) what the model made of the probe, or None where its output cannot be read."""
-        logits = getattr(output, "logits", None)
-        if logits is None and isinstance(output, (tuple, list)) and output:
-            logits = output[0]
+        logits = logits_of(output)
         if self._probe is None or not isinstance(logits, Tensor) or logits.shape[-1:] != self._probe.shape:
             return None
         return logits.reshape(-1, logits.shape[-1])[-1]
+
+
+def without_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The hidden states that a head is called with, and the same arguments with none of their rows.
+
+    Raises:
+        ValueError: it is called with more than hidden states (PEFT's adapter_names, which pick an adapter a row).
+    """
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *((key, value) for key, value in kwargs.items() if value is not None)]
+    name, hidden = given[0] if len(given) == 1 else (0, None)
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"model: expected it to call its LM head with hidden states alone, got {len(args)} arguments and {sorted(kwargs)}"
+        )
+    nothing = hidden[..., :0, :]
+    return hidden, (((nothing,), kwargs) if isinstance(name, int) else (args, {**kwargs, name: nothing}))
+
+
+def logits_of(output: Any) -> Any:
+    """The logits in a model's output: an object with `.logits`, or a tuple that begins with them."""
+    logits = getattr(output, "logits", None)
+    return output[0] if logits is None and isinstance(output, (tuple, list)) and output else logits
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A model's modes
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -449,6 +629,74 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def adapters_of_audio(model: nn.Module) -> list[Any]:
+    """PEFT's layers in models whose own generate() turns them on with audio and off without (Granite Speech).
+
+    The switch stays as the last call left it, and a forward does not touch it.
+    """
+    try:
+        around = modules_around(model, head_module(model))
+    except TypeError:
+        around = [model]  # contrastive_generate takes a model whose head has no name
+    owners = [
+        module
+        for module in around
+        if getattr(vars(module).get("config"), "has_lora_adapter", False) and getattr(module, "_hf_peft_config_loaded", False)
+    ]
+    return [
+        module
+        for owner in owners
+        for module in owner.modules()
+        if callable(getattr(module, "enable_adapters", None)) and isinstance(getattr(module, "disable_adapters", None), bool)
+    ]
+
+
+@contextlib.contextmanager
+def audio_adapters_on(model: nn.Module) -> Iterator[None]:
+    """Inside, `adapters_of_audio` are on; afterwards each is on or off as it was, and trains or does not as it did."""
+    layers = adapters_of_audio(model)
+    before = [(layer, layer.disable_adapters, [(p, p.requires_grad) for p in layer.parameters()]) for layer in layers]
+    try:
+        for layer in layers:
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
+        yield
+    finally:
+        for layer, disabled, parameters in before:
+            if layer.disable_adapters != disabled:
+                layer.enable_adapters(not disabled)
+            for parameter, trains in parameters:
+                parameter.requires_grad_(trains)
+
+
+# What a forward of the teacher has no use for, each of which costs memory.
+_LEAN_OUTPUT = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
+
+
+@contextlib.contextmanager
+def hearing(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in the modes of an evaluation with audio, whatever it did before; they are as they were afterwards.
+
+    Evaluation mode; adapters on that belong to the audio; no cache, no states of layers and no attentions in the output.
+    """
+    configs = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
+    changed = [
+        (config, name, getattr(config, name))
+        for config in configs.values()
+        if not isinstance(config, Mapping)
+        for name, value in _LEAN_OUTPUT.items()
+        if getattr(config, name, value) not in (None, value)
+    ]
+    with evaluating(model), audio_adapters_on(model):
+        try:
+            for config, name, _ in changed:
+                setattr(config, name, _LEAN_OUTPUT[name])
+            yield
+        finally:
+            for config, name, value in changed:
+                setattr(config, name, value)
 
 
 def accepts(model: nn.Module, name: str) -> bool:

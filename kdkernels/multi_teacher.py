@@ -1,4 +1,4 @@
-"""Distillation from several teachers in one pass over the student's logits: public signature, validation, dispatch.
+"""Distillation from several teachers in one pass over the student's logits: public signature, checks, dispatch.
 
 Legend: ... leading dimensions (their product is N tokens), K sources, V_s / V_k vocabulary widths of the student and of source k,
 V valid ids, H_s / H_k hidden widths.
@@ -15,26 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .caad import (
-    _accumulation_dtype,
-    _alpha_tensor,
-    _check_chunks,
-    _check_divergence,
-    _check_head,
-    _check_head_options,
-    _check_leading,
-    _check_text_hidden,
-    _choose,
-    _is_number,
-    _linear_loss,
-    _Terms,
-    _token_weight,
-    _wanted_gradients,
-)
+from .caad import linear_loss, linear_settings
+from .checks import check_head, check_leading, check_text_path
+from .loss_options import LinearLossOptions, check_divergence, check_head_options, check_not_negative
+from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, looked_at, token_weight
 from .ops import multi_teacher as _multi_teacher
 from .ops import reference as _reference
 from .ops import schema as _schema
-from .ops.dispatch import checks_enabled
+from .ops.dispatch import choose_for
+from .ops.rows import LinearTensors, RowSpec, filled, scalar
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +37,8 @@ class TeacherSource:
         bias: (V_k,) or None.
         softcap: > 0, as in Gemma 2, applied after the scale; or None.
         logit_scale: factor on the logits.
-        alpha: contrast strength >= 0, a number or a tensor (...) per token; not looked at where ``text_hidden`` is None.
-        source_weight: omega >= 0, a number or a tensor (...) per token. Where it is 0 the source may hold anything finite.
+        alpha: contrast strength >= 0, a number or a tensor (...) per token. Not used where ``text_hidden`` is None.
+        source_weight: omega >= 0, a number or a tensor (...) per token. Where it is 0 the source may hold any finite values.
         divergence: "forward_kl", "reverse_kl" or "jsd".
         jsd_beta: beta in (0, 1) of the jsd.
         plausibility: beta in (0, 1] of the plausibility mask, or None; not with "reverse_kl".
@@ -122,165 +111,162 @@ def fused_linear_multi_teacher_loss(
         kd_i = tau^2 sum_k omega_ki D_k(p_ki, q_i)
         loss = kd_weight sum_i w_i kd_i / norm_kd + (1 - kd_weight) sum_i u_i ce_i / norm_ce
 
-    A weighted sum of forward KLs is W = sum_k omega_k times the KL of one distribution, p = sum_k omega_k p_k / W, plus what does
-    not depend on the student; of reverse KLs likewise with the mean of the logits. So all forward_kl sources share one gradient,
-    all reverse_kl sources another; a jsd source has its own. One source is :func:`fused_linear_caad_loss`, to the bit.
+    A weighted sum of forward KLs is W = sum_k omega_k times the KL of one distribution, p = sum_k omega_k p_k / W, plus a term
+    that does not depend on the student. The same holds for reverse KLs, with the mean of the logits. So all forward_kl sources
+    share one gradient and all reverse_kl sources share another; each jsd source has its own. With one source the result is
+    that of :func:`fused_linear_caad_loss`, to the bit.
 
     Args:
         student_hidden: (..., H_s) float32, bfloat16 or float16 (float64 with impl="reference").
         student_weight: (V_s, H_s). Its gradient is computed only if it requires one.
-        sources: one or more :class:`TeacherSource`. Widths, dtypes and padded vocabularies may differ; ids must mean the same.
+        sources: one or more :class:`TeacherSource`. Widths, dtypes and padded vocabularies may differ. An id must mean the
+            same token in all of them.
         target: (...) int64 or None, as in :func:`fused_caad_loss`. On the CPU ignored positions are left out of the GEMMs.
         student_bias, student_softcap, student_logit_scale, chunk_tokens, workspace_bytes: as in :func:`fused_linear_caad_loss`.
         logits_dtype: dtype of the student's and of one source's logits of a chunk; None: float32. The mixture is float32 always.
         temperature, kd_weight, ignore_index, kd_token_weight, ce_token_weight: as in :func:`fused_caad_loss`.
-        kd_normalizer, ce_normalizer, reduction: likewise. The sources' weights do not enter the normalizers.
+        kd_normalizer, ce_normalizer, reduction: as in :func:`fused_caad_loss`. The sources' weights do not enter the normalizers.
         vocab_size: number of valid ids; default the smallest of V_s and all V_k. Logits beyond it count as -inf on all sides.
         impl: "auto", "reference", "cpu", "triton" or "cuda" (row kernel in CUDA C++, mixing in Triton).
-        return_stats: also return :class:`MultiTeacherStats`; takes both paths of each source, and a row pass more a source.
+        return_stats: also return :class:`MultiTeacherStats`. This computes both paths of each source and one more row pass for
+            each.
 
-    There is no process_group: a vocabulary-parallel head takes one teacher (:func:`fused_linear_caad_loss`).
+    There is no process_group: a vocabulary-parallel head works with one teacher (:func:`fused_linear_caad_loss`).
 
     Returns:
         float32 loss (float64 for float64 inputs): () or, with reduction="none", (...); with ``return_stats`` a pair. Gradients
         reach student_hidden, student_weight and student_bias only. A token at which all omega are 0 has kd 0.
 
     -inf logits are legal as in :func:`fused_caad_loss`. Where a reverse KL is infinite, the token gets no gradient from any
-    reverse_kl source. A source that is masked throughout at a token contributes nothing there.
+    reverse_kl source. A source whose logits are all masked at a token contributes nothing there.
 
-    Extra memory: one chunk of logits, whatever K and N: the student's and one source's in ``logits_dtype`` and the mixture in
-    float32; one more in ``logits_dtype`` where a source needs both paths (a softcap with a contrast, or ``return_stats``), one
-    more in float32 where several forward_kl meet several reverse_kl sources. Besides N * H_s items for dh, V_s * H_s float32 for
-    dW where the head trains. Computes in float32 (float64 for the sums of a row on the CPU).
+    Extra memory: one chunk of logits for any K and N: the student's and one source's in ``logits_dtype`` and the mixture in
+    float32. One more in ``logits_dtype`` where a source needs both paths (a softcap with a contrast, or ``return_stats``). One
+    more in float32 where several forward_kl and several reverse_kl sources are given. Then N * H_s items for dh, and V_s * H_s
+    float32 for dW if the head trains. Computes in float32 (float64 for the sums of a row on the CPU).
 
     Raises:
-        ValueError, TypeError: naming the argument (``sources[1].weight``), expected and got. On the CPU also for a target outside
-            [0, vocab), a bad alpha or source_weight; on CUDA such a row's loss is NaN, unless KDKERNELS_CHECK=1.
-        RuntimeError: where ``impl`` names something that is not installed.
+        ValueError, TypeError: for a bad argument, with its name (``sources[1].weight``), expected and got. On the CPU also for a
+            target outside [0, vocab), a bad alpha or source_weight. On CUDA the loss of such a row is NaN, unless
+            KDKERNELS_CHECK=1.
+        RuntimeError: ``impl`` names something that is not installed.
 
     Source: source- and layer-wise distillation, arXiv 2509.18579; CAAD, arXiv 2606.23052.
     """
-    sources = _check_sources(sources)
-    _check_head("student_{}", student_hidden, student_weight, student_bias, student_hidden)
-    _check_head_options("student_{}", student_softcap, student_logit_scale)
-    _check_chunks(chunk_tokens, workspace_bytes, logits_dtype)
-    leading, device = student_hidden.shape[:-1], student_hidden.device
-    given = [student_hidden, student_weight, student_bias]
+    options = LinearLossOptions(
+        student_softcap=student_softcap, student_logit_scale=student_logit_scale, chunk_tokens=chunk_tokens,
+        workspace_bytes=workspace_bytes, logits_dtype=logits_dtype, temperature=temperature, kd_weight=kd_weight,
+        ignore_index=ignore_index, kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight,
+        kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction, vocab_size=vocab_size, impl=impl,
+        return_stats=return_stats,
+    )  # fmt: skip
+    return _loss_of_sources((student_hidden, student_weight, student_bias), _check_sources(sources), target, options)
+
+
+class _Taught(NamedTuple):
+    """What one source's teaching is computed from, checked."""
+
+    heads: LinearTensors  # the student's among them
+    alpha: Tensor  # (1,) or (N,)
+    omega: Tensor  # (N,)
+    spec: RowSpec
+
+
+def _loss_of_sources(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    sources: list[TeacherSource],
+    target: Tensor | None,
+    options: LinearLossOptions,
+) -> Tensor | tuple[Tensor, MultiTeacherStats]:
+    hidden, weight, bias = student
+    check_head("student_{}", hidden, weight, bias, hidden)
+    leading, device = hidden.shape[:-1], hidden.device
     for k, source in enumerate(sources):
-        name = f"sources[{k}]."
-        _check_head(name + "{}", source.hidden, source.weight, source.bias, student_hidden)
-        _check_head_options(name + "{}", source.softcap, source.logit_scale)
-        _check_leading(f"{name}hidden", source.hidden, leading, "student_hidden")
-        _check_text_hidden(f"{name}text_hidden", source.text_hidden, source.hidden)
-        _check_divergence(source.divergence, source.jsd_beta, source.plausibility, name)
-        given += [source.hidden, source.weight, source.text_hidden, source.bias]
+        _check_source(f"sources[{k}].", source, hidden)
+    given = [*student, *(x for s in sources for x in (s.hidden, s.weight, s.text_hidden, s.bias))]
     dtypes = [x.dtype for x in given if x is not None]
-    dtype = _accumulation_dtype(dtypes)
-    first = sources[0]
-    terms = _Terms.build(
+    dtype = accumulation_dtype(dtypes)
+    terms = LossTerms.build(
+        dataclasses.replace(options, alpha=0.0),  # each source has its own
+        target,
         leading=leading,
         device=device,
         dtype=dtype,
-        widths=(student_weight.shape[0], *(x.weight.shape[0] for x in sources)),
-        has_text=False,
-        target=target,
-        alpha=0.0,
-        temperature=temperature,
-        kd_weight=kd_weight,
-        divergence=first.divergence,
-        jsd_beta=first.jsd_beta,
-        plausibility=None,
-        ignore_index=ignore_index,
-        kd_token_weight=kd_token_weight,
-        ce_token_weight=ce_token_weight,
-        kd_normalizer=kd_normalizer,
-        ce_normalizer=ce_normalizer,
-        reduction=reduction,
-        vocab_size=vocab_size,
-        want_stats=return_stats,
-        student_scale=float(student_logit_scale),
-        student_softcap=None if student_softcap is None else float(student_softcap),
+        widths=(weight.shape[0], *(x.weight.shape[0] for x in sources)),
     )
-    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    heads, alphas, specs, omegas = [], [], [], []
-    for k, source in enumerate(sources):
-        audio = source.hidden.detach().reshape(-1, source.hidden.shape[-1])
-        text = None if source.text_hidden is None else source.text_hidden.detach().reshape(audio.shape)
-        heads.append((audio, text, source.weight.detach(), None if source.bias is None else source.bias.detach()))
-        alpha = 0.0 if text is None else source.alpha
-        alphas.append(_alpha_tensor(f"sources[{k}].alpha", alpha, leading, device, dtype))
-        omegas.append(_omega(f"sources[{k}].source_weight", source.source_weight, leading, device, dtype))
-        specs.append(
-            dataclasses.replace(
-                terms.spec,
-                divergence=source.divergence,
-                jsd_beta=float(source.jsd_beta),
-                plausibility=None if source.plausibility is None else float(source.plausibility),
-                teacher_scale=float(source.logit_scale),
-                teacher_softcap=None if source.softcap is None else float(source.softcap),
-            )
-        )
-    chosen = _choose(impl, device, dtypes, "fused_linear_multi_teacher_loss")
-    logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
-    if len(sources) == 1:
-        one = terms._replace(spec=specs[0], alpha=alphas[0], kd_coef=terms.kd_coef * omegas[0])
-        loss, stats = _linear_loss(
-            one, hidden, student_weight, student_bias, *heads[0], logits_dtype=logits_dtype, chunk_tokens=chunk_tokens,
-            workspace_bytes=workspace_bytes, want_stats=return_stats, chosen=chosen,
-        )  # fmt: skip
-        if return_stats:
-            kd, ce, student_entropy, *others = stats.unbind(0)
-            weighted = torch.where(omegas[0] == 0, 0.0, omegas[0] * kd)
-            stats = torch.stack([weighted, ce, student_entropy, kd, *others])
-    else:
-        loss, stats = _several(
-            terms, hidden, student_weight, student_bias, heads, alphas, specs, torch.stack(omegas), logits_dtype=logits_dtype,
-            chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes, want_stats=return_stats, chosen=chosen,
-        )  # fmt: skip
-    loss = terms.finish(loss, stats, False)
-    if not return_stats:
+    taught = [_taught(f"sources[{k}].", source, student, terms, device, dtype) for k, source in enumerate(sources)]
+    chosen = choose_for("fused_linear_multi_teacher_loss", options.impl, device, dtypes)
+    loss, stats = (_one if len(sources) == 1 else _several)(terms, taught, options, chosen)
+    loss = terms.shaped(loss)
+    if not options.return_stats:
         return loss
     kd, ce, student_entropy, *others = (row.reshape(leading) for row in stats.detach().float().unbind(0))
-    by_source = torch.stack(others).unflatten(0, (-1, len(sources))).unbind(0)
-    source_kd, *others = by_source
+    source_kd, *others = torch.stack(others).unflatten(0, (-1, len(sources))).unbind(0)
     return loss, MultiTeacherStats(kd, ce, source_kd, student_entropy, *others)
 
 
+def _check_source(name: str, source: TeacherSource, student_hidden: Tensor) -> None:
+    check_head(name + "{}", source.hidden, source.weight, source.bias, student_hidden)
+    check_head_options(name + "{}", source.softcap, source.logit_scale)
+    check_leading(f"{name}hidden", source.hidden, student_hidden.shape[:-1], "student_hidden")
+    check_text_path(f"{name}text_hidden", source.text_hidden, source.hidden)
+    check_divergence(source.divergence, source.jsd_beta, source.plausibility, name)
+
+
+def _taught(
+    name: str,
+    source: TeacherSource,
+    student: tuple[Tensor, Tensor, Tensor | None],
+    terms: LossTerms,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Taught:
+    spec = dataclasses.replace(
+        terms.spec,
+        divergence=source.divergence,
+        jsd_beta=scalar(source.jsd_beta),
+        plausibility=None if source.plausibility is None else scalar(source.plausibility),
+        teacher_scale=scalar(source.logit_scale),
+        teacher_softcap=None if source.softcap is None else scalar(source.softcap),
+    )
+    alpha = 0.0 if source.text_hidden is None else source.alpha
+    return _Taught(
+        LinearTensors(*student, source.hidden, source.text_hidden, source.weight, source.bias).flat(),
+        alpha_tensor(f"{name}alpha", alpha, terms.leading, device, dtype),
+        _omega(f"{name}source_weight", source.source_weight, terms.leading, device, dtype),
+        spec,
+    )
+
+
+def _one(terms: LossTerms, taught: list[_Taught], options: LinearLossOptions, chosen: str) -> tuple[Tensor, Tensor]:
+    """(loss per token or reduced, statistics where wanted) of one source."""
+    heads, alpha, omega, spec = taught[0]
+    weighted = terms._replace(spec=spec, alpha=alpha, kd_coef=terms.kd_coef * omega)
+    loss, stats = linear_loss(weighted, heads, options, chosen)
+    if options.return_stats:
+        kd, ce, student_entropy, *others = stats.unbind(0)
+        stats = torch.stack([torch.where(omega == 0, 0.0, omega * kd), ce, student_entropy, kd, *others])
+    return loss, stats
+
+
 def _several(
-    terms: _Terms,
-    hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    heads: list[tuple],
-    alphas: list[Tensor],
-    specs: list,
-    omega: Tensor,
-    *,
-    logits_dtype: torch.dtype,
-    chunk_tokens: int | None,
-    workspace_bytes: int | None,
-    want_stats: bool,
-    chosen: str,
+    terms: LossTerms, taught: list[_Taught], options: LinearLossOptions, chosen: str
 ) -> tuple[Tensor, Tensor]:
     """(loss per token or reduced, statistics where wanted) of checked arguments."""
-    spec = terms.spec
+    spec, student = terms.spec, taught[0].heads[:3]
+    omega = torch.stack([x.omega for x in taught])
     if chosen == "reference":
-        for k, alpha in enumerate(() if torch.compiler.is_compiling() else alphas):
-            _schema.check_values(None, alpha, spec.vocab, spec.ignore_index, source=f"sources[{k}].")
-        teachers = [(*head, alpha, s) for head, alpha, s in zip(heads, alphas, specs, strict=True)]
+        for k, x in enumerate(() if torch.compiler.is_compiling() else taught):
+            _schema.check_values(None, x.alpha, spec.vocab, spec.ignore_index, source=f"sources[{k}].")
+        teachers = [(*x.heads[3:], x.alpha, x.spec) for x in taught]
         result = _reference.linear_multi_teacher(
-            hidden, student_weight, student_bias, teachers, terms.target, omega, want_stats=want_stats
+            *student, teachers, terms.target, omega, want_stats=options.return_stats, counts=terms.counts
         )
-        return terms.weigh_reference(result, want_stats)
-    reduced = terms.reduction != "none"
-    grads = _wanted_gradients(hidden, student_weight, student_bias, reduced)
-    audio, text, weight, bias = (list(x) for x in zip(*heads, strict=True))
+        return terms.weigh_reference(result)
+    heads = [list(x) for x in zip(*(x.heads[3:] for x in taught), strict=True)]
     loss, _, _, _, stats, _ = _multi_teacher.linear_multi_teacher(
-        hidden, student_weight, student_bias, audio, text, weight, bias, alphas, terms.target, omega, terms.kd_coef,
-        terms.ce_coef, spec.vocab, spec.temperature, ",".join(s.divergence for s in specs), [s.jsd_beta for s in specs],
-        [s.plausibility or 0.0 for s in specs], spec.ignore_index, spec.with_kd, spec.with_ce, spec.student_scale,
-        [s.teacher_scale for s in specs], spec.student_softcap, [s.teacher_softcap or 0.0 for s in specs], logits_dtype,
-        chunk_tokens, workspace_bytes, reduced, *grads, want_stats, chosen,
+        *student, *heads, [x.alpha for x in taught], terms.target, omega, terms.kd_coef, terms.ce_coef,
+        *_multi_teacher.packed_specs([x.spec for x in taught]), *linear_settings(terms, options, student, chosen).packed(),
     )  # fmt: skip
     return loss, stats
 
@@ -300,14 +286,12 @@ def _omega(
     name: str, weight: float | Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """(N,)"""
-    n = math.prod(leading)
     if not isinstance(weight, Tensor):
-        if not (_is_number(weight) and 0 <= weight < math.inf):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {weight!r}")
-        return torch.full((n,), float(weight), dtype=dtype, device=device)
+        check_not_negative(name, weight)
+        return filled((math.prod(leading),), weight, dtype=dtype, device=device)
     if weight.dim() == 0:
         weight = weight.expand(leading)
-    weight = _token_weight(name, weight, leading, None, n, device, dtype)
-    if not torch.compiler.is_compiling() and checks_enabled(device) and not bool(torch.isfinite(weight).all()):
+    weight = token_weight(name, weight, leading, None, device, dtype)
+    if looked_at(device) and not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name}: expected finite weights, got {float(weight[~torch.isfinite(weight)][0])}")
     return weight

@@ -1,7 +1,7 @@
 """Several samples side by side in one row, instead of one a row with padding behind it.
 
-What keeps the samples apart is transformers': where no attention mask is given and position ids restart, its masks are
-block-diagonal (SDPA, eager, flex), and flash-attention runs its varlen kernel.
+transformers keeps the samples apart: without an attention mask, and with position ids that restart, its masks are block-diagonal
+(SDPA, eager, flex), and flash-attention runs its varlen kernel.
 
 Legend: B samples, one a row of L columns with padding; R packed rows of P columns.
 """
@@ -88,14 +88,14 @@ class Packing:
         lengths = mask.sum(1).tolist()
         bins = [list(range(len(lengths)))] if capacity is None else fill_bins(lengths, capacity, keep_order=keep_order)
         columns = max(1, max(sum(lengths[sample] for sample in samples) for samples in bins))
-        start, number = [0] * len(lengths), [0] * len(lengths)
+        starts, numbers = [0] * len(lengths), [0] * len(lengths)
         for row, samples in enumerate(bins):
             column = 0
             for n, sample in enumerate(samples, start=1):
-                start[sample], number[sample] = row * columns + column, n
+                starts[sample], numbers[sample] = row * columns + column, n
                 column += lengths[sample]
         device, size = mask.device, len(bins) * columns
-        start, number = torch.tensor([start, number], device=device)[..., None].unbind(0)  # (B, 1)
+        start, number = torch.tensor([starts, numbers], device=device)[..., None].unbind(0)  # (B, 1)
         place = (start + mask.cumsum(1) - 1).where(mask, -1)
 
         def laid(values: Tensor, behind: int) -> Tensor:
@@ -142,8 +142,7 @@ class Packing:
 def pack_batch(batch: PathBatch, capacity: int | None, *, position_grids: int = 1) -> tuple[PathBatch, Packing]:
     """A model's inputs in packed rows, and where its tokens went.
 
-    The rows keep their order, since transformers' audio LMs take features in the order of their placeholders, however many a
-    row has.
+    The rows keep their order: transformers' audio LMs take features in the order of their placeholders.
 
     Args:
         batch: with input_ids or inputs_embeds, and an attention mask (B, L) or none.

@@ -15,8 +15,8 @@ from torch import Tensor
 Inputs = Mapping[str, Any]
 Negative = Callable[[Inputs], Inputs]
 
-# Inputs with one entry a token and the value that pads them.  Everything else is padded nowhere: its trailing shape
-# has to agree between the paths.
+# Inputs with one entry a token, and the value that pads them.  Nothing else is padded: its trailing shape has to be the same on
+# both paths.
 SEQUENCE_PADDING: dict[str, float | int] = {
     "input_ids": 0,
     "attention_mask": 0,
@@ -66,8 +66,8 @@ class MaskFeatures:
 class DropKey:
     """Negative path: the same inputs without the named entries.
 
-    The placeholders of the audio stay in `input_ids`, so the model has to accept placeholders without features (some
-    embed them as tokens, some refuse).  The two paths cannot share a batch then: each runs in a pass of its own.
+    The placeholders of the audio stay in `input_ids`, so the model has to accept placeholders without features. Some models embed
+    them as tokens, others raise an error.  The two paths cannot share a batch: each runs in a pass of its own.
     """
 
     keys: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""The frozen teacher, seen with and without the audio: synchronised teacher forcing (CAAD, arXiv 2606.23052).
+"""The frozen teacher, run with and without the audio: synchronised teacher forcing (CAAD, arXiv 2606.23052).
 
-The pseudo ground truth Y is forced through the teacher twice, once with the audio (positive path) and once without
-(negative path).  Both paths are the rows of ONE batched pass, and what leaves the teacher are the hidden states at the
-positions that predict Y, never logits: those are rebuilt chunk by chunk inside `fused_linear_caad_loss`.
+The pseudo ground truth Y is forced through the teacher twice, once with the audio (positive path) and once without (negative
+path).  Both paths are the rows of ONE batched pass.  The teacher hands out the hidden states at the positions that predict Y,
+never logits: `fused_linear_caad_loss` builds those chunk by chunk.
 
 Legend: B rows of a batch, L columns of its longest row, N positions that predict Y, H hidden width, V vocabulary.
 """
@@ -12,12 +12,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layer_states import LayerStates
-from .lm_head import HeadCapture, LMHead, accepts, computing_layer, evaluating, fit_post, head_module, probe_values
+from .lm_head import (
+    HeadCapture,
+    LMHead,
+    accepts,
+    apply_post,
+    audio_adapters_on,
+    check_linear,
+    evaluating,
+    fit_post,
+    head_module,
+    head_parameters,
+    head_state,
+    hearing,
+    post_numbers,
+    probe_values,
+    refuse_hooks,
+)
 from .packing import pack_batch
 from .paths import DropKey, Inputs, MarkAbsent, MaskFeatures, Negative, PathBatch, as_batch, clean, join
 
@@ -42,17 +59,17 @@ def answer_index(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tens
 
     Args:
         labels: (B, L) int64, aligned with `input_ids` (not shifted); `ignore_index` where nothing is to be predicted.
-        ignore_index: the label that means "no target here".
+        ignore_index: the label of positions without a target.
 
     Returns:
-        index (N,) int64 and target (N,) int64, ordered by row, then by column.  A label in column 0 has no position
-        that predicts it and is left out, as in transformers' own shift.
+        index (N,) int64 and target (N,) int64, ordered by row, then by column.  No position predicts a label in column 0, so
+        it is left out, as in transformers' own shift.
 
     Raises:
         TypeError: labels are not int64.
         ValueError: labels are not two-dimensional.
 
-    On CUDA this waits for the device (the number N is not known before); a collator calls it on the CPU.
+    On CUDA this waits for the device, because N is not known before. A collator calls it on the CPU.
     """
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
@@ -85,39 +102,44 @@ class DualPathStates:
 
 
 class DualPathTeacher(nn.Module):
-    """A frozen audio LM seen on two paths, with the audio and without, in one batched pass.
+    """A frozen audio LM on two paths, with the audio and without, in one batched pass.
 
         z_audio = head(audio_hidden),  z_text = head(text_hidden)      at the positions that predict Y
 
-    Works with any causal LM of transformers (the LM head's input is taken by hooks, the head itself computes nothing)
-    and with any module that has `hidden_states_at(index, **inputs) -> (N, H)`, index being row * L + column (and, where
-    layers are asked for, takes `layers=` and returns (N, 1 + K, H): the head's input, then the layers).
+    Works with any causal LM of transformers: hooks take the LM head's input, and the head itself computes nothing. Works also
+    with any module that has `hidden_states_at(index, **inputs) -> (N, H)`, where index is row * L + column. If `layers` are
+    wanted, that method takes `layers=` and returns (N, 1 + K, H): the head's input, then the layers.
 
     Args:
         model: the teacher.  It is used in evaluation mode and without gradients; `freeze()` also clears requires_grad.
         negative: makes the inputs of the negative path from those of the positive one:
             `MaskFeatures("input_features")`, `DropKey(...)`, `MarkAbsent()`, or any callable mapping -> mapping that
-            keeps the tokens' positions.  None where text_inputs is given on each call.
-        rows_per_pass: None runs the 2 B rows of both paths at once; a number splits them into passes of as many rows,
-            with one wait for a CUDA device each.
-        pack_tokens: lay the rows of a pass side by side in rows of at most this many tokens, without padding (a longer row makes
-            that the limit; flash-attention takes one row whatever its length). The attention mask is left out and position ids
-            restart at each sample, by which transformers keeps them apart; flash-attention then runs its varlen kernel (not run
-            here, for want of a GPU). Of no use to a model with its own hidden_states_at, which packs by its own inputs. The
-            first call also runs without packing and compares. One wait for a CUDA device a pass.
-        head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why).
-        merge_lora: see `LMHead.from_model`.
+            keeps the tokens' positions.  None if every call gets text_inputs.
+        rows_per_pass: None runs the 2 B rows of both paths at once. A number splits them into passes of that many rows; each pass
+            waits for a CUDA device once.
+        pack_tokens: put the rows of a pass side by side, without padding, in rows of at most this many tokens. A longer row
+            raises that limit; flash-attention takes one row of any length. The attention mask is left out and position ids
+            restart at each sample: by these transformers keeps samples apart, and flash-attention runs its varlen kernel (not
+            tested on a GPU). A model with its own hidden_states_at packs by itself and cannot take this. The first call also
+            runs without packing and compares. Each pass waits for a CUDA device once.
+        head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why). A copy stays as it is; one
+            that shares the model's memory follows the model.
+        merge_lora: see `LMHead.from_model`; the merge is made each time that `head` is read.
         layers: also hand out the states of these layers at the same positions, counted as in `kdkernels.layer_map`.
 
     Attributes:
-        head: `LMHead`; `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
+        head: `LMHead`, read from the model each time, so that it is the head that the model has now;
+            `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
+
+    Each call puts the model in the modes of an evaluation with audio and restores its own afterwards: evaluation mode, adapters
+    on that the model turns on for audio (Granite Speech), no cache, no states of layers and no attentions in its output.
 
     Raises:
-        TypeError, ValueError: see `LMHead.from_model`; rows_per_pass or pack_tokens is not a positive int; pack_tokens with a
-            model that has hidden_states_at.
+        TypeError, ValueError: see `LMHead.from_model`. Also for rows_per_pass or pack_tokens that is not a positive int, and for
+            pack_tokens with a model that has hidden_states_at.
 
-    Memory beyond the model's own activations: rows_per_pass * L * H for one pass's hidden states, 2 N H for the result, and as
-    much again for every layer asked for.
+    Memory beyond the model's own activations: rows_per_pass * L * H for one pass's hidden states, 2 N H for the result, and 2 N H
+    for each of `layers`.
     """
 
     def __init__(
@@ -146,28 +168,80 @@ class DualPathTeacher(nn.Module):
         if pack_tokens is not None and self._has_protocol:
             raise ValueError("pack_tokens: expected None with a model that has hidden_states_at, which packs by its own inputs")
         self.layers = tuple(layers)
-        self.head = head if head is not None else LMHead.from_model(model, merge_lora=merge_lora)
+        self.merge_lora = merge_lora
+        self._own_head = head  # what the caller gave, or None
+        self._follows = head is None or self._shares_memory(head)
+        self._known_state: tuple[Any, ...] | None = None
+        self._post: tuple[float | None, float] = (None, 1.0)
         self._post_checked = False
         self._packing_checked = False
         self.eval()
+        with hearing(model):
+            self._look_at_head()
+
+    @property
+    def head(self) -> LMHead:
+        """The LM head as it is now.
+
+        Raises:
+            TypeError, ValueError: see `LMHead.from_model`; the model may have changed since it was given.
+        """
+        own = self._own_head
+        head = self._model_head()
+        if head is None:
+            assert own is not None
+            return own
+        with evaluating(head), audio_adapters_on(self.model):
+            self._look_at_head()
+            if own is not None and not self._follows:
+                return own
+            weight, bias = head_parameters(head, merge_lora=self.merge_lora)
+        return LMHead(weight, bias, *self._post)
+
+    @head.setter
+    def head(self, head: LMHead) -> None:
+        self._own_head, self._follows = head, self._shares_memory(head)
+        self._known_state, self._post_checked = None, False
+
+    def _look_at_head(self) -> None:
+        """Asks the head what it computes, the first time and whenever modules, parameters or adapters in it have changed."""
+        head = self._model_head()
+        if head is None:
+            return
+        refuse_hooks(head)
+        state = (head_state(head), post_numbers(self.model, head))
+        if state == self._known_state:
+            return
+        own = self._own_head or LMHead.from_model(self.model, merge_lora=self.merge_lora)
+        if self._own_head is not None and self._follows:
+            check_linear(head, *head_parameters(head, merge_lora=self.merge_lora))
+        self._post = (own.softcap, own.logit_scale)
+        self._known_state, self._post_checked = state, False
+
+    def _model_head(self) -> nn.Module | None:
+        """None where the model has none that can be found, and the caller gave one."""
+        try:
+            return head_module(self.model)
+        except TypeError:
+            if self._own_head is None:
+                raise
+            return None
+
+    def _shares_memory(self, head: LMHead) -> bool:
+        try:
+            weight, _ = head_parameters(head_module(self.model))
+        except (TypeError, ValueError):
+            return False
+        return weight.data_ptr() == head.weight.data_ptr() and weight.shape == head.weight.shape
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualPathTeacher:
-        """`.to()`, `.half()` and the like: the LM head follows, sharing the model's memory where it did before."""
-        layer = computing_layer(head_module(self.model))
-        shared = {
-            name: tensor.data_ptr() == parameter.data_ptr()
-            for name in ("weight", "bias")
-            if (tensor := getattr(self.head, name)) is not None
-            and isinstance(parameter := getattr(layer, name, None), Tensor)
-            and not hasattr(parameter, "placements")  # a shard: the head is a copy
-        }
+        """`.to()`, `.half()` and the like: a head of the caller's own goes along."""
         super()._apply(fn, recurse)
-        moved = {
-            name: getattr(layer, name).detach() if shared.get(name) else fn(tensor)
-            for name in ("weight", "bias")
-            if (tensor := getattr(self.head, name)) is not None
-        }
-        self.head = dataclasses.replace(self.head, **moved)
+        if self._own_head is not None and not self._follows:
+            bias = self._own_head.bias
+            self._own_head = dataclasses.replace(
+                self._own_head, weight=fn(self._own_head.weight), bias=None if bias is None else fn(bias)
+            )
         return self
 
     def freeze(self) -> DualPathTeacher:
@@ -194,16 +268,16 @@ class DualPathTeacher(nn.Module):
             inputs: keyword arguments of the model for the positive path, Y forced: `input_ids` (B, L), attention mask,
                 audio features.  `labels` and `logits_to_keep` are ignored: there are no logits.
             index: (N,) int64, row * L + column, the positions whose hidden states predict Y (see `answer_index`).
-            text_inputs: inputs of the negative path, of another length if need be (the shorter path is padded on the
-                right); None makes them with `negative`.  Audio features may be missing if no placeholder is left.
-            text_index: (N,) int64 in text_inputs' own length; needed with text_inputs, refused without.
+            text_inputs: inputs of the negative path. Their length may differ; the shorter path is padded on the right. None
+                makes them with `negative`.  Audio features may be missing if no placeholder is left.
+            text_index: (N,) int64 in text_inputs' own length. Required with text_inputs; ValueError without.
 
         Returns:
-            DualPathStates: audio_hidden and text_hidden, (N, H), without gradient, not aliasing the model's memory.
+            DualPathStates: audio_hidden and text_hidden, (N, H), without gradient, in memory of their own.
 
         Raises:
-            ValueError, TypeError: naming the argument; the index is checked against B * L on the CPU only, where
-                reading it costs no wait for a device.
+            ValueError, TypeError: for a bad argument, with its name. An index beyond B * L raises on the CPU only: on CUDA the
+                check would wait for the device.
         """
         audio = self._positive(inputs)
         if text_inputs is None:
@@ -269,10 +343,12 @@ class DualPathTeacher(nn.Module):
         return self._one_pass(batch.slice(0, 1), index) if result is None else result  # no position at all: (0, H)
 
     def _one_pass(self, batch: PathBatch, index: Tensor) -> Tensor:
-        with evaluating(self.model):
+        with hearing(self.model):
+            self._look_at_head()
             if self._has_protocol:
                 keywords = {"layers": self.layers} if self.layers else {}
-                states = self.model.hidden_states_at(index, **batch.inputs, **keywords)
+                model: Any = self.model
+                states = model.hidden_states_at(index, **batch.inputs, **keywords)
                 expected = (len(index), 1 + len(self.layers)) if self.layers else (len(index),)
                 if states.shape[:-1] != expected:
                     shape = ", ".join(map(str, expected))
@@ -284,7 +360,7 @@ class DualPathTeacher(nn.Module):
 
     def _packed(self, batch: PathBatch, index: Tensor) -> Tensor:
         """`_taken` of the rows side by side, compared with padded ones the first time."""
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
         grids = 4 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
@@ -329,14 +405,14 @@ class DualPathTeacher(nn.Module):
         return hidden
 
     def _check_post(self, seen: Tensor | None) -> None:
-        """Once: does the model treat logits after its head as `self.head` says?  (Reads the device that one time.)"""
+        """Once: raises ValueError if the model does something else to its logits than `self.head` says. Waits for the device."""
         if seen is not None:
-            expected = self.head.post(probe_values()).double()
+            expected = apply_post(probe_values(), *self._post).double()
             if not torch.allclose(seen.double().cpu(), expected, rtol=1e-2, atol=1e-6):
                 softcap, scale = fit_post(seen)
                 raise ValueError(
                     f"head: expected what the model does to its logits, softcap={softcap} logit_scale={scale:.6g}, got "
-                    f"softcap={self.head.softcap} logit_scale={self.head.logit_scale:.6g}; pass head=LMHead(...)"
+                    f"softcap={self._post[0]} logit_scale={self._post[1]:.6g}; pass head=LMHead(...)"
                 )
         self._post_checked = True
 

@@ -19,7 +19,19 @@ class Parser(argparse.ArgumentParser):
 
     def add_list(self, *names: str, nargs: str = "+", default: Sequence[str] = (), **options: Any) -> None:
         """An option of several words. Given twice, it holds the words of both."""
-        self.add_argument(*names, nargs=nargs, action=_Collect, default=list(default), **options)
+        self.add_argument(*names, nargs=nargs, action=Collect, default=list(default), **options)
+
+    def add_comma_list(self, *names: str, **options: Any) -> None:
+        """An option of names between commas. Given twice, it holds the names of both, between commas."""
+        self.add_argument(*names, action=_Join, **options)
+
+    def add_allow_links(self) -> None:
+        """The option of every command that reads clips."""
+        self.add_argument(
+            "--allow-links",
+            action="store_true",
+            help="clips may be links that leave the folder of the audio (a hub's cache, git-annex, DVC)",
+        )
 
     def _nearest(self, message: str) -> str:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
@@ -32,12 +44,20 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
-class _Collect(argparse.Action):
+class Collect(argparse.Action):
     """Adds the words of every use; the first use replaces the default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         given = getattr(namespace, self.dest)
         setattr(namespace, self.dest, [*([] if given is self.default else given), *values])
+
+
+class _Join(argparse.Action):
+    """Puts the text of every use behind a comma; the first use replaces the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if given is self.default else f"{given},{values}")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

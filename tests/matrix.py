@@ -44,7 +44,7 @@ LEGS = (
     Leg("avx2", "avx2", "AVX2", "avx2"),
     Leg("avx512", "avx512", "AVX512_CORE", "avx512"),
     Leg("avx512_bf16", "avx512_bf16", "AVX512_CORE_BF16", "avx512"),
-    # The kernels of one processor beside the products of another: what differs in "oldest" is told apart.
+    # Old kernels alone and old products alone: they show which of the two makes "oldest" fail.
     Leg("generic-kernels", "generic"),
     Leg("old-products", None, "AVX2"),
     Leg("this-processor"),

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from models.arguments import Collect
+
 from ..common import RESULTS, write_csv
 
 TOTAL_SECONDS = 530
@@ -92,7 +94,7 @@ def run_item(item: Item, limit_seconds: float) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.one_pass", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[x.name for x in QUEUE], help="these items alone")
+    parser.add_argument("--only", nargs="+", action=Collect, choices=[x.name for x in QUEUE], help="these items alone")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="time for the whole pass")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args(argv)

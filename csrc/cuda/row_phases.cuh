@@ -7,7 +7,7 @@
 // Exponents are in units of log 2: x * rate - top, one fused multiply-add, where rate = log2(e) / tau and top = max * rate rounded
 // to fp32. The same rounded top stands in every place, so that its rounding cancels, however large the logits are.
 //
-// Masked logits, as in ops/triton_caad.py: a logit below -1e30, -inf above all, becomes the finite MASKED right after its load.
+// Masked logits, as in ops/triton_shared.py: a logit below -1e30, -inf above all, becomes the finite MASKED right after its load.
 // Running maxima start at FLOOR > MASKED, so e^(MASKED - max) is 0 also in a row that is masked throughout, and no inf - inf or
 // 0 * inf arises. NaN compares false and passes through all of it.
 #pragma once
@@ -615,9 +615,10 @@ KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowI
     k.kd = is_legal(p, r) ? kd : not_a_number();
     // tau^2 from kd, 1 / tau from d (s / tau) / d s
     float scale = empty || (DIVERGENCE == REVERSE_KL && infinite) ? 0.f : r.kd_coef / f.inverse_tau;
-    if (!is_legal(p, r)) scale = not_a_number();
-    k.of_q = scale * k.inverse_q;
-    k.of_p = scale * k.inverse_p;
+    if (!is_legal(p, r) && r.kd_coef != 0.f) scale = not_a_number();
+    // A term without a factor may be NaN.
+    k.of_q = scale == 0.f ? 0.f : scale * k.inverse_q;
+    k.of_p = scale == 0.f ? 0.f : scale * k.inverse_p;
     if (DIVERGENCE == JSD) k.of_q *= 1.f - p.jsd_beta;
   }
   if (p.with_ce) {
@@ -627,8 +628,8 @@ KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowI
     float ce = logf(q1_sum == 0.f ? 1.f : q1_sum) - exponent * LN2;
     ce = row.label == MASKED ? ce + infinity() : ce < 0.f ? 0.f : ce;
     k.ce = is_inside(p, r) ? ce : not_a_number();
-    k.of_label = is_inside(p, r) ? r.ce_coef : not_a_number();
-    const float factor = k.of_label * reciprocal(q1_sum);
+    k.of_label = is_inside(p, r) || r.ce_coef == 0.f ? r.ce_coef : not_a_number();
+    const float factor = k.of_label == 0.f ? 0.f : k.of_label * reciprocal(q1_sum);
     k.of_same = f.q1 == Q1_SAME ? factor : 0.f;
     k.of_square = f.q1 == Q1_SQUARE ? factor : 0.f;
     k.of_own = f.q1 == Q1_OWN ? factor : 0.f;
@@ -702,7 +703,8 @@ KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const 
   if (is_beyond(slice, c)) return;
   float s[GROUP], slope[GROUP], g[GROUP];
   const bool masked = read_student<TRANSFORM>(p, slice, c, s, slope);
-  if (p.with_kd) {
+  const bool teaches = p.with_kd && (k.of_q != 0.f || k.of_p != 0.f);
+  if (teaches) {
     float z[GROUP];
     read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
     KD_UNROLL for (int e = 0; e < GROUP; ++e) {
@@ -718,7 +720,10 @@ KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const 
       }
     }
   } else {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = p.with_ce ? power_of_two(fused(s[e], f.rate, -k.s_top)) * k.of_same : 0.f;
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+      const float s_exp = power_of_two(fused(s[e], f.rate, -k.s_top));
+      g[e] = p.with_ce ? s_exp * (s_exp * k.of_square + k.of_same) : 0.f;
+    }
   }
   if (f.q1 == Q1_OWN) {
     KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] += power_of_two(fused(s[e], LOG2E, -k.q1_top)) * k.of_own;
@@ -738,6 +743,9 @@ KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const 
   }
   if (masked) {
     KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = s[e] < FLOOR ? 0.f : g[e];
+  }
+  if (!teaches && (!p.with_ce || k.of_label == 0.f)) {
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = 0.f;
   }
   const std::int64_t exist = p.student_width - slice.start;
   store_group(grad, p.grad.dtype, c, static_cast<int>(exist < 0x7fffffff ? exist : 0x7fffffff), g);

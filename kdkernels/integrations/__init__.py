@@ -1,9 +1,9 @@
-"""kdkernels inside other people's training loops. Each needs its library and loads it when it is first asked for."""
+"""kdkernels inside training loops of other libraries. Each integration imports its library when it is first used."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .options import CAADOptions
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["CAADOptions", "CAADTrainer"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "CAADTrainer":
         try:
             return importlib.import_module(".trainer", __name__).CAADTrainer

@@ -1,21 +1,22 @@
-"""The loss's settings of a run, checked before anything is loaded."""
+"""The settings of the loss for one run, checked before anything is loaded."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from ..caad import CAADLoss
+from ..checks import is_number, is_whole
+from ..loss_options import LinearLossOptions
 
 
 @dataclass(frozen=True)
 class CAADOptions:
-    """What `CAADTrainer` passes to `kdkernels.fused_linear_caad_loss`, which documents each; contrast may ramp up.
+    """What `CAADTrainer` passes to `kdkernels.fused_linear_caad_loss`, which documents each option; alpha may ramp up.
 
-    Raises ValueError for a value out of range, at construction.
+    A value out of range raises ValueError at construction.
     """
 
     alpha: float = 2.0
@@ -33,18 +34,14 @@ class CAADOptions:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        CAADLoss(
-            alpha=self.alpha,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            divergence=self.divergence,
-            jsd_beta=self.jsd_beta,
-            plausibility=self.plausibility,
-            vocab_size=self.vocab_size,
-            impl=self.impl,
-        )
-        if self.alpha_start is not None and not 0 <= self.alpha_start < math.inf:
-            raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {self.alpha_start!r}")
+        LinearLossOptions(**self._of_the_loss())
+        if isinstance(self.alpha, torch.Tensor):
+            raise TypeError("alpha: expected a number, got a tensor; a batch's column 'alpha' has one for each token")
+        start = self.alpha_start
+        if start is not None and not (is_number(start) and 0 <= start < math.inf):
+            raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {start!r}")
+        if not is_whole(self.alpha_ramp_steps):
+            raise TypeError(f"alpha_ramp_steps: expected an int, got {type(self.alpha_ramp_steps).__name__}")
         if self.alpha_ramp_steps < 0:
             raise ValueError(f"alpha_ramp_steps: expected >= 0, got {self.alpha_ramp_steps!r}")
 
@@ -55,17 +52,9 @@ class CAADOptions:
         return self.alpha_start + (self.alpha - self.alpha_start) * (step - 1) / self.alpha_ramp_steps
 
     def keywords(self, step: int) -> dict[str, Any]:
-        """Of the loss, at optimiser step `step`."""
-        names = (
-            "temperature",
-            "kd_weight",
-            "divergence",
-            "jsd_beta",
-            "plausibility",
-            "vocab_size",
-            "chunk_tokens",
-            "workspace_bytes",
-            "logits_dtype",
-            "impl",
-        )
-        return {"alpha": self.alpha_at(step), **{name: getattr(self, name) for name in names}}
+        """The keywords of the loss at optimiser step `step`."""
+        return {**self._of_the_loss(), "alpha": self.alpha_at(step)}
+
+    def _of_the_loss(self) -> dict[str, Any]:
+        ramp = ("alpha_start", "alpha_ramp_steps")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ramp}

@@ -13,12 +13,15 @@ Legend: B rows of a batch, L columns, N positions that predict a label, H hidden
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
@@ -30,6 +33,8 @@ from .options import CAADOptions
 
 __all__ = ["CAADTrainer"]
 
+logger = logging.getLogger(__name__)
+
 TEACHER, NEGATIVE, SAMPLE_ID = "teacher_", "negative_", "sample_id"
 BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
 IGNORE_INDEX = -100
@@ -40,31 +45,38 @@ class CAADTrainer(Trainer):
 
         loss = kd_weight sum_i w_i kd_i / sum w + (1 - kd_weight) sum_i u_i ce_i / sum u
 
-    Both sums of weights (without weights: the number of positions that predict a label) are those of the whole optimiser
-    step, over gradient accumulation and, with args.average_tokens_across_devices (the default), over ranks: 4 x 4 rows are 16.
+    Both sums of weights (without weights: the number of positions that predict a label) are those of the whole optimiser step:
+    over gradient accumulation and, with args.average_tokens_across_devices (the default), over ranks. So 4 x 4 rows count as 16.
 
-    The student's loss is computed inside its own forward, in the place of its LM head (see `kdkernels.head_loss`), so that
-    DDP, FSDP and DeepSpeed ZeRO-3 gather the head as they do in any forward; no logits are built for more than a chunk of
-    tokens, in training or in evaluation.
+    The student's loss is computed inside its own forward, in the place of its LM head (see `kdkernels.head_loss`). So DDP, FSDP
+    and DeepSpeed ZeRO-3 gather the head as in any forward. Logits exist for one chunk of tokens at a time, in training and in
+    evaluation.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as for Trainer.
-        teacher: a `DualPathTeacher`, which is moved to args.device (one that ZeRO-3 has partitioned gets an engine of its own
-            and is frozen), or an open `ContrastCache` written by one.
-        teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes
-            a whole copy of a sharded one.
+        teacher: a `DualPathTeacher`, or an open `ContrastCache` that one has written. A DualPathTeacher is moved to
+            args.device. If ZeRO-3 has partitioned it, it gets an engine of its own and is frozen.
+        teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
+            whole copy of a sharded one.
         options: the loss's settings.
 
     `evaluate()` reports, by token over the whole dataset and all ranks: loss, kd, ce, student_entropy, teacher_entropy,
-    top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` returns in `predictions` a sample's weighted sums of
-    these from kd on, in `label_ids` its two sums of weights: there are no logits to return.
+    top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` has no logits to return. Its `predictions` are each
+    sample's weighted sums of these values, from kd on; its `label_ids` are the sample's two sums of weights.
 
-    Positions are found from `labels` on their device: one wait for a CUDA device a micro-batch.
+    A loss or a gradient that is NaN or infinite stops the training before the optimiser's step, on all ranks, whatever
+    args.logging_nan_inf_filter says. With args.fp16 the gradient scaler skips steps whose gradient is infinite.
+
+    Each micro-batch waits for a CUDA device twice: to find positions from `labels`, and to look at the loss. Each step waits
+    twice: for the number of labels and for the gradient's norm. Several ranks wait once more, to agree that they go on.
 
     Raises:
-        ValueError, TypeError: naming the argument, or the column that a batch lacks.  Refused because the loss would not
-            honour them: compute_metrics, compute_loss_func, label smoothing, torch_compile, batch_eval_metrics, DataParallel,
-            tensor, context or sequence parallelism; an LM head with an adapter other than LoRA.
+        ValueError, TypeError: for a bad argument, or for a column that a batch lacks, with its name. These raise at construction,
+            because the loss could not follow them: compute_metrics, compute_loss_func, DataParallel, tensor, context or sequence
+            parallelism, and of args label_smoothing_factor, torch_compile, use_liger_kernel, batch_eval_metrics,
+            eval_do_concat_batches=False, eval_use_gather_object, predict_with_generate and debug="underflow_overflow". An LM
+            head with an active adapter other than LoRA, or with a hook that would get logits, raises when it is first used.
+        FloatingPointError: the loss or the gradient is not finite. It names the step and the samples.
     """
 
     def __init__(
@@ -95,6 +107,10 @@ class CAADTrainer(Trainer):
             optimizers=optimizers,
         )
         _check_parallelism(self.accelerator)
+        self._not_finite: list[tuple[str, list[str]]] = []  # of this rank's micro-batches of a step: what, samples
+        self._step_samples: list[list[str]] = []
+        self._grad_norm: Any = None
+        self.add_callback(_BeforeStep(self._check_step))
         # The loss that compute_loss returns is a share of the whole step's: Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.options = CAADOptions() if options is None else options
@@ -104,11 +120,12 @@ class CAADTrainer(Trainer):
             teacher.head = teacher.head.to(args.device)
         elif isinstance(teacher, DualPathTeacher):
             teacher.to(args.device)
-        else:
+        elif teacher_head is not None:
             self._cached_head = teacher_head.to(args.device)
-        softcap, scale = logit_post(self.model)
+        student: Any = self.model
+        softcap, scale = logit_post(student)
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
-        self._at_head = HeadLoss(self.model, softcap=softcap, logit_scale=scale)
+        self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -119,9 +136,17 @@ class CAADTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        self._step_samples = [_names(batch) for batch in batches]
         sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices:
             sums = self.accelerator.reduce(sums, reduction="sum")
+        if not bool(sums.any()):
+            logger.warning(
+                "optimiser step %d has nothing to learn from, and its loss is 0: labels are %d everywhere in samples %s",
+                self.state.global_step + 1,
+                IGNORE_INDEX,
+                ", ".join(name for batch in self._step_samples for name in batch),
+            )
         return batches, sums
 
     def compute_loss(
@@ -154,7 +179,54 @@ class CAADTrainer(Trainer):
             )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices and ranks > 1:
             loss = loss * ranks  # gradients are averaged over ranks
+        if torch.is_grad_enabled() and not bool(torch.isfinite(loss)):
+            self._not_finite.append((f"loss {loss.item()}", self._samples_not_finite(inputs)))
+            if ranks == 1 or self.is_deepspeed_enabled:  # DeepSpeed makes the optimiser's step in the backward
+                self._refuse_step(self._not_finite)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
+    def _check_step(self) -> None:
+        """Before the optimiser's step, on all ranks alike: one that stopped alone would leave the others waiting."""
+        norm, self._grad_norm = self._grad_norm, None
+        # A gradient scaler skips a step whose gradient is infinite; DeepSpeed has made its step by now.
+        if norm is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            if not math.isfinite(value) and not self._not_finite:
+                # Of a finite loss: which of the step's samples it comes from cannot be told.
+                self._not_finite.append((f"gradient norm {value}", [name for batch in self._step_samples for name in batch]))
+        found = self._not_finite
+        if self.accelerator.num_processes > 1:
+            number = torch.tensor(float(len(found)), device=self.args.device)
+            if bool(self.accelerator.reduce(number, reduction="sum")):
+                found = gather_object(found)
+        if found:
+            self._refuse_step(found)
+
+    def _refuse_step(self, found: list[tuple[str, list[str]]]) -> None:
+        losses = [(what, names) for what, names in found if what.startswith("loss")]
+        shown = losses or found  # the gradient is that of all ranks
+        samples = ", ".join(name for _, names in shown for name in names)
+        self._not_finite = []
+        raise FloatingPointError(
+            f"optimiser step {self.state.global_step + 1}: expected a finite loss and gradient, got {shown[0][0]}; nothing was "
+            f"updated. Samples: {samples}"
+        )
+
+    def _samples_not_finite(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Names of the micro-batch's samples whose loss is not finite; of all where they cannot be told apart."""
+        names = _names(inputs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return names  # the forward of a sharded model is every rank's
+        with torch.no_grad():
+            values, weights = self._by_row(self.accelerator.unwrap_model(self.model), inputs)
+        kd_weight = self.options.kd_weight
+        terms = [values[:, column] for column, share in enumerate((kd_weight, 1 - kd_weight)) if share > 0]
+        finite = torch.isfinite(torch.stack([*terms, *weights.T])).all(0).tolist()
+        return [name for name, good in zip(names, finite, strict=True) if not good] or names
 
     def _loss(self, model: nn.Module, inputs: Mapping[str, Any], *, step: int, **reduction: Any) -> Any:
         labels = _labels(inputs, "")
@@ -224,11 +296,13 @@ class CAADTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """(None, weighted sums (B, 6) of each row's `CAADStats`, its sums of weights (B, 2)), float64."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(dict(inputs))
         with self.compute_loss_context_manager():
-            _, stats = self._loss(
-                model, inputs, step=max(self.state.global_step, 1), reduction="sum", return_stats=True
-            )
+            return None, *self._by_row(model, inputs)
+
+    def _by_row(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Weighted sums (B, 6) of each row's `CAADStats`, its sums of weights (B, 2), float64."""
+        _, stats = self._loss(model, inputs, step=max(self.state.global_step, 1), reduction="sum", return_stats=True)
         labels = _labels(inputs, "")
         index, _ = answer_index(labels)
         rows = index // labels.shape[1]
@@ -239,15 +313,26 @@ class CAADTrainer(Trainer):
         def by_row(values: Tensor) -> Tensor:
             return values.new_zeros(len(labels), values.shape[1]).index_add_(0, rows, values)
 
-        return None, by_row(weighted), by_row(weights)
+        return by_row(weighted), by_row(weights)
 
     def _token_means(self, prediction: EvalPrediction) -> dict[str, float]:
-        """From what `prediction_step` returned for all samples, gathered and without the duplicates of a last batch."""
-        kd_total, ce_total = prediction.label_ids.sum(0)
-        sums = dict(zip(CAADStats._fields, prediction.predictions.sum(0), strict=True))
-        means = {name: float(x / max(ce_total if name == "ce" else kd_total, 1e-12)) for name, x in sums.items()}
+        """Means by token from what `prediction_step` returned for all samples; duplicates of a last batch are gone."""
+        predictions: Any = prediction.predictions  # one array each: prediction_step returns one tensor each
+        label_ids: Any = prediction.label_ids
+        kd_total, ce_total = (float(x) for x in label_ids.sum(0))
         kd_weight = self.options.kd_weight
-        return {"loss": kd_weight * means["kd"] + (1 - kd_weight) * means["ce"], **means}
+        for name, share, total in (("kd", kd_weight, kd_total), ("ce", 1 - kd_weight, ce_total)):
+            if share > 0 and not total > 0:
+                raise ValueError(
+                    f"labels: expected at least one position with a label and a {name}_token_weight above 0 in the dataset, got "
+                    f"{name} weights that sum to {total:g}: labels are missing, or {IGNORE_INDEX} everywhere"
+                )
+        sums = dict(zip(CAADStats._fields, predictions.sum(0), strict=True))
+        totals = {name: ce_total if name == "ce" else kd_total for name in sums}
+        # A term without weight has no mean.
+        means = {name: float(x / totals[name]) if totals[name] > 0 else math.nan for name, x in sums.items()}
+        loss = sum(share * means[name] for name, share in (("kd", kd_weight), ("ce", 1 - kd_weight)) if share > 0)
+        return {"loss": loss, **means}
 
     # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -255,11 +340,35 @@ class CAADTrainer(Trainer):
         """Columns that Trainer leaves in the dataset (args.remove_unused_columns)."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            known = [*self._signature_columns, "labels"]
+            trainer: Any = self  # transformers says that this is None
+            columns = trainer._signature_columns
+            known = [*columns, "labels"]
             if isinstance(self.teacher, DualPathTeacher):
-                known += inspect.signature(self.teacher.model.forward).parameters
+                for name in ("forward", "hidden_states_at"):
+                    if callable(method := getattr(self.teacher.model, name, None)):
+                        known += inspect.signature(method).parameters
             prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
-            self._signature_columns += [*prefixed, SAMPLE_ID, *BY_TOKEN]
+            trainer._signature_columns = [*columns, *prefixed, SAMPLE_ID, *BY_TOKEN]
+
+
+class _BeforeStep(TrainerCallback):
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
+        self._check()
+
+
+# Arguments that have no effect on this loss, or the wrong one: what is expected of each, and why.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0, "the teacher's distribution takes its place"),
+    "torch_compile": (False, "a compiled model hides its LM head"),
+    "use_liger_kernel": (False, "it replaces the model's forward and loss; apply the kernels you want to the model yourself"),
+    "batch_eval_metrics": (False, "evaluation is by token over the whole dataset"),
+    "eval_do_concat_batches": (True, "evaluation is by token over the whole dataset"),
+    "eval_use_gather_object": (False, "what evaluation gathers are tensors"),
+    "predict_with_generate": (False, "predict() returns sums of the loss; call model.generate() yourself"),
+}
 
 
 def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
@@ -270,19 +379,18 @@ def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead
     if cached != isinstance(teacher_head, LMHead):
         wanted = "the teacher's LMHead with a ContrastCache" if cached else "None with a DualPathTeacher, which has its own"
         raise TypeError(f"teacher_head: expected {wanted}, got {type(teacher_head).__name__}")
-    if cached and teacher_head.weight.shape[1] != teacher.hidden_size:
+    if isinstance(teacher_head, LMHead) and cached and teacher_head.weight.shape[1] != teacher.hidden_size:
         raise ValueError(
             f"teacher_head: expected a weight (V, {teacher.hidden_size}) as wide as the ContrastCache, got "
             f"{tuple(teacher_head.weight.shape)}"
         )
-    refused = {
-        "label_smoothing_factor": 0,
-        "torch_compile": False,  # hides the LM head
-        "batch_eval_metrics": False,
-    }
-    for name, expected in refused.items():
-        if getattr(args, name) != expected:
-            raise ValueError(f"args.{name}: expected {expected!r} with CAADTrainer, got {getattr(args, name)!r}")
+    for name, (expected, reason) in _REFUSED.items():
+        if getattr(args, name, expected) != expected:
+            raise ValueError(f"args.{name}: expected {expected!r} with CAADTrainer, got {getattr(args, name)!r}: {reason}")
+    if any(str(getattr(option, "value", option)) == "underflow_overflow" for option in args.debug):
+        raise ValueError(
+            "args.debug: expected no 'underflow_overflow' with CAADTrainer, got it: its hooks look at logits, which are not built"
+        )
     if args.n_gpu > 1:
         raise ValueError(f"args.n_gpu: expected one GPU a process (start with torchrun), got {args.n_gpu}: DataParallel")
 
@@ -311,6 +419,13 @@ def _split_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     for columns in others.values():
         columns.pop("labels", None)
     return student, others[TEACHER], others[NEGATIVE]
+
+
+def _names(inputs: Mapping[str, Any]) -> list[str]:
+    """The samples of a micro-batch, for an error message."""
+    rows = len(_labels(inputs, ""))
+    names = inputs.get(SAMPLE_ID)
+    return [f"row {row} of {rows}" for row in range(rows)] if names is None else [str(name) for name in names]
 
 
 def _labels(inputs: Mapping[str, Any], prefix: str) -> Tensor:
@@ -342,7 +457,7 @@ def _zero3_engine(model: nn.Module) -> Any:
 
     dtype = next(model.parameters()).dtype
     config = {
-        "train_micro_batch_size_per_gpu": 1,  # asked for, and of no account without an optimiser
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; without an optimiser it does nothing
         "zero_optimization": {"stage": 3},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},

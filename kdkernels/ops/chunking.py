@@ -1,6 +1,6 @@
-"""How the fused linear loss is cut up: which path runs, how many tokens a chunk takes, and what that should cost.
+"""How the fused linear loss is cut up: which path runs, how many tokens a chunk has, and how long that should take.
 
-The table of devices lets a plan be made, and its time predicted, for a GPU that is not at hand.
+With the table of devices one can plan, and predict the time, for a GPU that is not in this machine.
 
 Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths, F_s = 2 N V H_s and F_t = 2 N V H_t FLOP.
 """
@@ -30,7 +30,7 @@ WITHOUT_LOGITS = ("triton", CUDA_OR_TRITON)
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """A GPU as the planner sees it; the rates are what kernels reach, not what a data sheet promises."""
+    """A GPU for the planner. The rates are what kernels reach, not what its data sheet says."""
 
     multiprocessors: int
     memory_bytes: int
@@ -39,9 +39,9 @@ class DeviceModel:
     source: str
 
 
-# What an H100 reaches of its data sheet (3.35 TB/s, 989 TFLOP/s) is granted to the others as well.
+# The others are assumed to reach the same share of their data sheet as an H100 does (of 3.35 TB/s and 989 TFLOP/s).
 _MEASURED = "measured"
-_DERATED = "data sheet, derated by what an H100 reaches of its own"
+_DERATED = "data sheet, derated to the share that an H100 reaches of its own"
 _REACHED_BANDWIDTH, _REACHED_FLOP = 3.0 / 3.35, 800 / 989
 
 
@@ -51,7 +51,7 @@ def _derated(multiprocessors: int, gib: int, terabytes: float, teraflop: float) 
     )
 
 
-# Found by name in what torch.cuda.get_device_name says. Dense bf16 rates; the SXM boards of H100, H200 and A100.
+# By a part of what torch.cuda.get_device_name returns. Dense bf16 rates; the SXM boards of H100, H200 and A100.
 DEVICES = {
     "H100": DeviceModel(132, 80 << 30, 3.0e12, 800e12, _MEASURED),
     "H200": _derated(132, 141, 4.8, 989),
@@ -99,8 +99,8 @@ def plan_chunks(
     Args:
         student_width: H_s, from which the tiles of dh follow.
         device: where it runs; or
-        device_name: a GPU of DEVICES that need not be there (its memory counts as free).
-        chunk_tokens: fixes C; workspace_bytes: bounds the scratch.
+        device_name: a GPU of DEVICES, which need not be in this machine. All its memory counts as free.
+        chunk_tokens: fixes C. workspace_bytes: upper bound of the scratch.
 
     Raises ValueError where the workspace does not hold one token, and for a name that is not in the table.
     """
@@ -110,12 +110,7 @@ def plan_chunks(
     if chunk_tokens is not None:
         size, reason = chunk_tokens, "chunk_tokens given"
     else:
-        if workspace_bytes is not None:
-            budget = workspace_bytes
-        elif model is not None:
-            budget = _share_of_free(model.memory_bytes)
-        else:
-            budget = default_workspace_bytes(device)
+        budget = _default_budget(model, device) if workspace_bytes is None else workspace_bytes
         most = budget // bytes_per_token
         if most < 1:
             raise ValueError(
@@ -123,8 +118,8 @@ def plan_chunks(
                 if workspace_bytes is not None
                 else f"out of memory: one token's logits take {bytes_per_token} bytes, the default workspace has {budget}"
             )
-        if model is not None or device.type == "cuda":
-            processors = _multiprocessors(device) if model is None else model.multiprocessors
+        processors = _processors(model, device)
+        if processors is not None:
             size, use = _fill_machine(most, n_tokens, student_width, processors)
             reason = f"fits {budget} bytes; tiles of dh fill {processors} multiprocessors to {use:.0%}"
         else:
@@ -132,6 +127,20 @@ def plan_chunks(
             reason = f"CPU default {CPU_CHUNK_TOKENS}, within {budget} bytes"
     size = max(1, min(size, n_tokens)) if n_tokens else 1
     return ChunkPlan(size, math.ceil(n_tokens / size), size * bytes_per_token, reason)
+
+
+def _default_budget(model: DeviceModel | None, device: torch.device | None) -> int:
+    if model is not None:
+        return _share_of_free(model.memory_bytes)
+    assert device is not None  # one of the two is given
+    return default_workspace_bytes(device)
+
+
+def _processors(model: DeviceModel | None, device: torch.device | None) -> int | None:
+    """Multiprocessors of a GPU; None for the CPU."""
+    if model is not None:
+        return model.multiprocessors
+    return _multiprocessors(device) if device is not None and device.type == "cuda" else None
 
 
 def default_workspace_bytes(device: torch.device) -> int:
@@ -175,26 +184,26 @@ def choose_path(
 ) -> tuple[str, str]:
     """(CHUNKS or NO_LOGITS, the reason in words): the one place that decides how the fused linear loss runs.
 
-    ``impl`` is the chosen implementation, never "auto". Without logits a call needs next to no memory, and never fails for
-    want of ``workspace_bytes``. A gradient is not offered there: dh needs every logit again, once the row's sums are known, so
-    both heads' GEMMs would run twice; where memory is short, short chunks are cheaper.
+    ``impl`` is the chosen implementation, never "auto". Without logits a call needs very little memory, and never fails because
+    ``workspace_bytes`` is too small. That path has no gradient: dh needs every logit again once the row's sums are known, so the
+    GEMMs of both heads would run twice. Where memory is short, short chunks are cheaper.
     """
     if impl not in WITHOUT_LOGITS:
-        return CHUNKS, f"impl {impl!r} has no kernel that does without logits"
+        return CHUNKS, f"impl {impl!r} has no kernel that works without logits"
     if gradient:
-        return CHUNKS, "a gradient is asked for, and it is made from the logits"
+        return CHUNKS, "a gradient is wanted, and it is computed from the logits"
     if divergence == "jsd":
         return CHUNKS, "the jsd needs p and q of the whole row twice"
     if want_stats:
-        return CHUNKS, "statistics are asked for"
+        return CHUNKS, "statistics are wanted"
     if chunk_tokens is not None:
         return CHUNKS, "chunk_tokens given"
-    return NO_LOGITS, "no gradient is asked for: GEMMs with the online softmax in their epilogue"
+    return NO_LOGITS, "no gradient is wanted: GEMMs with the online softmax in their epilogue"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a call should cost on a device: FLOP and seconds of the GEMMs, bytes and seconds of the row kernel."""
+    """What a call should take on a device: FLOP and seconds of the GEMMs, bytes and seconds of the row kernel."""
 
     gemm_flop: float
     gemm_seconds: float
@@ -233,6 +242,6 @@ def predict(
     student_gemms = 1 + gradient + (gradient and head_trains)
     flop = 2.0 * logits * (student_gemms * student_width + teacher_gemms * teacher_width)
     reads = passes if gradient else 1
-    moved = logits * (reads * (1 + teacher_tensors) * logits_bytes + gradient * gradient_bytes)
-    moved = 0.0 if path == NO_LOGITS else float(moved)
+    row_bytes = logits * (reads * (1 + teacher_tensors) * logits_bytes + gradient * gradient_bytes)
+    moved = 0.0 if path == NO_LOGITS else float(row_bytes)
     return Prediction(flop, flop / model.flop_per_second, moved, moved / model.bytes_per_second)

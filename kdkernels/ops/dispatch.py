@@ -1,7 +1,8 @@
 """Which implementation runs, and why. `impl="auto"` chooses; an explicit choice never falls back to another.
 
-On CUDA "auto" means Triton. KDKERNELS_CUDA_ROWS=1 lets it take the CUDA C++ row kernel for every call that fits it, and Triton
-for the others: not by default before that kernel has passed its items in benchmarks/gpu/QUEUE.md, for it has never run on a GPU.
+On CUDA "auto" means Triton. With KDKERNELS_CUDA_ROWS=1 it takes the CUDA C++ row kernel for every call that fits it, and
+Triton for the others. This is not the default, because that kernel has never run on a GPU (benchmarks/gpu/QUEUE.md: what has
+to pass first).
 """
 
 from __future__ import annotations
@@ -12,32 +13,39 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from . import cuda_caad, native
+from .rows import RowLauncher, RowProblem, RowResult, row_launcher_of
 
 logger = logging.getLogger("kdkernels")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 CUDA_OR_TRITON = "cuda_or_triton"  # what "auto" may choose, beside the names above
 
 
 def checks_enabled(device: torch.device) -> bool:
-    """Whether values of tensors are looked at: always on the CPU, on other devices (a sync) with KDKERNELS_CHECK=1."""
+    """Whether values of tensors are checked: always on the CPU; on other devices, where it waits, with KDKERNELS_CHECK=1."""
     return device.type == "cpu" or os.environ.get("KDKERNELS_CHECK", "0") == "1"
 
 
-@functools.cache
-def load_triton_rows() -> Callable:
-    """The launcher of the Triton row kernel. Raises RuntimeError saying why it is missing and how to get it."""
+def load_triton(module: str, function: str, user: str) -> Any:
+    """A launcher of ``kdkernels.ops.<module>``. Raises RuntimeError: ``user`` needs Triton, why it is missing, how to get it."""
     try:
-        return importlib.import_module(".triton_caad", __package__).caad_rows
+        return getattr(importlib.import_module(f".{module}", __package__), function)
     except ImportError as error:
         raise RuntimeError(
-            f"impl='triton' needs Triton, which could not be imported: {error}. Install it with "
+            f"{user} needs Triton, which could not be imported: {error}. Install it with "
             "`pip install triton` (Linux; a CUDA build of PyTorch brings it along)."
         ) from error
+
+
+@functools.cache
+def load_triton_rows() -> RowLauncher:
+    return load_triton("triton_caad", "caad_rows", "impl='triton'")
 
 
 def triton_interpreted() -> bool:
@@ -48,16 +56,20 @@ def cuda_rows_wanted() -> bool:
     return os.environ.get("KDKERNELS_CUDA_ROWS", "0") == "1"
 
 
+def check_implementation(impl: str) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
 def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
     """Returns (implementation, reason) for tensors of these dtypes on this device.
 
     The implementation is one of IMPLEMENTATIONS but "auto", or CUDA_OR_TRITON.
 
-    Raises ValueError for an unknown ``impl`` or one that cannot run on ``device``, TypeError for a dtype it lacks, RuntimeError
-    where it is not installed.
+    Raises ValueError for an unknown ``impl`` or one that cannot run on ``device``, TypeError for a dtype that it does not
+    support, RuntimeError where it is not installed.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    check_implementation(impl)
     if impl == "auto":
         return _automatic(device, dtypes)
     if impl in ("cpu", "triton", "cuda"):
@@ -83,13 +95,13 @@ def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tu
         reason = cuda_caad.unavailable(_index(device))
         if reason is not None:
             raise RuntimeError(f"impl='cuda': {reason}")
-    return impl, "asked for by name"
+    return impl, "given by the caller"
 
 
 def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
     unsupported = [d for d in dtypes if d not in native.DTYPES]
     if unsupported:
-        return "reference", f"{unsupported[0]} is computed by the eager formula alone"
+        return "reference", f"{unsupported[0]} has only the eager formula"
     if device.type == "cpu":
         if native.available():
             return "cpu", f"tensors on the CPU; native kernel ({native.instruction_set()})"
@@ -109,14 +121,43 @@ def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str
     return "reference", f"no kernel for device type {device.type!r}"
 
 
+def decided_while_tracing(function: _Function) -> _Function:
+    """For a function that imports libraries, which cannot be traced: torch.compile calls it and takes its result for a constant.
+
+    This sets what torch.compiler.assume_constant_result sets. Calling that would import all of torch._dynamo, over a second, with
+    kdkernels.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@decided_while_tracing
+def choose_for(caller: str, impl: str, device: torch.device, dtypes: list[torch.dtype]) -> str:
+    """The implementation of :func:`choose` for a call of the loss ``caller``; the reason goes to the debug log."""
+    chosen, reason = choose(impl, device, dtypes)
+    logger.debug("%s: impl=%r (%s)", caller, chosen, reason)
+    return chosen
+
+
 def _index(device: torch.device) -> int:
     if device.index is not None:
         return device.index
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
-def row_launcher(impl: str) -> Callable:
+def row_launcher(impl: str) -> RowLauncher:
     """The ``caad_rows`` function (see :mod:`kdkernels.ops.rows`) of a kernel implementation."""
     if impl == "triton":
         return load_triton_rows()
-    return {"cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: cuda_caad.caad_rows_or_triton}.get(impl, native.caad_rows)
+    return {"cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: caad_rows_or_triton}.get(impl, native.caad_rows)
+
+
+def _solve_rows(problem: RowProblem) -> RowResult:
+    """The CUDA C++ kernel, and the Triton kernel for a call that it does not take."""
+    result = cuda_caad.try_rows(problem)
+    if isinstance(result, str):
+        return load_triton_rows()(*problem[:8], grad=problem.grad, want_stats=problem.want_stats)
+    return result
+
+
+caad_rows_or_triton = row_launcher_of(_solve_rows)

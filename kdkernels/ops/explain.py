@@ -34,17 +34,20 @@ def explain(
     divergence: str = "forward_kl",
     return_stats: bool = False,
 ) -> str:
-    """The plan of a loss call in words: implementation and reason; with ``student_hidden_size`` the path and the chunks of the
-    linear loss; with ``teacher_hidden_size`` too, on a GPU whose rates are known, the time that should take.
+    """The plan of a loss call in words: the implementation and the reason for it.
+
+    With ``student_hidden_size`` also the path and the chunks of the linear loss. With ``teacher_hidden_size`` too, on a GPU whose
+    rates are known, also the time that it should take.
 
     Args:
-        device: of the logits or hidden states; or a GPU's name ("H100", "H200", "A100", "RTX 4090", "RTX 5090"), which need not
-            be there. dtype: of the hidden states and weights; n_tokens: N; vocab_size: V; student_hidden_size: H_s, or None for
+        device: of the logits or hidden states; or a GPU's name ("H100", "H200", "A100", "RTX 4090", "RTX 5090"), which need
+            not be in this machine.
+        dtype: of the hidden states and weights; n_tokens: N; vocab_size: V; student_hidden_size: H_s, or None for
             ``fused_caad_loss``; teacher_hidden_size: H_t.
-        gradient: whether one is asked for (False: evaluation). The rest as in :func:`kdkernels.fused_linear_caad_loss`.
+        gradient: whether one is wanted (False: evaluation). The rest as in :func:`kdkernels.fused_linear_caad_loss`.
 
-    Every implementation is listed with what stands in its way. Nothing is allocated. Times are work over the device's rate, every
-    multiprocessor busy, with the head frozen and the two teacher paths collapsed; measured ones are longer.
+    For each implementation that cannot run the text says why. Nothing is allocated. Times are work divided by the device's
+    rate, with every multiprocessor busy, the head frozen and the two teacher paths collapsed. Measured times are longer.
     """
     name, device = _device(device)
     lines = []

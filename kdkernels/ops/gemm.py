@@ -1,4 +1,4 @@
-"""The products of the linear and of the layer loss: float32 sums of low-precision operands, and the scratch they go into.
+"""The products of the linear and of the layer loss, with float32 sums of low-precision operands, and their scratch.
 
 Legend: N tokens, C tokens of a chunk, V ids (or the width that is projected to), H hidden width.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,8 @@ from . import native
 VOCAB_BLOCK = 4096
 
 
-# On the CPU torch asks the system for every large buffer anew, and touching fresh pages costs as much as the GEMM that
-# fills them: the last call's scratch is kept for the next. (CUDA's allocator does this by itself.)
+# On the CPU torch asks the system for new memory in every call, and touching fresh pages costs as much as the GEMM that fills
+# them. So the last call's scratch is kept for the next. (CUDA's allocator does this by itself.)
 KEPT_SCRATCH_BYTES = 512 << 20  # CPU_WORKSPACE_BYTES: what a call takes by default
 _kept_scratch: list[Tensor] = []
 _scratch_lock = threading.Lock()
@@ -76,13 +78,14 @@ _precision_before = "none"
 
 
 @contextlib.contextmanager
-def _bf16_inner_precision():
+def _bf16_inner_precision() -> Iterator[None]:
     """float32 GEMMs multiply in bf16 and add in float32: exact for operands that hold bf16 values, and 3-4 times as fast.
 
-    The setting is the process's, so threads that overlap in here share it, and the last one restores it.
+    The setting belongs to the process. Threads that are in here at the same time share it, and the last one restores it.
     """
     global _precision_users, _precision_before
-    setting = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # whose stubs lack this setting
+    setting = mkldnn.matmul
     with _precision_lock:
         if _precision_users == 0:
             _precision_before = setting.fp32_precision
@@ -108,8 +111,8 @@ def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_v
 def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, split: bool = False) -> Tensor:
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
-    ``split`` allows a float32 ``hidden`` to be taken as the sum of two tensors of the weight's dtype (relative error 1e-5 with
-    bf16), each in a GEMM of low-precision operands.
+    ``split`` allows to replace a float32 ``hidden`` by the sum of two tensors of the weight's dtype (relative error 1e-5 with
+    bf16): two GEMMs of low-precision operands.
     """
     if out.dtype == weight.dtype:
         torch.mm(_whole_rows(hidden.to(weight.dtype)), weight.T, out=out)
@@ -166,8 +169,8 @@ def _native_gemm_takes(parts: list[Tensor], weight: Tensor, out: Tensor) -> bool
 def _whole_rows(x: Tensor) -> Tensor:
     """x, copied where oneDNN would read past the ends of its rows.
 
-    Its AMX products of bf16 read 32 columns at a time and multiply what lies behind the last one by zero: NaN where memory that
-    belongs to nobody holds NaN.  Rows that follow each other are read right.
+    Its AMX products of bf16 read 32 columns at a time and multiply what lies behind the last one by zero. Where that memory holds
+    NaN, the result is NaN.  Rows that follow each other directly give correct results.
     """
     reads_on = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[1] % 32 and native.has_amx()
     return x.contiguous() if reads_on else x
@@ -186,11 +189,11 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def empty_weight_gradient(weight: Tensor) -> Tensor:
-    """(V, H) float32, not yet written; with the memory order of (H, V) where the native product adds to it."""
-    float32 = {"dtype": torch.float32, "device": weight.device}
-    if _native_weight_gradient(weight):
-        return torch.empty(weight.shape[1], weight.shape[0], **float32).T
-    return torch.empty(weight.shape, **float32)
+    """(V, H) float32, not yet written. Where the native product adds to it, its memory has the order of (H, V)."""
+    native_order = _native_weight_gradient(weight)
+    shape = weight.shape[::-1] if native_order else weight.shape
+    total = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    return total.T if native_order else total
 
 
 def finish_weight_gradient(total: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,7 +209,7 @@ def _native_weight_gradient(x: Tensor) -> bool:
 
 
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, *, accumulate: bool) -> None:
-    """total (V, H) float32 += grad (C, V).T @ hidden (C, H); without ``accumulate`` =, whatever total holds"""
+    """total (V, H) float32 += grad (C, V).T @ hidden (C, H); without ``accumulate`` = instead of +=, and total is not read"""
     beta = float(accumulate)  # 0: total is not read
     if grad.dtype == hidden.dtype == torch.float32:
         total.addmm_(grad.T, hidden, beta=beta)

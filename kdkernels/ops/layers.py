@@ -1,7 +1,7 @@
 """The layer loss in token chunks: projection GEMM, row kernel, GEMMs of the gradients; and its operator.
 
-Per chunk of C tokens: the projected states into scratch, one row kernel that leaves the loss and, in the scratch, the gradient,
-then one GEMM to the student's gradient and one to the projection's. Without a projection the row kernel alone.
+Per chunk of C tokens: a GEMM writes the projected states into scratch. One row kernel writes the loss and, into the scratch, the
+gradient. Then one GEMM makes the student's gradient and one the projection's. Without a projection the row kernel runs alone.
 
 Legend: N tokens, C tokens of a chunk, H_s / H_t hidden widths of student and teacher, W the width in which they are compared.
 """
@@ -12,6 +12,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -32,8 +33,8 @@ from .gemm import (
 )
 from .schema import _scaled, half_gain, refuse_second_derivative, without_gradients
 
-# Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504; of unit vectors
-# they are small, and divided by the vector's length besides.
+# Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504. Differences of
+# unit vectors are small, and they are divided by the vector's length.
 _GAIN_PLAIN, _GAIN_NORMALIZED = 2.0**-6, 2.0**6
 
 
@@ -46,7 +47,7 @@ class LayerResult:
     projection_grad: Tensor | None
 
 
-# Rows of a layer are short: in chunks as few tokens as of logits, starting threads would cost as much as the products.
+# Rows of a layer are short. With as few tokens a chunk as for logits, starting threads would cost as much as the products.
 _CPU_SCRATCH_BYTES = 16 << 20
 
 
@@ -77,7 +78,9 @@ def layer_chunks(
     ``projection``: (H_t, H_s) for the student's states, (H_s, H_t) with ``project_teacher``, or None.
     """
     device, n_total = student.device, student.shape[0]
-    keep = None
+    keep, valid = None, coef != 0 if valid is None else valid & (coef != 0)
+    if device.type == "cpu" and bool(valid.all()):
+        valid = None
     if valid is not None and device.type == "cpu":  # elsewhere their number would need a sync
         keep = valid.nonzero()[:, 0]
         student, audio, coef = student[keep], audio[keep], coef[keep]
@@ -104,34 +107,75 @@ def layer_chunks(
         scratch = memory[: 4 * math.prod(shape)].view(torch.float32).view(shape)
         for start in range(0, n, plan.chunk_tokens):
             chunk = slice(start, min(start + plan.chunk_tokens, n))
-            out = scratch[: chunk.stop - start]
-            row_alpha = alpha[chunk] if alpha.numel() > 1 else alpha
-            shared = (None if valid is None else valid[chunk], row_alpha, coef[chunk])
-            if project_teacher:
-                hidden = audio[chunk]
-                if text is not None:
-                    hidden = contrastive_hidden(hidden, text[chunk], row_alpha)
-                split = audio.dtype == projection.dtype and (audio.dtype == torch.bfloat16 or device.type != "cpu")
-                gemm(hidden, projection, None, out, split=split)
-                grad = gradient_view(out, projection.dtype) if projection_grad else None
-                here = None if dh is None else dh[chunk]
-                loss[chunk] = rows(student[chunk], out, None, *shared, normalize=normalize, grad_u=here, grad_v=grad)
-                hidden = hidden.to(projection.dtype) if projection_grad else hidden
-            else:
-                hidden = student[chunk]
-                gemm(hidden, projection, None, out)
-                grad = gradient_view(out, projection.dtype) if hidden_grad or projection_grad else None
-                there = None if text is None else text[chunk]
-                loss[chunk] = rows(out, audio[chunk], there, *shared, normalize=normalize, grad_u=grad)
-                if hidden_grad:
-                    hidden_gradient(grad, projection, dh[chunk])
-            if projection_grad:
+            here = _Pair(
+                student[chunk],
+                audio[chunk],
+                None if text is None else text[chunk],
+                projection,
+                None if valid is None else valid[chunk],
+                alpha[chunk] if alpha.numel() > 1 else alpha,
+                coef[chunk],
+                normalize,
+                rows,
+            )
+            solve = here.teacher_projected if project_teacher else here.student_projected
+            loss[chunk], hidden, grad = solve(scratch[: chunk.stop - start], None if dh is None else dh[chunk], dp is not None)
+            if dp is not None and grad is not None:
+                # A row that does not count has a gradient of 0, but may itself be NaN.
+                hidden = hidden if here.valid is None else hidden.masked_fill(~here.valid[:, None], 0.0)
                 add_weight_gradient(dp, grad, hidden, accumulate=start > 0)
         return_scratch(memory)
     if keep is not None:
         loss = spread(loss, keep, n_total, 0)
         dh = None if dh is None else spread(dh, keep, n_total, 0)
     return LayerResult(loss, dh, dp)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """One chunk of a pair of layers that a projection stands between.
+
+    Both ways to solve it take scratch (C, W), the student's gradient (C, H_s) or None, and whether the projection trains. They
+    return the loss (C,), what is projected, and the gradient (C, W) of the projected side, or None.
+    """
+
+    student: Tensor  # (C, H_s)
+    audio: Tensor  # (C, H_t)
+    text: Tensor | None
+    projection: Tensor
+    valid: Tensor | None
+    alpha: Tensor
+    coef: Tensor
+    normalize: bool
+    rows: Callable[..., Tensor]
+
+    def teacher_projected(
+        self, scratch: Tensor, student_grad: Tensor | None, trains: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        hidden, dtype = self.audio, self.projection.dtype
+        if self.text is not None:
+            hidden = contrastive_hidden(hidden, self.text, self.alpha)
+        split = self.audio.dtype == dtype and (dtype == torch.bfloat16 or hidden.device.type != "cpu")
+        gemm(hidden, self.projection, None, scratch, split=split)
+        grad = gradient_view(scratch, dtype) if trains else None
+        loss = self._rows(self.student, scratch, None, student_grad, grad)
+        return loss, hidden.to(dtype) if trains else hidden, grad
+
+    def student_projected(
+        self, scratch: Tensor, student_grad: Tensor | None, trains: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        gemm(self.student, self.projection, None, scratch)
+        grad = gradient_view(scratch, self.projection.dtype) if trains or student_grad is not None else None
+        loss = self._rows(scratch, self.audio, self.text, grad, None)
+        if student_grad is not None and grad is not None:
+            hidden_gradient(grad, self.projection, student_grad)
+        return loss, self.student, grad
+
+    def _rows(
+        self, u: Tensor, v: Tensor, text: Tensor | None, grad_u: Tensor | None, grad_v: Tensor | None
+    ) -> Tensor:
+        shared = (self.valid, self.alpha, self.coef)
+        return self.rows(u, v, text, *shared, normalize=self.normalize, grad_u=grad_u, grad_v=grad_v)
 
 
 @library.custom_op("kdkernels::layer_mse", mutates_args=())
@@ -169,13 +213,18 @@ def layer_mse(
         )
     loss = torch.where(coef == 0, 0.0, coef * out.loss)
     dp = out.projection_grad
-    if dp is not None:
-        dp = finish_weight_gradient(dp if gain is None else dp / gain, projection.dtype)
+    if dp is not None and projection is not None:
+        dp = finish_weight_gradient(dp if gain is None else dp / gain, _stored_dtype(projection))
     return (
         loss.sum() if reduced else loss,
         student.new_empty(0) if out.hidden_grad is None else out.hidden_grad,
         student.new_empty(0) if dp is None else dp,
     )
+
+
+def _stored_dtype(projection: Tensor) -> torch.dtype:
+    """Of a projection's gradient until it is scaled: many of its values would be among float16's subnormals."""
+    return torch.float32 if projection.dtype == torch.float16 else projection.dtype
 
 
 def _gain(coef: Tensor, student: Tensor, projection: Tensor | None, normalize: bool) -> Tensor | None:
@@ -184,24 +233,31 @@ def _gain(coef: Tensor, student: Tensor, projection: Tensor | None, normalize: b
     return None if gain is None else gain * (_GAIN_NORMALIZED if normalize else _GAIN_PLAIN)
 
 
-@layer_mse.register_fake
-def _(student, audio, text, projection, valid, alpha, coef, project_teacher, normalize, reduced, hidden_grad,
-      projection_grad, impl):  # fmt: skip
-    return (
-        coef.new_empty(() if reduced else coef.shape),
-        torch.empty_like(student, memory_format=torch.contiguous_format) if hidden_grad else student.new_empty(0),
-        torch.empty_like(projection, memory_format=torch.contiguous_format) if projection_grad else student.new_empty(0),
-    )
-
-
 _STUDENT, _PROJECTION, _COEF = 0, 3, 6
 _TENSORS = 7
 _NORMALIZE, _REDUCED, _HIDDEN_GRAD, _PROJECTION_GRAD = 8, 9, 10, 11
 
 
-def _setup(ctx, inputs, output):
+@layer_mse.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    student, coef = arguments[_STUDENT], arguments[_COEF]
+
+    def gradient(of: int, wanted: int) -> Tensor:
+        if not arguments[wanted]:
+            return student.new_empty(0)
+        dtype = _stored_dtype(arguments[of]) if of == _PROJECTION else student.dtype
+        return torch.empty_like(arguments[of], dtype=dtype, memory_format=torch.contiguous_format)
+
+    return (
+        coef.new_empty(() if arguments[_REDUCED] else coef.shape),
+        gradient(_STUDENT, _HIDDEN_GRAD),
+        gradient(_PROJECTION, _PROJECTION_GRAD),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     without_gradients(ctx, output[1:])
-    # A token's own factor reaches the projection's gradient only inside the GEMM: an unreduced loss runs again in the backward.
+    # The GEMM of the projection's gradient needs each token's own factor: an unreduced loss runs again in the backward.
     ctx.again = not inputs[_REDUCED] and not inputs[_HIDDEN_GRAD] and not inputs[_PROJECTION_GRAD]
     if ctx.again:
         ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in inputs[:_TENSORS] if x is not None])
@@ -210,27 +266,30 @@ def _setup(ctx, inputs, output):
     else:
         gain = _gain(inputs[_COEF], inputs[_STUDENT], inputs[_PROJECTION], inputs[_NORMALIZE])
         ctx.save_for_backward(*output[1:], *([] if gain is None else [gain]))
+    ctx.projection_dtype = None if inputs[_PROJECTION] is None else inputs[_PROJECTION].dtype
 
 
-def _backward(ctx, grad_loss, *_others):
+def _backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
-    nothing = [None] * 13
     needs = ctx.needs_input_grad[_STUDENT], ctx.needs_input_grad[_PROJECTION]
+    factor: Tensor | None = grad_loss  # of what the gradients lack; None: nothing
     if ctx.again:
         saved = iter(ctx.saved_tensors)
-        inputs = [None if absent else next(saved) for absent in ctx.absent]
+        inputs: list[Any] = [None if absent else next(saved) for absent in ctx.absent]
         inputs[_COEF] = inputs[_COEF] * grad_loss
         project_teacher, normalize, *_, impl = ctx.options
         _, dh, dp = layer_mse(*inputs, project_teacher, normalize, True, *needs, impl)
-        gain, grad_loss = _gain(inputs[_COEF], inputs[_STUDENT], inputs[_PROJECTION], normalize), None
+        gain, factor = _gain(inputs[_COEF], inputs[_STUDENT], inputs[_PROJECTION], normalize), None
     else:
         dh, dp, gain = (*ctx.saved_tensors, None)[:3]
+    grads: list[Tensor | None] = [None] * 13
     if needs[0]:
-        factor = grad_loss if gain is None else (1.0 if grad_loss is None else grad_loss) / gain
-        nothing[_STUDENT] = dh if factor is None else _scaled(dh, factor)
+        of_hidden = factor if gain is None else (1.0 if factor is None else factor) / gain
+        grads[_STUDENT] = dh if of_hidden is None else _scaled(dh, of_hidden)
     if needs[1]:
-        nothing[_PROJECTION] = dp if grad_loss is None else _scaled(dp, grad_loss)
-    return tuple(nothing)
+        scaled = dp if factor is None else _scaled(dp, factor)
+        grads[_PROJECTION] = scaled.to(ctx.projection_dtype)
+    return tuple(grads)
 
 
 layer_mse.register_autograd(_backward, setup_context=_setup)
@@ -251,8 +310,9 @@ def reference_layer_mse(
     """The loss per token (N,) by eager PyTorch in coef's dtype, gradients by autograd."""
     dtype = coef.dtype
     u, v = student.to(dtype), layer_rows.contrastive(audio, text, alpha).to(dtype)
-    if valid is not None:  # a masked row may hold anything
-        u, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (u, v))
+    # A row that does not count may hold anything.
+    valid = coef != 0 if valid is None else valid & (coef != 0)
+    u, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (u, v))
     if projection is not None:
         if project_teacher:
             v = v @ projection.to(dtype).T

@@ -1,8 +1,8 @@
-"""The fused linear loss in token chunks: GEMM, row kernel, GEMM, with scratch for one chunk whatever the number of tokens.
+"""The fused linear loss in token chunks: GEMM, row kernel, GEMM. Scratch is that of one chunk for any number of tokens.
 
-Per chunk of C tokens: student logits into scratch, the contrast of the teacher's logits into scratch, one row kernel that leaves
-the gradient in the student's scratch, one GEMM that turns it into dh (and one into dW, accumulated in float32, where the head
-trains).
+Per chunk of C tokens: GEMMs write the student's logits and the contrast of the teacher's logits into scratch. One row kernel
+overwrites the student's logits with their gradient. One GEMM turns that into dh, and one into dW (accumulated in float32) if the
+head trains.
 
 Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths.
 """
@@ -14,7 +14,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,11 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .rows import STAT_NAMES, RowResult, RowSpec
+from .rows import STAT_NAMES, LinearTensors, RowLauncher, RowResult, RowSpec
+
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
+# See student_chunks: chunk, student logits, scratch in the logits' dtype and in float32, gradient or None.
+ChunkRows = Callable[[slice, Tensor, Tensor, Tensor, "Tensor | None"], RowResult]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class LinearResult:
     hidden_grad: Tensor | None  # (N, H_s)
     weight_grad: Tensor | None  # (V_s, H_s)
     bias_grad: Tensor | None  # (V_s,)
+    gains: Tensor | None = None  # (3,): by which the three gradients are too large; None: by nothing
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class TeacherHead:
 
     def pick(self, keep: Tensor | None) -> TeacherHead:
         """The same teacher at some of the tokens."""
-        audio, text = picked(keep, self.audio_hidden, self.text_hidden)
-        (alpha,) = picked(keep, self.alpha) if self.alpha.numel() > 1 else (self.alpha,)
+        alpha = picked(keep, self.alpha) if self.alpha.numel() > 1 else self.alpha
+        audio, text = picked(keep, self.audio_hidden), picked(keep, self.text_hidden)
         return dataclasses.replace(self, audio_hidden=audio, text_hidden=text, alpha=alpha)
 
     def alpha_of(self, chunk: slice) -> Tensor:
@@ -94,52 +99,46 @@ class TeacherHead:
 
     def logits(self, chunk: slice, labels: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
         """A chunk's logits in ``scratch`` (1 + two_paths, C, V): (audio path or contrast, text path or None)."""
-        w, b = (None if x is None else x[: self.spec.vocab] for x in (self.weight, self.bias))
+        w, b = self.weight[: self.spec.vocab], None if self.bias is None else self.bias[: self.spec.vocab]
         audio, alpha = self.audio_hidden[chunk], self.alpha_of(chunk)
-        if self.collapse:
-            audio = contrastive_hidden(audio, self.text_hidden[chunk], alpha)
-        # The contrast of low-precision states is float32, yet as two low-precision summands exact enough. Two of float16
-        # save nothing on the CPU, and can overflow.
+        text = None if self.text_hidden is None else self.text_hidden[chunk]
+        if self.collapse and text is not None:
+            audio = contrastive_hidden(audio, text, alpha)
+        # The contrast of low-precision states is float32. The sum of two low-precision tensors is exact enough. Two float16
+        # tensors save nothing on the CPU, and can overflow.
         split = self.audio_hidden.dtype == w.dtype and (w.dtype == torch.bfloat16 or w.device.type != "cpu")
         audio_logits = gemm(audio, w, b, scratch[0], split=split)
-        if self.at_survivors:
-            self.survivors(audio_logits, self.text_hidden[chunk], w, b, labels, alpha, self.spec)
-        return audio_logits, gemm(self.text_hidden[chunk], w, b, scratch[1]) if self.two_paths else None
+        if self.at_survivors and self.survivors is not None:
+            self.survivors(audio_logits, text, w, b, labels, alpha, self.spec)
+        return audio_logits, gemm(text, w, b, scratch[1]) if text is not None and self.two_paths else None
 
 
 def linear_caad_chunks(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    audio_hidden: Tensor,
-    text_hidden: Tensor | None,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
+    heads: LinearTensors,
     target: Tensor | None,
     alpha: Tensor,
     kd_coef: Tensor,
     ce_coef: Tensor,
     spec: RowSpec,
     *,
-    rows: Callable[..., RowResult],
+    rows: RowLauncher,
     logits_dtype: torch.dtype,
     want_stats: bool,
     gain: Tensor | None = None,
     survivors: Callable[..., None] | None = None,
     **chunks: Any,
 ) -> LinearResult:
-    """``gain``: a factor on the gradients inside, which leaves hidden_grad too large by it, and no other result.
+    """``gain``: a factor on the gradients inside (see half_gain); LinearResult.gains tells what is left of it.
 
-    ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask; None: both paths densely.
+    ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask. None: both paths densely.
     ``chunks``: keywords of :func:`student_chunks`.
     """
     if gain is not None:
         kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
     keep = kept_tokens(target, spec.ignore_index)
-    target, kd_coef, ce_coef = picked(keep, target, kd_coef, ce_coef)
-    teacher = TeacherHead(
-        audio_hidden, text_hidden, teacher_weight, teacher_bias, alpha, spec, want_stats, logits_dtype, survivors
-    ).pick(keep)
+    target, kd_coef, ce_coef = picked(keep, target), picked(keep, kd_coef), picked(keep, ce_coef)
+    counts = counted_tokens(target, spec.ignore_index, kd_coef, ce_coef)
+    teacher = TeacherHead(*heads[3:], alpha, spec, want_stats, logits_dtype, survivors).pick(keep)
     need_teacher = spec.with_kd or want_stats
 
     def chunk_rows(
@@ -163,11 +162,10 @@ def linear_caad_chunks(
         )
 
     return student_chunks(
-        student_hidden,
-        student_weight,
-        student_bias,
+        *heads[:3],
         chunk_rows,
         keep=keep,
+        counts=counts,
         vocab=spec.vocab,
         logits_dtype=logits_dtype,
         teacher_buffers=need_teacher * (1 + teacher.two_paths),
@@ -181,9 +179,10 @@ def student_chunks(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
-    chunk_rows: Callable[[slice, Tensor, Tensor, Tensor, Tensor | None], RowResult],
+    chunk_rows: ChunkRows,
     *,
     keep: Tensor | None,
+    counts: Tensor | None,
     vocab: int,
     logits_dtype: torch.dtype,
     teacher_buffers: int,
@@ -196,14 +195,14 @@ def student_chunks(
     bias_grad: bool,
     gain: Tensor | None,
 ) -> LinearResult:
-    """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, and what becomes of the gradient.
+    """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, then the GEMMs of the gradients.
 
     ``chunk_rows(chunk, student logits (C, V), scratch (teacher_buffers, C, V) in logits_dtype and (float32_buffers, C, V) in
-    float32, grad (C, V) or None)`` fills ``grad``, which lies over the student's logits. ``keep``: the tokens that count (see
-    :func:`kept_tokens`), which ``chunk`` indexes.
+    float32, grad (C, V) or None)`` fills ``grad``, which lies over the student's logits. ``keep``: the tokens that ``chunk``
+    indexes (see :func:`kept_tokens`). ``counts``: which of these count (see :func:`counted_tokens`).
     """
     device, n_total = student_hidden.device, student_hidden.shape[0]
-    (student_hidden,) = picked(keep, student_hidden)
+    student_hidden = picked(keep, student_hidden)
     n = student_hidden.shape[0]
     buffers = 1 + teacher_buffers
     plan = plan_chunks(
@@ -221,47 +220,108 @@ def student_chunks(
     totals = memory[:float32_bytes].view(torch.float32).view(float32_buffers, *shape)
     scratch = memory[float32_bytes : float32_bytes + logits_bytes].view(logits_dtype).view(buffers, *shape)
 
-    any_grad = hidden_grad or weight_grad or bias_grad
-    float32 = {"dtype": torch.float32, "device": device}
-    kd, ce = torch.empty(2, n, **float32).unbind(0)
-    stats = torch.empty(n_stats, n, **float32) if n_stats else None
-    dh = torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if hidden_grad else None
-    dw = empty_weight_gradient(student_weight) if weight_grad else None
-    if dw is not None:
-        dw[vocab if n else 0 :].zero_()  # what no product writes
-    db = torch.zeros(student_weight.shape[0], **float32) if bias_grad else None
-    w_s = student_weight[:vocab]
-    b_s = None if student_bias is None else student_bias[:vocab]
-
+    rows = RowResult.empty(n, n_stats, device)
+    gradients = _Gradients.empty(student_hidden, student_weight, student_bias, hidden_grad, weight_grad, bias_grad)
+    if gradients.weight is not None:
+        gradients.weight[vocab if n else 0 :].zero_()  # what no product writes
+    w_s, b_s = student_weight[:vocab], None if student_bias is None else student_bias[:vocab]
     for start in range(0, n, plan.chunk_tokens):
         chunk = slice(start, min(start + plan.chunk_tokens, n))
         size = chunk.stop - start
         student_logits = gemm(student_hidden[chunk], w_s, b_s, scratch[0, :size])  # (C, V)
-        grad = gradient_view(student_logits, student_weight.dtype) if any_grad else None
+        grad = gradient_view(student_logits, student_weight.dtype) if gradients.wanted else None
         out = chunk_rows(chunk, student_logits, scratch[1:, :size], totals[:, :size], grad)
-        kd[chunk], ce[chunk] = out.kd, out.ce
-        if stats is not None:
-            stats[:, chunk] = out.stats
-        if hidden_grad:
-            hidden_gradient(grad, w_s, dh[chunk])
-        if weight_grad:
-            add_weight_gradient(dw[:vocab], grad, student_hidden[chunk], accumulate=start > 0)
-        if bias_grad:
-            db[:vocab] += grad.sum(0, dtype=torch.float32)
+        rows.kd[chunk], rows.ce[chunk] = out.kd, out.ce
+        if rows.stats is not None and out.stats is not None:
+            rows.stats[:, chunk] = out.stats
+        if grad is not None:
+            gradients.add(chunk, grad, student_hidden[chunk], w_s, None if counts is None else counts[chunk])
 
     return_scratch(memory)
-    if keep is not None:
-        kd, ce = (spread(x, keep, n_total, 0) for x in (kd, ce))
-        stats = None if stats is None else spread(stats, keep, n_total, 1)
-        dh = None if dh is None else spread(dh, keep, n_total, 0)
-    if gain is not None:
-        dw, db = (None if x is None else x.div_(gain) for x in (dw, db))
-    return LinearResult(
-        rows=RowResult(kd=kd, ce=ce, stats=stats),
-        hidden_grad=dh,
-        weight_grad=None if dw is None else finish_weight_gradient(dw, student_weight.dtype),
-        bias_grad=None if db is None else db.to(student_bias.dtype),
-    )
+    return LinearResult(spread_rows(rows, keep, n_total), *gradients.finished(keep, n_total, gain))
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """Gradients of the student's hidden states (C by C) and head (accumulated in float32); None: not wanted."""
+
+    hidden: Tensor | None  # (N, H_s)
+    weight: Tensor | None  # (V_s, H_s) float32
+    bias: Tensor | None  # (V_s,) float32
+    dtypes: tuple[torch.dtype, torch.dtype]  # of weight and bias
+
+    @classmethod
+    def empty(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+    ) -> _Gradients:
+        return cls(
+            torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else None,
+            empty_weight_gradient(weight) if weight_grad else None,
+            torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device) if bias_grad else None,
+            (weight.dtype, weight.dtype if bias is None else bias.dtype),
+        )
+
+    @property
+    def wanted(self) -> bool:
+        return any(x is not None for x in (self.hidden, self.weight, self.bias))
+
+    def add(self, chunk: slice, grad: Tensor, hidden: Tensor, weight: Tensor, counts: Tensor | None) -> None:
+        """One chunk's: from the gradient of its logits (C, V), whose rows are 0 for tokens that do not count."""
+        vocab = weight.shape[0]
+        if self.hidden is not None:
+            hidden_gradient(grad, weight, self.hidden[chunk])
+        if self.weight is not None:
+            hidden = rows_that_count(hidden, counts)
+            add_weight_gradient(self.weight[:vocab], grad, hidden, accumulate=chunk.start > 0)
+        if self.bias is not None:
+            self.bias[:vocab] += grad.sum(0, dtype=torch.float32)
+
+    def finished(
+        self, keep: Tensor | None, n_total: int, gain: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """In their dtypes, of all tokens, and LinearResult.gains."""
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        if hidden is not None and keep is not None:
+            hidden = spread(hidden, keep, n_total, 0)
+        gains = None
+        if gain is not None:
+            # Before they are rounded.
+            of_head = [_fit_half(x, gain, dtype) for x, dtype in zip((weight, bias), self.dtypes, strict=True)]
+            gains = torch.stack([gain, *of_head])
+        return (
+            hidden,
+            None if weight is None else finish_weight_gradient(weight, self.dtypes[0]),
+            None if bias is None else bias.to(self.dtypes[1]),
+            gains,
+        )
+
+
+def _fit_half(total: Tensor | None, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies ``total``, which is too large by ``gain``, by a power of two. Returns what it is too large by then.
+
+    For float16 its largest item comes to lie between 2^13 and 2^14: the gain that fits one token could make a sum over many
+    overflow. For other dtypes nothing is left of the gain.
+    """
+    if total is None:
+        return torch.ones_like(gain)
+    if dtype != torch.float16:
+        total.div_(gain)
+        return torch.ones_like(gain)
+    largest = total.abs().amax()
+    fits = torch.isfinite(largest) & (largest > 0)
+    # No more than 2^100 in all: the factor has to stay a float32.
+    exponent = (14 - torch.frexp(torch.where(fits, largest, 1.0)).exponent).clamp(max=60)
+    shift = torch.ldexp(torch.ones_like(gain), exponent)
+    total.mul_(shift)
+    return gain * shift
+
+
+def spread_rows(rows: RowResult, keep: Tensor | None, n_total: int) -> RowResult:
+    """The kept tokens' results among all tokens, 0 elsewhere."""
+    if keep is None:
+        return rows
+    stats = None if rows.stats is None else spread(rows.stats, keep, n_total, 1)
+    return RowResult(spread(rows.kd, keep, n_total, 0), spread(rows.ce, keep, n_total, 0), stats)
 
 
 def kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -272,13 +332,31 @@ def kept_tokens(target: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if bool(valid.all()) else valid.nonzero()[:, 0]
 
 
-def picked(keep: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The kept tokens of each; None stands for all."""
-    return [x if x is None or keep is None else x.index_select(0, keep) for x in tensors]
+def counted_tokens(
+    target: Tensor | None, ignore_index: int, kd_coef: Tensor, ce_coef: Tensor
+) -> Tensor | None:
+    """(N,) bool: False where a token is ignored or neither of its terms has a factor. None: all count (known on the CPU only).
+
+    A kernel leaves a gradient of 0 at such a token, but its hidden states may be NaN, and 0 * NaN would reach dW.
+    """
+    counts = (kd_coef != 0) | (ce_coef != 0)
+    if target is not None:
+        counts &= target != ignore_index
+    return None if counts.device.type == "cpu" and bool(counts.all()) else counts
 
 
-# Union of the survivors, as a share of the vocabulary, from which gathering their weights costs more than it saves: the two are
-# level at 0.6 on one core (bf16, chunks of 256, H_t 1024).
+def rows_that_count(hidden: Tensor, counts: Tensor | None) -> Tensor:
+    """hidden (C, H) with zeros where ``counts`` (C,) is False; None stands for all."""
+    return hidden if counts is None else hidden.masked_fill(~counts[:, None], 0.0)
+
+
+def picked(keep: Tensor | None, x: _MaybeTensor, dim: int = 0) -> _MaybeTensor:
+    """The kept tokens of x; ``keep`` None stands for all."""
+    return x if x is None or keep is None else x.index_select(dim, keep)
+
+
+# Share of the vocabulary that survives at some token of the chunk. Above it, gathering those weights costs more than it saves:
+# both ways take the same time at 0.6 on one core (bf16, chunks of 256, H_t 1024).
 DENSE_SHARE = 0.5
 _FLOOR = -1e30  # logits below it count as -inf, as in the kernels
 
@@ -305,11 +383,11 @@ def contrast_at_survivors(
     """z_audio becomes z_hat in place, on the CPU: z_text = h_text W_t^T + b_t only at ids that some token of the chunk keeps.
 
     ``spec``'s teacher scale and softcap are applied; what plausibility drops becomes -inf. Where the chunk keeps more than
-    DENSE_SHARE of the vocabulary, the weights are taken as they lie, a block at a time, instead of being gathered. Extra memory:
-    C * V bytes for the mask, and one block of VOCAB_BLOCK ids.
+    DENSE_SHARE of the vocabulary, the weights are not gathered but read as they are, a block at a time. Extra memory: C * V bytes
+    for the mask, and one block of VOCAB_BLOCK ids.
     """
     _as_logits(audio_logits, spec)
-    threshold = audio_logits.amax(1).float().clamp_min_(_FLOOR) + math.log(spec.plausibility)
+    threshold = audio_logits.amax(1).float().clamp_min_(_FLOOR) + spec.log_plausibility
     dropped = audio_logits < threshold[:, None]
     unread = alpha[:, None] == 0  # the text path is not read there
     ids = (dropped | unread).all(0).logical_not_().nonzero()[:, 0]

@@ -6,7 +6,7 @@ With omega_k >= 0 a teacher's weight at a token, W their sum, share_k = omega_k 
     reverse_kl   sum_k omega_k KL(q || p_k) = W (KL(q || g) + sum_k share_k lse(z_k / tau) - lse(z / tau)),
                                               z = sum_k share_k z_k,  g = softmax(z / tau)
 
-so K teachers cost one gradient, and only the mixture is held: z itself, or tau log p. The Jensen-Shannon divergence has no such
+So K teachers need one gradient, and only the mixture is stored: z itself, or tau log p. The Jensen-Shannon divergence has no such
 form.
 
 Legend: C tokens of a chunk, V = ``spec.vocab`` valid ids.
@@ -28,26 +28,20 @@ Rows whose target is ``ignore_index`` are not read; of theirs, ``total`` is unde
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from itertools import chain
 
 from . import native
+from .dispatch import load_triton
 
 MERGEABLE = ("forward_kl", "reverse_kl")
 
 
 def mix_launcher(impl: str) -> Callable:
-    """The ``mix_rows`` function of a kernel implementation. The CUDA C++ part has none: Triton's serves it."""
+    """The ``mix_rows`` function of a kernel implementation. The CUDA C++ part has none and uses Triton's."""
     if impl == "cpu":
         return native.mix_rows
-    try:
-        return importlib.import_module(".triton_mixture", __package__).mix_rows
-    except ImportError as error:
-        raise RuntimeError(
-            f"several teachers on a CUDA device need Triton, which could not be imported: {error}. Install it with "
-            "`pip install triton`."
-        ) from error
+    return load_triton("triton_mixture", "mix_rows", "a loss of several teachers on a CUDA device")
 
 
 def gradient_passes(divergences: Sequence[str]) -> list[list[int]]:

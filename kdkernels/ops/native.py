@@ -1,4 +1,4 @@
-"""The CPU kernels: loads the compiled library when first needed, and hands it addresses, sizes and strides.
+"""The CPU kernels: loads the compiled library when first needed, and passes it addresses, sizes and strides.
 
 ``caad_rows`` solves the row problem (``rows``), ``mix_rows`` the mixture problem (``mixture``).
 """
@@ -9,18 +9,19 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 
-from .rows import STAT_NAMES, RowResult, RowSpec
+from .rows import RowProblem, RowResult, RowSpec, row_launcher_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def import_extension(name: str):
+def import_extension(name: str) -> ModuleType:
     """The compiled module ``kdkernels.<name>``. Raises ImportError where there is none."""
     try:
         return importlib.import_module(f"kdkernels.{name}")
@@ -32,15 +33,16 @@ def import_extension(name: str):
             files = []
         for file in files:
             if file.parent.name == "kdkernels" and file.name.startswith(f"{name}.") and file.suffix in (".so", ".pyd"):
-                spec = importlib.util.spec_from_file_location(f"kdkernels.{name}", file.locate())
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                return module
+                spec = importlib.util.spec_from_file_location(f"kdkernels.{name}", str(file.locate()))
+                if spec is not None and spec.loader is not None:
+                    module = importlib.util.module_from_spec(spec)
+                    spec.loader.exec_module(module)
+                    return module
         raise
 
 
 @functools.cache
-def load_library():
+def load_library() -> Any:
     """The extension module ``kdkernels._native``. Raises RuntimeError saying why it is missing and how to get it."""
     try:
         return import_extension("_native")
@@ -65,41 +67,35 @@ def instruction_set() -> str:
     return os.environ.get("KDKERNELS_CPU_ISA") or load_library().best_isa()
 
 
-def caad_rows(
-    student: torch.Tensor,
-    audio: torch.Tensor,
-    text: torch.Tensor | None,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    kd_coef: torch.Tensor,
-    ce_coef: torch.Tensor,
-    spec: RowSpec,
-    *,
-    grad: torch.Tensor | None = None,
-    want_stats: bool = False,
-) -> RowResult:
+def _solve_rows(problem: RowProblem) -> RowResult:
     """See :mod:`kdkernels.ops.rows`. Scratch: up to 12 bytes per vocabulary entry and thread."""
-    lib = load_library()
-    rows = student.shape[0] * student.shape[1]
-    kd, ce = torch.empty(2, rows, dtype=torch.float32, device="cpu").unbind(0)
-    stats = torch.empty(len(STAT_NAMES), rows, dtype=torch.float32, device="cpu") if want_stats else None
-
-    p, keep = _teacher_problem(audio, text, target, alpha, spec)
-    p.student_width = student.shape[2]
-    p.student = _row_tensor(student)
-    if grad is not None:
-        p.grad = _row_tensor(grad)
-    keep += (kd_coef := kd_coef.float().contiguous()), (ce_coef := ce_coef.float().contiguous())
+    lib, spec = load_library(), problem.spec
+    out = problem.empty_result()
+    p, keep = _teacher_problem(problem.audio, problem.text, problem.target, problem.alpha, spec)
+    p.student_width = problem.student.shape[2]
+    p.student = _row_tensor(problem.student)
+    if problem.grad is not None:
+        p.grad = _row_tensor(problem.grad)
+    kd_coef, ce_coef = problem.kd_coef.float().contiguous(), problem.ce_coef.float().contiguous()
     p.kd_coef, p.ce_coef = kd_coef.data_ptr(), ce_coef.data_ptr()
-    p.kd, p.ce = kd.data_ptr(), ce.data_ptr()
-    p.stats = stats.data_ptr() if stats is not None else 0
-    p.with_kd, p.with_ce = spec.with_kd, spec.with_ce and target is not None
+    p.kd, p.ce = out.kd.data_ptr(), out.ce.data_ptr()
+    p.stats = 0 if out.stats is None else out.stats.data_ptr()
+    p.with_kd, p.with_ce = spec.with_kd, problem.with_ce
     p.student_scale, p.student_softcap = spec.student_scale, spec.student_softcap or 0.0
     lib.caad_rows(p, instruction_set())
-    return RowResult(kd=kd, ce=ce, stats=stats)
+    if problem.grad is not None and spec.student_softcap is not None:
+        # The slope of the softcap at NaN is NaN, also where no term has a factor.
+        silent = ((kd_coef == 0) & (ce_coef == 0)).view(*problem.grad.shape[:2])
+        if bool(silent.any()):
+            problem.grad[silent] = 0
+    del keep, kd_coef, ce_coef  # until here: the library reads at their addresses
+    return out
 
 
-def _row_tensor(x: torch.Tensor):
+caad_rows = row_launcher_of(_solve_rows)
+
+
+def _row_tensor(x: torch.Tensor) -> Any:
     lib = load_library()
     codes = {torch.float32: lib.DType.f32, torch.bfloat16: lib.DType.bf16, torch.float16: lib.DType.f16}
     return lib.RowTensor(x.data_ptr(), codes[x.dtype], x.stride(0), x.stride(1))
@@ -107,10 +103,10 @@ def _row_tensor(x: torch.Tensor):
 
 def _teacher_problem(
     audio: torch.Tensor, text: torch.Tensor | None, target: torch.Tensor | None, alpha: torch.Tensor, spec: RowSpec
-) -> tuple[object, list[torch.Tensor]]:
-    """(RowProblem with what concerns the teacher and both sides alike, new tensors that its addresses point into)"""
+) -> tuple[Any, list[torch.Tensor]]:
+    """(the library's RowProblem with what concerns the teacher and both sides alike, new tensors that it points into)"""
     lib = load_library()
-    keep = []
+    keep: list[torch.Tensor] = []
     p = lib.RowProblem()
     p.outer, p.inner, p.vocab = audio.shape[0], audio.shape[1], spec.vocab
     p.audio = _row_tensor(audio)
@@ -123,8 +119,7 @@ def _teacher_problem(
     p.temperature = spec.temperature
     p.divergence = getattr(lib.Divergence, spec.divergence)
     p.jsd_beta = spec.jsd_beta
-    p.has_plausibility = spec.plausibility is not None
-    p.log_plausibility = 0.0 if spec.plausibility is None else math.log(spec.plausibility)
+    p.has_plausibility, p.log_plausibility = spec.plausibility is not None, spec.log_plausibility
     p.ignore_index = spec.ignore_index
     p.teacher_scale, p.teacher_softcap = spec.teacher_scale, spec.teacher_softcap or 0.0
     p.threads = torch.get_num_threads()
@@ -191,12 +186,12 @@ def layer_rows(
 
 
 def multiplies_bf16() -> bool:
-    """Whether :func:`bf16_gemm` is the best way here: vdpbf16ps, and no AMX, whose products torch's own library makes faster."""
+    """Whether :func:`bf16_gemm` is fastest here: with vdpbf16ps and without AMX. With AMX torch's own library is faster."""
     return available() and instruction_set() == "avx512_bf16" and not has_amx()
 
 
 def has_amx() -> bool:
-    """Whether torch's own library has the processor's AMX; a private name is the only way to ask."""
+    """Whether torch's own library can use the processor's AMX. Only a private name of torch tells."""
     return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
@@ -210,9 +205,9 @@ def bf16_gemm(
 ) -> None:
     """out (C, V) float32 = sum of parts (C, H) @ weight (V, H).T, all bf16, accumulated in float32.
 
-    At most two parts, which share one reading of the weight. Last strides are 1 and H is even. Scratch: 256 KiB a thread.
+    At most two parts: the weight is read once for both. Last strides are 1 and H is even. Scratch: 256 KiB a thread.
 
-    ``accumulate`` adds to what out holds; with ``weight_by_rows`` the weight is given as (H, V).
+    ``accumulate`` adds to what out holds. With ``weight_by_rows`` the weight is given as (H, V).
     """
     lib = load_library()
     g = lib.Bf16Gemm()

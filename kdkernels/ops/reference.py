@@ -1,6 +1,6 @@
-"""The formula in eager PyTorch: the oracle of tests and benchmarks (in float64), and a working implementation anywhere.
+"""The formula in eager PyTorch: the oracle of tests and benchmarks (in float64), and an implementation that runs on any device.
 
-Written to be read beside the maths, with no care for memory: it holds several (N, V) tensors in the compute dtype. Gradients
+Written to be read beside the maths. It does not save memory: it holds several (N, V) tensors in the compute dtype. Its gradients
 come from autograd, so they are independent of the analytic ones in the kernels.
 """
 
@@ -9,12 +9,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .rows import RowResult, RowSpec, joined_stats
 
 _NEG_INF = float("-inf")
+
+
+def _maths_of(x: Any) -> Any:
+    """The module with log and log1p for a number of a RowSpec, which is a tensor while torch.compile traces."""
+    return torch if isinstance(x, torch.Tensor) else math
 
 
 def _logits(raw: torch.Tensor, spec: RowSpec, scale: float, softcap: float | None, dtype: torch.dtype) -> torch.Tensor:
@@ -39,7 +45,7 @@ def contrastive_logits(
         mixed = audio + a * (audio.masked_fill(masked, 0.0) - text.masked_fill(masked, 0.0))
         target = torch.where(a == 0, audio, mixed.masked_fill(masked, _NEG_INF))
     if plausibility is not None:
-        threshold = audio.amax(dim=-1, keepdim=True) + math.log(plausibility)
+        threshold = audio.amax(dim=-1, keepdim=True) + _maths_of(plausibility).log(plausibility)
         target = target.masked_fill(audio < threshold, _NEG_INF)
     return target
 
@@ -81,8 +87,9 @@ def divergence(log_p: torch.Tensor, student: torch.Tensor, kind: str, jsd_beta: 
     else:
         log_q = _log_softmax(student)
         empty = torch.isneginf(log_p) & torch.isneginf(log_q)
+        maths = _maths_of(jsd_beta)
         log_m = torch.logaddexp(
-            log_p.masked_fill(empty, 0.0) + math.log(jsd_beta), log_q.masked_fill(empty, 0.0) + math.log1p(-jsd_beta)
+            log_p.masked_fill(empty, 0.0) + maths.log(jsd_beta), log_q.masked_fill(empty, 0.0) + maths.log1p(-jsd_beta)
         ).masked_fill(empty, _NEG_INF)
         value = jsd_beta * _relative_entropy(log_p, log_m) + (1 - jsd_beta) * _relative_entropy(log_q, log_m)
     return torch.where(torch.isneginf(log_p).all(dim=-1), torch.zeros_like(value), value)
@@ -97,8 +104,11 @@ def caad_rows(
     spec: RowSpec,
     *,
     want_stats: bool = False,
+    counts: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RowResult:
     """kd and ce per row (see :mod:`kdkernels.ops.rows`), differentiable in ``student``.
+
+    ``counts``: (N,) bool each, whether the row's kd and its ce have a factor. A term without one has no gradient, not even NaN.
 
     Computes in float64 where an input is float64, else in float32.
     """
@@ -108,7 +118,11 @@ def caad_rows(
     valid = None if target is None else target != spec.ignore_index  # (N,)
 
     s = _logits(student, spec, spec.student_scale, spec.student_softcap, dtype)
-    s = torch.where(torch.isneginf(s), s.detach(), s)  # a masked token takes no gradient, as the label neither
+    used = _used_rows(valid, counts)
+    if used is not None:
+        # The slope at NaN is NaN: rows without a gradient go through the formula as constants.
+        s = _values_of(used, _logits(_only(used, student), spec, spec.student_scale, spec.student_softcap, dtype), s)
+    s = torch.where(torch.isneginf(s), s.detach(), s)  # a masked token gets no gradient, not even as the label
     a = _logits(audio.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     t = None if text is None else _logits(text.detach(), spec, spec.teacher_scale, spec.teacher_softcap, dtype)
     if valid is not None:
@@ -121,11 +135,12 @@ def caad_rows(
     rows = s.shape[0]
     zeros = s.new_zeros(rows)
     log_p = _log_softmax(z / tau)
-    kd = tau**2 * divergence(log_p, s / tau, spec.divergence, spec.jsd_beta) if spec.with_kd else zeros
+    s_kd, s_ce = (s, s) if counts is None else (_values_of(x, s, s) for x in counts)
+    kd = tau**2 * divergence(log_p, s_kd / tau, spec.divergence, spec.jsd_beta) if spec.with_kd else zeros
     ce = zeros
     if target is not None and spec.with_ce:
         inside = (target >= 0) & (target < spec.vocab)
-        picked = _log_softmax(s).gather(-1, torch.where(inside, target, 0)[:, None])[:, 0]
+        picked = _log_softmax(s_ce).gather(-1, torch.where(inside, target, 0)[:, None])[:, 0]
         ce = torch.where(inside, -picked, math.nan)
     if text is not None:
         kd = torch.where((alpha >= 0) & torch.isfinite(alpha), kd, math.nan)
@@ -148,6 +163,26 @@ def caad_rows(
     return RowResult(kd=kd, ce=ce, stats=stats)
 
 
+def _used_rows(
+    valid: torch.Tensor | None, counts: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor | None:
+    """(N,) bool: the rows that have a gradient; None: all."""
+    if counts is None:
+        return valid
+    used = counts[0] | counts[1]
+    return used if valid is None else used & valid
+
+
+def _only(used: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (..., H) of N in all, with zeros where ``used`` (N,) is False."""
+    return torch.where(used.reshape(*rows.shape[:-1], 1), rows, torch.zeros_like(rows))
+
+
+def _values_of(used: torch.Tensor, differentiable: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(N, V): ``values``, differentiated as ``differentiable`` where ``used`` (N,), and nowhere else."""
+    return torch.where(used[:, None], differentiable, values.detach())
+
+
 def _entropy(log_p: torch.Tensor) -> torch.Tensor:
     return -torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * log_p).sum(dim=-1)
 
@@ -165,8 +200,12 @@ def linear_caad(
     spec: RowSpec,
     *,
     want_stats: bool = False,
+    counts: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RowResult:
-    """The row problem behind two LM heads, logits in full: float64 where an input is float64, else float32."""
+    """The row problem behind two LM heads, logits in full: float64 where an input is float64, else float32.
+
+    ``counts``: as in :func:`caad_rows`.
+    """
     given = [student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias]
     dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in given) else torch.float32
 
@@ -178,37 +217,47 @@ def linear_caad(
     available = torch.amp.is_autocast_available(device_type)  # not on "meta"
     with torch.amp.autocast(device_type, enabled=False) if available else contextlib.nullcontext():
         student = logits(student_hidden, student_weight, student_bias)
+        used = _used_rows(None if target is None else target != spec.ignore_index, counts)
+        if used is not None:  # hidden states that are NaN would reach the weight's gradient, though they are multiplied by 0
+            clean = logits(_only(used, student_hidden), student_weight, student_bias)
+            student = _values_of(used, clean[0], student[0])[None]
         audio = logits(audio_hidden, teacher_weight, teacher_bias)
         text = None if text_hidden is None else logits(text_hidden, teacher_weight, teacher_bias)
-    return caad_rows(student, audio, text, target, alpha, spec, want_stats=want_stats)
+    return caad_rows(student, audio, text, target, alpha, spec, want_stats=want_stats, counts=counts)
 
 
 def linear_multi_teacher(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
     student_bias: torch.Tensor | None,
-    teachers: Sequence[tuple],
+    teachers: Sequence[tuple[Any, ...]],
     target: torch.Tensor | None,
     omega: torch.Tensor,
     *,
     want_stats: bool = False,
+    counts: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RowResult:
     """kd_i = sum_k omega_ki tau^2 D_k, teacher by teacher; ce as against any one of them.
 
     Args:
         teachers: for each audio_hidden, text_hidden, weight, bias, alpha and RowSpec, as :func:`linear_caad` takes them.
         omega: (K, N).
+        counts: as in :func:`caad_rows`.
     """
     student = (student_hidden, student_weight, student_bias)
-    results = [
-        linear_caad(*student, *tensors, target, alpha, spec, want_stats=want_stats)
-        for *tensors, alpha, spec in teachers
-    ]
-    kd = {True: 0.0, False: 0.0}
-    for weight, result, (*_, spec) in zip(omega, results, teachers, strict=True):
-        kd[spec.divergence == "reverse_kl"] += torch.where(weight == 0, 0.0, weight * result.kd)
-    if isinstance(kd[True], torch.Tensor):  # an infinite reverse KL takes its token's gradient, and those it is added to
-        kd[True] = torch.where(torch.isinf(kd[True]), kd[True].detach(), kd[True])
-    return RowResult(
-        kd=kd[True] + kd[False], ce=results[0].ce, stats=joined_stats(results) if want_stats else None
-    )
+    results = []
+    for share, (audio, text, weight, bias, alpha, spec) in zip(omega, teachers, strict=True):
+        tensors = (*student, audio, text, weight, bias)
+        own = None if counts is None else (counts[0] & (share != 0), counts[1])
+        results.append(linear_caad(*tensors, target, alpha, spec, want_stats=want_stats, counts=own))
+    reverse = other = torch.zeros_like(results[0].kd)
+    for share, result, (*_, spec) in zip(omega, results, teachers, strict=True):
+        weighted = torch.where(share == 0, 0.0, share * result.kd)
+        if spec.divergence == "reverse_kl":
+            reverse = reverse + weighted
+        else:
+            other = other + weighted
+    # An infinite reverse KL takes its token's gradient, and the gradients of what it is added to.
+    reverse = torch.where(torch.isinf(reverse), reverse.detach(), reverse)
+    stats = joined_stats(results) if want_stats else None
+    return RowResult(kd=reverse + other, ce=results[0].ce, stats=stats)

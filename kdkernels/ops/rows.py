@@ -3,30 +3,23 @@
 Legend: B, T leading dimensions (row r = b * T + t), N = B * T rows, V_s / V_t widths of the student's and the teacher's
 logits, V = ``spec.vocab`` valid ids.
 
-Each backend (``native``, ``triton_caad``) offers one function of this signature::
-
-    caad_rows(student, audio, text, target, alpha, kd_coef, ce_coef, spec, *, grad=None, want_stats=False) -> RowResult
-
-    student   (B, T, V_s)  fp32 | bf16 | fp16, last stride 1, any strides in front
-    audio     (B, T, V_t)  likewise; its dtype may differ from the student's
-    text      (B, T, V_t)  or None: plain distillation, alpha is not read
-    target    (N,) int64 or None
-    alpha     (1,) or (N,) float32
-    kd_coef   (N,) float32: d loss / d kd_i;  ce_coef (N,) float32: d loss / d ce_i
-    grad      None, or (B, T, V_s) fp32 | bf16 | fp16 with last stride 1, which receives
-              kd_coef_i * d kd_i / d s + ce_coef_i * d ce_i / d s. It may share ``student``'s memory: row r of ``grad`` may
-              overlap row r of ``student`` (and no other row), also at a smaller item size; or likewise ``audio``'s.
+Each backend (``native``, ``triton_caad``, ``cuda_caad``) solves a :class:`RowProblem`. It offers one function, ``caad_rows``,
+with the signature of :class:`RowLauncher`.
 
 Rows whose target is ``ignore_index`` are never read: their kd, ce and statistics are 0 and their gradient is 0.
-A row with a target outside [0, V) or a negative or non-finite alpha gives NaN (the CPU front end refuses it before).
+A row with a target outside [0, V) or a negative or non-finite alpha gives NaN (the CPU front end raises ValueError before).
 
-Several teachers first become one such row by ``mix_rows``: :mod:`kdkernels.ops.mixture`.
+``mix_rows`` first turns several teachers into one such row: :mod:`kdkernels.ops.mixture`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,6 +27,33 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 # Rows of RowResult.stats, in order. Entropies and the divergence are in nats, of the distributions at temperature tau.
 STAT_NAMES = ("student_entropy", "teacher_entropy", "top1_agreement", "path_divergence")
+
+
+def scalar(x: Any) -> Any:
+    """``x`` as a float; while torch.compile traces, as a float64 tensor () on the CPU.
+
+    The compiler makes a Python float that changes from call to call an input of its graph, but only where the float multiplies
+    (adds to, divides, ...) a tensor. Where it goes into torch.full or an operator's list of numbers, its value of the moment
+    becomes a constant. A float that is used in both ways is then stale there. So every number that a caller may change becomes a
+    tensor here (or in :func:`filled`) before it is used.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64, device="cpu") * x
+    return float(x)
+
+
+def filled(shape: tuple[int, ...], x: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.full; see :func:`scalar`."""
+    if torch.compiler.is_compiling():
+        return torch.ones(shape, dtype=dtype, device=device) * x
+    return torch.full(shape, float(x), dtype=dtype, device=device)
+
+
+def packed_numbers(numbers: Sequence[Any]) -> torch.Tensor:
+    """Floats, or what :func:`scalar` returned, as one tensor on the CPU for an operator, which reads it there."""
+    if torch.compiler.is_compiling():
+        return torch.stack([x if isinstance(x, torch.Tensor) else scalar(x) for x in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -45,17 +65,69 @@ class RowSpec:
     """
 
     vocab: int
-    temperature: float = 2.0
+    temperature: Any = 2.0  # float; like every number below a tensor () while torch.compile traces: see scalar
     divergence: str = "forward_kl"
-    jsd_beta: float = 0.5
-    plausibility: float | None = None
+    jsd_beta: Any = 0.5
+    plausibility: Any = None  # or None
     ignore_index: int = -100
     with_kd: bool = True  # False: kd is not needed; it comes back as 0
     with_ce: bool = True  # False: ce is not needed (or there is no target); it comes back as 0
-    student_scale: float = 1.0
-    teacher_scale: float = 1.0
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
+    student_scale: Any = 1.0
+    teacher_scale: Any = 1.0
+    student_softcap: Any = None  # or None
+    teacher_softcap: Any = None  # or None
+
+    @property
+    def log_plausibility(self) -> float:
+        """How far below the largest z_audio a token may be; 0 without a plausibility mask."""
+        return 0.0 if self.plausibility is None else math.log(self.plausibility)
+
+    def packed(self) -> tuple[list[int], torch.Tensor, str]:
+        """(whole numbers and flags, numbers, divergence): an operator's arguments. Few, for each one costs time in every call."""
+        whole, numbers, divergence = self.parts()
+        return whole, packed_numbers(numbers), divergence
+
+    def parts(self) -> tuple[list[int], list[Any], str]:
+        """What :meth:`packed` packs."""
+        return (
+            [self.vocab, self.ignore_index, int(self.with_kd), int(self.with_ce)],
+            [
+                self.temperature,
+                self.jsd_beta,
+                0.0 if self.plausibility is None else self.plausibility,
+                self.student_scale,
+                self.teacher_scale,
+                0.0 if self.student_softcap is None else self.student_softcap,
+                0.0 if self.teacher_softcap is None else self.teacher_softcap,
+            ],
+            self.divergence,
+        )
+
+    @classmethod
+    def unpacked(cls, whole: Sequence[int], numbers: torch.Tensor | Sequence[float], divergence: str) -> RowSpec:
+        vocab, ignore_index, with_kd, with_ce = whole
+        numbers = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
+        temperature, jsd_beta, plausibility, student_scale, teacher_scale, student_softcap, teacher_softcap = numbers
+        return cls(
+            vocab=vocab,
+            temperature=temperature,
+            divergence=divergence,
+            jsd_beta=jsd_beta,
+            plausibility=plausibility or None,
+            ignore_index=ignore_index,
+            with_kd=bool(with_kd),
+            with_ce=bool(with_ce),
+            student_scale=student_scale,
+            teacher_scale=teacher_scale,
+            student_softcap=student_softcap or None,
+            teacher_softcap=teacher_softcap or None,
+        )
+
+    def of_student(self) -> RowSpec:
+        """Without what concerns a teacher alone."""
+        return dataclasses.replace(
+            self, divergence="forward_kl", jsd_beta=0.5, plausibility=None, teacher_scale=1.0, teacher_softcap=None
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +138,111 @@ class RowResult:
     ce: torch.Tensor
     stats: torch.Tensor | None
 
+    @classmethod
+    def empty(cls, rows: int, n_stats: int, device: torch.device) -> RowResult:
+        """Memory for a kernel to write to; ``n_stats`` 0: no statistics."""
+        kd, ce = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
+        return cls(kd, ce, torch.empty(n_stats, rows, dtype=torch.float32, device=device) if n_stats else None)
+
+
+class RowProblem(NamedTuple):
+    """N rows and what is wanted of them."""
+
+    student: torch.Tensor  # (B, T, V_s) fp32 | bf16 | fp16, last stride 1, any strides in front
+    audio: torch.Tensor  # (B, T, V_t) likewise; its dtype may differ from the student's
+    text: torch.Tensor | None  # (B, T, V_t), or None: plain distillation, alpha is not read
+    target: torch.Tensor | None  # (N,) int64
+    alpha: torch.Tensor  # (1,) or (N,) float32
+    kd_coef: torch.Tensor  # (N,) float32: d loss / d kd_i
+    ce_coef: torch.Tensor  # (N,) float32: d loss / d ce_i
+    spec: RowSpec
+    # None, or (B, T, V_s) with last stride 1, which receives kd_coef_i * d kd_i / d s + ce_coef_i * d ce_i / d s.
+    # It may share `student`'s memory: row r of `grad` may overlap row r of `student` (and no other row), also at a smaller item
+    # size; or likewise `audio`'s.
+    grad: torch.Tensor | None = None
+    want_stats: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.student.shape[0] * self.student.shape[1]
+
+    @property
+    def with_ce(self) -> bool:
+        return self.spec.with_ce and self.target is not None
+
+    @property
+    def read(self) -> dict[str, torch.Tensor]:
+        """The logits that a kernel reads, by their names."""
+        named = {"student": self.student}
+        if self.spec.with_kd or self.want_stats:
+            named["audio"] = self.audio
+            if self.text is not None:
+                named["text"] = self.text
+        return named
+
+    def empty_result(self) -> RowResult:
+        return RowResult.empty(self.rows, len(STAT_NAMES) if self.want_stats else 0, self.student.device)
+
+
+class RowLauncher(Protocol):
+    """``caad_rows`` of a backend; :class:`RowProblem` says what the arguments are."""
+
+    def __call__(
+        self,
+        student: torch.Tensor,
+        audio: torch.Tensor,
+        text: torch.Tensor | None,
+        target: torch.Tensor | None,
+        alpha: torch.Tensor,
+        kd_coef: torch.Tensor,
+        ce_coef: torch.Tensor,
+        spec: RowSpec,
+        *,
+        grad: torch.Tensor | None = None,
+        want_stats: bool = False,
+    ) -> RowResult: ...
+
+
+def row_launcher_of(solve: Callable[..., RowResult]) -> RowLauncher:
+    """``caad_rows`` from the function that solves a :class:`RowProblem`, with that function's docstring.
+
+    Keywords that the signature does not have go to ``solve``.
+    """
+
+    @functools.wraps(solve)
+    def caad_rows(
+        *arguments: Any, grad: torch.Tensor | None = None, want_stats: bool = False, **options: Any
+    ) -> RowResult:
+        return solve(RowProblem._make((*arguments, grad, want_stats)), **options)
+
+    return caad_rows
+
+
+class LinearTensors(NamedTuple):
+    """Hidden states and LM heads of a student and its teacher, from which the logits of a row problem are made."""
+
+    student_hidden: torch.Tensor  # (N, H_s); before flat() (..., H_s)
+    student_weight: torch.Tensor  # (V_s, H_s)
+    student_bias: torch.Tensor | None
+    audio_hidden: torch.Tensor  # (N, H_t)
+    text_hidden: torch.Tensor | None
+    teacher_weight: torch.Tensor  # (V_t, H_t)
+    teacher_bias: torch.Tensor | None
+
+    def flat(self) -> LinearTensors:
+        """Hidden states (N, H), and the teacher's tensors without a gradient."""
+
+        def rows(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.reshape(-1, hidden.shape[-1])
+
+        return self._replace(
+            student_hidden=rows(self.student_hidden),
+            audio_hidden=rows(self.audio_hidden.detach()),
+            text_hidden=None if self.text_hidden is None else rows(self.text_hidden.detach()),
+            teacher_weight=self.teacher_weight.detach(),
+            teacher_bias=None if self.teacher_bias is None else self.teacher_bias.detach(),
+        )
+
 
 def stat_count(teachers: int) -> int:
     """Rows of RowResult.stats with several teachers: the student's entropy, then one a teacher of each: kd, its entropy, top-1
@@ -75,8 +252,8 @@ def stat_count(teachers: int) -> int:
 
 def joined_stats(results: Sequence[RowResult]) -> torch.Tensor:
     """(stat_count, N) from the results against each teacher."""
-    by_name = [torch.stack([r.stats[i] for r in results]) for i in range(1, len(STAT_NAMES))]
-    return torch.cat([results[0].stats[:1], torch.stack([r.kd for r in results]), *by_name])
+    stats = torch.stack([r.stats for r in results if r.stats is not None], dim=1)  # (len(STAT_NAMES), K, N)
+    return torch.cat([stats[0, :1], torch.stack([r.kd for r in results]), *stats[1:]])
 
 
 def check_overlap(student: torch.Tensor, grad: torch.Tensor) -> None:

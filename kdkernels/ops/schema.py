@@ -1,4 +1,4 @@
-"""The custom operators: one boundary each for the two hot paths, with fake and autograd, so that torch.compile sees through.
+"""The custom operators: one for each of the two hot paths, with fake and autograd, so that torch.compile can trace them.
 
 Everything is computed in the forward; the backward only scales. Registered at import; torch is all that is needed for that.
 
@@ -8,7 +8,10 @@ Legend: B, T leading dimensions, N = B * T tokens, V_s / V_t vocabulary widths, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -17,9 +20,47 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .chunking import NO_LOGITS, choose_path
 from .dispatch import checks_enabled, row_launcher
 from .linear import LinearResult, linear_caad_chunks, survivors_launcher
-from .rows import STAT_NAMES, RowResult, RowSpec
+from .rows import STAT_NAMES, LinearTensors, RowProblem, RowResult, RowSpec
 
 _N_STATS = 2 + len(STAT_NAMES)  # kd, ce, then STAT_NAMES
+_LINEAR_TENSORS = len(LinearTensors._fields) + 4  # and target, alpha, kd_coef, ce_coef
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """What an operator over LM heads is asked for."""
+
+    chunk_tokens: int | None
+    workspace_bytes: int | None
+    reduced: bool
+    hidden_grad: bool
+    weight_grad: bool
+    bias_grad: bool
+    want_stats: bool
+    logits_dtype: torch.dtype
+    impl: str
+
+    def packed(self) -> tuple[list[int], torch.dtype, str]:
+        """The operator's last arguments, see :meth:`RowSpec.packed`."""
+        flags = (self.reduced, self.hidden_grad, self.weight_grad, self.bias_grad, self.want_stats)
+        sizes = (self.chunk_tokens or 0, self.workspace_bytes or 0)
+        return [*sizes, *map(int, flags)], self.logits_dtype, self.impl
+
+    @classmethod
+    def unpacked(cls, whole: Sequence[int], logits_dtype: torch.dtype, impl: str) -> LinearSettings:
+        chunk_tokens, workspace_bytes, reduced, hidden_grad, weight_grad, bias_grad, want_stats = whole
+        grads = (bool(hidden_grad), bool(weight_grad), bool(bias_grad))
+        sizes = (chunk_tokens or None, workspace_bytes or None)
+        return cls(*sizes, bool(reduced), *grads, bool(want_stats), logits_dtype, impl)
+
+    @property
+    def any_grad(self) -> bool:
+        return self.hidden_grad or self.weight_grad or self.bias_grad
+
+    @property
+    def chunks(self) -> dict[str, Any]:
+        """Keywords of the chunk loops."""
+        names = ("logits_dtype", "chunk_tokens", "workspace_bytes", "hidden_grad", "weight_grad", "bias_grad", "want_stats")
+        return {name: getattr(self, name) for name in names}
 
 
 def check_values(target: Tensor | None, alpha: Tensor, vocab: int, ignore_index: int, *, source: str = "") -> None:
@@ -46,14 +87,15 @@ def weighted(kd: Tensor, ce: Tensor, kd_coef: Tensor, ce_coef: Tensor) -> Tensor
 
 
 def all_stats(result: RowResult) -> Tensor:
+    assert result.stats is not None
     return torch.cat([torch.stack([result.kd, result.ce]), result.stats])  # (_N_STATS, N)
 
 
 def half_gain(kd_coef: Tensor, ce_coef: Tensor, *dtypes: torch.dtype) -> Tensor | None:
     """The power of two by which a float16 gradient is stored too large, and which the backward takes out again; else None.
 
-    Without it a mean over thousands of tokens would leave the gradient among float16's subnormals, where a gradient scaler,
-    which acts in the backward, comes too late.
+    Without it the gradient of a mean over thousands of tokens would be among float16's subnormals. A gradient scaler acts in the
+    backward, which is too late.
     """
     if torch.float16 not in dtypes:
         return None
@@ -62,8 +104,8 @@ def half_gain(kd_coef: Tensor, ce_coef: Tensor, *dtypes: torch.dtype) -> Tensor 
 
 
 def refuse_second_derivative() -> None:
-    """For a backward: autograd records it exactly under create_graph=True. The gradient it hands out was made in the forward and
-    depends on nothing that is recorded, so a second derivative would silently come out as 0."""
+    """For a backward: RuntimeError under create_graph=True, the only time that autograd records it. The forward has computed the
+    gradient, and nothing that is recorded leads to it: a second derivative would silently be 0."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True: the fused losses have no second derivatives; impl='reference' computes them by autograd"
@@ -71,7 +113,7 @@ def refuse_second_derivative() -> None:
 
 
 def _is_one(grad_output: Tensor) -> bool:
-    """Whether scaling can be skipped; looked at only where that is neither a device sync nor traced."""
+    """Whether scaling can be skipped. Asked only on the CPU and not while tracing: elsewhere it would wait for the device."""
     plain = type(grad_output) is Tensor and grad_output.device.type == "cpu" and not torch.compiler.is_compiling()
     return plain and bool((grad_output == 1).all())
 
@@ -82,8 +124,9 @@ def _without_gain(grad_output: Tensor, gain: Tensor) -> Tensor:
 
 
 def _triton_scales(grad: Tensor) -> bool:
-    """Whether a gradient is scaled by the Triton kernel: one read and one write, and no float32 copy of a narrower one. Not
-    while tracing: there the compiler fuses what it sees."""
+    """Whether the Triton kernel scales a gradient: one read and one write, and no float32 copy of a narrower one. Not while
+    tracing:
+    the compiler fuses what it sees there."""
     plain = type(grad) is Tensor and grad.is_cuda and not torch.compiler.is_compiling()
     return plain and grad.stride(-1) == 1 and importlib.util.find_spec("triton") is not None
 
@@ -97,9 +140,10 @@ def _scale_rows(grad: Tensor, factor: Tensor, *, out: Tensor | None = None) -> T
 
 
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
-    """A new tensor: the saved one may be wanted again (retain_graph). On the CPU the saved one where the factor is 1."""
+    """A new tensor: the saved one may be wanted again. On the CPU the saved one where the factor is 1 and no graph is kept."""
     if _is_one(grad_output):
-        return grad
+        # What a backward hands out its receiver may change (clipping, all_reduce of .grad).
+        return grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
     if grad.dim() in (2, 3) and _triton_scales(grad):
         return _scale_rows(grad, grad_output)
     factor = grad_output.to(torch.promote_types(grad.dtype, torch.float32))
@@ -109,7 +153,13 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
 # -- logits in -----------------------------------------------------------------------------------------------------------
 
 
-@library.custom_op("kdkernels::caad_rows", mutates_args=())
+# The operators read the numbers of a RowSpec on the host, from a tensor on the CPU. A CUDA graph that the compiler captures would
+# keep the numbers of the first call; so it leaves these operators out.
+_tags_known = hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(library.custom_op).parameters
+READS_ON_HOST: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if _tags_known else {}
+
+
+@library.custom_op("kdkernels::caad_rows", mutates_args=(), **READS_ON_HOST)
 def caad_rows(
     student: Tensor,  # (B, T, V_s)
     audio: Tensor,  # (B, T, V_t)
@@ -118,32 +168,19 @@ def caad_rows(
     alpha: Tensor,  # (1,) or (N,) float32
     kd_coef: Tensor,  # (N,) float32
     ce_coef: Tensor,
-    vocab: int,
-    temperature: float,
+    whole: Sequence[int],  # RowSpec.packed()
+    numbers: Tensor,
     divergence: str,
-    jsd_beta: float,
-    plausibility: float | None,
-    ignore_index: int,
-    with_kd: bool,
-    with_ce: bool,
     want_grad: bool,
     want_stats: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss per token (N,), its gradient times half_gain (B, T, V_s), statistics (6, N), half_gain); each but the first may be
     empty."""
-    spec = RowSpec(
-        vocab=vocab,
-        temperature=temperature,
-        divergence=divergence,
-        jsd_beta=jsd_beta,
-        plausibility=plausibility,
-        ignore_index=ignore_index,
-        with_kd=with_kd,
-        with_ce=with_ce,
-    )
+    spec = RowSpec.unpacked(whole, numbers, divergence)
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else None
-    loss, stats, gain = rows_into(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats, impl)
+    problem = RowProblem(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats)
+    loss, stats, gain = solve_rows(problem, impl)
     return (
         loss,
         student.new_empty(0) if grad is None else grad,
@@ -152,27 +189,15 @@ def caad_rows(
     )
 
 
-def rows_into(
-    student: Tensor,
-    audio: Tensor,
-    text: Tensor | None,
-    target: Tensor | None,
-    alpha: Tensor,
-    kd_coef: Tensor,
-    ce_coef: Tensor,
-    spec: RowSpec,
-    grad: Tensor | None,
-    want_stats: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Runs the row kernel with the gradient going into ``grad``; returns (loss per token, statistics or None, half_gain)."""
+def solve_rows(problem: RowProblem, impl: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(loss per token, statistics or None, half_gain, by which the gradient in ``problem.grad`` is too large)"""
+    student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats = problem
     check_values(target, alpha, spec.vocab, spec.ignore_index)
-    text = None if text is None else _as_rows(text)
     gain = None if grad is None else half_gain(kd_coef, ce_coef, grad.dtype)
     result = row_launcher(impl)(
         _as_rows(student),
         _as_rows(audio),
-        text,
+        None if text is None else _as_rows(text),
         target,
         alpha,
         kd_coef if gain is None else kd_coef * gain,
@@ -190,8 +215,8 @@ def _as_rows(logits: Tensor) -> Tensor:
 
 
 @caad_rows.register_fake
-def _(student, audio, text, target, alpha, kd_coef, ce_coef, vocab, temperature, divergence, jsd_beta, plausibility,
-      ignore_index, with_kd, with_ce, want_grad, want_stats, impl):  # fmt: skip
+def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, kd_coef, _, _, _, _, want_grad, want_stats, _ = others
     rows = student.shape[0] * student.shape[1]
     return (
         kd_coef.new_empty(rows),
@@ -201,64 +226,123 @@ def _(student, audio, text, target, alpha, kd_coef, ce_coef, vocab, temperature,
     )
 
 
-def without_gradients(ctx, outputs: Sequence[Tensor]) -> None:
-    """``outputs`` are not differentiated. Autograd would still hand the backward a tensor of zeros for each: as large as a
-    gradient of logits or of an LM head."""
+def without_gradients(ctx: Any, outputs: Sequence[Tensor]) -> None:
+    """``outputs`` are not differentiated. By default autograd would still pass a tensor of zeros for each to the backward, as
+    large
+    as a gradient of logits or of an LM head."""
     ctx.mark_non_differentiable(*outputs)
     ctx.set_materialize_grads(False)
 
 
-def _rows_setup(ctx, inputs, output):
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     without_gradients(ctx, output[1:])
     ctx.save_for_backward(output[1], output[3])
-    ctx.leading = inputs[0].shape[:2]
+    ctx.leading, ctx.inputs = inputs[0].shape[:2], len(inputs)
 
 
-def _rows_backward(ctx, grad_loss, *_others):
+def _rows_backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
     grad, gain = ctx.saved_tensors
-    return (_scaled(grad, _without_gain(grad_loss, gain).reshape(ctx.leading)),) + (None,) * 17
+    factor = _without_gain(grad_loss, gain).reshape(ctx.leading)
+    return _scaled(grad, factor), *[None] * (ctx.inputs - 1)
 
 
 caad_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 
 class InPlaceRows(torch.autograd.Function):
-    """The same with the gradient written over the student's logits; eager only. Its memory is consumed by the backward."""
+    """The same with the gradient written over the student's logits; eager only. The backward consumes that memory."""
 
     @staticmethod
-    def forward(ctx, student, audio, text, target, alpha, kd_coef, ce_coef, spec, want_stats, impl):
+    def forward(ctx: Any, student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        """The arguments of RowProblem up to spec; want_stats, impl"""
+        *tensors, spec, want_stats, impl = others
         memory = student.detach()
-        loss, stats, ctx.gain = rows_into(
-            memory, audio, text, target, alpha, kd_coef, ce_coef, spec, memory, want_stats, impl
-        )
-        # Whoever else saved these logits for its backward must learn that they are gone.
+        problem = RowProblem._make((memory, *tensors, spec, memory, want_stats))
+        loss, stats, ctx.gain = solve_rows(problem, impl)
+        # An operation that saved these logits for its backward has to learn that they are gone.
         torch.autograd.graph.increment_version(student)
         ctx.grad = memory
+        ctx.version = memory._version
         stats = loss.new_empty(0) if stats is None else stats
         without_gradients(ctx, (stats,))
         return loss, stats
 
     @staticmethod
-    def backward(ctx, grad_loss, _stats):
+    def backward(ctx: Any, grad_loss: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError(
                 "inplace=True: the gradient was consumed by the first backward; a second one needs inplace=False"
             )
+        if grad._version != ctx.version:
+            raise _used_later()
         grad_loss = grad_loss if ctx.gain is None else grad_loss / ctx.gain
         if _triton_scales(grad):
             _scale_rows(grad, grad_loss, out=grad)
         elif not _is_one(grad_loss):
             grad.mul_(grad_loss.reshape(*grad.shape[:2], 1))
-        return (grad,) + (None,) * 9
+        return grad, *[None] * 9
+
+
+def _used_later() -> RuntimeError:
+    return RuntimeError(
+        "inplace=True: expected no use of student_logits after the loss, which has overwritten them (modified by an inplace "
+        "operation), got one; use them before, or pass inplace=False"
+    )
+
+
+class _Consumed(torch.autograd.Function):
+    """Logits that InPlaceRows overwrites. Every later use of them has this as its history, so that a backward finds it.
+
+    A version number cannot do that. It tells only that a tensor changed after an operation had saved it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, memory: Tensor | None) -> Tensor:
+        """``memory``: what the gradient of the loss will lie in; None: no gradient comes through here."""
+        ctx.mark_dirty(logits)
+        ctx.memory = memory
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The gradient of another use has been added to that of the loss: then the sum lies elsewhere.
+        if ctx.memory is None or grad.data_ptr() != ctx.memory.data_ptr():
+            raise _used_later()
+        return grad, None
+
+
+def can_be_consumed(logits: Tensor) -> bool:
+    """Whether autograd lets an operation overwrite these logits: not a leaf, and not a view such as torch.chunk returns."""
+    if logits.is_leaf:
+        return False
+    if not logits._is_view():
+        return True
+    private: Any = torch._C._autograd
+    return not logits.retains_grad and private._get_creation_meta(logits) == private.CreationMeta.DEFAULT
+
+
+def consume_rows(
+    logits: Tensor, as_rows: Callable[[Tensor], Tensor], *others: Any
+) -> tuple[Tensor, Tensor]:
+    """InPlaceRows of the logits, which ``as_rows`` views as (B, T, V)."""
+    if logits._is_view():
+        # Autograd would copy a gradient that comes through a change of a part of something larger. So none comes.
+        loss, stats = InPlaceRows.apply(as_rows(logits), *others)
+        _Consumed.apply(logits, None)
+        if loss.grad_fn is not None:
+            loss.grad_fn.version = logits._version
+        return loss, stats
+    logits = _Consumed.apply(logits, logits.detach())
+    return InPlaceRows.apply(as_rows(logits), *others)
 
 
 # -- hidden states in ----------------------------------------------------------------------------------------------------
 
 
-@library.custom_op("kdkernels::linear_caad", mutates_args=())
+@library.custom_op("kdkernels::linear_caad", mutates_args=(), **READS_ON_HOST)
 def linear_caad(
     student_hidden: Tensor,  # (N, H_s)
     student_weight: Tensor,  # (V_s, H_s)
@@ -271,61 +355,39 @@ def linear_caad(
     alpha: Tensor,
     kd_coef: Tensor,
     ce_coef: Tensor,
-    vocab: int,
-    temperature: float,
+    spec_whole: Sequence[int],  # RowSpec.packed()
+    spec_numbers: Tensor,
     divergence: str,
-    jsd_beta: float,
-    plausibility: float | None,
-    ignore_index: int,
-    with_kd: bool,
-    with_ce: bool,
-    student_scale: float,
-    teacher_scale: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
+    wanted_whole: Sequence[int],  # LinearSettings.packed()
     logits_dtype: torch.dtype,
-    chunk_tokens: int | None,
-    workspace_bytes: int | None,
-    reduced: bool,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-    want_stats: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss: () if reduced else (N,); gradients of hidden (times half_gain), weight and bias, each full or empty; statistics
-    (6, N) or empty; half_gain or empty)."""
-    check_values(target, alpha, vocab, ignore_index)
-    spec = RowSpec(
-        vocab=vocab,
-        temperature=temperature,
-        divergence=divergence,
-        jsd_beta=jsd_beta,
-        plausibility=plausibility,
-        ignore_index=ignore_index,
-        with_kd=with_kd,
-        with_ce=with_ce,
-        student_scale=student_scale,
-        teacher_scale=teacher_scale,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-    )
-    device_type = student_hidden.device.type
-    any_grad = hidden_grad or weight_grad or bias_grad
-    gain = half_gain(kd_coef, ce_coef, student_hidden.dtype, student_weight.dtype, logits_dtype) if any_grad else None
+    """(loss: () if reduced else (N,); gradients of hidden, weight and bias, each full or empty; statistics (6, N) or empty; by
+    what the three gradients are too large, (3,) or empty)."""
+    student = (student_hidden, student_weight, student_bias)
+    heads = LinearTensors(*student, audio_hidden, text_hidden, teacher_weight, teacher_bias)
+    spec = RowSpec.unpacked(spec_whole, spec_numbers, divergence)
+    wanted = LinearSettings.unpacked(wanted_whole, logits_dtype, impl)
+    check_values(target, alpha, spec.vocab, spec.ignore_index)
+    gain = None
+    if wanted.any_grad:
+        gain = half_gain(kd_coef, ce_coef, student_hidden.dtype, student_weight.dtype, logits_dtype)
     path, _ = choose_path(
-        impl=impl, gradient=any_grad, divergence=divergence, want_stats=want_stats, chunk_tokens=chunk_tokens
+        impl=impl,
+        gradient=wanted.any_grad,
+        divergence=divergence,
+        want_stats=wanted.want_stats,
+        chunk_tokens=wanted.chunk_tokens,
     )
-    tensors = (student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias)
-    with torch.amp.autocast(device_type, enabled=False):
+    with torch.amp.autocast(student_hidden.device.type, enabled=False):
         if path == NO_LOGITS:
             from .triton_no_logits import linear_caad_no_logits
 
-            rows = linear_caad_no_logits(*tensors, target, alpha, spec, workspace_bytes=workspace_bytes)
+            rows = linear_caad_no_logits(*heads, target, alpha, spec, workspace_bytes=wanted.workspace_bytes)
             out = LinearResult(rows, None, None, None)
         else:
             out = linear_caad_chunks(
-                *tensors,
+                heads,
                 target,
                 alpha,
                 kd_coef,
@@ -333,116 +395,105 @@ def linear_caad(
                 spec,
                 rows=row_launcher(impl),
                 survivors=survivors_launcher(impl),
-                logits_dtype=logits_dtype,
-                chunk_tokens=chunk_tokens,
-                workspace_bytes=workspace_bytes,
-                hidden_grad=hidden_grad,
-                weight_grad=weight_grad,
-                bias_grad=bias_grad,
-                want_stats=want_stats,
                 gain=gain,
+                **wanted.chunks,
             )
-    return linear_results(out, student_hidden, student_weight, kd_coef, ce_coef, reduced, gain)
+    return linear_results(out, student, kd_coef, ce_coef, wanted.reduced)
 
 
 def linear_results(
     out: LinearResult,
-    student_hidden: Tensor,
-    student_weight: Tensor,
+    student: tuple[Tensor, Tensor, Tensor | None],  # hidden states, weight, bias
     kd_coef: Tensor,
     ce_coef: Tensor,
     reduced: bool,
-    gain: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What an operator over LM heads returns, empty where there is nothing."""
+    hidden, weight, _ = student
     loss = weighted(out.rows.kd, out.rows.ce, kd_coef, ce_coef)
     return (
         loss.sum() if reduced else loss,
-        student_hidden.new_empty(0) if out.hidden_grad is None else out.hidden_grad,
-        student_weight.new_empty(0) if out.weight_grad is None else out.weight_grad,
-        student_weight.new_empty(0) if out.bias_grad is None else out.bias_grad,
+        hidden.new_empty(0) if out.hidden_grad is None else out.hidden_grad,
+        weight.new_empty(0) if out.weight_grad is None else out.weight_grad,
+        weight.new_empty(0) if out.bias_grad is None else out.bias_grad,
         loss.new_empty(0) if out.rows.stats is None else all_stats(out.rows),
-        loss.new_empty(0) if gain is None else gain,
+        loss.new_empty(0) if out.gains is None else out.gains,
     )
 
 
 def fake_linear_results(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    kd_coef: Tensor,
-    logits_dtype: torch.dtype,
-    reduced: bool,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-    n_stats: int,
+    student: tuple[Tensor, Tensor, Tensor | None], kd_coef: Tensor, wanted: LinearSettings, n_stats: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The shapes of linear_results; n_stats 0: no statistics."""
-    n = student_hidden.shape[0]
-    empty = student_weight.new_empty(0)
-    dtypes = (student_hidden.dtype, student_weight.dtype, logits_dtype)
-    has_gain = torch.float16 in dtypes and (hidden_grad or weight_grad or bias_grad)
+    """The shapes of linear_results."""
+    hidden, weight, bias = student
+    n = hidden.shape[0]
+    has_gain = torch.float16 in (hidden.dtype, weight.dtype, wanted.logits_dtype) and wanted.any_grad
+
+    def gradient(x: Tensor | None, made: bool, like: Tensor) -> Tensor:
+        made_of = x if made else None
+        return like.new_empty(0) if made_of is None else torch.empty_like(made_of, memory_format=torch.contiguous_format)
+
     return (
-        kd_coef.new_empty(() if reduced else (n,)),
-        torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
-        if hidden_grad
-        else student_hidden.new_empty(0),
-        torch.empty_like(student_weight, memory_format=torch.contiguous_format) if weight_grad else empty,
-        torch.empty_like(student_bias, memory_format=torch.contiguous_format) if bias_grad else empty.new_empty(0),
-        kd_coef.new_empty((n_stats, n)) if n_stats else kd_coef.new_empty(0),
-        kd_coef.new_empty(() if has_gain else 0),
+        kd_coef.new_empty(() if wanted.reduced else (n,)),
+        gradient(hidden, wanted.hidden_grad, hidden),
+        gradient(weight, wanted.weight_grad, weight),
+        gradient(bias, wanted.bias_grad, weight),
+        kd_coef.new_empty((n_stats, n)) if wanted.want_stats else kd_coef.new_empty(0),
+        kd_coef.new_empty(3 if has_gain else 0),
     )
 
 
 @linear_caad.register_fake
-def _(student_hidden, student_weight, student_bias, audio_hidden, text_hidden, teacher_weight, teacher_bias, target, alpha,
-      kd_coef, ce_coef, vocab, temperature, divergence, jsd_beta, plausibility, ignore_index, with_kd, with_ce, student_scale,
-      teacher_scale, student_softcap, teacher_softcap, logits_dtype, chunk_tokens, workspace_bytes, reduced, hidden_grad,
-      weight_grad, bias_grad, want_stats, impl):  # fmt: skip
-    return fake_linear_results(
-        student_hidden, student_weight, student_bias, kd_coef, logits_dtype, reduced, hidden_grad, weight_grad, bias_grad,
-        _N_STATS * want_stats,
-    )  # fmt: skip
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kd_coef = arguments[_LINEAR_TENSORS - 2]
+    return fake_linear_results(arguments[:3], kd_coef, LinearSettings.unpacked(*arguments[-3:]), _N_STATS)
 
 
-def register_linear_autograd(op, *, tensors: int) -> None:
+def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
     """Autograd of an operator over LM heads, whose first three inputs are the student's hidden states, weight and bias, and whose
-    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Its flags reduced, hidden_grad, weight_grad,
-    bias_grad and want_stats follow each other; it returns what linear_caad does."""
-    reduced = [x.name for x in op._opoverload._schema.arguments].index("reduced")
+    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Then come RowSpec.packed() or packed_specs, and
+    LinearSettings.packed(). It returns what linear_caad does."""
 
-    def setup(ctx, inputs, output):
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         without_gradients(ctx, output[1:])
-        ctx.reduced = inputs[reduced]
+        wanted = LinearSettings.unpacked(*inputs[-3:])
         ctx.structure = [_is_tensor_list(x) and len(x) for x in inputs]
-        # A token's own factor reaches dW only inside the GEMM, so an unreduced loss with a training head is run again with the
-        # factors in its coefficients. (The front end asked for no gradients in that forward.)
-        ctx.again = not ctx.reduced and not any(inputs[reduced + 1 : reduced + 4])
+        # The GEMM of dW needs each token's own factor. So an unreduced loss with a training head runs again, with the factors in
+        # its coefficients. (The front end asked for no gradients in that forward.)
+        ctx.again = not wanted.reduced and not wanted.any_grad
         if ctx.again:
             flat, ctx.tree = tree_flatten(list(inputs[:tensors]))
             # A teacher run under inference_mode gives tensors that autograd refuses to save.
-            ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in flat if x is not None])
-            ctx.absent = [x is None for x in flat]
-            ctx.options = inputs[tensors:]
+            ctx.spec_whole, numbers, ctx.divergences = inputs[tensors:-3]
+            given = [x for x in (*flat, numbers) if x is not None]
+            ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in given])
+            ctx.absent, ctx.wanted = [x is None for x in flat], wanted
         else:
             ctx.save_for_backward(*output[1:4], output[5])
 
-    def backward(ctx, grad_loss, *_others):
+    def backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tuple[Any, ...]:
         refuse_second_derivative()
         needs = ctx.needs_input_grad[:3]
         if ctx.again:
             saved = iter(ctx.saved_tensors)
             inputs = tree_unflatten([None if absent else next(saved) for absent in ctx.absent], ctx.tree)
             inputs[-2:] = [x * grad_loss for x in inputs[-2:]]
-            options = list(ctx.options)
-            options[reduced - tensors : reduced - tensors + 5] = [True, *needs, False]
-            _, *grads, _, gain = op(*inputs, *options)
-            if gain.numel() and needs[0]:
-                grads[0] = _scaled(grads[0], 1.0 / gain)
+            hidden_grad, weight_grad, bias_grad = needs
+            wanted = replace(
+                ctx.wanted,
+                reduced=True,
+                hidden_grad=hidden_grad,
+                weight_grad=weight_grad,
+                bias_grad=bias_grad,
+                want_stats=False,
+            )
+            _, *grads, _, gains = op(*inputs, ctx.spec_whole, next(saved), ctx.divergences, *wanted.packed())
+            if gains.numel():
+                factors = (1.0 / gains).unbind(0)
+                grads = [_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)]
         else:
-            *grads, gain = ctx.saved_tensors
-            factors = (_without_gain(grad_loss, gain), grad_loss, grad_loss)
+            *grads, gains = ctx.saved_tensors
+            factors = [grad_loss / gain for gain in gains.unbind(0)] if gains.numel() else [grad_loss] * 3
             grads = [_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)]
         # Autograd wants a list of tensors answered by a list.
         nothing = [[None] * size if size else None for size in ctx.structure]
@@ -455,4 +506,4 @@ def _is_tensor_list(x: object) -> bool:
     return isinstance(x, list) and all(isinstance(item, Tensor) for item in x)
 
 
-register_linear_autograd(linear_caad, tensors=11)
+register_linear_autograd(linear_caad, tensors=_LINEAR_TENSORS)

@@ -11,10 +11,6 @@ after the pass. z_hat, p and q are never stored. Passes over the row:
 
 Pass 1 walks the blocks downwards, the others upwards: what pass 1 read last, and L2 still holds, is read again first.
 
-Masked logits. A logit below -1e30, -inf above all, is masked: the finite _MASKED replaces it right after its load.
-Running maxima start at _FLOOR > _MASKED, so e^(_MASKED - max) is 0 also in a row where everything is masked, and no
-inf - inf or 0 * inf arises. NaN compares false and passes through all of it.
-
 A gradient in the student's memory. Column j of a row is written at byte w*j and read at byte 4*j or 2*j >= w*j of the
 same row, blocks ascend, and a barrier stands between a block's loads and its stores. So the stores of block b end
 before the first byte of block b + 1, and all threads' loads of block b and below lie behind the barrier. Earlier passes
@@ -23,225 +19,43 @@ are separated from the gradient's by the barriers of their final reductions.
 
 from __future__ import annotations
 
-import contextlib
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from .rows import DIVERGENCES, STAT_NAMES, RowResult, RowSpec, check_overlap
-
-_MASKED = tl.constexpr(-2e30)
-_FLOOR = tl.constexpr(-1e30)
-_LOG2E = tl.constexpr(math.log2(math.e))
-_FORWARD = tl.constexpr(DIVERGENCES.index("forward_kl"))
-_REVERSE = tl.constexpr(DIVERGENCES.index("reverse_kl"))
-
-
-@triton.jit
-def _expm1(x):
-    """e^x - 1 for x <= 0, to fp32 relative accuracy also near 0."""
-    series = 1.0 + x * (1.0 / 7.0)
-    series = 1.0 + x * (1.0 / 6.0) * series
-    series = 1.0 + x * (1.0 / 5.0) * series
-    series = 1.0 + x * (1.0 / 4.0) * series
-    series = 1.0 + x * (1.0 / 3.0) * series
-    series = x * (1.0 + x * 0.5 * series)
-    return tl.where(x > -0.3, series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for -1 < x <= 0: the rounding of 1 + x is divided out again."""
-    rounded = 1.0 + x
-    exact = rounded == 1.0
-    return tl.where(exact, x, tl.log(rounded) * (x / tl.where(exact, 1.0, rounded - 1.0)))
-
-
-@triton.jit
-def _logit_with_slope(value, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Logits (masked, or not inside: _MASKED) and d logit / d value from fp32 values, -inf where not inside."""
-    value *= SCALE
-    slope = SCALE
-    if SOFTCAP is not None:
-        x = value * (1.0 / SOFTCAP)
-        twice = -2.0 * tl.abs(x)
-        decay = tl.exp(twice)
-        minus = _expm1(twice)
-        tanh = -minus / (2.0 + minus)
-        value = tl.where(inside, tl.where(x < 0, -SOFTCAP, SOFTCAP) * tanh, _MASKED)
-        slope = SCALE * (4.0 * decay / ((1.0 + decay) * (1.0 + decay)))  # 1 - tanh^2 without its cancellation
-    return tl.where(value < _FLOOR, _MASKED, value), slope
-
-
-@triton.jit
-def _read_with_slope(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    value = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    return _logit_with_slope(value, inside, SCALE, SOFTCAP)
-
-
-@triton.jit
-def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    return _read_with_slope(row_ptr, columns, inside, SCALE, SOFTCAP)[0]
-
-
-@triton.jit
-def _contrast(audio, text, alpha):
-    """z_hat"""
-    z = audio + alpha * (audio - text)  # not (1 + alpha) audio - alpha text: a constant in both cancels first
-    z = tl.where((audio == _MASKED) | (text == _MASKED) | (z < _FLOOR), _MASKED, z)
-    return tl.where(alpha == 0.0, audio, z)
-
-
-@triton.jit
-def _read_teacher(
-    audio_ptr,
-    text_ptr,
-    columns,
-    inside,
-    text_vocab,
-    alpha,
-    threshold,
-    HAS_TEXT: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """z_audio, z_text and z_hat."""
-    audio = _read(audio_ptr, columns, inside, SCALE, SOFTCAP)
-    text = audio
-    z = audio
-    if HAS_TEXT:
-        text = _read(text_ptr, columns, columns < text_vocab, SCALE, SOFTCAP)
-        z = _contrast(audio, text, alpha)
-    if HAS_THRESHOLD:
-        z = tl.where(audio < threshold, _MASKED, z)
-    return audio, text, z
-
-
-@triton.jit
-def _read_pair(
-    student_ptr,
-    audio_ptr,
-    text_ptr,
-    columns,
-    inside,
-    text_vocab,
-    alpha,
-    threshold,
-    WITH_TEACHER: tl.constexpr,
-    HAS_TEXT: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    STUDENT_SCALE: tl.constexpr,
-    TEACHER_SCALE: tl.constexpr,
-    STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-):
-    """s, d s / d stored value, and z_hat (s itself without a teacher)."""
-    s, slope = _read_with_slope(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
-    z = s
-    if WITH_TEACHER:
-        z = _read_teacher(
-            audio_ptr,
-            text_ptr,
-            columns,
-            inside,
-            text_vocab,
-            alpha,
-            threshold,
-            HAS_TEXT,
-            HAS_THRESHOLD,
-            TEACHER_SCALE,
-            TEACHER_SOFTCAP,
-        )[2]
-    return s, slope, z
-
-
-@triton.jit
-def _advance(maximum, values, rate):
-    """One block of an online softmax: new maxima (G,), factors of the older sums (G,), values - maxima, their e^."""
-    new_maximum = tl.maximum(maximum, tl.max(values, axis=1))
-    keep = tl.exp2((maximum - new_maximum) * rate)
-    shifted = values - new_maximum[:, None]  # (G, E)
-    return new_maximum, keep, shifted, tl.exp2(shifted * rate)
-
-
-@triton.jit
-def _merge_weight(maximum, rate):
-    """Maximum of the row and the factor that carries each group's sums to it."""
-    row_maximum = tl.max(maximum, axis=0)
-    return row_maximum, tl.exp2((maximum - row_maximum) * rate)
-
-
-@triton.jit
-def _merge_cross(cross, weight_sum, x_maximum, y_maximum, x_row, y_row, x_weight):
-    """sum e^(x - max x) ((x - max x) - (y - max y)) of the row from the groups' own."""
-    return tl.sum(x_weight * (cross + weight_sum * ((x_maximum - x_row) - (y_maximum - y_row))), axis=0)
-
-
-@triton.jit
-def _first(maximum, index, row_maximum):
-    """Lowest column that holds the row's maximum."""
-    return tl.min(tl.where(maximum == row_maximum, index, 2147483647), axis=0)
-
-
-@triton.jit
-def _latest_argmax(values, columns, old_maximum, old_index):
-    """Column of the running maximum when blocks descend: of equal ones the lowest column wins."""
-    top = tl.max(values, axis=1)  # (G,)
-    index = tl.min(tl.where(values == top[:, None], columns, 2147483647), axis=1)
-    return tl.where(top >= old_maximum, index, old_index)
-
-
-@triton.jit
-def _reciprocal(x):
-    return tl.where(x == 0.0, 0.0, 1.0 / tl.where(x == 0.0, 1.0, x))
-
-
-@triton.jit
-def _kl(cross, x_sum, hole, x_max, y_max, x_row, y_row, x_weight, inverse_x, log_sums, inverse_tau, rate):
-    """KL(x || y) of the row from the groups' sums, and whether it is infinite; log_sums: log of sum e^y / sum e^x."""
-    mean = _merge_cross(cross, x_sum, x_max, y_max, x_row, y_row, x_weight) * inverse_x
-    return mean * inverse_tau + log_sums, tl.exp2((tl.max(hole, axis=0) - x_row) * rate) > 0.0
-
-
-@triton.jit
-def _log_ratio_of_sums(p_row, q_row):
-    """log(p_row / q_row); where a side is masked throughout, any number will do."""
-    return tl.log(tl.where((p_row == 0.0) | (q_row == 0.0), 1.0, p_row / tl.where(q_row == 0.0, 1.0, q_row)))
-
-
-@triton.jit
-def _finish_kd(kd, inverse_tau, infinite, empty, alpha_legal):
-    """tau^2 D with its limits."""
-    kd = kd / (inverse_tau * inverse_tau)
-    kd = tl.where(kd < 0.0, 0.0, kd)
-    kd = tl.where(infinite, kd + float("inf"), kd)  # a sum, so that a NaN elsewhere in the row stays one
-    kd = tl.where(empty, 0.0, kd)
-    return tl.where(alpha_legal, kd, float("nan"))
-
-
-@triton.jit
-def _cross_entropy(q1_row, s_row, label_logit, label_inside):
-    # A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
-    ce = tl.log(tl.where(q1_row == 0.0, 1.0, q1_row)) - (label_logit - s_row)
-    ce = tl.where(label_logit == _MASKED, ce + float("inf"), tl.where(ce < 0.0, 0.0, ce))
-    return tl.where(label_inside, ce, float("nan"))
-
-
-@triton.jit
-def _jsd_terms(log_ratio, jsd_beta):
-    """log(p / m) and log(q / m) from log(p / q), m = beta p + (1 - beta) q.
-
-    The larger of the two is -log(1 + c (e^-|log p/q| - 1)), c being the other one's share of m; the smaller is
-    |log p/q| less.
-    """
-    distance = tl.abs(log_ratio)
-    p_larger = log_ratio >= 0.0
-    larger = -_log1p(tl.where(p_larger, 1.0 - jsd_beta, jsd_beta) * _expm1(-distance))
-    smaller = larger - distance
-    return tl.where(p_larger, larger, smaller), tl.where(p_larger, smaller, larger)
+from .rows import DIVERGENCES, RowProblem, RowResult, RowSpec, check_overlap, row_launcher_of
+from .triton_shared import (
+    _FLOOR,
+    _FORWARD,
+    _JSD,
+    _LOG2E,
+    _MASKED,
+    _REVERSE,
+    _advance,
+    _advance_moment,
+    _alpha_stride,
+    _columns,
+    _cross_entropy,
+    _device_of,
+    _entropy,
+    _finish_kd,
+    _first,
+    _is_vectorisable,
+    _jsd_terms,
+    _kl,
+    _kl_of_row,
+    _latest_argmax,
+    _log_ratio_of_sums,
+    _merge_moment,
+    _merge_weight,
+    _rates,
+    _read,
+    _read_pair,
+    _read_teacher,
+    _reciprocal,
+    _stride,
+    _temperature_code,
+)
 
 
 @triton.jit(do_not_specialize=["sequence"])
@@ -304,10 +118,7 @@ def _caad_row_kernel(
         text_ptr += batch * stride_text_batch + position * stride_text_seq
     if WANT_GRAD:
         grad_ptr += batch * stride_grad_batch + position * stride_grad_seq
-    if CONTIGUOUS:
-        local = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (G, E)
-    else:
-        local = tl.arange(0, GROUPS)[:, None] + tl.arange(0, GROUP)[None, :] * GROUPS  # (G, E)
+    local = _columns(GROUPS, GROUP, CONTIGUOUS)  # (G, E)
 
     if HAS_TARGET:
         target = tl.load(target_ptr + row)
@@ -324,16 +135,7 @@ def _caad_row_kernel(
                     tl.store(grad_ptr + columns, zero.to(grad_ptr.dtype.element_ty), mask=columns < width)
             return
 
-    if TEMPERATURE == 1:
-        rate = 1.0 * _LOG2E
-        inverse_tau = 1.0
-    elif TEMPERATURE == 2:
-        rate = 0.5 * _LOG2E
-        inverse_tau = 0.5
-    else:
-        rate = inverse_temperature * _LOG2E
-        inverse_tau = inverse_temperature
-
+    rate, inverse_tau = _rates(inverse_temperature, TEMPERATURE)
     alpha = 0.0
     text_vocab = 0
     alpha_legal = True
@@ -388,18 +190,9 @@ def _caad_row_kernel(
             q_old = q_sum
             q_sum = q_sum * s_keep + tl.sum(s_exp, axis=1)
             audio, text, z = _read_teacher(
-                audio_ptr,
-                text_ptr,
-                columns,
-                inside,
-                text_vocab,
-                alpha,
-                threshold,
-                HAS_TEXT,
-                HAS_PLAUSIBILITY,
-                TEACHER_SCALE,
+                audio_ptr, text_ptr, columns, inside, text_vocab, alpha, threshold, HAS_TEXT, HAS_PLAUSIBILITY, TEACHER_SCALE,
                 TEACHER_SOFTCAP,
-            )
+            )  # fmt: skip
             z_old = z_max
             z_max, z_keep, z_shifted, z_exp = _advance(z_max, z, rate)
             p_old = p_sum
@@ -415,8 +208,8 @@ def _caad_row_kernel(
             if WANT_STATS:
                 s_top = _latest_argmax(s, columns, s_old, s_top)
                 z_top = _latest_argmax(z, columns, z_old, z_top)
-                q_moment = s_keep * (q_moment + q_old * (s_old - s_max)) + tl.sum(s_exp * s_shifted, axis=1)
-                p_moment = z_keep * (p_moment + p_old * (z_old - z_max)) + tl.sum(z_exp * z_shifted, axis=1)
+                q_moment = _advance_moment(q_moment, q_old, s_old, s_max, s_keep, s_exp, s_shifted)
+                p_moment = _advance_moment(p_moment, p_old, z_old, z_max, z_keep, z_exp, z_shifted)
                 if HAS_TEXT:
                     audio_old, text_old = audio_max, text_max
                     audio_max, audio_keep, audio_shifted, audio_exp = _advance(audio_max, audio, rate)
@@ -456,55 +249,37 @@ def _caad_row_kernel(
     if WITH_KD:
         empty = p_row == 0.0
         infinite = empty & (p_row > 0.0)  # never, for the jsd
-        if DIVERGENCE == _FORWARD:
-            kd, infinite = _kl(
-                cross, p_sum, hole, z_max, s_max, z_row, s_row, z_weight, inverse_p, -log_z, inverse_tau, rate
-            )
-        elif DIVERGENCE == _REVERSE:
-            kd, infinite = _kl(
-                cross, q_sum, hole, s_max, z_max, s_row, z_row, s_weight, inverse_q, log_z, inverse_tau, rate
-            )
-            kd = tl.where(q_row == 0.0, 0.0, kd)
-            reverse_kl = kd
-        else:
+        if DIVERGENCE == _JSD:
             kl_p = tl.zeros([GROUPS], tl.float32)
             kl_q = tl.zeros([GROUPS], tl.float32)
             for i in range(0, blocks):
                 columns = i * BLOCK + local
                 inside = columns < vocab
                 s, slope, z = _read_pair(
-                    student_ptr,
-                    audio_ptr,
-                    text_ptr,
-                    columns,
-                    inside,
-                    text_vocab,
-                    alpha,
-                    threshold,
-                    WITH_KD,
-                    HAS_TEXT,
-                    HAS_PLAUSIBILITY,
-                    STUDENT_SCALE,
-                    TEACHER_SCALE,
-                    STUDENT_SOFTCAP,
-                    TEACHER_SOFTCAP,
-                )
+                    student_ptr, audio_ptr, text_ptr, columns, inside, text_vocab, alpha, threshold, WITH_KD, HAS_TEXT,
+                    HAS_PLAUSIBILITY, STUDENT_SCALE, TEACHER_SCALE, STUDENT_SOFTCAP, TEACHER_SOFTCAP,
+                )  # fmt: skip
                 log_ratio = ((z - z_row) - (s - s_row)) * inverse_tau - log_z
                 log_p_m, log_q_m = _jsd_terms(log_ratio, jsd_beta)
                 kl_p += tl.sum(tl.exp2((z - z_row) * rate) * log_p_m, axis=1)
                 kl_q += tl.sum(tl.exp2((s - s_row) * rate) * log_q_m, axis=1)
             jsd_q = tl.sum(kl_q, axis=0) * inverse_q
             kd = jsd_beta * tl.sum(kl_p, axis=0) * inverse_p + (1.0 - jsd_beta) * jsd_q
+        else:
+            kd, infinite = _kl_of_row(
+                cross, hole, q_sum, p_sum, s_max, z_max, s_row, z_row, s_weight, z_weight, q_row, p_row, log_z, inverse_tau, rate,
+                DIVERGENCE,
+            )  # fmt: skip
+            reverse_kl = kd
         tl.store(kd_ptr + row, _finish_kd(kd, inverse_tau, infinite, empty, alpha_legal))
     else:
         tl.store(kd_ptr + row, 0.0)
 
     if WANT_STATS:
-        q_mean = tl.sum(s_weight * (q_moment + q_sum * (s_max - s_row)), axis=0) * inverse_q * inverse_tau
-        p_mean = tl.sum(z_weight * (p_moment + p_sum * (z_max - z_row)), axis=0) * inverse_p * inverse_tau
-        tl.store(stats_ptr + row, tl.where(q_row == 0.0, 0.0, tl.log(tl.where(q_row == 0.0, 1.0, q_row)) - q_mean))
-        p_entropy = tl.where(p_row == 0.0, 0.0, tl.log(tl.where(p_row == 0.0, 1.0, p_row)) - p_mean)
-        tl.store(stats_ptr + stride_stats + row, p_entropy)
+        q_mean = _merge_moment(q_moment, q_sum, s_max, s_row, s_weight) * inverse_q * inverse_tau
+        p_mean = _merge_moment(p_moment, p_sum, z_max, z_row, z_weight) * inverse_p * inverse_tau
+        tl.store(stats_ptr + row, _entropy(q_row, q_mean))
+        tl.store(stats_ptr + stride_stats + row, _entropy(p_row, p_mean))
         same = _first(s_max, s_top, s_row) == _first(z_max, z_top, z_row)
         tl.store(stats_ptr + 2 * stride_stats + row, tl.where(same, 1.0, 0.0))
         path = 0.0
@@ -513,12 +288,11 @@ def _caad_row_kernel(
             text_row, text_weight = _merge_weight(text_max, rate)
             audio_total = tl.sum(audio_sum * audio_weight, axis=0)
             text_total = tl.sum(text_sum * text_weight, axis=0)
-            mean = _merge_cross(path_cross, audio_sum, audio_max, text_max, audio_row, text_row, audio_weight)
-            nothing = (audio_total == 0.0) | (text_total == 0.0)
-            ratio = tl.where(nothing, 1.0, audio_total / tl.where(text_total == 0.0, 1.0, text_total))
-            path = mean * _reciprocal(audio_total) * inverse_tau - tl.log(ratio)
+            path, path_infinite = _kl(
+                path_cross, audio_sum, path_hole, audio_max, text_max, audio_row, text_row, audio_weight,
+                _reciprocal(audio_total), -_log_ratio_of_sums(audio_total, text_total), inverse_tau, rate,
+            )  # fmt: skip
             path = tl.where(path < 0.0, 0.0, path)
-            path_infinite = tl.exp2((tl.max(path_hole, axis=0) - audio_row) * rate) > 0.0
             path = tl.where(audio_total == 0.0, 0.0, tl.where(path_infinite, path + float("inf"), path))
         tl.store(stats_ptr + 3 * stride_stats + row, path)
 
@@ -526,34 +300,22 @@ def _caad_row_kernel(
     if WANT_GRAD:
         if WITH_KD:
             # tau^2 from kd, 1 / tau from d (s / tau) / d s.
-            kd_scale = tl.load(kd_coef_ptr + row) / inverse_tau
-            kd_scale = tl.where(empty, 0.0, kd_scale)
+            kd_coef = tl.load(kd_coef_ptr + row)
+            kd_scale = tl.where(empty, 0.0, kd_coef / inverse_tau)
             if DIVERGENCE == _REVERSE:
                 kd_scale = tl.where(infinite, 0.0, kd_scale)
-            kd_scale = tl.where(alpha_legal, kd_scale, float("nan"))
+            kd_scale = tl.where(alpha_legal | (kd_coef == 0.0), kd_scale, float("nan"))
         if WITH_CE:
-            ce_scale = tl.where(label_inside, tl.load(ce_coef_ptr + row), float("nan"))
+            ce_scale = tl.load(ce_coef_ptr + row)
+            ce_scale = tl.where(label_inside | (ce_scale == 0.0), ce_scale, float("nan"))
             inverse_q1 = _reciprocal(q1_row)
         for start in range(0, width, BLOCK):
             columns = start + local
             inside = columns < vocab
             s, slope, z = _read_pair(
-                student_ptr,
-                audio_ptr,
-                text_ptr,
-                columns,
-                inside,
-                text_vocab,
-                alpha,
-                threshold,
-                WITH_KD,
-                HAS_TEXT,
-                HAS_PLAUSIBILITY,
-                STUDENT_SCALE,
-                TEACHER_SCALE,
-                STUDENT_SOFTCAP,
-                TEACHER_SOFTCAP,
-            )
+                student_ptr, audio_ptr, text_ptr, columns, inside, text_vocab, alpha, threshold, WITH_KD, HAS_TEXT,
+                HAS_PLAUSIBILITY, STUDENT_SCALE, TEACHER_SCALE, STUDENT_SOFTCAP, TEACHER_SOFTCAP,
+            )  # fmt: skip
             gradient = tl.zeros([GROUPS, GROUP], tl.float32)
             if WITH_KD:
                 s_exp = tl.exp2((s - s_row) * rate)
@@ -567,6 +329,7 @@ def _caad_row_kernel(
                     else:
                         log_q_m = _jsd_terms(log_ratio, jsd_beta)[1]
                         gradient = kd_scale * (1.0 - jsd_beta) * q * (log_q_m - jsd_q)
+                gradient = tl.where(kd_scale == 0.0, 0.0, gradient)  # a term without a factor may be NaN
             if WITH_CE:
                 if WITH_KD and TEMPERATURE == 1:
                     q1 = q
@@ -574,8 +337,8 @@ def _caad_row_kernel(
                     q1 = s_exp * s_exp * inverse_q1
                 else:
                     q1 = tl.exp2((s - s_row) * _LOG2E) * inverse_q1
-                gradient += ce_scale * (q1 - tl.where(columns == label, 1.0, 0.0))
-            gradient = tl.where(s == _MASKED, 0.0, gradient * slope)
+                gradient += tl.where(ce_scale == 0.0, 0.0, ce_scale * (q1 - tl.where(columns == label, 1.0, 0.0)))
+            gradient = tl.where((s == _MASKED) | (gradient == 0.0), 0.0, gradient * slope)
             tl.debug_barrier()  # all of this block is read before any of it is overwritten
             tl.store(grad_ptr + columns, gradient.to(grad_ptr.dtype.element_ty), mask=columns < width)
 
@@ -629,106 +392,7 @@ def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool) -> dict[str, i
     return table
 
 
-def _is_vectorisable(tensor: torch.Tensor, vocab: int) -> bool:
-    """Whether Triton can prove 16-byte accesses: it distinguishes integers only by whether 16 divides them."""
-    return all(x % 16 == 0 for x in (tensor.data_ptr(), _stride(tensor, 0), _stride(tensor, 1), vocab))
-
-
-def _stride(tensor: torch.Tensor | None, dim: int) -> int:
-    """Stride of a leading dimension; 0 where it is never taken, whatever the tensor says."""
-    return 0 if tensor is None or tensor.shape[dim] == 1 else tensor.stride(dim)
-
-
-def _row_arguments(
-    student: torch.Tensor,
-    audio: torch.Tensor,
-    text: torch.Tensor | None,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    kd_coef: torch.Tensor,
-    ce_coef: torch.Tensor,
-    spec: RowSpec,
-    grad: torch.Tensor | None,
-    kd: torch.Tensor,
-    ce: torch.Tensor,
-    stats: torch.Tensor | None,
-) -> dict[str, object]:
-    """Arguments of _caad_row_kernel, and launch options."""
-    with_ce = spec.with_ce and target is not None
-    read = [student] + ([audio] if spec.with_kd or stats is not None else [])
-    read += [text] if text is not None and len(read) > 1 else []
-    return {
-        "student_ptr": student,
-        "audio_ptr": audio,
-        "text_ptr": text,
-        "target_ptr": target,
-        "alpha_ptr": alpha,
-        "kd_coef_ptr": kd_coef,
-        "ce_coef_ptr": ce_coef,
-        "grad_ptr": grad,
-        "kd_ptr": kd,
-        "ce_ptr": ce,
-        "stats_ptr": stats,
-        "stride_student_batch": _stride(student, 0),
-        "stride_student_seq": _stride(student, 1),
-        "stride_audio_batch": _stride(audio, 0),
-        "stride_audio_seq": _stride(audio, 1),
-        "stride_text_batch": _stride(text, 0),
-        "stride_text_seq": _stride(text, 1),
-        "stride_grad_batch": _stride(grad, 0),
-        "stride_grad_seq": _stride(grad, 1),
-        "stride_alpha": 0 if alpha.numel() == 1 else alpha.stride(0),
-        "stride_stats": 0 if stats is None else stats.stride(0),
-        "sequence": student.shape[1],
-        "vocab": spec.vocab,
-        "width": student.shape[2],
-        "ignore_index": spec.ignore_index,
-        "inverse_temperature": 1.0 / spec.temperature,
-        "jsd_beta": spec.jsd_beta,
-        "log_plausibility": 0.0 if spec.plausibility is None else math.log(spec.plausibility),
-        "CONTIGUOUS": all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None),
-        "DIVERGENCE": DIVERGENCES.index(spec.divergence),
-        "TEMPERATURE": int(spec.temperature) if spec.temperature in (1.0, 2.0) else 0,
-        "HAS_TEXT": text is not None,
-        "HAS_TARGET": target is not None,
-        "HAS_PLAUSIBILITY": spec.plausibility is not None,
-        "WITH_KD": spec.with_kd,
-        "WITH_CE": with_ce,
-        "WANT_GRAD": grad is not None,
-        "WANT_STATS": stats is not None,
-        "STUDENT_SCALE": float(spec.student_scale),
-        "TEACHER_SCALE": float(spec.teacher_scale),
-        "STUDENT_SOFTCAP": spec.student_softcap,
-        "TEACHER_SOFTCAP": spec.teacher_softcap,
-        **_launch_table(spec, min(x.element_size() for x in read), stats is not None),
-    }
-
-
-def _device_of(tensor: torch.Tensor, kernel: object) -> contextlib.AbstractContextManager:
-    """The context in which ``kernel`` can be launched on ``tensor``'s device."""
-    if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
-    if isinstance(kernel, triton.JITFunction):
-        raise RuntimeError(
-            f"the Triton kernels need CUDA tensors, got a tensor on {tensor.device}; to run them on the CPU in "
-            "Triton's interpreter, set TRITON_INTERPRET=1 before Triton is imported"
-        )
-    return contextlib.nullcontext()
-
-
-def caad_rows(
-    student: torch.Tensor,
-    audio: torch.Tensor,
-    text: torch.Tensor | None,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    kd_coef: torch.Tensor,
-    ce_coef: torch.Tensor,
-    spec: RowSpec,
-    *,
-    grad: torch.Tensor | None = None,
-    want_stats: bool = False,
-) -> RowResult:
+def _solve_rows(problem: RowProblem) -> RowResult:
     """The row problem of :mod:`kdkernels.ops.rows` on a CUDA device, or on the CPU under TRITON_INTERPRET=1.
 
     All arithmetic is in float32. Extra memory: the (N,) results. Nothing is read back to the host.
@@ -737,36 +401,63 @@ def caad_rows(
         ValueError: ``grad`` lies in the student's memory in a way that would overwrite logits before they are read.
         RuntimeError: CPU tensors without the interpreter.
     """
-    rows = student.shape[0] * student.shape[1]
-    kd, ce = torch.empty(2, rows, dtype=torch.float32, device=student.device)
-    stats = torch.empty(len(STAT_NAMES), rows, dtype=torch.float32, device=student.device) if want_stats else None
+    student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats = problem
+    out = problem.empty_result()
     if grad is not None:
         check_overlap(student, grad)
-    if rows > 0:
-        arguments = _row_arguments(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, kd, ce, stats)
-        with _device_of(student, _caad_row_kernel):
-            _caad_row_kernel[(rows,)](**arguments)
-    return RowResult(kd=kd, ce=ce, stats=stats)
+    if problem.rows == 0:
+        return out
+    read = list(problem.read.values())
+    with _device_of(student, _caad_row_kernel):
+        _caad_row_kernel[(problem.rows,)](
+            student_ptr=student,
+            audio_ptr=audio,
+            text_ptr=text,
+            target_ptr=target,
+            alpha_ptr=alpha,
+            kd_coef_ptr=kd_coef,
+            ce_coef_ptr=ce_coef,
+            grad_ptr=grad,
+            kd_ptr=out.kd,
+            ce_ptr=out.ce,
+            stats_ptr=out.stats,
+            stride_student_batch=_stride(student, 0),
+            stride_student_seq=_stride(student, 1),
+            stride_audio_batch=_stride(audio, 0),
+            stride_audio_seq=_stride(audio, 1),
+            stride_text_batch=_stride(text, 0),
+            stride_text_seq=_stride(text, 1),
+            stride_grad_batch=_stride(grad, 0),
+            stride_grad_seq=_stride(grad, 1),
+            stride_alpha=_alpha_stride(alpha),
+            stride_stats=0 if out.stats is None else out.stats.stride(0),
+            sequence=student.shape[1],
+            vocab=spec.vocab,
+            width=student.shape[2],
+            ignore_index=spec.ignore_index,
+            inverse_temperature=1.0 / spec.temperature,
+            jsd_beta=spec.jsd_beta,
+            log_plausibility=spec.log_plausibility,
+            CONTIGUOUS=all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None),
+            DIVERGENCE=DIVERGENCES.index(spec.divergence),
+            TEMPERATURE=_temperature_code(spec.temperature),
+            HAS_TEXT=text is not None,
+            HAS_TARGET=target is not None,
+            HAS_PLAUSIBILITY=spec.plausibility is not None,
+            WITH_KD=spec.with_kd,
+            WITH_CE=problem.with_ce,
+            WANT_GRAD=grad is not None,
+            WANT_STATS=want_stats,
+            STUDENT_SCALE=float(spec.student_scale),
+            TEACHER_SCALE=float(spec.teacher_scale),
+            STUDENT_SOFTCAP=spec.student_softcap,
+            TEACHER_SOFTCAP=spec.teacher_softcap,
+            **_launch_table(spec, min(x.element_size() for x in read), want_stats),
+        )
+    return out
 
 
-def _scale_arguments(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> dict[str, object]:
-    """Arguments of _scale_rows_kernel over (B, T, V), and launch options."""
-    return {
-        "source_ptr": source,
-        "factor_ptr": factor,
-        "out_ptr": out,
-        "stride_source_batch": _stride(source, 0),
-        "stride_source_seq": _stride(source, 1),
-        "stride_out_batch": _stride(out, 0),
-        "stride_out_seq": _stride(out, 1),
-        "stride_factor": 0 if factor.numel() == 1 else factor.stride(0),
-        "sequence": source.shape[1],
-        "width": source.shape[2],
-        "IN_PLACE": out is source,
-        "BLOCK": min(4096, max(128, triton.next_power_of_2(source.shape[2]))),
-        "num_warps": 4,
-        "enable_fp_fusion": True,
-    }
+caad_rows = row_launcher_of(_solve_rows)
 
 
 def scale_rows(source: torch.Tensor, factor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -785,5 +476,20 @@ def scale_rows(source: torch.Tensor, factor: torch.Tensor, *, out: torch.Tensor 
     rows = source.shape[0] * source.shape[1]
     if rows > 0:
         with _device_of(source, _scale_rows_kernel):
-            _scale_rows_kernel[(rows,)](**_scale_arguments(source, factor, out))
+            _scale_rows_kernel[(rows,)](
+                source_ptr=source,
+                factor_ptr=factor,
+                out_ptr=out,
+                stride_source_batch=_stride(source, 0),
+                stride_source_seq=_stride(source, 1),
+                stride_out_batch=_stride(out, 0),
+                stride_out_seq=_stride(out, 1),
+                stride_factor=0 if factor.numel() == 1 else factor.stride(0),
+                sequence=source.shape[1],
+                width=source.shape[2],
+                IN_PLACE=out is source,
+                BLOCK=min(4096, max(128, triton.next_power_of_2(source.shape[2]))),
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return out

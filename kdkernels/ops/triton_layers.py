@@ -1,7 +1,7 @@
 """The layer row problem (:mod:`kdkernels.ops.layer_rows`) in Triton: one program a row, which it keeps in registers.
 
-A row of 16,384 float32 states is 64 a thread of 8 warps; wider rows are refused. Sums are over the whole block at once, so the
-result does not depend on anything but the shape.
+A row of 16,384 float32 states is 64 a thread of 8 warps; wider rows raise ValueError. Sums are over the whole block at once,
+so the result depends on the shape alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_caad import _device_of
+from .triton_shared import _alpha_stride, _device_of
 
 MAX_WIDTH = 16384
 
@@ -92,57 +92,6 @@ def _layer_row_kernel(
             tl.store(grad_v_ptr + columns, grad.to(grad_v_ptr.dtype.element_ty), mask=inside)
 
 
-def _layer_arguments(
-    u: torch.Tensor,
-    v: torch.Tensor,
-    text: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    alpha: torch.Tensor,
-    coef: torch.Tensor,
-    loss: torch.Tensor,
-    *,
-    normalize: bool,
-    grad_u: torch.Tensor | None = None,
-    grad_v: torch.Tensor | None = None,
-) -> dict[str, object]:
-    """Arguments of _layer_row_kernel, and launch options."""
-    width = u.shape[1]
-    block = triton.next_power_of_2(width)
-
-    def stride(x: torch.Tensor | None) -> int:
-        return 0 if x is None else x.stride(0)
-
-    return {
-        "u_ptr": u,
-        "v_ptr": v,
-        "text_ptr": text,
-        "valid_ptr": valid,
-        "alpha_ptr": alpha,
-        "coef_ptr": coef,
-        "grad_u_ptr": grad_u,
-        "grad_v_ptr": grad_v,
-        "loss_ptr": loss,
-        "stride_u": stride(u),
-        "stride_v": stride(v),
-        "stride_text": stride(text),
-        "stride_grad_u": stride(grad_u),
-        "stride_grad_v": stride(grad_v),
-        "stride_alpha": 0 if alpha.numel() == 1 else alpha.stride(0),
-        "width": width,
-        "BLOCK": block,
-        "HAS_TEXT": text is not None,
-        "HAS_VALID": valid is not None,
-        "NORMALIZE": normalize,
-        "WANT_U": grad_u is not None,
-        "WANT_V": grad_v is not None,
-        # 16 states of each tensor a thread, and 32 to 64 only where a block has no more threads.
-        "num_warps": min(16, max(1, block // 512)),
-        "enable_fp_fusion": True,
-        # Left to itself, Triton 3.6's ptxas spills a word to do with 32; 16 states of three tensors need at most 96.
-        **({"maxnreg": 96} if block <= 8192 else {}),
-    }
-
-
 def layer_rows(
     u: torch.Tensor,
     v: torch.Tensor,
@@ -159,12 +108,43 @@ def layer_rows(
     if u.shape[1] > MAX_WIDTH:
         raise ValueError(f"student_hidden: expected a width of at most {MAX_WIDTH} with impl='triton', got {u.shape[1]}")
     loss = torch.empty(u.shape[0], dtype=torch.float32, device=u.device)
-    if u.shape[0] > 0:
-        if valid is not None:
-            valid = valid.view(torch.uint8)
-        arguments = _layer_arguments(
-            u, v, text, valid, alpha, coef, loss, normalize=normalize, grad_u=grad_u, grad_v=grad_v
+    if u.shape[0] == 0:
+        return loss
+    width = u.shape[1]
+    block = triton.next_power_of_2(width)
+    # Left to itself, Triton 3.6's ptxas spills a word to do with 32; 16 states of three tensors need at most 96.
+    registers = {"maxnreg": 96} if block <= 8192 else {}
+
+    def stride(x: torch.Tensor | None) -> int:
+        return 0 if x is None else x.stride(0)
+
+    with _device_of(u, _layer_row_kernel):
+        _layer_row_kernel[(u.shape[0],)](
+            u_ptr=u,
+            v_ptr=v,
+            text_ptr=text,
+            valid_ptr=None if valid is None else valid.view(torch.uint8),
+            alpha_ptr=alpha,
+            coef_ptr=coef,
+            grad_u_ptr=grad_u,
+            grad_v_ptr=grad_v,
+            loss_ptr=loss,
+            stride_u=stride(u),
+            stride_v=stride(v),
+            stride_text=stride(text),
+            stride_grad_u=stride(grad_u),
+            stride_grad_v=stride(grad_v),
+            stride_alpha=_alpha_stride(alpha),
+            width=width,
+            BLOCK=block,
+            HAS_TEXT=text is not None,
+            HAS_VALID=valid is not None,
+            NORMALIZE=normalize,
+            WANT_U=grad_u is not None,
+            WANT_V=grad_v is not None,
+            # 16 states of each tensor a thread, and 32 to 64 only where a block has no more threads.
+            num_warps=min(16, max(1, block // 512)),
+            enable_fp_fusion=True,
+            **registers,
         )
-        with _device_of(u, _layer_row_kernel):
-            _layer_row_kernel[(u.shape[0],)](**arguments)
     return loss

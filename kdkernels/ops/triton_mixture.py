@@ -7,21 +7,23 @@ plausibility mask's maximum, where there is one. A row whose share is 0 is not r
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from .rows import RowSpec
-from .triton_caad import (
+from .triton_caad import _launch_table
+from .triton_shared import (
     _FLOOR,
     _LOG2E,
     _MASKED,
     _advance,
+    _advance_moment,
+    _alpha_stride,
+    _columns,
     _device_of,
     _is_vectorisable,
-    _launch_table,
+    _merge_moment,
     _merge_weight,
     _read,
     _read_teacher,
@@ -71,10 +73,7 @@ def _mix_row_kernel(
     total_ptr += row64 * stride_total
     if HAS_TEXT:
         text_ptr += row64 * stride_text
-    if CONTIGUOUS:
-        local = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (G, E)
-    else:
-        local = tl.arange(0, GROUPS)[:, None] + tl.arange(0, GROUP)[None, :] * GROUPS  # (G, E)
+    local = _columns(GROUPS, GROUP, CONTIGUOUS)  # (G, E)
 
     if FIRST:
         mass = 0.0
@@ -121,22 +120,13 @@ def _mix_row_kernel(
     for i in range(0, blocks):
         columns = (blocks - 1 - i) * BLOCK + local
         z = _read_teacher(
-            audio_ptr,
-            text_ptr,
-            columns,
-            columns < vocab,
-            text_vocab,
-            alpha,
-            threshold,
-            HAS_TEXT,
-            HAS_PLAUSIBILITY,
-            SCALE,
+            audio_ptr, text_ptr, columns, columns < vocab, text_vocab, alpha, threshold, HAS_TEXT, HAS_PLAUSIBILITY, SCALE,
             SOFTCAP,
-        )[2]
+        )[2]  # fmt: skip
         old = z_max
         z_max, keep, shifted, z_exp = _advance(z_max, z, rate)
         if not GEOMETRIC:
-            moment = keep * (moment + z_sum * (old - z_max)) + tl.sum(z_exp * shifted, axis=1)
+            moment = _advance_moment(moment, z_sum, old, z_max, keep, z_exp, shifted)
         z_sum = z_sum * keep + tl.sum(z_exp, axis=1)
     z_row, weight = _merge_weight(z_max, rate)
     sum_row = tl.sum(z_sum * weight, axis=0)
@@ -147,7 +137,7 @@ def _mix_row_kernel(
     if GEOMETRIC:
         rest += share * log_sum
     else:
-        mean = tl.sum(weight * (moment + z_sum * (z_max - z_row)), axis=0) * _reciprocal(sum_row)
+        mean = _merge_moment(moment, z_sum, z_max, z_row, weight) * _reciprocal(sum_row)
         rest += share * (mean * inverse_temperature - log_sum)
 
     # Pass 2.
@@ -162,18 +152,9 @@ def _mix_row_kernel(
         columns = start + local
         inside = columns < vocab
         z = _read_teacher(
-            audio_ptr,
-            text_ptr,
-            columns,
-            columns < read_vocab,
-            text_vocab,
-            alpha,
-            threshold,
-            HAS_TEXT,
-            HAS_PLAUSIBILITY,
-            SCALE,
+            audio_ptr, text_ptr, columns, columns < read_vocab, text_vocab, alpha, threshold, HAS_TEXT, HAS_PLAUSIBILITY, SCALE,
             SOFTCAP,
-        )[2]
+        )[2]  # fmt: skip
         if GEOMETRIC:
             hidden = tl.where(counts, z, 0.0) == _MASKED
             total = tl.where(counts, share * (z - z_row), 0.0)
@@ -211,52 +192,6 @@ def _mix_row_kernel(
     tl.store(sums_ptr + stride_sums + row, rest)
 
 
-def _mix_arguments(
-    audio: torch.Tensor,
-    text: torch.Tensor | None,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    share: torch.Tensor,
-    spec: RowSpec,
-    total: torch.Tensor,
-    sums: torch.Tensor,
-    *,
-    first: bool,
-    last: bool,
-) -> dict[str, object]:
-    """Arguments of _mix_row_kernel, and launch options."""
-    read = [audio] if text is None else [audio, text]
-    return {
-        "audio_ptr": audio,
-        "text_ptr": text,
-        "target_ptr": target,
-        "alpha_ptr": alpha,
-        "share_ptr": share,
-        "total_ptr": total,
-        "sums_ptr": sums,
-        "stride_audio": _stride(audio, 1),
-        "stride_text": _stride(text, 1),
-        "stride_total": _stride(total, 1),
-        "stride_alpha": 0 if alpha.numel() == 1 else alpha.stride(0),
-        "stride_sums": sums.stride(0),
-        "vocab": spec.vocab,
-        "ignore_index": spec.ignore_index,
-        "inverse_temperature": 1.0 / spec.temperature,
-        "log_plausibility": 0.0 if spec.plausibility is None else math.log(spec.plausibility),
-        "CONTIGUOUS": all(_is_vectorisable(x, spec.vocab) for x in (*read, total)),
-        "GEOMETRIC": spec.divergence == "reverse_kl",
-        "FIRST": first,
-        "LAST": last,
-        "HAS_TEXT": text is not None,
-        "HAS_TARGET": target is not None,
-        "HAS_PLAUSIBILITY": spec.plausibility is not None,
-        "SCALE": float(spec.teacher_scale),
-        "SOFTCAP": spec.teacher_softcap,
-        **_launch_table(spec, min(x.element_size() for x in read), want_stats=False),
-        "maxnreg": 128,  # left to itself, ptxas spills a word to fit one more block
-    }
-
-
 def mix_rows(
     audio: torch.Tensor,
     text: torch.Tensor | None,
@@ -273,8 +208,38 @@ def mix_rows(
     first = sums is None
     if sums is None:
         sums = torch.empty(2, share.numel(), dtype=torch.float32, device=share.device)
-    if share.numel() > 0:
-        arguments = _mix_arguments(audio, text, target, alpha, share, spec, total, sums, first=first, last=last)
-        with _device_of(audio, _mix_row_kernel):
-            _mix_row_kernel[(share.numel(),)](**arguments)
+    if share.numel() == 0:
+        return sums
+    read = [audio] if text is None else [audio, text]
+    launch = _launch_table(spec, min(x.element_size() for x in read), want_stats=False)
+    launch["maxnreg"] = 128  # left to itself, ptxas spills a word to fit one more block
+    with _device_of(audio, _mix_row_kernel):
+        _mix_row_kernel[(share.numel(),)](
+            audio_ptr=audio,
+            text_ptr=text,
+            target_ptr=target,
+            alpha_ptr=alpha,
+            share_ptr=share,
+            total_ptr=total,
+            sums_ptr=sums,
+            stride_audio=_stride(audio, 1),
+            stride_text=_stride(text, 1),
+            stride_total=_stride(total, 1),
+            stride_alpha=_alpha_stride(alpha),
+            stride_sums=sums.stride(0),
+            vocab=spec.vocab,
+            ignore_index=spec.ignore_index,
+            inverse_temperature=1.0 / spec.temperature,
+            log_plausibility=spec.log_plausibility,
+            CONTIGUOUS=all(_is_vectorisable(x, spec.vocab) for x in (*read, total)),
+            GEOMETRIC=spec.divergence == "reverse_kl",
+            FIRST=first,
+            LAST=last,
+            HAS_TEXT=text is not None,
+            HAS_TARGET=target is not None,
+            HAS_PLAUSIBILITY=spec.plausibility is not None,
+            SCALE=float(spec.teacher_scale),
+            SOFTCAP=spec.teacher_softcap,
+            **launch,
+        )
     return sums

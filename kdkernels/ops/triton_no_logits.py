@@ -8,14 +8,14 @@ tile of M tokens and a strip of the vocabulary. For each tile of its strip, M x 
 and folds them into the running maxima, shifted sums and the cross term of its tokens, as the row kernel does with logits it
 reads. The strips' results, (splits, N) a field, are merged by a second small kernel in a fixed order: deterministic.
 
-Where a tile waits. Two accumulators of 128 x 128 and an online softmax beside them do not fit into registers. So each product
-goes into a tile of memory of the program's own (128 KiB for s and z together) that every tile of the strip overwrites: some 20
-MiB on the whole GPU, which stay in L2. The epilogue streams it in slices of columns.
+Where a tile is stored. Two accumulators of 128 x 128 and an online softmax do not fit into registers together. So each product
+goes into a tile of memory of the program's own (128 KiB for s and z together), and every tile of the strip overwrites it:
+about 20 MiB on the whole GPU, which stay in L2. The epilogue reads it in slices of columns.
 
-The teacher's paths. Without softcap and plausibility mask they collapse: h is the contrast of the hidden states, for bf16
-weights as the sum of two bf16 tensors (relative error 2^-17), both multiplied with the same tile of W_t. Float16 could overflow
-there, and a softcap is not linear: then z_audio and z_text are formed one by one. A plausibility mask needs the maximum of
-z_audio first: one more GEMM; z_text is then formed only in tiles with a survivor.
+The teacher's paths. Without softcap and plausibility mask they collapse: h is the contrast of the hidden states. For bf16 weights
+it is the sum of two bf16 tensors (relative error 2^-17), both multiplied with the same tile of W_t. Float16 could overflow there,
+and a softcap is not linear: then z_audio and z_text are formed one by one. A plausibility mask needs the maximum of z_audio
+first, which takes one more GEMM. z_text is then formed only in tiles with a survivor.
 
 Legend: N tokens, V valid ids, H_s / H_t hidden widths, M x E a tile of tokens and ids, K a step of the inner dimension.
 """
@@ -25,29 +25,31 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .chunking import default_workspace_bytes
-from .rows import DIVERGENCES, RowResult, RowSpec
-from .triton_caad import (
+from .rows import DIVERGENCES, LinearTensors, RowResult, RowSpec
+from .triton_shared import (
     _FLOOR,
     _FORWARD,
     _LOG2E,
     _MASKED,
-    _REVERSE,
     _advance,
+    _alpha_stride,
     _contrast,
     _cross_entropy,
     _device_of,
     _finish_kd,
-    _kl,
+    _kl_of_row,
     _log_ratio_of_sums,
     _logit_with_slope,
     _merge_weight,
-    _reciprocal,
+    _rates,
+    _temperature_code,
 )
 
 # What the second operand of the teacher's GEMM is.
@@ -101,7 +103,15 @@ def _product(
 
 
 @triton.jit
-def _put(tile_ptr, product, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+def _put_product(
+    tile_ptr, first_ptr, second_ptr, weight_ptr, first_offset, second_offset, weight_offset, width, stride_inner,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """:func:`_product` into a tile of memory."""
+    product = _product(
+        first_ptr, second_ptr, weight_ptr, first_offset, second_offset, weight_offset, width, stride_inner, BLOCK_M, BLOCK_E,
+        BLOCK_K, EVEN, UPCAST,
+    )  # fmt: skip
     row = tl.arange(0, BLOCK_M)[:, None] * BLOCK_E
     tl.store(tile_ptr + row + tl.arange(0, BLOCK_E)[None, :], product)
 
@@ -192,22 +202,10 @@ def _audio_max_kernel(
     first_tile = split * tiles_per_split
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, tl.cdiv(vocab, BLOCK_E))):
         safe = tl.minimum(tile * BLOCK_E + tl.arange(0, BLOCK_E), vocab - 1).to(tl.int64)
-        product = _product(
-            audio_ptr,
-            None,
-            weight_ptr,
-            offset,
-            offset,
-            safe * stride_weight,
-            width,
-            stride_inner,
-            BLOCK_M,
-            BLOCK_E,
-            BLOCK_K,
-            EVEN,
-            UPCAST,
-        )
-        _put(tile_ptr, product, BLOCK_M, BLOCK_E)
+        _put_product(
+            tile_ptr, audio_ptr, None, weight_ptr, offset, offset, safe * stride_weight, width, stride_inner, BLOCK_M, BLOCK_E,
+            BLOCK_K, EVEN, UPCAST,
+        )  # fmt: skip
         tl.debug_barrier()
         for start in range(0, BLOCK_E, SLICE):
             audio = _slice(tile_ptr, bias_ptr, tile * BLOCK_E, start, vocab, BLOCK_M, BLOCK_E, SLICE, SCALE, SOFTCAP)
@@ -273,12 +271,7 @@ def _no_logits_kernel(
     TILE: tl.constexpr = BLOCK_M * BLOCK_E
     TILES: tl.constexpr = 1 if not WITH_KD else (3 if SECOND == _TEXT else 2)
     tile_ptr += (split.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (TILES * TILE)
-    if TEMPERATURE == 1:
-        rate = 1.0 * _LOG2E
-    elif TEMPERATURE == 2:
-        rate = 0.5 * _LOG2E
-    else:
-        rate = inverse_temperature * _LOG2E
+    rate = _rates(inverse_temperature, TEMPERATURE)[0]
     if WITH_CE:
         label = tl.load(target_ptr + token)
         label = tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)
@@ -299,39 +292,16 @@ def _no_logits_kernel(
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, tl.cdiv(vocab, BLOCK_E))):
         first_column = tile * BLOCK_E
         safe = tl.minimum(first_column + tl.arange(0, BLOCK_E), vocab - 1).to(tl.int64)
-        product = _product(
-            student_ptr,
-            None,
-            student_weight_ptr,
-            token * stride_student,
-            token,
-            safe * stride_student_weight,
-            student_width,
-            stride_student_inner,
-            BLOCK_M,
-            BLOCK_E,
-            BLOCK_K,
-            EVEN_STUDENT,
-            UPCAST_STUDENT,
-        )
-        _put(tile_ptr, product, BLOCK_M, BLOCK_E)
+        _put_product(
+            tile_ptr, student_ptr, None, student_weight_ptr, token * stride_student, token, safe * stride_student_weight,
+            student_width, stride_student_inner, BLOCK_M, BLOCK_E, BLOCK_K, EVEN_STUDENT, UPCAST_STUDENT,
+        )  # fmt: skip
         if WITH_KD:
-            product = _product(
-                first_ptr,
-                second_ptr if SECOND == _LOW else None,
-                teacher_weight_ptr,
-                token * stride_first,
-                token * stride_second,
-                safe * stride_teacher_weight,
-                teacher_width,
-                stride_teacher_inner,
-                BLOCK_M,
-                BLOCK_E,
-                BLOCK_K,
-                EVEN_TEACHER,
-                UPCAST_TEACHER,
-            )
-            _put(tile_ptr + TILE, product, BLOCK_M, BLOCK_E)
+            _put_product(
+                tile_ptr + TILE, first_ptr, second_ptr if SECOND == _LOW else None, teacher_weight_ptr, token * stride_first,
+                token * stride_second, safe * stride_teacher_weight, teacher_width, stride_teacher_inner, BLOCK_M, BLOCK_E,
+                BLOCK_K, EVEN_TEACHER, UPCAST_TEACHER,
+            )  # fmt: skip
             if SECOND == _TEXT:
                 wanted = 1
                 if HAS_PLAUSIBILITY:
@@ -339,83 +309,39 @@ def _no_logits_kernel(
                     wanted = 0
                     for start in range(0, BLOCK_E, SLICE):
                         z = _slice(
-                            tile_ptr + TILE,
-                            teacher_bias_ptr,
-                            first_column,
-                            start,
-                            vocab,
-                            BLOCK_M,
-                            BLOCK_E,
-                            SLICE,
-                            TEACHER_SCALE,
-                            TEACHER_SOFTCAP,
-                        )
+                            tile_ptr + TILE, teacher_bias_ptr, first_column, start, vocab, BLOCK_M, BLOCK_E, SLICE,
+                            TEACHER_SCALE, TEACHER_SOFTCAP,
+                        )  # fmt: skip
                         survives = tl.where((z < threshold) | (alpha == 0.0), 0, 1)
                         wanted = tl.maximum(wanted, tl.max(tl.max(survives, axis=1), axis=0))
                 if wanted > 0:
-                    product = _product(
-                        second_ptr,
-                        None,
-                        teacher_weight_ptr,
-                        token * stride_second,
-                        token,
-                        safe * stride_teacher_weight,
-                        teacher_width,
-                        stride_teacher_inner,
-                        BLOCK_M,
-                        BLOCK_E,
-                        BLOCK_K,
-                        EVEN_TEACHER,
-                        UPCAST_TEACHER,
-                    )
-                    _put(tile_ptr + 2 * TILE, product, BLOCK_M, BLOCK_E)
+                    _put_product(
+                        tile_ptr + 2 * TILE, second_ptr, None, teacher_weight_ptr, token * stride_second, token,
+                        safe * stride_teacher_weight, teacher_width, stride_teacher_inner, BLOCK_M, BLOCK_E, BLOCK_K,
+                        EVEN_TEACHER, UPCAST_TEACHER,
+                    )  # fmt: skip
         tl.debug_barrier()  # what one thread stored another reads
         for start in range(0, BLOCK_E, SLICE):
             s = _slice(
-                tile_ptr,
-                student_bias_ptr,
-                first_column,
-                start,
-                vocab,
-                BLOCK_M,
-                BLOCK_E,
-                SLICE,
-                STUDENT_SCALE,
-                STUDENT_SOFTCAP,
-            )
+                tile_ptr, student_bias_ptr, first_column, start, vocab, BLOCK_M, BLOCK_E, SLICE, STUDENT_SCALE, STUDENT_SOFTCAP,
+            )  # fmt: skip
             if WITH_CE:
                 column = first_column + start + tl.arange(0, SLICE)
                 label_logit += tl.sum(tl.where(column[None, :] == label[:, None], s, 0.0), axis=1)
             s_old = s_max
             if WITH_KD:
                 z = _slice(
-                    tile_ptr + TILE,
-                    teacher_bias_ptr,
-                    first_column,
-                    start,
-                    vocab,
-                    BLOCK_M,
-                    BLOCK_E,
-                    SLICE,
-                    TEACHER_SCALE,
+                    tile_ptr + TILE, teacher_bias_ptr, first_column, start, vocab, BLOCK_M, BLOCK_E, SLICE, TEACHER_SCALE,
                     TEACHER_SOFTCAP,
-                )
+                )  # fmt: skip
                 if HAS_PLAUSIBILITY:
                     dropped = z < threshold
                 if SECOND == _TEXT:
                     # Not written in a tile without survivors; then nothing of it counts below.
                     text = _slice(
-                        tile_ptr + 2 * TILE,
-                        teacher_bias_ptr,
-                        first_column,
-                        start,
-                        vocab,
-                        BLOCK_M,
-                        BLOCK_E,
-                        SLICE,
-                        TEACHER_SCALE,
-                        TEACHER_SOFTCAP,
-                    )
+                        tile_ptr + 2 * TILE, teacher_bias_ptr, first_column, start, vocab, BLOCK_M, BLOCK_E, SLICE,
+                        TEACHER_SCALE, TEACHER_SOFTCAP,
+                    )  # fmt: skip
                     z = _contrast(z, text, alpha)
                 if HAS_PLAUSIBILITY:
                     z = tl.where(dropped, _MASKED, z)
@@ -518,17 +444,10 @@ def _merge_kernel(
         q_row = tl.sum(q_sum * s_weight, axis=0)
         p_row = tl.sum(p_sum * z_weight, axis=0)
         log_z = _log_ratio_of_sums(p_row, q_row)
-        if DIVERGENCE == _REVERSE:
-            inverse = _reciprocal(q_row)
-            kd, infinite = _kl(
-                cross, q_sum, hole, s_max, z_max, s_row, z_row, s_weight, inverse, log_z, inverse_temperature, rate
-            )
-            kd = tl.where(q_row == 0.0, 0.0, kd)
-        else:
-            inverse = _reciprocal(p_row)
-            kd, infinite = _kl(
-                cross, p_sum, hole, z_max, s_max, z_row, s_row, z_weight, inverse, -log_z, inverse_temperature, rate
-            )
+        kd, infinite = _kl_of_row(
+            cross, hole, q_sum, p_sum, s_max, z_max, s_row, z_row, s_weight, z_weight, q_row, p_row, log_z, inverse_temperature,
+            rate, DIVERGENCE,
+        )  # fmt: skip
         tl.store(kd_ptr + token, _finish_kd(kd, inverse_temperature, infinite, p_row == 0.0, alpha_legal))
     else:
         tl.store(kd_ptr + token, 0.0)
@@ -588,7 +507,7 @@ class _Limits:
 def _device_limits(device: torch.device) -> _Limits:
     if device.type != "cuda":
         return _Limits()
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stubs lack the shared memory that is wanted
     return _Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major)
 
 
@@ -608,160 +527,6 @@ def _upcast(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the product is of float32 operands: of mixed dtypes, and in the interpreter, whose bf16 products are of bits."""
     interpreted = not isinstance(_no_logits_kernel, triton.JITFunction)
     return hidden.dtype != weight.dtype or (interpreted and weight.dtype == torch.bfloat16)
-
-
-def _no_logits_arguments(
-    student: torch.Tensor,
-    student_weight: torch.Tensor,
-    student_bias: torch.Tensor | None,
-    first: torch.Tensor,
-    second: torch.Tensor | None,
-    teacher_weight: torch.Tensor,
-    teacher_bias: torch.Tensor | None,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    spec: RowSpec,
-    audio_max: torch.Tensor | None,
-    products: torch.Tensor,
-    partial: torch.Tensor,
-    *,
-    second_is: int,
-    tiles_per_split: int,
-    tiles: dict[str, int],
-) -> dict[str, object]:
-    """Arguments of _no_logits_kernel, and launch options."""
-    inner = tiles["BLOCK_K"]
-    return {
-        "student_ptr": student,
-        "student_weight_ptr": student_weight,
-        "student_bias_ptr": student_bias,
-        "first_ptr": first,
-        "second_ptr": second,
-        "teacher_weight_ptr": teacher_weight,
-        "teacher_bias_ptr": teacher_bias,
-        "target_ptr": target,
-        "alpha_ptr": alpha,
-        "audio_max_ptr": audio_max,
-        "tile_ptr": products,
-        "partial_ptr": partial,
-        "stride_student": student.stride(0),
-        "stride_first": first.stride(0),
-        "stride_second": 0 if second is None else second.stride(0),
-        "stride_student_weight": student_weight.stride(0),
-        "stride_student_inner": student_weight.stride(1),
-        "stride_teacher_weight": teacher_weight.stride(0),
-        "stride_teacher_inner": teacher_weight.stride(1),
-        "stride_alpha": 0 if alpha.numel() == 1 else alpha.stride(0),
-        "n_tokens": student.shape[0],
-        "splits": partial.shape[1],
-        "tiles_per_split": tiles_per_split,
-        "vocab": spec.vocab,
-        "student_width": student.shape[1],
-        "teacher_width": first.shape[1],
-        "inverse_temperature": 1.0 / spec.temperature,
-        "log_plausibility": 0.0 if spec.plausibility is None else math.log(spec.plausibility),
-        "SECOND": second_is,
-        "DIVERGENCE": DIVERGENCES.index(spec.divergence),
-        "TEMPERATURE": int(spec.temperature) if spec.temperature in (1.0, 2.0) else 0,
-        "HAS_PLAUSIBILITY": spec.plausibility is not None and spec.with_kd,
-        "WITH_KD": spec.with_kd,
-        "WITH_CE": spec.with_ce and target is not None,
-        "STUDENT_SCALE": float(spec.student_scale),
-        "TEACHER_SCALE": float(spec.teacher_scale),
-        "STUDENT_SOFTCAP": spec.student_softcap,
-        "TEACHER_SOFTCAP": spec.teacher_softcap,
-        "EVEN_STUDENT": student.shape[1] % inner == 0,
-        "EVEN_TEACHER": first.shape[1] % inner == 0,
-        "UPCAST_STUDENT": _upcast(student, student_weight),
-        "UPCAST_TEACHER": _upcast(first, teacher_weight),
-        **tiles,
-    }
-
-
-def _audio_max_arguments(
-    audio: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    products: torch.Tensor,
-    largest: torch.Tensor,
-    spec: RowSpec,
-    *,
-    tiles_per_split: int,
-    tiles: dict[str, int],
-) -> dict[str, object]:
-    """Arguments of _audio_max_kernel, and launch options."""
-    return {
-        "audio_ptr": audio,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
-        "tile_ptr": products,
-        "max_ptr": largest,
-        "stride_audio": audio.stride(0),
-        "stride_weight": weight.stride(0),
-        "stride_inner": weight.stride(1),
-        "n_tokens": audio.shape[0],
-        "vocab": spec.vocab,
-        "width": audio.shape[1],
-        "tiles_per_split": tiles_per_split,
-        "SCALE": float(spec.teacher_scale),
-        "SOFTCAP": spec.teacher_softcap,
-        "EVEN": audio.shape[1] % tiles["BLOCK_K"] == 0,
-        "UPCAST": _upcast(audio, weight),
-        **tiles,
-    }
-
-
-def _contrast_arguments(
-    audio: torch.Tensor, text: torch.Tensor, alpha: torch.Tensor, high: torch.Tensor, low: torch.Tensor | None
-) -> dict[str, object]:
-    """Arguments of _contrast_kernel, and launch options."""
-    return {
-        "audio_ptr": audio,
-        "text_ptr": text,
-        "alpha_ptr": alpha,
-        "high_ptr": high,
-        "low_ptr": low,
-        "stride_audio": audio.stride(0),
-        "stride_text": text.stride(0),
-        "stride_alpha": 0 if alpha.numel() == 1 else alpha.stride(0),
-        "n_tokens": audio.shape[0],
-        "width": audio.shape[1],
-        "BLOCK": min(2048, max(128, triton.next_power_of_2(audio.shape[1]))),
-        "num_warps": 4,
-    }
-
-
-def _merge_arguments(
-    partial: torch.Tensor,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    kd: torch.Tensor,
-    ce: torch.Tensor,
-    spec: RowSpec,
-    *,
-    has_text: bool,
-) -> dict[str, object]:
-    """Arguments of _merge_kernel, and launch options."""
-    return {
-        "partial_ptr": partial,
-        "target_ptr": target,
-        "alpha_ptr": alpha,
-        "kd_ptr": kd,
-        "ce_ptr": ce,
-        "stride_alpha": 0 if alpha.numel() == 1 else alpha.stride(0),
-        "n_tokens": kd.shape[0],
-        "splits": partial.shape[1],
-        "vocab": spec.vocab,
-        "ignore_index": spec.ignore_index,
-        "inverse_temperature": 1.0 / spec.temperature,
-        "SPLITS": triton.next_power_of_2(partial.shape[1]),
-        "DIVERGENCE": DIVERGENCES.index(spec.divergence),
-        "HAS_TEXT": has_text,
-        "HAS_TARGET": target is not None,
-        "WITH_KD": spec.with_kd,
-        "WITH_CE": spec.with_ce and target is not None,
-        "num_warps": 1,
-    }
 
 
 @dataclass(frozen=True)
@@ -818,8 +583,12 @@ def linear_caad_no_logits(
 
     Raises RuntimeError for CPU tensors without the interpreter.
     """
+    heads = LinearTensors(
+        _rows_of(student_hidden), student_weight, student_bias, _rows_of(audio_hidden),
+        None if text_hidden is None else _rows_of(text_hidden), teacher_weight, teacher_bias,
+    )  # fmt: skip
     device, n_total = student_hidden.device, student_hidden.shape[0]
-    kd, ce = torch.empty(2, n_total, dtype=torch.float32, device=device).unbind(0)
+    out = RowResult.empty(n_total, 0, device)
     second_is = _second_operand(audio_hidden, text_hidden, teacher_weight, spec)
     sizes = [student_hidden.element_size(), student_weight.element_size()]
     if spec.with_kd:
@@ -838,85 +607,193 @@ def linear_caad_no_logits(
         slab = math.ceil(slab / 2 / tile) * tile
     for start in range(0, n_total, max(slab, 1)):
         tokens = slice(start, min(start + slab, n_total))
-        _run_slab(
-            _rows_of(student_hidden[tokens]),
-            student_weight,
-            student_bias,
-            _rows_of(audio_hidden[tokens]),
-            None if text_hidden is None else _rows_of(text_hidden[tokens]),
-            teacher_weight,
-            teacher_bias,
+        _Slab(
+            heads.student_hidden[tokens],
+            heads.audio_hidden[tokens],
+            None if heads.text_hidden is None else heads.text_hidden[tokens],
+            heads,
             None if target is None else target[tokens],
             alpha[tokens] if alpha.numel() > 1 else alpha,
             spec,
-            kd[tokens],
-            ce[tokens],
             second_is,
             plan(tokens.stop - tokens.start),
-        )
-    return RowResult(kd=kd, ce=ce, stats=None)
+        ).solve(out.kd[tokens], out.ce[tokens])
+    return out
 
 
 def _rows_of(hidden: torch.Tensor) -> torch.Tensor:
     return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
-def _run_slab(
-    student: torch.Tensor,
-    student_weight: torch.Tensor,
-    student_bias: torch.Tensor | None,
-    audio: torch.Tensor,
-    text: torch.Tensor | None,
-    teacher_weight: torch.Tensor,
-    teacher_bias: torch.Tensor | None,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    spec: RowSpec,
-    kd: torch.Tensor,
-    ce: torch.Tensor,
-    second_is: int,
-    plan: _Plan,
-) -> None:
-    n, float32 = student.shape[0], {"dtype": torch.float32, "device": student.device}
-    grid = (plan.token_tiles, plan.splits)  # tokens first: programs side by side read the same weights, out of L2
-    size = (plan.products, plan.tiles["BLOCK_M"], plan.tiles["BLOCK_E"])
-    products = torch.empty(plan.token_tiles * plan.splits, *size, **float32)
-    partial = torch.empty(_FIELDS, plan.splits, n, **float32)
-    launch = {"tiles_per_split": plan.tiles_per_split, "tiles": plan.tiles}
-    with _device_of(student, _no_logits_kernel):
-        first, second, audio_max = audio, None, None
-        if second_is == _TEXT.value:
-            second = text
-        elif spec.with_kd and text is not None:
-            low = second_is == _LOW.value
-            first = torch.empty(
-                audio.shape, dtype=teacher_weight.dtype if low else torch.float32, device=student.device
-            )
-            second = torch.empty_like(first) if low else None
-            _contrast_kernel[(n,)](**_contrast_arguments(audio, text, alpha, first, second))
-        if spec.with_kd and spec.plausibility is not None:
-            largest = torch.empty(plan.splits, n, **float32)
-            _audio_max_kernel[grid](
-                **_audio_max_arguments(audio, teacher_weight, teacher_bias, products, largest, spec, **launch)
-            )
-            audio_max = largest.amax(0)
-        _no_logits_kernel[grid](
-            **_no_logits_arguments(
-                student,
-                student_weight,
-                student_bias,
-                first,
-                second,
-                teacher_weight,
-                teacher_bias,
-                target,
-                alpha,
-                spec,
-                audio_max,
-                products,
-                partial,
-                second_is=second_is,
-                **launch,
-            )
+@dataclass(frozen=True, eq=False)
+class _Slab:
+    """Tokens that go through the kernels together, and how."""
+
+    student: torch.Tensor  # (n, H_s)
+    audio: torch.Tensor  # (n, H_t)
+    text: torch.Tensor | None
+    heads: LinearTensors  # for the weights and biases
+    target: torch.Tensor | None
+    alpha: torch.Tensor
+    spec: RowSpec
+    second_is: int
+    plan: _Plan
+
+    def solve(self, kd: torch.Tensor, ce: torch.Tensor) -> None:
+        """Writes the (n,) results."""
+        plan = self.plan
+        size = (plan.token_tiles * plan.splits, plan.products, plan.tiles["BLOCK_M"], plan.tiles["BLOCK_E"])
+        products = self._float32(*size)
+        partial = self._float32(_FIELDS, plan.splits, len(self.student))
+        with _device_of(self.student, _no_logits_kernel):
+            first, second = self._operands()
+            largest = None
+            if self.spec.with_kd and self.spec.plausibility is not None:
+                largest = self._largest_audio(products)
+            self._fold_logits(first, second, largest, products, partial)
+            self._merge(partial, kd, ce)
+
+    def _float32(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.student.device)
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """Tokens first: programs side by side read the same weights, out of L2."""
+        return self.plan.token_tiles, self.plan.splits
+
+    def _operands(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the teacher's weight is multiplied with: see ``second_is``."""
+        audio, text = self.audio, self.text
+        if self.second_is == _TEXT.value:
+            return audio, text
+        if text is None or not self.spec.with_kd:
+            return audio, None
+        low = self.second_is == _LOW.value
+        dtype = self.heads.teacher_weight.dtype if low else torch.float32
+        first = torch.empty(audio.shape, dtype=dtype, device=audio.device)
+        second = torch.empty_like(first) if low else None
+        _contrast_kernel[(len(audio),)](
+            audio_ptr=audio,
+            text_ptr=text,
+            alpha_ptr=self.alpha,
+            high_ptr=first,
+            low_ptr=second,
+            stride_audio=audio.stride(0),
+            stride_text=text.stride(0),
+            stride_alpha=_alpha_stride(self.alpha),
+            n_tokens=audio.shape[0],
+            width=audio.shape[1],
+            BLOCK=min(2048, max(128, triton.next_power_of_2(audio.shape[1]))),
+            num_warps=4,
         )
-        _merge_kernel[(n,)](**_merge_arguments(partial, target, alpha, kd, ce, spec, has_text=text is not None))
+        return first, second
+
+    def _largest_audio(self, products: torch.Tensor) -> torch.Tensor:
+        """max z_audio of each token."""
+        audio, weight, spec, tiles = self.audio, self.heads.teacher_weight, self.spec, self.plan.tiles
+        largest = self._float32(self.plan.splits, len(audio))
+        _audio_max_kernel[self._grid](
+            audio_ptr=audio,
+            weight_ptr=weight,
+            bias_ptr=self.heads.teacher_bias,
+            tile_ptr=products,
+            max_ptr=largest,
+            stride_audio=audio.stride(0),
+            stride_weight=weight.stride(0),
+            stride_inner=weight.stride(1),
+            n_tokens=audio.shape[0],
+            vocab=spec.vocab,
+            width=audio.shape[1],
+            tiles_per_split=self.plan.tiles_per_split,
+            SCALE=float(spec.teacher_scale),
+            SOFTCAP=spec.teacher_softcap,
+            EVEN=audio.shape[1] % tiles["BLOCK_K"] == 0,
+            UPCAST=_upcast(audio, weight),
+            **tiles,
+        )
+        return largest.amax(0)
+
+    def _fold_logits(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor | None,
+        largest: torch.Tensor | None,
+        products: torch.Tensor,
+        partial: torch.Tensor,
+    ) -> None:
+        """Both heads' products, tile by tile, folded into the strips' results."""
+        student, spec, tiles = self.student, self.spec, self.plan.tiles
+        _, student_weight, student_bias, _, _, teacher_weight, teacher_bias = self.heads
+        _no_logits_kernel[self._grid](
+            student_ptr=student,
+            student_weight_ptr=student_weight,
+            student_bias_ptr=student_bias,
+            first_ptr=first,
+            second_ptr=second,
+            teacher_weight_ptr=teacher_weight,
+            teacher_bias_ptr=teacher_bias,
+            target_ptr=self.target,
+            alpha_ptr=self.alpha,
+            audio_max_ptr=largest,
+            tile_ptr=products,
+            partial_ptr=partial,
+            stride_student=student.stride(0),
+            stride_first=first.stride(0),
+            stride_second=0 if second is None else second.stride(0),
+            stride_student_weight=student_weight.stride(0),
+            stride_student_inner=student_weight.stride(1),
+            stride_teacher_weight=teacher_weight.stride(0),
+            stride_teacher_inner=teacher_weight.stride(1),
+            stride_alpha=_alpha_stride(self.alpha),
+            n_tokens=student.shape[0],
+            splits=partial.shape[1],
+            tiles_per_split=self.plan.tiles_per_split,
+            vocab=spec.vocab,
+            student_width=student.shape[1],
+            teacher_width=first.shape[1],
+            inverse_temperature=1.0 / spec.temperature,
+            log_plausibility=spec.log_plausibility,
+            SECOND=self.second_is,
+            DIVERGENCE=DIVERGENCES.index(spec.divergence),
+            TEMPERATURE=_temperature_code(spec.temperature),
+            HAS_PLAUSIBILITY=spec.plausibility is not None and spec.with_kd,
+            WITH_KD=spec.with_kd,
+            WITH_CE=self._with_ce,
+            STUDENT_SCALE=float(spec.student_scale),
+            TEACHER_SCALE=float(spec.teacher_scale),
+            STUDENT_SOFTCAP=spec.student_softcap,
+            TEACHER_SOFTCAP=spec.teacher_softcap,
+            EVEN_STUDENT=student.shape[1] % tiles["BLOCK_K"] == 0,
+            EVEN_TEACHER=first.shape[1] % tiles["BLOCK_K"] == 0,
+            UPCAST_STUDENT=_upcast(student, student_weight),
+            UPCAST_TEACHER=_upcast(first, teacher_weight),
+            **tiles,
+        )
+
+    @property
+    def _with_ce(self) -> bool:
+        return self.spec.with_ce and self.target is not None
+
+    def _merge(self, partial: torch.Tensor, kd: torch.Tensor, ce: torch.Tensor) -> None:
+        """The strips' results as those of the tokens."""
+        spec = self.spec
+        _merge_kernel[(len(kd),)](
+            partial_ptr=partial,
+            target_ptr=self.target,
+            alpha_ptr=self.alpha,
+            kd_ptr=kd,
+            ce_ptr=ce,
+            stride_alpha=_alpha_stride(self.alpha),
+            n_tokens=kd.shape[0],
+            splits=partial.shape[1],
+            vocab=spec.vocab,
+            ignore_index=spec.ignore_index,
+            inverse_temperature=1.0 / spec.temperature,
+            SPLITS=triton.next_power_of_2(partial.shape[1]),
+            DIVERGENCE=DIVERGENCES.index(spec.divergence),
+            HAS_TEXT=self.text is not None,
+            HAS_TARGET=self.target is not None,
+            WITH_KD=spec.with_kd,
+            WITH_CE=self._with_ce,
+            num_warps=1,
+        )

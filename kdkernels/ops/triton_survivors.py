@@ -7,8 +7,8 @@ kernel needs neither a text path nor a mask. One program owns M x E logits, coun
     few         one dot product of two rows, h_text and W_t, a survivor
     many        one dense product of the tile on tensor cores
 
-The choice falls on the device, so nothing is read back to the host, a CUDA graph can capture it, and the worst case costs a
-dense GEMM.
+The device makes this choice. So nothing is read back to the host, a CUDA graph can capture it, and the worst case costs one dense
+GEMM.
 
 Legend: C tokens of a chunk, V valid ids, H_t hidden width, M x E a tile of tokens and ids.
 """
@@ -22,14 +22,14 @@ import triton
 import triton.language as tl
 
 from .rows import RowSpec
-from .triton_caad import _FLOOR, _MASKED, _contrast, _device_of, _logit_with_slope
-from .triton_no_logits import _device_limits, _Limits, _product, _tiles, _upcast
+from .triton_no_logits import _device_limits, _product, _tiles, _upcast
+from .triton_shared import _FLOOR, _MASKED, _alpha_stride, _contrast, _device_of, _logit_with_slope
 
 # The dense product and z_audio are in registers together, one address a logit where rows are not aligned: a quarter of a GEMM
 # kernel's tile.
 ROWS, ROWS_FP32, COLUMNS = 64, 32, 64
-# Survivors a tile from which the dense product is cheaper, reasoned and not measured: for H_t 4096 a tile is 34 MFLOP, 13 us at
-# 2.6 TFLOP/s a multiprocessor; a dot product reads two rows of 8 KiB out of L2 and reduces them, about 1 us.
+# Survivors a tile from which the dense product is cheaper. Estimated, not measured: for H_t 4096 a tile is 34 MFLOP, 13 us at 2.6
+# TFLOP/s a multiprocessor. A dot product reads two rows of 8 KiB from L2 and reduces them, about 1 us.
 DENSE_FROM = 12
 
 
@@ -105,20 +105,9 @@ def _survivors_kernel(
         column = first_column + tl.arange(0, BLOCK_E)
         safe = tl.minimum(column, vocab - 1).to(tl.int64)
         text = _product(
-            text_ptr,
-            None,
-            weight_ptr,
-            token * stride_text,
-            token,
-            safe * stride_weight,
-            width,
-            stride_inner,
-            BLOCK_M,
-            BLOCK_E,
-            BLOCK_K,
-            EVEN,
-            UPCAST,
-        )
+            text_ptr, None, weight_ptr, token * stride_text, token, safe * stride_weight, width, stride_inner, BLOCK_M, BLOCK_E,
+            BLOCK_K, EVEN, UPCAST,
+        )  # fmt: skip
         inside = (column < vocab)[None, :]
         bias = 0.0
         if bias_ptr is not None:
@@ -157,55 +146,6 @@ def _survivors_kernel(
         tl.store(z_ptrs, z.to(logits_ptr.dtype.element_ty), mask=inside & written)
 
 
-def _survivors_arguments(
-    audio_logits: torch.Tensor,
-    row_max: torch.Tensor,
-    text_hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor | None,
-    alpha: torch.Tensor,
-    spec: RowSpec,
-    *,
-    limits: _Limits,
-) -> dict[str, object]:
-    """Arguments of _survivors_kernel, and launch options."""
-    width = text_hidden.shape[1]
-    itemsize = max(text_hidden.element_size(), weight.element_size())
-    tiles = _tiles(audio_logits.shape[0], itemsize, 1, limits)
-    inner = 16 if itemsize == 4 else tiles["BLOCK_K"]
-    return {
-        "logits_ptr": audio_logits,
-        "row_max_ptr": row_max,
-        "text_ptr": text_hidden,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
-        "target_ptr": target,
-        "alpha_ptr": alpha,
-        "stride_logits": audio_logits.stride(0),
-        "stride_text": text_hidden.stride(0),
-        "stride_weight": weight.stride(0),
-        "stride_inner": weight.stride(1),
-        "stride_alpha": 0 if alpha.numel() == 1 else alpha.stride(0),
-        "n_tokens": audio_logits.shape[0],
-        "vocab": audio_logits.shape[1],
-        "width": width,
-        "ignore_index": spec.ignore_index,
-        "log_plausibility": math.log(spec.plausibility),
-        "BLOCK_DOT": min(2048, max(256, triton.next_power_of_2(width))),
-        "DENSE_FROM": DENSE_FROM,
-        "SCALE": float(spec.teacher_scale),
-        "SOFTCAP": spec.teacher_softcap,
-        "EVEN": width % inner == 0,
-        "UPCAST": _upcast(text_hidden, weight),
-        **tiles,
-        "BLOCK_M": ROWS_FP32 if itemsize == 4 else ROWS,
-        "BLOCK_E": COLUMNS,
-        "BLOCK_K": inner,
-        "maxnreg": 255,  # left to itself, ptxas spills to fit one more block
-    }
-
-
 def contrast_at_survivors(
     audio_logits: torch.Tensor,
     text_hidden: torch.Tensor,
@@ -227,17 +167,40 @@ def contrast_at_survivors(
     if audio_logits.shape[0] == 0:
         return
     text_hidden = text_hidden if text_hidden.stride(1) == 1 else text_hidden.contiguous()
-    arguments = _survivors_arguments(
-        audio_logits,
-        audio_logits.amax(1),
-        text_hidden,
-        weight,
-        bias,
-        target,
-        alpha,
-        spec,
-        limits=_device_limits(audio_logits.device),
-    )
-    grid = tuple(math.ceil(x / arguments[b]) for x, b in zip(audio_logits.shape, ("BLOCK_M", "BLOCK_E"), strict=True))
+    (tokens, vocab), width = audio_logits.shape, text_hidden.shape[1]
+    itemsize = max(text_hidden.element_size(), weight.element_size())
+    tiles = _tiles(tokens, itemsize, 1, _device_limits(audio_logits.device))
+    rows, inner = (ROWS_FP32, 16) if itemsize == 4 else (ROWS, tiles["BLOCK_K"])
+    tiles |= {
+        "BLOCK_M": rows,
+        "BLOCK_E": COLUMNS,
+        "BLOCK_K": inner,
+        "maxnreg": 255,  # left to itself, ptxas spills to fit one more block
+    }
     with _device_of(audio_logits, _survivors_kernel):
-        _survivors_kernel[grid](**arguments)
+        _survivors_kernel[(math.ceil(tokens / rows), math.ceil(vocab / COLUMNS))](
+            logits_ptr=audio_logits,
+            row_max_ptr=audio_logits.amax(1),
+            text_ptr=text_hidden,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            target_ptr=target,
+            alpha_ptr=alpha,
+            stride_logits=audio_logits.stride(0),
+            stride_text=text_hidden.stride(0),
+            stride_weight=weight.stride(0),
+            stride_inner=weight.stride(1),
+            stride_alpha=_alpha_stride(alpha),
+            n_tokens=tokens,
+            vocab=vocab,
+            width=width,
+            ignore_index=spec.ignore_index,
+            log_plausibility=spec.log_plausibility,
+            BLOCK_DOT=min(2048, max(256, triton.next_power_of_2(width))),
+            DENSE_FROM=DENSE_FROM,
+            SCALE=float(spec.teacher_scale),
+            SOFTCAP=spec.teacher_softcap,
+            EVEN=width % inner == 0,
+            UPCAST=_upcast(text_hidden, weight),
+            **tiles,
+        )

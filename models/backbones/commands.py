@@ -22,7 +22,7 @@ def heal_parser() -> Parser:
     parser = Parser(prog="python -m models heal", description="Drop layers of a language model and train the rest on text.")
     parser.add_argument("model", help="hub id or folder of the full causal language model")
     parser.add_argument("texts", help="manifest (.jsonl), or a text file with one text in each line")
-    parser.add_argument("--keep-layers", default=",".join(map(str, KEEP_LAYERS)), help="such as 0-6,27-29")
+    parser.add_comma_list("--keep-layers", default=",".join(map(str, KEEP_LAYERS)), help="such as 0-6,27-29")
     parser.add_argument("--out", help="folder of the students (default: in the cache)")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="texts in a step")

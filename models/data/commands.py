@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.arguments import Parser
 from models.data.audio import MAX_SECONDS
+from models.data.example import SPLITS
 
 FORMS = ("desta", "dynamic_superb", "mcr_bench")
 
@@ -16,6 +17,7 @@ def check_parser() -> Parser:
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad rows above which the status is 1")
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS, help="a longer clip makes its row bad")
+    parser.add_allow_links()
     return parser
 
 
@@ -23,8 +25,11 @@ def convert_parser() -> Parser:
     parser = Parser(prog="python -m models convert", description="Turn rows of another layout into a manifest.")
     parser.add_argument("rows", type=Path, help="JSON or JSONL file")
     parser.add_argument("--form", required=True, choices=FORMS, help="layout of the rows")
-    parser.add_argument("--out", type=Path, required=True, help="manifest to write; read it with the same --audio-root")
+    parser.add_argument("--out", type=Path, required=True, help="manifest to write; it names the folder of the audio")
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the rows')")
-    parser.add_argument("--split", default="test", help="split of rows that name none")
+    parser.add_argument(
+        "--split", choices=SPLITS, help="split of rows that name none (default: train for desta, test for the benchmarks)"
+    )
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad rows above which nothing is written")
+    parser.add_allow_links()
     return parser

@@ -9,9 +9,12 @@ default value:
      "task": "gender", "question": "Is the speaker a man or a woman?", "choices": ["man", "woman"], "answer": "man",
      "target": "The speaker is a man.", "target_source": "template", "split": "train", "kind": "neutral"}
 
-(one line each in the file). Audio paths are relative to the audio root, by default the manifest's folder. They may not
-leave it: not by "..", not as absolute paths, not through links. Bad rows are skipped, counted and listed. More of them
-than `max_bad_fraction` are an error. `python -m models check FILE` checks a manifest.
+(one line each in the file). Audio paths are relative to the audio root. That is the folder that the header names as
+"audio_root", relative to the manifest's own folder; without it, the manifest's folder. The paths may not leave the root: not
+by "..", not as absolute paths, and through links only if the reader allows them (`allow_links`).
+
+Bad rows are skipped, counted and listed. More of them than `max_bad_fraction` are an error. `python -m models check FILE`
+checks a manifest.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ __all__ = [
     "AUDIO_PLACEHOLDER",
     "KINDS",
     "MANIFEST_VERSION",
+    "ROOT_KEY",
     "SPLITS",
     "TARGET_SOURCES",
     "VERSION_KEY",
@@ -44,12 +48,14 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "Problem",
+    "header_with_root",
     "read_manifest",
     "write_manifest",
 ]
 
 MANIFEST_VERSION = 1
 VERSION_KEY = "kdkernels_manifest"
+ROOT_KEY = "audio_root"
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,17 @@ def read_manifest(
     max_bad_fraction: float = 0.05,
     check_audio: bool = True,
     max_seconds: float = MAX_SECONDS,
+    allow_links: bool = False,
 ) -> Manifest:
     """Read and check a manifest.
 
     Args:
         path: the JSONL file.
-        audio_root: folder that audio paths are relative to; None is the manifest's own folder.
+        audio_root: folder that audio paths are relative to; None is the one that the header names, or the manifest's own.
         max_bad_fraction: more bad rows than this fraction raise ManifestError.
         check_audio: read each clip's header too (nothing is decoded).
         max_seconds: longest span allowed; the header decides.
+        allow_links: clips may be links that leave the audio root, as in a hub's cache, git-annex or DVC.
 
     Returns:
         Manifest with the good rows in file order, and a Problem for each bad one.
@@ -118,19 +126,21 @@ def read_manifest(
     path = Path(path)
     if not 0.0 <= max_bad_fraction <= 1.0:
         raise ValueError(f"max_bad_fraction: expected a number from 0 to 1, got {max_bad_fraction}")
-    root = Path(audio_root) if audio_root is not None else path.parent
-    if check_audio and not root.is_dir():
-        raise ManifestError(f"audio_root: expected a folder, got {root}")
+    if audio_root is not None and check_audio and not Path(audio_root).is_dir():
+        raise ManifestError(f"audio_root: expected a folder, got {audio_root}")
     lines = numbered_lines(path)
     first = next(lines, None)
     if first is None:
         raise ManifestError(f"{path}: expected a header line with {VERSION_KEY!r}, got an empty file")
     header = _parse_header(path, first[1])
+    root = Path(audio_root) if audio_root is not None else _named_root(path, header)
+    if check_audio and not root.is_dir():
+        raise ManifestError(f"{path}: expected a folder of audio, got {root}; --audio-root names another")
     examples, problems = collect_examples(
         path,
         lines,
         lambda _, row: [example_from_row(row)],
-        checker=AudioChecker(root, max_seconds=max_seconds) if check_audio else None,
+        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links) if check_audio else None,
         max_bad_fraction=max_bad_fraction,
     )
     return Manifest(examples, problems, root, header, path)
@@ -170,6 +180,23 @@ def _parse_header(path: Path, line: bytes | None) -> dict[str, Any]:
     return header
 
 
+def _named_root(path: Path, header: Mapping[str, Any]) -> Path:
+    """The audio root that a manifest names, or its own folder."""
+    named = header.get(ROOT_KEY, "")
+    if not isinstance(named, str) or "\0" in named:
+        raise ManifestError(f"{path}: expected a folder as {ROOT_KEY!r} in the header, got {named!r}")
+    return path.parent / named
+
+
+def header_with_root(
+    header: Mapping[str, Any], *, audio_root: str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """The header of a manifest in `folder` whose audio paths are relative to `audio_root`; it names that root if it has to."""
+    plain = {key: value for key, value in header.items() if key not in (VERSION_KEY, ROOT_KEY)}
+    relative = os.path.relpath(Path(audio_root).resolve(), Path(folder).resolve())
+    return plain if relative == os.curdir else {ROOT_KEY: relative.replace(os.sep, "/"), **plain}
+
+
 def _dump(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
@@ -183,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             audio_root=arguments.audio_root,
             max_bad_fraction=arguments.max_bad_fraction,
             max_seconds=arguments.max_seconds,
+            allow_links=arguments.allow_links,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,8 @@ The forms, each as JSON lines or as one JSON array:
 
 desta          {"id", "audios": [{"audio_filepath" or "audio", "transcription" or "text"}], "messages": [{"role",
                "content"}], "seed_description", "target" or "response"}; the audios may stand in the user's message.
-               The placeholder in the user's turn is removed. A system turn becomes the context.
+               The mark of the clip is taken out of a turn: a placeholder, or a path between two marks. A system turn
+               becomes the context. Rows that name no split are training data.
 dynamic_superb {"file" or "audio", "instruction", "label", "text"}. The choices are those of "choices"; without it they
                are read from the instruction ("The answer could be yes or no."). "text" is part of the question (the text
                to match), not a transcript: it becomes the context. A metadata.json of the benchmark's own script, one
@@ -17,11 +18,13 @@ mcr_bench      {"id", "audio", "question", "choices" or "options", "answer", "co
                where neutral is the bare question and the others are the descriptions beside it. The kind is aligned
                for faithful, conflict for adversarial, and neutral for the other two; the metadata hold the type.
 
-Rows of other shapes are problems: they are skipped and listed like the bad rows of a manifest.
+Rows of the benchmarks that name no split are test data. A second question under one id about the same clip gets the id with
+"#2" behind it. Rows of other shapes are problems: they are skipped and listed like the bad rows of a manifest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -32,17 +35,29 @@ from typing import Any
 from models.data.audio import MAX_SECONDS
 from models.data.commands import FORMS, convert_parser
 from models.data.json_rows import read_json, read_rows
-from models.data.manifest import SPLITS, Example, Manifest, ManifestError, write_manifest
+from models.data.manifest import SPLITS, Example, Manifest, ManifestError, header_with_root, write_manifest
 from models.data.rows import AudioChecker, collect_examples
 
+# The split of rows that name none.
+_SPLITS = {"desta": "train", "dynamic_superb": "test", "mcr_bench": "test"}
 # MCR-BENCH's context types and the kind of each.
 CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
-# No mark within a mark: without this, each of many unclosed openings would be searched to the end of the text.
-_AUDIO_MARK = re.compile(r"<start_audio>(?:(?!<start_audio>).)*?<end_audio>|<\|?/?audio\|?>", re.IGNORECASE | re.DOTALL)
+# Where the clip stands in a turn: a placeholder, alone or between two marks, or a path without blanks between two marks.
+# Other words between two marks are prose about the marks, and stay.
+_PLACEHOLDER = r"<\|?audio\|?>"
+_OPENING = r"(?:<start_audio>|<\|audio_(?:bos|start)\|>|<audio>)"
+_CLOSING = r"(?:<end_audio>|<\|audio_(?:eos|end)\|>|</audio>)"
+_MARKED = re.compile(
+    rf"{_OPENING}([^<]{{0,1024}}(?:{_PLACEHOLDER}[^<]{{0,1024}}){{0,4}}){_CLOSING}", re.IGNORECASE
+)  # bounded: a turn may consist of openings or blanks
+_PATH = re.compile(r"\S*(?:/\S+|\.\w{2,5})")
+_LONE_TOKEN = re.compile(r"<\|audio\|>", re.IGNORECASE)
+_LONE_TAG = re.compile(r"(?:^|(?<=[\n.:;?!]))[ \t]*<audio>|<audio>[ \t]*(?=\n|$)", re.IGNORECASE)
 _OFFERED = re.compile(
     r"\b(?:answers?|labels?|responses?|options?)\s+(?:could|should|can|may|must|might)\s+be\s+(.+)", re.I
 )
 _MAX_DESCRIPTION_CHARACTERS = 4096  # matching may take time with its square
+_TIMES = re.compile(r"\[\d{1,6}:\d\d(?:\.\d+)?-\d{1,6}:\d\d(?:\.\d+)?\]")
 _SEGMENT = re.compile(
     r"\[(\d{1,6}):(\d\d(?:\.\d+)?)-(\d{1,6}):(\d\d(?:\.\d+)?)\]\s*(.*?)\s*\(((?:[^()]|\([^()]*\))*)\)\s*$", re.DOTALL
 )
@@ -53,11 +68,12 @@ def read_foreign(
     *,
     form: str,
     audio_root: str | os.PathLike[str] | None = None,
-    split: str = "test",
+    split: str | None = None,
     target_source: str = "text_backbone",
     max_bad_fraction: float = 0.05,
     check_audio: bool = True,
     max_seconds: float = MAX_SECONDS,
+    allow_links: bool = False,
 ) -> Manifest:
     """Read a file of one of FORMS.
 
@@ -65,16 +81,16 @@ def read_foreign(
         path: JSON lines, or a JSON array.
         form: one of FORMS; see the module's docstring.
         audio_root: folder that audio paths are relative to; absolute ones lie below it. None is the file's own folder.
-        split: split of rows that do not name one.
+        split: split of rows that do not name one; None is "train" for the desta form and "test" for the benchmarks.
         target_source: who wrote the targets of the desta form.
-        max_bad_fraction, check_audio, max_seconds: as for `read_manifest`.
+        max_bad_fraction, check_audio, max_seconds, allow_links: as for `read_manifest`.
 
     Returns:
         Manifest; the rows of problems count lines (array: elements) from 1.
 
     Raises:
-        ValueError: `form` is unknown.
-        ManifestError: the file cannot be read, has no row, or too many bad ones.
+        ValueError: `form` is unknown, or `max_bad_fraction` lies outside [0, 1].
+        ManifestError: the audio root is no folder, or the file cannot be read, has no row, or too many bad ones.
     """
     converters: dict[str, Callable[[Mapping[str, Any], _Defaults], Iterator[Example]]] = {
         "desta": _from_desta,
@@ -83,12 +99,20 @@ def read_foreign(
     }
     if form not in converters:
         raise ValueError(f"form: expected one of {list(FORMS)}, got {form!r}")
+    if not 0.0 <= max_bad_fraction <= 1.0:
+        raise ValueError(f"max_bad_fraction: expected a number from 0 to 1, got {max_bad_fraction}")
     path = Path(path)
     root = Path(audio_root) if audio_root is not None else path.parent
+    if check_audio and not root.is_dir():
+        raise ManifestError(f"audio_root: expected a folder, got {root}")
+    if split is None:
+        split = _SPLITS[form]
+    numbers = _Numbers()
 
     def convert(number: int, row: dict[str, Any]) -> list[Example]:
         try:
-            return list(converters[form](row, _Defaults(number, root, split, target_source)))
+            examples = list(converters[form](row, _Defaults(number, root, split, target_source)))
+            return numbers.tell_apart(row, examples)
         except KeyError as error:
             raise ValueError(f"missing field {error}") from None
         except AttributeError as error:  # a value of another kind than the form has
@@ -98,7 +122,7 @@ def read_foreign(
         path,
         _rows(path, form),
         convert,
-        checker=AudioChecker(root, max_seconds=max_seconds) if check_audio else None,
+        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links) if check_audio else None,
         max_bad_fraction=max_bad_fraction,
     )
     return Manifest(examples, problems, root, {"form": form}, path)
@@ -108,20 +132,56 @@ def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | N
     """Take `[00:00-00:05] text (Gender: female, Emotion: happy)` apart.
 
     Returns:
-        (text, {"gender": "female", "emotion": "happy"}, start, end in seconds), or None for text of another form.
+        (text, {"gender": "female", "emotion": "happy"}, start, end in seconds), or None for text of another form, such as
+        one of several segments. A comma in a value belongs to the value.
     """
     text = text.strip()
     match = _SEGMENT.fullmatch(text) if len(text) <= _MAX_DESCRIPTION_CHARACTERS else None
     if match is None:
         return None
     start_minutes, start_seconds, end_minutes, end_seconds, words, facts = match.groups()
-    metadata = {}
+    if _TIMES.search(words):
+        return None
+    metadata: dict[str, str] = {}
+    last = ""
     for fact in facts.split(","):
         name, colon, value = fact.partition(":")
         if colon:
-            metadata["_".join(name.casefold().split())] = value.strip()
+            last = "_".join(name.casefold().split())
+            metadata[last] = value.strip()
+        elif last:
+            metadata[last] += f", {fact.strip()}"
     start = 60 * int(start_minutes) + float(start_seconds)
     return words, metadata, start, 60 * int(end_minutes) + float(end_seconds)
+
+
+class _Numbers:
+    """Tells questions apart that came under one id about one clip: the second gets "#2" behind its id."""
+
+    def __init__(self) -> None:
+        self._ids: set[str] = set()
+        self._rows: dict[str, list[list[tuple[Any, ...]]]] = {}
+
+    def tell_apart(self, row: Mapping[str, Any], examples: list[Example]) -> list[Example]:
+        """The examples of a row. Those of a row that asks nothing new, or about another clip, keep their id: a duplicate."""
+        if "id" not in row or not examples:
+            return examples
+        asked = [(e.audio, e.question, e.choices, e.context) for e in examples]
+        earlier = self._rows.setdefault(str(row["id"]), [])
+        if any(set(asked) & set(other) or other[0][0] != asked[0][0] for other in earlier):
+            return examples
+        if any(e.id in self._ids for e in examples):
+            number = len(earlier) + 1
+            # The contexts of one question may come as rows of one id; they stay a pair.
+            same = next((n for n, other in enumerate(earlier, 1) if other[0][:3] == asked[0][:3]), number)
+            pair = f"#{same}" if same > 1 else ""
+            examples = [
+                dataclasses.replace(e, id=f"{e.id}#{number}", pair_id=None if e.pair_id is None else e.pair_id + pair)
+                for e in examples
+            ]
+        earlier.append(asked)
+        self._ids.update(e.id for e in examples)
+        return examples
 
 
 class _Defaults:
@@ -184,7 +244,22 @@ def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if not isinstance(content, str):
         raise TypeError(f"messages: expected content to be a string, got {type(content).__name__}")
-    return _AUDIO_MARK.sub(" ", content).strip()
+    return _without_clip(content).strip()
+
+
+def _without_clip(text: str) -> str:
+    """The text of a turn without the mark of its clip. Where no mark is around a clip, a lone placeholder is the mark."""
+    without = _MARKED.sub(lambda match: " " if _is_clip(match[1]) else match[0], text)
+    if without != text:
+        return without
+    return _LONE_TAG.sub(" ", _LONE_TOKEN.sub(" ", text).strip())
+
+
+def _is_clip(between: str) -> bool:
+    """Whether the text between two marks is nothing but placeholders, or a path without blanks."""
+    left = re.sub(_PLACEHOLDER, "", between, flags=re.IGNORECASE)
+    name = left.strip()
+    return len(name.split()) <= 1 and (name in ("", left) or _PATH.fullmatch(name) is not None)
 
 
 def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
@@ -283,14 +358,18 @@ def main(argv: list[str] | None = None) -> int:
     """The command `convert`: one message and status 1 if the file cannot be converted."""
     arguments = convert_parser().parse_args(argv)
     try:
+        if arguments.out.absolute() == arguments.rows.absolute():
+            raise ValueError(f"--out: expected another file than the rows, got {str(arguments.out)!r}")
         manifest = read_foreign(
             arguments.rows,
             form=arguments.form,
             audio_root=arguments.audio_root,
             split=arguments.split,
             max_bad_fraction=arguments.max_bad_fraction,
+            allow_links=arguments.allow_links,
         )
-        write_manifest(arguments.out, manifest.examples, header=manifest.header)
+        header = header_with_root(manifest.header, audio_root=manifest.audio_root, folder=arguments.out.parent)
+        write_manifest(arguments.out, manifest.examples, header=header)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

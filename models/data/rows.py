@@ -62,12 +62,30 @@ def collect_examples(
     return examples, problems
 
 
-class AudioChecker:
-    """Checks the audio of examples: each file lies in the audio root, and its header is read once however many rows use it."""
+ALLOW_LINKS = "--allow-links (in Python allow_links=True, in a recipe data.allow_links=true)"
 
-    def __init__(self, root: str | os.PathLike[str], *, max_seconds: float = MAX_SECONDS):
+
+def link_problem(root: Path, audio: str, *, allow_links: bool) -> str | None:
+    """Why a clip's path may not be followed: a link in it leaves the audio root. None if it may."""
+    try:
+        resolved = (root / audio).resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links
+        return "path cannot be resolved"
+    if allow_links or resolved.is_relative_to(root.resolve()):
+        return None
+    return f"path leaves the audio root through a link; {ALLOW_LINKS} permits that"
+
+
+class AudioChecker:
+    """Checks the audio of examples: each file lies in the audio root, and its header is read once however many rows use it.
+
+    Args:
+        allow_links: a file may lie elsewhere if a link in the audio root leads there.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, max_seconds: float = MAX_SECONDS, allow_links: bool = False):
         self._root = Path(root)
-        self._resolved_root = self._root.resolve()
+        self._allow_links = allow_links
         self._max_seconds = max_seconds
         self._known: dict[str, AudioInfo | AudioError] = {}
 
@@ -85,14 +103,9 @@ class AudioChecker:
         )
 
     def _probe(self, audio: str) -> AudioInfo | AudioError:
-        path = self._root / audio
+        if problem := link_problem(self._root, audio, allow_links=self._allow_links):
+            return AudioError(problem)
         try:
-            resolved = path.resolve()
-        except (OSError, RuntimeError, ValueError):  # a loop of links
-            return AudioError("path cannot be resolved")
-        if not resolved.is_relative_to(self._resolved_root):
-            return AudioError("path leaves the audio root through a link")
-        try:
-            return probe_audio(path)
+            return probe_audio(self._root / audio)
         except AudioError as error:
             return error

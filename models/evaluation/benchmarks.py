@@ -100,6 +100,7 @@ def load_suite(
     audio_root: str | Path | None = None,
     check_audio: bool = True,
     max_bad_fraction: float = 0.05,
+    allow_links: bool = False,
 ) -> Suite:
     """The questions of a benchmark.
 
@@ -109,6 +110,7 @@ def load_suite(
         audio_root: folder of the clips of a published benchmark or of a manifest. The built-in one brings its own.
         check_audio: read each clip's header. A clip that cannot be used is a problem.
         max_bad_fraction: more bad rows than this fraction raise ManifestError.
+        allow_links: clips may be links that leave the folder of the audio.
 
     Raises:
         SuiteError: the benchmark or its folder is missing; the message says how to get it.
@@ -118,7 +120,7 @@ def load_suite(
         if manifest is not None or audio_root is not None:
             raise SuiteError("--benchmark builtin: expected neither MANIFEST nor --audio-root, since it has its own")
         return _suite_of(name, _build(), max_bad_fraction=max_bad_fraction, check_audio=check_audio)
-    options = {"check_audio": check_audio, "max_bad_fraction": max_bad_fraction}
+    options = {"check_audio": check_audio, "max_bad_fraction": max_bad_fraction, "allow_links": allow_links}
     if name not in _FORMS:
         if manifest is not None:
             raise SuiteError(f"--benchmark: expected one of {', '.join(NAMES)} beside MANIFEST {str(manifest)!r}, got {name!r}")
@@ -161,8 +163,8 @@ def _suite_of(name: str, path: str | Path, *, audio_root: str | Path | None = No
     return Suite(name, read.examples, read.audio_root, read.problems)
 
 
-def _read_folder(name: str, root: Path, *, check_audio: bool, max_bad_fraction: float) -> Suite:
-    checker = AudioChecker(root) if check_audio else None
+def _read_folder(name: str, root: Path, *, check_audio: bool, max_bad_fraction: float, allow_links: bool) -> Suite:
+    checker = AudioChecker(root, allow_links=allow_links) if check_audio else None
     examples: list[Example] = []
     problems: list[Problem] = []
     left_out: dict[str, str] = {}

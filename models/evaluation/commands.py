@@ -26,13 +26,17 @@ def evaluate_parser() -> Parser:
     parser.add_argument(
         "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
     )
-    parser.add_argument("--alpha", type=float, default=1.0, help="strength of contrastive decoding")
+    parser.add_argument("--alpha", type=float, help="strength of contrastive decoding (default: 1)")
     parser.add_list("--controls", nargs="*", choices=CONTROLS, help="ask again without the audio, or with another clip's")
     parser.add_argument("--split", default="test", choices=SPLITS, help="which split is asked about")
     parser.add_list("--tasks", nargs="*", help="only these tasks")
     parser.add_argument("--features", help="feature file (python -m models features); without it clips are encoded now")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's), or of a published benchmark")
+    parser.add_allow_links()
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad rows or clips above which it stops")
+    parser.add_argument(
+        "--max-cut-fraction", type=float, default=1.0, help="share of clips longer than the model's window above which it stops"
+    )
     parser.add_argument("--batch-examples", type=int, default=32, help="questions in a forward pass")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in mode generate, in tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -52,5 +56,5 @@ def priors_parser() -> Parser:
     parser.add_list("--splits", default=["test"], choices=SPLITS, help="which splits are asked about")
     parser.add_list("--contexts", default=["neutral"], choices=KINDS, help="which contexts are asked about")
     parser.add_argument("--batch-examples", type=int, default=32, help="prompts in a forward pass")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     return parser

@@ -45,9 +45,10 @@ from models.evaluation.scorers import load_scorer
 from models.evaluation.scoring import AUDIO_CATEGORY
 from models.evaluation.summary import summarize
 from models.io_utils import atomic_write_json, fingerprint, sha256_file
-from models.speech_lm.features import FeatureError, FeatureStore, clip_key, extract_features
+from models.speech_lm.features import FeatureError, clip_features
 
 _SKIPPED_SHOWN = 20
+_SETTINGS = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
 
 
 def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str, str]:
@@ -56,6 +57,15 @@ def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str
     Raises:
         EvaluationError: the file cannot be read, is not such an object, or has none of the predictions' ids.
     """
+    priors = _prior_answers(path)
+    asked = {p.id for p in predictions if not p.control}
+    known = {name: answer for name, answer in priors.items() if name in asked}
+    if not known:
+        raise EvaluationError(f"--priors {path}: none of its {len(priors)} ids is among the {len(asked)} predictions")
+    return known
+
+
+def _prior_answers(path: str | Path) -> dict[str, str]:
     try:
         priors = parse_object(Path(path).read_bytes())
         if text_priors.FILE_KEY in priors:
@@ -67,11 +77,7 @@ def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str
     for name, answer in priors.items():
         if not isinstance(answer, str):
             raise EvaluationError(f"--priors {path}: expected a string for {name!r}, got {type(answer).__name__}")
-    asked = {p.id for p in predictions if not p.control}
-    known = {name: answer for name, answer in priors.items() if name in asked}
-    if not known:
-        raise EvaluationError(f"--priors {path}: none of its {len(priors)} ids is among the {len(asked)} predictions")
-    return known
+    return priors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,12 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         scorer = load_scorer(arguments.scorer)  # first, so that a wrong name costs no work
+        _check_arguments(arguments)
         other = _nonempty_predictions(arguments.compare)[1] if arguments.compare else None
         if arguments.rescore:
             settings, predictions = _nonempty_predictions(arguments.rescore)
         elif not arguments.checkpoint or not (arguments.manifest or arguments.benchmark):
             parser.error("expected CHECKPOINT and MANIFEST, --benchmark NAME and CHECKPOINT, or --rescore FILE")
         else:
+            _check_checkpoint(arguments)
+            _check_earlier(arguments)
             settings, predictions = _evaluate_files(arguments)
         priors = read_priors(arguments.priors, predictions) if arguments.priors else None
         summary = summarize(predictions, scorer=scorer, priors=priors)
@@ -109,6 +118,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Find what cannot work, or contradicts itself, before anything is built, loaded or asked."""
+    if arguments.rescore and (arguments.checkpoint or arguments.manifest or arguments.benchmark):
+        raise EvaluationError("--rescore: expected no CHECKPOINT, MANIFEST or --benchmark beside it, since nothing is asked")
+    if arguments.alpha is not None and arguments.decoding != "contrastive" and not arguments.rescore:
+        raise EvaluationError("--alpha: expected --decoding contrastive beside it; greedy decoding has no strength")
+    arguments.alpha = 1.0 if arguments.alpha is None else arguments.alpha
+    for name in ("batch_examples", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            raise EvaluationError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    if not 0.0 <= arguments.max_bad_fraction <= 1.0:
+        raise EvaluationError(f"--max-bad-fraction: expected a number from 0 to 1, got {arguments.max_bad_fraction}")
+    if arguments.features and not Path(arguments.features).is_file():
+        raise EvaluationError(f"--features: no file {arguments.features!r}")
+    if arguments.priors:
+        _prior_answers(arguments.priors)
+    written = {} if arguments.rescore else {Path(arguments.out).absolute(): "--out"}
+    if arguments.json:
+        if Path(arguments.json).absolute() in written:
+            raise EvaluationError(f"--json: expected another file than --out, got {arguments.json!r}")
+        written[Path(arguments.json).absolute()] = "--json"
+    for name in ("rescore", "compare", "priors", "features", "manifest"):
+        path = getattr(arguments, name)
+        if path and (option := written.get(Path(path).absolute())):
+            raise EvaluationError(f"{option}: expected another file than {name.upper()} {path!r}, which is read")
+
+
+def _check_checkpoint(arguments: argparse.Namespace) -> None:
+    """Look at the model before the questions, which may have to be built. A finished evaluation needs no backbone."""
+    from models.speech_lm.saving import check_folder
+
+    if not Path(arguments.checkpoint).is_dir():
+        raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
+    try:
+        check_folder(arguments.checkpoint, backbones=not Path(arguments.out).exists(), encoder=not arguments.features)
+    except RuntimeError as error:  # BackboneError and SpeechLMError both are
+        raise EvaluationError(f"checkpoint: {error}") from error
+
+
 def _nonempty_predictions(path: str) -> tuple[dict[str, Any], list[Prediction]]:
     header, predictions = read_predictions(path)
     if not predictions:
@@ -130,14 +178,13 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     from models.backbones.device import pick_device
     from models.speech_lm.model import SpeechLM
 
-    if not Path(arguments.checkpoint).is_dir():
-        raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
     device = pick_device(arguments.device)
     suite = load_suite(
         arguments.benchmark or arguments.manifest,
         manifest=arguments.manifest if arguments.benchmark else None,
         audio_root=arguments.audio_root,
         check_audio=arguments.features is None,
+        allow_links=arguments.allow_links,
         max_bad_fraction=arguments.max_bad_fraction,
     )
     _print_skipped(suite.problems)
@@ -153,7 +200,15 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         raise EvaluationError(f"checkpoint: {error}") from error
     if not Path(arguments.out).exists():
         write_header(arguments.out, settings)
-    usable, store = _heard(model, examples, suite, arguments)
+    store, usable = clip_features(
+        model,
+        examples,
+        audio_root=suite.audio_root,
+        features=arguments.features,
+        max_bad_fraction=arguments.max_bad_fraction,
+        max_cut_fraction=arguments.max_cut_fraction,
+        say=print,
+    )
     alpha = arguments.alpha if arguments.decoding == "contrastive" else None
     return settings, evaluate(
         model,
@@ -172,10 +227,9 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
 
 def _settings(suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace) -> dict[str, Any]:
     """What decides the predictions; it stands in the first line of their file."""
-    names = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
     checkpoint = [sha256_file(p) for p in sorted(Path(arguments.checkpoint).rglob("*")) if p.is_file()]
     return {
-        **{name: getattr(arguments, name) for name in names},
+        **{name: getattr(arguments, name) for name in _SETTINGS},
         "mode": arguments.mode or suite.mode,
         "left_out": suite.left_out,
         # A checkpoint or manifest may change under the same name; the old answers are not those of the new one.
@@ -190,12 +244,25 @@ def _read_done(out: str, settings: Mapping[str, Any]) -> list[Prediction]:
         return []
     header, done = read_predictions(out, repair=True)
     if header.get("fingerprint") != fingerprint(settings):
-        raise EvaluationError(
-            f"{out}: holds predictions of other settings, of another model or of another manifest; "
-            "choose another --out or remove it"
-        )
+        raise _other_settings(out)
     print(f"going on from {out}: {len(done)} answers are there")
     return done
+
+
+def _check_earlier(arguments: argparse.Namespace) -> None:
+    """Compare an earlier predictions file with the arguments, before the questions are there to compare as well."""
+    if not Path(arguments.out).exists():
+        return
+    earlier = read_predictions(arguments.out)[0].get("settings", {})
+    if any(earlier[name] != getattr(arguments, name) for name in _SETTINGS if name in earlier):
+        raise _other_settings(arguments.out)
+
+
+def _other_settings(out: str) -> EvaluationError:
+    return EvaluationError(
+        f"{out}: holds predictions of other settings, of another model or of another manifest; "
+        "choose another --out or remove it"
+    )
 
 
 def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
@@ -207,6 +274,9 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
         there = sorted({(e.split, e.task) for e in suite.examples})
         held = ", ".join(f"{split} {task or '(no task)'}" for split, task in there)
         raise EvaluationError(f"{suite.name}: no example in {where}; it holds {held or 'none at all'}")
+    lacking = sorted(set(arguments.tasks) - {e.task for e in chosen})
+    if lacking:
+        raise EvaluationError(f"{suite.name}: no example in split {arguments.split!r} of task {', '.join(lacking)}")
     unanswered = [e for e in chosen if e.answer is None]
     if len(unanswered) == len(chosen):
         raise EvaluationError(
@@ -214,28 +284,6 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
         )
     _print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
     return [e for e in chosen if e.answer is not None]
-
-
-def _heard(
-    model: Any, examples: list[Example], suite: Suite, arguments: argparse.Namespace
-) -> tuple[list[Example], FeatureStore]:
-    """The examples whose clips could be encoded, and the features. The names of the others are printed."""
-    limit = arguments.max_bad_fraction
-    if arguments.features:
-        store, reasons = FeatureStore.load(arguments.features), {}
-    else:
-        store, problems = extract_features(
-            examples, model.encode_audio, audio_root=suite.audio_root, max_bad_fraction=limit
-        )
-        clips = {e.id: clip_key(e) for e in examples}
-        reasons = {clips[example_id]: reason for example_id, reason in problems}
-    usable = [e for e in examples if e.audio is None or e in store]
-    lacking = [e for e in examples if e.audio is not None and e not in store]
-    if len(lacking) > limit * len(examples):
-        source = arguments.features or suite.name
-        raise EvaluationError(f"{source}: lacks the clips of {len(lacking)} of {len(examples)} questions")
-    _print_skipped(f"{e.id}: {reasons.get(clip_key(e), f'{arguments.features} lacks its clip')}" for e in lacking)
-    return usable, store
 
 
 def _print_skipped(reasons: Iterable[object]) -> None:

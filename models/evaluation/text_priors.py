@@ -183,18 +183,23 @@ def _prior(scores: dict[str, float]) -> Prior:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the priors of a manifest's questions and print a line for each task; one message and status 1 if that fails."""
     arguments = priors_parser().parse_args(argv)
-    from models.backbones.device import inference_dtype
+    from models.backbones.device import inference_dtype, pick_device
     from models.backbones.resolve import BackboneError, load_causal_lm, resolve_backbone
 
     try:
+        if arguments.batch_examples < 1:
+            raise ValueError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
+        if arguments.out.absolute() == arguments.manifest.absolute():
+            raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
+        device = pick_device(arguments.device)
         manifest = read_manifest(arguments.manifest, check_audio=False)
         examples = [e for e in manifest if e.split in arguments.splits and context_kind(e) in arguments.contexts and e.choices]
         if not examples:
             chosen = f"splits {arguments.splits} and contexts {arguments.contexts}"
             raise ManifestError(f"{arguments.manifest}: no question with choices in {chosen}")
-        lm, tokenizer = load_causal_lm(arguments.lm, dtype=inference_dtype(arguments.device))
+        lm, tokenizer = load_causal_lm(arguments.lm, dtype=inference_dtype(device))
         priors = text_priors(
-            examples, lm.to(arguments.device), tokenizer, batch_examples=arguments.batch_examples
+            examples, lm.to(device), tokenizer, batch_examples=arguments.batch_examples
         )
         by_task = summarize_priors(examples, priors)
         header = {

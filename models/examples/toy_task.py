@@ -28,7 +28,7 @@ def parser(description: str, *, learning_rate: float, batch: int) -> argparse.Ar
     made.add_argument("--learning-rate", type=float, default=learning_rate, help=f"of AdamW (default: {learning_rate:g})")
     made.add_argument("--batch", type=int, default=batch, help=f"samples of one backward pass (default: {batch})")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of weights, clips and their order (default: 0)")
     return made
 
 
@@ -100,8 +100,8 @@ def load(name: str, *, seed: int, width: int = 32, device: str = "cpu") -> tuple
     if name == "tiny":
         set_seed(seed)
         return _tiny_model(width).to(device), _tiny_processor()
-    model = AutoModelForMultimodalLM.from_pretrained(name, dtype=torch.bfloat16)
-    return model.to(device), AutoProcessor.from_pretrained(name)
+    model = AutoModelForMultimodalLM.from_pretrained(name, dtype=torch.bfloat16, trust_remote_code=False)
+    return model.to(device), AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def _tiny_model(width: int) -> Any:

@@ -299,7 +299,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         found = t_interval(differences)
         word = "within noise" if not found.excludes_zero else "reproduced" if found.mean > 0 else "not reproduced"
         each = ", ".join(f"{d:+.1f}" for d in differences)
-        ends = f"95% t interval {found.low:+.1f} to {found.high:+.1f}"
+        ends = f"95% t interval {found.low:+.1f} to {found.high:+.1f}" if len(seeds) > 1 else "no interval from one seed"
         sentences.append(f"{claim}: {word} ({found.mean:+.1f} points; {ends}; by seed {each})")
     return sentences
 

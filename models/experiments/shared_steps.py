@@ -54,21 +54,20 @@ def run_features(context: Context) -> dict[str, Any]:
     import torch
 
     from models.backbones.device import pick_device
-    from models.speech_lm.features import extract_features
+    from models.speech_lm.features import clip_features
     from models.speech_lm.model import SpeechLM, SpeechLMConfig
 
     parts = [name for name in ("teacher", "distill", "dev", "test") if (context.folders["corpus"] / f"{name}.jsonl").exists()]
     examples = {name: read_items(context, name) for name in parts}
     torch.manual_seed(context.settings.seed)
     model = SpeechLM.from_config(SpeechLMConfig(**backbone_settings(context.settings))).to(pick_device(context.settings.device))
-    store, problems = extract_features(
-        [e for part in examples.values() for e in part], model.encode_audio, audio_root=context.folders["corpus"]
-    )
+    everything = [e for part in examples.values() for e in part]
+    store, heard = clip_features(model, everything, audio_root=context.folders["corpus"])
     store.save(context.folder / "features.safetensors")
     usable = [e for e in examples["teacher"] if e in store]
     model.fit_feature_statistics(store.rows(usable))
     model.save_pretrained(context.folder / "untrained")
-    return {"clips": len(store), "skipped": [list(p) for p in problems]}
+    return {"clips": len(store), "skipped": len(everything) - len(heard)}
 
 
 def run_student_lm(context: Context) -> dict[str, Any]:

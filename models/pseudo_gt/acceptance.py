@@ -10,18 +10,22 @@ from pathlib import Path
 from models.data.answers import named_choices
 from models.data.manifest import TARGET_SOURCES, Example
 from models.io_utils import atomic_write_text
+from models.pseudo_gt.commands import DEFAULT_MAX_CHARACTERS
+from models.pseudo_gt.writers import has_ended
 
-_MAX_ANSWER_CHARACTERS = 160
 
-
-def check_answer(text: str, example: Example, *, max_characters: int = _MAX_ANSWER_CHARACTERS) -> str | None:
+def check_answer(text: str, example: Example, *, max_characters: int = DEFAULT_MAX_CHARACTERS) -> str | None:
     """Why `text` cannot be the target of `example`; None if it can.
+
+    An answer that its writer could not end is "cut off": a target teaches the end as well.
 
     The check looks for the choices as whole words; case and punctuation do not matter. If one choice's words are part
     of another's ("fast" in "very fast"), the longer choice counts.
     """
     if not text.strip():
         return "empty"
+    if not has_ended(text):
+        return "cut off"
     if len(text) > max_characters:
         return "too long"
     if not example.choices:

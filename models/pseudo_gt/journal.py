@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from models.io_utils import append_bytes, fsync_dir
+from models.pseudo_gt.writers import Answer
+
+_COMPLETE = {"stage1_complete": True}
 
 
 class Stage1Error(RuntimeError):
@@ -16,11 +19,17 @@ class Stage1Error(RuntimeError):
 
 
 class Journal:
-    """The file: a line that names the settings, then one line for each answer. Only one run can write to it at a time."""
+    """The file: a line that names the settings, then one line for each answer. Only one run can write to it at a time.
 
-    def __init__(self, path: Path, identity: str):
+    Args:
+        identity: fingerprint of the settings.
+        restart: discard what an earlier run left.
+    """
+
+    def __init__(self, path: Path, identity: str, *, restart: bool = False):
         self._path = path
         self._identity = identity
+        self._restart = restart
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Journal:
@@ -37,41 +46,49 @@ class Journal:
         assert self._file is not None
         self._file.close()  # this releases the lock too
 
-    def read(self, known: set[str]) -> dict[str, str]:
-        """The answers so far, of the ids in `known`. A last line that a kill cut short is removed from the file."""
+    def read(self, known: set[str]) -> dict[str, Answer]:
+        """The answers so far, of the ids in `known`. A last line that a kill cut short is removed from the file.
+
+        A file of other settings is replaced if it holds no answer, or if its run wrote every answer.
+
+        Raises:
+            Stage1Error: the file is damaged, or holds an unfinished run of other settings.
+        """
         assert self._file is not None
         self._file.seek(0)
-        data = self._file.read()
+        data = b"" if self._restart else self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) != len(data):
             self._file.truncate(len(whole))
-        lines = whole.splitlines()
         header = {"stage1_journal": 1, "fingerprint": self._identity}
-        answers: dict[str, str] = {}
         try:
-            begun = json.loads(lines[0]) if lines else None
-            if len(lines) < 2 and (begun is None or begun["stage1_journal"] == 1):
-                self._file.truncate(0)  # it holds no answer yet, so its settings do not matter
+            rows = [json.loads(line) for line in whole.splitlines()]
+            begun = rows.pop(0) if rows else None
+            if begun is not None and begun["stage1_journal"] != 1:
+                raise ValueError
+            complete = bool(rows) and rows[-1] == _COMPLETE
+            if not rows or (complete and begun != header):
+                self._file.truncate(0)
                 self._write([header])
                 fsync_dir(self._path.parent)
                 return {}
             if begun != header:
                 raise Stage1Error(
-                    f"{self._path}: an unfinished run of other settings or rows; finish that run or delete the file"
+                    f"{self._path}: an unfinished run of other settings or rows; finish that run, or discard its answers "
+                    "with --restart"
                 )
-            for line in lines[1:]:
-                row = json.loads(line)
-                if not isinstance(row["text"], str):
-                    raise TypeError
-                if row["id"] in known:
-                    answers[row["id"]] = row["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise Stage1Error(f"{self._path}: damaged, not only at its end; delete the file to start again") from None
-        return answers
+            answers = {row["id"]: _answer(row) for row in rows if row != _COMPLETE}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Stage1Error(f"{self._path}: damaged, not only at its end; --restart discards it") from None
+        return {name: answer for name, answer in answers.items() if name in known}
 
     def append(self, answers: Mapping[str, str]) -> None:
         """Add answers by id; they are on the disk when this returns."""
-        self._write([{"id": name, "text": text} for name, text in answers.items()])
+        self._write([_row(name, text) for name, text in answers.items()])
+
+    def complete(self) -> None:
+        """Note that every answer is there. The file stays for a run of the same settings; one of others may replace it."""
+        self._write([_COMPLETE])
 
     def discard(self) -> None:
         """Remove the file, once the result of the complete run is written."""
@@ -80,3 +97,13 @@ class Journal:
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         append_bytes(self._path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+
+
+def _row(name: str, text: str) -> dict[str, Any]:
+    return {"id": name, "text": text} | ({} if getattr(text, "ended", True) else {"ended": False})
+
+
+def _answer(row: Mapping[str, Any]) -> Answer:
+    if not isinstance(row["text"], str):
+        raise TypeError
+    return Answer(row["text"], ended=row.get("ended", True))

@@ -5,12 +5,16 @@ Every character here is data. A change of the wording changes what the backbone 
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from models.data.manifest import Example
-from models.data.prompts import TASKS, target_template
+from models.data.prompts import CATEGORIES, TASKS, target_template
+from models.data.readers import parse_description
 
 # Changes whenever the backbone would read other words for the same example.
 WORDING_VERSION = 1
-# How each kind of metadata is told. What is not listed (file hashes, pools, names of speakers) is not told.
+# How the known kinds of metadata are told. Other names are told as they are: "Speaking style: sarcastic".
 _WORDING = {
     "gender": "Gender: {}",
     "language": "Language: {}",
@@ -26,13 +30,36 @@ _WORDING = {
     "content": "Spoken word: {}",
     "age": "Age: {}",
 }
+# Names that have a place of their own: the words, the times, the ratio of speech to noise.
+_ELSEWHERE = frozenset(("text", "duration_seconds", "snr_db"))
+# Names that say nothing about the sound. They are compared in lower case with "_" between words: speakerID is speaker_id.
+NOT_TOLD = frozenset(
+    (
+        # who and where from
+        "speaker", "spk", "source", "corpus", "dataset", "data_source", "licence", "license", "copyright", "annotator",
+        # parts of a data set
+        "pool", "split", "subset", "partition", "fold", "context_type", "claimed_by_words", "asked_word", "reasoning",
+        # files
+        "path", "file", "filename", "file_name", "filepath", "file_path", "audio_path", "audio_file", "audio_filepath", "wav",
+        "url", "uri", "key",
+        # bookkeeping
+        "index", "idx", "row", "number", "line", "version", "seed", "date", "timestamp", "created", "start_seconds",
+        "end_seconds", "sample_rate", "sampling_rate", "sample_rate_hz", "num_samples", "num_frames", "num_channels",
+        "bit_depth", "bit_rate", "size_bytes",
+    )
+)  # fmt: skip
+# Last words of such names: speaker_id, audio_sha256, video_url.
+_NOT_TOLD_ENDS = frozenset(("id", "ids", "uid", "uuid", "sha256", "sha1", "md5", "crc32", "hash", "checksum", "url", "path"))
+_CAPITAL_AFTER_SMALL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+# What the synthesiser was set to. The names mean something else where a clip was recorded.
+_ESPEAK_SETTINGS = frozenset(("voice", "rate_wpm", "pitch", "pitch_range", "volume"))
 
 
 def describe(example: Example) -> str:
-    """What is known about a clip, in words: `[00:00-00:03] text (Gender: man, SNR: -3 dB)`.
+    """What is known about a clip, in words: `[00:00-00:03] text (Gender: man, SNR: -3 dB, Speaking style: calm)`.
 
     The times are those of the span, in minutes and seconds. The text is the whole transcript. The context is left out,
-    because it may be false. Metadata that the wording does not name are left out too.
+    because it may be false. Metadata under NOT_TOLD, and what `not_told` lists besides, are left out too.
     """
     start = example.start_seconds
     duration = example.metadata.get("duration_seconds")
@@ -44,8 +71,70 @@ def describe(example: Example) -> str:
     snr = example.metadata.get("snr_db")
     if isinstance(snr, (int, float)):
         facts.append(f"SNR: {snr:.0f} dB")
+    facts += [f"{_in_words(name)}: {_value(value)}" for name, value in _others(example).items()]
     words = " ".join(str(example.metadata.get("text", example.transcription)).split())
     return f"{times}{words}" + (f" ({', '.join(facts)})" if facts else "")
+
+
+def told_by_name(example: Example) -> list[str]:
+    """The names of metadata that have no wording of their own and are told as they are."""
+    return list(_others(example))
+
+
+def not_told(example: Example) -> list[str]:
+    """The names of metadata that `describe` leaves out."""
+    told = {*_WORDING, *_ELSEWHERE, *_others(example)}
+    left_out = [name for name in example.metadata if name not in told]
+    numbers = [name for name in ("duration_seconds", "snr_db") if name in example.metadata]
+    return left_out + [name for name in numbers if not isinstance(example.metadata[name], (int, float))]
+
+
+def _others(example: Example) -> dict[str, Any]:
+    """The metadata that are told under their own name."""
+    return {
+        name: value
+        for name, value in example.metadata.items()
+        if name not in _WORDING and name not in _ELSEWHERE and _value(value) and _is_of_the_sound(example, name, value)
+    }
+
+
+def _is_of_the_sound(example: Example, name: str, value: Any) -> bool:
+    words = _name_words(name)
+    plain = "_".join(words)
+    if not words or plain in NOT_TOLD or words[-1] in _NOT_TOLD_ENDS:
+        return False
+    if plain in _ESPEAK_SETTINGS and example.metadata.get("source") == "espeak":
+        return False
+    if name == example.task and name in TASKS:  # a task about the meaning, which the words tell
+        return False
+    if plain == "category" and value in CATEGORIES:  # Dynamic-SUPERB's, of the question
+        return False
+    # A published description whose parts were taken out is told by its parts.
+    return plain != "seed_description" or parse_description(str(value)) is None
+
+
+def _value(value: Any) -> str:
+    """A value in words; empty for one that has none: null, blanks, an object."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        words = [_value(item) for item in value]
+        return ", ".join(words) if all(words) else ""
+    return " ".join(str(value).split()) if isinstance(value, (str, int)) else ""
+
+
+def _name_words(name: str) -> list[str]:
+    """The words of a name in lower case: `speakingStyle`, `speaking_style` and `Speaking style` have the same."""
+    return re.findall(r"[^\W_]+", _CAPITAL_AFTER_SMALL.sub(" ", name).lower())
+
+
+def _in_words(name: str) -> str:
+    """`speaking_style` as "Speaking style". A word in capitals stays as it is."""
+    words = re.split(r"[\s_]+", _CAPITAL_AFTER_SMALL.sub(" ", name).strip("_ \t\n"))
+    plain = " ".join(word if word.isupper() else word.lower() for word in words)
+    return plain[:1].upper() + plain[1:]
 
 
 def worked_examples(example: Example) -> str:

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from models.data.manifest import Example
 from models.data.prompts import target_template
+from models.pseudo_gt.commands import DEFAULT_MAX_NEW_TOKENS
 from models.pseudo_gt.wording import prompt_end, worked_examples
 
 if TYPE_CHECKING:
     import torch
 
+_HALF_CHARACTER = "\ufffd"  # what a decoder writes for the first bytes of a character whose other bytes are missing
+# The names under which configurations of transformers keep how many tokens back a layer looks.
+_WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "window_size")
+# Families that count distances by the place in the batch's row, so that padding within a row changes them.
+_PLACES_COUNT = ("mpt",)
+
+
+class Answer(str):
+    """An answer, and whether its writer came to the end of it. A plain string counts as one that ended."""
+
+    ended: bool
+
+    def __new__(cls, text: str, *, ended: bool = True) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.ended = ended
+        return answer
+
+
+def has_ended(text: str) -> bool:
+    """False for an answer that its writer's limit of tokens cut off, or whose last character is only half there."""
+    return getattr(text, "ended", True) and not text.rstrip().endswith(_HALF_CHARACTER)
+
 
 class Writer(Protocol):
     """Writes an answer to each prompt."""
 
-    def __call__(self, examples: Sequence[Example]) -> list[str]:
-        """One answer for each example, in the same order."""
+    def __call__(self, examples: Sequence[Example]) -> Sequence[str]:
+        """One answer for each example, in the same order; an `Answer` where a limit may have cut it off."""
         ...
 
 
@@ -31,18 +55,20 @@ class BackboneWriter:
 
     The worked examples of a task are the same for all its clips. Their keys and values are computed once and shared by
     the batch, so the model reads only some forty tokens for each clip.
+
+    Args:
+        max_new_tokens: longest answer. One that does not end within it comes back as an `Answer` that has not ended.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int = 24):
+    def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS):
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         self._model = model
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._prefixes = WorkedPrefixes(model, tokenizer)
-        newline = tokenizer.encode("\n", add_special_tokens=False)
-        # An answer ends with its line. A tokenizer without a token for the line end is served in `_continue`, which cuts.
-        self._stop = [
-            token for token in [tokenizer.eos_token_id, *(newline if len(newline) == 1 else [])] if token is not None
-        ]
+        self._window = _window(model.config)
+        self._stop = _stop_tokens(model, tokenizer)
 
     @classmethod
     def load(cls, backbone: str, **options: Any) -> BackboneWriter:
@@ -56,22 +82,40 @@ class BackboneWriter:
 
         return cls(*load_causal_lm(backbone, dtype=inference_dtype()), **options)
 
-    def __call__(self, examples: Sequence[Example]) -> list[str]:
-        answers: dict[int, str] = {}
+    def __call__(self, examples: Sequence[Example]) -> list[Answer]:
+        answers: dict[int, Answer] = {}
         by_prefix: dict[str, list[int]] = {}
         for index, example in enumerate(examples):
             by_prefix.setdefault(worked_examples(example), []).append(index)
         for prefix, indices in by_prefix.items():
-            texts = self._continue(prefix, [prompt_end(examples[index]) for index in indices])
-            answers.update(zip(indices, texts, strict=True))
+            questions = [
+                self._tokenizer.encode(prompt_end(examples[index]), add_special_tokens=False) for index in indices
+            ]
+            for group in self._groups(prefix, questions):
+                texts = self._continue(prefix, [questions[at] for at in group])
+                answers.update(zip((indices[at] for at in group), texts, strict=True))
         return [answers[index] for index in range(len(examples))]
 
-    def _continue(self, prefix: str, questions: list[str]) -> list[str]:
+    def _groups(self, prefix: str, questions: list[list[int]]) -> list[list[int]]:
+        """Which questions are read together: all, or those of one length where padding would change an answer.
+
+        A window counts places in a row, and padding takes some of them: the beginning of the prompt would leave the window
+        too early.
+        """
+        everything = list(range(len(questions)))
+        longest = self._prefixes.length(prefix) + max(map(len, questions)) + self._max_new_tokens
+        if longest <= self._window:
+            return [everything]
+        by_length: dict[int, list[int]] = {}
+        for at in everything:
+            by_length.setdefault(len(questions[at]), []).append(at)
+        return list(by_length.values())
+
+    def _continue(self, prefix: str, rows: list[list[int]]) -> list[Answer]:
         import torch
 
         from models.backbones.causal_lm import cache_keyword
 
-        rows = [self._tokenizer.encode(question, add_special_tokens=False) for question in questions]
         prefix_ids, cache = self._prefixes.expanded(prefix, len(rows))
         device = prefix_ids.device
         width = max(map(len, rows))
@@ -92,11 +136,38 @@ class BackboneWriter:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=self._stop,
+                eos_token_id=sorted(self._stop),
                 pad_token_id=pad,
             )
-        texts = self._tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip().split("\n")[0].strip() for text in texts]
+        written = output[:, input_ids.shape[1] :]
+        texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [self._answer(text, ids) for text, ids in zip(texts, written.tolist(), strict=True)]
+
+    def _answer(self, text: str, ids: list[int]) -> Answer:
+        """The first line. It has ended if a token that ends a line or text was written, or a line end within another token."""
+        text = text.lstrip()
+        line, line_end, _ = text.partition("\n")
+        return Answer(line.strip(), ended=bool(line_end) or not self._stop.isdisjoint(ids))
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the line end, and every end of text that the tokenizer or the model names.
+
+    A tokenizer without a token for the line end is served in `BackboneWriter._answer`, which cuts.
+    """
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])]
+    return {int(token) for token in [*ends, *(newline if len(newline) == 1 else [])] if token is not None}
+
+
+def _window(config: Any) -> float:
+    """The longest row whose padding changes nothing: infinite unless a layer looks back only so many places."""
+    text = config.get_text_config()
+    if text.model_type in _PLACES_COUNT:
+        return 0
+    known = [getattr(text, name, None) for name in _WINDOW_NAMES]
+    return min((size for size in known if isinstance(size, int) and size > 0), default=math.inf)
 
 
 class WorkedPrefixes:
@@ -107,8 +178,21 @@ class WorkedPrefixes:
         self._tokenizer = tokenizer
         self._states: dict[str, tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
 
+    def length(self, prefix: str) -> int:
+        """How many tokens `prefix` has."""
+        return self._state(prefix)[0].shape[1]
+
     def expanded(self, prefix: str, rows: int) -> tuple[torch.Tensor, Any]:
         """The token ids (1, P) of `prefix`, and a new KV cache of `rows` rows that holds it."""
+        from transformers import DynamicCache
+
+        ids, states = self._state(prefix)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(states):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return ids, cache
+
+    def _state(self, prefix: str) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         import torch
         from transformers import DynamicCache
 
@@ -120,8 +204,4 @@ class WorkedPrefixes:
             with torch.no_grad():
                 self._model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_keyword(self._model): read})
             self._states[prefix] = ids, [(layer.keys, layer.values) for layer in read.layers]
-        ids, states = self._states[prefix]
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(states):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-        return ids, cache
+        return self._states[prefix]

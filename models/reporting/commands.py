@@ -18,5 +18,6 @@ def report_parser() -> Parser:
     parser.add_list("--metrics", nargs="*", metavar="LABEL=FILE", help="metrics.jsonl of a training run")
     parser.add_argument("--manifest", help="manifest of the clips to listen to; it needs --predictions")
     parser.add_argument("--audio-root", help="folder of the audio (default: the folder of the manifest)")
+    parser.add_allow_links()
     parser.add_argument("--max-clips", type=int, default=8, help="clips to embed, of at most 30 s each (default: 8)")
     return parser

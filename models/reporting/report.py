@@ -12,6 +12,7 @@ A Markdown file cannot hold figures and sound. They go into a folder beside it: 
 
 from __future__ import annotations
 
+import argparse
 import base64
 import datetime
 import hashlib
@@ -29,6 +30,7 @@ from markupsafe import Markup
 
 from models.data.audio import AudioError, encode_audio, load_audio
 from models.data.manifest import Example, read_manifest
+from models.data.rows import link_problem
 from models.evaluation.predictions import KINDS, EvaluationError, Prediction, context_kind, read_predictions
 from models.evaluation.scoring import judge
 from models.io_utils import atomic_write_bytes, atomic_write_text
@@ -56,6 +58,7 @@ class Report:
         curves: label -> lines of a metrics file.
         examples: examples of the manifest, for the clips. Their audio paths are relative to `audio_root`.
         audio_root: None = no clips.
+        allow_links: clips may be links that leave `audio_root`.
         facts: tables of settings, data and times: (heading, rows of (name, value)).
         max_clips: clips to embed.
         results: folder of stored results (models/reporting/sections.py knows the files); None = the report shows none.
@@ -69,6 +72,7 @@ class Report:
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     audio_root: Path | None = None
+    allow_links: bool = False
     facts: Sequence[tuple[str, Sequence[tuple[str, Any]]]] = ()
     max_clips: int = 8
     results: Path | None = None
@@ -234,9 +238,10 @@ def choose_clips(report: Report) -> tuple[list[Clip], list[str]]:
             break
         first = group[0]
         title = first.pair_id or first.id
-        flac = _read_clip(report.audio_root, first)
+        problem = link_problem(report.audio_root, first.audio, allow_links=report.allow_links)
+        flac = None if problem else _read_clip(report.audio_root, first)
         if flac is None:
-            unreadable.append(title)
+            unreadable.append(f"{title} ({problem})" if problem else title)
             continue
         by_kind = {context_kind(e): e for e in group}
         kinds = [k for k in KINDS if k in by_kind]
@@ -258,7 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     arguments = report_parser().parse_args(argv)
     try:
+        _check_arguments(arguments)
         systems, curves = _labelled(arguments.predictions), _labelled(arguments.metrics)
+        if arguments.reference is not None and arguments.reference not in systems:
+            raise ValueError(f"--reference: expected one of {list(systems)}, got {arguments.reference!r}")
         for path in curves.values():
             if not Path(path).is_file():
                 raise ValueError(f"--metrics: no file {path!r}")
@@ -274,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.manifest:
             manifest = read_manifest(arguments.manifest, audio_root=arguments.audio_root, check_audio=False)
             report.examples, report.audio_root = manifest.examples, manifest.audio_root
+            report.allow_links = arguments.allow_links
         if not systems or not arguments.manifest:
             report.missing = ["Clips to listen to need --predictions and --manifest."]
         path = write_report(arguments.out, report, markdown=arguments.markdown)
@@ -284,6 +293,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.markdown:
         print(arguments.markdown)
     return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Find what contradicts itself before anything is read."""
+    if arguments.audio_root and not arguments.manifest:
+        raise ValueError("--audio-root: expected --manifest beside it, whose clips lie there")
+    if arguments.max_clips < 0:
+        raise ValueError(f"--max-clips: expected at least 0, got {arguments.max_clips}")
+    if arguments.markdown and Path(arguments.markdown).absolute() == Path(arguments.out).absolute():
+        raise ValueError(f"--markdown: expected another file than --out, got {arguments.markdown!r}")
 
 
 def _labelled(words: Sequence[str]) -> dict[str, str]:

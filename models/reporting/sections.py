@@ -117,7 +117,7 @@ SWEEPS = {
     "alpha": ("Contrast strength alpha", "contrast strength alpha"),
     "lambda": ("Weight of the KD term, lambda", "weight of the KD term, lambda"),
     "tau": ("Temperature tau", "temperature tau"),
-    "anchor": ("Who writes the pseudo ground truth", "pseudo ground truth by"),
+    "anchor": ("Who writes the pseudo ground truth", "writer of the pseudo ground truth"),
     "teacher_steps": ("Training of the teacher", "steps that the teacher was trained for"),
 }
 _SEED_NOTE = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -85,6 +86,31 @@ def read_record(folder: Path) -> tuple[SpeechLMConfig, dict[str, str | None]]:
         return SpeechLMConfig.from_dict(settings), frozen
     except (AttributeError, TypeError, ValueError) as error:
         raise SpeechLMError(f"{folder}/speech_lm.json: {error}") from None
+
+
+def check_folder(folder: str | os.PathLike[str], *, backbones: bool = True, encoder: bool = True) -> None:
+    """Check what can be checked before a saved speech LM is loaded; nothing large is read.
+
+    Args:
+        backbones: look for the backbones that the folder does not hold; one of the hub is fetched.
+        encoder: the encoder is needed too.
+
+    Raises:
+        SpeechLMError: no such model, or a damaged file.
+        BackboneError: a backbone is not found.
+    """
+    folder = Path(folder)
+    config, _ = read_record(folder)
+    try:
+        with safe_open(str(folder / "connector.safetensors"), framework="pt"):
+            pass
+    except Exception as error:  # safetensors raises several unrelated types
+        raise SpeechLMError(f"{folder}/connector.safetensors: {error}") from None
+    if not backbones:
+        return
+    for part, kind in (("lm", "causal_lm"), ("encoder", "speech_encoder"))[: 2 if encoder else 1]:
+        spec = str(folder / part) if (folder / part).is_dir() else getattr(config, part)
+        resolve.resolve_backbone(spec, kind=kind)
 
 
 def load_connector(connector: nn.Module, folder: Path) -> None:

@@ -41,9 +41,13 @@ def cache_parser() -> Parser:
     parser.add_argument("manifest", help="JSONL manifest with targets (python -m models pseudo-gt)")
     parser.add_argument("--out", required=True, help="folder of the cache, new or begun")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
+    parser.add_allow_links()
     parser.add_argument("--features", help="file of the clips' features (python -m models features; default: encode now)")
+    parser.add_argument(
+        "--max-cut-fraction", type=float, default=0.1, help="share of clips longer than the model's window above which it stops"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=CACHE_DTYPES, help="dtype of the stored states")
-    parser.add_argument("--layers", default="none", help="layers to store too: none, all, or numbers such as 6,12,30")
+    parser.add_comma_list("--layers", default="none", help="layers to store too: none, all, or numbers such as 6,12,30")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th sample, beginning with the I-th; I from 0")
     parser.add_argument("--batch-examples", type=int, default=32, help="samples in a forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

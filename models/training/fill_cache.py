@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.backbones.device import pick_device
     from models.backbones.resolve import BackboneError
     from models.data.manifest import ManifestError, read_manifest
-    from models.speech_lm.features import FeatureError, FeatureStore, extract_features
+    from models.speech_lm.features import FeatureError, clip_features
     from models.speech_lm.model import SpeechLM, SpeechLMError
 
     arguments = cache_parser().parse_args(argv)
@@ -171,7 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         made_from, dtype = teacher_fingerprint(arguments.teacher), DTYPES[arguments.dtype]
         _check_out(Path(arguments.out), made_from, dtype)
         manifest = read_manifest(
-            arguments.manifest, audio_root=arguments.audio_root, check_audio=arguments.features is None
+            arguments.manifest,
+            audio_root=arguments.audio_root,
+            check_audio=arguments.features is None,
+            allow_links=arguments.allow_links,
         )
         for problem in manifest.problems:
             print(f"skipped {problem}")
@@ -186,15 +189,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(examples)} samples, {tokens} tokens: {needed / 2**20:.1f} MiB; {free / 2**20:.0f} MiB are free")
         if needed > free:
             raise CacheError(f"--out: {arguments.out} has room for {free} bytes, the cache needs {needed}")
-        if arguments.features:
-            store = FeatureStore.load(arguments.features)
-        else:
-            store, problems = extract_features(examples, model.encode_audio, audio_root=manifest.audio_root)
-            for example_id, reason in problems:
-                print(f"skipped {example_id}: {reason}")
-        held = [e for e in examples if e.audio is None or e in store]
-        for example in {e.id for e in examples} - {e.id for e in held}:
-            print(f"skipped {example}: no features of its clip")
+        store, held = clip_features(
+            model,
+            examples,
+            audio_root=manifest.audio_root,
+            features=arguments.features,
+            max_cut_fraction=arguments.max_cut_fraction,
+            say=print,
+        )
         written = fill_cache(
             arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from,
             extra_inputs=model.prefix_inputs(), dtype=dtype, layers=layers, part=number,

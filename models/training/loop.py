@@ -77,9 +77,9 @@ class TrainingLoop:
         *,
         model: torch.nn.Module,
         data: TrainingData,
-        sources: Sequence[Source],
-        resume_command: str | None,
-        ranks: Ranks | None,
+        sources: Sequence[Source] = (),
+        resume_command: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         _check_arguments(recipe, data, sources)
         self.recipe, self.optim, self.run_config = recipe, recipe.optim, recipe.run

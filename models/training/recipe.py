@@ -51,11 +51,13 @@ class DataConfig:
 
     manifest: str = ""  # JSONL manifest (models/data/manifest.py)
     audio_root: str | None = None  # folder where the manifest's audio paths start; None = as the manifest says
+    allow_links: bool = False  # clips may be links that leave the audio root (a hub's cache, git-annex, DVC)
     features: str | None = None  # file of encoder features (models/speech_lm/features.py); None = encode now, in memory
     splits: tuple[str, ...] = ("train",)  # only examples of these splits
     tasks: tuple[str, ...] = ()  # only examples of these tasks; empty = all
     max_bad_fraction: float = 0.05  # of the manifest's rows; if more rows are bad, the run stops and lists them
     max_clip_seconds: float = 30.0  # a longer clip is a bad row
+    max_cut_fraction: float = 0.1  # of the clips; if more are longer than the model's max_audio_seconds, the run stops
     # How student and speech teachers lay out a batch. none = one example a row, padded. pack = side by side in rows of at most
     # pack_tokens tokens; SDPA's masks keep the examples apart. varlen = all in one row, by flash-attention 2 (needs CUDA and an
     # LM in bfloat16 or float16; without prefix cache; not tested).
@@ -66,6 +68,7 @@ class DataConfig:
         _one_of(self.packing, "data.packing", PACKINGS)
         _check(self.pack_tokens >= 1, "data.pack_tokens", ">= 1", self.pack_tokens)
         _check(0.0 <= self.max_bad_fraction <= 1.0, "data.max_bad_fraction", "a fraction in [0, 1]", self.max_bad_fraction)
+        _check(0.0 <= self.max_cut_fraction <= 1.0, "data.max_cut_fraction", "a fraction in [0, 1]", self.max_cut_fraction)
         _check(self.max_clip_seconds > 0, "data.max_clip_seconds", "> 0", self.max_clip_seconds)
         for split in self.splits:
             _one_of(split, "data.splits", SPLITS)

@@ -224,6 +224,7 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
             max_bad_fraction=settings.max_bad_fraction,
             check_audio=settings.features is None,
             max_seconds=settings.max_clip_seconds,
+            allow_links=settings.allow_links,
         )
     except ManifestError as error:
         raise SourceError(f"data.manifest: {error}") from error
@@ -246,32 +247,24 @@ def build_data(
 
     A new model (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
     """
-    from models.speech_lm.features import FeatureError, FeatureStore, extract_features
+    from models.speech_lm.features import FeatureError, clip_features
 
     settings = recipe.data
-    try:
-        if store is None and settings.features is not None:
-            store = FeatureStore.load(settings.features)
-        elif store is None:
-            store, problems = extract_features(
+    with_features = list(examples)
+    if store is None:
+        try:
+            store, with_features = clip_features(
+                model,
                 examples,
-                model.encode_audio,
                 audio_root=audio_root,
+                features=settings.features,
                 max_seconds=settings.max_clip_seconds,
                 max_bad_fraction=settings.max_bad_fraction,
+                max_cut_fraction=settings.max_cut_fraction,
                 progress_bar=recipe.run.progress_bar,
             )
-            for example_id, reason in problems:
-                tqdm.write(f"skipped {example_id}: {reason}")
-    except FeatureError as error:
-        raise SourceError(f"data: {error}") from error
-    with_features = [e for e in examples if e.audio is None or e in store]
-    if len(examples) - len(with_features) > settings.max_bad_fraction * len(examples):
-        raise SourceError(f"data.features: {settings.features} has no features of {len(examples) - len(with_features)} clips")
-    if settings.features is not None:
-        for example in examples:
-            if example.audio is not None and example not in store:
-                tqdm.write(f"skipped {example.id}: {settings.features} has no features of its clip")
+        except FeatureError as error:
+            raise SourceError(f"data: {error}") from error
     if recipe.model.folder is None and recipe.model.feature_statistics is None:
         model.fit_feature_statistics(store.rows([e for e in with_features if e.audio is not None]))
     # Activation checkpointing drops the KV cache, so it cannot run with a prefix cache.

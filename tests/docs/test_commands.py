@@ -86,7 +86,8 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         defined = [
             word.split("=")[0].removeprefix("cmake.define.") for word in words if word.startswith("cmake.define.")
         ]
-        known = (ROOT / "csrc" / "CMakeLists.txt").read_text(encoding="utf-8")
+        sources = [ROOT / "csrc" / "CMakeLists.txt", ROOT / "csrc" / "cuda" / "cuda_part.cmake"]
+        known = "".join(path.read_text(encoding="utf-8") for path in sources)
         assert all(name in known or name.startswith("CMAKE_") for name in defined), defined
     else:
         assert program == "python" and words.pop(0) == "-m", line

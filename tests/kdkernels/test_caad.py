@@ -538,6 +538,53 @@ def test_inplace_is_refused_where_another_needs_the_logits():
         fused_caad_loss(scores, audio, text, target, inplace=True).backward()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("view", ["none", "slice", "flat"])
+@pytest.mark.parametrize("use", ["exp", "product", "a second loss", "a change"])
+def test_inplace_with_a_later_use_of_the_logits_raises(use, view, impl):
+    student, audio, text, target = logits(4)
+
+    def backward(use, inplace):
+        leaf = student.detach().clone().requires_grad_()
+        whole = torch.cat([leaf, leaf]) * 1.5
+        scores = {"none": leaf * 1.5, "slice": whole[:4], "flat": whole.view(2, 4, -1)[0]}[view]
+        before = torch.exp(scores).sum()  # allowed: exp keeps its own result
+        loss = before + fused_caad_loss(scores, audio, text, target, inplace=inplace, impl=impl)
+        if use == "exp":
+            loss = loss + scores.exp().sum()
+        elif use == "product":
+            loss = loss + (scores * scores).sum()
+        elif use == "a second loss":
+            loss = loss + fused_caad_loss(scores, audio, text, target, inplace=inplace, impl=impl)
+        elif use == "a change":
+            with torch.no_grad():
+                scores.mul_(2)
+        loss.backward()
+        return leaf.grad
+
+    torch.testing.assert_close(backward(None, True), backward(None, False))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        backward(use, True)
+
+
+@pytest.mark.parametrize("kept", ["leaf", "chunk"])
+def test_inplace_leaves_alone_what_autograd_does_not_let_change(kept):
+    student, audio, text, target = logits(4)
+    leaf = torch.cat([student.detach()] * 2).requires_grad_()
+    scores = student if kept == "leaf" else (leaf * 1.0).chunk(2)[0]
+    before = scores.detach().clone()
+    fused_caad_loss(scores, audio, text, target, inplace=True).backward()
+    assert torch.equal(scores, before)
+
+
+def test_inplace_hands_its_gradient_to_hooks_and_retain_grad():
+    student, audio, text, target = logits(4)
+    scores = student * 1.0
+    scores.retain_grad()
+    fused_caad_loss(scores, audio, text, target, inplace=True).backward()
+    assert torch.equal(scores.grad, student.grad)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("want_stats", [False, True])
 def test_opcheck(dtype, want_stats):
@@ -552,7 +599,7 @@ def test_opcheck(dtype, want_stats):
         coef,
         coef,
     )
-    options = (33, 2.0, "forward_kl", 0.5, None, -100, True, True, True, want_stats, "cpu")
+    options = (*RowSpec(vocab=33).packed(), True, want_stats, "cpu")
     library.opcheck(schema.caad_rows, (*arguments, *options))
 
 

@@ -107,7 +107,7 @@ SIZES = {"n_tokens": 8192, "vocab_size": 128256, "student_hidden_size": 3072, "t
 
 def test_explain_for_a_gpu_that_is_not_here():
     said = explain(device="H100", **SIZES)
-    assert "path: chunks (a gradient is asked for" in said or "impl 'reference' has no kernel" in said
+    assert "path: chunks (a gradient is wanted" in said or "impl 'reference' has no kernel" in said
     assert "6 chunks of 1408 tokens, 1378 MiB of logits at a time" in said
     assert "800 TFLOP/s and 3.0 TB/s (measured): 33.2 ms" in said
     assert "GEMMs 26.9 ms (21.5 TFLOP)" in said and "row kernel 6.3 ms (18.9 GB)" in said
@@ -119,7 +119,7 @@ def test_explain_for_a_gpu_that_is_not_here():
 def test_explain_evaluation():
     pytest.importorskip("triton", reason="needs Triton")
     said = explain(device="H100", gradient=False, **SIZES)
-    assert "path: no logits (no gradient is asked for" in said and "row kernel" not in said and "chunks of" not in said
+    assert "path: no logits (no gradient is wanted" in said and "row kernel" not in said and "chunks of" not in said
     for change in ({"chunk_tokens": 8}, {"divergence": "jsd"}, {"return_stats": True}):
         said = explain(device="H100", gradient=False, **SIZES, **change)
         assert "path: chunks" in said and "row kernel" in said

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from kdkernels.ops import cuda_caad, dispatch, reference
+from kdkernels.ops import rows as row_problems
 from kdkernels.ops.rows import DIVERGENCES, RowResult, RowSpec
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -63,16 +64,16 @@ class Emulated:
         assert library.row_problem_bytes() == ctypes.sizeof(RowProblem)
 
     def __call__(self, *arguments, grad=None, blocks=2, clusters=2) -> RowResult:
-        student, audio, text, *_, spec = arguments
-        assert cuda_caad.misfit(student, audio, text, grad, spec) is None
-        rows = student.shape[0] * student.shape[1]
-        kd, ce = torch.full((2, rows), math.nan).unbind(0)
+        given = row_problems.RowProblem(*arguments, grad=grad)
+        assert cuda_caad.misfit(given) is None
+        kd, ce = torch.full((2, given.rows), math.nan).unbind(0)
+        result = RowResult(kd=kd, ce=ce, stats=None)
         problem = RowProblem()
-        keep = cuda_caad.fill_problem(problem, RowTensor, *arguments, grad, kd, ce)
+        keep = cuda_caad.fill_problem(problem, RowTensor, given, result)
         arrangement = self.start(problem, blocks, clusters)
         del keep
         assert arrangement >= 0, "the row does not fit"
-        return RowResult(kd=kd, ce=ce, stats=None)
+        return result
 
     def start(self, problem: RowProblem, blocks: int, clusters: int) -> int:
         return self.emulator.emulate_rows(ctypes.byref(problem), blocks, SHARED_BYTES, ctypes.c_int64(clusters))
@@ -627,28 +628,31 @@ def test_no_order_of_threads_overwrites_logits_before_they_are_read(emulator, dt
 # -- what does not fit ------------------------------------------------------------------------------------------------------
 
 
+def misfit(student, audio, text, grad, spec, **options) -> str | None:
+    one = torch.ones(1)
+    return cuda_caad.misfit(row_problems.RowProblem(student, audio, text, None, one, one, one, spec, grad, **options))
+
+
 def test_what_does_not_fit_is_named():
     x = torch.zeros(1, 4, 64)
     spec = RowSpec(vocab=64)
-    assert cuda_caad.misfit(x, x, x, x, spec) is None
-    assert cuda_caad.misfit(x[..., 4:], x[..., 4:], None, None, RowSpec(vocab=60)) is None
-    assert "want_stats: expected False, got True" in cuda_caad.misfit(x, x, None, None, spec, want_stats=True)
-    assert "audio: expected float32, bfloat16 or float16, got torch.float64" in cuda_caad.misfit(
-        x, x.double(), None, None, spec
-    )
-    assert "text: expected rows that begin at multiples of 16 bytes" in cuda_caad.misfit(
+    assert misfit(x, x, x, x, spec) is None
+    assert misfit(x[..., 4:], x[..., 4:], None, None, RowSpec(vocab=60)) is None
+    assert "want_stats: expected False, got True" in misfit(x, x, None, None, spec, want_stats=True)
+    assert "audio: expected float32, bfloat16 or float16, got torch.float64" in misfit(x, x.double(), None, None, spec)
+    assert "text: expected rows that begin at multiples of 16 bytes" in misfit(
         x[..., :60], x[..., :60], x[..., 1:61], None, RowSpec(vocab=60)
     )
     odd = torch.zeros(1, 4, 61)
-    assert "student: expected rows" in cuda_caad.misfit(odd, x, None, None, RowSpec(vocab=61))
-    assert "strides of 244 bytes" in cuda_caad.misfit(odd, x, None, None, RowSpec(vocab=61))
-    assert "grad: expected rows" in cuda_caad.misfit(x, x, None, odd, RowSpec(vocab=61))
+    assert "student: expected rows" in misfit(odd, x, None, None, RowSpec(vocab=61))
+    assert "strides of 244 bytes" in misfit(odd, x, None, None, RowSpec(vocab=61))
+    assert "grad: expected rows" in misfit(x, x, None, odd, RowSpec(vocab=61))
     # The last 16 bytes of a row of 61 reach past the end of this tensor, and not where the vocabulary is padded.
     one = torch.zeros(1, 1, 61)
-    assert "student: expected memory for whole 16 bytes" in cuda_caad.misfit(one, x, None, None, RowSpec(vocab=61))
-    assert cuda_caad.misfit(x[..., :61], x, None, None, RowSpec(vocab=61)) is None
+    assert "student: expected memory for whole 16 bytes" in misfit(one, x, None, None, RowSpec(vocab=61))
+    assert misfit(x[..., :61], x, None, None, RowSpec(vocab=61)) is None
     # Without kd the teacher's logits do not count.
-    assert cuda_caad.misfit(x, odd, odd, None, RowSpec(vocab=61, with_kd=False)) is None
+    assert misfit(x, odd, odd, None, RowSpec(vocab=61, with_kd=False)) is None
 
 
 def test_unsafe_overlaps_are_refused():
@@ -717,7 +721,7 @@ def test_auto_takes_it_only_when_asked(monkeypatch, asked, reason):
     if asked == "0":
         assert chosen == "triton"
     elif reason is None:
-        assert chosen == "cuda_or_triton" and dispatch.row_launcher(chosen) is cuda_caad.caad_rows_or_triton
+        assert chosen == "cuda_or_triton" and dispatch.row_launcher(chosen) is dispatch.caad_rows_or_triton
     else:
         assert chosen == "triton" and "no clusters" in why
 
@@ -733,7 +737,7 @@ def test_auto_falls_back_to_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "load_triton_rows", lambda: triton_rows)
     x, one = torch.zeros(1, 2, 64), torch.ones(1)
     spec = RowSpec(vocab=64)
-    assert cuda_caad.caad_rows_or_triton(x, x, None, None, one, one, one, spec, want_stats=True) == "triton"
+    assert dispatch.caad_rows_or_triton(x, x, None, None, one, one, one, spec, want_stats=True) == "triton"
     assert seen == {"arguments": 8, "want_stats": True}
 
 

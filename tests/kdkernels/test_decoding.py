@@ -453,3 +453,19 @@ def test_peft_model_uses_its_adapter():
     expected, _ = naive(adapted, inputs, text_inputs, combine=extrapolate(1.0))
     assert torch.equal(after, expected) and not torch.equal(after, before)
     assert model.generation_config is own
+
+
+def test_adapters_of_the_audio_are_on_and_then_as_they_were():
+    """Granite Speech turns its LoRA off in a generate() without audio, and lets it train in one with audio."""
+    model, inputs = tiny_lms.granite_speech_with_adapter(target_modules=["q_proj", "v_proj"])
+    model.requires_grad_(False)
+    options = {"alpha": 1.5, "max_new_tokens": NEW_TOKENS, "eos_token_id": []}
+    expected, _ = naive(model, inputs, silenced(inputs), combine=extrapolate(1.5))
+    for turned_off in (False, True):
+        with tiny_lms.any_peft():
+            tokens = contrastive_generate(model, inputs, negative=MaskFeatures("input_features"), **options)
+        assert torch.equal(tokens, expected)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+        assert all(layer.disable_adapters == turned_off for layer in layers)
+        tiny_lms.text_only_generate(model, inputs)

@@ -187,19 +187,30 @@ def trainer_on_ranks(failures, folder, options, lora=()):
 
     def trainer():
         parts = 4 // dist.get_world_size()
-        return cases.CAADTrainer(
+        args = cases.arguments(
+            Path(folder), per_device_train_batch_size=1, gradient_accumulation_steps=parts, optim="sgd", **options
+        )
+        if "fsdp" in options:
+            shard_on_a_cpu()
+        made = cases.CAADTrainer(
             students.pop(),
-            cases.arguments(
-                Path(folder), per_device_train_batch_size=1, gradient_accumulation_steps=parts, optim="sgd", **options
-            ),
+            args,
             teacher=teachers.pop(),
             data_collator=cases.Recorder(),
             train_dataset=cases.examples(),
             eval_dataset=cases.examples(7),  # not a multiple: the last batch is filled up with duplicates
         )
+        if made.is_fsdp_enabled != ("fsdp" in options):
+            failures.put(f"FSDP: {made.accelerator.distributed_type}")
+        return made
 
-    evaluated = (evaluating := trainer()).evaluate()
-    (training := trainer()).train()
+    if "fsdp" in options:  # accelerate shards a model together with its optimiser: not before train()
+        options = {**options, "eval_on_start": True}
+        (training := trainer()).train()
+        evaluated = next(line for line in training.state.log_history if "eval_loss" in line)
+    else:
+        evaluated = (evaluating := trainer()).evaluate()
+        (training := trainer()).train()
     if dist.get_world_size() > 1 and not options:
         try:
             evaluating.train()
@@ -208,6 +219,40 @@ def trainer_on_ranks(failures, folder, options, lora=()):
             if "expected it in DistributedDataParallel" not in str(error):
                 failures.put(str(error))
     return [evaluated["eval_loss"], evaluated["eval_kd"], *cases.logged(training)]
+
+
+def a_rank_with_a_bad_row(failures, folder, options):
+    """All ranks stop before the step and name the same samples."""
+    from tests.kdkernels.integrations import test_trainer as cases
+
+    rows = cases.examples(8)
+    rows[6]["input_features"] = rows[6]["input_features"] * float("nan")
+    model = cases.speech_lm()
+    args = cases.arguments(Path(folder), train_sampling_strategy="sequential", gradient_accumulation_steps=1, **options)
+    if "fsdp" in options:
+        shard_on_a_cpu()
+    trainer = cases.CAADTrainer(
+        model,
+        args,
+        teacher=cases.dual_path(),
+        data_collator=cases.Recorder(),
+        train_dataset=rows,
+    )
+    if trainer.is_fsdp_enabled != ("fsdp" in options):
+        failures.put(f"FSDP: {trainer.accelerator.distributed_type}")
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        return [trainer.state.global_step, str(error).split("; ")[0], str(error).split("Samples: ")[1]]
+    failures.put("a loss of NaN was trained on")
+
+
+def shard_on_a_cpu():
+    """accelerate ignores FSDP on CPUs and goes on with DDP; told that there are several GPUs, it shards on the CPU's mesh."""
+    from accelerate.state import DistributedType, PartialState
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 FSDP2 = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
@@ -219,6 +264,13 @@ def test_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
     for options in ({}, FSDP2):
         for found in run_ranks(trainer_on_ranks, 2, str(tmp_path), options):
             assert found == pytest.approx(whole, rel=1e-4), options
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path):
+    # Two rows a rank and step: row 6 is in the second step, on the second rank.
+    for options, samples in (({}, "clip-6"), (FSDP2, "clip-6, clip-7")):
+        found = run_ranks(a_rank_with_a_bad_row, 2, str(tmp_path), options)
+        assert found == [[1, "optimiser step 2: expected a finite loss and gradient, got loss nan", samples]] * 2
 
 
 ZERO3 = {

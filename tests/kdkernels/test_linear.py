@@ -14,6 +14,7 @@ from torch import library
 
 from kdkernels import fused_caad_loss, fused_linear_caad_loss
 from kdkernels.ops import gemm, linear, native, schema
+from kdkernels.ops.rows import RowSpec
 
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 
@@ -284,8 +285,7 @@ def test_opcheck(reduction, head_trains):
         (
             a["student_hidden"], a["student_weight"].requires_grad_(head_trains), None, a["teacher_audio_hidden"],
             a["teacher_text_hidden"], a["teacher_weight"], None, a["target"], torch.tensor([2.0]), coef, coef,
-            61, 2.0, "forward_kl", 0.5, None, -100, True, True, 1.0, 1.0, None, None, FP32, 4, None,
-            reduced, *flags, False, "cpu",
+            *RowSpec(vocab=61).packed(), *schema.LinearSettings(4, None, reduced, *flags, False, FP32, "cpu").packed(),
         ),
     )  # fmt: skip
 

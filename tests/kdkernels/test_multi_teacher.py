@@ -21,6 +21,7 @@ from torch import library
 from kdkernels import TeacherSource, fused_linear_caad_loss, fused_linear_multi_teacher_loss
 from kdkernels.ops import linear, mixture, multi_teacher, native, reference
 from kdkernels.ops.rows import RowSpec
+from kdkernels.ops.schema import LinearSettings
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -367,9 +368,9 @@ def test_opcheck(reduced, head_trains, all_text):
         multi_teacher.linear_multi_teacher,
         (
             a["student_hidden"], a["student_weight"], None, [one.hidden, two.hidden], [one.text_hidden, two.text_hidden],
-            [one.weight, two.weight], [None, None], alpha, a["target"], torch.ones(2, n), coef, coef, 61, 2.0,
-            "forward_kl,forward_kl", [0.5, 0.5], [0.0, 0.0], -100, True, True, 1.0, [1.0, 1.0], None, [0.0, 0.0], FP32, 4,
-            None, reduced, *flags, False, "cpu",
+            [one.weight, two.weight], [None, None], alpha, a["target"], torch.ones(2, n), coef, coef,
+            *multi_teacher.packed_specs([RowSpec(vocab=61)] * 2),
+            *LinearSettings(4, None, reduced, *flags, False, FP32, "cpu").packed(),
         ),
     )  # fmt: skip
 

@@ -138,8 +138,13 @@ def test_splits_and_slabs_change_nothing(option, monkeypatch):
     monkeypatch.setattr(no_logits, "_split_count", lambda *_: (1, 3))
     whole = no_logits.linear_caad_no_logits(*arguments, spec)
     monkeypatch.setattr(no_logits, "_split_count", split_count)
-    slabs, run = [], no_logits._run_slab
-    monkeypatch.setattr(no_logits, "_run_slab", lambda *a: slabs.append((a[0].shape[0], a[-1].splits)) or run(*a))
+    slabs, solve = [], no_logits._Slab.solve
+
+    def noted(slab, *results):
+        slabs.append((slab.student.shape[0], slab.plan.splits))
+        solve(slab, *results)
+
+    monkeypatch.setattr(no_logits._Slab, "solve", noted)
     small = check(arguments, spec, workspace_bytes=1)
     assert slabs == [(16, 3), (4, 3)]
     torch.testing.assert_close(small.kd, whole.kd, rtol=1e-5, atol=1e-6)

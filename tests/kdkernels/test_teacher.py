@@ -226,11 +226,13 @@ class TestNoLogits:
         model, inputs = tiny_lms.AUDIO_MODELS[name]()
         index, _ = answer_positions(inputs)
         negative = MaskFeatures(tiny_lms.feature_name(inputs))
-        teacher = DualPathTeacher(model, negative=negative, pack_tokens=pack_tokens)
         sizes = []
         head = lm_head.head_module(model)
         forward = head.forward
         head.forward = lambda hidden: sizes.append(hidden.numel()) or forward(hidden)
+        teacher = DualPathTeacher(model, negative=negative, pack_tokens=pack_tokens)
+        assert max(sizes) == head.weight.shape[1]  # asked once, with one row
+        sizes.clear()
         teacher(inputs, index)
         teacher(inputs, index)
         assert sizes == [0] * (2 if pack_tokens is None else 3)  # packed, the first call compares with padded rows
@@ -440,6 +442,54 @@ class TestHead:
         with pytest.raises(ValueError, match=r"head: expected .* softcap=6.* got softcap=None logit_scale=1"):
             DualPathTeacher(model, negative=dict, head=wrong)(inputs, torch.tensor([1]))
 
+    def test_hook_that_wants_logits(self):
+        """Its change would be dropped."""
+        model, inputs = tiny_lms.llama()
+        teacher = DualPathTeacher(model, negative=dict)
+        expected = teacher(inputs, torch.tensor([1]))
+        handle = model.lm_head.register_forward_hook(lambda _m, _args, logits: 2 * logits)
+        for call in (
+            lambda: teacher(inputs, torch.tensor([1])),
+            lambda: teacher.head,
+            lambda: LMHead.from_model(model),
+            lambda: DualPathTeacher(model, negative=dict),
+        ):
+            with pytest.raises(TypeError, match=r"LM head: expected no forward hook on it, got \S*test_teacher\.Test"):
+                call()
+        handle.remove()
+        assert torch.equal(teacher(inputs, torch.tensor([1])).audio_hidden, expected.audio_hidden)
+
+    def test_pre_hook_gets_the_hidden_states(self):
+        model, inputs = tiny_lms.llama()
+        index, _ = answer_positions(inputs)
+        seen = []
+        model.lm_head.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape) or (0.5 * args[0],))
+        teacher = DualPathTeacher(model, negative=dict)
+        states = teacher(inputs, index)
+        assert seen == [(6, 20, 32)]
+        torch.testing.assert_close(teacher.head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
+
+    def test_pre_hook_inside_a_wrapper_is_refused(self):
+        """The head's input is taken before: its change would be dropped."""
+        peft = pytest.importorskip("peft")
+        model, inputs = tiny_lms.llama()
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = peft.get_peft_model(model, config).eval()
+        teacher = DualPathTeacher(model, negative=dict)
+        copy = model.get_output_embeddings().modules_to_save["default"]
+        copy.register_forward_pre_hook(lambda _m, args: (2 * args[0],))
+        with pytest.raises(TypeError, match="LM head: expected no forward pre hook on it, got"):
+            teacher(inputs, torch.tensor([1]))
+
+    @pytest.mark.parametrize("replaced", ["before", "after"])
+    def test_forward_replaced_on_the_module(self, replaced):
+        model, inputs = tiny_lms.llama()
+        teacher = DualPathTeacher(model, negative=dict) if replaced == "after" else None
+        forward = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: forward(hidden).relu()
+        with pytest.raises(TypeError, match="replaced on this module, computes something else; pass head=LMHead"):
+            (teacher or DualPathTeacher(model, negative=dict))(inputs, torch.tensor([1]))
+
     def test_no_head(self):
         with pytest.raises(TypeError, match=r"whose get_output_embeddings.. returns its LM head, got Sequential"):
             LMHead.from_model(nn.Sequential(nn.Linear(2, 2)))
@@ -494,6 +544,190 @@ def wrapping(head):
     model = nn.Module()
     model.lm_head = head
     return model
+
+
+def assign_other_weights(model):
+    model.load_state_dict(tiny_lms.llama()[0].state_dict(), assign=True)
+
+
+def new_parameter(model):
+    model.lm_head.weight = nn.Parameter(torch.randn(tiny_lms.VOCAB, 32))
+
+
+def new_module(model):
+    model.set_output_embeddings(nn.Linear(32, tiny_lms.VOCAB, bias=True))
+
+
+def inner_to_bfloat16(model):
+    model.bfloat16()
+
+
+def other_precision_and_values(model):
+    model.double()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+
+
+def adapter_elsewhere_and_trained_head(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    peft.get_peft_model(model, config)
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.normal_()
+
+
+class TestHeadOfTheMoment:
+    """The head is read at each call: what the model has now, not what it had when it was given."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            assign_other_weights,
+            new_parameter,
+            new_module,
+            inner_to_bfloat16,
+            other_precision_and_values,
+            adapter_elsewhere_and_trained_head,
+        ],
+    )
+    @pytest.mark.parametrize("given", [False, True])
+    def test_follows_the_model(self, change, given):
+        model, inputs = tiny_lms.llama()
+        index, _ = answer_positions(inputs)
+        head = LMHead.from_model(model) if given else None  # shares the model's memory
+        teacher = DualPathTeacher(model, negative=dict, head=head)
+        teacher(inputs, index)
+        change(model)
+        states, head = teacher(inputs, index), teacher.head
+        expected = logits_at(model, inputs, index)
+        tolerance = CLOSE if expected.dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 0.2}
+        assert head.weight.dtype == states.audio_hidden.dtype == expected.dtype
+        torch.testing.assert_close(head.logits(states.audio_hidden), expected, **tolerance)
+        torch.testing.assert_close(teacher.head.logits(states.text_hidden), expected, **tolerance)
+        assert teacher.head.weight.data_ptr() == head.weight.data_ptr()  # the model's memory, no copy
+
+    def test_lora_that_is_added(self):
+        peft = pytest.importorskip("peft", reason="LoRA on the LM head is PEFT's")
+        for merge_lora in (False, True):
+            model, inputs = tiny_lms.llama()
+            index, _ = answer_positions(inputs)
+            teacher = DualPathTeacher(model, negative=dict, merge_lora=merge_lora)
+            states = teacher(inputs, index)
+            peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False), model)
+            if not merge_lora:
+                with pytest.raises(TypeError, match=r"LoRA adapter \['default'\] of PEFT sits on it"):
+                    teacher(inputs, index)
+                with pytest.raises(TypeError, match="merge_lora=True"):
+                    teacher.head.logits(states.audio_hidden)
+                continue
+            for _ in range(2):
+                states = teacher(inputs, index)
+                expected = logits_at(model, inputs, index)
+                torch.testing.assert_close(teacher.head.logits(states.audio_hidden), expected, **CLOSE)
+                with torch.no_grad():
+                    model.lm_head.lora_B["default"].weight.mul_(2)  # trained further
+
+    def test_soft_cap_that_changes(self):
+        model, inputs = tiny_lms.gemma2()
+        index, _ = answer_positions(inputs)
+        teacher = DualPathTeacher(model, negative=dict)
+        model.config.final_logit_softcapping = 3.0
+        states = teacher(inputs, index)
+        assert teacher.head.softcap == 3.0
+        torch.testing.assert_close(teacher.head.logits(states.audio_hidden), logits_at(model, inputs, index), **CLOSE)
+
+    def test_a_copy_stays_as_it_is(self):
+        model, inputs = tiny_lms.llama()
+        own = LMHead(model.lm_head.weight.detach().clone())
+        teacher = DualPathTeacher(model, negative=dict, head=own)
+        new_parameter(model)
+        teacher(inputs, torch.tensor([1]))
+        assert teacher.head is own
+
+    def test_the_head_is_asked_once(self):
+        model, inputs = tiny_lms.llama()
+        forward, calls = model.lm_head.forward, []
+        model.lm_head.forward = lambda hidden: calls.append(hidden.numel()) or forward(hidden)
+        teacher = DualPathTeacher(model, negative=dict)
+        for _ in range(3):
+            teacher(inputs, torch.tensor([1]))
+            assert teacher.head.bias is None
+        assert [n for n in calls if n] == [32]
+
+
+class TestModes:
+    def test_adapter_that_a_generate_without_audio_turned_off(self):
+        model, inputs = tiny_lms.granite_speech_with_adapter(target_modules=["q_proj", "v_proj"], modules_to_save=["o_proj"])
+        index, _ = answer_positions(inputs)
+        teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"))
+        expected = teacher(inputs, index)
+        logits = logits_at(model, inputs, index)
+        tiny_lms.text_only_generate(model, inputs)
+        assert (logits_at(model, inputs, index) - logits).abs().max() > 0.1  # off, also in a forward with audio
+        trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        states = teacher(inputs, index)
+        torch.testing.assert_close(states.audio_hidden, expected.audio_hidden)
+        torch.testing.assert_close(states.text_hidden, expected.text_hidden)
+        # What the teacher changed is as it was.
+        assert (logits_at(model, inputs, index) - logits).abs().max() > 0.1
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
+        made_now = DualPathTeacher(model, negative=MaskFeatures("input_features"))
+        torch.testing.assert_close(made_now(inputs, index).audio_hidden, expected.audio_hidden)
+
+    def test_adapter_on_the_head(self):
+        model, inputs = tiny_lms.granite_speech_with_adapter(target_modules=["lm_head"])
+        index, _ = answer_positions(inputs)
+        expected = logits_at(model, inputs, index)
+        tiny_lms.text_only_generate(model, inputs)
+        teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"), merge_lora=True)
+        states = teacher(inputs, index)
+        torch.testing.assert_close(teacher.head.logits(states.audio_hidden), expected, **CLOSE)
+
+    def test_adapter_that_its_user_turned_off(self):
+        """Of a model without such a switch: that is the model."""
+        model, inputs = tiny_lms.voxtral()
+        index, _ = answer_positions(inputs)
+        teacher = DualPathTeacher(model, negative=MaskFeatures("input_features"))
+        expected = teacher(inputs, index)
+        tiny_lms.add_adapter(model, target_modules=["q_proj"])
+        assert not torch.equal(teacher(inputs, index).audio_hidden, expected.audio_hidden)
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module.enable_adapters(False)
+        torch.testing.assert_close(teacher(inputs, index).audio_hidden, expected.audio_hidden)
+
+    @pytest.mark.parametrize("pack_tokens", [None, 60])
+    @pytest.mark.parametrize("name", tiny_lms.AUDIO_MODELS)
+    def test_training_mode_leaves_no_trace(self, name, pack_tokens):
+        """Dropout, gradient checkpointing and output flags of a model that someone trains: packed and padded rows alike."""
+        model, inputs = tiny_lms.AUDIO_MODELS[name]()
+        index, _ = answer_positions(inputs)
+        negative = MaskFeatures(tiny_lms.feature_name(inputs))
+        expected = DualPathTeacher(model, negative=negative)(inputs, index)
+        for module in model.modules():
+            for attribute, value in list(vars(module).items()):
+                if "drop" in attribute and isinstance(value, float):
+                    setattr(module, attribute, 0.5)
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        if model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+        for config in configs:
+            config.output_hidden_states = config.use_cache = True
+        model.train()
+        teacher = DualPathTeacher(model, negative=negative, pack_tokens=pack_tokens)
+        model.train()
+        seen = []
+        model.register_forward_hook(lambda _m, _args, output: seen.append(output))
+        random = torch.get_rng_state()
+        states = teacher(inputs, index)
+        torch.testing.assert_close(states.audio_hidden, expected.audio_hidden, **CLOSE)
+        torch.testing.assert_close(states.text_hidden, expected.text_hidden, **CLOSE)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(getattr(output, flag, None) is None for output in seen for flag in ("hidden_states", "cache"))
+        assert all(module.training for module in model.modules())
+        assert all(config.output_hidden_states and config.use_cache for config in configs)
 
 
 class TestPeft:

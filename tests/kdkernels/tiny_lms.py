@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -138,6 +140,37 @@ def granite_speech() -> tuple[nn.Module, Inputs]:
         input_features_mask=torch.ones(ROWS, 4, dtype=torch.bool),
     )
     return _finished(GraniteSpeechForConditionalGeneration(config)), inputs
+
+
+def add_adapter(model: nn.Module, **options: Any) -> nn.Module:
+    """What transformers' model.add_adapter does, whatever version of PEFT it asks for."""
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+    model.peft_config = {"default": peft.LoraConfig(r=2, init_lora_weights=False, **options)}
+    peft.inject_adapter_in_model(model.peft_config["default"], model)
+    model._hf_peft_config_loaded = True
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    return model.eval()
+
+
+def granite_speech_with_adapter(**options: Any) -> tuple[nn.Module, Inputs]:
+    """As its checkpoints come: with a LoRA that its own generate() turns on with audio and off without."""
+    model, inputs = granite_speech()
+    model.config.has_lora_adapter = True
+    model.generation_config.do_sample = False
+    return add_adapter(model, **options), inputs
+
+
+def any_peft() -> Any:
+    """Inside, transformers asks for no version of PEFT."""
+    return mock.patch("transformers.integrations.peft.check_peft_version")
+
+
+def text_only_generate(model: nn.Module, inputs: Inputs) -> None:
+    with any_peft():
+        model.generate(input_ids=inputs["input_ids"][:, 8:12], max_new_tokens=1)
 
 
 def omni_thinker() -> tuple[nn.Module, Inputs]:

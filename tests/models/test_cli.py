@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from models.arguments import Collect
 from models.cli import COMMANDS, main, parser_of
 
 ROOT = Path(__file__).parents[2]
@@ -81,3 +83,32 @@ def test_a_repeated_option_holds_the_words_of_both():
     words = ["m.jsonl", "--lm", "x", "--out", "y"]
     assert priors.parse_args(words).splits == ["test"]
     assert priors.parse_args([*words, "--splits", "dev", "--splits", "train"]).splits == ["dev", "train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "option", "value"),
+    [
+        ("corpus", ["--out", "x", "--sources", "queen", "--sources", "tux,espeak"], "sources", "queen,tux,espeak"),
+        ("corpus", ["--out", "x", "--tasks", "gender", "--tasks", "accent"], "tasks", "gender,accent"),
+        ("corpus", ["--out", "x"], "tasks", None),
+        ("pseudo-gt", ["m", "--out", "x", "--splits", "train,dev", "--splits", "test"], "splits", "train,dev,test"),
+        ("pseudo-gt", ["m", "--out", "x", "--splits", "dev"], "splits", "dev"),
+        ("pseudo-gt", ["m", "--out", "x"], "splits", "train,dev"),
+        ("pseudo-gt", ["m", "--out", "x", "--task", "gender", "--task", "accent"], "task", ["gender", "accent"]),
+        ("pseudo-gt", ["m", "--out", "x", "--pool", "teacher", "--pool", "distill"], "pool", ["teacher", "distill"]),
+        ("heal", ["m", "t", "--keep-layers", "0-6", "--keep-layers", "27-29"], "keep_layers", "0-6,27-29"),
+        ("cache", ["t", "m", "--out", "x", "--layers", "6", "--layers", "12,30"], "layers", "6,12,30"),
+    ],
+)
+def test_lists_between_commas_given_twice_hold_both(name, words, option, value):
+    assert getattr(parser_of(name).parse_args(words), option) == value
+
+
+def test_no_option_of_several_words_keeps_only_its_last_use():
+    for name in COMMANDS:
+        for action in parser_of(name)._actions:
+            if action.option_strings and action.nargs in ("+", "*"):
+                assert isinstance(action, Collect), (name, action.option_strings)
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for call in re.findall(r'add_argument\(\s*"--[^)]*nargs="[+*]"[^)]*', path.read_text(encoding="utf-8")):
+            assert "action=Collect" in call, (path.name, call)

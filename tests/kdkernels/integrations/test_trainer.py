@@ -339,6 +339,169 @@ class TestEvaluation:
         assert predicted.label_ids[0].tolist() == [5.0, 5.0] and predicted.metrics["test_kd"] > 0
 
 
+class TestNotFinite:
+    """transformers would log the last mean instead, or 0, and go on."""
+
+    def spoiled(self, *rows):
+        made = examples(8)
+        for row in rows:
+            made[row]["input_features"] = made[row]["input_features"] * float("nan")
+        return made
+
+    def trainer(self, folder, rows, student=None, **options):
+        return CAADTrainer(
+            student or speech_lm(),
+            arguments(folder, train_sampling_strategy="sequential", **options),
+            teacher=dual_path(),
+            data_collator=Recorder(),
+            train_dataset=rows,
+        )
+
+    @pytest.mark.parametrize("logging_nan_inf_filter", [True, False])
+    def test_step_and_samples_are_named(self, tmp_path, logging_nan_inf_filter):
+        """2 x 2 rows a step: row 6 is in the second step's second part."""
+        trainer = self.trainer(tmp_path, self.spoiled(6), logging_nan_inf_filter=logging_nan_inf_filter)
+        with pytest.raises(FloatingPointError, match=r"optimiser step 2: .* got loss nan; nothing .* Samples: clip-6$"):
+            trainer.train()
+        assert trainer.state.global_step == 1 and len(logged(trainer)) == 1
+        assert all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
+
+    def test_nothing_is_updated(self, tmp_path):
+        trainer = self.trainer(tmp_path, self.spoiled(0, 3))
+        before = [parameter.clone() for parameter in trainer.model.parameters()]
+        with pytest.raises(FloatingPointError, match=r"optimiser step 1: .* Samples: clip-0$"):
+            trainer.train()
+        assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+    def test_rows_without_a_name(self, tmp_path):
+        rows = self.spoiled(1)
+        for row in rows:
+            del row["sample_id"]
+        with pytest.raises(FloatingPointError, match=r"Samples: row 1 of 2$"):
+            self.trainer(tmp_path, rows).train()
+
+    def test_gradient_that_is_not_finite(self, tmp_path):
+        student = speech_lm()
+        student.model.language_model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+        trainer = self.trainer(tmp_path, examples(4), student=student)
+        before = [parameter.clone() for parameter in student.parameters()]
+        with pytest.raises(FloatingPointError, match=r"got gradient norm (nan|inf); .* Samples: clip-0, clip-1, clip-2, clip-3$"):
+            trainer.train()
+        assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+
+    def test_step_without_labels_is_named(self, tmp_path, caplog):
+        rows = examples(8)
+        for row in rows[4:]:
+            row["labels"].fill_(-100)
+        self.trainer(tmp_path, rows, max_steps=2).train()
+        (warning,) = [record.getMessage() for record in caplog.records if record.name == "kdkernels.integrations.trainer"]
+        assert warning.startswith("optimiser step 2 has nothing to learn from") and warning.endswith("clip-6, clip-7")
+
+    def test_evaluation_shows_it(self, tmp_path):
+        trainer = CAADTrainer(
+            speech_lm(), arguments(tmp_path), teacher=dual_path(), data_collator=Recorder(), eval_dataset=self.spoiled(2)
+        )
+        assert trainer.evaluate()["eval_loss"] != trainer.evaluate()["eval_loss"]  # NaN
+
+
+def first_losses(folder, **options):
+    """Of three steps and an evaluation, with what an argument asks for."""
+    trainer = CAADTrainer(
+        speech_lm(),
+        arguments(folder, **{"max_steps": 3, **options}),
+        teacher=dual_path(),
+        data_collator=Recorder(),
+        train_dataset=examples(),
+        eval_dataset=examples(7),
+    )
+    trainer.train()
+    return [*logged(trainer), trainer.evaluate()["eval_loss"]]
+
+
+class TestArgumentsThatWork:
+    """What TrainingArguments offers beside those that are refused, each against a run without it."""
+
+    @pytest.fixture(scope="class")
+    def plain(self, tmp_path_factory):
+        return first_losses(tmp_path_factory.mktemp("plain"))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"prediction_loss_only": True},
+            {"include_for_metrics": ["inputs", "loss"]},
+            {"include_num_input_tokens_seen": "non_padding"},
+            {"eval_accumulation_steps": 1},
+            {"average_tokens_across_devices": False},
+            {"gradient_checkpointing": True},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            {"use_cache": True},
+            {"auto_find_batch_size": True},
+            {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2},
+            {"torch_empty_cache_steps": 1},
+            {"label_names": ["labels"]},
+            {"remove_unused_columns": False},
+            {"full_determinism": False, "data_seed": 3},
+            {"eval_on_start": True},
+            {"logging_nan_inf_filter": False},
+            {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "kd"},
+        ],
+        ids=lambda options: "+".join(options),
+    )
+    def test_same_losses(self, tmp_path, plain, options):
+        assert first_losses(tmp_path, **options) == pytest.approx(plain, rel=1e-4)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"train_sampling_strategy": "group_by_length"},
+            {"train_sampling_strategy": "batch_rebalance"},
+            {"train_sampling_strategy": "sequential"},
+            {"neftune_noise_alpha": 5.0},
+        ],
+        ids=lambda options: next(iter(options)) + str(next(iter(options.values()))),
+    )
+    def test_other_batches_or_noise(self, tmp_path, plain, options):
+        found = first_losses(tmp_path, **options)
+        assert len(found) == 4 and found[:3] != plain[:3] and found[3] == pytest.approx(plain[3], rel=0.3)
+
+    def test_bf16(self, tmp_path, plain):
+        """Autocast rounds the model's body; the loss itself is computed as without it."""
+        found = first_losses(tmp_path, bf16=True)
+        assert found != plain and found == pytest.approx(plain, rel=3e-2)
+
+    @pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+    def test_evaluation_in_half_precision(self, tmp_path, plain, name):
+        found = first_losses(tmp_path, **{name: True})
+        assert found[:3] == plain[:3] and found[3] == pytest.approx(plain[3], rel=5e-2)
+
+    def test_drop_last_leaves_the_last_rows_out(self, tmp_path, plain):
+        found = first_losses(tmp_path, dataloader_drop_last=True)
+        assert found[:3] == plain[:3] and found[3] != plain[3]
+
+    def test_best_model(self, tmp_path):
+        trainer = CAADTrainer(
+            speech_lm(),
+            arguments(
+                tmp_path,
+                load_best_model_at_end=True,
+                metric_for_best_model="loss",
+                eval_strategy="steps",
+                eval_steps=1,
+                save_strategy="steps",
+                save_steps=1,
+            ),
+            teacher=dual_path(),
+            data_collator=Recorder(),
+            train_dataset=examples(),
+            eval_dataset=examples(4),
+        )
+        trainer.train()
+        losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        assert trainer.state.best_metric == min(losses)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
 class TestColumnsAndArguments:
     @pytest.mark.parametrize("column", ["labels", "input_features"])
     def test_missing_column_is_named(self, tmp_path, column):
@@ -353,6 +516,51 @@ class TestColumnsAndArguments:
         for run in (trainer.train, trainer.evaluate):
             with pytest.raises(ValueError, match=f"expected .*'{column}'"):
                 run()
+
+    @pytest.mark.parametrize("weight", [None, "kd_token_weight", "ce_token_weight"])
+    def test_evaluation_without_labels(self, tmp_path, weight):
+        """Nothing to measure: 0 would be the best loss there is."""
+        rows = examples(4)
+        for row in rows:
+            if weight is None:
+                row["labels"].fill_(-100)
+            else:
+                row[weight] = torch.zeros(tiny_lms.LENGTH)
+        trainer = CAADTrainer(
+            speech_lm(), arguments(tmp_path), teacher=dual_path(), data_collator=Recorder(), eval_dataset=rows
+        )
+        name = weight or "kd_token_weight"
+        with pytest.raises(ValueError, match=f"labels: expected at least one position with a label and a {name} above 0"):
+            trainer.evaluate()
+
+    def test_a_term_that_does_not_count_needs_no_weight(self, tmp_path):
+        rows = examples(4)
+        for row in rows:
+            row["kd_token_weight"] = torch.zeros(tiny_lms.LENGTH)
+        trainer = CAADTrainer(
+            speech_lm(),
+            arguments(tmp_path),
+            teacher=dual_path(),
+            options=CAADOptions(kd_weight=0.0),
+            data_collator=Recorder(),
+            eval_dataset=rows,
+        )
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == metrics["eval_ce"] > 0 and metrics["eval_kd"] != metrics["eval_kd"]
+
+    def test_columns_of_a_teacher_with_its_own_states(self, tmp_path):
+        class Speaking(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lm_head = torch.nn.Linear(2, 3)
+
+            def hidden_states_at(self, index, *, input_ids, spoken_words):
+                raise NotImplementedError
+
+        teacher = DualPathTeacher(Speaking(), negative=None)
+        trainer = CAADTrainer(speech_lm(), arguments(tmp_path), teacher=teacher, train_dataset=examples())
+        trainer._set_signature_columns_if_needed()
+        assert {"teacher_spoken_words", "negative_spoken_words"} <= set(trainer._signature_columns)
 
     def test_cache_without_names_or_with_other_targets(self, tmp_path):
         with ContrastCache.writer(tmp_path / "cache", fingerprint={}, hidden_size=32) as writer:
@@ -379,12 +587,61 @@ class TestColumnsAndArguments:
             ({}, {"label_smoothing_factor": 0.1}, ValueError, "args.label_smoothing_factor: expected 0"),
             ({}, {"torch_compile": True}, ValueError, "args.torch_compile: expected False"),
             ({}, {"batch_eval_metrics": True, "eval_do_concat_batches": True}, ValueError, "args.batch_eval_metrics"),
+            ({}, {"eval_do_concat_batches": False}, ValueError, "args.eval_do_concat_batches: expected True"),
+            ({}, {"eval_use_gather_object": True}, ValueError, "args.eval_use_gather_object: expected False"),
+            ({}, {"use_liger_kernel": True}, ValueError, "args.use_liger_kernel: expected False"),
+            ({}, {"debug": "underflow_overflow"}, ValueError, "args.debug: expected no 'underflow_overflow'"),
         ]
         for changed, options, error, message in cases:
             with pytest.raises(error, match=message):
                 CAADTrainer(speech_lm(), arguments(tmp_path, **options), **{"teacher": dual_path(), **changed})
 
+    def test_arguments_for_sequence_to_sequence(self, tmp_path):
+        from transformers import Seq2SeqTrainingArguments
+
+        args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), predict_with_generate=True, report_to=[], use_cpu=True)
+        with pytest.raises(ValueError, match=r"args.predict_with_generate: expected False with CAADTrainer, got True"):
+            CAADTrainer(speech_lm(), args, teacher=dual_path())
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"alpha": -1.0},
+            {"alpha": float("nan")},
+            {"alpha": "2"},
+            {"temperature": 0},
+            {"kd_weight": 1.5},
+            {"divergence": "kl"},
+            {"jsd_beta": 1.0},
+            {"plausibility": 0.0},
+            {"plausibility": 0.1, "divergence": "reverse_kl"},
+            {"impl": "gpu"},
+            {"chunk_tokens": 0},
+            {"workspace_bytes": 0},
+            {"chunk_tokens": 4, "workspace_bytes": 4},
+            {"logits_dtype": torch.int8},
+            {"logits_dtype": "float32"},
+        ],
+        ids=str,
+    )
+    def test_options_are_checked_as_the_loss_checks_them(self, options):
+        hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
+        with pytest.raises((ValueError, TypeError)) as eager:
+            fused_linear_caad_loss(hidden, weight, hidden, hidden, weight, torch.zeros(2, dtype=torch.int64), **options)
+        with pytest.raises(type(eager.value)) as found:
+            CAADOptions(**options)
+        assert str(found.value) == str(eager.value)
+
     def test_options_are_checked(self):
+        for options, error, message in (
+            ({"vocab_size": 0}, ValueError, "vocab_size: expected 1 to the width of the logits, got 0"),
+            ({"vocab_size": 2.5}, TypeError, "vocab_size: expected an int or None, got float"),
+            ({"alpha": torch.ones(2)}, TypeError, "alpha: expected a number, got a tensor"),
+            ({"alpha_start": "0"}, ValueError, "alpha_start: expected a finite number >= 0 or None, got '0'"),
+            ({"alpha_ramp_steps": 2.5}, TypeError, "alpha_ramp_steps: expected an int, got float"),
+        ):
+            with pytest.raises(error, match=message):
+                CAADOptions(**options)
         with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
             CAADOptions(temperature=0)
         with pytest.raises(ValueError, match="alpha_ramp_steps: expected >= 0, got -1"):
@@ -430,6 +687,8 @@ def zero3_engine(model: torch.nn.Module):
             if hasattr(parameter, "whole"):
                 parameter.data = parameter.data.new_empty(0)
 
+    for hook in (gather, free):
+        hook.__module__ = "deepspeed.runtime.zero.parameter_offload"  # hooks of an engine are told by where they come from
     handles = []
     for module in model.modules():
         handles += [module.register_forward_pre_hook(gather), module.register_forward_hook(free)]

@@ -145,6 +145,48 @@ def test_audio_reached_through_a_link_out_of_the_root_is_refused(root):
     assert "audio: " in _problem(root, _row(audio="loop.flac")).reason
 
 
+def test_links_out_of_the_root_may_be_allowed(root, capsys):
+    """The snapshot of a hub's cache: every clip is a link into a folder of blobs beside it."""
+    os.symlink(root.parent / "outside.flac", root / "link.flac")
+    os.symlink(root.parent / "gone.flac", root / "dangling.flac")
+    rows = [json.dumps(GOOD), json.dumps({**GOOD, "id": "link", "audio": "link.flac"}), _row(audio="dangling.flac")]
+    path = _write(root, rows)
+    manifest = read_manifest(path, allow_links=True, max_bad_fraction=0.5)
+    assert [example.id for example in manifest] == ["good", "link"]
+    assert [problem.reason for problem in manifest.problems] == ["audio: missing file"]
+    assert main([str(path), "--max-bad-fraction", "0.5", "--allow-links"]) == 0
+    assert "2 rows, 1 skipped" in capsys.readouterr().out
+    assert main([str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("--allow-links (in Python allow_links=True, in a recipe data.allow_links=true) permits that") == 2
+
+
+def test_the_header_may_name_the_audio_root(root, tmp_path):
+    for named in ("../data", str(root), "../data/."):
+        elsewhere = tmp_path / "lists" / "m.jsonl"
+        write_manifest(elsewhere, [Example(id="a", audio="a.flac")], header={"audio_root": named, "seed": 1})
+        manifest = read_manifest(elsewhere)
+        assert manifest.audio_path(manifest.examples[0]).resolve() == root / "a.flac"
+    other = tmp_path / "other"
+    other.mkdir()
+    assert len(read_manifest(elsewhere, audio_root=other, max_bad_fraction=1.0).problems) == 1  # what the caller says counts
+    for named, message in (("../nowhere", "expected a folder of audio, got"), (3, "expected a folder as 'audio_root'")):
+        write_manifest(elsewhere, [Example(id="a", audio="a.flac")], header={"audio_root": named})
+        with pytest.raises(ManifestError, match=message):
+            read_manifest(elsewhere)
+
+
+def test_check_says_what_is_wrong_with_a_clip(root, capsys):
+    write_audio(root / "long.flac", np.zeros(16_000 * 31, np.float32))
+    (root / "text.mkv").write_text("This is no sound.")
+    rows = [_row(id=name, audio=name) for name in ("long.flac", "text.mkv")]
+    path = _write(root, [json.dumps(GOOD), *rows, json.dumps({**GOOD, "id": "twice", "choices": ["man", "man", "woman"]})])
+    assert main([str(path), "--max-bad-fraction", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "row 3 (long.flac): audio: too long: 31.0 s, at most 30 s are allowed" in out
+    assert "row 4 (text.mkv): audio: " in out and "2 rows, 2 skipped" in out
+
+
 def test_a_link_inside_the_root_is_fine(root):
     os.symlink(root / "a.flac", root / "link.flac")
     manifest = read_manifest(_write(root, [json.dumps({**GOOD, "audio": "link.flac"})]))

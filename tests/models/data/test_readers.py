@@ -62,6 +62,81 @@ def test_desta_rows(root):
     assert (second.question, second.transcription, second.target) == ("Who speaks?", "Good luck.", "A woman.")
 
 
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        ("<start_audio><|AUDIO|><end_audio>\n\nWho speaks?", "Who speaks?"),
+        ("<start_audio> <|AUDIO|> <end_audio> Who speaks?", "Who speaks?"),
+        ("<start_audio>clips/a.flac<end_audio> Who speaks?", "Who speaks?"),
+        ("<start_audio> clips/a.flac <end_audio> Who speaks?", "Who speaks?"),
+        ("<start_audio><end_audio>Who speaks?", "Who speaks?"),
+        ("<audio>a.flac</audio>Who speaks?", "Who speaks?"),
+        ("<|audio_bos|><|AUDIO|><|audio_eos|>Who speaks?", "Who speaks?"),
+        ("<audio>\nWho speaks?", "Who speaks?"),
+        ("Who speaks? <audio>", "Who speaks?"),
+        ("Listen: <audio> Who speaks?", "Listen:  Who speaks?"),
+        ("What do <start_audio> and <end_audio> mean?", "What do <start_audio> and <end_audio> mean?"),
+        ("What do <audio> and </audio> mean?", "What do <audio> and </audio> mean?"),
+        ("What does the <audio> tag do?", "What does the <audio> tag do?"),
+        (
+            "<start_audio><|AUDIO|><end_audio> What do <start_audio> and <end_audio> mean?",
+            "What do <start_audio> and <end_audio> mean?",
+        ),
+        ("<|AUDIO|> What does <start_audio> a b <end_audio> hold?", "What does <start_audio> a b <end_audio> hold?"),
+    ],
+)
+def test_only_the_mark_of_the_clip_is_taken_out_of_a_turn(root, content, question):
+    (example,) = _read(root, [{**DESTA, "messages": [{"role": "user", "content": content}]}], "desta")
+    assert example.question == question
+
+
+def test_a_converted_manifest_names_the_folder_of_its_audio(root, tmp_path_factory, capsys):
+    away, outside = tmp_path_factory.mktemp("away"), tmp_path_factory.mktemp("outside")
+    (root / "a.flac").rename(outside / "a.flac")
+    (root / "a.flac").symlink_to(outside / "a.flac")
+    (root / "rows.jsonl").write_text(json.dumps(DESTA))
+    words = [str(root / "rows.jsonl"), "--form", "desta", "--audio-root", str(root), "--out", str(away / "m.jsonl")]
+    assert main(words) == 1 and "--allow-links" in capsys.readouterr().err
+    assert main([*words, "--allow-links"]) == 0
+    manifest = read_manifest(away / "m.jsonl", allow_links=True)
+    assert len(manifest) == 1 and manifest.audio_root.resolve() == root
+
+
+def test_rows_without_a_split_are_training_data_or_a_benchmark(root):
+    for form, row, split in (("desta", DESTA, "train"), ("dynamic_superb", SUPERB, "test"), ("mcr_bench", MCR, "test")):
+        assert {e.split for e in _read(root, [row], form)} == {split}
+        assert {e.split for e in _read(root, [row], form, split="dev")} == {"dev"}
+        assert {e.split for e in _read(root, [{**row, "split": "dev"}], form)} == {"dev"}
+        words = [str(root / "rows.jsonl"), "--form", form, "--out", str(root / "m.jsonl")]
+        (root / "rows.jsonl").write_text(json.dumps(row))
+        assert main(words) == 0 and {e.split for e in read_manifest(root / "m.jsonl")} == {split}
+
+
+def test_a_second_question_under_one_id_gets_a_number(root):
+    write_audio(root / "b.flac", np.full(16_000, 0.1, np.float32))
+    other = {**DESTA, "messages": [{"role": "user", "content": "<|AUDIO|> What is said?"}], "target": "Good luck."}
+    third = {**DESTA, "messages": [{"role": "user", "content": "<|AUDIO|> How?"}]}
+    manifest = _read(root, [DESTA, other, DESTA, other, third], "desta", max_bad_fraction=0.5)
+    assert [(e.id, e.question) for e in manifest] == [("d1", "Who speaks?"), ("d1#2", "What is said?"), ("d1#3", "How?")]
+    assert [str(p) for p in manifest.problems] == [f"row {n} (d1): duplicate id 'd1', first in row 1" for n in (3, 4)]
+    elsewhere = {**other, "audios": [{"audio": "b.flac"}]}
+    manifest = _read(root, [DESTA, elsewhere], "desta", max_bad_fraction=0.5)
+    assert [p.reason for p in manifest.problems] == ["duplicate id 'd1', first in row 1"]
+    superb = [{**SUPERB, "id": 7}, {**SUPERB, "id": 7, "instruction": "Say yes or no."}, {**SUPERB, "id": 7, "text": "x"}]
+    assert [e.id for e in _read(root, superb, "dynamic_superb")] == ["7", "7#2", "7#3"]
+
+
+def test_questions_and_contexts_of_one_id_stay_pairs(root):
+    examples = _read(root, [MCR, {**MCR, "question": "How?"}], "mcr_bench").examples
+    assert [e.id for e in examples] == [*(f"m1/{c}" for c in MCR["contexts"]), *(f"m1/{c}#2" for c in MCR["contexts"])]
+    assert [e.pair_id for e in examples] == ["m1"] * 4 + ["m1#2"] * 4
+    plain = {key: value for key, value in MCR.items() if key != "contexts"}
+    contexts = [{**plain, "context_type": kind, "context": text} for kind, text in MCR["contexts"].items()]
+    examples = _read(root, [*contexts, {**contexts[1], "question": "How?"}], "mcr_bench").examples
+    assert [e.id for e in examples] == ["m1", "m1#2", "m1#3", "m1#4", "m1#5"]
+    assert [e.pair_id for e in examples] == ["m1", "m1", "m1", "m1", "m1#5"]
+
+
 def test_dynamic_superb_rows_read_their_choices_from_the_instruction(root):
     (example,) = _read(root, [SUPERB], "dynamic_superb")
     assert (example.choices, example.answer) == (("yes", "no", "maybe"), "yes")  # spelt as the label is
@@ -190,9 +265,30 @@ def test_parse_description_undoes_the_wording_of_stage_1(text, start, length, la
     )  # fmt: skip
 
 
+def test_a_description_keeps_commas_within_values_and_several_segments_together():
+    text = "[00:00-00:05] Good luck. (Emotion: sad, slightly tired, Gender: female)"
+    assert parse_description(text)[1] == {"emotion": "sad, slightly tired", "gender": "female"}
+    assert parse_description("[00:00-00:05] Hi. (Gender: female)\n[00:05-00:09] Hello. (Gender: male)") is None
+
+
 @given(st.text(max_size=80))
 def test_parse_description_never_fails(text):
     parse_description(text)
+
+
+def test_a_conversion_that_cannot_work_is_found_first(root, capsys):
+    rows = root / "rows.jsonl"
+    rows.write_text(json.dumps(DESTA))
+    for words, message in (
+        (["--out", str(rows)], "--out: expected another file than the rows"),
+        (["--audio-root", str(root / "none")], "audio_root: expected a folder"),
+        (["--max-bad-fraction", "7"], "max_bad_fraction: expected a number from 0 to 1, got 7"),
+    ):
+        assert main([str(rows), "--form", "desta", "--out", str(root / "m.jsonl"), *words]) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(rows), "--form", "desta", "--out", str(root / "m.jsonl"), "--split", "trian"])
+    assert json.loads(rows.read_text()) == DESTA and not (root / "m.jsonl").exists()
 
 
 def test_command_line_converts_to_a_manifest(root, capsys):

@@ -50,6 +50,22 @@ def superb_row(label, **more):
     return {"file": "x/y.flac", "instruction": "Is it speech? The answer could be yes or no.", "label": label, **more}
 
 
+@pytest.mark.parametrize("published", [True, False])
+def test_clips_that_are_links_may_be_allowed(tmp_path, tmp_path_factory, published):
+    superb_task(tmp_path, "SpeechDetection_LJSpeech", {"a.wav": superb_row("yes")})
+    clip_path = tmp_path / "SpeechDetection_LJSpeech" / "a.wav"
+    blob = tmp_path_factory.mktemp("blobs") / "0f"
+    clip_path.rename(blob)
+    clip_path.symlink_to(blob)
+    name, options = "dynamic-superb", {"audio_root": tmp_path}
+    if not published:
+        rows = [Example(id="a", audio="SpeechDetection_LJSpeech/a.wav")]
+        name, options = str(write_manifest(tmp_path / "m.jsonl", rows)), {}
+    with pytest.raises(ManifestError, match="--allow-links"):
+        load_suite(name, **options)
+    assert len(load_suite(name, allow_links=True, **options).examples) == 1
+
+
 @pytest.fixture()
 def superb(tmp_path):
     superb_task(tmp_path, "SpeechDetection_LJSpeech", {"a.wav": superb_row("yes"), "b.wav": superb_row("no")})

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -32,7 +33,7 @@ from models.evaluation.score_tables import print_comparison, print_summary
 from models.evaluation.summary import summarize
 from models.evaluation.text_priors import Prior, write_priors
 from models.experiments.shared_steps import make_tiny_backbones
-from models.speech_lm.features import FeatureStore, clip_key
+from models.speech_lm.features import FeatureStore, clip_key, made_by
 from models.speech_lm.model import SpeechLM, SpeechLMConfig
 
 
@@ -311,6 +312,63 @@ def test_command_line_errors_are_one_line(files, capsys):
     assert "no prediction in it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("missing", ["folder", "record", "settings", "connector", "lm", "encoder"])
+def test_a_checkpoint_is_looked_at_before_a_benchmark_is_built(files, tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setattr("models.evaluation.benchmarks._build", lambda: pytest.fail("the benchmark was built"))
+    folder = tmp_path / "model"
+    if missing != "folder":
+        shutil.copytree(files / "model", folder)
+    record = folder / "speech_lm.json"
+    if missing == "record":
+        record.unlink()
+    elif missing == "settings":
+        record.write_text(record.read_text().replace('"num_queries"', '"num_querys"'))
+    elif missing == "connector":
+        (folder / "connector.safetensors").write_bytes(b"x" * 9)
+    elif missing in ("lm", "encoder"):
+        settings = json.loads(record.read_text())
+        settings["config"][missing] = str(tmp_path / "gone")
+        record.write_text(json.dumps(settings))
+        shutil.rmtree(folder / missing, ignore_errors=True)
+    assert main([str(folder), "--benchmark", "builtin", "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.startswith("error: checkpoint: ") and not (tmp_path / "p.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--alpha", "2"], "--alpha: expected --decoding contrastive beside it"),
+        (["--rescore", "p.jsonl"], "--rescore: expected no CHECKPOINT, MANIFEST or --benchmark beside it"),
+        (["--batch-examples", "0"], "--batch-examples: expected at least 1, got 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
+        (["--max-bad-fraction", "1.5"], "--max-bad-fraction: expected a number from 0 to 1, got 1.5"),
+        (["--features", "gone.safetensors"], "--features: no file 'gone.safetensors'"),
+        (["--priors", "gone.json"], "--priors gone.json: not readable"),
+        (["--out", "p.jsonl", "--json", "p.jsonl"], "--json: expected another file than --out"),
+        (["--out", "p.jsonl", "--compare", "p.jsonl"], "--out: expected another file than COMPARE"),
+    ],
+)
+def test_settings_that_cannot_work_are_found_before_anything_is_read(files, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("models.evaluation.evaluate.load_suite", lambda *_, **__: pytest.fail("the questions were read"))
+    assert main([str(files / "model"), str(files / "m.jsonl"), "--device", "cpu", *words]) == 1
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_file_of_other_settings_is_found_before_the_questions_are_read(files, tmp_path, monkeypatch, capsys):
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 0
+    monkeypatch.setattr("models.evaluation.evaluate.load_suite", lambda *_, **__: pytest.fail("the questions were read"))
+    assert main([*words, "--controls", "no_audio"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_task_that_is_not_there_is_named_beside_one_that_is(files, tmp_path, capsys):
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main([*words, "--tasks", "gender", "gendre"]) == 1
+    assert "no example in split 'test' of task gendre" in capsys.readouterr().err
+
+
 def test_a_model_trained_again_is_not_given_the_old_ones_answers(files, model, tmp_path, capsys):
     words = [str(tmp_path / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
     model.save_pretrained(tmp_path / "model")
@@ -332,13 +390,15 @@ def test_skipped_rows_are_listed(files, tmp_path, capsys):
 
 
 def test_clips_without_features_are_named_or_stop_the_evaluation(files, store, tmp_path, capsys):
-    store.save(tmp_path / "all.safetensors")
-    FeatureStore([clip_key(example(i)) for i in range(3)], store.features[:3]).save(tmp_path / "few.safetensors")
+    origin = made_by(SpeechLM.from_pretrained(files / "model"))
+    for name, clips in (("all", 4), ("few", 3)):
+        keys = [clip_key(example(i)) for i in range(clips)]
+        FeatureStore(keys, store.features[:clips], made_by=origin).save(tmp_path / f"{name}.safetensors")
     words = [str(files / "model"), str(files / "m.jsonl"), "--device", "cpu"]
     assert main([*words, "--out", str(tmp_path / "a.jsonl"), "--features", str(tmp_path / "all.safetensors")]) == 0
     assert "skipped" not in capsys.readouterr().out
     assert main([*words, "--out", str(tmp_path / "b.jsonl"), "--features", str(tmp_path / "few.safetensors")]) == 1
-    assert "lacks the clips of 2 of 8 questions" in capsys.readouterr().err
+    assert "2 of 8 examples have no features, more than 5%" in capsys.readouterr().err
 
 
 SLOW = """

@@ -31,6 +31,7 @@ def context(world, tmp_path):  # noqa: F811
 
 
 WORDS = ["optim.steps=5", "optim.warmup_steps=2", "optim.learning_rate=0.01", "run.tensorboard=false", "run.progress_bar=false"]
+WORDS += ["run.log_every_steps=3"]  # as `train` has it: a logged step also makes its statistics, and rounds otherwise
 
 
 def words(world, *more):  # noqa: F811

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from models.data.answers import named_choices
 from models.pseudo_gt.acceptance import check_answer, set_targets
+from models.pseudo_gt.writers import Answer
 from tests.models.pseudo_gt.test_stage1 import gender
 
 
@@ -19,6 +20,10 @@ from tests.models.pseudo_gt.test_stage1 import gender
         ("", "empty"),
         (" \n", "empty"),
         ("man " * 50, "too long"),
+        (Answer("The speaker is a man", ended=False), "cut off"),
+        (Answer("The speaker is a man"), None),
+        ("The speaker is a man \ufffd", "cut off"),
+        ("The \ufffd speaker is a man.", None),
         ("The speaker is tall.", "no choice named"),
         ("The speaker is a mankind.", "no choice named"),
         ("A man or a woman.", "several choices named"),

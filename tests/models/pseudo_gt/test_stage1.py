@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from models.data.manifest import Example, Manifest, read_manifest, write_manifest
+from models.io_utils import fingerprint
 from models.pseudo_gt.journal import Stage1Error
-from models.pseudo_gt.stage1 import main, run_stage1
+from models.pseudo_gt.stage1 import _Recipe, main, run_stage1
+from models.pseudo_gt.writers import Answer
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -80,6 +82,72 @@ def test_too_many_rejected_is_an_error_and_the_answers_stay_in_the_journal(tmp_p
     with pytest.raises(Stage1Error, match=r"more than 50% of the answers were rejected; 0 targets accepted"):
         run_stage1(manifest, tmp_path / "out.jsonl", writer=lambda batch: [""] * len(batch), progress=False)
     assert not (tmp_path / "out.jsonl").exists() and (tmp_path / "out.jsonl.rejects.jsonl").exists()
+
+
+def test_an_answer_that_was_cut_off_is_rejected_also_after_a_stop(tmp_path):
+    manifest = _manifest(tmp_path, [gender(number) for number in range(3)])
+
+    def writer(batch):
+        if batch[0].id == "clip-2" and stops:
+            raise KeyboardInterrupt
+        return [Answer("The speaker is a man", ended=batch[0].id != "clip-0")]
+
+    options = {"writer": writer, "batch_examples": 1, "progress": False}
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        run_stage1(manifest, tmp_path / "out.jsonl", **options)
+    stops = False
+    report = run_stage1(manifest, tmp_path / "out.jsonl", **options)
+    assert dict(report.rejected) == {"cut off": 1} and report.resumed == 2
+    out = read_manifest(tmp_path / "out.jsonl")
+    assert [e.id for e in out] == ["clip-1", "clip-2"]
+    assert (out.header["stage1"]["max_new_tokens"], out.header["stage1"]["max_characters"]) == (24, 160)
+
+
+def test_another_limit_makes_the_manifest_again(tmp_path):
+    manifest, asked = _manifest(tmp_path, [gender(1), gender(2)]), []
+
+    def writer(batch):
+        asked.append(len(batch))
+        return ["The speaker is a man.", "The speaker is, as far as one can tell, a man."]
+
+    options = {"writer": writer, "progress": False}
+    with pytest.raises(Stage1Error, match="too long"):
+        run_stage1(manifest, tmp_path / "out.jsonl", max_characters=30, max_reject_fraction=0.0, **options)
+    assert run_stage1(manifest, tmp_path / "out.jsonl", **options).accepted == 2 and asked == [2]  # nothing is asked twice
+    assert run_stage1(manifest, tmp_path / "out.jsonl", max_characters=30, **options).accepted == 1
+    assert run_stage1(manifest, tmp_path / "out.jsonl", max_new_tokens=40, **options).accepted == 2
+    assert asked == [2, 2, 2]
+
+
+def test_restart_discards_what_an_earlier_run_left(tmp_path):
+    manifest = _manifest(tmp_path, [gender(1), gender(2)])
+
+    def stops(batch):
+        if batch[0].id == "clip-2":
+            raise KeyboardInterrupt
+        return ["The speaker is a man."]
+
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run_stage1(manifest, out, writer=stops, batch_examples=1, progress=False)
+    with pytest.raises(Stage1Error, match=r"unfinished run of other settings.*--restart"):
+        run_stage1(manifest, out, source="template", progress=False)
+    report = run_stage1(manifest, out, source="template", restart=True, progress=False)
+    assert (report.accepted, report.resumed) == (2, 0)
+    assert run_stage1(manifest, out, source="template", restart=True, progress=False).resumed == 0
+    (tmp_path / "out.jsonl.journal").write_bytes(b'{"stage1_journal": 1, "fingerprint": "x"}\n{{{\n')
+    with pytest.raises(Stage1Error, match=r"damaged.*--restart"):
+        run_stage1(manifest, out, writer=stops, progress=False)
+    assert run_stage1(manifest, out, source="template", restart=True, progress=False).accepted == 2
+
+
+def test_a_run_whose_answers_were_all_rejected_does_not_stand_in_the_way_of_another(tmp_path):
+    manifest, out = _manifest(tmp_path, [gender(1), gender(2)]), tmp_path / "out.jsonl"
+    for _ in range(2):
+        with pytest.raises(Stage1Error, match="0 targets accepted"):
+            run_stage1(manifest, out, writer=lambda batch: ["Well."] * len(batch), progress=False)
+    assert run_stage1(manifest, out, source="template", progress=False).accepted == 2
 
 
 def test_a_finished_run_is_not_repeated_and_a_changed_one_is(tmp_path):
@@ -227,12 +295,23 @@ def test_killed_at_random_points_it_ends_with_the_same_manifest(tmp_path):
 def test_audio_paths_stay_within_reach_of_the_new_manifest(tmp_path):
     folder = tmp_path / "deep" / "corpus"
     folder.mkdir(parents=True)
-    write_manifest(folder / "in.jsonl", [gender(1, audio="audio/a.flac")])
+    write_manifest(folder / "in.jsonl", [gender(1, audio="audio/a.flac")], header={"seed": 3})
     manifest = read_manifest(folder / "in.jsonl", check_audio=False)
     run_stage1(manifest, tmp_path / "out.jsonl", source="template", progress=False)
     assert read_manifest(tmp_path / "out.jsonl", check_audio=False).examples[0].audio == "deep/corpus/audio/a.flac"
-    with pytest.raises(ValueError, match=r"out: expected a file in .* or above it"):
-        run_stage1(manifest, folder / "below" / "out.jsonl", source="template", progress=False)
+    for out in (folder / "below" / "out.jsonl", tmp_path / "elsewhere" / "out.jsonl"):
+        run_stage1(manifest, out, source="template", progress=False)
+        made = read_manifest(out, check_audio=False)
+        assert made.audio_path(made.examples[0]).resolve() == folder / "audio" / "a.flac"
+        assert made.header["seed"] == 3 and str(tmp_path) not in out.read_text()
+        assert run_stage1(manifest, out, source="template", progress=False).resumed == 1
+        again = out.with_name("again.jsonl")  # the named root is handed on, also to a manifest above the audio
+        run_stage1(made, again, source="template", splits=("train",), progress=False)
+        run_stage1(made, tmp_path / "above.jsonl", source="template", progress=False)
+        for path in (again, tmp_path / "above.jsonl"):
+            read = read_manifest(path, check_audio=False)
+            assert read.audio_path(read.examples[0]).resolve() == folder / "audio" / "a.flac"
+        assert "audio_root" not in read_manifest(tmp_path / "above.jsonl", check_audio=False).header
 
 
 def test_a_run_that_failed_before_its_first_answer_does_not_stand_in_the_way_of_another(tmp_path):
@@ -260,17 +339,74 @@ def test_a_selection_of_nothing_is_an_error(tmp_path):
         run_stage1(manifest, tmp_path / "out.jsonl", source="template", splits=("trian",), progress=False)
 
 
+def test_metadata_that_are_not_told_are_listed_with_their_rows(tmp_path):
+    rows = [gender(1), gender(2, metadata={"gender": "man", "speaker": "A", "speaking_style": "calm"})]
+    manifest = _manifest(tmp_path, rows)
+    report = run_stage1(
+        manifest, tmp_path / "out.jsonl", writer=lambda batch: ["The speaker is a man."] * len(batch), progress=False
+    )
+    assert dict(report.not_told) == {"speaker": 2, "pool": 1}
+    assert "the number of rows: speaker (2), pool (1)" in report.summary()
+    told = run_stage1(manifest, tmp_path / "template.jsonl", source="template", progress=False)
+    assert "metadata" not in told.summary()  # a template reads none
+
+
+def test_the_fingerprint_changes_only_where_other_words_are_read():
+    def identity(**metadata):
+        return _Recipe("text_backbone", "lm", 24, 160).identity([gender(1, metadata={"gender": "man", **metadata})])
+
+    def before(**metadata):
+        rows = [gender(1, metadata={"gender": "man", **metadata}).to_row()]
+        made = {"source": "text_backbone", "backbone": "lm", "max_new_tokens": 24}
+        return fingerprint({"wording": 1, **made, "examples": rows})
+
+    assert identity(speaker="JOE") == before(speaker="JOE") and identity(style="calm") != before(style="calm")
+
+
 def test_bad_arguments_are_named(tmp_path):
     manifest = _manifest(tmp_path, [gender(1)])
     for options, message in (
         ({"source": "oracle"}, "source: expected one of"),
         ({"batch_examples": 0}, "batch_examples: expected at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"max_characters": 0}, "max_characters: expected at least 1, got 0"),
         ({"max_reject_fraction": 2}, "max_reject_fraction: expected a number from 0 to 1, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             run_stage1(manifest, tmp_path / "out.jsonl", **options)
     with pytest.raises(Stage1Error, match="writer: expected 1 answers, got 0"):
         run_stage1(manifest, tmp_path / "out.jsonl", writer=lambda batch: [], progress=False)
+
+
+def test_several_tasks_and_pools_get_answers(tmp_path):
+    rows = [gender(1), gender(2, task="other"), gender(3, task="third"), gender(4, metadata={"pool": "distill"})]
+    manifest = _manifest(tmp_path, rows)
+    report = run_stage1(manifest, tmp_path / "out.jsonl", source="template", task=["gender", "other"], progress=False)
+    assert (report.accepted, report.passed_through) == (3, 1)
+    report = run_stage1(
+        manifest, tmp_path / "out.jsonl", source="template", pool=("teacher",), task="gender", progress=False
+    )
+    assert (report.accepted, report.passed_through) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--source", "template", "--backbone", "x"], "--backbone: expected --source text_backbone beside it"),
+        (["--source", "template", "--max-new-tokens", "9"], "--max-new-tokens: expected --source text_backbone beside it"),
+        (["--splits", "trian"], "splits: expected some of"),
+        (["--backbone", "gone/model"], "gone/model: the backbone was not found"),
+        (["--max-reject-fraction", "2"], "max_reject_fraction: expected a number from 0 to 1"),
+        (["--batch-examples", "0"], "batch_examples: expected at least 1"),
+        (["--max-characters", "0"], "max_characters: expected at least 1"),
+        (["--out", "in.jsonl"], "--out: expected another file than the manifest"),
+    ],
+)
+def test_settings_that_cannot_work_are_found_before_the_manifest_is_read(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("models.pseudo_gt.stage1.read_manifest", lambda *_, **__: pytest.fail("the manifest was read"))
+    assert main(["in.jsonl", "--out", "out.jsonl", *words]) == 1
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_command_line(tmp_path, capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from models.data.manifest import Example
 from models.data.prompts import TASKS
-from models.pseudo_gt.wording import describe, worked_examples
+from models.pseudo_gt.wording import describe, not_told, told_by_name, worked_examples
 from tests.models.pseudo_gt.test_stage1 import gender
 
 
@@ -31,3 +33,54 @@ def test_worked_examples_are_shared_by_a_task_and_end_with_the_first_label():
     assert answers == [f"The speaker is a {label}." for label in ("man", "woman", "woman", "man")]
     own = worked_examples(gender(1, task="content", question="Which word is spoken, cat or dog?", choices=()))
     assert own.startswith("Question: Which word") and own == worked_examples(gender(1, task="new", choices=()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("speaking_style", "sarcastic", "Speaking style: sarcastic"),
+        ("speakingStyle", "sarcastic", "Speaking style: sarcastic"),
+        ("Background Noise", "a dog barks", "Background noise: a dog barks"),
+        ("pitch", "high", "Pitch: high"),
+        ("mood", "cheerful", "Mood: cheerful"),
+        ("DRR", 3.25, "DRR: 3.25"),
+        ("num_speakers", 2, "Num speakers: 2"),
+        ("whispered", True, "Whispered: yes"),
+        ("instruments", ["flute", "harp"], "Instruments: flute, harp"),
+        ("category", "dog", "Category: dog"),
+        ("voice", "hoarse\nand deep", "Voice: hoarse and deep"),
+        ("seed_description", "A man laughs.", "Seed description: A man laughs."),
+    ],
+)
+def test_metadata_without_a_wording_are_told_by_name(name, value, told):
+    example = gender(1, metadata={"gender": "man", name: value, "snr_db": 3})
+    assert describe(example) == f"Line 1. (Gender: man, SNR: 3 dB, {told})"
+    assert (told_by_name(example), not_told(example)) == ([name], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("speaker", "JOE"), ("speaker_id", 7), ("speakerID", "p225"), ("spk_id", "1"), ("audio_sha256", "0f"), ("md5", "0f"),
+        ("pool", "teacher"), ("split", "train"), ("path", "/data/a.wav"), ("video_url", "https"), ("category", "paralinguistic"),
+        ("seed_description", "[00:00-00:05] Good luck. (Gender: man)"), ("dataset", "X"), ("index", 3), ("sample_rate", 16000),
+        ("accent_details", None), ("accent_details", ""), ("accent_details", {"a": 1}), ("reasoning", "He sounds"), ("_", "x"),
+        ("context_type", "neutral"), ("snr_db", "high"),
+    ],
+)  # fmt: skip
+def test_what_is_no_attribute_of_the_sound_is_listed_and_not_told(name, value):
+    example = gender(1, metadata={"gender": "man", name: value})
+    assert describe(example) == "Line 1. (Gender: man)"
+    assert (told_by_name(example), not_told(example)) == ([], [name])
+
+
+def test_the_built_in_corpora_are_told_as_before():
+    """Their results stand in the tables: the label of a task about the meaning and the synthesiser's settings are not told."""
+    common = {
+        "pool": "teacher", "claimed_by_words": "man", "speaker": "espeak-f1", "source": "espeak", "text": "Go home.",
+        "duration_seconds": 1.5, "audio_sha256": "0f", "voice": "en-us+f1", "rate_wpm": 140, "pitch": 50, "pitch_range": 10,
+        "volume": 80, "asked_word": "horse", "category": "speaker", "context_type": "neutral",
+    }  # fmt: skip
+    for task, label in (("place", "indoors"), ("mood", "good")):
+        example = Example(id="a", audio="a.flac", task=task, metadata={task: label, "snr_db": 2.0, **common})
+        assert describe(example) == "[00:00-00:01] Go home. (SNR: 2 dB)" and told_by_name(example) == []

@@ -113,6 +113,17 @@ def test_a_missing_clip_is_left_out_and_named(report, tmp_path):
     assert "<li>c0: its clip could not be read.</li>" in write_report(tmp_path / "r.html", report).read_text()
 
 
+def test_a_clip_behind_a_link_out_of_the_audio_root_is_embedded_only_if_links_are_allowed(report, tmp_path):
+    away = tmp_path.parent / f"{tmp_path.name}-away.wav"
+    (tmp_path / "c0.wav").rename(away)
+    (tmp_path / "c0.wav").symlink_to(away)
+    clips, (unreadable,) = choose_clips(report)
+    assert "c0" not in [clip.title for clip in clips] and unreadable.startswith("c0 (path leaves the audio root")
+    report.allow_links = True
+    clips, unreadable = choose_clips(report)
+    assert "c0" in [clip.title for clip in clips] and unreadable == []
+
+
 def test_a_clip_is_its_span_and_nothing_but_sound(report, tmp_path):
     write_audio(tmp_path / "c1.wav", np.zeros(16_000 * 40, np.float32))  # longer than is embedded, but for the span
     (tmp_path / "c2.wav").unlink()
@@ -208,6 +219,9 @@ def test_command_line(report, tmp_path, capsys):
         (["--manifest", str(tmp_path / "none.jsonl")], "none.jsonl: cannot be read"),
         (["--out", str(tmp_path / "p.jsonl" / "r.html")], "p.jsonl"),
         (["--results", str(tmp_path / "none")], "results: expected a folder, got"),
+        (["--audio-root", str(tmp_path)], "--audio-root: expected --manifest beside it"),
+        (["--max-clips", "-1"], "--max-clips: expected at least 0, got -1"),
+        (["--markdown", str(out)], "--markdown: expected another file than --out"),
         (["--reference", "him"], "reference: expected one of ['mine'], got 'him'"),
     ):
         assert main(["--out", str(out), "--predictions", f"mine={path}", *words]) == 1
@@ -215,6 +229,7 @@ def test_command_line(report, tmp_path, capsys):
         assert error.startswith("error: ") and message in error
 
 
+@pytest.mark.slow
 def test_without_arguments_the_committed_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0

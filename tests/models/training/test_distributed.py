@@ -178,6 +178,7 @@ def copy_into(parameter, whole):
         parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements) if placed else whole)
 
 
+@pytest.mark.slow
 def test_two_ranks_then_one_then_more(one_device, tmp_path):
     """Three divide neither the examples nor the widths."""
     run_ranks(phase, 2, tmp_path, "fsdp2", [0, 1])

@@ -18,7 +18,7 @@ from models.data.audio import write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
 from models.experiments.shared_steps import make_tiny_backbones
 from models.speech_lm.collation import crop_to_targets
-from models.speech_lm.features import FeatureStore, extract_features
+from models.speech_lm.features import FeatureStore, clip_features
 from models.speech_lm.model import SpeechLM, SpeechLMConfig
 from models.training.cache_identity import teacher_fingerprint
 from models.training.curves import read_metrics
@@ -50,7 +50,7 @@ def world(tmp_path_factory):
         lm=str(backbones / "lm"), encoder=str(backbones / "encoder"), encoder_layers=(1, 2), connector_width=32, audio_frames=10
     )
     model = SpeechLM.from_config(config)
-    store, _ = extract_features(examples, model.encode_audio, audio_root=root, progress_bar=False)
+    store, _ = clip_features(model, examples, audio_root=root, progress_bar=False)
     store.save(root / "f.safetensors")
     model.fit_feature_statistics(store.features.float())
     model.save_pretrained(root / "untrained")
@@ -356,7 +356,7 @@ def test_missing_features_are_counted(world, capsys, tmp_path):
     more = [dataclasses.replace(examples[0], id=f"x{i}", start_seconds=0.1 * i) for i in range(1, 4)]
     write_manifest(world / "more.jsonl", [*examples, *more])
     assert train(world, "sft_teacher", "never", f"data.manifest={world / 'more.jsonl'}") == 1
-    assert "has no features of 3 clips" in capsys.readouterr().err
+    assert "3 of 15 examples have no features, more than 5%" in capsys.readouterr().err
 
 
 def test_cropping_takes_only_what_no_target_depends_on(world):

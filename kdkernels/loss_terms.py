@@ -1,0 +1,183 @@
+"""From the options of a call to what its kernels need: tensors of one value a token, a RowSpec, and the way back to the caller.
+
+Legend: ... leading dimensions (their product is N tokens), V valid ids.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_shape, check_tensor
+from .loss_options import LossOptions, check_not_negative
+from .ops.dispatch import checks_enabled
+from .ops.rows import RowResult, RowSpec, filled, scalar
+from .ops.schema import all_stats, check_values, weighted
+
+
+class LossTerms(NamedTuple):
+    """One call's options as tensors and a RowSpec; a loss is the sum of kd_coef kd_i + ce_coef ce_i."""
+
+    spec: RowSpec
+    target: Tensor | None  # (N,)
+    alpha: Tensor  # (1,) or (N,)
+    kd_coef: Tensor  # (N,): d loss / d kd_i
+    ce_coef: Tensor
+    leading: torch.Size
+    reduction: str
+
+    @classmethod
+    def build(
+        cls,
+        options: LossOptions,
+        target: Tensor | None,
+        *,
+        leading: torch.Size,
+        device: torch.device,
+        dtype: torch.dtype,
+        widths: tuple[int, ...],
+    ) -> LossTerms:
+        """Raises ValueError or TypeError for tensors among the options that do not fit.
+
+        Args:
+            dtype: in which the loss is summed.
+            widths: vocabularies of the student and of each teacher.
+        """
+        spec = options.row_spec(_valid_ids(options.vocab_size, widths), has_target=target is not None)
+        if target is not None:
+            target = _flat_target(target, leading, device)
+        alpha = alpha_tensor("alpha", options.alpha, leading, device, dtype)
+        kd_coef, ce_coef = _coefficients(options, target, leading, device, dtype)
+        return cls(spec, target, alpha, kd_coef, ce_coef, leading, options.reduction)
+
+    @property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """(N,) bool each: whether a token's kd and its ce have a factor."""
+        return self.kd_coef != 0, self.ce_coef != 0
+
+    @property
+    def reduced(self) -> bool:
+        return self.reduction != "none"
+
+    def shaped(self, loss: Tensor) -> Tensor:
+        """From per-token (N,) or reduced losses to the caller's shape."""
+        if not self.reduced:
+            return loss.reshape(self.leading)
+        return loss.sum() if loss.dim() else loss
+
+    def weigh_reference(self, result: RowResult) -> tuple[Tensor, Tensor]:
+        """(loss per token, statistics where there are any), values checked."""
+        if not torch.compiler.is_compiling():
+            check_values(self.target, self.alpha, self.spec.vocab, self.spec.ignore_index)
+        loss = weighted(result.kd, result.ce, self.kd_coef, self.ce_coef)
+        return loss, loss if result.stats is None else all_stats(result)
+
+
+def _valid_ids(vocab_size: int | None, widths: tuple[int, ...]) -> int:
+    vocab = min(widths)
+    if vocab_size is not None:
+        if vocab_size > vocab:
+            teachers = ", ".join(map(str, widths[1:]))
+            raise ValueError(
+                f"vocab_size: expected 1 to {vocab} (student {widths[0]}, teacher {teachers}), got {vocab_size}"
+            )
+        vocab = vocab_size if isinstance(vocab_size, (int, torch.SymInt)) else int(vocab_size)
+    if vocab < 1:
+        raise ValueError(
+            f"student_logits: expected a vocabulary of at least 1, got widths {' and '.join(map(str, widths))}"
+        )
+    return vocab
+
+
+def _flat_target(target: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+    """(N,)"""
+    check_tensor("target", target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected int64 ids, got {target.dtype}")
+    check_shape("target", target, leading)
+    if target.device != device:
+        raise ValueError(f"target: expected device {device}, got {target.device}")
+    return target.reshape(-1).contiguous()
+
+
+def alpha_tensor(
+    name: str, alpha: float | Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(1,) or (N,)"""
+    if not isinstance(alpha, Tensor):
+        check_not_negative(name, alpha)
+        return filled((1,), alpha, dtype=dtype, device=device)
+    if not (alpha.is_floating_point() or alpha.dtype in (torch.int32, torch.int64)):
+        raise TypeError(f"{name}: expected a floating-point tensor, got {alpha.dtype}")
+    if alpha.dim() and alpha.shape != leading:
+        raise ValueError(f"{name}: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
+    return alpha.detach().to(device=device, dtype=dtype).reshape(-1)
+
+
+def _coefficients(
+    options: LossOptions, target: Tensor | None, leading: torch.Size, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """d loss / d kd_i and d loss / d ce_i, (N,) each."""
+    valid = None if target is None else target != options.ignore_index
+
+    def of_term(name: str, weight: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
+        w = token_weight(f"{name}_token_weight", weight, leading, valid, device, dtype)
+        norm = _normalizer(f"{name}_normalizer", normalizer, device, dtype)
+        if norm is None and options.reduction == "mean":
+            norm = w.sum()
+        return w if norm is None else torch.where(norm > 0, w / norm, 0.0)
+
+    kd = of_term("kd", options.kd_token_weight, options.kd_normalizer)
+    given = (options.kd_token_weight, options.ce_token_weight, options.kd_normalizer, options.ce_normalizer)
+    alike = all(x is None for x in given)
+    ce = kd if alike else of_term("ce", options.ce_token_weight, options.ce_normalizer)
+    share = scalar(options.kd_share(has_target=target is not None))
+    return share * kd, (1.0 - share) * ce
+
+
+def token_weight(
+    name: str,
+    weight: Tensor | None,
+    leading: torch.Size,
+    valid: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(N,) weights, 0 at ignored positions."""
+    if weight is None:
+        return torch.ones(math.prod(leading), dtype=dtype, device=device) if valid is None else valid.to(dtype)
+    check_tensor(name, weight)
+    check_shape(name, weight, leading)
+    if weight.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {weight.device}")
+    weight = weight.detach().reshape(-1).to(dtype)
+    weight = weight if valid is None else torch.where(valid, weight, 0.0)
+    if looked_at(device) and not bool((weight >= 0).all()):
+        raise ValueError(f"{name}: expected weights >= 0, got {float(weight[~(weight >= 0)][0])}")
+    return weight
+
+
+def _normalizer(name: str, value: float | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return filled((), value, dtype=dtype, device=device)
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a tensor of one element, got {tuple(value.shape)}")
+    value = value.detach().reshape(()).to(device=device, dtype=dtype)
+    if looked_at(device) and not bool(value >= 0):
+        raise ValueError(f"{name}: expected a number >= 0, got {float(value)}")
+    return value
+
+
+def accumulation_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
+    """In which a loss of tensors of these dtypes is summed."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def looked_at(device: torch.device) -> bool:
+    """Whether values of tensors on ``device`` are checked in this call."""
+    return not torch.compiler.is_compiling() and checks_enabled(device)
