@@ -78,5 +78,5 @@ def test_every_dependency_is_named_with_what_it_is_given():
     used = set().union(*(imported(p) for p in SOURCES if not p.is_relative_to(ROOT / "benchmarks")))
     examples = {path.stem for path in (ROOT / "models" / "examples").glob("*.py")}  # scripts import each other by name
     foreign = used - sys.stdlib_module_names - {"kdkernels", "models", "benchmarks", *examples} - optional
-    of_these = {"huggingface-hub", "tokenizers", "markupsafe"}  # transformers' and jinja2's own
+    of_these = {"huggingface-hub", "tokenizers", "markupsafe", "typing-extensions"}  # transformers', jinja2's and torch's own
     assert {name.replace("_", "-") for name in foreign} <= declared | of_these
