@@ -90,6 +90,16 @@ def test_two_ranks_train_as_one(one_rank, parallel, tmp_path):
     assert len(expected[0]) == 5 and expected[0][-1]["loss"] < expected[0][0]["loss"]
 
 
+@pytest.fixture
+def one_thread():
+    """As many as the ranks have: products of other threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_one_rank_is_the_loop_alone(tmp_path):
     """To the last bit, without audio dropout: ranks seed their random numbers in each step, the loop alone does not."""
     words = [*WORDS, "optim.audio_dropout=0"]
