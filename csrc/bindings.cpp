@@ -69,9 +69,15 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<>()) FIELD(source) FIELD(total) FIELD(share) FIELD(sums) FIELD(first) FIELD(last);
 #undef FIELD
 
+#define FIELD(name) .def_readwrite(#name, &ProjectedProblem::name)
+  py::class_<ProjectedProblem>(m, "ProjectedProblem")
+      .def(py::init<>()) FIELD(source) FIELD(top_k) FIELD(ids) FIELD(probabilities) FIELD(mass) FIELD(rest);
+#undef FIELD
+
   m.def("caad_rows", &caad_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("layer_rows", &layer_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("mix_rows", &mix_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
+  m.def("projected_rows", &projected_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("best_isa", &best_isa);
 
   py::class_<Bf16Gemm>(m, "Bf16Gemm")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .lm_head import LMHead
     from .multi_teacher import MultiTeacherStats, TeacherSource, fused_linear_multi_teacher_loss
     from .paths import DropKey, MarkAbsent, MaskFeatures
+    from .projection import TeacherProjection, fused_linear_projected_loss, project_teacher
     from .teacher import DualPathTeacher, answer_index
 
 __version__ = "0.2.0"
@@ -37,6 +38,7 @@ _LAZY = {
     "MarkAbsent": ".paths",
     "MaskFeatures": ".paths",
     "MultiTeacherStats": ".multi_teacher",
+    "TeacherProjection": ".projection",
     "TeacherSource": ".multi_teacher",
     "adaptive_alpha": ".alpha",
     "answer_index": ".teacher",
@@ -44,7 +46,9 @@ _LAZY = {
     "contrastive_generate": ".decoding",
     "fused_layer_mse_loss": ".layer_mse",
     "fused_linear_multi_teacher_loss": ".multi_teacher",
+    "fused_linear_projected_loss": ".projection",
     "layer_map": ".layer_mse",
+    "project_teacher": ".projection",
 }
 
 __all__ = [
@@ -61,6 +65,7 @@ __all__ = [
     "MarkAbsent",
     "MaskFeatures",
     "MultiTeacherStats",
+    "TeacherProjection",
     "TeacherSource",
     "adaptive_alpha",
     "answer_index",
@@ -71,7 +76,9 @@ __all__ = [
     "fused_layer_mse_loss",
     "fused_linear_caad_loss",
     "fused_linear_multi_teacher_loss",
+    "fused_linear_projected_loss",
     "layer_map",
+    "project_teacher",
 ]
 
 

@@ -64,20 +64,35 @@ struct MixProblem {
   bool first = true, last = true;
 };
 
-// One per instruction set; the same sources (rows.inl, layer_rows.inl, mix_rows.inl) compiled with other flags.
+// A student's rows against a projected teacher: kdkernels/ops/projection.py gives the meaning of every field.
+struct ProjectedProblem {
+  RowProblem source;  // its student, gradient, target, coefficients, results, temperature and student_scale count
+  std::int64_t top_k = 0;
+  std::uintptr_t ids = 0;            // int32 (N, top_k); below 0: none
+  std::uintptr_t probabilities = 0;  // float32 (N, top_k)
+  std::uintptr_t mass = 0;           // float32 (N,)
+  std::uintptr_t rest = 0;           // float64 (N,)
+};
+
+// One per instruction set; the same sources (rows.inl, layer_rows.inl, mix_rows.inl, projected_rows.inl) compiled with other
+// flags.
 void caad_rows_generic(const RowProblem& problem);
 void layer_rows_generic(const LayerProblem& problem);
 void mix_rows_generic(const MixProblem& problem);
+void projected_rows_generic(const ProjectedProblem& problem);
 #if defined(KDKERNELS_X86)
 void caad_rows_avx2(const RowProblem& problem);
 void layer_rows_avx2(const LayerProblem& problem);
 void mix_rows_avx2(const MixProblem& problem);
+void projected_rows_avx2(const ProjectedProblem& problem);
 void caad_rows_avx512(const RowProblem& problem);
 void layer_rows_avx512(const LayerProblem& problem);
 void mix_rows_avx512(const MixProblem& problem);
+void projected_rows_avx512(const ProjectedProblem& problem);
 void caad_rows_avx512_bf16(const RowProblem& problem);
 void layer_rows_avx512_bf16(const LayerProblem& problem);
 void mix_rows_avx512_bf16(const MixProblem& problem);
+void projected_rows_avx512_bf16(const ProjectedProblem& problem);
 #endif
 
 // Run on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512", "avx512_bf16"); throw
@@ -85,6 +100,7 @@ void mix_rows_avx512_bf16(const MixProblem& problem);
 void caad_rows(const RowProblem& problem, const char* isa);
 void layer_rows(const LayerProblem& problem, const char* isa);
 void mix_rows(const MixProblem& problem, const char* isa);
+void projected_rows(const ProjectedProblem& problem, const char* isa);
 
 // What they run on if asked for the best.
 const char* best_isa();

@@ -8,3 +8,6 @@
 
 #define KDKERNELS_MIX_ENTRY mix_rows_avx2
 #include "mix_rows.inl"
+
+#define KDKERNELS_PROJECTED_ENTRY projected_rows_avx2
+#include "projected_rows.inl"

@@ -8,3 +8,6 @@
 
 #define KDKERNELS_MIX_ENTRY mix_rows_generic
 #include "mix_rows.inl"
+
+#define KDKERNELS_PROJECTED_ENTRY projected_rows_generic
+#include "projected_rows.inl"

@@ -152,6 +152,46 @@ def mix_rows(
     return sums
 
 
+def projected_rows(
+    student: torch.Tensor,
+    ids: torch.Tensor,
+    probabilities: torch.Tensor,
+    mass: torch.Tensor,
+    rest: torch.Tensor,
+    target: torch.Tensor | None,
+    kd_coef: torch.Tensor,
+    ce_coef: torch.Tensor,
+    spec: RowSpec,
+    *,
+    grad: torch.Tensor | None,
+    out: RowResult,
+) -> None:
+    """See :mod:`kdkernels.ops.projection`; fills ``out`` and ``grad``. Scratch: up to 8 bytes per vocabulary entry and thread."""
+    lib = load_library()
+    q = lib.ProjectedProblem()
+    p = lib.RowProblem()
+    p.outer, p.inner, p.vocab, p.student_width = student.shape[0], student.shape[1], spec.vocab, student.shape[2]
+    p.student = _row_tensor(student)
+    if grad is not None:
+        p.grad = _row_tensor(grad)
+    ids, probabilities = ids.to(torch.int32).contiguous(), probabilities.float().contiguous()
+    mass, rest = mass.float().contiguous(), rest.double().contiguous()
+    kd_coef, ce_coef = kd_coef.float().contiguous(), ce_coef.float().contiguous()
+    if target is not None:
+        target = target.contiguous()
+        p.target = target.data_ptr()
+    p.kd_coef, p.ce_coef = kd_coef.data_ptr(), ce_coef.data_ptr()
+    p.kd, p.ce = out.kd.data_ptr(), out.ce.data_ptr()
+    p.stats = 0 if out.stats is None else out.stats.data_ptr()
+    p.with_kd, p.with_ce = spec.with_kd, spec.with_ce and target is not None
+    p.temperature, p.student_scale, p.ignore_index = spec.temperature, spec.student_scale, spec.ignore_index
+    p.threads = torch.get_num_threads()
+    q.source, q.top_k = p, ids.shape[1]
+    q.ids, q.probabilities = ids.data_ptr(), probabilities.data_ptr()
+    q.mass, q.rest = mass.data_ptr(), rest.data_ptr()
+    lib.projected_rows(q, instruction_set())
+
+
 def layer_rows(
     u: torch.Tensor,
     v: torch.Tensor,
