@@ -351,9 +351,9 @@ def project_chunks(
         top = p.topk(k, dim=1)
         result.ids[chunk], result.probabilities[chunk] = top.indices, top.values
         p.scatter_(1, top.indices, 0.0)
-        result.tail[chunk] = _times_head(p, w)
         if b is not None:
             result.tail_bias[chunk] = p @ b.to(dtype)
+        result.tail[chunk] = _times_head(p, w)
         result.mass[chunk] = (~empty).to(dtype)
         for x in result:
             x[chunk][empty] = 0
@@ -386,7 +386,10 @@ def _contrast(head: TeacherHead, chunk: slice, dtype: torch.dtype) -> Tensor:
 
 
 def _times_head(p: Tensor, weight: Tensor) -> Tensor:
-    """p (C, V) @ weight (V, H_s); p as the sum of two bfloat16 tensors where the weight is bfloat16 (relative error 1e-5)."""
+    """p (C, V) @ weight (V, H_s); p as the sum of two bfloat16 tensors where the weight is bfloat16 (relative error 1e-5).
+
+    p is overwritten.
+    """
     if p.dtype == torch.float64:
         return p @ weight.double()
     if weight.dtype != torch.bfloat16:
