@@ -421,7 +421,7 @@ def mixture(projections: Sequence[Projected], weights: Sequence[Tensor]) -> Proj
 
 def _joined_ids(ids: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
     """Each id once a row: its probabilities added up, the places that become free -1."""
-    ids, order = ids.sort(1, stable=True)
+    ids, order = ids.sort(dim=1, stable=True)
     p = probabilities.gather(1, order)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
