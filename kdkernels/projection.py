@@ -77,10 +77,13 @@ class TeacherProjection:
 
     def __getitem__(self, index: Any) -> TeacherProjection:
         """Some of the tokens; ``index`` as for a tensor of the leading shape."""
-        return replace(self, **{name: x[index] for name, x in self.tensors().items()})
+        return self._with({name: x[index] for name, x in self.tensors().items()})
 
     def to(self, device: torch.device | str) -> TeacherProjection:
-        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+        return self._with({name: x.to(device) for name, x in self.tensors().items()})
+
+    def _with(self, changes: dict[str, Any]) -> TeacherProjection:
+        return replace(self, **changes)
 
     @classmethod
     def cat(cls, projections: Sequence[TeacherProjection]) -> TeacherProjection:
@@ -98,7 +101,7 @@ class TeacherProjection:
             filler = x.new_full((*x.shape[:-1], k - x.shape[-1]), -1 if name == "ids" else 0)
             return torch.cat([x, filler], -1)
 
-        return replace(first, **{name: torch.cat([widened(p, name) for p in projections]) for name in first.tensors()})
+        return first._with({name: torch.cat([widened(p, name) for p in projections]) for name in first.tensors()})
 
     @classmethod
     def mixture(
@@ -131,7 +134,7 @@ class TeacherProjection:
                 raise ValueError(f"weights[{k}]: expected numbers >= 0, got {float(w[~(w >= 0)][0])}")
         mixed = _projection.mixture([_flat(p) for p in projections], omega)
         made_with = " + ".join(p.made_with for p in projections)
-        return replace(first, **_unflat(mixed, leading), made_with=made_with)
+        return first._with({**_unflat(mixed, leading), "made_with": made_with})
 
 
 def _alike(projections: Sequence[TeacherProjection]) -> TeacherProjection:
@@ -419,6 +422,6 @@ def _check_projection(projection: TeacherProjection, hidden: Tensor, weight: Ten
         found = head_fingerprint(weight, bias)
         if found != projection.student_fingerprint:
             raise ValueError(
-                f"student_weight: expected the head that the projection was made for ({projection.student_fingerprint[:12]}), got "
-                f"another one ({found[:12]}); project the teacher again"
+                f"student_weight: expected the head that the projection was made for ({projection.student_fingerprint[:12]}), "
+                f"got another one ({found[:12]}); project the teacher again"
             )

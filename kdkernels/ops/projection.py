@@ -6,8 +6,8 @@ With logits s = scale (W_s h + b_s) and a frozen head the teacher enters the for
     d KL / d h = scale (q - p) W_s / tau
 
 The K likeliest ids keep their probabilities. The tail is the rest of p times the head, so the sums over it are products of
-vectors as wide as the student. Near convergence q W_s and p W_s are two large vectors that almost cancel: the probabilities of the
-likeliest ids are subtracted from q before the product, and the tail from the product while that is still float32.
+vectors as wide as the student. Near convergence q W_s and p W_s are two large vectors that almost cancel. So the probabilities of
+the likeliest ids are subtracted from q before the product, and the tail from the product while that is still float32.
 
 Legend: N tokens, C tokens of a chunk, V = ``spec.vocab`` valid ids, K likeliest ids, H_s width of the student's hidden states.
 """
@@ -24,7 +24,16 @@ from torch import Tensor, library
 
 from . import native
 from .chunking import plan_chunks
-from .gemm import VOCAB_BLOCK, _bf16_inner_precision, _mixed_gemm_on_cuda, gemm, gradient_view, return_scratch, spread, take_scratch
+from .gemm import (
+    VOCAB_BLOCK,
+    _bf16_inner_precision,
+    _mixed_gemm_on_cuda,
+    gemm,
+    gradient_view,
+    return_scratch,
+    spread,
+    take_scratch,
+)
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, spread_rows, survivors_launcher
 from .reference import contrastive_logits
 from .rows import STAT_NAMES, RowResult, RowSpec
@@ -68,8 +77,11 @@ ProjectedRows = Callable[..., RowResult]
 
 
 def projected_rows_launcher(impl: str) -> ProjectedRows:
-    """The row kernel of an implementation. ``rest`` (C,) holds sum p log p - (the tail's sum of p s) / tau. Its statistics are the
-    student's entropy and the agreement, (2, C)."""
+    """The row kernel of an implementation.
+
+    ``rest`` (C,) holds sum p log p - (the tail's sum of p s) / tau. The statistics (2, C) are the student's entropy and the
+    agreement.
+    """
     if impl == "cpu":
         return _native_rows
     return importlib.import_module(".triton_projection", __package__).projected_rows
@@ -150,7 +162,8 @@ def linear_projected_chunks(
         )
         result.kd[chunk], result.ce[chunk] = out.kd, out.ce
         if result.stats is not None and out.stats is not None:
-            result.stats[:, chunk] = projected_stats(part, out.stats, None if target is None else target[chunk] != spec.ignore_index)
+            valid = None if target is None else target[chunk] != spec.ignore_index
+            result.stats[:, chunk] = projected_stats(part, out.stats, valid)
         if hidden_grad is not None and grad is not None:
             factor = (kd_coef[chunk] * (spec.temperature * spec.student_scale))[:, None]
             # A token without a factor may have a tail that is NaN.
@@ -164,7 +177,7 @@ def linear_projected_chunks(
 
 
 def projected_stats(part: Projected, of_kernel: Tensor, valid: Tensor | None) -> Tensor:
-    """(4, C) as STAT_NAMES has them, from the student's entropy and the agreement (2, C). The paths' divergence is not known: NaN."""
+    """(4, C) as STAT_NAMES has them, from the row kernel's (2, C). The paths' divergence is unknown, NaN."""
     mass = part.mass.clamp_min(torch.finfo(torch.float32).tiny)
     teacher = torch.stack([-part.negentropy / mass, torch.full_like(mass, math.nan)])
     if valid is not None:
@@ -331,7 +344,7 @@ def project_chunks(
         chunk_tokens=chunk_tokens,
         workspace_bytes=workspace_bytes,
     )
-    of_token = {"dtype": dtype, "device": device}
+    of_token: dict[str, Any] = {"dtype": dtype, "device": device}
     result = Projected(
         torch.empty(n, k, dtype=torch.int32, device=device),
         torch.empty(n, k, **of_token),
@@ -369,8 +382,9 @@ def _contrast(head: TeacherHead, chunk: slice, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
         w = head.weight[: spec.vocab].to(dtype)
         b = None if head.bias is None else head.bias[: spec.vocab].to(dtype)
-        paths = [None if x is None else torch.nn.functional.linear(x[chunk].to(dtype), w, b) for x in (head.audio_hidden, head.text_hidden)]
-        audio, text, spec = paths[0], paths[1], head.spec
+        states = (head.audio_hidden, head.text_hidden)
+        audio, text = (None if x is None else torch.nn.functional.linear(x[chunk].to(dtype), w, b) for x in states)
+        spec = head.spec
     else:
         scratch = torch.empty(1 + head.two_paths, c, spec.vocab, dtype=torch.float32, device=head.weight.device)
         audio, text = head.logits(chunk, None, scratch)
@@ -413,8 +427,11 @@ def mixture(projections: Sequence[Projected], weights: Sequence[Tensor]) -> Proj
     ids, probabilities = _joined_ids(ids, probabilities)
 
     def added(name: str) -> Tensor:
-        parts = [w.reshape(-1, *[1] * (getattr(x, name).dim() - 1)) * getattr(x, name).float() for w, x in zip(weights, projections, strict=True)]
-        return torch.stack(parts).sum(0)
+        total: Any = 0
+        for share, projection in zip(weights, projections, strict=True):
+            x = getattr(projection, name).float()
+            total = total + share.reshape(-1, *[1] * (x.dim() - 1)) * x
+        return total
 
     return Projected(ids, probabilities, added("tail"), added("tail_bias"), added("negentropy"), added("mass"))
 

@@ -1,8 +1,8 @@
 """The student's rows against a projected teacher (:mod:`kdkernels.ops.projection`) in Triton, in the manner of
 :mod:`kdkernels.ops.triton_caad`: one program a row, blocks of G groups of E logits, a group's running sums in one thread.
 
-Pass 1 walks the row downwards for its maximum and sums, pass 2 upwards for the gradient. Then the items of the likeliest ids and of
-the label are written again, each from one float32 sum. Their logits are read at the start, since the gradient may overwrite them.
+Pass 1 walks the row downwards for its maximum and sums, pass 2 upwards for the gradient. Then the items of the likeliest ids and
+of the label are written again, each from one float32 sum. Their logits are read first, because the gradient may overwrite them.
 """
 
 from __future__ import annotations
@@ -136,9 +136,8 @@ def _projected_row_kernel(
     q_row = tl.sum(q_sum * s_weight, axis=0)
     inverse_q = _reciprocal(q_row)
     if WITH_CE:
-        if TEMPERATURE == 1:
-            q1_row = q_row
-        else:
+        q1_row = q_row
+        if TEMPERATURE != 1:
             q1_row = tl.sum(q1_sum * _merge_weight(s_max, _LOG2E)[1], axis=0)
         tl.store(ce_ptr + row, _cross_entropy(q1_row, s_row, label_logit, label_inside))
     else:

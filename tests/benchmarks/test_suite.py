@@ -24,6 +24,7 @@ from benchmarks import (
     multi_teacher,
     peers,
     plots,
+    projection,
     rows,
     step,
 )
@@ -172,6 +173,20 @@ def test_multi_teacher(tmp_path):
         ratio = float(separate["median_ms"]) / float(one["median_ms"])
         assert float(one["speedup_over_separate"]) == pytest.approx(ratio)
         assert float(separate["speedup_over_separate"]) == 1
+
+
+def test_projection(tmp_path, monkeypatch):
+    monkeypatch.setattr(projection, "SHAPES", {"tiny": (8, 64, 16, 24)})
+    for name, value in (("NEAR_TOKENS", 4), ("NEAR_VOCAB", 96), ("NEAR_WIDTH", 16)):
+        monkeypatch.setattr(projection, name, value)
+    projection.main(["--device", "cpu", "--shapes", "tiny", "--kl", "0.01", "--repeats", "2", "--out", str(tmp_path)])
+    found = read(tmp_path / "projection_cpu.csv")
+    of_shape = {x["contender"]: x for x in found if x["shape"] == "tiny"}
+    assert float(of_shape["CE alone"]["times_ce"]) == 1
+    assert float(of_shape["from states"]["speedup_over_states"]) == 1
+    errors = {x["contender"]: float(x["gradient_error"]) for x in found if x["shape"] == "near convergence"}
+    assert errors["from projections, 64 ids"] < 0.03
+    assert len(errors) == 7
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -5,6 +5,7 @@ Triton's cases run on the GPU where there is one, else in its interpreter; all o
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 
@@ -153,8 +154,10 @@ def test_projections_of_several_teachers_add(impl):
     ]
     doubled = {k: v.double() if v.is_floating_point() else v for k, v in student.items()}
     doubled["student_hidden"].requires_grad_()
-    wide = [TeacherSource(s.hidden.double(), s.weight.double(), s.text_hidden.double(), alpha=s.alpha, source_weight=s.source_weight)
-            for s in sources]  # fmt: skip
+    wide = [
+        dataclasses.replace(s, hidden=s.hidden.double(), weight=s.weight.double(), text_hidden=s.text_hidden.double())
+        for s in sources
+    ]
     loss = fused_linear_multi_teacher_loss(**{k: doubled[k] for k in ("student_hidden", "student_weight")}, sources=wide,
                                            target=doubled["target"], impl="reference")  # fmt: skip
     loss.backward()
