@@ -602,6 +602,58 @@ def mix_configurations(sm: int) -> Iterator[Configuration]:
         yield Configuration(_label(setting, MIX_MAIN), *launches[0], limits, quick=sm == 90 and i < len(MIX_QUICK))
 
 
+PROJECTED_FACTORS: dict[str, Sequence] = {
+    "dtypes": ["bf16 over fp32", "bf16", "fp32"],
+    "temperature": [2.0, 1.0, 3.0],
+    "terms": ["kd + ce", "kd", "ce"],
+    "top_k": [64, 16, 256],
+    "grad": [True, False],
+    "stats": [False, True],
+    "vocab": [128256, 50257],
+}
+PROJECTED_MAIN = {name: values[0] for name, values in PROJECTED_FACTORS.items()}
+PROJECTED_QUICK = [{}, {"dtypes": "bf16"}, {"stats": True}]
+
+
+def projected_configurations(sm: int) -> Iterator[Configuration]:
+    """The student's rows against a projected teacher."""
+    from kdkernels.ops import triton_projection
+    from kdkernels.ops.projection import Projected
+    from kdkernels.ops.rows import RowSpec
+
+    settings = [{**PROJECTED_MAIN, **changes} for changes in PROJECTED_QUICK]
+    settings += [x for x in covering_array(PROJECTED_FACTORS, lambda _: True, strength=2) if x not in settings]
+    for i, setting in enumerate(settings):
+        student, _, grad = ROW_DTYPES[setting["dtypes"]]
+        n, k, vocab = 1408, setting["top_k"], setting["vocab"]
+        spec = RowSpec(
+            vocab=vocab, temperature=setting["temperature"], with_kd="kd" in setting["terms"], with_ce="ce" in setting["terms"]
+        )
+        of_token = [_meta(n) for _ in range(3)]
+        with recorded(triton_projection) as launches:
+            triton_projection.projected_rows(
+                _meta(1, n, vocab, dtype=student),
+                Projected(_meta(n, k, dtype="int32"), _meta(n, k), _meta(n, 576), *of_token),
+                _meta(n),
+                _meta(n, dtype="int64"),
+                _meta(n),
+                _meta(n),
+                spec,
+                grad=_meta(1, n, vocab, dtype=grad) if setting["grad"] else None,
+                want_stats=setting["stats"],
+            )
+        aligned = vocab % 16 == 0
+        limits = Limits(
+            registers=168 if setting["stats"] or not aligned else 128,
+            shared=4096,
+            wide_loads=1 + setting["grad"] if aligned else 0,
+            narrow_loads=None,  # the likeliest ids, their probabilities and logits
+            wide_stores=1 if aligned and setting["grad"] and setting["dtypes"] != "bf16 over fp32" else 0,
+            rows=("student", *(["grad"] if setting["grad"] else [])),
+        )
+        yield Configuration(_label(setting, PROJECTED_MAIN), *launches[0], limits, quick=sm == 90 and i < len(PROJECTED_QUICK))
+
+
 # kernel's name in the table -> its configurations on a compute capability. A new kernel is a line here.
 Registry = dict[str, Callable[[int], Iterable[Configuration]]]
 REGISTRY: Registry = {
@@ -611,6 +663,7 @@ REGISTRY: Registry = {
     "survivors": survivors_configurations,
     "layer_rows": layer_configurations,
     "mix_rows": mix_configurations,
+    "projected_rows": projected_configurations,
 }
 
 
