@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +31,17 @@ from kdkernels.lm_head import HeadCapture, evaluating, head_module
 from models.audio_lms.collation import AudioBatch, AudioCollator
 from models.audio_lms.families import family_of
 from models.audio_lms.family import AudioLMError, Family, matches, sampling_rate, tokenizer_of
+from models.audio_lms.settings import TRAINS, Lora
 from models.backbones.hub import from_hub
 from models.backbones.model_folder import quiet_transformers
 from models.io_utils import atomic_dir
 
-TRAINS = ("full", "lora", "connector")
 _ADAPTER_FILE = "adapter_config.json"
 # What a processor is loaded from, in a checkpoint of any age.
 _PROCESSOR_FILES = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer*", "tekken.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.jinja",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Settings of a LoRA; see PEFT's LoraConfig.
-
-    Attributes:
-        r, alpha: its product is scaled by alpha / r.
-        dropout: probability, on its input.
-        targets: ends of module names, such as ("q_proj", "v_proj"); empty = what the family says.
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r: expected at least 1, got {self.r}")
-        if not self.alpha > 0:
-            raise ValueError(f"lora.alpha: expected a positive number, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout: expected a number in [0, 1), got {self.dropout}")
 
 
 class AudioLM(nn.Module):
@@ -138,14 +113,9 @@ class AudioLM(nn.Module):
         """
         from transformers import AutoConfig
 
-        folder = find_checkpoint_folder(spec)
-        adapter = folder if _is_adapter(folder) else None
-        source = os.fspath(spec)
-        if adapter is not None:
-            source = json.loads((folder / _ADAPTER_FILE).read_text())["base_model_name_or_path"]
-            folder = find_checkpoint_folder(source)
-        elif Path(source).is_dir():
-            source = str(Path(source).resolve())
+        own, *base = checkpoint_folders(spec)
+        adapter, folder = (own, base[0]) if base else (None, own)
+        source = _base_of(own) if base else str(Path(spec).resolve()) if Path(spec).is_dir() else os.fspath(spec)
         with quiet_transformers():
             try:
                 family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
@@ -155,12 +125,12 @@ class AudioLM(nn.Module):
                     folder, dtype=dtype, attn_implementation=attention, device_map=device_map, local_files_only=True,
                     use_safetensors=True, trust_remote_code=False,
                 )  # fmt: skip
-                processor = _load_processor(family, adapter or folder)
+                processor = _load_processor(family, own)
             except (OSError, ValueError, ImportError, KeyError) as error:
                 raise AudioLMError(f"{spec}: {' '.join(str(error).split())}") from error
             if adapter is not None:
                 lm = _with_adapter(lm, adapter)
-        return cls(lm.eval(), processor, trains=trains, lora=lora, source=source, folder=adapter or folder, merge=merge)
+        return cls(lm.eval(), processor, trains=trains, lora=lora, source=source, folder=own, merge=merge)
 
     @classmethod
     def from_config(cls, config: Any, processor: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> AudioLM:
@@ -337,6 +307,20 @@ def find_checkpoint_folder(spec: str | os.PathLike[str]) -> Path:
     if found is None:
         raise AudioLMError(f"{spec}: expected a hub id or a folder of an audio LM, found none. Tried: {'; '.join(tried)}")
     return found
+
+
+def checkpoint_folders(spec: str | os.PathLike[str]) -> list[Path]:
+    """The folder of a checkpoint; of an adapter its own folder and that of its base."""
+    folder = find_checkpoint_folder(spec)
+    return [folder, find_checkpoint_folder(_base_of(folder))] if _is_adapter(folder) else [folder]
+
+
+def _base_of(folder: Path) -> str:
+    """Hub id or folder of the weights that an adapter belongs to."""
+    try:
+        return json.loads((folder / _ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise AudioLMError(f"{folder / _ADAPTER_FILE}: expected the name of its base model: {error}") from error
 
 
 def _is_adapter(folder: Path) -> bool:
