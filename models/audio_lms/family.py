@@ -96,10 +96,14 @@ class Family:
             ValueError: more clips in a turn than the family can hear, or a processor that does not make the family's features.
         """
         rows, made, entries = [], [], []
+        known: dict[Any, Any] = {}  # the choices of a question are rows with one prompt and one clip
         for turn in turns:
             if self.max_clips is not None and len(turn.clips) > self.max_clips:
                 raise ValueError(f"clips: expected at most {self.max_clips} a turn with {self.name}, got {len(turn.clips)}")
-            ids, features = (self.encode or encode_turn)(self, processor, turn)
+            key = (turn.text, *map(id, turn.clips))
+            if key not in known:
+                known[key] = (self.encode or encode_turn)(self, processor, turn)
+            ids, features = known[key]
             missing = [name for name in self.features if name not in features] if turn.clips else []
             if missing:
                 raise ValueError(f"processor: expected it to make {missing} for {self.name}, got {sorted(features)}")

@@ -303,10 +303,15 @@ def find_checkpoint_folder(spec: str | os.PathLike[str]) -> Path:
         return folder
     tried = [f"folder {folder}: {'no config.json in it' if folder.is_dir() else 'no such folder'}"]
     hub_id, _, revision = spec.partition("@")
-    found = None if folder.is_dir() else from_hub(hub_id, revision or None, tried)
+    found = from_hub(hub_id, revision or None, tried) if is_hub_id(spec) and not folder.is_dir() else None
     if found is None:
         raise AudioLMError(f"{spec}: expected a hub id or a folder of an audio LM, found none. Tried: {'; '.join(tried)}")
     return found
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` has the form owner/name or owner/name@revision."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", spec) is not None
 
 
 def checkpoint_folders(spec: str | os.PathLike[str]) -> list[Path]:

@@ -44,8 +44,8 @@ def sample_content(example: Any, sound: Any) -> str:
 
     Args:
         example: its prompt and target make PROMPT.
-        sound: its clip's features (K, T, D), or its waveform (samples,) as an array; they make AUDIO. None leaves AUDIO out, for a
-            student with another encoder, or an example without a clip.
+        sound: its clip's features (K, T, D), or its waveform (samples,) as an array; they make AUDIO. None leaves AUDIO
+            out, for a student with another encoder, or an example without a clip.
     """
     text = fingerprint([render_prompt(example), example.target])[:16]
     if sound is None:

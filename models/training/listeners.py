@@ -31,7 +31,8 @@ def load_listener(
     """A SpeechLM or an `AudioLM`, frozen, in evaluation mode, on `device`.
 
     Args:
-        dtype: one of models.audio_lms.settings.DTYPES, of an audio LM's weights; auto = bfloat16 where that is fast on `device`, else float32.
+        dtype: one of models.audio_lms.settings.DTYPES, of an audio LM's weights; auto = bfloat16 where that is fast on
+            `device`, else float32.
         attention: of an audio LM, see `AudioLM.from_pretrained`.
 
     Raises:

@@ -94,7 +94,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig(Lora):
-    """The LoRA of `student`: r, alpha, dropout; targets = ends of module names, empty = attention and MLP of the language model."""
+    """The LoRA of `student`. targets: ends of module names; empty = attention and MLP of the language model."""
 
     def __post_init__(self) -> None:
         try:
@@ -109,8 +109,8 @@ class StudentConfig:
 
     model: str | None = None  # hub id or folder of an audio LM (models/audio_lms); None = the student is the SpeechLM of `model`
     trains: str = "lora"  # lora | full (language model and connector) | connector; the audio encoder never trains
-    # auto | float32 | bfloat16 | float16, of the weights. auto = float32 for weights that train, and with a LoRA, whose own weights
-    # are float32, bfloat16 where that is fast.
+    # auto | float32 | bfloat16 | float16, of the weights. auto = float32 for weights that train. With a LoRA, whose own weights
+    # are float32, it is bfloat16 where that is fast.
     dtype: str = "auto"
     attention: str | None = None  # transformers' attn_implementation, such as sdpa or flash_attention_2; None = its default
     merge: bool = False  # write the LoRA into the weights of the result; false = the result is an adapter

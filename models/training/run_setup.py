@@ -504,7 +504,7 @@ def _cached_teacher(
 
     try:
         cache = ContrastCache(recipe.teacher.cache, fingerprint=teacher_fingerprint(recipe.teacher_spec))
-        return CachedTeacher(cache, read_head(lm.to(device)), device=device, content=content, layers=layers)
+        return CachedTeacher(cache, read_head(lm).to(device), device=device, content=content, layers=layers)
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
 

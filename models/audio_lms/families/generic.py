@@ -19,8 +19,8 @@ def family_of(config: Any) -> Family:
 
     if config.model_type not in NAMES:
         raise AudioLMError(
-            f"model type {config.model_type!r}: expected an audio LM of transformers, but AutoModelForMultimodalLM does not know it; "
-            "a file in models/audio_lms/families could say how to load it"
+            f"model type {config.model_type!r}: expected an audio LM of transformers, but AutoModelForMultimodalLM does not "
+            "know it; a file in models/audio_lms/families could say how to load it"
         )
     return Family(
         name=f"{config.model_type} (not listed)",

@@ -99,6 +99,7 @@ def qwen2_5_omni(folder: Path, *, seed: int = 0, width: int = 32, layers: int = 
     config = _hears(tiny_lms.omni_thinker()[0].config, width=width, layers=layers)
     config.audio_config.num_mel_bins, config.audio_config.max_source_positions = 80, 50
     config.audio_config.output_dim = config.vision_config.out_hidden_size = width
+    config.get_text_config().rope_parameters["mrope_section"] = [1, 1, width // 8 - 2]
     for name, token in OMNI_TOKENS.items():
         setattr(config, name, ID[token])
     model = _wide(Qwen2_5OmniThinkerForConditionalGeneration, config, seed)
