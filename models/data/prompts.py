@@ -154,6 +154,17 @@ def render_prompt(example: Example) -> str:
     return "\n".join(lines)
 
 
+def chat_text(example: Example) -> str:
+    """What a user of a chat says beside the clip: the transcript and the context, if there are any, and the question.
+
+    Every field stands on one line, as in `render_prompt`. The clip and the roles are the chat template's.
+    """
+    transcript, context = _one_line(example.transcription), _one_line(example.context)
+    lines = [f"Transcript: {transcript}"] if transcript else []
+    lines += [context] if context else []
+    return "\n".join([*lines, _one_line(example.question)])
+
+
 def target_template(example: Example, answer: str) -> str:
     """`answer` as a full sentence, in the wording of the example's task ("The speaker is a woman.").
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from kdkernels.teacher import MarkAbsent
+from models.audio_lms.model import AudioLM
 from models.data.manifest import Example
 from models.data.prompts import target_template
 from models.evaluation.choice_scores import choice_scores
@@ -40,6 +41,8 @@ def evaluate(
     """Predictions for every example, with and without the controls.
 
     Args:
+        model: a SpeechLM or an `AudioLM`.
+        store: what it hears: `rows(examples)` gives the input of `collate` (models/training/listeners.py).
         mode: "choice" or "generate".
         alphas: None is plain (greedy) decoding. A number is contrastive decoding with that strength. In mode "choice" all
             strengths use the same forward passes.
@@ -94,6 +97,8 @@ def generate_answers(
     batch = collate(examples, features, with_target=False).to(model.get_output_embeddings().weight.device)
     if not hears:
         batch = dataclasses.replace(batch, audio_present=torch.zeros_like(batch.audio_present))
+    if isinstance(model, AudioLM):
+        return model.generate(batch, max_new_tokens=max_new_tokens, alpha=alpha)
     if alpha is None:
         return model.generate(batch, max_new_tokens=max_new_tokens)
     from kdkernels.decoding import contrastive_generate

@@ -33,9 +33,9 @@ def choice_scores(
     The tokens that spell c are those of its sentence, without the common beginning and end of all choices' sentences.
 
     Args:
-        model: a SpeechLM in evaluation mode.
-        features: (B, K, T, D).
-        collate: examples, features -> batch (models/speech_lm/collation.py).
+        model: a SpeechLM or an `AudioLM`, in evaluation mode.
+        features: (B, K, T, D), or for an `AudioLM` (B,) clips.
+        collate: examples, features -> batch (collation.py of models/speech_lm or models/audio_lms).
         alphas: contrast strengths. 0 is plain likelihood and needs no second path.
         hears: False masks the audio on the path with audio too (the no-audio control).
 

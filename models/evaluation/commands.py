@@ -1,10 +1,11 @@
-"""Arguments of `evaluate` and `priors`."""
+"""Arguments of `ask`, `evaluate` and `priors`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from models.arguments import Parser
+from models.audio_lms.settings import DTYPES
 from models.data.manifest import SPLITS
 from models.evaluation.benchmarks import NAMES
 from models.evaluation.predictions import KINDS
@@ -13,8 +14,8 @@ CONTROLS = ("no_audio", "swapped_audio")
 
 
 def evaluate_parser() -> Parser:
-    parser = Parser(prog="python -m models evaluate", description="Ask a speech LM every question and score the answers.")
-    parser.add_argument("checkpoint", nargs="?", help="SpeechLM folder, such as runs/caad/final")
+    parser = Parser(prog="python -m models evaluate", description="Ask a model every question and score the answers.")
+    parser.add_argument("checkpoint", nargs="?", help="SpeechLM folder, or hub id or folder of an audio LM of transformers")
     parser.add_argument("manifest", nargs="?", help="JSONL manifest")
     parser.add_argument("--benchmark", metavar="NAME|MANIFEST", help=f"{', '.join(NAMES)}, or a manifest")
     parser.add_argument("--rescore", metavar="FILE", help="score a predictions file again; no model is needed")
@@ -45,6 +46,19 @@ def evaluate_parser() -> Parser:
     parser.add_argument("--priors", metavar="FILE", help="JSON object id -> answer of a text-only model, for the confusion table")
     parser.add_argument("--compare", metavar="FILE", help="predictions of another system, to compare with by paired bootstrap")
     parser.add_argument("--json", metavar="FILE", help="file to write every figure to")
+    return parser
+
+
+def ask_parser() -> Parser:
+    parser = Parser(prog="python -m models ask", description="Ask a model one question about a clip, or about several.")
+    parser.add_argument("model", help="SpeechLM folder, or hub id or folder of an audio LM of transformers")
+    parser.add_argument("clips", nargs="+", metavar="clip", help="audio file; several for a model that hears several in a turn")
+    parser.add_argument("question", help="what is asked")
+    parser.add_argument("--alpha", type=float, help="contrastive decoding with this strength (default: greedy)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of an audio LM's weights")
+    parser.add_argument("--attention", help="of an audio LM: transformers' attn_implementation, such as flash_attention_2")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 

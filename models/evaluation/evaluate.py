@@ -1,9 +1,11 @@
-"""Ask a speech LM every question of a benchmark or manifest and score the answers.
+"""Ask a model every question of a benchmark or manifest and score the answers.
 
     python -m models evaluate CHECKPOINT MANIFEST [--mode choice|generate] [--decoding greedy|contrastive --alpha 1]
                               [--controls no_audio swapped_audio] [--out predictions.jsonl] [--json scores.json]
     python -m models evaluate --benchmark builtin|dynamic-superb|mcr|MANIFEST CHECKPOINT [--audio-root FOLDER]
     python -m models evaluate --rescore predictions.jsonl [--compare other.jsonl] [--scorer strict] [--priors priors.json]
+
+CHECKPOINT is the folder of a SpeechLM; or hub id, folder or adapter of an audio LM of transformers.
 
 Mode "choice" ranks the given choices by the likelihood of the tokens that spell them in the answer's sentence. It is fast and
 always gives an answer. In mode "generate" the model writes freely, and an answer counts if the label's words are in it. The
@@ -25,6 +27,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.audio_lms.model import checkpoint_folders, is_hub_id
+from models.data.audio import MAX_SECONDS
 from models.data.json_rows import parse_object
 from models.data.manifest import Example
 from models.evaluation import text_priors
@@ -45,7 +49,8 @@ from models.evaluation.scorers import load_scorer
 from models.evaluation.scoring import AUDIO_CATEGORY
 from models.evaluation.summary import summarize
 from models.io_utils import atomic_write_json, fingerprint, sha256_file
-from models.speech_lm.features import FeatureError, clip_features
+from models.speech_lm.features import FeatureError
+from models.training.listeners import is_speech_lm, load_listener, open_clips
 
 _SKIPPED_SHOWN = 20
 _SETTINGS = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
@@ -149,11 +154,18 @@ def _check_checkpoint(arguments: argparse.Namespace) -> None:
     """Look at the model before the questions, which may have to be built. A finished evaluation needs no backbone."""
     from models.speech_lm.saving import check_folder
 
-    if not Path(arguments.checkpoint).is_dir():
-        raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
     try:
+        if not is_speech_lm(arguments.checkpoint):
+            if not Path(arguments.checkpoint).is_dir() and not is_hub_id(arguments.checkpoint):
+                raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
+            checkpoint_folders(arguments.checkpoint)
+            if arguments.features:
+                raise EvaluationError("--features: expected none with an audio LM of transformers, which hears the clips")
+            return
         check_folder(arguments.checkpoint, backbones=not Path(arguments.out).exists(), encoder=not arguments.features)
-    except RuntimeError as error:  # BackboneError and SpeechLMError both are
+    except EvaluationError:
+        raise
+    except RuntimeError as error:  # BackboneError, SpeechLMError and AudioLMError are
         raise EvaluationError(f"checkpoint: {error}") from error
 
 
@@ -176,7 +188,6 @@ def _print_left_out(settings: Mapping[str, Any], predictions: Sequence[Predictio
 def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Prediction]]:
     """Load benchmark and model and ask what an unfinished predictions file lacks. Returns settings and predictions."""
     from models.backbones.device import pick_device
-    from models.speech_lm.model import SpeechLM
 
     device = pick_device(arguments.device)
     suite = load_suite(
@@ -195,15 +206,16 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     if wanted <= {p.id for p in done}:
         return settings, done  # nothing is left to ask: neither the model nor the clips are needed
     try:
-        model = SpeechLM.from_pretrained(arguments.checkpoint).to(device)
-    except RuntimeError as error:  # BackboneError and SpeechLMError both are
+        model = load_listener(arguments.checkpoint, device)
+    except RuntimeError as error:  # BackboneError, SpeechLMError and AudioLMError are
         raise EvaluationError(f"checkpoint: {error}") from error
     if not Path(arguments.out).exists():
         write_header(arguments.out, settings)
-    store, usable = clip_features(
+    store, usable = open_clips(
         model,
         examples,
         audio_root=suite.audio_root,
+        max_seconds=MAX_SECONDS,
         features=arguments.features,
         max_bad_fraction=arguments.max_bad_fraction,
         max_cut_fraction=arguments.max_cut_fraction,
@@ -227,7 +239,8 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
 
 def _settings(suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace) -> dict[str, Any]:
     """What decides the predictions; it stands in the first line of their file."""
-    checkpoint = [sha256_file(p) for p in sorted(Path(arguments.checkpoint).rglob("*")) if p.is_file()]
+    folders = [Path(arguments.checkpoint)] if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)
+    checkpoint = [sha256_file(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
     return {
         **{name: getattr(arguments, name) for name in _SETTINGS},
         "mode": arguments.mode or suite.mode,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.backbones.causal_lm import check_token_ids
 from models.data.manifest import AUDIO_PLACEHOLDER
 from models.data.prompts import render_prompt
+from models.data.spelled import spelling_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +148,7 @@ class Collator:
         prompts = [self.prompt_ids(example) for example in examples]
         targets = [self.target_ids(example) if with_target else [] for example in examples]
         masks = [
-            self._choice_mask(example, ids) if with_target else []
+            spelling_mask(example, ids, self._tokenize_target, ends=self.append_eos) if with_target else []
             for example, ids in zip(examples, targets, strict=True)
         ]
         for example, *ids in zip(examples, prompts, targets, strict=True):
@@ -202,7 +203,15 @@ class Collator:
         """Tokens of the target with the space before it, and the end of text if it is appended."""
         if not example.target:
             raise ValueError(f"example {example.id!r}: expected a target, got {example.target!r}")
-        return self._tokenize(" " + example.target) + ([self.tokenizer.eos_token_id] if self.append_eos else [])
+        return self._tokenize_target(example.target) + ([self.tokenizer.eos_token_id] if self.append_eos else [])
+
+    @property
+    def end_id(self) -> int | None:
+        """The id that ends a target, or None."""
+        return self.tokenizer.eos_token_id if self.append_eos else None
+
+    def _tokenize_target(self, text: str) -> list[int]:
+        return self._tokenize(" " + text)
 
     def _split_prompt(self, example: Example) -> tuple[str, str]:
         before, after = render_prompt(example).split(AUDIO_PLACEHOLDER)  # exactly one, by render_prompt's contract
@@ -210,29 +219,6 @@ class Collator:
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
-
-    def _choice_mask(self, example: Example, target_ids: list[int]) -> list[bool]:
-        """Marks the tokens in which the target differs from itself with another choice in the answer's place.
-
-        Without choices it marks the tokens of the answer. If the target mentions neither a choice nor the answer, any token may
-        carry the answer: then it marks all tokens but the end of text.
-        """
-        target, body = example.target, len(target_ids) - self.append_eos
-        span = _find_choice(target, example.choices or ((example.answer,) if example.answer else ()))
-        if span is None:
-            return [True] * body + [False] * self.append_eos
-        begin, end = span
-        mask = [False] * len(target_ids)
-        mentioned = target[begin:end]
-        # Where no other choice is known, "#" stands for any other text.
-        others = [choice for choice in example.choices if choice.casefold() != mentioned.casefold()] or ["#"]
-        for other in others:
-            ids = self._tokenize(" " + target[:begin] + other + target[end:])
-            same_start = _common_prefix(target_ids[:body], ids)
-            limit = min(body, len(ids)) - same_start
-            same_end = min(_common_prefix(target_ids[:body][::-1], ids[::-1]), limit)
-            mask[same_start : body - same_end] = [True] * (body - same_end - same_start)
-        return mask
 
 
 def find_placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -254,24 +240,6 @@ def find_placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
         ):
             return vocabulary[token]
     raise ValueError("tokenizer: expected an unused special token for the audio positions, found none; set placeholder_token")
-
-
-def _find_choice(target: str, choices: Sequence[str]) -> tuple[int, int] | None:
-    """Begin and end of a choice that the target mentions as whole words: the longest such choice, where it stands last."""
-    for choice in sorted(filter(None, choices), key=len, reverse=True):
-        matches = list(re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", target, re.IGNORECASE))
-        if matches:
-            return matches[-1].span()
-    return None
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
 
 
 def crop_to_targets(batch: Any) -> Any:

@@ -8,32 +8,48 @@ from typing import Any
 
 import torch
 
+from models.audio_lms.family import AudioLMError
+from models.audio_lms.model import checkpoint_folders
 from models.data.prompts import render_prompt
 from models.io_utils import fingerprint, sha256_file
+from models.training.listeners import is_speech_lm
 
 
 class CacheError(RuntimeError):
     """A cache cannot be made or used; the message says why."""
 
 
-def teacher_fingerprint(folder: str | Path) -> dict[str, str]:
-    """The teacher of a cache: SHA-256 of the settings, backbones and connector in the folder of a saved SpeechLM."""
-    folder = Path(folder)
-    parts = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors"))
-    if not (folder / "speech_lm.json").is_file():
-        raise CacheError(f"teacher: expected a folder with speech_lm.json, got {folder}")
-    return {str(p.relative_to(folder)): sha256_file(p) for p in parts}
+def teacher_fingerprint(spec: str | Path) -> dict[str, str]:
+    """The teacher of a cache: SHA-256 of the settings, weights, tokenizer and chat template in its folder.
+
+    Args:
+        spec: folder of a SpeechLM; or hub id, folder or adapter of an audio LM. Of an adapter its base counts too.
+    """
+    if is_speech_lm(spec):
+        folders = [Path(spec)]
+    else:
+        try:
+            folders = checkpoint_folders(spec)
+        except AudioLMError as error:
+            raise CacheError(f"teacher: {error}") from error
+    found: dict[str, str] = {}
+    for number, folder in enumerate(folders):
+        parts = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".jinja"))
+        found |= {("base/" * number) + str(p.relative_to(folder)): sha256_file(p) for p in parts}
+    return found
 
 
-def sample_content(example: Any, features: torch.Tensor | None) -> str:
+def sample_content(example: Any, sound: Any) -> str:
     """What a sample's states depend on beside the teacher, as "PROMPT-AUDIO", two fingerprints.
 
     Args:
         example: its prompt and target make PROMPT.
-        features: (K, T, D) of its clip, which make AUDIO; None leaves AUDIO out, for a student with another encoder.
+        sound: its clip's features (K, T, D), or its waveform (samples,) as an array; they make AUDIO. None leaves AUDIO
+            out, for a student with another encoder, or an example without a clip.
     """
     text = fingerprint([render_prompt(example), example.target])[:16]
-    if features is None:
+    if sound is None:
         return text
-    audio = features.to(torch.float16).contiguous()
-    return f"{text}-{hashlib.sha256(audio.numpy().tobytes()).hexdigest()[:16]}"
+    if isinstance(sound, torch.Tensor):
+        sound = sound.to(torch.float16).contiguous().numpy()
+    return f"{text}-{hashlib.sha256(sound.tobytes()).hexdigest()[:16]}"

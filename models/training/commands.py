@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from models.arguments import Parser
+from models.audio_lms.settings import DTYPES
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 CACHE_DTYPES = ("bfloat16", "float32", "float8")
@@ -15,7 +16,8 @@ CACHE_DTYPES = ("bfloat16", "float32", "float8")
 def train_parser() -> Parser:
     parser = Parser(
         prog="python -m models train",
-        description="Train a speech LM by a recipe. Ctrl-C or SIGTERM saves and stops; run.resume=auto continues.",
+        description="Train a speech LM, or an audio LM of transformers, by a recipe. Ctrl-C or SIGTERM saves and stops; "
+        "run.resume=auto continues.",
         epilog=describe_recipes(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -37,7 +39,7 @@ def describe_recipes() -> str:
 
 def cache_parser() -> Parser:
     parser = Parser(prog="python -m models cache", description="Run the teacher once and store its hidden states.")
-    parser.add_argument("teacher", help="folder of a SpeechLM")
+    parser.add_argument("teacher", help="folder of a SpeechLM, or hub id or folder of an audio LM of transformers")
     parser.add_argument("manifest", help="JSONL manifest with targets (python -m models pseudo-gt)")
     parser.add_argument("--out", required=True, help="folder of the cache, new or begun")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
@@ -47,6 +49,8 @@ def cache_parser() -> Parser:
         "--max-cut-fraction", type=float, default=0.1, help="share of clips longer than the model's window above which it stops"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=CACHE_DTYPES, help="dtype of the stored states")
+    parser.add_argument("--teacher-dtype", default="auto", choices=DTYPES, help="of an audio LM's weights")
+    parser.add_argument("--attention", help="of an audio LM: transformers' attn_implementation, such as flash_attention_2")
     parser.add_comma_list("--layers", default="none", help="layers to store too: none, all, or numbers such as 6,12,30")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th sample, beginning with the I-th; I from 0")
     parser.add_argument("--batch-examples", type=int, default=32, help="samples in a forward pass")

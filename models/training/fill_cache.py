@@ -23,6 +23,7 @@ from tqdm import tqdm
 from kdkernels.contrast_cache import ContrastCache, CorruptCacheError
 from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.audio_lms.model import AudioLM
 from models.backbones.causal_lm import read_head
 from models.speech_lm.collation import crop_to_targets
 from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
@@ -49,8 +50,9 @@ def fill_cache(
     """Write what is not in the cache yet.
 
     Args:
-        model: the teacher, a SpeechLM in evaluation mode. It is frozen here (`requires_grad_(False)`), as a live teacher is.
-        store: the clips' features (models/speech_lm/features.py).
+        model: the teacher, a SpeechLM or an `AudioLM`, in evaluation mode. It is frozen here (`requires_grad_(False)`), as a live
+            teacher is.
+        store: what the teacher hears (models/training/listeners.py).
         examples: with targets.
         made_from: the teacher's identity, `teacher_fingerprint`.
         extra_inputs: added to every batch's inputs, such as the prefix cache.
@@ -156,10 +158,10 @@ def _check_out(folder: Path, made_from: dict[str, Any], dtype: torch.dtype) -> N
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     from models.backbones.device import pick_device
-    from models.backbones.resolve import BackboneError
+    from models.data.audio import MAX_SECONDS
     from models.data.manifest import ManifestError, read_manifest
-    from models.speech_lm.features import FeatureError, clip_features
-    from models.speech_lm.model import SpeechLM, SpeechLMError
+    from models.speech_lm.features import FeatureError
+    from models.training.listeners import load_listener, open_clips
 
     arguments = cache_parser().parse_args(argv)
     try:
@@ -181,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples = [e for e in manifest.examples if (e.target or "").strip()]
         if not examples:
             raise CacheError(f"{arguments.manifest}: no example with a target; they are written by python -m models pseudo-gt")
-        model = SpeechLM.from_pretrained(arguments.teacher).requires_grad_(False).to(pick_device(arguments.device)).eval()
+        device = pick_device(arguments.device)
+        model = load_listener(arguments.teacher, device, dtype=arguments.teacher_dtype, attention=arguments.attention)
         layers = parse_layers(arguments.layers, len(decoder_layers(model.lm)))
         tokens, needed = estimate(model, examples, dtype=dtype, layers=len(layers))
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
@@ -189,17 +192,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(examples)} samples, {tokens} tokens: {needed / 2**20:.1f} MiB; {free / 2**20:.0f} MiB are free")
         if needed > free:
             raise CacheError(f"--out: {arguments.out} has room for {free} bytes, the cache needs {needed}")
-        store, held = clip_features(
+        store, held = open_clips(
             model,
             examples,
             audio_root=manifest.audio_root,
+            max_seconds=MAX_SECONDS,
             features=arguments.features,
             max_cut_fraction=arguments.max_cut_fraction,
             say=print,
         )
         written = fill_cache(
             arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from,
-            extra_inputs=model.prefix_inputs(), dtype=dtype, layers=layers, part=number,
+            extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers, part=number,
             batch_examples=arguments.batch_examples,
         )  # fmt: skip
         cache = ContrastCache(arguments.out, fingerprint=made_from)
@@ -207,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.measure:
             some = [e for e in held if e.id in cache][: arguments.measure]
             print(f"KL of the cached target distribution at alpha 2: {rounding_error(cache, model, store, some):.3g} nats")
-    except (CacheError, ManifestError, FeatureError, SpeechLMError, BackboneError, ValueError, RuntimeError, OSError) as error:
+    except (CacheError, ManifestError, FeatureError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kdkernels.layer_mse import DIRECTIONS, LAYER_MAPS, layer_map
 from kdkernels.ops.dispatch import IMPLEMENTATIONS
 from kdkernels.ops.rows import DIVERGENCES
+from models.audio_lms.settings import DTYPES, TRAINS, Lora
 from models.data.manifest import SPLITS
 from models.training.commands import RECIPES_DIR
 
@@ -92,10 +93,43 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig(Lora):
+    """The LoRA of `student`. targets: ends of module names; empty = attention and MLP of the language model."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(f"student.{error}") from None
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """An audio LM of transformers that is trained, in the place of `model`; the teacher is then `teacher.model`."""
+
+    model: str | None = None  # hub id or folder of an audio LM (models/audio_lms); None = the student is the SpeechLM of `model`
+    trains: str = "lora"  # lora | full (language model and connector) | connector; the audio encoder never trains
+    # auto | float32 | bfloat16 | float16, of the weights. auto = float32 for weights that train. With a LoRA, whose own weights
+    # are float32, it is bfloat16 where that is fast.
+    dtype: str = "auto"
+    attention: str | None = None  # transformers' attn_implementation, such as sdpa or flash_attention_2; None = its default
+    merge: bool = False  # write the LoRA into the weights of the result; false = the result is an adapter
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with trains=lora
+
+    def __post_init__(self) -> None:
+        _one_of(self.trains, "student.trains", TRAINS)
+        _one_of(self.dtype, "student.dtype", DTYPES)
+        _check(self.trains == "lora" or not self.merge, "student.merge", f"false with student.trains={self.trains}", self.merge)
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """Where the teacher's hidden states come from: a live model, or a ContrastCache that was written before."""
 
     folder: str | None = None  # SpeechLM folder; kd, sharpened and caad always need it, for its LM head
+    model: str | None = None  # hub id or folder of an audio LM; with student.model it takes the place of folder
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of `model`; auto = bfloat16 where that is fast
+    attention: str | None = None  # of `model`, as student.attention
     cache: str | None = None  # ContrastCache folder (python -m models cache); the teacher's body then never runs
     # MiB for a live teacher's states of all examples: if they fit, they are computed once, before the first step. 0 = off.
     keep_mib: int = 0
@@ -104,6 +138,7 @@ class TeacherConfig:
     batch_examples: int = 0
 
     def __post_init__(self) -> None:
+        _one_of(self.dtype, "teacher.dtype", DTYPES)
         _check(self.keep_mib >= 0, "teacher.keep_mib", ">= 0", self.keep_mib)
         _check(self.batch_examples >= 0, "teacher.batch_examples", ">= 0", self.batch_examples)
 
@@ -220,7 +255,8 @@ class SourceConfig:
     """
 
     role: str = "text"  # text | acoustic | audio, see above
-    # text: hub id or folder of a causal LM; audio, acoustic: SpeechLM folder; null = the student's start (acoustic only)
+    # text: hub id or folder of a causal LM; audio, acoustic: SpeechLM folder, or with student.model hub id or folder of an audio
+    # LM; null = the student's start (acoustic only)
     folder: str | None = None
     weight: float = 1.0  # of this source's divergence; the objective's own teacher has 1
     weight_start: float | None = None  # weight at the first step, from where it goes linearly to weight; None = constant
@@ -357,6 +393,7 @@ class Recipe:
     objective: str = "caad"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
@@ -370,12 +407,30 @@ class Recipe:
             unset = {f.name: CAAD_PLUS[f.name] for f in dataclasses.fields(LossConfig)
                      if f.name in CAAD_PLUS and getattr(self.loss, f.name) == f.default}  # fmt: skip
             object.__setattr__(self, "loss", dataclasses.replace(self.loss, **unset))
-        if self.needs_teacher and not self.teacher.folder:
-            raise ConfigError(f"teacher.folder: objective {self.objective!r} needs a teacher, got none")
+        self._check_kind()
         self._check_paths()
         self._check_layers()
         self._check_sources()
         self._check_run()
+
+    def _check_kind(self) -> None:
+        """Student and teacher are SpeechLMs, or both are audio LMs of transformers; each kind has keys of its own."""
+        if self.needs_teacher and not self.teacher_spec:
+            key, hint = ("model", " beside student.model") if self.student.model else ("folder", "")
+            raise ConfigError(f"teacher.{key}: objective {self.objective!r} needs a teacher{hint}, got none")
+        if self.teacher.model and not self.student.model:
+            raise ConfigError(f"teacher.model: expected none without student.model, got {self.teacher.model!r}")
+        if self.student.model is None:
+            return
+        if self.data.features is not None:
+            raise ConfigError(f"data.features: expected null with student.model, which hears clips, got {self.data.features!r}")
+        if self.data.packing != "none":
+            raise ConfigError(f"data.packing: expected none with student.model, got {self.data.packing!r}")
+        plain = ModelConfig(prefix_cache_mib=self.model.prefix_cache_mib)
+        for f in dataclasses.fields(ModelConfig):
+            value = getattr(self.model, f.name)
+            if value != getattr(plain, f.name):
+                raise ConfigError(f"model.{f.name}: expected its default with student.model, got {value!r}")
 
     def _check_paths(self) -> None:
         """Some settings of the loss need a teacher of the objective's own that has two paths."""
@@ -407,7 +462,7 @@ class Recipe:
     def _check_run(self) -> None:
         """Settings of different sections that no run can have together, whatever the model is."""
         model, varlen = self.model, self.data.packing == "varlen"
-        if self.run.parallel == "fsdp2" and model.prefix_cache_mib:
+        if self.run.parallel == "fsdp2" and model.prefix_cache_mib and not self.student.model:
             # A rank that has a prefix runs fewer layers than one that has not: the other would wait for its shards forever.
             raise ConfigError(f"model.prefix_cache_mib: expected 0 with run.parallel=fsdp2, got {model.prefix_cache_mib}")
         if model.bf16_products and varlen:
@@ -422,6 +477,11 @@ class Recipe:
     def needs_teacher(self) -> bool:
         """Whether the objective has a teacher of its own, that of `teacher`."""
         return self.objective in TEACHER_OBJECTIVES
+
+    @property
+    def teacher_spec(self) -> str | None:
+        """Where the objective's own teacher is: a SpeechLM's folder, or an audio LM where the student is one."""
+        return self.teacher.model if self.student.model else self.teacher.folder
 
     @property
     def distils(self) -> bool:

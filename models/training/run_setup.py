@@ -16,12 +16,16 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from kdkernels.layer_states import decoder_layers
+from models.audio_lms.family import AudioLMError
+from models.audio_lms.model import AudioLM, find_checkpoint_folder
+from models.audio_lms.settings import Lora
 from models.backbones.causal_lm import read_head
-from models.backbones.device import inference_dtype
+from models.backbones.device import inference_dtype, pick_device
 from models.io_utils import fingerprint
 from models.speech_lm.collation import crop_to_targets
 from models.speech_lm.frozen_linear import use_bf16_products
 from models.speech_lm.row_layout import why_not_packed_with_prefixes
+from models.training.listeners import is_speech_lm, open_clips, torch_dtype
 from models.training.recipe import DataConfig, Recipe, SourceConfig, to_dict
 from models.training.teachers import (
     CachedTeacher,
@@ -86,7 +90,12 @@ class TrainingData:
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
-    """The SpeechLM of `recipe.model`; only its connector requires grad, unless its settings let the language model train."""
+    """The student: the audio LM of `recipe.student`, or the SpeechLM of `recipe.model`. What trains requires grad.
+
+    Of a SpeechLM that is the connector, and its language model if its settings say so.
+    """
+    if recipe.student.model is not None:
+        return _build_audio_student(recipe)
     from models.backbones.resolve import BackboneError
     from models.speech_lm.model import SpeechLM, SpeechLMConfig, SpeechLMError
 
@@ -111,6 +120,19 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     return model
 
 
+def _build_audio_student(recipe: Recipe) -> AudioLM:
+    settings = recipe.student
+    trains_weights = settings.trains != "lora"  # those of the checkpoint; a LoRA's own are float32 in any case
+    dtype = torch_dtype(settings.dtype, pick_device(recipe.run.device, name="run.device"), trains=trains_weights)
+    try:
+        return AudioLM.from_pretrained(
+            settings.model, dtype=dtype, attention=settings.attention, trains=settings.trains,
+            lora=Lora(**to_dict(settings.lora)), merge=settings.merge,
+        )  # fmt: skip
+    except AudioLMError as error:
+        raise SourceError(f"student.model: {error}") from error
+
+
 def copy_feature_statistics(folder: str, model: torch.nn.Module) -> None:
     """Give `model` the standardisation of features of the SpeechLM in `folder`, and nothing else of it."""
     try:
@@ -129,6 +151,9 @@ def check_folders(recipe: Recipe) -> None:
     Raises:
         SourceError: one is missing, or does not fit the others or the recipe; the message names the keys.
     """
+    if recipe.student.model is not None:
+        _check_audio_lms(recipe)
+        return
     wanted = [("data.features", recipe.data.features, "")]
     wanted += [(f"model.{name}", getattr(recipe.model, name), "speech_lm.json") for name in ("folder", "feature_statistics")]
     if recipe.needs_teacher:
@@ -144,6 +169,24 @@ def check_folders(recipe: Recipe) -> None:
         listening["teacher.folder"] = recipe.teacher.folder
     for key, folder in listening.items():
         _check_same_clips(key, student, _saved_settings(key, folder))
+    if recipe.needs_teacher and recipe.teacher.cache is not None:
+        _check_cached_layers(recipe)
+
+
+def _check_audio_lms(recipe: Recipe) -> None:
+    """Find the audio LMs and the cache that `recipe` names; one of the hub is fetched."""
+    named = {"student.model": recipe.student.model}
+    if recipe.needs_teacher:
+        named["teacher.model"] = recipe.teacher.model
+    named |= {f"sources.{name}.folder": s.folder for name, s in recipe.sources.items() if s.role != "text"}
+    for key, spec in named.items():
+        if spec is not None and is_speech_lm(spec):
+            raise SourceError(f"{key}: expected an audio LM of transformers, as the student is one, got a SpeechLM in {spec}")
+        try:
+            if spec is not None:
+                find_checkpoint_folder(spec)
+        except AudioLMError as error:
+            raise SourceError(f"{key}: {error}") from error
     if recipe.needs_teacher and recipe.teacher.cache is not None:
         _check_cached_layers(recipe)
 
@@ -249,6 +292,8 @@ def build_data(
     """
     from models.speech_lm.features import FeatureError, clip_features
 
+    if isinstance(model, AudioLM):
+        return _audio_data(model, examples, audio_root, recipe.data)
     settings = recipe.data
     with_features = list(examples)
     if store is None:
@@ -271,6 +316,17 @@ def build_data(
     cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
     cache_mib = recipe.model.prefix_cache_mib if cached else 0
     return make_training_data(model, with_features, store, prefix_cache_mib=cache_mib, layout=settings)
+
+
+def _audio_data(model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig) -> TrainingData:
+    """`examples` batched for an audio LM; their clips are decoded when a batch needs them."""
+    store, usable = open_clips(model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds)
+    collator = model.make_collator()
+
+    def make_batch(chosen: Sequence[Any]) -> Any:
+        return collator(chosen, store.rows(chosen))
+
+    return TrainingData(usable, make_batch, {}, store, crop_to_targets)
 
 
 def make_training_data(
@@ -350,7 +406,7 @@ def build_sources(
     if recipe.needs_teacher:
         own = SourceConfig(
             role="audio",
-            folder=recipe.teacher.folder,
+            folder=recipe.teacher_spec,
             alpha=recipe.loss.alpha,
             divergence=recipe.loss.divergence,
             jsd_beta=recipe.loss.jsd_beta,
@@ -371,7 +427,7 @@ def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, de
         "student": [depth, recipe.model.bf16_products, recipe.model.prefix_cache_mib],
     }
     if settings.folder is None:  # a snapshot of the student
-        depends["student"] += [to_dict(recipe.model), recipe.run.seed]
+        depends["student"] += [to_dict(recipe.model), to_dict(recipe.student), recipe.run.seed]
     return fingerprint(depends)
 
 
@@ -380,8 +436,8 @@ def _build_source(
 ) -> Source:
     key = name if name == OWN_TEACHER else f"sources.{name}"
     # FSDP2 shards the student's weights: a snapshot that shared them would have only this rank's shard.
-    lm, tokenizer = _load_source(key, settings, model, device, share=recipe.run.parallel != "fsdp2")
-    check_same_tokenizer(f"{key}.folder", model.tokenizer, tokenizer)
+    lm, tokenizer = _load_source(key, settings, recipe, model, device, share=recipe.run.parallel != "fsdp2")
+    _check_tokenizer(key, settings, model, lm, tokenizer)
     layers = None
     if settings.layers.weight > 0:
         depths = [len(decoder_layers(m)) for m in (model.lm, getattr(lm, "lm", lm))]
@@ -393,15 +449,17 @@ def _build_source(
     options = {"device": device, "layers": layers.teacher_layers if layers else ()}
     if settings.role == "text":
         collator = model.make_collator()
-        end_id = collator.tokenizer.eos_token_id if collator.append_eos else None
         teacher = TextTeacher(
-            lm, tokenizer, target_ids=collator.target_ids, end_id=end_id, reasoning=settings.reasoning, **options
+            lm, tokenizer, target_ids=collator.target_ids, end_id=collator.end_id, reasoning=settings.reasoning, **options
         )
     else:
-        _check_same_features(f"{key}.folder", model, lm)
-        own = make_training_data(
-            lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib, layout=recipe.data
-        )
+        if isinstance(lm, AudioLM):
+            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data)
+        else:
+            _check_same_features(f"{key}.folder", model, lm)
+            own = make_training_data(
+                lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib, layout=recipe.data
+            )
         if _hears_both(name, settings):
             at_once = recipe.teacher.batch_examples if name == OWN_TEACHER else 0
             teacher = LiveTeacher(lm, own, batch_examples=at_once, **options)
@@ -435,16 +493,18 @@ def _cached_teacher(
     from kdkernels.contrast_cache import ContrastCache
     from models.training.cache_identity import sample_content, teacher_fingerprint
 
-    # The clips can be compared only if the teacher heard the features that the student hears.
-    hears = ("encoder", "encoder_layers", "audio_frames")
-    same = data.store is not None and all(getattr(model.config, x) == getattr(lm.config, x) for x in hears)
+    if isinstance(lm, AudioLM):
+        same = lm.sampling_rate == model.sampling_rate
+    else:  # the clips can be compared only if the teacher heard the features that the student hears
+        hears = ("encoder", "encoder_layers", "audio_frames")
+        same = data.store is not None and all(getattr(model.config, x) == getattr(lm.config, x) for x in hears)
 
     def content(example: Any) -> str:
         return sample_content(example, data.store.rows([example])[0] if same else None)
 
     try:
-        cache = ContrastCache(recipe.teacher.cache, fingerprint=teacher_fingerprint(recipe.teacher.folder))
-        return CachedTeacher(cache, read_head(lm.to(device)), device=device, content=content, layers=layers)
+        cache = ContrastCache(recipe.teacher.cache, fingerprint=teacher_fingerprint(recipe.teacher_spec))
+        return CachedTeacher(cache, read_head(lm).to(device), device=device, content=content, layers=layers)
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
 
@@ -454,8 +514,21 @@ def _hears_both(name: str, settings: SourceConfig) -> bool:
     return settings.role == "audio" and (name == OWN_TEACHER or settings.alpha > 0 or settings.layers.alpha > 0)
 
 
+def _check_tokenizer(key: str, settings: SourceConfig, model: torch.nn.Module, lm: Any, tokenizer: Any) -> None:
+    """SourceError unless a source's tokens are those of the student, as far as its answers use them."""
+    name = f"{key}.folder"
+    if not isinstance(model, AudioLM):
+        check_same_tokenizer(name, model.tokenizer, tokenizer)
+        return
+    # An audio LM adds tokens for its audio, which no answer has; but how an answer ends has to be the same.
+    name = "teacher.model" if key == OWN_TEACHER else name
+    check_same_tokenizer(name, model.tokenizer, tokenizer, added=False)
+    if settings.role != "text" and (ours := model.make_collator().end_id) != (theirs := lm.make_collator().end_id):
+        raise SourceError(f"{name}: expected answers that end with token {ours}, as the student's do, got {theirs}")
+
+
 def _load_source(
-    key: str, settings: SourceConfig, model: torch.nn.Module, device: torch.device, *, share: bool
+    key: str, settings: SourceConfig, recipe: Recipe, model: torch.nn.Module, device: torch.device, *, share: bool
 ) -> tuple[Any, Any]:
     """A source's model, frozen, and its tokenizer; `share`: see `snapshot`."""
     from models.backbones.resolve import BackboneError, load_causal_lm
@@ -466,9 +539,16 @@ def _load_source(
     try:
         if settings.role == "text":
             lm, tokenizer = load_causal_lm(settings.folder, dtype=inference_dtype(device))
+        elif isinstance(model, AudioLM):
+            own = key == OWN_TEACHER
+            dtype = torch_dtype(recipe.teacher.dtype if own else "auto", device)
+            lm = AudioLM.from_pretrained(settings.folder, dtype=dtype, attention=recipe.teacher.attention if own else None)
+            tokenizer = lm.tokenizer
         else:
             lm = SpeechLM.from_pretrained(settings.folder)
             tokenizer = lm.tokenizer
+    except AudioLMError as error:
+        raise SourceError(f"{'teacher.model' if key == OWN_TEACHER else f'{key}.folder'}: {error}") from error
     except (BackboneError, SpeechLMError) as error:
         raise SourceError(f"{key}.folder: {error}") from error
     return lm.requires_grad_(False), tokenizer

@@ -462,13 +462,19 @@ def snapshot(model: torch.nn.Module, *, share: bool = True) -> torch.nn.Module:
     return copy.deepcopy(model, shared).requires_grad_(False).eval()
 
 
-def check_same_tokenizer(name: str, student: Any, teacher: Any) -> None:
+def check_same_tokenizer(name: str, student: Any, teacher: Any, *, added: bool = True) -> None:
     """Distillation by token needs one tokenizer; heads that are padded differently are no obstacle.
+
+    Args:
+        added: compare also the tokens that stand beside the vocabulary, such as those of a chat. False where no target has them.
 
     Raises:
         SourceError: the two vocabularies differ; the message names a token.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    ours, theirs = (dict(tokenizer.get_vocab()) for tokenizer in (student, teacher))
+    if not added:  # an added token has another id in the other family, or none
+        beside = {token for tokenizer in (student, teacher) for token in getattr(tokenizer, "get_added_vocab", dict)()}
+        ours, theirs = ({token: n for token, n in each.items() if token not in beside} for each in (ours, theirs))
     if ours == theirs:
         return
     differing = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])

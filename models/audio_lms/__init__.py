@@ -1,0 +1,1 @@
+"""Any audio LM of transformers as teacher or student."""

@@ -1,0 +1,17 @@
+"""Ultravox's layout: Whisper-like encoder, stacked frames, an MLP, Llama. In transformers it is GLM-ASR; one clip a turn.
+
+Ultravox's own checkpoints need code of their repository, which this project does not run.
+
+Negative path: zeroed log-mel features; the model raises an error for placeholders without features.
+"""
+
+from __future__ import annotations
+
+from models.audio_lms.family import Family
+
+FAMILY = Family(
+    name="GLM-ASR",
+    model_types=("glmasr",),
+    model_class="GlmAsrForConditionalGeneration",
+    max_clips=1,
+)

@@ -1,0 +1,400 @@
+"""An audio LM of transformers behind the protocol that the training loop and the evaluation ask for.
+
+    model = AudioLM.from_pretrained("Qwen/Qwen2.5-Omni-3B", dtype=torch.bfloat16, trains="lora", lora=Lora(r=16))
+    clips = ClipReader(audio_root, sampling_rate=model.sampling_rate)
+    batch = model.make_collator()(examples, clips.rows(examples))
+    hidden = model.hidden_states_at(batch.target_index, **batch.model_inputs())   # (N, H); no logits are built
+    model.save_pretrained("runs/student/final")                                   # transformers' from_pretrained loads it
+
+The path without the audio is inside: rows whose `audio_present` is False get the family's silent features (family.py). So
+teachers, controls and audio dropout say which rows hear, as with a speech LM of this project.
+
+Legend: B rows, L columns, N positions, H hidden width, E entries of the features.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels.decoding import contrastive_generate
+from kdkernels.layer_states import LayerStates
+from kdkernels.lm_head import HeadCapture, evaluating, head_module
+from models.audio_lms.collation import AudioBatch, AudioCollator
+from models.audio_lms.families import family_of
+from models.audio_lms.family import AudioLMError, Family, matches, sampling_rate, tokenizer_of
+from models.audio_lms.settings import TRAINS, Lora
+from models.backbones.hub import from_hub
+from models.backbones.model_folder import quiet_transformers
+from models.io_utils import atomic_dir
+
+_ADAPTER_FILE = "adapter_config.json"
+# What a processor is loaded from, in a checkpoint of any age.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer*", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.jinja",
+)  # fmt: skip
+
+
+class AudioLM(nn.Module):
+    """See the module's docstring. `from_pretrained` is the usual way to make one.
+
+    Args:
+        lm: an audio LM of transformers, in evaluation mode.
+        processor: its processor.
+        trains: "full" = language model and connector, "connector" = that alone, "lora" = a new LoRA; None = nothing. The audio
+            encoder never trains.
+        lora: settings, where trains is "lora".
+        source: hub id or folder of the weights, which an adapter names as its base.
+        folder: where the processor's files lie; None = the processor is written by transformers.
+
+    Attributes:
+        lm: the model; with a LoRA a PeftModel around it.
+        family: what is known of its kind.
+        merge: write the LoRA into the weights when the model is saved; else the result is an adapter.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        processor: Any,
+        *,
+        trains: str | None = None,
+        lora: Lora | None = None,
+        source: str | None = None,
+        folder: Path | None = None,
+        merge: bool = False,
+    ) -> None:
+        super().__init__()
+        self.family: Family = family_of(lm.config)
+        self.processor = processor
+        self.tokenizer = tokenizer_of(processor)
+        self.sampling_rate = sampling_rate(processor)
+        self.merge = merge
+        self._folder = folder
+        self._gradient_checkpointing = False
+        self.lm = _trainable(lm, self.family, trains, lora or Lora(), source)
+        self.train(False)
+
+    # --- making, saving, loading --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        spec: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        attention: str | None = None,
+        device_map: Any = None,
+        trains: str | None = None,
+        lora: Lora | None = None,
+        merge: bool = False,
+    ) -> AudioLM:
+        """Load a checkpoint, or an adapter that `save_pretrained` wrote.
+
+        Args:
+            spec: hub id ("Qwen/Qwen2-Audio-7B-Instruct", optionally "@revision") or folder. Only safetensors are loaded, and
+                no code of a repository runs.
+            dtype: of the weights.
+            attention: transformers' attn_implementation, such as "sdpa" or "flash_attention_2"; None = transformers chooses.
+            device_map: transformers' device_map, such as "auto", which needs accelerate.
+            trains, lora, merge: see the class.
+
+        Raises:
+            AudioLMError: no such checkpoint, or one that this project cannot run.
+        """
+        from transformers import AutoConfig
+
+        own, *base = checkpoint_folders(spec)
+        adapter, folder = (own, base[0]) if base else (None, own)
+        source = _base_of(own) if base else str(Path(spec).resolve()) if Path(spec).is_dir() else os.fspath(spec)
+        with quiet_transformers():
+            try:
+                family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+                if family.check is not None:
+                    family.check(folder)
+                lm = _class_of(family).from_pretrained(
+                    folder, dtype=dtype, attn_implementation=attention, device_map=device_map, local_files_only=True,
+                    use_safetensors=True, trust_remote_code=False,
+                )  # fmt: skip
+                processor = _load_processor(family, own)
+            except (OSError, ValueError, ImportError, KeyError) as error:
+                raise AudioLMError(f"{spec}: {' '.join(str(error).split())}") from error
+            if adapter is not None:
+                lm = _with_adapter(lm, adapter)
+        return cls(lm.eval(), processor, trains=trains, lora=lora, source=source, folder=own, merge=merge)
+
+    @classmethod
+    def from_config(cls, config: Any, processor: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> AudioLM:
+        """A model with random weights, for tests; `options` as in the class."""
+        family = family_of(config)
+        return cls(_class_of(family)._from_config(config, dtype=dtype).eval(), processor, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write what transformers loads: weights or an adapter, config and the processor's files.
+
+        The folder appears complete or not at all, in place of an older one. With `merge` the LoRA is part of the weights from
+        then on, in this model too. An adapter names its base by the hub id or the folder that this model was loaded from.
+        """
+        if self.merge and self._has_lora:
+            self.lm = self.lm.merge_and_unload()
+        with atomic_dir(Path(folder)) as made:
+            self.lm.save_pretrained(made)  # beside an adapter no config.json: transformers would then look for all weights here
+            if self._folder is None:
+                self.processor.save_pretrained(made)
+            else:  # as they came: what is loaded here may be only the part that hears
+                for pattern in _PROCESSOR_FILES:
+                    for file in self._folder.glob(pattern):
+                        shutil.copyfile(file, made / file.name)
+        return Path(folder)
+
+    def make_collator(self, **options: Any) -> AudioCollator:
+        """An `AudioCollator` with this model's family and processor."""
+        return AudioCollator(self.family, self.processor, **options)
+
+    # --- text and audio -----------------------------------------------------------------------------------------------
+
+    def hidden_states_at(
+        self,
+        index: Tensor,
+        *,
+        layers: Sequence[int] = (),
+        audio_present: Tensor | None = None,
+        entries: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The LM head's inputs at chosen positions; the head computes nothing and no logits exist.
+
+        Args:
+            index: (N,) int64, row * L + column.
+            layers: also the states of these layers of the language model, counted as in `kdkernels.layer_map`.
+            audio_present: (B,) bool; False = the row's sound is masked. None = all rows hear.
+            entries: (B,) int64, how many entries of the features belong to each row; None = one a row.
+            inputs: of the model, as `AudioBatch.model_inputs` gives them.
+
+        Returns:
+            (N, H) in the model's dtype, with a gradient to what trains. With K layers (N, 1 + K, H): first what the head reads.
+
+        Raises:
+            ValueError: layers with gradient checkpointing, which first runs each layer without a gradient.
+        """
+        if layers and self._gradient_checkpointing and self.training:
+            raise ValueError("layers: cannot be combined with gradient checkpointing")
+        inputs = self._masked(inputs, audio_present, entries)
+        taken = LayerStates(self.lm, layers, index) if layers else None
+        with HeadCapture(head_module(self.lm)) as capture:
+            if taken is None:
+                self.lm(**inputs, use_cache=False)
+            else:
+                with taken:
+                    self.lm(**inputs, use_cache=False)
+        hidden = capture.hidden().flatten(0, 1)[index]
+        return hidden if taken is None else torch.cat([hidden[:, None], taken.stacked()], 1)
+
+    @torch.no_grad()
+    def generate(
+        self, batch: AudioBatch | Mapping[str, Any], *, max_new_tokens: int = 16, alpha: float | None = None
+    ) -> list[str]:
+        """Greedy answers to a batch of prompts; with `alpha` by contrastive decoding of the paths with and without the audio.
+
+        Args:
+            batch: rows that end with the last token of their prompt, or their model inputs.
+            max_new_tokens: limit of each row.
+
+        Returns:
+            one text for each row, without special tokens and outer white space.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
+        inputs = dict(batch.model_inputs() if isinstance(batch, AudioBatch) else batch)
+        inputs = self._masked(inputs, inputs.pop("audio_present", None), inputs.pop("entries", None))
+        stop = sorted({token for token in (self.make_collator().end_id, self.tokenizer.eos_token_id) if token is not None})
+        if alpha is None:
+            tokens = self._greedy(inputs, max_new_tokens, stop)
+        else:
+            tokens = contrastive_generate(
+                self.lm, inputs, negative=self.family.negative, alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=stop
+            )
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens.tolist()]
+
+    def _greedy(self, inputs: dict[str, Any], max_new_tokens: int, stop: list[int]) -> Tensor:
+        """(B, T) new tokens, by transformers' generate with a config of its own: a checkpoint's sampling has no effect."""
+        from transformers import GenerationConfig
+
+        lm = self.lm.get_base_model() if self._has_lora else self.lm
+        ids, mask = _left_padded(inputs["input_ids"], inputs["attention_mask"])
+        config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
+        own, lm.generation_config = lm.generation_config, GenerationConfig()  # which fills what a config leaves open
+        try:
+            with evaluating(lm):
+                made = lm.generate(**inputs | {"input_ids": ids, "attention_mask": mask}, generation_config=config)
+        finally:
+            lm.generation_config = own
+        return made[:, ids.shape[1] :]
+
+    def _masked(self, inputs: dict[str, Any], present: Tensor | None, entries: Tensor | None) -> dict[str, Any]:
+        """`inputs` with features in the model's dtype, and with silent ones in the rows that hear nothing."""
+        found = [name for name in self.family.features if inputs.get(name) is not None]
+        inputs = inputs | {name: inputs[name].to(self.lm.dtype) for name in found}
+        if present is None or not found:
+            return inputs
+        silent = self.family.negative(inputs)
+        if entries is not None:
+            present = present.repeat_interleave(entries, output_size=len(inputs[found[0]]))  # (E,)
+        keeps = {name: present.view(-1, *[1] * (inputs[name].dim() - 1)) for name in found}
+        return inputs | {name: torch.where(keeps[name], inputs[name], silent[name]) for name in found}
+
+    # --- what training and evaluation ask of a model --------------------------------------------------------------------
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head."""
+        return head_module(self.lm)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass: less memory, a third more time."""
+        if hasattr(self.lm, "activation_checkpointing_enable"):  # the newer name; the older one warns
+            self.lm.activation_checkpointing_enable()
+        else:
+            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._gradient_checkpointing = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> AudioLM:
+        """As torch does, but what has frozen weights only stays in evaluation mode: a frozen batch norm must not move.
+
+        Activation checkpointing works in training mode alone, so with it the language model's layers are in training mode too.
+        """
+        super().train(mode)
+        if mode:
+            for name, module in self.lm.named_modules():
+                weights = list(module.parameters())
+                recomputes = self._gradient_checkpointing and matches(self.family.language_model, name)
+                if weights and not recomputes and not any(weight.requires_grad for weight in weights):
+                    module.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the LM head."""
+        return self.get_output_embeddings().weight.device
+
+    @property
+    def _has_lora(self) -> bool:
+        return hasattr(self.lm, "merge_and_unload")
+
+
+def find_checkpoint_folder(spec: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint: `spec` itself, or the hub's cache of it, downloaded if need be.
+
+    Raises:
+        AudioLMError: there is none; the message lists the places that were tried.
+    """
+    spec = os.fspath(spec)
+    folder = Path(spec).expanduser()
+    if (folder / "config.json").is_file() or (folder / _ADAPTER_FILE).is_file():
+        return folder
+    tried = [f"folder {folder}: {'no config.json in it' if folder.is_dir() else 'no such folder'}"]
+    hub_id, _, revision = spec.partition("@")
+    found = from_hub(hub_id, revision or None, tried) if is_hub_id(spec) and not folder.is_dir() else None
+    if found is None:
+        raise AudioLMError(f"{spec}: expected a hub id or a folder of an audio LM, found none. Tried: {'; '.join(tried)}")
+    return found
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` has the form owner/name or owner/name@revision."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", spec) is not None
+
+
+def checkpoint_folders(spec: str | os.PathLike[str]) -> list[Path]:
+    """The folder of a checkpoint; of an adapter its own folder and that of its base."""
+    folder = find_checkpoint_folder(spec)
+    return [folder, find_checkpoint_folder(_base_of(folder))] if _is_adapter(folder) else [folder]
+
+
+def _base_of(folder: Path) -> str:
+    """Hub id or folder of the weights that an adapter belongs to."""
+    try:
+        return json.loads((folder / _ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise AudioLMError(f"{folder / _ADAPTER_FILE}: expected the name of its base model: {error}") from error
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no weights of a model; Granite Speech's checkpoints hold both."""
+    return (folder / _ADAPTER_FILE).is_file() and not any(folder.glob("model*.safetensors"))
+
+
+def _with_adapter(lm: nn.Module, folder: Path) -> nn.Module:
+    """`lm` with the LoRA of `folder` merged into its weights."""
+    return _peft().PeftModel.from_pretrained(lm, folder).merge_and_unload()
+
+
+def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, source: str | None) -> nn.Module:
+    """`lm` with requires_grad where `trains` says so, and with a new LoRA for "lora"."""
+    if trains not in (None, *TRAINS):
+        raise ValueError(f"trains: expected one of {', '.join(TRAINS)} or None, got {trains!r}")
+    lm.requires_grad_(False)
+    if trains == "lora":
+        if getattr(lm, "_hf_peft_config_loaded", False):
+            raise AudioLMError(f"{source}: expected weights without a LoRA of their own; train the connector, or merge it first")
+        # Whole names: PEFT turns patterns into ends of names for some families, and the encoder's layers have the same ends.
+        names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and _gets_lora(name, family, lora)]
+        if not names:
+            raise AudioLMError(f"lora.targets: expected ends of names of the language model's linear layers, got {lora.targets}")
+        config = _peft().LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
+        wrapped = _peft().get_peft_model(lm, config)
+        wrapped.peft_config["default"].base_model_name_or_path = source
+        return wrapped
+    wanted = {"full": f"({family.language_model}|{family.connector})", "connector": family.connector}.get(trains)
+    trained = [p for name, p in lm.named_parameters() if wanted is not None and matches(wanted, name)]
+    if wanted is not None and not trained:
+        raise AudioLMError(f"trains: found no weights of {trains!r} in {type(lm).__name__}; its modules have other names")
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return lm
+
+
+def _gets_lora(name: str, family: Family, lora: Lora) -> bool:
+    if not lora.targets:
+        return re.fullmatch(family.lora, name) is not None
+    return matches(family.language_model, name) and name.endswith(tuple(f".{target}" for target in lora.targets))
+
+
+def _class_of(family: Family) -> Any:
+    import transformers
+
+    found = getattr(transformers, family.model_class, None)
+    if found is None:
+        raise AudioLMError(f"{family.name}: it needs {family.model_class}, which transformers {transformers.__version__} lacks")
+    return found
+
+
+def _load_processor(family: Family, folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    if family.load_processor is not None:
+        return family.load_processor(str(folder))
+    return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise AudioLMError("lora: it needs the package peft: pip install peft") from None
+    return peft
+
+
+def _left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, L) with each row's tokens at its end: new tokens follow there."""
+    order = (attention_mask != 0).long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)

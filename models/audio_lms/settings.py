@@ -1,0 +1,32 @@
+"""How an audio LM is loaded and what trains of it: the words that recipes and commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TRAINS = ("full", "lora", "connector")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of a LoRA; see PEFT's LoraConfig.
+
+    Attributes:
+        r, alpha: its product is scaled by alpha / r.
+        dropout: probability, on its input.
+        targets: ends of module names, such as ("q_proj", "v_proj"); empty = what the family says.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r: expected at least 1, got {self.r}")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha: expected a positive number, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout: expected a number in [0, 1), got {self.dropout}")

@@ -1,0 +1,77 @@
+"""The two kinds of models that hear: this project's SpeechLM, and any audio LM of transformers (models/audio_lms).
+
+A folder with speech_lm.json is a SpeechLM. Everything else is an audio LM: a hub id, a checkpoint's folder, or an adapter's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from models.audio_lms.clips import ClipReader
+from models.audio_lms.model import AudioLM
+from models.backbones.device import inference_dtype
+
+if TYPE_CHECKING:
+    from models.data.manifest import Example
+
+
+def is_speech_lm(spec: str | os.PathLike[str]) -> bool:
+    """Whether `spec` is the folder of a SpeechLM."""
+    return (Path(spec) / "speech_lm.json").is_file()
+
+
+def load_listener(
+    spec: str | os.PathLike[str], device: torch.device, *, dtype: str = "auto", attention: str | None = None
+) -> Any:
+    """A SpeechLM or an `AudioLM`, frozen, in evaluation mode, on `device`.
+
+    Args:
+        dtype: one of models.audio_lms.settings.DTYPES, of an audio LM's weights; auto = bfloat16 where that is fast on
+            `device`, else float32.
+        attention: of an audio LM, see `AudioLM.from_pretrained`.
+
+    Raises:
+        SpeechLMError, BackboneError, AudioLMError: it is not found or cannot be used; all are RuntimeErrors.
+    """
+    from models.speech_lm.model import SpeechLM
+
+    if is_speech_lm(spec):
+        model: Any = SpeechLM.from_pretrained(spec)
+    else:
+        model = AudioLM.from_pretrained(spec, dtype=torch_dtype(dtype, device), attention=attention)
+    return model.requires_grad_(False).to(device).eval()
+
+
+def torch_dtype(name: str, device: torch.device, *, trains: bool = False) -> torch.dtype:
+    """The dtype of that name; "auto" is float32 for weights that train, and else what is fast on `device`."""
+    if name == "auto":
+        return torch.float32 if trains else inference_dtype(device)
+    return getattr(torch, name)
+
+
+def open_clips(
+    model: Any, examples: Sequence[Example], *, audio_root: str | Path, max_seconds: float, **options: Any
+) -> tuple[Any, list[Example]]:
+    """What `model` hears of the examples, with `rows(examples)`; and the examples whose clips it can hear.
+
+    For a SpeechLM it is a store of features, made now or read from a file: `options` are those of `clip_features`. An audio
+    LM's clips are decoded batch by batch.
+
+    Raises:
+        FeatureError: see `clip_features`.
+        ValueError: features for an audio LM, which has an encoder of its own in each forward.
+    """
+    from models.speech_lm.features import clip_features
+
+    if not isinstance(model, AudioLM):
+        return clip_features(model, examples, audio_root=audio_root, max_seconds=max_seconds, **options)
+    if options.get("features") is not None:
+        raise ValueError(f"features: expected none with an audio LM of transformers, got {options['features']}")
+    return ClipReader(audio_root, sampling_rate=model.sampling_rate, max_seconds=max_seconds), list(examples)
+
+

@@ -1,0 +1,90 @@
+"""The whole way by the command line: manifest, cache, train, kill, resume, evaluate, from_pretrained, ask."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.cli import main as models
+from tests.kdkernels.tiny_lms import any_peft
+from tests.models.audio_lms.audio_world import QUESTION, make_world, words
+from tests.models.audio_lms.test_training import Killed, curves, kill_in_step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen2_audio", ["student.merge=true"]), ("qwen2_5_omni", ["student.lora.targets=[q_proj,v_proj]"])],
+)
+def test_distil_resume_evaluate_load_and_ask(family, options, tmp_path, monkeypatch, capsys):
+    world = make_world(tmp_path, family)
+    teacher, manifest, cache = (str(world / name) for name in ("teacher", "manifest.jsonl", "cache"))
+    run = ["train", "caad", *words(world, "run", f"teacher.model={teacher}", "teacher.batch_examples=1", *options)]
+
+    # From a live teacher, killed and continued.
+    kill_in_step(monkeypatch, 3)
+    with pytest.raises(Killed):
+        models(run)
+    monkeypatch.undo()
+    assert models([*run, "run.resume=auto"]) == 0
+    live = curves(world / "run")
+    assert [line["step"] for line in live] == [1, 2, 3, 4]
+
+    # From a cache of the same teacher: the same curves.
+    filled = ["cache", teacher, manifest, "--out", cache, "--dtype", "float32", "--teacher-dtype", "float32"]
+    assert models([*filled, "--batch-examples", "1", "--device", "cpu", "--measure", "2"]) == 0
+    assert "12 samples written" in capsys.readouterr().out
+    assert models([*run, f"run.out_dir={world / 'cached'}", f"teacher.cache={cache}"]) == 0
+    for one, other in zip(live, curves(world / "cached"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+    # Evaluated in both modes, with a control; the second call finds all answers.
+    final = str(world / "run" / "final")
+    for mode in ("choice", "generate"):
+        out = world / f"{mode}.jsonl"
+        asked = ["evaluate", final, manifest, "--mode", mode, "--out", str(out), "--device", "cpu", "--max-new-tokens", "4"]
+        assert models([*asked, "--controls", "no_audio", "--json", str(world / f"{mode}.json")]) == 0
+        assert len(out.read_text().splitlines()) == 1 + 12
+        assert models([*asked, "--controls", "no_audio"]) == 0
+        assert "12 answers are there" in capsys.readouterr().out
+    asked = ["evaluate", final, manifest, "--out", str(world / "c.jsonl"), "--device", "cpu"]
+    assert models([*asked, "--decoding", "contrastive"]) == 0
+
+    # Loaded by transformers alone: the merged weights, or the adapter on its base.
+    from transformers import AutoModelForMultimodalLM
+
+    with any_peft():
+        lm = AutoModelForMultimodalLM.from_pretrained(final)
+    merged = "student.merge=true" in options
+    assert ((world / "run" / "final" / "adapter_config.json").is_file()) != merged
+    if not merged:
+        adapter = load_file(world / "run" / "final" / "adapter_model.safetensors")
+        assert {name.split(".")[-3] for name in adapter} == {"q_proj", "v_proj"}
+    assert any(torch.isfinite(x).all() for x in lm.parameters())
+
+    # And asked.
+    capsys.readouterr()
+    clips = [str(world / "0.wav"), str(world / "1.wav")]
+    assert models(["ask", final, clips[0], QUESTION, "--device", "cpu", "--max-new-tokens", "3"]) == 0
+    assert models(["ask", final, *clips, "Which is higher?", "--device", "cpu", "--max-new-tokens", "3", "--alpha", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert models(["ask", final, str(world / "no.wav"), QUESTION]) == 1
+    assert "clip: no file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluate_gives_a_trained_student_its_due(tmp_path, capsys):
+    """A student that has learned its six clips by heart answers them; without the audio it answers by chance."""
+    world = make_world(tmp_path, "qwen2_audio")
+    more = ["optim.steps=40", "optim.learning_rate=0.02", "optim.warmup_steps=5", "run.save_every_steps=40"]
+    more += ["student.trains=full"]
+    assert models(["train", "sft", *words(world, "sft", *more)]) == 0
+    final, scores = str(world / "sft" / "final"), world / "scores.json"
+    asked = ["evaluate", final, str(world / "manifest.jsonl"), "--out", str(world / "p.jsonl"), "--json", str(scores)]
+    assert models([*asked, "--device", "cpu", "--controls", "no_audio"]) == 0
+    found = [json.loads(line) for line in (world / "p.jsonl").read_text().splitlines()[1:]]
+    right = {kind: [p["answer"] in p["prediction"] for p in found if p["control"] == kind] for kind in ("", "no_audio")}
+    assert all(right[""]) and not all(right["no_audio"])

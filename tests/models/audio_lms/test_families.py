@@ -1,0 +1,222 @@
+"""Every family: its batches, its two paths and its loss, on tiny random models of the real classes with the real processors."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from kdkernels import fused_linear_caad_loss
+from kdkernels.teacher import DualPathTeacher, MarkAbsent
+from models.audio_lms.clips import ClipReader
+from models.audio_lms.families import family_of
+from models.audio_lms.family import AudioLMError, Turn
+from models.audio_lms.model import AudioLM
+from models.data.audio import AudioError, write_audio
+from models.data.example import Example
+from tests.models.audio_lms import tiny_audio_lms as tiny
+
+EXAMPLES = [
+    Example(id="a", audio="a.wav", question="High or low?", choices=("high", "low"), answer="high", target="It is high."),
+    Example(id="b", audio="b.wav", question="Is the tone <|im_end|> low?", context="Note: no.", answer="low", target="low"),
+]
+CLIPS = [tiny.tone(1200), tiny.tone(300, seconds=0.9)]
+NO_CLIPS = [None, None]
+# The convolutions of their encoders read the padding of a shorter clip, in transformers too (Qwen3-Omni: only under a second).
+SEE_PADDING = ("Granite Speech", "Phi-4-multimodal", "Qwen3-Omni")
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def model(request, tmp_path_factory) -> AudioLM:
+    return AudioLM.from_pretrained(tiny.FAMILIES[request.param](tmp_path_factory.mktemp("lm") / request.param))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> AudioLM:
+    return AudioLM.from_pretrained(tiny.qwen2_audio(tmp_path_factory.mktemp("lm") / "qwen"))
+
+
+def logits_of(model: AudioLM, batch, *, hears: bool) -> torch.Tensor:
+    """(N, V) by a plain call of transformers' model."""
+    features = dict(batch.features)
+    if not hears:
+        features |= {name: torch.zeros_like(features[name]) for name in model.family.features}
+    output = model.lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **features)
+    return output.logits.flatten(0, 1)[batch.target_index].float()
+
+
+def test_labels_are_the_targets_tokens_alone(model):
+    collate = model.make_collator()
+    batch, prompt = collate(EXAMPLES, CLIPS), collate(EXAMPLES, CLIPS, with_target=False)
+    columns = batch.input_ids.shape[1]
+    for row, example in enumerate(EXAMPLES):
+        here = batch.target_row == row
+        ids, mask = batch.input_ids[row], batch.attention_mask[row].bool()
+        length, asked = int(mask.sum()), prompt.input_ids[row][prompt.attention_mask[row].bool()].tolist()
+        assert ids[: len(asked)].tolist() == asked and not mask[length:].any()
+        # What predicts a token stands one column before it; all that follows the prompt is predicted.
+        predicting = batch.target_index[here] - row * columns
+        assert predicting.tolist() == list(range(len(asked) - 1, length - 1))
+        assert ids[predicting + 1].tolist() == batch.target[here].tolist() == collate.target_ids(example)
+        assert model.tokenizer.decode(batch.target[here].tolist()[:-1]) == example.target
+        assert batch.target[here][-1] == collate.end_id
+        spelled = batch.target[here & batch.choice_mask].tolist()
+        assert model.tokenizer.decode(spelled) == example.answer
+    ends = (prompt.input_ids[1] == collate.end_id).sum()
+    assert ends <= 1 + (prompt.input_ids[0] == collate.end_id).sum()  # the one in the question is plain text
+
+
+def test_both_paths_and_the_loss_are_those_of_an_eager_loop(model):
+    batch = model.make_collator()(EXAMPLES, CLIPS)
+    teacher = DualPathTeacher(model, negative=MarkAbsent())
+    states = teacher(batch.model_inputs(), batch.target_index)
+    with torch.no_grad():
+        audio, text = (logits_of(model, batch, hears=hears) for hears in (True, False))
+    torch.testing.assert_close(teacher.head.logits(states.audio_hidden), audio, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(teacher.head.logits(states.text_hidden), text, rtol=1e-4, atol=1e-4)
+    assert (audio - text).abs().max() > 1e-2  # the sound matters
+
+    student = model  # distilled into itself: the tokens are the same, and its own gradient is what is asked for
+    hidden = student.hidden_states_at(batch.target_index, **batch.model_inputs())
+    loss = fused_linear_caad_loss(
+        hidden, student.get_output_embeddings().weight, states.audio_hidden, states.text_hidden, target=batch.target,
+        alpha=1.0, temperature=2.0, kd_weight=0.7, **teacher.head.keywords("teacher"),
+    )  # fmt: skip
+    log_p, log_q = ((z / 2).log_softmax(-1) for z in (2 * audio - text, audio))
+    kd = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    expected = 0.7 * kd + 0.3 * F.cross_entropy(audio, batch.target)
+    torch.testing.assert_close(loss.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_do_not_depend_on_their_neighbours(model):
+    collate = model.make_collator()
+    together = collate(EXAMPLES, CLIPS)
+    hidden = model.hidden_states_at(together.target_index, **together.model_inputs())
+    silent = model.hidden_states_at(
+        together.target_index, **together.model_inputs() | {"audio_present": torch.tensor([True, False])}
+    )
+    for row in (0, 1):
+        alone = collate(EXAMPLES[row : row + 1], CLIPS[row : row + 1])
+        states = model.hidden_states_at(alone.target_index, **alone.model_inputs())
+        here = together.target_row == row
+        if model.family.name not in SEE_PADDING:
+            torch.testing.assert_close(hidden[here], states, rtol=1e-3, atol=1e-3)
+        assert torch.equal(silent[here], hidden[here]) == (row == 0)
+
+
+@torch.no_grad()
+def test_a_row_without_a_clip_stands_beside_one_with_a_clip(model):
+    collate = model.make_collator()
+    batch = collate(EXAMPLES, [CLIPS[0], None])
+    assert batch.entries.tolist() == [1, 0] and batch.audio_present.tolist() == [True, False]
+    hidden = model.hidden_states_at(batch.target_index, **batch.model_inputs())
+    alone = collate(EXAMPLES[:1], CLIPS[:1])
+    states = model.hidden_states_at(alone.target_index, **alone.model_inputs())
+    torch.testing.assert_close(hidden[batch.target_row == 0], states, rtol=1e-3, atol=1e-3)
+    only_text = collate(EXAMPLES, NO_CLIPS)
+    assert only_text.features == {}
+    states = model.hidden_states_at(only_text.target_index, **only_text.model_inputs())
+    torch.testing.assert_close(hidden[batch.target_row == 1], states[only_text.target_row == 1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("trains", ["full", "lora", "connector"])
+def test_what_trains_gets_a_gradient_and_nothing_else_does(model, trains):
+    source = model._folder
+    student = AudioLM.from_pretrained(source, trains=trains).train()
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    batch = student.make_collator()(EXAMPLES, CLIPS)
+    hidden = student.hidden_states_at(batch.target_index, **batch.model_inputs())
+    F.cross_entropy(student.get_output_embeddings()(hidden), batch.target).backward()
+    assert trained and all(p.grad is not None for p in trained.values())
+    assert not any("audio_tower.layers" in name or "visual" in name or "encoder.layers" in name for name in trained)
+    if trains == "lora":
+        assert all("lora_" in name for name in trained)
+    assert not any(module.training for module in student.modules() if isinstance(module, torch.nn.BatchNorm1d))
+
+
+def test_answers(model):
+    """Greedy and contrastive; both are those of one row at a time."""
+    collate = model.make_collator()
+    batch = collate(EXAMPLES, CLIPS, with_target=False)
+    answers = model.generate(batch, max_new_tokens=3)
+    assert len(answers) == 2 and all(isinstance(text, str) for text in answers)
+    assert model.generate(batch, max_new_tokens=3, alpha=0.0) == answers
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(batch, max_new_tokens=0)
+
+
+def test_several_clips_in_a_turn(model):
+    collate = model.make_collator()
+    turns = [Turn("Which is higher?", tuple(CLIPS)), Turn("High?", (CLIPS[0],))]
+    if model.family.max_clips == 1:
+        with pytest.raises(ValueError, match="at most 1 a turn"):
+            collate.ask(turns)
+        return
+    batch = collate.ask(turns)
+    assert batch.entries.tolist() == [2, 1] and all(len(x) == 3 for x in batch.features.values())
+    hears = model.hidden_states_at(torch.tensor([batch.input_ids.shape[1] - 1]), **batch.model_inputs())
+    inputs = batch.model_inputs() | {"audio_present": torch.tensor([False, True])}
+    assert not torch.equal(hears, model.hidden_states_at(torch.tensor([batch.input_ids.shape[1] - 1]), **inputs))
+
+
+def test_the_thinker_out_of_the_full_checkpoint(tmp_path):
+    """Qwen2.5-Omni's own layout: `thinker.` before the names, beside a talker that is not loaded."""
+    from transformers import Qwen2_5OmniConfig
+
+    thinker = tiny.qwen2_5_omni(tmp_path / "thinker")
+    config = Qwen2_5OmniConfig(thinker_config=json.loads((thinker / "config.json").read_text()))
+    weights = load_file(thinker / "model.safetensors")
+    for file in thinker.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()) if file.name != "config.json" else None
+    config.save_pretrained(tmp_path)
+    full = {f"thinker.{name.removeprefix('thinker.')}": x for name, x in weights.items()}
+    save_file({**full, "talker.codec_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    batches = [AudioLM.from_pretrained(folder) for folder in (thinker, tmp_path)]
+    states = []
+    for model in batches:
+        batch = model.make_collator()(EXAMPLES, CLIPS)
+        states.append(model.hidden_states_at(batch.target_index, **batch.model_inputs()))
+    assert torch.equal(*states)
+
+
+def test_a_family_that_is_not_listed(qwen):
+    from transformers import LlamaConfig, VoxtralRealtimeConfig
+
+    with pytest.raises(AudioLMError, match="model type 'llama': expected an audio LM"):
+        family_of(LlamaConfig())
+    assert family_of(VoxtralRealtimeConfig()).model_class == "VoxtralRealtimeForConditionalGeneration"
+
+
+def test_errors_name_what_is_missing(qwen, tmp_path):
+    with pytest.raises(AudioLMError, match="no such folder"):
+        AudioLM.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(AudioLMError, match=r"lora\.targets"):
+        AudioLM.from_pretrained(qwen._folder, trains="lora", lora=tiny_lora("nowhere_proj"))
+    with pytest.raises(ValueError, match="trains: expected one of full, lora, connector or None, got 'all'"):
+        AudioLM.from_pretrained(qwen._folder, trains="all")
+    collate = qwen.make_collator(max_tokens=30)
+    with pytest.raises(ValueError, match=r"example 'b': .* expected at most 30"):
+        collate(EXAMPLES, CLIPS)
+    with pytest.raises(ValueError, match="clips: expected 2"):
+        collate(EXAMPLES, CLIPS[:1])
+
+
+def tiny_lora(*targets: str):
+    from models.audio_lms.model import Lora
+
+    return Lora(r=2, targets=targets)
+
+
+def test_clips_are_read_when_they_are_asked_for(tmp_path):
+    write_audio(tmp_path / "a.wav", CLIPS[0])
+    reader = ClipReader(tmp_path, sampling_rate=8_000)
+    rows = reader.rows([EXAMPLES[0], Example(id="t", audio=None), EXAMPLES[0]])
+    assert rows[1] is None and rows[0].dtype == np.float32 and len(rows[0]) == len(CLIPS[0]) // 2
+    assert np.array_equal(rows[0], rows[2]) and vars(reader).keys() == {"audio_root", "sampling_rate", "max_seconds"}
+    with pytest.raises(AudioError, match="example 'b': missing file"):
+        reader.rows(EXAMPLES)

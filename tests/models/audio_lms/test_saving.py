@@ -1,0 +1,80 @@
+"""What is saved is transformers' own form: its from_pretrained and AutoProcessor load it, and it computes the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from models.audio_lms.model import AudioLM, Lora
+from tests.kdkernels.tiny_lms import any_peft
+from tests.models.audio_lms import tiny_audio_lms as tiny
+from tests.models.audio_lms.test_families import CLIPS, EXAMPLES
+
+
+@torch.no_grad()
+def trained(folder, **options) -> AudioLM:
+    """A student whose trained weights have moved."""
+    student = AudioLM.from_pretrained(folder, **options)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return student
+
+
+@torch.no_grad()
+def states(model: AudioLM) -> torch.Tensor:
+    batch = model.make_collator()(EXAMPLES, CLIPS)
+    return model.hidden_states_at(batch.target_index, **batch.model_inputs())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2_audio", {"trains": "lora", "lora": Lora(r=2)}),
+        ("qwen2_audio", {"trains": "lora", "lora": Lora(r=2), "merge": True}),
+        ("qwen2_audio", {"trains": "connector"}),
+        ("qwen2_5_omni", {"trains": "lora", "lora": Lora(r=2)}),
+        ("qwen2_5_omni", {"trains": "full"}),
+        ("glm_asr", {"trains": "full"}),
+    ],
+)
+def test_transformers_loads_the_result(family, options, tmp_path):
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    base = tiny.FAMILIES[family](tmp_path / "base")
+    student = trained(base, **options)
+    expected = states(student)
+    assert not torch.allclose(expected, states(AudioLM.from_pretrained(base)), atol=1e-3)
+    folder = student.save_pretrained(tmp_path / "final")
+    again = AudioLM.from_pretrained(folder)
+    torch.testing.assert_close(states(again), expected, rtol=1e-4, atol=1e-4)
+
+    adapter = options["trains"] == "lora" and not options.get("merge")
+    assert (folder / "adapter_config.json").is_file() == adapter
+    if adapter:
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+        assert not list(folder.glob("model*.safetensors"))
+    with any_peft():
+        lm = AutoModelForMultimodalLM.from_pretrained(folder).eval()
+    assert type(lm) is type(again.lm)
+    batch = student.make_collator()(EXAMPLES, CLIPS)
+    logits = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.features).logits
+    got = logits.flatten(0, 1)[batch.target_index]
+    torch.testing.assert_close(got, student.get_output_embeddings()(expected), rtol=1e-3, atol=1e-3)
+    if family != "qwen2_5_omni":  # whose processor wants torchvision
+        processor = AutoProcessor.from_pretrained(folder)
+        assert type(processor) is type(student.processor)
+        assert processor.tokenizer.get_vocab() == student.tokenizer.get_vocab()
+        chat = [{"role": "user", "content": [{"type": "audio", "audio": "x"}, {"type": "text", "text": "High?"}]}]
+        assert "<|AUDIO|>" in processor.apply_chat_template(chat, tokenize=False)
+
+
+def test_a_save_replaces_the_folder_whole(tmp_path):
+    student = trained(tiny.qwen2_audio(tmp_path / "base"), trains="lora", lora=Lora(r=2))
+    student.save_pretrained(tmp_path / "final")
+    (tmp_path / "final" / "left").write_text("of an older run")
+    student.save_pretrained(tmp_path / "final")
+    assert not (tmp_path / "final" / "left").exists()
