@@ -82,6 +82,20 @@ class TeacherProjection:
     def to(self, device: torch.device | str) -> TeacherProjection:
         return self._with({name: x.to(device) for name, x in self.tensors().items()})
 
+    def spread(self, where: Tensor, count: int) -> TeacherProjection:
+        """Of ``count`` tokens: these ones at the places ``where`` (n,) int64, and in between tokens about which it says nothing.
+
+        For projections with one leading dimension. A token in between has mass 0, so its kd and the gradient of that are 0.
+        """
+        if len(self.leading) != 1 or where.shape != self.leading:
+            raise ValueError(f"where: expected one place for each of the tokens {tuple(self.leading)}, got {tuple(where.shape)}")
+
+        def placed(name: str, x: Tensor) -> Tensor:
+            empty = x.new_full((count, *x.shape[1:]), -1 if name == "ids" else 0)
+            return empty.index_copy_(0, where.to(x.device), x)
+
+        return self._with({name: placed(name, x) for name, x in self.tensors().items()})
+
     def _with(self, changes: dict[str, Any]) -> TeacherProjection:
         return replace(self, **changes)
 

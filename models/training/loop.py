@@ -45,6 +45,7 @@ from models.training.distributed import (
     save_distributed,
 )
 from models.training.objective import Normalizers, Part, PartLoss, counted_positions, select_positions, token_weights
+from models.training.projections import project_own_teacher
 from models.training.recipe import ConfigError, Recipe, settings_to_continue, to_dict
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.stop_signals import noted_signals
@@ -83,7 +84,7 @@ class TrainingLoop:
     ) -> None:
         _check_arguments(recipe, data, sources)
         self.recipe, self.optim, self.run_config = recipe, recipe.optim, recipe.run
-        self.model, self.data, self.sources = model, data, sources
+        self.model, self.data = model, data
         self.resume_command = resume_command
         self.ranks = Ranks(pick_device(recipe.run.device, name="run.device")) if ranks is None else ranks
         check_ranks(recipe, self.ranks)
@@ -96,6 +97,7 @@ class TrainingLoop:
         if self.compared:  # in the model: one state dict and one list of parameters, for optimiser and checkpoints
             model.layer_distillation = torch.nn.ModuleDict(self.compared).to(self.device)
         check_packing(model, data, self.device)
+        self.sources = project_own_teacher(recipe, sources, data, model, self.device)
         objective = PartLoss(recipe, model, data, self.compared)
         self.objective = parallelize(objective, recipe.run.parallel, self.ranks, lm=getattr(model, "lm", None))
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}

@@ -18,12 +18,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels import TeacherSource, adaptive_alpha, fused_linear_multi_teacher_loss
+from kdkernels import (
+    TeacherSource,
+    adaptive_alpha,
+    fused_linear_multi_teacher_loss,
+    fused_linear_projected_loss,
+)
 from kdkernels.lm_head import linear_of
 from models.backbones.causal_lm import logit_post
 from models.training.recipe import LossConfig, Recipe
 from models.training.run_setup import OWN_TEACHER, TrainingData
-from models.training.teachers import LayerDistillation, TeacherStates
+from models.training.teachers import LayerDistillation, ProjectedStates, TeacherStates
 
 Curve = tuple[str, torch.Tensor, torch.Tensor]  # name, mean, weight
 
@@ -153,6 +158,24 @@ def objective_loss(
     if not recipe.distils:
         return _cross_entropy(post(F.linear(hidden, weight, bias)), target, weights.ce, ce_normalizer)
     settings = recipe.loss
+    own = states.get(OWN_TEACHER)
+    if isinstance(own, ProjectedStates):
+        loss, stats = fused_linear_projected_loss(
+            hidden,
+            weight,
+            own.projection,
+            target,
+            student_bias=bias,
+            kd_weight=settings.kd_weight,
+            kd_token_weight=weights.kd,
+            ce_token_weight=weights.ce,
+            kd_normalizer=kd_normalizer,
+            ce_normalizer=ce_normalizer,
+            chunk_tokens=settings.chunk_tokens,
+            impl=settings.impl,
+            return_stats=True,
+        )
+        return loss, _projected_curves(stats, weights) if with_stats else []
     result = fused_linear_multi_teacher_loss(  # of one teacher: fused_linear_caad_loss, to the bit
         hidden,
         weight,
@@ -200,6 +223,14 @@ def _distillation_curves(stats: Any, weights: TokenWeights, names: Sequence[str]
         by_token |= {f"top1_agreement{suffix}": stats.top1_agreement[k]}
         by_token |= {f"path_divergence{suffix}": stats.path_divergence[k]}
     return curves + [(name, _mean(values, weights.kd), kd_total) for name, values in by_token.items()]
+
+
+def _projected_curves(stats: Any, weights: TokenWeights) -> list[Curve]:
+    """As `_distillation_curves`, but for the divergence of the teacher's two paths, which a projection does not know."""
+    kd_total = weights.kd.sum()
+    by_token = {name: getattr(stats, name) for name in ("kd", "student_entropy", "teacher_entropy", "top1_agreement")}
+    curves = [(name, _mean(values, weights.kd), kd_total) for name, values in by_token.items()]
+    return [*curves, ("ce", _mean(stats.ce, weights.ce), weights.ce.sum())]
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -133,6 +133,10 @@ class TeacherConfig:
     cache: str | None = None  # ContrastCache folder (python -m models cache); the teacher's body then never runs
     # MiB for a live teacher's states of all examples: if they fit, they are computed once, before the first step. 0 = off.
     keep_mib: int = 0
+    # K likeliest ids of the teacher's projection for the student's frozen LM head (kdkernels.project_teacher). It is made once
+    # for all examples and kept in memory; a step then costs what cross-entropy costs. 0 = no projection: each step multiplies
+    # by the teacher's head.
+    projection: int = 0
     # Examples that a live teacher reads at a time; 0 = the whole batch. Few need less memory. With 1 its states do not depend on
     # the batch: they are bit for bit those of a float32 cache made with --batch-examples 1 (on a CPU with as many threads).
     batch_examples: int = 0
@@ -140,6 +144,9 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         _one_of(self.dtype, "teacher.dtype", DTYPES)
         _check(self.keep_mib >= 0, "teacher.keep_mib", ">= 0", self.keep_mib)
+        _check(self.projection >= 0, "teacher.projection", ">= 0", self.projection)
+        if self.projection and self.keep_mib:
+            raise ConfigError(f"teacher.keep_mib: expected 0 with teacher.projection, which keeps no states, got {self.keep_mib}")
         _check(self.batch_examples >= 0, "teacher.batch_examples", ">= 0", self.batch_examples)
 
 
@@ -411,6 +418,7 @@ class Recipe:
         self._check_paths()
         self._check_layers()
         self._check_sources()
+        self._check_projection()
         self._check_run()
 
     def _check_kind(self) -> None:
@@ -450,6 +458,21 @@ class Recipe:
         for key, layers in self.compared_layers():
             if layers.weight > 0 and self.run.gradient_checkpointing:
                 raise ConfigError(f"{key}.weight: expected 0 with run.gradient_checkpointing, which hides the layers' states")
+
+    def _check_projection(self) -> None:
+        """A projection is one distribution of one teacher, for a forward KL."""
+        if not self.teacher.projection:
+            return
+        expected = {
+            "objective": (self.needs_teacher, f"one of {', '.join(TEACHER_OBJECTIVES)}", self.objective),
+            "loss.divergence": (self.loss.divergence == "forward_kl", "forward_kl", self.loss.divergence),
+            "loss.alpha_ramp_steps": (self.loss.alpha_ramp_steps == 0, "0, a constant alpha,", self.loss.alpha_ramp_steps),
+            "layers.weight": (self.layers.weight == 0, "0", self.layers.weight),
+            "sources": (not self.sources, "none", ", ".join(self.sources)),
+        }
+        for key, (fits, wanted, got) in expected.items():
+            if not fits:
+                raise ConfigError(f"{key}: expected {wanted} with teacher.projection, got {got}")
 
     def _check_sources(self) -> None:
         if self.objective == "sources" and not self.sources:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from kdkernels import TeacherProjection
 from kdkernels.layer_mse import LayerProjections
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import evaluating
@@ -83,7 +84,28 @@ class TeacherStates:
         return dataclasses.replace(self, divergence=path_divergence(self))
 
 
-Teacher = Callable[[Any, Sequence[Any]], TeacherStates]
+@dataclass(frozen=True)
+class ProjectedStates:
+    """What a teacher says about the N target tokens of a batch, for one frozen LM head of the student.
+
+    Attributes:
+        projection: of the N tokens; mass 0 at those that have no weight in the KD term.
+        divergence: as in `TeacherStates`.
+    """
+
+    projection: TeacherProjection
+    divergence: torch.Tensor | None = None
+
+    def at(self, positions: torch.Tensor) -> ProjectedStates:
+        """The states of the target tokens `positions`, (n,) int64."""
+        positions = positions.to(self.projection.mass.device, non_blocking=True)
+        return ProjectedStates(self.projection[positions], None if self.divergence is None else self.divergence[positions])
+
+    def with_divergence(self) -> ProjectedStates:
+        return self
+
+
+Teacher = Callable[[Any, Sequence[Any]], Any]  # -> TeacherStates, or ProjectedStates (models/training/projections.py)
 
 
 @dataclass
