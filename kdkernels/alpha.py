@@ -16,7 +16,8 @@ def adaptive_alpha(divergence: Tensor, alpha: float | Tensor, *, half_at: float)
         alpha_i = alpha * d_i / (d_i + half_at)          d_i = KL(softmax z_audio,i || softmax z_text,i)
 
     Where the paths agree (d = 0) alpha is 0: there is nothing to contrast, and extrapolation would only amplify noise. Where they
-    differ by `half_at` nats alpha is halved. For larger differences it approaches the full strength.
+    differ by `half_at` nats alpha is halved. For larger differences it approaches the full strength, and for an infinite one (the
+    text path masks what the audio path allows) it is that.
 
     Args:
         divergence: (...) floating, nats, >= 0, for example CAADStats.path_divergence. Values below 0 (rounding) count as 0.
@@ -41,4 +42,5 @@ def adaptive_alpha(divergence: Tensor, alpha: float | Tensor, *, half_at: float)
         raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
     with torch.no_grad():
         divergence = divergence.clamp(min=0)
-        return alpha * (divergence / (divergence + half_at))
+        share = divergence / (divergence + half_at)
+        return alpha * torch.where(torch.isposinf(divergence), 1.0, share)

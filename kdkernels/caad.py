@@ -106,6 +106,7 @@ def fused_caad_loss(
         valid position it is 0 with zero gradients.
 
     -inf logits are legal: their probability, contribution and gradient are 0. A token masked on either teacher path has p = 0.
+    A finite logit below -1e30 counts as -inf (libraries write masks as torch.finfo(dtype).min).
     forward_kl is +inf, never NaN, where p_v > 0 and the student has -inf. reverse_kl is +inf where q_v > 0 and p_v = 0; the
     distillation term of that position then has no gradient.
 
@@ -116,7 +117,7 @@ def fused_caad_loss(
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
     The forward computes the gradient; the backward scales it. Second derivatives and torch.func transforms work with
-    impl="reference" alone: elsewhere a backward with create_graph=True raises RuntimeError.
+    impl="reference" alone: elsewhere a backward with create_graph=True, and torch.func.jvp, raise RuntimeError.
 
     Raises:
         ValueError, TypeError: for a bad argument, with its name, expected and got. On the CPU also for a target outside
@@ -156,6 +157,7 @@ def _loss_of_logits(
             student, audio, text, terms.target, terms.alpha, spec, want_stats=want_stats, counts=terms.counts
         )
         return _for_caller(terms, *terms.weigh_reference(rows), want_stats)
+    _schema.refuse_forward_mode(student)
     want_grad = student.requires_grad and torch.is_grad_enabled()
     given, student = student, _three_dimensional(student)
     tail = (
@@ -356,6 +358,7 @@ def linear_loss(
             *heads, terms.target, terms.alpha, terms.spec, want_stats=want_stats, counts=terms.counts
         )
         return terms.weigh_reference(rows)
+    _schema.refuse_forward_mode(*heads[:3])
     wanted = linear_settings(terms, options, heads[:3], chosen)
     loss, _, _, _, stats, _ = _schema.linear_caad(
         *heads, terms.target, terms.alpha, terms.kd_coef, terms.ce_coef, *terms.spec.packed(), *wanted.packed()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lm_head import audio_adapters_on, evaluating
+from .ops.rows import MASK_BELOW
 from .paths import SEQUENCE_PADDING, Inputs, Negative, PathBatch, as_batch, clean, join, tokens_of
 
 __all__ = ["contrast_logits", "contrastive_generate"]
@@ -43,7 +44,7 @@ def contrast_logits(
     With plausibility beta only tokens v with z_audio_v >= max z_audio + log beta are kept, the others get -inf.
 
     Args:
-        audio_logits, text_logits: (..., V) of the two paths; -inf on either side stays -inf.
+        audio_logits, text_logits: (..., V) of the two paths; -inf, or less than -1e30, on either side becomes -inf.
         alpha: strength, >= 0; may be left out for "aad" only.
         formula: one of the three above.
         plausibility: beta in (0, 1], or None.
@@ -59,7 +60,7 @@ def contrast_logits(
         raise ValueError(f"text_logits: expected shape {tuple(audio_logits.shape)}, got {tuple(text_logits.shape)}")
     audio, text = audio_logits.float(), text_logits.float()
     scores = audio - alpha * text if formula == "authors" else audio + alpha * (audio - text)
-    dropped = torch.isneginf(audio) | torch.isneginf(text)
+    dropped = (audio < MASK_BELOW) | (text < MASK_BELOW)
     if plausibility is not None:
         dropped |= audio < audio.amax(dim=-1, keepdim=True) + math.log(plausibility)
     return scores.masked_fill(dropped, -math.inf)

@@ -18,7 +18,7 @@ from .loss_terms import accumulation_dtype, alpha_tensor, looked_at
 from .ops import layers as _layers
 from .ops.dispatch import choose_for
 from .ops.rows import scalar
-from .ops.schema import check_values
+from .ops.schema import check_values, refuse_forward_mode
 
 DIRECTIONS = ("student_to_teacher", "teacher_to_student")
 LAYER_MAPS = ("top", "skip", "all")
@@ -147,6 +147,7 @@ def fused_layer_mse_loss(
             )
             loss = loss if reduction == "none" else loss.sum()
         else:
+            refuse_forward_mode(hidden, p)
             enabled = torch.is_grad_enabled()
             grads = [enabled and s.requires_grad, enabled and p is not None and p.requires_grad]
             if reduction == "none" and grads[1]:

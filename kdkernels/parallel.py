@@ -25,7 +25,7 @@ from .loss_options import LinearLossOptions
 from .loss_terms import LossTerms
 from .ops.linear import LinearResult, linear_caad_chunks
 from .ops.reference import contrastive_logits
-from .ops.rows import LinearTensors, RowProblem, RowResult, RowSpec, row_launcher_of
+from .ops.rows import MASK_BELOW, LinearTensors, RowProblem, RowResult, RowSpec, row_launcher_of
 from .ops.schema import (
     _scaled,
     all_stats,
@@ -313,7 +313,8 @@ def _slice_of(problem: RowProblem, group: dist.ProcessGroup, first: int) -> _Sli
 
     def logits(x: Tensor, scale: float, softcap: float | None) -> Tensor:
         x = torch.where(valid[:, None], x[0, :, : spec.vocab].to(dtype), 0.0) * scale
-        return x if softcap is None else softcap * torch.tanh(x / softcap)
+        x = x if softcap is None else softcap * torch.tanh(x / softcap)
+        return x.masked_fill(x < MASK_BELOW, -math.inf)
 
     s = logits(problem.student, spec.student_scale, spec.student_softcap)
     z, paths = s.new_full(s.shape, -math.inf), None

@@ -87,6 +87,9 @@ inline void store_as(char* row, std::int64_t i, vf x) {
   }
 }
 
+// A logit below FLOOR, as libraries write masks, counts as -inf. Left finite, it could make a contrast +inf or NaN. NaN passes.
+inline vf masked(vf x) { return x < splat(FLOOR) ? splat(NEG_INF) : x; }
+
 // The three sweeps below do for whole blocks of plain logits (no softcap, no scale) what Worker does step by step.
 
 // out = s * inverse_tau; returns the maximum
@@ -94,7 +97,7 @@ template <DType D>
 float read_student(const char* student, float inverse_tau, float* out) {
   vf m0 = splat(NEG_INF), m1 = m0;
   for (int i = 0; i < BLOCK; i += 2 * W) {
-    vf x0 = load_as<D>(student, i) * inverse_tau, x1 = load_as<D>(student, i + W) * inverse_tau;
+    vf x0 = masked(load_as<D>(student, i)) * inverse_tau, x1 = masked(load_as<D>(student, i + W)) * inverse_tau;
     store(out + i, x0);
     store(out + i + W, x1);
     m0 = vmax(x0, m0);
@@ -106,13 +109,13 @@ float read_student(const char* student, float inverse_tau, float* out) {
 // out = (a + alpha (a - t)) * inverse_tau, -inf where either is; returns the maximum
 template <DType D>
 float read_contrast(const char* audio, const char* text, float alpha, float inverse_tau, float* out) {
-  const vf masked = splat(NEG_INF);
-  vf m = masked;
+  const vf none = splat(NEG_INF);
+  vf m = none;
   for (int i = 0; i < BLOCK; i += W) {
-    vf a = load_as<D>(audio, i), t = load_as<D>(text, i);
+    vf a = masked(load_as<D>(audio, i)), t = masked(load_as<D>(text, i));
     vf z = (a + alpha * (a - t)) * inverse_tau;
-    vi hidden = (a == masked) | (t == masked);
-    z = hidden ? masked : z;
+    vi hidden = (a == none) | (t == none);
+    z = hidden ? none : z;
     store(out + i, z);
     m = vmax(z, m);
   }
@@ -155,6 +158,12 @@ void transform_block(float* x, int n, float scale, float softcap) {
   } else if (scale != 1.f) {
     for (int i = 0; i < n; i += W) store(x + i, load(x + i) * splat(scale));
   }
+}
+
+// What a kernel computes with: transformed, and masked.
+void logits_of(float* x, int n, float scale, float softcap) {
+  transform_block(x, n, scale, softcap);
+  for (int i = 0; i < n; i += W) store(x + i, masked(load(x + i)));
 }
 
 void scale_block(float* x, int n, float factor) {
@@ -316,7 +325,7 @@ class TeacherRow {
   int load_audio(std::int64_t b) {
     int n = width(b), padded = (n + W - 1) / W * W;
     load_block(audio_, b * BLOCK, n, NEG_INF, a_);
-    transform_block(a_, padded, P.teacher_scale, P.teacher_softcap);
+    logits_of(a_, padded, P.teacher_scale, P.teacher_softcap);
     for (int i = n; i < padded; ++i) a_[i] = NEG_INF;
     return padded;
   }
@@ -324,7 +333,7 @@ class TeacherRow {
   int load_text(std::int64_t b) {
     int n = width(b), padded = (n + W - 1) / W * W;
     load_block(text_, b * BLOCK, n, NEG_INF, t_);
-    transform_block(t_, padded, P.teacher_scale, P.teacher_softcap);
+    logits_of(t_, padded, P.teacher_scale, P.teacher_softcap);
     for (int i = n; i < padded; ++i) t_[i] = NEG_INF;
     return padded;
   }
@@ -332,15 +341,15 @@ class TeacherRow {
   // z_ = contrast / tau; a_ (and t_) keep the paths' own logits
   void load_contrast(std::int64_t b) {
     int n = load_audio(b);
-    const vf inverse_tau = splat(1.f / P.temperature), masked = splat(NEG_INF);
+    const vf inverse_tau = splat(1.f / P.temperature), none = splat(NEG_INF);
     if (use_text_) {
       load_text(b);
       const vf alpha = splat(alpha_);
       for (int i = 0; i < n; i += W) {
         vf a = load(a_ + i), t = load(t_ + i);
         vf z = (a + alpha * (a - t)) * inverse_tau;
-        vi hidden = (a == masked) | (t == masked);
-        store(z_ + i, hidden ? masked : z);
+        vi hidden = (a == none) | (t == none);
+        store(z_ + i, hidden ? none : z);
       }
     } else {
       for (int i = 0; i < n; i += W) store(z_ + i, load(a_ + i) * inverse_tau);
@@ -348,7 +357,7 @@ class TeacherRow {
     if (P.has_plausibility) {
       for (int i = 0; i < n; i += W) {
         vf z = load(z_ + i);
-        store(z_ + i, load(a_ + i) < splat(threshold_) ? masked : z);
+        store(z_ + i, load(a_ + i) < splat(threshold_) ? none : z);
       }
     }
   }
@@ -476,7 +485,7 @@ class Worker : TeacherRow {
     int n = width(b);
     load_block(student_, b * BLOCK, n, NEG_INF, s_);
     int padded = (n + W - 1) / W * W;
-    transform_block(s_, padded, P.student_scale, P.student_softcap);
+    logits_of(s_, padded, P.student_scale, P.student_softcap);
     for (int i = n; i < padded; ++i) s_[i] = NEG_INF;  // a softcap makes -inf finite
     scale_block(s_, padded, 1.f / P.temperature);
     return padded;
@@ -484,7 +493,7 @@ class Worker : TeacherRow {
 
   float student_logit(std::int64_t v) {
     load_block(student_, v, 1, NEG_INF, g_);
-    transform_block(g_, W, P.student_scale, P.student_softcap);
+    logits_of(g_, W, P.student_scale, P.student_softcap);
     return g_[0];
   }
 

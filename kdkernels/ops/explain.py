@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import is_whole
+from ..loss_options import LinearLossOptions
 from .chunking import (
     CHUNKS,
     DEVICES,
@@ -48,8 +50,15 @@ def explain(
 
     For each implementation that cannot run the text says why. Nothing is allocated. Times are work divided by the device's
     rate, with every multiprocessor busy, the head frozen and the two teacher paths collapsed. Measured times are longer.
+
+    Raises ValueError or TypeError for an option that the loss does not take.
     """
     name, device = _device(device)
+    _check_sizes(n_tokens=n_tokens, student_hidden_size=student_hidden_size, teacher_hidden_size=teacher_hidden_size)
+    LinearLossOptions(
+        divergence=divergence, vocab_size=vocab_size, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
+        logits_dtype=logits_dtype, return_stats=return_stats,
+    )  # fmt: skip
     lines = []
     chosen = None
     try:
@@ -112,6 +121,13 @@ def explain(
             half = 2.0 * n_tokens * vocab_size * teacher_hidden_size / model.flop_per_second
             lines.append(f"  and {half * 1e3:.1f} ms for the contrast's second bf16 summand, which float32 logits take")
     return "\n".join(lines)
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        least = 0 if name == "n_tokens" else 1
+        if size is not None and not (is_whole(size) and size >= least):
+            raise ValueError(f"{name}: expected a whole number >= {least}, got {size!r}")
 
 
 def _device(device: str | torch.device) -> tuple[str | None, torch.device]:

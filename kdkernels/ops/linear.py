@@ -33,7 +33,7 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .rows import STAT_NAMES, LinearTensors, RowLauncher, RowResult, RowSpec
+from .rows import MASK_BELOW, STAT_NAMES, LinearTensors, RowLauncher, RowResult, RowSpec
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
 # See student_chunks: chunk, student logits, scratch in the logits' dtype and in float32, gradient or None.
@@ -358,7 +358,6 @@ def picked(keep: Tensor | None, x: _MaybeTensor, dim: int = 0) -> _MaybeTensor:
 # Share of the vocabulary that survives at some token of the chunk. Above it, gathering those weights costs more than it saves:
 # both ways take the same time at 0.6 on one core (bf16, chunks of 256, H_t 1024).
 DENSE_SHARE = 0.5
-_FLOOR = -1e30  # logits below it count as -inf, as in the kernels
 
 
 def survivors_launcher(impl: str) -> Callable[..., None] | None:
@@ -387,7 +386,7 @@ def contrast_at_survivors(
     for the mask, and one block of VOCAB_BLOCK ids.
     """
     _as_logits(audio_logits, spec)
-    threshold = audio_logits.amax(1).float().clamp_min_(_FLOOR) + spec.log_plausibility
+    threshold = audio_logits.amax(1).float().clamp_min_(MASK_BELOW) + spec.log_plausibility
     dropped = audio_logits < threshold[:, None]
     unread = alpha[:, None] == 0  # the text path is not read there
     ids = (dropped | unread).all(0).logical_not_().nonzero()[:, 0]
@@ -398,7 +397,7 @@ def contrast_at_survivors(
         w, audio = weight[block], audio_logits[:, block]
         text = torch.empty(audio.shape, dtype=audio.dtype, device=audio.device)
         _as_logits(gemm(text_hidden, w, None if bias is None else bias[block], text), spec)
-        contrast = torch.where(text < _FLOOR, -math.inf, audio + alpha[:, None] * (audio - text))
+        contrast = torch.where(text < MASK_BELOW, -math.inf, audio + alpha[:, None] * (audio - text))
         audio_logits[:, block] = torch.where(unread, audio, contrast).to(audio.dtype)
     audio_logits.masked_fill_(dropped, -math.inf)
 

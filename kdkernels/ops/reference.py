@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .rows import RowResult, RowSpec, joined_stats
+from .rows import MASK_BELOW, RowResult, RowSpec, joined_stats
 
 _NEG_INF = float("-inf")
 
@@ -25,9 +25,9 @@ def _maths_of(x: Any) -> Any:
 
 def _logits(raw: torch.Tensor, spec: RowSpec, scale: float, softcap: float | None, dtype: torch.dtype) -> torch.Tensor:
     logits = raw[..., : spec.vocab].reshape(-1, spec.vocab).to(dtype) * scale  # (N, V)
-    if softcap is None:
-        return logits
-    return softcap * torch.tanh(logits / softcap)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.masked_fill(logits < MASK_BELOW, _NEG_INF)
 
 
 def contrastive_logits(

@@ -25,6 +25,9 @@ import torch
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
+# A logit below it counts as -inf in every implementation: libraries write masks as the lowest finite number of a dtype.
+MASK_BELOW = -1e30
+
 # Rows of RowResult.stats, in order. Entropies and the divergence are in nats, of the distributions at temperature tau.
 STAT_NAMES = ("student_entropy", "teacher_entropy", "top1_agreement", "path_divergence")
 

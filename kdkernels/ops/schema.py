@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .chunking import NO_LOGITS, choose_path
@@ -110,6 +111,14 @@ def refuse_second_derivative() -> None:
         raise RuntimeError(
             "create_graph=True: the fused losses have no second derivatives; impl='reference' computes them by autograd"
         )
+
+
+def refuse_forward_mode(*student: Tensor | None) -> None:
+    """RuntimeError under torch.func.jvp and forward_ad: the operators have no forward mode, and the result would be 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in student):
+        raise RuntimeError("forward-mode derivatives (torch.func.jvp): only impl='reference' computes them")
 
 
 def _is_one(grad_output: Tensor) -> bool:

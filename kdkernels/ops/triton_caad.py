@@ -296,8 +296,11 @@ def _caad_row_kernel(
             path = tl.where(audio_total == 0.0, 0.0, tl.where(path_infinite, path + float("inf"), path))
         tl.store(stats_ptr + 3 * stride_stats + row, path)
 
-    # Pass 2.
+    # Pass 2. What has no factor may be NaN. Its numbers of the row become 0 once. Its logits become at most 0 by a minimum, which
+    # drops NaN. So the factor 0 meets finite numbers alone. A select for each logit would take more registers. Where NaN has a
+    # factor, the row's numbers carry it into the gradient.
     if WANT_GRAD:
+        unused = True
         if WITH_KD:
             # tau^2 from kd, 1 / tau from d (s / tau) / d s.
             kd_coef = tl.load(kd_coef_ptr + row)
@@ -305,10 +308,25 @@ def _caad_row_kernel(
             if DIVERGENCE == _REVERSE:
                 kd_scale = tl.where(infinite, 0.0, kd_scale)
             kd_scale = tl.where(alpha_legal | (kd_coef == 0.0), kd_scale, float("nan"))
+            without_kd = kd_scale == 0.0
+            z_row = tl.where(without_kd, 0.0, z_row)
+            inverse_p = tl.where(without_kd, 0.0, inverse_p)
+            log_z = tl.where(without_kd, 0.0, log_z)
+            if DIVERGENCE == _REVERSE:
+                reverse_kl = tl.where(without_kd, 0.0, reverse_kl)
+            if DIVERGENCE == _JSD:
+                jsd_q = tl.where(without_kd, 0.0, jsd_q)
+            unused = without_kd
         if WITH_CE:
             ce_scale = tl.load(ce_coef_ptr + row)
             ce_scale = tl.where(label_inside | (ce_scale == 0.0), ce_scale, float("nan"))
-            inverse_q1 = _reciprocal(q1_row)
+            unused = ce_scale == 0.0
+            if WITH_KD:
+                unused = unused & without_kd
+            inverse_q1 = tl.where(unused, 0.0, _reciprocal(q1_row))
+        s_row = tl.where(unused, 0.0, s_row)
+        if WITH_KD:
+            inverse_q = tl.where(unused, 0.0, inverse_q)
         for start in range(0, width, BLOCK):
             columns = start + local
             inside = columns < vocab
@@ -317,28 +335,32 @@ def _caad_row_kernel(
                 HAS_PLAUSIBILITY, STUDENT_SCALE, TEACHER_SCALE, STUDENT_SOFTCAP, TEACHER_SOFTCAP,
             )  # fmt: skip
             gradient = tl.zeros([GROUPS, GROUP], tl.float32)
+            s_below = tl.minimum(s - s_row, 0.0)
             if WITH_KD:
-                s_exp = tl.exp2((s - s_row) * rate)
+                z_below = tl.minimum(z - z_row, 0.0)
+                s_exp = tl.exp2(s_below * rate)
                 q = s_exp * inverse_q
                 if DIVERGENCE == _FORWARD:
-                    gradient = kd_scale * (q - tl.exp2((z - z_row) * rate) * inverse_p)
+                    gradient = kd_scale * (q - tl.exp2(z_below * rate) * inverse_p)
                 else:
-                    log_ratio = ((z - z_row) - (s - s_row)) * inverse_tau - log_z
+                    log_ratio = (z_below - s_below) * inverse_tau - log_z
                     if DIVERGENCE == _REVERSE:
                         gradient = kd_scale * q * (-log_ratio - reverse_kl)
                     else:
                         log_q_m = _jsd_terms(log_ratio, jsd_beta)[1]
                         gradient = kd_scale * (1.0 - jsd_beta) * q * (log_q_m - jsd_q)
-                gradient = tl.where(kd_scale == 0.0, 0.0, gradient)  # a term without a factor may be NaN
             if WITH_CE:
                 if WITH_KD and TEMPERATURE == 1:
                     q1 = q
                 elif WITH_KD and TEMPERATURE == 2:
                     q1 = s_exp * s_exp * inverse_q1
                 else:
-                    q1 = tl.exp2((s - s_row) * _LOG2E) * inverse_q1
-                gradient += tl.where(ce_scale == 0.0, 0.0, ce_scale * (q1 - tl.where(columns == label, 1.0, 0.0)))
-            gradient = tl.where((s == _MASKED) | (gradient == 0.0), 0.0, gradient * slope)
+                    q1 = tl.exp2(s_below * _LOG2E) * inverse_q1
+                gradient += ce_scale * (q1 - tl.where(columns == label, 1.0, 0.0))
+            masked = s == _MASKED
+            if STUDENT_SOFTCAP is not None:
+                masked = masked | (gradient == 0.0)  # the slope at NaN is NaN
+            gradient = tl.where(masked, 0.0, gradient * slope)
             tl.debug_barrier()  # all of this block is read before any of it is overwritten
             tl.store(grad_ptr + columns, gradient.to(grad_ptr.dtype.element_ty), mask=columns < width)
 

@@ -231,7 +231,7 @@ class TestNoLogits:
         forward = head.forward
         head.forward = lambda hidden: sizes.append(hidden.numel()) or forward(hidden)
         teacher = DualPathTeacher(model, negative=negative, pack_tokens=pack_tokens)
-        assert max(sizes) == head.weight.shape[1]  # asked once, with one row
+        assert max(sizes) == 4 * head.weight.shape[1]  # asked once, with four rows
         sizes.clear()
         teacher(inputs, index)
         teacher(inputs, index)
@@ -377,6 +377,8 @@ class TestHead:
             (lambda: tiny_lms.gemma2(None), None, 1.0),
             (tiny_lms.cohere, None, 0.0625),
             (tiny_lms.granite, None, 0.125),
+            (tiny_lms.recurrent_gemma, 6.0, 1.0),
+            (tiny_lms.xlstm, 6.0, 1.0),
             (tiny_lms.granite_speech, None, 1.0),  # the config says 8, the forward does nothing
         ],
     )
@@ -426,6 +428,37 @@ class TestHead:
             LMHead.from_model(wrapping(Normalised(6, 3, bias=False)))
         head = Renamed(6, 3, bias=False)
         assert LMHead.from_model(wrapping(head)).weight.data_ptr() == head.weight.data_ptr()
+
+    def test_a_scale_of_any_name_is_asked_for(self):
+        """Its config is one that this library has not seen."""
+
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.config = SimpleNamespace(final_output_scaling=3.0)
+                self.embed, self.lm_head = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False)
+
+            def get_output_embeddings(self):
+                return self.lm_head
+
+            def forward(self, input_ids, attention_mask=None):
+                return SimpleNamespace(logits=self.config.final_output_scaling * self.lm_head(self.embed(input_ids)))
+
+        assert LMHead.from_model(Scaled()).logit_scale == 3.0
+
+    @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1 + 1e-5), (torch.float16, 1.003), (torch.bfloat16, 1.006)])
+    def test_head_that_differs_by_little_is_noticed(self, dtype, factor):
+        class Scaled(nn.Linear):
+            def forward(self, hidden):
+                return super().forward(hidden) * factor
+
+        class Wide(nn.Linear):
+            def forward(self, hidden):
+                return nn.functional.linear(hidden.float(), self.weight.float())
+
+        with pytest.raises(TypeError, match=r"got a \S*Scaled whose forward computes something else"):
+            LMHead.from_model(wrapping(Scaled(64, 301, bias=False).to(dtype)))
+        LMHead.from_model(wrapping(Wide(64, 301, bias=False).to(dtype)))  # it rounds elsewhere, no more
 
     def test_follows_the_model_to_another_dtype_and_shares_its_memory(self):
         model, _ = tiny_lms.voxtral()
@@ -652,7 +685,7 @@ class TestHeadOfTheMoment:
         for _ in range(3):
             teacher(inputs, torch.tensor([1]))
             assert teacher.head.bias is None
-        assert [n for n in calls if n] == [32]
+        assert [n for n in calls if n] == [4 * 32]
 
 
 class TestModes:

@@ -320,6 +320,22 @@ def granite(scaling: float = 8.0) -> tuple[nn.Module, Inputs]:
     return _finished(GraniteForCausalLM(GraniteConfig(**_TEXT, logits_scaling=scaling))), _with_mask(token_ids())
 
 
+def recurrent_gemma(softcap: float = 6.0) -> tuple[nn.Module, Inputs]:
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    config = RecurrentGemmaConfig(**_TEXT, lru_width=32, logits_soft_cap=softcap, attention_window_size=16)
+    return _finished(RecurrentGemmaForCausalLM(config)), _with_mask(token_ids())
+
+
+def xlstm(softcap: float = 6.0) -> tuple[nn.Module, Inputs]:
+    from transformers import xLSTMConfig, xLSTMForCausalLM
+
+    config = xLSTMConfig(
+        vocab_size=VOCAB, hidden_size=32, embedding_dim=32, num_hidden_layers=1, num_heads=2, output_logit_soft_cap=softcap
+    )
+    return _finished(xLSTMForCausalLM(config)), _with_mask(token_ids())
+
+
 AUDIO_MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "qwen2_audio": qwen2_audio,
     "voxtral": voxtral,

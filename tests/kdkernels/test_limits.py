@@ -1,0 +1,101 @@
+"""The limits of the arguments: logits near the lowest number, forward-mode derivatives, infinite divergences, bad options."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import hidden, logits
+
+from kdkernels import (
+    TeacherSource,
+    adaptive_alpha,
+    explain,
+    fused_caad_loss,
+    fused_layer_mse_loss,
+    fused_linear_caad_loss,
+    fused_linear_multi_teacher_loss,
+)
+from kdkernels.decoding import contrast_logits
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("vocab", [40, 700])  # 700: the CPU kernel's whole blocks
+@pytest.mark.parametrize("options", [{}, {"divergence": "jsd"}, {"plausibility": 1e-4}, {"temperature": 3.0}], ids=str)
+@pytest.mark.parametrize("side", ["student", "audio", "text"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_a_logit_below_minus_1e30_counts_as_minus_infinity(impl, side, options, vocab):
+    def result(mask):
+        given = dict(zip(("student", "audio", "text"), (x.detach().clone() for x in logits(3, vocab)[:3]), strict=True))
+        given[side][:, 5:20] = mask
+        leaf = given["student"].requires_grad_()
+        target = torch.tensor([1, 2, 25])
+        loss, stats = fused_caad_loss(*given.values(), target, impl=impl, reduction="none", return_stats=True, **options)
+        return loss, torch.autograd.grad(loss.sum(), leaf)[0], *stats
+
+    exact = result(-math.inf)
+    assert not any(x.isnan().any() for x in exact)
+    for mask in (LOWEST, -3e30):
+        for got, expected in zip(result(mask), exact, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_decoding_scores_mask_the_same():
+    _, audio, text, _ = logits(3, 40)
+    text[:, 5:20] = LOWEST
+    assert (contrast_logits(audio, text, alpha=2.0)[:, 5:20] == -math.inf).all()
+
+
+def forward_mode_losses():
+    student, audio, text, target = logits(4)
+    given = hidden(9)
+    leaf = given.pop("student_hidden").detach()
+    source = TeacherSource(given["teacher_audio_hidden"], given["teacher_weight"])
+    return {
+        "rows": (lambda x, impl: fused_caad_loss(x, audio, text, target, impl=impl), student.detach()),
+        "linear": (lambda x, impl: fused_linear_caad_loss(x, **given, impl=impl), leaf),
+        "sources": (
+            lambda x, impl: fused_linear_multi_teacher_loss(x, given["student_weight"], [source] * 2, impl=impl),
+            leaf,
+        ),
+        "layers": (lambda x, impl: fused_layer_mse_loss([x], [leaf * 2], impl=impl), leaf),
+    }
+
+
+@pytest.mark.parametrize("name", forward_mode_losses())
+def test_forward_mode_raises_and_is_not_0(name):
+    loss, x = forward_mode_losses()[name]
+    tangent = torch.arange(x.numel()).view_as(x).float()
+    with pytest.raises(RuntimeError, match="reference"):
+        torch.func.jvp(lambda x: loss(x, "cpu"), (x,), (tangent,))
+    assert torch.func.jvp(lambda x: loss(x, "reference"), (x,), (tangent,))[1].abs() > 0
+
+
+def test_alpha_of_an_infinite_divergence_is_the_full_strength():
+    alpha = adaptive_alpha(torch.tensor([math.inf, 1.0, 0.0, math.nan]), 2.0, half_at=1.0)
+    torch.testing.assert_close(alpha, torch.tensor([2.0, 1.0, 0.0, math.nan]), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"chunk_tokens": 0}, {"vocab_size": 0}, {"divergence": "kl"}, {"workspace_bytes": 0}, {"n_tokens": -1},
+        {"logits_dtype": torch.int32}, {"student_hidden_size": 0}, {"chunk_tokens": 1, "workspace_bytes": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_explain_takes_the_options_that_the_loss_takes(option):
+    with pytest.raises(ValueError, match=list(option)[-1]):
+        explain(**{"student_hidden_size": 16, **option})
+
+
+@pytest.mark.parametrize("option", [{"chunk_tokens": 0}, {"vocab_size": 0}, {"divergence": "kl"}], ids=str)
+def test_a_compiled_call_takes_the_options_that_eager_takes(option):
+    torch.compiler.reset()
+    arguments = hidden(9)
+    (name, value) = next(iter(option.items()))
+    compiled = torch.compile(lambda v: fused_linear_caad_loss(**arguments, **{name: v}), backend="eager")
+    with pytest.raises(ValueError, match=name):
+        compiled(value)
