@@ -315,27 +315,22 @@ def _loss_of_hidden_states(
     _check_heads(heads, empty=group is not None)
     hidden, student_weight, _, _, _, teacher_weight, _ = heads
     dtypes = [x.dtype for x in heads if x is not None]
-    first, student_vocab, teacher_vocab = 0, student_weight.shape[0], teacher_weight.shape[0]
-    if group is not None:
-        first, student_vocab, teacher_vocab = parallel.shard_range(group, student_vocab, teacher_vocab, hidden.device)
     terms = LossTerms.build(
         options,
         target,
         leading=hidden.shape[:-1],
         device=hidden.device,
         dtype=accumulation_dtype(dtypes),
-        widths=(student_vocab, teacher_vocab),
+        widths=() if group is not None else (student_weight.shape[0], teacher_weight.shape[0]),
     )
-    if group is not None and options.impl not in ("auto", "reference"):
-        raise ValueError(
-            f"impl: expected 'auto' or 'reference' with a process_group (its rows are eager PyTorch), got {options.impl!r}"
-        )
+    if group is not None and options.impl == "cuda":
+        raise ValueError("impl: expected 'auto', 'reference', 'cpu' or 'triton' with a process_group, got 'cuda'")
     chosen = choose_for("fused_linear_caad_loss", options.impl, hidden.device, dtypes)
     heads = heads.flat()
     if group is None:
         loss, stats = linear_loss(terms, heads, options, chosen)
     else:
-        loss, stats = parallel.parallel_loss(terms, heads, options, group, first)
+        loss, stats = parallel.parallel_loss(terms, heads, linear_settings(terms, options, heads[:3], chosen), group)
     return _for_caller(terms, loss, stats, options.return_stats)
 
 

@@ -8,3 +8,6 @@
 
 #define KDKERNELS_MIX_ENTRY mix_rows_generic
 #include "mix_rows.inl"
+
+#define KDKERNELS_SHARD_ENTRY shard_rows_generic
+#include "shard_rows.inl"
