@@ -312,15 +312,18 @@ class _Whole:
         """FACTORS of this rank, (7, C) float32."""
         spec = problem.spec
         q_share, p_share = self.share(self.s_shift, self.q_sum), self.share(self.z_shift, self.p_sum)
-        silent = (problem.kd_coef == 0) | (self.p_sum == 0) | torch.full_like(kd, not spec.with_kd, dtype=torch.bool)
+        silent = (problem.kd_coef == 0) | (self.p_sum == 0)
         if spec.divergence != "forward_kl":
             silent |= torch.isinf(kd)
-        scale = torch.where(torch.isnan(kd), math.nan, problem.kd_coef * self.tau)
-        scale = torch.where(silent, 0.0, scale * ((1 - spec.jsd_beta) if spec.divergence == "jsd" else 1.0))
-        of_label = torch.where(torch.isnan(ce), math.nan, problem.ce_coef.double())
-        of_label = torch.where(problem.ce_coef == 0, 0.0, of_label) * problem.with_ce
-        of_q1 = of_label * self.share(self.s_shift * self.tau, self.q1_sum)
-        return torch.stack([q_share, p_share, scale * q_share, scale * p_share, of_q1, of_label, centre]).float()
+        of_kd = problem.kd_coef * self.tau * ((1 - spec.jsd_beta) if spec.divergence == "jsd" else 1.0)
+        of_kd, of_ce = (torch.where(torch.isnan(d), math.nan, c) for d, c in ((kd, of_kd), (ce, problem.ce_coef.double())))
+        nothing = torch.zeros_like(kd)
+        of_q, of_p = (torch.where(silent, 0.0, of_kd * share) if spec.with_kd else nothing for share in (q_share, p_share))
+        of_label = of_q1 = nothing
+        if problem.with_ce:
+            of_label = torch.where(problem.ce_coef == 0, 0.0, of_ce)
+            of_q1 = torch.where(of_label == 0, 0.0, of_label * self.share(self.s_shift * self.tau, self.q1_sum))
+        return torch.stack([q_share, p_share, of_q, of_p, of_q1, of_label, centre]).float()
 
     def stats(self) -> Tensor:
         """The rows of STAT_NAMES, (4, C)."""
