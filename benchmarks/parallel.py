@@ -1,9 +1,9 @@
 """The vocabulary-parallel loss on the CPU: ranks of a gloo group, one thread each. `python -m benchmarks.parallel`
 
-Every rank holds an equal slice of the vocabulary. Timed are the rows alone (logits in, their gradient out, all exchanges between), for
-each divergence, and the whole loss (hidden states in, dL/dh out, frozen heads). The contenders are the kernels and the eager PyTorch
-form, impl="reference". Correctness first: each contender's gradient against float64 on the first tokens. Then time, in turn in the
-same processes; every call ends with an exchange, so the first rank's time is that of all.
+Every rank holds an equal slice of the vocabulary. Timed are the rows alone (logits in, their gradient out, all exchanges
+between), for each divergence, and the whole loss (hidden states in, dL/dh out, frozen heads). The contenders are the kernels
+and the eager PyTorch form, impl="reference". Correctness first: each contender's gradient against float64 on the first tokens.
+Then time, in turn in the same processes; every call has an exchange, so the first rank's time is that of all.
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ def compare_rows(args: argparse.Namespace, divergence: str) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     student, audio, text = (torch.randn(1, n, vocab, generator=generator).mul_(3) for _ in range(3))
     target = torch.randint(0, vocab, (n,), generator=generator)
-    alpha, kd_coef, ce_coef = torch.tensor([ALPHA]), torch.full((n,), KD_WEIGHT / n), torch.full((n,), (1 - KD_WEIGHT) / n)
+    alpha, kd_coef, ce_coef = (
+        torch.tensor([ALPHA]),
+        torch.full((n,), KD_WEIGHT / n),
+        torch.full((n,), (1 - KD_WEIGHT) / n),
+    )
 
     few = slice(0, CHECK_TOKENS)
     leaf = student[:, few].double().requires_grad_()

@@ -269,8 +269,9 @@ def fused_linear_caad_loss(
             are then this rank's rows of the vocabulary, in rank order. Student and teacher shards start at the same ids; their
             sizes may differ (``kdkernels.parallel.vocabulary_rows`` cuts them). DTensors with placements (Shard(0),) need no
             process_group, and their gradients are DTensors. Everything else is the same on every rank. Every rank gets the whole
-            loss and the whole gradient of student_hidden. The rows are computed in eager PyTorch (about 8 float32 tensors of a
-            chunk), with impl="auto" or "reference", and not under torch.compile.
+            loss and the whole gradient of student_hidden. The kernels are those of impl="cpu" or "triton". They need no scratch
+            beside the shard's logits. impl="reference" computes the rows in eager PyTorch (about 8 float32 tensors of a chunk).
+            torch.compile sees one operator, exchanges and all; every rank has to make the same calls in the same order.
         inplace: has no effect here: this loss overwrites no memory of the caller.
         The rest: as in :func:`fused_caad_loss`.
 

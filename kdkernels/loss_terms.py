@@ -44,8 +44,8 @@ class LossTerms(NamedTuple):
 
         Args:
             dtype: in which the loss is summed.
-            widths: vocabularies of the student and of each teacher; () where only the operator finds them out: the spec's vocab is
-                then vocab_size, or 0.
+            widths: vocabularies of the student and of each teacher; () where only the operator finds them out: the spec's vocab
+                is then vocab_size, or 0.
         """
         vocab = valid_ids(options.vocab_size, widths) if widths else options.vocab_size or 0
         spec = options.row_spec(vocab, has_target=target is not None)

@@ -179,7 +179,8 @@ def parallel_linear_caad(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As linear_caad, over the ranks of a process group."""
-    group = _resolve_process_group(group_name)
+    resolve: Any = _resolve_process_group  # torch 2.13 gives names a type of their own
+    group = resolve(group_name)
     student = (student_hidden, student_weight, student_bias)
     heads = LinearTensors(*student, audio_hidden, text_hidden, teacher_weight, teacher_bias)
     spec = RowSpec.unpacked(spec_whole, spec_numbers, divergence)
@@ -316,9 +317,13 @@ class _Whole:
         if spec.divergence != "forward_kl":
             silent |= torch.isinf(kd)
         of_kd = problem.kd_coef * self.tau * ((1 - spec.jsd_beta) if spec.divergence == "jsd" else 1.0)
-        of_kd, of_ce = (torch.where(torch.isnan(d), math.nan, c) for d, c in ((kd, of_kd), (ce, problem.ce_coef.double())))
+        of_kd, of_ce = (
+            torch.where(torch.isnan(d), math.nan, c) for d, c in ((kd, of_kd), (ce, problem.ce_coef.double()))
+        )
         nothing = torch.zeros_like(kd)
-        of_q, of_p = (torch.where(silent, 0.0, of_kd * share) if spec.with_kd else nothing for share in (q_share, p_share))
+        of_q, of_p = (
+            torch.where(silent, 0.0, of_kd * share) if spec.with_kd else nothing for share in (q_share, p_share)
+        )
         of_label = of_q1 = nothing
         if problem.with_ce:
             of_label = torch.where(problem.ce_coef == 0, 0.0, of_ce)
@@ -330,7 +335,9 @@ class _Whole:
         ranks = self.ranks
         entropies = [
             torch.where(
-                total > 0, total.log() - _moved(shift.exp(), ranks[f"{x}_moment"], ranks[f"{x}_sum"], shift) / total, 0.0
+                total > 0,
+                total.log() - _moved(shift.exp(), ranks[f"{x}_moment"], ranks[f"{x}_sum"], shift) / total,
+                0.0,
             )
             for total, shift, x in ((self.q_sum, self.s_shift, "q"), (self.p_sum, self.z_shift, "p"))
         ]

@@ -1,7 +1,7 @@
 """The CPU kernels: loads the compiled library when first needed, and passes it addresses, sizes and strides.
 
-``caad_rows`` solves the row problem (``rows``), ``mix_rows`` the mixture problem (``mixture``), ``NativeShard`` a rank's part of rows
-over several ranks (``shards``).
+``caad_rows`` solves the row problem (``rows``), ``mix_rows`` the mixture problem (``mixture``), ``NativeShard`` a rank's part of
+rows over several ranks (``shards``).
 """
 
 from __future__ import annotations

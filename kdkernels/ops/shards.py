@@ -1,4 +1,4 @@
-"""The row problem with every row spread over the ranks of a process group: what a rank computes of its slice, and in eager PyTorch.
+"""The row problem with every row spread over the ranks of a process group: what a rank computes of its slice.
 
 A slice is a :class:`~kdkernels.ops.rows.RowProblem` over the rank's columns. Its targets stay ids of the whole vocabulary. A
 :class:`ShardRows` computes
@@ -8,10 +8,11 @@ A slice is a :class:`~kdkernels.ops.rows.RowProblem` over the rank's columns. It
     jsd_sums    sum_v p_v log(p_v / m_v) and sum_v q_v log(q_v / m_v) of the slice      (only for the jsd)
     gradient    the gradient, from FACTORS that hold what the whole row contributes
 
-in this order. Between two of them the ranks exchange and merge what they have (:mod:`kdkernels.parallel`). Ignored rows are not read:
-their sums are those of an empty slice, and their gradient is 0.
+in this order. Between two of them the ranks exchange and merge what they have (:mod:`kdkernels.parallel`). Ignored rows are not
+read: their sums are those of an empty slice, and their gradient is 0.
 
-With s and z over tau, their maxima M_s and M_z in the slice, e_s = e^(s - M_s), e_z = e^(z - M_z) and e_1 = e_s^tau the gradient is
+With s and z over tau, their maxima M_s and M_z in the slice, e_s = e^(s - M_s), e_z = e^(z - M_z) and e_1 = e_s^tau the
+gradient is
 
     forward_kl    of_q e_s - of_p e_z                                              0 where s is masked
     reverse_kl    of_q e_s ((s - M_s) - (z - M_z) + centre)
@@ -54,7 +55,7 @@ class ShardRows(Protocol):
         """(C,) float32, at least -1e30."""
 
     def sums(self, audio_max: Tensor | None) -> Tensor:
-        """(K, C) float64: SUMS, with statistics STAT_SUMS too. ``audio_max``: of the whole row; None without a plausibility mask."""
+        """(K, C) float64: SUMS, with statistics STAT_SUMS too. ``audio_max``: of the whole row; None without plausibility."""
 
     def jsd_sums(self, factors: Tensor) -> Tensor:
         """(2, C) float64 from the first two of FACTORS, (2, C) float32."""
@@ -130,7 +131,9 @@ class EagerShard:
         s = self._logits(problem.student, spec.student_scale, spec.student_softcap)
         z, paths = s.new_full(s.shape, -math.inf), None
         if spec.with_kd or problem.want_stats:
-            text = None if problem.text is None else self._logits(problem.text, spec.teacher_scale, spec.teacher_softcap)
+            text = (
+                None if problem.text is None else self._logits(problem.text, spec.teacher_scale, spec.teacher_softcap)
+            )
             paths = None if text is None else (self._audio, text)
             z = contrastive_logits(self._audio, text, problem.alpha, None)
             if audio_max is not None:

@@ -336,7 +336,7 @@ def _shard_jsd_kernel(
     kl_q = tl.zeros([GROUPS], tl.float32)
     for i in range(0, tl.cdiv(columns_here, BLOCK)):
         columns = i * BLOCK + local
-        s, slope, z = _read_pair(
+        s, _slope, z = _read_pair(
             student_ptr, audio_ptr, text_ptr, columns, columns < columns_here, text_vocab, alpha, threshold, True, HAS_TEXT,
             HAS_PLAUSIBILITY, STUDENT_SCALE, TEACHER_SCALE, STUDENT_SOFTCAP, TEACHER_SOFTCAP,
         )  # fmt: skip
@@ -462,9 +462,10 @@ def _shard_gradient_kernel(
 
 
 class TritonShard:
-    """See :mod:`kdkernels.ops.shards`; on a CUDA device, or on the CPU under TRITON_INTERPRET=1. Nothing is read back to the host.
+    """See :mod:`kdkernels.ops.shards`; on a CUDA device, or on the CPU under TRITON_INTERPRET=1. The host reads nothing back.
 
-    Raises ValueError for a ``grad`` that lies in the student's memory in a way that would overwrite logits before they are read.
+    Raises ValueError for a ``grad`` that lies in the student's memory in a way that would overwrite logits before they are
+    read.
     """
 
     def __init__(self, problem: RowProblem, first: int) -> None:
@@ -530,13 +531,11 @@ class TritonShard:
         want_stats = self.problem.want_stats
         self.max_of_audio = audio_max
         self.own_sums = self._new(len(SUMS) + want_stats * len(STAT_SUMS), self.problem.rows)
-        self._launch(
-            _shard_sums_kernel, want_stats, sums_ptr=self.own_sums, stride_sums=self.own_sums.stride(0)
-        )
+        self._launch(_shard_sums_kernel, want_stats, sums_ptr=self.own_sums, stride_sums=self.own_sums.stride(0))
         return self.own_sums
 
     def _after_the_exchange(self, kernel: Any, factors: torch.Tensor, **own: Any) -> None:
-        strides = {"stride_sums": self.own_sums.stride(0), "stride_factors": factors.stride(0)}
+        strides: dict[str, Any] = {"stride_sums": self.own_sums.stride(0), "stride_factors": factors.stride(0)}
         self._launch(kernel, sums_ptr=self.own_sums, factors_ptr=factors, **strides, **own)
 
     def jsd_sums(self, factors: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,9 @@ class Threads:
         for thread in threads:
             thread.join()
         errors = [x for x in results.values() if isinstance(x, BaseException)]
-        for error in sorted(errors, key=lambda x: isinstance(x, threading.BrokenBarrierError)):  # the cause before its effects
+        for error in sorted(
+            errors, key=lambda x: isinstance(x, threading.BrokenBarrierError)
+        ):  # the cause before its effects
             raise error
         return [results[rank] for rank in range(self.ranks)]
 
@@ -105,7 +107,9 @@ def exact(tensors, spec, want_stats=False):
     student, audio, text, target, alpha, kd_coef, ce_coef = tensors
     leaf = student.double().requires_grad_()
     counts = (kd_coef != 0, ce_coef != 0)
-    out = reference.caad_rows(leaf, audio.double(), text.double(), target, alpha, spec, want_stats=want_stats, counts=counts)
+    out = reference.caad_rows(
+        leaf, audio.double(), text.double(), target, alpha, spec, want_stats=want_stats, counts=counts
+    )
     loss = torch.where(kd_coef == 0, 0, kd_coef * out.kd) + torch.where(ce_coef == 0, 0, ce_coef * out.ce)
     return out.kd.detach(), out.ce.detach(), out.stats, torch.autograd.grad(loss.sum(), leaf)[0]
 
@@ -127,7 +131,9 @@ def over_ranks(monkeypatch, impl, tensors, spec, want_stats=False, grad_dtype=No
 
     results = threads.run(one)
     for out, _ in results[1:]:
-        torch.testing.assert_close((out.kd, out.ce), (results[0][0].kd, results[0][0].ce), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            (out.kd, out.ce), (results[0][0].kd, results[0][0].ce), rtol=0, atol=0, equal_nan=True
+        )
     return results[0][0], torch.cat([g for _, g in results], dim=1)
 
 
