@@ -56,6 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.linear --device cpu --sweep threads --write
 	$(BIN)/python -m benchmarks.multi_teacher --write
 	$(BIN)/python -m benchmarks.projection --write
+	$(BIN)/python -m benchmarks.parallel --write
 	$(BIN)/python -m benchmarks.layers --write
 	$(BIN)/python -m benchmarks.memory --write
 	$(BIN)/python -m benchmarks.large_vocab --write

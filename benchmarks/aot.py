@@ -43,7 +43,7 @@ MACHINES = {80: (108, 163 << 10), 90: (132, 227 << 10), 100: (148, 227 << 10)}
 CAPABILITIES = tuple(MACHINES)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-POINTERS |= {torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}
+POINTERS |= {torch.float64: "*fp64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}
 # Keywords of a launch that are the compiler's, not the kernel's.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
 FIGURES = ("registers", "shared", "stack", "local", "ldg_128", "ldg_narrow", "stg_128", "stg_narrow", "ldl", "stl", "bar")
@@ -654,6 +654,57 @@ def projected_configurations(sm: int) -> Iterator[Configuration]:
         yield Configuration(_label(setting, PROJECTED_MAIN), *launches[0], limits, quick=sm == 90 and i < len(PROJECTED_QUICK))
 
 
+SHARD_FACTORS: dict[str, Sequence] = {
+    "dtypes": ["bf16 over fp32", "bf16", "fp32"],
+    "divergence": ["forward_kl", "reverse_kl", "jsd"],
+    "temperature": [2.0, 1.0, 3.0],
+    "terms": ["kd + ce", "kd", "ce"],
+    "text": [False, True],
+    "stats": [False, True],
+    "softcap": [None, 30.0],
+    "plausibility": [None, 0.1],
+    "vocab": [64128, 50257],
+}
+SHARD_MAIN = {name: values[0] for name, values in SHARD_FACTORS.items()}
+SHARD_QUICK = [{}, {"dtypes": "bf16"}, {"divergence": "jsd", "text": True}]
+
+
+def shard_configurations(sm: int) -> Iterator[Configuration]:
+    """One rank's slice of rows over several ranks: every kernel that a call launches."""
+    from kdkernels.ops import triton_shards
+    from kdkernels.ops.rows import RowProblem
+
+    settings = [{**SHARD_MAIN, **changes} for changes in SHARD_QUICK]
+    settings += [x for x in covering_array(SHARD_FACTORS, _legal_rows, strength=2) if x not in settings]
+    for i, setting in enumerate(settings):
+        student, teacher, grad = ROW_DTYPES[setting["dtypes"]]
+        n, shape = 1024, (1, 1024, setting["vocab"])
+        text = _meta(*shape, dtype=teacher) if setting["text"] else None
+        tensors = (_meta(*shape, dtype=student), _meta(*shape, dtype=teacher), text, _meta(n, dtype="int64"))
+        own = (*(_meta(n) for _ in range(3)), _spec(setting), _meta(*shape, dtype=grad), setting["stats"])
+        with recorded(triton_shards) as launches:
+            shard = triton_shards.TritonShard(RowProblem(*tensors, *own), setting["vocab"])
+            shard.sums(shard.audio_max() if setting["plausibility"] is not None else None)
+            if setting["divergence"] == "jsd":
+                shard.jsd_sums(_meta(2, n))
+            shard.gradient(_meta(7, n))
+        aligned = setting["vocab"] % 16 == 0
+        heavy = setting["divergence"] == "jsd" or setting["softcap"] is not None or setting["stats"]
+        for kernel, arguments in launches:
+            name = kernel.__name__.removeprefix("_shard_").removesuffix("_kernel")
+            reads = {"audio": name == "max" or setting["terms"] != "ce" or (name == "sums" and setting["stats"])}
+            reads |= {"student": name != "max", "text": reads["audio"] and setting["text"] and name != "max"}
+            rows = tuple(x for x, read in reads.items() if read)
+            limits = Limits(
+                registers=168 if heavy or not aligned else 128,
+                shared=2048,
+                wide_loads=len(rows) if aligned else 0,
+                rows=(*rows, *(["grad"] if name == "gradient" else [])),
+            )
+            quick = sm == 90 and i < len(SHARD_QUICK)
+            yield Configuration(f"{name}: {_label(setting, SHARD_MAIN)}", kernel, arguments, limits, quick)
+
+
 # kernel's name in the table -> its configurations on a compute capability. A new kernel is a line here.
 Registry = dict[str, Callable[[int], Iterable[Configuration]]]
 REGISTRY: Registry = {
@@ -664,6 +715,7 @@ REGISTRY: Registry = {
     "layer_rows": layer_configurations,
     "mix_rows": mix_configurations,
     "projected_rows": projected_configurations,
+    "shard_rows": shard_configurations,
 }
 
 

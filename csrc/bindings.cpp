@@ -74,10 +74,21 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<>()) FIELD(source) FIELD(top_k) FIELD(ids) FIELD(probabilities) FIELD(mass) FIELD(rest);
 #undef FIELD
 
+  py::enum_<ShardPart>(m, "ShardPart")
+      .value("audio_max", ShardPart::audio_max)
+      .value("sums", ShardPart::sums)
+      .value("jsd", ShardPart::jsd)
+      .value("gradient", ShardPart::gradient);
+#define FIELD(name) .def_readwrite(#name, &ShardProblem::name)
+  py::class_<ShardProblem>(m, "ShardProblem")
+      .def(py::init<>()) FIELD(source) FIELD(part) FIELD(first) FIELD(with_stats) FIELD(audio_max) FIELD(sums) FIELD(factors) FIELD(out);
+#undef FIELD
+
   m.def("caad_rows", &caad_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("layer_rows", &layer_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("mix_rows", &mix_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("projected_rows", &projected_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
+  m.def("shard_rows", &shard_rows, py::arg("problem"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
   m.def("best_isa", &best_isa);
 
   py::class_<Bf16Gemm>(m, "Bf16Gemm")

@@ -382,6 +382,17 @@ def several_teachers() -> Table:
     )
 
 
+def parallel() -> Table:
+    head = ("ms on two ranks", "eager PyTorch", "kdkernels", "times faster")
+
+    def line(row: Row) -> list[str]:
+        (eager,) = rows("parallel_cpu", what=row["what"], contender="eager")
+        times = [whole(float(x["median_ms"])) for x in (eager, row)]
+        return [row["what"], *times, one(float(row["speedup_over_eager"]))]
+
+    return head, map(line, rows("parallel_cpu", contender="kdkernels"))
+
+
 def peers(objective: str) -> Callable[[], Table]:
     """ms of each contender at the shapes of model pairs."""
 
@@ -518,6 +529,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "linear": linear,
     "linear_sweep": linear_sweep,
     "several_teachers": several_teachers,
+    "parallel": parallel,
     "peers_kd_ce": peers("KD + CE"),
     "peers_kd": peers("KD"),
     "peers_ce": peers("CE"),

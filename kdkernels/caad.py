@@ -269,8 +269,9 @@ def fused_linear_caad_loss(
             are then this rank's rows of the vocabulary, in rank order. Student and teacher shards start at the same ids; their
             sizes may differ (``kdkernels.parallel.vocabulary_rows`` cuts them). DTensors with placements (Shard(0),) need no
             process_group, and their gradients are DTensors. Everything else is the same on every rank. Every rank gets the whole
-            loss and the whole gradient of student_hidden. The rows are computed in eager PyTorch (about 8 float32 tensors of a
-            chunk), with impl="auto" or "reference", and not under torch.compile.
+            loss and the whole gradient of student_hidden. The kernels are those of impl="cpu" or "triton". They need no scratch
+            beside the shard's logits. impl="reference" computes the rows in eager PyTorch (about 8 float32 tensors of a chunk).
+            torch.compile sees one operator, exchanges and all; every rank has to make the same calls in the same order.
         inplace: has no effect here: this loss overwrites no memory of the caller.
         The rest: as in :func:`fused_caad_loss`.
 
@@ -315,27 +316,22 @@ def _loss_of_hidden_states(
     _check_heads(heads, empty=group is not None)
     hidden, student_weight, _, _, _, teacher_weight, _ = heads
     dtypes = [x.dtype for x in heads if x is not None]
-    first, student_vocab, teacher_vocab = 0, student_weight.shape[0], teacher_weight.shape[0]
-    if group is not None:
-        first, student_vocab, teacher_vocab = parallel.shard_range(group, student_vocab, teacher_vocab, hidden.device)
     terms = LossTerms.build(
         options,
         target,
         leading=hidden.shape[:-1],
         device=hidden.device,
         dtype=accumulation_dtype(dtypes),
-        widths=(student_vocab, teacher_vocab),
+        widths=() if group is not None else (student_weight.shape[0], teacher_weight.shape[0]),
     )
-    if group is not None and options.impl not in ("auto", "reference"):
-        raise ValueError(
-            f"impl: expected 'auto' or 'reference' with a process_group (its rows are eager PyTorch), got {options.impl!r}"
-        )
+    if group is not None and options.impl == "cuda":
+        raise ValueError("impl: expected 'auto', 'reference', 'cpu' or 'triton' with a process_group, got 'cuda'")
     chosen = choose_for("fused_linear_caad_loss", options.impl, hidden.device, dtypes)
     heads = heads.flat()
     if group is None:
         loss, stats = linear_loss(terms, heads, options, chosen)
     else:
-        loss, stats = parallel.parallel_loss(terms, heads, options, group, first)
+        loss, stats = parallel.parallel_loss(terms, heads, linear_settings(terms, options, heads[:3], chosen), group)
     return _for_caller(terms, loss, stats, options.return_stats)
 
 

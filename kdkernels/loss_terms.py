@@ -44,9 +44,11 @@ class LossTerms(NamedTuple):
 
         Args:
             dtype: in which the loss is summed.
-            widths: vocabularies of the student and of each teacher.
+            widths: vocabularies of the student and of each teacher; () where only the operator finds them out: the spec's vocab
+                is then vocab_size, or 0.
         """
-        spec = options.row_spec(_valid_ids(options.vocab_size, widths), has_target=target is not None)
+        vocab = valid_ids(options.vocab_size, widths) if widths else options.vocab_size or 0
+        spec = options.row_spec(vocab, has_target=target is not None)
         if target is not None:
             target = _flat_target(target, leading, device)
         alpha = alpha_tensor("alpha", options.alpha, leading, device, dtype)
@@ -76,7 +78,7 @@ class LossTerms(NamedTuple):
         return loss, loss if result.stats is None else all_stats(result)
 
 
-def _valid_ids(vocab_size: int | None, widths: tuple[int, ...]) -> int:
+def valid_ids(vocab_size: int | None, widths: tuple[int, ...]) -> int:
     vocab = min(widths)
     if vocab_size is not None:
         if vocab_size > vocab:

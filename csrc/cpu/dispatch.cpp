@@ -12,15 +12,16 @@ struct Isa {
   void (*layers)(const LayerProblem&);
   void (*mix)(const MixProblem&);
   void (*projected)(const ProjectedProblem&);
+  void (*shards)(const ShardProblem&);
 };
 
 // From the plainest to the best; each has what those before it have.
 const Isa ISAS[] = {
-    {"generic", caad_rows_generic, layer_rows_generic, mix_rows_generic, projected_rows_generic},
+    {"generic", caad_rows_generic, layer_rows_generic, mix_rows_generic, projected_rows_generic, shard_rows_generic},
 #if defined(KDKERNELS_X86)
-    {"avx2", caad_rows_avx2, layer_rows_avx2, mix_rows_avx2, projected_rows_avx2},
-    {"avx512", caad_rows_avx512, layer_rows_avx512, mix_rows_avx512, projected_rows_avx512},
-    {"avx512_bf16", caad_rows_avx512_bf16, layer_rows_avx512_bf16, mix_rows_avx512_bf16, projected_rows_avx512_bf16},
+    {"avx2", caad_rows_avx2, layer_rows_avx2, mix_rows_avx2, projected_rows_avx2, shard_rows_avx2},
+    {"avx512", caad_rows_avx512, layer_rows_avx512, mix_rows_avx512, projected_rows_avx512, shard_rows_avx512},
+    {"avx512_bf16", caad_rows_avx512_bf16, layer_rows_avx512_bf16, mix_rows_avx512_bf16, projected_rows_avx512_bf16, shard_rows_avx512_bf16},
 #endif
 };
 
@@ -51,5 +52,6 @@ void caad_rows(const RowProblem& problem, const char* isa) { find(isa).rows(prob
 void layer_rows(const LayerProblem& problem, const char* isa) { find(isa).layers(problem); }
 void mix_rows(const MixProblem& problem, const char* isa) { find(isa).mix(problem); }
 void projected_rows(const ProjectedProblem& problem, const char* isa) { find(isa).projected(problem); }
+void shard_rows(const ShardProblem& problem, const char* isa) { find(isa).shards(problem); }
 
 }  // namespace kdkernels

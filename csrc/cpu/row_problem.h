@@ -74,25 +74,43 @@ struct ProjectedProblem {
   std::uintptr_t rest = 0;           // float64 (N,)
 };
 
-// One per instruction set; the same sources (rows.inl, layer_rows.inl, mix_rows.inl, projected_rows.inl) compiled with other
-// flags.
+// This rank's slice of rows over several ranks: kdkernels/ops/shards.py gives the meaning of every field.
+enum class ShardPart : int { audio_max = 0, sums = 1, jsd = 2, gradient = 3 };
+constexpr int SHARD_SUMS = 7, SHARD_STAT_SUMS = 9, SHARD_FACTORS = 7;
+struct ShardProblem {
+  RowProblem source;              // its target holds ids of all ranks; its coefficients and results are not used
+  ShardPart part = ShardPart::sums;
+  std::int64_t first = 0;         // id of the slice's first column
+  bool with_stats = false;
+  std::uintptr_t audio_max = 0;   // float32 (N,), or 0
+  std::uintptr_t sums = 0;        // float64 (SHARD_SUMS, N), with statistics (SHARD_SUMS + SHARD_STAT_SUMS, N)
+  std::uintptr_t factors = 0;     // float32 (SHARD_FACTORS, N); of jsd the first two
+  std::uintptr_t out = 0;         // of audio_max float32 (N,), of jsd float64 (2, N)
+};
+
+// One per instruction set; the same sources (rows.inl, layer_rows.inl, mix_rows.inl, projected_rows.inl, shard_rows.inl) compiled
+// with other flags.
 void caad_rows_generic(const RowProblem& problem);
 void layer_rows_generic(const LayerProblem& problem);
 void mix_rows_generic(const MixProblem& problem);
 void projected_rows_generic(const ProjectedProblem& problem);
+void shard_rows_generic(const ShardProblem& problem);
 #if defined(KDKERNELS_X86)
 void caad_rows_avx2(const RowProblem& problem);
 void layer_rows_avx2(const LayerProblem& problem);
 void mix_rows_avx2(const MixProblem& problem);
 void projected_rows_avx2(const ProjectedProblem& problem);
+void shard_rows_avx2(const ShardProblem& problem);
 void caad_rows_avx512(const RowProblem& problem);
 void layer_rows_avx512(const LayerProblem& problem);
 void mix_rows_avx512(const MixProblem& problem);
 void projected_rows_avx512(const ProjectedProblem& problem);
+void shard_rows_avx512(const ShardProblem& problem);
 void caad_rows_avx512_bf16(const RowProblem& problem);
 void layer_rows_avx512_bf16(const LayerProblem& problem);
 void mix_rows_avx512_bf16(const MixProblem& problem);
 void projected_rows_avx512_bf16(const ProjectedProblem& problem);
+void shard_rows_avx512_bf16(const ShardProblem& problem);
 #endif
 
 // Run on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512", "avx512_bf16"); throw
@@ -101,6 +119,7 @@ void caad_rows(const RowProblem& problem, const char* isa);
 void layer_rows(const LayerProblem& problem, const char* isa);
 void mix_rows(const MixProblem& problem, const char* isa);
 void projected_rows(const ProjectedProblem& problem, const char* isa);
+void shard_rows(const ShardProblem& problem, const char* isa);
 
 // What they run on if asked for the best.
 const char* best_isa();

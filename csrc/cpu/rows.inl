@@ -274,6 +274,23 @@ AddBlock pick(Cross cross, One one, bool has_z) {
   }
 }
 
+// log(x / m) where x / m = 1 + change: near 1 from the change, which is exact there; far below 1 from the ratio itself.
+inline vf log_ratio(vf x, vf m, vf change) {
+  vf ratio = x / m;
+  vf smallest = splat(std::numeric_limits<float>::min());
+  vf direct = vlog(ratio < smallest ? smallest : ratio);
+  return ratio < splat(0.5f) ? direct : vlog1p(change);
+}
+
+// log(p / m) and log(q / m) with m = beta p + (1 - beta) q.
+inline void jsd_logs(vf p, vf q, float beta, vf& log_p, vf& log_q) {
+  const vf of_p = splat(beta), of_q = splat(1.f - beta);
+  vf m = of_p * p + of_q * q, gap = q - p;
+  m = m <= vf{} ? splat(1.f) : m;  // also where the smallest p or q times its weight is 0
+  log_q = log_ratio(q, m, of_p * gap / m);
+  log_p = log_ratio(p, m, -(of_q * gap) / m);
+}
+
 // The teacher's side of a row: z_ holds the contrast, divided by tau, one block at a time.
 class TeacherRow {
  protected:
@@ -295,8 +312,9 @@ class TeacherRow {
   bool use_text_ = false;
   alignas(64) float z_[BLOCK], a_[BLOCK], t_[BLOCK];
 
-  // Row r from here on; nothing of the teacher's is read where it is not wanted.
-  void open_teacher(std::int64_t r, bool wanted) {
+  // Row r from here on; nothing of the teacher's is read where it is not wanted. `audio_max`: the largest audio logit, where it is
+  // known already.
+  void open_teacher(std::int64_t r, bool wanted, const float* audio_max = nullptr) {
     if (wanted) audio_ = row_of(P.audio, r, P.inner);
     float alpha = P.text.data ? reinterpret_cast<const float*>(P.alpha)[r * P.alpha_stride] : 0.f;
     if (!(alpha >= 0.f) || std::isinf(alpha)) alpha = NOT_A_NUMBER;
@@ -304,7 +322,7 @@ class TeacherRow {
     alpha_ = alpha;
     if (P.text.data) text_ = row_of(P.text, r, P.inner);
     threshold_ = NEG_INF;
-    if (wanted && P.has_plausibility) find_threshold();
+    if (wanted && P.has_plausibility) threshold_ = (audio_max ? *audio_max : largest_audio()) + P.log_plausibility;
   }
 
   // Fills z_, padded with -inf to a whole vector; returns its maximum.
@@ -362,21 +380,21 @@ class TeacherRow {
     }
   }
 
-  void find_threshold() {
+  float largest_audio() {
     float best = NEG_INF;
     for (std::int64_t b = 0; b < blocks_; ++b) {
       int n = load_audio(b);
       best = std::max(best, block_max(a_, n));
     }
-    threshold_ = best + P.log_plausibility;
+    return best;
   }
 };
 
-class Worker : TeacherRow {
- public:
-  explicit Worker(const RowProblem& problem) : TeacherRow(problem) {
-    want_grad_ = P.grad.data != 0;
-    want_stats_ = P.stats != 0;
+// Both sides of a row: s_ holds the student's logits, divided by tau, one block at a time.
+class PairRow : protected TeacherRow {
+ protected:
+  PairRow(const RowProblem& problem, bool want_stats) : TeacherRow(problem) {
+    want_stats_ = want_stats;
     read_teacher_ = P.with_kd || want_stats_;
     jsd_ = P.divergence == Divergence::jsd;
     cross_ = !P.with_kd ? Cross::none : jsd_ ? Cross::none : P.divergence == Divergence::forward_kl ? Cross::of_z : Cross::of_s;
@@ -384,12 +402,93 @@ class Worker : TeacherRow {
            : P.temperature == 1.f ? One::same
            : P.temperature == 2.f ? One::square
                                   : One::own;
+    read_student_ = P.student_softcap == 0.f && P.student_scale == 1.f ? pick_read_student(P.student.dtype) : nullptr;
+  }
+
+  bool want_stats_, read_teacher_, jsd_;
+  Cross cross_;
+  One one_;
+  ReadStudent read_student_;  // null where the student's logits are not plain
+  RowPointer student_{};
+  alignas(64) float s_[BLOCK], g_[BLOCK];
+
+  // Fills s_, padded with -inf to a whole vector; returns its maximum.
+  float read_student_block(std::int64_t b) {
+    if (width(b) == BLOCK && read_student_) return read_student_(at(student_, b), 1.f / P.temperature, s_);
+    return block_max(s_, load_student(b));
+  }
+
+  // s_ = logits / tau, padded with -inf to a whole vector; returns the padded length
+  int load_student(std::int64_t b) {
+    int n = width(b);
+    load_block(student_, b * BLOCK, n, NEG_INF, s_);
+    int padded = (n + W - 1) / W * W;
+    logits_of(s_, padded, P.student_scale, P.student_softcap);
+    for (int i = n; i < padded; ++i) s_[i] = NEG_INF;  // a softcap makes -inf finite
+    scale_block(s_, padded, 1.f / P.temperature);
+    return padded;
+  }
+
+  float student_logit(std::int64_t v) {
+    load_block(student_, v, 1, NEG_INF, g_);
+    logits_of(g_, W, P.student_scale, P.student_softcap);
+    return g_[0];
+  }
+
+  void zero_gradient(std::int64_t r, std::int64_t from) {
+    if (!P.grad.data) return;
+    RowPointer out = row_of(P.grad, r, P.inner);
+    std::int64_t item = out.dtype == DType::f32 ? 4 : 2;
+    std::memset(const_cast<char*>(out.data) + from * item, 0, std::size_t((P.student_width - from) * item));
+  }
+
+  struct Moments {
+    double of_s = 0, of_z = 0;               // sum e_s (s - Ms), sum e_z (z - Mz)
+    std::int64_t top_s = -1, top_z = -1;     // the first columns of the maxima
+    PairSums paths;                          // (s, z) := (text, audio): cross gives KL(audio || text)
+  };
+
+  // Off the hot path: reads the row again.
+  Moments moments(const PairSums& p) {
+    Moments m;
+    const vf Ms = splat(p.Ms), Mz = splat(p.Mz), zero = vf{};
+    for (std::int64_t b = 0; b < blocks_; ++b) {
+      int n = load_student(b);
+      load_contrast(b);
+      vf sum_s = zero, sum_z = zero;
+      for (int i = 0; i < n; i += W) {
+        vf ds = load(s_ + i) - Ms, dz = load(z_ + i) - Mz;
+        vf es = vexp(ds), ez = vexp(dz);
+        vf hs = es * ds, hz = ez * dz;
+        sum_s += es > zero ? hs : zero;
+        sum_z += ez > zero ? hz : zero;
+      }
+      m.of_s += hsum(sum_s);
+      m.of_z += hsum(sum_z);
+      for (int i = 0; i < width(b) && (m.top_s < 0 || m.top_z < 0); ++i) {
+        if (m.top_s < 0 && s_[i] == p.Ms) m.top_s = b * BLOCK + i;
+        if (m.top_z < 0 && z_[i] == p.Mz) m.top_z = b * BLOCK + i;
+      }
+      if (P.text.data) {
+        if (!use_text_) load_text(b);
+        scale_block(a_, n, 1.f / P.temperature);
+        scale_block(t_, n, 1.f / P.temperature);
+        add_block<Cross::of_z, One::none, true, false>(m.paths, t_, a_, block_max(t_, n), block_max(a_, n), n, 1.f, nullptr, nullptr,
+                                                       nullptr);
+      }
+    }
+    return m;
+  }
+};
+
+class Worker : PairRow {
+ public:
+  explicit Worker(const RowProblem& problem) : PairRow(problem, problem.stats != 0) {
+    want_grad_ = P.grad.data != 0;
     store_ = want_grad_ || (jsd_ && P.with_kd);
     add_ = store_ ? pick<true>(cross_, one_, read_teacher_) : pick<false>(cross_, one_, read_teacher_);
-    const bool plain_student = P.student_softcap == 0.f && P.student_scale == 1.f;
-    read_student_ = plain_student ? pick_read_student(P.student.dtype) : nullptr;
     const bool forward = P.with_kd && P.divergence == Divergence::forward_kl;
-    write_gradient_ = plain_student && forward && one_ != One::own ? pick_write_gradient(P.grad.dtype, one_ == One::square) : nullptr;
+    write_gradient_ = read_student_ && forward && one_ != One::own ? pick_write_gradient(P.grad.dtype, one_ == One::square) : nullptr;
     if (store_) {
       std::size_t padded = std::size_t(blocks_) * BLOCK;
       es_.resize(padded);
@@ -415,20 +514,11 @@ class Worker : TeacherRow {
 
     PairSums p;
     for (std::int64_t b = 0; b < blocks_; ++b) {
-      const bool whole = width(b) == BLOCK;
-      int n = BLOCK;
-      float max_s, max_z = NEG_INF;
-      if (whole && read_student_) {
-        max_s = read_student_(at(student_, b), 1.f / P.temperature, s_);
-      } else {
-        n = load_student(b);
-        max_s = block_max(s_, n);
-      }
-      if (read_teacher_) max_z = read_teacher_block(b);
+      const float max_s = read_student_block(b), max_z = read_teacher_ ? read_teacher_block(b) : NEG_INF;
       float* es = store_ ? es_.data() + b * BLOCK : nullptr;
       float* ez = store_ && read_teacher_ ? ez_.data() + b * BLOCK : nullptr;
       float* e1 = store_ && one_ == One::own ? e1_.data() + b * BLOCK : nullptr;
-      add_(p, s_, z_, max_s, max_z, n, P.temperature, es, ez, e1);
+      add_(p, s_, z_, max_s, max_z, padded(b), P.temperature, es, ez, e1);
       if (store_) {
         used_Ms_[std::size_t(b)] = p.Ms;
         used_Mz_[std::size_t(b)] = p.Mz;
@@ -463,15 +553,10 @@ class Worker : TeacherRow {
   }
 
  private:
-  bool want_grad_, want_stats_, read_teacher_, jsd_, store_;
-  Cross cross_;
-  One one_;
+  bool want_grad_, store_;
   AddBlock add_;
-  ReadStudent read_student_;  // null where the student's logits are not plain
   WriteGradient write_gradient_;  // null where there is no short way
   std::vector<float> es_, ez_, e1_, used_Ms_, used_Mz_;
-  RowPointer student_{};
-  alignas(64) float s_[BLOCK], g_[BLOCK];
 
   float& stat(int k, std::int64_t r) { return reinterpret_cast<float*>(P.stats)[k * P.outer * P.inner + r]; }
 
@@ -480,36 +565,11 @@ class Worker : TeacherRow {
     reinterpret_cast<float*>(P.ce)[r] = ce;
   }
 
-  // s_ = logits / tau, padded with -inf to a whole vector; returns the padded length
-  int load_student(std::int64_t b) {
-    int n = width(b);
-    load_block(student_, b * BLOCK, n, NEG_INF, s_);
-    int padded = (n + W - 1) / W * W;
-    logits_of(s_, padded, P.student_scale, P.student_softcap);
-    for (int i = n; i < padded; ++i) s_[i] = NEG_INF;  // a softcap makes -inf finite
-    scale_block(s_, padded, 1.f / P.temperature);
-    return padded;
-  }
-
-  float student_logit(std::int64_t v) {
-    load_block(student_, v, 1, NEG_INF, g_);
-    logits_of(g_, W, P.student_scale, P.student_softcap);
-    return g_[0];
-  }
-
-  // log(x / m) where x / m = 1 + change: near 1 from the change, which is exact there; far below 1 from the ratio itself.
-  static vf log_ratio(vf x, vf m, vf change) {
-    vf ratio = x / m;
-    vf smallest = splat(std::numeric_limits<float>::min());
-    vf direct = vlog(ratio < smallest ? smallest : ratio);
-    return ratio < splat(0.5f) ? direct : vlog1p(change);
-  }
-
   // Second pass of the Jensen-Shannon divergence: m = b p + (1 - b) q; ez_ becomes log(q / m).
   double jsd_pass(const PairSums& p) {
     const float beta = P.jsd_beta;
     double total_p = 0, total_q = 0;
-    const vf zero = vf{}, vb = splat(beta), vc = splat(1.f - beta);
+    const vf zero = vf{};
     for (std::int64_t b = 0; b < blocks_; ++b) {
       int n = (width(b) + W - 1) / W * W;
       float* es = es_.data() + b * BLOCK;
@@ -518,9 +578,8 @@ class Worker : TeacherRow {
       vf sum_p = zero, sum_q = zero;
       for (int i = 0; i < n; i += W) {
         vf q = load(es + i) * fs, pr = load(ez + i) * fz;
-        vf m = vb * pr + vc * q;
-        vf gap = q - pr;
-        vf log_q = log_ratio(q, m, vb * gap / m), log_p = log_ratio(pr, m, -(vc * gap) / m);
+        vf log_p, log_q;
+        jsd_logs(pr, q, beta, log_p, log_q);
         vf term_q = q * log_q, term_p = pr * log_p;
         // "not <= 0" rather than "> 0": NaN must stay in the sum.
         sum_q += q <= zero ? zero : term_q;
@@ -538,13 +597,6 @@ class Worker : TeacherRow {
   // e * rescale(...) = probability, for an e taken relative to the maximum `used`
   static float rescale(float used, float final, double sum) {
     return sum == 0 ? 0.f : float(std::exp(double(used) - final) / sum);
-  }
-
-  void zero_gradient(std::int64_t r, std::int64_t from) {
-    if (!want_grad_) return;
-    RowPointer out = row_of(P.grad, r, P.inner);
-    std::int64_t item = out.dtype == DType::f32 ? 4 : 2;
-    std::memset(const_cast<char*>(out.data) + from * item, 0, std::size_t((P.student_width - from) * item));
   }
 
   void gradient(std::int64_t r, const PairSums& p, double raw_kd, bool no_teacher, std::int64_t y, float s_y, bool bad_target) {
@@ -651,41 +703,13 @@ class Worker : TeacherRow {
     return p.S1 == 0 ? 0.f : float(std::exp((double(used) - p.Ms) * P.temperature) / p.S1);
   }
 
-  // Off the hot path: reads the row again.
   void statistics(std::int64_t r, const PairSums& p) {
-    double entropy_s = 0, entropy_z = 0;
-    std::int64_t top_s = -1, top_z = -1;
-    PairSums paths;  // (s, z) := (text, audio): cross gives KL(audio || text)
-    const vf Ms = splat(p.Ms), Mz = splat(p.Mz), zero = vf{};
-    for (std::int64_t b = 0; b < blocks_; ++b) {
-      int n = load_student(b);
-      load_contrast(b);
-      vf sum_s = zero, sum_z = zero;
-      for (int i = 0; i < n; i += W) {
-        vf ds = load(s_ + i) - Ms, dz = load(z_ + i) - Mz;
-        vf es = vexp(ds), ez = vexp(dz);
-        vf hs = es * ds, hz = ez * dz;
-        sum_s += es > zero ? hs : zero;
-        sum_z += ez > zero ? hz : zero;
-      }
-      entropy_s += hsum(sum_s);
-      entropy_z += hsum(sum_z);
-      for (int i = 0; i < width(b) && (top_s < 0 || top_z < 0); ++i) {
-        if (top_s < 0 && s_[i] == p.Ms) top_s = b * BLOCK + i;
-        if (top_z < 0 && z_[i] == p.Mz) top_z = b * BLOCK + i;
-      }
-      if (P.text.data) {
-        if (!use_text_) load_text(b);
-        scale_block(a_, n, 1.f / P.temperature);
-        scale_block(t_, n, 1.f / P.temperature);
-        add_block<Cross::of_z, One::none, true, false>(paths, t_, a_, block_max(t_, n), block_max(a_, n), n, 1.f, nullptr, nullptr,
-                                                       nullptr);
-      }
-    }
-    stat(0, r) = p.Ss == 0 ? 0.f : float(std::log(p.Ss) - entropy_s / p.Ss);
-    stat(1, r) = p.Sz == 0 ? 0.f : float(std::log(p.Sz) - entropy_z / p.Sz);
-    stat(2, r) = top_s == top_z ? 1.f : 0.f;
+    const Moments m = moments(p);
+    stat(0, r) = p.Ss == 0 ? 0.f : float(std::log(p.Ss) - m.of_s / p.Ss);
+    stat(1, r) = p.Sz == 0 ? 0.f : float(std::log(p.Sz) - m.of_z / p.Sz);
+    stat(2, r) = m.top_s == m.top_z ? 1.f : 0.f;
     double between = 0;
+    const PairSums& paths = m.paths;
     if (P.text.data && paths.Sz != 0) {
       between = paths.Ss == 0 || std::isinf(paths.cross) ? HUGE_VAL : paths.cross / paths.Sz - std::log(paths.Sz) + std::log(paths.Ss);
       if (between < 0) between = 0;

@@ -11,3 +11,6 @@
 
 #define KDKERNELS_PROJECTED_ENTRY projected_rows_avx512_bf16
 #include "projected_rows.inl"
+
+#define KDKERNELS_SHARD_ENTRY shard_rows_avx512_bf16
+#include "shard_rows.inl"

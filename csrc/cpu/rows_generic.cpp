@@ -11,3 +11,6 @@
 
 #define KDKERNELS_PROJECTED_ENTRY projected_rows_generic
 #include "projected_rows.inl"
+
+#define KDKERNELS_SHARD_ENTRY shard_rows_generic
+#include "shard_rows.inl"

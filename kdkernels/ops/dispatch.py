@@ -19,6 +19,7 @@ import torch
 
 from . import cuda_caad, native
 from .rows import RowLauncher, RowProblem, RowResult, row_launcher_of
+from .shards import EagerShard, ShardRows
 
 logger = logging.getLogger("kdkernels")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -150,6 +151,15 @@ def row_launcher(impl: str) -> RowLauncher:
     if impl == "triton":
         return load_triton_rows()
     return {"cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: caad_rows_or_triton}.get(impl, native.caad_rows)
+
+
+def shard_launcher(impl: str) -> Callable[[RowProblem, int], ShardRows]:
+    """The :class:`~kdkernels.ops.shards.ShardRows` of an implementation; of the CUDA C++ kernel it is that of Triton."""
+    if impl == "reference":
+        return EagerShard
+    if impl == "cpu":
+        return native.NativeShard
+    return load_triton("triton_shards", "TritonShard", "impl='triton' with a process_group")
 
 
 def _solve_rows(problem: RowProblem) -> RowResult:

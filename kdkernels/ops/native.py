@@ -1,6 +1,7 @@
 """The CPU kernels: loads the compiled library when first needed, and passes it addresses, sizes and strides.
 
-``caad_rows`` solves the row problem (``rows``), ``mix_rows`` the mixture problem (``mixture``).
+``caad_rows`` solves the row problem (``rows``), ``mix_rows`` the mixture problem (``mixture``), ``NativeShard`` a rank's part of
+rows over several ranks (``shards``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from .rows import RowProblem, RowResult, RowSpec, row_launcher_of
+from .shards import STAT_SUMS, SUMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -124,6 +126,58 @@ def _teacher_problem(
     p.teacher_scale, p.teacher_softcap = spec.teacher_scale, spec.teacher_softcap or 0.0
     p.threads = torch.get_num_threads()
     return p, keep
+
+
+class NativeShard:
+    """See :mod:`kdkernels.ops.shards`. No scratch: what comes after the exchange reads the slice again."""
+
+    def __init__(self, problem: RowProblem, first: int) -> None:
+        lib, spec = load_library(), problem.spec
+        self.problem = problem
+        s = lib.ShardProblem()
+        p, self.keep = _teacher_problem(problem.audio, problem.text, problem.target, problem.alpha, spec)
+        p.student_width, p.student = problem.student.shape[2], _row_tensor(problem.student)
+        if problem.grad is not None:
+            p.grad = _row_tensor(problem.grad)
+        p.with_kd, p.with_ce = spec.with_kd, problem.with_ce
+        p.student_scale, p.student_softcap = spec.student_scale, spec.student_softcap or 0.0
+        s.source, s.first, s.with_stats = p, first, problem.want_stats
+        self.shard = s
+
+    def _run(self, part: str) -> None:
+        lib = load_library()
+        self.shard.part = getattr(lib.ShardPart, part)
+        lib.shard_rows(self.shard, instruction_set())
+
+    def _kept(self, x: torch.Tensor) -> int:
+        """The tensor's address, which the library may read from here on."""
+        self.keep.append(x)
+        return x.data_ptr()
+
+    def audio_max(self) -> torch.Tensor:
+        out = torch.empty(self.problem.rows, dtype=torch.float32, device="cpu")
+        self.shard.out = out.data_ptr()
+        self._run("audio_max")
+        return out
+
+    def sums(self, audio_max: torch.Tensor | None) -> torch.Tensor:
+        kinds = len(SUMS) + self.problem.want_stats * len(STAT_SUMS)
+        out = torch.empty(kinds, self.problem.rows, dtype=torch.float64, device="cpu")
+        self.shard.sums = self._kept(out)
+        if audio_max is not None:
+            self.shard.audio_max = self._kept(audio_max)
+        self._run("sums")
+        return out
+
+    def jsd_sums(self, factors: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(2, self.problem.rows, dtype=torch.float64, device="cpu")
+        self.shard.factors, self.shard.out = self._kept(factors), out.data_ptr()
+        self._run("jsd")
+        return out
+
+    def gradient(self, factors: torch.Tensor) -> None:
+        self.shard.factors = self._kept(factors)
+        self._run("gradient")
 
 
 def mix_rows(

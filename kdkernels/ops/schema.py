@@ -453,15 +453,15 @@ def fake_linear_results(
 
 
 @linear_caad.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fake_linear_caad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     kd_coef = arguments[_LINEAR_TENSORS - 2]
     return fake_linear_results(arguments[:3], kd_coef, LinearSettings.unpacked(*arguments[-3:]), _N_STATS)
 
 
 def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
     """Autograd of an operator over LM heads, whose first three inputs are the student's hidden states, weight and bias, and whose
-    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Then come RowSpec.packed() or packed_specs, and
-    LinearSettings.packed(). It returns what linear_caad does."""
+    first ``tensors`` (lists of tensors among them) end with kd_coef and ce_coef. Then come RowSpec.packed() or packed_specs, what
+    else the operator takes, and LinearSettings.packed(). It returns what linear_caad does."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         without_gradients(ctx, output[1:])
@@ -473,7 +473,7 @@ def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
         if ctx.again:
             flat, ctx.tree = tree_flatten(list(inputs[:tensors]))
             # A teacher run under inference_mode gives tensors that autograd refuses to save.
-            ctx.spec_whole, numbers, ctx.divergences = inputs[tensors:-3]
+            ctx.spec_whole, numbers, *ctx.others = inputs[tensors:-3]
             given = [x for x in (*flat, numbers) if x is not None]
             ctx.save_for_backward(*[x.clone() if x.is_inference() else x for x in given])
             ctx.absent, ctx.wanted = [x is None for x in flat], wanted
@@ -496,7 +496,7 @@ def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
                 bias_grad=bias_grad,
                 want_stats=False,
             )
-            _, *grads, _, gains = op(*inputs, ctx.spec_whole, next(saved), ctx.divergences, *wanted.packed())
+            _, *grads, _, gains = op(*inputs, ctx.spec_whole, next(saved), *ctx.others, *wanted.packed())
             if gains.numel():
                 factors = (1.0 / gains).unbind(0)
                 grads = [_scaled(g, f) if need else None for g, f, need in zip(grads, factors, needs, strict=True)]

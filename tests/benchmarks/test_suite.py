@@ -22,6 +22,7 @@ from benchmarks import (
     linear,
     memory,
     multi_teacher,
+    parallel,
     peers,
     plots,
     projection,
@@ -196,6 +197,14 @@ def test_steps_with_several_teachers_agree_with_float64(count):
     assert len(errors) == 5
     for name, error in errors.items():
         assert error < (0.02 if "bf16" in name else 1e-5), name
+
+
+@pytest.mark.slow
+def test_parallel(tmp_path):
+    parallel.main([*SIZES, "--repeats", "1", "--out", str(tmp_path)])
+    found = timed(read(tmp_path / "parallel_cpu.csv"))
+    assert len(found) == 8 and {x["contender"] for x in found} == {"eager", "kdkernels"}
+    assert all(float(x["gradient_error"]) < (1e-5 if x["what"].startswith("rows") else 0.05) for x in found)
 
 
 @pytest.mark.slow

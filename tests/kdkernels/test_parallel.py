@@ -29,6 +29,8 @@ CASES = {
     "statistics": {"return_stats": True},
     "unreduced_jsd": {"reduction": "none", "divergence": "jsd"},
     "ce_only": {"kd_weight": 0.0},
+    "eager": {"impl": "reference", "plausibility": 0.2},
+    "triton": {"impl": "triton", "plausibility": 0.2},
 }
 
 
@@ -220,3 +222,36 @@ def test_rows_of_a_rank(monkeypatch):
     assert cut(5, 4) == [(0, 2), (2, 4), (4, 5), (5, 5)] and cut(5, 4, rows=9)[2:] == [(4, 9), (6, 6)]
     with pytest.raises(ValueError, match="vocab: expected at least 1, got 0"):
         cut(0, 2)
+
+
+def compiled(failures):
+    """One graph, collectives and all: what eager gives, also of a second shape, of changing numbers and of a head that trains."""
+    whole = arguments()
+    mine = vocabulary_rows(VOCAB, dist.group.WORLD)
+    shard = {k: x[mine].detach() if k in ("student_weight", "student_bias") else x for k, x in whole.items()}
+    shard["teacher_weight"] = whole["teacher_weight"][vocabulary_rows(VOCAB, dist.group.WORLD, rows=64)]
+    shard["student_weight"].requires_grad_()
+
+    def loss_of(inputs, temperature, reduction):
+        return fused_linear_caad_loss(
+            **inputs, temperature=temperature, reduction=reduction, process_group=dist.group.WORLD
+        )
+
+    def step(of, inputs, *options):
+        inputs = {k: x.detach().requires_grad_(x.requires_grad) for k, x in inputs.items()}
+        loss = of(inputs, *options)
+        return loss, *torch.autograd.grad(loss.sum(), [inputs["student_hidden"], inputs["student_weight"]])
+
+    graph = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    of_tokens = ("student_hidden", "teacher_audio_hidden", "teacher_text_hidden", "target")
+    fewer = {k: x[:9].detach().requires_grad_(x.requires_grad) if k in of_tokens else x for k, x in shard.items()}
+    for inputs, *options in ((shard, 2.0, "mean"), (fewer, 2.0, "mean"), (fewer, 3.0, "none")):
+        expected, got = step(loss_of, inputs, *options), step(graph, inputs, *options)
+        errors = [relative_error(x, e) for x, e in zip(got, expected, strict=True)]
+        if not max(errors) < 1e-6:
+            failures.put(f"rank {dist.get_rank()}, {len(inputs['target'])} tokens, {options}: {errors}")
+
+
+@pytest.mark.slow
+def test_a_compiled_call_on_two_ranks():
+    run_ranks(compiled, 2)
