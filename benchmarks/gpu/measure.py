@@ -220,11 +220,15 @@ def measure_linear(tokens: int, repeats: int) -> dict:
         met &= dtype is None or seconds <= 1.25 * floor
         figures[name] = {"ms": seconds * 1e3, "times_floor": seconds / floor, "gradient_error": error}
         figures[name] |= {"peak_mib": peaks[0] / 2**20, "peak_mib_2n": peaks[1] / 2**20}
-    torch.cuda.synchronize()
-    with torch.no_grad():
+    # The chunk loop with its backward, and the path without logits, which a call without a gradient takes.
+    for gradient in (True, False):
+        leaf = case.hidden.detach().requires_grad_(gradient)
+        torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")  # raises at a hidden synchronisation
         try:
-            fused_linear_caad_loss(case.hidden, w_s, case.audio, case.text, w_t, case.target)
+            loss = fused_linear_caad_loss(leaf, w_s, case.audio, case.text, w_t, case.target)
+            if gradient:
+                torch.autograd.grad(loss, leaf)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     result = "; ".join(
