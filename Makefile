@@ -67,11 +67,14 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.packing --examples 8 --write
 	$(BIN)/python -m benchmarks.plots
 
-# torch first and by version, so that the resolver keeps the build that is asked for.
+# torch first and by version, so that the resolver keeps the build that is asked for. The interpreter of Triton 3.6, which comes with
+# torch 2.10 and 2.11, fails with NumPy 2.4 and newer.
 $(STAMP): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[train,test]"
+	if $(BIN)/python -m pip list --format=freeze | grep -q "^triton==3\.6\."; then \
+	  $(BIN)/python -m pip install --quiet "numpy<2.4"; fi
 	touch $@
 
 clean:

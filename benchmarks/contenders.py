@@ -440,8 +440,8 @@ def refuse_wrong_gradients(errors: dict[str, float], dtype: torch.dtype) -> None
     refuse_wrong({name: errors[name] for name in coarse}, max(ERROR_BUDGETS[dtype], ERROR_BUDGETS[torch.bfloat16]))
 
 
-def bare_gemms(c: LinearCase, chunk: int) -> Callable[[], None]:
-    """The floor: the three GEMMs of a frozen head, in chunks into reused scratch, and nothing else."""
+def bare_gemms(c: LinearCase, chunk: int, objective: Objective = FULL) -> Callable[[], None]:
+    """The floor: the GEMMs of a frozen head, in chunks into reused scratch, and nothing else: three, without a KD term two."""
     c = c.trimmed()
     n, vocab = c.hidden.shape[0], c.weight.shape[0]
     chunk = min(chunk, n)
@@ -453,7 +453,8 @@ def bare_gemms(c: LinearCase, chunk: int) -> Callable[[], None]:
             rows = slice(start, min(start + chunk, n))
             size = rows.stop - start
             torch.mm(c.hidden[rows], c.weight.T, out=student[:size])
-            torch.mm(c.audio[rows], c.teacher_weight.T, out=teacher[:size])
+            if objective.kd_weight > 0:
+                torch.mm(c.audio[rows], c.teacher_weight.T, out=teacher[:size])
             torch.mm(student[:size], c.weight, out=out[rows])
 
     return run

@@ -1,6 +1,7 @@
 """Settings every test shares. Triton runs in its interpreter where there is no GPU; that is decided before it is imported."""
 
 import contextlib
+import importlib.metadata
 import os
 import pickle
 import signal
@@ -18,6 +19,17 @@ with contextlib.suppress(ImportError):  # a GPU machine may have torch, Triton a
     # The same examples on every run: a test that fails on CI fails at home.
     settings.register_profile("kdkernels", deadline=None, derandomize=True, database=None)
     settings.load_profile("kdkernels")
+
+
+def pytest_configure():
+    """Hundreds of tests would fail at a pair of versions that CONTRIBUTING.md excludes: say so once."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+        new = tuple(map(int, numpy.split(".")[:2])) >= (2, 4)
+        if os.environ.get("TRITON_INTERPRET") == "1" and triton.startswith("3.6.") and new:
+            raise pytest.UsageError(
+                f"Triton {triton}'s interpreter fails with NumPy 2.4 and newer, got {numpy}: pip install 'numpy<2.4'"
+            )
 
 
 def pytest_collection_modifyitems(items):

@@ -6,6 +6,8 @@ import argparse
 
 import torch
 
+from .measure import DEVICE, Rows
+
 
 def small() -> None:
     """Every kernel, one to 16 blocks a cluster, one and several chunks, in place and not, ignored rows, a text path left out."""
@@ -22,21 +24,19 @@ def small() -> None:
             ):
                 spec = RowSpec(vocab=vocab, divergence=divergence, student_softcap=softcap, temperature=1.0 + number)
                 width = vocab + 8
-                student, audio, text = (torch.randn(1, 6, width, generator=g).to(dtype).cuda() for _ in range(3))
-                target = torch.randint(0, vocab, (6,), generator=g).cuda()
+                student, audio, text = (torch.randn(1, 6, width, generator=g).to(dtype).to(DEVICE) for _ in range(3))
+                target = torch.randint(0, vocab, (6,), generator=g).to(DEVICE)
                 target[1] = -100
-                alpha = torch.rand(6, generator=g).cuda()
+                alpha = torch.rand(6, generator=g).to(DEVICE)
                 alpha[3] = 0.0
                 grad = student if number == 0 else torch.empty_like(student)
-                one = torch.ones(6, device="cuda")
+                one = torch.ones(6, device=DEVICE)
                 cuda_caad.caad_rows(student, audio, text, target, alpha, one, one, spec, grad=grad, blocks=blocks)
     torch.cuda.synchronize()
 
 
 def large() -> None:
     """Two launches at the size of the measurements, in bf16 with a text path: the first warms up."""
-    from .measure import Rows
-
     case = Rows(1024, torch.bfloat16, torch.bfloat16, text=True, impl="cuda")
     for _ in range(2):
         case.into(case.student)

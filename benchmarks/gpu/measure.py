@@ -1,4 +1,4 @@
-"""One measurement on a CUDA device: `python -m benchmarks.gpu.measure rows|cuda-rows|table|linear|capture`.
+"""One measurement on a CUDA device: `python -m benchmarks.gpu.measure rows` (`--help` lists the others).
 
 Correctness first, then time; the last line printed is JSON with `met`, `result` and the figures. Needs torch and Triton alone.
 """
@@ -6,17 +6,22 @@ Correctness first, then time; the last line printed is JSON with `met`, `result`
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from ..common import PeakMemory, relative_error, time_calls
+from ..contenders import CE, FULL, LinearCase, bare_gemms, exact_gradient, ours_step
 
 # Width and sizes of the design's example: Llama 3.2 3B as the student, 8B-sized states as the teacher.
 VOCAB, STUDENT_WIDTH, TEACHER_WIDTH = 128256, 3072, 4096
+CAPTURED = (256, 32000)  # of logits: small enough that launches count
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DEVICE = torch.device("cuda")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,16 +47,16 @@ class Rows:
         from kdkernels.ops.dispatch import row_launcher
         from kdkernels.ops.rows import RowSpec
 
-        g = torch.Generator(device="cuda").manual_seed(0)
+        g = torch.Generator(device=DEVICE).manual_seed(0)
 
         def logits() -> torch.Tensor:
-            return torch.randn(1, tokens, VOCAB, generator=g, device="cuda", dtype=dtype).mul_(3)
+            return torch.randn(1, tokens, VOCAB, generator=g, device=DEVICE, dtype=dtype).mul_(3)
 
         self.spec = RowSpec(vocab=VOCAB)
         self.student, self.audio, self.text = logits(), logits(), logits() if text else None
-        self.target = torch.randint(0, VOCAB, (tokens,), generator=g, device="cuda")
-        self.alpha = torch.full((1,), 2.0, device="cuda")
-        self.coef = torch.full((tokens,), 0.5, device="cuda")
+        self.target = torch.randint(0, VOCAB, (tokens,), generator=g, device=DEVICE)
+        self.alpha = torch.full((1,), 2.0, device=DEVICE)
+        self.coef = torch.full((tokens,), 0.5, device=DEVICE)
         self.grad_dtype = grad_dtype
         self.launch = row_launcher(impl)
         # Each pass reads every input, the last writes the gradient as well.
@@ -80,11 +85,11 @@ class Rows:
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:
-    return time_calls({"call": call}, repeats=repeats, device=torch.device("cuda"))["call"].median
+    return time_calls({"call": call}, repeats=repeats, device=DEVICE)["call"].median
 
 
 def _copy_bytes_per_second(repeats: int) -> float:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     out = torch.empty_like(source)
     return 2 * source.numel() / _median_seconds(lambda: out.copy_(source), repeats)
 
@@ -153,7 +158,7 @@ def measure_cuda_rows(tokens: int, repeats: int) -> dict:
     return {"met": met, "result": result, "copy_gbytes_per_s": copy / 1e9, "rows": rows}
 
 
-def measure_table(tokens: int, repeats: int) -> dict:
+def measure_table(tokens: int, repeats: int, warps: Sequence[int] = (2, 4, 8, 16)) -> dict:
     """Target: the fixed launch table within 5% of the best of its neighbours."""
     from kdkernels.ops import triton_caad
 
@@ -164,10 +169,9 @@ def measure_table(tokens: int, repeats: int) -> dict:
         memory = case.student.clone()
         group = 16 // DTYPES[name].itemsize
         tables = {"table": own}
-        for elements in (8, 16, 32):
-            for warps in (2, 4, 8, 16):
-                launch = {"GROUPS": 32 * warps * elements // group, "GROUP": group, "num_warps": warps}
-                tables[f"{elements} logits, {warps} warps"] = lambda *_, launch=launch: launch
+        for elements, count in itertools.product((8, 16, 32), warps):
+            launch = {"GROUPS": 32 * count * elements // group, "GROUP": group, "num_warps": count}
+            tables[f"{elements} logits, {count} warps"] = lambda *_, launch=launch: launch
         seconds = {}
         for label, table in tables.items():
             triton_caad._launch_table = table
@@ -183,65 +187,105 @@ def measure_table(tokens: int, repeats: int) -> dict:
     return {"met": worst <= 1.05, "result": "; ".join(notes), "rows": rows}
 
 
+def measure_wide_table(tokens: int, repeats: int) -> dict:
+    """The same against programs of 32 warps."""
+    return measure_table(tokens, repeats, warps=(32,))
+
+
+def _linear_case(tokens: int, vocab: int = 0) -> LinearCase:
+    sizes = (tokens, vocab or VOCAB, STUDENT_WIDTH, TEACHER_WIDTH)
+    return LinearCase.random(*sizes, torch.bfloat16, DEVICE)
+
+
+# What is timed, its objective and logits' dtype, the most error of its gradient, and the most time over the bare GEMMs.
+LINEAR_CASES = [
+    ("bf16 logits", FULL, torch.bfloat16, 6e-2, 1.10),
+    ("fp32 logits", FULL, None, 6e-3, 1.25),
+    ("CE alone, bf16 logits", CE, torch.bfloat16, 6e-2, 1.05),
+]
+
+
 def measure_linear(tokens: int, repeats: int) -> dict:
-    """Target: bf16 logits within 1.25x of the bare GEMMs; extra memory of 2N tokens no more than of N, but for dh."""
+    """Targets: LINEAR_CASES; extra memory of 2N tokens no more than of N, but for dh; nothing synchronises."""
     from kdkernels import fused_linear_caad_loss
 
-    from ..contenders import LinearCase, bare_gemms, exact_gradient, ours_step
-
-    g = torch.Generator(device="cuda").manual_seed(0)
-
-    def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=g, device="cuda").mul_(scale).bfloat16()
-
-    def states(n: int) -> list[torch.Tensor]:
-        return [normal(n, width, 1.0) for width in (STUDENT_WIDTH, TEACHER_WIDTH, TEACHER_WIDTH)]
-
-    w_s = normal(VOCAB, STUDENT_WIDTH, 3.0 * STUDENT_WIDTH**-0.5)
-    w_t = normal(VOCAB, TEACHER_WIDTH, 3.0 * TEACHER_WIDTH**-0.5)
-    hidden, audio, text = states(2 * tokens)
-    target = torch.randint(0, VOCAB, (2 * tokens,), generator=g, device="cuda")
-    double = LinearCase(hidden, w_s, audio, text, w_t, target)
+    double = _linear_case(2 * tokens)
     case = double.head(tokens)
     check = case.head(16)
-    exact = exact_gradient(check)
+    floors = {
+        objective: min(_median_seconds(bare_gemms(case, chunk, objective), repeats) for chunk in (1408, 2048))
+        for objective in (FULL, CE)
+    }
     figures, met = {}, True
-    floor = min(_median_seconds(bare_gemms(case, chunk), repeats) for chunk in (1408, 2048))
-    for name, dtype, budget in (("bf16 logits", torch.bfloat16, 6e-2), ("fp32 logits", None, 6e-3)):
-        step = ours_step(dtype)
-        error = relative_error(step(check).cpu(), exact)
+    for name, objective, dtype, budget, most in LINEAR_CASES:
+        step, floor = ours_step(dtype, objective), floors[objective]
+        error = relative_error(step(check).cpu(), exact_gradient(check, objective))
         seconds = _median_seconds(lambda step=step: step(case), repeats)
         peaks = []
         for sized in (case, double):
-            with PeakMemory(torch.device("cuda")) as memory:
+            with PeakMemory(DEVICE) as memory:
                 step(sized)
             peaks.append(memory.bytes - 2 * sized.hidden.numel() * 2)  # dh and its copy in .grad are the caller's
-        met &= error < budget and peaks[1] <= 1.05 * peaks[0] + (1 << 24)
-        met &= dtype is None or seconds <= 1.25 * floor
-        figures[name] = {"ms": seconds * 1e3, "times_floor": seconds / floor, "gradient_error": error}
+        met &= error < budget and peaks[1] <= 1.05 * peaks[0] + (1 << 24) and seconds <= most * floor
+        figures[name] = {"ms": seconds * 1e3, "floor_ms": floor * 1e3, "times_floor": seconds / floor, "gradient_error": error}
         figures[name] |= {"peak_mib": peaks[0] / 2**20, "peak_mib_2n": peaks[1] / 2**20}
-    torch.cuda.synchronize()
-    with torch.no_grad():
+    # The chunk loop with its backward, and the path without logits, which a call without a gradient takes.
+    for gradient in (True, False):
+        leaf = case.hidden.detach().requires_grad_(gradient)
+        torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")  # raises at a hidden synchronisation
         try:
-            fused_linear_caad_loss(case.hidden, w_s, case.audio, case.text, w_t, case.target)
+            loss = fused_linear_caad_loss(leaf, case.weight, case.audio, case.text, case.teacher_weight, case.target)
+            if gradient:
+                torch.autograd.grad(loss, leaf)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     result = "; ".join(
-        f"{k} {v['ms']:.1f} ms ({v['times_floor']:.2f}x GEMMs {floor * 1e3:.1f}), error {v['gradient_error']:.1e}, "
+        f"{k} {v['ms']:.1f} ms ({v['times_floor']:.2f}x GEMMs {v['floor_ms']:.1f}), error {v['gradient_error']:.1e}, "
         f"{v['peak_mib']:.0f} MiB (2N: {v['peak_mib_2n']:.0f})"
         for k, v in figures.items()
     )
-    return {"met": met, "result": result, "floor_ms": floor * 1e3, **figures}
+    return {"met": met, "result": result, **figures}
+
+
+def _compared(steps: dict[str, Callable[[], object]], repeats: int, most: float) -> dict:
+    """Times two steps in turn. Target: the second takes at most ``most`` times as long as the first."""
+    (first, base), (second, changed) = (
+        (name, x.median) for name, x in time_calls(steps, repeats=repeats, device=DEVICE).items()
+    )
+    ratio = changed / base
+    result = f"{second} {changed * 1e3:.1f} ms, {ratio:.2f}x {first} {base * 1e3:.1f} ms"
+    return {"met": ratio <= most, "result": result, "ratio": ratio}
+
+
+def measure_unaligned(tokens: int, repeats: int) -> dict:
+    """Target: one id more, which leaves no row at a multiple of 16 bytes, costs at most 10%."""
+    step, steps = ours_step(torch.bfloat16), {}
+    for vocab in (VOCAB, VOCAB + 1):
+        case = _linear_case(tokens, vocab)
+        steps[f"{vocab:,} ids"] = lambda case=case: step(case)
+    return _compared(steps, repeats, 1.10)
+
+
+def measure_autocast(tokens: int, repeats: int) -> dict:
+    """Target: float32 states and heads under autocast to bf16 take at most 1.15 times as long as bf16 ones."""
+    case, step = _linear_case(tokens), ours_step(torch.bfloat16)
+    wide = replace(case, **{k: getattr(case, k).float() for k in ("hidden", "weight", "audio", "text", "teacher_weight")})
+
+    def autocast() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            step(wide)
+
+    return _compared({"bf16": lambda: step(case), "float32 under autocast": autocast}, repeats, 1.15)
 
 
 def measure_capture(tokens: int, repeats: int) -> dict:
     """Target: the loss and its backward in one CUDA graph, and under torch.compile(fullgraph=True), with the eager bits."""
     from kdkernels import fused_caad_loss
 
-    g = torch.Generator(device="cuda").manual_seed(0)
-    student, audio, text = (torch.randn(256, 32000, generator=g, device="cuda").mul_(3) for _ in range(3))
-    target = torch.randint(0, 32000, (256,), generator=g, device="cuda")
+    g = torch.Generator(device=DEVICE).manual_seed(0)
+    student, audio, text = (torch.randn(*CAPTURED, generator=g, device=DEVICE).mul_(3) for _ in range(3))
+    target = torch.randint(0, CAPTURED[1], CAPTURED[:1], generator=g, device=DEVICE)
     student.requires_grad_()
 
     def step(function: Callable = fused_caad_loss) -> torch.Tensor:
@@ -272,7 +316,10 @@ MEASURES = {
     "rows": measure_rows,
     "cuda-rows": measure_cuda_rows,
     "table": measure_table,
+    "wide-table": measure_wide_table,
     "linear": measure_linear,
+    "unaligned": measure_unaligned,
+    "autocast": measure_autocast,
     "capture": measure_capture,
 }
 

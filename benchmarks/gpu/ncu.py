@@ -6,6 +6,7 @@ last line printed is JSON with `met`, `result` and the metrics.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import re
@@ -49,7 +50,8 @@ def read_metrics(output: str) -> dict[str, float]:
     return values
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.gpu.ncu", description=__doc__).parse_args(argv)
     program = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
     if program is None:
         raise SystemExit("needs ncu (Nsight Compute)")

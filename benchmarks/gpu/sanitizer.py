@@ -1,4 +1,4 @@
-"""compute-sanitizer over small launches of the CUDA row kernel: `python -m benchmarks.gpu.sanitizer`.
+"""compute-sanitizer over small launches of the CUDA row kernel: `python -m benchmarks.gpu.sanitizer [TOOL ...]`.
 
 memcheck: accesses outside of the tensors and of shared memory; racecheck: hazards in shared memory; synccheck: misused barriers.
 The last line printed is JSON with `met`, `result` and what each tool said.
@@ -6,6 +6,7 @@ The last line printed is JSON with `met`, `result` and what each tool said.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -23,12 +24,17 @@ def errors_of(output: str) -> int | None:
     return None if found is None else int(found[1] or found[2])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitizer", description=__doc__)
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"some of {', '.join(TOOLS)} (default: all)")
+    tools = parser.parse_args(argv).tools or TOOLS
+    if unknown := set(tools) - set(TOOLS):
+        parser.error(f"TOOL: expected some of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
         raise SystemExit("needs compute-sanitizer (CUDA toolkit)")
     said, met = {}, True
-    for tool in TOOLS:
+    for tool in tools:
         command = [program, "--tool", tool, *OPTIONS, sys.executable, "-m", "benchmarks.gpu.launches"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         errors = errors_of(done.stdout + done.stderr)

@@ -144,7 +144,8 @@ class RowResult:
     @classmethod
     def empty(cls, rows: int, n_stats: int, device: torch.device) -> RowResult:
         """Memory for a kernel to write to; ``n_stats`` 0: no statistics."""
-        kd, ce = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
+        # Each in memory of its own: Triton compiles a kernel again for a tensor that does not begin at a multiple of 16 bytes.
+        kd, ce = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
         return cls(kd, ce, torch.empty(n_stats, rows, dtype=torch.float32, device=device) if n_stats else None)
 
 

@@ -1,4 +1,4 @@
-"""Every command line of README.md, csrc/README.md and docs/ is one that its own parser takes."""
+"""Every command line of README.md, csrc/README.md, docs/ and the list of GPU items is one that its own parser takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Parsed(Exception):
 
 
 def command_lines() -> Iterator[tuple[Path, str]]:
-    for page in [*pages(), ROOT / "csrc" / "README.md"]:
+    for page in [*pages(), ROOT / "csrc" / "README.md", ROOT / "benchmarks" / "gpu" / "QUEUE.md"]:
         text = page.read_text(encoding="utf-8")
         fenced = [line for block in FENCED.findall(text) for line in block.splitlines() if line.startswith(STARTS)]
         for line in dict.fromkeys(fenced + INLINE.findall(FENCED.sub("", text))):
@@ -94,6 +94,8 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         module, *rest = words
         if module == "models":
             check_models(rest)
+        elif module == "pytest":
+            assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), line
         else:
             assert module.startswith(("benchmarks.", "docs.")), line
             check_module(module, rest, monkeypatch)

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
+TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU it is Triton's interpreter
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def device_of(impl: str) -> torch.device:
+    """Where tensors for ``impl`` have to lie: on the GPU for Triton's kernels where there is one, for all else on the CPU."""
+    return TRITON_DEVICE if impl == "triton" else torch.device("cpu")
+
+
+def on_device(x, impl: str):
+    """A tensor, or a list, dict or dataclass of them, where ``impl`` runs. Leaves stay leaves; anything else stays as it is."""
+    if isinstance(x, torch.Tensor):
+        device = device_of(impl)
+        return x if x.device.type == device.type else x.detach().to(device).requires_grad_(x.requires_grad)
+    if isinstance(x, dict):
+        return {k: on_device(y, impl) for k, y in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(on_device(y, impl) for y in x)
+    if dataclasses.is_dataclass(x):
+        return dataclasses.replace(x, **{f.name: on_device(getattr(x, f.name), impl) for f in dataclasses.fields(x)})
+    return x
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

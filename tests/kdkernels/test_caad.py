@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, FP64, logits, relative_error
+from cases import BF16, FP16, FP32, FP64, logits, on_device, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
@@ -542,7 +542,7 @@ def test_inplace_is_refused_where_another_needs_the_logits():
 @pytest.mark.parametrize("view", ["none", "slice", "flat"])
 @pytest.mark.parametrize("use", ["exp", "product", "a second loss", "a change"])
 def test_inplace_with_a_later_use_of_the_logits_raises(use, view, impl):
-    student, audio, text, target = logits(4)
+    student, audio, text, target = on_device(logits(4), impl)
 
     def backward(use, inplace):
         leaf = student.detach().clone().requires_grad_()

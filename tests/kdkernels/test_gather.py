@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, hidden, relative_error, to_double
+from cases import BF16, FP16, FP32, device_of, hidden, relative_error, to_double
 
 from kdkernels import fused_linear_caad_loss
 from kdkernels.ops import linear, native, reference
 from kdkernels.ops.rows import RowSpec
 
 INF = math.inf
-DEVICES = {"cpu": torch.device("cpu"), "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
@@ -43,7 +42,7 @@ def problem(impl, n=5, vocab=150, width=24, *, dtype=FP32, seed=0, scale=0.7):
     z = audio.float() @ weight.float().T + bias.float()
     target, alpha = torch.randint(0, vocab, (n,), generator=g), torch.rand(n, generator=g) * 2
     target[1], alpha[2] = -100, 0.0
-    return [x.to(DEVICES[impl]) for x in (z, text, weight, bias, target, alpha)]
+    return [x.to(device_of(impl)) for x in (z, text, weight, bias, target, alpha)]
 
 
 def contrast(impl, arguments, spec):
@@ -186,7 +185,7 @@ def step(arguments, impl, device, **options):
 def test_the_loss_and_its_gradient_match_fp64(dense, options, impl, monkeypatch):
     force(impl, monkeypatch, dense=dense)
     arguments = hidden(9)
-    loss, grad = step(arguments, impl, DEVICES[impl], chunk_tokens=4, **options)
+    loss, grad = step(arguments, impl, device_of(impl), chunk_tokens=4, **options)
     expected, expected_grad = step(to_double(arguments), "reference", "cpu", **options)
     assert relative_error(loss.cpu(), expected) < 1e-5 and relative_error(grad.cpu(), expected_grad) < 1e-5
 

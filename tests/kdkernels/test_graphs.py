@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BF16, FP32, hidden, logits, relative_error
+from cases import BF16, FP32, hidden, logits, on_device, relative_error
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdkernels import fused_caad_loss, fused_linear_caad_loss
+from kdkernels.ops import chunking, linear
 
 TOKENS = (23, 9, 40, 64)
 # Calls that may compile. None: the first number of tokens is compiled as it is, the second makes the graph dynamic; True: dynamic
@@ -109,14 +110,61 @@ def test_gpu_linear_loss_and_backward_in_a_cuda_graph(dtype, plausibility, head_
         assert relative_error(got, wanted) <= 1e-6  # cuBLAS may take another kernel while capturing
 
 
+@pytest.fixture
+def plans(monkeypatch):
+    """(chunk_tokens as given, chunks) of every plan that the chunk loop asks for."""
+    made, plan_chunks = [], linear.plan_chunks
+
+    def planned(**options):
+        plan = plan_chunks(**options)
+        made.append((options["chunk_tokens"], plan.chunks))
+        return plan
+
+    monkeypatch.setattr(linear, "plan_chunks", planned)
+    return made
+
+
+def step_of_default_chunks(arguments, *, gradient, **options):
+    """Loss, and with ``gradient`` that of the hidden states: without one no chunks are planned, see choose_path."""
+    arguments = {k: x.detach() for k, x in arguments.items()}
+    arguments["student_hidden"].requires_grad_(gradient)
+    loss = fused_linear_caad_loss(**arguments, **options)
+    return [loss.detach(), *(torch.autograd.grad(loss, arguments["student_hidden"]) if gradient else ())]
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_chunk_loop_takes_the_default_plan_of_a_gpu(gradient, plans, monkeypatch):
+    """What the next test captures on a GPU, here with the plan of an H100 that has room for 8 tokens."""
+    pytest.importorskip("triton", reason="needs Triton")
+    arguments = on_device(hidden(23, 61, 12, 20), "triton")
+    monkeypatch.setattr(chunking, "_share_of_free", lambda free: 8 * 2 * 4 * 61)
+    planned = linear.plan_chunks
+    monkeypatch.setattr(linear, "plan_chunks", lambda **x: planned(**{**x, "device": None, "device_name": "H100"}))
+    found = step_of_default_chunks(arguments, gradient=gradient, impl="triton")
+    assert plans == ([(None, 3)] if gradient else [])
+    for got, wanted in zip(found, step_of_default_chunks(arguments, gradient=gradient, impl="reference"), strict=True):
+        assert relative_error(got, wanted) <= 1e-5
+
+
 @pytest.mark.gpu
-def test_gpu_default_chunks_can_be_captured():
+@pytest.mark.parametrize("gradient", [True, False])
+def test_gpu_default_chunks_can_be_captured(gradient, plans, monkeypatch):
     """The plan asks the driver for the free memory, which is no synchronisation; captured it stays as it was."""
-    arguments = {k: x.detach().cuda() for k, x in hidden(300, 4000, 256, 384).items()}
-    expected = fused_linear_caad_loss(**arguments)
+    monkeypatch.setattr(chunking, "CUDA_WORKSPACE_BYTES", 1 << 26)  # 262 tokens of 600
+    arguments = {k: x.detach().cuda() for k, x in hidden(600, 32000, 256, 384).items()}
+    expected = step_of_default_chunks(arguments, gradient=gradient)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step_of_default_chunks(arguments, gradient=gradient)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    plans.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = fused_linear_caad_loss(**arguments)
-    captured.fill_(float("nan"))
+        captured = step_of_default_chunks(arguments, gradient=gradient)
+    assert [given for given, chunks in plans if chunks > 1] == ([None] if gradient else [])
+    for x in captured:
+        x.fill_(float("nan"))
     graph.replay()
-    torch.testing.assert_close(captured, expected, rtol=1e-5, atol=0)
+    for got, wanted in zip(captured, expected, strict=True):
+        assert relative_error(got, wanted) <= 1e-6  # cuBLAS may take another kernel while capturing

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, relative_error
+from cases import BF16, FP16, FP32, device_of, on_device, relative_error
 from torch import library
 
 from kdkernels import LayerProjections, fused_layer_mse_loss, layer_map
@@ -53,11 +53,13 @@ def gradients(arguments):
 
 def compare(arguments, dtype, *, factor=None, **options):
     """Loss and gradients of both, in the arguments' precision and by the formula in float64."""
-    exact, impl = doubled(arguments), options.get("impl")
+    impl = options.get("impl")
+    arguments, options = on_device(arguments, impl), on_device(options, impl)
+    exact = doubled(arguments)
     loss = fused_layer_mse_loss(**arguments, **options)
     options["impl"] = "reference"
     expected = fused_layer_mse_loss(**exact, **options)
-    factor = torch.tensor(1.0) if factor is None else factor
+    factor = on_device(torch.tensor(1.0) if factor is None else factor, impl)
     (loss * factor).sum().backward()
     (expected * factor).sum().backward()
     assert relative_error(loss, expected) < 2e-6
@@ -107,10 +109,10 @@ def test_every_instruction_set(isa, width, monkeypatch):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("trains", [True, False])
 def test_reduction_none_carries_each_tokens_own_factor(impl, direction, trains):
-    arguments = case(direction=direction)
+    arguments = on_device(case(direction=direction), impl)
     for p in arguments["projections"]:
         p.requires_grad_(trains)
-    factor = torch.rand(3, 5, generator=torch.Generator().manual_seed(3))
+    factor = torch.rand(3, 5, generator=torch.Generator().manual_seed(3)).to(device_of(impl))
     exact = doubled(arguments)
     (fused_layer_mse_loss(**arguments, alpha=1.0, reduction="none", impl=impl) * factor).sum().backward()
     (fused_layer_mse_loss(**exact, alpha=1.0, reduction="none", impl="reference") * factor).sum().backward()
@@ -140,9 +142,9 @@ def test_equals_torchs_mse_loss():
 @pytest.mark.parametrize("direction", [*DIRECTIONS, "equal"])
 def test_what_does_not_count_is_not_read(impl, direction):
     equal = direction == "equal"
-    arguments = case(direction=DIRECTIONS[0] if equal else direction, equal=equal)
+    arguments = on_device(case(direction=DIRECTIONS[0] if equal else direction, equal=equal), impl)
     clean = doubled(arguments)
-    mask, alpha = torch.ones(3, 5, dtype=torch.bool), torch.ones(3, 5)
+    mask, alpha = on_device([torch.ones(3, 5, dtype=torch.bool), torch.ones(3, 5)], impl)
     mask[1, 2], alpha[2, 4] = False, 0.0
     for name in ("student_hidden", "teacher_hidden", "teacher_text_hidden"):
         for x in arguments[name]:
@@ -163,19 +165,20 @@ def test_what_does_not_count_is_not_read(impl, direction):
 @pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize("leading", [(3, 5), (0,), ()])
 def test_no_valid_token_gives_zero(impl, leading):
-    arguments = case(leading=leading)
-    loss = fused_layer_mse_loss(**arguments, mask=torch.zeros(leading, dtype=torch.bool), impl=impl)
+    arguments = on_device(case(leading=leading), impl)
+    mask = torch.zeros(leading, dtype=torch.bool, device=device_of(impl))
+    loss = fused_layer_mse_loss(**arguments, mask=mask, impl=impl)
     loss.backward()
     assert loss == 0 and all((g == 0).all() for g in gradients(arguments))
 
 
 @pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
 def test_zero_vectors_have_no_direction(impl):
-    student, teacher = torch.randn(4, 8).requires_grad_(), torch.randn(4, 8)
+    student, teacher = on_device([torch.randn(4, 8).requires_grad_(), torch.randn(4, 8)], impl)
     student.data[0], teacher[1] = 0, 0
     each = fused_layer_mse_loss([student], [teacher], normalize=True, reduction="none", impl=impl)
     each.sum().backward()
-    assert torch.allclose(each[:2], torch.full((2,), 1 / 8))
+    assert torch.allclose(each[:2], torch.full_like(each[:2], 1 / 8))
     assert (student.grad[:2] == 0).all() and (student.grad[2:] != 0).all()
 
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, FP64, hidden, relative_error
+from cases import BF16, FP16, FP32, FP64, hidden, on_device, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
@@ -28,7 +28,6 @@ NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 KERNELS = ["cpu", pytest.param("triton", marks=NEEDS_TRITON)]
 # For grids that take Triton's interpreter more than ten seconds.
 SLOW_KERNELS = ["cpu", pytest.param("triton", marks=[NEEDS_TRITON, pytest.mark.slow])]
-DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}  # of all others: the CPU
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 # NumPy, under the interpreter, warns of what GPUs do silently: infinities in the branch that `where` does not take.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
@@ -66,25 +65,10 @@ def teacher(seed, n=23, vocab=61, width=16, *, text=False, bias=False, dtype=FP3
     )
 
 
-def of_source(change, source):
-    return dataclasses.replace(source, **{f.name: change(getattr(source, f.name)) for f in dataclasses.fields(source)})
-
-
 def to_double(x):
     if isinstance(x, TeacherSource):
-        return of_source(to_double, x)
+        return dataclasses.replace(x, **{f.name: to_double(getattr(x, f.name)) for f in dataclasses.fields(x)})
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-
-def to_device(x, impl):
-    """A tensor, source, list or dict of them where ``impl`` runs; leaves stay leaves."""
-    if isinstance(x, TeacherSource):
-        return of_source(lambda y: to_device(y, impl), x)
-    if isinstance(x, dict):
-        return {k: to_device(y, impl) for k, y in x.items()}
-    if isinstance(x, list):
-        return [to_device(y, impl) for y in x]
-    return x.detach().to(DEVICES.get(impl, x.device)).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
 def run(arguments, sources, grad_output=None, *, double=False, **options):
@@ -92,9 +76,9 @@ def run(arguments, sources, grad_output=None, *, double=False, **options):
     convert = to_double if double else (lambda x: x)
     impl, home = options.get("impl"), arguments["student_hidden"].device
     fresh = {k: convert(x.detach().clone()).requires_grad_(x.requires_grad) for k, x in arguments.items()}
-    fresh, sources = to_device(fresh, impl), to_device([convert(s) for s in sources], impl)
+    fresh, sources = on_device(fresh, impl), on_device([convert(s) for s in sources], impl)
     loss = fused_linear_multi_teacher_loss(
-        sources=sources, **fresh, **to_device({k: convert(x) for k, x in options.items()}, impl)
+        sources=sources, **fresh, **on_device({k: convert(x) for k, x in options.items()}, impl)
     )
     loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.to(loss))
     return loss.detach().to(home), {k: x.grad.to(home) for k, x in fresh.items() if k in LEAVES and x.grad is not None}
@@ -532,7 +516,7 @@ def test_a_source_masked_throughout_contributes_nothing(divergence, impl):
 @pytest.mark.parametrize("impl", [*SLOW_KERNELS, "reference"])
 @pytest.mark.parametrize("name", ["one_contrast", "three_forward", "all_kinds_of_passes"])
 def test_statistics_are_those_of_one_call_a_teacher(name, impl):
-    arguments, sources = to_device(student(), impl), to_device(SOURCES[name](), impl)
+    arguments, sources = on_device(student(), impl), on_device(SOURCES[name](), impl)
     loss, stats = fused_linear_multi_teacher_loss(sources=sources, **arguments, impl=impl, return_stats=True)
     torch.testing.assert_close(loss, fused_linear_multi_teacher_loss(sources=sources, **arguments, impl=impl), rtol=1e-5, atol=0)
     total = 0
@@ -784,10 +768,10 @@ def test_mixing_kernel(divergence, dtype, vocab, impl, monkeypatch):
     share /= share.sum(0)
     target = torch.arange(n)
     target[1] = -100
-    total = to_device(torch.full((1, n, vocab), math.nan), impl)
+    total = on_device(torch.full((1, n, vocab), math.nan), impl)
     sums, mix = None, mixture.mix_launcher("cpu" if impl in ISAS else impl)
     for k, (audio, text, alpha) in enumerate(rows):
-        inputs = to_device([audio, text, target, alpha, share[k]], impl)
+        inputs = on_device([audio, text, target, alpha, share[k]], impl)
         sums = mix(*inputs, spec, total, sums, last=k == 2)
     total, sums = total.cpu(), sums.cpu()
     narrow = [(a[..., :vocab], None if t is None else t[..., :vocab], alpha) for a, t, alpha in rows]
@@ -834,8 +818,8 @@ def test_bad_values_give_nan_where_nothing_is_checked(name):
     audio, text = torch.randn(2, 1, n, vocab, generator=g)
     alpha, share = torch.ones(n), torch.full((n,), 0.5)
     (alpha if name == "alpha" else share)[2] = -1.0 if name == "alpha" else math.nan
-    inputs = to_device([audio, text, None, alpha, share], "triton")
-    total, sums, mix = to_device(torch.empty(1, n, vocab), "triton"), None, mixture.mix_launcher("triton")
+    inputs = on_device([audio, text, None, alpha, share], "triton")
+    total, sums, mix = on_device(torch.empty(1, n, vocab), "triton"), None, mixture.mix_launcher("triton")
     for k in range(2):
         sums = mix(*inputs, RowSpec(vocab=vocab), total, sums, last=k == 1)
     total, sums = total.cpu(), sums.cpu()

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, hidden, relative_error, to_double
+from cases import BF16, FP16, FP32, hidden, on_device, relative_error, to_double
+from cases import TRITON_DEVICE as DEVICE
 
 no_logits = pytest.importorskip("kdkernels.ops.triton_no_logits", reason="needs Triton")
 from kdkernels import fused_linear_caad_loss  # noqa: E402
 from kdkernels.ops import chunking, linear, reference, schema  # noqa: E402
 from kdkernels.ops.rows import RowSpec  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = math.inf
 INTERPRETED = not isinstance(no_logits._no_logits_kernel, no_logits.triton.JITFunction)
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -281,14 +281,10 @@ def _noting(calls, name, function):
     return lambda *a, **k: calls.append(name) or function(*a, **k)
 
 
-def on_device(arguments):
-    return {k: x.detach().to(DEVICE).requires_grad_(x.requires_grad) for k, x in arguments.items()}
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_evaluation_runs_without_logits_and_agrees_with_chunks(reduction, monkeypatch):
     calls = seen(monkeypatch)
-    arguments = on_device(hidden(9, teacher_vocab=64))
+    arguments = on_device(hidden(9, teacher_vocab=64), "triton")
     options = {"alpha": 1.5, "kd_weight": 0.4, "impl": "triton", "reduction": reduction}
     with torch.no_grad():
         loss = fused_linear_caad_loss(**arguments, **options)
@@ -301,7 +297,7 @@ def test_evaluation_runs_without_logits_and_agrees_with_chunks(reduction, monkey
 
 def test_a_workspace_too_small_for_a_token(monkeypatch):
     calls = seen(monkeypatch)
-    arguments = on_device(hidden(9))
+    arguments = on_device(hidden(9), "triton")
     with torch.no_grad():
         loss = fused_linear_caad_loss(**arguments, impl="triton", workspace_bytes=10)
     torch.testing.assert_close(loss.cpu(), fused_linear_caad_loss(**hidden(9)).detach(), rtol=1e-5, atol=0)
@@ -312,7 +308,7 @@ def test_a_workspace_too_small_for_a_token(monkeypatch):
 
 def test_an_unreduced_loss_of_a_training_head_needs_logits_in_the_backward_alone(monkeypatch):
     calls = seen(monkeypatch)
-    arguments = on_device(hidden(9))
+    arguments = on_device(hidden(9), "triton")
     arguments["student_weight"].requires_grad_()
     loss = fused_linear_caad_loss(**arguments, impl="triton", reduction="none")
     loss.sum().backward()
@@ -350,7 +346,7 @@ def test_the_path(change, path):
 def test_no_gemm_of_the_chunked_path_runs(monkeypatch):
     monkeypatch.setattr(linear, "gemm", lambda *a, **k: pytest.fail("logits were formed"))
     with torch.no_grad():
-        fused_linear_caad_loss(**on_device(hidden(5)), impl="triton", plausibility=0.2)
+        fused_linear_caad_loss(**on_device(hidden(5), "triton"), impl="triton", plausibility=0.2)
 
 
 def test_text_states_are_multiplied_only_in_tiles_with_survivors(monkeypatch):

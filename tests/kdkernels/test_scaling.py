@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, hidden, logits
+from cases import BF16, FP16, FP32, hidden, logits, on_device
+from cases import TRITON_DEVICE as DEVICE
 
 triton_caad = pytest.importorskip("kdkernels.ops.triton_caad", reason="needs Triton")
 from kdkernels import fused_caad_loss, fused_linear_caad_loss  # noqa: E402
 from kdkernels.ops import schema  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -32,8 +31,7 @@ def scalings(monkeypatch):
 
 def gradient(factor, *, inplace=False, dtype=FP32, repeats=1):
     """(the sum of repeated backwards' gradients, the logits' own gradient's address, the logits' address)"""
-    student, audio, text, target = (x.to(DEVICE) for x in logits(6, 40, dtype=dtype))
-    student = student.detach().requires_grad_()
+    student, audio, text, target = on_device(logits(6, 40, dtype=dtype), "triton")
     scores = student * 1.0
     found = []
     scores.register_hook(lambda g: found.append(g.data_ptr()))

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from cases import TRITON_DEVICE as DEVICE
 
 triton_caad = pytest.importorskip("kdkernels.ops.triton_caad", reason="needs Triton")
 from kdkernels.ops import reference  # noqa: E402
 from kdkernels.ops.rows import DIVERGENCES, STAT_NAMES, RowSpec  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 INF = math.inf
 INTERPRETED = not isinstance(triton_caad._caad_row_kernel, triton_caad.triton.JITFunction)

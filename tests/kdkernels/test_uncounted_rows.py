@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import FP16, FP64, hidden, logits, relative_error, to_double
+from cases import FP16, FP64, hidden, logits, on_device, relative_error, to_double
 
 from kdkernels import TeacherSource, fused_caad_loss, fused_layer_mse_loss, fused_linear_caad_loss
 from kdkernels import fused_linear_multi_teacher_loss as fused_sources
@@ -66,6 +66,7 @@ def test_hidden_states(impl, way, options):
     clean = hidden(N, V, 5, 4)
     clean["student_bias"] = torch.zeros(V)
     clean["target"], weights = uncounted(way)
+    clean, weights = on_device([clean, weights], impl)
 
     def loss_of(**arguments):
         loss = fused_linear_caad_loss(**arguments, **weights, **options, impl=impl)
@@ -79,14 +80,14 @@ def test_hidden_states(impl, way, options):
 @pytest.mark.parametrize("term", ["kd", "ce", "both"])
 def test_a_term_without_weight_from_logits(impl, divergence, term):
     """Without a weight for kd the teacher may be NaN; without any, the student too."""
-    student, audio, text, _ = logits(N, V)
-    weight = torch.ones(N)
+    student, audio, text, _ = on_device(logits(N, V), impl)
+    weight, target = on_device([torch.ones(N), torch.arange(N)], impl)
     weight[BAD] = 0
     weights = {f"{x}_token_weight": weight for x in ("kd", "ce") if term in (x, "both")}
     names = {"kd": ["audio", "text"], "ce": [], "both": ["student", "audio", "text"]}[term]
 
     def loss_of(student, audio, text):
-        return fused_caad_loss(student, audio, text, torch.arange(N), **weights, divergence=divergence, impl=impl)
+        return fused_caad_loss(student, audio, text, target, **weights, divergence=divergence, impl=impl)
 
     same_with_nan(loss_of, {"student": student, "audio": audio, "text": text}, names, ["student"])
 
@@ -101,6 +102,7 @@ def test_sources(impl, way, kinds):
         target = uncounted(way)[0]
     else:
         target, omega[BAD] = torch.arange(N), 0
+    clean, target, omega = on_device([clean, target, omega], impl)
 
     def loss_of(student_hidden, student_weight, teacher_audio_hidden, teacher_text_hidden, teacher_weight):
         head = (teacher_audio_hidden, teacher_weight, teacher_text_hidden)
@@ -127,7 +129,8 @@ def test_layers(impl, way, direction, normalize):
             layer_weight=[float(way == "mask"), 0.0], mask=mask, direction=direction, normalize=normalize, impl=impl,
         )  # fmt: skip
 
-    clean = {"student": student, "audio": audio, "text": text, "projection": projection}
+    clean = on_device({"student": student, "audio": audio, "text": text, "projection": projection}, impl)
+    mask = on_device(mask, impl)
     same_with_nan(loss_of, clean, ["student", "audio", "text"], ["student", "projection"])
 
 

@@ -648,8 +648,18 @@ def test_example_without_audio_runs(model):
     assert torch.isfinite(model.hidden_states_at(batch.target_index, **batch.model_inputs())).all()
 
 
+@pytest.fixture
+def full_float32():
+    """Products and convolutions of float32 on CUDA keep all bits. By default cuDNN rounds a convolution's operands to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.gpu
-def test_cuda_equals_cpu(tmp_path):
+def test_cuda_equals_cpu(full_float32):
     model = make_speech_lm()
     batch = make_batch(model)
     prompts = make_batch(model, with_target=False)
