@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in over:
         kind = "from the cache" if row["cached"] else "with the teacher in the step"
         print(
-            f"{kind}: {row['gib_a_gpu']:.0f} GiB do not fit into a GPU's {device.memory_bytes / 2**30:.0f} GiB: "
+            f"{kind}: {row['gib_a_gpu']:.0f} GiB do not fit a GPU's {device.memory_bytes / 2**30:.0f} GiB: "
             "shard the models, or take fewer clips"
         )
 
