@@ -79,8 +79,8 @@ class ContrastCache:
     """Reader of a cache folder, memory-mapped: only the rows asked for are read.
 
     Args:
-        folder: what a `ContrastCacheWriter` has written; a writer may still be at work, its finished shards are seen.
-        fingerprint: what the cache has to have been made from (the dict its writer got), or None to accept any.
+        folder: a folder that a `ContrastCacheWriter` has written. If a writer is still at work, its finished shards can be read.
+        fingerprint: the dict that the writer has to have got, or None to accept any.
         verify_checksums: read every shard once and compare its sha256 (about 1 s a GB); otherwise sizes alone.
 
     Attributes:
@@ -253,9 +253,10 @@ class ContrastCacheWriter(AbstractContextManager):
         folder: made if missing.
         fingerprint: what determines the states, JSON values by name: model, tokenizer, prompt, Y, ... A folder with another
             fingerprint raises ValueError.
-        hidden_size: H.
-        dtype: of the stored states: torch.bfloat16, torch.float32 (then they come back bitwise) or torch.float8_e4m3fn with a
-            float32 scale a row (half of bfloat16's bytes; `python -m models cache --measure` says what it costs in accuracy).
+        hidden_size: H. dtype: of the stored states. torch.float32 gives float32 states back bit for bit. torch.bfloat16 takes
+        half of its bytes, and
+            torch.float8_e4m3fn with a float32 scale for each row a quarter. `python -m models cache --measure` says what that
+            costs in accuracy.
         layers: numbers of the teacher's layers whose states are stored as well.
         shard_mib: size at which a shard is closed. This much is held in memory, and a kill can lose it.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).

@@ -62,7 +62,7 @@ class LMHead:
             model: any module with `get_output_embeddings()`.
             merge_lora: True merges a LoRA on the head into a copy of its weight; False raises TypeError for it.
             gather: True gathers a sharded head (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) into a whole copy on
-                every rank, and every rank has to make the call; False raises an error for it.
+                every rank. Then every rank has to make the call. False raises an error for a sharded head.
             probe: False reads the config alone and runs nothing.
 
         Raises:
@@ -671,15 +671,15 @@ def audio_adapters_on(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(trains)
 
 
-# What a forward of the teacher has no use for, each of which costs memory.
+# Outputs that a teacher does not need. Each of them costs memory.
 _LEAN_OUTPUT = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
 
 
 @contextlib.contextmanager
 def hearing(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in the modes of an evaluation with audio, whatever it did before; they are as they were afterwards.
+    """Inside, `model` is in the modes of an evaluation with audio. Afterwards its modes are as they were before.
 
-    Evaluation mode; adapters on that belong to the audio; no cache, no states of layers and no attentions in the output.
+    These are: evaluation mode, the audio's adapters on, and an output without cache, states of layers and attentions.
     """
     configs = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
     changed = [

@@ -25,7 +25,8 @@ def parser(description: str, *, learning_rate: float, batch: int) -> argparse.Ar
     made.add_argument("--student", default="tiny", help="as --teacher; a smaller model with the same tokenizer")
     made.add_argument("--alpha", type=float, default=1.0, help="strength of the contrast (default: 1)")
     made.add_argument("--kd-weight", type=float, default=0.5, help="share of the distillation term (default: 0.5)")
-    made.add_argument("--learning-rate", type=float, default=learning_rate, help=f"rate of AdamW (default: {learning_rate:g})")
+    rate = f"learning rate of AdamW (default: {learning_rate:g})"
+    made.add_argument("--learning-rate", type=float, default=learning_rate, help=rate)
     made.add_argument("--batch", type=int, default=batch, help=f"samples in one backward pass (default: {batch})")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     made.add_argument("--seed", type=int, default=0, help="seed of weights, clips and their order (default: 0)")
