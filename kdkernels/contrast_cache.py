@@ -253,10 +253,10 @@ class ContrastCacheWriter(AbstractContextManager):
         folder: made if missing.
         fingerprint: what determines the states, JSON values by name: model, tokenizer, prompt, Y, ... A folder with another
             fingerprint raises ValueError.
-        hidden_size: H. dtype: of the stored states. torch.float32 gives float32 states back bit for bit. torch.bfloat16 takes
-        half of its bytes, and
-            torch.float8_e4m3fn with a float32 scale for each row a quarter. `python -m models cache --measure` says what that
-            costs in accuracy.
+        hidden_size: H.
+        dtype: of the stored states. torch.float32 gives float32 states back bit for bit. torch.bfloat16 takes half of the bytes.
+            torch.float8_e4m3fn with a float32 scale for each row takes a quarter; `python -m models cache --measure` says what
+            that costs in accuracy.
         layers: numbers of the teacher's layers whose states are stored as well.
         shard_mib: size at which a shard is closed. This much is held in memory, and a kill can lose it.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).

@@ -88,7 +88,7 @@ def text_priors(
 def natural_conflicts(
     examples: Sequence[Example], priors: Mapping[str, Prior], *, min_probability: float = 0.0
 ) -> set[str]:
-    """Ids of the questions whose prior under the neutral context is wrong, and of their pairs' other contexts.
+    """Ids of the questions with a wrong prior under the neutral context, and of their pairs' other contexts.
 
     Args:
         examples: those that were asked about, with the neutral ones among them.

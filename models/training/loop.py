@@ -204,7 +204,7 @@ class TrainingLoop:
         return parts
 
     def part(self, examples: Sequence[object], hears: torch.Tensor, charged: torch.Tensor) -> Part:
-        """The part of these examples; `hears`, `charged`: (B,) bool, whose audio is kept, whose background tokens count."""
+        """The part of these examples. `hears` (B,) bool: the audio is kept. `charged` (B,) bool: background tokens count."""
         batch = self.data.make_batch(examples)
         # What is not needed is left out before the batch moves: to decide it on a GPU, the CPU would have to wait.
         counted = counted_positions(self.recipe, batch, charged)

@@ -378,7 +378,7 @@ def test_a_cache_that_gives_another_loss_is_not_timed(monkeypatch, tmp_path):
     real = case.rest
     monkeypatch.setattr(case, "rest", lambda recipe, sources: lambda: real(recipe, sources)() + len(str(sources[0].teacher)))
     monkeypatch.setattr(cache, "time_calls", lambda *_, **__: pytest.fail("was timed"))
-    with pytest.raises(SystemExit, match="not timed: expected the teacher.s loss from the cache"):
+    with pytest.raises(SystemExit, match=r"not timed: expected the teacher.s loss from the cache"):
         cache.measure_step(case, 1)
 
 

@@ -1,9 +1,9 @@
 """Acted English speech from the adventure game "Flight of the Amazon Queen" (Debian's flight-of-the-amazon-queen).
 
 The game's one resource file (queen.1c) holds 6,745 spoken lines as mp3, and their texts in the tables of its dialogues. A
-table numbers its sentences. The name of a sound, such as 02 0006 J 1, is the number of the dialogue, the number of the
-sentence, who speaks it ("J" the hero Joe, "P" the other person), and the part of the sentence. Sentences of several parts
-are cut at the stage directions ("*" and a code) between the parts. Only sentences with as many parts as sounds are kept.
+table numbers its sentences. The name of a sound, such as 02 0006 J 1, has four fields: the number of the dialogue, the number
+of the sentence, who speaks it ("J" the hero Joe, "P" the other person), and the part of the sentence. Sentences of several
+parts are cut at the stage directions ("*" and a code) between the parts. Only sentences with as many parts as sounds are kept.
 
 A speaker here is a character, not an actor. The file's voice credits (CREDIT2.CRD) say who voices whom:
 
