@@ -209,7 +209,7 @@ class ContrastCache:
             raise KeyError(f"sample {sample_id!r} is not in the cache {self.folder} ({len(self)} samples)") from None
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of one position, by the tensor's name."""
+        """The shape of one position, by the tensor's name."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("audio_hidden", "text_hidden"), (self.hidden_size,))
         if self.layers:
             shapes |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
@@ -412,7 +412,7 @@ class ContrastCacheWriter(AbstractContextManager):
         return name
 
     def _stored(self, name: str, hidden: Tensor, sample_id: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """What is stored of some states, by the names in the shard."""
+        """The tensors that are stored for some states, by their names in the shard."""
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
             got = getattr(hidden, "dtype", type(hidden).__name__)
             raise TypeError(f"{name}: expected a floating point tensor, got {got}")
@@ -576,7 +576,7 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _record_problem(record: Mapping[str, Any], part: str, header: Mapping[str, Any]) -> str | None:
-    """What is wrong with a line of the index of `part`, before any of it is believed: names leave no folder, rows fit."""
+    """Says what is wrong with a line of the index of `part`, before it is used: names leave no folder, rows fit."""
     name, size, rows, samples = (record.get(key) for key in ("shard", "bytes", "rows", "samples"))
     stem = name.removeprefix(f"shard-{part}-").removesuffix(".safetensors") if isinstance(name, str) else ""
     if not (stem.isascii() and stem.isdigit()) or name != f"shard-{part}-{stem}.safetensors":

@@ -91,7 +91,7 @@ class LMHead:
         return apply_post(logits, self.softcap, self.logit_scale)
 
     def to(self, device: torch.device | str) -> LMHead:
-        """The same on another device; shares memory where it is there already."""
+        """The same head on another device. If it is there already, it shares memory."""
         bias = None if self.bias is None else self.bias.to(device)
         return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
 
@@ -359,7 +359,7 @@ def check_linear(head: nn.Module, weight: Tensor, bias: Tensor | None, *, partit
 
 
 def _close(seen: Tensor | None, expected: Tensor | None) -> bool:
-    """Of two gradients; None is 0."""
+    """Whether two gradients are equal up to rounding. None counts as 0."""
     if seen is None or expected is None:
         return all(x is None or not bool(x.any()) for x in (seen, expected))
     # 3e-2: a LoRA in float32 on a bfloat16 head is rounded at other places, by 2^-9 each.
@@ -367,7 +367,7 @@ def _close(seen: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def head_state(head: nn.Module) -> tuple[Any, ...]:
-    """What decides how `head` computes, values aside: equal as long as an answer of `ask_head` holds."""
+    """All that decides how `head` computes, except values. As long as it is equal, an answer of `ask_head` holds."""
     state: list[Any] = []
     for name, module in head.named_modules():
         adapters = (getattr(module, flag, None) for flag in ("merged", "disable_adapters", "active_adapters"))

@@ -95,7 +95,7 @@ class DualPathStates:
 
     @classmethod
     def _split(cls, audio: Tensor, text: Tensor) -> DualPathStates:
-        """From (N, H) each, or (N, 1 + K, H) with layers."""
+        """Made from (N, H) each, or (N, 1 + K, H) with layers."""
         if audio.dim() == 2:
             return cls(audio, text)
         return cls(audio[:, 0], text[:, 0], audio[:, 1:], text[:, 1:])
@@ -219,7 +219,7 @@ class DualPathTeacher(nn.Module):
         self._known_state, self._post_checked = state, False
 
     def _model_head(self) -> nn.Module | None:
-        """None where the model has none that can be found, and the caller gave one."""
+        """The head of the model. It is None if none can be found there, and the caller gave one."""
         try:
             return head_module(self.model)
         except TypeError:

@@ -51,7 +51,7 @@ def _derated(multiprocessors: int, gib: int, terabytes: float, teraflop: float) 
     )
 
 
-# By a part of what torch.cuda.get_device_name returns. Dense bf16 rates; the SXM boards of H100, H200 and A100.
+# The keys are parts of what torch.cuda.get_device_name returns. Rates are for dense bf16, on the SXM boards of H100, H200, A100.
 DEVICES = {
     "H100": DeviceModel(132, 80 << 30, 3.0e12, 800e12, _MEASURED),
     "H200": _derated(132, 141, 4.8, 989),

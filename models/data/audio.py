@@ -290,7 +290,7 @@ def _walk(path: Path, *, otherwise: str) -> AudioInfo:
 
 
 def _decode_packets(path: Path, first_frame: int, wanted_frames: int) -> Iterator[np.ndarray]:
-    """As `_decode`, but with FFmpeg and from the clip's beginning: without a sample count no position can be looked up."""
+    """Decodes with FFmpeg, from the clip's beginning, because without a sample count no position can be looked up."""
     import av
 
     with _open_packets(path) as (container, stream):

@@ -253,7 +253,7 @@ def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient"
     predictions = list(predictions)
     match = {"lenient": lenient_match, "strict": strict_match}.get(scorer) if isinstance(scorer, str) else None
     if match is not None:
-        # Where the choices were ranked, the likeliest one is the answer; how its sentence reads decides nothing.
+        # If the choices were ranked, the likeliest one is the answer, whatever its sentence says.
         verdicts = (p.said() == p.answer if p.scores else match(p.prediction, p.answer, p.choices) for p in predictions)
         return np.fromiter(verdicts, dtype=bool, count=len(predictions))
     if isinstance(scorer, str):

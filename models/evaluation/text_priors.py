@@ -111,7 +111,7 @@ def natural_conflicts(
 
 
 def summarize_priors(examples: Sequence[Example], priors: Mapping[str, Prior]) -> dict[str, dict[str, Any]]:
-    """By task and context: count, accuracy and mean probability of the priors, and how often each answer is one."""
+    """For each task and context: count, accuracy and mean probability of the priors, and how often each answer is one."""
     groups: dict[tuple[str, str], list[Example]] = defaultdict(list)
     for example in examples:
         groups[example.task, context_kind(example)].append(example)

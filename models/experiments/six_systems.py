@@ -126,7 +126,7 @@ class SixSettings:
     """Everything that decides what the table shows."""
 
     sources: tuple[str, ...] = ("queen", "espeak")
-    # Not the size of the benchmark: from its 60 clips for each task the small teacher learns the hints and does not hear.
+    # The benchmark is too small: from its 60 clips for each task the small teacher learns the hints and does not hear.
     corpus_size: str = "full"
     corpus_seed: int = 0
     tasks: tuple[str, ...] = ("gender",)

@@ -51,7 +51,7 @@ NOT_TOLD = frozenset(
 # Last words of such names: speaker_id, audio_sha256, video_url.
 _NOT_TOLD_ENDS = frozenset(("id", "ids", "uid", "uuid", "sha256", "sha1", "md5", "crc32", "hash", "checksum", "url", "path"))
 _CAPITAL_AFTER_SMALL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# What the synthesiser was set to. The names mean something else where a clip was recorded.
+# The synthesiser's settings. For a recorded clip these names mean something else.
 _ESPEAK_SETTINGS = frozenset(("voice", "rate_wpm", "pitch", "pitch_range", "volume"))
 
 

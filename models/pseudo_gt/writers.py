@@ -72,7 +72,7 @@ class BackboneWriter:
 
     @classmethod
     def load(cls, backbone: str, **options: Any) -> BackboneWriter:
-        """From an id or folder, in the precision that is fast on this machine.
+        """Loads the model from an id or folder, in the precision that is fast on this machine.
 
         Raises:
             BackboneError: the model cannot be found or fetched.

@@ -422,7 +422,7 @@ class SpeechLM(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SpeechLM:
-        """As torch does, but frozen parts stay in evaluation mode; transformers checkpoints activations in training mode only."""
+        """Keeps frozen parts in evaluation mode. (transformers checkpoints activations in training mode only.)"""
         super().train(mode)
         self.lm.train(mode and (self.config.train_lm or getattr(self, "_gradient_checkpointing", False)))
         if self._encoder is not None:

@@ -364,7 +364,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str
 
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
-    # Of a parameter with two names (a tied LM head) the first is saved: safetensors refuses tensors that share memory.
+    # If a parameter has two names (a tied LM head), the first is saved, because safetensors refuses tensors that share memory.
     first = {name for name, _ in model.named_parameters()}
     for name in {name for name, _ in model.named_parameters(remove_duplicate=False)} - first:
         parts["model"].pop(name, None)

@@ -101,7 +101,7 @@ class Source:
 
 @torch.no_grad()
 def check_packing(lm: torch.nn.Module, data: Any, device: torch.device) -> None:
-    """Where `data` packs: does `lm` give two examples side by side in a row the states of padded rows?
+    """Checks, if `data` packs, that two examples side by side in a row get the states of padded rows from `lm`.
 
     Some families ignore the positions, or the masks, by which packed examples are kept apart.
 
@@ -560,7 +560,7 @@ class LayerDistillation(torch.nn.Module):
 
 
 def _one_path(states: torch.Tensor, head: Any) -> TeacherStates:
-    """From (N, H) or, with layers, (N, 1 + K, H)."""
+    """Made from (N, H) or, with layers, (N, 1 + K, H)."""
     if states.dim() == 2:
         return TeacherStates(states, None, head)
     return TeacherStates(states[:, 0], None, head, states[:, 1:])

@@ -34,7 +34,7 @@ import soundfile as sf
 
 from models.data.audio import AudioError
 
-# By the characters' names and words ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their pitch.
+# Decided by the characters' names and words ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their pitch.
 # Characters of unclear voice (children, ghosts, the parrot) are left out. One actor may voice several of them: see above.
 SPEAKER_GENDER = {
     **dict.fromkeys(("JOE", "BOB", "SPARKY", "JIM", "KLUNK", "DEATH", "HENRY", "BUD", "FRANK", "LARIS", "IAN"), "man"),
@@ -58,7 +58,7 @@ class QueenLine:
     mp3: bytes
 
     def duration_seconds(self) -> float:
-        """From the mp3's headers; raises AudioError."""
+        """The length in seconds, from the mp3's headers; raises AudioError."""
         try:
             return sf.info(io.BytesIO(self.mp3)).duration
         except Exception as error:  # libsndfile raises several unrelated types
