@@ -1,9 +1,9 @@
 """Gradient error of every contender against float64. `python -m benchmarks.accuracy`
 
-Two places of a training: random states, and near convergence, where the student's divergence from the contrast is about 0.004
-nats and the gradient is a small difference of large numbers. `rows`: dL/d logits from logits of the dtype; `linear`: dL/dh from
-hidden states and heads of the dtype. The reference takes the same rounded inputs, so the error is the contender's own. Nothing
-is timed: the figures do not depend on how busy the machine is.
+The error is measured at two places of a training: at random states, and near convergence. Near convergence the student's
+divergence from the contrast is about 0.004 nats, and the gradient is a small difference of large numbers. `rows` is dL/d
+logits, from logits of the dtype. `linear` is dL/dh, from hidden states and heads of the dtype. The reference takes the same
+rounded inputs, so the error is the contender's own. Nothing is timed, so the figures do not depend on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--width", type=int, default=576, help="hidden width of both models")
     parser.add_argument("--dtypes", nargs="+", action=Collect, default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
     args = parser.parse_args(argv)
     rows = []
     for name in args.dtypes:
@@ -67,7 +67,7 @@ def linear_errors(args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
         "random": LinearCase.random(*shape, args.width, dtype, device),
         "near convergence": LinearCase.near_convergence(*shape, dtype, device, kl=NEAR_KL),
     }
-    # Liger's arithmetic is the same with and without compilation but for what inductor keeps in float32.
+    # Compilation changes Liger's arithmetic only in what inductor keeps in float32.
     listed = [
         *contenders(device.type, (FULL, KD)),
         *(
@@ -78,7 +78,7 @@ def linear_errors(args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
     steps, out = {}, []
     for contender in listed:
         if (contender.compiles and args.no_compile) or ("bf16" in contender.name and dtype != torch.bfloat16):
-            continue  # nobody stores the logits of float32 or float16 weights in bf16
+            continue  # with float32 or float16 weights nobody stores logits in bf16
         try:
             steps[(contender.name, contender.objective)] = (contender.objective, contender.build())
         except Unavailable as why:

@@ -1,15 +1,16 @@
-"""The gate of the Triton kernels, without a GPU: `python -m benchmarks.aot`
+"""Checks the compiled Triton kernels without a GPU: `python -m benchmarks.aot`
 
-Compiles every kernel and configuration for sm_80, sm_90 and sm_100 as a launch would, disassembles what comes out, and holds it
-against limits: no stack, no local memory, 128-bit accesses of the rows, a cap on registers and shared memory, row offsets in 64
-bits. The figures of the same Triton (major.minor) in results/aot_triton.csv are a limit too: more than 8 registers above them,
-more shared memory, a spill or fewer wide accesses is a regression. Any breach is named, and the exit status is 1.
+It compiles every kernel and configuration for sm_80, sm_90 and sm_100 as a launch would, and disassembles the result. Then it
+checks the result against limits: no stack, no local memory, 128-bit accesses of the rows, a cap on registers and shared memory,
+row offsets in 64 bits. The figures of the same Triton (major.minor) in results/aot_triton.csv are a limit too. A regression is
+more than 8 registers above them, more shared memory, a spill, or fewer wide accesses. The command names each breach, and its
+exit status is 1.
 
     --quick     the configurations that matter most, in under a minute (CI); otherwise the whole grid, in some minutes
-    --write     replaces this Triton's rows of results/aot_triton.csv, with --kernel NAME those alone (look at the diff)
+    --write     replaces this Triton's rows of results/aot_triton.csv; with --kernel NAME those alone (look at the diff)
 
 The row kernel's options (5 dtypes, 3 divergences, 3 temperatures, 3 choices of terms, 6 switches) make 8,640 configurations.
-Compiled is a covering array of them: every combination of values that any three options can take is in some configuration.
+A covering array of them is compiled: every combination of values that any three options can take is in some configuration.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from models.arguments import Collect
 
 from .common import RESULTS, print_table
 
-# compute capability -> multiprocessors and bytes of shared memory a block may use: A100, H100, B200.
+# compute capability -> multiprocessors, and bytes of shared memory that a block may use: A100, H100, B200.
 MACHINES = {80: (108, 163 << 10), 90: (132, 227 << 10), 100: (148, 227 << 10)}
 CAPABILITIES = tuple(MACHINES)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 POINTERS |= {torch.float64: "*fp64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}
-# Keywords of a launch that are the compiler's, not the kernel's.
+# These keywords of a launch go to the compiler, not to the kernel.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
 FIGURES = ("registers", "shared", "stack", "local", "ldg_128", "ldg_narrow", "stg_128", "stg_narrow", "ldl", "stl", "bar")
 REGISTERS_SLACK = 8
@@ -55,12 +56,12 @@ class Limits:
     """What a compiled kernel may use and must do.
 
     Attributes:
-        registers: most registers a thread.
-        shared: most bytes of static shared memory a block.
-        wide_loads: least number of 128-bit global loads (LDG, LDGSTS, or a bulk copy of any size).
-        narrow_loads: most narrower ones: a row's scalars; None: any number.
-        wide_stores: least number of 128-bit global stores.
-        rows: pointer arguments whose first offset, the one to the row, must be computed in 64 bits.
+        registers: largest number of registers in a thread.
+        shared: largest number of bytes of static shared memory in a block.
+        wide_loads: smallest number of 128-bit global loads (LDG, LDGSTS, or a bulk copy of any size).
+        narrow_loads: largest number of narrower ones, which read a row's scalars. None: any number.
+        wide_stores: smallest number of 128-bit global stores.
+        rows: pointer arguments that need 64 bits for their first offset, the one to the row.
     """
 
     registers: int
@@ -83,7 +84,7 @@ class Configuration:
 
 
 def compile_for(kernel: triton.JITFunction, arguments: dict[str, object], capability: int):
-    """The kernel as a launch with these arguments would compile it: 16 divides pointers, and integers where it does."""
+    """The kernel as a launch with these arguments would compile it: pointers are multiples of 16, and so are some integers."""
     options = {k: arguments[k] for k in OPTIONS if k in arguments and k not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -113,9 +114,9 @@ def describe(compiled) -> dict:
     registers, stack, shared, local = map(
         int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()
     )
-    # Kernels that pipeline ask for their shared memory at launch; it is not in the cubin.
+    # Kernels that pipeline ask for their shared memory at launch. The cubin does not hold that number.
     shared = max(shared, compiled.metadata.shared)
-    # One letter-dotted mnemonic an instruction, without its address, predicate and operands.
+    # Each match is the mnemonic of one instruction, without its address, predicate and operands.
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", listing)
     memory = [x for x in operations if x.split(".")[0] in ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG", "LDL", "STL", "BAR")]
     figures = {"registers": registers, "shared": shared, "stack": stack, "local": local, **count_accesses(memory)}
@@ -163,7 +164,7 @@ def first_offsets(ttir: str) -> dict[str, str]:
 
 
 def breaches(figures: dict, limits: Limits) -> list[str]:
-    """What is wrong with a compiled kernel, in words; nothing where all is well."""
+    """What is wrong with a compiled kernel, in words; empty if all is well."""
     out = []
     if figures["stack"] or figures["local"]:
         out.append(f"{figures['stack']} bytes of stack, {figures['local']} of local memory, expected none")
@@ -202,10 +203,10 @@ def regressions(figures: dict, before: dict) -> list[str]:
 
 
 def covering_array(factors: dict[str, Sequence], legal: Callable[[dict], bool], strength: int = 3) -> list[dict]:
-    """Few settings in which any `strength` factors take every legal combination of their values. The same ones every time.
+    """Few settings in which any `strength` factors take every legal combination of their values. The result is always the same.
 
-    Greedy: a setting starts from the first combination not covered yet and takes for each other factor, in order, the value that
-    covers most of those left.
+    The search is greedy. A setting starts from the first combination that is not covered yet. Each other factor, in order, then
+    takes the value that covers most of the combinations that are left.
     """
     names = list(factors)
 
@@ -249,10 +250,10 @@ ROW_FACTORS: dict[str, Sequence] = {
     "stats": [False, True],
     "softcap": [None, 30.0],
     "plausibility": [None, 0.1],
-    "vocab": [128256, 50257],  # the second: no 16-byte alignment, and a masked tail
+    "vocab": [128256, 50257],  # the second has no 16-byte alignment and a masked tail
 }
 ROW_MAIN = {name: values[0] for name, values in ROW_FACTORS.items()}
-# What trains and evaluates in practice; the rest of the grid comes after these.
+# The settings that training and evaluation use in practice. The rest of the grid comes after these.
 ROW_QUICK = [
     {},
     {"dtypes": "fp32"},
@@ -269,12 +270,12 @@ ROW_QUICK = [
 
 
 def _legal_rows(setting: dict) -> bool:
-    """Reverse KL to a distribution with holes is infinite: the public function refuses it."""
+    """Whether the public function takes the setting. Reverse KL to a distribution with holes is infinite and raises an error."""
     return not (setting.get("divergence") == "reverse_kl" and setting.get("plausibility") is not None)
 
 
 class _Recorder(triton.JITFunction):
-    """Stands for a kernel: a launch of it is written down instead of run."""
+    """Stands in for a kernel: it writes a launch down instead of running it."""
 
     def __init__(self, kernel: triton.JITFunction, launches: list) -> None:
         self.kernel, self.launches = kernel, launches
@@ -289,9 +290,10 @@ class _Recorder(triton.JITFunction):
 
 @contextlib.contextmanager
 def recorded(module: ModuleType, **replaced: object) -> Iterator[list[tuple[triton.JITFunction, dict]]]:
-    """The launches of `module`'s kernels (its names that end in _kernel), in order, none of which runs.
+    """Collects, in order, the launches of `module`'s kernels (its names that end in _kernel). No kernel runs.
 
-    So a launcher called on meta tensors says what it would launch. `replaced`: other names of the module that get another value.
+    So a launcher that is called on meta tensors says what it would launch. `replaced` gives other names of the module another
+    value.
     """
     launches: list[tuple[triton.JITFunction, dict]] = []
     kernels = {k: v for k, v in vars(module).items() if k.endswith("_kernel") and isinstance(v, triton.JITFunction)}
@@ -327,7 +329,7 @@ def _spec(setting: dict):
 
 
 def _label(setting: dict, main: dict) -> str:
-    """The dtypes and what differs from the main setting."""
+    """The dtypes, and the options that differ from the main setting."""
     words = ("dtypes", "divergence", "terms", "teacher")
     return ", ".join(str(v) if k in words else f"{k} {v}" for k, v in setting.items() if v != main[k] or k == "dtypes")
 
@@ -355,7 +357,7 @@ def row_launch(setting: dict, *, batch: int = 8, seq: int = 1024) -> tuple[trito
 
 
 def row_limits(setting: dict) -> Limits:
-    """Each pass reads each tensor at least once, 16 bytes a thread; what is narrower are the row's own scalars."""
+    """Each pass reads each tensor at least once, 16 bytes in each thread. Only the row's scalars need narrower loads."""
     reads_teacher = "kd" in setting["terms"] or setting["stats"]
     tensors = ["student"] + ["audio"] * reads_teacher + ["text"] * (reads_teacher and setting["text"])
     aligned = setting["vocab"] % 16 == 0
@@ -363,11 +365,11 @@ def row_limits(setting: dict) -> Limits:
     heavy = setting["divergence"] == "jsd" or setting["softcap"] is not None
     # 128 registers leave room for 16 warps on a multiprocessor, 168 for 12.
     registers = 168 if setting["stats"] or heavy or not aligned else 128
-    # A thread's group is 16 bytes of the narrowest logits; bf16 gradients of float32 logits are half of that.
+    # A thread's group is 16 bytes of the narrowest logits. bf16 gradients of float32 logits take half of that.
     wide_grad = aligned and setting["grad"] and setting["dtypes"] != "bf16 over fp32"
     return Limits(
         registers=registers,
-        shared=2048,  # for merging alone: nothing of a row is staged
+        shared=2048,  # for merging alone: no part of a row is kept there
         wide_loads=passes * len(tensors) if aligned else 0,
         narrow_loads=5 if aligned else None,  # target, alpha, two coefficients, the label's logit
         wide_stores=1 if wide_grad else 0,
@@ -417,7 +419,7 @@ NO_LOGITS_QUICK = [{}, {"plausibility": 0.1}, {"dtypes": "fp32", "divergence": "
 
 
 def _device_limits(sm: int):
-    """What the launchers would read from the device that stands for `sm`."""
+    """The properties that the launchers would read from the device that stands for `sm`."""
     from kdkernels.ops import triton_no_logits
 
     processors, shared = MACHINES[sm]
@@ -425,7 +427,7 @@ def _device_limits(sm: int):
 
 
 def no_logits_launches(setting: dict, sm: int, *, tokens: int = 4096) -> dict[str, tuple[triton.JITFunction, dict]]:
-    """kernel's name -> its launch by the loss without logits, on the machine that stands for `sm`."""
+    """kernel's name -> its launch by the loss that stores no logits, on the device that stands for `sm`."""
     from kdkernels.ops import triton_no_logits
 
     hidden, weight = NO_LOGITS_DTYPES[setting["dtypes"]]
@@ -448,7 +450,7 @@ def no_logits_launches(setting: dict, sm: int, *, tokens: int = 4096) -> dict[st
 
 
 def no_logits_configurations(sm: int) -> Iterator[Configuration]:
-    """Every kernel that the loss without logits launches, each distinct one once."""
+    """Every distinct kernel that the loss without logits launches, once."""
     settings = [{**NO_LOGITS_MAIN, **changes} for changes in NO_LOGITS_QUICK]
     settings += [x for x in covering_array(NO_LOGITS_FACTORS, _legal_rows, strength=2) if x not in settings]
     _, shared = MACHINES[sm]
@@ -462,7 +464,7 @@ def no_logits_configurations(sm: int) -> Iterator[Configuration]:
     seen = set()
     for i, setting in enumerate(settings):
         for name, (kernel, arguments) in no_logits_launches(setting, sm).items():
-            # Pointers count by their dtype, sizes by what the compiler sees of them: whether 16 divides them.
+            # Of a pointer the compiler sees the dtype, of a size only whether 16 divides it.
             identity = (name, *((k, v.dtype if isinstance(v, torch.Tensor) else v) for k, v in sorted(arguments.items())))
             if identity not in seen:
                 seen.add(identity)
@@ -482,7 +484,7 @@ SURVIVORS_MAIN = {name: values[0] for name, values in SURVIVORS_FACTORS.items()}
 
 
 def survivors_configurations(sm: int) -> Iterator[Configuration]:
-    """The plausibility mask's z_text, formed only where a token survives."""
+    """z_text under the plausibility mask, computed only where a token survives."""
     from kdkernels.ops import triton_survivors
     from kdkernels.ops.rows import RowSpec
 
@@ -516,7 +518,7 @@ LAYER_MAIN = {name: values[0] for name, values in LAYER_FACTORS.items()}
 
 
 def layer_configurations(sm: int) -> Iterator[Configuration]:
-    """The layer MSE: a program keeps its row in registers."""
+    """The layer MSE. A program keeps its row in registers."""
     from kdkernels.ops import triton_layers
 
     settings = [LAYER_MAIN]
@@ -562,7 +564,7 @@ MIX_QUICK = [{}, {"teacher": "first"}, {"divergence": "reverse_kl"}]
 
 
 def mix_configurations(sm: int) -> Iterator[Configuration]:
-    """One of several teachers into the mixture."""
+    """Adds one of several teachers to the mixture."""
     from kdkernels.ops import triton_mixture
     from kdkernels.ops.rows import RowSpec
 
@@ -593,7 +595,7 @@ def mix_configurations(sm: int) -> Iterator[Configuration]:
         reads = 2 * (1 + setting["text"]) + (setting["teacher"] != "first")
         limits = Limits(
             registers=128,
-            shared=4096,  # a group of 8 16-bit logits is stored as float32 in two steps, by way of shared memory
+            shared=4096,  # a group of 8 16-bit logits is stored as float32 in two steps, through shared memory
             wide_loads=reads if aligned else 0,
             narrow_loads=5 if aligned else None,  # target, alpha, share, two sums
             wide_stores=1 if aligned else 0,
@@ -720,7 +722,7 @@ REGISTRY: Registry = {
 
 
 def triton_series() -> str:
-    """major.minor: what the compiler makes of a kernel changes with these."""
+    """major.minor. The compiler's output changes with these two numbers."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
@@ -734,7 +736,7 @@ def committed(path: Path, series: str) -> dict[tuple[str, str, str], dict]:
 
 
 def write(path: Path, rows: list[dict], kernels: Sequence[str] | None = None) -> None:
-    """Replaces this Triton's rows, or those of some kernels; the others stay."""
+    """Replaces this Triton's rows, or only those of some kernels. The other rows stay."""
     columns = ["kernel", "configuration", "sm", "warps", *FIGURES, "triton"]
     others = []
     if path.exists():
@@ -762,14 +764,14 @@ def main(argv: list[str] | None = None, registry: Registry = REGISTRY) -> int:
     parser.add_argument("--sm", nargs="+", action=Collect, type=int, default=CAPABILITIES, help="compute capabilities, like 90")
     parser.add_argument("--write", action="store_true", help="replace this Triton's rows of the committed CSV")
     parser.add_argument("--csv", type=Path, default=RESULTS / "aot_triton.csv", help="the committed figures")
-    parser.add_argument("--json", type=Path, help="also leave all figures here, with the memory instructions in order")
+    parser.add_argument("--json", type=Path, help="also write all figures into this file, with the memory instructions in order")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 replaces the compiler at import: unset it")
+        parser.error("TRITON_INTERPRET: expected unset, got 1, which replaces the compiler")
     if not (TOOLS / "cuobjdump").exists():
-        parser.error("this Triton ships no cuobjdump to look at compiled kernels with")
+        parser.error("this Triton has no cuobjdump, which is needed to look at compiled kernels")
     if args.write and (args.quick or tuple(args.sm) != CAPABILITIES):
-        parser.error("--write goes with the whole grid alone (of all kernels or of those given)")
+        parser.error("--write: expected the whole grid (of all kernels, or of those given), without --quick or --sm")
 
     before = {} if args.write else committed(args.csv, triton_series())
     rows, wrong = [], []
@@ -788,23 +790,23 @@ def main(argv: list[str] | None = None, registry: Registry = REGISTRY) -> int:
             found = breaches(row, configuration.limits)
             if before:
                 old = before.get((kernel, configuration.name, str(sm)))
-                found += regressions(row, old) if old else [f"not in {args.csv.name}: look at it, then --write"]
+                found += regressions(row, old) if old else [f"not in {args.csv.name}: look at the figures, then use --write"]
             if found:
                 wrong.append((row, found))
     if rows:
         shown = [{k: v for k, v in row.items() if k not in ("memory", "offsets", "triton")} for row in rows]
-        print_table(f"Triton {triton.__version__}: registers a thread, bytes a block, instructions", shown)
+        print_table(f"Triton {triton.__version__}: registers in a thread, bytes in a block, instructions", shown)
     if args.json:
         args.json.write_text(json.dumps(rows))
     if not before and not args.write:
-        print(f"{args.csv.name} has no figures of Triton {triton_series()}: held against the limits alone")
+        print(f"{args.csv.name} has no figures of Triton {triton_series()}: only the limits are checked")
     for row, found in wrong:
         for breach in found:
             print(f"BREACH {row['kernel']} [{row['configuration']}] sm_{row['sm']}: {breach}")
     if not rows:
         print("BREACH nothing was compiled")
         return 1
-    if args.write:  # a breach of the limits stays one, whatever is committed
+    if args.write:  # a breach of the limits stays a breach, whatever the committed figures are
         write(args.csv, rows, args.kernel)
         print(args.csv)
     print(f"{len(rows)} kernels compiled, {sum(len(found) for _, found in wrong)} breaches")

@@ -1,12 +1,15 @@
-"""A cache of hidden states beside a cache of top-k logits, and a step with the teacher and without. `python -m benchmarks.cache`
+"""Compares a cache of hidden states with a cache of top-k logits, and times a step with and without the teacher.
 
-Both caches hold what a teacher says about one sequence read twice, with a hint before it (in the place of the audio) and without.
-Hidden states (kdkernels.ContrastCache) give the whole vocabulary through the LM head; top-k logits, what others keep, give the k
-likeliest tokens of the first path with both paths' logits (int32 id, two float16), and probability 0 to the rest. The error is
-the total variation distance to the exact target softmax(z_hat / tau), alpha 2, tau 2: the share of the mass that is misplaced.
+`python -m benchmarks.cache`
 
-The step is the loop's on SmolLM2-135M's shapes with random weights (benchmarks/step.py): the teacher's two paths in it, or their
-states read from a cache on the disk.
+The teacher reads each sequence twice: with a hint before it, in the place of the audio, and without. Both caches hold what it
+says. Hidden states (kdkernels.ContrastCache) give the whole vocabulary through the LM head. Other libraries keep top-k logits:
+the k likeliest tokens of the first path, with both paths' logits (an int32 id and two float16). The other tokens get
+probability 0. The error is the total variation distance to the exact target softmax(z_hat / tau) at alpha 2 and tau 2. That is
+the share of the mass that lies in the wrong place.
+
+The step is that of the training loop, on SmolLM2-135M's shapes with random weights (benchmarks/step.py). It runs the teacher's
+two paths, or it reads their states from a cache on the disk.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.
 
 
 def sentences(count: int) -> list[tuple[str, str]]:
-    """(hint, sentence), made up."""
+    """Pairs (hint, sentence), made up from parts."""
     who, did = ("teacher", "sailor", "painter", "doctor"), ("found", "sold", "dropped", "repaired")
     what, where = ("window", "mirror", "camera", "hammer"), ("near the river", "at the market", "on the train", "in the garden")
     made = []
@@ -67,9 +70,9 @@ def target_distribution(z_first: torch.Tensor, z_second: torch.Tensor) -> torch.
 
 @torch.no_grad()
 def measure_errors(lm: Any, tokenizer: Any, count: int, ks: Sequence[int]) -> list[dict]:
-    """A row a representation: bytes a token on the disk, and its error."""
+    """A row for each representation: its bytes on the disk for each token, and its error."""
     samples = two_paths(lm, tokenizer, count)
-    head = read_head(lm).logits  # with what the family does to its logits
+    head = read_head(lm).logits  # with the scale and the soft cap of the model's logits
     first, second = (torch.cat([sample[i] for sample in samples]) for i in (0, 1))
     z_first, z_second = head(first), head(second)
     exact = target_distribution(z_first, z_second)
@@ -93,7 +96,7 @@ def measure_errors(lm: Any, tokenizer: Any, count: int, ks: Sequence[int]) -> li
 
 
 def measure_step(case: StepCase, repeats: int) -> list[dict]:
-    """The same step with the teacher in it, and from a cache; the two losses must be equal."""
+    """Times the same step with the teacher in it and from a cache. The two losses must be equal."""
     from models.training.teachers import CachedTeacher
 
     recipe, (live,) = case.sources("caad", (), False)
@@ -109,7 +112,7 @@ def measure_step(case: StepCase, repeats: int) -> list[dict]:
         rests = {name: case.rest(recipe, [dataclasses.replace(live, teacher=teacher)]) for name, teacher in steps.items()}
         losses = {name: float(rest()) for name, rest in rests.items()}
         if len({round(loss, 5) for loss in losses.values()}) > 1:
-            raise SystemExit(f"not timed: the cache gives another loss than the teacher: {losses}")
+            raise SystemExit(f"not timed: expected the teacher's loss from the cache, got {losses}")
 
         def step(teacher: Any, rest: Any) -> None:
             teacher(case.batch, case.examples)
@@ -126,7 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(parser, repeats=7)
-    parser.add_argument("--lm", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="id or folder: whose distributions are kept")
+    parser.add_argument(
+        "--lm", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="id or folder of the model that fills the caches"
+    )
     parser.add_argument("--sentences", type=int, default=48)
     parser.add_argument("--examples", type=int, default=16, help="of the step")
     args = parser.parse_args(argv)
@@ -136,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = measure_errors(lm, tokenizer, args.sentences, TOP_K)
     rows += measure_step(StepCase(args.examples, torch.device(args.device)), args.repeats)
     lm_name = Path(args.lm).name
-    finish(args, "cache", "what a teacher's answer costs to keep", [{"lm": lm_name, **row} for row in rows])
+    finish(args, "cache", "what it costs to keep a teacher's answer", [{"lm": lm_name, **row} for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing, peak memory, correctness, and a CSV that says where its numbers come from."""
+"""What all benchmarks share: timing, peak memory, the check of gradients, and CSV files that name their origin."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def time_calls(
     warmup: int = 2,
     limit_seconds: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Times the calls in turn, round after round, so that a slow minute of the machine falls on all of them alike.
+    """Times the calls in turn, round after round. So a slow minute of the machine slows all of them.
 
-    After ``limit_seconds`` no further round begins, but three are always run (fewer where ``repeats`` is smaller).
+    After ``limit_seconds`` no further round begins. At least three rounds always run, or ``repeats`` if that is less.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -80,10 +80,11 @@ def _summary(values: list[float]) -> Timing:
 
 
 class PeakMemory:
-    """Peak extra bytes while the block runs: the CUDA allocator's own figure, or the growth of the resident set on the CPU.
+    """Measures the peak extra bytes while the block runs.
 
-    The resident set is sampled every 2 ms; freed memory that the allocator keeps is counted only once, so warm up first on the
-    CPU only if what is asked for is the growth beyond a warm allocator.
+    On CUDA it is the allocator's figure, on the CPU the growth of the resident set. The resident set is read every 2 ms. An
+    allocator keeps freed memory, and that memory counts only once. So on the CPU warm up first only if you want the growth
+    beyond a warm allocator.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -121,7 +122,7 @@ def _resident_bytes() -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can be had without swapping."""
+    """Memory that is free without swapping, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as f:
@@ -134,14 +135,14 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def refuse_wrong(errors: dict[str, float], budget: float) -> None:
-    """Stops the benchmark before anything is timed if a gradient is off by more than ``budget``, or is NaN."""
+    """Stops the benchmark before it times anything, if a gradient has an error above ``budget`` or is NaN."""
     wrong = {name: e for name, e in errors.items() if not e < budget}
     if wrong:
-        raise SystemExit(f"not timed: relative gradient error against float64 beyond {budget}: {wrong}")
+        raise SystemExit(f"not timed: expected relative gradient errors of at most {budget} against float64, got {wrong}")
 
 
 def time_columns(timing: Timing) -> dict[str, float]:
-    """Milliseconds: median and quartiles; rounds."""
+    """The columns of a time: median and quartiles in milliseconds, and the number of rounds."""
     columns = {"median_ms": timing.median * 1e3, "low_ms": timing.low * 1e3, "high_ms": timing.high * 1e3}
     return {**columns, "repeats": timing.repeats}
 
@@ -155,13 +156,13 @@ def device_name(device: torch.device) -> str:
             model = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    # One model name stands for several generations in the cloud; what decides a figure is what they can compute with.
+    # In the cloud one model name stands for several generations. Their instruction sets decide the figures.
     instructions = torch.backends.cpu.get_cpu_capability() + (" BF16" if has_fast_bfloat16(device) else "")
     return f"{model} {instructions}, {torch.get_num_threads()} threads"
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """device, versions, commit and date: the columns that make a row of results worth keeping."""
+    """The columns that say where a row comes from: device, versions, commit and date."""
 
     def version(package: str) -> str:
         try:
@@ -191,7 +192,7 @@ def write_csv(
     folder: Path = RESULTS,
     keep: Callable[[dict[str, str]], bool] = lambda row: False,
 ) -> Path:
-    """results/<name>_<cpu|cuda>.csv, written anew but for the old rows to ``keep``; every row carries its provenance."""
+    """Writes results/<name>_<cpu|cuda>.csv. Old rows stay where ``keep`` says so. Every row carries its provenance."""
     origin = provenance(device)
     path = folder / f"{name}_{device.type}.csv"
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,12 +209,12 @@ def write_csv(
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, repeats: int | None = None) -> None:
-    """--device, --write and --out; --repeats with its default where something is timed."""
+    """Adds --device, --write and --out, and --repeats with its default if the benchmark times something."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", action="store_true", help="write the CSV into benchmarks/results")
     parser.add_argument("--out", type=Path, help="write the CSV into this folder instead")
     if repeats is not None:
-        parser.add_argument("--repeats", type=int, default=repeats, help="most rounds of timing")
+        parser.add_argument("--repeats", type=int, default=repeats, help="largest number of rounds of timing")
 
 
 def finish(
@@ -224,7 +225,7 @@ def finish(
     *,
     keep: Callable[[dict[str, str]], bool] = lambda row: False,
 ) -> None:
-    """Prints the table, and writes the CSV where --write or --out asked for it."""
+    """Prints the table, and writes the CSV if --write or --out asks for it."""
     print_table(title, rows)
     folder = args.out or (RESULTS if args.write else None)
     if folder is not None:
@@ -232,7 +233,7 @@ def finish(
 
 
 def print_table(title: str, rows: list[dict]) -> None:
-    """A table of the columns that differ between rows; those that do not stand in the title."""
+    """Prints a table of the columns that differ between rows. Columns that do not differ stand in the title."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,8 +1,8 @@
-"""The same objective in every way it is written today: eager PyTorch, torch.compile, Liger, TRL, FLA, CCE, and ours.
+"""The same objective by all contenders: eager PyTorch, torch.compile, Liger, TRL, FLA, CCE, and ours.
 
 All minimise  kd_weight tau^2 KL(softmax(z_hat / tau) || softmax(s / tau)) + (1 - kd_weight) CE(s, y), averaged over tokens, with
-z_hat = (1 + alpha) z_audio - alpha z_text. A library that has only one of the terms is compared on that term (`Objective`), and
-the libraries get the collapsed teacher state (1 + alpha) h_audio - alpha h_text, so that they too run one teacher GEMM.
+z_hat = (1 + alpha) z_audio - alpha z_text. A library that has only one of the terms is compared on that term (`Objective`). The
+libraries get the combined teacher state (1 + alpha) h_audio - alpha h_text. So they too need only one GEMM for the teacher.
 
 Legend: N tokens, V vocabulary, H hidden width.
 """
@@ -37,7 +37,7 @@ OBJECTIVES = (FULL, KD, CE)
 
 
 class Unavailable(Exception):
-    """Why a contender cannot run here: not installed, or no GPU."""
+    """A contender cannot run here. The message says why: it is not installed, or there is no GPU."""
 
 
 def eager_loss(
@@ -48,7 +48,7 @@ def eager_loss(
     objective: Objective = FULL,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The loss as one writes it, from logits (N, V): torch's own softmax, kl_div and cross_entropy in ``dtype``."""
+    """The loss from logits (N, V), written in the usual way: torch's softmax, kl_div and cross_entropy in ``dtype``."""
     tau, alpha, weight = objective.temperature, objective.alpha, objective.kd_weight
     student = student.to(dtype)
     loss = student.new_zeros(())
@@ -69,9 +69,11 @@ def exact_loss(
 
 
 def authors_loss(student: Tensor, audio: Tensor, text: Tensor, target: Tensor, objective: Objective = FULL) -> Tensor:
-    """CAAD as its authors average it: KD over the tokens of each sample, then over samples; CE over all tokens of the batch.
+    """CAAD as its authors average it.
 
-    Samples of equal length here, so that it is the same loss as the others'. Logits in full and sample after sample.
+    KD is averaged over the tokens of each sample, then over samples. CE is averaged over all tokens of the batch. The samples
+    have equal length here, so the loss is the same as that of the others. The logits are stored in full, and the samples are
+    computed one after the other.
     """
     samples = next(k for k in (8, 4, 2, 1) if student.shape[0] % k == 0)
     tau, alpha = objective.temperature, objective.alpha
@@ -87,7 +89,7 @@ def authors_loss(student: Tensor, audio: Tensor, text: Tensor, target: Tensor, o
 class LinearCase:
     """Hidden states (N, H), heads (V, H) and targets of one shape; the head is frozen, as in the paper.
 
-    The heads may differ in V by padding: the shared ids count.
+    Padding may give the heads different V. Then only the shared ids count.
     """
 
     hidden: Tensor
@@ -113,11 +115,11 @@ class LinearCase:
         g = torch.Generator(device).manual_seed(seed)
 
         def normal(rows: int, columns: int, scale: float) -> Tensor:
-            # In its own dtype: a float32 copy of a large head would not fit beside it.
+            # In its own dtype, because a float32 copy of a large head may not fit into memory.
             return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, scale, generator=g)
 
         teacher_vocab = vocab if teacher_vocab is None else teacher_vocab
-        # Logits with a standard deviation near 3, as language models have.
+        # The logits get a standard deviation near 3, as those of language models have.
         return cls(
             hidden=normal(n, width, 1.0),
             weight=normal(vocab, width, 3.0 * width**-0.5),
@@ -131,15 +133,15 @@ class LinearCase:
     def near_convergence(
         cls, n: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device, *, kl: float = 0.004, seed: int = 0
     ) -> LinearCase:
-        """A student whose divergence from z_hat is about ``kl`` nats at temperature tau: what the end of a training looks like.
+        """A student as at the end of a training: its divergence from z_hat is about ``kl`` nats at temperature tau.
 
-        It shares the teacher's head; its states are the contrast's plus noise.
+        It shares the teacher's head. Its states are those of the contrast plus noise.
         """
         case = cls.random(n, vocab, width, width, dtype, device, seed)
         noise = torch.empty(n, width, device=device).normal_(generator=torch.Generator(device).manual_seed(seed + 1))
         contrast = contrastive_hidden(case, torch.float32)
         scale = 0.01
-        for _ in range(6):  # the divergence is quadratic in the noise, but for rounding
+        for _ in range(6):  # apart from rounding, the divergence is quadratic in the noise
             case = replace(case, hidden=(contrast + scale * noise).to(dtype), weight=case.teacher_weight)
             scale *= math.sqrt(kl / max(mean_kl(case), 1e-12))
         return case
@@ -150,12 +152,12 @@ class LinearCase:
 
     @property
     def flop(self) -> float:
-        """Of a frozen head: student's logits, one teacher GEMM, dh."""
+        """Operations with a frozen head: the student's logits, one teacher GEMM, and dh."""
         return 2.0 * self.hidden.shape[0] * self.vocab * (2 * self.weight.shape[1] + self.teacher_weight.shape[1])
 
     @property
     def least_bytes(self) -> float:
-        """What a step must at least move: the student's head twice, the teacher's once, hidden states and dh."""
+        """The least that a step must move: the student's head twice, the teacher's once, the hidden states and dh."""
         v, (n, width), teacher_width = self.vocab, self.hidden.shape, self.teacher_weight.shape[1]
         return float(self.weight.element_size()) * (v * (2 * width + teacher_width) + n * 2 * (width + teacher_width))
 
@@ -163,7 +165,7 @@ class LinearCase:
         return replace(self, hidden=self.hidden[:n], audio=self.audio[:n], text=self.text[:n], target=self.target[:n])
 
     def trimmed(self) -> LinearCase:
-        """With heads of the shared ids alone, for those that cannot take two vocabularies."""
+        """The case with heads of the shared ids alone, for contenders that cannot take two vocabularies."""
         return replace(self, weight=self.weight[: self.vocab], teacher_weight=self.teacher_weight[: self.vocab])
 
 
@@ -182,7 +184,7 @@ def _gradient(loss: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
 
 
 def naive_step(loss_function: Callable[..., Tensor] = eager_loss, objective: Objective = FULL) -> Step:
-    """GEMMs for logits in full (both teacher paths, where the objective has a teacher), then the loss of these."""
+    """GEMMs for all logits (of both teacher paths, if the objective has a teacher), then the loss from these logits."""
 
     def step(c: LinearCase) -> Tensor:
         c = c.trimmed()
@@ -210,7 +212,7 @@ def ours_step(logits_dtype: torch.dtype | None, objective: Objective = FULL, **o
 
 
 def liger_step(chunk_size: int, compiled: bool = True, objective: Objective = FULL) -> Step:
-    """Liger's chunked JSD at beta 0 (forward KL). Its soft loss lacks tau^2, which goes into the weight."""
+    """Liger's chunked JSD at beta 0 (forward KL). Its soft loss lacks tau^2, so the weight takes it."""
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ImportError as error:
@@ -239,7 +241,7 @@ def _need_cuda(device_type: str) -> None:
 
 
 def liger_fused_jsd_step(device_type: str, objective: Objective = KD) -> Step:
-    """Liger's fused_linear_jsd (Triton) at beta 0; no CE term."""
+    """Liger's fused_linear_jsd (Triton) at beta 0. It has no CE term."""
     _need_cuda(device_type)
     try:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
@@ -258,7 +260,7 @@ def liger_fused_jsd_step(device_type: str, objective: Objective = KD) -> Step:
 
 
 def trl_step(objective: Objective = KD) -> Step:
-    """TRL's chunked divergence (DistillationTrainer) at beta 0; no CE term, and its loss lacks tau^2."""
+    """TRL's chunked divergence (DistillationTrainer) at beta 0. It has no CE term, and its loss lacks tau^2."""
     try:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     except ImportError as error:
@@ -282,7 +284,7 @@ def trl_step(objective: Objective = KD) -> Step:
 
 
 def fla_step(device_type: str, objective: Objective = KD) -> Step:
-    """flash-linear-attention's fused_kl_div (Triton). It has no temperature: the states are divided by it, exact for tau 2."""
+    """flash-linear-attention's fused_kl_div (Triton). It has no temperature, so tau divides the states: exact for tau 2."""
     _need_cuda(device_type)
     try:
         from fla.modules.fused_kl_div import fused_kl_div_loss
@@ -302,7 +304,7 @@ def fla_step(device_type: str, objective: Objective = KD) -> Step:
 
 
 def cce_step(device_type: str) -> Step:
-    """Apple's cut cross-entropy: CE alone. On the CPU its torch.compile form; its own kernels need a GPU."""
+    """Apple's cut cross-entropy: CE alone. On the CPU its torch.compile form runs, because its own kernels need a GPU."""
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError as error:
@@ -323,21 +325,21 @@ def compiled_step(objective: Objective = FULL) -> Step:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to compute dL/dh of one objective. ``build`` raises Unavailable where it cannot run."""
+    """A way to compute dL/dh of one objective. ``build`` raises Unavailable if it cannot run."""
 
     name: str
     objective: Objective
     build: Callable[[], Step]
-    compiles: bool = False  # by torch.compile: the first call of a shape is no measure of anything
+    compiles: bool = False  # by torch.compile: the first call of a shape compiles and must not be measured
 
 
-# What each library does best with; several where that depends on the shape.
+# The chunk with which each library does best. It has several if that depends on the shape.
 LIGER_CHUNKS = {"cpu": (256, 1024), "cuda": (1024, 2048)}
 CHUNKS = {"cpu": (128, 256, 512), "cuda": (1024, 1408, 2048)}  # ours, and the bare GEMMs'
 
 
 def contenders(device_type: str, objectives: tuple[Objective, ...] = OBJECTIVES) -> list[Contender]:
-    """Everyone, ours last; eager and ours once an objective."""
+    """All contenders, ours last. Eager and ours stand there once for each objective."""
     bf16 = torch.bfloat16
     everyone = [
         Contender("eager", FULL, naive_step),
@@ -365,7 +367,7 @@ def contenders(device_type: str, objectives: tuple[Objective, ...] = OBJECTIVES)
 
 
 def fixed_chunks(device_type: str) -> list[Contender]:
-    """Ours with bf16 logits at given chunks, beside the chunk it chooses."""
+    """Ours with bf16 logits at given chunks, to compare with the chunk that it chooses."""
     return [
         Contender(f"kdkernels bf16 logits, chunk {n}", FULL, lambda n=n: ours_step(torch.bfloat16, chunk_tokens=n))
         for n in CHUNKS[device_type]
@@ -373,7 +375,7 @@ def fixed_chunks(device_type: str) -> list[Contender]:
 
 
 def build(listed: Iterable[Contender]) -> tuple[dict[str, Step], dict[str, str]]:
-    """name -> step, and name -> why it is unavailable here. The names must differ."""
+    """Two dictionaries: name -> step, and name -> why the contender is unavailable here. The names must differ."""
     steps, missing = {}, {}
     for contender in listed:
         try:
@@ -384,7 +386,7 @@ def build(listed: Iterable[Contender]) -> tuple[dict[str, Step], dict[str, str]]
 
 
 def full_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(n, V) in float64 on the CPU, the head converted a block of rows at a time."""
+    """Logits (n, V) in float64 on the CPU. The head is converted block by block."""
     hidden = hidden.cpu().double()
     return torch.cat([hidden @ w.cpu().double().T for w in weight.split(VOCAB_BLOCK)], dim=1)
 
@@ -412,14 +414,14 @@ def mean_kl(c: LinearCase, objective: Objective = KD) -> float:
 def gradient_errors(
     steps: dict[Key, tuple[Objective, Step]], case: LinearCase, check_tokens: int = 64
 ) -> dict[Key, float]:
-    """Relative error of each step's gradient of the first tokens against float64, under the step's own key."""
+    """Relative error against float64 of each step's gradient, for the first tokens, under the step's own key."""
     from .common import relative_error
 
     n = case.hidden.shape[0]
     check_tokens = min(check_tokens, n)
     few = case.head(check_tokens)
     exact = {objective: exact_gradient(few, objective) for objective, _ in steps.values()}
-    # The mean over fewer tokens is another loss; the gradient of these tokens differs by that factor alone.
+    # The mean over fewer tokens is another loss. The gradient of these tokens differs by this factor alone.
     scale = n / check_tokens
     return {
         name: relative_error(step(case)[:check_tokens].cpu() * scale, exact[objective])
@@ -427,12 +429,12 @@ def gradient_errors(
     }
 
 
-# The error below which a contender counts as right. It tells a wrong formula from a coarse dtype, no more.
+# A contender with a smaller error counts as right. This tells a wrong formula from a coarse dtype, and no more.
 ERROR_BUDGETS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def refuse_wrong_gradients(errors: dict[str, float], dtype: torch.dtype) -> None:
-    """`common.refuse_wrong` by the dtype of the inputs; who keeps bf16 logits of float32 inputs has bf16's budget."""
+    """`common.refuse_wrong` with the budget of the inputs' dtype. bf16 logits of float32 inputs get bf16's budget."""
     from .common import refuse_wrong
 
     coarse = {name for name in errors if "bf16 logits" in name}

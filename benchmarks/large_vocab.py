@@ -1,10 +1,11 @@
 """Training steps with the vocabularies of Llama 3, Qwen 2.5 and Gemma 3. `python -m benchmarks.large_vocab`
 
-Student and teacher are transformers' real classes with small random bodies and LM heads of full length; the teacher's is padded
-otherwise where the family's is. A step is what a training loop does: the teacher on both paths, the student, the loss, AdamW.
-With `fused` the loss stands in the place of the student's head (kdkernels.head_loss); `naive` builds both models' logits and
-writes the formula in torch. Each method runs in a process of its own; the two have to agree step by step, in loss and in the
-gradient's norm, or nothing is printed. peak_extra_mib: of the first step over what the models and one step of a single row take.
+Student and teacher are transformers' real classes with small random bodies and LM heads of full length. If the family pads its
+teacher's head in another way, so does this one. A step is that of a training loop: the teacher on both paths, the student, the
+loss, AdamW. With `fused` the loss is computed in the place of the student's head (kdkernels.head_loss). `naive` builds both
+models' logits and writes the formula in torch. Each method runs in a process of its own. The two have to agree step by step, in
+the loss and in the gradient's norm, or nothing is printed. peak_extra_mib is the peak of the first step beyond what the models
+and one step of a single row take.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .common import PeakMemory, add_common_arguments, available_bytes, finish
 from .contenders import FULL, eager_loss
 
 METHODS = ("fused", "naive")
-# Both compute in the dtype asked for; what differs is the order of sums, and in bfloat16 the naive logits' rounding.
+# Both compute in the given dtype. They differ in the order of sums and, in bfloat16, in the rounding of the naive logits.
 AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
@@ -54,7 +55,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the bodies and of a batch; `predicted` columns of a row predict a token of the answer."""
+    """Sizes of the bodies and of a batch. `predicted` columns of a row predict a token of the answer."""
 
     rows: int = 8
     columns: int = 48
@@ -70,11 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(RECIPES)}; all by default")
     parser.add_argument("--steps", type=int, default=3, help="optimiser steps of each method")
     parser.add_argument("--dtype", choices=list(AGREEMENT), default="float32", help="of weights and states")
-    parser.add_argument("--train-head", action="store_true", help="the student's LM head trains as well")
+    parser.add_argument("--train-head", action="store_true", help="train the student's LM head as well")
     for name, value in asdict(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--vocab", type=int, help="this many ids instead, to try it out")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child runs, as JSON
+    parser.add_argument("--vocab", type=int, help="take this many ids instead (to try it out)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child process runs, as JSON
     args = parser.parse_args(argv)
     if args.one:
         print(json.dumps(run_one(**json.loads(args.one))))
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def rows_of(request: dict[str, Any], measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table's rows of one recipe; SystemExit where the two methods disagree."""
+    """The table's rows of one recipe. Raises SystemExit if the two methods disagree."""
     recipe = RECIPES[request["name"]]
     if all("losses" in result for result in measured.values()):
         refuse_disagreement(request["name"], *(measured[method] for method in METHODS), budget=AGREEMENT[request["dtype"]])
@@ -124,11 +125,14 @@ def refuse_disagreement(name: str, fused: dict[str, Any], naive: dict[str, Any],
     for what in ("losses", "gradient_norms"):
         for step, (ours, theirs) in enumerate(zip(fused[what], naive[what], strict=True), 1):
             if not abs(ours - theirs) <= budget * abs(theirs):
-                raise SystemExit(f"{name}: {what} of step {step} differ beyond {budget}: fused {ours}, naive {theirs}")
+                raise SystemExit(
+                    f"{name}: {what} of step {step}: expected a difference of at most {budget}, "
+                    f"got fused {ours}, naive {theirs}"
+                )
 
 
 def in_own_process(request: dict[str, Any]) -> dict[str, Any]:
-    """What `run_one` returns, or a note where there is not enough memory."""
+    """What `run_one` returns, or a note if there is not enough memory."""
     command = [sys.executable, "-m", "benchmarks.large_vocab", "--one", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     if done.returncode == 0:
@@ -142,12 +146,12 @@ def in_own_process(request: dict[str, Any]) -> dict[str, Any]:
 def run_one(
     *, name: str, method: str, vocab: int | None, sizes: dict[str, int], steps: int, dtype: str, train_head: bool, device: str
 ) -> dict[str, Any]:
-    """Losses, norms of the gradient, milliseconds of a step after the first, peak of the first step."""
+    """Losses, norms of the gradient, milliseconds of each step after the first, and the peak memory of the first step."""
     recipe, shape, place = RECIPES[name], Sizes(**sizes), torch.device(device)
     vocabs = (recipe.student_vocab, recipe.teacher_vocab) if vocab is None else (vocab, vocab)
     needed = needed_bytes(method, vocabs, shape, train_head)
     if needed > available_bytes(place):
-        raise SystemExit(f"did not fit: {needed >> 20} MiB needed at most, {available_bytes(place) >> 20} available")
+        raise SystemExit(f"did not fit: expected room for up to {needed >> 20} MiB, got {available_bytes(place) >> 20} MiB")
     student = make_model(recipe.model_type, vocabs[0], shape.student_width, shape, seed=0).to(place, getattr(torch, dtype))
     teacher_model = make_model(recipe.model_type, vocabs[1], shape.teacher_width, shape, seed=1).to(place, getattr(torch, dtype))
     student.get_input_embeddings().requires_grad_(False)
@@ -158,7 +162,7 @@ def run_one(
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(2)
     batches = [make_batch(min(vocabs), shape, generator, place) for _ in range(steps)]
-    # One row first, its update undone: libraries and their scratch count for neither method.
+    # One row goes first, and its update is undone. So libraries and their scratch count for neither method.
     step_loss(*(x[:1] for x in batches[0])).backward()
     optimizer.zero_grad(set_to_none=True)
 
@@ -185,7 +189,7 @@ def run_one(
 
 
 def needed_bytes(method: str, vocabs: tuple[int, int], sizes: Sizes, train_head: bool) -> int:
-    """At most: embeddings and head of both models (a trained one with gradient and AdamW's two states), and the logits."""
+    """An upper bound: embeddings and heads of both models, a trained head's gradient and AdamW's states, and the logits."""
     heads = 4 * 2 * (vocabs[0] * sizes.student_width + vocabs[1] * sizes.teacher_width)
     heads += train_head * 4 * 4 * vocabs[0] * sizes.student_width
     tokens = sizes.rows * sizes.columns if method == "naive" else 256
@@ -225,7 +229,7 @@ def make_batch(vocab: int, sizes: Sizes, generator: torch.Generator, device: tor
 
 
 def silence(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The negative path of a model without audio: the first quarter of the prompt says nothing."""
+    """The negative path of a model without audio: token 0 replaces the first quarter of each row."""
     ids = inputs["input_ids"].clone()
     ids[:, : ids.shape[1] // 4] = 0
     return {**inputs, "input_ids": ids}

@@ -1,8 +1,8 @@
 """Layer distillation: L pairs of layers, gradients for the student's states and the projections. `python -m benchmarks.layers`
 
-Correctness first: every contender's gradients against float64. Then time, in turn in one process, beside the floor: the bare
-GEMMs of the projections (forward, dh and dP) into reused scratch; without projections one read of both sides and one write of
-the gradient. Peak extra memory of each comes from a process of its own.
+First every contender's gradients are compared with float64. Then the contenders are timed in turn in one process, beside the
+floor. The floor is the bare GEMMs of the projections (forward, dh and dP) into reused scratch. Without projections it is one
+read of both sides and one write of the gradient. Each contender's peak extra memory comes from a process of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BUDGETS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """Models, N, L, H_s, H_t; projected where widths differ or `projected` says so."""
+    """Models, N, L, H_s, H_t. States are projected if widths differ or `projected` says so."""
 
     pair: str
     tokens: dict[str, int]  # by device type
@@ -52,7 +52,7 @@ Gradients = list[Tensor]
 
 
 class LayerCase:
-    """Random states and projections of a shape; leaves that require grad are states and projections."""
+    """Random states and projections of a shape. The student's states and the projections require a gradient."""
 
     def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, *, normalize: bool) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -75,13 +75,13 @@ class LayerCase:
 
     @property
     def flop(self) -> float:
-        """Projection, dh and dP."""
+        """Operations of the projection, dh and dP."""
         shape = self.shape
         return 6.0 * self.tokens * shape.layers * shape.student_width * shape.teacher_width if shape.projected else 0.0
 
     @property
     def least_bytes(self) -> float:
-        """Both sides read once, the states' gradient written."""
+        """Bytes to read both sides once and to write the states' gradient."""
         items = self.tokens * self.shape.layers * (2 * self.shape.student_width + self.shape.teacher_width)
         return float(items * self.student[0].element_size())
 
@@ -98,7 +98,7 @@ class LayerCase:
 
 
 def eager_loss(case: LayerCase) -> Tensor:
-    """The formula in the states' dtype, as one writes it."""
+    """The formula in the states' dtype, written in the usual way."""
     total = 0.0
     for s, t, w in zip(case.student, case.teacher, case.weights, strict=True):
         u = s if w is None else s @ w.T
@@ -118,7 +118,7 @@ def contenders(*, compiled: bool) -> dict[str, Callable[[LayerCase], Tensor]]:
 
 
 def gradient_errors(losses: dict[str, Callable[[LayerCase], Tensor]], case: LayerCase) -> dict[str, float]:
-    """Of each contender's worst gradient, relative to float64."""
+    """The error of each contender's worst gradient, relative to float64."""
     exact = case.double().gradients(eager_loss)
     return {
         name: max(relative_error(x, y) for x, y in zip(case.gradients(loss), exact, strict=True))
@@ -127,7 +127,7 @@ def gradient_errors(losses: dict[str, Callable[[LayerCase], Tensor]], case: Laye
 
 
 def floor(case: LayerCase) -> Callable[[], None]:
-    """What no implementation can do without, into memory that is there."""
+    """The work that no implementation can leave out, into memory that is there already."""
     states, teacher = case.student[0].detach(), case.teacher[0]
     projected, dh = torch.empty_like(teacher), torch.empty_like(states)
     weights = [None if w is None else (w.detach(), torch.empty_like(w)) for w in case.weights]
@@ -189,7 +189,7 @@ def peak_mib(name: str, shape: int, dtype: torch.dtype, normalize: bool, args: a
 
 
 def peak_of_one(request: dict, args: argparse.Namespace) -> float:
-    """MiB of growth over a warm start: of the same case for what compiles, else of a few tokens."""
+    """MiB of growth beyond a warm start. A contender that compiles warms up with the same case, the others with a few tokens."""
     device, shape, dtype = torch.device(args.device), SHAPES[request["shape"]], getattr(torch, request["dtype"])
     loss = contenders(compiled=request["name"] == "torch.compile")[request["name"]]
     tokens = max(1, shape.tokens[device.type] // args.shrink)
@@ -207,10 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_common_arguments(parser, repeats=9)
     parser.add_argument("--dtypes", nargs="+", action=Collect, default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
-    parser.add_argument("--shrink", type=int, default=1, help="divide the numbers of tokens by this (for a try-out)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
-    parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory runs (one process each)")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child measures, as JSON
+    parser.add_argument("--shrink", type=int, default=1, help="divide the numbers of tokens by this (to try it out)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a process for each contender")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child process measures, as JSON
     args = parser.parse_args(argv)
     if args.one:
         print(json.dumps(peak_of_one(json.loads(args.one), args)))

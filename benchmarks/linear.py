@@ -1,11 +1,13 @@
 """Fused linear loss: hidden states in, dL/dh out, frozen head. `python -m benchmarks.linear`
 
-Correctness first: every contender's gradient against float64 on the first tokens. Then time, in turn in one process, beside the
-floor (the three bare GEMMs at their best chunk), and peak extra memory of each in a process of its own.
+First every contender's gradient is compared with float64, on the first tokens. Then the contenders are timed in turn in one
+process, beside the floor (the three bare GEMMs at their best chunk). Each one's peak extra memory comes from a process of its
+own.
 
-`--sweep tokens|vocab|width|chunk|threads` varies one size instead: ours with float32 and bf16 logits beside the bare GEMMs, and
-where the time goes: bare GEMMs of the same chunk, the row kernel alone, and the rest, each timed by itself in the same run
-(float32 logits cost more than the bare bf16 GEMMs, and that is part of the rest; a fused path may make it negative).
+`--sweep tokens|vocab|width|chunk|threads` varies one size instead. It times ours with float32 and with bf16 logits beside the
+bare GEMMs. It also says where the time goes: bare GEMMs of the same chunk, the row kernel alone, and the rest. Each part is
+timed by itself in the same run. Float32 logits cost more than the bare bf16 GEMMs, and that counts as rest. A fused path may
+make the rest negative.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from .contenders import (
 )
 
 FLOOR = "bare GEMMs"
-# size -> values; the others stay at the command's own sizes, but for fewer tokens where the vocabulary or the width grows.
+# size -> values. The other sizes stay at the command's own, but large vocabularies and widths take fewer tokens.
 SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {
         "tokens": (128, 1024, 8192, 16384),
@@ -64,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--student-width", type=int, default=576)
     parser.add_argument("--teacher-width", type=int, default=960)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes (it takes a minute)")
-    parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory runs (one process each)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile's contenders (they take a minute)")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a process for each contender")
     parser.add_argument("--sweep", choices=("tokens", "vocab", "width", "chunk", "threads"))
-    parser.add_argument("--values", type=int, nargs="+", action=Collect, help="of the sweep, instead of its own")
+    parser.add_argument("--values", type=int, nargs="+", action=Collect, help="values of the sweep, instead of its own")
     args = parser.parse_args(argv)
     if args.sweep:
         rows = sweep(args)
@@ -81,7 +83,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     case = LinearCase.random(args.tokens, args.vocab, args.student_width, args.teacher_width, dtype, device)
     listed = [*contenders(device.type, (FULL,)), *fixed_chunks(device.type)]
-    headline = {x.name for x in contenders(device.type, (FULL,))}  # whose peak memory is measured
+    headline = {x.name for x in contenders(device.type, (FULL,))}  # the contender that a child process measures
     steps, missing = build(x for x in listed if not (args.no_compile and x.compiles))
     errors = gradient_errors({name: (FULL, step) for name, step in steps.items()}, case)
     refuse_wrong_gradients(errors, dtype)
@@ -119,7 +121,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
 
 
 def rates(case: LinearCase, seconds: float, floor_seconds: float) -> dict[str, float]:
-    """Per logit pair; FLOP of one frozen-head step and the least bytes it must move, whatever the contender spends."""
+    """Figures for each logit pair. FLOP and bytes are the least that a step with a frozen head needs."""
     return {
         "ns_per_position": seconds / (case.hidden.shape[0] * case.vocab) * 1e9,
         "gflop_per_s": case.flop / seconds / 1e9,
@@ -130,11 +132,11 @@ def rates(case: LinearCase, seconds: float, floor_seconds: float) -> dict[str, f
 
 
 def sweep_points(args: argparse.Namespace) -> Iterator[tuple[int, dict, int | None, int | None]]:
-    """value, sizes, chunk (None: ours chooses), threads (None: as they are)."""
+    """The points of a sweep: value, sizes, chunk (None: ours chooses), threads (None: unchanged)."""
     device_type = torch.device(args.device).type
     values = args.values or SWEEPS[device_type].get(args.sweep)
     if not values:
-        raise SystemExit(f"--sweep {args.sweep}: not on {device_type}")
+        raise SystemExit(f"--sweep: expected a size that is swept on {device_type}, got {args.sweep}")
     if args.sweep == "threads" and not args.values:
         values = [v for v in values if v <= len(os.sched_getaffinity(0))]
     for value in values:
@@ -188,7 +190,7 @@ _ARGUMENTS = {"tokens": "n", "vocab": "vocab", "student_width": "width", "teache
 
 
 def planned_chunk(case: LinearCase) -> int:
-    """Tokens a chunk that the default plan takes for float32 logits."""
+    """The number of tokens in a chunk that the default plan takes for float32 logits."""
     from kdkernels.ops.chunking import plan_chunks
 
     plan = plan_chunks(
@@ -201,7 +203,7 @@ def planned_chunk(case: LinearCase) -> int:
 
 
 def row_kernel(case: LinearCase, chunk: int, logits_dtype: torch.dtype) -> Callable[[], None]:
-    """The row kernel alone, over as many rows as the case has tokens, in scratch of one chunk, as the linear loss calls it."""
+    """The row kernel alone, as the linear loss calls it: over as many rows as the case has tokens, in scratch of one chunk."""
     from kdkernels.ops import dispatch
     from kdkernels.ops.rows import RowSpec
 
@@ -221,7 +223,7 @@ def row_kernel(case: LinearCase, chunk: int, logits_dtype: torch.dtype) -> Calla
 
     def run() -> None:
         for start in range(0, n, chunk):
-            # On what the last call left: neither time nor correctness of the timed path depends on the values.
+            # It reads what the last call left there. The time does not depend on the values.
             size = min(chunk, n - start)
             launch(
                 memory_of_student[:, :size], contrast[:, :size], None, case.target[start : start + size], alpha,

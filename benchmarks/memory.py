@@ -1,8 +1,8 @@
 """Peak extra memory of one loss and its gradient, over tokens and over the vocabulary. `python -m benchmarks.memory`
 
-Each figure comes from a process of its own: growth over a warm start, of the resident set on the CPU, of the allocator's own
-count on CUDA. Whoever compiles runs the whole case once before; the others only a few tokens, so that what they keep for the
-next call is counted.
+Each figure comes from a process of its own. It is the growth beyond a warm start: on the CPU that of the resident set, on CUDA
+that of the allocator's count. A contender that compiles warms up with the whole case. The others warm up with a few tokens, so
+the memory that they keep for the next call is counted.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     add_common_arguments(parser)
     parser.add_argument(
-        "--tokens", type=int, nargs="+", action=Collect, help="N of the first sweep; its smallest is that of the second"
+        "--tokens", type=int, nargs="+", action=Collect, help="N of the first sweep; the second sweep takes the smallest"
     )
     parser.add_argument("--vocab", type=int, help="V of the first sweep")
     parser.add_argument("--vocabs", type=int, nargs="*", action=Collect, help="V of the second sweep")
     parser.add_argument("--student-width", type=int)
     parser.add_argument("--teacher-width", type=int)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
-    parser.add_argument("--contenders", nargs="+", action=Collect, help="those alone whose names contain one of these")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # contender, objective and sizes as JSON: what a child measures
+    parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
+    parser.add_argument("--contenders", nargs="+", action=Collect, help="only contenders with one of these words in the name")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # contender, objective and sizes as JSON, for a child process
     args = parser.parse_args(argv)
     device_type = torch.device(args.device).type
     if args.one:
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def peak_mib_in_own_process(name: str, objective: str, sizes: dict, device: str) -> float:
-    """NaN where the process ran out of memory or there is not enough to try."""
+    """NaN if the process ran out of memory, or if there was too little to try."""
     request = json.dumps({"contender": name, "objective": objective, **sizes})
     command = [sys.executable, "-m", "benchmarks.memory", "--device", str(device), "--one", request]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -102,7 +102,7 @@ def measure_one(request: dict, device: torch.device) -> dict[str, float]:
     dtype = getattr(torch, request["dtype"])
     needed = naive_bytes(request["tokens"], request["vocab"]) + head_bytes(request, dtype)
     if needed > available_bytes(device):
-        raise SystemExit(f"{needed >> 20} MiB needed at most, {available_bytes(device) >> 20} available")
+        raise SystemExit(f"expected room for up to {needed >> 20} MiB, got {available_bytes(device) >> 20} MiB")
     case = LinearCase.random(
         request["tokens"], request["vocab"], request["student_width"], request["teacher_width"], dtype, device
     )
@@ -110,7 +110,7 @@ def measure_one(request: dict, device: torch.device) -> dict[str, float]:
 
 
 def naive_bytes(tokens: int, vocab: int) -> int:
-    """Of the hungriest contender: about twelve (N, V) tensors of four bytes."""
+    """Bytes of the contender that takes most: about twelve (N, V) tensors of four bytes."""
     return 12 * 4 * tokens * vocab
 
 
@@ -119,7 +119,7 @@ def head_bytes(sizes: dict, dtype: torch.dtype) -> int:
 
 
 def peak_bytes(contender: Contender, case: LinearCase, device: torch.device) -> int:
-    """Growth over a warm start, whose gradient is checked."""
+    """Growth beyond a warm start. The gradient of the warm start is checked."""
     step = contender.build()
     warm = case if contender.compiles else case.head(min(16, case.hidden.shape[0]))
     errors = gradient_errors({contender.name: (contender.objective, step)}, warm, check_tokens=16)

@@ -1,9 +1,12 @@
 """Several teachers in one pass: hidden states in, dL/dh out, frozen head. `python -m benchmarks.multi_teacher`
 
-K teachers of equal weight, each with a head and a contrast of its own, distilled from by forward KL. Correctness first: every
-contender's gradient against float64 on the first tokens. Then time, in turn in one process: ours in one call; one call of the
-single-teacher loss a teacher, the CE term in the first alone; eager PyTorch over full logits; and the floor, the 2 + K bare GEMMs
-of the same work at their best chunk.
+The student learns by forward KL from K teachers of equal weight. Each teacher has its own head and contrast. First every
+contender's gradient is compared with float64, on the first tokens. Then these are timed in turn in one process:
+
+- ours in one call;
+- ours with one call of the single-teacher loss for each teacher, where only the first call has the CE term;
+- eager PyTorch over full logits;
+- the floor: the 2 + K bare GEMMs of the same work at their best chunk.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ FLOOR = "bare GEMMs"
 CHECK_TOKENS = 64
 LOGITS = {"bf16 logits": torch.bfloat16, "fp32 logits": None}
 
-# A case a teacher, with one student: the same hidden states, head and targets in each.
+# One case for each teacher. They share the student: its hidden states, head and targets.
 Cases = Sequence[LinearCase]
 Step = Callable[[Cases], Tensor]  # returns dL/dh
 
@@ -114,7 +117,7 @@ def all_steps() -> dict[str, Step]:
 
 
 def eager_step(cases: Cases) -> Tensor:
-    """GEMMs for logits in full, then the loss of these; the student's once."""
+    """GEMMs for all logits, then the loss from them. The student's logits are computed once."""
     hidden, weight, target = cases[0].hidden.detach().requires_grad_(), cases[0].weight, cases[0].target
     student = hidden @ weight.T
     loss = (1 - KD_WEIGHT) * eager_loss(student, None, None, target, CE)
@@ -126,7 +129,7 @@ def eager_step(cases: Cases) -> Tensor:
 
 
 def separate_step(logits_dtype: torch.dtype | None) -> Step:
-    """The single-teacher loss once a teacher."""
+    """One call of the single-teacher loss for each teacher."""
     from kdkernels import fused_linear_caad_loss
 
     def step(cases: Cases) -> Tensor:
@@ -162,16 +165,16 @@ def one_call_step(logits_dtype: torch.dtype | None) -> Step:
 
 
 def gradient_errors(steps: dict[str, Step], cases: Cases) -> dict[str, float]:
-    """Relative error of each step's gradient of the first tokens against float64."""
+    """Relative error against float64 of each step's gradient, for the first tokens."""
     n = cases[0].hidden.shape[0]
     few = min(CHECK_TOKENS, n)
-    # Weights sum to 1, so the loss is the mean of the single-teacher losses; that over fewer tokens differs by a factor alone.
+    # The weights sum to 1, so the loss is the mean of the single-teacher losses. Over fewer tokens it differs only by a factor.
     exact = sum(exact_gradient(c.head(few)) for c in cases) / len(cases)
     return {name: relative_error(step(cases)[:few].cpu() * (n / few), exact) for name, step in steps.items()}
 
 
 def bare_gemms(cases: Cases, chunk: int) -> Callable[[], None]:
-    """The floor: the student's logits, every teacher's, and dh, in chunks into reused scratch, and nothing else."""
+    """The floor: the student's logits, every teacher's logits, and dh, in chunks into reused scratch, and nothing else."""
     hidden, weight = cases[0].hidden, cases[0].weight
     n, vocab = hidden.shape[0], weight.shape[0]
     chunk = min(chunk, n)

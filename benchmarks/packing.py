@@ -1,13 +1,13 @@
 """Packed rows against padded ones: the teacher's two paths and the student's step. `python -m benchmarks.packing`
 
-SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher of thirty, as in benchmarks/step.py), prompts of the
-built-in form whose transcripts are of very different lengths (1 to 40 words, most of them short), in float32. Four layouts of the
-same batch: padded rows and packed ones, each with and without the prefix cache (models/speech_lm/prefix_cache.py),
-which holds the text
-before the audio for both paths. `tokens` are those that the teacher's two paths run through the layers, padding included;
-`padding` is its share of them. With a GPU and flash-attention a fifth layout, `varlen`, is one row without any padding.
+The models have SmolLM2-135M's shapes and random float32 weights: a student of ten layers and a teacher of thirty, as in
+benchmarks/step.py. The prompts have the built-in form. Their transcripts have 1 to 40 words, and most of them are short. The
+same batch is laid out in four ways: padded rows and packed rows, each with and without the prefix cache
+(models/speech_lm/prefix_cache.py). That cache holds the text before the audio, for both paths. `tokens` counts what the
+teacher's two paths run through the layers, padding included. `padding` is its share of them. With a GPU and flash-attention
+there is a fifth layout: `varlen` is one row without any padding.
 
-Correctness first: the teacher's states and the connector's gradient in every layout against those of padded rows.
+First the teacher's states and the connector's gradient in every layout are compared with those of padded rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ LAYOUTS = {
 }
 VARLEN = {"varlen": ("varlen", False)}
 BASELINE = "padded"
-# float32 over thirty layers; the cache stores bfloat16, which rounds keys and values by 2^-9, and flash-attention runs in it.
+# Float32 over thirty layers. The prefix cache stores bfloat16, which rounds keys and values by 2^-9. flash-attention runs in
+# bfloat16.
 BUDGETS = {"padded": 1e-6, "packed": 1e-4, "padded, prefix cache": 2e-2, "packed, prefix cache": 2e-2, "varlen": 5e-2}
 WORDS = (
     "where", "are", "you", "going", "so", "late", "and", "who", "told", "you", "that", "we", "would", "meet", "here", "again",
@@ -41,7 +42,7 @@ WORDS = (
 
 
 def transcript_words(count: int, *, seed: int = 0) -> list[int]:
-    """Words in each transcript: log-normal with median 8, cut to 1 to 40, as utterances of read and spoken corpora are."""
+    """The number of words in each transcript: log-normal with median 8, cut to 1 to 40, as in speech corpora."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.exp(torch.randn(count, generator=generator) * 0.8) * 8
     return drawn.round().clamp(1, 40).int().tolist()
@@ -51,7 +52,7 @@ class PackingCase(StepCase):
     """The models of benchmarks/step.py, and the same batch in every layout.
 
     Args:
-        pack_tokens: tokens a packed row at most.
+        pack_tokens: largest number of tokens in a packed row.
         others: see `StepCase`.
     """
 
@@ -65,7 +66,7 @@ class PackingCase(StepCase):
         self.pack_tokens = pack_tokens
 
     def layout(self, name: str) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
-        """(a call of the teacher's two paths: its states; the student's forward and backward: the connector's gradient)."""
+        """Two calls: the teacher's two paths, which return its states, and the student's step, which returns the gradient."""
         from models.training.recipe import DataConfig
         from models.training.run_setup import make_training_data
         from models.training.teachers import LiveTeacher
@@ -87,7 +88,7 @@ class PackingCase(StepCase):
 
         def student() -> torch.Tensor:
             hidden = self.student.hidden_states_at(batch.target_index, **data.model_inputs(batch))
-            # Not the squares: behind the final norm their sum is constant, and its gradient nothing but rounding.
+            # The squares would not do: behind the final norm their sum is constant, and its gradient is rounding alone.
             direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
             gradients = torch.autograd.grad((hidden.float() * direction).mean(), parameters)
             return torch.cat([g.flatten() for g in gradients])
@@ -95,7 +96,7 @@ class PackingCase(StepCase):
         return paths, student
 
     def tokens(self, paths: Callable[[], torch.Tensor]) -> int:
-        """Tokens that the teacher's layers run in one call of `paths` once its prefixes are cached."""
+        """How many tokens run through the teacher's layers in one call of `paths` after its prefixes have been cached."""
         seen: list[int] = []
 
         def count(_module: Any, arguments: tuple, keywords: dict) -> None:
@@ -110,12 +111,12 @@ class PackingCase(StepCase):
         return sum(seen)
 
     def real_tokens(self, *, cached: bool) -> int:
-        """Those of both paths that are no padding, without the text before the audio where it is cached."""
+        """How many tokens of both paths are no padding. Where the text before the audio is cached, it does not count."""
         return 2 * self.tokens_run(self.teacher, cached=cached)
 
 
 def measure(case: PackingCase, repeats: int, layouts: Sequence[str] = tuple(LAYOUTS)) -> list[dict]:
-    """A row a layout, that of BASELINE first."""
+    """A row for each layout. The BASELINE comes first."""
     names = list(dict.fromkeys((BASELINE, *layouts)))
     calls = {name: case.layout(name) for name in names}
     expected = [call() for call in calls[BASELINE]]
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_common_arguments(parser, repeats=5)
     parser.add_argument("--examples", type=int, default=16)
-    parser.add_argument("--pack-tokens", type=int, default=512, help="tokens a packed row at most")
+    parser.add_argument("--pack-tokens", type=int, default=512, help="largest number of tokens in a packed row")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     case = PackingCase(args.examples, device, pack_tokens=args.pack_tokens)
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         layouts += VARLEN
     rows = measure(case, args.repeats, layouts)
-    finish(args, "packing", "the teacher's two paths and the student's forward and backward; median_ms: the paths", rows)
+    finish(args, "packing", "the teacher's two paths (median_ms), and the student's forward and backward", rows)
 
 
 if __name__ == "__main__":

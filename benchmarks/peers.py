@@ -1,8 +1,9 @@
-"""Everyone at the shapes of real model pairs. `python -m benchmarks.peers`
+"""All contenders at the shapes of real model pairs. `python -m benchmarks.peers`
 
-Student from teacher, with the vocabularies and hidden widths of their public configurations; heads frozen. Each objective
-(KD + CE, KD alone, CE alone) is a comparison of its own: a library is compared on the terms it has. A peer that is not installed
-or needs a GPU is a row that says so, and so is a pair that does not fit into memory. Correctness of everyone comes before time.
+A pair is a student and its teacher, with the vocabularies and hidden widths of their public configurations. Heads are frozen.
+Each objective (KD + CE, KD alone, CE alone) is a comparison of its own, since a library is compared on the terms that it has.
+If a peer is not installed or needs a GPU, its row says so. If a pair does not fit into memory, its row says so too. All
+gradients are checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class Pair:
     teacher_width: int
 
     def head_bytes(self, dtype: torch.dtype) -> int:
-        """Of both heads, and twice the student's: Liger accumulates its gradient whether or not it trains."""
+        """Bytes of both heads, and the student's twice more, because Liger accumulates its gradient even if it does not train."""
         return dtype.itemsize * (3 * self.vocab * self.width + self.teacher_vocab * self.teacher_width)
 
 
 PAIRS = {
     "smollm2": Pair("SmolLM2-135M", "SmolLM2-360M", 49152, 576, 49152, 960),
     "llama": Pair("Llama-3.2-3B", "Llama-3.1-8B", 128256, 3072, 128256, 4096),
-    # Padded differently: 151,936 ids are shared.
+    # The heads are padded differently: they share 151,936 ids.
     "qwen": Pair("Qwen2.5-Omni-7B", "Qwen3-8B", 152064, 3584, 151936, 4096),
     "gemma": Pair("Gemma-3-1B", "Gemma-3-4B", 262144, 1152, 262208, 2560),
 }
@@ -65,9 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, help="N; 256 on the CPU, 8192 on CUDA")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of states and heads")
     parser.add_argument("--objectives", nargs="+", action=Collect, choices=[x.name for x in OBJECTIVES], help="these alone")
-    parser.add_argument("--shrink", type=int, default=1, help="divide vocabularies and widths by this (for a try-out)")
-    parser.add_argument("--limit-seconds", type=float, default=10, help="of timing, an objective of a pair")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    parser.add_argument("--shrink", type=int, default=1, help="divide vocabularies and widths by this (to try it out)")
+    parser.add_argument("--limit-seconds", type=float, default=10, help="longest time to measure one objective of one pair")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
     args = parser.parse_args(argv)
     tokens = args.tokens or TOKENS[torch.device(args.device).type]
     rows = []
@@ -110,7 +111,7 @@ def compare(args: argparse.Namespace, case: LinearCase, objective: Objective) ->
     refuse_wrong_gradients(errors, case.hidden.dtype)
     peaks = {}
     for name, step in steps.items() if device.type == "cuda" else ():
-        # On the CPU what a step keeps for the next one would not count: benchmarks.memory has a process for each.
+        # On the CPU this would leave out what a step keeps for the next one. benchmarks.memory has a process for each.
         with PeakMemory(device) as memory:
             step(case)
         peaks[name] = memory.bytes / 2**20

@@ -1,15 +1,16 @@
-"""What a distillation run should cost: step time, memory, cache, communication. `python -m benchmarks.plan llama --gpus 8`
+"""Predicts what a distillation run costs: step time, memory, cache, communication. `python -m benchmarks.plan llama --gpus 8`
 
-Work over rates. The work: parameters times tokens for the bodies (2 FLOP a parameter and token, forward; as much again for the
-gradient with respect to the input, and again for weights that train), the three GEMMs and the row kernel for the loss
-(kdkernels/ops/chunking.py). The rates: of kdkernels' device table, the bodies' GEMMs at --utilisation of them. Neither
-attention's quadratic part, nor the input pipeline, nor waiting is in it: a floor with an honest efficiency, not a promise.
+Time is work divided by a rate. For the bodies the work is parameters times tokens: 2 FLOP for each forward, as many again for
+the gradient of the input, and again for weights that train. For the loss it is three GEMMs and the row kernel
+(kdkernels/ops/chunking.py). The rates are those of kdkernels' device table, and the bodies reach --utilisation of the GEMM
+rate. The quadratic part of attention, the input pipeline and waiting are left out. So the result is an estimate from below, not
+a promise.
 
     python -m benchmarks.plan llama --gpus 8 512 --clips 1000000     # the same run on 8 and on 512 GPUs
     python -m benchmarks.plan --calibrate                            # this machine: predicted against measured
 
---calibrate measures this machine's GEMM rate and its step (benchmarks/step.py, SmolLM2-135M's shapes), and prints the
-utilisation that would have made the prediction right.
+--calibrate measures this machine's GEMM rate and its step (benchmarks/step.py, SmolLM2-135M's shapes). It prints the
+utilisation at which the prediction would have been right.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ BODIES = {
 CONNECTOR_PARAMETERS = 32e6  # the Q-Former of the CAAD paper
 ENCODER_FLOP = 2 * 637e6 * 1500  # Whisper large's encoder, a window of 30 s
 GPUS_A_NODE = 8
-NODE_BYTES_PER_SECOND = 450e9  # NVLink of an H100, a direction
-NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gbit/s a GPU
+NODE_BYTES_PER_SECOND = 450e9  # NVLink of an H100, in one direction
+NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gbit/s for each GPU
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class Run:
     """A training run.
 
     Attributes:
-        prompt_tokens: text and audio tokens before the answer; answer_tokens: of Y, those that the loss sees.
-        clips_a_gpu: a step. epochs: over the clips.
+        prompt_tokens: number of text and audio tokens before the answer.
+        answer_tokens: number of tokens of Y, which the loss sees.
+        clips_a_gpu: clips that a GPU takes in one step.
+        epochs: passes over the clips.
         utilisation: share of the GEMM rate that the bodies reach.
         train_student: all of the student's weights train, not the connector alone.
     """
@@ -64,15 +67,15 @@ class Run:
 
 
 def body_flop(parameters: float, tokens: float, *, backward: bool = False, weights: bool = False) -> float:
-    """Of one pass over `tokens` positions: forward, with `backward` the gradient to the input, with `weights` theirs as well."""
+    """FLOP of one pass over `tokens` positions. `backward` adds the gradient of the input, `weights` that of the weights."""
     return 2.0 * parameters * tokens * (1 + backward + weights)
 
 
 def plan(name: str, pair: Pair, device: DeviceModel, device_name: str, run: Run, gpus: int, *, cached: bool) -> dict:
-    """One row: seconds of a step by part, GiB a GPU, hours of the whole run, GiB of the cache.
+    """One row: seconds of a step by part, GiB on each GPU, hours of the whole run, GiB of the cache.
 
     Args:
-        cached: the teacher's states come from a ContrastCache, which is written once (its hours are told apart).
+        cached: the teacher's states come from a ContrastCache. It is written once, and its hours have a column of their own.
     """
     student, teacher = BODIES[name]
     tokens = run.clips_a_gpu * (run.prompt_tokens + run.answer_tokens)
@@ -80,7 +83,7 @@ def plan(name: str, pair: Pair, device: DeviceModel, device_name: str, run: Run,
     vocab = min(pair.vocab, pair.teacher_vocab)
     rate = device.flop_per_second * run.utilisation
     student_seconds = body_flop(student, tokens, backward=True, weights=run.train_student) / rate
-    encoder_seconds = ENCODER_FLOP * run.clips_a_gpu / rate  # the student hears every clip every time
+    encoder_seconds = ENCODER_FLOP * run.clips_a_gpu / rate  # the student's encoder runs in every epoch
     teacher_seconds = body_flop(teacher, 2 * tokens) / rate  # both paths
     loss = predict(
         device, n_tokens=answers, vocab=vocab, student_width=pair.width, teacher_width=pair.teacher_width,
@@ -103,7 +106,7 @@ def plan(name: str, pair: Pair, device: DeviceModel, device_name: str, run: Run,
 
 
 def _all_reduce_seconds(size: float, gpus: int) -> float:
-    """Ring all-reduce of `size` bytes; beyond a node at the network's rate."""
+    """Seconds of a ring all-reduce of `size` bytes. With more GPUs than a node has, the network's rate counts."""
     if gpus == 1:
         return 0.0
     rate = NODE_BYTES_PER_SECOND if gpus <= GPUS_A_NODE else NETWORK_BYTES_PER_SECOND
@@ -113,10 +116,10 @@ def _all_reduce_seconds(size: float, gpus: int) -> float:
 def _memory_bytes(
     pair: Pair, student: float, teacher: float, trained: float, tokens: int, answers: int, device_name: str, *, cached: bool
 ) -> float:
-    """Weights in bf16, the trained ones' float32 copies and Adam's two moments, activations, one chunk of logits.
+    """Weights in bf16, float32 copies of the trained ones, Adam's two moments, activations, and one chunk of logits.
 
-    Activations: 34 bytes times width a token and layer with a fused attention (Korthikanti et al. 2022, arXiv 2205.05198), the
-    layers counted from the parameters (12 width^2 each).
+    Activations take 34 bytes times the width for each token and layer, with a fused attention (Korthikanti et al. 2022, arXiv
+    2205.05198). The number of layers comes from the parameters (12 width^2 each).
     """
     heads = 2.0 * (pair.vocab * pair.width + pair.teacher_vocab * pair.teacher_width)
     weights = 2.0 * (student + (0 if cached else teacher)) + heads + 16.0 * trained
@@ -129,7 +132,7 @@ def _memory_bytes(
 
 
 def calibrate(examples: int, rounds: int = 3) -> list[dict]:
-    """This machine: seconds of a CAAD step predicted at its measured GEMM rate, seconds measured, and their ratio."""
+    """On this machine: the seconds of a CAAD step, predicted at the measured GEMM rate and measured, and their ratio."""
     from .step import StepCase
 
     a, b = torch.randn(512, 576), torch.randn(576, 1536)
@@ -161,7 +164,7 @@ def calibrate(examples: int, rounds: int = 3) -> list[dict]:
 
 
 def _seconds(call, rounds: int) -> float:
-    """Median of `rounds` calls after one to warm up."""
+    """Median seconds of `rounds` calls, after one call to warm up."""
     call()
     times = []
     for _ in range(rounds):
@@ -184,12 +187,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=Run.prompt_tokens)
     parser.add_argument("--answer-tokens", type=int, default=Run.answer_tokens)
     parser.add_argument("--epochs", type=int, default=Run.epochs)
-    parser.add_argument("--utilisation", type=float, default=Run.utilisation, help="of the GEMM rate, by the bodies; (0, 1]")
-    parser.add_argument("--train-student", action="store_true", help="all of the student trains, not the connector alone")
-    parser.add_argument("--calibrate", action="store_true", help="predicted against measured on this machine's CPU")
+    parser.add_argument(
+        "--utilisation", type=float, default=Run.utilisation, help="share of the GEMM rate that the bodies reach, in (0, 1]"
+    )
+    parser.add_argument("--train-student", action="store_true", help="train all of the student, not the connector alone")
+    parser.add_argument("--calibrate", action="store_true", help="compare predicted and measured times on this machine's CPU")
     args = parser.parse_args(argv)
     if args.calibrate == (args.pair is not None):
-        parser.error("expected either a pair or --calibrate")
+        parser.error("expected either a pair or --calibrate, got both or neither")
     if args.calibrate:
         finish(args, "plan_calibration", "a CAAD step of SmolLM2-135M's shapes, 16 clips", calibrate(16))
         return
@@ -217,7 +222,10 @@ def main(argv: list[str] | None = None) -> None:
     finish(args, f"plan_{args.pair}", f"predicted, not measured: {args.gpu}, {run.clips:,} clips", rows)
     for row in over:
         kind = "from the cache" if row["cached"] else "with the teacher in the step"
-        print(f"{kind}: {row['gib_a_gpu']:.0f} GiB do not fit a GPU's {device.memory_bytes / 2**30:.0f}: shard, or fewer clips")
+        print(
+            f"{kind}: {row['gib_a_gpu']:.0f} GiB do not fit a GPU's {device.memory_bytes / 2**30:.0f} GiB: "
+            "shard the models, or take fewer clips"
+        )
 
 
 if __name__ == "__main__":

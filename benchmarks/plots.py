@@ -1,12 +1,13 @@
 """Draws benchmarks/results/plots/*.svg from the committed CSVs, and from nothing else. `python -m benchmarks.plots`
 
-A CSV that is not there leaves its plot out. The same CSV gives the same bytes (with the same matplotlib): no dates, fixed ids.
+If a CSV is missing, its plot is left out. The same CSV gives the same bytes with the same matplotlib, since there are no dates
+and the ids are fixed.
 
     rows_<device>.svg, linear_<device>.svg     time of each contender beside the floor, and its gradient error
     layers_<device>.svg                        layer distillation beside its floor
     peers_<device>.svg                         the linear loss at the shapes of model pairs
     memory_<device>.svg                        peak extra memory over N and over V
-    sweep_<device>.svg                         the linear loss over N, V, H, chunk and threads, in times of its floor
+    sweep_<device>.svg                         the linear loss over N, V, H, chunk and threads, in multiples of its floor
     breakdown_<device>.svg                     where its time goes
     accuracy_<device>.svg                      gradient error at random states and near convergence
 """
@@ -36,14 +37,14 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs")
-    parser.add_argument("--out", type=Path, help="folder of the plots; <results>/plots if not given")
+    parser.add_argument("--out", type=Path, help="folder of the plots (default: <results>/plots)")
     args = parser.parse_args(argv)
     out = args.out or args.results / "plots"
     drawn = [path for device in ("cpu", "cuda") for path in draw_all(args.results, device, out)]
     for path in drawn:
         print(path)
     if not drawn:
-        raise SystemExit(f"no results to draw in {args.results}")
+        raise SystemExit(f"--results: expected a folder with CSV files to draw, got {args.results}")
 
 
 def draw_all(results: Path, device: str, out: Path) -> list[Path]:
@@ -51,7 +52,7 @@ def draw_all(results: Path, device: str, out: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     # Ids in an SVG come from this salt instead of a random one.
-    # Text stays text: a tenth of the size of outlines.
+    # Text stays text, because outlines would take ten times the size.
     matplotlib.rcParams.update({"svg.hashsalt": "kdkernels", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
     matplotlib.rcParams.update({"axes.spines.right": False, "figure.constrained_layout.use": True})
     plots: dict[str, tuple[str, Callable[[Rows], Figure]]] = {
@@ -100,7 +101,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
 
 
 def _time_bars(axis: Axes, rows: Rows, title: str) -> None:
-    """Milliseconds with quartiles, the gradient error beside each bar; fastest at the bottom."""
+    """Milliseconds with quartiles, and the gradient error beside each bar. The fastest is at the bottom."""
     rows = sorted((r for r in rows if r["median_ms"]), key=lambda r: -number(r["median_ms"]))
     medians = [number(r["median_ms"]) for r in rows]
     spread = [
@@ -217,7 +218,7 @@ def draw_breakdown(rows: Rows) -> Figure:
 
 
 def draw_accuracy(rows: Rows) -> Figure:
-    """Distillation alone, linear loss: a panel a dtype, a pair of bars a contender."""
+    """Distillation alone, linear loss. Each dtype has a panel, and each contender a pair of bars."""
     rows = [r for r in rows if r["kind"] == "linear" and r["objective"] == "KD" and number(r["gradient_error"]) > 0]
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     names = list(dict.fromkeys(r["contender"] for r in rows))

@@ -1,7 +1,7 @@
 """Row kernels: the loss and its gradient from three logit tensors. `python -m benchmarks.rows`
 
-Correctness first, against float64; then time, in turn, beside the floor: a plain copy that moves as many bytes as the loss must
-(three inputs read, one gradient written).
+First every contender is compared with float64. Then the contenders are timed in turn, beside the floor: a plain copy that moves
+as many bytes as the loss must (it reads three inputs and writes one gradient).
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class RowCase:
         return torch.autograd.grad(loss(leaf, self.audio, self.text, self.target), leaf)[0]
 
     def ours(self, *, inplace: bool = False) -> Tensor:
-        # In place, the logits are restored first, so that copy is counted against it.
+        # In place, each call restores the logits first, so this copy counts as part of its time.
         student = self.memory.copy_(self.student) if inplace else self.student
         keywords = {"alpha": ALPHA, "temperature": TEMPERATURE, "kd_weight": KD_WEIGHT, "inplace": inplace}
         return self.gradient(lambda *x: fused_caad_loss(*x, **keywords), student)
 
     def kernel_alone(self) -> Tensor:
-        """What a chunk of the linear loss runs: the row kernel, its gradient going into memory that is already there."""
+        """The row kernel as a chunk of the linear loss runs it: its gradient goes into memory that is there already."""
         device, rows = self.student.device, self.student.shape[0]
         chosen, _ = choose("auto", device, [self.student.dtype])
         of_each = torch.full((2, rows), 1 / rows, device=device)
@@ -79,7 +79,7 @@ class RowCase:
         return {**calls, **ours, "kdkernels, row kernel alone": self.kernel_alone}
 
     def copies(self) -> Callable[[], None]:
-        """The floor: as many bytes as three inputs read and one gradient written."""
+        """The floor: it moves as many bytes as it takes to read three inputs and write one gradient."""
         outs = [torch.empty_like(self.student) for _ in range(2)]
 
         def copy() -> None:

@@ -1,16 +1,16 @@
 """An hour of training steps, losses and cache reading in one process: does its memory grow? `python -m benchmarks.soak`
 
-An iteration is a whole step of models/training/loop.py's loop on a tiny random speech LM (teacher, student, loss,
-backward, AdamW), every
-public loss of kdkernels forward and backward on random inputs, their shapes drawn anew, and a cache opened, read and closed. The
-process sleeps between iterations, so that it takes no more than --load of a core's time.
+An iteration has three parts. One is a whole step of the loop in models/training/loop.py on a tiny random speech LM (teacher,
+student, loss, backward, AdamW). One is every public loss of kdkernels, forward and backward, on random inputs of new random
+shapes. One opens, reads and closes a cache. The process sleeps between iterations, so it takes at most --load of a core's time.
 
-torch and oneDNN keep what they make for a product by its shape, each for 1024 shapes, hundreds of MiB in all: here they keep one
-(LRU_CACHE_CAPACITY, ONEDNN_PRIMITIVE_CACHE_CAPACITY; what the environment says goes first), so that what grows is not theirs.
+For each shape of a product torch and oneDNN keep what they made for it. Each keeps 1024 shapes, which is hundreds of MiB in
+all. Here they keep one shape (LRU_CACHE_CAPACITY, ONEDNN_PRIMITIVE_CACHE_CAPACITY), unless the environment sets these. So the
+growth that is measured is not theirs.
 
-The resident set is read after every iteration. What allocators and caches take once is not a leak: the first third of the time is
-left out, and the slope of the rest is the median over all pairs of samples (Theil-Sen), which no single jump moves. Exit status 1
-where it is above --bound-kib-a-minute.
+The resident set is read after every iteration. Allocators and caches take some memory once, which is no leak. So the first
+third of the time is left out. The slope of the rest is the median over all pairs of samples (Theil-Sen), which no single jump
+moves. The exit status is 1 if the slope is above --bound-kib-a-minute.
 
 resident_mib    lowest, median and highest of the samples of each tenth of the time
 kib_a_minute    slope after the first third; the same in every row
@@ -66,10 +66,10 @@ def losses(rng: random.Random) -> None:
 
 
 class Iteration:
-    """What is repeated.
+    """The work that is repeated.
 
     Args:
-        folder: for the cache and the trainings; emptied by the caller.
+        folder: for the cache and the trainings. The caller empties it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -129,7 +129,7 @@ def soak(
     clock: Callable[[], float] = time.monotonic,
     cpu_clock: Callable[[], float] = time.process_time,
 ) -> list[tuple[float, float]]:
-    """(minute, KiB of the resident set) after each call, for so many minutes and calls. Calls get a share `load` of a core."""
+    """(minute, KiB of the resident set) after each call, for the given minutes and calls. They take a share `load` of a core."""
     samples: list[tuple[float, float]] = []
     started = clock()
     while (now := clock()) - started < 60 * minutes or len(samples) < least_iterations:
@@ -137,12 +137,12 @@ def soak(
         call()
         taken = cpu_clock() - before
         samples.append(((clock() - started) / 60, _resident_bytes() / 1024))
-        time.sleep(max(0.0, now + taken / load - clock()))  # on a busy machine the call itself has waited
+        time.sleep(max(0.0, now + taken / load - clock()))  # on a busy machine the call itself has waited for the processor
     return samples
 
 
 def slope(samples: Sequence[tuple[float, float]]) -> float:
-    """Theil-Sen slope in KiB a minute after the first third of the time; at least two samples have to lie there."""
+    """Theil-Sen slope in KiB a minute after the first third of the time. At least two samples have to lie there."""
     settled = [s for s in samples if s[0] > samples[-1][0] / 3]
     if len(settled) < 2:
         raise ValueError(f"samples: expected two after the first third, got {len(settled)} of {len(samples)}; soak for longer")
@@ -171,20 +171,22 @@ def summarise(samples: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """The command line. The module's docstring describes it."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(parser)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--least-iterations", type=int, default=0, help="goes on past the minutes where these are not done yet")
-    parser.add_argument("--load", type=float, default=0.08, help="share of a core that may be used, in (0, 1]")
+    parser.add_argument(
+        "--least-iterations", type=int, default=0, help="least number of iterations; they may take more than the minutes"
+    )
+    parser.add_argument("--load", type=float, default=0.08, help="largest share of a core's time, in (0, 1]")
     parser.add_argument("--bound-kib-a-minute", type=float, default=50.0, help="a steeper slope is a leak")
     args = parser.parse_args(argv)
     if args.device != "cpu":
         parser.error(f"--device: expected cpu (the resident set is the process's, not the device's), got {args.device}")
     if not (0 < args.load <= 1 and args.minutes > 0):
-        parser.error(f"--load, --minutes: expected in (0, 1] and above 0, got {args.load} and {args.minutes}")
+        parser.error(f"--load, --minutes: expected a share in (0, 1] and a number above 0, got {args.load} and {args.minutes}")
     for name in CACHES_BY_SHAPE:  # read at the first product
         os.environ.setdefault(name, "1")
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
-"""A whole training step by its sources: what each teacher costs, and what is left to the engine. `python -m benchmarks.step`
+"""Times a training step for each set of teachers: each teacher's forward, and the rest of the step. `python -m benchmarks.step`
 
-The loop of models/training/loop.py on SmolLM2-135M's shapes with random weights (a student of ten layers, a teacher
-of thirty), 16
-prompts of the built-in form, only the connector training: one forward of each teacher, timed by itself, and the rest of the step
-(the student's forward, the loss over all sources, layers, backward, AdamW) for each set of sources. `overhead` is how much longer
-the rest takes than with one teacher. The LM head of every teacher is multiplied inside the loss, so in the rest, though it is a
-part of that teacher's forward: `heads_ms` is what these products take by themselves, and `overhead_beyond_heads` leaves them out.
+The loop of models/training/loop.py runs on SmolLM2-135M's shapes with random weights: a student of ten layers and a teacher of
+thirty. It takes 16 prompts of the built-in form, and only the connector trains. One forward of each teacher is timed by itself.
+The rest of the step is timed for each set of sources: the student's forward, the loss over all sources, layers, backward,
+AdamW. `overhead` is how much longer the rest takes than with one teacher. Every teacher's LM head is part of that teacher's
+forward, but the loss multiplies it, so it counts in the rest. `heads_ms` is what these products take by themselves, and
+`overhead_beyond_heads` leaves them out.
 
-Correctness first: with several sources the loss must be the sum of the losses of each.
+First the losses are checked: with several sources the loss must be the sum of the losses of each.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class StepCase:
         from models.training.run_setup import make_training_data
 
         self.device = device
-        # The byte-level tokenizer of the smoke run: no download, prompts of about 120 tokens.
+        # The smoke run's byte-level tokenizer needs no download and gives prompts of about 120 tokens.
         folder = make_tiny_backbones(cache_dir() / "demo" / "tiny-backbones") / "lm"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         sizes = {
@@ -104,7 +104,7 @@ class StepCase:
         self.batch = self.data.make_batch(made)
 
     def tokens_run(self, model: Any, *, cached: bool) -> int:
-        """Tokens of the batch that `model` runs through its layers: no padding; no text before the audio where it is cached."""
+        """How many tokens of the batch `model` runs through its layers. Padding and cached text before the audio do not count."""
         from models.speech_lm.collation import crop_to_targets
 
         collator = model.make_collator()
@@ -113,7 +113,7 @@ class StepCase:
         return int(batch.attention_mask.sum()) - prefixes
 
     def sources(self, objective: str, names: Sequence[str], layers: bool) -> tuple[Any, list[Any]]:
-        """The recipe and its sources, built as models/training/run_setup.py builds them but for the loading."""
+        """The recipe and its sources, built as in models/training/run_setup.py, but without loading models."""
         from models.training.recipe import LayersConfig, SourceConfig, load_recipe
         from models.training.run_setup import OWN_TEACHER, make_training_data
         from models.training.teachers import (
@@ -164,12 +164,12 @@ class StepCase:
 
         states = source.teacher(self.batch, self.examples)
         positions = counted_positions(recipe, self.batch)
-        hidden = (states if positions is None else states.at(positions)).audio_hidden  # both paths are one product
+        hidden = (states if positions is None else states.at(positions)).audio_hidden  # both paths take one product
         weight, scratch = states.head.weight, hidden.new_empty(len(hidden), len(states.head.weight))
         return lambda: torch.mm(hidden, weight.T, out=scratch)
 
     def rest(self, recipe: Any, sources: Sequence[Any]) -> Any:
-        """A call that does what a step does once the teachers have spoken; it returns the loss."""
+        """A call that does the part of a step after the teachers' forwards. It returns the loss."""
         from models.training.objective import counted_positions, objective_loss, select_positions, token_weights
 
         states = {source.name: source.teacher(self.batch, self.examples) for source in sources}
@@ -201,7 +201,7 @@ class StepCase:
 
 
 def check_sum(case: StepCase) -> float:
-    """Relative difference between the KD of several sources and the sum of the KD of each (CE left out)."""
+    """Relative difference between the KD of several sources and the sum of the KD of each. CE is left out."""
     together = None
     parts = 0.0
     for names in (("text", "acoustic"), ("text",), ("acoustic",)):
@@ -216,9 +216,9 @@ def check_sum(case: StepCase) -> float:
 
 
 def measure(case: StepCase, repeats: int, systems: Sequence[str] = tuple(SYSTEMS)) -> list[dict]:
-    """A row a system, that of BASELINE first."""
+    """A row for each system. The BASELINE comes first."""
     if (difference := check_sum(case)) > 1e-4:
-        raise SystemExit(f"several sources: the loss is {difference:.1e} off the sum of the losses of each")
+        raise SystemExit(f"several sources: expected the sum of their losses, got a relative difference of {difference:.1e}")
     built = {label: case.sources(*system) for label, system in SYSTEMS.items() if label in (BASELINE, *systems)}
     rests = {label: case.rest(recipe, sources) for label, (recipe, sources) in built.items()}
     forwards = {
@@ -266,11 +266,12 @@ def main(argv: list[str] | None = None) -> None:
     add_common_arguments(parser, repeats=7)
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument(
-        "--systems", nargs="+", action=Collect, choices=list(SYSTEMS), default=list(SYSTEMS), help="these, beside the baseline"
+        "--systems", nargs="+", action=Collect, choices=list(SYSTEMS), default=list(SYSTEMS), help="systems beside the baseline"
     )
     args = parser.parse_args(argv)
     case = StepCase(args.examples, torch.device(args.device))
-    finish(args, "step", "a training step; time_ms: all but the teachers' forwards", measure(case, args.repeats, args.systems))
+    title = "a training step; time_ms has all of it but the teachers' forwards"
+    finish(args, "step", title, measure(case, args.repeats, args.systems))
 
 
 if __name__ == "__main__":

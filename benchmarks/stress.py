@@ -1,28 +1,30 @@
-"""Kill -9 at random points, again and again: is anything lost, doubled or different? `python -m benchmarks.stress`
+"""Kills work at random points (kill -9): is anything lost, doubled or different? `python -m benchmarks.stress`
 
-Four kinds of work, each written so that a second start goes on where the first was killed. They run with their default settings
-where these leave something to kill between, on tiny random models, or on a real language model (`--lm`):
+There are four kinds of work. Each is written such that a second start goes on where the first was killed. They run on tiny
+random models, or on a real language model (`--lm`). Settings have their defaults, except where a kill would then find no
+intermediate state:
 
 stage1      models/pseudo_gt/stage1.py: a random Llama writes the targets of 24 rows
 cache       models/training/fill_cache.py, kdkernels/contrast_cache.py: both paths of a speech LM over 12 samples, with its prefix
             cache, in several shards
-training    models/training/loop.py: ten steps of the CAAD loop with a live teacher and prefix caches, a checkpoint every two
+training    models/training/loop.py: ten steps of the CAAD loop with a live teacher and prefix caches, and a checkpoint after
+            every second step
 checkpoint  models/training/checkpoint.py: a loop that does little but save
 
-A round starts the work in an empty folder, kills it once to three times (SIGKILL), and lets it run to its end. Every other kill
-comes at a time drawn uniformly over the work, the rest at a call drawn uniformly among those that change files (os.replace,
-fsync, unlink, mkdir, a write, a safetensors file of shard or checkpoint): before it, after it, or with a part of the data
-written. Each process is forked from one that has imported everything.
+A round starts the work in an empty folder, kills it one to three times (SIGKILL), and lets it run to its end. Every other kill
+comes at a time that is drawn uniformly over the work. The other kills come at a call that is drawn uniformly among those that
+change files (os.replace, fsync, unlink, mkdir, a write, a safetensors file of shard or checkpoint). Such a kill comes before
+the call, after it, or when a part of the data is written. Each process is forked from one that has imported everything.
 
 kills          processes that died of SIGKILL; `at_calls` of them at a call
 resumed        rounds whose last process ended by itself, without an error
 bitwise_equal  rounds whose result is that of an undisturbed run, bit for bit
 lost           items that the work had reported as safely written and that were not there after a kill
-doubled        items there twice, after a kill or at the end
-left_behind    files and folders that an undisturbed run does not leave: temporary ones of killed processes, old checkpoints of
-               which a kill has left a part. Nobody reads them, and they take room
+doubled        items that were there twice, after a kill or at the end
+left_behind    files and folders that an undisturbed run does not leave: temporary ones of killed processes, and parts of old
+               checkpoints. Nothing reads them, but they take room
 
-Exit status 1 if anything was lost, doubled or different, or a round did not end. CPU only.
+The exit status is 1 if anything was lost, doubled or different, or if a round did not end. It runs on CPUs only.
 """
 
 from __future__ import annotations
@@ -68,15 +70,15 @@ class Work(Protocol):
     name: str
 
     def run(self, folder: Path, done: Done) -> None:
-        """All of it, or what is left; `done(items)` as soon as these are promised to survive a kill."""
+        """Does all of the work, or what is left of it. It calls `done(items)` as soon as these items should survive a kill."""
         ...
 
     def held(self, folder: Path) -> list[str]:
-        """The items that are safe in the folder now, as often as they are there. An exception says that none is."""
+        """The items that are safe in the folder now, each as often as it is there. An exception means that none is."""
         ...
 
     def result(self, folder: Path) -> dict[str, str]:
-        """Digest of each part of a finished run."""
+        """A digest of each part of a finished run."""
         ...
 
 
@@ -90,7 +92,7 @@ class Kill:
     after_seconds: float | None = None
     call: int | None = None
     how: str = "before"
-    part: float = 0.5  # of the data of a write that a kill comes within
+    part: float = 0.5  # of the data, for a kill within a write
 
 
 @dataclass
@@ -105,7 +107,7 @@ class Outcome:
 
 
 class CallCounter:
-    """Counts this process's calls that change files, and kills it at one of them. Never uninstalled: the process ends."""
+    """Counts this process's calls that change files, and kills it at one of them. It stays until the process ends."""
 
     def __init__(self, kill: Kill | None) -> None:
         self.calls = 0
@@ -116,7 +118,7 @@ class CallCounter:
 
         for name in _CALLS:
             setattr(os, name, self._around(getattr(os, name)))
-        # open() lies in two modules; descriptors from mkstemp come by way of fdopen.
+        # open() is in two modules. Descriptors of mkstemp come through fdopen.
         builtins.open = io.open = self._opening(io.open)
         os.fdopen = self._opening(os.fdopen)
         safetensors.torch.serialize_file = self._serializing(safetensors.torch.serialize_file, safetensors.torch.serialize)
@@ -147,7 +149,7 @@ class CallCounter:
         return opened
 
     def _serializing(self, write_file: Callable[..., Any], to_bytes: Callable[..., bytes]) -> Callable[..., Any]:
-        """safetensors writes from Rust; a kill within it leaves the beginning of the file."""
+        """safetensors writes from Rust. A kill within it leaves the beginning of the file."""
 
         def counted(tensors: Any, path: Any, metadata: Any = None) -> Any:
             kill = self.hit()
@@ -166,7 +168,7 @@ class CallCounter:
 
 
 class _CountedFile:
-    """A file open for writing whose writes are counted."""
+    """A file that is open for writing. Its writes are counted."""
 
     def __init__(self, file: Any, counter: CallCounter) -> None:
         self._file, self._counter = file, counter
@@ -202,7 +204,7 @@ def _die() -> None:
 
 
 def run_process(work: Work, folder: Path, kill: Kill | None = None) -> Outcome:
-    """The work in a forked process, killed as told or run to its end."""
+    """Runs the work in a forked process, to the given kill or to its end."""
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -231,7 +233,7 @@ def run_process(work: Work, folder: Path, kill: Kill | None = None) -> Outcome:
             outcome.error = line.get("error", outcome.error)
     if hung:
         os.kill(process, signal.SIGKILL)
-        while data := os.read(reading, 1 << 16):  # what it had said before
+        while data := os.read(reading, 1 << 16):  # what it reported before it was killed
             *lines, rest = (rest + data).split(b"\n")
             for line in map(json.loads, lines):
                 outcome.promised.update(line.get("done", ()))
@@ -272,7 +274,7 @@ def _in_child(work: Work, folder: Path, kill: Kill | None, reading: int, writing
 
 
 def stress(work: Work, rounds: int, *, seed: int = 0, progress_bar: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """A row of figures (see the module's docstring), and a line about each round that went wrong."""
+    """A row of figures, which the module's docstring describes, and a line about each round that went wrong."""
     rng = random.Random(f"{work.name} {seed}")
     row: dict[str, Any] = {"what": work.name, "rounds": rounds}
     row |= dict.fromkeys(("kills", "at_calls", "resumed", "bitwise_equal", "lost", "doubled", "left_behind"), 0)
@@ -283,7 +285,9 @@ def stress(work: Work, rounds: int, *, seed: int = 0, progress_bar: bool = True)
             raise SystemExit(f"{work.name}: the undisturbed run failed: {whole.error}")
         missing, twice = _compare(work, Path(root) / "work", whole.promised)
         if missing or twice or not whole.promised:
-            raise SystemExit(f"{work.name}: the undisturbed run has lost {missing} and doubled {twice} of {len(whole.promised)}")
+            raise SystemExit(
+                f"{work.name}: the undisturbed run lost {missing} and doubled {twice} of {len(whole.promised)} items"
+            )
         expected, folders = work.result(Path(root) / "work"), _folders(Path(root) / "work")
         for number in tqdm(range(rounds), desc=work.name, unit="round", disable=not progress_bar):
             found = _round(work, root, number, whole, expected, folders, rng)
@@ -306,7 +310,7 @@ def _round(
         by_call = (number + attempt) % 2 == 0
         kill = _draw(whole, rng, by_call)
         outcome = run_process(work, folder, kill)
-        for _ in range(_TIMES_MISSED):  # too late: nothing was killed
+        for _ in range(_TIMES_MISSED):  # the kill came too late: the process had ended
             if attempt or outcome.killed or outcome.error:
                 break
             folder, promised = _fresh(root), set()
@@ -345,7 +349,7 @@ def _draw(whole: Outcome, rng: random.Random, by_call: bool) -> Kill:
 
 
 def _compare(work: Work, folder: Path, promised: set[str]) -> tuple[list[str], list[str]]:
-    """(promised items that are not there, items that are there twice)"""
+    """Two lists: promised items that are not there, and items that are there twice."""
     try:
         held = Counter(work.held(folder))
     except Exception as error:
@@ -362,7 +366,7 @@ def _fresh(root: str) -> Path:
 
 
 def _folders(folder: Path) -> set[Path]:
-    """All folders under it, and itself as "."."""
+    """All folders under it, and the folder itself as "."."""
     return {path.relative_to(folder) for path in (folder, *folder.rglob("*")) if path.is_dir()}
 
 
@@ -375,7 +379,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file without one that a kill has cut off."""
+    """The JSON lines of a file, without a line that a kill has cut off."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
@@ -412,7 +416,7 @@ class Stage1:
         asked: list[str] = []
 
         def write(batch: Sequence[Any]) -> list[str]:
-            done(asked)  # who asks for a batch has put the ones before it into the journal
+            done(asked)  # when the next batch is asked for, the ones before it are in the journal
             asked.extend(example.id for example in batch)
             return self._writer(batch)
 
@@ -432,10 +436,10 @@ class Stage1:
 
 
 class TinyCase:
-    """A student, its teacher and 12 examples with features. No two prompts have one length, so a batch is padded.
+    """A student, its teacher and 12 examples with features. No two prompts have the same length, so a batch is padded.
 
     Args:
-        lm: language model of both, by id or folder; None = random weights, a few thousand. The connectors are always random.
+        lm: language model of both, by id or folder; None = a few thousand random weights. The connectors are always random.
     """
 
     def __init__(self, lm: str | None = None) -> None:
@@ -506,7 +510,7 @@ class Cache:
 
         cache = ContrastCache(folder / "cache")
         digests = {}
-        for name in cache:  # shards begin anew after a kill: what counts is what they hold
+        for name in cache:  # after a kill shards are cut in other places, so only what they hold is compared
             states = cache[name]
             tensors = (states.audio_hidden.view(torch.int16), states.text_hidden.view(torch.int16), states.target)
             digests[name] = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
@@ -570,7 +574,7 @@ class Checkpoint:
     steps = 6
 
     def __init__(self, lm: str | None = None) -> None:
-        # AdamW imports torch._dynamo with its first step, which takes seconds.
+        # AdamW imports torch._dynamo at its first step, which takes seconds.
         for name in ("torch._dynamo", "models.training.train"):
             importlib.import_module(name)
 
@@ -612,14 +616,14 @@ class Checkpoint:
 
 
 def _newest(checkpoints: Path) -> dict[str, str]:
-    """Digests of the files of the two newest checkpoints, as many as are kept."""
+    """Digests of the files of the two newest checkpoints. The work keeps two."""
     from models.training.checkpoint import list_checkpoints
 
     return {f"{path.name}/{name}": d for path in list_checkpoints(checkpoints)[-2:] for name, d in _digests(path).items()}
 
 
 def _steps(checkpoints: Path) -> list[str]:
-    """The steps that the newest checkpoint has behind it; it must be intact."""
+    """The steps that the newest checkpoint holds. It must be intact."""
     from models.training.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(checkpoints, "auto")
@@ -630,15 +634,17 @@ WORKS: dict[str, Callable[[str | None], Work]] = {work.name: work for work in (S
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """The command line. The module's docstring describes it."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.stress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=100, help="of each kind of work")
-    parser.add_argument("--only", nargs="+", action=Collect, choices=list(WORKS), default=list(WORKS), help="these kinds of work")
-    parser.add_argument("--seed", type=int, default=0, help="of the kills")
-    parser.add_argument("--lm", help="a language model, by id or folder, in place of the tiny random one")
+    parser.add_argument("--rounds", type=int, default=100, help="rounds of each kind of work")
+    parser.add_argument(
+        "--only", nargs="+", action=Collect, choices=list(WORKS), default=list(WORKS), help="only these kinds of work"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills")
+    parser.add_argument("--lm", help="id or folder of a language model, instead of the tiny random one")
     args = parser.parse_args(argv)
     if args.device != "cpu":
         parser.error(f"--device: expected cpu (a forked process cannot use CUDA), got {args.device}")

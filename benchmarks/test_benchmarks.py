@@ -1,7 +1,7 @@
 """The cases of `benchmarks.rows`, `linear` and `layers` for pytest-benchmark: `pytest benchmarks --benchmark-only`.
 
-Its --benchmark-compare and --benchmark-autosave follow a change on one machine; the committed CSVs come from the commands. Sizes
-are one chunk's, so that a run takes a minute.
+Its --benchmark-compare and --benchmark-autosave show what a change does on one machine. The committed CSVs come from the
+commands. The sizes are those of one chunk, so a run takes a minute.
 """
 
 import pytest

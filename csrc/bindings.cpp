@@ -1,4 +1,4 @@
-// Python's view of the native kernels: raw addresses, sizes and strides. kdkernels/ops/native.py fills them in from tensors.
+// The native kernels as Python sees them: raw addresses, sizes and strides. kdkernels/ops/native.py fills them in from tensors.
 
 #include <pybind11/pybind11.h>
 

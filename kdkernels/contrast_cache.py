@@ -79,8 +79,8 @@ class ContrastCache:
     """Reader of a cache folder, memory-mapped: only the rows asked for are read.
 
     Args:
-        folder: what a `ContrastCacheWriter` has written; a writer may still be at work, its finished shards are seen.
-        fingerprint: what the cache has to have been made from (the dict its writer got), or None to accept any.
+        folder: a folder that a `ContrastCacheWriter` has written. If a writer is still at work, its finished shards can be read.
+        fingerprint: the dict that the writer has to have got, or None to accept any.
         verify_checksums: read every shard once and compare its sha256 (about 1 s a GB); otherwise sizes alone.
 
     Attributes:
@@ -209,7 +209,7 @@ class ContrastCache:
             raise KeyError(f"sample {sample_id!r} is not in the cache {self.folder} ({len(self)} samples)") from None
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of one position, by the tensor's name."""
+        """The shape of one position, by the tensor's name."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("audio_hidden", "text_hidden"), (self.hidden_size,))
         if self.layers:
             shapes |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
@@ -254,8 +254,9 @@ class ContrastCacheWriter(AbstractContextManager):
         fingerprint: what determines the states, JSON values by name: model, tokenizer, prompt, Y, ... A folder with another
             fingerprint raises ValueError.
         hidden_size: H.
-        dtype: of the stored states: torch.bfloat16, torch.float32 (then they come back bitwise) or torch.float8_e4m3fn with a
-            float32 scale a row (half of bfloat16's bytes; `python -m models cache --measure` says what it costs in accuracy).
+        dtype: of the stored states. torch.float32 gives float32 states back bit for bit. torch.bfloat16 takes half of the bytes.
+            torch.float8_e4m3fn with a float32 scale for each row takes a quarter; `python -m models cache --measure` says what
+            that costs in accuracy.
         layers: numbers of the teacher's layers whose states are stored as well.
         shard_mib: size at which a shard is closed. This much is held in memory, and a kill can lose it.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).
@@ -411,7 +412,7 @@ class ContrastCacheWriter(AbstractContextManager):
         return name
 
     def _stored(self, name: str, hidden: Tensor, sample_id: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """What is stored of some states, by the names in the shard."""
+        """The tensors that are stored for some states, by their names in the shard."""
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
             got = getattr(hidden, "dtype", type(hidden).__name__)
             raise TypeError(f"{name}: expected a floating point tensor, got {got}")
@@ -575,7 +576,7 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _record_problem(record: Mapping[str, Any], part: str, header: Mapping[str, Any]) -> str | None:
-    """What is wrong with a line of the index of `part`, before any of it is believed: names leave no folder, rows fit."""
+    """Says what is wrong with a line of the index of `part`, before it is used: names leave no folder, rows fit."""
     name, size, rows, samples = (record.get(key) for key in ("shard", "bytes", "rows", "samples"))
     stem = name.removeprefix(f"shard-{part}-").removesuffix(".safetensors") if isinstance(name, str) else ""
     if not (stem.isascii() and stem.isdigit()) or name != f"shard-{part}-{stem}.safetensors":

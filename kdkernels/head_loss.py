@@ -105,11 +105,11 @@ class HeadLoss:
             return empty
 
         def hand_out(_head: nn.Module, _args: Any, _output: Any) -> Any:
-            return results[-1]  # put before the hooks that free the weights: FSDP asks for them again when it is differentiated
+            return results[-1]  # runs before the hooks that free the weights, so FSDP gathers them again in the backward
 
         def as_logits(_head: nn.Module, _args: Any, output: Any) -> Tensor:
-            hooked.append(output)  # DeepSpeed asks for the weights again where its own copy is differentiated
-            # What the model goes on with: no logits, or the numbers that show what it does to them.
+            hooked.append(output)  # DeepSpeed's copy of the output: its backward gathers the weights again
+            # The model goes on with no logits, or with the numbers that show what it does to them.
             tensor = index.new_empty(1, 0, 1, dtype=torch.float32)
             return tensor if probe is None else probe.to(index.device).expand(1, 1, -1)
 

@@ -1,7 +1,7 @@
 """Hidden states of chosen layers at chosen positions, taken by hooks while a model runs.
 
-transformers' `output_hidden_states=True` keeps every layer at every position, (L + 1) B S H items; here only what is asked for
-leaves a layer, N H items each.
+transformers' `output_hidden_states=True` keeps every layer at every position, (L + 1) B S H items. Here a hook keeps only the
+positions that are asked for, N H items for each layer.
 """
 
 from __future__ import annotations

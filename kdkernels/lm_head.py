@@ -64,7 +64,7 @@ class LMHead:
             model: any module with `get_output_embeddings()`.
             merge_lora: True merges a LoRA on the head into a copy of its weight; False raises TypeError for it.
             gather: True gathers a sharded head (DTensor of FSDP2 or tensor parallelism, DeepSpeed ZeRO-3) into a whole copy on
-                every rank, and every rank has to make the call; False raises an error for it.
+                every rank. Then every rank has to make the call. False raises an error for a sharded head.
             probe: False reads the config alone and runs nothing.
 
         Raises:
@@ -93,7 +93,7 @@ class LMHead:
         return apply_post(logits, self.softcap, self.logit_scale)
 
     def to(self, device: torch.device | str) -> LMHead:
-        """The same on another device; shares memory where it is there already."""
+        """The same head on another device. If it is there already, it shares memory."""
         bias = None if self.bias is None else self.bias.to(device)
         return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
 
@@ -393,7 +393,7 @@ def _same_logits(seen: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def _close(seen: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
-    """Of two gradients; None is 0."""
+    """Whether two gradients are equal up to rounding. None counts as 0."""
     if seen is None or expected is None:
         return all(x is None or not bool(x.any()) for x in (seen, expected))
     # A LoRA in float32 on a bfloat16 head is rounded at other places.
@@ -401,7 +401,7 @@ def _close(seen: Tensor | None, expected: Tensor | None, tolerance: float) -> bo
 
 
 def head_state(head: nn.Module) -> tuple[Any, ...]:
-    """What decides how `head` computes, values aside: equal as long as an answer of `ask_head` holds."""
+    """All that decides how `head` computes, except values. As long as it is equal, an answer of `ask_head` holds."""
     state: list[Any] = []
     for name, module in head.named_modules():
         adapters = (getattr(module, flag, None) for flag in ("merged", "disable_adapters", "active_adapters"))
@@ -713,15 +713,15 @@ def audio_adapters_on(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(trains)
 
 
-# What a forward of the teacher has no use for, each of which costs memory.
+# Outputs that a teacher does not need. Each of them costs memory.
 _LEAN_OUTPUT = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
 
 
 @contextlib.contextmanager
 def hearing(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in the modes of an evaluation with audio, whatever it did before; they are as they were afterwards.
+    """Inside, `model` is in the modes of an evaluation with audio. Afterwards its modes are as they were before.
 
-    Evaluation mode; adapters on that belong to the audio; no cache, no states of layers and no attentions in the output.
+    These are: evaluation mode, the audio's adapters on, and an output without cache, states of layers and attentions.
     """
     configs = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
     changed = [

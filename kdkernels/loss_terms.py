@@ -1,4 +1,4 @@
-"""From the options of a call to what its kernels need: tensors of one value a token, a RowSpec, and the way back to the caller.
+"""Turns the options of a call into what its kernels need, and their results into the shape that the caller gets.
 
 Legend: ... leading dimensions (their product is N tokens), V valid ids.
 """
@@ -65,7 +65,7 @@ class LossTerms(NamedTuple):
         return self.reduction != "none"
 
     def shaped(self, loss: Tensor) -> Tensor:
-        """From per-token (N,) or reduced losses to the caller's shape."""
+        """Brings per-token (N,) or reduced losses into the caller's shape."""
         if not self.reduced:
             return loss.reshape(self.leading)
         return loss.sum() if loss.dim() else loss
@@ -176,7 +176,7 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
 
 
 def accumulation_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
-    """In which a loss of tensors of these dtypes is summed."""
+    """The dtype in which a loss of tensors of these dtypes is summed."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 

@@ -1,6 +1,6 @@
-"""Several samples side by side in one row, instead of one a row with padding behind it.
+"""Several samples side by side in one row, instead of one sample in each row with padding behind it.
 
-transformers keeps the samples apart: without an attention mask, and with position ids that restart, its masks are block-diagonal
+transformers keeps the samples apart. Without an attention mask, and with position ids that restart, its masks are block-diagonal
 (SDPA, eager, flex), and flash-attention runs its varlen kernel.
 
 Legend: B samples, one a row of L columns with padding; R packed rows of P columns.

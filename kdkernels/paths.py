@@ -181,9 +181,9 @@ def as_batch(inputs: dict[str, Any], name: str) -> PathBatch:
 def join(audio: PathBatch, text: PathBatch, *, pad_left: bool = False) -> PathBatch:
     """The rows of both paths as one batch, the shorter path padded to the longer one's length.
 
-    Tensors are concatenated along the batch; features of audio need not have one entry a row (transformers' audio LMs
-    take them flattened, in the order of their placeholders), and may be missing on the negative path.  Anything that is
-    not a tensor has to be the same on both paths.
+    Tensors are concatenated along the batch. Features of audio may have several entries for a row, or none, since transformers'
+    audio LMs take them flattened, in the order of their placeholders. They may be missing on the negative path. Anything that
+    is not a tensor has to be the same on both paths.
     """
     length = max(audio.length, text.length)
     need_mask = audio.length != text.length

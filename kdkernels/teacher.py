@@ -95,7 +95,7 @@ class DualPathStates:
 
     @classmethod
     def _split(cls, audio: Tensor, text: Tensor) -> DualPathStates:
-        """From (N, H) each, or (N, 1 + K, H) with layers."""
+        """Made from (N, H) each, or (N, 1 + K, H) with layers."""
         if audio.dim() == 2:
             return cls(audio, text)
         return cls(audio[:, 0], text[:, 0], audio[:, 1:], text[:, 1:])
@@ -118,21 +118,21 @@ class DualPathTeacher(nn.Module):
         rows_per_pass: None runs the 2 B rows of both paths at once. A number splits them into passes of that many rows; each pass
             waits for a CUDA device once.
         pack_tokens: put the rows of a pass side by side, without padding, in rows of at most this many tokens. A longer row
-            raises that limit; flash-attention takes one row of any length. The attention mask is left out and position ids
-            restart at each sample: by these transformers keeps samples apart, and flash-attention runs its varlen kernel (not
-            tested on a GPU). A model with its own hidden_states_at packs by itself and cannot take this. The first call also
-            runs without packing and compares. Each pass waits for a CUDA device once.
+            raises that limit; flash-attention takes one row of any length. The attention mask is left out, and position ids
+            restart at each sample. So transformers keeps samples apart, and flash-attention runs its varlen kernel (not tested
+            on a GPU). A model with its own hidden_states_at cannot take this. The first call also runs without packing and
+            compares. Each pass waits for a CUDA device once.
         head: the LM head, where it cannot be read from the model (`LMHead.from_model` says why). A copy stays as it is; one
             that shares the model's memory follows the model.
         merge_lora: see `LMHead.from_model`; the merge is made each time that `head` is read.
         layers: also hand out the states of these layers at the same positions, counted as in `kdkernels.layer_map`.
 
     Attributes:
-        head: `LMHead`, read from the model each time, so that it is the head that the model has now;
+        head: `LMHead`. It is read from the model each time, so it is the head that the model has now.
             `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
 
-    Each call puts the model in the modes of an evaluation with audio and restores its own afterwards: evaluation mode, adapters
-    on that the model turns on for audio (Granite Speech), no cache, no states of layers and no attentions in its output.
+    Each call puts the model in the modes of an evaluation with audio, and restores its own modes afterwards. These are evaluation
+    mode, the adapters that the model turns on for audio (Granite Speech), and an output without cache, layers and attentions.
 
     Raises:
         TypeError, ValueError: see `LMHead.from_model`. Also for rows_per_pass or pack_tokens that is not a positive int, and for
@@ -219,7 +219,7 @@ class DualPathTeacher(nn.Module):
         self._known_state, self._post_checked = state, False
 
     def _model_head(self) -> nn.Module | None:
-        """None where the model has none that can be found, and the caller gave one."""
+        """The head of the model. It is None if none can be found there, and the caller gave one."""
         try:
             return head_module(self.model)
         except TypeError:

@@ -15,7 +15,7 @@ struct Isa {
   void (*shards)(const ShardProblem&);
 };
 
-// From the plainest to the best; each has what those before it have.
+// From the plainest to the best. Each one has what the ones before it have.
 const Isa ISAS[] = {
     {"generic", caad_rows_generic, layer_rows_generic, mix_rows_generic, projected_rows_generic, shard_rows_generic},
 #if defined(KDKERNELS_X86)
@@ -40,7 +40,7 @@ int best() {
 const Isa& find(const char* isa) {
   for (int i = 0; i <= best(); ++i)
     if (ISAS[i].name == std::string(isa)) return ISAS[i];
-  throw std::invalid_argument("isa: expected generic, avx2, avx512 or avx512_bf16, as far as this machine has it (best here: " +
+  throw std::invalid_argument("isa: expected generic, avx2, avx512 or avx512_bf16, and one that this machine has (best here: " +
                               std::string(best_isa()) + "), got " + isa);
 }
 

@@ -1,15 +1,16 @@
-// Products of bf16 matrices with a float32 result, which torch's CPU library offers only by way of float32 operands, and the
-// narrowing of such a result that lies transposed.
+// Products of bf16 matrices with a float32 result. torch's CPU library has them only for float32 operands.
+// Here is also the kernel that transposes such a result and rounds it to bf16.
 #pragma once
 
 #include <cstdint>
 
 namespace kdkernels {
 
-// c (m, n) = sum over parts of a_part (m, k) w (n, k)^T, accumulated in float32; added to what c holds with `accumulate`; w given
-// as (k, n) with `w_by_rows`. Rows lie `ld*` items apart, items of a row beside each other; k is even. Scratch: 256 KiB a thread.
+// c (m, n) = sum over parts of a_part (m, k) w (n, k)^T, accumulated in float32. `accumulate` adds the result to what c holds.
+// `w_by_rows` says that w is given as (k, n). Rows lie `ld*` items apart, and the items of a row lie side by side. k is even.
+// Each thread takes 256 KiB of scratch.
 struct Bf16Gemm {
-  std::uintptr_t a[2] = {0, 0};  // bf16; the second is 0 where there is one part
+  std::uintptr_t a[2] = {0, 0};  // bf16; with one part the second is 0
   std::int64_t lda[2] = {0, 0};
   std::uintptr_t w = 0;  // bf16
   std::int64_t ldw = 0;
@@ -20,7 +21,7 @@ struct Bf16Gemm {
   int threads = 1;
 };
 
-// out (n, m) bf16 = x (m, n)^T, rounded to nearest even as torch does. Rows lie `ld*` items apart. No scratch.
+// out (n, m) bf16 = x (m, n)^T, rounded to nearest even as torch does. Rows lie `ld*` items apart. It takes no scratch.
 struct TransposeToBf16 {
   std::uintptr_t x = 0;  // float32
   std::int64_t ldx = 0;
@@ -32,7 +33,7 @@ struct TransposeToBf16 {
 
 #if defined(KDKERNELS_X86)
 void transpose_to_bf16_avx512(const TransposeToBf16& problem);
-void gemm_avx512_bf16(const Bf16Gemm& problem);  // on a processor whose best_isa() is avx512_bf16
+void gemm_avx512_bf16(const Bf16Gemm& problem);  // needs a processor with best_isa() "avx512_bf16"
 #endif
 
 }  // namespace kdkernels

@@ -1,5 +1,6 @@
-// c = a w^T with vdpbf16ps: pairs of bf16 products added to a float32. A thread takes 64 rows of w (64 columns of c), packs them so
-// that a register holds the pair k, k + 1 of 16 columns, and multiplies all of a with them, in tiles of 6 x 64 held in registers.
+// c = a w^T with vdpbf16ps, which adds pairs of bf16 products to a float32. A thread takes 64 rows of w, which are 64 columns of c.
+// It packs them: a register then holds the pair k, k + 1 of 16 columns. It multiplies all of a with them, and keeps tiles of
+// 6 x 64 results in registers.
 
 #include <immintrin.h>
 
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int COLUMNS = 64;  // of a tile: four registers
 constexpr int ROWS = 6;      // 24 accumulators, 4 registers of w, 1 of a: 29 of 32
-constexpr std::int64_t PAIRS = 1024;  // of a packed panel: 256 KiB, which L2 holds
+constexpr std::int64_t PAIRS = 1024;  // of a packed panel: its 256 KiB fit into L2
 
 inline __m512i load_pairs(const std::uint32_t* row, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, row); }
 
@@ -170,7 +171,7 @@ void run(const Bf16Gemm& g) {
   });
 }
 
-// To nearest even; a NaN stays one. Not by vcvtneps2bf16, which takes denormals for 0.
+// Rounds to nearest even; NaN stays NaN. vcvtneps2bf16 is not used, because it turns denormals into 0.
 inline __m256i narrow(__m512i x) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));

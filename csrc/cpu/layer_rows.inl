@@ -1,5 +1,5 @@
-// Squared error of one row of hidden states against another, and its gradient. Included after rows.inl, whose loads and stores
-// it uses; KDKERNELS_LAYER_ENTRY names the entry point.
+// Squared error of one row of hidden states against another, and its gradient. This file is included after rows.inl, because it
+// uses the loads and stores from there. KDKERNELS_LAYER_ENTRY names the entry point.
 
 namespace kdkernels {
 namespace {
@@ -37,7 +37,8 @@ class LayerWorker {
     }
     *loss = float(total);
     const float c = coefficient(r);
-    // Of unit vectors u (u - v) = |u - v|^2 / 2, free of the cancellation in 1 - u v. A zero vector has no direction: gradient 0.
+    // For unit vectors u (u - v) = |u - v|^2 / 2. This form avoids the cancellation in 1 - u v. A zero vector has no direction, so
+    // its gradient is 0.
     const bool flat = inverse_u == 0.f || inverse_v == 0.f;
     const float along = float(total / 2);
     if (P.grad_u.data) write(P.grad_u, r, u_, v_, flat ? 0.f : c * inverse_u, along);
@@ -55,8 +56,8 @@ class LayerWorker {
   float coefficient(std::int64_t r) const { return 2.f * reinterpret_cast<const float*>(P.coef)[r]; }
   float alpha(std::int64_t r) const { return P.text.data ? reinterpret_cast<const float*>(P.alpha)[r * P.alpha_stride] : 0.f; }
 
-  // One sweep: the gradient coef * 2 (u - v) needs nothing of the row's sum. A block is written when it has been read, and no
-  // item of a gradient is larger than one of what it may overwrite.
+  // One sweep is enough, because the gradient coef * 2 (u - v) does not need the row's sum. A gradient may overwrite its input:
+  // a block is written after it has been read, and a gradient's items are not larger than the input's.
   float plain(std::int64_t r) {
     const RowPointer u = at(P.u, r), v = at(P.v, r);
     const float contrast = alpha(r), c = coefficient(r);
@@ -68,7 +69,7 @@ class LayerWorker {
       vf sum = vf{};
       for (int i = 0; i < n; i += W) {
         vf b = load(y + i);
-        if (t) b += contrast * (b - load(t + i));  // NaN passes; where it is 0 the text path is not read
+        if (t) b += contrast * (b - load(t + i));  // NaN passes; with a contrast of 0 the text path is not read
         vf difference = load(x + i) - b;
         sum += difference * difference;
         store(g_ + i, difference * c);
@@ -83,7 +84,7 @@ class LayerWorker {
     return float(total);
   }
 
-  // Items [start, start + n) as fp32: where they lie, or in `memory`, filled up with zeros to whole vectors.
+  // Items [start, start + n) as fp32. The result points to the row itself, or to a copy in `memory` padded with zeros to whole vectors.
   static const float* items(RowPointer row, std::int64_t start, int n, float* memory) {
     if (row.dtype == DType::f32 && n % W == 0) return reinterpret_cast<const float*>(row.data) + start;
     load_block(row, start, n, 0.f, memory);

@@ -1,8 +1,8 @@
-// One teacher's row into the mixture of several (kdkernels/ops/mixture.py). Included after rows.inl, whose reading of a teacher it
-// shares; KDKERNELS_MIX_ENTRY names the entry point.
+// Adds one teacher's row to the mixture of several (kdkernels/ops/mixture.py). This file is included after rows.inl, because it
+// reads a teacher as that file does. KDKERNELS_MIX_ENTRY names the entry point.
 //
-// As in the row kernel the first pass keeps what it computed per thread (exponentials, or z itself for the geometric mixture), so
-// the second neither reads the logits nor takes an exponential again.
+// The first pass keeps what it computed for each thread, as in the row kernel: exponentials, or z itself for the geometric mixture.
+// So the second pass does not read the logits and takes no exponential again.
 
 namespace kdkernels {
 namespace {
@@ -12,7 +12,7 @@ struct OnlineSums {
   double S = 0, moment = 0;  // sum e^(x - M), sum e^(x - M) (x - M)
 };
 
-// Adds a padded block whose maximum is given; `out`, if any, receives the exponentials.
+// Adds a padded block; the caller gives its maximum. `out`, if any, receives the exponentials.
 template <bool MOMENT>
 void add_online(OnlineSums& p, const float* x, float maximum, int n, float* out) {
   const float moved = std::max(p.M, maximum);
@@ -37,7 +37,7 @@ void add_online(OnlineSums& p, const float* x, float maximum, int n, float* out)
   if constexpr (MOMENT) p.moment += hsum(moment);
 }
 
-// total (=, or +=) e * factor. LAST: total becomes tau * log(total), and the sum of total * log(total) is returned.
+// total (=, or +=) e * factor. With LAST, total becomes tau * log(total), and the result is the sum of total * log(total).
 template <bool FIRST, bool LAST>
 double add_probabilities(const float* e, float factor, float tau, int n, float* total) {
   const vf f = splat(factor), zero = vf{}, vtau = splat(tau), smallest = splat(std::numeric_limits<float>::min());
@@ -88,7 +88,7 @@ class MixWorker : TeacherRow {
     bool counts = share != 0.f;  // NaN counts
     if (counts) {
       first_pass(r, p);
-      counts = p.S != 0;  // a row that is masked throughout teaches nothing
+      counts = p.S != 0;  // a row in which every token is masked teaches nothing
     }
     if (counts) {
       const double log_S = std::log(p.S);
@@ -132,7 +132,7 @@ class MixWorker : TeacherRow {
     }
   }
 
-  // Calls block(b, its part of the total padded to whole vectors); the last part of a row goes through a copy.
+  // Calls block(b, its part of the total, padded to whole vectors). The last part of a row goes through a copy.
   template <typename Block>
   void each_block(float* total, Block block) {
     for (std::int64_t b = 0; b < blocks_; ++b) {

@@ -1,5 +1,5 @@
-// Rows over threads. Threads are started per call: a call takes milliseconds, a start tens of microseconds, and there is no
-// pool to break in a forked child (data loaders fork).
+// Splits rows over threads. Each call starts its own threads: a call takes milliseconds, and a start takes tens of microseconds.
+// A pool would break in a forked child, and data loaders fork.
 #pragma once
 
 #include <algorithm>
@@ -13,10 +13,10 @@
 namespace kdkernels {
 namespace {
 
-// Calls work(next) on up to `threads` threads; next() hands out rows until it returns -1.
+// Calls work(next) on up to `threads` threads. next() hands out rows until it returns -1.
 template <typename Work>
 void parallel_rows(std::int64_t rows, std::int64_t width, int threads, Work work) {
-  constexpr std::int64_t MIN_ITEMS_PER_THREAD = 1 << 16;  // below this a thread costs more than it brings
+  constexpr std::int64_t MIN_ITEMS_PER_THREAD = 1 << 16;  // below this a thread costs more time than it saves
   std::int64_t useful = std::max<std::int64_t>(1, rows * width / MIN_ITEMS_PER_THREAD);
   int count = int(std::min<std::int64_t>({std::int64_t(std::max(threads, 1)), rows, useful}));
   std::atomic<std::int64_t> cursor{0};
@@ -40,7 +40,7 @@ void parallel_rows(std::int64_t rows, std::int64_t width, int threads, Work work
   try {
     for (int i = 1; i < count; ++i) helpers.emplace_back(guarded, i);
   } catch (const std::system_error&) {
-    // No thread to be had (a process limit): those that started, and this one, take the rows.
+    // The system gives no more threads (a process limit). The threads that started, and this one, take the rows.
   }
   guarded(0);
   for (auto& t : helpers) t.join();

@@ -1,5 +1,5 @@
-// The row problem on the CPU: raw pointers, sizes and strides, so that nothing here needs torch's headers.
-// The meaning of every field is that of kdkernels/ops/rows.py.
+// The row problem on the CPU: raw pointers, sizes and strides. So nothing here needs torch's headers.
+// kdkernels/ops/rows.py says what each field means.
 #pragma once
 
 #include <cstdint>
@@ -43,10 +43,10 @@ struct RowProblem {
   int threads = 1;
 };
 
-// Squared errors of rows (N, width): kdkernels/ops/layer_rows.py gives the meaning of every field.
+// Squared errors of rows (N, width). kdkernels/ops/layer_rows.py says what each field means.
 struct LayerProblem {
   std::int64_t rows = 0, width = 0;
-  RowTensor u, v, text, grad_u, grad_v;  // row r begins stride_outer * r items on
+  RowTensor u, v, text, grad_u, grad_v;  // row r begins at item stride_outer * r
   std::uintptr_t valid = 0;              // uint8 (N,), or 0: all
   std::uintptr_t alpha = 0;              // float32 (N,) or (1,)
   std::int64_t alpha_stride = 0;
@@ -55,9 +55,9 @@ struct LayerProblem {
   int threads = 1;
 };
 
-// One teacher's rows into the mixture of several: kdkernels/ops/mixture.py gives the meaning of every field.
+// Adds one teacher's rows to the mixture of several. kdkernels/ops/mixture.py says what each field means.
 struct MixProblem {
-  RowProblem source;         // its teacher, target, temperature, divergence and threads count
+  RowProblem source;         // its target, temperature, divergence, threads and all about the teacher matter
   RowTensor total;           // float32
   std::uintptr_t share = 0;  // float32 (N,)
   std::uintptr_t sums = 0;   // float64 (2, N)
@@ -88,8 +88,7 @@ struct ShardProblem {
   std::uintptr_t out = 0;         // of audio_max float32 (N,), of jsd float64 (2, N)
 };
 
-// One per instruction set; the same sources (rows.inl, layer_rows.inl, mix_rows.inl, projected_rows.inl, shard_rows.inl) compiled
-// with other flags.
+// There is one of each for every instruction set: the same sources (rows.inl, layer_rows.inl, ...) compiled with other flags.
 void caad_rows_generic(const RowProblem& problem);
 void layer_rows_generic(const LayerProblem& problem);
 void mix_rows_generic(const MixProblem& problem);
@@ -113,15 +112,15 @@ void projected_rows_avx512_bf16(const ProjectedProblem& problem);
 void shard_rows_avx512_bf16(const ShardProblem& problem);
 #endif
 
-// Run on the best instruction set of this machine, or the one named ("generic", "avx2", "avx512", "avx512_bf16"); throw
-// std::invalid_argument for a name that is unknown or that this machine lacks.
+// They run with this machine's best instruction set, or with the named one ("generic", "avx2", "avx512", "avx512_bf16").
+// They throw std::invalid_argument if the name is unknown or the machine lacks that set.
 void caad_rows(const RowProblem& problem, const char* isa);
 void layer_rows(const LayerProblem& problem, const char* isa);
 void mix_rows(const MixProblem& problem, const char* isa);
 void projected_rows(const ProjectedProblem& problem, const char* isa);
 void shard_rows(const ShardProblem& problem, const char* isa);
 
-// What they run on if asked for the best.
+// The name of this machine's best instruction set.
 const char* best_isa();
 
 }  // namespace kdkernels

@@ -1,8 +1,8 @@
-// The fused row kernel. Included by rows_<isa>.cpp after vec.h; KDKERNELS_ENTRY names the entry point.
+// The fused row kernel. rows_<isa>.cpp include this file after vec.h. KDKERNELS_ENTRY names the entry point.
 //
-// A row is read once, in blocks that fit L1. Per block: convert to fp32, form the contrast, update the running maxima, and
-// take the exponentials relative to them. The exponentials are kept (per thread, fp32, in L2), with the maxima each block
-// used, so that the gradient pass is multiply-adds without a second exponential: q = e_s * exp(M_block - M) / S.
+// A row is read once, in blocks that fit L1. Each block is converted to fp32, the contrast is formed, the running maxima are updated,
+// and the exponentials are taken relative to them. Each thread keeps its exponentials (fp32, in L2) and the maxima that each block
+// used. So the gradient pass needs multiply-adds only, and no second exponential: q = e_s * exp(M_block - M) / S.
 //
 // Notation: s student, a audio, t text, z contrast, all divided by tau; M running maximum, S sum of exponentials.
 
@@ -18,7 +18,7 @@ namespace kdkernels {
 namespace {
 
 constexpr int BLOCK = 1024;
-// Start of every running maximum. Finite, so that differences of maxima never give inf - inf; a logit below it has
+// Every running maximum starts here. It is finite, so differences of maxima never give inf - inf. A logit below it has
 // probability 0 in any row with a logit above it.
 constexpr float FLOOR = -1e30f;
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
@@ -35,7 +35,7 @@ RowPointer row_of(const RowTensor& t, std::int64_t row, std::int64_t inner) {
   return {reinterpret_cast<const char*>(t.data) + offset * item, t.dtype};
 }
 
-// Items [start, start + n) as fp32; the rest of the last vector becomes `fill`.
+// Loads items [start, start + n) as fp32. The rest of the last vector becomes `fill`.
 void load_block(RowPointer row, std::int64_t start, int n, float fill, float* out) {
   if (row.dtype == DType::f32) {
     std::memcpy(out, row.data + start * 4, std::size_t(n) * 4);
@@ -90,7 +90,7 @@ inline void store_as(char* row, std::int64_t i, vf x) {
 // A logit below FLOOR, as libraries write masks, counts as -inf. Left finite, it could make a contrast +inf or NaN. NaN passes.
 inline vf masked(vf x) { return x < splat(FLOOR) ? splat(NEG_INF) : x; }
 
-// The three sweeps below do for whole blocks of plain logits (no softcap, no scale) what Worker does step by step.
+// The three sweeps below take whole blocks of plain logits (no softcap, no scale). They do what Worker does step by step.
 
 // out = s * inverse_tau; returns the maximum
 template <DType D>
@@ -191,7 +191,7 @@ struct PairSums {
   double Ss = 0, S1 = 0, Sz = 0, cross = 0;
 };
 
-// Rescales the sums to new maxima. In `of_z`, cross = sum e_z (dz - ds) with ds, dz relative to the maxima.
+// Rescales the sums to new maxima. With `of_z`, cross = sum e_z (dz - ds), where ds and dz are relative to the maxima.
 template <Cross CROSS>
 void move_maxima(PairSums& p, float Ms, float Mz, float tau) {
   if (Ms == p.Ms && Mz == p.Mz) return;
@@ -209,7 +209,8 @@ void move_maxima(PairSums& p, float Ms, float Mz, float tau) {
   p.Mz = Mz;
 }
 
-// Adds one block, whose maxima are given. es receives e_s; ez receives e_z (or, for of_s, the difference ds - dz); e1 the exponentials at temperature 1.
+// Adds one block; the caller gives its maxima. es receives e_s. ez receives e_z, or with of_s the difference ds - dz.
+// e1 receives the exponentials at temperature 1.
 template <Cross CROSS, One ONE, bool HAS_Z, bool STORE>
 void add_block(PairSums& p, const float* s, const float* z, float max_s, float max_z, int n, float tau, float* es_out,
                float* ez_out, float* e1_out) {
@@ -312,8 +313,7 @@ class TeacherRow {
   bool use_text_ = false;
   alignas(64) float z_[BLOCK], a_[BLOCK], t_[BLOCK];
 
-  // Row r from here on; nothing of the teacher's is read where it is not wanted. `audio_max`: the largest audio logit, where it is
-  // known already.
+  // Moves to row r. The teacher's logits are not read when no term needs them. `audio_max` is the largest audio logit, if known.
   void open_teacher(std::int64_t r, bool wanted, const float* audio_max = nullptr) {
     if (wanted) audio_ = row_of(P.audio, r, P.inner);
     float alpha = P.text.data ? reinterpret_cast<const float*>(P.alpha)[r * P.alpha_stride] : 0.f;
@@ -325,7 +325,7 @@ class TeacherRow {
     if (wanted && P.has_plausibility) threshold_ = (audio_max ? *audio_max : largest_audio()) + P.log_plausibility;
   }
 
-  // Fills z_, padded with -inf to a whole vector; returns its maximum.
+  // Fills z_ and pads it with -inf to a whole vector; returns its maximum.
   float read_teacher_block(std::int64_t b) {
     if (width(b) == BLOCK && read_plain_teacher_)
       return use_text_ ? read_contrast_(at(audio_, b), at(text_, b), alpha_, 1.f / P.temperature, z_)
@@ -542,7 +542,7 @@ class Worker : PairRow {
     float s_y = 0.f;
     if (P.with_ce) {
       s_y = bad_target ? NOT_A_NUMBER : student_logit(y);
-      // Scaled as the row was, so that the maximum cancels exactly where the label is the maximum.
+      // Scaled as the row was. So the maximum cancels exactly when the label has the maximum.
       double below_max = double(p.Ms) - s_y * (1.f / tau);
       ce = s_y == NEG_INF ? HUGE_VAL : std::log(p.S1) + below_max * tau;
       if (ce < 0) ce = 0;
@@ -555,7 +555,7 @@ class Worker : PairRow {
  private:
   bool want_grad_, store_;
   AddBlock add_;
-  WriteGradient write_gradient_;  // null where there is no short way
+  WriteGradient write_gradient_;  // null if there is no short way
   std::vector<float> es_, ez_, e1_, used_Ms_, used_Mz_;
 
   float& stat(int k, std::int64_t r) { return reinterpret_cast<float*>(P.stats)[k * P.outer * P.inner + r]; }
@@ -608,14 +608,14 @@ class Worker : PairRow {
     if (std::isnan(alpha_) && c_kd != 0.f) c_kd = NOT_A_NUMBER;
     if (bad_target && c_ce != 0.f) c_ce = NOT_A_NUMBER;
     const float k = c_kd * tau;
-    // A masked student token takes no gradient. Only these rows can give it one: -p of an infinite row.
+    // A masked student token gets no gradient. Only rows with an infinite loss could give it one, namely -p.
     const bool mask_student = infinite_kd;
     const bool softcap = P.student_softcap > 0.f;
     const float log_ratio = float(std::log(p.Sz) - std::log(p.Ss));
     RowPointer out = row_of(P.grad, r, P.inner);
     const vf zero = vf{};
     const bool short_way = write_gradient_ && !mask_student && c_kd != 0.f;
-    // The factors change only where the running maxima did: seldom.
+    // The factors change only where the running maxima changed, which is seldom.
     float used_s = NOT_A_NUMBER, used_z = NOT_A_NUMBER, fs = 0.f, fz = 0.f, f1 = 0.f;
     for (std::int64_t b = 0; b < blocks_; ++b) {
       int n = width(b), padded = (n + W - 1) / W * W;

@@ -1,5 +1,5 @@
-// A float vector of the widest kind the translation unit is compiled for, on the compilers' vector extension (GCC, Clang), so
-// that one source serves AVX-512, AVX2, SSE and NEON. Included inside a namespace per instruction set: internal linkage only.
+// A float vector of the widest kind for which the translation unit is compiled. It uses the compilers' vector extension (GCC, Clang).
+// So one source serves AVX-512, AVX2, SSE and NEON. Everything here has internal linkage, since each instruction set has its own copy.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,7 @@ inline float hmax(vf x) {
   return m;
 #endif
 }
-// in double: what is added up are sums of a block, of which a row has hundreds
+// In double, because the caller adds up the sums of hundreds of blocks of a row.
 inline double hsum(vf x) {
 #if defined(__AVX512F__)
   __m512 v = bits<__m512>(x);
@@ -100,7 +100,7 @@ inline vh to_f16(vf x) {  // to nearest even; overflow to infinity; NaN stays Na
   vu u = bits<vu>(x);
   vu sign = (u >> 16) & 0x8000u;
   vu magnitude = u & 0x7fffffffu;
-  // Subnormal halves: adding 0.5 aligns the mantissa so that the float adder does the rounding.
+  // Subnormal halves: adding 0.5 aligns the mantissa, and the float adder does the rounding.
   vf aligned = bits<vf>(magnitude) + splat(0.5f);
   vu subnormal = bits<vu>(aligned) - 0x3f000000u;
   vu normal = (magnitude + (0xc8000fffu + ((magnitude >> 13) & 1u))) >> 13;
@@ -110,8 +110,8 @@ inline vh to_f16(vf x) {  // to nearest even; overflow to infinity; NaN stays Na
   return __builtin_convertvector(value | sign, vh);
 }
 
-// exp(x) for x <= 88; 0 below -87.3 (also at -inf); NaN stays NaN; exp(0) = 1. As 2^n 2^f with |f| <= 1/2 and a polynomial for
-// 2^f within 1e-7; the rounding of x log2(e) adds 6e-8 |x|, which matters only where exp(x) does not.
+// exp(x) for x <= 88; 0 below -87.3 (also at -inf); NaN stays NaN; exp(0) = 1. It is 2^n 2^f with |f| <= 1/2, and a polynomial gives
+// 2^f within 1e-7. The rounding of x log2(e) adds an error of 6e-8 |x|. That error is large only where exp(x) is too small to matter.
 inline vf vexp(vf x) {
   const vf log2e = splat(1.44269504088896341f);
 #if defined(__AVX512F__)
@@ -159,7 +159,7 @@ inline vf vlog(vf x) {
   return m + y + k * splat(0.693359375f);
 }
 
-// log(1 + x) for x > -1, accurate for small |x|: the rounding error of 1 + x is divided back in.
+// log(1 + x) for x > -1. It is accurate for small |x|, because it corrects for the rounding error of 1 + x.
 inline vf vlog1p(vf x) {
   vf u = splat(1.f) + x;
   return vlog(u) + (x - (u - splat(1.f))) / u;

@@ -1,4 +1,4 @@
-// Python's view of the CUDA part: raw addresses, sizes, strides and the stream. kdkernels/ops/cuda_caad.py fills them in.
+// The CUDA part as Python sees it: raw addresses, sizes, strides and the stream. kdkernels/ops/cuda_caad.py fills them in.
 #include <pybind11/pybind11.h>
 
 #include "caad_rows.h"

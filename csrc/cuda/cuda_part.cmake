@@ -1,5 +1,5 @@
-# The CUDA part, kdkernels._native_cuda. It takes minutes to compile, so by default it is built for the GPU that this machine has,
-# and left out where there is none. KDKERNELS_CUDA=ON asks for it.
+# The CUDA part, kdkernels._native_cuda. It takes minutes to compile. So by default it is built for this machine's GPU alone, and
+# left out where there is no GPU. KDKERNELS_CUDA=ON asks for it.
 
 set(KDKERNELS_CUDA AUTO CACHE STRING "AUTO (for this machine's GPU, if nvcc is there), ON (an error without nvcc) or OFF")
 set(KDKERNELS_CUDA_ARCHS "" CACHE STRING "CUDA architectures, such as 80;90a;100a. Empty: this GPU's (AUTO), or these three (ON)")
@@ -8,7 +8,7 @@ if(NOT KDKERNELS_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "KDKERNELS_CUDA: expected AUTO, ON or OFF, got ${KDKERNELS_CUDA}")
 endif()
 
-# Whoever asked for the CUDA part gets it again when they install an extra later from the same checkout.
+# A user who asked for the CUDA part once gets it again with every later install from the same checkout.
 set(asked_file "${CMAKE_CURRENT_BINARY_DIR}/cuda_asked_for.txt")
 set(cuda_wanted ${KDKERNELS_CUDA})
 set(cuda_archs ${KDKERNELS_CUDA_ARCHS})
@@ -30,7 +30,7 @@ function(leave_cuda_out reason)
   message(STATUS "kdkernels: CUDA part left out: ${reason}. ${HOW_TO_ASK}")
 endfunction()
 
-# Architectures of the GPUs here, as nvcc names them: from the driver's tool, or from the torch that is installed.
+# Finds the architectures of this machine's GPUs, as nvcc names them. It asks the driver's tool, or else the torch that is installed.
 function(find_gpu_archs out)
   find_program(nvidia_smi nvidia-smi NO_CACHE)
   set(answer "")
@@ -38,7 +38,7 @@ function(find_gpu_archs out)
     execute_process(COMMAND "${nvidia_smi}" --query-gpu=compute_cap --format=csv,noheader
       OUTPUT_VARIABLE answer ERROR_QUIET TIMEOUT 60)
   else()
-    # -I: pip hides the packages of the environment from a build, by way of PYTHONPATH.
+    # -I ignores PYTHONPATH, by which pip hides the environment's packages from a build.
     execute_process(COMMAND "${Python_EXECUTABLE}" -I -c
       "import torch; [print('%d.%d' % torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]"
       OUTPUT_VARIABLE answer ERROR_QUIET TIMEOUT 60)
@@ -50,7 +50,7 @@ function(find_gpu_archs out)
   set(${out} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# Keeps the architectures of a list that nvcc compiles for.
+# Removes from a list the architectures that nvcc does not compile for.
 function(keep_known_archs list_name)
   execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE known ERROR_QUIET)
   string(REGEX MATCHALL "[0-9]+" known "${known}")
@@ -67,7 +67,7 @@ endfunction()
 if(cuda_wanted STREQUAL "OFF")
   return()
 endif()
-# Looked for every time: an answer of an earlier build may be out of date.
+# nvcc is looked for every time, because an earlier build's answer may be out of date.
 if(CMAKE_CUDA_COMPILER)
   set(nvcc "${CMAKE_CUDA_COMPILER}")
 else()
@@ -80,7 +80,7 @@ if(NOT nvcc)
 endif()
 execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE nvcc_version ERROR_QUIET)
 string(REGEX MATCH "release ([0-9.]+)" release "${nvcc_version}")
-# Bulk copies and their barriers are in PTX from CUDA 12.0 on.
+# PTX has bulk copies and their barriers since CUDA 12.0.
 if(NOT release OR CMAKE_MATCH_1 VERSION_LESS 12.0)
   leave_cuda_out("${nvcc} is not of CUDA 12.0 or newer")
   return()
@@ -110,7 +110,7 @@ if(_native_cuda_KEPT)
   return()
 endif()
 if(NOT CMAKE_CUDA_COMPILER)
-  unset(CMAKE_CUDA_COMPILER CACHE) # may say that there was none the last time
+  unset(CMAKE_CUDA_COMPILER CACHE) # the cache may still say that an earlier build found none
   set(ENV{CUDACXX} "${nvcc}")
   include(CheckLanguage)
   check_language(CUDA)
@@ -120,7 +120,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   endif()
 endif()
 message(STATUS "kdkernels: CUDA part for ${cuda_archs}")
-set(CMAKE_CUDA_ARCHITECTURES OFF) # given per target below
+set(CMAKE_CUDA_ARCHITECTURES OFF) # each target below gets its own list
 enable_language(CUDA)
 pybind11_add_module(_native_cuda cuda/bindings.cpp cuda/caad_rows.cu cuda/probe.cu)
 target_include_directories(_native_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/cuda)

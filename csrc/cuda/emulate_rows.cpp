@@ -1,12 +1,13 @@
-// The one-read row kernel on a CPU, for the tests; a C interface, so that a test can compile this file alone and call it.
+// The row kernel that reads each logit once, on a CPU, for the tests. It has a C interface: a test compiles this file alone and calls
+// it.
 //
 // emulate_rows runs the phases of row_phases.cuh thread by thread and block by block, with the kernel's own layout, copies and order
-// of merging: quick, and free of everything that could go wrong between threads.
+// of merging. It is quick, and nothing can go wrong between threads.
 //
-// run_kernel runs row_kernel.cuh itself, each CUDA thread a coroutine, in an order drawn from a seed wherever barriers leave one.
-// Copies arrive late and out of order, and their destination is NaN until they do. So a missing barrier, a barrier that not all reach,
-// memory that is reused too early, or a slot that is written before it was read shows as a deadlock or as other bits than those of
-// emulate_rows. What is left to the GPU is whether its instructions do what their manual says.
+// run_kernel runs row_kernel.cuh itself, with each CUDA thread as a coroutine. Where barriers leave the order open, a seed draws it.
+// Copies arrive late and out of order, and their destination is NaN until then. So these faults show as a deadlock, or as bits that
+// differ from those of emulate_rows: a missing barrier, a barrier that not all threads reach, memory that is reused too early, a slot
+// that is written before it was read. Only a GPU can show that its instructions do what their manual says.
 
 #include <ucontext.h>
 
@@ -25,7 +26,7 @@ namespace {
 
 // -- the machine ----------------------------------------------------------------------------------------------------------------
 
-// Of threads: opens when all have arrived.
+// A barrier of threads. It opens when all have arrived.
 struct ThreadBarrier {
   int expected = 0, arrived = 0;
   std::uint64_t generation = 0;
@@ -35,7 +36,8 @@ struct ThreadBarrier {
   }
 };
 
-// Of copies, as an mbarrier initialised for one arrival: a phase completes when that and all announced bytes have arrived.
+// A barrier of copies, like an mbarrier initialised for one arrival. A phase completes when that arrival and all announced bytes are
+// there.
 struct CopyBarrier {
   bool arrived = false;
   std::int64_t bytes = 0;
@@ -71,7 +73,7 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   int block, index;
-  const std::uint64_t* watched = nullptr;  // not to be run before this has changed from `seen`
+  const std::uint64_t* watched = nullptr;  // the thread does not run before this differs from `seen`
   std::uint64_t seen = 0, cluster_generation = 0;
   bool done = false;
 };
@@ -118,7 +120,7 @@ DEVICE void cluster_arrive() {
 
 DEVICE void cluster_wait() { machine->wait(machine->cluster_barrier.generation, machine->current->cluster_generation); }
 
-// Buffers alternate: whoever writes one again has passed a barrier that its readers reached after reading.
+// Buffers alternate. A thread that writes one again has passed a barrier, and the buffer's readers reached that barrier after reading.
 DEVICE float from_lane(float x, int lane) {
   Warp& warp = machine->block().warps[thread_index() / 32];
   const std::uint64_t seen = warp.barrier.generation;
@@ -176,7 +178,7 @@ DEVICE void store_remote(SharedAddress local, int rank, const float* v) {
 namespace kdkernels::cuda {
 namespace {
 
-// Shared memory of one block; what was not copied there reads as NaN.
+// The shared memory of one block. A place to which nothing was copied reads as NaN.
 struct Block {
   std::vector<std::uint32_t> memory;
   Slice slice = {};
@@ -187,7 +189,7 @@ struct Block {
 
 // -- the phases in sequence ---------------------------------------------------------------------------------------------------
 
-// The merge of the lower 2 * half values, pairwise from far to near, as shuffles down a warp do it.
+// Merges the lower 2 * half values pairwise, from far to near, as shuffles down a warp do.
 template <int DIVERGENCE, class T>
 T merged_values(std::vector<T> values, int half, const Formula& f) {
   for (int offset = half; offset > 0; offset /= 2)
@@ -290,7 +292,7 @@ class Cluster {
     return in_chunk(columns_of(layout_.arrangement, thread), chunk, slice.columns);
   }
 
-  // phase(slice, columns, value) for every group of every thread of every block; a T a thread.
+  // Calls phase(slice, columns, value) for every group of every thread of every block. Each thread has a T.
   template <class T, class Phase>
   std::vector<T> each_thread(Phase phase) {
     std::vector<T> threads(layout_.blocks * THREADS);
@@ -363,7 +365,7 @@ const RowProblem* Arguments<DIVERGENCE, TRANSFORM>::problem;
 template <int DIVERGENCE, bool TRANSFORM>
 const RowLayout* Arguments<DIVERGENCE, TRANSFORM>::layout;
 
-// Apart from its caller's variables, because getcontext is a call that might return twice.
+// A function of its own, apart from its caller's variables, because getcontext may return twice.
 [[gnu::noinline]] void prepare(Thread& thread, ucontext_t* scheduler, void (*entry)()) {
   constexpr std::size_t STACK_BYTES = 64 << 10;
   thread.stack = std::make_unique<char[]>(STACK_BYTES);
@@ -374,7 +376,7 @@ const RowLayout* Arguments<DIVERGENCE, TRANSFORM>::layout;
   makecontext(&thread.context, entry, 0);
 }
 
-// False where threads wait for what cannot come, or copies are used as they may not be.
+// False if threads wait for something that cannot come, or if copies are used in a way that is not allowed.
 template <int DIVERGENCE, bool TRANSFORM>
 bool run_machine(const RowProblem& p, const RowLayout& layout, std::int64_t cluster, std::int64_t clusters, std::uint64_t seed) {
   using Entry = Arguments<DIVERGENCE, TRANSFORM>;
@@ -411,7 +413,7 @@ bool run_machine(const RowProblem& p, const RowLayout& layout, std::int64_t clus
   std::vector<Thread*> order;
   for (Thread& thread : m.threads) order.push_back(&thread);
   std::size_t left = order.size();
-  // A warp stands still until the others can do no more, then it is another one's turn: the most unfair order there is.
+  // One warp stands still until the others can do no more, and then another warp stands still. No order is more unfair.
   const int warps = layout.blocks * WARPS, nobody = -1;
   int still = nobody;
   while (left > 0 && !m.broken) {
@@ -453,8 +455,8 @@ using namespace kdkernels::cuda;
 
 extern "C" std::int64_t row_problem_bytes() { return sizeof(RowProblem); }
 
-// Runs the problem in clusters of `blocks` blocks with `shared_bytes` each. Returns the arrangement of columns, or -1 where a row
-// does not fit.
+// Runs the problem in clusters of `blocks` blocks with `shared_bytes` each. Returns the arrangement of columns, or -1 if a row does
+// not fit.
 extern "C" int emulate_rows(const RowProblem* problem, int blocks, int shared_bytes, std::int64_t clusters) {
   const RowLayout layout = layout_of(*problem, blocks, shared_bytes);
   if (layout.blocks == 0) return -1;
@@ -467,7 +469,7 @@ extern "C" int emulate_rows(const RowProblem* problem, int blocks, int shared_by
   return layout.arrangement;
 }
 
-// The same by the kernel's own code, threads in the order of `seed`. Returns -2 where they do not all come to an end.
+// The same by the kernel's own code, with the threads in the order of `seed`. Returns -2 if not all of them come to an end.
 extern "C" int run_kernel(const RowProblem* problem, int blocks, int shared_bytes, std::int64_t clusters, std::uint64_t seed) {
   const RowLayout layout = layout_of(*problem, blocks, shared_bytes);
   if (layout.blocks == 0) return -1;

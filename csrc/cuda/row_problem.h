@@ -1,5 +1,5 @@
-// The row problem on a CUDA device, and how a row is laid out over a cluster: plain numbers, no torch, no CUDA headers.
-// The meaning of every field of RowProblem is that of kdkernels/ops/rows.py.
+// The row problem on a CUDA device, and how a row lies over a cluster. It needs neither torch's nor CUDA's headers.
+// kdkernels/ops/rows.py says what each field of RowProblem means.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 #define KD_HOST_DEVICE inline
 #endif
 
-// A namespace of its own: kdkernels::RowProblem is the CPU's, and both modules may live in one process.
+// This namespace keeps it apart from the CPU's kdkernels::RowProblem, because both modules may live in one process.
 namespace kdkernels::cuda {
 
 constexpr int F32 = 0, BF16 = 1, F16 = 2;
@@ -41,25 +41,25 @@ struct RowProblem {
   float student_softcap = 0.f, teacher_softcap = 0.f;  // 0: none
 };
 
-// One block: 16 warps, each thread 8 logits of each tensor at a time. A chunk is what the block takes in one go.
+// A block has 16 warps. Each thread takes 8 logits of each tensor at a time. A chunk is what the block takes at a time.
 constexpr int THREADS = 512, WARPS = THREADS / 32, GROUP = 8;
 constexpr int WARP_COLUMNS = 32 * GROUP, CHUNK = THREADS * GROUP;
 constexpr int MAX_CHUNKS = 16, MAX_BLOCKS = 16;  // of a block's slice; of a cluster
 constexpr int PARTIAL_BYTES = 32;                // what threads, warps and blocks hand to each other
 
-// Shared memory before the slices: a barrier a chunk, a partial a warp, a partial a block of the cluster, twice.
+// Shared memory before the slices: a barrier for each chunk, a partial for each warp, and two partials for each block of the cluster.
 constexpr int BARRIER_BYTES = 8 * MAX_CHUNKS;
 constexpr int WARP_PARTIALS = BARRIER_BYTES;
 constexpr int BLOCK_PARTIALS = WARP_PARTIALS + WARPS * PARTIAL_BYTES;
 constexpr int HEAD_BYTES = 2048;
 static_assert(BLOCK_PARTIALS + 2 * MAX_BLOCKS * PARTIAL_BYTES <= HEAD_BYTES, "the head of shared memory is too small");
 
-// Which of a warp's 256 columns a thread takes: two halves of 4. Every access of 16 bytes is then free of bank conflicts, and
-// every store to global memory fills whole sectors.
+// Which of a warp's 256 columns a thread takes: two halves of 4. Then no access of 16 bytes has bank conflicts, and every store to
+// global memory fills whole sectors.
 //   ADJACENT  8 neighbours, for tensors of 2-byte items: one access.
-//   SWAPPED   8 neighbours, where 4-byte and 2-byte items meet: lanes 4 to 7 of every 8 begin with their second half, because 8
-//             lanes that read 16 bytes of 32 each would otherwise meet in the same banks.
-//   SPLIT     4 neighbours, and the 4 that lie 128 columns further, for tensors of 4-byte items alone.
+//   SWAPPED   8 neighbours, if some tensors have 4-byte and some have 2-byte items. Lanes 4 to 7 of every 8 begin with their second
+//             half. Otherwise 8 lanes, each reading 16 bytes of its 32, would meet in the same banks.
+//   SPLIT     4 neighbours, and 4 more that lie 128 columns further, if all tensors have 4-byte items.
 constexpr int ADJACENT = 0, SWAPPED = 1, SPLIT = 2;
 
 // How a row lies over a cluster: block b keeps columns [b * slice, (b + 1) * slice) of every tensor.
@@ -67,7 +67,7 @@ struct RowLayout {
   int blocks = 0;       // of the cluster; 0: the row does not fit
   int slice = 0;        // a multiple of WARP_COLUMNS
   int arrangement = 0;
-  int audio_offset = 0, text_offset = 0;  // in shared memory; the student's slice begins at HEAD_BYTES
+  int audio_offset = 0, text_offset = 0;  // in shared memory, where the student's slice begins at HEAD_BYTES
   int bytes = 0;                          // of shared memory a block
 };
 
@@ -75,11 +75,11 @@ KD_HOST_DEVICE int item_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
 
 KD_HOST_DEVICE std::int64_t rows_of(const RowProblem& p) { return p.outer * p.inner; }
 
-// Of a teacher whose logits nothing depends on, nothing is read.
+// A teacher is not read when nothing depends on its logits.
 KD_HOST_DEVICE bool reads_teacher(const RowProblem& p) { return p.with_kd != 0; }
 KD_HOST_DEVICE bool reads_text(const RowProblem& p) { return reads_teacher(p) && p.text.data != 0; }
 
-// Whether logits are anything but the values in memory.
+// Whether a scale or a softcap changes the values in memory.
 inline bool is_transformed(const RowProblem& p) {
   return p.student_scale != 1.f || p.teacher_scale != 1.f || p.student_softcap != 0.f || p.teacher_softcap != 0.f;
 }

@@ -16,7 +16,7 @@ from .dispatch import CUDA_OR_TRITON
 
 # CPU: measured best for bf16 GEMMs into reused scratch on 2 cores; larger chunks leave the cache, smaller ones starve oneDNN.
 CPU_CHUNK_TOKENS = 256
-CPU_WORKSPACE_BYTES = 512 << 20  # what is kept for the next call: the chunk shrinks before pages come fresh
+CPU_WORKSPACE_BYTES = 512 << 20  # memory kept for the next call; a larger chunk would get new pages in each call
 # CUDA: a tenth of what is free, at most this. Longer chunks gain little once every multiprocessor is busy.
 CUDA_WORKSPACE_BYTES = 2 << 30
 CUDA_FREE_FRACTION = 0.1
@@ -51,7 +51,7 @@ def _derated(multiprocessors: int, gib: int, terabytes: float, teraflop: float) 
     )
 
 
-# By a part of what torch.cuda.get_device_name returns. Dense bf16 rates; the SXM boards of H100, H200 and A100.
+# The keys are parts of what torch.cuda.get_device_name returns. Rates are for dense bf16, on the SXM boards of H100, H200, A100.
 DEVICES = {
     "H100": DeviceModel(132, 80 << 30, 3.0e12, 800e12, _MEASURED),
     "H200": _derated(132, 141, 4.8, 989),
@@ -160,8 +160,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _fill_machine(most: int, n_tokens: int, student_width: int, multiprocessors: int) -> tuple[int, float]:
-    """(C, share of the multiprocessors that is busy): the multiple of TILE_ROWS up to ``most`` whose dh takes the fewest waves
-    of tiles over all chunks, the last and shorter one counted; the largest of equals."""
+    """(C, share of the multiprocessors that is busy). C is the multiple of TILE_ROWS up to ``most`` at which dh takes the fewest
+    waves of tiles over all chunks. The last, shorter chunk counts too. Of equals it is the largest."""
     columns = math.ceil(student_width / TILE_COLUMNS)
 
     def waves(tokens: int) -> int:
@@ -231,12 +231,15 @@ def predict(
     path: str = CHUNKS,
     passes: int = 2,
 ) -> Prediction:
-    """Time at the device's rates, every multiprocessor busy: (1 + gradient + head_trains) F_s + teacher_gemms F_t in the GEMMs;
-    in the row kernel ``passes`` reads of the student's and ``teacher_tensors`` teacher logits and one write of the gradient.
+    """Time at the device's rates, with every multiprocessor busy.
+
+    The GEMMs take (1 + gradient + head_trains) F_s + teacher_gemms F_t. The row kernel reads the student's logits and
+    ``teacher_tensors`` teacher logits ``passes`` times, and writes the gradient once.
 
     Args:
-        logits_bytes, gradient_bytes: of one item. passes: 2 for the streaming kernel (1 without a gradient), 1 for one that
-            keeps the row on the chip. path: NO_LOGITS has no row kernel.
+        logits_bytes, gradient_bytes: of one item.
+        passes: 2 for the streaming kernel (1 without a gradient), 1 for one that keeps the row on the chip.
+        path: NO_LOGITS has no row kernel.
     """
     logits = n_tokens * vocab
     student_gemms = 1 + gradient + (gradient and head_trains)

@@ -90,8 +90,8 @@ def fill_problem(
 def misfit(problem: RowProblem) -> str | None:
     """The argument that the kernel does not take, and why; or None. (The library itself checks shared memory.)
 
-    Rows are copied 16 bytes at a time: each must begin at a multiple of 16 bytes, and the last copy of a row, which may reach
-    past the vocabulary, must stay inside the tensor's memory.
+    Rows are copied 16 bytes at a time, so each row must begin at a multiple of 16 bytes. The last copy of a row may reach past
+    the vocabulary. It must stay inside the tensor's memory.
     """
     if problem.want_stats:
         return "want_stats: expected False, got True: this kernel does not compute statistics"

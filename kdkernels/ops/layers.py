@@ -228,7 +228,7 @@ def _stored_dtype(projection: Tensor) -> torch.dtype:
 
 
 def _gain(coef: Tensor, student: Tensor, projection: Tensor | None, normalize: bool) -> Tensor | None:
-    """By what a float16 gradient is too large inside, see half_gain."""
+    """The factor by which a float16 gradient is too large inside; see half_gain."""
     gain = half_gain(coef, coef, student.dtype, *([] if projection is None else [projection.dtype]))
     return None if gain is None else gain * (_GAIN_NORMALIZED if normalize else _GAIN_PLAIN)
 

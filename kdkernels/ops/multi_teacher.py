@@ -110,7 +110,7 @@ class _Chunk:
         return _Taught(*self._logits(k), teacher.alpha_of(self.tokens), teacher.row_spec, self.omega[k])
 
     def _mixture(self, number: int, group: list[int]) -> _Taught:
-        """The teachers of a group as one, whose logits go into ``totals[number]``."""
+        """The teachers of a group as one teacher. Its logits go into ``totals[number]``."""
         total = self.totals[None, number]
         sums: Any = None  # the first teacher makes them
         weight = functools.reduce(torch.add, [self.omega[k] for k in group])
@@ -192,7 +192,7 @@ def multi_teacher_chunks(
 
 
 def packed_specs(specs: Sequence[RowSpec]) -> tuple[list[int], Tensor, str]:
-    """The operator's arguments for teachers whose specs differ in what concerns a teacher alone."""
+    """The operator's arguments. The teachers' specs may differ only in the fields that concern a teacher alone."""
     parts = [spec.parts() for spec in specs]
     numbers = packed_numbers([x for _, of_one, _ in parts for x in of_one])
     return parts[0][0], numbers, ",".join(name for _, _, name in parts)

@@ -76,7 +76,7 @@ def build_student(lm: nn.Module, keep_layers: Sequence[int] = KEEP_LAYERS) -> nn
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
         raise ValueError(f"keep_layers: expected increasing numbers in [0, {depth}), got {tuple(keep_layers)}")
     layers = decoder.layers
-    # Only the kept layers are copied: the others are taken out during the copy.
+    # The other layers are taken out during the copy, so only the kept ones are copied.
     decoder.layers = nn.ModuleList(layers[number] for number in kept)
     try:
         student = copy.deepcopy(lm)

@@ -23,7 +23,7 @@ class BackboneError(RuntimeError):
 
 
 def missing_files(folder: Path) -> str | None:
-    """What the folder of a backbone lacks, in words; None if nothing."""
+    """Says what the folder of a backbone lacks; None if it lacks nothing."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any(folder.glob("*.safetensors")):
         missing.append("*.safetensors")

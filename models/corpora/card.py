@@ -160,7 +160,7 @@ def _context_table(manifest: Manifest) -> list[str]:
 
 
 def _tasks(manifest: Manifest) -> list[str]:
-    """By category, then name."""
+    """The tasks, sorted by category, then by name."""
     order = {category: number for number, category in enumerate(CATEGORIES)}
     return sorted({e.task for e in manifest}, key=lambda task: (order.get(_category(task), len(order)), task))
 

@@ -129,7 +129,7 @@ def _band_limited(samples: np.ndarray, rate_hz: int, band: str) -> np.ndarray:
 
 
 def _reverberated(speech: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """In a room: the direct sound and decaying noise of the same energy, cut to the length of the dry sound."""
+    """The sound in a room: the direct sound and decaying noise of the same energy, cut to the length of the dry sound."""
     time = np.arange(int(min(1.5 * seconds, 4.0) * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
     response = rng.standard_normal(len(time)) * np.exp(-np.log(1000.0) * time / seconds)
     response[time < _DIRECT_SECONDS] = 0.0

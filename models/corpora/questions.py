@@ -1,4 +1,4 @@
-"""From clips to questions: what stands beside the sound in the prompt.
+"""Turns clips into questions: decides what stands beside the sound in the prompt.
 
 The sizes of `plans.hinted` have three kinds of context: no hint (neutral), a true hint (aligned), a false hint (conflict). The
 benchmark has MCR-BENCH's four (metadata["context_type"]): neutral, faithful, adversarial and irrelevant. An irrelevant context

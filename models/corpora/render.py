@@ -1,4 +1,4 @@
-"""From recordings to clips: decode or synthesise, degrade, write, hash."""
+"""Turns recordings into clips: decode or synthesise, degrade, write, hash."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-# By the first word of a character's Unicode name.
+# A script is known by the first word of a character's Unicode name.
 _JOINED_SCRIPTS = frozenset(
     ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 )

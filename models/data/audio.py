@@ -1,9 +1,9 @@
 """Reads and writes audio files: the length, a span of limited length, and one exception for everything that can go wrong.
 
 The length is known before a sample is decoded. libsndfile's header count is used where the format counts its samples
-(wav, flac, ogg, aiff, au). An mp3 holds no count, only an estimate, and a flac from a pipe holds none at all: for these, and
-for containers that libsndfile does not read (m4a, webm, aac), FFmpeg (the package PyAV) walks through the packets and adds
-up their durations. A clip that is too long then raises AudioError. Memory is used for `max_seconds` of sound at most.
+(wav, flac, ogg, aiff, au). An mp3 holds only an estimate, and a flac from a pipe holds no count at all. libsndfile does not
+read m4a, webm and aac. For all of these FFmpeg (the package PyAV) walks through the packets and adds up their durations. A clip
+that is too long then raises AudioError. At most `max_seconds` of sound are held in memory.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
     """Length, rate and channels of an audio file, after a check that its header can be true.
 
     Raises:
-        AudioError: the file is missing, not a regular file (a named pipe would block), empty, or of a format that
-            libsndfile and FFmpeg do not know; or its header cannot be true: more samples than bytes, or a rate or number
-            of channels that speech does not have.
+        AudioError: the file is missing, empty, not a regular file (a named pipe would block), or of a format that libsndfile
+            and FFmpeg do not know. Or its header cannot be true: it has more samples than bytes, or a rate or number of
+            channels that speech does not have.
     """
     path = Path(path)
     try:
@@ -290,7 +290,7 @@ def _walk(path: Path, *, otherwise: str) -> AudioInfo:
 
 
 def _decode_packets(path: Path, first_frame: int, wanted_frames: int) -> Iterator[np.ndarray]:
-    """As `_decode`, but with FFmpeg and from the clip's beginning: without a sample count no position can be looked up."""
+    """Decodes with FFmpeg, from the clip's beginning, because without a sample count no position can be looked up."""
     import av
 
     with _open_packets(path) as (container, stream):

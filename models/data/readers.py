@@ -13,7 +13,7 @@ dynamic_superb {"file" or "audio", "instruction", "label", "text"}. The choices 
                to match), not a transcript: it becomes the context. A metadata.json of the benchmark's own script, one
                object {"clip.wav": row}, is read too. Its task is the folder's name.
 mcr_bench      {"id", "audio", "question", "choices" or "options", "answer", "context_type", "context"}, one row for
-               each context (neutral, faithful, adversarial, irrelevant); or "contexts": {type: text}, of which each
+               each context (neutral, faithful, adversarial, irrelevant); or "contexts": {type: text}, and each of them
                becomes an example. As published: {"audio", "gt", "neutral", "faithful", "adversarial", "irrelevant"},
                where neutral is the bare question and the others are the descriptions beside it. The kind is aligned
                for faithful, conflict for adversarial, and neutral for the other two; the metadata hold the type.

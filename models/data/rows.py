@@ -1,4 +1,4 @@
-"""From rows to checked examples: every row gives its examples or a `Problem`."""
+"""Turns rows into checked examples. Every row gives its examples or a `Problem`."""
 
 from __future__ import annotations
 

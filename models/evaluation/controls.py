@@ -16,7 +16,7 @@ def control_id(example_id: str, control: str) -> str:
 def with_controls(
     examples: Sequence[Example], controls: Iterable[str], *, plain: bool = True
 ) -> list[tuple[str, Example, Example]]:
-    """(control, example that is asked about, example whose audio is heard) of all questions, control by control.
+    """The triples (control, example that is asked about, example with the audio that is heard), control by control.
 
     Args:
         plain: whether the questions without a control ("") come first, or are left out.

@@ -27,7 +27,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     console = Console()
     for name, s in summary.items():
         console.print(_accuracies(name, s))
-        # Not by the console, which would wrap them: these lines are for grep.
+        # These lines are for grep, and the console would wrap them.
         print(
             f"by {s['scorer']}; lenient accuracy {s['lenient_accuracy']}; strict accuracy {s['strict_accuracy']}",
             f"mean of {s['mean_of_tasks'].count} tasks (ALL) {s['mean_of_tasks']}; mean of their items {s['mean_of_items']}",

@@ -2,13 +2,13 @@
 
 Everything here is arithmetic on records that evaluate.py wrote. A saved file can be scored again at any time.
 
-An answer is right if the label's words stand side by side in the prediction, both normalised by Whisper's basic normaliser
-(lenient, Dynamic-SUPERB's rule). By that rule a prediction that names every choice is right. So strict accuracy is reported
-too: the answer's words are there, and no other choice's words. `Scorer` is the way to use other rules.
+An answer is right if the label's words stand side by side in the prediction (lenient, Dynamic-SUPERB's rule).
+models/data/answers.py says which words count. By that rule a prediction that names every choice is right. So strict accuracy is
+reported too: the answer's words are there, and no other choice's words. `Scorer` is the way to use other rules.
 
-There are two averages (Dynamic-SUPERB's tables). mean_of_tasks, the tables' ALL, is the mean over TASKS of their accuracies: each
-task has the same weight however many items it has, and the tasks of category "audio" are left out. A category is the mean of
-its tasks, not of its items. mean_of_items is over the same tasks' items, each item with the same weight.
+There are two averages, as in Dynamic-SUPERB's tables. mean_of_tasks, the tables' ALL, is the mean over TASKS of their accuracies.
+Each task has the same weight however many items it has, and the tasks of category "audio" are left out. A category is the mean
+of its tasks, not of its items. mean_of_items is over the same tasks' items, each item with the same weight.
 
 Shift is the influence of a text that contradicts the sound. MCR-BENCH uses two definitions; both are reported:
 
@@ -122,12 +122,15 @@ def metrics(j: Judged) -> dict[str, Any]:
     """All accuracies and both Shifts; see the module's docstring.
 
     Returns:
-        count, scorer; accuracy (by the scorer), lenient_accuracy, strict_accuracy: over all items;
-        mean_of_tasks, mean_of_items, strict_mean_of_tasks, mean_of_tasks_by_kind[kind]: without category "audio";
-        by_kind[kind]; by_task[task]: category, all, strict, by_kind, and the task's own shift;
-        by_category[category]: tasks (how many), mean_of_tasks, mean_of_items, by_kind[kind] (means of tasks);
-        by_class[task][label][kind], for tasks of at most 20 labels; tir_adv, tir_adversarial_all, tir_faithful_all,
-        tir_irrelevant_all. All of them are Estimates, except the count and the names of scorer and category.
+        A dictionary. All figures are Estimates, except the count and the names of scorer and category.
+
+        - count, scorer
+        - over all items: accuracy (by the scorer), lenient_accuracy, strict_accuracy, by_kind[kind]
+        - without category "audio": mean_of_tasks, mean_of_items, strict_mean_of_tasks, mean_of_tasks_by_kind[kind]
+        - by_task[task]: category, all, strict, by_kind, and the task's own shift
+        - by_category[category]: tasks (how many), mean_of_tasks, mean_of_items, by_kind[kind] (means of tasks)
+        - by_class[task][label][kind], for tasks of at most 20 labels
+        - tir_adv, tir_adversarial_all, tir_faithful_all, tir_irrelevant_all
     """
     of_task = {task: j.of("task", task) for task in sorted({p.task for p in j.predictions})}
     of_kind = {kind: j.of("kind", kind) for kind in KINDS if any(p.kind == kind for p in j.predictions)}
@@ -250,7 +253,7 @@ def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient"
     predictions = list(predictions)
     match = {"lenient": lenient_match, "strict": strict_match}.get(scorer) if isinstance(scorer, str) else None
     if match is not None:
-        # Where the choices were ranked, the likeliest one is the answer; how its sentence reads decides nothing.
+        # If the choices were ranked, the likeliest one is the answer, whatever its sentence says.
         verdicts = (p.said() == p.answer if p.scores else match(p.prediction, p.answer, p.choices) for p in predictions)
         return np.fromiter(verdicts, dtype=bool, count=len(predictions))
     if isinstance(scorer, str):

@@ -88,7 +88,7 @@ def text_priors(
 def natural_conflicts(
     examples: Sequence[Example], priors: Mapping[str, Prior], *, min_probability: float = 0.0
 ) -> set[str]:
-    """Ids of the questions whose prior under the neutral context is wrong, and of their pairs' other contexts.
+    """Ids of the questions with a wrong prior under the neutral context, and of their pairs' other contexts.
 
     Args:
         examples: those that were asked about, with the neutral ones among them.
@@ -111,7 +111,7 @@ def natural_conflicts(
 
 
 def summarize_priors(examples: Sequence[Example], priors: Mapping[str, Prior]) -> dict[str, dict[str, Any]]:
-    """By task and context: count, accuracy and mean probability of the priors, and how often each answer is one."""
+    """For each task and context: count, accuracy and mean probability of the priors, and how often each answer is one."""
     groups: dict[tuple[str, str], list[Example]] = defaultdict(list)
     for example in examples:
         groups[example.task, context_kind(example)].append(example)

@@ -1,16 +1,17 @@
 """Contrastive distillation of an audio LM with transformers' Trainer and a LoRA of peft.
 
-What it shows: `CAADTrainer` is transformers' Trainer with another loss. It takes the student (here with a LoRA on its attention),
-a `DualPathTeacher`, and a collator whose batches hold `labels`. Accumulation, logging, checkpoints, DDP and FSDP stay Trainer's.
+What it shows: `CAADTrainer` is transformers' Trainer with another loss. It takes the student (here with a LoRA on its
+attention), a `DualPathTeacher`, and a collator that puts `labels` into each batch. Accumulation, logging, checkpoints, DDP and
+FSDP are those of Trainer.
 
 Install with `pip install '.[train]' peft`, then run from the repository root:
 
     python models/examples/audio_lm_trainer.py                  # tiny random Qwen2-Audio models, seconds on a CPU
     python models/examples/audio_lm_trainer.py --device cuda --teacher Qwen/Qwen2-Audio-7B-Instruct --student ID
 
-For real models: replace `toy_task.tones` by your own samples, and lower --learning-rate to 1e-4. Student and teacher need the
-same tokenizer. Their processors may differ: the columns teacher_NAME are the teacher's own inputs. Where the audio inputs of the
-teacher are not called `input_features`, name them in `MaskFeatures`.
+For real models, replace `toy_task.tones` with your own samples, and lower --learning-rate to 1e-4. Student and teacher need the
+same tokenizer. Their processors may differ: the columns teacher_NAME are the teacher's own inputs. If the teacher's audio inputs
+are not called `input_features`, name them in `MaskFeatures`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = toy_task.parser(__doc__, learning_rate=3e-2, batch=4)
     parser.add_argument("--accumulate", type=int, default=2, help="backward passes of one step (default: 2)")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRA (default: 8)")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the LoRA (default: 8)")
     parser.add_argument("--out", default="runs/audio_lm_trainer", help="folder of the trained LoRA")
     parser.add_argument("--save", action="store_true", help="write the LoRA into --out")
     return parser.parse_args()

@@ -1,8 +1,11 @@
-"""Contrastive distillation in a plain PyTorch loop: the loss is one call, the rest is the loop you have.
+"""Contrastive distillation in a plain PyTorch loop. The loss is one call; the rest is the loop that you have.
 
-What it shows: the teacher's two passes (with the audio and without), the hidden states at the positions that predict the answer
-Y, `fused_linear_caad_loss` from these states (or `fused_caad_loss` from logits), and gradient accumulation: both terms are
-divided by the number of positions of the whole step, so four batches of 2 are one batch of 8.
+What it shows:
+
+- the teacher's two passes, with the audio and without;
+- the hidden states at the positions that predict the answer Y;
+- `fused_linear_caad_loss` from these states, or `fused_caad_loss` from logits;
+- gradient accumulation: the number of positions of the whole step divides both terms, so four batches of 2 are one batch of 8.
 
 Install with `pip install '.[train]'`, then run from the repository root:
 
@@ -10,8 +13,8 @@ Install with `pip install '.[train]'`, then run from the repository root:
     python models/examples/loss_in_a_loop.py --from-logits    # the same losses by fused_caad_loss
     python models/examples/loss_in_a_loop.py --device cuda --teacher Qwen/Qwen2-Audio-7B-Instruct --student ID
 
-For real models: replace `toy_task.tones` by your own samples, and lower --learning-rate to 1e-5. Student and teacher need the
-same tokenizer: the loss compares them token by token.
+For real models, replace `toy_task.tones` with your own samples, and lower --learning-rate to 1e-5. Student and teacher need the
+same tokenizer, because the loss compares them token by token.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def main() -> None:
             if not torch.equal(target, teacher_target):
                 raise SystemExit("teacher: expected the student's tokenizer, got other tokens for the same answer")
             parts.append((inputs, index, target, teacher_inputs, teacher_index))
-        # The divisors are known before the first backward: each part is then its share of the mean over the whole step.
+        # The divisors are known before the first backward. So each part is its share of the mean over the whole step.
         positions = float(sum(len(target) for _, _, target, _, _ in parts))
         settings = {
             "alpha": options.alpha, "temperature": options.temperature, "kd_weight": options.kd_weight,
@@ -95,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = toy_task.parser(__doc__, learning_rate=1e-2, batch=2)
     parser.add_argument("--accumulate", type=int, default=4, help="backward passes of one step (default: 4)")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
-    parser.add_argument("--temperature", type=float, default=2.0, help="of the distillation term (default: 2)")
+    parser.add_argument("--temperature", type=float, default=2.0, help="tau of the distillation term (default: 2)")
     parser.add_argument("--from-logits", action="store_true", help="fused_caad_loss on logits, which takes more memory")
     return parser.parse_args()
 

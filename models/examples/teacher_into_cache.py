@@ -1,17 +1,17 @@
 """The teacher runs once: its hidden states go into a `ContrastCache`, and the student trains from there for several epochs.
 
-What it shows: the teacher is frozen and the answers Y are fixed, so the hidden states at the positions of Y are all that training
-needs from it. Every later epoch, and every other alpha or kd_weight, runs without the teacher. The student is trained twice, from
-the live teacher and from the cache; the script prints both losses and fails if they differ by more than rounding.
+What it shows: the teacher is frozen and the answers Y are fixed. So training needs only the teacher's hidden states at the
+positions of Y. Every later epoch, and every other alpha or kd_weight, runs without the teacher. The student is trained twice:
+from the live teacher and from the cache. The script prints both losses and fails if they differ by more than rounding.
 
 Install with `pip install '.[train]'`, then run from the repository root:
 
     python models/examples/teacher_into_cache.py                  # tiny random models, seconds on a CPU
     python models/examples/teacher_into_cache.py --device cuda --teacher Qwen/Qwen2-Audio-7B-Instruct --student ID
 
-For real models: replace `toy_task.tones` by your own samples, lower --learning-rate to 1e-5, and drop the run with the live
-teacher. Put whatever changes the teacher's states (its id, the prompts, the answers) into the fingerprint: a cache with another
-fingerprint is refused. bfloat16 on disk loses nothing of a model that computes in bfloat16.
+For real models, replace `toy_task.tones` with your own samples, lower --learning-rate to 1e-5, and drop the run with the live
+teacher. Put all that changes the teacher's states (its id, the prompts, the answers) into the fingerprint. A cache with another
+fingerprint raises an error. If a model computes in bfloat16, its states lose nothing as bfloat16 on the disk.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def fill_cache(options: argparse.Namespace, teacher: DualPathTeacher, processor: Any, samples: list[toy_task.Sample]) -> None:
-    """Both paths of every sample, once. After a stop it continues after the last finished shard."""
+    """Store both paths of every sample. After a stop it continues behind the last finished shard."""
     fingerprint = {"teacher": options.teacher, "seed": options.seed, "negative": "input_features = 0"}
     hidden_size = teacher.head.weight.shape[1]
     with ContrastCache.writer(

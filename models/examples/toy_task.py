@@ -1,7 +1,7 @@
 """What the three examples share: a task of tones, a tiny audio LM, one function that makes a batch, and the common options.
 
 The task: a second of sound is a high tone or a low one, in noise, and the model is asked which. For data of your own, replace
-`tones` by anything that returns a list of `Sample`.
+`tones` with a function that returns a list of `Sample`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<
 
 
 def parser(description: str, *, learning_rate: float, batch: int) -> argparse.ArgumentParser:
-    """The options of every example; `learning_rate` and `batch` are the defaults of two of them."""
+    """A parser with the options of every example. `learning_rate` and `batch` are the defaults of two of them."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--teacher", default="tiny", help="id or folder of an audio LM of transformers (default: tiny, random)")
     made.add_argument("--student", default="tiny", help="as --teacher; a smaller model with the same tokenizer")
     made.add_argument("--alpha", type=float, default=1.0, help="strength of the contrast (default: 1)")
     made.add_argument("--kd-weight", type=float, default=0.5, help="share of the distillation term (default: 0.5)")
-    made.add_argument("--learning-rate", type=float, default=learning_rate, help=f"of AdamW (default: {learning_rate:g})")
-    made.add_argument("--batch", type=int, default=batch, help=f"samples of one backward pass (default: {batch})")
+    rate = f"learning rate of AdamW (default: {learning_rate:g})"
+    made.add_argument("--learning-rate", type=float, default=learning_rate, help=rate)
+    made.add_argument("--batch", type=int, default=batch, help=f"samples in one backward pass (default: {batch})")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    made.add_argument("--seed", type=int, default=0, help="of weights, clips and their order (default: 0)")
+    made.add_argument("--seed", type=int, default=0, help="seed of weights, clips and their order (default: 0)")
     return made
 
 
@@ -114,7 +115,7 @@ def _tiny_model(width: int) -> Any:
     text = {
         "model_type": "qwen2", "vocab_size": 256 + len(SPECIAL_TOKENS), "hidden_size": width, "intermediate_size": 2 * width,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-        "initializer_range": 0.1,  # wide, so that the sound changes what the random teacher answers
+        "initializer_range": 0.1,  # wide: then the sound changes what the random teacher answers
     }  # fmt: skip
     config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_id=SPECIAL_TOKENS.index("<|AUDIO|>"))
     return Qwen2AudioForConditionalGeneration(config)

@@ -7,9 +7,9 @@
            -> for each seed a student that hears already (all tasks, a short training)
            -> from there, for each row of the table, a student trained on the content tasks: meaning, and which word is said
 
-That last step trains no perception task (voice, rate, accent, noise). What a row keeps of them shows what the acoustic teacher is
-for. The text teacher is the language model that the student was cut from: the student's own, with layers dropped, answers the
-content questions by chance. Each row is a recipe of models/training/recipes.
+That last step trains no perception task (voice, rate, accent, noise). The accuracy that a row keeps on them shows the use of the
+acoustic teacher. The text teacher is the whole language model from which the student was cut. The student's own language model
+has fewer layers and answers the content questions by chance. Each row is a recipe of models/training/recipes.
 
 Scores are on test clips without a hint; `conflict` is the accuracy under a false hint. No training clip has the same character,
 place or event, but some actors voice characters of both parts. Whether a claim of the paper holds is judged by a 95% t interval

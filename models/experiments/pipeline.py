@@ -167,7 +167,7 @@ def run_stages(
 
 
 def _interrupt(*_: Any) -> None:
-    # Not raise_signal(SIGINT): a process that a shell starts in the background ignores that signal.
+    # raise_signal(SIGINT) would not do: a process that a shell starts in the background ignores that signal.
     raise KeyboardInterrupt
 
 

@@ -9,18 +9,18 @@
            -> for each seed: the student by true labels, the controls, standard KD, CAAD, our additions
            -> every question with no hint, a true one, a false one and, where the corpus has it, an irrelevant text
 
-Systems of the paper: the teacher with greedy and with contrastive decoding, the student by true labels without distillation, that
-student with contrastive decoding, standard KD, CAAD alpha 1 and 2. CAAD alpha 0.5 is added: on dev it lost almost nothing under
-true hints. The distilled students start from the weights that this student starts from, not from its trained weights.
+Systems of the paper: the teacher with greedy and with contrastive decoding, the student by true labels with both decodings,
+standard KD, CAAD alpha 1 and 2. CAAD alpha 0.5 is added, because on dev it lost almost nothing under true hints. The student by
+true labels has no distillation. The distilled students start where it starts, not from its trained weights.
 
-Controls: CE only; the target sharpened without subtraction; a teacher trained for half and one for twice the steps. Each teacher
-has its loss on dev questions that are mixed as in its training (is the bias still there when the training is complete?), and the
-longer one has students by standard KD and CAAD alpha 2.
+Controls: CE only; the target sharpened without subtraction; a teacher trained for half and one for twice the steps. The table has
+each teacher's loss on dev questions that are mixed as in its training. It shows whether the bias is still there when the training
+is complete. The longer teacher has students by standard KD and CAAD alpha 2.
 
 Additions: alpha by token, alpha ramped over steps, KD weighted by the divergence of the paths, the text path centred, the
-plausibility mask, layers. Each differs from CAAD alpha 2 in the named setting alone. `caad+` is what was best on dev. The
-additions have one seed. The mask got the other seeds after its first answers on the test split, where it lost almost nothing
-under true hints (on dev its ALL had been the lowest).
+plausibility mask, layers. Each differs from CAAD alpha 2 in the named setting alone. `caad+` was best on dev. The additions have
+one seed. The mask got the other seeds after its first answers on the test split. There it lost almost nothing under true hints,
+though on dev its ALL had been the lowest.
 
 The sweeps over alpha, lambda and tau use the same cached states of the teacher. The anchor sweep changes who writes Y: the
 teacher (heard), Stage 1 from the metadata (as in the paper), or a template from the true label.
@@ -126,7 +126,7 @@ class SixSettings:
     """Everything that decides what the table shows."""
 
     sources: tuple[str, ...] = ("queen", "espeak")
-    # Not the size of the benchmark: from its 60 clips for each task the small teacher learns the hints and does not hear.
+    # The benchmark is too small: from its 60 clips for each task the small teacher learns the hints and does not hear.
     corpus_size: str = "full"
     corpus_seed: int = 0
     tasks: tuple[str, ...] = ("gender",)

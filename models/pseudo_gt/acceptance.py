@@ -1,4 +1,4 @@
-"""Which answers become targets: what is rejected and why, and where the rejected ones are written."""
+"""Decides which answers become targets, says why the others are rejected, and writes the rejected ones down."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 _HALF_CHARACTER = "\ufffd"  # what a decoder writes for the first bytes of a character whose other bytes are missing
-# The names under which configurations of transformers keep how many tokens back a layer looks.
+# transformers' configurations say by one of these names how many tokens back a layer looks.
 _WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "window_size")
-# Families that count distances by the place in the batch's row, so that padding within a row changes them.
+# These families count distances by the place in the batch's row. So padding within a row changes them.
 _PLACES_COUNT = ("mpt",)
 
 
@@ -72,7 +72,7 @@ class BackboneWriter:
 
     @classmethod
     def load(cls, backbone: str, **options: Any) -> BackboneWriter:
-        """From an id or folder, in the precision that is fast on this machine.
+        """Loads the model from an id or folder, in the precision that is fast on this machine.
 
         Raises:
             BackboneError: the model cannot be found or fetched.
@@ -162,7 +162,7 @@ def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _window(config: Any) -> float:
-    """The longest row whose padding changes nothing: infinite unless a layer looks back only so many places."""
+    """The length of the longest row in which padding changes nothing. It is infinite if all layers look back without limit."""
     text = config.get_text_config()
     if text.model_type in _PLACES_COUNT:
         return 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 INK, GRID = "#1f2328", "#c9ced4"
 PALETTE = ("#0072b2", "#d55e00", "#12a189", "#9933ff", "#1f2937")
-# What each colour becomes on a dark ground.
+# Each colour, and its replacement on a dark ground.
 DARK = {
     INK: "#e6e8eb", GRID: "#454c55",
     "#0072b2": "#56b4e9", "#d55e00": "#e8853b", "#12a189": "#22966c", "#9933ff": "#a15cf5", "#1f2937": "#f5f0d0",
@@ -187,7 +187,7 @@ def draw_intervals(
 
 
 def _figure(width_inches: float, height_inches: float) -> tuple[Canvas, Axes]:
-    # Not pyplot: it would keep every figure and look for a display.
+    # pyplot is not used: it would keep every figure and look for a display.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas

@@ -1,7 +1,7 @@
 """Reads the tables of models/experiments/results, with a row for each system and seed, and summarises them over seeds.
 
-A cell that is not a number, a row with too few cells, or a seed that stands twice is an error that names file, row and column:
-a report must not be drawn from half a table. A blank cell is a value that was not measured. It stays blank.
+A report must not be drawn from half a table. So a cell that is not a number, a row with too few cells, or a seed that stands
+twice raises an error that names file, row and column. A blank cell is a value that was not measured. It stays blank.
 
 `rows_csv` writes such a table. `curves_csv` writes training.csv, the curves of training runs, from metrics files
 (models/training/curves.py).

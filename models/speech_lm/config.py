@@ -98,7 +98,7 @@ class SpeechLMConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SpeechLMConfig:
-        """From a mapping; an unknown key is a ValueError that names the nearest known one."""
+        """Made from a mapping. An unknown key raises a ValueError that names the nearest known one."""
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:

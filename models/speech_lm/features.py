@@ -2,9 +2,9 @@
 
     python -m models features MANIFEST --model SPEECH_LM_FOLDER --out features.safetensors
 
-The result is one safetensors file: `features` (n, K, T, D) float16. Its metadata hold the clips' keys (file and span, so a
-clip that stands in three prompts is stored once), what made them (encoder, layers, frames, window), and for each clip its
-length and the SHA-256 of its file. All commands go through `clip_features`: it reads such a file or encodes the clips now,
+The result is one safetensors file: `features` (n, K, T, D) float16. Its metadata say what made them: encoder, layers, frames
+and window. They also have each clip's key, its length and the SHA-256 of its file. A key is file and span, so a clip that
+stands in three prompts is stored once. All commands go through `clip_features`. It reads such a file or encodes the clips now,
 and it refuses features of another encoder or of other sound.
 """
 

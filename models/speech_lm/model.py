@@ -269,8 +269,8 @@ class SpeechLM(nn.Module):
                 interleaved in any order; a row may have none.
             attention_mask: (B, L) of ones where there is a token, padded on either side; None = no padding. With
                 `past_key_values` it covers those positions first, as in transformers.
-            audio_features: (B, K, T, D) from `encode_audio`, one clip a row, or (B, M, K, T, D) with up to M clips a row in
-                the order of their placeholders; None = every clip masked.
+            audio_features: (B, K, T, D) from `encode_audio` with one clip in each row, or (B, M, K, T, D) with up to M clips in
+                each row, in the order of their placeholders. None = every clip masked.
             audio_present: (B,) bool, or (B, M); False masks the audio (its standardised features are zero): the negative path.
             prefix_cache: holds keys and values of the text before the first audio position. Logits at those positions are
                 zeros: they are not computed.
@@ -325,9 +325,12 @@ class SpeechLM(nn.Module):
             (N, 1 + K, H): first what the head reads.
 
         Raises:
-            ValueError: `index` is not 1-D int64, or (on the CPU) out of range or inside the cached prefix; no such layer; layers
-                with gradient checkpointing, which first runs each layer without a gradient; pack_tokens with a language model
-                that has other layers than attention; pack_tokens with prefix_cache where the attention is not plain SDPA.
+            ValueError: in one of these cases.
+
+                - `index` is not 1-D int64. On the CPU also: it is out of range or inside the cached prefix.
+                - The model has no such layer, or it has gradient checkpointing, which first runs each layer without a gradient.
+                - pack_tokens is given, and the language model has other layers than attention.
+                - pack_tokens and prefix_cache are given, and the attention is not plain SDPA.
         """
         if index.dim() != 1 or index.dtype != torch.int64:
             raise ValueError(f"index: expected (N,) int64, got {tuple(index.shape)} {index.dtype}")
@@ -419,7 +422,7 @@ class SpeechLM(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SpeechLM:
-        """As torch does, but frozen parts stay in evaluation mode; transformers checkpoints activations in training mode only."""
+        """Keeps frozen parts in evaluation mode. (transformers checkpoints activations in training mode only.)"""
         super().train(mode)
         self.lm.train(mode and (self.config.train_lm or getattr(self, "_gradient_checkpointing", False)))
         if self._encoder is not None:

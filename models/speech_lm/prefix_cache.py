@@ -1,11 +1,10 @@
 """Keys and values of the text that stands before the audio, computed once for a frozen language model.
 
-The prompt's text comes first (models/data/prompts.py), so what the language model makes of it depends neither on the
-clip nor on the connector's weights: a training run of many epochs needs it once. Prefixes are looked up by their token
-ids.
+The prompt's text comes first (models/data/prompts.py). So its states in the language model depend neither on the clip nor on the
+connector's weights, and a training run of many epochs computes them once. Prefixes are looked up by their token ids.
 
-A product of other rows, or of padded ones, rounds otherwise, and the states of a prefix must not depend on which prefixes were
-computed beside it: a resumed run would meet other states than an undisturbed one. On a CPU each is therefore computed alone.
+On a CPU each prefix is computed alone. A product with other rows beside it, or with padding, rounds differently. Then the states
+would depend on which prefixes were computed together, and a resumed run would have other states than an undisturbed one.
 """
 
 from __future__ import annotations
@@ -81,11 +80,11 @@ class PrefixCache:
 
     Args:
         lm: the frozen causal language model that computes them.
-        max_bytes: limit of the stored tensors' bytes; prefixes beyond it are computed again whenever they are asked for
-            (evicting old ones instead would empty the cache once an epoch, since training visits all in turn).
+        max_bytes: limit of the stored tensors' bytes. Prefixes beyond it are computed again each time. Dropping old ones instead
+            would empty the cache once an epoch, since training visits all in turn.
         dtype: storage dtype. bfloat16 halves the memory; it rounds keys and values by up to 2^-9 of their size.
-        batch_size: prefixes a forward pass, when missing ones are computed. None = 1 on a CPU, which makes a prefix's states a
-            function of its tokens alone, bit for bit; 16 on another device, where small passes are slow.
+        batch_size: prefixes in a forward pass, when missing ones are computed. None = 1 on a CPU: then a prefix's states depend
+            on its tokens alone, bit for bit. None = 16 on another device, where small passes are slow.
         autocast_dtype: compute under autocast, for example in bfloat16, where that is faster; None = as the model is.
 
     Attributes:

@@ -186,7 +186,7 @@ def prefixed_layout(
 def _split_rows(
     input_ids: Tensor, attention_mask: Tensor, placeholder_token_id: int
 ) -> tuple[Sequence[list[int]], list[int], list[int]]:
-    """Of each row: the tokens before its first audio position, the column of that position, how many tokens follow from there."""
+    """For each row: the tokens before its first audio position, that position's column, and how many tokens follow from there."""
     prefixes: list[list[int]] = []
     starts: list[int] = []
     lengths: list[int] = []

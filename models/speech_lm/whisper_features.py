@@ -1,4 +1,4 @@
-"""From waveforms to features: chosen hidden states of a frozen Whisper encoder, pooled to a fixed number of frames.
+"""Turns waveforms into features: chosen hidden states of a frozen Whisper encoder, pooled to a fixed number of frames.
 
 Legend: B clips, K chosen layers, T frames, D encoder width.
 """

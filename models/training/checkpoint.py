@@ -164,8 +164,8 @@ def find_checkpoint(root: str | Path, resume: str, load: Callable[[Path], Any] =
     Args:
         root: folder of the run's checkpoints.
         load: reads a folder and raises CheckpointError where it is damaged.
-        resume: "never" -> None; "auto" -> the newest, an error if it is damaged, None if there is none; "fallback" -> the
-            newest that is intact; anything else -> the checkpoint in that folder.
+        resume: "never" gives None. "auto" gives the newest, an error if it is damaged, or None if there is none. "fallback" gives
+            the newest that is intact. Anything else is a folder, and gives the checkpoint in it.
 
     Raises:
         CheckpointError: the checkpoint is damaged; the message names the intact one before it, if there is one.

@@ -164,8 +164,8 @@ def parallelize(step: nn.Module, strategy: str, ranks: Ranks, *, lm: nn.Module |
         lm: with "fsdp2" its layers are sharded one by one (see `kdkernels.layer_states.decoder_layers`); None: no layer is.
 
     Both engines average gradients over ranks: multiply the loss by `ranks.size`, and sum its divisors over ranks. With "fsdp2"
-    every rank has to call `step` as often as the others, and to use the same weights in it. With "ddp" a weight that took part
-    in some part of a step has to take part in the last one on some rank (see `gradient_sync`); else gradients differ.
+    every rank has to call `step` as often as the others, and to use the same weights in it. With "ddp", if a weight took part in
+    some part of a step, it has to take part in the last one on some rank (see `gradient_sync`). Otherwise gradients differ.
 
     Raises:
         ValueError: another strategy, "none" on several ranks, or no process group.
@@ -228,7 +228,7 @@ def parameter_groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for parameters of which some are sharded: the norm of all, as a plain tensor."""
+    """`torch.nn.utils.clip_grad_norm_`, also where some parameters are sharded. Returns the norm of all as a plain tensor."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded = [g for g in gradients if hasattr(g, "full_tensor")]
     if not sharded:
@@ -364,7 +364,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str
 
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
-    # Of a parameter with two names (a tied LM head) the first is saved: safetensors refuses tensors that share memory.
+    # If a parameter has two names (a tied LM head), the first is saved, because safetensors refuses tensors that share memory.
     first = {name for name, _ in model.named_parameters()}
     for name in {name for name, _ in model.named_parameters(remove_duplicate=False)} - first:
         parts["model"].pop(name, None)

@@ -56,8 +56,8 @@ def fill_cache(
         examples: with targets.
         made_from: the teacher's identity, `teacher_fingerprint`.
         extra_inputs: added to every batch's inputs, such as the prefix cache.
-        batch_examples: read at a time; the states of a padded row differ from those of the row alone by rounding. A batch of
-            which a stopped run has written a part is read again, whole, so that the rest is what it would have been.
+        batch_examples: read at a time. The states of a padded row differ by rounding from those of the row alone. If a stopped
+            run has written a part of a batch, the whole batch is read again. So the rest has the bits that it would have had.
         dtype, layers, part, shard_mib: as in kdkernels.ContrastCacheWriter.
 
     Returns:

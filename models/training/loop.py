@@ -206,9 +206,9 @@ class TrainingLoop:
         return parts
 
     def part(self, examples: Sequence[object], hears: torch.Tensor, charged: torch.Tensor) -> Part:
-        """The part of these examples; `hears`, `charged`: (B,) bool, whose audio is kept, whose background tokens count."""
+        """The part of these examples. `hears` (B,) bool: the audio is kept. `charged` (B,) bool: background tokens count."""
         batch = self.data.make_batch(examples)
-        # What is not needed is left out before the batch moves: to decide it on a GPU, the CPU would have to wait.
+        # Unneeded positions are left out before the batch moves, because deciding it on a GPU would make the CPU wait.
         counted = counted_positions(self.recipe, batch, charged)
         states = {source.name: source.teacher(batch, examples) for source in self.sources}
         batch, states = select_positions(batch, states, counted)
@@ -284,7 +284,7 @@ class TrainingLoop:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def stopped(self, step: int, number: int, bar: tqdm) -> TrainResult:
-        """By the signal `number`, after step `step` was saved."""
+        """Stop for the signal `number`, after step `step` was saved."""
         self.metrics.close()
         if self.resume_command and self.ranks.is_first:
             bar.write(f"Stopped after step {step}, saved. Continue with:\n  {self.resume_command}", file=sys.stderr)

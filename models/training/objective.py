@@ -41,13 +41,13 @@ class TokenWeights:
     ce: torch.Tensor
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums over the tokens of what the terms KD, CE and layers are divided by."""
+        """The divisors of the terms KD, CE and layers: sums over the tokens."""
         return self.kd.sum(), self.ce.sum(), (self.kd > 0).sum()
 
 
 @dataclass(frozen=True)
 class Normalizers:
-    """What the terms of the loss are divided by: sums over a whole step, all its parts and all ranks."""
+    """The divisors of the loss's terms: sums over a whole step, all its parts and all ranks."""
 
     kd: torch.Tensor
     ce: torch.Tensor
@@ -55,7 +55,7 @@ class Normalizers:
 
     @classmethod
     def of(cls, weights: Sequence[TokenWeights], sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> Normalizers:
-        """Of a step whose parts on this rank have these `weights`."""
+        """The divisors of a step. `weights` are those of its parts on this rank."""
         sums = [torch.stack(each).sum() for each in zip(*(part.sums() for part in weights), strict=True)]
         return cls(*map(sum_over_ranks, sums))
 
@@ -64,8 +64,10 @@ class Normalizers:
 class Part:
     """The examples of one forward pass, on the device.
 
-    batch: only the target tokens that count; states: of every teacher by its name, at those tokens; present: (B,) bool, False
-    where audio dropout masks the audio.
+    Attributes:
+        batch: with the target tokens that count, and no others.
+        states: of every teacher by its name, at those tokens.
+        present: (B,) bool, False where audio dropout masks the audio.
     """
 
     batch: Any
@@ -79,8 +81,10 @@ def token_weights(
 ) -> TokenWeights:
     """Weights of the N target tokens by `loss.kd_token_weight` and `loss.ce_token_weight`.
 
-    uniform: 1. choice: 1 on the tokens that spell the answer, the background weight on the others; an example without such
-    tokens has weight 1 on all of them. divergence: KL(p_audio || p_text), which says how much the sound decides about the token.
+    - uniform: 1.
+    - choice: 1 on the tokens that spell the answer, the background weight on the others. An example without such tokens has
+      weight 1 on all of them.
+    - divergence: KL(p_audio || p_text), which says how much the sound decides about the token.
 
     Args:
         charged: (B,) bool, the examples whose background tokens are in the CE term; None = all (see

@@ -35,7 +35,7 @@ from models.training.commands import RECIPES_DIR
 OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
 TEACHER_OBJECTIVES = ("kd", "sharpened", "caad", "caad+")
 PARALLEL = ("none", "ddp", "fsdp2")
-# What objective caad+ adds to caad: the best settings of those tried on the dev split of models/experiments/six_systems.py.
+# Objective caad+ adds these settings to caad: the best of those tried on the dev split of models/experiments/six_systems.py.
 CAAD_PLUS = {"alpha": 4.0, "center_text": True}
 ROLES = ("audio", "text", "acoustic")
 PACKINGS = ("none", "pack", "varlen")
@@ -307,7 +307,7 @@ def _check_ramp(name: str, start: float | None, steps: int) -> None:
 
 
 def ramp(value: float, start: float | None, steps: int, step: int) -> float:
-    """From `start` at step 1 linearly to `value` after `steps`; start None = always `value`."""
+    """Goes linearly from `start` at step 1 to `value` after `steps`; start None = always `value`."""
     if start is None or step > steps:
         return value
     return start + (value - start) * (step - 1) / steps

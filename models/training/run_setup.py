@@ -418,7 +418,7 @@ def build_sources(
 
 
 def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, depth: int) -> str:
-    """Of all that a `Source` depends on, except its weight and divergence; `depth`: number of the student's layers."""
+    """Fingerprint of all that a `Source` depends on, except weight and divergence. `depth`: number of the student's layers."""
     depends = {
         "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
         "layers": to_dict(settings.layers),

@@ -123,7 +123,7 @@ class Source:
 
 @torch.no_grad()
 def check_packing(lm: torch.nn.Module, data: Any, device: torch.device) -> None:
-    """Where `data` packs: does `lm` give two examples side by side in a row the states of padded rows?
+    """Checks, if `data` packs, that two examples side by side in a row get the states of padded rows from `lm`.
 
     Some families ignore the positions, or the masks, by which packed examples are kept apart.
 
@@ -139,7 +139,7 @@ def check_packing(lm: torch.nn.Module, data: Any, device: torch.device) -> None:
             lm.hidden_states_at(batch.target_index, **{**inputs, "pack_tokens": tokens}).double()
             for tokens in (batch.input_ids.numel(), None)
         )
-    for row in range(2):  # each by itself: the first in a packed row has nobody before it
+    for row in range(2):  # row by row, because the first one in a packed row has no other before it
         here = (batch.target_row == row).to(packed.device)
         difference = (packed - padded)[here].norm() / padded[here].norm().clamp_min(1e-12)
         if not difference < _PACKING_TOLERANCE:
@@ -381,8 +381,8 @@ class TextTeacher:
 class KeptTeacher:
     """A teacher's states of all examples, computed once, in the examples' order.
 
-    They are computed before the first step, in batches that do not depend on the steps: so a continued run has the same bits as
-    an undisturbed one.
+    They are computed before the first step, in batches that do not depend on the steps. So a continued run has the bits of an
+    undisturbed one.
 
     Args:
         teacher: called once for every example.
@@ -421,8 +421,8 @@ class CenteredTeacher:
         h_text' = h_text + mean over items of (h_audio - h_text)
 
     Without the audio the teacher prefers some answers, whatever the clip is: a constant in the logits of an answer's token. The
-    contrast would enlarge it and turn it against these answers. The mean is taken for each task and each of the tokens that
-    spell the answer, over at most `max_examples` of the examples; other tokens stay as they are.
+    contrast would enlarge it and turn it against these answers. Each task, and each of the tokens that spell the answer, has a
+    mean of its own, over at most `max_examples` examples. Other tokens stay as they are.
 
     Args:
         teacher: with both paths, such as a `CachedTeacher`.
@@ -560,7 +560,7 @@ class LayerDistillation(torch.nn.Module):
         """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
 
         With `normalize` a pair's error is 2 - 2 cos for any width: of order 1, like a divergence. Without it the error grows with
-        the size of the states, which in the middle of a language model is tens of times that of its last layer.
+        the size of the states. In the middle of a language model they are tens of times as large as in its last layer.
 
         Args:
             student: its layers' states by number, (N, H_s) each; at least `student_layers`.
@@ -588,7 +588,7 @@ class LayerDistillation(torch.nn.Module):
 
 
 def _one_path(states: torch.Tensor, head: Any) -> TeacherStates:
-    """From (N, H) or, with layers, (N, 1 + K, H)."""
+    """Made from (N, H) or, with layers, (N, 1 + K, H)."""
     if states.dim() == 2:
         return TeacherStates(states, None, head)
     return TeacherStates(states[:, 0], None, head, states[:, 1:])

@@ -130,7 +130,7 @@ def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root:
 
 
 def _resume_command(recipe: Recipe, words: Sequence[str]) -> str:
-    """What a person types to continue the run."""
+    """The words that a person types to continue the run."""
     kept = [word for word in words if not word.startswith("run.resume=")]
     started = ["python"] if recipe.run.parallel == "none" else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     return shlex.join([*started, "-m", "models", "train", *kept, "run.resume=auto"])

@@ -52,13 +52,13 @@ def test_disagreement_is_refused():
     good = {"losses": [1.0, 2.0], "gradient_norms": [3.0, 4.0], "step_ms": 1.0, "peak_extra_mib": 1.0}
     large_vocab.rows_of(request("128k"), {"fused": good, "naive": good})
     for bad in ({"losses": [1.0, 2.1]}, {"gradient_norms": [math.nan, 4.0]}):
-        with pytest.raises(SystemExit, match=r"128k: .* of step . differ beyond 0\.001: fused"):
+        with pytest.raises(SystemExit, match=r"128k: .* of step .: expected a difference of at most 0\.001, got fused"):
             large_vocab.rows_of(request("128k"), {"fused": {**good, **bad}, "naive": good})
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(large_vocab, "available_bytes", lambda device: 1 << 20)
-    with pytest.raises(SystemExit, match=r"did not fit: .* MiB needed at most, 1 available"):
+    with pytest.raises(SystemExit, match=r"did not fit: expected room for up to .* MiB, got 1 MiB"):
         large_vocab.run_one(method="naive", **request("262k", vocab=None))
     good = {"losses": [1.0], "gradient_norms": [3.0], "step_ms": 1.0, "peak_extra_mib": 1.0}
     rows = large_vocab.rows_of(request("262k"), {"fused": good, "naive": {"note": "did not fit"}})

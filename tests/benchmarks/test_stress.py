@@ -151,7 +151,7 @@ def test_the_index_of_a_shard_that_is_not_there_yet_is_found_out(monkeypatch, tm
 
     monkeypatch.setattr(contrast_cache, "_write_shard", names_it_first)
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(SystemExit, match="cache: the undisturbed run has lost"):
+    with pytest.raises(SystemExit, match="cache: the undisturbed run lost"):
         stress.stress(stress.Cache(), 2, progress_bar=False)
 
 

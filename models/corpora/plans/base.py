@@ -24,7 +24,8 @@ BENCHMARK_VERSION = 1
 SPLITS = ("train", "dev", "test")
 
 # Characters with a man's or a woman's voice, by split. The test's characters occur nowhere else, but their actors may
-# (sources/queen.py): JIM's is SPARKY's, HENRY's is DEATH's, and so is one of KLUNK's; LARIS' (dev) is that of BUD and FRANK.
+# (sources/queen.py). One actor voices JIM and SPARKY, one voices HENRY, DEATH and partly KLUNK. One voices LARIS (dev), BUD and
+# FRANK.
 QUEEN_SPLIT = {
     **dict.fromkeys(("FAYE", "TAM", "JOE", "BOB", "SPARKY", "DEATH", "BUD", "FRANK"), "train"),
     **dict.fromkeys(("NAOMI", "LARIS", "IAN"), "dev"),

@@ -1,8 +1,9 @@
 """Fetches recorded speech from Debian packages by name and hash. It installs nothing and needs no root.
 
 `apt-get download` finds the package through the machine's own sources and `dpkg-deb -x` unpacks it into the cache.
-A package is used only if the .deb has the pinned SHA-256, or if the part that is used has it (other releases carry the
-same recordings under another version). A machine without apt gets `PackageUnavailable` with the reason.
+A package is used only if the .deb has the pinned SHA-256, or if the part that is used has its pinned one. The second case
+occurs because other releases carry the same recordings under another version. A machine without apt gets `PackageUnavailable`
+with the reason.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Acted English speech from the adventure game "Flight of the Amazon Queen" (Debian's flight-of-the-amazon-queen).
 
 The game's one resource file (queen.1c) holds 6,745 spoken lines as mp3, and their texts in the tables of its dialogues. A
-table numbers its sentences. The name of a sound, such as 02 0006 J 1, is the number of the dialogue, the number of the
-sentence, who speaks it ("J" the hero Joe, "P" the other person), and the part of the sentence. Sentences of several parts
-are cut at the stage directions ("*" and a code) between the parts. Only sentences with as many parts as sounds are kept.
+table numbers its sentences. The name of a sound, such as 02 0006 J 1, has four fields: the number of the dialogue, the number
+of the sentence, who speaks it ("J" the hero Joe, "P" the other person), and the part of the sentence. Sentences of several
+parts are cut at the stage directions ("*" and a code) between the parts. Only sentences with as many parts as sounds are kept.
 
 A speaker here is a character, not an actor. The file's voice credits (CREDIT2.CRD) say who voices whom:
 
@@ -34,7 +34,7 @@ import soundfile as sf
 
 from models.data.audio import AudioError
 
-# By the characters' names and words ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their pitch.
+# Decided by the characters' names and words ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their pitch.
 # Characters of unclear voice (children, ghosts, the parrot) are left out. One actor may voice several of them: see above.
 SPEAKER_GENDER = {
     **dict.fromkeys(("JOE", "BOB", "SPARKY", "JIM", "KLUNK", "DEATH", "HENRY", "BUD", "FRANK", "LARIS", "IAN"), "man"),
@@ -58,7 +58,7 @@ class QueenLine:
     mp3: bytes
 
     def duration_seconds(self) -> float:
-        """From the mp3's headers; raises AudioError."""
+        """The length in seconds, from the mp3's headers; raises AudioError."""
         try:
             return sf.info(io.BytesIO(self.mp3)).duration
         except Exception as error:  # libsndfile raises several unrelated types
