@@ -30,6 +30,7 @@ def some_tests(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_leg_that_fails_names_its_tests(some_tests, capsys, monkeypatch):
     monkeypatch.setenv("KDKERNELS_CPU_ISA", "avx512")  # not handed on to a leg without it
     legs = ["--legs", "generic-kernels", "old-products", "--workers", "0"]

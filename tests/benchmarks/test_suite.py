@@ -313,6 +313,7 @@ def test_plots_are_drawn_from_the_results_and_from_nothing_else(tmp_path):
         plots.main(["--results", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_every_kind_of_plot(tmp_path):
     test_linear_sweeps_stand_side_by_side(tmp_path)
     test_accuracy(tmp_path)

@@ -538,6 +538,7 @@ def test_inplace_is_refused_where_another_needs_the_logits():
         fused_caad_loss(scores, audio, text, target, inplace=True).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("view", ["none", "slice", "flat"])
 @pytest.mark.parametrize("use", ["exp", "product", "a second loss", "a change"])

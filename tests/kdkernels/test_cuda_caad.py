@@ -216,6 +216,7 @@ def names(value):
 DTYPES = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16), (BF16, FP32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [320, 331])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -63,6 +63,7 @@ def silenced(inputs):
     return {**inputs, feature: torch.zeros_like(inputs[feature])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "use_cache"),
     [*((name, True) for name in tiny_lms.AUDIO_MODELS), ("voxtral", False), ("omni_thinker", False)],

@@ -70,6 +70,7 @@ def agree(actual, expected):
     torch.testing.assert_close(actual[kept].double(), expected[kept], rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"teacher_scale": 0.6, "teacher_softcap": 9.0}], ids=["plain", "softcap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("dense", [True, False])
@@ -180,6 +181,7 @@ def step(arguments, impl, device, **options):
     return loss.detach(), arguments["student_hidden"].grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"divergence": "jsd"}, {"teacher_softcap": 3.0, "teacher_logit_scale": 1.4}])
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_loss_and_its_gradient_match_fp64(dense, options, impl, monkeypatch):

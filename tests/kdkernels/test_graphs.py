@@ -56,6 +56,7 @@ def test_hidden_states_to_loss_compiles_once_for_any_number_of_tokens(dynamic):
     assert compiled_by[-1] == compiled_by[COMPILING_CALLS[dynamic] - 1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", COMPILING_CALLS)
 def test_logits_to_loss_compiles_once_for_any_number_of_tokens(dynamic):
     def objective(student, audio, text, target):

@@ -129,6 +129,7 @@ def ranks_against_one_device(failures):
                 failures.put(f"rank {rank} {how} trains_head={trains_head}: {bad}")
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_one_device():
     run_ranks(ranks_against_one_device, 2)
 
@@ -258,6 +259,7 @@ def shard_on_a_cpu():
 FSDP2 = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
+@pytest.mark.slow
 def test_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
     (whole,) = run_ranks(trainer_on_ranks, 1, str(tmp_path), {})
     assert len(set(whole)) == 6
@@ -266,6 +268,7 @@ def test_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
             assert found == pytest.approx(whole, rel=1e-4), options
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path):
     # Two rows a rank and step: row 6 is in the second step, on the second rank.
     for options, samples in (({}, "clip-6"), (FSDP2, "clip-6, clip-7")):

@@ -270,6 +270,7 @@ def test_the_teacher_gets_no_gradient():
     assert all(x.grad is None for x in (*arguments["teacher_hidden"], *arguments["teacher_text_hidden"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_gradcheck(direction, normalize):

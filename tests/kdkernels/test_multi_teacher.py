@@ -340,6 +340,7 @@ def test_gradcheck_of_the_reference():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduced", [True, False])
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.parametrize("all_text", [False, True])
@@ -423,6 +424,7 @@ def test_property_a_teacher_split_in_two_is_that_teacher(seed, weight, divergenc
     torch.testing.assert_close(split_grads["student_hidden"], grads["student_hidden"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("divergence", mixture.MERGEABLE)
 def test_teachers_that_agree_with_the_student_cost_nothing(divergence, impl):
@@ -468,6 +470,7 @@ def masked(x: torch.Tensor, *ids: int) -> torch.Tensor:
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_masked_tokens_of_one_source(divergence, impl):
@@ -480,6 +483,7 @@ def test_masked_tokens_of_one_source(divergence, impl):
     check(arguments, sources, impl=impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 def test_infinite_divergences(impl):
     """Forward: the student masks what one source does not. Reverse: one source masks what the student does not."""
@@ -747,6 +751,7 @@ def expected_mixture(rows, target, share, spec):
 ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", [*ISAS, *KERNELS[1:]])
 @pytest.mark.parametrize("divergence", mixture.MERGEABLE)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])

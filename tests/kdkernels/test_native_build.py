@@ -97,6 +97,7 @@ def build(tmp_path):
     return Build(tmp_path)
 
 
+@pytest.mark.slow
 def test_nvcc_is_looked_for_in_every_configure(build, tmp_path):
     build.hide_nvcc()
     text = build.configure()
@@ -111,6 +112,7 @@ def test_nvcc_is_looked_for_in_every_configure(build, tmp_path):
     assert "left out: no NVIDIA GPU is seen here" in build.configure()
 
 
+@pytest.mark.slow
 def test_auto_leaves_out_what_nvcc_cannot_compile(build):
     build.hide_nvcc()
     nvcc = write_script(build.tools / "nvcc", FAKE_NVCC)
@@ -122,6 +124,7 @@ def test_auto_leaves_out_what_nvcc_cannot_compile(build):
     assert "is not of CUDA 12.0 or newer" in build.configure()
 
 
+@pytest.mark.slow
 def test_on_without_nvcc_is_an_error(build):
     build.hide_nvcc()
     assert "KDKERNELS_CUDA=ON, but nvcc was not found" in build.configure("ON", fails=True)

@@ -79,6 +79,7 @@ def test_matches_fp64(option):
     check(make(teacher_vocab=160), RowSpec(vocab=150, **OPTIONS[option]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["tau 2", "reverse", "softcaps", "plausibility"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_low_precision_matches_fp64(dtype, option):
@@ -228,6 +229,7 @@ def test_padding_beyond_the_vocabulary_is_not_read():
     assert torch.equal(result.kd, expected.kd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["tau 2", "reverse", "plausibility"])
 @pytest.mark.parametrize("which", [0, 3, 4])
 def test_nan_is_not_hidden(which, option):
@@ -238,6 +240,7 @@ def test_nan_is_not_hidden(which, option):
     assert result.ce.isnan().any() == (which == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [-0.5, INF, math.nan])
 @pytest.mark.parametrize("option", ["tau 2", "softcaps", "plausibility"])
 def test_an_illegal_alpha_is_nan(option, alpha):

@@ -92,12 +92,14 @@ def divergence_of(names):
     return "jsd" if "jsd_beta" in names else "forward_kl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ROW_OPTIONS)
 def test_each_option_of_the_loss_from_logits(name, impl):
     follow(*row_objective([name], impl, divergence_of([name])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [n for n in LINEAR_OPTIONS if n not in ROW_OPTIONS])
 def test_each_option_of_the_loss_from_hidden_states(name, impl):
@@ -135,6 +137,7 @@ def source_objective(names, sources):
     return objective, leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCE_OPTIONS)
 def test_each_option_of_a_source(name):
     follow(*source_objective([name], 2))
@@ -147,6 +150,7 @@ def test_two_options_of_a_source_at_a_time(names, sources):
     follow(*source_objective(names, sources), steps=STEPS[:4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("names", [["alpha"], ["layer_weight"], ["alpha", "layer_weight"]], ids="-".join)
 def test_options_of_the_layer_loss(names, impl):
@@ -163,6 +167,7 @@ def test_options_of_the_layer_loss(names, impl):
     follow(objective, leaf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_a_training_head_whose_backward_runs_again(reduction):
     arguments = hidden(7, 19)
@@ -177,6 +182,7 @@ def test_a_training_head_whose_backward_runs_again(reduction):
     follow(objective, leaf)
 
 
+@pytest.mark.slow
 def test_options_of_the_module_per_call_and_by_assignment():
     student, audio, text, target = logits(7, vocab=19)
     module = CAADLoss(alpha=1.0, temperature=1.5)

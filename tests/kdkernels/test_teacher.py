@@ -220,6 +220,7 @@ def test_nothing_waits_for_the_gpu():
 
 
 class TestNoLogits:
+    @pytest.mark.slow
     @pytest.mark.parametrize("pack_tokens", [None, 50])
     @pytest.mark.parametrize("name", tiny_lms.AUDIO_MODELS)
     def test_the_head_never_multiplies(self, name, pack_tokens):

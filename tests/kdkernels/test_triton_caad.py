@@ -105,6 +105,7 @@ def names(value):
     return "-".join(str(x).removeprefix("torch.") for x in value) if isinstance(value, tuple) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [320, 331])  # 16-byte loads, and loads one by one
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -112,6 +113,7 @@ def test_matches_fp64(divergence, temperature, vocab, small_blocks):
     check(make(vocab=vocab), RowSpec(vocab=vocab, divergence=divergence, temperature=temperature))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtypes", DTYPES[1:], ids=names)
 def test_dtypes_match_fp64(dtypes, divergence, small_blocks):
@@ -119,6 +121,7 @@ def test_dtypes_match_fp64(dtypes, divergence, small_blocks):
     check(make(vocab=320, dtypes=dtypes, seed=1), RowSpec(vocab=320, divergence=divergence, temperature=1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("vocab", [1, 2, 17, 1000, 2049])
 def test_any_width(vocab, divergence):
@@ -207,6 +210,7 @@ def layouts(tensor):
     return [tensor, wide[..., :vocab], swapped.transpose(0, 1)[..., :vocab], sliced[:, 1::3]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [47, 96])
 def test_strides(vocab, small_blocks):
     student, audio, text, *rest = make(6, vocab)
@@ -243,6 +247,7 @@ def test_columns_beyond_the_vocabulary(widths, small_blocks):
     assert not grad[..., 60:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtypes", "divergence"),
     [
@@ -292,6 +297,7 @@ def test_unsafe_overlaps_are_refused():
 # -- masked tokens, undefined rows -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_tokens_masked_everywhere(divergence, temperature, small_blocks):
@@ -392,6 +398,7 @@ def test_finite_masks(small_blocks):
     assert not grad[..., 200:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nan_is_not_hidden(divergence, small_blocks):
     for which, row, column in ((0, 0, 277), (1, 2, 0), (2, 3, 120)):

@@ -56,6 +56,7 @@ def same_with_nan(loss_of, clean, names, leaves):
             assert (got[BAD] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"return_stats": True}, {"student_softcap": 5.0}, {"plausibility": 0.1}, {"reduction": "none"}],
@@ -76,6 +77,7 @@ def test_hidden_states(impl, way, options):
     same_with_nan(loss_of, clean, names, ["student_hidden", "student_weight", "student_bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("term", ["kd", "ce", "both"])
 def test_a_term_without_weight_from_logits(impl, divergence, term):
@@ -92,6 +94,7 @@ def test_a_term_without_weight_from_logits(impl, divergence, term):
     same_with_nan(loss_of, {"student": student, "audio": audio, "text": text}, names, ["student"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("forward_kl",) * 2, ("reverse_kl", "jsd"), ("jsd",)], ids="-".join)
 @pytest.mark.parametrize("way", ["ignored", "no source"])
 def test_sources(impl, way, kinds):

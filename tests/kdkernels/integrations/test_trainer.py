@@ -425,6 +425,7 @@ class TestArgumentsThatWork:
     def plain(self, tmp_path_factory):
         return first_losses(tmp_path_factory.mktemp("plain"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [

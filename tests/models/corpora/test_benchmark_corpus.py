@@ -211,6 +211,7 @@ def test_training_pools_share_recordings_but_no_clip(tiny):
     assert not [e for e in tiny.select(split="train") if e.metadata["context_type"] == "irrelevant"]
 
 
+@pytest.mark.slow
 def test_equal_settings_give_equal_bytes(tiny, packages, tmp_path):
     again = _build(tmp_path, packages)
     assert again.read_bytes() == tiny.path.read_bytes()

@@ -133,6 +133,7 @@ def test_hints_are_true_as_often_as_asked_in_the_teachers_pool(correlation, fals
     assert small == pytest.approx(600 * 4 * 2 / 3 * false_share, abs=35)  # small groups are right on average
 
 
+@pytest.mark.slow
 def test_equal_settings_give_equal_bytes_and_another_seed_other_ones(tiny, tmp_path):
     options = {"sources": ("espeak",), "size": "tiny", "progress": False}
     again = build_corpus(tmp_path / "again", **options)

@@ -69,6 +69,7 @@ def test_the_cache_gives_the_losses_of_the_live_teacher(tmp_path):
     assert (tmp_path / "cache" / "shard-0-00000.safetensors").stat().st_mtime_ns == written  # the teacher did not run again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_how_to_run_it(script):
     text = run(script, "--help")

@@ -65,6 +65,7 @@ def _greedily(model, tokenizer, example, tokens):
     return text, len(answer) < tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "config"),
     [

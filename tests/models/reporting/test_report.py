@@ -106,6 +106,7 @@ def test_clips_of_disagreement_first_and_labels_in_turn(report):
     assert [cell.mark for cell in cells] == ["right", "right", "wrong"]
 
 
+@pytest.mark.slow
 def test_a_missing_clip_is_left_out_and_named(report, tmp_path):
     (tmp_path / "c0.wav").unlink()
     clips, unreadable = choose_clips(report)

@@ -131,6 +131,7 @@ def pixels(colour):
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_seen(page, measured, tmp_path, scheme):
     """Table, figure and player are there, in the colours of the reader's scheme; no message, no request."""

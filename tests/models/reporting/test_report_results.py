@@ -103,6 +103,7 @@ def test_a_file_of_its_own_is_shown_as_it_is(tmp_path):
     assert "others.csv: the first 200 of its 201 rows are shown." in stored.missing
 
 
+@pytest.mark.slow
 def test_the_committed_results_can_be_shown():
     from models.reporting.report import RESULTS
 

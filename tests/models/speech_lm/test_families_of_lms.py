@@ -60,6 +60,7 @@ def collated(model, rows=range(ROWS), **options):
     return model.make_collator()([examples[row] for row in rows], make_features(model, ROWS)[list(rows)], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), CASES + HYBRID_CASES, ids=names)
 def test_answers_of_a_batch_are_those_of_its_rows(family, changes):
     model = make_model(family, changes)
@@ -94,6 +95,7 @@ def test_forward_continues_behind_the_last_token_of_each_row(cached):
         torch.testing.assert_close(next_logits[row], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=names)
 def test_cached_prefixes_and_packing_change_nothing_or_are_refused(family, changes):
     """Prompts are longer than the window: the cache keeps all of their columns."""
@@ -123,6 +125,7 @@ def test_one_example_is_compared_with_itself():
         check_packing(model, data, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_hybrid_language_models_run_with_default_settings(family, capsys):
     """Without the prefix cache, and a line says so."""

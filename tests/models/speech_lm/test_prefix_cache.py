@@ -33,6 +33,7 @@ def test_rows_equal_a_pass_of_the_model(lm):
             assert not rows.keys[layer][number, :, : 5 - len(prefix)].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_do_not_depend_on_what_is_computed_beside_a_prefix(lm, monkeypatch, dtype):
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ def write(tmp_path, text):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(RECIPES_DIR.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_load(path):
     recipe = load_recipe(path.stem)

@@ -113,6 +113,7 @@ def test_layers_from_a_cache_train_the_student_of_the_live_teacher(world, capsys
     assert "teacher.cache: expected the states of layers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["caad", "caad_layers"])
 def test_one_by_one_the_cache_is_the_live_teacher_bit_for_bit(world, recipe):
     words = ["optim.steps=4", "run.log_every_steps=1", f"teacher.folder={world / 'teacher' / 'final'}"]
@@ -137,6 +138,7 @@ def of_many_lengths(world):
     return world / "lengths.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sft_teacher", "caad", "caad_layers"])
 def test_stopped_and_resumed_is_the_undisturbed_run_bit_for_bit(world, of_many_lengths, recipe, monkeypatch):
     """With its teacher live and its prefix caches, which a resumed run fills in another order."""
@@ -238,6 +240,7 @@ def test_a_language_model_that_trains_goes_through_every_stage(world, tmp_path):
     assert all(torch.equal(live[name], cached[name]) for name in live)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("run.gradient_checkpointing=true",), ("model.prefix_cache_mib=0",)])
 def test_memory_options_change_nothing_but_rounding(world, words):
     base = ["optim.steps=3", f"teacher.folder={world / 'teacher' / 'final'}"]

@@ -163,6 +163,7 @@ def curves(root, out):
     return read_metrics(root / out / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_one_listening_source_is_plain_distillation(world):  # noqa: F811
     teacher = world / "teacher" / "final"
     words = ["optim.steps=6", "loss.kd_weight=0.7"]
@@ -178,6 +179,7 @@ def test_one_listening_source_is_plain_distillation(world):  # noqa: F811
         assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_all_sources_at_once_resume_bit_for_bit(world):  # noqa: F811
     words = [
         "optim.steps=6", "run.save_every_steps=3", f"teacher.folder={world / 'teacher' / 'final'}", "teacher.keep_mib=64",

@@ -30,6 +30,7 @@ def final(folder):
     return (Path(folder) / "final" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_and_keeps_frozen_weights(tmp_path, objective):
     before = fakes.FakeLM(seed=1)
@@ -54,6 +55,7 @@ def test_objectives_differ_where_they_should(tmp_path):
     assert not torch.allclose(weights["sharp"], weights["caad2"], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "caad"])
 @pytest.mark.parametrize("mode", ["uniform", "choice", "divergence"])
 def test_four_parts_of_four_are_a_batch_of_sixteen(tmp_path, objective, mode):
@@ -88,6 +90,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("by", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path, undisturbed, by, status):
     killed = run_killed(tmp_path / "b", kill_at=9, by=by)
@@ -102,6 +105,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path, undisturbed
     assert [line["step"] for line in lines(tmp_path / "b")] == [4, 8, 12, 16, 20]
 
 
+@pytest.mark.slow
 def test_a_run_killed_outright_continues_from_its_last_checkpoint(tmp_path, undisturbed):
     words = ("run.save_every_steps=5",)
     assert run_killed(tmp_path, *words, kill_at=13, by="SIGKILL").returncode == -9

@@ -81,6 +81,7 @@ def one_rank(request, tmp_path_factory):
     return request.param, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_ranks_train_as_one(one_rank, parallel, tmp_path):
     objective, alone = one_rank
@@ -99,6 +100,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_one_rank_is_the_loop_alone(tmp_path):
     """To the last bit, without audio dropout: ranks seed their random numbers in each step, the loop alone does not."""
@@ -111,6 +113,7 @@ def test_one_rank_is_the_loop_alone(tmp_path):
         fakes.run(tmp_path / "ddp", "caad", *words, "run.resume=auto")
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_continues(one_rank, tmp_path):
     """Two ranks to step 8, one to step 16, two to the end."""
     objective, alone = one_rank
@@ -195,6 +198,7 @@ def teacher_folder(tmp_path_factory):
     return teacher.save_pretrained(tmp_path_factory.mktemp("teacher") / "lm", include_frozen=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lm_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("train_lm", [False, True])
 def test_a_speech_lm(tmp_path, teacher_folder, train_lm, lm_dtype):
