@@ -28,17 +28,11 @@ WriteStudentGradient pick_write_student(One one) {
   return write_student_gradient<D, One::same>;
 }
 
-class ProjectedWorker {
+class ProjectedWorker : PairRow {
  public:
-  explicit ProjectedWorker(const ProjectedProblem& problem) : Q(problem), P(problem.source) {
-    blocks_ = (P.vocab + BLOCK - 1) / BLOCK;
-    one_ = !P.with_ce              ? One::none
-           : P.temperature == 1.f ? One::same
-           : P.temperature == 2.f ? One::square
-                                  : One::own;
+  explicit ProjectedWorker(const ProjectedProblem& problem) : PairRow(problem.source, problem.source.stats != 0), Q(problem) {
     store_ = P.grad.data != 0;
     add_ = store_ ? pick<true>(Cross::none, one_, false) : pick<false>(Cross::none, one_, false);
-    read_ = P.student_scale == 1.f ? pick_read_student(P.student.dtype) : nullptr;
     const DType d = P.grad.dtype;
     write_ = d == DType::f32    ? pick_write_student<DType::f32>(one_)
              : d == DType::bf16 ? pick_write_student<DType::bf16>(one_)
@@ -57,7 +51,7 @@ class ProjectedWorker {
     const std::int64_t y = targets ? targets[r] : -1;
     if (targets && y == P.ignore_index) {
       write(r, 0.f, 0.f);
-      for (int k = 0; P.stats && k < 2; ++k) stat(k, r) = 0.f;
+      for (int k = 0; want_stats_ && k < 2; ++k) stat(k, r) = 0.f;
       zero_gradient(r, 0);
       return;
     }
@@ -68,9 +62,8 @@ class ProjectedWorker {
 
     PairSums p;
     for (std::int64_t b = 0; b < blocks_; ++b) {
-      int n;
-      const float maximum = read_block(b, n);
-      add_(p, s_, nullptr, maximum, NEG_INF, n, P.temperature, store_ ? es_.data() + b * BLOCK : nullptr, nullptr,
+      const float maximum = read_student_block(b);
+      add_(p, s_, nullptr, maximum, NEG_INF, padded(b), P.temperature, store_ ? es_.data() + b * BLOCK : nullptr, nullptr,
            store_ && one_ == One::own ? e1_.data() + b * BLOCK : nullptr);
       if (store_) used_[std::size_t(b)] = p.Ms;
     }
@@ -78,31 +71,24 @@ class ProjectedWorker {
     double ce = 0;
     float s_y = NEG_INF;  // divided by tau, like the row
     if (P.with_ce) {
-      s_y = bad_target ? NOT_A_NUMBER : logit(y);
+      s_y = bad_target ? NOT_A_NUMBER : scaled_logit(y);
       ce = s_y == NEG_INF ? HUGE_VAL : std::log(p.S1) + (double(p.Ms) - s_y) * P.temperature;
       if (ce < 0) ce = 0;  // rounding; NaN passes
     }
     write(r, float(double(P.temperature) * P.temperature * kd), float(ce));
-    if (P.stats) statistics(r, p);
+    if (want_stats_) statistics(r, p);
     if (store_) gradient(r, p, y, s_y, bad_target);
   }
 
  private:
   const ProjectedProblem& Q;
-  const RowProblem& P;
-  std::int64_t blocks_;
-  One one_;
   bool store_;
   AddBlock add_;
-  ReadStudent read_;  // null where the logits have a scale
   WriteStudentGradient write_;
   std::vector<float> es_, e1_, used_, top_;
-  RowPointer student_{};
   const std::int32_t* ids_ = nullptr;
   const float* probabilities_ = nullptr;
-  alignas(64) float s_[BLOCK], g_[BLOCK];
 
-  int width(std::int64_t b) const { return int(std::min<std::int64_t>(BLOCK, P.vocab - b * BLOCK)); }
   float& stat(int k, std::int64_t r) { return reinterpret_cast<float*>(P.stats)[k * P.outer * P.inner + r]; }
   float mass(std::int64_t r) const { return reinterpret_cast<const float*>(Q.mass)[r]; }
   bool has(std::int64_t j) const { return ids_[j] >= 0 && ids_[j] < P.vocab && probabilities_[j] != 0.f; }
@@ -112,25 +98,8 @@ class ProjectedWorker {
     reinterpret_cast<float*>(P.ce)[r] = ce;
   }
 
-  // s_ = logits / tau of a block, padded with -inf to n, whole vectors; returns the maximum
-  float read_block(std::int64_t b, int& n) {
-    const int size = width(b);
-    n = (size + W - 1) / W * W;
-    if (size == BLOCK && read_) {
-      const std::int64_t item = student_.dtype == DType::f32 ? 4 : 2;
-      return read_(student_.data + b * BLOCK * item, 1.f / P.temperature, s_);
-    }
-    load_block(student_, b * BLOCK, size, NEG_INF, s_);
-    transform_block(s_, n, P.student_scale, 0.f);
-    scale_block(s_, n, 1.f / P.temperature);
-    return block_max(s_, n);
-  }
-
-  // One logit, with the roundings of read_block.
-  float logit(std::int64_t v) {
-    load_block(student_, v, 1, NEG_INF, g_);
-    return (P.student_scale == 1.f ? g_[0] : g_[0] * P.student_scale) * (1.f / P.temperature);
-  }
+  // One logit divided by tau, rounded as in a block.
+  float scaled_logit(std::int64_t v) { return student_logit(v) * (1.f / P.temperature); }
 
   // kd / tau^2; top_ receives the logits of the likeliest ids, for the gradient may overwrite them.
   double divergence(std::int64_t r, const PairSums& p) {
@@ -140,7 +109,7 @@ class ProjectedWorker {
     bool infinite = p.Ss == 0;
     for (std::int64_t j = 0; j < Q.top_k; ++j) {
       if (!has(j)) continue;
-      const float x = top_[std::size_t(j)] = logit(ids_[j]);
+      const float x = top_[std::size_t(j)] = scaled_logit(ids_[j]);
       infinite = infinite || x == NEG_INF;
       seen += probabilities_[j];
       cross += probabilities_[j] * (double(x) - p.Ms);
@@ -149,13 +118,6 @@ class ProjectedWorker {
     const double rest = reinterpret_cast<const double*>(Q.rest)[r];
     const double kd = total * std::log(p.Ss) + ((total - seen) * p.Ms + rest) - cross;
     return kd < 0 ? 0 : kd;  // rounding; NaN passes
-  }
-
-  void zero_gradient(std::int64_t r, std::int64_t from) {
-    if (!store_) return;
-    RowPointer out = row_of(P.grad, r, P.inner);
-    const std::int64_t item = out.dtype == DType::f32 ? 4 : 2;
-    std::memset(const_cast<char*>(out.data) + from * item, 0, std::size_t((P.student_width - from) * item));
   }
 
   void gradient(std::int64_t r, const PairSums& p, std::int64_t y, float s_y, bool bad_target) {
@@ -170,14 +132,13 @@ class ProjectedWorker {
     const float k = c_kd * tau * scale, one = c_ce * scale, all = k * mass(r);
     const double inverse_s = p.Ss == 0 ? 0 : 1 / p.Ss, inverse_1 = p.S1 == 0 ? 0 : 1 / p.S1;
     RowPointer out = row_of(P.grad, r, P.inner);
-    const std::int64_t item = out.dtype == DType::f32 ? 4 : 2;
     for (std::int64_t b = 0; b < blocks_; ++b) {
       const double below = double(used_[std::size_t(b)]) - p.Ms;
       float factor_s = float(all * std::exp(below) * inverse_s);
       const float factor_1 = one_ == One::none ? 0.f : float(one * std::exp(below * tau) * inverse_1);
       if (one_ == One::same) factor_s += factor_1;
       const float *es = es_.data() + b * BLOCK, *e1 = one_ == One::own ? e1_.data() + b * BLOCK : nullptr;
-      char* here = const_cast<char*>(out.data) + b * BLOCK * item;
+      char* here = const_cast<char*>(at(out, b));
       const int n = width(b);
       if (n % W == 0) {
         write_(es, e1, factor_s, factor_1, n, here);
@@ -219,8 +180,7 @@ class ProjectedWorker {
     std::int64_t top = -1;
     const vf M = splat(p.Ms), zero = vf{};
     for (std::int64_t b = 0; b < blocks_; ++b) {
-      int n;
-      read_block(b, n);
+      const int n = load_student(b);
       vf moment = zero;
       for (int i = 0; i < n; i += W) {
         vf d = load(s_ + i) - M, e = vexp(d), term = e * d;

@@ -36,7 +36,7 @@ from .gemm import (
 )
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, spread_rows, survivors_launcher
 from .reference import contrastive_logits
-from .rows import STAT_NAMES, RowResult, RowSpec
+from .rows import MASK_BELOW, STAT_NAMES, RowResult, RowSpec
 from .schema import (
     READS_ON_HOST,
     LinearSettings,
@@ -294,6 +294,7 @@ def reference_rows(
     hidden = torch.where(used[:, None], hidden, hidden.detach()).to(dtype)
     w, b = weight[: spec.vocab].detach().to(dtype), None if bias is None else bias[: spec.vocab].detach().to(dtype)
     s = torch.nn.functional.linear(torch.where(valid[:, None], hidden, 0.0), w, b) * spec.student_scale
+    s = torch.where(s < MASK_BELOW, -math.inf, s)
     x = s / spec.temperature
     p = projected.probabilities.to(dtype) * (projected.ids >= 0)
     seen = x.gather(1, projected.ids.clamp_min(0).long())
