@@ -19,7 +19,7 @@ def on_device(x, impl: str):
     """A tensor, or a list, dict or dataclass of them, where ``impl`` runs. Leaves stay leaves; anything else stays as it is."""
     if isinstance(x, torch.Tensor):
         device = device_of(impl)
-        return x if x.device.type == device.type else x.detach().to(device).requires_grad_(x.requires_grad)
+        return x if x.device.type in (device.type, "meta") else x.detach().to(device).requires_grad_(x.requires_grad)
     if isinstance(x, dict):
         return {k: on_device(y, impl) for k, y in x.items()}
     if isinstance(x, list | tuple):
