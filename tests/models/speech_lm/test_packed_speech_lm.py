@@ -257,7 +257,7 @@ def test_no_adapter_runs_the_head(model, monkeypatch):
             ]
             for teacher in teachers:  # the first time: LMHead.from_model looks at the head, worked examples are read
                 teacher(batch, examples)
-            assert all(shape[:-1].numel() == 1 for shape in calls)
+            assert all(shape[:-1].numel() <= 4 for shape in calls)  # the rows of that look
             calls.clear()
             for teacher in teachers:
                 teacher(batch, examples)
