@@ -29,6 +29,7 @@ from ..head_loss import HeadLoss
 from ..lm_head import LMHead, is_partitioned, logit_post
 from ..ops.dispatch import checks_enabled
 from ..teacher import DualPathTeacher, answer_index
+from .checkpoint_weights import CheckpointWeights
 from .options import CAADOptions
 
 __all__ = ["CAADTrainer"]
@@ -40,7 +41,7 @@ BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
 IGNORE_INDEX = -100
 
 
-class CAADTrainer(Trainer):
+class CAADTrainer(CheckpointWeights, Trainer):
     """transformers' Trainer with the loss of `kdkernels.fused_linear_caad_loss` against a frozen teacher.
 
         loss = kd_weight sum_i w_i kd_i / sum w + (1 - kd_weight) sum_i u_i ce_i / sum u
@@ -63,6 +64,9 @@ class CAADTrainer(Trainer):
     `evaluate()` reports, by token over the whole dataset and all ranks: loss, kd, ce, student_entropy, teacher_entropy,
     top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` has no logits to return. Its `predictions` are each
     sample's weighted sums of these values, from kd on; its `label_ids` are the sample's two sums of weights.
+
+    Resuming and args.load_best_model_at_end load every weight that trains, or raise (`CheckpointWeights`). Batch norms whose own
+    weights are frozen stay in evaluation mode: a LoRA's checkpoint holds no running statistics.
 
     A loss or a gradient that is NaN or infinite stops the training before the optimiser's step, on all ranks, whatever
     args.logging_nan_inf_filter says. With args.fp16 the gradient scaler skips steps whose gradient is infinite.
@@ -164,6 +168,9 @@ class CAADTrainer(Trainer):
         kd_normalizer = ce_normalizer = num_items_in_batch
         if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() == 2:
             kd_normalizer, ce_normalizer = num_items_in_batch.unbind()
+        if model.training:
+            for norm in _frozen_batch_norms(model):
+                norm.eval()
         loss = self._loss(
             model,
             inputs,
@@ -349,6 +356,12 @@ class CAADTrainer(Trainer):
                         known += inspect.signature(method).parameters
             prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
             trainer._signature_columns = [*columns, *prefixed, SAMPLE_ID, *BY_TOKEN]
+
+
+def _frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Those with weights of which none trains."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight is not None]
+    return [m for m in norms if not any(p.requires_grad for p in m.parameters())]
 
 
 class _BeforeStep(TrainerCallback):
