@@ -280,6 +280,10 @@ class _Recorder(triton.JITFunction):
     def __init__(self, kernel: triton.JITFunction, launches: list) -> None:
         self.kernel, self.launches = kernel, launches
 
+    @property
+    def arg_names(self) -> list[str]:
+        return self.kernel.arg_names
+
     def __getitem__(self, grid: object) -> Callable[..., None]:
         def launch(*positional: object, **keywords: object) -> None:
             arguments = dict(zip(self.kernel.arg_names, positional, strict=False))
