@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .lm_head import audio_adapters_on, evaluating
 from .ops.rows import MASK_BELOW
 from .paths import SEQUENCE_PADDING, Inputs, Negative, PathBatch, as_batch, clean, join, tokens_of
+from .positions import check_lengths
 
 __all__ = ["contrast_logits", "contrastive_generate"]
 
@@ -126,7 +127,7 @@ def contrastive_generate(
 
     Raises:
         ValueError, TypeError: for a bad argument, with its name. A model without a cache raises ValueError unless
-        use_cache=False.
+        use_cache=False. So does one whose positions would change with the longest row (rope types "longrope" and "dynamic").
 
     Memory: the KV cache of 2 B rows; logits of the last position only where the model takes `logits_to_keep`.
     """
@@ -136,6 +137,8 @@ def contrastive_generate(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: expected a positive number or None (best token), got {temperature}")
     both = _both_prompts(inputs, negative, text_inputs)
+    lengths = both.inputs["attention_mask"].sum(1)
+    check_lengths(model, int(lengths.min()), int(lengths.max()) + max_new_tokens - 1)
     chooser = _Chooser(
         lambda audio, text: contrast_logits(audio, text, alpha=alpha, formula=formula, plausibility=plausibility),
         temperature=temperature,

@@ -44,6 +44,13 @@ class CAADOptions:
             raise TypeError(f"alpha_ramp_steps: expected an int, got {type(self.alpha_ramp_steps).__name__}")
         if self.alpha_ramp_steps < 0:
             raise ValueError(f"alpha_ramp_steps: expected >= 0, got {self.alpha_ramp_steps!r}")
+        if start is not None and self.alpha_ramp_steps == 0:
+            raise ValueError(f"alpha_ramp_steps: expected >= 1 with alpha_start={start:g}, which has no effect alone, got 0")
+        if start is None and self.alpha_ramp_steps > 0:
+            raise ValueError(f"alpha_start: expected a number with alpha_ramp_steps={self.alpha_ramp_steps}, got None")
+        if self.divergence != "jsd" and self.jsd_beta != CAADOptions.jsd_beta:
+            default = CAADOptions.jsd_beta
+            raise ValueError(f"jsd_beta: expected {default} with divergence={self.divergence!r}, got {self.jsd_beta}")
 
     def alpha_at(self, step: int) -> float:
         """alpha of optimiser step `step`, the first being 1: alpha_start there, then linear over alpha_ramp_steps."""

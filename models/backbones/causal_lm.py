@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,28 @@ def read_head(model: nn.Module) -> LMHead:
     post = logit_post(model)
     head = LMHead.from_model(getattr(model, "lm", model), probe=False)
     return dataclasses.replace(head, softcap=post.softcap, logit_scale=post.scale)
+
+
+class CurrentHead:
+    """The LM head of `model` as it is at each call, on its device and in its precision; arguments and errors as in `read_head`.
+
+    It is asked what it computes when it is made, and again after its modules, parameters or adapters have changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._state: Any = None
+        self()
+
+    def __call__(self) -> LMHead:
+        from kdkernels.lm_head import head_module, head_parameters, head_state
+
+        module = head_module(getattr(self._model, "lm", self._model))
+        state = head_state(module)
+        if state != self._state:
+            self._read, self._state = read_head(self._model), state
+        weight, bias = head_parameters(module)
+        return dataclasses.replace(self._read, weight=weight, bias=bias)
 
 
 @torch.no_grad()

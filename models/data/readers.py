@@ -28,7 +28,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ from models.data.rows import AudioChecker, collect_examples
 _SPLITS = {"desta": "train", "dynamic_superb": "test", "mcr_bench": "test"}
 # MCR-BENCH's context types and the kind of each.
 CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
-# Where the clip stands in a turn: a placeholder, alone or between two marks, or a path without blanks between two marks.
-# Other words between two marks are prose about the marks, and stay.
+# Where the clip stands in a turn: a placeholder, alone or between two marks; or its name, or a path without blanks, between two
+# marks. Other words between two marks are prose about the marks, and stay.
 _PLACEHOLDER = r"<\|?audio\|?>"
 _OPENING = r"(?:<start_audio>|<\|audio_(?:bos|start)\|>|<audio>)"
 _CLOSING = r"(?:<end_audio>|<\|audio_(?:eos|end)\|>|</audio>)"
@@ -232,34 +232,34 @@ def _from_desta(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example
         transcription=str(audios[0].get("transcription", audios[0].get("text")) or ""),
         metadata=metadata,
         task=str(row.get("task", row.get("dataset", ""))),
-        context="\n".join(_content(message) for message in messages if message.get("role") == "system"),
-        question=_content(turns[0]),
+        context="\n".join(_content(message, audio) for message in messages if message.get("role") == "system"),
+        question=_content(turns[0], audio),
         target=target,
         target_source=defaults.target_source if target is not None else None,
         split=row.get("split", defaults.split),
     )
 
 
-def _content(message: Mapping[str, Any]) -> str:
+def _content(message: Mapping[str, Any], audio: str | None) -> str:
     content = message.get("content")
     if not isinstance(content, str):
         raise TypeError(f"messages: expected content to be a string, got {type(content).__name__}")
-    return _without_clip(content).strip()
+    return _without_clip(content, audio).strip()
 
 
-def _without_clip(text: str) -> str:
-    """The text of a turn without the mark of its clip. Where no mark is around a clip, a lone placeholder is the mark."""
-    without = _MARKED.sub(lambda match: " " if _is_clip(match[1]) else match[0], text)
+def _without_clip(text: str, audio: str | None) -> str:
+    """The text of a turn without the mark of the clip `audio`. Where no mark is around a clip, a lone placeholder is the mark."""
+    names = () if audio is None else (audio, Path(audio).name, Path(audio).stem)
+    without = _MARKED.sub(lambda match: " " if _is_clip(match[1], names) else match[0], text)
     if without != text:
         return without
     return _LONE_TAG.sub(" ", _LONE_TOKEN.sub(" ", text).strip())
 
 
-def _is_clip(between: str) -> bool:
-    """Whether the text between two marks is nothing but placeholders, or a path without blanks."""
-    left = re.sub(_PLACEHOLDER, "", between, flags=re.IGNORECASE)
-    name = left.strip()
-    return len(name.split()) <= 1 and (name in ("", left) or _PATH.fullmatch(name) is not None)
+def _is_clip(between: str, names: Sequence[str]) -> bool:
+    """Whether the text between two marks is nothing but placeholders, a path without blanks, or one of the clip's `names`."""
+    name = re.sub(_PLACEHOLDER, "", between, flags=re.IGNORECASE).strip()
+    return name in ("", *names) or _PATH.fullmatch(name) is not None
 
 
 def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:

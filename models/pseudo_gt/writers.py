@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from models.data.manifest import Example
@@ -54,7 +55,8 @@ class BackboneWriter:
     """Answers by a causal language model that continues a few worked examples.
 
     The worked examples of a task are the same for all its clips. Their keys and values are computed once and shared by
-    the batch, so the model reads only some forty tokens for each clip.
+    the batch, so the model reads only some forty tokens for each clip. A model with other states than keys and values (Mamba,
+    linear attention) reads them in every row, in batches of rows of one length.
 
     Args:
         max_new_tokens: longest answer. One that does not end within it comes back as an `Answer` that has not ended.
@@ -66,7 +68,6 @@ class BackboneWriter:
         self._model = model
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._prefixes = WorkedPrefixes(model, tokenizer)
         self._window = _window(model.config)
         self._stop = _stop_tokens(model, tokenizer)
 
@@ -96,15 +97,27 @@ class BackboneWriter:
                 answers.update(zip((indices[at] for at in group), texts, strict=True))
         return [answers[index] for index in range(len(examples))]
 
+    @cached_property
+    def _prefixes(self) -> WorkedPrefixes | None:
+        """None: the model's state after the worked examples cannot be kept."""
+        from models.speech_lm.prefix_cache import why_not_cached
+
+        return None if why_not_cached(self._model) else WorkedPrefixes(self._model, self._tokenizer)
+
     def _groups(self, prefix: str, questions: list[list[int]]) -> list[list[int]]:
         """Which questions are read together: all, or those of one length where padding would change an answer.
 
         A window counts places in a row, and padding takes some of them: the beginning of the prompt would leave the window
-        too early.
+        too early. Other states than keys and values take the padding in.
         """
+        from kdkernels.positions import check_lengths
+
         everything = list(range(len(questions)))
-        longest = self._prefixes.length(prefix) + max(map(len, questions)) + self._max_new_tokens
-        if longest <= self._window:
+        kept = self._prefixes is not None
+        prefix_length = self._prefixes.length(prefix) if kept else len(self._tokenizer.encode(prefix))
+        longest = prefix_length + max(map(len, questions)) + self._max_new_tokens
+        check_lengths(self._model, prefix_length, longest - 1)
+        if kept and longest <= self._window:
             return [everything]
         by_length: dict[int, list[int]] = {}
         for at in everything:
@@ -116,7 +129,11 @@ class BackboneWriter:
 
         from models.backbones.causal_lm import cache_keyword
 
-        prefix_ids, cache = self._prefixes.expanded(prefix, len(rows))
+        if self._prefixes is None:
+            prefix_ids, past = torch.tensor([self._tokenizer.encode(prefix)], device=self._model.device), {}
+        else:
+            prefix_ids, cache = self._prefixes.expanded(prefix, len(rows))
+            past = {cache_keyword(self._model): cache}
         device = prefix_ids.device
         width = max(map(len, rows))
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0
@@ -129,7 +146,7 @@ class BackboneWriter:
             output = self._model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                **{cache_keyword(self._model): cache},
+                **past,
                 max_new_tokens=self._max_new_tokens,
                 do_sample=False,
                 num_beams=1,

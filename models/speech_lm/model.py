@@ -37,6 +37,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import accepts
 from kdkernels.packing import Packing
+from kdkernels.positions import check_lengths
 from models.backbones import resolve
 from models.backbones.causal_lm import cache_keyword, check_token_ids, has_only_attention, logit_post
 from models.speech_lm.collation import Collator, SpeechBatch, find_placeholder_id
@@ -366,6 +367,9 @@ class SpeechLM(nn.Module):
 
         Returns:
             one text for each row, without special tokens and outer white space.
+
+        Raises:
+            ValueError: the positions of a row would depend on the others, see `kdkernels.positions`.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
@@ -374,6 +378,9 @@ class SpeechLM(nn.Module):
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if prefix_cache is None:  # new tokens follow their row's last one in the next column, where a sliding window expects them
             ids, mask = left_padded(ids, full_mask(ids, mask, 0))
+        lengths = full_mask(ids, mask, 0).sum(1)
+        shortest = int(lengths.min()) if prefix_cache is None else 0  # a prefix was read alone
+        check_lengths(self.lm, shortest, int(lengths.max()) + max_new_tokens - 1)
         layout = self._layout(ids, mask, prefix_cache, None, True)
         hidden = self._run(layout, inputs.get("audio_features"), inputs.get("audio_present"))
         rows = torch.arange(len(ids), device=ids.device)

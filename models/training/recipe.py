@@ -90,6 +90,7 @@ class ModelConfig:
         _check(self.prefix_cache_mib >= 0, "model.prefix_cache_mib", ">= 0", self.prefix_cache_mib)
         if self.folder is not None and self.settings:
             raise ConfigError(f"model.settings: expected none where model.folder is given, got {self.settings!r}")
+        _needs(self, "model", "fresh_connector", self.folder is not None, "model.folder")
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class LossConfig:
         _check(ok, "loss.plausibility", "in (0, 1]", self.plausibility)
         if self.plausibility is not None and self.divergence == "reverse_kl":
             raise ConfigError("loss.plausibility: expected null with divergence reverse_kl, which would be infinite")
+        _needs(self, "loss", "jsd_beta", self.divergence == "jsd", "loss.divergence=jsd")
         _check(self.chunk_tokens is None or self.chunk_tokens >= 1, "loss.chunk_tokens", ">= 1", self.chunk_tokens)
         _one_of(self.impl, "loss.impl", IMPLEMENTATIONS)
 
@@ -233,6 +235,9 @@ class LayersConfig:
         _one_of(self.direction, "layers.direction", DIRECTIONS)
         for pair in self.pairs:
             _check(re.fullmatch(r"\d+-\d+", pair) is not None, "layers.pairs", "student-teacher, such as 7-9", pair)
+        _check(not (self.pairs and self.embeddings), "layers.embeddings", "false with layers.pairs (0 is a layer there)", True)
+        _needs(self, "layers", "every", self.map == "skip" and not self.pairs, "layers.map=skip")
+        _needs(self, "layers", "map", not self.pairs, "an empty layers.pairs")
 
     def layer_pairs(self, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
         """(student, teacher) layers that are compared, given the depths of both.
@@ -290,6 +295,7 @@ class SourceConfig:
             raise ConfigError(f"folder: role {self.role!r} needs one, got none")
         if self.role != "audio" and (self.alpha > 0 or self.layers.alpha > 0):
             raise ConfigError(f"alpha: expected 0 with role {self.role!r}, which has no path without the audio")
+        _needs(self, "", "jsd_beta", self.divergence == "jsd", "divergence=jsd")
         if self.role != "text" and self.reasoning:
             raise ConfigError(f"reasoning: expected false with role {self.role!r}, which reads no metadata")
 
@@ -521,7 +527,8 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         recipe: a path, or the name of a file in models/training/recipes ("caad").
-        overrides: words such as "loss.alpha=1"; values are YAML (`null`, `[a,b]`, `1e-3`).
+        overrides: words such as "loss.alpha=1"; values are YAML (`null`, `[a,b]`, `1e-3`). Of two for one key the last counts;
+            two lists for one key are an error.
 
     Returns:
         the checked, frozen `Recipe`.
@@ -539,6 +546,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: expected sections such as 'optim:', got a {type(written).__name__}")
     _check_keys(OmegaConf.to_container(written), Recipe, source=str(path))
     merged = _merge(OmegaConf.structured(_plain(Recipe)), written, source=str(path))
+    lists: set[str] = set()
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals or not key:
@@ -547,8 +555,15 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
             one = OmegaConf.from_dotlist([word])
         except Exception as error:  # PyYAML raises several unrelated types
             raise ConfigError(f"command line ({word}): not readable as YAML: {' '.join(str(error).split())}") from None
-        _check_keys(OmegaConf.to_container(one), Recipe, source="command line")
+        given: Any = OmegaConf.to_container(one)
+        _check_keys(given, Recipe, source="command line")
         merged = _merge(merged, one, source=f"command line ({word})")
+        while isinstance(given, dict) and given:
+            given = next(iter(given.values()))
+        if isinstance(given, list):
+            if key in lists:
+                raise ConfigError(f"command line ({word}): expected {key} once, with all its values in one list, got it twice")
+            lists.add(key)
     try:
         return _build(Recipe, OmegaConf.to_container(merged, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
@@ -692,6 +707,15 @@ def _nearest(word: str, known: Any, prefix: str = "") -> str:
     }
     near = difflib.get_close_matches(word, everywhere, n=1, cutoff=0.75)
     return f"; did you mean {everywhere[near[0]]!r}?" if near else f"; known: {', '.join(map(str, known))}"
+
+
+def _needs(section: Any, prefix: str, name: str, given: bool, other: str) -> None:
+    """ConfigError where a setting differs from its default and has no effect, because the `other` it needs is not `given`."""
+    default = next(f.default for f in dataclasses.fields(section) if f.name == name)
+    value = getattr(section, name)
+    if value != default and not given:
+        where = f"{prefix}.{name}" if prefix else name
+        raise ConfigError(f"{where}: expected {default!r}, the default, without {other}, got {value!r}: it would have no effect")
 
 
 def _check(ok: bool, name: str, expected: str, got: Any) -> None:

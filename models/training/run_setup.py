@@ -170,7 +170,7 @@ def check_folders(recipe: Recipe) -> None:
     for key, folder in listening.items():
         _check_same_clips(key, student, _saved_settings(key, folder))
     if recipe.needs_teacher and recipe.teacher.cache is not None:
-        _check_cached_layers(recipe)
+        _check_cached_layers(recipe, student)
 
 
 def _check_audio_lms(recipe: Recipe) -> None:
@@ -231,22 +231,47 @@ def _check_same_clips(key: str, student: SpeechLMConfig, teacher: SpeechLMConfig
             )
 
 
-def _check_cached_layers(recipe: Recipe) -> None:
-    """SourceError where it is known already that teacher.cache lacks layers that are compared."""
+def _check_cached_layers(recipe: Recipe, student: SpeechLMConfig) -> None:
+    """SourceError where teacher.cache lacks layers that are compared.
+
+    A map needs the depths of both language models. For them a backbone that is not here yet is fetched, as training would.
+    """
     from kdkernels.contrast_cache import ContrastCache
 
     try:
         held = ContrastCache(recipe.teacher.cache, verify_checksums=False).layers
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
+    if recipe.layers.weight == 0:
+        return
     wanted = {int(pair.split("-")[1]) for pair in recipe.layers.pairs}
+    if held and not wanted:
+        teacher = _saved_settings("teacher.folder", recipe.teacher.folder)
+        depths = [_depth(student, recipe.model.folder), _depth(teacher, recipe.teacher.folder)]
+        wanted = set() if None in depths else {layer for _, layer in recipe.layers.layer_pairs(*depths)}
     missing = sorted(wanted - set(held))
-    if recipe.layers.weight > 0 and (missing or not held):
-        key, which = ("layers.pairs", f"those of {missing}") if missing else ("layers.weight", "any")
+    if missing or not held:
+        key, which = ("layers.pairs" if recipe.layers.pairs else "layers.map"), f"those of {missing}"
+        if not missing:
+            key, which = "layers.weight", "any"
         raise SourceError(
             f"teacher.cache: expected the states of layers that {key} compares, got a cache without {which}; write it with "
             "python -m models cache --layers"
         )
+
+
+def _depth(config: SpeechLMConfig, folder: str | None) -> int | None:
+    """Layers of a speech LM's language model, by its config; None where it is not found, which `build_model` reports."""
+    from transformers import AutoConfig
+
+    from models.backbones.resolve import BackboneError, resolve_backbone
+
+    stored = None if folder is None else Path(folder) / "lm"
+    try:
+        found = resolve_backbone(config.lm if stored is None or not stored.is_dir() else stored, kind="causal_lm")
+        return AutoConfig.from_pretrained(found.path).get_text_config().num_hidden_layers
+    except (BackboneError, OSError, ValueError, AttributeError):
+        return None
 
 
 def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:

@@ -32,7 +32,7 @@ from kdkernels.layer_mse import LayerProjections
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import evaluating
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
-from models.backbones.causal_lm import read_head
+from models.backbones.causal_lm import CurrentHead, read_head
 from models.training.recipe import LayersConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class ListeningTeacher:
         self._data = data
         self._device = device
         self._layers = tuple(layers)
-        self._head = read_head(self._lm)
+        self._head = CurrentHead(self._lm)
 
     @torch.no_grad()
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
@@ -269,7 +269,7 @@ class ListeningTeacher:
         _check_same_targets(batch, len(own.target))
         layers = {"layers": self._layers} if self._layers else {}
         states = self._lm.hidden_states_at(own.target_index, **self._data.model_inputs(own), **layers)
-        return _one_path(states, self._head)
+        return _one_path(states, self._head())
 
 
 class TextTeacher:
@@ -312,7 +312,7 @@ class TextTeacher:
         self._reasoning = reasoning
         # None: its state after the worked examples cannot be kept, so it reads them in every row.
         self._prefixes = None if why_not_cached(self._lm) else WorkedPrefixes(self._lm, tokenizer)
-        self._head = read_head(self._lm)
+        self._head = CurrentHead(self._lm)
 
     @torch.no_grad()
     def __call__(self, batch: Any, examples: Sequence[Example]) -> TeacherStates:
@@ -332,7 +332,7 @@ class TextTeacher:
         speaks = None
         if self._end_id is not None:
             speaks = batch.target.to(self._device) != self._end_id
-        return dataclasses.replace(_one_path(torch.cat(states), self._head), speaks=speaks)
+        return dataclasses.replace(_one_path(torch.cat(states), self._head()), speaks=speaks)
 
     def _prompt(self, example: Example) -> list[int]:
         from models.pseudo_gt.wording import prompt_end

@@ -505,6 +505,22 @@ def test_finite_masks(rows):
     assert not grad[..., 200:].any()
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_a_finite_mask_on_one_side_alone_is_minus_infinity(rows, side, divergence):
+    spec = RowSpec(vocab=300, divergence=divergence)
+    results = []
+    for mask in (-INF, torch.finfo(FP32).min, -3e30):
+        arguments = make(rows, vocab=300)
+        arguments[3].clamp_max_(199)
+        arguments[side][..., 200:250] = mask
+        result, grad = run(rows, *arguments, spec)
+        results.append((result.kd, result.ce, grad))
+    assert not any(x.isnan().any() for x in results[0])
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nan_is_not_hidden(rows, divergence):
     for which, row, column in ((0, 0, 277), (1, 2, 0), (2, 3, 120)):

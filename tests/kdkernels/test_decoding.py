@@ -429,6 +429,16 @@ class TestErrors:
         with pytest.raises(ValueError, match="inputs: expected no position_ids"):
             contrastive_generate(model, {**inputs, "position_ids": inputs["input_ids"]}, negative=dict, alpha=1.0)
 
+    def test_positions_that_follow_the_longest_row(self):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+        config = LlamaConfig(**{**tiny_lms._TEXT, "max_position_embeddings": 22}, rope_parameters=rope, eos_token_id=None)
+        model, (_, inputs) = LlamaForCausalLM(config), tiny_lms.llama()
+        assert contrastive_generate(model, inputs, negative=dict, alpha=1.0, max_new_tokens=3).shape[1] == 3
+        with pytest.raises(ValueError, match=r"model: expected texts of at most 22 tokens, new ones included, got 23.*dynamic"):
+            contrastive_generate(model, inputs, negative=dict, alpha=1.0, max_new_tokens=4)
+
     def test_generation_config_comes_back_after_an_error(self):
         model, inputs = tiny_lms.voxtral()
         own = model.generation_config

@@ -640,6 +640,9 @@ class TestColumnsAndArguments:
             ({"alpha": torch.ones(2)}, TypeError, "alpha: expected a number, got a tensor"),
             ({"alpha_start": "0"}, ValueError, "alpha_start: expected a finite number >= 0 or None, got '0'"),
             ({"alpha_ramp_steps": 2.5}, TypeError, "alpha_ramp_steps: expected an int, got float"),
+            ({"alpha_start": 0.0}, ValueError, "alpha_ramp_steps: expected >= 1 with alpha_start=0, which has no effect alone"),
+            ({"alpha_ramp_steps": 2}, ValueError, "alpha_start: expected a number with alpha_ramp_steps=2, got None"),
+            ({"jsd_beta": 0.3}, ValueError, "jsd_beta: expected 0.5 with divergence='forward_kl', got 0.3"),
         ):
             with pytest.raises(error, match=message):
                 CAADOptions(**options)

@@ -77,6 +77,8 @@ def test_desta_rows(root):
         ("Listen: <audio> Who speaks?", "Listen:  Who speaks?"),
         ("What do <start_audio> and <end_audio> mean?", "What do <start_audio> and <end_audio> mean?"),
         ("What do <audio> and </audio> mean?", "What do <audio> and </audio> mean?"),
+        ("What do <start_audio>and<end_audio> mean?", "What do <start_audio>and<end_audio> mean?"),
+        ("<start_audio>a<end_audio> Who speaks?", "Who speaks?"),  # the name of its file
         ("What does the <audio> tag do?", "What does the <audio> tag do?"),
         (
             "<start_audio><|AUDIO|><end_audio> What do <start_audio> and <end_audio> mean?",

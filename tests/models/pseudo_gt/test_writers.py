@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from models.pseudo_gt.wording import describe, worked_examples
 from models.pseudo_gt.writers import Answer, BackboneWriter, has_ended
+from tests.models.lm_families import make_family
 from tests.models.pseudo_gt.test_stage1 import gender
 
 
@@ -89,6 +92,33 @@ def test_answers_in_a_batch_are_those_of_each_row_alone_without_a_cache(family, 
     assert len({text for text, _ in expected}) > 1
 
 
+@pytest.mark.parametrize("name", ["FalconH1", "Qwen3Next", "Mamba", "Lfm2"])
+def test_a_model_with_other_states_than_keys_and_values(name):
+    model, tokenizer = make_family(name, 98), _Characters()
+    expected = [_greedily(model, tokenizer, example, 3) for example in EXAMPLES[:4]]
+    writer = BackboneWriter(model, tokenizer, max_new_tokens=3)
+    assert [(str(answer), answer.ended) for answer in writer(EXAMPLES[:4])] == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "length", "rope"),
+    [
+        ("phi3", 4096, {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}),
+        ("llama", 520, {"rope_type": "dynamic", "factor": 4.0}),
+    ],
+)
+def test_positions_that_follow_the_longest_text_of_a_batch(family, length, rope):
+    """No answer depends on who else is in the batch."""
+    original = {"original_max_position_embeddings": 520}
+    model = _tiny(family, max_position_embeddings=length, rope_parameters={"rope_theta": 1e4, **rope, **original}, **original)
+    tokenizer = _Characters()
+    writer = BackboneWriter(model, tokenizer, max_new_tokens=8)
+    short = [gender(number) for number in range(4)]
+    assert [(str(answer), answer.ended) for answer in writer(short)] == [_greedily(model, tokenizer, e, 8) for e in short]
+    with pytest.raises(ValueError, match=f"expected texts of at most 520 tokens.*{rope['rope_type']}"):
+        writer([*short, gender(4, transcription="Go. " * 40)])
+
+
 class _Writes:
     """A model that writes the given tokens, and then the padding."""
 
@@ -110,12 +140,12 @@ class _Writes:
         return torch.cat([input_ids, torch.tensor(rows)], 1)
 
 
-def test_an_answer_says_whether_it_ended(monkeypatch):
+def test_an_answer_says_whether_it_ended():
     a, line_end, text_end, other_end = 2 + ord("a") % 94, 97, 1, 50
     model = _Writes([[a, a, a, a], [a, line_end], [a, a, text_end], [a, a, other_end]], eos_token_id=[1, other_end])
     writer = BackboneWriter(model, _Characters(), max_new_tokens=4)
-    monkeypatch.setattr(writer._prefixes, "expanded", lambda prefix, rows: (torch.zeros(1, 1, dtype=torch.int64), None))
-    monkeypatch.setattr(writer._prefixes, "length", lambda prefix: 1)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    writer._prefixes = SimpleNamespace(expanded=lambda prefix, rows: (ids, None), length=lambda prefix: 1)
     answers = writer([gender(number) for number in range(4)])
     assert [answer.ended for answer in answers] == [False, True, True, True]
     assert model.stop == [1, 50, 97]  # the model names a second end of text

@@ -330,6 +330,18 @@ def test_generate_equals_repeated_forwards(model, cached):
         assert got[row] == model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_generate_refuses_positions_that_follow_the_longest_row(model, cached, monkeypatch):
+    batch = make_batch(model, with_target=False)
+    cache = model.make_prefix_cache() if cached else None
+    longest = int(batch.attention_mask.sum(1).max())
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": longest}
+    monkeypatch.setattr(model.lm.config, "rope_parameters", rope)
+    model.generate(batch, max_new_tokens=1, prefix_cache=cache)
+    with pytest.raises(ValueError, match=f"expected texts of at most {longest} tokens, new ones included, got {longest + 1}"):
+        model.generate(batch, max_new_tokens=2, prefix_cache=cache)
+
+
 def test_generate_stops_at_the_stop_token(model):
     batch = make_batch(model, with_target=False)
     free = model.generate(batch, max_new_tokens=4, stop_token_ids=[])

@@ -294,6 +294,8 @@ def test_conflicts_are_found_before_a_backbone_is_loaded(world, capsys, monkeypa
     made_from = teacher_fingerprint(world / "teacher" / "final")
     with ContrastCache.writer(tmp_path / "c", fingerprint=made_from, hidden_size=64, dtype=torch.float32):
         pass
+    with ContrastCache.writer(tmp_path / "s", fingerprint=made_from, hidden_size=64, dtype=torch.float32, layers=[1]):
+        pass
     other = tmp_path / "other"
     shutil.copytree(world / "teacher" / "final", other)
     record = json.loads((other / "speech_lm.json").read_text())
@@ -301,11 +303,14 @@ def test_conflicts_are_found_before_a_backbone_is_loaded(world, capsys, monkeypa
     (other / "speech_lm.json").write_text(json.dumps(record))
     teacher = f"teacher.folder={world / 'teacher' / 'final'}"
     cache = [teacher, f"teacher.cache={tmp_path / 'c'}", "layers.weight=1"]
+    some = [teacher, f"teacher.cache={tmp_path / 's'}", "layers.weight=1"]
     monkeypatch.setattr("models.backbones.resolve.load_causal_lm", refuse)
     monkeypatch.setattr("models.speech_lm.model.SpeechLM.from_pretrained", refuse)
     for objective, words, message in (
         ("caad", cache, "teacher.cache: expected the states of layers that layers.weight compares, got a cache without any"),
         ("caad", [*cache, "layers.pairs=[1-2]"], "layers that layers.pairs compares, got a cache without those of [2]"),
+        ("caad", [*some, "layers.pairs=[1-2]"], "layers that layers.pairs compares, got a cache without those of [2]"),
+        ("caad", some, "layers that layers.map compares, got a cache without those of [2"),
         ("caad", [f"teacher.folder={other}"], "teacher.folder: expected audio_frames"),
         ("sources", ["sources.a.role=audio", f"sources.a.folder={other}"], "sources.a.folder: expected audio_frames"),
         ("sft", ["run.parallel=ddp"], "run.parallel: expected none in a process that torchrun did not start, got 'ddp'"),

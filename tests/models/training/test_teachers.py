@@ -81,6 +81,20 @@ def test_the_text_teacher_reads_stage_1s_prompt_and_then_the_target(student, lay
     assert torch.equal(states.speaks, batch.target != make_tokenizer().eos_token_id) and not states.speaks.all()
 
 
+@pytest.mark.parametrize("kind", ["text", "listening"])
+def test_a_teacher_follows_the_head_of_its_model(student, kind):
+    data = data_for(student)
+    lm = make_lm(make_tokenizer(), seed=5) if kind == "text" else make_speech_lm().eval()
+    teacher = text_teacher(student, lm) if kind == "text" else ListeningTeacher(lm, data, device=CPU)
+    batch, head = data.make_batch(data.examples), lm.get_output_embeddings()
+    assert torch.equal(teacher(batch, data.examples).head.weight, head.weight)
+    head.weight = torch.nn.Parameter(2 * head.weight.detach())
+    assert torch.equal(teacher(batch, data.examples).head.weight, head.weight)
+    head.forward = lambda hidden: -hidden @ head.weight.T
+    with pytest.raises(TypeError, match="computes something else"):
+        teacher(batch, data.examples)
+
+
 def test_a_reasoning_trace_is_read_where_there_is_one(student):
     data, lm = data_for(student), make_lm(make_tokenizer(), seed=5)
     told = [dataclasses.replace(e, metadata={**e.metadata, "reasoning": "A low voice.\nSo a man."}) for e in data.examples]
