@@ -337,7 +337,7 @@ def ask_head(
     (seen, seen_gradients), (expected, gradients) = results
     same = seen.shape == expected.shape
     if same:
-        finite = expected.isfinite()  # weights that are not finite are told by the loss
+        finite = expected.isfinite()  # the loss reports weights that are not finite
         error, size = (seen - expected)[finite].norm(), expected[finite].norm()
         same = bool((seen.isfinite() == finite).all() & (error <= 1e-2 * size))
     if trained and same:
