@@ -45,7 +45,7 @@ CAPABILITIES = tuple(MACHINES)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 POINTERS |= {torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}
-# These keywords of a launch go to the compiler, not to the kernel.
+# Keywords of a launch that are the compiler's, not the kernel's.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
 FIGURES = ("registers", "shared", "stack", "local", "ldg_128", "ldg_narrow", "stg_128", "stg_narrow", "ldl", "stl", "bar")
 REGISTERS_SLACK = 8
@@ -604,7 +604,7 @@ def mix_configurations(sm: int) -> Iterator[Configuration]:
         yield Configuration(_label(setting, MIX_MAIN), *launches[0], limits, quick=sm == 90 and i < len(MIX_QUICK))
 
 
-# kernel's name in the table -> its configurations on a compute capability. A new kernel gets a line here.
+# kernel's name in the table -> its configurations on a compute capability. A new kernel is a line here.
 Registry = dict[str, Callable[[int], Iterable[Configuration]]]
 REGISTRY: Registry = {
     "caad_rows": row_configurations,

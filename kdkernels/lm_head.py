@@ -337,7 +337,7 @@ def ask_head(
     (seen, seen_gradients), (expected, gradients) = results
     same = seen.shape == expected.shape
     if same:
-        finite = expected.isfinite()  # the loss reports weights that are not finite
+        finite = expected.isfinite()  # weights that are not finite are told by the loss
         error, size = (seen - expected)[finite].norm(), expected[finite].norm()
         same = bool((seen.isfinite() == finite).all() & (error <= 1e-2 * size))
     if trained and same:
@@ -359,7 +359,7 @@ def check_linear(head: nn.Module, weight: Tensor, bias: Tensor | None, *, partit
 
 
 def _close(seen: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether two gradients are equal up to rounding. None counts as 0."""
+    """Of two gradients; None is 0."""
     if seen is None or expected is None:
         return all(x is None or not bool(x.any()) for x in (seen, expected))
     # 3e-2: a LoRA in float32 on a bfloat16 head is rounded at other places, by 2^-9 each.

@@ -64,7 +64,7 @@ struct MixProblem {
   bool first = true, last = true;
 };
 
-// There is one of each for every instruction set: the same sources (rows.inl, layer_rows.inl, mix_rows.inl) with other flags.
+// One per instruction set; the same sources (rows.inl, layer_rows.inl, mix_rows.inl) compiled with other flags.
 void caad_rows_generic(const RowProblem& problem);
 void layer_rows_generic(const LayerProblem& problem);
 void mix_rows_generic(const MixProblem& problem);

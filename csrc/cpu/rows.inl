@@ -87,7 +87,7 @@ inline void store_as(char* row, std::int64_t i, vf x) {
   }
 }
 
-// The three sweeps below take whole blocks of plain logits (no softcap, no scale). They do what Worker does step by step.
+// The three sweeps below do for whole blocks of plain logits (no softcap, no scale) what Worker does step by step.
 
 // out = s * inverse_tau; returns the maximum
 template <DType D>
@@ -287,7 +287,7 @@ class TeacherRow {
   bool use_text_ = false;
   alignas(64) float z_[BLOCK], a_[BLOCK], t_[BLOCK];
 
-  // Moves to row r. The teacher's logits are not read when no term needs them.
+  // Row r from here on; nothing of the teacher's is read where it is not wanted.
   void open_teacher(std::int64_t r, bool wanted) {
     if (wanted) audio_ = row_of(P.audio, r, P.inner);
     float alpha = P.text.data ? reinterpret_cast<const float*>(P.alpha)[r * P.alpha_stride] : 0.f;
@@ -459,8 +459,8 @@ class Worker : TeacherRow {
   Cross cross_;
   One one_;
   AddBlock add_;
-  ReadStudent read_student_;  // null if the student's logits have a softcap or a scale
-  WriteGradient write_gradient_;  // null if there is no short way
+  ReadStudent read_student_;  // null where the student's logits are not plain
+  WriteGradient write_gradient_;  // null where there is no short way
   std::vector<float> es_, ez_, e1_, used_Ms_, used_Mz_;
   RowPointer student_{};
   alignas(64) float s_[BLOCK], g_[BLOCK];
@@ -489,7 +489,7 @@ class Worker : TeacherRow {
     return g_[0];
   }
 
-  // log(x / m) where x / m = 1 + change. Near 1 it comes from the change, which is exact there. Far below 1 it comes from the ratio.
+  // log(x / m) where x / m = 1 + change: near 1 from the change, which is exact there; far below 1 from the ratio itself.
   static vf log_ratio(vf x, vf m, vf change) {
     vf ratio = x / m;
     vf smallest = splat(std::numeric_limits<float>::min());
@@ -643,7 +643,7 @@ class Worker : TeacherRow {
     return p.S1 == 0 ? 0.f : float(std::exp((double(used) - p.Ms) * P.temperature) / p.S1);
   }
 
-  // This is off the hot path, so it reads the row again.
+  // Off the hot path: reads the row again.
   void statistics(std::int64_t r, const PairSums& p) {
     double entropy_s = 0, entropy_z = 0;
     std::int64_t top_s = -1, top_z = -1;
