@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.arguments import Collect
 
-from .common import add_common_arguments, finish, relative_error
+from .common import benchmark_parser, finish, relative_error
 from .contenders import (
     ALPHA,
     FULL,
@@ -40,12 +40,13 @@ NEAR_KL = 0.004
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    add_common_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--vocab", type=int, default=49152)
+    parser = benchmark_parser("accuracy", __doc__)
+    parser.add_argument("--tokens", type=int, default=64, help="number of tokens N")
+    parser.add_argument("--vocab", type=int, default=49152, help="number of ids V")
     parser.add_argument("--width", type=int, default=576, help="hidden width of both models")
-    parser.add_argument("--dtypes", nargs="+", action=Collect, default=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", action=Collect, default=["float32", "bfloat16", "float16"], help="dtypes of logits and states"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
     args = parser.parse_args(argv)
     rows = []

@@ -14,7 +14,6 @@ two paths, or it reads their states from a cache on the disk.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import torch
 from kdkernels.contrast_cache import ContrastCache
 from models.backbones.causal_lm import read_head
 
-from .common import add_common_arguments, finish, time_calls, time_columns
+from .common import benchmark_parser, finish, time_calls, time_columns
 from .step import StepCase
 
 ALPHA, TEMPERATURE = 2.0, 2.0
@@ -125,15 +124,12 @@ def measure_step(case: StepCase, repeats: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser, repeats=7)
+    parser = benchmark_parser("cache", __doc__, repeats=7)
     parser.add_argument(
         "--lm", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="id or folder of the model that fills the caches"
     )
-    parser.add_argument("--sentences", type=int, default=48)
-    parser.add_argument("--examples", type=int, default=16, help="of the step")
+    parser.add_argument("--sentences", type=int, default=48, help="sentences that the caches hold")
+    parser.add_argument("--examples", type=int, default=16, help="examples in the step")
     args = parser.parse_args(argv)
     from models.backbones.resolve import load_causal_lm
 

@@ -208,13 +208,19 @@ def write_csv(
     return path
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, repeats: int | None = None) -> None:
-    """Adds --device, --write and --out, and --repeats with its default if the benchmark times something."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def benchmark_parser(module: str, description: str | None, *, repeats: int | None = None) -> argparse.ArgumentParser:
+    """The parser of a benchmark, with --device, --write and --out. `repeats` adds --repeats with that default."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--write", action="store_true", help="write the CSV into benchmarks/results")
     parser.add_argument("--out", type=Path, help="write the CSV into this folder instead")
     if repeats is not None:
         parser.add_argument("--repeats", type=int, default=repeats, help="largest number of rounds of timing")
+    return parser
 
 
 def finish(

@@ -28,7 +28,7 @@ from kdkernels import DualPathTeacher, answer_index, fused_linear_caad_loss
 from kdkernels.head_loss import HeadLoss
 from kdkernels.lm_head import logit_post
 
-from .common import PeakMemory, add_common_arguments, available_bytes, finish
+from .common import PeakMemory, available_bytes, benchmark_parser, finish
 from .contenders import FULL, eager_loss
 
 METHODS = ("fused", "naive")
@@ -66,14 +66,13 @@ class Sizes:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.large_vocab", description=__doc__)
-    add_common_arguments(parser)
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(RECIPES)}; all by default")
+    parser = benchmark_parser("large_vocab", __doc__)
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"some of {', '.join(RECIPES)} (default: all)")
     parser.add_argument("--steps", type=int, default=3, help="optimiser steps of each method")
-    parser.add_argument("--dtype", choices=list(AGREEMENT), default="float32", help="of weights and states")
+    parser.add_argument("--dtype", choices=list(AGREEMENT), default="float32", help="dtype of weights and states")
     parser.add_argument("--train-head", action="store_true", help="train the student's LM head as well")
     for name, value in asdict(Sizes()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"(default: {value})")
     parser.add_argument("--vocab", type=int, help="take this many ids instead (to try it out)")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child process runs, as JSON
     args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ from torch import Tensor
 from kdkernels import fused_layer_mse_loss
 from models.arguments import Collect
 
-from .common import PeakMemory, add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
+from .common import PeakMemory, benchmark_parser, finish, refuse_wrong, relative_error, time_calls, time_columns
 
 FLOOR = "floor"
 BUDGETS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -202,11 +202,11 @@ def peak_of_one(request: dict, args: argparse.Namespace) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser, repeats=9)
-    parser.add_argument("--dtypes", nargs="+", action=Collect, default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser = benchmark_parser("layers", __doc__, repeats=9)
+    parser.add_argument(
+        "--dtypes", nargs="+", action=Collect, default=["bfloat16", "float32"], choices=["bfloat16", "float32"],
+        help="dtypes of states and projections",
+    )  # fmt: skip
     parser.add_argument("--shrink", type=int, default=1, help="divide the numbers of tokens by this (to try it out)")
     parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a process for each contender")

@@ -21,7 +21,7 @@ import torch
 from models.arguments import Collect
 
 from . import memory
-from .common import add_common_arguments, finish, time_calls, time_columns
+from .common import benchmark_parser, finish, time_calls, time_columns
 from .contenders import (
     CHUNKS,
     FULL,
@@ -57,18 +57,17 @@ SWEEP_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser, repeats=7)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--student-width", type=int, default=576)
-    parser.add_argument("--teacher-width", type=int, default=960)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser = benchmark_parser("linear", __doc__, repeats=7)
+    parser.add_argument("--tokens", type=int, default=1024, help="number of tokens N")
+    parser.add_argument("--vocab", type=int, default=49152, help="number of ids V")
+    parser.add_argument("--student-width", type=int, default=576, help="width of the student's hidden states")
+    parser.add_argument("--teacher-width", type=int, default=960, help="width of the teacher's hidden states")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of states and heads")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile's contenders (they take a minute)")
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a process for each contender")
-    parser.add_argument("--sweep", choices=("tokens", "vocab", "width", "chunk", "threads"))
+    parser.add_argument(
+        "--sweep", choices=("tokens", "vocab", "width", "chunk", "threads"), help="the size that varies"
+    )
     parser.add_argument("--values", type=int, nargs="+", action=Collect, help="values of the sweep, instead of its own")
     args = parser.parse_args(argv)
     if args.sweep:

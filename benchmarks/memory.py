@@ -18,7 +18,7 @@ import torch
 
 from models.arguments import Collect
 
-from .common import PeakMemory, add_common_arguments, available_bytes, finish
+from .common import PeakMemory, available_bytes, benchmark_parser, finish
 from .contenders import (
     FULL,
     Contender,
@@ -38,16 +38,15 @@ VOCAB = {"cpu": 49152, "cuda": 128256}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    add_common_arguments(parser)
+    parser = benchmark_parser("memory", __doc__)
     parser.add_argument(
         "--tokens", type=int, nargs="+", action=Collect, help="N of the first sweep; the second sweep takes the smallest"
     )
     parser.add_argument("--vocab", type=int, help="V of the first sweep")
     parser.add_argument("--vocabs", type=int, nargs="*", action=Collect, help="V of the second sweep")
-    parser.add_argument("--student-width", type=int)
-    parser.add_argument("--teacher-width", type=int)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--student-width", type=int, help="width of the student's hidden states")
+    parser.add_argument("--teacher-width", type=int, help="width of the teacher's hidden states")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of states and heads")
     parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
     parser.add_argument("--contenders", nargs="+", action=Collect, help="only contenders with one of these words in the name")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # contender, objective and sizes as JSON, for a child process

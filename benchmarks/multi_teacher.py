@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.arguments import Collect
 
-from .common import add_common_arguments, finish, relative_error, time_calls, time_columns
+from .common import benchmark_parser, finish, relative_error, time_calls, time_columns
 from .contenders import (
     ALPHA,
     CE,
@@ -44,18 +44,13 @@ Step = Callable[[Cases], Tensor]  # returns dL/dh
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.multi_teacher",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_common_arguments(parser, repeats=7)
+    parser = benchmark_parser("multi_teacher", __doc__, repeats=7)
     parser.add_argument("--sources", type=int, nargs="+", action=Collect, default=[1, 2, 3], help="numbers of teachers K")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--student-width", type=int, default=576)
-    parser.add_argument("--teacher-width", type=int, default=960)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=1024, help="number of tokens N")
+    parser.add_argument("--vocab", type=int, default=49152, help="number of ids V")
+    parser.add_argument("--student-width", type=int, default=576, help="width of the student's hidden states")
+    parser.add_argument("--teacher-width", type=int, default=960, help="width of the teachers' hidden states")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of states and heads")
     args = parser.parse_args(argv)
     title = f"N {args.tokens}, V {args.vocab}, H {args.student_width}/{args.teacher_width}, {args.dtype}"
     finish(args, "multi_teacher", title, [row for count in args.sources for row in compare(args, count)])

@@ -12,7 +12,6 @@ First the teacher's states and the connector's gradient in every layout are comp
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .common import add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
+from .common import benchmark_parser, finish, refuse_wrong, relative_error, time_calls, time_columns
 from .step import StepCase
 
 # layout -> data.packing, prefix cache
@@ -149,11 +148,8 @@ def measure(case: PackingCase, repeats: int, layouts: Sequence[str] = tuple(LAYO
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.packing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser, repeats=5)
-    parser.add_argument("--examples", type=int, default=16)
+    parser = benchmark_parser("packing", __doc__, repeats=5)
+    parser.add_argument("--examples", type=int, default=16, help="examples in a batch")
     parser.add_argument("--pack-tokens", type=int, default=512, help="largest number of tokens in a packed row")
     args = parser.parse_args(argv)
     device = torch.device(args.device)

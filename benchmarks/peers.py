@@ -17,7 +17,7 @@ import torch
 
 from models.arguments import Collect
 
-from .common import PeakMemory, add_common_arguments, available_bytes, finish, time_calls, time_columns
+from .common import PeakMemory, available_bytes, benchmark_parser, finish, time_calls, time_columns
 from .contenders import (
     CHUNKS,
     OBJECTIVES,
@@ -60,14 +60,15 @@ TOKENS = {"cpu": 256, "cuda": 8192}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
-    add_common_arguments(parser, repeats=7)
-    parser.add_argument("--pairs", nargs="+", action=Collect, choices=list(PAIRS), default=list(PAIRS))
+    parser = benchmark_parser("peers", __doc__, repeats=7)
+    parser.add_argument(
+        "--pairs", nargs="+", action=Collect, choices=list(PAIRS), default=list(PAIRS), help="only these model pairs"
+    )
     parser.add_argument("--tokens", type=int, help="N; 256 on the CPU, 8192 on CUDA")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of states and heads")
-    parser.add_argument("--objectives", nargs="+", action=Collect, choices=[x.name for x in OBJECTIVES], help="these alone")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of states and heads")
+    parser.add_argument("--objectives", nargs="+", action=Collect, choices=[x.name for x in OBJECTIVES], help="only these")
     parser.add_argument("--shrink", type=int, default=1, help="divide vocabularies and widths by this (to try it out)")
-    parser.add_argument("--limit-seconds", type=float, default=10, help="longest time to measure one objective of one pair")
+    parser.add_argument("--limit-seconds", type=float, default=10, help="longest time for one objective of one pair")
     parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
     args = parser.parse_args(argv)
     tokens = args.tokens or TOKENS[torch.device(args.device).type]

@@ -15,7 +15,6 @@ utilisation at which the prediction would have been right.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from kdkernels.contrast_cache import ContrastCache
 from kdkernels.ops.chunking import DEVICES, DeviceModel, known_device, plan_chunks, predict
 from models.arguments import Collect
 
-from .common import add_common_arguments, finish
+from .common import benchmark_parser, finish
 from .peers import PAIRS, Pair
 
 # Parameters of the bodies without embeddings and head, from the public configurations (rounded).
@@ -175,18 +174,17 @@ def _seconds(call, rounds: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser)
+    parser = benchmark_parser("plan", __doc__)
     parser.add_argument("pair", nargs="?", choices=list(BODIES), help="student from teacher, as in benchmarks.peers")
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(DEVICES)}")
-    parser.add_argument("--gpus", type=int, nargs="+", action=Collect, default=[8])
-    parser.add_argument("--clips", type=int, default=Run.clips)
-    parser.add_argument("--clips-a-gpu", type=int, default=Run.clips_a_gpu, help="a step")
-    parser.add_argument("--prompt-tokens", type=int, default=Run.prompt_tokens)
-    parser.add_argument("--answer-tokens", type=int, default=Run.answer_tokens)
-    parser.add_argument("--epochs", type=int, default=Run.epochs)
+    parser.add_argument("--gpus", type=int, nargs="+", action=Collect, default=[8], help="numbers of GPUs")
+    parser.add_argument("--clips", type=int, default=Run.clips, help="clips of the corpus")
+    parser.add_argument("--clips-a-gpu", type=int, default=Run.clips_a_gpu, help="clips in a step of one GPU")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=Run.prompt_tokens, help="text and audio tokens before the answer"
+    )
+    parser.add_argument("--answer-tokens", type=int, default=Run.answer_tokens, help="tokens of the answer")
+    parser.add_argument("--epochs", type=int, default=Run.epochs, help="passes over the clips")
     parser.add_argument(
         "--utilisation", type=float, default=Run.utilisation, help="share of the GEMM rate that the bodies reach, in (0, 1]"
     )

@@ -17,7 +17,7 @@ from kdkernels.ops.dispatch import choose, row_launcher
 from kdkernels.ops.rows import RowSpec
 from models.arguments import Collect
 
-from .common import PeakMemory, add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
+from .common import PeakMemory, benchmark_parser, finish, refuse_wrong, relative_error, time_calls, time_columns
 from .contenders import ALPHA, KD_WEIGHT, TEMPERATURE, authors_loss, eager_loss, exact_loss
 
 FLOOR = "copy"
@@ -25,11 +25,12 @@ BUDGETS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
-    add_common_arguments(parser, repeats=15)
-    parser.add_argument("--rows", type=int, default=256, help="tokens")
-    parser.add_argument("--vocab", type=int, default=49152, help="vocabulary width")
-    parser.add_argument("--dtypes", nargs="+", action=Collect, default=["float32", "bfloat16"])
+    parser = benchmark_parser("rows", __doc__, repeats=15)
+    parser.add_argument("--rows", type=int, default=256, help="number of rows (tokens)")
+    parser.add_argument("--vocab", type=int, default=49152, help="number of ids V")
+    parser.add_argument(
+        "--dtypes", nargs="+", action=Collect, default=["float32", "bfloat16"], help="dtypes of the logits"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
     args = parser.parse_args(argv)
     results = [row for name in args.dtypes for row in measure(args, getattr(torch, name))]

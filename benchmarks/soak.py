@@ -18,7 +18,6 @@ kib_a_minute    slope after the first third; the same in every row
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import statistics
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 
-from .common import _resident_bytes, add_common_arguments, finish
+from .common import _resident_bytes, benchmark_parser, finish
 from .stress import TinyCase
 
 CACHES_BY_SHAPE = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
@@ -172,11 +171,8 @@ def summarise(samples: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. The module's docstring describes it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser)
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser = benchmark_parser("soak", __doc__)
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long it runs")
     parser.add_argument(
         "--least-iterations", type=int, default=0, help="least number of iterations; they may take more than the minutes"
     )

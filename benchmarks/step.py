@@ -12,7 +12,6 @@ First the losses are checked: with several sources the loss must be the sum of t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 
 from models.arguments import Collect
 
-from .common import add_common_arguments, finish, time_calls, time_columns
+from .common import benchmark_parser, finish, time_calls, time_columns
 
 # label -> objective, sources, layers compared
 SYSTEMS: dict[str, tuple[str, tuple[str, ...], bool]] = {
@@ -260,11 +259,8 @@ def measure(case: StepCase, repeats: int, systems: Sequence[str] = tuple(SYSTEMS
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser, repeats=7)
-    parser.add_argument("--examples", type=int, default=16)
+    parser = benchmark_parser("step", __doc__, repeats=7)
+    parser.add_argument("--examples", type=int, default=16, help="examples in a batch")
     parser.add_argument(
         "--systems", nargs="+", action=Collect, choices=list(SYSTEMS), default=list(SYSTEMS), help="systems beside the baseline"
     )

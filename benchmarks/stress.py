@@ -29,7 +29,6 @@ The exit status is 1 if anything was lost, doubled or different, or if a round d
 
 from __future__ import annotations
 
-import argparse
 import builtins
 import dataclasses
 import hashlib
@@ -56,7 +55,7 @@ from tqdm import tqdm
 
 from models.arguments import Collect
 
-from .common import add_common_arguments, finish
+from .common import benchmark_parser, finish
 
 Done = Callable[[Iterable[str]], None]
 _LIMIT_SECONDS = 300.0  # a process that takes longer hangs
@@ -635,10 +634,7 @@ WORKS: dict[str, Callable[[str | None], Work]] = {work.name: work for work in (S
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. The module's docstring describes it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser)
+    parser = benchmark_parser("stress", __doc__)
     parser.add_argument("--rounds", type=int, default=100, help="rounds of each kind of work")
     parser.add_argument(
         "--only", nargs="+", action=Collect, choices=list(WORKS), default=list(WORKS), help="only these kinds of work"

@@ -53,7 +53,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            error.filename = str(path)  # an error of a full disk names no file
+            error.filename = str(path)  # the system's error for a full disk names no file
         raise
     fsync_dir(path.parent)
     return path
@@ -75,7 +75,7 @@ def append_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(path, end)
-            error.filename = error.filename or str(path)  # an error of a full disk names no file
+            error.filename = error.filename or str(path)  # the system's error for a full disk names no file
             raise
 
 
@@ -128,7 +128,7 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            error.filename = str(path)  # an error of a full disk names no file
+            error.filename = str(path)  # the system's error for a full disk names no file
         raise
     fsync_dir(path.parent)
     if replaced is not None:

@@ -25,6 +25,14 @@ def test_the_paths_in_contributing_exist():
     assert not [x for x in paths if not (ROOT / x).exists() and x not in built]
 
 
+def test_the_names_in_contributing_exist():
+    """`NAMES_OF_CONSTANTS`, `_private_names` and `CamelCase` stand in the code."""
+    names = {x for x in code_spans(ROOT / "CONTRIBUTING.md") if re.fullmatch(r"[A-Z_]{4,}|_?[a-z]+(_[a-z]+)+|([A-Z]\w+){2,}", x)}
+    code = "\n".join(path.read_text() for folder in ("kdkernels", "models", "tests") for path in (ROOT / folder).rglob("*.py"))
+    words = set(re.findall(r"\w+", code))
+    assert len(names) > 15 and not names - words
+
+
 def test_the_make_targets_in_contributing_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = {match[1] for x in code_spans(ROOT / "CONTRIBUTING.md") if (match := re.search(r"\bmake ([a-z]+)", x))}

@@ -81,7 +81,7 @@ def layer_chunks(
     keep, valid = None, coef != 0 if valid is None else valid & (coef != 0)
     if device.type == "cpu" and bool(valid.all()):
         valid = None
-    if valid is not None and device.type == "cpu":  # elsewhere their number would need a sync
+    if valid is not None and device.type == "cpu":  # on other devices their number would need a sync
         keep = valid.nonzero()[:, 0]
         student, audio, coef = student[keep], audio[keep], coef[keep]
         text = None if text is None else text[keep]

@@ -83,7 +83,7 @@ class _Chunk:
             taught = self._mixture(number, group) if len(group) > 1 else self._one(group[0])
             row_grad = None
             if grad is not None:
-                # Until the last pass the student's logits are still wanted: gradients go over what was distilled from.
+                # The student's logits are needed until the last pass. So gradients overwrite the logits of the teachers.
                 row_grad = grad[None] if first and last else self.totals[None, 0] if first else taught.audio
             out = self._row_pass(taught, row_grad, with_ce=self.spec.with_ce and last)
             kd += torch.where(taught.weight == 0, 0.0, taught.weight * out.kd)

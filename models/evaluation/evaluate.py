@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = evaluate_parser()
     arguments = parser.parse_args(argv)
     try:
-        scorer = load_scorer(arguments.scorer)  # first, so that a wrong name costs no work
+        scorer = load_scorer(arguments.scorer)  # checked first: then a wrong name costs no work
         _check_arguments(arguments)
         other = _nonempty_predictions(arguments.compare)[1] if arguments.compare else None
         if arguments.rescore:

@@ -9,7 +9,7 @@ from models.arguments import Parser
 
 def demo_parser() -> Parser:
     parser = Parser(prog="python -m models demo", description="Run the whole path once, from recorded speech to a report.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of training and of every draw (default: 0)")
     return _with_stages(parser, out="runs/demo")
 
 

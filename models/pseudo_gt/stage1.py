@@ -367,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _options(arguments)
         if arguments.source == "text_backbone" and not (arguments.out.exists() or _journal(arguments.out).exists()):
-            resolve_backbone(options["backbone"], kind="causal_lm")  # a wrong id shall not cost the reading of all clips
+            resolve_backbone(options["backbone"], kind="causal_lm")  # so a wrong id is found before all clips are read
         manifest = read_manifest(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )

@@ -9,7 +9,7 @@ def report_parser() -> Parser:
     parser = Parser(prog="python -m models report", description="Write stored results as one HTML or Markdown page.")
     parser.add_argument("--out", default="report.html", help="HTML file to write")
     parser.add_argument("--markdown", metavar="FILE", help="Markdown file to write as well, with a folder for figures and clips")
-    parser.add_argument("--title", default="Evaluation")
+    parser.add_argument("--title", default="Evaluation", help="title of the page (default: Evaluation)")
     parser.add_argument(
         "--results", metavar="DIR", help="folder of stored results (default without --predictions: models/experiments/results)"
     )

@@ -219,7 +219,7 @@ def _reach(values: Any) -> list[list[float]]:
 
 
 def _widened(limits: tuple[float, float]) -> tuple[float, float]:
-    # A little more, so that a mark on the edge is drawn whole.
+    # A little more: then a mark on the edge is drawn whole.
     margin = 0.02 * (limits[1] - limits[0])
     return limits[0] - margin, limits[1] + margin
 

@@ -28,7 +28,7 @@ def noted_signals(*, again: bool) -> Iterator[list[int | None]]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: the host program owns the signals
+    except ValueError:  # outside of the main thread the host program owns the signals
         pass
     try:
         yield caught

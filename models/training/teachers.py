@@ -349,7 +349,7 @@ class TextTeacher:
             prompts = [worked + prompt for prompt in prompts]
         read = (token for row in (*prompts, *targets) for token in row)
         check_token_ids(read, self._lm, self._tokenizer, what="text teacher: ")
-        # The last target token is left out: nobody needs what it predicts.
+        # The last target token is left out, because its prediction is not needed.
         ids, mask = pad_rows([p + t[:-1] for p, t in zip(prompts, targets, strict=True)])
         columns = ids.shape[1]
         index = [

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError, RankError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the loop took over the signal, or a second one
+    except KeyboardInterrupt:  # the signal came before the loop handled it, or it is a second one
         print("Stopped; run.resume=auto continues from the last checkpoint, if there is one.", file=sys.stderr)
         return 128 + signal.SIGINT
     if result.stopped_by is not None:
