@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from .common import add_common_arguments, finish, refuse_wrong, relative_error, time_calls, time_columns
+from .common import benchmark_parser, finish, refuse_wrong, relative_error, time_calls, time_columns
 from .contenders import ALPHA, ERROR_BUDGETS, KD_WEIGHT, TEMPERATURE, LinearCase, exact_gradient
 
 CHECK_TOKENS = 8
@@ -29,10 +29,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.parallel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser, repeats=7)
+    parser = benchmark_parser("parallel", __doc__, repeats=7)
     parser.set_defaults(device="cpu")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kdkernels import TeacherProjection, fused_linear_projected_loss, project_teacher
 from models.arguments import Collect
 
-from .common import add_common_arguments, finish, relative_error, time_calls, time_columns
+from .common import benchmark_parser, finish, relative_error, time_calls, time_columns
 from .contenders import (
     CE,
     CHUNKS,
@@ -47,10 +47,7 @@ NEAR_TOKENS, NEAR_VOCAB, NEAR_WIDTH = 64, 32000, 576
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.projection", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_arguments(parser, repeats=7)
+    parser = benchmark_parser("projection", __doc__, repeats=7)
     parser.add_argument("--shapes", nargs="+", action=Collect, default=list(SHAPES), choices=list(SHAPES), help="pairs of models")
     parser.add_argument("--tokens", type=int, help="N, instead of the shapes' own")
     parser.add_argument("--kl", type=float, nargs="*", action=Collect, default=[0.0004, 0.01, 0.3], help="near convergence")

@@ -382,6 +382,33 @@ def several_teachers() -> Table:
     )
 
 
+def projection() -> Table:
+    shapes = dict.fromkeys(row["shape"] for row in read("projection_cpu") if row["median_ms"])
+    labels = {
+        "CE alone": "cross-entropy alone",
+        "from projections, 64 ids": "the whole loss from projections, 64 ids",
+        "from projections, 16 ids": "the same, 16 ids",
+        "from states": "the whole loss from the teacher's states",
+        "making the projection": "making the projection, once for each token",
+    }
+    head = ("time, as a multiple of cross-entropy alone", *shapes)
+    return head, (
+        [label, *(two(mean("projection_cpu", "times_ce", contender=name, shape=shape)) for shape in shapes)]
+        for name, label in labels.items()
+    )
+
+
+def projection_errors() -> Table:
+    """By the divergence that is reached."""
+    found = rows("projection_cpu", shape="near convergence")
+    reached = dict.fromkeys(row["kl"] for row in found)
+    head = ("gradient error at a KL of", *(f"{float(kl):.2g}" for kl in reached))
+    contenders = dict.fromkeys(row["contender"] for row in found)
+    return head, (
+        [name, *(error(mean("projection_cpu", "gradient_error", contender=name, kl=kl)) for kl in reached)] for name in contenders
+    )
+
+
 def parallel() -> Table:
     head = ("ms on two ranks", "eager PyTorch", "kdkernels", "times faster")
 
@@ -528,6 +555,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "row_kernel": row_kernel,
     "linear": linear,
     "linear_sweep": linear_sweep,
+    "projection": projection,
+    "projection_errors": projection_errors,
     "several_teachers": several_teachers,
     "parallel": parallel,
     "peers_kd_ce": peers("KD + CE"),
