@@ -171,7 +171,9 @@ def _loss_of_logits(
     if options.inplace and want_grad and not torch.compiler.is_compiling() and _may_overwrite(given, student):
         loss, stats = _schema.consume_rows(given, _three_dimensional, *tail, spec, want_stats, chosen)
     else:
-        loss, _, stats, _ = _schema.caad_rows(student, *tail, *spec.packed(), want_grad, want_stats, chosen)
+        loss, _, stats, _ = _schema.differentiable(
+            _schema.caad_rows, student, *tail, *spec.packed(), want_grad, want_stats, chosen
+        )
     return _for_caller(terms, loss, stats, want_stats)
 
 
@@ -356,8 +358,9 @@ def linear_loss(
         return terms.weigh_reference(rows)
     _schema.refuse_forward_mode(*heads[:3])
     wanted = linear_settings(terms, options, heads[:3], chosen)
-    loss, _, _, _, stats, _ = _schema.linear_caad(
-        *heads, terms.target, terms.alpha, terms.kd_coef, terms.ce_coef, *terms.spec.packed(), *wanted.packed()
+    numbers = (*terms.spec.packed(), *wanted.packed())
+    loss, _, _, _, stats, _ = _schema.differentiable(
+        _schema.linear_caad, *heads, terms.target, terms.alpha, terms.kd_coef, terms.ce_coef, *numbers
     )
     return loss, stats
 

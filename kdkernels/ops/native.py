@@ -98,9 +98,14 @@ caad_rows = row_launcher_of(_solve_rows)
 
 
 def _row_tensor(x: torch.Tensor) -> Any:
-    lib = load_library()
-    codes = {torch.float32: lib.DType.f32, torch.bfloat16: lib.DType.bf16, torch.float16: lib.DType.f16}
-    return lib.RowTensor(x.data_ptr(), codes[x.dtype], x.stride(0), x.stride(1))
+    return load_library().RowTensor(x.data_ptr(), _codes()[x.dtype], x.stride(0), x.stride(1))
+
+
+@functools.cache
+def _codes() -> dict[torch.dtype, Any]:
+    """The library's codes of the dtypes."""
+    names = load_library().DType
+    return {torch.float32: names.f32, torch.bfloat16: names.bf16, torch.float16: names.f16}
 
 
 def _teacher_problem(
