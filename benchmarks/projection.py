@@ -10,7 +10,6 @@ from the teacher is about as large as asked for.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
