@@ -711,7 +711,7 @@ def shard_configurations(sm: int) -> Iterator[Configuration]:
             yield Configuration(f"{name}: {_label(setting, SHARD_MAIN)}", kernel, arguments, limits, quick)
 
 
-# kernel's name in the table -> its configurations on a compute capability. A new kernel is a line here.
+# kernel's name in the table -> its configurations on a compute capability. A new kernel gets a line here.
 Registry = dict[str, Callable[[int], Iterable[Configuration]]]
 REGISTRY: Registry = {
     "caad_rows": row_configurations,

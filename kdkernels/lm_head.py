@@ -381,7 +381,7 @@ def _rounding(hidden: Tensor, weight: Tensor) -> float:
 
 
 def _same_logits(seen: Tensor, expected: Tensor, tolerance: float) -> bool:
-    finite = expected.isfinite()  # weights that are not finite are told by the loss
+    finite = expected.isfinite()  # the loss reports weights that are not finite
     if not bool((seen.isfinite() == finite).all()):
         return False
     seen, expected = seen.masked_fill(~finite, 0.0), expected.masked_fill(~finite, 0.0)

@@ -448,7 +448,7 @@ class PairRow : protected TeacherRow {
     PairSums paths;                          // (s, z) := (text, audio): cross gives KL(audio || text)
   };
 
-  // Off the hot path: reads the row again.
+  // This is off the hot path, so it reads the row again.
   Moments moments(const PairSums& p) {
     Moments m;
     const vf Ms = splat(p.Ms), Mz = splat(p.Mz), zero = vf{};

@@ -46,8 +46,9 @@ class CAADTrainer(CheckpointWeights, Trainer):
 
         loss = kd_weight sum_i w_i kd_i / sum w + (1 - kd_weight) sum_i u_i ce_i / sum u
 
-    Both sums of weights (without weights: the number of positions that predict a label) are those of the whole optimiser step:
-    over gradient accumulation and, with args.average_tokens_across_devices (the default), over ranks. So 4 x 4 rows count as 16.
+    Both sums of weights are those of the whole optimiser step: over gradient accumulation and, with
+    args.average_tokens_across_devices (the default), over ranks. So 4 x 4 rows count as 16. Without weights it is the number of
+    positions that predict a label.
 
     The student's loss is computed inside its own forward, in the place of its LM head (see `kdkernels.head_loss`). So DDP, FSDP
     and DeepSpeed ZeRO-3 gather the head as in any forward. Logits exist for one chunk of tokens at a time, in training and in
@@ -203,7 +204,7 @@ class CAADTrainer(CheckpointWeights, Trainer):
         if norm is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
             value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             if not math.isfinite(value) and not self._not_finite:
-                # Of a finite loss: which of the step's samples it comes from cannot be told.
+                # The loss is finite, so the samples that cause it are not known: all of the step's are named.
                 self._not_finite.append((f"gradient norm {value}", [name for batch in self._step_samples for name in batch]))
         found = self._not_finite
         if self.accelerator.num_processes > 1:
@@ -224,7 +225,7 @@ class CAADTrainer(CheckpointWeights, Trainer):
         )
 
     def _samples_not_finite(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Names of the micro-batch's samples whose loss is not finite; of all where they cannot be told apart."""
+        """Names of the micro-batch's samples with a loss that is not finite, or of all samples if that is not known."""
         names = _names(inputs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return names  # the forward of a sharded model is every rank's
@@ -420,7 +421,7 @@ def _check_parallelism(accelerator: Any) -> None:
 
 
 def _split_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What student, teacher and its negative path are called with, labels left out."""
+    """The inputs of student, teacher and its negative path, without labels."""
     student: dict[str, Any] = {}
     others: dict[str, dict[str, Any]] = {TEACHER: {}, NEGATIVE: {}}
     for name, value in inputs.items():

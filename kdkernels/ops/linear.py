@@ -266,7 +266,7 @@ class _Gradients:
         return any(x is not None for x in (self.hidden, self.weight, self.bias))
 
     def add(self, chunk: slice, grad: Tensor, hidden: Tensor, weight: Tensor, counts: Tensor | None) -> None:
-        """One chunk's: from the gradient of its logits (C, V), whose rows are 0 for tokens that do not count."""
+        """Adds one chunk's gradients. ``grad`` is that of its logits (C, V); its rows are 0 for tokens that do not count."""
         vocab = weight.shape[0]
         if self.hidden is not None:
             hidden_gradient(grad, weight, self.hidden[chunk])
@@ -279,7 +279,7 @@ class _Gradients:
     def finished(
         self, keep: Tensor | None, n_total: int, gain: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """In their dtypes, of all tokens, and LinearResult.gains."""
+        """The gradients of all tokens in their dtypes, and LinearResult.gains."""
         hidden, weight, bias = self.hidden, self.weight, self.bias
         if hidden is not None and keep is not None:
             hidden = spread(hidden, keep, n_total, 0)
@@ -297,7 +297,7 @@ class _Gradients:
 
 
 def _fit_half(total: Tensor | None, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiplies ``total``, which is too large by ``gain``, by a power of two. Returns what it is too large by then.
+    """Multiplies ``total``, which is too large by ``gain``, by a power of two. Returns the factor by which it is then too large.
 
     For float16 its largest item comes to lie between 2^13 and 2^14: the gain that fits one token could make a sum over many
     overflow. For other dtypes nothing is left of the gain.

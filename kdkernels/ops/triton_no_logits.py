@@ -497,7 +497,7 @@ def _split_count(token_tiles: int, vocab_tiles: int, processors: int) -> tuple[i
 
 @dataclass(frozen=True)
 class _Limits:
-    """What of a device shapes the launch; an H100's for the interpreter, which has none of its own."""
+    """The properties of a device that shape the launch. The interpreter has none of its own and gets an H100's."""
 
     processors: int = 132
     shared_bytes: int = 227 << 10  # that a program may use
@@ -524,7 +524,7 @@ def _second_operand(audio: torch.Tensor, text: torch.Tensor | None, weight: torc
 
 
 def _upcast(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the product is of float32 operands: of mixed dtypes, and in the interpreter, whose bf16 products are of bits."""
+    """Whether the operands become float32: if their dtypes differ, and in the interpreter, which multiplies bf16 as bits."""
     interpreted = not isinstance(_no_logits_kernel, triton.JITFunction)
     return hidden.dtype != weight.dtype or (interpreted and weight.dtype == torch.bfloat16)
 
@@ -662,7 +662,7 @@ class _Slab:
         return self.plan.token_tiles, self.plan.splits
 
     def _operands(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the teacher's weight is multiplied with: see ``second_is``."""
+        """The operands that the teacher's weight is multiplied with; see ``second_is``."""
         audio, text = self.audio, self.text
         if self.second_is == _TEXT.value:
             return audio, text

@@ -1,7 +1,7 @@
 """The contrast under a plausibility mask, in Triton: z_text only at the survivors, tokens with z_audio >= max z_audio + log beta.
 
-A chunk's z_audio is formed densely by a GEMM; this turns it into z_hat, -inf where a token did not survive, so that the row
-kernel needs neither a text path nor a mask. One program owns M x E logits, counts what survived in them and then
+A GEMM makes a chunk's whole z_audio. This kernel turns it into z_hat, with -inf where a token did not survive. So the row kernel
+needs neither a text path nor a mask. One program owns M x E logits, counts the survivors among them and then runs
 
     nothing     only masks
     few         one dot product of two rows, h_text and W_t, a survivor
