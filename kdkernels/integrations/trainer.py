@@ -29,6 +29,7 @@ from ..head_loss import HeadLoss
 from ..lm_head import LMHead, is_partitioned, logit_post
 from ..ops.dispatch import checks_enabled
 from ..teacher import DualPathTeacher, answer_index
+from .checkpoints import CheckpointLoading
 from .options import CAADOptions
 
 __all__ = ["CAADTrainer"]
@@ -40,7 +41,7 @@ BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
 IGNORE_INDEX = -100
 
 
-class CAADTrainer(Trainer):
+class CAADTrainer(CheckpointLoading, Trainer):
     """transformers' Trainer with the loss of `kdkernels.fused_linear_caad_loss` against a frozen teacher.
 
         loss = kd_weight sum_i w_i kd_i / sum w + (1 - kd_weight) sum_i u_i ce_i / sum u
