@@ -100,8 +100,9 @@ def _load_whole(model: PreTrainedModel, folder: Path) -> set[str]:
     """What from_pretrained makes of the folder, copied into the model; the names of its parameters that came from there."""
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     config = copy.deepcopy(model.config)
+    load: Any = type(model).from_pretrained
     with torch.random.fork_rng(devices=[]):
-        fresh, info = type(model).from_pretrained(
+        fresh, info = load(
             os.fspath(folder),
             config=config,
             dtype=functools.reduce(torch.promote_types, dtypes, dtypes[0]),  # narrower ones are exact in it
@@ -113,7 +114,7 @@ def _load_whole(model: PreTrainedModel, folder: Path) -> set[str]:
     _check(folder, set(), loaded=set(), unexpected=wrong)
     missing = set(info["missing_keys"])
     state = {name: tensor for name, tensor in fresh.state_dict().items() if name not in missing}
-    result = model.load_state_dict(state, strict=False)
+    result: Any = model.load_state_dict(state, strict=False)
     _check(folder, set(), loaded=set(), unexpected=set(result.unexpected_keys))
     if missing:
         logger.warning("%s: the checkpoint lacks %s; they stay as they are", folder, _some(missing))
@@ -142,7 +143,7 @@ def _load_injected(model: Any, folder: Path) -> set[str]:
 
     (name,) = dict.fromkeys(model.active_adapters())  # save_pretrained refuses several
     state = {key.removeprefix("base_model.model."): value for key, value in _read_adapter(folder).items()}
-    result = peft.set_peft_model_state_dict(model, state, adapter_name=name)
+    result: Any = peft.set_peft_model_state_dict(model, state, adapter_name=name)
     _check(folder, set(), loaded=set(), unexpected=set(result.unexpected_keys))
     _warn_of_statistics(model, folder)
     return _covered(model, name, state)

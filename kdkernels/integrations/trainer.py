@@ -31,6 +31,7 @@ from ..ops.dispatch import checks_enabled
 from ..teacher import DualPathTeacher, answer_index
 from .checkpoints import CheckpointLoading
 from .options import CAADOptions
+from .vocabulary import check_vocabularies, head_rows, teacher_tokenizer, tokenizer_of
 
 __all__ = ["CAADTrainer"]
 
@@ -60,6 +61,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
         teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
             whole copy of a sharded one.
         options: the loss's settings.
+        teacher_processing_class: the teacher's tokenizer, or its processor. None takes the one beside the teacher's weights, if
+            it is on this disk. With `processing_class`, the tokens of the common ids are compared; without one of them, heads
+            that differ by more than 1,024 rows raise an error.
+        assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
 
     `evaluate()` reports, by token over the whole dataset and all ranks: loss, kd, ce, student_entropy, teacher_entropy,
     top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` has no logits to return. Its `predictions` are each
@@ -88,6 +93,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
         teacher: DualPathTeacher | ContrastCache,
         teacher_head: LMHead | None = None,
         options: CAADOptions | None = None,
+        teacher_processing_class: Any = None,
+        assume_same_tokens: bool = False,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -124,9 +131,25 @@ class CAADTrainer(CheckpointLoading, Trainer):
         elif teacher_head is not None:
             self._cached_head = teacher_head.to(args.device)
         student: Any = self.model
+        if not assume_same_tokens:
+            self._check_vocabularies(processing_class, teacher_processing_class)
         softcap, scale = logit_post(student)
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
         self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
+
+    def _check_vocabularies(self, processing_class: Any, teacher_processing_class: Any) -> None:
+        student: Any = self.model
+        rows = head_rows(student)
+        if rows is None:
+            return
+        own, theirs = tokenizer_of(processing_class), tokenizer_of(teacher_processing_class)
+        if isinstance(self.teacher, ContrastCache):
+            head = self._cached_head
+        else:
+            head = self.teacher.head
+            if own is not None and theirs is None:
+                theirs = teacher_tokenizer(self.teacher.model)
+        check_vocabularies(rows, head.weight.shape[0], own, theirs, vocab_size=self.options.vocab_size)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -235,19 +258,23 @@ class CAADTrainer(CheckpointLoading, Trainer):
         student, teacher, negative = _split_columns(inputs)
         audio_hidden, text_hidden, head = self._teacher_states(inputs, student, teacher, negative, index, target)
         by_token = {name: _by_token(inputs, name, labels) for name in BY_TOKEN if inputs.get(name) is not None}
+        options = self.options.keywords(step)
+        if text_hidden is None:
+            _refuse_alpha(self.options, inputs)
+            options["alpha"] = 0.0
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             return fused_linear_caad_loss(
                 hidden,
                 weight,
                 audio_hidden.to(hidden.device),
-                text_hidden.to(hidden.device),
+                None if text_hidden is None else text_hidden.to(hidden.device),
                 target=target.to(hidden.device),
                 student_bias=bias,
                 **{
                     **head.keywords("teacher"),
                     **self._student_post,
-                    **self.options.keywords(step),
+                    **options,
                     **by_token,
                     **reduction,
                 },
@@ -263,7 +290,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         negative: dict[str, Any],
         index: Tensor,
         target: Tensor,
-    ) -> tuple[Tensor, Tensor, LMHead]:
+    ) -> tuple[Tensor, Tensor | None, LMHead]:
         if isinstance(self.teacher, ContrastCache):
             if inputs.get(SAMPLE_ID) is None:
                 raise ValueError(
@@ -273,7 +300,9 @@ class CAADTrainer(CheckpointLoading, Trainer):
             states = self.teacher.get(inputs[SAMPLE_ID])
             _check_targets(target, states.target, "the ContrastCache")
             dtype = self._cached_head.weight.dtype
-            audio, text = (x.to(self.args.device, dtype) for x in (states.audio_hidden, states.text_hidden))
+            both = (states.audio_hidden, states.text_hidden)
+            audio, text = (None if x is None else x.to(self.args.device, dtype) for x in both)
+            assert audio is not None
             return audio, text, self._cached_head
         if teacher:
             index, own = answer_index(_labels(inputs, TEACHER))
@@ -404,6 +433,17 @@ def _check_parallelism(accelerator: Any) -> None:
             raise ValueError(
                 f"args.parallelism_config: expected {name}_size 1 with CAADTrainer, got {size}; a vocabulary-parallel head is "
                 "kdkernels.fused_linear_caad_loss(..., process_group=) in a loop of its own"
+            )
+
+
+def _refuse_alpha(options: CAADOptions, inputs: Mapping[str, Any]) -> None:
+    given = {"options.alpha": options.alpha, "options.alpha_start": options.alpha_start, "inputs['alpha']": inputs.get("alpha")}
+    for name, value in given.items():
+        if value is not None:
+            got = "a tensor" if isinstance(value, Tensor) else value
+            raise ValueError(
+                f"{name}: expected None in plain distillation, got {got}: there is no negative path to contrast with. Give the "
+                "DualPathTeacher a `negative`, the batch columns `negative_NAME`, or a ContrastCache of both paths"
             )
 
 
