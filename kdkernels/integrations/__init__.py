@@ -9,11 +9,12 @@ from .options import CAADOptions
 
 if TYPE_CHECKING:
     from .checkpoints import CheckpointLoading
+    from .loss_hook import CAADLossMixin
     from .trainer import CAADTrainer
 
-__all__ = ["CAADOptions", "CAADTrainer", "CheckpointLoading"]
+__all__ = ["CAADLossMixin", "CAADOptions", "CAADTrainer", "CheckpointLoading"]
 
-_LAZY = {"CAADTrainer": ".trainer", "CheckpointLoading": ".checkpoints"}
+_LAZY = {"CAADTrainer": ".trainer", "CheckpointLoading": ".checkpoints", "CAADLossMixin": ".loss_hook"}
 
 
 def __getattr__(name: str) -> Any:

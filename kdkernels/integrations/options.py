@@ -58,6 +58,20 @@ class CAADOptions:
         """The keywords of the loss at optimiser step `step`."""
         return {**self._of_the_loss(), "alpha": self.alpha_at(step)}
 
+    def refuse_alpha(self, by_token: object = None) -> None:
+        """In plain distillation: raises ValueError for an alpha that somebody has given."""
+        for name, value in (
+            ("options.alpha", self.alpha),
+            ("options.alpha_start", self.alpha_start),
+            ("inputs['alpha']", by_token),
+        ):
+            if value is not None:
+                got = "a tensor" if isinstance(value, torch.Tensor) else value
+                raise ValueError(
+                    f"{name}: expected None in plain distillation, got {got}: there is no negative path to contrast with. "
+                    "Give the DualPathTeacher a `negative`, the batch columns `negative_NAME`, or a ContrastCache of both paths"
+                )
+
     def _of_the_loss(self) -> dict[str, Any]:
         ramp = ("alpha_start", "alpha_ramp_steps")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ramp}

@@ -13,15 +13,18 @@ Legend: B rows of a batch, L columns, N positions that predict a label, H hidden
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
@@ -31,6 +34,7 @@ from ..ops.dispatch import checks_enabled
 from ..teacher import DualPathTeacher, answer_index
 from .checkpoints import CheckpointLoading
 from .options import CAADOptions
+from .run_records import check_options, write_card, write_options
 from .vocabulary import check_vocabularies, head_rows, teacher_tokenizer, tokenizer_of
 
 __all__ = ["CAADTrainer"]
@@ -64,7 +68,15 @@ class CAADTrainer(CheckpointLoading, Trainer):
         teacher_processing_class: the teacher's tokenizer, or its processor. None takes the one beside the teacher's weights, if
             it is on this disk. With `processing_class`, the tokens of the common ids are compared; without one of them, heads
             that differ by more than 1,024 rows raise an error.
+        resume_with_other_options: True lets a checkpoint go on with another loss. Otherwise `train(resume_from_checkpoint=)`
+            raises ValueError with the options that differ (chunk_tokens, workspace_bytes and impl may).
         assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
+
+    What is logged in training also has kd, ce, student_entropy, teacher_entropy, top1_agreement, path_divergence (none without a
+    negative path) and alpha (none where a batch has its own). They are means by token of the one step that is logged, over
+    accumulation and ranks. That step computes the head twice. With logging_strategy="epoch" every step does.
+
+    Each saved model has the options (caad_options.json) and a model card (README.md) beside it.
 
     `evaluate()` reports, by token over the whole dataset and all ranks: loss, kd, ce, student_entropy, teacher_entropy,
     top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` has no logits to return. Its `predictions` are each
@@ -95,6 +107,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         options: CAADOptions | None = None,
         teacher_processing_class: Any = None,
         assume_same_tokens: bool = False,
+        resume_with_other_options: bool = False,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -117,6 +130,9 @@ class CAADTrainer(CheckpointLoading, Trainer):
         _check_parallelism(self.accelerator)
         self._not_finite: list[tuple[str, list[str]]] = []  # of this rank's micro-batches of a step: what, samples
         self._step_samples: list[list[str]] = []
+        self._resume_with_other_options = resume_with_other_options
+        self._logged: Tensor | None = None  # (8,) of this rank's micro-batches of a step that is logged
+        self._contrasts = self._own_alpha = False  # of that step: a negative path, an alpha for each token
         self._grad_norm: Any = None
         self.add_callback(_BeforeStep(self._check_step))
         # The loss that compute_loss returns is a share of the whole step's: Trainer must not divide it again.
@@ -161,6 +177,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         if not batches:
             return batches, None
         self._step_samples = [_names(batch) for batch in batches]
+        self._logged = None
         sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices:
             sums = self.accelerator.reduce(sums, reduction="sum")
@@ -208,6 +225,67 @@ class CAADTrainer(CheckpointLoading, Trainer):
             if ranks == 1 or self.is_deepspeed_enabled:  # DeepSpeed makes the optimiser's step in the backward
                 self._refuse_step(self._not_finite)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _logs_step(self, step: int) -> bool:
+        if self.args.logging_strategy == IntervalStrategy.EPOCH:
+            return True
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return False
+        every = max(int(self.state.logging_steps or 1), 1)
+        return step % every == 0 or (step == 1 and self.args.logging_first_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the step to what is logged while training."""
+        if "loss" in logs and self._logged is not None:
+            sums, self._logged = self._logged, None
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, reduction="sum")
+            *values, kd_total, ce_total = sums.tolist()
+            for name, value in zip(CAADStats._fields, values, strict=True):
+                total = ce_total if name == "ce" else kd_total
+                if total > 0 and (self._contrasts or name != "path_divergence"):
+                    logs[name] = value / total
+            if self._contrasts and not self._own_alpha:
+                logs["alpha"] = self.options.alpha_at(self.state.global_step)
+        super().log(logs, start_time)
+
+    # --- what is saved ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if folder and not self._resume_with_other_options:
+            check_options(Path(str(folder)), self.options)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self.args.should_save:
+            write_options(folder, self.options)
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._write_card(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)))
+
+    def _write_card(self, folder: Path) -> None:
+        data: Any = self.train_dataset
+        if isinstance(self.teacher, ContrastCache):
+            teacher, path = json.dumps(self.teacher.fingerprint, ensure_ascii=False), "states in a ContrastCache"
+        else:
+            teacher, path = _name(self.teacher.model), "live"
+        rows = len(data) if hasattr(data, "__len__") else None
+        kind = getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__
+        write_card(
+            folder,
+            self.options,
+            student=getattr(getattr(self.model, "config", None), "name_or_path", "") or "",
+            teacher=teacher,
+            data=kind if rows is None else f"{kind}, {rows:,} rows",
+            path=path,
+        )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -260,10 +338,13 @@ class CAADTrainer(CheckpointLoading, Trainer):
         by_token = {name: _by_token(inputs, name, labels) for name in BY_TOKEN if inputs.get(name) is not None}
         options = self.options.keywords(step)
         if text_hidden is None:
-            _refuse_alpha(self.options, inputs)
+            self.options.refuse_alpha(inputs.get("alpha"))
             options["alpha"] = 0.0
 
-        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        sink: list[CAADStats] = []
+        measures = torch.is_grad_enabled() and "return_stats" not in reduction and self._logs_step(step)
+
+        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Any:
             return fused_linear_caad_loss(
                 hidden,
                 weight,
@@ -277,10 +358,23 @@ class CAADTrainer(CheckpointLoading, Trainer):
                     **options,
                     **by_token,
                     **reduction,
+                    **more,
                 },
             )
 
-        return self._at_head(model, student, index, loss)
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            if measures:  # apart, because a loss with statistics rounds in another way: logging must not change the training
+                with torch.no_grad():
+                    sink.append(compute(hidden.detach(), weight, bias, return_stats=True)[1])
+            return compute(hidden, weight, bias)
+
+        result = self._at_head(model, student, index, loss)
+        if sink:
+            weights = torch.stack(_weights(inputs, labels), 1)
+            sums = torch.cat([_weighted(sink[0], weights.to(sink[0].kd.device)).sum(0), weights.sum(0).to(sink[0].kd.device)])
+            self._logged = sums if self._logged is None else self._logged + sums
+            self._contrasts, self._own_alpha = text_hidden is not None, "alpha" in by_token
+        return result
 
     def _teacher_states(
         self,
@@ -337,8 +431,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         index, _ = answer_index(labels)
         rows = index // labels.shape[1]
         weights = torch.stack(_weights(inputs, labels), 1)  # (N, 2): kd, ce
-        of_each = [weights[:, int(name == "ce")] for name in CAADStats._fields]
-        weighted = torch.stack([w * x.to(w) for w, x in zip(of_each, stats, strict=True)], 1)  # (N, 6)
+        weighted = _weighted(stats, weights)  # (N, 6)
 
         def by_row(values: Tensor) -> Tensor:
             return values.new_zeros(len(labels), values.shape[1]).index_add_(0, rows, values)
@@ -392,7 +485,11 @@ class _BeforeStep(TrainerCallback):
 # Arguments that have no effect on this loss, or the wrong one: what is expected of each, and why.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0, "the teacher's distribution takes its place"),
-    "torch_compile": (False, "a compiled model hides its LM head"),
+    "torch_compile": (
+        False,
+        "a compiled model hides its LM head; compile what is inside: `for layer in LAYERS: layer.compile()`, where LAYERS are "
+        "the decoder layers (`student.model.layers` of a Llama). The loss has kernels of its own",
+    ),
     "use_liger_kernel": (False, "it replaces the model's forward and loss; apply the kernels you want to the model yourself"),
     "batch_eval_metrics": (False, "evaluation is by token over the whole dataset"),
     "eval_do_concat_batches": (True, "evaluation is by token over the whole dataset"),
@@ -436,15 +533,14 @@ def _check_parallelism(accelerator: Any) -> None:
             )
 
 
-def _refuse_alpha(options: CAADOptions, inputs: Mapping[str, Any]) -> None:
-    given = {"options.alpha": options.alpha, "options.alpha_start": options.alpha_start, "inputs['alpha']": inputs.get("alpha")}
-    for name, value in given.items():
-        if value is not None:
-            got = "a tensor" if isinstance(value, Tensor) else value
-            raise ValueError(
-                f"{name}: expected None in plain distillation, got {got}: there is no negative path to contrast with. Give the "
-                "DualPathTeacher a `negative`, the batch columns `negative_NAME`, or a ContrastCache of both paths"
-            )
+def _name(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+
+
+def _weighted(stats: CAADStats, weights: Tensor) -> Tensor:
+    """(N, 6) float64: each of `CAADStats` by the weights of its term, (N, 2) kd and ce."""
+    of_each = [weights[:, int(name == "ce")] for name in CAADStats._fields]
+    return torch.stack([w * x.to(w) for w, x in zip(of_each, stats, strict=True)], 1)
 
 
 def _split_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -29,7 +29,7 @@ def check_vocabularies(
         vocab_size: only ids below it count.
 
     Raises:
-        ValueError: the tokenizers differ. Or a tokenizer is missing and the sizes differ by more than 1,024 rows. It names the sizes.
+        ValueError: the tokenizers differ. Or one is missing, and the sizes differ by more than 1,024 rows. It names both sizes.
     """
     sizes = f"the student's head has {student_rows:,} rows and the teacher's {teacher_rows:,}"
     if student is not None and teacher is not None:
@@ -46,8 +46,8 @@ def check_vocabularies(
     elif abs(student_rows - teacher_rows) > MOST_PADDING:
         raise ValueError(
             f"teacher: expected a vocabulary of the student's size, up to {MOST_PADDING:,} rows of padding, but {sizes}. Pass "
-            "both tokenizers, processing_class= and teacher_processing_class=, and they are compared. If you know that the common ids "
-            "mean the same tokens, pass assume_same_tokens=True"
+            "both tokenizers, processing_class= and teacher_processing_class=, and they are compared. If you know that the "
+            "common ids mean the same tokens, pass assume_same_tokens=True"
         )
 
 
