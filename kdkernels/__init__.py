@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .alpha import adaptive_alpha
     from .contrast_cache import ContrastCache, ContrastCacheWriter
     from .decoding import contrast_logits, contrastive_generate
+    from .head_loss import HeadLoss
     from .integrations import CAADOptions, CAADTrainer
     from .layer_mse import LayerProjections, fused_layer_mse_loss, layer_map
     from .lm_head import LMHead
@@ -33,6 +34,7 @@ _LAZY = {
     "ContrastCacheWriter": ".contrast_cache",
     "DropKey": ".paths",
     "DualPathTeacher": ".teacher",
+    "HeadLoss": ".head_loss",
     "LMHead": ".lm_head",
     "LayerProjections": ".layer_mse",
     "MarkAbsent": ".paths",
@@ -60,6 +62,7 @@ __all__ = [
     "ContrastCacheWriter",
     "DropKey",
     "DualPathTeacher",
+    "HeadLoss",
     "LMHead",
     "LayerProjections",
     "MarkAbsent",

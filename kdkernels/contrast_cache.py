@@ -6,9 +6,10 @@ would take 2 * V * 2.
 
 A cache is a folder:
 
-    cache.json                     format version, fingerprint, hidden size, dtype, layers
+    cache.json                     format version (2; 3 with one path), fingerprint, hidden size, dtype, layers
     shard-PART-00000.safetensors   audio_hidden (R, H), text_hidden (R, H), target (R,): whole samples, one by one; with layers
-                                   audio_layers and text_layers (R, K, H); in float8 the scale of each row beside each
+                                   audio_layers and text_layers (R, K, H); in float8 the scale of each row beside each.
+                                   A cache of one path (plain distillation) has no text_hidden and no text_layers
     index-PART.jsonl               one line a finished shard: file, bytes, sha256, [sample id, first row, rows, content] ...
 
 A shard is written to a temporary file, synced and renamed, and only then named in the index.  So after a kill the cache holds
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["CachedStates", "ContrastCache", "ContrastCacheWriter", "CorruptCacheError"]
 
 FORMAT_VERSION = 2
+_ONE_PATH_VERSION = 3  # a reader of format 2 would look for text_hidden
 _MARK = "kdkernels_contrast_cache"
 _MIB = 1 << 20
 # Far beyond any fingerprint or shard of samples. A larger file is of another kind, and is not read into memory.
@@ -65,10 +67,11 @@ class CachedStates:
         target: (N,) int64, the tokens of Y that the rows predict.
         lengths: (B,) int64, rows of each sample; N is their sum.
         audio_layers, text_layers: (N, K, H) of the cache's layers; None in a cache without.
+        text_hidden and text_layers are None in a cache of one path.
     """
 
     audio_hidden: Tensor
-    text_hidden: Tensor
+    text_hidden: Tensor | None
     target: Tensor
     lengths: Tensor
     audio_layers: Tensor | None = None
@@ -84,7 +87,8 @@ class ContrastCache:
         verify_checksums: read every shard once and compare its sha256 (about 1 s a GB); otherwise sizes alone.
 
     Attributes:
-        fingerprint (dict), hidden_size (int), dtype (torch.dtype), layers (tuple of int), bytes (int, of all shards).
+        fingerprint (dict), hidden_size (int), dtype (torch.dtype), layers (tuple of int), bytes (int, of all shards),
+        text_path (bool, whether the negative path is stored).
 
     Raises:
         ValueError: no cache in the folder, another format version, or another fingerprint (differing keys are listed).
@@ -108,6 +112,7 @@ class ContrastCache:
         self.hidden_size: int = header["hidden_size"]
         self.dtype: torch.dtype = _DTYPES[header["dtype"]]
         self.layers: tuple[int, ...] = tuple(header["layers"])
+        self.text_path: bool = header[_MARK] != _ONE_PATH_VERSION
         self.bytes = 0
         self._where: dict[str, tuple[str, int, int]] = {}  # sample id -> shard, first row, rows
         self._content: dict[str, str] = {}
@@ -129,11 +134,11 @@ class ContrastCache:
 
     @staticmethod
     def estimate_bytes(
-        *, tokens: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16, layers: int = 0
+        *, tokens: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16, layers: int = 0, text_path: bool = True
     ) -> int:
-        """Bytes on disk of `tokens` positions: both paths, `layers` layers of each, targets; without the shards' headers."""
+        """Bytes on disk of `tokens` positions: the paths, `layers` layers of each, targets; without the shards' headers."""
         row = hidden_size * _dtype_name(dtype, "dtype")[1] + (4 if dtype == torch.float8_e4m3fn else 0)
-        return tokens * (2 * (1 + layers) * row + 8)
+        return tokens * ((2 if text_path else 1) * (1 + layers) * row + 8)
 
     def __len__(self) -> int:
         return len(self._where)
@@ -185,7 +190,7 @@ class ContrastCache:
                     stored = stored.float() * mapped[f"{name}_scale"][there][..., None]
                 destination[here] = stored
             filled += rows
-        return CachedStates(**found, lengths=lengths)
+        return CachedStates(text_hidden=found.pop("text_hidden", None), **found, lengths=lengths)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open_shards": {}}  # a DataLoader's worker maps the files itself
@@ -210,9 +215,10 @@ class ContrastCache:
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one position, by the tensor's name."""
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("audio_hidden", "text_hidden"), (self.hidden_size,))
+        paths = ("audio", "text") if self.text_path else ("audio",)
+        shapes: dict[str, tuple[int, ...]] = {f"{path}_hidden": (self.hidden_size,) for path in paths}
         if self.layers:
-            shapes |= dict.fromkeys(("audio_layers", "text_layers"), (len(self.layers), self.hidden_size))
+            shapes |= {f"{path}_layers": (len(self.layers), self.hidden_size) for path in paths}
         return shapes
 
     def _shard(self, name: str) -> dict[str, Tensor]:
@@ -258,6 +264,7 @@ class ContrastCacheWriter(AbstractContextManager):
             torch.float8_e4m3fn with a float32 scale for each row takes a quarter; `python -m models cache --measure` says what
             that costs in accuracy.
         layers: numbers of the teacher's layers whose states are stored as well.
+        text_path: False stores one path, for plain distillation: half the bytes.
         shard_mib: size at which a shard is closed. This much is held in memory, and a kill can lose it.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).
         verify_checksums: read the existing shards and compare their sha256. A bad one is dropped with a warning, and its samples
@@ -277,6 +284,7 @@ class ContrastCacheWriter(AbstractContextManager):
         hidden_size: int,
         dtype: torch.dtype = torch.bfloat16,
         layers: Sequence[int] = (),
+        text_path: bool = True,
         shard_mib: float = 256.0,
         part: str = "0",
         verify_checksums: bool = True,
@@ -291,12 +299,13 @@ class ContrastCacheWriter(AbstractContextManager):
         dtype_name, _ = _dtype_name(dtype, "dtype")
         self.folder = Path(folder)
         self.hidden_size, self.dtype, self.part, self.layers = hidden_size, dtype, part, tuple(layers)
+        self.text_path = text_path
         self._shard_bytes = int(shard_mib * _MIB)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder / f"lock-{part}")
         try:
             header = {
-                _MARK: FORMAT_VERSION,
+                _MARK: FORMAT_VERSION if text_path else _ONE_PATH_VERSION,
                 "fingerprint": _canonical(fingerprint),
                 "hidden_size": hidden_size,
                 "dtype": dtype_name,
@@ -328,7 +337,7 @@ class ContrastCacheWriter(AbstractContextManager):
         self,
         sample_id: str,
         audio_hidden: Tensor,
-        text_hidden: Tensor,
+        text_hidden: Tensor | None,
         target: Tensor,
         *,
         audio_layers: Tensor | None = None,
@@ -339,7 +348,8 @@ class ContrastCacheWriter(AbstractContextManager):
 
         Args:
             sample_id: not in the cache yet.
-            audio_hidden, text_hidden: (n, H) floating point on any device, rounded to the cache's dtype.
+            audio_hidden, text_hidden: (n, H) floating point on any device, rounded to the cache's dtype. text_hidden is None in a
+                cache of one path.
             target: (n,) int64, the tokens of Y they predict.
             audio_layers, text_layers: (n, K, H), where the cache has layers.
             content: a fingerprint of what the states depend on, to be compared later.
@@ -357,8 +367,15 @@ class ContrastCacheWriter(AbstractContextManager):
             raise TypeError(f"target: expected a tensor of torch.int64, got {getattr(target, 'dtype', type(target))}")
         if target.ndim != 1:
             raise ValueError(f"target: expected shape (n,), got {tuple(target.shape)}")
-        states: dict[str, Any] = {"audio_hidden": audio_hidden, "text_hidden": text_hidden}
+        states: dict[str, Any] = {"audio_hidden": audio_hidden}
+        if self.text_path:
+            states["text_hidden"] = text_hidden
+        for name, given in (("text_hidden", text_hidden), ("text_layers", text_layers)):
+            if not self.text_path and given is not None:
+                raise ValueError(f"{name}: expected None, in a cache of one path (text_path=False), got a tensor")
         for name, layers in (("audio_layers", audio_layers), ("text_layers", text_layers)):
+            if not self.text_path and name == "text_layers":
+                continue
             if (layers is not None) != bool(self.layers):
                 expected = f"the states of layers {list(self.layers)}" if self.layers else "none, in a cache without layers"
                 raise ValueError(f"{name}: expected {expected}, got {'none' if layers is None else 'some'}")
@@ -435,6 +452,9 @@ class ContrastCacheWriter(AbstractContextManager):
             _write_atomically(path, json.dumps(header, indent=1, ensure_ascii=False).encode())
         got = _read_header(self.folder)  # also after writing: the parts of one cache may start at the same time
         _check_fingerprint(self.folder, expected=header["fingerprint"], got=got["fingerprint"])
+        if header[_MARK] != got[_MARK]:
+            got_path = not self.text_path
+            raise ValueError(f"text_path: the cache {self.folder} has another; expected {self.text_path}, got {got_path}")
         for name in ("hidden_size", "dtype", "layers"):
             if header[name] != got[name]:
                 raise ValueError(
@@ -523,7 +543,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise CorruptCacheError(f"{path} is no cache's header: it has more than {_MAX_HEADER_BYTES} bytes")
     header = _parsed(data, str(path))
     version = header.get(_MARK)
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, _ONE_PATH_VERSION):
         raise ValueError(f"folder: expected a contrast cache of format {FORMAT_VERSION} in {folder}, got {version}")
     layers = header.get("layers")
     if not (
@@ -583,8 +603,13 @@ def _record_problem(record: Mapping[str, Any], part: str, header: Mapping[str, A
         return f"expected shard-{part}-NUMBER.safetensors, got {name!r}"
     if not (_is_count(size) and _is_count(rows) and isinstance(record.get("sha256"), str) and isinstance(samples, list)):
         return "expected bytes, sha256, rows and samples"
-    width = {"hidden_size": header["hidden_size"], "dtype": _DTYPES[header["dtype"]], "layers": len(header["layers"])}
-    least = ContrastCache.estimate_bytes(tokens=rows, **width)
+    least = ContrastCache.estimate_bytes(
+        tokens=rows,
+        hidden_size=header["hidden_size"],
+        dtype=_DTYPES[header["dtype"]],
+        layers=len(header["layers"]),
+        text_path=header[_MARK] != _ONE_PATH_VERSION,
+    )
     if size < least:
         return f"{rows} rows need at least {least} bytes, it says {size}"
     for sample in samples:

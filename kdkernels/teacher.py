@@ -85,19 +85,22 @@ def answer_index(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tens
 class DualPathStates:
     """The LM head's inputs at the N positions that predict Y, on both paths: (N, H) each, in the model's dtype.
 
+    text_hidden and text_layers are None where there is no negative path (plain distillation).
     audio_layers, text_layers: (N, K, H), the K layers asked for, or None.
     """
 
     audio_hidden: Tensor
-    text_hidden: Tensor
+    text_hidden: Tensor | None
     audio_layers: Tensor | None = None
     text_layers: Tensor | None = None
 
     @classmethod
-    def _split(cls, audio: Tensor, text: Tensor) -> DualPathStates:
+    def _split(cls, audio: Tensor, text: Tensor | None) -> DualPathStates:
         """Made from (N, H) each, or (N, 1 + K, H) with layers."""
         if audio.dim() == 2:
             return cls(audio, text)
+        if text is None:
+            return cls(audio[:, 0], None, audio[:, 1:])
         return cls(audio[:, 0], text[:, 0], audio[:, 1:], text[:, 1:])
 
 
@@ -114,7 +117,8 @@ class DualPathTeacher(nn.Module):
         model: the teacher.  It is used in evaluation mode and without gradients; `freeze()` also clears requires_grad.
         negative: makes the inputs of the negative path from those of the positive one:
             `MaskFeatures("input_features")`, `DropKey(...)`, `MarkAbsent()`, or any callable mapping -> mapping that
-            keeps the tokens' positions.  None if every call gets text_inputs.
+            keeps the tokens' positions.  None: a call with text_inputs has two paths, and a call without is plain distillation
+            from one path. So a text LM can be the teacher, and no row runs twice.
         rows_per_pass: None runs the 2 B rows of both paths at once. A number splits them into passes of that many rows; each pass
             waits for a CUDA device once.
         pack_tokens: put the rows of a pass side by side, without padding, in rows of at most this many tokens. A longer row
@@ -269,11 +273,13 @@ class DualPathTeacher(nn.Module):
                 audio features.  `labels` and `logits_to_keep` are ignored: there are no logits.
             index: (N,) int64, row * L + column, the positions whose hidden states predict Y (see `answer_index`).
             text_inputs: inputs of the negative path. Their length may differ; the shorter path is padded on the right. None
-                makes them with `negative`.  Audio features may be missing if no placeholder is left.
+                makes them with `negative`; where that is None too, only the positive path runs.  Audio features may be missing
+                if no placeholder is left.
             text_index: (N,) int64 in text_inputs' own length. Required with text_inputs; ValueError without.
 
         Returns:
-            DualPathStates: audio_hidden and text_hidden, (N, H), without gradient, in memory of their own.
+            DualPathStates: audio_hidden and text_hidden, (N, H), without gradient, in memory of their own. text_hidden is None
+                without a negative path.
 
         Raises:
             ValueError, TypeError: for a bad argument, with its name. An index beyond B * L raises on the CPU only: on CUDA the
@@ -281,10 +287,11 @@ class DualPathTeacher(nn.Module):
         """
         audio = self._positive(inputs)
         if text_inputs is None:
-            if self.negative is None:
-                raise ValueError("text_inputs: expected the negative path's inputs, as negative is None, got None")
             if text_index is not None:
                 raise ValueError("text_index: expected None without text_inputs, got a tensor")
+            if self.negative is None:
+                _check_index(index, "index", audio)
+                return DualPathStates._split(self._states(audio, index), None)
             text = as_batch(clean(self.negative(audio.inputs), "negative(inputs)"), "negative(inputs)")
             if (text.rows, text.length) != (audio.rows, audio.length):
                 raise ValueError(

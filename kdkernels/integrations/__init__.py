@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 from .options import CAADOptions
 
 if TYPE_CHECKING:
+    from .checkpoints import CheckpointLoading
+    from .loss_hook import CAADLossMixin
     from .trainer import CAADTrainer
 
-__all__ = ["CAADOptions", "CAADTrainer"]
+__all__ = ["CAADLossMixin", "CAADOptions", "CAADTrainer", "CheckpointLoading"]
+
+_LAZY = {"CAADTrainer": ".trainer", "CheckpointLoading": ".checkpoints", "CAADLossMixin": ".loss_hook"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CAADTrainer":
+    if name in _LAZY:
         try:
-            return importlib.import_module(".trainer", __name__).CAADTrainer
+            return getattr(importlib.import_module(_LAZY[name], __name__), name)
         except ImportError as error:
             raise ImportError(
-                f"CAADTrainer needs transformers and accelerate, which could not be imported: {error}. Install them with "
+                f"{name} needs transformers and accelerate, which could not be imported: {error}. Install them with "
                 "`pip install '.[train]'` in the checkout of kdkernels, or with `pip install 'transformers>=5,<6' accelerate`."
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

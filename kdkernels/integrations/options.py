@@ -11,6 +11,8 @@ import torch
 from ..checks import is_number, is_whole
 from ..loss_options import LinearLossOptions
 
+ALPHA = 2.0  # with two paths, where nothing is said
+
 
 @dataclass(frozen=True)
 class CAADOptions:
@@ -19,7 +21,7 @@ class CAADOptions:
     A value out of range raises ValueError at construction.
     """
 
-    alpha: float = 2.0
+    alpha: float | None = None  # None = 2.0 with two paths; without a negative path there is no alpha
     alpha_start: float | None = None  # alpha of the first optimiser step; None = constant
     alpha_ramp_steps: int = 0  # optimiser steps until alpha is reached
     temperature: float = 2.0
@@ -54,14 +56,30 @@ class CAADOptions:
 
     def alpha_at(self, step: int) -> float:
         """alpha of optimiser step `step`, the first being 1: alpha_start there, then linear over alpha_ramp_steps."""
+        alpha = ALPHA if self.alpha is None else self.alpha
         if self.alpha_start is None or step > self.alpha_ramp_steps:
-            return self.alpha
-        return self.alpha_start + (self.alpha - self.alpha_start) * (step - 1) / self.alpha_ramp_steps
+            return alpha
+        return self.alpha_start + (alpha - self.alpha_start) * (step - 1) / self.alpha_ramp_steps
 
     def keywords(self, step: int) -> dict[str, Any]:
         """The keywords of the loss at optimiser step `step`."""
         return {**self._of_the_loss(), "alpha": self.alpha_at(step)}
 
+    def refuse_alpha(self, by_token: object = None) -> None:
+        """In plain distillation: raises ValueError for an alpha that somebody has given."""
+        for name, value in (
+            ("options.alpha", self.alpha),
+            ("options.alpha_start", self.alpha_start),
+            ("inputs['alpha']", by_token),
+        ):
+            if value is not None:
+                got = "a tensor" if isinstance(value, torch.Tensor) else value
+                raise ValueError(
+                    f"{name}: expected None in plain distillation, got {got}: there is no negative path to contrast with. "
+                    "Give the DualPathTeacher a `negative`, the batch columns `negative_NAME`, or a ContrastCache of both paths"
+                )
+
     def _of_the_loss(self) -> dict[str, Any]:
         ramp = ("alpha_start", "alpha_ramp_steps")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ramp}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ramp}
+        return {**values, "alpha": ALPHA if self.alpha is None else self.alpha}

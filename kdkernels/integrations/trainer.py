@@ -13,15 +13,18 @@ Legend: B rows of a batch, L columns, N positions that predict a label, H hidden
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
@@ -29,8 +32,10 @@ from ..head_loss import HeadLoss
 from ..lm_head import LMHead, is_partitioned, logit_post
 from ..ops.dispatch import checks_enabled
 from ..teacher import DualPathTeacher, answer_index
-from .checkpoint_weights import CheckpointWeights
+from .checkpoints import CheckpointLoading
 from .options import CAADOptions
+from .run_records import check_options, write_card, write_options
+from .vocabulary import check_vocabularies, head_rows, teacher_tokenizer, tokenizer_of
 
 __all__ = ["CAADTrainer"]
 
@@ -41,7 +46,7 @@ BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
 IGNORE_INDEX = -100
 
 
-class CAADTrainer(CheckpointWeights, Trainer):
+class CAADTrainer(CheckpointLoading, Trainer):
     """transformers' Trainer with the loss of `kdkernels.fused_linear_caad_loss` against a frozen teacher.
 
         loss = kd_weight sum_i w_i kd_i / sum w + (1 - kd_weight) sum_i u_i ce_i / sum u
@@ -61,12 +66,24 @@ class CAADTrainer(CheckpointWeights, Trainer):
         teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
             whole copy of a sharded one.
         options: the loss's settings.
+        teacher_processing_class: the teacher's tokenizer, or its processor. None takes the one beside the teacher's weights, if
+            it is on this disk. With `processing_class`, the tokens of the common ids are compared; without one of them, heads
+            that differ by more than 1,024 rows raise an error.
+        resume_with_other_options: True lets a checkpoint go on with another loss. Otherwise `train(resume_from_checkpoint=)`
+            raises ValueError with the options that differ (chunk_tokens, workspace_bytes and impl may).
+        assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
+
+    What is logged in training also has kd, ce, student_entropy, teacher_entropy, top1_agreement, path_divergence (none without a
+    negative path) and alpha (none where a batch has its own). They are means by token of the one step that is logged, over
+    accumulation and ranks. That step computes the head twice. With logging_strategy="epoch" every step does.
+
+    Each saved model has the options (caad_options.json) and a model card (README.md) beside it.
 
     `evaluate()` reports, by token over the whole dataset and all ranks: loss, kd, ce, student_entropy, teacher_entropy,
     top1_agreement, path_divergence (`kdkernels.CAADStats`).  `predict()` has no logits to return. Its `predictions` are each
     sample's weighted sums of these values, from kd on; its `label_ids` are the sample's two sums of weights.
 
-    Resuming and args.load_best_model_at_end load every weight that trains, or raise (`CheckpointWeights`). Batch norms whose own
+    Resuming and args.load_best_model_at_end load every weight that trains, or raise (`CheckpointLoading`). Batch norms whose own
     weights are frozen stay in evaluation mode: a LoRA's checkpoint holds no running statistics.
 
     A loss or a gradient that is NaN or infinite stops the training before the optimiser's step, on all ranks, whatever
@@ -84,6 +101,8 @@ class CAADTrainer(CheckpointWeights, Trainer):
         FloatingPointError: the loss or the gradient is not finite. It names the step and the samples.
     """
 
+    keeps_statistics = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -92,6 +111,9 @@ class CAADTrainer(CheckpointWeights, Trainer):
         teacher: DualPathTeacher | ContrastCache,
         teacher_head: LMHead | None = None,
         options: CAADOptions | None = None,
+        teacher_processing_class: Any = None,
+        assume_same_tokens: bool = False,
+        resume_with_other_options: bool = False,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -114,6 +136,9 @@ class CAADTrainer(CheckpointWeights, Trainer):
         _check_parallelism(self.accelerator)
         self._not_finite: list[tuple[str, list[str]]] = []  # of this rank's micro-batches of a step: what, samples
         self._step_samples: list[list[str]] = []
+        self._resume_with_other_options = resume_with_other_options
+        self._logged: Tensor | None = None  # (8,) of this rank's micro-batches of a step that is logged
+        self._contrasts = self._own_alpha = False  # of that step: a negative path, an alpha for each token
         self._grad_norm: Any = None
         self.add_callback(_BeforeStep(self._check_step))
         # The loss that compute_loss returns is a share of the whole step's: Trainer must not divide it again.
@@ -128,9 +153,25 @@ class CAADTrainer(CheckpointWeights, Trainer):
         elif teacher_head is not None:
             self._cached_head = teacher_head.to(args.device)
         student: Any = self.model
+        if not assume_same_tokens:
+            self._check_vocabularies(processing_class, teacher_processing_class)
         softcap, scale = logit_post(student)
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
         self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
+
+    def _check_vocabularies(self, processing_class: Any, teacher_processing_class: Any) -> None:
+        student: Any = self.model
+        rows = head_rows(student)
+        if rows is None:
+            return
+        own, theirs = tokenizer_of(processing_class), tokenizer_of(teacher_processing_class)
+        if isinstance(self.teacher, ContrastCache):
+            head = self._cached_head
+        else:
+            head = self.teacher.head
+            if own is not None and theirs is None:
+                theirs = teacher_tokenizer(self.teacher.model)
+        check_vocabularies(rows, head.weight.shape[0], own, theirs, vocab_size=self.options.vocab_size)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -142,6 +183,7 @@ class CAADTrainer(CheckpointWeights, Trainer):
         if not batches:
             return batches, None
         self._step_samples = [_names(batch) for batch in batches]
+        self._logged = None
         sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices:
             sums = self.accelerator.reduce(sums, reduction="sum")
@@ -193,6 +235,67 @@ class CAADTrainer(CheckpointWeights, Trainer):
                 self._refuse_step(self._not_finite)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
+    def _logs_step(self, step: int) -> bool:
+        if self.args.logging_strategy == IntervalStrategy.EPOCH:
+            return True
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return False
+        every = max(int(self.state.logging_steps or 1), 1)
+        return step % every == 0 or (step == 1 and self.args.logging_first_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the step to what is logged while training."""
+        if "loss" in logs and self._logged is not None:
+            sums, self._logged = self._logged, None
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, reduction="sum")
+            *values, kd_total, ce_total = sums.tolist()
+            for name, value in zip(CAADStats._fields, values, strict=True):
+                total = ce_total if name == "ce" else kd_total
+                if total > 0 and (self._contrasts or name != "path_divergence"):
+                    logs[name] = value / total
+            if self._contrasts and not self._own_alpha:
+                logs["alpha"] = self.options.alpha_at(self.state.global_step)
+        super().log(logs, start_time)
+
+    # --- what is saved ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if folder and not self._resume_with_other_options:
+            check_options(Path(str(folder)), self.options)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self.args.should_save:
+            write_options(folder, self.options)
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._write_card(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)))
+
+    def _write_card(self, folder: Path) -> None:
+        data: Any = self.train_dataset
+        if isinstance(self.teacher, ContrastCache):
+            teacher, path = json.dumps(self.teacher.fingerprint, ensure_ascii=False), "states in a ContrastCache"
+        else:
+            teacher, path = _name(self.teacher.model), "live"
+        rows = len(data) if hasattr(data, "__len__") else None
+        kind = getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__
+        write_card(
+            folder,
+            self.options,
+            student=getattr(getattr(self.model, "config", None), "name_or_path", "") or "",
+            teacher=teacher,
+            data=kind if rows is None else f"{kind}, {rows:,} rows",
+            path=path,
+        )
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._grad_norm
@@ -242,25 +345,45 @@ class CAADTrainer(CheckpointWeights, Trainer):
         student, teacher, negative = _split_columns(inputs)
         audio_hidden, text_hidden, head = self._teacher_states(inputs, student, teacher, negative, index, target)
         by_token = {name: _by_token(inputs, name, labels) for name in BY_TOKEN if inputs.get(name) is not None}
+        options = self.options.keywords(step)
+        if text_hidden is None:
+            self.options.refuse_alpha(inputs.get("alpha"))
+            options["alpha"] = 0.0
 
-        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        sink: list[CAADStats] = []
+        measures = torch.is_grad_enabled() and "return_stats" not in reduction and self._logs_step(step)
+
+        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Any:
             return fused_linear_caad_loss(
                 hidden,
                 weight,
                 audio_hidden.to(hidden.device),
-                text_hidden.to(hidden.device),
+                None if text_hidden is None else text_hidden.to(hidden.device),
                 target=target.to(hidden.device),
                 student_bias=bias,
                 **{
                     **head.keywords("teacher"),
                     **self._student_post,
-                    **self.options.keywords(step),
+                    **options,
                     **by_token,
                     **reduction,
+                    **more,
                 },
             )
 
-        return self._at_head(model, student, index, loss)
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            if measures:  # apart, because a loss with statistics rounds in another way: logging must not change the training
+                with torch.no_grad():
+                    sink.append(compute(hidden.detach(), weight, bias, return_stats=True)[1])
+            return compute(hidden, weight, bias)
+
+        result = self._at_head(model, student, index, loss)
+        if sink:
+            weights = torch.stack(_weights(inputs, labels), 1)
+            sums = torch.cat([_weighted(sink[0], weights.to(sink[0].kd.device)).sum(0), weights.sum(0).to(sink[0].kd.device)])
+            self._logged = sums if self._logged is None else self._logged + sums
+            self._contrasts, self._own_alpha = text_hidden is not None, "alpha" in by_token
+        return result
 
     def _teacher_states(
         self,
@@ -270,7 +393,7 @@ class CAADTrainer(CheckpointWeights, Trainer):
         negative: dict[str, Any],
         index: Tensor,
         target: Tensor,
-    ) -> tuple[Tensor, Tensor, LMHead]:
+    ) -> tuple[Tensor, Tensor | None, LMHead]:
         if isinstance(self.teacher, ContrastCache):
             if inputs.get(SAMPLE_ID) is None:
                 raise ValueError(
@@ -280,7 +403,9 @@ class CAADTrainer(CheckpointWeights, Trainer):
             states = self.teacher.get(inputs[SAMPLE_ID])
             _check_targets(target, states.target, "the ContrastCache")
             dtype = self._cached_head.weight.dtype
-            audio, text = (x.to(self.args.device, dtype) for x in (states.audio_hidden, states.text_hidden))
+            both = (states.audio_hidden, states.text_hidden)
+            audio, text = (None if x is None else x.to(self.args.device, dtype) for x in both)
+            assert audio is not None
             return audio, text, self._cached_head
         if teacher:
             index, own = answer_index(_labels(inputs, TEACHER))
@@ -315,8 +440,7 @@ class CAADTrainer(CheckpointWeights, Trainer):
         index, _ = answer_index(labels)
         rows = index // labels.shape[1]
         weights = torch.stack(_weights(inputs, labels), 1)  # (N, 2): kd, ce
-        of_each = [weights[:, int(name == "ce")] for name in CAADStats._fields]
-        weighted = torch.stack([w * x.to(w) for w, x in zip(of_each, stats, strict=True)], 1)  # (N, 6)
+        weighted = _weighted(stats, weights)  # (N, 6)
 
         def by_row(values: Tensor) -> Tensor:
             return values.new_zeros(len(labels), values.shape[1]).index_add_(0, rows, values)
@@ -376,7 +500,11 @@ class _BeforeStep(TrainerCallback):
 # Arguments that have no effect on this loss, or the wrong one: what is expected of each, and why.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0, "the teacher's distribution takes its place"),
-    "torch_compile": (False, "a compiled model hides its LM head"),
+    "torch_compile": (
+        False,
+        "a compiled model hides its LM head; compile what is inside: `for layer in LAYERS: layer.compile()`, where LAYERS are "
+        "the decoder layers (`student.model.layers` of a Llama). The loss has kernels of its own",
+    ),
     "use_liger_kernel": (False, "it replaces the model's forward and loss; apply the kernels you want to the model yourself"),
     "batch_eval_metrics": (False, "evaluation is by token over the whole dataset"),
     "eval_do_concat_batches": (True, "evaluation is by token over the whole dataset"),
@@ -418,6 +546,16 @@ def _check_parallelism(accelerator: Any) -> None:
                 f"args.parallelism_config: expected {name}_size 1 with CAADTrainer, got {size}; a vocabulary-parallel head is "
                 "kdkernels.fused_linear_caad_loss(..., process_group=) in a loop of its own"
             )
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+
+
+def _weighted(stats: CAADStats, weights: Tensor) -> Tensor:
+    """(N, 6) float64: each of `CAADStats` by the weights of its term, (N, 2) kd and ce."""
+    of_each = [weights[:, int(name == "ce")] for name in CAADStats._fields]
+    return torch.stack([w * x.to(w) for w, x in zip(of_each, stats, strict=True)], 1)
 
 
 def _split_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -905,7 +905,8 @@ class TestErrors:
             DualPathTeacher(model, negative="input_features")
         with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
             DualPathTeacher("model", negative=None)
-        with pytest.raises(ValueError, match="text_inputs: expected the negative path's inputs"):
-            DualPathTeacher(model, negative=None)({"input_ids": torch.zeros(1, 2).long()}, torch.tensor([1]))
+        with pytest.raises(ValueError, match="text_index: expected None without text_inputs"):
+            ids = torch.zeros(1, 2).long()
+            DualPathTeacher(model, negative=None)({"input_ids": ids}, torch.tensor([1]), text_index=torch.tensor([1]))
         with pytest.raises(ValueError, match="keys: expected at least one name"):
             MaskFeatures()

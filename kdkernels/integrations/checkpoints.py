@@ -1,0 +1,237 @@
+"""Weights of a Trainer's checkpoint, back in the model they were saved from, or an error.
+
+`save_pretrained` writes the names (and, for some models, the layout) of the model's hub checkpoint. `from_pretrained` converts
+them back, but the Trainer of transformers 5 loads them as they are: `load_state_dict(..., strict=False)`. Where the names
+differ, nothing is loaded, a warning says so, and the training goes on from the initial weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+__all__ = ["CheckpointLoading"]
+
+logger = logging.getLogger(__name__)
+
+_WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+_ADAPTER = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+_SHOWN = 3  # keys in an error
+
+
+class CheckpointLoading(_Trainer):
+    """Mix-in for any Trainer of transformers: `resume_from_checkpoint` and `load_best_model_at_end` load all trained weights.
+
+        class MyTrainer(CheckpointLoading, Trainer): ...
+
+    It loads whole models (one file or several, safetensors or bin), adapters that `model.add_adapter` has put into the model,
+    and PEFT models. FSDP and DeepSpeed load their own files; this class leaves them to it.
+
+    keeps_statistics: whether the Trainer leaves the running statistics of frozen batch norms alone. Otherwise an adapter that
+    comes back to a model that has some is warned of.
+
+    Memory: a whole model is read on the CPU, in the widest dtype of the model's parameters, and freed after it is copied.
+
+    Raises:
+        RuntimeError: after loading, a parameter that trains has not come from the checkpoint, or the checkpoint holds a tensor
+            that the model does not have. The error names the first ones. Frozen weights may be missing; they stay as they are.
+    """
+
+    keeps_statistics = False
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        self._load_checked(Path(resume_from_checkpoint), self.model if model is None else model, load)
+
+    def _load_best_model(self) -> None:
+        self._load_checked(Path(str(self.state.best_model_checkpoint)), self.model, super()._load_best_model)
+
+    def _load_checked(self, folder: Path, model: Any, load: Any) -> None:
+        """Loads by this module where it can, else by the Trainer's own `load`."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            load()
+            return
+        root: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        trained = _trained(root)
+        whole, adapter = _has(folder, _WHOLE), _has(folder, _ADAPTER)
+        injected = isinstance(root, PreTrainedModel) and getattr(root, "_hf_peft_config_loaded", False)
+        if not isinstance(root, PreTrainedModel) or getattr(root, "hf_quantizer", None) is not None or not (whole or adapter):
+            load()
+            if hasattr(root, "peft_config"):
+                _check_adapters(root, folder, trained, warn=not self.keeps_statistics)
+            elif whole:
+                _check(folder, trained, loaded=(names := set(_read_whole(folder))), unexpected=names - root.state_dict().keys())
+            return
+        loaded: set[str] = set()
+        if whole:
+            loaded |= (_load_renamed if injected else _load_whole)(root, folder)
+        if injected and adapter:
+            loaded |= _load_injected(root, folder, warn=not self.keeps_statistics)
+        _check(folder, trained, loaded=loaded)
+
+
+def _trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _has(folder: Path, names: Iterable[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _load_whole(model: PreTrainedModel, folder: Path) -> set[str]:
+    """What from_pretrained makes of the folder, copied into the model; the names of its parameters that came from there."""
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    config = copy.deepcopy(model.config)
+    load: Any = type(model).from_pretrained
+    with torch.random.fork_rng(devices=[]):
+        fresh, info = load(
+            os.fspath(folder),
+            config=config,
+            dtype=functools.reduce(torch.promote_types, dtypes, dtypes[0]),  # narrower ones are exact in it
+            attn_implementation="eager",  # it computes nothing
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    wrong = {*info["unexpected_keys"], *(str(entry) for entry in info["mismatched_keys"])}
+    _check(folder, set(), loaded=set(), unexpected=wrong)
+    missing = set(info["missing_keys"])
+    state = {name: tensor for name, tensor in fresh.state_dict().items() if name not in missing}
+    result: Any = model.load_state_dict(state, strict=False)
+    _check(folder, set(), loaded=set(), unexpected=set(result.unexpected_keys))
+    if missing:
+        logger.warning("%s: the checkpoint lacks %s; they stay as they are", folder, _some(missing))
+    return set(state)
+
+
+def _load_renamed(model: Any, folder: Path) -> set[str]:
+    """As `_load_whole`, for a model with an adapter in it: from_pretrained would build it without, and lose `base_layer`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict()
+    name_of = {id(tensor): name for name, tensor in state.items()}
+    renamed = revert_weight_conversion(model, state)
+    on_disk = {key: name_of[id(tensor)] for key, tensor in renamed.items() if id(tensor) in name_of}
+    tensors = _read_whole(folder)
+    found = {on_disk[key]: tensor for key, tensor in tensors.items() if key in on_disk}
+    _check(folder, set(), loaded=set(), unexpected=tensors.keys() - on_disk.keys())
+    model.load_state_dict(found, strict=False)
+    memory = {state[name].data_ptr() for name in found}  # one name of weights that are tied
+    return {name for name, tensor in state.items() if tensor.data_ptr() in memory}
+
+
+def _load_injected(model: Any, folder: Path, *, warn: bool) -> set[str]:
+    """The weights of the one active adapter that `model.add_adapter` has put in, as its save_pretrained has written them."""
+    import peft
+
+    (name,) = dict.fromkeys(model.active_adapters())  # save_pretrained refuses several
+    state = {key.removeprefix("base_model.model."): value for key, value in _read_adapter(folder).items()}
+    result: Any = peft.set_peft_model_state_dict(model, state, adapter_name=name)
+    _check(folder, set(), loaded=set(), unexpected=set(result.unexpected_keys))
+    if warn:
+        _warn_of_statistics(model, folder)
+    return _covered(model, name, state)
+
+
+def _check_adapters(model: Any, folder: Path, trained: set[str], *, warn: bool) -> None:
+    """After PeftModel has loaded its adapter: are its trained parameters in the file?"""
+    name = model.active_adapters[0]
+    if not (_has(folder, _ADAPTER) or _has(folder / name, _ADAPTER)):
+        return  # the Trainer has said that there is nothing to load
+    place = folder if _has(folder, _ADAPTER) and not _has(folder / name, _ADAPTER) else folder / name
+    state = _read_adapter(place)
+    known = _adapter_state(model, name).keys() | model.state_dict().keys()
+    _check(place, trained, loaded=_covered(model, name, state), unexpected=state.keys() - known)
+    if warn:
+        _warn_of_statistics(model, place)
+
+
+def _warn_of_statistics(model: nn.Module, folder: Path) -> None:
+    """A batch norm learns its running statistics in training, also when it is frozen; an adapter's file has none of them."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean") and buffer is not None and "modules_to_save" not in name:
+            logger.warning(
+                "%s: an adapter's checkpoint has no running statistics, and training changes those of %s; give LoraConfig "
+                "modules_to_save=[%r], so that they are saved",
+                folder,
+                name.removesuffix(".running_mean"),
+                name.split(".")[-2],
+            )
+            return
+
+
+def _adapter_state(model: Any, name: str) -> dict[str, Tensor]:
+    import peft
+
+    return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def _covered(model: Any, name: str, state: Collection[str]) -> set[str]:
+    """Names of the parameters that the file's keys stand for: PEFT leaves the adapter's name out of them."""
+    in_file = {tensor.data_ptr() for key, tensor in _adapter_state(model, name).items() if key in state}
+    return {key for key, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() in in_file or key in state}
+
+
+def _read_adapter(folder: Path) -> dict[str, Tensor]:
+    return _read(next(folder / name for name in _ADAPTER if (folder / name).is_file()))
+
+
+def _read_whole(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a whole model's files, mapped."""
+    for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+        if (folder / index).is_file():
+            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+        elif (folder / single).is_file():
+            names = [single]
+        else:
+            continue
+        return {key: tensor for name in names for key, tensor in _read(folder / name).items()}
+    raise FileNotFoundError(f"{folder}: expected one of {', '.join(_WHOLE)}, got none")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        import safetensors.torch
+
+        return safetensors.torch.load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _check(folder: Path, trained: set[str], *, loaded: set[str], unexpected: Collection[str] = ()) -> None:
+    if missing := trained - loaded:
+        raise RuntimeError(
+            f"{folder}: expected the weights of every parameter that trains, got none for {_some(missing)}; the training would "
+            "go on from their initial values"
+        )
+    if unexpected:
+        raise RuntimeError(
+            f"{folder}: expected weights of this model only, got {_some(unexpected)}, which the model does not have; build the "
+            "model with the configuration and the adapters that it was saved with"
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

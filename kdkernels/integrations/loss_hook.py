@@ -1,0 +1,77 @@
+"""The loss of this package in a Trainer that is not CAADTrainer: TRL's SFTTrainer, GKDTrainer and their like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..caad import fused_linear_caad_loss
+from ..head_loss import HeadLoss
+from ..lm_head import logit_post
+from ..teacher import DualPathTeacher, answer_index
+from .checkpoints import CheckpointLoading
+from .options import CAADOptions
+
+__all__ = ["CAADLossMixin"]
+
+# What goes to the model; SFT's packed rows have position_ids.
+_NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "prompts", "prompt_attention_mask")
+
+
+class CAADLossMixin(CheckpointLoading):
+    """Mix-in: `compute_loss` is `fused_linear_caad_loss` against a teacher, and no logits are built.
+
+        class Distilling(CAADLossMixin, SFTTrainer): ...
+        trainer = Distilling(student, args=args, train_dataset=dataset)
+        trainer.use_teacher(DualPathTeacher(teacher, negative=None), CAADOptions(temperature=1.0, kd_weight=1.0))
+
+    The batch is the trainer's own: the model's inputs and `labels`. The loss is divided by the trainer's number of labels, as its
+    own loss is, over accumulation and ranks. What the trainer computes from logits (its own metrics) is not logged.
+    """
+
+    def use_teacher(self, teacher: DualPathTeacher, options: CAADOptions | None = None) -> None:
+        """Before `train()`: the teacher, moved to args.device, and the loss's settings."""
+        student: Any = self.accelerator.unwrap_model(self.model)
+        softcap, scale = logit_post(student)
+        self._caad_teacher = teacher.to(self.args.device)
+        self._caad_options = CAADOptions() if options is None else options
+        self._caad_post = {"student_softcap": softcap, "student_logit_scale": scale}
+        self._caad_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
+        self.model_accepts_loss_kwargs = True  # the loss is a share of the step's already
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch; with return_outputs also a dict without logits."""
+        index, target = answer_index(inputs["labels"])
+        given = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+        states = self._caad_teacher(given, index)
+        options = self._caad_options.keywords(self.state.global_step + 1)
+        if states.text_hidden is None:
+            self._caad_options.refuse_alpha()
+            options["alpha"] = 0.0
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            text = states.text_hidden
+            return fused_linear_caad_loss(
+                hidden,
+                weight,
+                states.audio_hidden.to(hidden.device),
+                None if text is None else text.to(hidden.device),
+                target=target.to(hidden.device),
+                student_bias=bias,
+                kd_normalizer=num_items_in_batch,
+                ce_normalizer=num_items_in_batch,
+                **{**self._caad_teacher.head.keywords("teacher"), **self._caad_post, **options},
+            )
+
+        value = self._caad_head(model, given, index, loss)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            value = value * self.accelerator.num_processes  # gradients are averaged over ranks
+        return (value, {"loss": value.detach()}) if return_outputs else value

@@ -1,0 +1,77 @@
+"""What a run leaves beside its weights: the options of the loss, and a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .options import ALPHA, CAADOptions
+
+__all__ = ["check_options", "write_card", "write_options"]
+
+OPTIONS_NAME = "caad_options.json"
+# How the loss is computed, not what it is: another machine may need others.
+_OF_THE_MACHINE = ("chunk_tokens", "workspace_bytes", "impl")
+_START, _END = "<!-- kdkernels: start -->", "<!-- kdkernels: end -->"
+_PAPERS = (
+    "Contrastive audio-aware distillation (CAAD): [arXiv 2606.23052](https://arxiv.org/abs/2606.23052)",
+    "Distilling the knowledge in a neural network: [arXiv 1503.02531](https://arxiv.org/abs/1503.02531)",
+)
+
+
+def _as_json(options: CAADOptions) -> dict[str, Any]:
+    values = dataclasses.asdict(options)
+    dtype = values["logits_dtype"]
+    alpha = ALPHA if options.alpha is None else options.alpha
+    return {**values, "alpha": alpha, "logits_dtype": None if dtype is None else str(dtype)}
+
+
+def write_options(folder: Path, options: CAADOptions) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OPTIONS_NAME).write_text(json.dumps(_as_json(options), indent=1) + "\n")
+
+
+def check_options(folder: Path, options: CAADOptions) -> None:
+    """Raises ValueError, with both values, where the checkpoint was trained with another loss. An older one has no file."""
+    if not (folder / OPTIONS_NAME).is_file():
+        return
+    saved, now = json.loads((folder / OPTIONS_NAME).read_text()), _as_json(options)
+    differing = [
+        f"{name} was {saved[name]!r} and is {now[name]!r}"
+        for name in now
+        if name not in _OF_THE_MACHINE and name in saved and saved[name] != now[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"options: expected those of the checkpoint {folder}, got others: {'; '.join(differing)}. Pass "
+            "resume_with_other_options=True to go on with the new ones"
+        )
+
+
+def write_card(folder: Path, options: CAADOptions, *, student: str, teacher: str, data: str, path: str) -> None:
+    """Adds a section on the distillation to the folder's README.md, or writes one. Nothing is asked from the hub."""
+    card_path = folder / "README.md"
+    lines = [
+        f"Distilled with kdkernels from the teacher `{teacher}` ({path}).",
+        "",
+        *(f"- {paper}" for paper in _PAPERS),
+        f"- data: {data}",
+        "",
+        "| option | value |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in _as_json(options).items() if name not in _OF_THE_MACHINE),
+    ]
+    section = "\n".join([_START, "## Distillation", "", *lines, _END])
+    if card_path.is_file():
+        card = ModelCard.load(card_path)
+        before, _, rest = card.text.partition(_START)
+        card.text = f"{before.rstrip()}\n\n{section}{rest.partition(_END)[2]}\n"
+    else:
+        header = ModelCardData(base_model=student or None).to_yaml()
+        card = ModelCard(f"---\n{header}\n---\n\n# {folder.resolve().name}\n\n{section}\n")
+    card.data.tags = sorted({*(card.data.tags or []), "distillation", "kdkernels"})
+    card.save(card_path)

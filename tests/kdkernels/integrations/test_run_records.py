@@ -1,0 +1,89 @@
+"""What a run logs of its loss, and what it leaves beside its weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="CAADTrainer is transformers' Trainer")
+pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
+from huggingface_hub import ModelCard
+from test_trainer import Recorder, arguments, captured_hidden, dual_path, examples, speech_lm, student_inputs
+
+from kdkernels import CAADOptions, CAADTrainer, answer_index, fused_linear_caad_loss
+
+
+def trainer_of(folder, *, options=None, **arguments_) -> CAADTrainer:
+    resume = {name: arguments_.pop(name) for name in ("resume_with_other_options",) if name in arguments_}
+    return CAADTrainer(
+        speech_lm(),
+        arguments(folder, **arguments_),
+        teacher=dual_path(),
+        options=options or CAADOptions(alpha=1.5),
+        data_collator=Recorder(),
+        train_dataset=examples(),
+        **resume,
+    )
+
+
+def test_statistics_of_the_logged_step(tmp_path):
+    """Over three micro-batches, by token: their counts differ, so a mean of means would be another number."""
+    trainer = trainer_of(tmp_path, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=3)
+    collator = trainer.data_collator
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    student, teacher = speech_lm(), dual_path()
+    parts = []
+    for batch in collator.batches[:3]:  # the loader draws one more
+        index, target = answer_index(batch["labels"])
+        states = teacher(student_inputs(batch), index)
+        hidden = captured_hidden(student, batch)[index]
+        weight = student.get_output_embeddings().weight
+        _, stats = fused_linear_caad_loss(
+            hidden, weight, states.audio_hidden, states.text_hidden, teacher.head.weight, target, alpha=1.5, return_stats=True
+        )
+        parts.append(stats)
+    assert len({len(part.kd) for part in parts}) > 1
+    for name in parts[0]._fields:
+        expected = torch.cat([getattr(part, name) for part in parts]).mean().item()
+        assert line[name] == pytest.approx(expected, rel=1e-4), name
+    assert line["alpha"] == 1.5 and line["path_divergence"] > 0
+
+
+def test_only_logged_steps_measure(tmp_path, monkeypatch):
+    import kdkernels.integrations.trainer as module
+
+    asked = []
+    original = module.fused_linear_caad_loss
+
+    def counted(*args, **kwargs):
+        asked.append(bool(kwargs.get("return_stats")))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "fused_linear_caad_loss", counted)
+    trainer_of(tmp_path, max_steps=4, logging_steps=2).train()
+    assert asked.count(False) == 8 and asked.count(True) == 4  # two micro-batches of two steps
+
+
+def test_options_and_card_beside_each_checkpoint(tmp_path):
+    trainer_of(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    assert json.loads((folder / "caad_options.json").read_text())["alpha"] == 1.5
+    card = ModelCard.load(folder / "README.md")
+    assert {"distillation", "kdkernels"} <= set(card.data.tags)
+    for words in ("arxiv.org/abs/2606.23052", "VoxtralForConditionalGeneration", "list, 16 rows", "| alpha | 1.5 |"):
+        assert words in card.text
+
+
+def test_resume_with_other_options(tmp_path):
+    trainer_of(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    other = CAADOptions(alpha=1.0, kd_weight=0.5, chunk_tokens=64)
+    for where in (str(tmp_path / "checkpoint-1"), True):
+        with pytest.raises(ValueError, match=r"got others: alpha was 1.5 and is 1.0; kd_weight was 0.7 and is 0.5\. Pass"):
+            trainer_of(tmp_path, options=other).train(resume_from_checkpoint=where)
+    trainer_of(tmp_path, options=CAADOptions(alpha=1.5, chunk_tokens=64), max_steps=2).train(resume_from_checkpoint=True)
+    going_on = trainer_of(tmp_path, options=other, max_steps=2, resume_with_other_options=True)
+    going_on.train(resume_from_checkpoint=True)
+    assert going_on.state.global_step == 2
