@@ -169,9 +169,12 @@ def outcome_of(status: int | None, lines: Sequence[str], limit: float) -> tuple[
         return "cut", f"over {limit:.0f} s; {last}"
     if status != 0:
         return "failed", last
-    if not last.startswith("{"):
+    try:
+        report = json.loads(last)
+    except ValueError:
         return "met", last
-    report = json.loads(last)
+    if not isinstance(report, dict):
+        return "met", last
     return "met" if report["met"] else "missed", report["result"]
 
 
