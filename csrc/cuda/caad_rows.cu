@@ -49,6 +49,7 @@ DEVICE char* block_memory() {
 
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE float shuffle_down(float x, int lanes) { return __shfl_down_sync(0xffffffffu, x, lanes); }
+DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 DEVICE float shuffle_first(float x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 DEVICE SharedAddress shared_address(const void* p) {
@@ -125,11 +126,11 @@ namespace {
 
 #endif  // __CUDA_ARCH__ >= 900
 
-template <int DIVERGENCE, bool TRANSFORM>
-__global__ void __launch_bounds__(THREADS, 1)
+template <int DIVERGENCE, int CASE>
+__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR)
     caad_rows_kernel(const __grid_constant__ RowProblem p, const __grid_constant__ RowLayout layout) {
 #if __CUDA_ARCH__ >= 900
-  run_thread<DIVERGENCE, TRANSFORM>(p, layout);
+  run_thread<DIVERGENCE, CASE>(p, layout);
 #endif
 }
 
@@ -158,15 +159,25 @@ struct Launch {
 
 }  // namespace
 
-const void* row_kernel(const RowProblem& p) {
-  static const void* const kernels[3][2] = {
-      {reinterpret_cast<const void*>(&caad_rows_kernel<FORWARD_KL, false>),
-       reinterpret_cast<const void*>(&caad_rows_kernel<FORWARD_KL, true>)},
-      {reinterpret_cast<const void*>(&caad_rows_kernel<REVERSE_KL, false>),
-       reinterpret_cast<const void*>(&caad_rows_kernel<REVERSE_KL, true>)},
-      {reinterpret_cast<const void*>(&caad_rows_kernel<JSD, false>), reinterpret_cast<const void*>(&caad_rows_kernel<JSD, true>)},
+namespace {
+
+template <int DIVERGENCE>
+const void* kernel_of(int kind) {
+  static const void* const kernels[CASES] = {
+      reinterpret_cast<const void*>(&caad_rows_kernel<DIVERGENCE, PLAIN>),
+      reinterpret_cast<const void*>(&caad_rows_kernel<DIVERGENCE, TRANSFORMED>),
+      reinterpret_cast<const void*>(&caad_rows_kernel<DIVERGENCE, ALL_BF16>),
+      reinterpret_cast<const void*>(&caad_rows_kernel<DIVERGENCE, F32_TO_BF16>),
   };
-  return kernels[p.divergence][is_transformed(p)];
+  return kernels[kind];
+}
+
+}  // namespace
+
+const void* row_kernel(const RowProblem& p) {
+  const int kind = case_of(p);
+  if (p.divergence == FORWARD_KL) return kernel_of<FORWARD_KL>(kind);
+  return p.divergence == REVERSE_KL ? kernel_of<REVERSE_KL>(kind) : kernel_of<JSD>(kind);
 }
 
 int usable_shared_bytes(int device) {
@@ -194,22 +205,34 @@ int resident_clusters(const void* kernel, int device, int blocks, int shared_byt
   return known[key] = allowed ? resident : 0;
 }
 
+// What a block may use where `share` of them are on a multiprocessor.
+int shared_bytes_of(int device, int share) {
+  int all = 0, reserved = 0;
+  check(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "shared memory");
+  check(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device), "shared memory");
+  const int bytes = all / share - reserved, most = usable_shared_bytes(device);
+  return bytes < most ? bytes : most;
+}
+
 RowPlan plan_rows(const RowProblem& p, int device, int blocks) {
   RowPlan plan;
-  const int shared = usable_shared_bytes(device);
   const std::int64_t rows = rows_of(p);
-  if (shared == 0 || rows >= 1ll << 31) return plan;
-  for (int size = 1; size <= MAX_BLOCKS; size *= 2) {
-    if (blocks > 0 && size != blocks) continue;
-    const RowLayout layout = layout_of(p, size, shared);
-    if (layout.blocks == 0) continue;
-    // A cluster twice as large pays where rows are too few for all blocks, until a block has one chunk.
-    if (plan.layout.blocks > 0 && (rows >= 2 * plan.clusters || plan.layout.slice <= CHUNK)) break;
-    const int resident = resident_clusters(row_kernel(p), device, size, layout.bytes);
-    if (resident == 0) continue;
-    if (plan.layout.blocks > 0 && rows >= 2 * static_cast<std::int64_t>(resident)) break;
-    plan.layout = layout;
-    plan.clusters = static_cast<int>(rows < resident ? rows : resident);
+  if (usable_shared_bytes(device) == 0 || rows >= 1ll << 31) return plan;
+  // Two blocks a multiprocessor where a cluster of some size allows it, else one.
+  for (int share = BLOCKS_A_MULTIPROCESSOR; share >= 1 && plan.layout.blocks == 0; --share) {
+    const int shared = shared_bytes_of(device, share);
+    for (int size = 1; size <= MAX_BLOCKS; size *= 2) {
+      if (blocks > 0 && size != blocks) continue;
+      const RowLayout layout = layout_of(p, size, shared);
+      if (layout.blocks == 0) continue;
+      // A cluster twice as large pays where rows are too few for all blocks, until a block has one chunk.
+      if (plan.layout.blocks > 0 && (rows >= 2 * plan.clusters || plan.layout.slice <= CHUNK)) break;
+      const int resident = resident_clusters(row_kernel(p), device, size, layout.bytes);
+      if (resident == 0) continue;
+      if (plan.layout.blocks > 0 && rows >= 2 * static_cast<std::int64_t>(resident)) break;
+      plan.layout = layout;
+      plan.clusters = static_cast<int>(rows < resident ? rows : resident);
+    }
   }
   return plan;
 }

@@ -132,6 +132,7 @@ DEVICE float from_lane(float x, int lane) {
 }
 
 DEVICE float shuffle_down(float x, int lanes) { return from_lane(x, thread_index() % 32 + lanes); }
+DEVICE float shuffle_xor(float x, int lanes) { return from_lane(x, thread_index() % 32 ^ lanes); }
 DEVICE float shuffle_first(float x) { return from_lane(x, 0); }
 
 DEVICE SharedAddress fixed_address(const char* p) { return p; }
@@ -189,11 +190,14 @@ struct Block {
 
 // -- the phases in sequence ---------------------------------------------------------------------------------------------------
 
-// Merges the lower 2 * half values pairwise, from far to near, as shuffles down a warp do.
+// The merge of the lower 2 * half values: moved to the maxima of all, then added pairwise from far to near, as shuffles down a warp do it.
 template <int DIVERGENCE, class T>
 T merged_values(std::vector<T> values, int half, const Formula& f) {
+  typename T::Maxima maxima = values[0].maxima;
+  for (int lane = 1; lane < 2 * half; ++lane) maxima = T::Maxima::merge(maxima, values[lane].maxima);
+  for (T& value : values) value = value.template moved<DIVERGENCE>(maxima, f);
   for (int offset = half; offset > 0; offset /= 2)
-    for (int lane = 0; lane < offset; ++lane) values[lane] = T::template merge<DIVERGENCE>(values[lane], values[lane + offset], f);
+    for (int lane = 0; lane < offset; ++lane) values[lane].sums = T::Sums::add(values[lane].sums, values[lane + offset].sums);
   return values[0];
 }
 
@@ -212,7 +216,7 @@ T merged_threads(const std::vector<T>& threads, int blocks, const Formula& f) {
   return merged_values<DIVERGENCE>(of_blocks, MAX_BLOCKS / 2, f);
 }
 
-template <int DIVERGENCE, bool TRANSFORM>
+template <int DIVERGENCE, int CASE>
 class Cluster {
  public:
   Cluster(const RowProblem& problem, const RowLayout& layout, std::int64_t clusters)
@@ -288,18 +292,15 @@ class Cluster {
     if (from.text) copy(layout_.text_offset, from.text, item_bytes(p.text.dtype));
   }
 
-  Columns columns(const Slice& slice, int chunk, int thread) const {
-    return in_chunk(columns_of(layout_.arrangement, thread), chunk, slice.columns);
-  }
-
-  // Calls phase(slice, columns, value) for every group of every thread of every block. Each thread has a T.
+  // phase(slice, groups, value) for every thread of every block, chunk by chunk; a T a thread.
   template <class T, class Phase>
   std::vector<T> each_thread(Phase phase) {
     std::vector<T> threads(layout_.blocks * THREADS);
     for (int b = 0; b < layout_.blocks; ++b)
       for (int chunk = 0; chunk < blocks_[b].chunks; ++chunk)
         for (int t = 0; t < THREADS; ++t)
-          phase(blocks_[b].slice, columns(blocks_[b].slice, chunk, t), threads[b * THREADS + t]);
+          each_group(blocks_[b].slice, columns_of(layout_.arrangement, t), chunk,
+                     [&](const auto& c) { phase(blocks_[b].slice, c, threads[b * THREADS + t]); });
     return threads;
   }
 
@@ -307,18 +308,18 @@ class Cluster {
     float threshold = FLOOR;
     if (p.has_plausibility && reads_teacher(p)) {
       const auto maxima =
-          each_thread<AudioMax>([&](const Slice& s, Columns c, AudioMax& m) { add_audio_max<TRANSFORM>(p, s, c, m); });
-      threshold = merged_threads<DIVERGENCE>(maxima, layout_.blocks, f).value + p.log_plausibility;
+          each_thread<AudioMax>([&](const Slice& s, const auto& c, AudioMax& m) { add_audio_max<CASE>(p, s, c, m); });
+      threshold = merged_threads<DIVERGENCE>(maxima, layout_.blocks, f).maxima.value + p.log_plausibility;
     }
     auto threads = each_thread<RowSums>(
-        [&](const Slice& s, Columns c, RowSums& sums) { add_group<DIVERGENCE, TRANSFORM>(p, f, s, r, threshold, c, sums); });
+        [&](const Slice& s, const auto& c, RowSums& sums) { add_groups<DIVERGENCE, CASE>(p, f, s, r, threshold, c, sums); });
     for (int b = 0; b < layout_.blocks; ++b) add_label(p, blocks_[b].slice, r, threads[b * THREADS]);
     const RowSums sums = merged_threads<DIVERGENCE>(threads, layout_.blocks, f);
     RowScalars k = normalised(sums, f);
     JsdSums jsd;
     if (DIVERGENCE == JSD && p.with_kd) {
       const auto parts =
-          each_thread<JsdSums>([&](const Slice& s, Columns c, JsdSums& j) { add_jsd<TRANSFORM>(p, f, s, r, threshold, c, k, j); });
+          each_thread<JsdSums>([&](const Slice& s, const auto& c, JsdSums& j) { add_jsd<CASE>(p, f, s, r, threshold, c, k, j); });
       jsd = merged_threads<DIVERGENCE>(parts, layout_.blocks, f);
     }
     finish_row<DIVERGENCE>(p, f, r, sums, jsd, k);
@@ -332,8 +333,9 @@ class Cluster {
         if (p.grad.data != 0) {
           char* grad = row_address(p, p.grad, row, block.slice.start);
           for (int t = 0; t < THREADS; ++t) {
-            const Columns c = columns(block.slice, chunk, t);
-            write_gradient<DIVERGENCE, TRANSFORM>(p, f, block.slice, r, threshold, c, k, grad);
+            each_group(block.slice, columns_of(layout_.arrangement, t), chunk, [&](const auto& c) {
+              write_gradient<DIVERGENCE, CASE>(p, f, block.slice, r, threshold, c, k, grad);
+            });
           }
         }
         if (next < rows_of(p)) fetch_chunk(block, from, chunk);
@@ -343,27 +345,27 @@ class Cluster {
   }
 };
 
-template <int DIVERGENCE, bool TRANSFORM>
+template <int DIVERGENCE, int CASE>
 void run_clusters(const RowProblem& p, const RowLayout& layout, std::int64_t clusters) {
-  for (std::int64_t first = 0; first < clusters; ++first) Cluster<DIVERGENCE, TRANSFORM>(p, layout, clusters).run(first);
+  for (std::int64_t first = 0; first < clusters; ++first) Cluster<DIVERGENCE, CASE>(p, layout, clusters).run(first);
 }
 
 // -- the kernel -------------------------------------------------------------------------------------------------------------------
 
-template <int DIVERGENCE, bool TRANSFORM>
+template <int DIVERGENCE, int CASE>
 struct Arguments {
   static const RowProblem* problem;
   static const RowLayout* layout;
 
   static void enter() {
-    run_thread<DIVERGENCE, TRANSFORM>(*problem, *layout);
+    run_thread<DIVERGENCE, CASE>(*problem, *layout);
     machine->current->done = true;
   }
 };
-template <int DIVERGENCE, bool TRANSFORM>
-const RowProblem* Arguments<DIVERGENCE, TRANSFORM>::problem;
-template <int DIVERGENCE, bool TRANSFORM>
-const RowLayout* Arguments<DIVERGENCE, TRANSFORM>::layout;
+template <int DIVERGENCE, int CASE>
+const RowProblem* Arguments<DIVERGENCE, CASE>::problem;
+template <int DIVERGENCE, int CASE>
+const RowLayout* Arguments<DIVERGENCE, CASE>::layout;
 
 // A function of its own, apart from its caller's variables, because getcontext may return twice.
 [[gnu::noinline]] void prepare(Thread& thread, ucontext_t* scheduler, void (*entry)()) {
@@ -376,10 +378,10 @@ const RowLayout* Arguments<DIVERGENCE, TRANSFORM>::layout;
   makecontext(&thread.context, entry, 0);
 }
 
-// False if threads wait for something that cannot come, or if copies are used in a way that is not allowed.
-template <int DIVERGENCE, bool TRANSFORM>
+// False where threads wait for what cannot come, or copies are used as they may not be.
+template <int DIVERGENCE, int CASE>
 bool run_machine(const RowProblem& p, const RowLayout& layout, std::int64_t cluster, std::int64_t clusters, std::uint64_t seed) {
-  using Entry = Arguments<DIVERGENCE, TRANSFORM>;
+  using Entry = Arguments<DIVERGENCE, CASE>;
   Entry::problem = &p;
   Entry::layout = &layout;
   Machine m;
@@ -441,10 +443,10 @@ bool run_machine(const RowProblem& p, const RowLayout& layout, std::int64_t clus
   return left == 0 && m.copies.empty() && !m.broken;
 }
 
-template <int DIVERGENCE, bool TRANSFORM>
+template <int DIVERGENCE, int CASE>
 bool run_machines(const RowProblem& p, const RowLayout& layout, std::int64_t clusters, std::uint64_t seed) {
   for (std::int64_t cluster = 0; cluster < clusters; ++cluster)
-    if (!run_machine<DIVERGENCE, TRANSFORM>(p, layout, cluster, clusters, seed + cluster)) return false;
+    if (!run_machine<DIVERGENCE, CASE>(p, layout, cluster, clusters, seed + cluster)) return false;
   return true;
 }
 
@@ -460,12 +462,12 @@ extern "C" std::int64_t row_problem_bytes() { return sizeof(RowProblem); }
 extern "C" int emulate_rows(const RowProblem* problem, int blocks, int shared_bytes, std::int64_t clusters) {
   const RowLayout layout = layout_of(*problem, blocks, shared_bytes);
   if (layout.blocks == 0) return -1;
-  constexpr void (*RUN[3][2])(const RowProblem&, const RowLayout&, std::int64_t) = {
-      {run_clusters<FORWARD_KL, false>, run_clusters<FORWARD_KL, true>},
-      {run_clusters<REVERSE_KL, false>, run_clusters<REVERSE_KL, true>},
-      {run_clusters<JSD, false>, run_clusters<JSD, true>},
+  constexpr void (*RUN[3][CASES])(const RowProblem&, const RowLayout&, std::int64_t) = {
+      {run_clusters<FORWARD_KL, PLAIN>, run_clusters<FORWARD_KL, TRANSFORMED>, run_clusters<FORWARD_KL, ALL_BF16>, run_clusters<FORWARD_KL, F32_TO_BF16>},
+      {run_clusters<REVERSE_KL, PLAIN>, run_clusters<REVERSE_KL, TRANSFORMED>, run_clusters<REVERSE_KL, ALL_BF16>, run_clusters<REVERSE_KL, F32_TO_BF16>},
+      {run_clusters<JSD, PLAIN>, run_clusters<JSD, TRANSFORMED>, run_clusters<JSD, ALL_BF16>, run_clusters<JSD, F32_TO_BF16>},
   };
-  RUN[problem->divergence][is_transformed(*problem)](*problem, layout, std::min(clusters, rows_of(*problem)));
+  RUN[problem->divergence][case_of(*problem)](*problem, layout, std::min(clusters, rows_of(*problem)));
   return layout.arrangement;
 }
 
@@ -473,11 +475,11 @@ extern "C" int emulate_rows(const RowProblem* problem, int blocks, int shared_by
 extern "C" int run_kernel(const RowProblem* problem, int blocks, int shared_bytes, std::int64_t clusters, std::uint64_t seed) {
   const RowLayout layout = layout_of(*problem, blocks, shared_bytes);
   if (layout.blocks == 0) return -1;
-  constexpr bool (*RUN[3][2])(const RowProblem&, const RowLayout&, std::int64_t, std::uint64_t) = {
-      {run_machines<FORWARD_KL, false>, run_machines<FORWARD_KL, true>},
-      {run_machines<REVERSE_KL, false>, run_machines<REVERSE_KL, true>},
-      {run_machines<JSD, false>, run_machines<JSD, true>},
+  constexpr bool (*RUN[3][CASES])(const RowProblem&, const RowLayout&, std::int64_t, std::uint64_t) = {
+      {run_machines<FORWARD_KL, PLAIN>, run_machines<FORWARD_KL, TRANSFORMED>, run_machines<FORWARD_KL, ALL_BF16>, run_machines<FORWARD_KL, F32_TO_BF16>},
+      {run_machines<REVERSE_KL, PLAIN>, run_machines<REVERSE_KL, TRANSFORMED>, run_machines<REVERSE_KL, ALL_BF16>, run_machines<REVERSE_KL, F32_TO_BF16>},
+      {run_machines<JSD, PLAIN>, run_machines<JSD, TRANSFORMED>, run_machines<JSD, ALL_BF16>, run_machines<JSD, F32_TO_BF16>},
   };
-  const bool ended = RUN[problem->divergence][is_transformed(*problem)](*problem, layout, std::min(clusters, rows_of(*problem)), seed);
+  const bool ended = RUN[problem->divergence][case_of(*problem)](*problem, layout, std::min(clusters, rows_of(*problem)), seed);
   return ended ? layout.arrangement : -2;
 }

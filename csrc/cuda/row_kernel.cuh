@@ -2,7 +2,7 @@
 // with primitives on a CPU, under which the same code runs in every order of threads that its barriers allow.
 //
 // The includer defines, in this namespace: DEVICE (how a function is declared), thread_index, block_index, grid_blocks,
-// cluster_rank, block_memory, block_barrier, cluster_arrive, cluster_wait, shuffle_down, shuffle_first, and over SharedAddress
+// cluster_rank, block_memory, block_barrier, cluster_arrive, cluster_wait, shuffle_down, shuffle_xor, shuffle_first, and over SharedAddress
 // fixed_address, barrier_init, publish_barriers, barrier_expect, barrier_wait, bulk_copy and store_remote.
 #pragma once
 
@@ -13,31 +13,33 @@ namespace {
 
 // -- merging ------------------------------------------------------------------------------------------------------------------
 
-template <class T>
-DEVICE T shuffled_down(const T& value, int offset) {
+// `shuffle` of every word of a partial.
+template <class T, class Shuffle>
+DEVICE T shuffled(const T& value, Shuffle shuffle) {
   T other;
   const float* in = reinterpret_cast<const float*>(&value);
   float* out = reinterpret_cast<float*>(&other);
   KD_UNROLL
-  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) out[i] = shuffle_down(in[i], offset);
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) out[i] = shuffle(in[i]);
   return other;
 }
 
 template <class T>
 DEVICE T from_lane_0(const T& value) {
-  T other;
-  const float* in = reinterpret_cast<const float*>(&value);
-  float* out = reinterpret_cast<float*>(&other);
-  KD_UNROLL
-  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) out[i] = shuffle_first(in[i]);
-  return other;
+  return shuffled(value, [](float x) { return shuffle_first(x); });
 }
 
 // The merge of the lower 2 * HALF lanes' values, in lane 0.
 template <int DIVERGENCE, int HALF, class T>
 DEVICE T merged_lanes(T value, const Formula& f) {
+  typename T::Maxima maxima = value.maxima;
   KD_UNROLL
-  for (int offset = HALF; offset > 0; offset /= 2) value = T::template merge<DIVERGENCE>(value, shuffled_down(value, offset), f);
+  for (int offset = HALF; offset > 0; offset /= 2)
+    maxima = T::Maxima::merge(maxima, shuffled(maxima, [offset](float x) { return shuffle_xor(x, offset); }));
+  value = value.template moved<DIVERGENCE>(maxima, f);
+  KD_UNROLL
+  for (int offset = HALF; offset > 0; offset /= 2)
+    value.sums = T::Sums::add(value.sums, shuffled(value.sums, [offset](float x) { return shuffle_down(x, offset); }));
   return value;
 }
 
@@ -87,7 +89,7 @@ DEVICE void fetch_chunk(const RowProblem& p, const RowLayout& layout, SharedAddr
   if (from.text) bulk_copy(base + layout.text_offset + text_at, from.text + text_at, text_bytes, barrier);
 }
 
-template <int DIVERGENCE, bool TRANSFORM>
+template <int DIVERGENCE, int CASE>
 DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
   char* const memory = block_memory();
   const int thread = thread_index(), rank = cluster_rank(), blocks = layout.blocks;
@@ -103,7 +105,7 @@ DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
   slice.columns = valid_columns(p, layout, rank);
   const int chunks = chunks_of(slice.columns);
   const Columns columns = columns_of(layout.arrangement, thread);
-  const bool want_grad = p.grad.data != 0;
+  const bool want_grad = is_common(CASE) || p.grad.data != 0;
 
   // The first row from `row` on that is not ignored, and its inputs.
   auto find_row = [&](std::int64_t row, RowInputs& inputs) {
@@ -147,19 +149,19 @@ DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
     if (row + clusters < rows) next_inputs = inputs_of(p, row + clusters);
 
     float threshold = FLOOR;
-    if (p.has_plausibility && reads_teacher(p)) {
+    if (!is_common(CASE) && p.has_plausibility && reads_teacher(p)) {
       AudioMax audio_max;
       for (int chunk = 0; chunk < chunks; ++chunk) {
         barrier_wait(base + 8 * chunk, parity);
-        add_audio_max<TRANSFORM>(p, slice, in_chunk(columns, chunk, slice.columns), audio_max);
+        each_group(slice, columns, chunk, [&](const auto& c) { add_audio_max<CASE>(p, slice, c, audio_max); });
       }
-      threshold = merged_cluster<DIVERGENCE>(audio_max, f, memory, rank, blocks, exchange).value + p.log_plausibility;
+      threshold = merged_cluster<DIVERGENCE>(audio_max, f, memory, rank, blocks, exchange).maxima.value + p.log_plausibility;
     }
 
     RowSums sums;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       barrier_wait(base + 8 * chunk, parity);
-      add_group<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk, slice.columns), sums);
+      each_group(slice, columns, chunk, [&](const auto& c) { add_groups<DIVERGENCE, CASE>(p, f, slice, r, threshold, c, sums); });
     }
     if (thread == 0) add_label(p, slice, r, sums);
     sums = merged_cluster<DIVERGENCE>(sums, f, memory, rank, blocks, exchange);
@@ -168,7 +170,7 @@ DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
     JsdSums jsd;
     if (DIVERGENCE == JSD && p.with_kd) {
       for (int chunk = 0; chunk < chunks; ++chunk)
-        add_jsd<TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk, slice.columns), k, jsd);
+        each_group(slice, columns, chunk, [&](const auto& c) { add_jsd<CASE>(p, f, slice, r, threshold, c, k, jsd); });
       jsd = merged_cluster<DIVERGENCE>(jsd, f, memory, rank, blocks, exchange);
     }
     finish_row<DIVERGENCE>(p, f, r, sums, jsd, k);
@@ -183,8 +185,11 @@ DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
     if (next < rows) from = sources_of(p, next_inputs, next, slice.start);
     char* grad = want_grad ? row_address(p, p.grad, row, slice.start) : nullptr;
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      if (want_grad)
-        write_gradient<DIVERGENCE, TRANSFORM>(p, f, slice, r, threshold, in_chunk(columns, chunk, slice.columns), k, grad);
+      if (want_grad) {
+        each_group(slice, columns, chunk, [&](const auto& c) {
+          write_gradient<DIVERGENCE, CASE>(p, f, slice, r, threshold, c, k, grad);
+        });
+      }
       if (next < rows) {
         block_barrier();  // the block is through with this chunk
         if (thread == 0) fetch_chunk(p, layout, base, from, slice.columns, chunk);

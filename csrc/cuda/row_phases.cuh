@@ -95,6 +95,29 @@ KD_HOST_DEVICE std::uint32_t pack(float first, float second, bool bf16) {
 #endif
 }
 
+// The larger, or the smaller, of two pairs of bf16, item by item; of a number and NaN it is the number.
+KD_HOST_DEVICE std::uint32_t packed_max(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t m;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+  return m;
+#else
+  return as_bits(fmaxf(as_float(a << 16), as_float(b << 16))) >> 16 |
+         as_bits(fmaxf(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u)));
+#endif
+}
+
+KD_HOST_DEVICE std::uint32_t packed_min(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t m;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+  return m;
+#else
+  return as_bits(fminf(as_float(a << 16), as_float(b << 16))) >> 16 |
+         as_bits(fminf(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u)));
+#endif
+}
+
 KD_HOST_DEVICE float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -181,10 +204,10 @@ KD_HOST_DEVICE Columns columns_of(int arrangement, int thread) {
   return {first, first + 4, false};
 }
 
-// `columns` are valid in the slice.
-KD_HOST_DEVICE Columns in_chunk(Columns c, int chunk, int columns) {
-  const int at = chunk * CHUNK;
-  return {c.first + at, c.second + at, at + CHUNK <= columns};
+// The thread's groups in a chunk of a slice with `columns` valid ones.
+KD_HOST_DEVICE Columns in_chunk(Columns c, int chunk, int columns, int group = 0) {
+  const int at = chunk * CHUNK, from = at + group * (CHUNK / GROUPS);
+  return {c.first + from, c.second + from, at + CHUNK <= columns};
 }
 
 // Address of a row's column `start`.
@@ -295,8 +318,20 @@ KD_HOST_DEVICE void swap_halves(std::uint32_t (&words)[4], Columns c) {
   words[2] = swap ? lower[0] : upper[0], words[3] = swap ? lower[1] : upper[1];
 }
 
-KD_HOST_DEVICE void load_group(SharedAddress slice, int dtype, Columns c, float (&x)[GROUP]) {
-  std::uint32_t words[4];
+// Dtypes: of the problem, or known when the kernel is compiled.
+template <int CASE>
+KD_HOST_DEVICE int logits_dtype(const RowTensor& t) {
+  return CASE == ALL_BF16 ? BF16 : CASE == F32_TO_BF16 ? F32 : t.dtype;
+}
+template <int CASE>
+KD_HOST_DEVICE int gradient_dtype(const RowProblem& p) {
+  return is_common(CASE) ? BF16 : p.grad.dtype;
+}
+
+// `words`: the items of 2 bytes as they lie in memory.
+template <int CASE>
+KD_HOST_DEVICE void load_group(SharedAddress slice, const RowTensor& tensor, Columns c, float (&x)[GROUP], std::uint32_t (&words)[4]) {
+  const int dtype = logits_dtype<CASE>(tensor);
   if (dtype == F32) {
     load_16_bytes(slice + c.first * 4, words);
     KD_UNROLL for (int e = 0; e < 4; ++e) x[e] = as_float(words[e]);
@@ -305,7 +340,7 @@ KD_HOST_DEVICE void load_group(SharedAddress slice, int dtype, Columns c, float 
     return;
   }
   load_16_bytes(slice + leftmost(c) * 2, words);
-  swap_halves(words, c);
+  if (CASE != ALL_BF16) swap_halves(words, c);  // ALL_BF16 is ADJACENT
   if (dtype == BF16) {
     KD_UNROLL for (int e = 0; e < 4; ++e) x[2 * e] = as_float(words[e] << 16), x[2 * e + 1] = as_float(words[e] & 0xffff0000u);
   } else {
@@ -346,68 +381,120 @@ KD_HOST_DEVICE void mask_beyond(const Slice& s, Columns c, float (&x)[GROUP]) {
   }
 }
 
-// Whether any is masked. One comparison a group, where nothing is.
-KD_HOST_DEVICE bool mask(const Slice& s, Columns c, float (&x)[GROUP]) {
-  bool any = lowest(x) < FLOOR;
+template <int G>
+KD_HOST_DEVICE float lowest_of(const float (&x)[G][GROUP]) {
+  float m = lowest(x[0]);
+  KD_UNROLL for (int g = 1; g < G; ++g) m = fminf(m, lowest(x[g]));
+  return m;
+}
+
+template <int G>
+KD_HOST_DEVICE float highest_of(const float (&x)[G][GROUP]) {
+  float m = highest(x[0]);
+  KD_UNROLL for (int g = 1; g < G; ++g) m = fmaxf(m, highest(x[g]));
+  return m;
+}
+
+// Of G groups: one, or all of a chunk that is valid throughout.
+template <int G>
+KD_HOST_DEVICE bool mask_ends(const Slice& s, const Columns (&c)[G], float (&x)[G][GROUP]) {
+  if (G > 1 || is_whole(s, c[0])) return false;
+  mask_beyond(s, c[0], x[0]);
+  return true;
+}
+
+// The least and the largest logit of G groups; of bf16 two at a time.
+struct Range {
+  float least, most;
+};
+
+template <int CASE, int G>
+KD_HOST_DEVICE Range range_of(const float (&x)[G][GROUP], const std::uint32_t (&words)[G][4]) {
+  if (CASE != ALL_BF16) return {lowest_of(x), highest_of(x)};
+  std::uint32_t low = words[0][0], high = words[0][0];
+  KD_UNROLL for (int i = 1; i < 4 * G; ++i) {
+    low = packed_min(low, words[i / 4][i % 4]);
+    high = packed_max(high, words[i / 4][i % 4]);
+  }
+  return {fminf(as_float(low << 16), as_float(low & 0xffff0000u)), fmaxf(as_float(high << 16), as_float(high & 0xffff0000u))};
+}
+
+// Masks where any logit is; returns whether one is. One comparison for all groups. `range` is that of x, before and after.
+template <int G>
+KD_HOST_DEVICE bool mask(const Slice& s, const Columns (&c)[G], float (&x)[G][GROUP], Range& range) {
+  const bool any = range.least < FLOOR;
   if (any) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = x[e] < FLOOR ? MASKED : x[e];
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) x[g][e] = x[g][e] < FLOOR ? MASKED : x[g][e];
   }
-  if (!is_whole(s, c)) {
-    mask_beyond(s, c, x);
-    any = true;
-  }
-  return any;
+  if (!mask_ends(s, c, x)) return any;
+  range.most = highest_of(x);
+  return true;
 }
 
-// These return whether any logit of the group is masked.
-template <bool TRANSFORM>
-KD_HOST_DEVICE bool read_student(const RowProblem& p, const Slice& s, Columns c, float (&x)[GROUP], float (&slope)[GROUP]) {
-  load_group(s.student, p.student.dtype, c, x);
-  if (TRANSFORM) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) x[e] = transformed(x[e], p.student_scale, p.student_softcap, slope[e]);
+template <int CASE, int G>
+KD_HOST_DEVICE Range load_student(const RowProblem& p, const Slice& s, const Columns (&c)[G], float (&x)[G][GROUP],
+                                  float (&slope)[G][GROUP]) {
+  std::uint32_t words[G][4];
+  KD_UNROLL for (int g = 0; g < G; ++g) {
+    load_group<CASE>(s.student, p.student, c[g], x[g], words[g]);
+    if (CASE == TRANSFORMED) {
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) x[g][e] = transformed(x[g][e], p.student_scale, p.student_softcap, slope[g][e]);
+    }
   }
-  return mask(s, c, x);
+  return range_of<CASE>(x, words);
 }
 
-template <bool TRANSFORM>
-KD_HOST_DEVICE void read_audio(const RowProblem& p, const Slice& s, Columns c, float (&x)[GROUP]) {
-  load_group(s.audio, p.audio.dtype, c, x);
-  if (TRANSFORM) transform_group(x, p.teacher_scale, p.teacher_softcap);
+template <int CASE, int G>
+KD_HOST_DEVICE Range load_teacher(const RowProblem& p, SharedAddress path, const RowTensor& tensor, const Columns (&c)[G],
+                                  float (&x)[G][GROUP]) {
+  std::uint32_t words[G][4];
+  KD_UNROLL for (int g = 0; g < G; ++g) {
+    load_group<CASE>(path, tensor, c[g], x[g], words[g]);
+    if (CASE == TRANSFORMED) transform_group(x[g], p.teacher_scale, p.teacher_softcap);
+  }
+  return range_of<CASE>(x, words);
 }
 
-// The contrast. threshold: audio logits below it are masked.
-template <bool TRANSFORM>
-KD_HOST_DEVICE bool read_contrast(const RowProblem& p, const Slice& s, const RowInputs& r, float threshold, Columns c,
-                                  float (&z)[GROUP]) {
-  read_audio<TRANSFORM>(p, s, c, z);
-  // Masks, before z is the contrast; NaN hides nothing.
-  float least = lowest(z);
+// The contrast, masked; returns whether any logit is, and the largest in `most`. threshold: audio logits below it are masked. With MASKS
+// false, what is masked may also stay -inf, or any number below -1e30: enough for an exponential.
+template <int CASE, bool MASKS, int G>
+KD_HOST_DEVICE bool read_contrast(const RowProblem& p, const Slice& s, const RowInputs& r, float threshold, const Columns (&c)[G],
+                                  float (&z)[G][GROUP], float& most) {
+  Range range = load_teacher<CASE>(p, s.audio, p.audio, c, z);
+  unsigned below[G] = {};  // a bit a logit that is masked before z is the contrast; NaN hides nothing
   bool any = false;
-  unsigned below = 0;  // a bit a logit that the plausibility mask takes
-  if (p.has_plausibility) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) below |= z[e] < threshold ? 1u << e : 0u;
+  if (!is_common(CASE) && p.has_plausibility) {
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) below[g] |= z[g][e] < threshold ? 1u << e : 0u;
+    any = true;
   }
   if (uses_text(p, r)) {
-    float t[GROUP];
-    load_group(s.text, p.text.dtype, c, t);
-    if (TRANSFORM) transform_group(t, p.teacher_scale, p.teacher_softcap);
-    least = fminf(least, lowest(t));
-    if (least < FLOOR) {
+    float t[G][GROUP];
+    const Range of_text = load_teacher<CASE>(p, s.text, p.text, c, t);
+    if (fminf(of_text.least, range.least) < FLOOR) {
       // -inf on either path would make the contrast +inf or NaN.
-      KD_UNROLL for (int e = 0; e < GROUP; ++e) below |= z[e] < FLOOR || t[e] < FLOOR ? 1u << e : 0u;
+      KD_UNROLL for (int g = 0; g < G; ++g)
+        KD_UNROLL for (int e = 0; e < GROUP; ++e) below[g] |= z[g][e] < FLOOR || t[g][e] < FLOOR ? 1u << e : 0u;
+      any = true;
     }
     // Not (1 + alpha) a - alpha t: a constant in both cancels first.
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] += r.alpha * (z[e] - t[e]);
-    least = lowest(z);
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) z[g][e] += r.alpha * (z[g][e] - t[g][e]);
+    if (MASKS) range.least = lowest_of(z);
+    range.most = highest_of(z);
   }
-  if (least < FLOOR || below != 0) {
+  if (MASKS) any |= range.least < FLOOR;
+  if (any) {
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) z[g][e] = z[g][e] < FLOOR || (below[g] >> e & 1u) != 0 ? MASKED : z[g][e];
+    range.most = highest_of(z);
+  }
+  if (mask_ends(s, c, z)) {
     any = true;
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) z[e] = z[e] < FLOOR || (below >> e & 1u) != 0 ? MASKED : z[e];
+    range.most = highest_of(z);
   }
-  if (!is_whole(s, c)) {
-    mask_beyond(s, c, z);
-    any = true;
-  }
+  most = range.most;
   return any;
 }
 
@@ -430,127 +517,171 @@ KD_HOST_DEVICE Formula formula_of(const RowProblem& p) {
   return f;
 }
 
-// Of a thread, a warp, a block or a row. Sums are relative to the maxima beside them.
+// Partials of a thread, a warp, a block or a row. To merge some of them, their Maxima are merged first; then each is moved to the
+// maxima of all (`moved`), and the moved ones are added.
+
+// Sums are relative to the maxima beside them.
 struct RowSums {
-  float s_max = FLOOR, z_max = FLOOR;
-  float q_sum = 0.f, q1_sum = 0.f, p_sum = 0.f;
-  float cross = 0.f;    // of the exponents; forward: sum 2^z (z - s), reverse: sum 2^s (s - z)
-  float hole = MASKED;  // largest logit of the weighting side where the other side is masked
-  float label = 0.f;    // the label's logit, in the sums of the one thread that looked it up
+  struct Maxima {
+    float s = FLOOR, z = FLOOR;
+    float hole = MASKED;  // largest logit of the weighting side where the other side is masked
+
+    KD_HOST_DEVICE static Maxima merge(const Maxima& a, const Maxima& b) {
+      return {fmaxf(a.s, b.s), fmaxf(a.z, b.z), fmaxf(a.hole, b.hole)};
+    }
+  };
+  struct Sums {
+    float q = 0.f, q1 = 0.f, p = 0.f;
+    float cross = 0.f;  // of the exponents; forward: sum 2^z (z - s), reverse: sum 2^s (s - z)
+    float label = 0.f;  // the label's logit, in the sums of the one thread that looked it up
+
+    KD_HOST_DEVICE static Sums add(const Sums& a, const Sums& b) {
+      return {a.q + b.q, a.q1 + b.q1, a.p + b.p, a.cross + b.cross, a.label + b.label};
+    }
+  };
+  Maxima maxima;
+  Sums sums;
 
   template <int DIVERGENCE>
-  KD_HOST_DEVICE static RowSums merge(const RowSums& a, const RowSums& b, const Formula& f) {
-    RowSums m;
-    m.s_max = fmaxf(a.s_max, b.s_max);
-    m.z_max = fmaxf(a.z_max, b.z_max);
-    const float s_top = product(m.s_max, f.rate), z_top = product(m.z_max, f.rate);
-    const float a_s = product(a.s_max, f.rate) - s_top, b_s = product(b.s_max, f.rate) - s_top;
-    const float a_z = product(a.z_max, f.rate) - z_top, b_z = product(b.z_max, f.rate) - z_top;
-    const float a_q = power_of_two(a_s), b_q = power_of_two(b_s), a_p = power_of_two(a_z), b_p = power_of_two(b_z);
-    m.q_sum = a.q_sum * a_q + b.q_sum * b_q;
-    m.p_sum = a.p_sum * a_p + b.p_sum * b_p;
-    if (f.q1 == Q1_SQUARE) m.q1_sum = a.q1_sum * (a_q * a_q) + b.q1_sum * (b_q * b_q);
-    if (f.q1 == Q1_OWN) {
-      const float top = product(m.s_max, LOG2E);
-      m.q1_sum = a.q1_sum * power_of_two(product(a.s_max, LOG2E) - top) + b.q1_sum * power_of_two(product(b.s_max, LOG2E) - top);
-    }
-    if (DIVERGENCE == FORWARD_KL) m.cross = a_p * (a.cross + a.p_sum * (a_z - a_s)) + b_p * (b.cross + b.p_sum * (b_z - b_s));
-    if (DIVERGENCE == REVERSE_KL) m.cross = a_q * (a.cross + a.q_sum * (a_s - a_z)) + b_q * (b.cross + b.q_sum * (b_s - b_z));
-    m.hole = fmaxf(a.hole, b.hole);
-    m.label = a.label + b.label;
+  KD_HOST_DEVICE RowSums moved(const Maxima& to, const Formula& f) const {
+    RowSums m = {to, sums};
+    const float s_step = product(maxima.s, f.rate) - product(to.s, f.rate), z_step = product(maxima.z, f.rate) - product(to.z, f.rate);
+    const float of_q = power_of_two(s_step), of_p = power_of_two(z_step);
+    m.sums.q *= of_q;
+    m.sums.p *= of_p;
+    if (f.q1 == Q1_SQUARE) m.sums.q1 *= of_q * of_q;
+    if (f.q1 == Q1_OWN) m.sums.q1 *= power_of_two(product(maxima.s, LOG2E) - product(to.s, LOG2E));
+    if (DIVERGENCE == FORWARD_KL) m.sums.cross = of_p * (sums.cross + sums.p * (z_step - s_step));
+    if (DIVERGENCE == REVERSE_KL) m.sums.cross = of_q * (sums.cross + sums.q * (s_step - z_step));
     return m;
   }
 };
 
 // sum p log(p/m) and sum q log(q/m), without their 1 / sum.
 struct JsdSums {
-  float p = 0.f, q = 0.f;
+  struct Maxima {
+    KD_HOST_DEVICE static Maxima merge(const Maxima& a, const Maxima&) { return a; }
+  };
+  struct Sums {
+    float p = 0.f, q = 0.f;
+
+    KD_HOST_DEVICE static Sums add(const Sums& a, const Sums& b) { return {a.p + b.p, a.q + b.q}; }
+  };
+  Maxima maxima;
+  Sums sums;
 
   template <int DIVERGENCE>
-  KD_HOST_DEVICE static JsdSums merge(const JsdSums& a, const JsdSums& b, const Formula&) {
-    JsdSums m;
-    m.p = a.p + b.p;
-    m.q = a.q + b.q;
-    return m;
+  KD_HOST_DEVICE JsdSums moved(const Maxima&, const Formula&) const {
+    return *this;
   }
 };
 
 struct AudioMax {
-  float value = FLOOR;
+  struct Maxima {
+    float value = FLOOR;
+
+    KD_HOST_DEVICE static Maxima merge(const Maxima& a, const Maxima& b) { return {fmaxf(a.value, b.value)}; }
+  };
+  struct Sums {
+    KD_HOST_DEVICE static Sums add(const Sums& a, const Sums&) { return a; }
+  };
+  Maxima maxima;
+  Sums sums;
 
   template <int DIVERGENCE>
-  KD_HOST_DEVICE static AudioMax merge(const AudioMax& a, const AudioMax& b, const Formula&) {
-    AudioMax m;
-    m.value = fmaxf(a.value, b.value);
-    return m;
+  KD_HOST_DEVICE AudioMax moved(const Maxima& to, const Formula&) const {
+    return {to, sums};
   }
 };
 
-static_assert(sizeof(RowSums) <= PARTIAL_BYTES && sizeof(JsdSums) <= PARTIAL_BYTES, "partials do not fit");
+static_assert(sizeof(RowSums) <= PARTIAL_BYTES && sizeof(JsdSums) <= PARTIAL_BYTES && sizeof(AudioMax) <= PARTIAL_BYTES,
+              "partials do not fit");
 
-template <bool TRANSFORM>
-KD_HOST_DEVICE void add_audio_max(const RowProblem& p, const Slice& s, Columns c, AudioMax& m) {
-  if (is_beyond(s, c)) return;
-  float a[GROUP];
-  read_audio<TRANSFORM>(p, s, c, a);
-  mask(s, c, a);
-  m.value = fmaxf(m.value, highest(a));
-}
-
-// One group of an online softmax: the maxima move first, then the older sums, then the group is added.
-template <int DIVERGENCE, bool TRANSFORM>
-KD_HOST_DEVICE void add_group(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
-                              Columns c, RowSums& sums) {
-  if (is_beyond(slice, c)) return;
-  float s[GROUP], z[GROUP], slope[GROUP];
-  const bool s_masked = read_student<TRANSFORM>(p, slice, c, s, slope);
-  const float s_max = fmaxf(sums.s_max, highest(s)), s_top = product(s_max, f.rate);
-  const float s_step = product(sums.s_max, f.rate) - s_top, s_keep = power_of_two(s_step);
-  const float q_old = sums.q_sum, p_old = sums.p_sum;
-  sums.q_sum *= s_keep;
-  if (f.q1 == Q1_SQUARE) sums.q1_sum *= s_keep * s_keep;
-  if (f.q1 == Q1_OWN) {
-    const float top = product(s_max, LOG2E);
-    sums.q1_sum *= power_of_two(product(sums.s_max, LOG2E) - top);
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q1_sum += power_of_two(fused(s[e], LOG2E, -top));
-  }
-  sums.s_max = s_max;
-  if (!reads_teacher(p)) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q_sum += power_of_two(fused(s[e], f.rate, -s_top));
+// The work of a thread on one chunk: `work` takes all its groups at once where the chunk is valid throughout, else one by one.
+template <class Work>
+KD_HOST_DEVICE void each_group(const Slice& slice, Columns c, int chunk, Work work) {
+  static_assert(GROUPS == 2, "the groups are listed");
+  const Columns all[GROUPS] = {in_chunk(c, chunk, slice.columns, 0), in_chunk(c, chunk, slice.columns, 1)};
+  if (all[0].inside) {
+    work(all);
     return;
   }
-  const bool z_masked = read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
-  const float z_max = fmaxf(sums.z_max, highest(z)), z_top = product(z_max, f.rate);
-  const float z_step = product(sums.z_max, f.rate) - z_top, z_keep = power_of_two(z_step);
-  sums.z_max = z_max;
-  sums.p_sum *= z_keep;
+  for (int g = 0; g < GROUPS; ++g) {
+    const Columns one[1] = {in_chunk(c, chunk, slice.columns, g)};
+    if (!is_beyond(slice, one[0])) work(one);
+  }
+}
+
+template <int CASE, int G>
+KD_HOST_DEVICE void add_audio_max(const RowProblem& p, const Slice& s, const Columns (&c)[G], AudioMax& m) {
+  float a[G][GROUP];
+  Range range = load_teacher<CASE>(p, s.audio, p.audio, c, a);
+  mask(s, c, a, range);
+  m.maxima.value = fmaxf(m.maxima.value, range.most);
+}
+
+// Some groups of an online softmax: the maxima move first, then the older sums, then the groups are added.
+template <int DIVERGENCE, int CASE, int G>
+KD_HOST_DEVICE void add_groups(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
+                               const Columns (&c)[G], RowSums& row) {
+  RowSums::Maxima &maxima = row.maxima;
+  RowSums::Sums &sums = row.sums;
+  float s[G][GROUP], z[G][GROUP], slope[G][GROUP];
+  Range s_range = load_student<CASE>(p, slice, c, s, slope);
+  const bool s_masked = mask(slice, c, s, s_range);
+  const float s_max = fmaxf(maxima.s, s_range.most), s_top = product(s_max, f.rate);
+  const float s_step = product(maxima.s, f.rate) - s_top, s_keep = power_of_two(s_step);
+  const float q_old = sums.q, p_old = sums.p;
+  sums.q *= s_keep;
+  if (is_common(CASE) || f.q1 == Q1_SQUARE) sums.q1 *= s_keep * s_keep;
+  if (!is_common(CASE) && f.q1 == Q1_OWN) {
+    const float top = product(s_max, LOG2E);
+    sums.q1 *= power_of_two(product(maxima.s, LOG2E) - top);
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q1 += power_of_two(fused(s[g][e], LOG2E, -top));
+  }
+  maxima.s = s_max;
+  if (!is_common(CASE) && !reads_teacher(p)) {
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.q += power_of_two(fused(s[g][e], f.rate, -s_top));
+    return;
+  }
+  float z_most;
+  const bool z_masked = read_contrast<CASE, true>(p, slice, r, threshold, c, z, z_most);
+  const float z_max = fmaxf(maxima.z, z_most), z_top = product(z_max, f.rate);
+  const float z_step = product(maxima.z, f.rate) - z_top, z_keep = power_of_two(z_step);
+  maxima.z = z_max;
+  sums.p *= z_keep;
   if (DIVERGENCE == FORWARD_KL) {
     sums.cross = z_keep * (sums.cross + p_old * (z_step - s_step));
     if (s_masked) {
-      KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.hole = fmaxf(sums.hole, s[e] < FLOOR ? z[e] : MASKED);
+      KD_UNROLL for (int g = 0; g < G; ++g)
+        KD_UNROLL for (int e = 0; e < GROUP; ++e) maxima.hole = fmaxf(maxima.hole, s[g][e] < FLOOR ? z[g][e] : MASKED);
     }
   }
   if (DIVERGENCE == REVERSE_KL) {
     sums.cross = s_keep * (sums.cross + q_old * (s_step - z_step));
     if (z_masked) {
-      KD_UNROLL for (int e = 0; e < GROUP; ++e) sums.hole = fmaxf(sums.hole, z[e] < FLOOR ? s[e] : MASKED);
+      KD_UNROLL for (int g = 0; g < G; ++g)
+        KD_UNROLL for (int e = 0; e < GROUP; ++e) maxima.hole = fmaxf(maxima.hole, z[g][e] < FLOOR ? s[g][e] : MASKED);
     }
   }
   float square_sum = 0.f;
-  KD_UNROLL for (int e = 0; e < GROUP; ++e) {
-    const float s_exponent = fused(s[e], f.rate, -s_top), z_exponent = fused(z[e], f.rate, -z_top);
-    const float s_exp = power_of_two(s_exponent), z_exp = power_of_two(z_exponent);
-    sums.q_sum += s_exp;
-    sums.p_sum += z_exp;
-    square_sum += s_exp * s_exp;
-    if (DIVERGENCE == FORWARD_KL) sums.cross += z_exp * (z_exponent - s_exponent);
-    if (DIVERGENCE == REVERSE_KL) sums.cross += s_exp * (s_exponent - z_exponent);
-  }
-  if (f.q1 == Q1_SQUARE) sums.q1_sum += square_sum;
+  KD_UNROLL for (int g = 0; g < G; ++g)
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+      const float s_exponent = fused(s[g][e], f.rate, -s_top), z_exponent = fused(z[g][e], f.rate, -z_top);
+      const float s_exp = power_of_two(s_exponent), z_exp = power_of_two(z_exponent);
+      sums.q += s_exp;
+      sums.p += z_exp;
+      square_sum += s_exp * s_exp;
+      if (DIVERGENCE == FORWARD_KL) sums.cross += z_exp * (z_exponent - s_exponent);
+      if (DIVERGENCE == REVERSE_KL) sums.cross += s_exp * (s_exponent - z_exponent);
+    }
+  if (is_common(CASE) || f.q1 == Q1_SQUARE) sums.q1 += square_sum;
 }
 
 // The label's logit, looked up by one thread of the block that owns its column.
-KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInputs& r, RowSums& sums) {
+KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInputs& r, RowSums& row) {
   const std::int64_t column = r.target - s.start;
   if (!is_inside(p, r) || column < 0 || column >= s.columns) return;
   const int index = static_cast<int>(column), item = item_bytes(p.student.dtype);
@@ -562,7 +693,7 @@ KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInpu
   float x = p.student.dtype == F32 ? as_float(bits) : p.student.dtype == BF16 ? as_float(half << 16) : half_to_float(half);
   float slope;
   x = transformed(x, p.student_scale, p.student_softcap, slope);
-  sums.label = x < FLOOR ? MASKED : x;
+  row.sums.label = x < FLOOR ? MASKED : x;
 }
 
 // -- of the whole row ---------------------------------------------------------------------------------------------------------
@@ -576,16 +707,17 @@ struct RowScalars {
   // exponential; and what the label's column takes.
   float of_q, of_p, of_same, of_square, of_own, of_label;
   float kd, ce;
+  int infinite;  // forward KL alone: p has mass where s is masked
 };
 
 KD_HOST_DEVICE RowScalars normalised(const RowSums& row, const Formula& f) {
   RowScalars k = {};
-  k.s_top = product(row.s_max, f.rate);
-  k.z_top = product(row.z_max, f.rate);
-  k.q1_top = product(row.s_max, LOG2E);
-  k.inverse_q = reciprocal(row.q_sum);
-  k.inverse_p = reciprocal(row.p_sum);
-  k.log_z = row.p_sum == 0.f || row.q_sum == 0.f ? 0.f : logf(row.p_sum / row.q_sum);
+  k.s_top = product(row.maxima.s, f.rate);
+  k.z_top = product(row.maxima.z, f.rate);
+  k.q1_top = product(row.maxima.s, LOG2E);
+  k.inverse_q = reciprocal(row.sums.q);
+  k.inverse_p = reciprocal(row.sums.p);
+  k.log_z = row.sums.p == 0.f || row.sums.q == 0.f ? 0.f : logf(row.sums.p / row.sums.q);
   return k;
 }
 
@@ -594,19 +726,20 @@ template <int DIVERGENCE>
 KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowInputs& r, const RowSums& row, const JsdSums& jsd,
                                RowScalars& k) {
   if (p.with_kd) {
-    const bool empty = row.p_sum == 0.f;
+    const bool empty = row.sums.p == 0.f;
     bool infinite = false;
     float kd;
     if (DIVERGENCE == FORWARD_KL) {
-      kd = row.cross * k.inverse_p * LN2 - k.log_z;
-      infinite = power_of_two(fused(row.hole, f.rate, -k.z_top)) > 0.f;
+      kd = row.sums.cross * k.inverse_p * LN2 - k.log_z;
+      infinite = power_of_two(fused(row.maxima.hole, f.rate, -k.z_top)) > 0.f;
+      k.infinite = infinite;
     } else if (DIVERGENCE == REVERSE_KL) {
-      k.centre = row.q_sum == 0.f ? 0.f : row.cross * k.inverse_q * LN2 + k.log_z;
+      k.centre = row.sums.q == 0.f ? 0.f : row.sums.cross * k.inverse_q * LN2 + k.log_z;
       kd = k.centre;
-      infinite = power_of_two(fused(row.hole, f.rate, -k.s_top)) > 0.f;
+      infinite = power_of_two(fused(row.maxima.hole, f.rate, -k.s_top)) > 0.f;
     } else {
-      k.centre = jsd.q * k.inverse_q;
-      kd = p.jsd_beta * jsd.p * k.inverse_p + (1.f - p.jsd_beta) * k.centre;
+      k.centre = jsd.sums.q * k.inverse_q;
+      kd = p.jsd_beta * jsd.sums.p * k.inverse_p + (1.f - p.jsd_beta) * k.centre;
     }
     kd /= f.inverse_tau * f.inverse_tau;
     if (kd < 0.f) kd = 0.f;          // rounding; NaN passes
@@ -622,11 +755,11 @@ KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowI
     if (DIVERGENCE == JSD) k.of_q *= 1.f - p.jsd_beta;
   }
   if (p.with_ce) {
-    const float q1_sum = f.q1 == Q1_SAME ? row.q_sum : row.q1_sum;
-    const float exponent = f.q1 == Q1_SQUARE ? 2.f * fused(row.label, f.rate, -k.s_top) : fused(row.label, LOG2E, -k.q1_top);
+    const float q1_sum = f.q1 == Q1_SAME ? row.sums.q : row.sums.q1;
+    const float exponent = f.q1 == Q1_SQUARE ? 2.f * fused(row.sums.label, f.rate, -k.s_top) : fused(row.sums.label, LOG2E, -k.q1_top);
     // A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
     float ce = logf(q1_sum == 0.f ? 1.f : q1_sum) - exponent * LN2;
-    ce = row.label == MASKED ? ce + infinity() : ce < 0.f ? 0.f : ce;
+    ce = row.sums.label == MASKED ? ce + infinity() : ce < 0.f ? 0.f : ce;
     k.ce = is_inside(p, r) ? ce : not_a_number();
     k.of_label = is_inside(p, r) || r.ce_coef == 0.f ? r.ce_coef : not_a_number();
     const float factor = k.of_label == 0.f ? 0.f : k.of_label * reciprocal(q1_sum);
@@ -647,30 +780,34 @@ KD_HOST_DEVICE void jsd_terms(float log_ratio, float beta, float& log_p_m, float
   log_q_m = p_larger ? smaller : larger;
 }
 
-template <bool TRANSFORM>
+template <int CASE, int G>
 KD_HOST_DEVICE void add_jsd(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
-                            Columns c, const RowScalars& k, JsdSums& sums) {
-  if (is_beyond(slice, c)) return;
-  float s[GROUP], z[GROUP], slope[GROUP];
-  read_student<TRANSFORM>(p, slice, c, s, slope);
-  read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
-  KD_UNROLL for (int e = 0; e < GROUP; ++e) {
-    const float s_exponent = fused(s[e], f.rate, -k.s_top), z_exponent = fused(z[e], f.rate, -k.z_top);
-    float log_p_m, log_q_m;
-    jsd_terms((z_exponent - s_exponent) * LN2 - k.log_z, p.jsd_beta, log_p_m, log_q_m);
-    sums.p += power_of_two(z_exponent) * log_p_m;
-    sums.q += power_of_two(s_exponent) * log_q_m;
-  }
+                            const Columns (&c)[G], const RowScalars& k, JsdSums& row) {
+  float s[G][GROUP], z[G][GROUP], slope[G][GROUP];
+  float z_most;
+  Range range = load_student<CASE>(p, slice, c, s, slope);
+  mask(slice, c, s, range);
+  read_contrast<CASE, true>(p, slice, r, threshold, c, z, z_most);
+  KD_UNROLL for (int g = 0; g < G; ++g)
+    KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+      const float s_exponent = fused(s[g][e], f.rate, -k.s_top), z_exponent = fused(z[g][e], f.rate, -k.z_top);
+      float log_p_m, log_q_m;
+      jsd_terms((z_exponent - s_exponent) * LN2 - k.log_z, p.jsd_beta, log_p_m, log_q_m);
+      row.sums.p += power_of_two(z_exponent) * log_p_m;
+      row.sums.q += power_of_two(s_exponent) * log_q_m;
+    }
 }
 
 // -- gradient -----------------------------------------------------------------------------------------------------------------
 
 // Items from `slice`'s columns on; `writable` columns of it exist. 2-byte items of a group are neighbours and go in one access.
+// WHOLE: the group's columns all exist.
+template <int CASE, bool WHOLE>
 KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable, const float (&x)[GROUP]) {
   std::uint32_t words[4];
   if (dtype == F32) {
     const float first[4] = {x[0], x[1], x[2], x[3]}, second[4] = {x[4], x[5], x[6], x[7]};
-    if (c.first + 4 <= writable && c.second + 4 <= writable) {
+    if (WHOLE || (c.first + 4 <= writable && c.second + 4 <= writable)) {
       KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = as_bits(first[e]);
       store_16_bytes(slice + c.first * 4, words);
       KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = as_bits(second[e]);
@@ -685,8 +822,8 @@ KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable,
   }
   const int column = leftmost(c);
   KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = pack(x[2 * e], x[2 * e + 1], dtype == BF16);
-  swap_halves(words, c);
-  if (column + GROUP <= writable) {
+  if (CASE != ALL_BF16) swap_halves(words, c);
+  if (WHOLE || column + GROUP <= writable) {
     store_16_bytes(slice + column * 2, words);
     return;
   }
@@ -696,59 +833,73 @@ KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable,
   }
 }
 
-// Gradient of one group, from shared memory into `grad`, the address of the slice's first column.
-template <int DIVERGENCE, bool TRANSFORM>
+// Gradient of some groups, from shared memory into `grad`, the address of the slice's first column.
+template <int DIVERGENCE, int CASE, int G>
 KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
-                                   Columns c, const RowScalars& k, char* grad) {
-  if (is_beyond(slice, c)) return;
-  float s[GROUP], slope[GROUP], g[GROUP];
-  const bool masked = read_student<TRANSFORM>(p, slice, c, s, slope);
-  const bool teaches = p.with_kd && (k.of_q != 0.f || k.of_p != 0.f);
-  if (teaches) {
-    float z[GROUP];
-    read_contrast<TRANSFORM>(p, slice, r, threshold, c, z);
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) {
-      const float s_exponent = fused(s[e], f.rate, -k.s_top), z_exponent = fused(z[e], f.rate, -k.z_top);
-      const float s_exp = power_of_two(s_exponent), of_label_softmax = s_exp * k.of_square + k.of_same;
-      if (DIVERGENCE == FORWARD_KL) {
-        g[e] = s_exp * (of_label_softmax + k.of_q) - power_of_two(z_exponent) * k.of_p;
-      } else {
-        const float log_ratio = (z_exponent - s_exponent) * LN2 - k.log_z;
-        float log_p_m, log_q_m = -log_ratio;
-        if (DIVERGENCE == JSD) jsd_terms(log_ratio, p.jsd_beta, log_p_m, log_q_m);
-        g[e] = s_exp * (k.of_q * (log_q_m - k.centre) + of_label_softmax);
-      }
-    }
-  } else {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) {
-      const float s_exp = power_of_two(fused(s[e], f.rate, -k.s_top));
-      g[e] = p.with_ce ? s_exp * (s_exp * k.of_square + k.of_same) : 0.f;
-    }
+                                   const Columns (&c)[G], const RowScalars& k, char* grad) {
+  // The forward KL has only exponentials of masked logits, which are 0 as they are; but for a row of infinite KL.
+  constexpr bool MASKS = !(DIVERGENCE == FORWARD_KL && is_common(CASE));
+  float s[G][GROUP], slope[G][GROUP], d[G][GROUP];
+  const std::int64_t exist = p.student_width - slice.start;
+  const int writable = static_cast<int>(exist < 0x7fffffff ? exist : 0x7fffffff);
+  const bool teaches = (is_common(CASE) || p.with_kd) && (k.of_q != 0.f || k.of_p != 0.f);
+  if (!teaches && (!p.with_ce || k.of_label == 0.f)) {  // without a factor even NaN gives none
+    const float none[GROUP] = {};
+    KD_UNROLL for (int g = 0; g < G; ++g) store_group<CASE, (G > 1)>(grad, gradient_dtype<CASE>(p), c[g], writable, none);
+    return;
   }
-  if (f.q1 == Q1_OWN) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] += power_of_two(fused(s[e], LOG2E, -k.q1_top)) * k.of_own;
+  Range range = load_student<CASE>(p, slice, c, s, slope);
+  const bool masked = MASKS ? mask(slice, c, s, range) : mask_ends(slice, c, s) || k.infinite;
+  if (teaches) {
+    float z[G][GROUP], z_most;
+    read_contrast<CASE, MASKS>(p, slice, r, threshold, c, z, z_most);
+    const float of_q = k.of_same + k.of_q;
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+        const float s_exponent = fused(s[g][e], f.rate, -k.s_top), z_exponent = fused(z[g][e], f.rate, -k.z_top);
+        const float s_exp = power_of_two(s_exponent);
+        if (DIVERGENCE == FORWARD_KL) {
+          d[g][e] = s_exp * fused(s_exp, k.of_square, of_q) - power_of_two(z_exponent) * k.of_p;
+        } else {
+          const float log_ratio = (z_exponent - s_exponent) * LN2 - k.log_z, of_label_softmax = fused(s_exp, k.of_square, k.of_same);
+          float log_p_m, log_q_m = -log_ratio;
+          if (DIVERGENCE == JSD) jsd_terms(log_ratio, p.jsd_beta, log_p_m, log_q_m);
+          d[g][e] = s_exp * (k.of_q * (log_q_m - k.centre) + of_label_softmax);
+        }
+      }
+  } else {
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) {
+        const float s_exp = power_of_two(fused(s[g][e], f.rate, -k.s_top));
+        d[g][e] = s_exp * fused(s_exp, k.of_square, k.of_same);
+      }
+  }
+  if (!is_common(CASE) && f.q1 == Q1_OWN) {
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) d[g][e] += power_of_two(fused(s[g][e], LOG2E, -k.q1_top)) * k.of_own;
   }
   if (p.with_ce) {
     // Far from the label the difference is neither in [0, 4) nor, as an unsigned number, small.
     const unsigned label = static_cast<unsigned>(r.target - slice.start);
-    if (label - c.first < 4u || label - c.second < 4u) {
-      KD_UNROLL for (int e = 0; e < 4; ++e) {
-        if (label - c.first == static_cast<unsigned>(e)) g[e] -= k.of_label;
-        if (label - c.second == static_cast<unsigned>(e)) g[4 + e] -= k.of_label;
+    KD_UNROLL for (int g = 0; g < G; ++g) {
+      if (label - c[g].first < 4u || label - c[g].second < 4u) {
+        KD_UNROLL for (int e = 0; e < 4; ++e) {
+          // Not "if": the compiler would take the column for an index, and the array would move to local memory.
+          d[g][e] -= label - c[g].first == static_cast<unsigned>(e) ? k.of_label : 0.f;
+          d[g][4 + e] -= label - c[g].second == static_cast<unsigned>(e) ? k.of_label : 0.f;
+        }
       }
     }
   }
-  if (TRANSFORM) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] *= slope[e];
+  if (CASE == TRANSFORMED) {
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) d[g][e] *= slope[g][e];
   }
   if (masked) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = s[e] < FLOOR ? 0.f : g[e];
+    KD_UNROLL for (int g = 0; g < G; ++g)
+      KD_UNROLL for (int e = 0; e < GROUP; ++e) d[g][e] = s[g][e] < FLOOR ? 0.f : d[g][e];
   }
-  if (!teaches && (!p.with_ce || k.of_label == 0.f)) {
-    KD_UNROLL for (int e = 0; e < GROUP; ++e) g[e] = 0.f;
-  }
-  const std::int64_t exist = p.student_width - slice.start;
-  store_group(grad, p.grad.dtype, c, static_cast<int>(exist < 0x7fffffff ? exist : 0x7fffffff), g);
+  KD_UNROLL for (int g = 0; g < G; ++g) store_group<CASE, (G > 1)>(grad, gradient_dtype<CASE>(p), c[g], writable, d[g]);
 }
 
 // First gradient column that no group writes: the group (or half, where halves lie apart) that holds the last valid id is whole.

@@ -41,9 +41,10 @@ struct RowProblem {
   float student_softcap = 0.f, teacher_softcap = 0.f;  // 0: none
 };
 
-// A block has 16 warps. Each thread takes 8 logits of each tensor at a time. A chunk is what the block takes at a time.
-constexpr int THREADS = 512, WARPS = THREADS / 32, GROUP = 8;
-constexpr int WARP_COLUMNS = 32 * GROUP, CHUNK = THREADS * GROUP;
+// One block: 8 warps, each thread 2 groups of 8 logits of each tensor at a time. A chunk is what the block takes in one go. Two
+// blocks share a multiprocessor, so that one computes while the other merges or waits.
+constexpr int THREADS = 256, WARPS = THREADS / 32, GROUP = 8, GROUPS = 2, BLOCKS_A_MULTIPROCESSOR = 2;
+constexpr int WARP_COLUMNS = 32 * GROUP, CHUNK = THREADS * GROUP * GROUPS;
 constexpr int MAX_CHUNKS = 16, MAX_BLOCKS = 16;  // of a block's slice; of a cluster
 constexpr int PARTIAL_BYTES = 32;                // what threads, warps and blocks hand to each other
 
@@ -82,6 +83,22 @@ KD_HOST_DEVICE bool reads_text(const RowProblem& p) { return reads_teacher(p) &&
 // Whether a scale or a softcap changes the values in memory.
 inline bool is_transformed(const RowProblem& p) {
   return p.student_scale != 1.f || p.teacher_scale != 1.f || p.student_softcap != 0.f || p.teacher_softcap != 0.f;
+}
+
+// What a kernel knows of a problem when it is compiled. The last two are the common cases: logits as they lie in memory, all of them
+// and the gradient in bf16, or float32 logits with a bf16 gradient; the distillation term; no plausibility mask; tau 1 or 2 with a label.
+constexpr int PLAIN = 0, TRANSFORMED = 1, ALL_BF16 = 2, F32_TO_BF16 = 3, CASES = 4;
+
+KD_HOST_DEVICE constexpr bool is_common(int kind) { return kind == ALL_BF16 || kind == F32_TO_BF16; }
+
+inline int case_of(const RowProblem& p) {
+  if (is_transformed(p)) return TRANSFORMED;
+  const int logits = p.student.dtype;
+  const bool alike = p.audio.dtype == logits && (p.text.data == 0 || p.text.dtype == logits);
+  const bool to_bf16 = p.grad.data != 0 && p.grad.dtype == BF16;
+  const bool own_softmax = p.with_ce != 0 && p.temperature != 1.f && p.temperature != 2.f;
+  if (!p.with_kd || !alike || !to_bf16 || p.has_plausibility || own_softmax || logits == F16) return PLAIN;
+  return logits == BF16 ? ALL_BF16 : F32_TO_BF16;
 }
 
 inline RowLayout layout_of(const RowProblem& p, int blocks, int shared_bytes) {
