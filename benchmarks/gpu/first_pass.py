@@ -46,7 +46,7 @@ class Item:
 
 OTHER_TESTS = " ".join(
     f"tests/kdkernels/test_{x}.py"
-    for x in ("graphs", "no_logits", "gather", "scaling", "layer_mse", "uncounted_rows", "caad", "teacher")
+    for x in ("graphs", "no_logits", "gather", "scaling", "layer_mse", "uncounted_rows", "caad", "teacher", "projection", "shards")
 )
 ITEMS = [
     Item(
@@ -72,7 +72,7 @@ ITEMS = [
     Item(
         "other-tests",
         f'-m pytest -n 8 {OTHER_TESTS} -k "gpu or triton or no_logits or scaling or nothing_waits"',
-        "every test passes on the device: graphs, the loss without logits, survivors, scaling, layers, the teacher",
+        "every test passes on the device: graphs, the loss without logits, survivors, scaling, layers, teachers",
         90,
     ),
     Item("table", "-m benchmarks.gpu.measure table", "launch table within 5% of the best of 12 others", 60),
