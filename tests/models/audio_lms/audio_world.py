@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
@@ -29,6 +32,25 @@ def make_world(folder: Path, family: str, *, examples: int = 6) -> Path:
     tiny.FAMILIES[family](folder / "teacher", seed=1, width=48, layers=3)
     tiny.FAMILIES[family](folder / "student", seed=2)
     return folder
+
+
+def text_teacher(world: Path, *, width: int = 32, layers: int = 2) -> Path:
+    """A language model with the ordinary tokens of the audio LMs, a longer head, and special tokens of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    made = tiny.tokenizer()
+    backend = json.loads(made.backend_tokenizer.to_str().replace("<|AUDIO|>", "<|think|>"))
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token=tiny.SPECIAL[0], pad_token=tiny.SPECIAL[0],
+        additional_special_tokens=["<|think|>"],
+    )  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=tiny.VOCABULARY + 7, hidden_size=width, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    tiny._wide(LlamaForCausalLM, config, 3).save_pretrained(world / "text")
+    own.save_pretrained(world / "text")
+    return world / "text"
 
 
 def words(world: Path, out: str, *more: str) -> list[str]:

@@ -10,19 +10,22 @@ from safetensors.torch import load_file
 
 from models.cli import main as models
 from tests.kdkernels.tiny_lms import any_peft
-from tests.models.audio_lms.audio_world import QUESTION, make_world, words
+from tests.models.audio_lms.audio_world import QUESTION, make_world, text_teacher, words
 from tests.models.audio_lms.test_training import Killed, curves, kill_in_step
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [("qwen2_audio", ["student.merge=true"]), ("qwen2_5_omni", ["student.lora.targets=[q_proj,v_proj]"])],
+    ("family", "recipe", "options"),
+    [
+        ("qwen2_audio", "qwen2_audio", ["student.merge=true"]),
+        ("qwen2_5_omni", "qwen_omni", ["student.lora.targets=[q_proj,v_proj]"]),
+    ],
 )
-def test_distil_resume_evaluate_load_and_ask(family, options, tmp_path, monkeypatch, capsys):
+def test_distil_resume_evaluate_load_and_ask(family, recipe, options, tmp_path, monkeypatch, capsys):
     world = make_world(tmp_path, family)
     teacher, manifest, cache = (str(world / name) for name in ("teacher", "manifest.jsonl", "cache"))
-    run = ["train", "caad", *words(world, "run", f"teacher.model={teacher}", "teacher.batch_examples=1", *options)]
+    run = ["train", recipe, *words(world, "run", f"teacher.model={teacher}", "teacher.batch_examples=1", *options)]
 
     # From a live teacher, killed and continued.
     kill_in_step(monkeypatch, 3)
@@ -73,6 +76,19 @@ def test_distil_resume_evaluate_load_and_ask(family, options, tmp_path, monkeypa
     assert len(capsys.readouterr().out.splitlines()) >= 2
     assert models(["ask", final, str(world / "no.wav"), QUESTION]) == 1
     assert "clip: no file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_all_layers_of_a_text_teacher_and_of_a_snapshot(tmp_path):
+    """arXiv 2509.18579; the text teacher has other widths, other special tokens and more layers."""
+    world = make_world(tmp_path, "qwen2_5_omni")
+    options = [f"sources.text.folder={text_teacher(world, width=48, layers=3)}", "optim.steps=2"]
+    assert models(["train", "qwen_omni_sources", *words(world, "run", *options)]) == 0
+    last = curves(world / "run")[-1]
+    assert {"kd_text", "kd_acoustic", "layers_text", "layers_acoustic"} <= last.keys()
+    assert last["layers_acoustic"] < 0.1 < last["layers_text"]  # the snapshot is the student of two steps ago
+    saved = load_file(world / "run" / "final" / "adapter_model.safetensors")
+    assert saved and all("lora_" in name for name in saved)  # the projections are not in the result
 
 
 @pytest.mark.slow

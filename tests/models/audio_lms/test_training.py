@@ -14,7 +14,7 @@ from models.training import loop
 from models.training.recipe import ConfigError, load_recipe
 from models.training.run_setup import build_data, build_model, build_sources, read_examples
 from models.training.train import main as train
-from tests.models.audio_lms.audio_world import make_world, words
+from tests.models.audio_lms.audio_world import make_world, text_teacher, words
 from tests.models.audio_lms.test_families import logits_of
 
 
@@ -49,27 +49,13 @@ def test_objectives(world):
     lm = f"teacher.model={world / 'teacher'}"
     for recipe, more in {
         "sft": [], "kd": [lm], "sharpened": [lm], "caad_plus": [lm, "teacher.keep_mib=8"],
-        "text_acoustic_kd": [f"sources.text.folder={_text_teacher(world)}"],
+        "text_acoustic_kd": [f"sources.text.folder={text_teacher(world)}"],
         "caad": [lm, "layers.weight=0.3", "layers.map=all", "loss.kd_token_weight=divergence", "optim.audio_dropout=0.5"],
     }.items():  # fmt: skip
         assert train([recipe, *words(world, f"runs/{recipe}", "optim.steps=1", *more)]) == 0
         assert curves(world / "runs" / recipe)[-1]["loss"] > 0
         adapter = load_file(world / "runs" / recipe / "final" / "adapter_model.safetensors")
         assert any(x.any() for key, x in adapter.items() if "lora_B" in key)
-
-
-def _text_teacher(world: Path) -> Path:
-    """A language model with the tokens of the audio LMs and none of their special ones."""
-    from transformers import LlamaForCausalLM
-
-    from tests.kdkernels import tiny_lms
-    from tests.models.audio_lms import tiny_audio_lms as tiny
-
-    if not (world / "text").exists():
-        config = tiny_lms.llama()[0].config
-        config.vocab_size = tiny.VOCABULARY + 7
-        tiny._save(world / "text", tiny._wide(LlamaForCausalLM, config, 3), processor="none")
-    return world / "text"
 
 
 @pytest.mark.slow
