@@ -77,8 +77,6 @@ class AudioCollator:
         max_tokens: longest row allowed, in tokens; None = no limit.
     """
 
-    append_eos = True
-
     def __init__(self, family: Family, processor: Any, *, max_tokens: int | None = None) -> None:
         self.family = family
         self.processor = processor
@@ -125,9 +123,6 @@ class AudioCollator:
         if not example.target:
             raise ValueError(f"example {example.id!r}: expected a target, got {example.target!r}")
         return [*self._tokenize(example.target), self.end_id]
-
-    def check_examples(self, examples: Sequence[Example]) -> None:
-        """As a speech LM's collator has it; the embeddings of transformers' audio LMs are as long as their tokenizers."""
 
     def _tokenize(self, text: str) -> list[int]:
         # Special tokens in a text are plain text: no target can end its row early or bring in a placeholder.

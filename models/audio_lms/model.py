@@ -115,6 +115,11 @@ class AudioLM(nn.Module):
 
         own, *base = checkpoint_folders(spec)
         adapter, folder = (own, base[0]) if base else (None, own)
+        if adapter is not None and trains == "lora" and not merge:
+            raise AudioLMError(
+                f"{spec}: expected merge with trains='lora', as it is an adapter itself; a new adapter would name a base that "
+                "lacks these weights"
+            )
         source = _base_of(own) if base else str(Path(spec).resolve()) if Path(spec).is_dir() else os.fspath(spec)
         with quiet_transformers():
             try:

@@ -192,6 +192,13 @@ def test_a_family_that_is_not_listed(qwen):
     assert family_of(VoxtralRealtimeConfig()).model_class == "VoxtralRealtimeForConditionalGeneration"
 
 
+def test_random_weights_from_a_config(qwen, tmp_path):
+    made = AudioLM.from_config(qwen.lm.config, qwen.processor, trains="lora")
+    batch = made.make_collator()(EXAMPLES, CLIPS)
+    assert made.hidden_states_at(batch.target_index, **batch.model_inputs()).requires_grad
+    assert (made.save_pretrained(tmp_path / "final") / "processor_config.json").is_file()
+
+
 def test_errors_name_what_is_missing(qwen, tmp_path):
     with pytest.raises(AudioLMError, match="no such folder"):
         AudioLM.from_pretrained(tmp_path / "nothing")

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from models.audio_lms.family import AudioLMError
 from models.audio_lms.model import AudioLM, Lora
 from tests.kdkernels.tiny_lms import any_peft
 from tests.models.audio_lms import tiny_audio_lms as tiny
@@ -70,6 +71,18 @@ def test_transformers_loads_the_result(family, options, tmp_path):
         assert processor.tokenizer.get_vocab() == student.tokenizer.get_vocab()
         chat = [{"role": "user", "content": [{"type": "audio", "audio": "x"}, {"type": "text", "text": "High?"}]}]
         assert "<|AUDIO|>" in processor.apply_chat_template(chat, tokenize=False)
+
+
+def test_an_adapter_is_trained_further_only_into_whole_weights(tmp_path):
+    """A second adapter would name the first one's base, which lacks what the first has learned."""
+    first = trained(tiny.qwen2_audio(tmp_path / "base"), trains="lora", lora=Lora(r=2)).save_pretrained(tmp_path / "first")
+    with pytest.raises(AudioLMError, match="expected merge with trains='lora'"):
+        AudioLM.from_pretrained(first, trains="lora")
+    for options in ({"trains": "lora", "merge": True}, {"trains": "connector"}):
+        student = trained(first, **options)
+        expected = states(student)
+        again = AudioLM.from_pretrained(student.save_pretrained(tmp_path / options["trains"]))
+        torch.testing.assert_close(states(again), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_save_replaces_the_folder_whole(tmp_path):
