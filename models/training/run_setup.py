@@ -188,7 +188,7 @@ def _check_audio_lms(recipe: Recipe) -> None:
         except AudioLMError as error:
             raise SourceError(f"{key}: {error}") from error
     if recipe.needs_teacher and recipe.teacher.cache is not None:
-        _check_cached_layers(recipe)
+        _check_cached_layers(recipe, None)
 
 
 def _saved_settings(key: str, folder: str) -> SpeechLMConfig:
@@ -231,10 +231,11 @@ def _check_same_clips(key: str, student: SpeechLMConfig, teacher: SpeechLMConfig
             )
 
 
-def _check_cached_layers(recipe: Recipe, student: SpeechLMConfig) -> None:
+def _check_cached_layers(recipe: Recipe, student: SpeechLMConfig | None) -> None:
     """SourceError where teacher.cache lacks layers that are compared.
 
-    A map needs the depths of both language models. For them a backbone that is not here yet is fetched, as training would.
+    A map needs the depths of both language models. For them a backbone that is not here yet is fetched, as training would. Where
+    the student is an audio LM (None), a map's layers are checked when both models are there.
     """
     from kdkernels.contrast_cache import ContrastCache
 
@@ -245,7 +246,7 @@ def _check_cached_layers(recipe: Recipe, student: SpeechLMConfig) -> None:
     if recipe.layers.weight == 0:
         return
     wanted = {int(pair.split("-")[1]) for pair in recipe.layers.pairs}
-    if held and not wanted:
+    if held and not wanted and student is not None:
         teacher = _saved_settings("teacher.folder", recipe.teacher.folder)
         depths = [_depth(student, recipe.model.folder), _depth(teacher, recipe.teacher.folder)]
         wanted = set() if None in depths else {layer for _, layer in recipe.layers.layer_pairs(*depths)}

@@ -73,7 +73,7 @@ def test_the_cache_gives_the_losses_of_the_live_teacher(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_how_to_run_it(script):
     text = run(script, "--help")
-    assert f"python models/examples/{script}.py" in text and "For real models:" in text and "--seed" in text
+    assert f"python models/examples/{script}.py" in text and "For real models" in text and "--seed" in text
 
 
 def test_a_script_is_short():
