@@ -46,7 +46,9 @@ class Item:
 
 OTHER_TESTS = " ".join(
     f"tests/kdkernels/test_{x}.py"
-    for x in ("graphs", "no_logits", "gather", "scaling", "layer_mse", "uncounted_rows", "caad", "teacher", "projection", "shards")
+    for x in (
+        "graphs", "no_logits", "gather", "scaling", "layer_mse", "uncounted_rows", "caad", "teacher", "projection", "shards",
+    )  # fmt: skip
 )
 ITEMS = [
     Item(
