@@ -807,7 +807,9 @@ KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable,
   std::uint32_t words[4];
   if (dtype == F32) {
     const float first[4] = {x[0], x[1], x[2], x[3]}, second[4] = {x[4], x[5], x[6], x[7]};
-    if (WHOLE || (c.first + 4 <= writable && c.second + 4 <= writable)) {
+    bool whole = c.first + 4 <= writable && c.second + 4 <= writable;
+    if (WHOLE) whole = true;
+    if (whole) {
       KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = as_bits(first[e]);
       store_16_bytes(slice + c.first * 4, words);
       KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = as_bits(second[e]);
@@ -823,7 +825,9 @@ KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable,
   const int column = leftmost(c);
   KD_UNROLL for (int e = 0; e < 4; ++e) words[e] = pack(x[2 * e], x[2 * e + 1], dtype == BF16);
   if (CASE != ALL_BF16) swap_halves(words, c);
-  if (WHOLE || column + GROUP <= writable) {
+  bool whole = column + GROUP <= writable;
+  if (WHOLE) whole = true;
+  if (whole) {
     store_16_bytes(slice + column * 2, words);
     return;
   }

@@ -14,8 +14,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "caad_rows.cu"
 ARCHITECTURES = ("90a", "100a")
-KERNELS = 6  # three divergences, with logits as they lie in memory or scaled and softcapped
-REGISTERS = 128  # of a thread: what 512 threads on a multiprocessor leave
+KERNELS = 12  # three divergences; logits as they lie in memory, scaled and softcapped, and two common cases of dtypes
+REGISTERS = 128  # of a thread: what two blocks of 256 threads leave
 HOMES = [os.environ[x] for x in ("CUDA_HOME", "CUDA_PATH") if x in os.environ] + ["/usr/local/cuda"]
 
 
