@@ -65,7 +65,7 @@ def teacher_tokenizer(model: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where, local_files_only=True)
+        return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a folder without a tokenizer raises: the sizes are compared then
         logger.info("no tokenizer could be loaded from %s (%s); the sizes of the heads are compared", where, error)
         return None

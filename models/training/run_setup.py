@@ -270,7 +270,7 @@ def _depth(config: SpeechLMConfig, folder: str | None) -> int | None:
     stored = None if folder is None else Path(folder) / "lm"
     try:
         found = resolve_backbone(config.lm if stored is None or not stored.is_dir() else stored, kind="causal_lm")
-        return AutoConfig.from_pretrained(found.path).get_text_config().num_hidden_layers
+        return AutoConfig.from_pretrained(found.path, trust_remote_code=False).get_text_config().num_hidden_layers
     except (BackboneError, OSError, ValueError, AttributeError):
         return None
 
