@@ -42,6 +42,7 @@ def test_a_leg_that_fails_names_its_tests(some_tests, capsys, monkeypatch):
     assert len(lines) == 3
 
 
+@pytest.mark.slow
 def test_the_load_and_the_tier(some_tests, capsys):
     assert matrix.main(["--only", "slow", "--legs", "loaded", "--workers", "0", "--", some_tests]) == 1
     assert "beside busy processes): FAILED; 0 passed, 1 failed" in capsys.readouterr().out
@@ -53,6 +54,7 @@ def test_a_processor_without_the_instructions_leaves_the_leg_out(some_tests, cap
     assert "left out, this processor has no avx512" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_without_tests_is_a_failure(tmp_path, capsys):
     assert matrix.main(["--legs", "this-processor", "--workers", "0", "--", str(tmp_path)]) == 1
     assert "pytest ended with status 5" in capsys.readouterr().out

@@ -19,6 +19,7 @@ def case():
     return packing.PackingCase(6, CPU, pack_tokens=400, layers=(1, 2), config=TINY)
 
 
+@pytest.mark.slow
 def test_rows(case, tmp_path):
     rows = {row["layout"]: row for row in packing.measure(case, 1)}
     assert list(rows) == list(packing.LAYOUTS)

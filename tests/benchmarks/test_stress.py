@@ -98,6 +98,7 @@ class Fails(Log):
         super().run(folder, done)
 
 
+@pytest.mark.slow
 def test_safe_work_is_found_safe():
     row, problems = stress.stress(Log(), 12, progress_bar=False)
     assert problems == [] and row["kills"] >= 12 and row["at_calls"] >= 6 and row["calls_a_run"] == 20

@@ -298,6 +298,7 @@ def test_a_wrong_step_with_several_teachers_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_from_the_results_and_from_nothing_else(tmp_path):
     results = tmp_path / "results"
     test_rows(results)
@@ -361,6 +362,7 @@ def test_pytest_benchmark_entry_points():
         assert name in done.stdout
 
 
+@pytest.mark.slow
 def test_step_times_the_teachers_apart_from_the_rest(monkeypatch, tmp_path):
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path))
     case = step.StepCase(2, CPU, layers=(2, 4), config={"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48})
@@ -407,6 +409,7 @@ def test_a_cache_that_gives_another_loss_is_not_timed(monkeypatch, tmp_path):
         cache.measure_step(case, 1)
 
 
+@pytest.mark.slow
 def test_layers_end_to_end(tmp_path, monkeypatch):
     shapes = (layers.Shape("small", {"cpu": 16}, 2, 24, 40), layers.Shape("equal", {"cpu": 16}, 3, 24, 24))
     monkeypatch.setattr(layers, "SHAPES", shapes)

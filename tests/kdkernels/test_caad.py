@@ -61,6 +61,7 @@ def test_reference_gradcheck(divergence, temperature):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
@@ -586,6 +587,7 @@ def test_inplace_hands_its_gradient_to_hooks_and_retain_grad():
     assert torch.equal(scores.grad, student.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("want_stats", [False, True])
 def test_opcheck(dtype, want_stats):

@@ -630,6 +630,7 @@ def test_no_order_of_threads_changes_a_bit(emulator, case, seed):
     assert torch.equal(grad, expected_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_no_order_of_threads_overwrites_logits_before_they_are_read(emulator, dtype):
     student, *others = make(Emulated(emulator), 4, 8000)

@@ -115,6 +115,7 @@ def test_gathered_weights_alone_are_multiplied(monkeypatch):
     assert seen[1].data_ptr() == arguments[2].data_ptr() and len(seen[1]) == 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [True, False])
 def test_text_is_not_read_where_alpha_is_0(dense, impl, monkeypatch):
     force(impl, monkeypatch, dense=dense)
@@ -124,6 +125,7 @@ def test_text_is_not_read_where_alpha_is_0(dense, impl, monkeypatch):
     assert torch.equal(contrast(impl, arguments, spec)[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [True, False])
 def test_masked_ids_and_masked_rows(dense, impl, monkeypatch):
     force(impl, monkeypatch, dense=dense)

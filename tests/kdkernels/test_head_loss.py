@@ -52,6 +52,7 @@ def assert_same_gradients(found, expected):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*tiny_lms.AUDIO_MODELS, *tiny_lms.TEXT_MODELS])
 def test_every_model_as_teacher_and_as_student(name):
     """The loss and each gradient equal those of fused_caad_loss on the logits of three full forwards."""
@@ -466,6 +467,7 @@ class TestAdapters:
             expected = own_loss(model, inputs, index, target).item()
             assert at_head(model, inputs, index, cross_entropy(target)).item() == pytest.approx(expected, rel=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", OTHER_ADAPTERS)
     def test_other_adapters(self, peft, name):
         """Refused while they are active, ignored while they are not."""

@@ -158,6 +158,7 @@ def gathered_teacher(failures):
         failures.put("the sharded teacher says something else")
 
 
+@pytest.mark.slow
 def test_sharded_teacher():
     run_ranks(gathered_teacher, 2)
 

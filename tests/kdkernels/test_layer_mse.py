@@ -68,6 +68,7 @@ def compare(arguments, dtype, *, factor=None, **options):
         assert relative_error(got, want) < (CUT_OFF_ERROR if cut_off else GRADIENT_ERROR[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("direction", [*DIRECTIONS, "equal"])

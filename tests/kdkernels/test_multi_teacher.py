@@ -241,6 +241,7 @@ def low_precision(dtype, n=64, vocab=3000):
     return arguments, sources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -360,6 +361,7 @@ def test_opcheck(reduced, head_trains, all_text):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_compiled_fullgraph_gives_the_same_numbers(count):
     arguments, sources = student(head_trains=True), SOURCES["three_forward"]()[:count]

@@ -74,6 +74,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_matches_fp64(option):
     check(make(teacher_vocab=160), RowSpec(vocab=150, **OPTIONS[option]))
@@ -96,6 +97,7 @@ def test_mixed_dtypes_are_multiplied_in_float32():
     check(arguments, RowSpec(vocab=150, teacher_softcap=5.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [(2, 6), (4,), (7,), (4, 7, 8)])
 def test_without(missing):
     """bias, text, target; a single alpha"""
@@ -106,6 +108,7 @@ def test_without(missing):
     check(arguments, RowSpec(vocab=150, plausibility=0.2, with_ce=arguments[7] is not None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "vocab"), [(1, 1), (1, 2), (3, 64), (66, 65)])
 def test_any_size(n, vocab):
     arguments = make(max(n, 3), vocab, widths=(32, 17))
@@ -208,6 +211,7 @@ def test_infinities_and_empty_rows():
     assert result.kd.tolist() == result.ce.tolist() == [INF, 0.0, INF, INF, INF]
 
 
+@pytest.mark.slow
 def test_ignored_and_unread_states_may_hold_anything():
     for option in ("tau 2", "softcaps", "plausibility"):
         arguments, spec = make(), RowSpec(vocab=150, **OPTIONS[option])

@@ -87,6 +87,7 @@ def agree(failures, sizes):
             failures.put(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_ranks_agree_with_one_device(sizes):
     run_ranks(agree, len(sizes), sizes)

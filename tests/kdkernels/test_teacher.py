@@ -67,6 +67,7 @@ class TestAnswerIndex:
             answer_index(torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows_per_pass", [None, 2])
 @pytest.mark.parametrize("name", tiny_lms.AUDIO_MODELS)
 def test_masked_features_equal_two_full_forwards(name, rows_per_pass):
@@ -260,6 +261,7 @@ class TestNoLogits:
 
 
 class TestCapture:
+    @pytest.mark.slow
     def test_hooks_are_gone_afterwards_and_after_an_error(self):
         model, inputs = tiny_lms.voxtral()
         before = model(**inputs).logits
@@ -730,6 +732,7 @@ class TestModes:
                 module.enable_adapters(False)
         torch.testing.assert_close(teacher(inputs, index).audio_hidden, expected.audio_hidden)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("pack_tokens", [None, 60])
     @pytest.mark.parametrize("name", tiny_lms.AUDIO_MODELS)
     def test_training_mode_leaves_no_trace(self, name, pack_tokens):

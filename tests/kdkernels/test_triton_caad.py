@@ -233,6 +233,7 @@ def test_rows_that_are_one_row():
     check((student, audio, text, *rest), RowSpec(vocab=96))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(80, 80), (90, 64), (64, 90)])
 def test_columns_beyond_the_vocabulary(widths, small_blocks):
     student, audio, text, *rest = make(4, 90)
@@ -309,6 +310,7 @@ def test_tokens_masked_everywhere(divergence, temperature, small_blocks):
     check((student, audio, text, target, *rest), spec, want_stats=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("path", [1, 2])
 def test_tokens_masked_on_one_teacher_path(path, divergence, small_blocks):

@@ -157,6 +157,7 @@ def thin_loop(student, teacher, batches, *, accumulate: int, recipe) -> list[flo
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trains_head", [False, True], ids=["frozen_head", "trained_head"])
 def test_equals_the_thin_loop_to_the_last_bit(tmp_path, trains_head):
     options = CAADOptions(alpha=1.5, alpha_start=0.5, alpha_ramp_steps=3, kd_weight=0.6)
@@ -357,6 +358,7 @@ class TestNotFinite:
             train_dataset=rows,
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("logging_nan_inf_filter", [True, False])
     def test_step_and_samples_are_named(self, tmp_path, logging_nan_inf_filter):
         """2 x 2 rows a step: row 6 is in the second step's second part."""
@@ -452,6 +454,7 @@ class TestArgumentsThatWork:
     def test_same_losses(self, tmp_path, plain, options):
         assert first_losses(tmp_path, **options) == pytest.approx(plain, rel=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
@@ -480,6 +483,7 @@ class TestArgumentsThatWork:
         found = first_losses(tmp_path, dataloader_drop_last=True)
         assert found[:3] == plain[:3] and found[3] != plain[3]
 
+    @pytest.mark.slow
     def test_best_model(self, tmp_path):
         trainer = CAADTrainer(
             speech_lm(),

@@ -383,6 +383,7 @@ def real_backbone(load, spec):
         pytest.skip(f"no package registry: {str(error).splitlines()[0]}")
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_smollm2_speaks():
     model, tokenizer = real_backbone(load_causal_lm, SMOLLM2)
@@ -409,6 +410,7 @@ def test_whisper_encoders(spec, layers, width):
     assert torch.nn.functional.cosine_similarity(table[10:-1], table[11:]).mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_fetch_in_a_process_without_a_hub():
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

@@ -151,6 +151,7 @@ def assert_contexts_are_whole(manifest):
         assert [context_kind(e) for e in group.values()] == ["neutral", "aligned", "conflict", "irrelevant"]
 
 
+@pytest.mark.slow
 def test_every_category_has_two_tasks_or_more_and_every_clip_is_as_recorded(tiny):
     tasks = {e.task for e in tiny}
     assert tasks == set(SIZES["benchmark_tiny"].tasks)

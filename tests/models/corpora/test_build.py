@@ -65,6 +65,7 @@ def assert_pairs_are_whole(manifest):
         assert len({(e.audio, e.question, e.answer, e.choices) for e in examples}) == 1
 
 
+@pytest.mark.slow
 def test_all_tasks_of_espeak_are_there_and_every_clip_can_be_read(tiny):
     assert {e.task for e in tiny} == {"gender", "speaking_rate", "accent", "noise", "content", "place", "mood"}
     assert tiny.problems == []
@@ -160,6 +161,7 @@ def test_the_plans_that_published_results_stand_on_have_not_changed(size, digest
     assert demo.fingerprint() == "b5963c25048b267856b7b31403aecc439934a5cfe5cf5fdff1a39f83a94de7a3"
 
 
+@pytest.mark.slow
 def test_a_corpus_is_built_once_repaired_and_cleared_of_old_clips(tmp_path, monkeypatch):
     options = {"sources": ("espeak",), "size": "tiny", "progress": False}
     path = build_corpus(tmp_path, tasks=("noise",), **options)

@@ -60,6 +60,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 def test_manifests_and_foreign_rows(tmp_path, in_child):
     from models.data.manifest import Example
 
@@ -183,6 +184,7 @@ def test_no_text_takes_the_readers_long(tmp_path):
     assert parse_description("[00:00-00:05] " + "x" * 4096 + " (Gender: man)") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3", ".aiff", ".au", ".w64", ".caf", ".rf64"])
 def test_damaged_audio(tmp_path, in_child, suffix):
     rng = np.random.default_rng(0)

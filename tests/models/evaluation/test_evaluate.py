@@ -95,6 +95,7 @@ def sequence_score(model, example, choice, features, alpha, heard=True):
     return sum(log_p[batch.target_index[n], batch.target[n]].item() for n in positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choices", [("man", "woman"), ("a", "b"), ("slowly", "quickly"), ("ab", "abc", "xbc"), ("aa", "aaa")], ids=str
 )

@@ -72,6 +72,7 @@ def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, cont
     assert all(torch.equal(layers[0][key], layers[1][key]) for key in layers[0])  # projections start untrained both times
 
 
+@pytest.mark.slow
 def test_what_was_asked_is_not_made_again_and_what_was_trained_is_only_asked(world, context, monkeypatch):  # noqa: F811
     monkeypatch.setattr(shared_steps, "multiplies_bf16", lambda _: False)  # as `words` has it for the training
     options = {"manifest": world / "m.jsonl", "start": world / "untrained", "words": words(world)}

@@ -88,6 +88,7 @@ def test_numbers_are_those_of_the_predictions(page):
     assert accuracy[2][1].endswith("n 4")
 
 
+@pytest.mark.slow
 def test_reference_of_the_differences(report, tmp_path):
     report.reference = "follows hints"
     html = write_report(tmp_path / "r.html", report).read_text()

@@ -533,6 +533,7 @@ def test_save_and_load_by_reference(model, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_save_with_the_backbones_inside(model, tmp_path):
     folder = model.save_pretrained(tmp_path / "model", include_frozen=True)
     again = SpeechLM.from_pretrained(folder)

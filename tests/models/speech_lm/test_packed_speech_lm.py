@@ -44,6 +44,7 @@ def longest(batch):
     return int(batch.attention_mask.sum(1).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [[], [1, 4]])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("rows_worth", [1, 2.2, 100])

@@ -141,6 +141,7 @@ def six_steps(failures, strategy):
     return seen, whole_weights(lm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_take_the_steps_of_one(one_device, strategy):
     for seen, weights in run_ranks(six_steps, 2, strategy):
@@ -311,6 +312,7 @@ def cannot_write(failures, folder, how):
     return "saved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [("apart", "expected a folder that all ranks see, but rank 1 does not see"), ("full", "rank 1: OSError: .*No space left")],

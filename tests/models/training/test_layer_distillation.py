@@ -21,6 +21,7 @@ def final(root, out):
     return SpeechLM.from_pretrained(root / out / "final")
 
 
+@pytest.mark.slow
 def test_layers_at_equal_widths(world):  # noqa: F811
     """A student that is its teacher is at distance 0, and another one comes nearer."""
     teacher = world / "teacher" / "final"
@@ -40,6 +41,7 @@ def test_layers_at_equal_widths(world):  # noqa: F811
     assert 0 < curve[-1] < curve[0]
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit_and_leaves_nothing_behind(world, tmp_path):  # noqa: F811
     words = [*LAYERS, f"teacher.folder={world / 'teacher' / 'final'}", "layers.alpha=0.5", "run.save_every_steps=3"]
     assert train(world, "caad", "whole", *words) == 0

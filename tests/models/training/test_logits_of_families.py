@@ -30,6 +30,7 @@ def loss_of(recipe, model, hidden, target, states) -> float:
     return float(objective_loss(recipe, 1, model, hidden, target, states, TokenWeights(ones, ones), total, total)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES | HYBRIDS)
 def test_losses_are_those_of_the_language_models_own_logits(family):
     """KD of a model from itself is 0, and CE is that of the logits of its own forward."""

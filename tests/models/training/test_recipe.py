@@ -100,6 +100,7 @@ def test_alpha_ramp():
     assert LossConfig(alpha=1.5).alpha_at(1) == 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

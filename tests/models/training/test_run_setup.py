@@ -164,6 +164,7 @@ def test_stopped_and_resumed_is_the_undisturbed_run_bit_for_bit(world, of_many_l
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cache_that_was_stopped_is_the_undisturbed_one_bit_for_bit(world, of_many_lengths, tmp_path, dtype, monkeypatch):
     words = [*cache_words(world, tmp_path / "whole", "--dtype", dtype, "--batch-examples", "5"), "--layers", "1,3"]
@@ -221,6 +222,7 @@ def test_a_cache_of_another_teacher_prompt_or_room_is_refused(world, tmp_path, c
     assert "has room for 100 bytes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_language_model_that_trains_goes_through_every_stage(world, tmp_path):
     old = SpeechLM.from_pretrained(world / "untrained")
     model = SpeechLM.from_config(dataclasses.replace(old.config, train_lm=True))
@@ -257,6 +259,7 @@ def test_fresh_connector_keeps_the_statistics(world):
     assert not torch.allclose(old["input_projection.weight"], new["input_projection.weight"], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -215,6 +215,7 @@ def test_all_sources_at_once_resume_bit_for_bit(world):  # noqa: F811
     assert first["kd_acoustic"] < 1e-6 < first["kd_text"] and first["layers_acoustic"] < 1e-6 < first["layers_text"]
 
 
+@pytest.mark.slow
 def test_kept_and_live_sources_differ_in_rounding_alone(world):  # noqa: F811
     words = ["optim.steps=3", "loss.kd_weight=1", f"sources.text.folder={lm_of(world)}"]
     live = ["sources.text.keep_mib=0", "sources.acoustic.keep_mib=0"]

@@ -44,6 +44,7 @@ def test_every_objective_learns_and_keeps_frozen_weights(tmp_path, objective):
     assert ("alpha" in curve[0]) == (objective in ("sharpened", "caad", "caad+"))
 
 
+@pytest.mark.slow
 def test_objectives_differ_where_they_should(tmp_path):
     weights = {}
     for name, words in {

@@ -129,6 +129,7 @@ def test_another_number_of_ranks_continues(one_rank, tmp_path):
     same(outcome(tmp_path), outcome(alone))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(tmp_path):
     stopped = run_ranks(run, 2, tmp_path, "caad", ["run.parallel=ddp"], 1)
     assert stopped == [(5, signal.SIGTERM)] * 2
@@ -147,6 +148,7 @@ def failing(failures, out_dir):
     return "no error", ""
 
 
+@pytest.mark.slow
 def test_what_stops_one_rank_stops_all_with_its_words(tmp_path):
     first, second = run_ranks(failing, 2, tmp_path)
     message = r"step \d: loss nan; nothing was updated. Examples of the batch: (clip\d+, )?clip11(, clip\d+)?$"
