@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from .options import ALPHA, CAADOptions
 
 __all__ = ["check_options", "write_card", "write_options"]
+
+logger = logging.getLogger(__name__)
 
 OPTIONS_NAME = "caad_options.json"
 # How the loss is computed, not what it is: another machine may need others.
@@ -35,21 +38,32 @@ def write_options(folder: Path, options: CAADOptions) -> None:
     (folder / OPTIONS_NAME).write_text(json.dumps(_as_json(options), indent=1) + "\n")
 
 
-def check_options(folder: Path, options: CAADOptions) -> None:
-    """Raises ValueError, with both values, where the checkpoint was trained with another loss. An older one has no file."""
-    if not (folder / OPTIONS_NAME).is_file():
+def check_options(folder: Path, options: CAADOptions, *, allow_others: bool = False) -> None:
+    """Raises ValueError, with both values, where the checkpoint was trained with another loss. An older one has no file.
+
+    With allow_others a warning says what differs. A file that is no JSON object raises ValueError.
+    """
+    file = folder / OPTIONS_NAME
+    if not file.is_file():
+        logger.warning("%s has no %s: the options were not compared with those of the checkpoint", folder, OPTIONS_NAME)
         return
-    saved, now = json.loads((folder / OPTIONS_NAME).read_text()), _as_json(options)
+    try:
+        saved, now = json.loads(file.read_text()), _as_json(options)
+    except ValueError as error:
+        raise ValueError(f"{file}: expected a JSON object of CAADOptions, got {error}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file}: expected a JSON object of CAADOptions, got {type(saved).__name__}")
     differing = [
         f"{name} was {saved[name]!r} and is {now[name]!r}"
         for name in now
         if name not in _OF_THE_MACHINE and name in saved and saved[name] != now[name]
     ]
-    if differing:
-        raise ValueError(
-            f"options: expected those of the checkpoint {folder}, got others: {'; '.join(differing)}. Pass "
-            "resume_with_other_options=True to go on with the new ones"
-        )
+    if not differing:
+        return
+    message = f"options: expected those of the checkpoint {folder}, got others: {'; '.join(differing)}."
+    if not allow_others:
+        raise ValueError(f"{message} Pass resume_with_other_options=True to go on with the new ones")
+    logger.warning("%s Training goes on with the new ones", message)
 
 
 def write_card(folder: Path, options: CAADOptions, *, student: str, teacher: str, data: str, path: str) -> None:

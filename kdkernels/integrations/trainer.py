@@ -74,8 +74,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
         assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
 
     What is logged in training also has kd, ce, student_entropy, teacher_entropy, top1_agreement, path_divergence (none without a
-    negative path) and alpha (none where a batch has its own). They are means by token of the one step that is logged, over
-    accumulation and ranks. That step computes the head twice. With logging_strategy="epoch" every step does.
+    negative path) and alpha (as path_divergence). They are means by token of the one step that is logged, over accumulation and
+    ranks. That step computes the head twice. With logging_strategy="epoch" every step does, and the means are over the epoch.
 
     Each saved model has the options (caad_options.json) and a model card (README.md) beside it.
 
@@ -137,8 +137,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
         self._not_finite: list[tuple[str, list[str]]] = []  # of this rank's micro-batches of a step: what, samples
         self._step_samples: list[list[str]] = []
         self._resume_with_other_options = resume_with_other_options
-        self._logged: Tensor | None = None  # (8,) of this rank's micro-batches of a step that is logged
-        self._contrasts = self._own_alpha = False  # of that step: a negative path, an alpha for each token
+        self._logged: Tensor | None = None  # (9,) sums over this rank's micro-batches that are logged
+        self._contrasts = False  # whether they have a negative path
         self._grad_norm: Any = None
         self.add_callback(_BeforeStep(self._check_step))
         # The loss that compute_loss returns is a share of the whole step's: Trainer must not divide it again.
@@ -183,7 +183,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
         if not batches:
             return batches, None
         self._step_samples = [_names(batch) for batch in batches]
-        self._logged = None
+        if self.args.logging_strategy != IntervalStrategy.EPOCH:
+            self._logged = None
         sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices:
             sums = self.accelerator.reduce(sums, reduction="sum")
@@ -250,20 +251,18 @@ class CAADTrainer(CheckpointLoading, Trainer):
             if self.accelerator.num_processes > 1:
                 sums = self.accelerator.reduce(sums, reduction="sum")
             *values, kd_total, ce_total = sums.tolist()
-            for name, value in zip(CAADStats._fields, values, strict=True):
+            for name, value in zip((*CAADStats._fields, "alpha"), values, strict=True):
                 total = ce_total if name == "ce" else kd_total
-                if total > 0 and (self._contrasts or name != "path_divergence"):
+                if total > 0 and (self._contrasts or name not in ("path_divergence", "alpha")):
                     logs[name] = value / total
-            if self._contrasts and not self._own_alpha:
-                logs["alpha"] = self.options.alpha_at(self.state.global_step)
         super().log(logs, start_time)
 
     # --- what is saved ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if folder and not self._resume_with_other_options:
-            check_options(Path(str(folder)), self.options)
+        if folder:
+            check_options(Path(str(folder)), self.options, allow_others=self._resume_with_other_options)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -379,10 +378,13 @@ class CAADTrainer(CheckpointLoading, Trainer):
 
         result = self._at_head(model, student, index, loss)
         if sink:
-            weights = torch.stack(_weights(inputs, labels), 1)
-            sums = torch.cat([_weighted(sink[0], weights.to(sink[0].kd.device)).sum(0), weights.sum(0).to(sink[0].kd.device)])
+            weights = torch.stack(_weights(inputs, labels), 1).to(sink[0].kd.device)
+            alpha = {**options, **by_token}["alpha"]
+            alpha = alpha.to(weights) if isinstance(alpha, Tensor) else alpha
+            alpha_sum = (weights[:, 0] * alpha).sum()[None]
+            sums = torch.cat([_weighted(sink[0], weights).sum(0), alpha_sum, weights.sum(0)])
             self._logged = sums if self._logged is None else self._logged + sums
-            self._contrasts, self._own_alpha = text_hidden is not None, "alpha" in by_token
+            self._contrasts = text_hidden is not None
         return result
 
     def _teacher_states(
@@ -502,8 +504,8 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0, "the teacher's distribution takes its place"),
     "torch_compile": (
         False,
-        "a compiled model hides its LM head; compile what is inside: `for layer in LAYERS: layer.compile()`, where LAYERS are "
-        "the decoder layers (`student.model.layers` of a Llama). The loss has kernels of its own",
+        "a compiled model hides its LM head; compile what lies below it: `student.get_decoder().compile()`. The loss has kernels "
+        "of its own",
     ),
     "use_liger_kernel": (False, "it replaces the model's forward and loss; apply the kernels you want to the model yourself"),
     "batch_eval_metrics": (False, "evaluation is by token over the whole dataset"),

@@ -220,7 +220,8 @@ def trainer_on_ranks(failures, folder, options, lora=()):
         except RuntimeError as error:
             if "expected it in DistributedDataParallel" not in str(error):
                 failures.put(str(error))
-    return [evaluated["eval_loss"], evaluated["eval_kd"], *cases.logged(training)]
+    kd = [line["kd"] for line in training.state.log_history if "loss" in line]
+    return [evaluated["eval_loss"], evaluated["eval_kd"], *cases.logged(training), *kd]
 
 
 def a_rank_with_a_bad_row(failures, folder, options):
@@ -263,7 +264,7 @@ FSDP2 = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "transfor
 @pytest.mark.slow
 def test_trainer_on_two_ranks_is_the_trainer_on_one(tmp_path):
     (whole,) = run_ranks(trainer_on_ranks, 1, str(tmp_path), {})
-    assert len(set(whole)) == 6
+    assert len(set(whole)) == 10
     for options in ({}, FSDP2):
         for found in run_ranks(trainer_on_ranks, 2, str(tmp_path), options):
             assert found == pytest.approx(whole, rel=1e-4), options
@@ -299,7 +300,7 @@ def test_trainer_by_deepspeed_zero3_is_the_trainer_on_one(tmp_path, lora):
     """DeepSpeed's own engine has the weights of body and head in parts: of a student that trains, or of a LoRA's frozen base."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is optional")
     (whole,) = run_ranks(trainer_on_ranks, 1, str(tmp_path), {}, lora)
-    assert len(set(whole)) == 6
+    assert len(set(whole)) == 10
     for found in run_ranks(trainer_by_deepspeed, 2, str(tmp_path), lora):
         assert found == pytest.approx(whole, rel=1e-4)
 

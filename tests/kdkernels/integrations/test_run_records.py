@@ -15,7 +15,7 @@ from test_trainer import Recorder, arguments, captured_hidden, dual_path, exampl
 from kdkernels import CAADOptions, CAADTrainer, answer_index, fused_linear_caad_loss
 
 
-def trainer_of(folder, *, options=None, **arguments_) -> CAADTrainer:
+def trainer_of(folder, *, options=None, rows=None, **arguments_) -> CAADTrainer:
     resume = {name: arguments_.pop(name) for name in ("resume_with_other_options",) if name in arguments_}
     return CAADTrainer(
         speech_lm(),
@@ -23,7 +23,7 @@ def trainer_of(folder, *, options=None, **arguments_) -> CAADTrainer:
         teacher=dual_path(),
         options=options or CAADOptions(alpha=1.5),
         data_collator=Recorder(),
-        train_dataset=examples(),
+        train_dataset=examples() if rows is None else rows,
         **resume,
     )
 
@@ -77,7 +77,7 @@ def test_options_and_card_beside_each_checkpoint(tmp_path):
         assert words in card.text
 
 
-def test_resume_with_other_options(tmp_path):
+def test_resume_with_other_options(tmp_path, caplog):
     trainer_of(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     other = CAADOptions(alpha=1.0, kd_weight=0.5, chunk_tokens=64)
     for where in (str(tmp_path / "checkpoint-1"), True):
@@ -85,5 +85,63 @@ def test_resume_with_other_options(tmp_path):
             trainer_of(tmp_path, options=other).train(resume_from_checkpoint=where)
     trainer_of(tmp_path, options=CAADOptions(alpha=1.5, chunk_tokens=64), max_steps=2).train(resume_from_checkpoint=True)
     going_on = trainer_of(tmp_path, options=other, max_steps=2, resume_with_other_options=True)
-    going_on.train(resume_from_checkpoint=True)
-    assert going_on.state.global_step == 2
+    going_on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert going_on.state.global_step == 2 and "kd_weight was 0.7 and is 0.5. Training goes on" in caplog.text
+
+
+def test_checkpoint_with_broken_options_or_without(tmp_path, caplog):
+    trainer_of(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-1" / "caad_options.json"
+    for text in ('{"alpha": 1', "[1]"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"caad_options\.json: expected a JSON object of CAADOptions, got"):
+            trainer_of(tmp_path).train(resume_from_checkpoint=True)
+    file.unlink()
+    trainer_of(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    assert "were not compared" in caplog.text
+
+
+def test_alpha_of_each_token_is_logged_by_its_weight(tmp_path):
+    rows = examples()
+    generator = torch.Generator().manual_seed(5)
+    for row in rows:
+        row["kd_token_weight"], row["alpha"] = torch.rand(2, len(row["labels"]), generator=generator)
+    trainer = trainer_of(tmp_path, rows=rows, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=3)
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    picked = [batch["labels"][:, 1:] != -100 for batch in trainer.data_collator.batches[:3]]
+    weight, alpha = (
+        torch.cat([batch[name][:, 1:][mask] for batch, mask in zip(trainer.data_collator.batches, picked, strict=False)])
+        for name in ("kd_token_weight", "alpha")
+    )
+    assert line["alpha"] == pytest.approx(((weight * alpha).sum() / weight.sum()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_no_bit_of_the_training_depends_on_the_log(tmp_path, precision):
+    trained, logs = [], []
+    for options in ({"logging_steps": 1}, {"logging_steps": 3, "logging_first_step": True}, {"logging_strategy": "epoch"}):
+        trainer = trainer_of(tmp_path, max_steps=4, **options, **precision)
+        trainer.train()
+        trained.append([p.detach().clone() for p in trainer.model.parameters()])
+        logs.append([line for line in trainer.state.log_history if "loss" in line])
+    for others in trained[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(trained[0], others, strict=True))
+    every, third, (epoch,) = logs
+    assert [line["kd"] for line in third] == [every[0]["kd"], every[2]["kd"]]
+    kd = [line["kd"] for line in every]
+    assert min(kd) < epoch["kd"] < max(kd)  # of all steps, not of the last
+
+
+def test_what_lies_below_the_head_compiles(tmp_path):
+    """As the error of args.torch_compile says."""
+    with pytest.raises(ValueError, match=r"compile what lies below it: `student\.get_decoder\(\)\.compile\(\)`"):
+        trainer_of(tmp_path, torch_compile=True)
+    losses = []
+    for compiled in (False, True):
+        trainer = trainer_of(tmp_path, max_steps=2)
+        if compiled:
+            trainer.model.get_decoder().compile(backend="eager")
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
