@@ -55,8 +55,8 @@ def _derated(
 
 
 # By a part of what torch.cuda.get_device_name returns. Multiprocessors, memory, capability, memory bandwidth, dense bf16 rate:
-# - H100, H200: NVIDIA's data sheets "H100 Tensor Core GPU" and "H200 Tensor Core GPU", the SXM boards. (A GH200 of 96 GB is called
-#   an H200 here. Its GPU has the same multiprocessors, and 4.0 TB/s instead of 4.8.)
+# - H100, H200: NVIDIA's data sheets "H100 Tensor Core GPU" and "H200 Tensor Core GPU", the SXM boards. (A GH200 of 96 GB is
+#   called an H200 here. Its GPU has the same multiprocessors, and 4.0 TB/s instead of 4.8.)
 # - A100: "NVIDIA A100 Tensor Core GPU", 80 GB SXM.
 # - B200: "NVIDIA DGX B200", an eighth of the machine: 1440 GB, 64 TB/s and 36 PFLOP/s of bf16 with sparsity, half of it dense.
 #   Multiprocessors: what its driver reports, 148.

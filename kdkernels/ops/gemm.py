@@ -104,7 +104,7 @@ def has_mixed_gemm(device: torch.device) -> bool:
 
 @functools.cache
 def _has_mixed_sum(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch.addmm adds the product of two tensors of ``dtype`` to a float32 tensor in place. Tried once for each device."""
+    """Whether torch.addmm adds a product of two tensors of ``dtype`` to a float32 tensor in place. Tried once a device."""
     if "dtype_out" not in torch.ops.aten.addmm.overloads():
         return False
     a, total = (torch.zeros((16, 16), dtype=x, device=device) for x in (dtype, torch.float32))
