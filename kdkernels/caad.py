@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import check_device, check_head, check_leading, check_shape, check_tensor, check_text_path, is_dtensor
 from .loss_options import LinearLossOptions, LossOptions
-from .loss_terms import LossTerms, accumulation_dtype
+from .loss_terms import LossTerms, accumulation_dtype, as_autocast
 from .ops import reference as _reference
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
@@ -280,6 +280,10 @@ def fused_linear_caad_loss(
     Returns:
         As :func:`fused_caad_loss`. Gradients reach student_hidden, student_weight and student_bias only.
 
+    Under torch.autocast hidden states, weights and biases are cast as F.linear casts them, on every device and by every ``impl``.
+    The copies live until the backward. The loss stays float32, and a gradient has the dtype of the tensor that was passed. The
+    two paths of a teacher are rounded before their contrast is formed.
+
     dW is accumulated in float32. With reduction="none" and a training head the backward runs the chunks a second time: the
     GEMM of dW needs each token's own grad_output.
 
@@ -316,6 +320,7 @@ def _loss_of_hidden_states(
 
         group, heads = parallel.local_heads(process_group, heads)
     _check_heads(heads, empty=group is not None)
+    heads = LinearTensors(*as_autocast(*heads))
     hidden, student_weight, _, _, _, teacher_weight, _ = heads
     dtypes = [x.dtype for x in heads if x is not None]
     terms = LossTerms.build(

@@ -6,7 +6,7 @@ Legend: ... leading dimensions (their product is N tokens), V valid ids.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,6 +173,18 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
     if looked_at(device) and not bool(value >= 0):
         raise ValueError(f"{name}: expected a number >= 0, got {float(value)}")
     return value
+
+
+def as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """What F.linear makes of its operands under torch.autocast: its dtype, for every floating dtype but float64; else unchanged.
+
+    Autograd undoes the cast, so a gradient has the dtype of the caller's tensor.
+    """
+    device = next(x.device.type for x in tensors if x is not None)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
 def accumulation_dtype(dtypes: list[torch.dtype]) -> torch.dtype:

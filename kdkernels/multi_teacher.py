@@ -18,7 +18,7 @@ from torch import Tensor
 from .caad import linear_loss, linear_settings
 from .checks import check_head, check_leading, check_text_path
 from .loss_options import LinearLossOptions, check_divergence, check_head_options, check_not_negative
-from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, looked_at, token_weight
+from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, as_autocast, looked_at, token_weight
 from .ops import multi_teacher as _multi_teacher
 from .ops import reference as _reference
 from .ops import schema as _schema
@@ -183,6 +183,8 @@ def _loss_of_sources(
     leading, device = hidden.shape[:-1], hidden.device
     for k, source in enumerate(sources):
         _check_source(f"sources[{k}].", source, hidden)
+    hidden, weight, bias = student = as_autocast(*student)
+    sources = [_as_autocast(source) for source in sources]
     given = [*student, *(x for s in sources for x in (s.hidden, s.weight, s.text_hidden, s.bias))]
     dtypes = [x.dtype for x in given if x is not None]
     dtype = accumulation_dtype(dtypes)
@@ -203,6 +205,11 @@ def _loss_of_sources(
     kd, ce, student_entropy, *others = (row.reshape(leading) for row in stats.detach().float().unbind(0))
     source_kd, *others = torch.stack(others).unflatten(0, (-1, len(sources))).unbind(0)
     return loss, MultiTeacherStats(kd, ce, source_kd, student_entropy, *others)
+
+
+def _as_autocast(source: TeacherSource) -> TeacherSource:
+    hidden, text_hidden, weight, bias = as_autocast(source.hidden, source.text_hidden, source.weight, source.bias)
+    return dataclasses.replace(source, hidden=hidden, text_hidden=text_hidden, weight=weight, bias=bias)
 
 
 def _check_source(name: str, source: TeacherSource, student_hidden: Tensor) -> None:

@@ -34,30 +34,41 @@ class DeviceModel:
 
     multiprocessors: int
     memory_bytes: int
+    capability: tuple[int, int]  # compute capability
     bytes_per_second: float  # of device memory
     flop_per_second: float  # of bf16 GEMMs with fp32 accumulation
-    source: str
+    source: str  # of the rates, in words
 
 
-# The others are assumed to reach the same share of their data sheet as an H100 does (of 3.35 TB/s and 989 TFLOP/s).
-_MEASURED = "measured"
+# No rate is measured where a call runs. The others are assumed to reach the same share of their data sheet as an H100 does (of
+# 3.35 TB/s and 989 TFLOP/s).
+_MEASURED = "measured once on an H100 SXM, not on this machine"
 _DERATED = "data sheet, derated to the share that an H100 reaches of its own"
 _REACHED_BANDWIDTH, _REACHED_FLOP = 3.0 / 3.35, 800 / 989
 
 
-def _derated(multiprocessors: int, gib: int, terabytes: float, teraflop: float) -> DeviceModel:
-    return DeviceModel(
-        multiprocessors, gib << 30, terabytes * 1e12 * _REACHED_BANDWIDTH, teraflop * 1e12 * _REACHED_FLOP, _DERATED
-    )
+def _derated(
+    multiprocessors: int, gib: int, capability: tuple[int, int], terabytes: float, teraflop: float
+) -> DeviceModel:
+    rates = terabytes * 1e12 * _REACHED_BANDWIDTH, teraflop * 1e12 * _REACHED_FLOP
+    return DeviceModel(multiprocessors, gib << 30, capability, *rates, _DERATED)
 
 
-# The keys are parts of what torch.cuda.get_device_name returns. Rates are for dense bf16, on the SXM boards of H100, H200, A100.
+# By a part of what torch.cuda.get_device_name returns. Multiprocessors, memory, capability, memory bandwidth, dense bf16 rate:
+# - H100, H200: NVIDIA's data sheets "H100 Tensor Core GPU" and "H200 Tensor Core GPU", the SXM boards. (A GH200 of 96 GB is
+#   called an H200 here. Its GPU has the same multiprocessors, and 4.0 TB/s instead of 4.8.)
+# - A100: "NVIDIA A100 Tensor Core GPU", 80 GB SXM.
+# - B200: "NVIDIA DGX B200", an eighth of the machine: 1440 GB, 64 TB/s and 36 PFLOP/s of bf16 with sparsity, half of it dense.
+#   Multiprocessors: what its driver reports, 148.
+# - RTX 4090, RTX 5090: the white papers "NVIDIA Ada GPU Architecture" and "NVIDIA RTX Blackwell GPU Architecture", bf16 with fp32
+#   accumulation.
 DEVICES = {
-    "H100": DeviceModel(132, 80 << 30, 3.0e12, 800e12, _MEASURED),
-    "H200": _derated(132, 141, 4.8, 989),
-    "A100": _derated(108, 80, 2.039, 312),
-    "RTX 4090": _derated(128, 24, 1.008, 165.2),
-    "RTX 5090": _derated(170, 32, 1.792, 209.5),
+    "H100": DeviceModel(132, 80 << 30, (9, 0), 3.0e12, 800e12, _MEASURED),
+    "H200": _derated(132, 141, (9, 0), 4.8, 989),
+    "A100": _derated(108, 80, (8, 0), 2.039, 312),
+    "B200": _derated(148, 180, (10, 0), 8.0, 2250),
+    "RTX 4090": _derated(128, 24, (8, 9), 1.008, 165.2),
+    "RTX 5090": _derated(170, 32, (12, 0), 1.792, 209.5),
 }
 
 

@@ -62,6 +62,36 @@ def check_implementation(impl: str) -> None:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
+def choose_on_absent(impl: str, name: str, capability: tuple[int, int], dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
+    """As :func:`choose`, for a GPU that need not be in this machine: nothing of this machine is asked.
+
+    Assumed is a machine with that GPU, a CUDA build of PyTorch and the Triton that comes with it. There the CUDA C++ kernel's own
+    probe has the last word. KDKERNELS_CUDA_ROWS is not read.
+    """
+    check_implementation(impl)
+    unsupported = [d for d in dtypes if d not in native.DTYPES]
+    if impl == "reference" or (impl == "auto" and unsupported):
+        return "reference", f"{unsupported[0]} has only the eager formula" if unsupported else "given by the caller"
+    if impl == "cpu":
+        raise ValueError(f"impl='cpu': expected tensors on the CPU, got a CUDA device ({name})")
+    if unsupported:
+        raise _unsupported_dtype(impl, unsupported[0])
+    if impl == "cuda":
+        if capability < (9, 0):
+            raise RuntimeError(
+                "impl='cuda': expected a device that holds clusters of the row kernel (compute capability 9.0 and up), got "
+                f"{name} with {capability[0]}.{capability[1]}"
+            )
+        return impl, "where kdkernels is built for that GPU, and its probe accepts it"
+    return "triton", "given by the caller" if impl == "triton" else f"tensors on a CUDA device ({name}) with Triton"
+
+
+def _unsupported_dtype(impl: str, dtype: torch.dtype) -> TypeError:
+    return TypeError(
+        f"impl={impl!r}: expected tensors of float32, bfloat16 or float16, got {dtype}; impl='reference' computes in float64"
+    )
+
+
 def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
     """Returns (implementation, reason) for tensors of these dtypes on this device.
 
@@ -76,10 +106,7 @@ def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tu
     if impl in ("cpu", "triton", "cuda"):
         unsupported = [d for d in dtypes if d not in native.DTYPES]
         if unsupported:
-            raise TypeError(
-                f"impl={impl!r}: expected tensors of float32, bfloat16 or float16, got {unsupported[0]}; "
-                "impl='reference' computes in float64"
-            )
+            raise _unsupported_dtype(impl, unsupported[0])
     if impl == "cpu":
         if device.type != "cpu":
             raise ValueError(f"impl='cpu': expected tensors on the CPU, got {device}")

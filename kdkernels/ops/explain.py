@@ -17,7 +17,7 @@ from .chunking import (
     plan_chunks,
     predict,
 )
-from .dispatch import IMPLEMENTATIONS, choose
+from .dispatch import IMPLEMENTATIONS, choose, choose_on_absent
 
 
 def explain(
@@ -42,13 +42,14 @@ def explain(
     rates are known, also the time that it should take.
 
     Args:
-        device: of the logits or hidden states; or a GPU's name ("H100", "H200", "A100", "RTX 4090", "RTX 5090"), which need
-            not be in this machine.
+        device: of the logits or hidden states; or a GPU's name ("A100", "H100", "H200", "B200", "RTX 4090", "RTX 5090"). That
+            GPU need not be in this machine, and this machine is not asked: a CUDA build of PyTorch with Triton is assumed.
         dtype: of the hidden states and weights; n_tokens: N; vocab_size: V; student_hidden_size: H_s, or None for
             ``fused_caad_loss``; teacher_hidden_size: H_t.
         gradient: whether one is wanted (False: evaluation). The rest as in :func:`kdkernels.fused_linear_caad_loss`.
 
-    For each implementation that cannot run the text says why. Nothing is allocated. Times are work divided by the device's
+    For each implementation that cannot run the text says why. Nothing is allocated. No rate is measured by this call; the text
+    says where a device's rates come from. Times are work divided by the device's
     rate, with every multiprocessor busy, the head frozen and the two teacher paths collapsed. Measured times are longer.
 
     Raises ValueError or TypeError for an option that the loss does not take.
@@ -59,19 +60,28 @@ def explain(
         divergence=divergence, vocab_size=vocab_size, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
         logits_dtype=logits_dtype, return_stats=return_stats,
     )  # fmt: skip
+    model = None if name is None else device_model(name)
+
+    def rule(impl: str) -> tuple[str, str]:
+        if name is None or model is None:
+            return choose(impl, device, [dtype])
+        return choose_on_absent(impl, name, model.capability, [dtype])
+
     lines = []
+    if name is not None:
+        lines.append(f"{name}: taken from a table; Triton and a build for that GPU are assumed, this machine is not asked")
     chosen = None
     try:
-        chosen, reason = choose(impl, device, [dtype])
+        chosen, reason = rule(impl)
         lines.append(f"impl={impl!r} runs {chosen!r}: {reason}")
     except (RuntimeError, TypeError, ValueError) as error:
         lines.append(f"impl={impl!r} fails: {error}")
     for other in IMPLEMENTATIONS[1:]:
         try:
-            choose(other, device, [dtype])
-            lines.append(f"  {other}: available")
+            _, reason = rule(other)
+            lines.append(f"  {other}: available" if name is None or other != "cuda" else f"  {other}: {reason}")
         except (RuntimeError, TypeError, ValueError) as error:
-            lines.append(f"  {other}: not here: {error}")
+            lines.append(f"  {other}: not {'here' if name is None else 'there'}: {error}")
     if student_hidden_size is None:
         return "\n".join(lines)
     path, reason = choose_path(
@@ -100,8 +110,7 @@ def explain(
         )
         lines.append(_chunks_in_words(plan, n_tokens, vocab_size))
     if name is None and device.type == "cuda" and torch.cuda.is_available():
-        name = torch.cuda.get_device_name(device)
-    model = None if name is None else device_model(name)
+        model = device_model(torch.cuda.get_device_name(device))
     if model is not None and teacher_hidden_size is not None:
         expected = predict(
             model,

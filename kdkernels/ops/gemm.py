@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,12 +52,41 @@ def spread(x: Tensor, keep: Tensor, n_total: int, dim: int) -> Tensor:
     return x.new_zeros(shape).index_copy_(dim, keep, x)
 
 
-def contrastive_hidden(audio: Tensor, text: Tensor, alpha: Tensor) -> Tensor:
-    """(1 + alpha) h_audio - alpha h_text in float32, (C, H_t): both paths share W_t, so one GEMM serves the contrast."""
+def contrastive_summands(
+    audio: Tensor, text: Tensor, alpha: Tensor, dtype: torch.dtype, count: int
+) -> list[Tensor]:
+    """(1 + alpha) h_audio - alpha h_text, (C, H_t): both paths share W_t, so one GEMM serves the contrast.
+
+    Computed in float32, and returned as a sum of ``count`` tensors (1 or 2) of ``dtype``: the second holds what the first rounds
+    away.
+    """
+    contrast_in_one_pass = _contrast_kernel_for(audio.device)
+    if contrast_in_one_pass is not None and alpha.dtype == torch.float32:
+        return contrast_in_one_pass(audio, text, alpha, dtype, count)
     audio = audio.float()
     a = alpha[:, None]
     # Where alpha is 0 the text path is not read: it may hold anything.
-    return torch.where(a == 0, audio, audio + a * (audio - text.float()))
+    contrast = torch.where(a == 0, audio, audio + a * (audio - text.float()))
+    return _summands(contrast, dtype)[:count]
+
+
+def contrast_format(hidden_dtype: torch.dtype, weight: Tensor, out_dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """(dtype, number of summands) in which the contrast of two paths is multiplied with ``weight``.
+
+    Beside low-precision weights the sum of two low-precision tensors is exact enough (relative error 1e-5 with bf16). Two float16
+    tensors save nothing on the CPU, and can overflow. A product that is stored in the weight's dtype takes one.
+    """
+    if out_dtype == weight.dtype:
+        return weight.dtype, 1
+    splits = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float16 and weight.device.type != "cpu")
+    return (weight.dtype, 2) if splits and hidden_dtype == weight.dtype else (torch.float32, 1)
+
+
+def _contrast_kernel_for(device: torch.device) -> Callable[..., list[Tensor]] | None:
+    """The kernel that reads both paths once and writes the summands: on CUDA, where Triton is installed."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(".triton_no_logits", __package__).contrastive_summands
 
 
 def gradient_view(logits: Tensor, weight_dtype: torch.dtype) -> Tensor:
@@ -66,10 +97,38 @@ def gradient_view(logits: Tensor, weight_dtype: torch.dtype) -> Tensor:
     return logits.view(weight_dtype).as_strided(logits.shape, (logits.stride(0) * ratio, 1))
 
 
-@functools.cache
-def _mixed_gemm_on_cuda() -> bool:
+def has_mixed_gemm(device: torch.device) -> bool:
     """Whether torch.mm writes float32 from low-precision operands."""
-    return any("out_dtype" in str(getattr(torch.ops.aten.mm, name)._schema) for name in torch.ops.aten.mm.overloads())
+    return device.type == "cuda" and "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+@functools.cache
+def _has_mixed_sum(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch.addmm adds a product of two tensors of ``dtype`` to a float32 tensor in place. Tried once a device."""
+    if "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    a, total = (torch.zeros((16, 16), dtype=x, device=device) for x in (dtype, torch.float32))
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # refused before anything runs on the device
+        return False
+    return True
+
+
+# Columns of a product that has to be made before it is added: beside 1408 tokens 88 MiB of float32.
+MIXED_BLOCK = 16384
+
+
+def mixed_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    """out float32 = a @ b, or += with ``accumulate``, of low-precision operands; where :func:`has_mixed_gemm`."""
+    if not accumulate:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif _has_mixed_sum(out.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        for start in range(0, out.shape[1], MIXED_BLOCK):
+            block = slice(start, start + MIXED_BLOCK)
+            out[:, block] += torch.mm(a, b[:, block], out_dtype=torch.float32)
 
 
 _precision_lock = threading.Lock()
@@ -108,28 +167,21 @@ def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_v
             torch.mm(a, b, out=out)
 
 
-def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, split: bool = False) -> Tensor:
+def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more: Tensor) -> Tensor:
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
-    ``split`` allows to replace a float32 ``hidden`` by the sum of two tensors of the weight's dtype (relative error 1e-5 with
-    bf16): two GEMMs of low-precision operands.
+    ``more``: further summands of the hidden states, like ``hidden`` of the weight's dtype; a GEMM each, into the same float32.
     """
-    if out.dtype == weight.dtype:
+    if out.dtype == weight.dtype and not more:
         torch.mm(_whole_rows(hidden.to(weight.dtype)), weight.T, out=out)
     elif out.dtype != torch.float32:
-        out.copy_(
-            gemm(hidden, weight, None, torch.empty(out.shape, dtype=torch.float32, device=out.device), split=split)
-        )
-    elif hidden.dtype == weight.dtype or split:
-        parts = _summands(hidden, weight.dtype)
-        if hidden.device.type == "cuda" and _mixed_gemm_on_cuda():
-            torch.mm(parts[0], weight.T, out_dtype=torch.float32, out=out)
-            for part in parts[1:]:
-                out += torch.mm(part, weight.T, out_dtype=torch.float32)
-        else:
-            _gemm_by_vocabulary_blocks(parts, weight, out)
+        wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        out.copy_(gemm(hidden, weight, None, wide, *more))
+    elif hidden.dtype == weight.dtype and has_mixed_gemm(out.device):
+        for i, part in enumerate((hidden, *more)):
+            mixed_gemm(part, weight.T, out, accumulate=i > 0)
     else:
-        _gemm_by_vocabulary_blocks([hidden], weight, out)
+        _gemm_by_vocabulary_blocks([hidden, *more], weight, out)
     return out if bias is None else out.add_(bias)
 
 
@@ -223,9 +275,8 @@ def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, *, accumula
             total.T.addmm_(hidden[pairs:].T.float(), grad[pairs:].float(), beta=1.0 if pairs else beta)
         return
     bf16 = grad.dtype == hidden.dtype == torch.bfloat16 and grad.device.type == "cpu"
-    if grad.device.type == "cuda" and grad.dtype == hidden.dtype and _mixed_gemm_on_cuda():
-        product = torch.mm(grad.T, hidden, out_dtype=torch.float32)
-        total.add_(product) if accumulate else total.copy_(product)
+    if grad.dtype == hidden.dtype and has_mixed_gemm(total.device):
+        mixed_gemm(grad.T, hidden, total, accumulate=accumulate)
         return
     h = hidden.float()
     for start in range(0, total.shape[0], VOCAB_BLOCK):

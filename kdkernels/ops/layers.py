@@ -21,7 +21,8 @@ from . import layer_rows, native
 from .chunking import plan_chunks
 from .gemm import (
     add_weight_gradient,
-    contrastive_hidden,
+    contrast_format,
+    contrastive_summands,
     empty_weight_gradient,
     finish_weight_gradient,
     gemm,
@@ -153,10 +154,11 @@ class _Pair:
         self, scratch: Tensor, student_grad: Tensor | None, trains: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         hidden, dtype = self.audio, self.projection.dtype
+        more: list[Tensor] = []
         if self.text is not None:
-            hidden = contrastive_hidden(hidden, self.text, self.alpha)
-        split = self.audio.dtype == dtype and (dtype == torch.bfloat16 or hidden.device.type != "cpu")
-        gemm(hidden, self.projection, None, scratch, split=split)
+            summand, count = contrast_format(hidden.dtype, self.projection, scratch.dtype)
+            hidden, *more = contrastive_summands(hidden, self.text, self.alpha, summand, count)
+        gemm(hidden, self.projection, None, scratch, *more)
         grad = gradient_view(scratch, dtype) if trains else None
         loss = self._rows(self.student, scratch, None, student_grad, grad)
         return loss, hidden.to(dtype) if trains else hidden, grad

@@ -23,7 +23,8 @@ from .chunking import plan_chunks
 from .gemm import (
     VOCAB_BLOCK,
     add_weight_gradient,
-    contrastive_hidden,
+    contrast_format,
+    contrastive_summands,
     empty_weight_gradient,
     finish_weight_gradient,
     gemm,
@@ -102,12 +103,11 @@ class TeacherHead:
         w, b = self.weight[: self.spec.vocab], None if self.bias is None else self.bias[: self.spec.vocab]
         audio, alpha = self.audio_hidden[chunk], self.alpha_of(chunk)
         text = None if self.text_hidden is None else self.text_hidden[chunk]
+        more: list[Tensor] = []
         if self.collapse and text is not None:
-            audio = contrastive_hidden(audio, text, alpha)
-        # The contrast of low-precision states is float32. The sum of two low-precision tensors is exact enough. Two float16
-        # tensors save nothing on the CPU, and can overflow.
-        split = self.audio_hidden.dtype == w.dtype and (w.dtype == torch.bfloat16 or w.device.type != "cpu")
-        audio_logits = gemm(audio, w, b, scratch[0], split=split)
+            dtype, summands = contrast_format(audio.dtype, w, scratch.dtype)
+            audio, *more = contrastive_summands(audio, text, alpha, dtype, summands)
+        audio_logits = gemm(audio, w, b, scratch[0], *more)
         if self.at_survivors and self.survivors is not None:
             self.survivors(audio_logits, text, w, b, labels, alpha, self.spec)
         return audio_logits, gemm(text, w, b, scratch[1]) if text is not None and self.two_paths else None

@@ -27,9 +27,10 @@ from .chunking import plan_chunks
 from .gemm import (
     VOCAB_BLOCK,
     _bf16_inner_precision,
-    _mixed_gemm_on_cuda,
     gemm,
     gradient_view,
+    has_mixed_gemm,
+    mixed_gemm,
     return_scratch,
     spread,
     take_scratch,
@@ -191,10 +192,9 @@ def float32_product(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
     alike = all(x.dtype == weight.dtype for x in parts)
     if alike and weight.dtype == torch.float32:
         return torch.mm(parts[0], weight, out=out)
-    if alike and weight.device.type == "cuda" and _mixed_gemm_on_cuda():
-        torch.mm(parts[0], weight, out_dtype=torch.float32, out=out)
-        for part in parts[1:]:
-            out += torch.mm(part, weight, out_dtype=torch.float32)
+    if alike and has_mixed_gemm(weight.device):
+        for i, part in enumerate(parts):
+            mixed_gemm(part, weight, out, accumulate=i > 0)
         return out
     bf16 = alike and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
     beside_each_other = all(x.stride(1) == 1 for x in (*parts, weight))

@@ -625,6 +625,32 @@ def _rows_of(hidden: torch.Tensor) -> torch.Tensor:
     return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
+def contrastive_summands(
+    audio: torch.Tensor, text: torch.Tensor, alpha: torch.Tensor, dtype: torch.dtype, count: int
+) -> list[torch.Tensor]:
+    """As :func:`kdkernels.ops.gemm.contrastive_summands`, in one pass over both paths."""
+    audio, text = _rows_of(audio), _rows_of(text)
+    parts = [torch.empty(audio.shape, dtype=dtype, device=audio.device) for _ in range(count)]
+    if len(audio) == 0:
+        return parts
+    with _device_of(audio, _contrast_kernel):
+        _contrast_kernel[(len(audio),)](
+            audio_ptr=audio,
+            text_ptr=text,
+            alpha_ptr=alpha,
+            high_ptr=parts[0],
+            low_ptr=parts[1] if count > 1 else None,
+            stride_audio=audio.stride(0),
+            stride_text=text.stride(0),
+            stride_alpha=_alpha_stride(alpha),
+            n_tokens=audio.shape[0],
+            width=audio.shape[1],
+            BLOCK=min(2048, max(128, triton.next_power_of_2(audio.shape[1]))),
+            num_warps=4,
+        )
+    return parts
+
+
 @dataclass(frozen=True, eq=False)
 class _Slab:
     """Tokens that go through the kernels together, and how."""
@@ -670,23 +696,8 @@ class _Slab:
             return audio, None
         low = self.second_is == _LOW.value
         dtype = self.heads.teacher_weight.dtype if low else torch.float32
-        first = torch.empty(audio.shape, dtype=dtype, device=audio.device)
-        second = torch.empty_like(first) if low else None
-        _contrast_kernel[(len(audio),)](
-            audio_ptr=audio,
-            text_ptr=text,
-            alpha_ptr=self.alpha,
-            high_ptr=first,
-            low_ptr=second,
-            stride_audio=audio.stride(0),
-            stride_text=text.stride(0),
-            stride_alpha=_alpha_stride(self.alpha),
-            n_tokens=audio.shape[0],
-            width=audio.shape[1],
-            BLOCK=min(2048, max(128, triton.next_power_of_2(audio.shape[1]))),
-            num_warps=4,
-        )
-        return first, second
+        first, *more = contrastive_summands(audio, text, self.alpha, dtype, 1 + low)
+        return first, more[0] if more else None
 
     def _largest_audio(self, products: torch.Tensor) -> torch.Tensor:
         """max z_audio of each token."""

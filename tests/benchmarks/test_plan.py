@@ -8,7 +8,7 @@ from benchmarks import plan
 from benchmarks.peers import Pair
 from kdkernels.ops.chunking import DeviceModel
 
-DEVICE = DeviceModel(132, 80 << 30, 3e12, 1e15, "made up")
+DEVICE = DeviceModel(132, 80 << 30, (9, 0), 3e12, 1e15, "made up")
 PAIR = Pair("small", "large", 1000, 100, 1000, 200)
 
 

@@ -19,15 +19,16 @@ from kdkernels.ops.rows import RowSpec
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 
 
-def run(arguments, grad_output=None, **options):
-    """(loss, {leaf: gradient})"""
+def run(arguments, grad_output=None, *, autocast=None, **options):
+    """(loss, {leaf: gradient}); ``autocast``: the dtype of the forward's autocast, or None"""
     arguments = {
         k: x.detach().clone().requires_grad_(x.requires_grad)
         if isinstance(x, torch.Tensor) and x.is_floating_point()
         else x
         for k, x in arguments.items()
     }
-    loss = fused_linear_caad_loss(**arguments, **options)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        loss = fused_linear_caad_loss(**arguments, **options)
     loss.backward(grad_output if grad_output is not None else torch.ones_like(loss))
     return loss.detach(), {k: arguments[k].grad for k in LEAVES if k in arguments and arguments[k].grad is not None}
 
@@ -305,11 +306,42 @@ def test_compiled_fullgraph_gives_the_same_numbers():
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_autocast_changes_nothing(impl):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_autocast_casts_as_f_linear_does(impl, reduction, dtype):
     arguments = hidden()
-    plain = fused_linear_caad_loss(**arguments, impl=impl)
-    with torch.autocast("cpu", dtype=BF16):
-        assert torch.equal(fused_linear_caad_loss(**arguments, impl=impl), plain)
+    arguments["student_weight"].requires_grad_()
+    arguments["student_bias"] = torch.linspace(-1, 1, 61).requires_grad_()
+    cast = {
+        k: x.to(dtype).detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) and x.is_floating_point() else x
+        for k, x in arguments.items()
+    }
+    factor = torch.linspace(0.5, 2, 23) if reduction == "none" else None
+    expected, expected_grads = run(cast, factor, impl=impl, reduction=reduction)
+    loss, grads = run(arguments, factor, autocast=dtype, impl=impl, reduction=reduction)
+    assert loss.dtype == FP32 and torch.equal(loss, expected)
+    assert grads.keys() == expected_grads.keys() == set(LEAVES)
+    for name, grad in grads.items():
+        assert grad.dtype == FP32 and torch.equal(grad, expected_grads[name].float())
+    with torch.autocast("cpu", dtype=dtype):
+        exact = fused_linear_caad_loss(**to_double(arguments), impl="reference")  # as F.linear: never of float64
+    assert torch.equal(exact, fused_linear_caad_loss(**to_double(arguments), impl="reference"))
+
+
+def test_compiled_under_autocast():
+    arguments = hidden()
+    expected, expected_grads = run(arguments)
+
+    def objective(h):
+        with torch.autocast("cpu", dtype=BF16):
+            return fused_linear_caad_loss(h, **{k: x for k, x in arguments.items() if k != "student_hidden"})
+
+    h = arguments["student_hidden"]
+    eager = objective(h)
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")(h)
+    assert torch.equal(compiled, eager) and not torch.equal(compiled, expected)
+    (grad,) = torch.autograd.grad(compiled, h)
+    assert grad.dtype == FP32 and relative_error(grad, expected_grads["student_hidden"]) < 0.05
 
 
 @pytest.mark.parametrize(("head_trains", "reduction"), [(False, "sum"), (False, "none"), (True, "none")])

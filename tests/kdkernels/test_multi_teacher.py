@@ -71,15 +71,16 @@ def to_double(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def run(arguments, sources, grad_output=None, *, double=False, **options):
-    """(loss, {leaf: gradient}) where the arguments are."""
+def run(arguments, sources, grad_output=None, *, double=False, autocast=None, **options):
+    """(loss, {leaf: gradient}) where the arguments are; ``autocast``: the dtype of the forward's autocast, or None."""
     convert = to_double if double else (lambda x: x)
     impl, home = options.get("impl"), arguments["student_hidden"].device
     fresh = {k: convert(x.detach().clone()).requires_grad_(x.requires_grad) for k, x in arguments.items()}
     fresh, sources = on_device(fresh, impl), on_device([convert(s) for s in sources], impl)
-    loss = fused_linear_multi_teacher_loss(
-        sources=sources, **fresh, **on_device({k: convert(x) for k, x in options.items()}, impl)
-    )
+    with torch.autocast(fresh["student_hidden"].device.type, dtype=autocast, enabled=autocast is not None):
+        loss = fused_linear_multi_teacher_loss(
+            sources=sources, **fresh, **on_device({k: convert(x) for k, x in options.items()}, impl)
+        )
     loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.to(loss))
     return loss.detach().to(home), {k: x.grad.to(home) for k, x in fresh.items() if k in LEAVES and x.grad is not None}
 
@@ -685,11 +686,18 @@ def test_peak_memory_is_one_chunk_whatever_the_tokens_and_sources():
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_autocast_changes_nothing(impl):
+def test_autocast_casts_as_f_linear_does(impl):
+    def low(x):
+        return x.detach().bfloat16().requires_grad_(x.requires_grad) if torch.is_tensor(x) and x.is_floating_point() else x
+
     arguments, sources = student(), SOURCES["three_forward"]()
-    plain = fused_linear_multi_teacher_loss(sources=sources, **arguments, impl=impl)
-    with torch.autocast("cpu", dtype=BF16):
-        assert torch.equal(fused_linear_multi_teacher_loss(sources=sources, **arguments, impl=impl), plain)
+    names = ("hidden", "text_hidden", "weight", "bias")
+    cast = [dataclasses.replace(s, **{k: low(getattr(s, k)) for k in names}) for s in sources]
+    expected, expected_grads = run({k: low(x) for k, x in arguments.items()}, cast, impl=impl)
+    loss, grads = run(arguments, sources, autocast=BF16, impl=impl)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32 and torch.equal(grad, expected_grads[name].float())
 
 
 def test_shapes_without_memory():
