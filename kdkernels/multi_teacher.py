@@ -183,7 +183,8 @@ def _loss_of_sources(
     leading, device = hidden.shape[:-1], hidden.device
     for k, source in enumerate(sources):
         _check_source(f"sources[{k}].", source, hidden)
-    hidden, weight, bias = student = as_autocast(*student)
+    hidden, weight, bias = as_autocast(*student)
+    student = (hidden, weight, bias)
     sources = [_as_autocast(source) for source in sources]
     given = [*student, *(x for s in sources for x in (s.hidden, s.weight, s.text_hidden, s.bias))]
     dtypes = [x.dtype for x in given if x is not None]

@@ -5,6 +5,7 @@ Triton's cases run on the GPU where there is one, else in its interpreter; all o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -77,7 +78,7 @@ def run(arguments, sources, grad_output=None, *, double=False, autocast=None, **
     impl, home = options.get("impl"), arguments["student_hidden"].device
     fresh = {k: convert(x.detach().clone()).requires_grad_(x.requires_grad) for k, x in arguments.items()}
     fresh, sources = on_device(fresh, impl), on_device([convert(s) for s in sources], impl)
-    with torch.autocast(fresh["student_hidden"].device.type, dtype=autocast, enabled=autocast is not None):
+    with torch.autocast(fresh["student_hidden"].device.type, dtype=autocast) if autocast else contextlib.nullcontext():
         loss = fused_linear_multi_teacher_loss(
             sources=sources, **fresh, **on_device({k: convert(x) for k, x in options.items()}, impl)
         )
