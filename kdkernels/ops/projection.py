@@ -26,7 +26,7 @@ from . import native
 from .chunking import plan_chunks
 from .gemm import (
     VOCAB_BLOCK,
-    _bf16_inner_precision,
+    _float32_gemm,
     gemm,
     gradient_view,
     has_mixed_gemm,
@@ -212,11 +212,7 @@ def float32_product(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
         block = slice(start, min(start + VOCAB_BLOCK, weight.shape[0]))
         w = weight[block].float()
         for part in parts:
-            if bf16:
-                with _bf16_inner_precision():
-                    out.addmm_(part[:, block].float(), w)
-            else:
-                out.addmm_(part[:, block].float(), w)
+            _float32_gemm(part[:, block].float(), w, out, accumulate=True, bf16_values=bf16)
     return out
 
 

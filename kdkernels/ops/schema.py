@@ -264,10 +264,9 @@ _FORMULAS: dict[Any, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]]
 
 
 def differentiable(operator: Any, *inputs: Any) -> Any:
-    """``operator(*inputs)``. An eager call with a gradient does not use torch.library's own autograd.
+    """``operator(*inputs)``. An eager call with a gradient does not use the autograd of torch's custom operators.
 
-    torch.library fills in default arguments in each call. That time grows with the square of their number: 80 us for the 13 of
-    caad_rows.
+    That fills in default arguments in each call, and its time grows with the square of their number (caad_rows has 13).
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return operator(*inputs)

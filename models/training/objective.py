@@ -162,45 +162,36 @@ def objective_loss(
     if not recipe.distils:
         return _cross_entropy(post(F.linear(hidden, weight, bias)), target, weights.ce, ce_normalizer)
     settings = recipe.loss
+    shared: dict[str, Any] = {
+        "student_bias": bias,
+        "kd_weight": settings.kd_weight,
+        "kd_token_weight": weights.kd,
+        "ce_token_weight": weights.ce,
+        "kd_normalizer": kd_normalizer,
+        "ce_normalizer": ce_normalizer,
+        "chunk_tokens": settings.chunk_tokens,
+        "impl": settings.impl,
+        "return_stats": with_stats,
+    }
     own = states.get(OWN_TEACHER)
     if isinstance(own, ProjectedStates):
-        loss, stats = fused_linear_projected_loss(
+        result = fused_linear_projected_loss(hidden, weight, own.projection, target, **shared)
+    else:
+        result = fused_linear_multi_teacher_loss(  # of one teacher: fused_linear_caad_loss, to the bit
             hidden,
             weight,
-            own.projection,
+            [teacher_source(recipe, name, step, one) for name, one in states.items()],
             target,
-            student_bias=bias,
-            kd_weight=settings.kd_weight,
-            kd_token_weight=weights.kd,
-            ce_token_weight=weights.ce,
-            kd_normalizer=kd_normalizer,
-            ce_normalizer=ce_normalizer,
-            chunk_tokens=settings.chunk_tokens,
-            impl=settings.impl,
-            return_stats=True,
+            student_softcap=post.softcap,
+            student_logit_scale=post.scale,
+            temperature=settings.temperature,
+            **shared,
         )
-        return loss, _projected_curves(stats, weights) if with_stats else []
-    result = fused_linear_multi_teacher_loss(  # of one teacher: fused_linear_caad_loss, to the bit
-        hidden,
-        weight,
-        [teacher_source(recipe, name, step, one) for name, one in states.items()],
-        target,
-        student_bias=bias,
-        student_softcap=post.softcap,
-        student_logit_scale=post.scale,
-        temperature=settings.temperature,
-        kd_weight=settings.kd_weight,
-        kd_token_weight=weights.kd,
-        ce_token_weight=weights.ce,
-        kd_normalizer=kd_normalizer,
-        ce_normalizer=ce_normalizer,
-        chunk_tokens=settings.chunk_tokens,
-        impl=settings.impl,
-        return_stats=with_stats,
-    )
     if not with_stats:
         return result, []
     loss, stats = result
+    if isinstance(own, ProjectedStates):
+        return loss, _projected_curves(stats, weights)
     return loss, _distillation_curves(stats, weights, list(states))
 
 
