@@ -17,7 +17,7 @@ from torch import Tensor
 from .caad import CAADStats
 from .checks import check_device, check_head, check_leading, check_shape, check_tensor, check_text_path, is_whole
 from .loss_options import LinearLossOptions
-from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, looked_at
+from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, looked_at, valid_ids
 from .ops import projection as _projection
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
@@ -243,7 +243,7 @@ def project_teacher(
     _check_student_head(student_weight, student_bias, audio)
     if student_bias is not None and looked_at(audio.device) and not bool(torch.isfinite(student_bias).all()):
         raise ValueError("student_bias: expected finite values, got NaN or an infinity; leave masked ids out by vocab_size")
-    vocab = _valid_ids(vocab_size, student_weight, teacher_weight)
+    vocab = valid_ids(vocab_size, (student_weight.shape[0], teacher_weight.shape[0]))
     spec = options.row_spec(vocab, has_target=False)
     dtypes = [x.dtype for x in (audio, text, teacher_weight, student_weight) if x is not None]
     chosen = _impl("project_teacher", impl, audio.device, dtypes)
@@ -295,18 +295,6 @@ def _check_student_head(weight: Tensor, bias: Tensor | None, like: Tensor) -> No
                 f"{name}: expected a frozen head (requires_grad False), got one that trains: its projection would be that of "
                 "an older head. Use fused_linear_caad_loss for it"
             )
-
-
-def _valid_ids(vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor) -> int:
-    most = min(student_weight.shape[0], teacher_weight.shape[0])
-    if vocab_size is None:
-        return most
-    if not 1 <= vocab_size <= most:
-        raise ValueError(
-            f"vocab_size: expected 1 to {most} (student {student_weight.shape[0]}, teacher {teacher_weight.shape[0]}), got "
-            f"{vocab_size}"
-        )
-    return int(vocab_size)
 
 
 def _impl(caller: str, impl: str, device: torch.device, dtypes: list[torch.dtype]) -> str:
