@@ -20,6 +20,8 @@ depend on the number of ranks: tensors are read by name and offset. It holds no 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import warnings
@@ -88,10 +90,16 @@ class Ranks:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+        # DDP imports this module, and its functions keep the default group of the time of their import. Imported after the group's
+        # start, it holds the group and the threads of gloo until the interpreter ends. A thread that frees a tensor then ends the
+        # process by SIGABRT.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         ranks = cls(device, dist.get_rank(), dist.get_world_size())
         try:
             yield ranks
+            gc.collect()  # a DDP wrapper holds the group, and lies in a circle of references
+            dist.barrier()  # DTensor's cache holds the group after FSDP2: here a thread of gloo frees the last exchange's tensors
         except RuntimeError as error:
             if not _is_of_the_exchange(error):
                 raise

@@ -161,6 +161,7 @@ def main() -> int:
     parallel = next((word.split("=")[1] for word in overrides if word.startswith("run.parallel=")), "none")
     with Ranks.started_by_torchrun(torch.device("cpu"), parallel) as ranks:
         result, _ = run(out_dir, objective, *overrides, data=Killing(data.examples, data.make_batch), ranks=ranks)
+    print("threads:", *(name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")))
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 
