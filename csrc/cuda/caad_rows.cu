@@ -1,21 +1,21 @@
 // The one-read row kernel (sm_90 and up): a cluster of thread blocks keeps one row in its shared memory.
 //
-// Clusters are persistent; cluster i takes rows i, i + clusters, ... Block b of a cluster owns a slice of columns of the student's,
-// the audio and the text logits, in chunks of 4096 columns. Per row:
+// Clusters are persistent: cluster i takes rows i, i + clusters, ... Block b of a cluster owns a slice of columns of the student's,
+// the audio and the text logits. It works in chunks of 4096 columns. For each row:
 //
-//   1  every chunk arrives by bulk copies that complete on the chunk's own barrier; its maxima and sums are taken as it arrives
-//   2  thread -> warp -> block -> cluster: the sums are merged pairwise in a fixed order, so results repeat to the bit
-//   3  the gradient of each chunk is made from shared memory; as soon as the block is through with a chunk, the same chunk of the
-//      cluster's next row is on its way into it, so that copies run under all of the arithmetic but the merging
+//   1  Bulk copies bring each chunk and complete on the chunk's own barrier. The threads take a chunk's maxima and sums as it arrives.
+//   2  The sums are merged over the warp, then the block, then the cluster. The order is fixed, so results repeat to the bit.
+//   3  The threads make each chunk's gradient from shared memory. When the block has finished a chunk, it starts the copy of the same
+//      chunk of the cluster's next row. So copies run during all arithmetic except the merging.
 //
-// Each logit is read once from global memory. Plausibility (maximum of audio) and the jsd (its two sums) take one more walk over
-// shared memory and one more merge each.
+// Each logit is read once from global memory. The plausibility mask needs the maximum of audio, and the JSD needs two more sums. Each
+// costs one more walk over shared memory and one more merge.
 //
-// A gradient in the student's memory: row r of grad may overlap row r of student alone. No block writes gradients of a row before
-// the cluster barrier of the merge, and every block has all of its slice in shared memory when it arrives there.
+// The gradient may lie in the student's memory: row r of grad may overlap row r of student, and no other row. No block writes
+// gradients of a row before the cluster barrier of the merge. Every block has its whole slice in shared memory when it arrives there.
 //
-// Ordering between the ordinary and the bulk copies' view of memory: a chunk's shared memory is only ever read by threads, and a
-// barrier of the block stands between their last read and the next copy into it.
+// Threads only read a chunk's shared memory, and bulk copies only write it. A barrier of the block stands between the last read and
+// the next copy, so no other fence is needed.
 
 #include <cuda_runtime.h>
 
@@ -31,7 +31,7 @@
 namespace kdkernels::cuda {
 namespace {
 
-// Older devices get an empty kernel: usable_shared_bytes keeps it from being launched there.
+// Older devices get an empty kernel. usable_shared_bytes prevents its launch there.
 #if __CUDA_ARCH__ >= 900
 
 #define DEVICE __device__ __forceinline__
@@ -56,7 +56,7 @@ DEVICE SharedAddress shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The same in a register of its own: the compiler would work it out anew at every access, from a slow special register.
+// The same address, kept in a register. Otherwise the compiler computes it at every access from a slow special register.
 DEVICE SharedAddress fixed_address(const void* p) {
   SharedAddress address = shared_address(p);
   asm volatile("" : "+r"(address));
@@ -67,7 +67,7 @@ DEVICE void barrier_init(SharedAddress barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
 
-// Makes the initialised barriers known to the copy engine.
+// Shows the initialised barriers to the copy engine.
 DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 DEVICE void barrier_expect(SharedAddress barrier, std::uint32_t bytes) {
@@ -93,7 +93,7 @@ DEVICE void bulk_copy(SharedAddress to, const char* from, std::uint32_t bytes, S
 }
 
 DEVICE void cluster_arrive() {
-  __syncwarp();  // "aligned": a warp arrives as one
+  __syncwarp();  // the instruction is "aligned": all threads of a warp arrive together
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -104,7 +104,7 @@ DEVICE int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// 16 bytes into another block's shared memory, at the address that is `local` in this block's.
+// Stores 16 bytes into another block's shared memory, at the place that `local` has in this block's memory.
 DEVICE void store_remote(SharedAddress local, int rank, const float* v) {
   asm volatile(
       "{\n"
@@ -188,7 +188,7 @@ int usable_shared_bytes(int device) {
 }
 
 int resident_clusters(const void* kernel, int device, int blocks, int shared_bytes) {
-  // The answer does not change, and the queries take longer than a launch.
+  // The answer is kept: it does not change, and the queries take longer than a launch.
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -201,11 +201,11 @@ int resident_clusters(const void* kernel, int device, int blocks, int shared_byt
                            cudaSuccess &&
                        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
                        cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config) == cudaSuccess;
-  cudaGetLastError();  // a refusal is an answer here, not a fault of the caller's
+  cudaGetLastError();  // clears the error: here it means 0 clusters and is no fault of the caller
   return known[key] = allowed ? resident : 0;
 }
 
-// What a block may use where `share` of them are on a multiprocessor.
+// The shared memory that a block may use if `share` blocks are on a multiprocessor.
 int shared_bytes_of(int device, int share) {
   int all = 0, reserved = 0;
   check(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "shared memory");
@@ -218,14 +218,14 @@ RowPlan plan_rows(const RowProblem& p, int device, int blocks) {
   RowPlan plan;
   const std::int64_t rows = rows_of(p);
   if (usable_shared_bytes(device) == 0 || rows >= 1ll << 31) return plan;
-  // Two blocks a multiprocessor where a cluster of some size allows it, else one.
+  // Two blocks a multiprocessor if a cluster of some size allows it, otherwise one.
   for (int share = BLOCKS_A_MULTIPROCESSOR; share >= 1 && plan.layout.blocks == 0; --share) {
     const int shared = shared_bytes_of(device, share);
     for (int size = 1; size <= MAX_BLOCKS; size *= 2) {
       if (blocks > 0 && size != blocks) continue;
       const RowLayout layout = layout_of(p, size, shared);
       if (layout.blocks == 0) continue;
-      // A cluster twice as large pays where rows are too few for all blocks, until a block has one chunk.
+      // If there are too few rows for all blocks, a cluster twice as large is faster, until a block has one chunk.
       if (plan.layout.blocks > 0 && (rows >= 2 * plan.clusters || plan.layout.slice <= CHUNK)) break;
       const int resident = resident_clusters(row_kernel(p), device, size, layout.bytes);
       if (resident == 0) continue;

@@ -1,5 +1,5 @@
-// What every thread of the one-read row kernel does. caad_rows.cu includes it with the hardware's own primitives; emulate_rows.cpp
-// with primitives on a CPU, under which the same code runs in every order of threads that its barriers allow.
+// What every thread of the one-read row kernel does. caad_rows.cu includes this file with the hardware's primitives. emulate_rows.cpp
+// includes it with primitives on a CPU, and runs the same code in any order of threads that the barriers allow.
 //
 // The includer defines, in this namespace: DEVICE (how a function is declared), thread_index, block_index, grid_blocks,
 // cluster_rank, block_memory, block_barrier, cluster_arrive, cluster_wait, shuffle_down, shuffle_xor, shuffle_first, and over SharedAddress
@@ -13,7 +13,7 @@ namespace {
 
 // -- merging ------------------------------------------------------------------------------------------------------------------
 
-// `shuffle` of every word of a partial.
+// Applies `shuffle` to every word of a partial.
 template <class T, class Shuffle>
 DEVICE T shuffled(const T& value, Shuffle shuffle) {
   T other;
@@ -29,7 +29,7 @@ DEVICE T from_lane_0(const T& value) {
   return shuffled(value, [](float x) { return shuffle_first(x); });
 }
 
-// The merge of the lower 2 * HALF lanes' values, in lane 0.
+// Lane 0 gets the merge of the lower 2 * HALF lanes' values.
 template <int DIVERGENCE, int HALF, class T>
 DEVICE T merged_lanes(T value, const Formula& f) {
   typename T::Maxima maxima = value.maxima;
@@ -43,10 +43,10 @@ DEVICE T merged_lanes(T value, const Formula& f) {
   return value;
 }
 
-// The merge over all threads of the cluster, in every thread: warp, then block, then cluster, each a tree in a fixed order.
-// A block hands its partial to every block of the cluster (slots of even and odd exchanges alternate: whoever writes a slot again
-// has passed a barrier that its readers arrived at after reading it). Nobody reads another block's memory, so a block may end
-// after its last exchange.
+// Every thread gets the merge over all threads of the cluster: first the warp, then the block, then the cluster. Each is a tree in a
+// fixed order. A block sends its partial to every block of the cluster. Even and odd exchanges have slots of their own: a block that
+// writes a slot again has passed a barrier, and the slot's readers arrived at that barrier after reading. No block reads another
+// block's memory, so a block may end after its last exchange.
 template <int DIVERGENCE, class T>
 DEVICE T merged_cluster(T value, const Formula& f, char* memory, int rank, int blocks, int& exchange) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
@@ -74,7 +74,7 @@ DEVICE T merged_cluster(T value, const Formula& f, char* memory, int rank, int b
 
 // -- the kernel ---------------------------------------------------------------------------------------------------------------
 
-// Sends for one chunk of a row's slice.
+// Starts the copies of one chunk of a row's slice.
 DEVICE void fetch_chunk(const RowProblem& p, const RowLayout& layout, SharedAddress base,
                                             const RowSources& from, int columns, int chunk) {
   const SharedAddress barrier = base + 8 * chunk;
@@ -107,7 +107,7 @@ DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
   const Columns columns = columns_of(layout.arrangement, thread);
   const bool want_grad = is_common(CASE) || p.grad.data != 0;
 
-  // The first row from `row` on that is not ignored, and its inputs.
+  // Finds the first row at or after `row` that is not ignored, and loads its inputs.
   auto find_row = [&](std::int64_t row, RowInputs& inputs) {
     for (; row < rows; row += clusters) {
       inputs = inputs_of(p, row);
@@ -115,7 +115,7 @@ DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
     }
     return row;
   };
-  // An ignored row is not read; its results are written by the cluster that passes over it.
+  // An ignored row is not read. The cluster that skips it writes its results.
   auto zero_rows = [&](std::int64_t from, std::int64_t to) {
     for (std::int64_t row = from; row < to && row < rows; row += clusters) {
       if (want_grad) zero_gradient(p, row, 0, rank * THREADS + thread, blocks * THREADS);
@@ -138,13 +138,13 @@ DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
     }
   }
   zero_rows(first, row);
-  cluster_arrive();  // every block of the cluster has begun, so its shared memory can be written to
+  cluster_arrive();  // after the wait every block of the cluster has started, so others may write to its shared memory
   cluster_wait();
 
   int exchange = 0;
   std::uint32_t parity = 0;
   while (row < rows) {
-    // Asked for now, looked at after the sums, when they have arrived.
+    // The loads start here. Their values are used after the sums, when they have arrived.
     RowInputs next_inputs;
     if (row + clusters < rows) next_inputs = inputs_of(p, row + clusters);
 
@@ -191,7 +191,7 @@ DEVICE void run_thread(const RowProblem& p, const RowLayout& layout) {
         });
       }
       if (next < rows) {
-        block_barrier();  // the block is through with this chunk
+        block_barrier();  // all threads of the block have read this chunk
         if (thread == 0) fetch_chunk(p, layout, base, from, slice.columns, chunk);
       }
     }

@@ -1,15 +1,15 @@
 // The arithmetic of the one-read row kernel, thread by thread. caad_rows.cu puts barriers, copies and exchanges between these
-// functions; emulate_rows.cpp calls the same functions on a CPU, in the same order of merging, so that they can be tested there.
+// functions. For the tests emulate_rows.cpp calls the same functions on a CPU, in the same order of merging.
 //
-// Notation: s student, a audio, t text, z = a + alpha (a - t) the contrast; q, p the softmax of s and z at temperature tau, q1 that
-// of s at 1.
+// Notation: s is the student, a audio, t text, and z = a + alpha (a - t) the contrast. q and p are the softmax of s and z at
+// temperature tau, and q1 is the softmax of s at temperature 1.
 //
 // Exponents are in units of log 2: x * rate - top, one fused multiply-add, where rate = log2(e) / tau and top = max * rate rounded
-// to fp32. The same rounded top stands in every place, so that its rounding cancels, however large the logits are.
+// to fp32. Every place uses the same rounded top, so its rounding cancels, however large the logits are.
 //
-// Masked logits, as in ops/triton_shared.py: a logit below -1e30, -inf above all, becomes the finite MASKED right after its load.
-// Running maxima start at FLOOR > MASKED, so e^(MASKED - max) is 0 also in a row that is masked throughout, and no inf - inf or
-// 0 * inf arises. NaN compares false and passes through all of it.
+// Masked logits are treated as in ops/triton_shared.py: a logit below -1e30, such as -inf, becomes the finite MASKED after its load.
+// Running maxima start at FLOOR > MASKED. So e^(MASKED - max) is 0 even in a row where everything is masked, and inf - inf and
+// 0 * inf do not occur. NaN compares false and passes through.
 #pragma once
 
 #include <cmath>
@@ -61,7 +61,7 @@ KD_HOST_DEVICE float half_to_float(std::uint32_t half) {  // the lower 16 bits
 #else
   const std::uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));  // exact, for subnormal halves too
+  return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));  // exact, also for subnormal halves
 #endif
 }
 
@@ -81,7 +81,7 @@ inline std::uint32_t nearest_half(float x) {
 }
 #endif
 
-// Two items of 2 bytes, rounded to nearest, the first in the lower half.
+// Packs two items of 2 bytes, rounded to nearest. The first is in the lower half.
 KD_HOST_DEVICE std::uint32_t pack(float first, float second, bool bf16) {
 #if defined(__CUDA_ARCH__)
   std::uint32_t packed;
@@ -95,7 +95,7 @@ KD_HOST_DEVICE std::uint32_t pack(float first, float second, bool bf16) {
 #endif
 }
 
-// The larger, or the smaller, of two pairs of bf16, item by item; of a number and NaN it is the number.
+// The larger or the smaller of two pairs of bf16, item by item. Of a number and NaN it returns the number.
 KD_HOST_DEVICE std::uint32_t packed_max(std::uint32_t a, std::uint32_t b) {
 #if defined(__CUDA_ARCH__)
   std::uint32_t m;
@@ -128,7 +128,7 @@ KD_HOST_DEVICE float power_of_two(float x) {
 #endif
 }
 
-// Rounded, whatever stands beside it: a compiler may not fuse it.
+// The product is rounded: a compiler must not fuse it with an addition.
 KD_HOST_DEVICE float product(float x, float y) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(x, y);
@@ -156,7 +156,7 @@ KD_HOST_DEVICE float quotient(float x, float y) {
 
 KD_HOST_DEVICE float reciprocal(float x) { return x == 0.f ? 0.f : 1.f / x; }
 
-// e^x - 1 for x <= 0, to fp32 relative accuracy also near 0.
+// e^x - 1 for x <= 0. It has fp32 relative accuracy near 0 too.
 KD_HOST_DEVICE float exp_minus_1(float x) {
   float series = 1.f + x * (1.f / 7.f);
   series = 1.f + x * (1.f / 6.f) * series;
@@ -167,7 +167,7 @@ KD_HOST_DEVICE float exp_minus_1(float x) {
   return x > -0.3f ? series : power_of_two(x * LOG2E) - 1.f;
 }
 
-// log(1 + x) for -1 < x <= 0: the rounding of 1 + x is divided out again.
+// log(1 + x) for -1 < x <= 0. A division corrects the rounding of 1 + x.
 KD_HOST_DEVICE float log_1_plus(float x) {
   const float rounded = 1.f + x;
   return rounded == 1.f ? x : logf(rounded) * quotient(x, rounded - 1.f);
@@ -187,13 +187,13 @@ KD_HOST_DEVICE float highest(const float (&x)[GROUP]) {
 
 // -- where things are ---------------------------------------------------------------------------------------------------------
 
-// The two halves of a thread's group: columns first + e, and second + e, e < 4, of the block's slice.
+// The two halves of a thread's group: columns first + e and second + e of the block's slice, for e < 4.
 struct Columns {
   int first, second;
-  bool inside;  // the whole chunk is valid: the same for all threads, and spares the usual chunk what the last one needs
+  bool inside;  // the whole chunk is valid: equal in all threads. Such a chunk skips the checks that the last chunk needs
 };
 
-// In chunk 0.
+// The group in chunk 0.
 KD_HOST_DEVICE Columns columns_of(int arrangement, int thread) {
   if (arrangement == SPLIT) {
     const int first = thread / 32 * WARP_COLUMNS + thread % 32 * 4;
@@ -210,7 +210,7 @@ KD_HOST_DEVICE Columns in_chunk(Columns c, int chunk, int columns, int group = 0
   return {c.first + from, c.second + from, at + CHUNK <= columns};
 }
 
-// Address of a row's column `start`.
+// The address of a row's column `start`.
 KD_HOST_DEVICE char* row_address(const RowProblem& p, const RowTensor& t, std::int64_t row, int start) {
   const std::uint32_t inner = static_cast<std::uint32_t>(p.inner), r = static_cast<std::uint32_t>(row);  // plan_rows: under 2^31
   const std::int64_t outer_index = r / inner, inner_index = r % inner;
@@ -218,7 +218,7 @@ KD_HOST_DEVICE char* row_address(const RowProblem& p, const RowTensor& t, std::i
   return reinterpret_cast<char*>(t.data) + items * item_bytes(t.dtype);
 }
 
-// Valid columns in a block's slice.
+// The number of valid columns in a block's slice.
 KD_HOST_DEVICE int valid_columns(const RowProblem& p, const RowLayout& layout, int block) {
   const std::int64_t left = p.vocab - static_cast<std::int64_t>(block) * layout.slice;
   return static_cast<int>(left < 0 ? 0 : left < layout.slice ? left : layout.slice);
@@ -226,15 +226,15 @@ KD_HOST_DEVICE int valid_columns(const RowProblem& p, const RowLayout& layout, i
 
 KD_HOST_DEVICE int chunks_of(int columns) { return (columns + CHUNK - 1) / CHUNK; }
 
-// Bytes of a tensor's chunk: whole 16 bytes, of which the last may reach past the vocabulary (not past the tensor's memory: the
-// caller has made sure).
+// The bytes of a tensor's chunk, a multiple of 16. The last 16 may reach beyond the vocabulary. They do not reach beyond the tensor's
+// memory, because the caller checks that.
 KD_HOST_DEVICE int chunk_bytes(int columns, int chunk, int item) {
   const int left = columns - chunk * CHUNK;
   return ((left < CHUNK ? left : CHUNK) * item + 15) / 16 * 16;
 }
 
-// What all blocks of a cluster know of a row before it is read: as it lies in memory, so that a row's inputs can be asked for long
-// before they are looked at.
+// What all blocks of a cluster know of a row before they read it. The values stay as they lie in memory, so that their loads can start
+// long before their use.
 struct RowInputs {
   std::int64_t target = -1;
   float alpha = 0.f, kd_coef = 0.f, ce_coef = 0.f;
@@ -257,10 +257,10 @@ KD_HOST_DEVICE bool is_legal(const RowProblem& p, const RowInputs& r) {
   return !reads_text(p) || (r.alpha >= 0.f && r.alpha < infinity());
 }
 
-// Where alpha is 0 the text path is not read: it may hold anything.
+// If alpha is 0 the text path is not read, and it may hold anything.
 KD_HOST_DEVICE bool uses_text(const RowProblem& p, const RowInputs& r) { return reads_text(p) && r.alpha != 0.f; }
 
-// Where a row's slice of each tensor begins in global memory; null: it is not read.
+// The start of a row's slice of each tensor in global memory. A null pointer means that the tensor is not read.
 struct RowSources {
   const char *student, *audio, *text;
 };
@@ -273,7 +273,7 @@ KD_HOST_DEVICE RowSources sources_of(const RowProblem& p, const RowInputs& r, st
   return from;
 }
 
-// In a block's shared memory: a number in its own address space, which the compiler cannot take for an address in the cluster's.
+// A place in a block's shared memory. It is a number of that address space, so the compiler cannot take it for an address in the cluster.
 #if defined(__CUDA_ARCH__)
 using SharedAddress = std::uint32_t;
 #else
@@ -284,15 +284,15 @@ using SharedAddress = const char*;
 struct Slice {
   SharedAddress student, audio, text;
   int start;    // column of the row where it begins
-  int columns;  // valid ones
+  int columns;  // the number of valid columns
 };
 
-// Of a group whose halves are neighbours.
+// The first column of a group whose halves are neighbours.
 KD_HOST_DEVICE int leftmost(Columns c) { return c.second < c.first ? c.second : c.first; }
 
 // -- reading ------------------------------------------------------------------------------------------------------------------
 
-// Volatile, as the waiting for the copies is: what stands after it stays there.
+// Volatile, like the wait for the copies, so that the compiler does not move this read before the wait.
 KD_HOST_DEVICE void load_16_bytes(SharedAddress address, std::uint32_t (&words)[4]) {
 #if defined(__CUDA_ARCH__)
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -318,7 +318,7 @@ KD_HOST_DEVICE void swap_halves(std::uint32_t (&words)[4], Columns c) {
   words[2] = swap ? lower[0] : upper[0], words[3] = swap ? lower[1] : upper[1];
 }
 
-// Dtypes: of the problem, or known when the kernel is compiled.
+// The dtypes: read from the problem, or known when the kernel is compiled.
 template <int CASE>
 KD_HOST_DEVICE int logits_dtype(const RowTensor& t) {
   return CASE == ALL_BF16 ? BF16 : CASE == F32_TO_BF16 ? F32 : t.dtype;
@@ -328,7 +328,7 @@ KD_HOST_DEVICE int gradient_dtype(const RowProblem& p) {
   return is_common(CASE) ? BF16 : p.grad.dtype;
 }
 
-// `words`: the items of 2 bytes as they lie in memory.
+// `words` are the items of 2 bytes as they lie in memory.
 template <int CASE>
 KD_HOST_DEVICE void load_group(SharedAddress slice, const RowTensor& tensor, Columns c, float (&x)[GROUP], std::uint32_t (&words)[4]) {
   const int dtype = logits_dtype<CASE>(tensor);
@@ -348,7 +348,7 @@ KD_HOST_DEVICE void load_group(SharedAddress slice, const RowTensor& tensor, Col
   }
 }
 
-// What a value in memory stands for: softcap * tanh(scale * value / softcap), or scale * value; and its derivative.
+// The logit of a value in memory and its derivative: softcap * tanh(scale * value / softcap), or scale * value without a softcap.
 KD_HOST_DEVICE float transformed(float value, float scale, float softcap, float& slope) {
   value *= scale;
   slope = scale;
@@ -373,7 +373,7 @@ KD_HOST_DEVICE bool is_beyond(const Slice& s, Columns c) {
   return !c.inside && c.first >= s.columns && c.second >= s.columns;
 }
 
-// Columns beyond the vocabulary: what lies there in shared memory is not the row's.
+// Masks columns beyond the vocabulary, because shared memory holds other values there.
 KD_HOST_DEVICE void mask_beyond(const Slice& s, Columns c, float (&x)[GROUP]) {
   KD_UNROLL for (int e = 0; e < 4; ++e) {
     if (c.first + e >= s.columns) x[e] = MASKED;
@@ -395,7 +395,7 @@ KD_HOST_DEVICE float highest_of(const float (&x)[G][GROUP]) {
   return m;
 }
 
-// Of G groups: one, or all of a chunk that is valid throughout.
+// G groups: one, or all groups of a chunk whose columns are all valid.
 template <int G>
 KD_HOST_DEVICE bool mask_ends(const Slice& s, const Columns (&c)[G], float (&x)[G][GROUP]) {
   if (G > 1 || is_whole(s, c[0])) return false;
@@ -403,7 +403,7 @@ KD_HOST_DEVICE bool mask_ends(const Slice& s, const Columns (&c)[G], float (&x)[
   return true;
 }
 
-// The least and the largest logit of G groups; of bf16 two at a time.
+// The least and the largest logit of G groups. Items of bf16 are compared two at a time.
 struct Range {
   float least, most;
 };
@@ -419,7 +419,7 @@ KD_HOST_DEVICE Range range_of(const float (&x)[G][GROUP], const std::uint32_t (&
   return {fminf(as_float(low << 16), as_float(low & 0xffff0000u)), fmaxf(as_float(high << 16), as_float(high & 0xffff0000u))};
 }
 
-// Masks where any logit is; returns whether one is. One comparison for all groups. `range` is that of x, before and after.
+// Masks the masked logits, and returns whether there is one. One comparison serves all groups. `range` is the range of x, before and after.
 template <int G>
 KD_HOST_DEVICE bool mask(const Slice& s, const Columns (&c)[G], float (&x)[G][GROUP], Range& range) {
   const bool any = range.least < FLOOR;
@@ -456,13 +456,13 @@ KD_HOST_DEVICE Range load_teacher(const RowProblem& p, SharedAddress path, const
   return range_of<CASE>(x, words);
 }
 
-// The contrast, masked; returns whether any logit is, and the largest in `most`. threshold: audio logits below it are masked. With MASKS
-// false, what is masked may also stay -inf, or any number below -1e30: enough for an exponential.
+// The masked contrast. Returns whether any logit is masked, and puts the largest into `most`. Audio logits below `threshold` are masked.
+// If MASKS is false, a masked logit may stay -inf or any number below -1e30. That is enough for an exponential.
 template <int CASE, bool MASKS, int G>
 KD_HOST_DEVICE bool read_contrast(const RowProblem& p, const Slice& s, const RowInputs& r, float threshold, const Columns (&c)[G],
                                   float (&z)[G][GROUP], float& most) {
   Range range = load_teacher<CASE>(p, s.audio, p.audio, c, z);
-  unsigned below[G] = {};  // a bit a logit that is masked before z is the contrast; NaN hides nothing
+  unsigned below[G] = {};  // one bit for each logit that is masked before z is the contrast; a NaN does not hide it
   bool any = false;
   if (!is_common(CASE) && p.has_plausibility) {
     KD_UNROLL for (int g = 0; g < G; ++g)
@@ -473,12 +473,12 @@ KD_HOST_DEVICE bool read_contrast(const RowProblem& p, const Slice& s, const Row
     float t[G][GROUP];
     const Range of_text = load_teacher<CASE>(p, s.text, p.text, c, t);
     if (fminf(of_text.least, range.least) < FLOOR) {
-      // -inf on either path would make the contrast +inf or NaN.
+      // An -inf on either path would make the contrast +inf or NaN.
       KD_UNROLL for (int g = 0; g < G; ++g)
         KD_UNROLL for (int e = 0; e < GROUP; ++e) below[g] |= z[g][e] < FLOOR || t[g][e] < FLOOR ? 1u << e : 0u;
       any = true;
     }
-    // Not (1 + alpha) a - alpha t: a constant in both cancels first.
+    // Not (1 + alpha) a - alpha t: here a constant in both paths cancels first.
     KD_UNROLL for (int g = 0; g < G; ++g)
       KD_UNROLL for (int e = 0; e < GROUP; ++e) z[g][e] += r.alpha * (z[g][e] - t[g][e]);
     if (MASKS) range.least = lowest_of(z);
@@ -500,7 +500,7 @@ KD_HOST_DEVICE bool read_contrast(const RowProblem& p, const Slice& s, const Row
 
 // -- sums ---------------------------------------------------------------------------------------------------------------------
 
-// Where the softmax at temperature 1 comes from: not needed, tau is 1, tau is 2 (e^s = (e^(s/2))^2), an exponential of its own.
+// The source of the softmax at temperature 1: not needed, tau is 1, tau is 2 (e^s = (e^(s/2))^2), or an exponential of its own.
 constexpr int Q1_NONE = 0, Q1_SAME = 1, Q1_SQUARE = 2, Q1_OWN = 3;
 
 struct Formula {
@@ -510,21 +510,21 @@ struct Formula {
 
 KD_HOST_DEVICE Formula formula_of(const RowProblem& p) {
   Formula f;
-  const float tau = p.with_kd ? p.temperature : 1.f;  // without kd the label's softmax is all there is
+  const float tau = p.with_kd ? p.temperature : 1.f;  // without kd only the label's softmax is needed
   f.inverse_tau = tau == 2.f ? 0.5f : 1.f / tau;
   f.rate = f.inverse_tau * LOG2E;
   f.q1 = !p.with_ce ? Q1_NONE : tau == 1.f ? Q1_SAME : tau == 2.f ? Q1_SQUARE : Q1_OWN;
   return f;
 }
 
-// Partials of a thread, a warp, a block or a row. To merge some of them, their Maxima are merged first; then each is moved to the
-// maxima of all (`moved`), and the moved ones are added.
+// Partials of a thread, a warp, a block or a row. A merge takes three steps: the Maxima are merged, each partial is moved to the common
+// maxima (`moved`), and the moved partials are added.
 
 // Sums are relative to the maxima beside them.
 struct RowSums {
   struct Maxima {
     float s = FLOOR, z = FLOOR;
-    float hole = MASKED;  // largest logit of the weighting side where the other side is masked
+    float hole = MASKED;  // the largest logit of the weighting side among columns where the other side is masked
 
     KD_HOST_DEVICE static Maxima merge(const Maxima& a, const Maxima& b) {
       return {fmaxf(a.s, b.s), fmaxf(a.z, b.z), fmaxf(a.hole, b.hole)};
@@ -532,8 +532,8 @@ struct RowSums {
   };
   struct Sums {
     float q = 0.f, q1 = 0.f, p = 0.f;
-    float cross = 0.f;  // of the exponents; forward: sum 2^z (z - s), reverse: sum 2^s (s - z)
-    float label = 0.f;  // the label's logit, in the sums of the one thread that looked it up
+    float cross = 0.f;  // a sum over exponents: forward sum 2^z (z - s), reverse sum 2^s (s - z)
+    float label = 0.f;  // the label's logit, in the sums of the one thread that read it
 
     KD_HOST_DEVICE static Sums add(const Sums& a, const Sums& b) {
       return {a.q + b.q, a.q1 + b.q1, a.p + b.p, a.cross + b.cross, a.label + b.label};
@@ -557,7 +557,7 @@ struct RowSums {
   }
 };
 
-// sum p log(p/m) and sum q log(q/m), without their 1 / sum.
+// sum p log(p/m) and sum q log(q/m), before the division by their sums.
 struct JsdSums {
   struct Maxima {
     KD_HOST_DEVICE static Maxima merge(const Maxima& a, const Maxima&) { return a; }
@@ -597,7 +597,7 @@ struct AudioMax {
 static_assert(sizeof(RowSums) <= PARTIAL_BYTES && sizeof(JsdSums) <= PARTIAL_BYTES && sizeof(AudioMax) <= PARTIAL_BYTES,
               "partials do not fit");
 
-// The work of a thread on one chunk: `work` takes all its groups at once where the chunk is valid throughout, else one by one.
+// The work of a thread on one chunk. `work` takes all groups at once if all columns of the chunk are valid, otherwise one by one.
 template <class Work>
 KD_HOST_DEVICE void each_group(const Slice& slice, Columns c, int chunk, Work work) {
   static_assert(GROUPS == 2, "the groups are listed");
@@ -620,7 +620,7 @@ KD_HOST_DEVICE void add_audio_max(const RowProblem& p, const Slice& s, const Col
   m.maxima.value = fmaxf(m.maxima.value, range.most);
 }
 
-// Some groups of an online softmax: the maxima move first, then the older sums, then the groups are added.
+// Some groups of an online softmax: the maxima move first, then the earlier sums, and then the groups are added.
 template <int DIVERGENCE, int CASE, int G>
 KD_HOST_DEVICE void add_groups(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
                                const Columns (&c)[G], RowSums& row) {
@@ -680,7 +680,7 @@ KD_HOST_DEVICE void add_groups(const RowProblem& p, const Formula& f, const Slic
   if (is_common(CASE) || f.q1 == Q1_SQUARE) sums.q1 += square_sum;
 }
 
-// The label's logit, looked up by one thread of the block that owns its column.
+// The label's logit. One thread of the block that owns the label's column reads it.
 KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInputs& r, RowSums& row) {
   const std::int64_t column = r.target - s.start;
   if (!is_inside(p, r) || column < 0 || column >= s.columns) return;
@@ -696,18 +696,18 @@ KD_HOST_DEVICE void add_label(const RowProblem& p, const Slice& s, const RowInpu
   row.sums.label = x < FLOOR ? MASKED : x;
 }
 
-// -- of the whole row ---------------------------------------------------------------------------------------------------------
+// -- results of the whole row ---------------------------------------------------------------------------------------------------------
 
 struct RowScalars {
   float s_top, z_top, q1_top;  // maxima times the rate of their softmax
   float inverse_q, inverse_p;
-  float log_z;   // log(p/q) = (z_exponent - s_exponent) log 2 - log_z; where a side is masked throughout, any number
-  float centre;  // reverse: KL(q||p), jsd: KL(q||m): what makes the gradient sum to 0
-  // Factors of the gradient: of 2^s and 2^z for the divergence; for the label's softmax of 2^s, of its square, or of its own
-  // exponential; and what the label's column takes.
+  float log_z;   // log(p/q) = (z_exponent - s_exponent) log 2 - log_z; any number if one side is masked everywhere
+  float centre;  // reverse: KL(q||p), jsd: KL(q||m). It makes the gradient sum to 0
+  // Factors of the gradient: of 2^s and 2^z for the divergence, of the label's softmax (2^s, its square, or an exponential of its own),
+  // and what is subtracted in the label's column.
   float of_q, of_p, of_same, of_square, of_own, of_label;
   float kd, ce;
-  int infinite;  // forward KL alone: p has mass where s is masked
+  int infinite;  // forward KL only: p has mass in a column where s is masked
 };
 
 KD_HOST_DEVICE RowScalars normalised(const RowSums& row, const Formula& f) {
@@ -721,7 +721,7 @@ KD_HOST_DEVICE RowScalars normalised(const RowSums& row, const Formula& f) {
   return k;
 }
 
-// kd, ce and the factors of the gradient.
+// Computes kd, ce and the factors of the gradient.
 template <int DIVERGENCE>
 KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowInputs& r, const RowSums& row, const JsdSums& jsd,
                                RowScalars& k) {
@@ -743,13 +743,13 @@ KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowI
     }
     kd /= f.inverse_tau * f.inverse_tau;
     if (kd < 0.f) kd = 0.f;          // rounding; NaN passes
-    if (infinite) kd += infinity();  // a sum, so that a NaN elsewhere in the row stays one
+    if (infinite) kd += infinity();  // an addition, so that a NaN from elsewhere in the row stays NaN
     if (empty) kd = 0.f;
     k.kd = is_legal(p, r) ? kd : not_a_number();
-    // tau^2 from kd, 1 / tau from d (s / tau) / d s
+    // kd has the factor tau^2, and d (s / tau) / d s is 1 / tau
     float scale = empty || (DIVERGENCE == REVERSE_KL && infinite) ? 0.f : r.kd_coef / f.inverse_tau;
     if (!is_legal(p, r) && r.kd_coef != 0.f) scale = not_a_number();
-    // A term without a factor may be NaN.
+    // A term whose factor is 0 may be NaN.
     k.of_q = scale == 0.f ? 0.f : scale * k.inverse_q;
     k.of_p = scale == 0.f ? 0.f : scale * k.inverse_p;
     if (DIVERGENCE == JSD) k.of_q *= 1.f - p.jsd_beta;
@@ -757,7 +757,7 @@ KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowI
   if (p.with_ce) {
     const float q1_sum = f.q1 == Q1_SAME ? row.sums.q : row.sums.q1;
     const float exponent = f.q1 == Q1_SQUARE ? 2.f * fused(row.sums.label, f.rate, -k.s_top) : fused(row.sums.label, LOG2E, -k.q1_top);
-    // A masked label is +inf, also in a row that is masked throughout (where the sum is 0).
+    // The loss of a masked label is +inf, also in a row where everything is masked and the sum is 0.
     float ce = logf(q1_sum == 0.f ? 1.f : q1_sum) - exponent * LN2;
     ce = row.sums.label == MASKED ? ce + infinity() : ce < 0.f ? 0.f : ce;
     k.ce = is_inside(p, r) ? ce : not_a_number();
@@ -770,7 +770,7 @@ KD_HOST_DEVICE void finish_row(const RowProblem& p, const Formula& f, const RowI
 }
 
 // log(p / m) and log(q / m) from log(p / q), m = beta p + (1 - beta) q. The larger of the two is
-// -log(1 + c (e^-|log p/q| - 1)), c being the other one's share of m; the smaller is |log p/q| less.
+// -log(1 + c (e^-|log p/q| - 1)), where c is the other one's share of m. The smaller is |log p/q| less.
 KD_HOST_DEVICE void jsd_terms(float log_ratio, float beta, float& log_p_m, float& log_q_m) {
   const float distance = fabsf(log_ratio);
   const bool p_larger = log_ratio >= 0.f;
@@ -800,8 +800,8 @@ KD_HOST_DEVICE void add_jsd(const RowProblem& p, const Formula& f, const Slice& 
 
 // -- gradient -----------------------------------------------------------------------------------------------------------------
 
-// Items from `slice`'s columns on; `writable` columns of it exist. 2-byte items of a group are neighbours and go in one access.
-// WHOLE: the group's columns all exist.
+// Stores a group's items at `slice`, of which `writable` columns exist. The 2-byte items of a group are neighbours: one access stores
+// them. WHOLE means that all columns of the group exist.
 template <int CASE, bool WHOLE>
 KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable, const float (&x)[GROUP]) {
   std::uint32_t words[4];
@@ -837,17 +837,17 @@ KD_HOST_DEVICE void store_group(char* slice, int dtype, Columns c, int writable,
   }
 }
 
-// Gradient of some groups, from shared memory into `grad`, the address of the slice's first column.
+// The gradient of some groups, from shared memory into `grad`. `grad` is the address of the slice's first column.
 template <int DIVERGENCE, int CASE, int G>
 KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const Slice& slice, const RowInputs& r, float threshold,
                                    const Columns (&c)[G], const RowScalars& k, char* grad) {
-  // The forward KL has only exponentials of masked logits, which are 0 as they are; but for a row of infinite KL.
+  // The forward KL has only exponentials of masked logits, and they are 0. A row of infinite KL is the exception.
   constexpr bool MASKS = !(DIVERGENCE == FORWARD_KL && is_common(CASE));
   float s[G][GROUP], slope[G][GROUP], d[G][GROUP];
   const std::int64_t exist = p.student_width - slice.start;
   const int writable = static_cast<int>(exist < 0x7fffffff ? exist : 0x7fffffff);
   const bool teaches = (is_common(CASE) || p.with_kd) && (k.of_q != 0.f || k.of_p != 0.f);
-  if (!teaches && (!p.with_ce || k.of_label == 0.f)) {  // without a factor even NaN gives none
+  if (!teaches && (!p.with_ce || k.of_label == 0.f)) {  // with factors of 0 the gradient is 0, even beside NaN
     const float none[GROUP] = {};
     KD_UNROLL for (int g = 0; g < G; ++g) store_group<CASE, (G > 1)>(grad, gradient_dtype<CASE>(p), c[g], writable, none);
     return;
@@ -883,12 +883,12 @@ KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const 
       KD_UNROLL for (int e = 0; e < GROUP; ++e) d[g][e] += power_of_two(fused(s[g][e], LOG2E, -k.q1_top)) * k.of_own;
   }
   if (p.with_ce) {
-    // Far from the label the difference is neither in [0, 4) nor, as an unsigned number, small.
+    // In other groups the unsigned difference is 4 or more.
     const unsigned label = static_cast<unsigned>(r.target - slice.start);
     KD_UNROLL for (int g = 0; g < G; ++g) {
       if (label - c[g].first < 4u || label - c[g].second < 4u) {
         KD_UNROLL for (int e = 0; e < 4; ++e) {
-          // Not "if": the compiler would take the column for an index, and the array would move to local memory.
+          // Not "if": the compiler would use the column as an index and move the array to local memory.
           d[g][e] -= label - c[g].first == static_cast<unsigned>(e) ? k.of_label : 0.f;
           d[g][4 + e] -= label - c[g].second == static_cast<unsigned>(e) ? k.of_label : 0.f;
         }
@@ -906,13 +906,13 @@ KD_HOST_DEVICE void write_gradient(const RowProblem& p, const Formula& f, const 
   KD_UNROLL for (int g = 0; g < G; ++g) store_group<CASE, (G > 1)>(grad, gradient_dtype<CASE>(p), c[g], writable, d[g]);
 }
 
-// First gradient column that no group writes: the group (or half, where halves lie apart) that holds the last valid id is whole.
+// The first gradient column that no group writes. The group that holds the last valid id is written whole (if halves lie apart, the half).
 KD_HOST_DEVICE std::int64_t first_untouched(const RowProblem& p, const RowLayout& layout) {
   const int step = layout.arrangement == SPLIT ? 4 : GROUP;
   return (p.vocab + step - 1) / step * step;
 }
 
-// Zeroes columns [from, V_s) of a row's gradient; `from` columns are a multiple of 16 bytes. Thread `lane` of `lanes`.
+// Writes 0 to columns [from, V_s) of a row's gradient, as thread `lane` of `lanes`. `from` columns are a multiple of 16 bytes.
 KD_HOST_DEVICE void zero_gradient(const RowProblem& p, std::int64_t row, std::int64_t from, int lane, int lanes) {
   const int item = item_bytes(p.grad.dtype);
   char* grad = row_address(p, p.grad, row, 0);

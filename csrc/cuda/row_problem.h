@@ -16,7 +16,7 @@ namespace kdkernels::cuda {
 constexpr int F32 = 0, BF16 = 1, F16 = 2;
 constexpr int FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2;
 
-// A (outer, inner, width) view; row r = o * inner + i begins at data + (o * stride_outer + i * stride_inner) items.
+// An (outer, inner, width) view. Row r = o * inner + i begins at data + (o * stride_outer + i * stride_inner) items.
 struct RowTensor {
   std::uint64_t data = 0;  // 0: absent
   std::int64_t stride_outer = 0, stride_inner = 0;
@@ -25,9 +25,9 @@ struct RowTensor {
 
 struct RowProblem {
   std::int64_t outer = 0, inner = 0;      // N = outer * inner rows
-  std::int64_t vocab = 0;                 // valid ids
+  std::int64_t vocab = 0;                 // number of valid ids
   std::int64_t student_width = 0;         // V_s: gradient columns from vocab on are zeroed
-  RowTensor student, audio, text, grad;   // every row of each begins at a multiple of 16 bytes
+  RowTensor student, audio, text, grad;   // every row begins at a multiple of 16 bytes
   std::uint64_t target = 0;               // int64 (N,), or 0
   std::uint64_t alpha = 0;                // float32 (N,) or (1,)
   std::int64_t alpha_stride = 0;
@@ -41,12 +41,12 @@ struct RowProblem {
   float student_softcap = 0.f, teacher_softcap = 0.f;  // 0: none
 };
 
-// One block: 8 warps, each thread 2 groups of 8 logits of each tensor at a time. A chunk is what the block takes in one go. Two
-// blocks share a multiprocessor, so that one computes while the other merges or waits.
+// A block has 8 warps. A thread takes 2 groups of 8 logits of each tensor at a time, and a chunk is what the whole block takes at a
+// time. Two blocks share a multiprocessor, so that one computes while the other merges or waits.
 constexpr int THREADS = 256, WARPS = THREADS / 32, GROUP = 8, GROUPS = 2, BLOCKS_A_MULTIPROCESSOR = 2;
 constexpr int WARP_COLUMNS = 32 * GROUP, CHUNK = THREADS * GROUP * GROUPS;
-constexpr int MAX_CHUNKS = 16, MAX_BLOCKS = 16;  // of a block's slice; of a cluster
-constexpr int PARTIAL_BYTES = 32;                // what threads, warps and blocks hand to each other
+constexpr int MAX_CHUNKS = 16, MAX_BLOCKS = 16;  // chunks of a block's slice; blocks of a cluster
+constexpr int PARTIAL_BYTES = 32;                // the size of what threads, warps and blocks send to each other
 
 // Shared memory before the slices: a barrier for each chunk, a partial for each warp, and two partials for each block of the cluster.
 constexpr int BARRIER_BYTES = 8 * MAX_CHUNKS;
@@ -55,9 +55,9 @@ constexpr int BLOCK_PARTIALS = WARP_PARTIALS + WARPS * PARTIAL_BYTES;
 constexpr int HEAD_BYTES = 2048;
 static_assert(BLOCK_PARTIALS + 2 * MAX_BLOCKS * PARTIAL_BYTES <= HEAD_BYTES, "the head of shared memory is too small");
 
-// Which of a warp's 256 columns a thread takes: two halves of 4. Then no access of 16 bytes has bank conflicts, and every store to
+// A thread takes two halves of 4 of a warp's 256 columns. Then no access of 16 bytes has bank conflicts, and every store to
 // global memory fills whole sectors.
-//   ADJACENT  8 neighbours, for tensors of 2-byte items: one access.
+//   ADJACENT  8 neighbours, for tensors of 2-byte items: a single access.
 //   SWAPPED   8 neighbours, if some tensors have 4-byte and some have 2-byte items. Lanes 4 to 7 of every 8 begin with their second
 //             half. Otherwise 8 lanes, each reading 16 bytes of its 32, would meet in the same banks.
 //   SPLIT     4 neighbours, and 4 more that lie 128 columns further, if all tensors have 4-byte items.
@@ -65,11 +65,11 @@ constexpr int ADJACENT = 0, SWAPPED = 1, SPLIT = 2;
 
 // How a row lies over a cluster: block b keeps columns [b * slice, (b + 1) * slice) of every tensor.
 struct RowLayout {
-  int blocks = 0;       // of the cluster; 0: the row does not fit
+  int blocks = 0;       // blocks of the cluster; 0: the row does not fit
   int slice = 0;        // a multiple of WARP_COLUMNS
   int arrangement = 0;
-  int audio_offset = 0, text_offset = 0;  // in shared memory, where the student's slice begins at HEAD_BYTES
-  int bytes = 0;                          // of shared memory a block
+  int audio_offset = 0, text_offset = 0;  // offsets in shared memory; the student's slice begins at HEAD_BYTES
+  int bytes = 0;                          // shared memory of a block
 };
 
 KD_HOST_DEVICE int item_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
@@ -85,8 +85,8 @@ inline bool is_transformed(const RowProblem& p) {
   return p.student_scale != 1.f || p.teacher_scale != 1.f || p.student_softcap != 0.f || p.teacher_softcap != 0.f;
 }
 
-// What a kernel knows of a problem when it is compiled. The last two are the common cases: logits as they lie in memory, all of them
-// and the gradient in bf16, or float32 logits with a bf16 gradient; the distillation term; no plausibility mask; tau 1 or 2 with a label.
+// What a kernel knows of a problem when it is compiled. The last two are the common cases: no scale and no softcap, all logits and the
+// gradient in bf16, or float32 logits with a bf16 gradient, the distillation term, no plausibility mask, and tau 1 or 2 with a label.
 constexpr int PLAIN = 0, TRANSFORMED = 1, ALL_BF16 = 2, F32_TO_BF16 = 3, CASES = 4;
 
 KD_HOST_DEVICE constexpr bool is_common(int kind) { return kind == ALL_BF16 || kind == F32_TO_BF16; }
