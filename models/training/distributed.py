@@ -90,9 +90,9 @@ class Ranks:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # DDP imports this module, and its functions keep the default group of the time of their import. Imported after the group's
-        # start, it holds the group and the threads of gloo until the interpreter ends. A thread that frees a tensor then ends the
-        # process by SIGABRT.
+        # DDP imports this module, and its functions keep the default group of the time of their import. Imported after the
+        # group's start, it holds the group and the threads of gloo until the interpreter ends. A thread that frees a tensor
+        # then ends the process by SIGABRT.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         ranks = cls(device, dist.get_rank(), dist.get_world_size())
