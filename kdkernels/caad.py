@@ -43,7 +43,7 @@ class CAADStats(NamedTuple):
 
 def fused_caad_loss(
     student_logits: Tensor,
-    teacher_audio_logits: Tensor,
+    teacher_audio_logits: Tensor | None,
     teacher_text_logits: Tensor | None,
     target: Tensor | None = None,
     *,
@@ -53,6 +53,7 @@ def fused_caad_loss(
     divergence: str = "forward_kl",
     jsd_beta: float = 0.5,
     plausibility: float | None = None,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
     kd_token_weight: Tensor | None = None,
     ce_token_weight: Tensor | None = None,
@@ -78,15 +79,19 @@ def fused_caad_loss(
 
     Args:
         student_logits: (..., V_s) float32, bfloat16 or float16 (float64 with impl="reference"); any strides.
-        teacher_audio_logits: (..., V_t), the positive path; its dtype may differ from the student's. Never gets a gradient.
+        teacher_audio_logits: (..., V_t), the positive path; its dtype may differ from the student's. Never gets a gradient. None
+            with ``kd_weight`` 0: cross-entropy alone.
         teacher_text_logits: (..., V_t), the negative path, or None: plain distillation from the audio path.
         target: (...) int64 pseudo-ground-truth ids, or None: no CE term, ``kd_weight`` counts as 1, every position is valid.
         alpha: contrast strength >= 0; a number, or a tensor (...) per token. Where it is 0 the text path is not read.
         temperature: tau > 0 of the distillation term; the CE term has temperature 1.
         kd_weight: lambda in [0, 1].
         divergence: "forward_kl", "reverse_kl" or "jsd".
-        jsd_beta: beta in (0, 1); m = beta p + (1 - beta) q, jsd = beta KL(p || m) + (1 - beta) KL(q || m).
+        jsd_beta: beta in [0, 1]; m = beta p + (1 - beta) q, jsd = beta KL(p || m) + (1 - beta) KL(q || m). At 0 and 1 it stands
+            for KL(p || q) and KL(q || p), as in GKD, TRL and Liger; near them it tends to 0.
         plausibility: beta in (0, 1]; only tokens with z_audio_v >= max z_audio + log beta keep a probability in p.
+        mask: (...) bool, or whole numbers that are 0 where a position does not count; None: ``target`` alone decides. With both a
+            position counts where both say so.
         ignore_index: positions with this target do not count. Their logits are not read.
         kd_token_weight, ce_token_weight: (...) weights >= 0 of each term, or None: 1.
         kd_normalizer, ce_normalizer: divisors instead of the default. For gradient accumulation and data parallelism pass the
@@ -129,10 +134,13 @@ def fused_caad_loss(
     """
     options = LossOptions(
         alpha=alpha, temperature=temperature, kd_weight=kd_weight, divergence=divergence, jsd_beta=jsd_beta,
-        plausibility=plausibility, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
+        plausibility=plausibility, mask=mask, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
         ce_token_weight=ce_token_weight, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction,
         vocab_size=vocab_size, impl=impl, inplace=inplace, return_stats=return_stats,
     )  # fmt: skip
+    if teacher_audio_logits is None:
+        _check_cross_entropy("teacher_audio_logits", teacher_text_logits, target, options)
+        teacher_audio_logits = student_logits.detach()  # nobody reads it
     return _loss_of_logits(student_logits, teacher_audio_logits, teacher_text_logits, target, options)
 
 
@@ -177,6 +185,18 @@ def _loss_of_logits(
     return _for_caller(terms, loss, stats, want_stats)
 
 
+def _check_cross_entropy(name: str, text: Tensor | None, target: Tensor | None, options: LossOptions) -> None:
+    """Raises ValueError for a call without a teacher, unless it asks for cross-entropy alone. ``name``: the missing tensor."""
+    if options.kd_weight != 0:
+        raise ValueError(f"{name}: expected a tensor with kd_weight={options.kd_weight!r}, got None (kd_weight=0: no teacher)")
+    if text is not None:
+        raise ValueError(f"{name.replace('audio', 'text')}: expected None without {name}, got a tensor")
+    if target is None:
+        raise ValueError(f"{name}: expected a tensor, or a target for cross-entropy alone, got None")
+    if options.return_stats:
+        raise ValueError(f"{name}: expected a tensor with return_stats=True, got None: most statistics need a teacher")
+
+
 def _check_logits(student: Tensor, audio: Tensor, text: Tensor | None) -> None:
     check_tensor("student_logits", student, floating=True)
     check_tensor("teacher_audio_logits", audio, floating=True)
@@ -203,9 +223,9 @@ def _for_caller(
 def fused_linear_caad_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_audio_hidden: Tensor,
+    teacher_audio_hidden: Tensor | None,
     teacher_text_hidden: Tensor | None,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | None,
     target: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -224,6 +244,7 @@ def fused_linear_caad_loss(
     divergence: str = "forward_kl",
     jsd_beta: float = 0.5,
     plausibility: float | None = None,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
     kd_token_weight: Tensor | None = None,
     ce_token_weight: Tensor | None = None,
@@ -256,6 +277,7 @@ def fused_linear_caad_loss(
         student_weight: (V_s, H_s). Its gradient is computed only if it requires one, so a frozen head costs nothing. For a head
             with a LoRA pass the merged weight, W + B A.
         teacher_audio_hidden, teacher_text_hidden: (..., H_t). With text None: plain distillation. They never get a gradient.
+            Both None, and ``teacher_weight`` too, with ``kd_weight`` 0: cross-entropy alone.
         teacher_weight: (V_t, H_t), no gradient.
         target: (...) int64, or None (see :func:`fused_caad_loss`). On the CPU ignored positions are left out of the GEMMs.
         student_bias, teacher_bias: (V_s,), (V_t,) or None.
@@ -301,10 +323,17 @@ def fused_linear_caad_loss(
         student_softcap=student_softcap, teacher_softcap=teacher_softcap, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
         logits_dtype=logits_dtype, alpha=alpha, temperature=temperature, kd_weight=kd_weight, divergence=divergence,
-        jsd_beta=jsd_beta, plausibility=plausibility, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
+        jsd_beta=jsd_beta, plausibility=plausibility, mask=mask, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
         ce_token_weight=ce_token_weight, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction,
         vocab_size=vocab_size, impl=impl, inplace=inplace, return_stats=return_stats,
     )  # fmt: skip
+    if teacher_audio_hidden is None:
+        _check_cross_entropy("teacher_audio_hidden", teacher_text_hidden, target, options)
+        if teacher_weight is not None or teacher_bias is not None:
+            raise ValueError("teacher_weight, teacher_bias: expected None without teacher_audio_hidden, got a tensor")
+        teacher_audio_hidden, teacher_weight = student_hidden.detach(), student_weight.detach()  # nobody reads them
+    if teacher_weight is None:
+        raise TypeError("teacher_weight: expected a tensor beside teacher_audio_hidden, got None")
     heads = LinearTensors(
         student_hidden, student_weight, student_bias, teacher_audio_hidden, teacher_text_hidden, teacher_weight, teacher_bias
     )
@@ -382,6 +411,7 @@ class CAADLoss(torch.nn.Module):
 
     _PER_CALL = (
         "alpha",
+        "mask",
         "kd_token_weight",
         "ce_token_weight",
         "kd_normalizer",
@@ -400,7 +430,7 @@ class CAADLoss(torch.nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_audio_logits: Tensor,
+        teacher_audio_logits: Tensor | None,
         teacher_text_logits: Tensor | None,
         target: Tensor | None = None,
         **per_call: Any,

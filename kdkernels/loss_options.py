@@ -34,6 +34,7 @@ class LossOptions:
     divergence: str = "forward_kl"
     jsd_beta: float = 0.5
     plausibility: float | None = None
+    mask: Tensor | None = None
     ignore_index: int = -100
     kd_token_weight: Tensor | None = None
     ce_token_weight: Tensor | None = None
@@ -77,7 +78,7 @@ class LossOptions:
         return RowSpec(
             vocab=vocab,
             temperature=scalar(self.temperature),
-            divergence=self.divergence,
+            divergence=limit_of_jsd(self.divergence, self.jsd_beta),
             jsd_beta=scalar(self.jsd_beta),
             plausibility=None if self.plausibility is None else scalar(self.plausibility),
             ignore_index=int(self.ignore_index),
@@ -140,16 +141,30 @@ def check_divergence(divergence: str, jsd_beta: float, plausibility: float | Non
     """``source``: what precedes the arguments' names where there are several."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"{source}divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    if not (is_number(jsd_beta) and 0 < jsd_beta < 1):
+    if divergence == "jsd":
+        if not (is_number(jsd_beta) and 0 <= jsd_beta <= 1):
+            raise ValueError(f"{source}jsd_beta: expected a number in [0, 1], got {jsd_beta!r}")
+    elif not (is_number(jsd_beta) and 0 < jsd_beta < 1):
         raise ValueError(f"{source}jsd_beta: expected a number in (0, 1), got {jsd_beta!r}")
     if plausibility is not None:
         if not (is_number(plausibility) and 0 < plausibility <= 1):
             raise ValueError(f"{source}plausibility: expected a number in (0, 1] or None, got {plausibility!r}")
-        if divergence == "reverse_kl":
+        if limit_of_jsd(divergence, jsd_beta) == "reverse_kl":
+            beta = f" and jsd_beta={jsd_beta!r}" if divergence == "jsd" else ""
             raise ValueError(
-                f"{source}plausibility: expected None with divergence='reverse_kl' (KL(q || p) is infinite where p is cut to "
-                f"0), got {plausibility!r}"
+                f"{source}plausibility: expected None with divergence={divergence!r}{beta} (KL(q || p) is infinite where p is "
+                f"cut to 0), got {plausibility!r}"
             )
+
+
+def limit_of_jsd(divergence: str, jsd_beta: float) -> str:
+    """The divergence that is computed: at the ends of beta the jsd stands for a KL, as in GKD, TRL and Liger.
+
+    Near its ends the jsd is beta KL(p || q), and (1 - beta) KL(q || p). Those libraries drop the factor at 0 and at 1.
+    """
+    if divergence != "jsd" or 0 < jsd_beta < 1:
+        return divergence
+    return "forward_kl" if jsd_beta == 0 else "reverse_kl"
 
 
 def check_head_options(pattern: str, softcap: float | None, logit_scale: float) -> None:

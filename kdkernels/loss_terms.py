@@ -5,6 +5,7 @@ Legend: ... leading dimensions (their product is N tokens), V valid ids.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from .loss_options import LossOptions, check_not_negative
 from .ops.dispatch import checks_enabled
 from .ops.rows import RowResult, RowSpec, filled, scalar
 from .ops.schema import all_stats, check_values, weighted
+
+_NO_TARGET = -100  # the ignored id where a mask alone says which positions count
 
 
 class LossTerms(NamedTuple):
@@ -48,11 +51,19 @@ class LossTerms(NamedTuple):
                 is then vocab_size, or 0.
         """
         vocab = valid_ids(options.vocab_size, widths) if widths else options.vocab_size or 0
-        spec = options.row_spec(vocab, has_target=target is not None)
+        has_target = target is not None
+        spec = options.row_spec(vocab, has_target=has_target)
         if target is not None:
             target = _flat_target(target, leading, device)
+        if options.mask is not None:
+            mask = _flat_mask(options.mask, leading, device)
+            if target is None:  # nobody reads the ids: they only say which positions count
+                spec = dataclasses.replace(spec, ignore_index=_NO_TARGET)
+                target = torch.zeros(mask.shape, dtype=torch.int64, device=device)
+            target = torch.where(mask, target, spec.ignore_index)
         alpha = alpha_tensor("alpha", options.alpha, leading, device, dtype)
-        kd_coef, ce_coef = _coefficients(options, target, leading, device, dtype)
+        valid = None if target is None else target != spec.ignore_index
+        kd_coef, ce_coef = _coefficients(options, valid, has_target, leading, device, dtype)
         return cls(spec, target, alpha, kd_coef, ce_coef, leading, options.reduction)
 
     @property
@@ -105,6 +116,17 @@ def _flat_target(target: Tensor, leading: torch.Size, device: torch.device) -> T
     return target.reshape(-1).contiguous()
 
 
+def _flat_mask(mask: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+    """(N,) bool"""
+    check_tensor("mask", mask)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask: expected bool, or whole numbers that are 0 where a position does not count, got {mask.dtype}")
+    check_shape("mask", mask, leading)
+    if mask.device != device:
+        raise ValueError(f"mask: expected device {device}, got {mask.device}")
+    return mask.reshape(-1) != 0
+
+
 def alpha_tensor(
     name: str, alpha: float | Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -120,10 +142,14 @@ def alpha_tensor(
 
 
 def _coefficients(
-    options: LossOptions, target: Tensor | None, leading: torch.Size, device: torch.device, dtype: torch.dtype
+    options: LossOptions,
+    valid: Tensor | None,
+    has_target: bool,
+    leading: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """d loss / d kd_i and d loss / d ce_i, (N,) each."""
-    valid = None if target is None else target != options.ignore_index
+    """d loss / d kd_i and d loss / d ce_i, (N,) each. ``valid`` None: every position counts."""
 
     def of_term(name: str, weight: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
         w = token_weight(f"{name}_token_weight", weight, leading, valid, device, dtype)
@@ -136,7 +162,7 @@ def _coefficients(
     given = (options.kd_token_weight, options.ce_token_weight, options.kd_normalizer, options.ce_normalizer)
     alike = all(x is None for x in given)
     ce = kd if alike else of_term("ce", options.ce_token_weight, options.ce_normalizer)
-    share = scalar(options.kd_share(has_target=target is not None))
+    share = scalar(options.kd_share(has_target=has_target))
     return share * kd, (1.0 - share) * ce
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .caad import linear_loss, linear_settings
 from .checks import check_head, check_leading, check_text_path
-from .loss_options import LinearLossOptions, check_divergence, check_head_options, check_not_negative
+from .loss_options import LinearLossOptions, check_divergence, check_head_options, check_not_negative, limit_of_jsd
 from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, as_autocast, looked_at, token_weight
 from .ops import multi_teacher as _multi_teacher
 from .ops import reference as _reference
@@ -40,7 +40,7 @@ class TeacherSource:
         alpha: contrast strength >= 0, a number or a tensor (...) per token. Not used where ``text_hidden`` is None.
         source_weight: omega >= 0, a number or a tensor (...) per token. Where it is 0 the source may hold any finite values.
         divergence: "forward_kl", "reverse_kl" or "jsd".
-        jsd_beta: beta in (0, 1) of the jsd.
+        jsd_beta: beta in [0, 1] of the jsd.
         plausibility: beta in (0, 1] of the plausibility mask, or None; not with "reverse_kl".
     """
 
@@ -92,6 +92,7 @@ def fused_linear_multi_teacher_loss(
     logits_dtype: torch.dtype | None = None,
     temperature: float = 2.0,
     kd_weight: float = 0.7,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
     kd_token_weight: Tensor | None = None,
     ce_token_weight: Tensor | None = None,
@@ -156,7 +157,7 @@ def fused_linear_multi_teacher_loss(
     options = LinearLossOptions(
         student_softcap=student_softcap, student_logit_scale=student_logit_scale, chunk_tokens=chunk_tokens,
         workspace_bytes=workspace_bytes, logits_dtype=logits_dtype, temperature=temperature, kd_weight=kd_weight,
-        ignore_index=ignore_index, kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight,
+        mask=mask, ignore_index=ignore_index, kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight,
         kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction, vocab_size=vocab_size, impl=impl,
         return_stats=return_stats,
     )  # fmt: skip
@@ -231,7 +232,7 @@ def _taught(
 ) -> _Taught:
     spec = dataclasses.replace(
         terms.spec,
-        divergence=source.divergence,
+        divergence=limit_of_jsd(source.divergence, source.jsd_beta),
         jsd_beta=scalar(source.jsd_beta),
         plausibility=None if source.plausibility is None else scalar(source.plausibility),
         teacher_scale=scalar(source.logit_scale),

@@ -322,6 +322,7 @@ def fused_linear_projected_loss(
     *,
     kd_weight: float = 0.7,
     student_bias: Tensor | None = None,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
     kd_token_weight: Tensor | None = None,
     ce_token_weight: Tensor | None = None,
@@ -374,7 +375,7 @@ def fused_linear_projected_loss(
         raise TypeError(f"projection: expected a TeacherProjection, got {type(projection).__name__}")
     options = LinearLossOptions(
         temperature=projection.temperature, student_logit_scale=projection.student_logit_scale, kd_weight=kd_weight,
-        ignore_index=ignore_index, kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight,
+        mask=mask, ignore_index=ignore_index, kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight,
         kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction, logits_dtype=logits_dtype,
         chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes, vocab_size=projection.vocab_size, impl=impl,
         return_stats=return_stats, alpha=0.0,
