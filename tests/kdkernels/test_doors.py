@@ -36,7 +36,7 @@ def masked_logits(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("ignore_index", [-100, 0])
 def test_a_mask_alone_is_a_made_up_target(impl, ignore_index):
-    student, audio, text, target, mask = masked_logits(impl)
+    student, audio, text, _target, mask = masked_logits(impl)
     made_up = torch.where(mask, 1, -100)
     with torch.no_grad():
         student[~mask] = float("nan")  # positions that do not count are not read
@@ -78,7 +78,7 @@ def test_every_loss_takes_the_mask():
 
 
 def test_masks_that_do_not_fit():
-    student, audio, text, target, mask = masked_logits("cpu")
+    student, audio, text, _target, mask = masked_logits("cpu")
     with pytest.raises(ValueError, match=r"mask: expected shape \(6,\), got \(5,\)"):
         fused_caad_loss(student[:6], audio[:6], text[:6], mask=mask[:5])
     with pytest.raises(TypeError, match=r"mask: expected bool, or whole numbers .*, got torch.float32"):
@@ -116,7 +116,7 @@ def test_cross_entropy_from_hidden_states_needs_no_teacher(impl):
 
 
 def test_calls_without_a_teacher_that_need_one():
-    student, audio, text, target, mask = masked_logits("cpu")
+    student, _audio, text, target, mask = masked_logits("cpu")
     heads = hidden()
     hidden_states, weight = heads["student_hidden"], heads["student_weight"]
     with pytest.raises(ValueError, match=r"teacher_audio_logits: expected a tensor with kd_weight=0.7, got None"):
