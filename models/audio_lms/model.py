@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import HeadCapture, evaluating, head_module
+from kdkernels.sampling import Sampling, own_answers
 from models.audio_lms.collation import AudioBatch, AudioCollator
 from models.audio_lms.families import family_of
 from models.audio_lms.family import AudioLMError, Family, matches, sampling_rate, tokenizer_of
@@ -229,6 +230,27 @@ class AudioLM(nn.Module):
                 self.lm, inputs, negative=self.family.negative, alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=stop
             )
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens.tolist()]
+
+    def own_answers(
+        self,
+        batch: AudioBatch | Mapping[str, Any],
+        draws: Tensor,
+        *,
+        sampling: Sampling,
+        suppressed: Iterable[int] = (),
+    ) -> list[list[int]]:
+        """Sampled answers to a batch of prompts, as token ids; see `kdkernels.sampling.own_answers`.
+
+        Args:
+            batch: as in `generate`.
+
+        Returns:
+            B lists of ids. One whose last id is not the end of an answer was cut off after `sampling.max_new_tokens`.
+        """
+        inputs = dict(batch.model_inputs() if isinstance(batch, AudioBatch) else batch)
+        inputs = self._masked(inputs, inputs.pop("audio_present", None), inputs.pop("entries", None))
+        end = self.make_collator().end_id
+        return own_answers(self.lm, inputs, draws, sampling=sampling, end_ids=[end], suppressed=suppressed)
 
     def _greedy(self, inputs: dict[str, Any], max_new_tokens: int, stop: list[int]) -> Tensor:
         """(B, T) new tokens, by transformers' generate with a config of its own: a checkpoint's sampling has no effect."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
 
 from kdkernels.layer_states import LayerStates
-from kdkernels.lm_head import accepts
+from kdkernels.lm_head import accepts, evaluating
 from kdkernels.packing import Packing
 from kdkernels.positions import check_lengths
+from kdkernels.sampling import Sampling, TokenSampler, until_end
 from models.backbones import resolve
 from models.backbones.causal_lm import cache_keyword, check_token_ids, has_only_attention, logit_post
 from models.speech_lm.collation import Collator, SpeechBatch, find_placeholder_id
@@ -373,6 +374,45 @@ class SpeechLM(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
+        stop = [self.tokenizer.eos_token_id] if stop_token_ids is None else list(stop_token_ids)
+        ends = {token for token in stop if token is not None}
+        rows = self._new_tokens(batch, lambda logits: logits.argmax(-1), ends, max_new_tokens, prefix_cache)
+        texts = [row[:-1] if row[-1] in ends else row for row in rows]
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts]
+
+    @torch.no_grad()
+    def own_answers(
+        self,
+        batch: SpeechBatch | Mapping[str, Any],
+        draws: Tensor,
+        *,
+        sampling: Sampling,
+        suppressed: Iterable[int] = (),
+        prefix_cache: PrefixCache | None = None,
+    ) -> list[list[int]]:
+        """Sampled answers to a batch of prompts, as token ids, with a KV cache.
+
+        Args:
+            batch, prefix_cache: as in `generate`.
+            draws, sampling, suppressed: as in `kdkernels.sampling.own_answers`.
+
+        Returns:
+            B lists of ids. One whose last id is not the end of text was cut off after `sampling.max_new_tokens`.
+        """
+        ends = {self.tokenizer.eos_token_id}
+        sampler = TokenSampler(sampling, draws, suppressed=set(suppressed) - ends)
+        with evaluating(self):
+            return self._new_tokens(batch, sampler.choose, ends, sampling.max_new_tokens, prefix_cache)
+
+    def _new_tokens(
+        self,
+        batch: SpeechBatch | Mapping[str, Any],
+        choose: Callable[[Tensor], Tensor],
+        ends: set[int],
+        max_new_tokens: int,
+        prefix_cache: PrefixCache | None,
+    ) -> list[list[int]]:
+        """Each row's new tokens, the end included. `choose`: logits (B, V) of the next token -> ids (B,)."""
         inputs = dict(batch.model_inputs() if isinstance(batch, SpeechBatch) else batch)
         prefix_cache = inputs.pop("prefix_cache", None) if prefix_cache is None else prefix_cache
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -387,23 +427,20 @@ class SpeechLM(nn.Module):
         last = (layout.own_mask * torch.arange(1, layout.ids.shape[1] + 1, device=ids.device)).argmax(1)
         position = layout.position_ids[rows, last]
         hidden, mask = hidden[rows, last], layout.mask
-        stop = [self.tokenizer.eos_token_id] if stop_token_ids is None else list(stop_token_ids)
-        stop_ids = torch.tensor([token for token in stop if token is not None], dtype=torch.int64, device=ids.device)
+        end_ids = torch.tensor(sorted(ends), dtype=torch.int64, device=ids.device)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        generated: list[Tensor] = []
+        made: list[Tensor] = []
         for step in range(max_new_tokens):
-            token = self._logits(hidden).argmax(-1)  # (B,)
-            done |= torch.isin(token, stop_ids)
-            generated.append(torch.where(done, -1, token))
+            token = choose(self._logits(hidden))  # (B,)
+            done |= torch.isin(token, end_ids)
+            made.append(token)
             if step == max_new_tokens - 1 or bool(done.all()):
                 break
             position = position + 1
             mask = F.pad(mask, (0, 1), value=1)
             embeddings = self.lm.get_input_embeddings()(token[:, None])
             hidden = self._body(embeddings, mask, position[:, None], layout.past, True)[:, -1]
-        tokens = torch.stack(generated, dim=1).tolist()
-        texts = [[token for token in row if token >= 0] for row in tokens]
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts]
+        return until_end(torch.stack(made, dim=1), ends)
 
     # --- what training and evaluation ask of a model ------------------------------------------------------------------
 

@@ -57,7 +57,9 @@ class Normalizers:
     def of(cls, weights: Sequence[TokenWeights], sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> Normalizers:
         """The divisors of a step. `weights` are those of its parts on this rank."""
         sums = [torch.stack(each).sum() for each in zip(*(part.sums() for part in weights), strict=True)]
-        return cls(*map(sum_over_ranks, sums))
+        kd, ce, layers = map(sum_over_ranks, sums)
+        # A step of the student's own answers has no CE term: its sum of losses is 0 then, and it is divided by 1.
+        return cls(kd, torch.where(ce == 0, torch.ones_like(ce), ce), layers)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,11 @@ class Part:
 
 
 def token_weights(
-    loss: LossConfig, batch: Any, states: TeacherStates | None, charged: torch.Tensor | None = None
+    loss: LossConfig,
+    batch: Any,
+    states: TeacherStates | None,
+    charged: torch.Tensor | None = None,
+    answered: torch.Tensor | None = None,
 ) -> TokenWeights:
     """Weights of the N target tokens by `loss.kd_token_weight` and `loss.ce_token_weight`.
 
@@ -89,6 +95,8 @@ def token_weights(
     Args:
         charged: (B,) bool, the examples whose background tokens are in the CE term; None = all (see
             `loss.ce_background_fraction`).
+        answered: (B,) bool, the examples whose answer the student has made itself: it is no label, so it has no CE term. None =
+            none of them.
     """
     mask, rows = batch.choice_mask, batch.target_row
     spelled = torch.zeros(len(batch.ids), dtype=torch.bool, device=mask.device).index_put((rows[mask],), mask.new_tensor(True))
@@ -105,17 +113,21 @@ def token_weights(
     else:
         kd = choice(loss.kd_background_weight) if loss.kd_token_weight == "choice" else ones
     ce = choice(ce_background) if loss.ce_token_weight == "choice" else ones
+    if answered is not None:
+        ce = ce * ~answered[rows]
     return TokenWeights(kd=kd, ce=ce)
 
 
-def counted_positions(recipe: Recipe, batch: Any, charged: torch.Tensor | None = None) -> torch.Tensor | None:
+def counted_positions(
+    recipe: Recipe, batch: Any, charged: torch.Tensor | None = None, answered: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """(n,) int64 numbers of the target tokens with a weight above 0 in some term; None = all of them.
 
     Where only the answer's tokens have a weight, seven in eight rows of logits would have no use.
     """
     if recipe.loss.kd_token_weight == "divergence":
         return None  # known only when the teacher has run
-    weights = token_weights(recipe.loss, batch, None, charged)
+    weights = token_weights(recipe.loss, batch, None, charged, answered)
     counts = weights.ce > 0 if not recipe.distils or recipe.loss.kd_weight < 1 else torch.zeros_like(batch.choice_mask)
     if recipe.distils and recipe.loss.kd_weight > 0:
         counts = counts | (weights.kd > 0)

@@ -64,6 +64,16 @@ class DataConfig:
     # LM in bfloat16 or float16; without prefix cache; not tested).
     packing: str = "none"
     pack_tokens: int = 512  # tokens of a packed row
+    # On-policy distillation: share of the examples to which the student makes its own answer, which the teachers then score, as in
+    # GKD (arXiv 2306.13649). Each example is drawn by itself. Such an answer has no label, so it has no CE term (but see
+    # loss.ce_target). 0 = all examples have the data's targets.
+    on_policy_fraction: float = 0.0
+    on_policy_every_steps: int = 1  # the student makes answers in every N-th step; the steps between have the data's targets
+    on_policy_batch_examples: int = 32  # answers that a rank makes at a time
+    on_policy_max_new_tokens: int = 64  # a longer answer is cut off, and its end is not taught
+    on_policy_temperature: float = 1.0  # of the sampling; 0 = always the likeliest token
+    on_policy_top_k: int = 0  # sample among the K likeliest tokens; 0 = all
+    on_policy_top_p: float = 1.0  # sample among the fewest tokens that hold this probability, in (0, 1]; 1 = all
 
     def __post_init__(self) -> None:
         _one_of(self.packing, "data.packing", PACKINGS)
@@ -73,6 +83,17 @@ class DataConfig:
         _check(self.max_clip_seconds > 0, "data.max_clip_seconds", "> 0", self.max_clip_seconds)
         for split in self.splits:
             _one_of(split, "data.splits", SPLITS)
+        fraction = self.on_policy_fraction
+        _check(0.0 <= fraction <= 1.0, "data.on_policy_fraction", "a fraction in [0, 1]", fraction)
+        for name in ("every_steps", "batch_examples", "max_new_tokens"):
+            value = getattr(self, f"on_policy_{name}")
+            _check(value >= 1, f"data.on_policy_{name}", ">= 1", value)
+        _check(self.on_policy_temperature >= 0, "data.on_policy_temperature", ">= 0", self.on_policy_temperature)
+        _check(self.on_policy_top_k >= 0, "data.on_policy_top_k", ">= 0", self.on_policy_top_k)
+        _check(0 < self.on_policy_top_p <= 1, "data.on_policy_top_p", "in (0, 1]", self.on_policy_top_p)
+        for f in dataclasses.fields(self):
+            if f.name.startswith("on_policy_") and f.name != "on_policy_fraction":
+                _needs(self, "data", f.name, fraction > 0, "data.on_policy_fraction")
 
 
 @dataclass(frozen=True)
@@ -425,6 +446,7 @@ class Recipe:
         self._check_layers()
         self._check_sources()
         self._check_projection()
+        self._check_on_policy()
         self._check_run()
 
     def _check_kind(self) -> None:
@@ -479,6 +501,25 @@ class Recipe:
         for key, (fits, wanted, got) in expected.items():
             if not fits:
                 raise ConfigError(f"{key}: expected {wanted} with teacher.projection, got {got}")
+
+    def _check_on_policy(self) -> None:
+        """The student's own answers are new in every step: a teacher has to read them when they are there."""
+        if not self.data.on_policy_fraction:
+            return
+        changes = "as the student's answers change"
+        expected = {
+            "objective": (self.distils, "one with a teacher, which scores the student's answers,", self.objective),
+            "teacher.cache": (self.teacher.cache is None, f"null, {changes},", self.teacher.cache),
+            "teacher.keep_mib": (not self.teacher.keep_mib, f"0, {changes},", self.teacher.keep_mib),
+            "teacher.projection": (not self.teacher.projection, f"0, {changes},", self.teacher.projection),
+            **{f"sources.{name}.keep_mib": (not source.keep_mib, f"0, {changes},", source.keep_mib)
+               for name, source in self.sources.items()},
+            "loss.center_text": (not self.loss.center_text, "false, as no token of a free answer has a place of its own,", True),
+            "run.parallel": (self.run.parallel != "fsdp2", "none or ddp, as the student generates with whole weights,", "fsdp2"),
+        }  # fmt: skip
+        for key, (fits, wanted, got) in expected.items():
+            if not fits:
+                raise ConfigError(f"{key}: expected {wanted} with data.on_policy_fraction, got {got}")
 
     def _check_sources(self) -> None:
         if self.objective == "sources" and not self.sources:
