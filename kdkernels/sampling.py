@@ -28,7 +28,7 @@ __all__ = ["Sampling", "TokenSampler", "own_answers", "uniform_draws", "unspoken
 class Sampling:
     """How the next token is chosen from the logits z (V,), in this order:
 
-        softmax(z / temperature)  ->  the top_k likeliest  ->  the fewest of them that hold top_p of what is left  ->  one of these
+        softmax(z / temperature)  ->  the top_k likeliest  ->  the fewest of them that hold top_p of the rest  ->  one of these
 
     A value out of range raises ValueError or TypeError with its name.
     """

@@ -14,8 +14,8 @@ def spelling_mask(
     """Marks the tokens in which the target differs from itself with another choice in the answer's place.
 
     Without choices it marks the tokens of the answer. If the target mentions neither a choice nor the answer, any token may
-    carry the answer: then it marks all tokens but the end of text. Of an answer that a student has made itself it marks all tokens,
-    the end too: nobody knows which of them spell it.
+    carry the answer: then it marks all tokens but the end of text. Of an answer that a student has made itself it marks all
+    tokens, the end too: nobody knows which of them spell it.
 
     Args:
         target_ids: of the example's target.

@@ -40,6 +40,7 @@ from kdkernels.packing import Packing
 from kdkernels.positions import check_lengths
 from kdkernels.sampling import Sampling, TokenSampler, until_end
 from models.backbones import resolve
+from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import cache_keyword, check_token_ids, has_only_attention, logit_post
 from models.speech_lm.collation import Collator, SpeechBatch, find_placeholder_id
 from models.speech_lm.config import SAMPLE_RATE, SpeechLMConfig
@@ -310,6 +311,7 @@ class SpeechLM(nn.Module):
         prefix_cache: PrefixCache | None = None,
         pack_tokens: int | None = None,
         layers: Sequence[int] = (),
+        answer_noise: AnswerNoise | None = None,
     ) -> Tensor:
         """The LM head's inputs at chosen positions; the head is not run and no logits exist.
 
@@ -321,6 +323,7 @@ class SpeechLM(nn.Module):
                 time of a packed row grows with the square of its length, so a few samples a row are best. Flash-attention
                 takes one row of any length, by its varlen kernel (not tested: needs a GPU). One wait for a CUDA device a call.
             layers: also the states of these layers of the language model, counted as in `kdkernels.layer_map`.
+            answer_noise: is added to the embeddings of the answers' tokens.
 
         Returns:
             (N, H) in the language model's dtype, with a gradient to the connector (and to the LM if it trains). With K layers
@@ -343,9 +346,9 @@ class SpeechLM(nn.Module):
         layout = self._layout(input_ids, attention_mask, prefix_cache, None, False, pack_tokens)
         index = layout.positions_of(index, input_ids.shape[1], input_ids.numel())
         if not layers:
-            return self._run(layout, audio_features, audio_present).flatten(0, 1)[index]
+            return self._run(layout, audio_features, audio_present, answer_noise).flatten(0, 1)[index]
         with LayerStates(self.lm, layers, index) as taken:
-            hidden = self._run(layout, audio_features, audio_present)  # (B, S, H), or packed
+            hidden = self._run(layout, audio_features, audio_present, answer_noise)  # (B, S, H), or packed
         return torch.cat([hidden.flatten(0, 1)[index][:, None], taken.stacked()], 1)
 
     @torch.no_grad()
@@ -522,11 +525,14 @@ class SpeechLM(nn.Module):
     def _runs_varlen(self) -> bool:
         return is_flash_attention_requested(self.lm.config)
 
-    def _run(self, layout: RowLayout, features: Tensor | None, present: Tensor | None) -> Tensor:
+    def _run(
+        self, layout: RowLayout, features: Tensor | None, present: Tensor | None, noise: AnswerNoise | None = None
+    ) -> Tensor:
         """(B, S, H) last hidden states of the tokens that are run, or those of packed rows."""
         embeddings = self.lm.get_input_embeddings()
         is_audio = layout.ids == self.placeholder_token_id
         x = embeddings(layout.ids)  # (B, S, H)
+        x = x if noise is None else noise.added(x, layout.start)
         if not layout.continues:
             x = self._insert_audio(x, is_audio, features, present)
         keywords: dict[str, Any] = {}

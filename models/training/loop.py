@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from models.backbones.answer_noise import AnswerNoise
 from models.backbones.device import pick_device
 from models.data.example import AnsweredExample
 from models.io_utils import atomic_write_json, fingerprint
@@ -211,12 +213,19 @@ class TrainingLoop:
         parts = []
         for start in range(0, len(self.share), self.part_examples):
             here = self.share[start : start + self.part_examples]
-            parts.append(self.part([examples[number] for number in here], hears[here], charged[here]))
+            parts.append(self.part(step, {number: examples[number] for number in here}, hears[here], charged[here]))
         return parts
 
-    def part(self, examples: Sequence[object], hears: torch.Tensor, charged: torch.Tensor) -> Part:
-        """The part of these examples. `hears` (B,) bool: the audio is kept. `charged` (B,) bool: background tokens count."""
+    def part(self, step: int, numbered: Mapping[int, object], hears: torch.Tensor, charged: torch.Tensor) -> Part:
+        """The part of these examples, by their numbers in the step.
+
+        Args:
+            hears: (B,) bool, the audio is kept.
+            charged: (B,) bool, background tokens count.
+        """
+        examples = list(numbered.values())
         batch = self.data.make_batch(examples)
+        noise = self.answer_noise(step, list(numbered), batch) if self.optim.answer_noise else None
         # Unneeded positions are left out before the batch moves, because deciding it on a GPU would make the CPU wait.
         answered = torch.tensor([isinstance(example, AnsweredExample) for example in examples])
         counted = counted_positions(self.recipe, batch, charged, answered)
@@ -227,7 +236,16 @@ class TrainingLoop:
         batch = (self.data.crop(batch) if self.data.crop else batch).to(self.device)
         own = states.get(OWN_TEACHER)
         weights = token_weights(self.recipe.loss, batch, own, charged.to(self.device), answered.to(self.device))
-        return Part(batch, states, weights, hears.to(self.device))
+        return Part(batch, states, weights, hears.to(self.device), noise)
+
+    def answer_noise(self, step: int, numbers: Sequence[int], batch: Any) -> AnswerNoise:
+        """The noise of a part, from a batch with all of its target tokens; `numbers`: of its examples in the step."""
+        columns, width = batch.input_ids.shape[1], self.model.get_input_embeddings().weight.shape[-1]
+        lengths = torch.bincount(batch.target_row, minlength=len(numbers))
+        first = batch.target_index[lengths.cumsum(0) - lengths]  # of each row; it stands one column before the token it predicts
+        seeds = [seed_of(self.run_config.seed, step, "noise", number) for number in numbers]
+        noise = AnswerNoise.drawn(self.optim.answer_noise, first % columns + 1, lengths.tolist(), width, seeds)
+        return noise.to(self.device)
 
     def forward_backward(
         self, step: int, parts: Sequence[Part], normalizers: Normalizers, logged: bool

@@ -1,8 +1,8 @@
 """On-policy distillation: the student answers some of a step's examples itself, and the teachers score these answers.
 
-The answers are made before the step's divisors are summed, so their lengths are known there. They depend on the student's weights,
-the recipe's seed, and the example's number in its step: not on micro-batches or ranks, and not on a generator that a checkpoint
-would have to keep.
+The answers are made before the step's divisors are summed, so their lengths are known there. They depend on the student's
+weights, the recipe's seed, the step, and the example's number in it: not on micro-batches or ranks, and not on a generator that a
+checkpoint would have to keep.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ CAAD_PLUS = {"alpha": 4.0, "center_text": True}
 ROLES = ("audio", "text", "acoustic")
 PACKINGS = ("none", "pack", "varlen")
 TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
+AVERAGES = ("tokens", "samples")
 
 
 class ConfigError(ValueError):
@@ -64,8 +65,8 @@ class DataConfig:
     # LM in bfloat16 or float16; without prefix cache; not tested).
     packing: str = "none"
     pack_tokens: int = 512  # tokens of a packed row
-    # On-policy distillation: share of the examples to which the student makes its own answer, which the teachers then score, as in
-    # GKD (arXiv 2306.13649). Each example is drawn by itself. Such an answer has no label, so it has no CE term (but see
+    # On-policy distillation: share of the examples to which the student makes its own answer, which the teachers then score, as
+    # in GKD (arXiv 2306.13649). Each example is drawn by itself. Such an answer has no label, so it has no CE term (but see
     # loss.ce_target). 0 = all examples have the data's targets.
     on_policy_fraction: float = 0.0
     on_policy_every_steps: int = 1  # the student makes answers in every N-th step; the steps between have the data's targets
@@ -197,6 +198,13 @@ class LossConfig:
     # Fraction of each step's examples, drawn at random, in which the tokens around the answer count in the CE term. They weigh
     # ce_background_weight / fraction: the same objective on average, with that fraction of the rows of logits.
     ce_background_fraction: float = 1.0
+    # What a term is averaged over: tokens = all tokens of a step by their weights; samples = over the tokens of each example,
+    # then over examples, so that a long answer counts no more than a short one.
+    kd_average: str = "tokens"
+    ce_average: str = "tokens"
+    # Labels of the CE term: answer = the target's tokens; teacher = the likeliest token of the teacher's contrasted distribution
+    # at each position (hard labels). With teacher the student's own answers (data.on_policy_fraction) have a CE term too.
+    ce_target: str = "answer"
     chunk_tokens: int | None = None  # tokens whose logits exist at the same time; None = the loss chooses
     impl: str = "auto"  # implementation of the loss: auto | reference | cpu | triton | cuda
 
@@ -217,6 +225,11 @@ class LossConfig:
         _check(self.ce_background_weight >= 0, "loss.ce_background_weight", ">= 0", self.ce_background_weight)
         fraction = self.ce_background_fraction
         _check(0 < fraction <= 1, "loss.ce_background_fraction", "in (0, 1]", fraction)
+        _one_of(self.kd_average, "loss.kd_average", AVERAGES)
+        _one_of(self.ce_average, "loss.ce_average", AVERAGES)
+        _one_of(self.ce_target, "loss.ce_target", ("answer", "teacher"))
+        if self.ce_average == "samples" and fraction < 1:
+            raise ConfigError(f"loss.ce_background_fraction: expected 1 with loss.ce_average=samples, got {fraction}")
         ok = self.plausibility is None or 0 < self.plausibility <= 1
         _check(ok, "loss.plausibility", "in (0, 1]", self.plausibility)
         if self.plausibility is not None and self.divergence == "reverse_kl":
@@ -355,6 +368,9 @@ class OptimConfig:
     weight_decay: float = 0.01  # AdamW: decay of the weights, times the learning rate
     max_grad_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
     audio_dropout: float = 0.0  # probability that an example's audio is masked in training
+    # Strength of the noise on the embeddings of an answer's tokens, as in NEFTune: uniform in +-strength / sqrt(tokens * width).
+    # The student alone has it; 0 = none.
+    answer_noise: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, "optim.steps", ">= 1", self.steps)
@@ -371,6 +387,7 @@ class OptimConfig:
         _check(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
         _check(self.max_grad_norm > 0, "optim.max_grad_norm", "> 0", self.max_grad_norm)
         _check(0 <= self.audio_dropout < 1, "optim.audio_dropout", "in [0, 1)", self.audio_dropout)
+        _check(self.answer_noise >= 0, "optim.answer_noise", ">= 0", self.answer_noise)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate at optimiser step `step` (the first is 1): linear warm-up, then half a cosine to the minimum."""
@@ -479,6 +496,9 @@ class Recipe:
             raise ConfigError(f"loss.alpha_half_divergence: expected null with objective {self.objective!r}, {lacks}")
         if lacks and self.loss.center_text:
             raise ConfigError(f"loss.center_text: expected false with objective {self.objective!r}, {lacks}")
+        if self.loss.ce_target == "teacher" and (not self.needs_teacher or self.teacher.projection):
+            why = "with teacher.projection" if self.needs_teacher else f"with objective {self.objective!r}"
+            raise ConfigError(f"loss.ce_target: expected answer {why}, got 'teacher': no teacher's logits are at hand")
 
     def _check_layers(self) -> None:
         if self.layers.weight > 0 and not self.needs_teacher:

@@ -48,7 +48,8 @@ def test_answers_are_those_of_forwards_without_a_cache_and_of_a_row_alone(family
     assert len({tuple(answer) for answer in answers}) == rows and not model.training
     for row, answer in enumerate(answers):
         alone = {name: x[row : row + 1] for name, x in inputs.items()}
-        assert own_answers(model, alone, draws[row : row + 1], sampling=sampling, end_ids=[end], suppressed=suppressed) == [answer]
+        again = own_answers(model, alone, draws[row : row + 1], sampling=sampling, end_ids=[end], suppressed=suppressed)
+        assert again == [answer]
         ids, mask = alone["input_ids"], alone["attention_mask"]
         keep = mask[0].bool()
         ids, mask = ids[:, keep], mask[:, keep]

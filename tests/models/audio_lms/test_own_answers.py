@@ -10,6 +10,7 @@ import torch
 
 from kdkernels.sampling import Sampling, uniform_draws, unspoken_ids
 from models.audio_lms.model import AudioLM
+from models.backbones.answer_noise import AnswerNoise
 from models.data.example import AnsweredExample
 from models.training.on_policy import OnPolicy
 from models.training.train import main as train
@@ -38,8 +39,7 @@ def test_answers(tmp_path, family):
     answered = [AnsweredExample.of(example, tokens) for example, tokens in zip(EXAMPLES, sampled, strict=True)]
     batch = collate(answered, CLIPS)
     assert batch.target.tolist() == sampled[0] + sampled[1] and bool(batch.choice_mask.all())
-    rows, columns = batch.input_ids.shape
-    assert torch.equal(batch.input_ids.flatten()[batch.target_index + 1], batch.target) and rows == 2
+    assert torch.equal(batch.input_ids.flatten()[batch.target_index + 1], batch.target)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,21 @@ def test_a_lora_learns_from_its_own_answers_and_parts_add_up(world, recipe, monk
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in four], rel=1e-4)
     assert four[0]["answer_tokens"] == sum(len(example.answer_tokens) for example in calls[0].values()) / 4
     assert four[0]["kd_text"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_noise_stands_on_the_answer_alone(tmp_path, family):
+    model = AudioLM.from_pretrained(tiny.FAMILIES[family](tmp_path / family))
+    batch = model.make_collator()(EXAMPLES, CLIPS)
+    lengths = torch.bincount(batch.target_row)
+    starts = lengths.cumsum(0) - lengths
+    width = model.get_input_embeddings().weight.shape[1]
+    columns = batch.target_index[starts] % batch.input_ids.shape[1] + 1
+    noise = AnswerNoise.drawn(5.0, columns, lengths.tolist(), width, [1, 2])
+    with torch.no_grad():
+        plain = model.hidden_states_at(batch.target_index, **batch.model_inputs())
+        noisy = model.hidden_states_at(batch.target_index, **batch.model_inputs(), answer_noise=noise)
+        again = model.hidden_states_at(batch.target_index, **batch.model_inputs())
+    same = torch.isclose(plain, noisy, rtol=1e-5, atol=1e-6).all(-1)
+    assert same.nonzero()[:, 0].tolist() == starts.tolist() and torch.equal(plain, again)

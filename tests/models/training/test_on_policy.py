@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_speech
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
@@ -15,10 +16,25 @@ from models.speech_lm.features import FeatureStore
 from models.speech_lm.model import SpeechLM
 from models.training import loop
 from models.training.curves import read_metrics
+from models.training.objective import token_weights
 from models.training.on_policy import OnPolicy
-from models.training.recipe import ConfigError, load_recipe
+from models.training.recipe import ConfigError, LossConfig, load_recipe
 
 OWN = ["data.on_policy_fraction=1", "data.on_policy_max_new_tokens=5", "run.log_every_steps=1", "loss.kd_weight=1"]
+
+
+def test_an_answer_becomes_the_target_as_it_is():
+    """Its end is a target only where the student has made it; all of its tokens count."""
+    model = tiny_speech.make_speech_lm()
+    end, examples = model.tokenizer.eos_token_id, tiny_speech.make_examples(3)
+    answers = [(40, 50, end), (end,), (40, 50, 60, 70)]  # ended, empty, cut off
+    answered = [AnsweredExample.of(example, answer) for example, answer in zip(examples, answers, strict=True)]
+    batch = model.make_collator()(answered, tiny_speech.make_features(model, 3))
+    assert batch.target.tolist() == [40, 50, end, end, 40, 50, 60, 70] and batch.target_row.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert bool(batch.choice_mask.all())
+    for loss, ce in ((LossConfig(), 0.0), (LossConfig(ce_target="teacher"), 1.0)):
+        weights = token_weights(loss, batch, None, None, torch.tensor([True, True, True]))
+        assert weights.kd.tolist() == [1.0] * 8 and weights.ce.tolist() == [ce] * 8
 
 
 @pytest.fixture
@@ -44,6 +60,7 @@ def teacher(root):
     return f"teacher.folder={root / 'teacher' / 'final'}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["kd", "caad"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_the_loss_is_that_of_the_student_s_own_answers(world, recorded, objective, divergence):  # noqa: F811
@@ -74,6 +91,7 @@ def test_the_loss_is_that_of_the_student_s_own_answers(world, recorded, objectiv
     assert "ce" not in line
 
 
+@pytest.mark.slow
 def test_a_student_s_answer_has_no_label(world, recorded):  # noqa: F811
     """With fraction 1 the CE term is 0; with a half it is that of the other examples alone."""
     assert train(world, "caad", "no-label", teacher(world), *OWN, "loss.kd_weight=0.4", "optim.steps=1") == 0
@@ -92,6 +110,7 @@ def test_a_student_s_answer_has_no_label(world, recorded):  # noqa: F811
     assert curves(world, "half")[0]["ce"] == pytest.approx(F.cross_entropy(logits, batch.target).item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_add_up_and_the_numbers_of_the_step_decide(world, recorded):  # noqa: F811
     words = [teacher(world), *OWN, "data.on_policy_fraction=0.7", "optim.steps=3", "optim.learning_rate=1e-3"]
     for out, more in {
