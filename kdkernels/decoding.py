@@ -146,7 +146,7 @@ def contrastive_generate(
         keep_scores=return_scores,
     )
     model = _without_peft(model)
-    eos = _eos_ids(model, eos_token_id)
+    eos = eos_ids_of(model, eos_token_id)
     pad = _pad_id(model, pad_token_id, eos)
     with evaluating(model), audio_adapters_on(model):
         if _is_transformers(model):
@@ -367,7 +367,7 @@ def _without_peft(model: Any) -> nn.Module:
     return model.get_base_model()
 
 
-def _eos_ids(model: nn.Module, given: int | Sequence[int] | None) -> list[int]:
+def eos_ids_of(model: nn.Module, given: int | Sequence[int] | None) -> list[int]:
     if given is None:
         for source in (getattr(model, "generation_config", None), getattr(model, "config", None)):
             given = source.get("eos_token_id") if isinstance(source, Mapping) else getattr(source, "eos_token_id", None)

@@ -60,9 +60,7 @@ class Normalizers:
     def of(cls, weights: Sequence[TokenWeights], sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> Normalizers:
         """The divisors of a step. `weights` are those of its parts on this rank."""
         sums = [torch.stack(each).sum() for each in zip(*(part.sums() for part in weights), strict=True)]
-        kd, ce, layers = map(sum_over_ranks, sums)
-        # A step of the student's own answers has no CE term: its sum of losses is 0 then, and it is divided by 1.
-        return cls(kd, torch.where(ce == 0, torch.ones_like(ce), ce), layers)
+        return cls(*map(sum_over_ranks, sums))
 
 
 @dataclass(frozen=True)
