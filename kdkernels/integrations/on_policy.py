@@ -125,8 +125,12 @@ class OwnAnswers:
         )
         taken = [tuple(answer) if yes else None for answer, yes in zip(answers, wanted, strict=True)]
         own = [answer for answer in taken if answer is not None]
-        more = (len(own), sum(map(len, own)), sum(answer[-1] in self._ends for answer in own))
-        self.counts = tuple(map(sum, zip(self.counts, more, strict=True)))
+        count, tokens, ended = self.counts
+        self.counts = (
+            count + len(own),
+            tokens + sum(map(len, own)),
+            ended + sum(answer[-1] in self._ends for answer in own),
+        )
         made = _laid_out(student, starts, taken)
         labelled = torch.tensor([answer is None for answer in taken], device=made["labels"].device)
         made["ce_token_weight"] = labelled[:, None].expand(made["labels"].shape).float()

@@ -177,9 +177,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(f"on_policy: expected None with {engine}, as the student generates with whole weights; use DDP")
-        rows = [rows for rows in (head_rows(self.model), self.teacher.head.weight.shape[0], self.options.vocab_size) if rows]
+        student: Any = self.model
+        rows = [rows for rows in (head_rows(student), self.teacher.head.weight.shape[0], self.options.vocab_size) if rows]
         return OwnAnswers(
-            on_policy, self.model, tokenizer=tokenizer_of(processing_class), vocab_size=min(rows), seed=self.args.seed,
+            on_policy, student, tokenizer=tokenizer_of(processing_class), vocab_size=min(rows), seed=self.args.seed,
             rank=self.accelerator.process_index,
         )  # fmt: skip
 

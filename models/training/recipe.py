@@ -259,6 +259,7 @@ class LayersConfig:
     pairs: tuple[str, ...] = ()  # "student-teacher" layers instead of a map, such as [7-9,14-18]
     alpha: float = 0.0  # contrast of the layer target: (1 + alpha) h_audio - alpha h_text
     direction: str = "student_to_teacher"  # which side is projected where widths differ
+    bias: bool = False  # projections also add a vector, which trains
     normalize: bool = False  # compare directions only: the error of a pair is then 2 - 2 cos
 
     def __post_init__(self) -> None:
