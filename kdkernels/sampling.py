@@ -167,9 +167,11 @@ def own_answers(
 
 
 def unspoken_ids(tokenizer: Any, end_ids: Iterable[int], vocab_size: int) -> set[int]:
-    """Ids below `vocab_size` that no answer has: special tokens, tokens beside the vocabulary, and ids without a token.
+    """Ids below `vocab_size` that no answer has: special tokens, tokens beside the vocabulary, and ids behind the last token.
 
     The ends of an answer are not among them. An answer with a placeholder of audio would be read as one more clip.
     """
-    beside = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    return set(range(vocab_size)) - (set(tokenizer.get_vocab().values()) - beside) - set(end_ids)
+    added = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common has none beside its special tokens
+    beside = {*tokenizer.all_special_ids, *added.values()}
+    last = max(*tokenizer.get_vocab().values(), *beside)  # not all ids are there: several bytes may have one name
+    return {*beside, *range(last + 1, vocab_size)} - set(end_ids)
