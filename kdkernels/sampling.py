@@ -75,16 +75,19 @@ class TokenSampler:
     def __init__(self, sampling: Sampling, draws: Tensor, *, suppressed: Iterable[int] = ()) -> None:
         self._sampling = sampling
         self._draws = draws
-        self._suppressed = torch.tensor(sorted(set(suppressed)), dtype=torch.int64)
+        self._suppressed = sorted(set(suppressed))
+        self._dropped: Tensor | None = None  # those of them that the logits have, where the logits are
         self._column = 0
 
     def choose(self, logits: Tensor) -> Tensor:
         """(B, V) -> (B,) int64."""
         scores = logits.float()
-        if len(self._suppressed):
-            ids = self._suppressed.to(scores.device)
-            scores = scores.index_fill(1, ids[ids < scores.shape[1]], -torch.inf)
-        draws = self._draws[:, self._column].to(scores.device)
+        if self._dropped is None:
+            known = [token for token in self._suppressed if token < scores.shape[1]]
+            self._dropped = torch.tensor(known, dtype=torch.int64, device=scores.device)
+            self._draws = self._draws.to(scores.device)
+        scores = scores.index_fill(1, self._dropped, -torch.inf)
+        draws = self._draws[:, self._column]
         self._column += 1
         if self._sampling.temperature == 0:
             return scores.argmax(dim=-1)
@@ -173,5 +176,6 @@ def unspoken_ids(tokenizer: Any, end_ids: Iterable[int], vocab_size: int) -> set
     """
     added = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common has none beside its special tokens
     beside = {*tokenizer.all_special_ids, *added.values()}
-    last = max(*tokenizer.get_vocab().values(), *beside)  # not all ids are there: several bytes may have one name
+    # Not all ids are in get_vocab(): in mistral-common's several bytes have one name.
+    last = max(len(tokenizer) - 1, *tokenizer.get_vocab().values(), *beside)
     return {*beside, *range(last + 1, vocab_size)} - set(end_ids)

@@ -67,6 +67,9 @@ def test_ids_that_no_answer_has():
     class Tokenizer:
         all_special_ids = (0, 1)
 
+        def __len__(self):
+            return 5
+
         def get_added_vocab(self):
             return {"<audio>": 5}
 
