@@ -174,7 +174,7 @@ def unspoken_ids(tokenizer: Any, end_ids: Iterable[int], vocab_size: int) -> set
 
     The ends of an answer are not among them. An answer with a placeholder of audio would be read as one more clip.
     """
-    added = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common has none beside its special tokens
+    added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common has none beside its special tokens
     beside = {*tokenizer.all_special_ids, *added.values()}
     # Not all ids are in get_vocab(): in mistral-common's several bytes have one name.
     last = max(len(tokenizer) - 1, *tokenizer.get_vocab().values(), *beside)

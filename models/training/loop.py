@@ -204,8 +204,8 @@ class TrainingLoop:
         if self.on_policy is not None:
             with self.autocast():
                 examples = self.on_policy.answered(step, examples)
-            for curve in self.on_policy.curves(list(examples.values())):
-                self.metrics.add(*curve)
+            for name, value, weight in self.on_policy.curves(list(examples.values())):
+                self.metrics.add(name, torch.tensor(value, device=self.device), weight)  # all curves are on one device
         hears = torch.rand(len(rows)) >= optim.audio_dropout
         charged = torch.rand(len(rows)) < self.recipe.loss.ce_background_fraction
         if not self.alone:  # dropout inside the model is each rank's own
@@ -227,15 +227,17 @@ class TrainingLoop:
         batch = self.data.make_batch(examples)
         noise = self.answer_noise(step, list(numbered), batch) if self.optim.answer_noise else None
         # Unneeded positions are left out before the batch moves, because deciding it on a GPU would make the CPU wait.
-        answered = torch.tensor([isinstance(example, AnsweredExample) for example in examples])
+        answered = None
+        if self.on_policy is not None:
+            answered = torch.tensor([isinstance(example, AnsweredExample) for example in examples])
         counted = counted_positions(self.recipe, batch, charged, answered)
         states = {source.name: source.teacher(batch, examples) for source in self.sources}
         batch, states = select_positions(batch, states, counted)
         if self.recipe.loss.needs_divergence and OWN_TEACHER in states:
             states[OWN_TEACHER] = states[OWN_TEACHER].with_divergence()
         batch = (self.data.crop(batch) if self.data.crop else batch).to(self.device)
-        own = states.get(OWN_TEACHER)
-        weights = token_weights(self.recipe.loss, batch, own, charged.to(self.device), answered.to(self.device))
+        answered = None if answered is None else answered.to(self.device)
+        weights = token_weights(self.recipe.loss, batch, states.get(OWN_TEACHER), charged.to(self.device), answered)
         return Part(batch, states, weights, hears.to(self.device), noise)
 
     def answer_noise(self, step: int, numbers: Sequence[int], batch: Any) -> AnswerNoise:
