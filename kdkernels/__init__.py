@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from .contrast_cache import ContrastCache, ContrastCacheWriter
     from .decoding import contrast_logits, contrastive_generate
     from .head_loss import HeadLoss
-    from .integrations import CAADOptions, CAADTrainer
+    from .integrations import CAADOptions, CAADTrainer, OnPolicy
     from .layer_mse import LayerProjections, fused_layer_mse_loss, layer_map
     from .lm_head import LMHead
     from .multi_teacher import MultiTeacherStats, TeacherSource, fused_linear_multi_teacher_loss
     from .paths import DropKey, MarkAbsent, MaskFeatures
     from .projection import TeacherProjection, fused_linear_projected_loss, project_teacher
+    from .sampling import Sampling
     from .teacher import DualPathTeacher, answer_index
 
 __version__ = "0.2.0"
@@ -40,6 +41,8 @@ _LAZY = {
     "MarkAbsent": ".paths",
     "MaskFeatures": ".paths",
     "MultiTeacherStats": ".multi_teacher",
+    "OnPolicy": ".integrations",
+    "Sampling": ".sampling",
     "TeacherProjection": ".projection",
     "TeacherSource": ".multi_teacher",
     "adaptive_alpha": ".alpha",
@@ -68,6 +71,8 @@ __all__ = [
     "MarkAbsent",
     "MaskFeatures",
     "MultiTeacherStats",
+    "OnPolicy",
+    "Sampling",
     "TeacherProjection",
     "TeacherSource",
     "adaptive_alpha",

@@ -146,11 +146,11 @@ def contrastive_generate(
         keep_scores=return_scores,
     )
     model = _without_peft(model)
-    eos = _eos_ids(model, eos_token_id)
+    eos = eos_ids_of(model, eos_token_id)
     pad = _pad_id(model, pad_token_id, eos)
     with evaluating(model), audio_adapters_on(model):
         if _is_transformers(model):
-            tokens = _generate(model, both, chooser, max_new_tokens, eos, pad, use_cache)
+            tokens = generate_with(model, both, chooser, max_new_tokens, eos, pad, use_cache=use_cache)
         else:
             tokens = _loop(model, both, chooser, max_new_tokens, eos, pad, use_cache)
     tokens = tokens[: both.rows // 2]
@@ -222,11 +222,22 @@ def _both_prompts(inputs: Inputs, negative: Negative | None, text_inputs: Inputs
     text = _right_aligned(as_batch(text_cleaned, "text_inputs"))
     if audio.rows != text.rows:
         raise ValueError(f"text_inputs: expected {audio.rows} rows as in inputs, got {text.rows}")
-    both = join(audio, text, pad_left=True)
-    if "attention_mask" not in both.inputs:
-        tokens = tokens_of(both.inputs, "inputs")
-        both.inputs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-    return both
+    return _with_mask(join(audio, text, pad_left=True))
+
+
+def plain_prompts(inputs: Inputs) -> PathBatch:
+    """Prompts of one path as a batch, every row ending at the last column."""
+    cleaned = clean(inputs, "inputs")
+    if "position_ids" in cleaned:
+        raise ValueError("inputs: expected no position_ids (they follow from the attention mask), got some")
+    return _with_mask(_right_aligned(as_batch(dict(cleaned), "inputs")))
+
+
+def _with_mask(batch: PathBatch) -> PathBatch:
+    if "attention_mask" not in batch.inputs:
+        tokens = tokens_of(batch.inputs, "inputs")
+        batch.inputs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+    return batch
 
 
 def _right_aligned(batch: PathBatch) -> PathBatch:
@@ -252,10 +263,17 @@ def _right_aligned(batch: PathBatch) -> PathBatch:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _generate(
-    model: Any, both: PathBatch, chooser: _Chooser, max_new_tokens: int, eos: list[int], pad: int, use_cache: bool
+def generate_with(
+    model: Any,
+    both: PathBatch,
+    chooser: Callable[[Tensor, Tensor], Tensor],
+    max_new_tokens: int,
+    eos: list[int],
+    pad: int,
+    *,
+    use_cache: bool,
 ) -> Tensor:
-    """transformers' own loop; contrast and choice happen in a logits processor."""
+    """transformers' own loop, new tokens alone; the choice happens in a logits processor, which leaves one token above -inf."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     config = GenerationConfig(
@@ -332,6 +350,14 @@ def _is_transformers(model: Any) -> bool:
     return hasattr(model, "generation_config") and hasattr(model, "prepare_inputs_for_generation")
 
 
+def transformers_model(model: Any) -> Any:
+    """The model that generates, out of PEFT's wrapper. Raises TypeError where it is none of transformers."""
+    base = _without_peft(model)
+    if not _is_transformers(base):
+        raise TypeError(f"model: expected a transformers LM with generate(), got {type(base).__name__}")
+    return base
+
+
 def _without_peft(model: Any) -> nn.Module:
     """PEFT's adapters live in the layers; its wrapper's generate would keep our generation config."""
     if not hasattr(model, "get_base_model"):
@@ -341,7 +367,7 @@ def _without_peft(model: Any) -> nn.Module:
     return model.get_base_model()
 
 
-def _eos_ids(model: nn.Module, given: int | Sequence[int] | None) -> list[int]:
+def eos_ids_of(model: nn.Module, given: int | Sequence[int] | None) -> list[int]:
     if given is None:
         for source in (getattr(model, "generation_config", None), getattr(model, "config", None)):
             given = source.get("eos_token_id") if isinstance(source, Mapping) else getattr(source, "eos_token_id", None)

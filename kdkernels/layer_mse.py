@@ -224,6 +224,8 @@ class LayerProjections(torch.nn.Module):
         pairs: number of pairs L, or what :func:`layer_map` returned (kept as ``pairs``).
         direction: as in :func:`fused_layer_mse_loss`; decides the weights' shapes.
         identity_where_equal: no projection (and no parameter) for pairs of equal widths.
+        bias: each projection also adds a vector, 0 at first: P h + b. It costs a copy of the projected side's states, one column
+            wider, since b is the weight of a state that is always 1.
         generator: of the random initialisation.
         dtype, device: of the weights.
 
@@ -241,6 +243,7 @@ class LayerProjections(torch.nn.Module):
         *,
         direction: str = "student_to_teacher",
         identity_where_equal: bool = False,
+        bias: bool = False,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -257,16 +260,21 @@ class LayerProjections(torch.nn.Module):
         self.pairs = None if is_whole(pairs) else [tuple(p) for p in pairs]
         widths = zip(_widths("student_width", student_width, count), _widths("teacher_width", teacher_width, count), strict=True)
         weights: list[torch.nn.Parameter | None] = []
+        biases: list[torch.nn.Parameter | None] = []
         for s, t in widths:
             if identity_where_equal and s == t:
                 weights.append(None)
+                biases.append(None)
                 continue
             shape = (t, s) if direction == "student_to_teacher" else (s, t)
             empty = torch.empty(shape, dtype=dtype, device=device)
             weights.append(torch.nn.Parameter(_initial(empty, generator)))
+            biases.append(torch.nn.Parameter(empty.new_zeros(shape[0])) if bias else None)
         # ParameterList takes no None.
         for i, weight in enumerate(weights):
             self.register_parameter(f"weight_{i}", weight)
+        for i, vector in enumerate(biases if bias else ()):
+            self.register_parameter(f"bias_{i}", vector)
         self._count = count
 
     @property
@@ -274,15 +282,43 @@ class LayerProjections(torch.nn.Module):
         """The L weights in order, None where widths are equal and ``identity_where_equal`` was given."""
         return [getattr(self, f"weight_{i}") for i in range(self._count)]
 
+    @property
+    def biases(self) -> list[torch.nn.Parameter | None]:
+        """The L biases in order, (H_t,) or (H_s,), None where there is none."""
+        return [getattr(self, f"bias_{i}", None) for i in range(self._count)]
+
     def forward(self, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor], **options: Any) -> Tensor:
         """:func:`fused_layer_mse_loss` with these weights; ``options`` are its other keywords."""
         if "direction" in options:
             raise TypeError(f"direction: expected at construction ({self.direction!r} there), got it in the call")
-        return fused_layer_mse_loss(student_hidden, teacher_hidden, self.weights, direction=self.direction, **options)
+        weights: list[Tensor | None] = list(self.weights)
+        biases = self.biases
+        if any(b is not None for b in biases):
+            students = _check_states("student_hidden", student_hidden, self._count)
+            teachers = _check_states("teacher_hidden", teacher_hidden, self._count)
+            texts = options.get("teacher_text_hidden")
+            texts = None if texts is None else _check_states("teacher_text_hidden", texts, self._count)
+            for i, (weight, vector) in enumerate(zip(weights, biases, strict=True)):
+                if weight is None or vector is None:
+                    continue
+                _check_projection(f"projections[{i}]", weight, students[i], teachers[i], self._projects_teacher)
+                weights[i] = torch.cat([weight, vector[:, None]], 1)
+                for states in [teachers, texts] if self._projects_teacher else [students]:
+                    if states is not None:
+                        states[i] = torch.nn.functional.pad(states[i], (0, 1), value=1.0)
+            student_hidden, teacher_hidden = students, teachers
+            options = options if texts is None else {**options, "teacher_text_hidden": texts}
+        return fused_layer_mse_loss(student_hidden, teacher_hidden, weights, direction=self.direction, **options)
+
+    @property
+    def _projects_teacher(self) -> bool:
+        return self.direction == "teacher_to_student"
 
     @torch.no_grad()
     def fit(self, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor], *, ridge: float = 1e-3) -> None:
         """Sets each weight to the least-squares solution on these states: P = argmin |X P^T - Y|^2 + ridge |X|^2 |P|^2 / N.
+
+        With biases X and Y are taken without their means, and the bias is what their means need. The ridge does not touch it.
 
         Args:
             student_hidden, teacher_hidden: L tensors each, (..., H_s) and (..., H_t); X is the projected side's, Y the other's.
@@ -295,18 +331,23 @@ class LayerProjections(torch.nn.Module):
         teachers = _check_states("teacher_hidden", teacher_hidden, self._count)
         if not (is_number(ridge) and 0 <= ridge < math.inf):
             raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
-        for i, (weight, s, t) in enumerate(zip(self.weights, students, teachers, strict=True)):
+        for i, (weight, vector, s, t) in enumerate(zip(self.weights, self.biases, students, teachers, strict=True)):
             if weight is None:
                 continue
-            project_teacher = self.direction == "teacher_to_student"
+            project_teacher = self._projects_teacher
             _check_projection(f"projections[{i}]", weight, s, t, project_teacher)
             check_leading(f"teacher_hidden[{i}]", t, s.shape[:-1], f"student_hidden[{i}]")
             x, y = (h.reshape(-1, h.shape[-1]).double() for h in ((t, s) if project_teacher else (s, t)))
             if not bool(x.isfinite().all() and y.isfinite().all()):
                 raise ValueError(f"student_hidden[{i}], teacher_hidden[{i}]: expected finite states")
+            # The best bias moves the mean of P x to that of y: so P fits what is left without the means.
+            means = (x.mean(0), y.mean(0)) if vector is not None else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
+            x, y = x - means[0], y - means[1]
             gram = x.T @ x
             gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float64).tiny)
             weight.copy_(torch.linalg.lstsq(gram, x.T @ y, driver="gelsd" if gram.device.type == "cpu" else None).solution.T)
+            if vector is not None:
+                vector.copy_(means[1] - weight.double() @ means[0])
 
     def extra_repr(self) -> str:
         shapes = ", ".join("equal widths" if w is None else "x".join(map(str, w.shape)) for w in self.weights)

@@ -10,11 +10,17 @@ from .options import CAADOptions
 if TYPE_CHECKING:
     from .checkpoints import CheckpointLoading
     from .loss_hook import CAADLossMixin
+    from .on_policy import OnPolicy
     from .trainer import CAADTrainer
 
-__all__ = ["CAADLossMixin", "CAADOptions", "CAADTrainer", "CheckpointLoading"]
+__all__ = ["CAADLossMixin", "CAADOptions", "CAADTrainer", "CheckpointLoading", "OnPolicy"]
 
-_LAZY = {"CAADTrainer": ".trainer", "CheckpointLoading": ".checkpoints", "CAADLossMixin": ".loss_hook"}
+_LAZY = {
+    "CAADTrainer": ".trainer",
+    "CheckpointLoading": ".checkpoints",
+    "CAADLossMixin": ".loss_hook",
+    "OnPolicy": ".on_policy",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,19 +26,23 @@ _PAPERS = (
 )
 
 
-def _as_json(options: CAADOptions) -> dict[str, Any]:
+def _as_json(options: CAADOptions, on_policy: dict[str, Any] | None) -> dict[str, Any]:
+    """What is compared and shown; a run whose answers are the dataset's has no entry on_policy."""
     values = dataclasses.asdict(options)
     dtype = values["logits_dtype"]
     alpha = ALPHA if options.alpha is None else options.alpha
-    return {**values, "alpha": alpha, "logits_dtype": None if dtype is None else str(dtype)}
+    more = {} if on_policy is None else {"on_policy": on_policy}
+    return {**values, "alpha": alpha, "logits_dtype": None if dtype is None else str(dtype), **more}
 
 
-def write_options(folder: Path, options: CAADOptions) -> None:
+def write_options(folder: Path, options: CAADOptions, *, on_policy: dict[str, Any] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / OPTIONS_NAME).write_text(json.dumps(_as_json(options), indent=1) + "\n")
+    (folder / OPTIONS_NAME).write_text(json.dumps(_as_json(options, on_policy), indent=1) + "\n")
 
 
-def check_options(folder: Path, options: CAADOptions, *, allow_others: bool = False) -> None:
+def check_options(
+    folder: Path, options: CAADOptions, *, on_policy: dict[str, Any] | None = None, allow_others: bool = False
+) -> None:
     """Raises ValueError, with both values, where the checkpoint was trained with another loss. An older one has no file.
 
     With allow_others a warning says what differs. A file that is no JSON object raises ValueError.
@@ -48,7 +52,7 @@ def check_options(folder: Path, options: CAADOptions, *, allow_others: bool = Fa
         logger.warning("%s has no %s: the options were not compared with those of the checkpoint", folder, OPTIONS_NAME)
         return
     try:
-        saved, now = json.loads(file.read_text()), _as_json(options)
+        saved, now = json.loads(file.read_text()), _as_json(options, on_policy)
     except ValueError as error:
         raise ValueError(f"{file}: expected a JSON object of CAADOptions, got {error}") from error
     if not isinstance(saved, dict):
@@ -58,6 +62,8 @@ def check_options(folder: Path, options: CAADOptions, *, allow_others: bool = Fa
         for name in now
         if name not in _OF_THE_MACHINE and name in saved and saved[name] != now[name]
     ]
+    if ("on_policy" in saved) != ("on_policy" in now):
+        differing.append(f"on_policy was {saved.get('on_policy')!r} and is {now.get('on_policy')!r}")
     if not differing:
         return
     message = f"options: expected those of the checkpoint {folder}, got others: {'; '.join(differing)}."
@@ -66,7 +72,16 @@ def check_options(folder: Path, options: CAADOptions, *, allow_others: bool = Fa
     logger.warning("%s Training goes on with the new ones", message)
 
 
-def write_card(folder: Path, options: CAADOptions, *, student: str, teacher: str, data: str, path: str) -> None:
+def write_card(
+    folder: Path,
+    options: CAADOptions,
+    *,
+    student: str,
+    teacher: str,
+    data: str,
+    path: str,
+    on_policy: dict[str, Any] | None = None,
+) -> None:
     """Adds a section on the distillation to the folder's README.md, or writes one. Nothing is asked from the hub."""
     card_path = folder / "README.md"
     lines = [
@@ -77,7 +92,7 @@ def write_card(folder: Path, options: CAADOptions, *, student: str, teacher: str
         "",
         "| option | value |",
         "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in _as_json(options).items() if name not in _OF_THE_MACHINE),
+        *(f"| {name} | {value} |" for name, value in _as_json(options, on_policy).items() if name not in _OF_THE_MACHINE),
     ]
     section = "\n".join([_START, "## Distillation", "", *lines, _END])
     if card_path.is_file():

@@ -33,6 +33,7 @@ from ..lm_head import LMHead, is_partitioned, logit_post
 from ..ops.dispatch import checks_enabled
 from ..teacher import DualPathTeacher, answer_index
 from .checkpoints import CheckpointLoading
+from .on_policy import OnPolicy, OwnAnswers
 from .options import CAADOptions
 from .run_records import check_options, write_card, write_options
 from .vocabulary import check_vocabularies, head_rows, teacher_tokenizer, tokenizer_of
@@ -69,6 +70,9 @@ class CAADTrainer(CheckpointLoading, Trainer):
         teacher_processing_class: the teacher's tokenizer, or its processor. None takes the one beside the teacher's weights, if
             it is on this disk. With `processing_class`, the tokens of the common ids are compared; without one of them, heads
             that differ by more than 1,024 rows raise an error.
+        on_policy: the student makes answers itself, and the teacher scores them (`kdkernels.integrations.OnPolicy`). It needs a
+            DualPathTeacher, and a student whose weights are whole: neither FSDP nor DeepSpeed. Each step with such answers logs
+            answer_tokens, their mean number, and answer_ends, the share that has ended.
         resume_with_other_options: True lets a checkpoint go on with another loss. Otherwise `train(resume_from_checkpoint=)`
             raises ValueError with the options that differ (chunk_tokens, workspace_bytes and impl may).
         assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
@@ -114,6 +118,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         teacher_processing_class: Any = None,
         assume_same_tokens: bool = False,
         resume_with_other_options: bool = False,
+        on_policy: OnPolicy | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -158,6 +163,26 @@ class CAADTrainer(CheckpointLoading, Trainer):
         softcap, scale = logit_post(student)
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
         self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
+        self.on_policy = on_policy
+        self._own_answers = None if on_policy is None else self._make_own_answers(on_policy, processing_class)
+
+    def _make_own_answers(self, on_policy: OnPolicy, processing_class: Any) -> OwnAnswers:
+        if not isinstance(on_policy, OnPolicy):
+            raise TypeError(f"on_policy: expected an OnPolicy or None, got {type(on_policy).__name__}")
+        if isinstance(self.teacher, ContrastCache):
+            raise ValueError(
+                "on_policy: expected None with a ContrastCache, which has no states of the student's new answers; pass a "
+                "DualPathTeacher"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(f"on_policy: expected None with {engine}, as the student generates with whole weights; use DDP")
+        student: Any = self.model
+        rows = [rows for rows in (head_rows(student), self.teacher.head.weight.shape[0], self.options.vocab_size) if rows]
+        return OwnAnswers(
+            on_policy, student, tokenizer=tokenizer_of(processing_class), vocab_size=min(rows), seed=self.args.seed,
+            rank=self.accelerator.process_index,
+        )  # fmt: skip
 
     def _check_vocabularies(self, processing_class: Any, teacher_processing_class: Any) -> None:
         student: Any = self.model
@@ -183,6 +208,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
         if not batches:
             return batches, None
         self._step_samples = [_names(batch) for batch in batches]
+        if self._own_answers is not None:
+            batches = [self._prepare_inputs(batch) for batch in batches]
+            with self.compute_loss_context_manager():
+                batches = self._own_answers.put_into(self.state.global_step + 1, batches)
         if self.args.logging_strategy != IntervalStrategy.EPOCH:
             self._logged = None
         sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)
@@ -245,7 +274,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the step to what is logged while training."""
+        """Adds the means of the last step to what is logged while training."""
         if "loss" in logs and self._logged is not None:
             sums, self._logged = self._logged, None
             if self.accelerator.num_processes > 1:
@@ -255,6 +284,13 @@ class CAADTrainer(CheckpointLoading, Trainer):
                 total = ce_total if name == "ce" else kd_total
                 if total > 0 and (self._contrasts or name not in ("path_divergence", "alpha")):
                     logs[name] = value / total
+        if "loss" in logs and self._own_answers is not None:
+            counts = torch.tensor(self._own_answers.counts, dtype=torch.float64, device=self.args.device)
+            if self.accelerator.num_processes > 1:
+                counts = self.accelerator.reduce(counts, reduction="sum")
+            answers, tokens, ended = counts.tolist()
+            if answers:
+                logs |= {"answer_tokens": tokens / answers, "answer_ends": ended / answers}
         super().log(logs, start_time)
 
     # --- what is saved ------------------------------------------------------------------------------------------------
@@ -262,16 +298,21 @@ class CAADTrainer(CheckpointLoading, Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if folder:
-            check_options(Path(str(folder)), self.options, allow_others=self._resume_with_other_options)
+            check_options(
+                Path(str(folder)), self.options, on_policy=self._on_policy_json(), allow_others=self._resume_with_other_options
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         if self.args.should_save:
-            write_options(folder, self.options)
+            write_options(folder, self.options, on_policy=self._on_policy_json())
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self._write_card(folder)
+
+    def _on_policy_json(self) -> dict[str, Any] | None:
+        return None if self.on_policy is None else self.on_policy.as_json()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -293,6 +334,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
             teacher=teacher,
             data=kind if rows is None else f"{kind}, {rows:,} rows",
             path=path,
+            on_policy=self._on_policy_json(),
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.audio_lms.family import Encoded, Family, Turn, answer_end, sampling_rate, tokenizer_of
-from models.data.example import Example
+from models.data.example import AnsweredExample, Example
 from models.data.prompts import chat_text
 from models.data.spelled import spelling_mask
 
@@ -119,7 +119,9 @@ class AudioCollator:
         return self._batch([str(n) for n in range(len(turns))], self.family.encoded(self.processor, turns), nothing, nothing)
 
     def target_ids(self, example: Example) -> list[int]:
-        """Tokens of the target, and the end of the answer."""
+        """Tokens of the target and the end of the answer, or those of the student's own answer."""
+        if isinstance(example, AnsweredExample):
+            return list(example.answer_tokens)
         if not example.target:
             raise ValueError(f"example {example.id!r}: expected a target, got {example.target!r}")
         return [*self._tokenize(example.target), self.end_id]

@@ -14,11 +14,12 @@ Legend: B rows, L columns, N positions, H hidden width, E entries of the feature
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from torch import Tensor, nn
 from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import HeadCapture, evaluating, head_module
+from kdkernels.sampling import Sampling, own_answers
 from models.audio_lms.collation import AudioBatch, AudioCollator
 from models.audio_lms.families import family_of
 from models.audio_lms.family import AudioLMError, Family, matches, sampling_rate, tokenizer_of
 from models.audio_lms.settings import TRAINS, Lora
+from models.backbones.answer_noise import AnswerNoise
 from models.backbones.hub import from_hub
 from models.backbones.model_folder import quiet_transformers
 from models.io_utils import atomic_dir
@@ -174,6 +177,7 @@ class AudioLM(nn.Module):
         layers: Sequence[int] = (),
         audio_present: Tensor | None = None,
         entries: Tensor | None = None,
+        answer_noise: AnswerNoise | None = None,
         **inputs: Any,
     ) -> Tensor:
         """The LM head's inputs at chosen positions; the head computes nothing and no logits exist.
@@ -183,6 +187,7 @@ class AudioLM(nn.Module):
             layers: also the states of these layers of the language model, counted as in `kdkernels.layer_map`.
             audio_present: (B,) bool; False = the row's sound is masked. None = all rows hear.
             entries: (B,) int64, how many entries of the features belong to each row; None = one a row.
+            answer_noise: is added to the embeddings of the answers' tokens.
             inputs: of the model, as `AudioBatch.model_inputs` gives them.
 
         Returns:
@@ -195,7 +200,8 @@ class AudioLM(nn.Module):
             raise ValueError("layers: cannot be combined with gradient checkpointing")
         inputs = self._masked(inputs, audio_present, entries)
         taken = LayerStates(self.lm, layers, index) if layers else None
-        with HeadCapture(head_module(self.lm)) as capture:
+        noise = contextlib.nullcontext() if answer_noise is None else self._noise(answer_noise, inputs["input_ids"])
+        with HeadCapture(head_module(self.lm)) as capture, noise:
             if taken is None:
                 self.lm(**inputs, use_cache=False)
             else:
@@ -230,6 +236,27 @@ class AudioLM(nn.Module):
             )
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens.tolist()]
 
+    def own_answers(
+        self,
+        batch: AudioBatch | Mapping[str, Any],
+        draws: Tensor,
+        *,
+        sampling: Sampling,
+        suppressed: Iterable[int] = (),
+    ) -> list[list[int]]:
+        """Sampled answers to a batch of prompts, as token ids; see `kdkernels.sampling.own_answers`.
+
+        Args:
+            batch: as in `generate`.
+
+        Returns:
+            B lists of ids. One whose last id is not the end of an answer was cut off after `sampling.max_new_tokens`.
+        """
+        inputs = dict(batch.model_inputs() if isinstance(batch, AudioBatch) else batch)
+        inputs = self._masked(inputs, inputs.pop("audio_present", None), inputs.pop("entries", None))
+        end = self.make_collator().end_id
+        return own_answers(self.lm, inputs, draws, sampling=sampling, end_ids=[end], suppressed=suppressed)
+
     def _greedy(self, inputs: dict[str, Any], max_new_tokens: int, stop: list[int]) -> Tensor:
         """(B, T) new tokens, by transformers' generate with a config of its own: a checkpoint's sampling has no effect."""
         from transformers import GenerationConfig
@@ -244,6 +271,24 @@ class AudioLM(nn.Module):
         finally:
             lm.generation_config = own
         return made[:, ids.shape[1] :]
+
+    @contextlib.contextmanager
+    def _noise(self, noise: AnswerNoise, input_ids: Tensor) -> Iterator[None]:
+        """Inside, the language model's embeddings of `input_ids` have the noise."""
+        seen = 0
+
+        def add(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
+            nonlocal seen
+            if embedded.shape[:2] != input_ids.shape:
+                return embedded
+            seen += 1
+            return noise.added(embedded)
+
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self.get_input_embeddings().register_forward_hook(add).remove)
+            yield
+        if seen != 1:
+            raise ValueError(f"answer_noise: expected {self.family.name} to embed its tokens once, got {seen} times")
 
     def _masked(self, inputs: dict[str, Any], present: Tensor | None, entries: Tensor | None) -> dict[str, Any]:
         """`inputs` with features in the model's dtype, and with silent ones in the rows that hear nothing."""
@@ -262,6 +307,10 @@ class AudioLM(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         """The LM head."""
         return head_module(self.lm)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
+        return self.lm.get_input_embeddings()
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass: less memory, a third more time."""

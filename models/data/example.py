@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
 from typing import Any
@@ -105,6 +105,24 @@ class Example:
 
 
 FIELD_NAMES = tuple(item.name for item in dataclasses.fields(Example))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredExample(Example):
+    """An example with an answer that a student has made itself; it stands in no manifest.
+
+    Args:
+        answer_tokens: ids in the place of the target's. The end of the answer is among them only if the student has ended it.
+    """
+
+    answer_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, example: Example, tokens: Iterable[int]) -> AnsweredExample:
+        """`example` with these tokens as its answer."""
+        return cls(**{name: getattr(example, name) for name in FIELD_NAMES}, answer_tokens=tuple(tokens))
+
+
 _REQUIRED = ("id", "audio")
 
 

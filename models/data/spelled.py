@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from models.data.example import Example
+from models.data.example import AnsweredExample, Example
 
 
 def spelling_mask(
@@ -14,13 +14,16 @@ def spelling_mask(
     """Marks the tokens in which the target differs from itself with another choice in the answer's place.
 
     Without choices it marks the tokens of the answer. If the target mentions neither a choice nor the answer, any token may
-    carry the answer: then it marks all tokens but the end of text.
+    carry the answer: then it marks all tokens but the end of text. Of an answer that a student has made itself it marks all
+    tokens, the end too: nobody knows which of them spell it.
 
     Args:
         target_ids: of the example's target.
         tokenize: a text in the target's place -> its ids, without an end.
         ends: the last of `target_ids` is an end of text.
     """
+    if isinstance(example, AnsweredExample):
+        return [True] * len(target_ids)
     target, body = example.target, len(target_ids) - ends
     span = _find_choice(target, example.choices or ((example.answer,) if example.answer else ()))
     if span is None:

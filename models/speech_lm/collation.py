@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.causal_lm import check_token_ids
+from models.data.example import AnsweredExample
 from models.data.manifest import AUDIO_PLACEHOLDER
 from models.data.prompts import render_prompt
 from models.data.spelled import spelling_mask
@@ -200,7 +201,9 @@ class Collator:
         return self.prefix_ids(example) + audio + self._tokenize(self._split_prompt(example)[1])
 
     def target_ids(self, example: Example) -> list[int]:
-        """Tokens of the target with the space before it, and the end of text if it is appended."""
+        """Tokens of the target with the space before it, and the end of text if it is appended; or the student's own answer."""
+        if isinstance(example, AnsweredExample):
+            return list(example.answer_tokens)
         if not example.target:
             raise ValueError(f"example {example.id!r}: expected a target, got {example.target!r}")
         return self._tokenize_target(example.target) + ([self.tokenizer.eos_token_id] if self.append_eos else [])

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
 
 from kdkernels.layer_states import LayerStates
-from kdkernels.lm_head import accepts
+from kdkernels.lm_head import accepts, evaluating
 from kdkernels.packing import Packing
 from kdkernels.positions import check_lengths
+from kdkernels.sampling import Sampling, TokenSampler, until_end
 from models.backbones import resolve
+from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import cache_keyword, check_token_ids, has_only_attention, logit_post
 from models.speech_lm.collation import Collator, SpeechBatch, find_placeholder_id
 from models.speech_lm.config import SAMPLE_RATE, SpeechLMConfig
@@ -309,6 +311,7 @@ class SpeechLM(nn.Module):
         prefix_cache: PrefixCache | None = None,
         pack_tokens: int | None = None,
         layers: Sequence[int] = (),
+        answer_noise: AnswerNoise | None = None,
     ) -> Tensor:
         """The LM head's inputs at chosen positions; the head is not run and no logits exist.
 
@@ -320,6 +323,7 @@ class SpeechLM(nn.Module):
                 time of a packed row grows with the square of its length, so a few samples a row are best. Flash-attention
                 takes one row of any length, by its varlen kernel (not tested: needs a GPU). One wait for a CUDA device a call.
             layers: also the states of these layers of the language model, counted as in `kdkernels.layer_map`.
+            answer_noise: is added to the embeddings of the answers' tokens.
 
         Returns:
             (N, H) in the language model's dtype, with a gradient to the connector (and to the LM if it trains). With K layers
@@ -342,9 +346,9 @@ class SpeechLM(nn.Module):
         layout = self._layout(input_ids, attention_mask, prefix_cache, None, False, pack_tokens)
         index = layout.positions_of(index, input_ids.shape[1], input_ids.numel())
         if not layers:
-            return self._run(layout, audio_features, audio_present).flatten(0, 1)[index]
+            return self._run(layout, audio_features, audio_present, answer_noise).flatten(0, 1)[index]
         with LayerStates(self.lm, layers, index) as taken:
-            hidden = self._run(layout, audio_features, audio_present)  # (B, S, H), or packed
+            hidden = self._run(layout, audio_features, audio_present, answer_noise)  # (B, S, H), or packed
         return torch.cat([hidden.flatten(0, 1)[index][:, None], taken.stacked()], 1)
 
     @torch.no_grad()
@@ -373,6 +377,45 @@ class SpeechLM(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
+        stop = [self.tokenizer.eos_token_id] if stop_token_ids is None else list(stop_token_ids)
+        ends = {token for token in stop if token is not None}
+        rows = self._new_tokens(batch, lambda logits: logits.argmax(-1), ends, max_new_tokens, prefix_cache)
+        texts = [row[:-1] if row[-1] in ends else row for row in rows]
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts]
+
+    @torch.no_grad()
+    def own_answers(
+        self,
+        batch: SpeechBatch | Mapping[str, Any],
+        draws: Tensor,
+        *,
+        sampling: Sampling,
+        suppressed: Iterable[int] = (),
+        prefix_cache: PrefixCache | None = None,
+    ) -> list[list[int]]:
+        """Sampled answers to a batch of prompts, as token ids, with a KV cache.
+
+        Args:
+            batch, prefix_cache: as in `generate`.
+            draws, sampling, suppressed: as in `kdkernels.sampling.own_answers`.
+
+        Returns:
+            B lists of ids. One whose last id is not the end of text was cut off after `sampling.max_new_tokens`.
+        """
+        ends = {self.tokenizer.eos_token_id}
+        sampler = TokenSampler(sampling, draws, suppressed=set(suppressed) - ends)
+        with evaluating(self):
+            return self._new_tokens(batch, sampler.choose, ends, sampling.max_new_tokens, prefix_cache)
+
+    def _new_tokens(
+        self,
+        batch: SpeechBatch | Mapping[str, Any],
+        choose: Callable[[Tensor], Tensor],
+        ends: set[int],
+        max_new_tokens: int,
+        prefix_cache: PrefixCache | None,
+    ) -> list[list[int]]:
+        """Each row's new tokens, the end included. `choose`: logits (B, V) of the next token -> ids (B,)."""
         inputs = dict(batch.model_inputs() if isinstance(batch, SpeechBatch) else batch)
         prefix_cache = inputs.pop("prefix_cache", None) if prefix_cache is None else prefix_cache
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -387,23 +430,20 @@ class SpeechLM(nn.Module):
         last = (layout.own_mask * torch.arange(1, layout.ids.shape[1] + 1, device=ids.device)).argmax(1)
         position = layout.position_ids[rows, last]
         hidden, mask = hidden[rows, last], layout.mask
-        stop = [self.tokenizer.eos_token_id] if stop_token_ids is None else list(stop_token_ids)
-        stop_ids = torch.tensor([token for token in stop if token is not None], dtype=torch.int64, device=ids.device)
+        end_ids = torch.tensor(sorted(ends), dtype=torch.int64, device=ids.device)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        generated: list[Tensor] = []
+        made: list[Tensor] = []
         for step in range(max_new_tokens):
-            token = self._logits(hidden).argmax(-1)  # (B,)
-            done |= torch.isin(token, stop_ids)
-            generated.append(torch.where(done, -1, token))
+            token = choose(self._logits(hidden))  # (B,)
+            done |= torch.isin(token, end_ids)
+            made.append(token)
             if step == max_new_tokens - 1 or bool(done.all()):
                 break
             position = position + 1
             mask = F.pad(mask, (0, 1), value=1)
             embeddings = self.lm.get_input_embeddings()(token[:, None])
             hidden = self._body(embeddings, mask, position[:, None], layout.past, True)[:, -1]
-        tokens = torch.stack(generated, dim=1).tolist()
-        texts = [[token for token in row if token >= 0] for row in tokens]
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts]
+        return until_end(torch.stack(made, dim=1), ends)
 
     # --- what training and evaluation ask of a model ------------------------------------------------------------------
 
@@ -485,11 +525,14 @@ class SpeechLM(nn.Module):
     def _runs_varlen(self) -> bool:
         return is_flash_attention_requested(self.lm.config)
 
-    def _run(self, layout: RowLayout, features: Tensor | None, present: Tensor | None) -> Tensor:
+    def _run(
+        self, layout: RowLayout, features: Tensor | None, present: Tensor | None, noise: AnswerNoise | None = None
+    ) -> Tensor:
         """(B, S, H) last hidden states of the tokens that are run, or those of packed rows."""
         embeddings = self.lm.get_input_embeddings()
         is_audio = layout.ids == self.placeholder_token_id
         x = embeddings(layout.ids)  # (B, S, H)
+        x = x if noise is None else noise.added(x, layout.start)
         if not layout.continues:
             x = self._insert_audio(x, is_audio, features, present)
         keywords: dict[str, Any] = {}

@@ -77,8 +77,8 @@ class MetricsLogger:
         """Write a line: the means since the last line, and the values of `now` as they are. Reads the device once."""
         line: dict[str, Any] = {"step": step}
         if self._sums:
-            sums, weights = self._totals()
-            line.update(zip(self._sums, (sums / weights).tolist(), strict=True))
+            means = zip(self._sums, *self._totals().tolist(), strict=True)
+            line.update({name: total / weight for name, total, weight in means if weight})  # no items have no mean
         line.update(now)
         line["seconds"] = round(time.perf_counter() - self._since, 3)
         self._since = time.perf_counter()

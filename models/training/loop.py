@@ -7,17 +7,19 @@ part by part, and makes one update. Then it logs, saves, and stops if a signal h
 from __future__ import annotations
 
 import math
-import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from models.backbones.answer_noise import AnswerNoise
 from models.backbones.device import pick_device
+from models.data.example import AnsweredExample
 from models.io_utils import atomic_write_json, fingerprint
 from models.training.checkpoint import (
     Checkpoint,
@@ -45,9 +47,11 @@ from models.training.distributed import (
     save_distributed,
 )
 from models.training.objective import Normalizers, Part, PartLoss, counted_positions, select_positions, token_weights
+from models.training.on_policy import OnPolicy
 from models.training.projections import project_own_teacher
 from models.training.recipe import ConfigError, Recipe, settings_to_continue, to_dict
 from models.training.run_setup import OWN_TEACHER, TrainingData
+from models.training.seeds import seed_of
 from models.training.stop_signals import noted_signals
 from models.training.teachers import Source, check_packing
 
@@ -98,6 +102,7 @@ class TrainingLoop:
             model.layer_distillation = torch.nn.ModuleDict(self.compared).to(self.device)
         check_packing(model, data, self.device)
         self.sources = project_own_teacher(recipe, sources, data, model, self.device)
+        self.on_policy = OnPolicy(recipe, model, data, self.device) if recipe.data.on_policy_fraction else None
         objective = PartLoss(recipe, model, data, self.compared)
         self.objective = parallelize(objective, recipe.run.parallel, self.ranks, lm=getattr(model, "lm", None))
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -194,29 +199,55 @@ class TrainingLoop:
         optim, seed = self.optim, self.run_config.seed
         rows = self.data.draw((step - 1) * optim.batch_examples, optim.batch_examples, seed=seed)
         if not self.alone:  # every rank draws the same numbers, however many ranks there are
-            torch.manual_seed(_seed_of(seed, step))
+            torch.manual_seed(seed_of(seed, step))
+        examples = {number: self.data.examples[rows[number]] for number in self.share}
+        if self.on_policy is not None:
+            with self.autocast():
+                examples = self.on_policy.answered(step, examples)
+            for name, value, weight in self.on_policy.curves(list(examples.values())):
+                self.metrics.add(name, torch.tensor(value, device=self.device), weight)  # all curves are on one device
         hears = torch.rand(len(rows)) >= optim.audio_dropout
         charged = torch.rand(len(rows)) < self.recipe.loss.ce_background_fraction
         if not self.alone:  # dropout inside the model is each rank's own
-            torch.manual_seed(_seed_of(seed, step, self.ranks.rank))
+            torch.manual_seed(seed_of(seed, step, self.ranks.rank))
         parts = []
         for start in range(0, len(self.share), self.part_examples):
             here = self.share[start : start + self.part_examples]
-            parts.append(self.part([self.data.examples[rows[number]] for number in here], hears[here], charged[here]))
+            parts.append(self.part(step, {number: examples[number] for number in here}, hears[here], charged[here]))
         return parts
 
-    def part(self, examples: Sequence[object], hears: torch.Tensor, charged: torch.Tensor) -> Part:
-        """The part of these examples. `hears` (B,) bool: the audio is kept. `charged` (B,) bool: background tokens count."""
+    def part(self, step: int, numbered: Mapping[int, object], hears: torch.Tensor, charged: torch.Tensor) -> Part:
+        """The part of these examples, by their numbers in the step.
+
+        Args:
+            hears: (B,) bool, the audio is kept.
+            charged: (B,) bool, background tokens count.
+        """
+        examples = list(numbered.values())
         batch = self.data.make_batch(examples)
+        noise = self.answer_noise(step, list(numbered), batch) if self.optim.answer_noise else None
         # Unneeded positions are left out before the batch moves, because deciding it on a GPU would make the CPU wait.
-        counted = counted_positions(self.recipe, batch, charged)
+        answered = None
+        if self.on_policy is not None:
+            answered = torch.tensor([isinstance(example, AnsweredExample) for example in examples])
+        counted = counted_positions(self.recipe, batch, charged, answered)
         states = {source.name: source.teacher(batch, examples) for source in self.sources}
         batch, states = select_positions(batch, states, counted)
         if self.recipe.loss.needs_divergence and OWN_TEACHER in states:
             states[OWN_TEACHER] = states[OWN_TEACHER].with_divergence()
         batch = (self.data.crop(batch) if self.data.crop else batch).to(self.device)
-        weights = token_weights(self.recipe.loss, batch, states.get(OWN_TEACHER), charged.to(self.device))
-        return Part(batch, states, weights, hears.to(self.device))
+        answered = None if answered is None else answered.to(self.device)
+        weights = token_weights(self.recipe.loss, batch, states.get(OWN_TEACHER), charged.to(self.device), answered)
+        return Part(batch, states, weights, hears.to(self.device), noise)
+
+    def answer_noise(self, step: int, numbers: Sequence[int], batch: Any) -> AnswerNoise:
+        """The noise of a part, from a batch with all of its target tokens; `numbers`: of its examples in the step."""
+        columns, width = batch.input_ids.shape[1], self.model.get_input_embeddings().weight.shape[-1]
+        lengths = torch.bincount(batch.target_row, minlength=len(numbers))
+        first = batch.target_index[lengths.cumsum(0) - lengths]  # of each row; it stands one column before the token it predicts
+        seeds = [seed_of(self.run_config.seed, step, "noise", number) for number in numbers]
+        noise = AnswerNoise.drawn(self.optim.answer_noise, first % columns + 1, lengths.tolist(), width, seeds)
+        return noise.to(self.device)
 
     def forward_backward(
         self, step: int, parts: Sequence[Part], normalizers: Normalizers, logged: bool
@@ -224,13 +255,11 @@ class TrainingLoop:
         """The gradient of the whole step: 4 parts of 4 examples give that of 16. Returns each part's share of the loss."""
         size = self.ranks.size
         parts_alone = math.ceil(self.optim.batch_examples / self.part_examples)
-        on_cuda = self.device.type == "cuda"
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.run_config.bf16 and on_cuda)
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for number, part in enumerate(parts):
             with gradient_sync(self.objective, number == len(parts) - 1):
-                with autocast:
+                with self.autocast():
                     loss, curves, layer_losses = self.objective(step, part, normalizers, logged)
                 (loss * size).backward()  # gradients are averaged over ranks
             losses.append(loss.detach())
@@ -240,6 +269,11 @@ class TrainingLoop:
             for name, value, weight in curves:
                 self.metrics.add(name, value, weight)
         return losses
+
+    def autocast(self) -> torch.autocast:
+        """Around what the student computes."""
+        enabled = self.run_config.bf16 and self.device.type == "cuda"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def update(self, step: int, parts: Sequence[Part], losses: Sequence[torch.Tensor]) -> None:
         """One step of the optimiser. The loop reads the device here, once a step.
@@ -319,10 +353,6 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
         raise ConfigError(
             f"optim.batch_examples: expected a multiple of the {ranks.size} ranks, got {recipe.optim.batch_examples}"
         )
-
-
-def _seed_of(*numbers: int) -> int:
-    return random.Random(" ".join(map(str, numbers))).getrandbits(63)
 
 
 def _refuse_step(step: int, parts: Sequence[tuple[float, Sequence[str]]], grad_norms: Sequence[float]) -> None:

@@ -11,6 +11,7 @@ Legend: N target tokens of a part, B examples, H_s hidden width of the student, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ from kdkernels import (
     fused_linear_multi_teacher_loss,
     fused_linear_projected_loss,
 )
-from kdkernels.lm_head import linear_of
+from kdkernels.lm_head import apply_post, linear_of
+from kdkernels.ops.gemm import gemm
+from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import logit_post
 from models.training.recipe import LossConfig, Recipe
 from models.training.run_setup import OWN_TEACHER, TrainingData
@@ -68,16 +71,22 @@ class Part:
         batch: with the target tokens that count, and no others.
         states: of every teacher by its name, at those tokens.
         present: (B,) bool, False where audio dropout masks the audio.
+        noise: on the embeddings of the answers, or None.
     """
 
     batch: Any
     states: Mapping[str, TeacherStates]
     weights: TokenWeights
     present: torch.Tensor
+    noise: AnswerNoise | None = None
 
 
 def token_weights(
-    loss: LossConfig, batch: Any, states: TeacherStates | None, charged: torch.Tensor | None = None
+    loss: LossConfig,
+    batch: Any,
+    states: TeacherStates | None,
+    charged: torch.Tensor | None = None,
+    answered: torch.Tensor | None = None,
 ) -> TokenWeights:
     """Weights of the N target tokens by `loss.kd_token_weight` and `loss.ce_token_weight`.
 
@@ -89,6 +98,11 @@ def token_weights(
     Args:
         charged: (B,) bool, the examples whose background tokens are in the CE term; None = all (see
             `loss.ce_background_fraction`).
+        answered: (B,) bool, the examples whose answer the student has made itself. It is no label, so it has no CE term unless
+            the teacher labels it (`loss.ce_target`). None = none of them.
+
+    With `loss.kd_average` or `loss.ce_average` "samples" the weights of each example are divided by their sum. All target tokens
+    with a weight have to be in the batch.
     """
     mask, rows = batch.choice_mask, batch.target_row
     spelled = torch.zeros(len(batch.ids), dtype=torch.bool, device=mask.device).index_put((rows[mask],), mask.new_tensor(True))
@@ -105,17 +119,31 @@ def token_weights(
     else:
         kd = choice(loss.kd_background_weight) if loss.kd_token_weight == "choice" else ones
     ce = choice(ce_background) if loss.ce_token_weight == "choice" else ones
+    if answered is not None and loss.ce_target == "answer":
+        ce = ce * ~answered[rows]
+    if loss.kd_average == "samples":
+        kd = _by_sample(kd, rows, len(batch.ids))
+    if loss.ce_average == "samples":
+        ce = _by_sample(ce, rows, len(batch.ids))
     return TokenWeights(kd=kd, ce=ce)
 
 
-def counted_positions(recipe: Recipe, batch: Any, charged: torch.Tensor | None = None) -> torch.Tensor | None:
+def _by_sample(weights: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`weights` (N,) divided by their sum in each example: an example with a weight weighs 1, so their sum counts examples."""
+    sums = weights.new_zeros(count).index_add(0, rows, weights)
+    return weights / torch.where(sums > 0, sums, 1.0)[rows]
+
+
+def counted_positions(
+    recipe: Recipe, batch: Any, charged: torch.Tensor | None = None, answered: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """(n,) int64 numbers of the target tokens with a weight above 0 in some term; None = all of them.
 
     Where only the answer's tokens have a weight, seven in eight rows of logits would have no use.
     """
     if recipe.loss.kd_token_weight == "divergence":
         return None  # known only when the teacher has run
-    weights = token_weights(recipe.loss, batch, None, charged)
+    weights = token_weights(recipe.loss, batch, None, charged, answered)
     counts = weights.ce > 0 if not recipe.distils or recipe.loss.kd_weight < 1 else torch.zeros_like(batch.choice_mask)
     if recipe.distils and recipe.loss.kd_weight > 0:
         counts = counts | (weights.kd > 0)
@@ -177,10 +205,13 @@ def objective_loss(
     if isinstance(own, ProjectedStates):
         result = fused_linear_projected_loss(hidden, weight, own.projection, target, **shared)
     else:
+        sources = {name: teacher_source(recipe, name, step, one) for name, one in states.items()}
+        if settings.ce_target == "teacher" and settings.kd_weight < 1:
+            target = teacher_labels(sources[OWN_TEACHER], weight.shape[0])
         result = fused_linear_multi_teacher_loss(  # of one teacher: fused_linear_caad_loss, to the bit
             hidden,
             weight,
-            [teacher_source(recipe, name, step, one) for name, one in states.items()],
+            list(sources.values()),
             target,
             student_softcap=post.softcap,
             student_logit_scale=post.scale,
@@ -266,6 +297,31 @@ def teacher_source(recipe: Recipe, name: str, step: int, states: TeacherStates) 
     )
 
 
+@torch.no_grad()
+def teacher_labels(source: TeacherSource, vocab_size: int, *, chunk_tokens: int = 256) -> torch.Tensor:
+    """(N,) int64: the id below `vocab_size` that the teacher's contrasted distribution likes best at each position.
+
+    Ids that the plausibility mask leaves out are not taken. The logits are float32, `chunk_tokens` rows at a time.
+    """
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        raw = torch.empty(len(hidden), len(source.weight), device=hidden.device)
+        gemm(hidden.to(source.weight.dtype), source.weight, source.bias, raw)
+        return apply_post(raw, source.softcap, source.logit_scale)[:, :vocab_size]
+
+    labels = []
+    for start in range(0, len(source.hidden), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        audio = scores = logits(source.hidden[rows])
+        if source.text_hidden is not None:
+            alpha = source.alpha[rows, None] if isinstance(source.alpha, torch.Tensor) else source.alpha
+            scores = audio + alpha * (audio - logits(source.text_hidden[rows]))
+        if source.plausibility is not None:
+            scores = scores.masked_fill(audio < audio.amax(-1, keepdim=True) + math.log(source.plausibility), -torch.inf)
+        labels.append(scores.argmax(-1))
+    return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=source.hidden.device)
+
+
 class PartLoss(torch.nn.Module):
     """A part's loss from its batch, in one forward: what `parallelize` needs.
 
@@ -304,6 +360,8 @@ class PartLoss(torch.nn.Module):
         """(N, H_s) what the LM head reads, and the states of the compared layers by their numbers."""
         inputs = self._data.model_inputs(part.batch)
         inputs["audio_present"] = inputs["audio_present"] & part.present if "audio_present" in inputs else part.present
+        if part.noise is not None:
+            inputs["answer_noise"] = part.noise
         if not self._compared:
             return self.model.hidden_states_at(part.batch.target_index, **inputs), {}
         taken = self.model.hidden_states_at(part.batch.target_index, **inputs, layers=self._student_layers)

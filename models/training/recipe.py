@@ -40,6 +40,7 @@ CAAD_PLUS = {"alpha": 4.0, "center_text": True}
 ROLES = ("audio", "text", "acoustic")
 PACKINGS = ("none", "pack", "varlen")
 TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
+AVERAGES = ("tokens", "samples")
 
 
 class ConfigError(ValueError):
@@ -64,6 +65,16 @@ class DataConfig:
     # LM in bfloat16 or float16; without prefix cache; not tested).
     packing: str = "none"
     pack_tokens: int = 512  # tokens of a packed row
+    # On-policy distillation: share of the examples to which the student makes its own answer, which the teachers then score, as
+    # in GKD (arXiv 2306.13649). Each example is drawn by itself. Such an answer has no label, so it has no CE term (but see
+    # loss.ce_target). 0 = all examples have the data's targets.
+    on_policy_fraction: float = 0.0
+    on_policy_every_steps: int = 1  # the student makes answers in every N-th step; the steps between have the data's targets
+    on_policy_batch_examples: int = 32  # answers that a rank makes at a time
+    on_policy_max_new_tokens: int = 64  # a longer answer is cut off, and its end is not taught
+    on_policy_temperature: float = 1.0  # of the sampling; 0 = always the likeliest token
+    on_policy_top_k: int = 0  # sample among the K likeliest tokens; 0 = all
+    on_policy_top_p: float = 1.0  # sample among the fewest tokens that hold this probability, in (0, 1]; 1 = all
 
     def __post_init__(self) -> None:
         _one_of(self.packing, "data.packing", PACKINGS)
@@ -73,6 +84,17 @@ class DataConfig:
         _check(self.max_clip_seconds > 0, "data.max_clip_seconds", "> 0", self.max_clip_seconds)
         for split in self.splits:
             _one_of(split, "data.splits", SPLITS)
+        fraction = self.on_policy_fraction
+        _check(0.0 <= fraction <= 1.0, "data.on_policy_fraction", "a fraction in [0, 1]", fraction)
+        for name in ("every_steps", "batch_examples", "max_new_tokens"):
+            value = getattr(self, f"on_policy_{name}")
+            _check(value >= 1, f"data.on_policy_{name}", ">= 1", value)
+        _check(self.on_policy_temperature >= 0, "data.on_policy_temperature", ">= 0", self.on_policy_temperature)
+        _check(self.on_policy_top_k >= 0, "data.on_policy_top_k", ">= 0", self.on_policy_top_k)
+        _check(0 < self.on_policy_top_p <= 1, "data.on_policy_top_p", "in (0, 1]", self.on_policy_top_p)
+        for f in dataclasses.fields(self):
+            if f.name.startswith("on_policy_") and f.name != "on_policy_fraction":
+                _needs(self, "data", f.name, fraction > 0, "data.on_policy_fraction")
 
 
 @dataclass(frozen=True)
@@ -176,6 +198,13 @@ class LossConfig:
     # Fraction of each step's examples, drawn at random, in which the tokens around the answer count in the CE term. They weigh
     # ce_background_weight / fraction: the same objective on average, with that fraction of the rows of logits.
     ce_background_fraction: float = 1.0
+    # What a term is averaged over: tokens = all tokens of a step by their weights; samples = over the tokens of each example,
+    # then over examples, so that a long answer counts no more than a short one.
+    kd_average: str = "tokens"
+    ce_average: str = "tokens"
+    # Labels of the CE term: answer = the target's tokens; teacher = the likeliest token of the teacher's contrasted distribution
+    # at each position (hard labels). With teacher the student's own answers (data.on_policy_fraction) have a CE term too.
+    ce_target: str = "answer"
     chunk_tokens: int | None = None  # tokens whose logits exist at the same time; None = the loss chooses
     impl: str = "auto"  # implementation of the loss: auto | reference | cpu | triton | cuda
 
@@ -196,6 +225,11 @@ class LossConfig:
         _check(self.ce_background_weight >= 0, "loss.ce_background_weight", ">= 0", self.ce_background_weight)
         fraction = self.ce_background_fraction
         _check(0 < fraction <= 1, "loss.ce_background_fraction", "in (0, 1]", fraction)
+        _one_of(self.kd_average, "loss.kd_average", AVERAGES)
+        _one_of(self.ce_average, "loss.ce_average", AVERAGES)
+        _one_of(self.ce_target, "loss.ce_target", ("answer", "teacher"))
+        if self.ce_average == "samples" and fraction < 1:
+            raise ConfigError(f"loss.ce_background_fraction: expected 1 with loss.ce_average=samples, got {fraction}")
         ok = self.plausibility is None or 0 < self.plausibility <= 1
         _check(ok, "loss.plausibility", "in (0, 1]", self.plausibility)
         if self.plausibility is not None and self.divergence == "reverse_kl":
@@ -225,6 +259,7 @@ class LayersConfig:
     pairs: tuple[str, ...] = ()  # "student-teacher" layers instead of a map, such as [7-9,14-18]
     alpha: float = 0.0  # contrast of the layer target: (1 + alpha) h_audio - alpha h_text
     direction: str = "student_to_teacher"  # which side is projected where widths differ
+    bias: bool = False  # projections also add a vector, which trains
     normalize: bool = False  # compare directions only: the error of a pair is then 2 - 2 cos
 
     def __post_init__(self) -> None:
@@ -334,6 +369,9 @@ class OptimConfig:
     weight_decay: float = 0.01  # AdamW: decay of the weights, times the learning rate
     max_grad_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
     audio_dropout: float = 0.0  # probability that an example's audio is masked in training
+    # Strength of the noise on the embeddings of an answer's tokens, as in NEFTune: uniform in +-strength / sqrt(tokens * width).
+    # The student alone has it; 0 = none.
+    answer_noise: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, "optim.steps", ">= 1", self.steps)
@@ -350,6 +388,7 @@ class OptimConfig:
         _check(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
         _check(self.max_grad_norm > 0, "optim.max_grad_norm", "> 0", self.max_grad_norm)
         _check(0 <= self.audio_dropout < 1, "optim.audio_dropout", "in [0, 1)", self.audio_dropout)
+        _check(self.answer_noise >= 0, "optim.answer_noise", ">= 0", self.answer_noise)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate at optimiser step `step` (the first is 1): linear warm-up, then half a cosine to the minimum."""
@@ -425,6 +464,7 @@ class Recipe:
         self._check_layers()
         self._check_sources()
         self._check_projection()
+        self._check_on_policy()
         self._check_run()
 
     def _check_kind(self) -> None:
@@ -457,6 +497,9 @@ class Recipe:
             raise ConfigError(f"loss.alpha_half_divergence: expected null with objective {self.objective!r}, {lacks}")
         if lacks and self.loss.center_text:
             raise ConfigError(f"loss.center_text: expected false with objective {self.objective!r}, {lacks}")
+        if self.loss.ce_target == "teacher" and (not self.needs_teacher or self.teacher.projection):
+            why = "with teacher.projection" if self.needs_teacher else f"with objective {self.objective!r}"
+            raise ConfigError(f"loss.ce_target: expected answer {why}, got 'teacher': no teacher's logits are at hand")
 
     def _check_layers(self) -> None:
         if self.layers.weight > 0 and not self.needs_teacher:
@@ -479,6 +522,25 @@ class Recipe:
         for key, (fits, wanted, got) in expected.items():
             if not fits:
                 raise ConfigError(f"{key}: expected {wanted} with teacher.projection, got {got}")
+
+    def _check_on_policy(self) -> None:
+        """The student's own answers are new in every step: a teacher has to read them when they are there."""
+        if not self.data.on_policy_fraction:
+            return
+        changes = "as the student's answers change"
+        expected = {
+            "objective": (self.distils, "one with a teacher, which scores the student's answers,", self.objective),
+            "teacher.cache": (self.teacher.cache is None, f"null, {changes},", self.teacher.cache),
+            "teacher.keep_mib": (not self.teacher.keep_mib, f"0, {changes},", self.teacher.keep_mib),
+            "teacher.projection": (not self.teacher.projection, f"0, {changes},", self.teacher.projection),
+            **{f"sources.{name}.keep_mib": (not source.keep_mib, f"0, {changes},", source.keep_mib)
+               for name, source in self.sources.items()},
+            "loss.center_text": (not self.loss.center_text, "false, as no token of a free answer has a place of its own,", True),
+            "run.parallel": (self.run.parallel != "fsdp2", "none or ddp, as the student generates with whole weights,", "fsdp2"),
+        }  # fmt: skip
+        for key, (fits, wanted, got) in expected.items():
+            if not fits:
+                raise ConfigError(f"{key}: expected {wanted} with data.on_policy_fraction, got {got}")
 
     def _check_sources(self) -> None:
         if self.objective == "sources" and not self.sources:

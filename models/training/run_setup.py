@@ -60,6 +60,7 @@ class TrainingData:
         extra_inputs: added to every batch's model inputs, such as the prefix cache.
         store: the clips' features, for a live teacher that makes its own batches.
         crop: cuts off what no target of a batch depends on; None = batches stay as they are.
+        make_prompts: examples -> a batch whose rows end with their prompt, for a student that answers itself.
     """
 
     examples: Sequence[Any]
@@ -67,6 +68,7 @@ class TrainingData:
     extra_inputs: Mapping[str, Any] = field(default_factory=dict)
     store: Any = None
     crop: Callable[[Any], Any] | None = None
+    make_prompts: Callable[[Sequence[Any]], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -352,7 +354,10 @@ def _audio_data(model: AudioLM, examples: Sequence[Any], audio_root: Path, setti
     def make_batch(chosen: Sequence[Any]) -> Any:
         return collator(chosen, store.rows(chosen))
 
-    return TrainingData(usable, make_batch, {}, store, crop_to_targets)
+    def make_prompts(chosen: Sequence[Any]) -> Any:
+        return collator(chosen, store.rows(chosen), with_target=False)
+
+    return TrainingData(usable, make_batch, {}, store, crop_to_targets, make_prompts)
 
 
 def make_training_data(
@@ -388,6 +393,9 @@ def make_training_data(
     def make_batch(chosen: Sequence[Any]) -> Any:
         return collator(chosen, store.rows(chosen))
 
+    def make_prompts(chosen: Sequence[Any]) -> Any:
+        return collator(chosen, store.rows(chosen), with_target=False)
+
     extra: dict[str, Any] = {}
     if prefix_cache_mib and layout.packing == "pack" and (why := why_not_packed_with_prefixes(model.lm.config)):
         tqdm.write(f"model.prefix_cache_mib: {type(model.lm).__name__} runs without it under data.packing=pack: it has {why}")
@@ -396,7 +404,7 @@ def make_training_data(
         extra |= model.prefix_inputs(max_bytes=prefix_cache_mib << 20)
     if layout.packing != "none":
         extra["pack_tokens"] = layout.pack_tokens
-    return TrainingData(examples, make_batch, extra, store, crop_to_targets)
+    return TrainingData(examples, make_batch, extra, store, crop_to_targets, make_prompts)
 
 
 def build_sources(

@@ -547,7 +547,9 @@ class LayerDistillation(torch.nn.Module):
     def build(cls, settings: LayersConfig, *, depths: Sequence[int], widths: Sequence[int]) -> LayerDistillation:
         """For these `depths` and `widths`, each of (student, teacher)."""
         pairs = settings.layer_pairs(*depths)
-        projections = LayerProjections(*widths, pairs, direction=settings.direction, identity_where_equal=True)
+        projections = LayerProjections(
+            *widths, pairs, direction=settings.direction, identity_where_equal=True, bias=settings.bias
+        )
         return cls(settings, pairs, projections)
 
     def loss(

@@ -429,6 +429,55 @@ class TestLayerProjections:
         projections.fit([student], [teacher])
         assert all(w.isfinite().all() for w in projections.weights) and projections([student], [teacher]) < 0.1 * before
 
+    @pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize("normalize", [False, True])
+    def test_bias(self, impl, direction, normalize):
+        """P h + b, and the gradients of P, b and h, by the formula in float64; a pair of equal widths has neither."""
+        device = device_of(impl)
+        g = torch.Generator().manual_seed(3)
+        projections = LayerProjections([24, 24], [40, 24], 2, direction=direction, identity_where_equal=True, bias=True)
+        assert sorted(projections.state_dict()) == ["bias_0", "weight_0"]
+        assert projections.biases[1] is None and not projections.biases[0].any()
+        with torch.no_grad():
+            projections.bias_0.normal_(generator=g)
+        student, audio, text = ([torch.randn(7, w, generator=g) for w in widths] for widths in ((24, 24), (40, 24), (40, 24)))
+        for hidden in student:
+            hidden.requires_grad_()
+        wanted = [x.detach().double().requires_grad_() for x in (projections.weight_0, projections.bias_0, *student)]
+        weight, bias, *states = wanted
+        expected = 0.0
+        for i in range(2):
+            target, hidden = 1.5 * audio[i].double() - 0.5 * text[i].double(), states[i]
+            if i == 0 and direction == "student_to_teacher":
+                hidden = hidden @ weight.T + bias
+            elif i == 0:
+                target = target @ weight.T + bias
+            if normalize:
+                target, hidden = (x / x.norm(dim=-1, keepdim=True) for x in (target, hidden))
+            expected = expected + (hidden - target).square().mean()
+        expected.backward()
+        projections = projections.to(device)
+        moved = [x.detach().to(device).requires_grad_() for x in student]
+        audio, text = ([x.to(device) for x in each] for each in (audio, text))
+        loss = projections(moved, audio, teacher_text_hidden=text, alpha=0.5, normalize=normalize, impl=impl)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for found, other in zip((projections.weight_0, projections.bias_0, *moved), wanted, strict=True):
+            assert relative_error(found.grad.cpu(), other.grad) < 1e-5
+
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    def test_fit_finds_a_bias(self, direction):
+        g = torch.Generator().manual_seed(0)
+        projections = LayerProjections(*WIDTHS, 1, direction=direction, bias=True)
+        relation, shift = (torch.randn(x.shape, generator=g) for x in (projections.weights[0], projections.biases[0]))
+        x = torch.randn(200, relation.shape[1], generator=g) + 3
+        y = x @ relation.T + 5 * shift
+        student, teacher = (x, y) if direction == DIRECTIONS[0] else (y, x)
+        projections.fit([student], [teacher], ridge=0.0)
+        assert relative_error(projections.weights[0], relation) < 1e-4
+        assert relative_error(projections.biases[0], 5 * shift) < 1e-4
+
     def test_errors(self):
         with pytest.raises(ValueError, match="student_width: expected one number or 2, got 3"):
             LayerProjections([1, 2, 3], 4, 2)

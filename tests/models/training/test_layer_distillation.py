@@ -139,3 +139,11 @@ def test_directions_alone_are_compared_as_2_minus_2_cos(direction):
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
     silent = dataclasses.replace(states, speaks=torch.tensor([True, False, True, True, True]))
     assert layers.loss(student, silent, counts, torch.tensor(4)) < loss
+
+
+def test_a_bias_is_built_where_a_projection_is():
+    for bias in (False, True):
+        layers = teachers.LayerDistillation.build(LayersConfig(weight=1.0, bias=bias), depths=(3, 6), widths=(8, 12))
+        assert [name for name, _ in layers.projections.named_parameters() if "bias" in name] == [
+            f"bias_{k}" for k in range(3 * bias)
+        ]
