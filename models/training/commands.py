@@ -1,4 +1,4 @@
-"""Arguments of `train` and `cache`."""
+"""Arguments of `train`, `cache` and `push`."""
 
 from __future__ import annotations
 
@@ -56,4 +56,14 @@ def cache_parser() -> Parser:
     parser.add_argument("--batch-examples", type=int, default=32, help="samples in a forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--measure", type=int, default=0, metavar="N", help="compare N samples with live ones at the end")
+    return parser
+
+
+def push_parser() -> Parser:
+    parser = Parser(
+        prog="python -m models push", description="Push a saved model to the model hub; the token is that of HF_TOKEN."
+    )
+    parser.add_argument("folder", help="what a run left in run.out_dir/final, or another saved model")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="it is made if there is none")
+    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     return parser

@@ -44,6 +44,7 @@ from models.training.distributed import (
     parameter_groups,
     save_distributed,
 )
+from models.training.model_card import write_card
 from models.training.objective import Normalizers, Part, PartLoss, counted_positions, select_positions, token_weights
 from models.training.projections import project_own_teacher
 from models.training.recipe import ConfigError, Recipe, settings_to_continue, to_dict
@@ -300,6 +301,7 @@ class TrainingLoop:
             make_whole(self.model, self.ranks)
         if self.ranks.is_first:
             self.model.save_pretrained(self.out_dir / "final")
+            write_card(self.out_dir / "final", self.recipe)
         self.ranks.any(False)  # no rank leaves before the result is written
         return TrainResult(self.optim.steps, self.out_dir)
 

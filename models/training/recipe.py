@@ -376,6 +376,8 @@ class RunConfig:
     resume: str = "never"  # never | auto (newest) | fallback (newest that is intact) | a checkpoint's folder
     tensorboard: bool = True  # also write the curves for TensorBoard
     progress_bar: bool = True  # show one
+    push_to_hub: str | None = None  # owner/name: push the result there at the end (models/training/publish.py)
+    hub_private: bool = True  # the repository is made private, and a public one is refused
 
     def __post_init__(self) -> None:
         _check(bool(self.out_dir), "run.out_dir", "a folder", self.out_dir)
@@ -384,6 +386,7 @@ class RunConfig:
         _check(self.log_every_steps >= 1, "run.log_every_steps", ">= 1", self.log_every_steps)
         _check(self.save_every_steps >= 1, "run.save_every_steps", ">= 1", self.save_every_steps)
         _check(self.keep_last_checkpoints >= 1, "run.keep_last_checkpoints", ">= 1", self.keep_last_checkpoints)
+        _needs(self, "run", "hub_private", self.push_to_hub is not None, "run.push_to_hub")
 
 
 @dataclass(frozen=True)
@@ -610,6 +613,7 @@ def settings_to_continue(recipe: Recipe) -> dict[str, Any]:
     """The settings that a run and its continuation must have in common, as JSON gives them back."""
     settings = json.loads(json.dumps(to_dict(recipe)))
     free = ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints", "parallel")
+    free += ("push_to_hub", "hub_private")
     for name in free:
         del settings["run"][name]
     return settings

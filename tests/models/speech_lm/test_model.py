@@ -520,7 +520,7 @@ def test_connector_errors():
 
 def test_save_and_load_by_reference(model, tmp_path):
     folder = model.save_pretrained(tmp_path / "model")
-    assert sorted(path.name for path in folder.iterdir()) == ["connector.safetensors", "speech_lm.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "connector.safetensors", "speech_lm.json"]
     source = TinyBackbones()
     again = SpeechLM.from_pretrained(folder, resolver=source)
     assert source.loaded == ["tiny/lm"] and again.config == model.config
