@@ -3,9 +3,10 @@
 builtin         this project's own corpus (models/corpora/build.py), built or found in the cache folder
 dynamic-superb  Dynamic-SUPERB phase 1 as published: under --audio-root a folder for each task with metadata.json and clips
 mcr             MCR-BENCH as published: under --audio-root AQA/AQA.json, SER/SER.json and VSC/VSC.json with their clips
+mmau, mmar, listen   MMAU test-mini, MMAR and LISTEN as published (models/evaluation/published.py)
 PATH            a manifest of ours (models/data/manifest.py)
 
-Both published benchmarks can also come as one file of rows (models/data/readers.py) with its clips under --audio-root.
+The published benchmarks but LISTEN can also come as one file of rows (models/data/readers.py) with its clips under --audio-root.
 
 Without category "audio" Dynamic-SUPERB's tables count 51 tasks: the 48 of phase 1, and a second time the three that have two
 clips. A row here has one clip. So these six are left out, and the output names them. The other 45 are scored; an ALL over them
@@ -18,15 +19,18 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from models.data.audio import AudioError
+from models.data.json_rows import read_rows
 from models.data.manifest import Example, Manifest, Problem, read_manifest
 from models.data.problems import refuse_if_too_bad
 from models.data.readers import read_foreign
-from models.data.rows import AudioChecker
+from models.data.rows import AudioChecker, collect_examples
+from models.evaluation import published
 from models.io_utils import cache_dir
 
-NAMES = ("builtin", "dynamic-superb", "mcr")
+NAMES = ("builtin", "dynamic-superb", "mcr", "mmau", "mmar", "listen")
 TASKS_IN_ALL = {"dynamic-superb": 51}
 _FORMS = {"dynamic-superb": "dynamic_superb", "mcr": "mcr_bench"}
 _LAYOUTS = {
@@ -37,6 +41,7 @@ _LAYOUTS = {
         "    FOLDER/AccentClassification_AccentdbExtended/clip.wav\n"
         "    FOLDER/BirdSoundDetection_Warblrb10k/metadata.json ..."
     ),
+    **published.LAYOUTS,
     "mcr": (
         "MCR-BENCH unpacked (the download link is in the README of github.com/WangCheng0116/MCR-BENCH):\n"
         "    FOLDER/AQA/AQA.json   [{\"audio\", \"gt\", \"neutral\", \"faithful\", \"adversarial\", \"irrelevant\"}, ...]\n"
@@ -121,23 +126,55 @@ def load_suite(
             raise SuiteError("--benchmark builtin: expected neither MANIFEST nor --audio-root, since it has its own")
         return _suite_of(name, _build(), max_bad_fraction=max_bad_fraction, check_audio=check_audio)
     options = {"check_audio": check_audio, "max_bad_fraction": max_bad_fraction, "allow_links": allow_links}
-    if name not in _FORMS:
+    if name not in _LAYOUTS:
         if manifest is not None:
             raise SuiteError(f"--benchmark: expected one of {', '.join(NAMES)} beside MANIFEST {str(manifest)!r}, got {name!r}")
         return _suite_of(name, name, audio_root=audio_root, **options)
     if audio_root is not None and not Path(audio_root).is_dir():
         raise SuiteError(f"--audio-root: no folder {str(audio_root)!r}; expected {_LAYOUTS[name]}")
+    if manifest is not None and (name == "listen" or not Path(manifest).is_file()):
+        got = "it has no single file" if name == "listen" else f"no file {str(manifest)!r}"
+        raise SuiteError(f"--benchmark {name}: {got}; leave MANIFEST out to read {_LAYOUTS[name]}")
+    if audio_root is None and manifest is None:
+        raise SuiteError(f"--benchmark {name}: expected --audio-root FOLDER, {_LAYOUTS[name]}")
+    if name not in _FORMS:
+        return _read_published(name, manifest, audio_root, **options)
     if manifest is not None:
-        if not Path(manifest).is_file():
-            raise SuiteError(f"--benchmark {name}: no file {str(manifest)!r}; leave MANIFEST out to read {_LAYOUTS[name]}")
         read = read_foreign(manifest, form=_FORMS[name], audio_root=audio_root, **options)
         suite = Suite(name, read.examples, read.audio_root, read.problems)
-    elif audio_root is None:
-        raise SuiteError(f"--benchmark {name}: expected --audio-root FOLDER, {_LAYOUTS[name]}")
     else:
+        assert audio_root is not None  # checked above
         suite = _read_folder(name, Path(audio_root), **options)
     finished = [_with_category(e) for e in suite.examples] if name == "dynamic-superb" else list(_with_choices(suite.examples))
     return dataclasses.replace(suite, examples=finished, mode="generate")
+
+
+def _read_published(
+    name: str,
+    manifest: str | Path | None,
+    audio_root: str | Path | None,
+    *,
+    check_audio: bool,
+    max_bad_fraction: float,
+    allow_links: bool,
+) -> Suite:
+    """MMAU, MMAR or LISTEN, from the folder of its files, or from one file of rows and the folder of their clips."""
+    if name == "listen":
+        path, root = Path(str(audio_root)), published.listen_clips_folder()
+        rows: Iterable[tuple[int, Any]] = enumerate(published.listen_rows(path), 1)
+    else:
+        root = Path(audio_root) if audio_root is not None else Path(str(manifest)).parent
+        path = Path(manifest) if manifest is not None else root / published.FILES[name]
+        if not path.is_file():
+            raise SuiteError(f"--audio-root {root}: no {path.name} in it; expected {_LAYOUTS[name]}")
+        rows = read_rows(path)
+
+    def convert(_: int, row: dict[str, Any]) -> list[Example]:
+        return published.listen_examples(row, root) if name == "listen" else [published.question_example(name, row)]
+
+    checker = AudioChecker(root, allow_links=allow_links) if check_audio else None
+    examples, problems = collect_examples(path, rows, convert, checker=checker, max_bad_fraction=max_bad_fraction)
+    return Suite(name, examples, root, problems, mode="generate")
 
 
 def category_of(task: str) -> str:

@@ -22,7 +22,7 @@ def evaluate_parser() -> Parser:
     parser.add_argument(
         "--mode",
         choices=("choice", "generate"),
-        help="rank the choices by likelihood, or write freely (default: choice; generate for dynamic-superb and mcr)",
+        help="rank the choices by likelihood, or write freely (default: choice; generate for the published benchmarks)",
     )
     parser.add_argument(
         "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
@@ -42,7 +42,11 @@ def evaluate_parser() -> Parser:
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in mode generate, in tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default="predictions.jsonl", help="predictions file to write; an unfinished one is continued")
-    parser.add_argument("--scorer", default="lenient", metavar="lenient|strict|MODULE:FUNCTION", help="what counts as right")
+    parser.add_argument(
+        "--scorer",
+        metavar="lenient|strict|mmau|listen|MODULE:FUNCTION",
+        help="what counts as right (default: lenient; the published rule for mmau, mmar and listen)",
+    )
     parser.add_argument("--priors", metavar="FILE", help="JSON object id -> answer of a text-only model, for the confusion table")
     parser.add_argument("--compare", metavar="FILE", help="predictions of another system, to compare with by paired bootstrap")
     parser.add_argument("--json", metavar="FILE", help="file to write every figure to")

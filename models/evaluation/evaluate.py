@@ -2,7 +2,7 @@
 
     python -m models evaluate CHECKPOINT MANIFEST [--mode choice|generate] [--decoding greedy|contrastive --alpha 1]
                               [--controls no_audio swapped_audio] [--out predictions.jsonl] [--json scores.json]
-    python -m models evaluate --benchmark builtin|dynamic-superb|mcr|MANIFEST CHECKPOINT [--audio-root FOLDER]
+    python -m models evaluate --benchmark builtin|dynamic-superb|mcr|mmau|mmar|listen|MANIFEST CHECKPOINT [--audio-root FOLDER]
     python -m models evaluate --rescore predictions.jsonl [--compare other.jsonl] [--scorer strict] [--priors priors.json]
 
 CHECKPOINT is the folder of a SpeechLM; or hub id, folder or adapter of an audio LM of transformers.
@@ -44,6 +44,7 @@ from models.evaluation.predictions import (
     read_predictions,
     write_header,
 )
+from models.evaluation.published_scores import OF_BENCHMARK
 from models.evaluation.score_tables import print_comparison, print_summary, to_json
 from models.evaluation.scorers import load_scorer
 from models.evaluation.scoring import AUDIO_CATEGORY
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = evaluate_parser()
     arguments = parser.parse_args(argv)
     try:
-        scorer = load_scorer(arguments.scorer)  # checked first: then a wrong name costs no work
+        chosen = load_scorer(arguments.scorer) if arguments.scorer else None  # checked first: then a wrong name costs no work
         _check_arguments(arguments)
         other = _nonempty_predictions(arguments.compare)[1] if arguments.compare else None
         if arguments.rescore:
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_checkpoint(arguments)
             _check_earlier(arguments)
             settings, predictions = _evaluate_files(arguments)
+        scorer = chosen or OF_BENCHMARK.get(settings.get("benchmark") or "", "lenient")
         priors = read_priors(arguments.priors, predictions) if arguments.priors else None
         summary = summarize(predictions, scorer=scorer, priors=priors)
         print_summary(summary)

@@ -148,7 +148,12 @@ def test_mcr_as_published(mcr):
 
 
 def test_what_is_not_there_is_named_with_what_to_get(tmp_path):
-    hints = {"dynamic-superb": "FOLDER/AccentClassification_AccentdbExtended/metadata.json", "mcr": "FOLDER/AQA/AQA.json"}
+    hints = {
+        "dynamic-superb": "FOLDER/AccentClassification_AccentdbExtended/metadata.json",
+        "mcr": "FOLDER/AQA/AQA.json",
+        "mmau": "FOLDER/mmau-test-mini.json",
+        "mmar": "FOLDER/MMAR-meta.jsonl",
+    }
     for name, hint in hints.items():
         with pytest.raises(SuiteError, match=f"--benchmark {name}: expected --audio-root FOLDER") as raised:
             load_suite(name)
@@ -156,10 +161,11 @@ def test_what_is_not_there_is_named_with_what_to_get(tmp_path):
         with pytest.raises(SuiteError, match=r"--audio-root: no folder '.*none'; expected") as raised:
             load_suite(name, audio_root=tmp_path / "none")
         assert hint in str(raised.value)
-        with pytest.raises(SuiteError, match="no task in it; expected") as raised:
+        with pytest.raises(SuiteError, match=r"no (task|mmau-test-mini\.json|MMAR-meta\.jsonl) in it; expected") as raised:
             load_suite(name, audio_root=tmp_path)
         assert hint in str(raised.value)
-    with pytest.raises(SuiteError, match="expected one of builtin, dynamic-superb, mcr beside MANIFEST 'm', got 'superb'"):
+    known = "builtin, dynamic-superb, mcr, mmau, mmar, listen"
+    with pytest.raises(SuiteError, match=f"expected one of {known} beside MANIFEST 'm', got 'superb'"):
         load_suite("superb", manifest="m")
     with pytest.raises(SuiteError, match="builtin: expected neither MANIFEST nor --audio-root"):
         load_suite("builtin", audio_root=tmp_path)
