@@ -206,19 +206,31 @@ class AudioLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch: AudioBatch | Mapping[str, Any], *, max_new_tokens: int = 16, alpha: float | None = None
+        self,
+        batch: AudioBatch | Mapping[str, Any],
+        *,
+        max_new_tokens: int = 16,
+        alpha: float | None = None,
+        formula: str = "extrapolate",
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> list[str]:
         """Greedy answers to a batch of prompts; with `alpha` by contrastive decoding of the paths with and without the audio.
 
         Args:
             batch: rows that end with the last token of their prompt, or their model inputs.
             max_new_tokens: limit of each row.
+            formula, temperature, top_k, top_p, generator: of `kdkernels.contrastive_generate`; only with alpha.
 
         Returns:
             one text for each row, without special tokens and outer white space.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
+        if alpha is None and (formula != "extrapolate" or (temperature, top_k, top_p) != (None, None, None)):
+            raise ValueError("alpha: expected a number beside formula, temperature, top_k or top_p, got None")
         inputs = dict(batch.model_inputs() if isinstance(batch, AudioBatch) else batch)
         inputs = self._masked(inputs, inputs.pop("audio_present", None), inputs.pop("entries", None))
         stop = sorted({token for token in (self.make_collator().end_id, self.tokenizer.eos_token_id) if token is not None})
@@ -226,8 +238,9 @@ class AudioLM(nn.Module):
             tokens = self._greedy(inputs, max_new_tokens, stop)
         else:
             tokens = contrastive_generate(
-                self.lm, inputs, negative=self.family.negative, alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=stop
-            )
+                self.lm, inputs, negative=self.family.negative, alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=stop,
+                formula=formula, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+            )  # fmt: skip
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens.tolist()]
 
     def _greedy(self, inputs: dict[str, Any], max_new_tokens: int, stop: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ from models.evaluation.benchmarks import NAMES
 from models.evaluation.predictions import KINDS
 
 CONTROLS = ("no_audio", "swapped_audio")
+FORMULAS = ("extrapolate", "authors")  # of kdkernels.contrast_logits
 
 
 def evaluate_parser() -> Parser:
@@ -28,6 +29,16 @@ def evaluate_parser() -> Parser:
         "--decoding", choices=("greedy", "contrastive"), default="greedy", help="contrastive runs a second path without audio"
     )
     parser.add_argument("--alpha", type=float, help="strength of contrastive decoding (default: 1)")
+    parser.add_argument(
+        "--formula",
+        default="extrapolate",
+        choices=FORMULAS,
+        help="of contrastive decoding: (1 + alpha) z_audio - alpha z_text, or the CAAD authors' z_audio - alpha z_text",
+    )
+    parser.add_argument("--temperature", type=float, help="contrastive decoding samples at this (default: the best token)")
+    parser.add_argument("--top-k", type=int, help="it samples from this many best tokens (temperature 1, if none is given)")
+    parser.add_argument("--top-p", type=float, help="it samples from the fewest tokens that together have this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_list("--controls", nargs="*", choices=CONTROLS, help="ask again without the audio, or with another clip's")
     parser.add_argument("--split", default="test", choices=SPLITS, help="which split is asked about")
     parser.add_list("--tasks", nargs="*", help="only these tasks")

@@ -1,12 +1,12 @@
 """The metrics of MMAU, MMAR and LISTEN, by the rules of their published scripts.
 
 MMAU and MMAR (string_match of evaluation.py in both repositories): the words of an answer must hold all words of the right
-choice, and no word that stands in another choice only. Words are runs of letters, digits and underscores in lower case.
+choice, and no word that stands in another choice only. Words are runs of letters, digits and underscores, in lower case.
 Their order and number do not count. A choice with the same set of words as the right one is no other choice. So a question
 that repeats a choice loses nothing.
 
-LISTEN (scripts/evaluation_utils.py): the first letter of an answer that is one of the question's letters is what it says. Weighted
-accuracy, unweighted average recall and F1 are over the answers that name a letter; those that name none are left out.
+LISTEN (scripts/evaluation_utils.py): the first letter of an answer that is one of the question's letters is what it says.
+Weighted accuracy, unweighted average recall and F1 are over the answers that name a letter; those that name none are left out.
 """
 
 from __future__ import annotations
