@@ -56,6 +56,15 @@ def cache_parser() -> Parser:
     parser.add_argument("--batch-examples", type=int, default=32, help="samples in a forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--measure", type=int, default=0, metavar="N", help="compare N samples with live ones at the end")
+    parser.add_argument("--served", metavar="REQUESTS", help="JSONL file of a server's requests, whose states are stored")
+    parser.add_argument("--served-layers", help="layers that the server kept, in their order: 2,14,28 (default: the last alone)")
+    parser.add_argument(
+        "--served-tolerance",
+        type=float,
+        default=0.1,
+        metavar="NATS",
+        help="largest mean difference between the server's log-probabilities of a sample and those of its states",
+    )
     return parser
 
 

@@ -1,6 +1,7 @@
 """Run both paths of a teacher once over the targets of a manifest, so that no training has to run it again.
 
     python -m models cache TEACHER MANIFEST --out FOLDER [--features F] [--dtype bfloat16] [--layers all] [--part 0/4]
+    python -m models cache TEACHER MANIFEST --out FOLDER --served REQUESTS.jsonl     # from states that a server has dumped
     python -m models train caad teacher.folder=TEACHER teacher.cache=FOLDER ...
 
 kdkernels/contrast_cache.py describes the format, and what a kill leaves of it. Start the command again, and it continues. It
@@ -26,6 +27,7 @@ from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.audio_lms.model import AudioLM
 from models.backbones.causal_lm import read_head
 from models.speech_lm.collation import crop_to_targets
+from models.training import served
 from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
 from models.training.commands import CACHE_DTYPES, cache_parser
 
@@ -155,13 +157,34 @@ def _check_out(folder: Path, made_from: dict[str, Any], dtype: torch.dtype) -> N
         raise CacheError(f"--dtype: expected {names[held]}, as the cache in {folder} has, got {names[dtype]}")
 
 
+def _store_served(
+    arguments: Any, model: Any, store: Any, examples: Sequence[Any], made_from: dict[str, Any], dtype: torch.dtype,
+    layers: Sequence[int], part: str,
+) -> int:  # fmt: skip
+    """The command with --served: status 1 where the requests lack samples."""
+    check = served.StateCheck(
+        model,
+        served.parse_served_layers(arguments.served_layers, len(decoder_layers(model.lm))),
+        tolerance_nats=arguments.served_tolerance,
+    )
+    written, missing = served.fill_from_server(
+        arguments.out, model, store, examples, Path(arguments.served), made_from=made_from, check=check, dtype=dtype,
+        layers=layers, part=part,
+    )  # fmt: skip
+    print(f"{written} samples written to {arguments.out}. {check.report()}")
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise CacheError(f"{arguments.served}: {len(missing)} of {len(examples)} samples are not in it: {shown}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     from models.backbones.device import pick_device
     from models.data.audio import MAX_SECONDS
     from models.data.manifest import ManifestError, read_manifest
     from models.speech_lm.features import FeatureError
-    from models.training.listeners import load_listener, open_clips
+    from models.training.listeners import is_speech_lm, load_listener, open_clips
 
     arguments = cache_parser().parse_args(argv)
     try:
@@ -170,6 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CacheError(f"--part: expected I/N with I from 0 to N - 1, got {arguments.part!r}")
         if arguments.batch_examples < 1:
             raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
+        if arguments.served is None and arguments.served_layers is not None:
+            raise CacheError("--served-layers: expected --served beside it")
+        if arguments.served and is_speech_lm(arguments.teacher):
+            raise CacheError("--served: expected an audio LM of transformers as the teacher, got a SpeechLM")
+        served.check_tolerance(arguments.served_tolerance)
         made_from, dtype = teacher_fingerprint(arguments.teacher), DTYPES[arguments.dtype]
         _check_out(Path(arguments.out), made_from, dtype)
         manifest = read_manifest(
@@ -201,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_cut_fraction=arguments.max_cut_fraction,
             say=print,
         )
+        if arguments.served:
+            return _store_served(arguments, model, store, held[int(number) :: int(parts)], made_from, dtype, layers, number)
         written = fill_cache(
             arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from,
             extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers, part=number,

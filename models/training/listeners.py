@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def is_speech_lm(spec: str | os.PathLike[str]) -> bool:
-    """Whether `spec` is the folder of a SpeechLM."""
-    return (Path(spec) / "speech_lm.json").is_file()
+    """Whether `spec` is the folder of a SpeechLM, also of a damaged one without its speech_lm.json."""
+    return any((Path(spec) / name).is_file() for name in ("speech_lm.json", "connector.safetensors"))
 
 
 def load_listener(
