@@ -152,7 +152,13 @@ def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root:
 def _resume_command(recipe: Recipe, words: Sequence[str]) -> str:
     """The words that a person types to continue the run."""
     kept = [word for word in words if not word.startswith("run.resume=")]
-    started = ["python"] if recipe.run.parallel == "none" else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    started = ["python"]
+    if recipe.run.parallel != "none":
+        local = os.environ["LOCAL_WORLD_SIZE"]
+        nodes = int(os.environ.get("WORLD_SIZE", local)) // int(local)
+        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]  # torchrun does not tell its processes
+        started = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc-per-node", local]
+        started += where if nodes > 1 else []
     return shlex.join([*started, "-m", "models", "train", *kept, "run.resume=auto"])
 
 
