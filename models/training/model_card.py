@@ -25,6 +25,8 @@ _PAPERS = {
     "sources": "Distillation from text and acoustic teachers: [arXiv 2509.18579](https://arxiv.org/abs/2509.18579)",
 }
 _SECTIONS = ("student", "teacher", "loss", "layers", "optim")  # what decides the weights
+# How the run was computed, not what it was.
+_OF_THE_MACHINE = {"impl", "chunk_tokens", "keep_mib", "cache", "attention", "batch_examples"}
 _LOAD = {
     "kdkernels": """\
 import models.speech_lm.auto  # of kdkernels: it makes the class known to transformers
@@ -109,12 +111,16 @@ def _settings(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     yield "objective", recipe.objective
     yield "run.seed", recipe.run.seed
     for name, section in sections.items():
-        yield from _differing(name, section)
+        for key, value in _differing(name, section):
+            if key != "teacher.folder" or recipe.student.model is None:  # it has no effect beside student.model
+                yield key, value
 
 
 def _differing(prefix: str, section: Any) -> Iterator[tuple[str, Any]]:
     for f in dataclasses.fields(section):
         value, key = getattr(section, f.name), f"{prefix}.{f.name}"
+        if f.name in _OF_THE_MACHINE and prefix in ("loss", "student", "teacher"):
+            continue
         if dataclasses.is_dataclass(value):
             yield from _differing(key, value)
         elif value != (f.default if f.default is not dataclasses.MISSING else f.default_factory()):

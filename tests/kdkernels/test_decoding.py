@@ -266,6 +266,7 @@ class TestSampling:
         expected = torch.tensor([kept])[:, order]
         torch.testing.assert_close(kept_probabilities(scores, 1.7, **limits), expected, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow
     def test_top_k_of_one_is_the_best_token(self):
         model, inputs = tiny_lms.voxtral()
         options = {"negative": MaskFeatures("input_features"), "alpha": 1.0, "max_new_tokens": 4, "eos_token_id": []}

@@ -43,6 +43,7 @@ def answers(model, ids=(0, 1, 2, 3), **decoding):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed_and_the_questions_alone(model):
     best = answers(model)
     sampled = answers(model, temperature=5.0, seed=1)
@@ -53,6 +54,7 @@ def test_sampling_depends_on_the_seed_and_the_questions_alone(model):
     assert answers(model, formula="authors") != best
 
 
+@pytest.mark.slow
 def test_evaluate_hands_the_decoding_on(model):
     class Store:
         def rows(self, examples):

@@ -18,6 +18,7 @@ from models.training.cache_identity import CacheError, sample_content
 from models.training.served import Request, StateCheck, fill_from_server, parse_served_layers, read_requests
 from tests.models.audio_lms.audio_world import make_world
 
+pytestmark = pytest.mark.slow
 TOP = 8  # log-probabilities that the server gives of each token
 
 
