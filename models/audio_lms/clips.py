@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.corpora.hearing import PLAIN, Hearing, clip_key
 from models.data.audio import MAX_SECONDS, AudioError, load_audio
 from models.data.example import Example
 
@@ -22,12 +23,21 @@ class ClipReader:
         audio_root: folder that the examples' paths are relative to.
         sampling_rate: of the waveforms, in Hz.
         max_seconds: a longer clip is an error.
+        hears: what is done to a clip after it is decoded.
     """
 
-    def __init__(self, audio_root: str | os.PathLike[str], *, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> None:
+    def __init__(
+        self,
+        audio_root: str | os.PathLike[str],
+        *,
+        sampling_rate: int,
+        max_seconds: float = MAX_SECONDS,
+        hears: Hearing = PLAIN,
+    ) -> None:
         self.audio_root = Path(audio_root)
         self.sampling_rate = sampling_rate
         self.max_seconds = max_seconds
+        self.hears = hears
 
     def rows(self, examples: Sequence[Example]) -> np.ndarray:
         """(B,) of dtype object: the clip of each example as float32 (samples,), or None.
@@ -45,7 +55,7 @@ class ClipReader:
         if example.audio is None:
             return None
         try:
-            return load_audio(
+            clip = load_audio(
                 self.audio_root / example.audio,
                 start_seconds=example.start_seconds,
                 end_seconds=example.end_seconds,
@@ -54,3 +64,4 @@ class ClipReader:
             )
         except AudioError as error:
             raise AudioError(f"example {example.id!r}: {error.reason}", error.path) from None
+        return self.hears.sound(clip, clip_key(example), sample_rate=self.sampling_rate)

@@ -22,16 +22,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import HeadCapture, evaluating, head_module
+from kdkernels.paths import MaskFeatures
 from models.audio_lms.collation import AudioBatch, AudioCollator
 from models.audio_lms.families import family_of
-from models.audio_lms.family import AudioLMError, Family, matches, sampling_rate, tokenizer_of
-from models.audio_lms.settings import TRAINS, Lora
+from models.audio_lms.family import AudioLMError, Family, Turn, matches, sampling_rate, tokenizer_of
+from models.audio_lms.settings import NEGATIVES, TRAINS, Lora
 from models.backbones.hub import from_hub
 from models.backbones.model_folder import quiet_transformers
 from models.io_utils import atomic_dir
@@ -55,6 +57,8 @@ class AudioLM(nn.Module):
         lora: settings, where trains is "lora".
         source: hub id or folder of the weights, which an adapter names as its base.
         folder: where the processor's files lie; None = the processor is written by transformers.
+        negative: what a row that hears nothing has in the place of its sound: "zeros" in its features, or the features of
+            "silence". With "absent", who makes the path without the audio leaves the clip out of its prompt (`is_absent`).
 
     Attributes:
         lm: the model; with a LoRA a PeftModel around it.
@@ -72,13 +76,18 @@ class AudioLM(nn.Module):
         source: str | None = None,
         folder: Path | None = None,
         merge: bool = False,
+        negative: str = "zeros",
     ) -> None:
         super().__init__()
+        if negative not in NEGATIVES:
+            raise ValueError(f"negative: expected one of {', '.join(NEGATIVES)}, got {negative!r}")
         self.family: Family = family_of(lm.config)
         self.processor = processor
         self.tokenizer = tokenizer_of(processor)
         self.sampling_rate = sampling_rate(processor)
         self.merge = merge
+        self.is_absent = negative == "absent"
+        self._silent = _silence(self.family, processor) if negative == "silence" else self.family.negative
         self._folder = folder
         self._gradient_checkpointing = False
         self.lm = _trainable(lm, self.family, trains, lora or Lora(), source)
@@ -97,6 +106,7 @@ class AudioLM(nn.Module):
         trains: str | None = None,
         lora: Lora | None = None,
         merge: bool = False,
+        negative: str = "zeros",
     ) -> AudioLM:
         """Load a checkpoint, or an adapter that `save_pretrained` wrote.
 
@@ -106,7 +116,7 @@ class AudioLM(nn.Module):
             dtype: of the weights.
             attention: transformers' attn_implementation, such as "sdpa" or "flash_attention_2"; None = transformers chooses.
             device_map: transformers' device_map, such as "auto", which needs accelerate.
-            trains, lora, merge: see the class.
+            trains, lora, merge, negative: see the class.
 
         Raises:
             AudioLMError: no such checkpoint, or one that this project cannot run.
@@ -135,7 +145,7 @@ class AudioLM(nn.Module):
                 raise AudioLMError(f"{spec}: {' '.join(str(error).split())}") from error
             if adapter is not None:
                 lm = _with_adapter(lm, adapter)
-        return cls(lm.eval(), processor, trains=trains, lora=lora, source=source, folder=own, merge=merge)
+        return cls(lm.eval(), processor, trains=trains, lora=lora, source=source, folder=own, merge=merge, negative=negative)
 
     @classmethod
     def from_config(cls, config: Any, processor: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> AudioLM:
@@ -251,7 +261,7 @@ class AudioLM(nn.Module):
         inputs = inputs | {name: inputs[name].to(self.lm.dtype) for name in found}
         if present is None or not found:
             return inputs
-        silent = self.family.negative(inputs)
+        silent = self._silent(inputs)
         if entries is not None:
             present = present.repeat_interleave(entries, output_size=len(inputs[found[0]]))  # (E,)
         keeps = {name: present.view(-1, *[1] * (inputs[name].dim() - 1)) for name in found}
@@ -389,6 +399,17 @@ def _load_processor(family: Family, folder: Path) -> Any:
     if family.load_processor is not None:
         return family.load_processor(str(folder))
     return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _silence(family: Family, processor: Any) -> MaskFeatures:
+    """The inputs of the path without the audio, with the features of a silent clip."""
+    silent = np.zeros(sampling_rate(processor), np.float32)
+    made = family.encoded(processor, [Turn("", (silent,))]).features
+    values = torch.cat([made[name].flatten().float() for name in family.features])
+    low, high = values.aminmax()
+    if not float(high - low) < 1e-3:
+        raise AudioLMError(f"negative: expected zeros or absent with {family.name}, whose features of silence are not constant")
+    return MaskFeatures(*family.features, value=float(low))
 
 
 def _peft() -> Any:

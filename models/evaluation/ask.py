@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from kdkernels.teacher import MarkAbsent
 from models.audio_lms.model import AudioLM
+from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import Example
 from models.data.prompts import target_template
 from models.evaluation.choice_scores import choice_scores
@@ -37,6 +38,7 @@ def evaluate(
     done: Iterable[Prediction] = (),
     on_batch: Callable[[float | None, list[Prediction]], None] | None = None,
     progress_bar: bool = True,
+    hears: Hearing = PLAIN,
 ) -> dict[float | None, list[Prediction]]:
     """Predictions for every example, with and without the controls.
 
@@ -49,6 +51,7 @@ def evaluate(
         controls: any of "no_audio", "swapped_audio". Their predictions have `control` set and "#control" in the id.
         plain: False asks only the controls.
         done: predictions made before, which are not made again (only with a single alpha).
+        hears: what the model's prompts show; `store` hears accordingly.
         on_batch: called with (alpha, new predictions) after each batch, to save them.
 
     Returns:
@@ -66,7 +69,7 @@ def evaluate(
     todo = [(c, e, h) for c, e, h in with_controls(work, controls, plain=plain) if control_id(e.id, c) not in made]
     options = {"collate": collate, "mode": mode, "max_new_tokens": max_new_tokens, "extra_inputs": extra_inputs}
     for control, group in _batches(todo, batch_examples, done=len(made), progress_bar=progress_bar):
-        asked, features = [e for e, _ in group], store.rows([h for _, h in group])
+        asked, features = [hears.shown(e) for e, _ in group], store.rows([h for _, h in group])
         for alpha, texts, scores in _answers(model, asked, features, alphas, hears=control != "no_audio", **options):
             new = [
                 Prediction(

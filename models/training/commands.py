@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from models.arguments import Parser
-from models.audio_lms.settings import DTYPES
+from models.audio_lms.settings import DTYPES, NEGATIVES
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 CACHE_DTYPES = ("bfloat16", "float32", "float8")
@@ -51,6 +51,13 @@ def cache_parser() -> Parser:
     parser.add_argument("--dtype", default="bfloat16", choices=CACHE_DTYPES, help="dtype of the stored states")
     parser.add_argument("--teacher-dtype", default="auto", choices=DTYPES, help="of an audio LM's weights")
     parser.add_argument("--attention", help="of an audio LM: transformers' attn_implementation, such as flash_attention_2")
+    parser.add_hears("the teacher hears and reads other things than the clip and the prompt as they are")
+    parser.add_argument(
+        "--negative",
+        default="zeros",
+        choices=NEGATIVES,
+        help="path without the audio, of an audio LM: features of zeros, features of silence, or a prompt without clip",
+    )
     parser.add_comma_list("--layers", default="none", help="layers to store too: none, all, or numbers such as 6,12,30")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th sample, beginning with the I-th; I from 0")
     parser.add_argument("--batch-examples", type=int, default=32, help="samples in a forward pass")

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from models.backbones.device import pick_device
+from models.corpora.hearing import write_hears
 from models.io_utils import atomic_write_json, fingerprint
 from models.training.checkpoint import (
     Checkpoint,
@@ -300,6 +301,7 @@ class TrainingLoop:
             make_whole(self.model, self.ranks)
         if self.ranks.is_first:
             self.model.save_pretrained(self.out_dir / "final")
+            write_hears(self.out_dir / "final", self.recipe.student.hears)
         self.ranks.any(False)  # no rank leaves before the result is written
         return TrainResult(self.optim.steps, self.out_dir)
 
