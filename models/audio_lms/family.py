@@ -60,6 +60,8 @@ class Family:
         lora: modules that a LoRA goes on, a regular expression for their whole names.
         connector: modules between encoder and language model, as `language_model`.
         mask: the input that says which frames of the features are there, (E, T), if the processor omits it for a single clip.
+        tokens_per_second: placeholders in the prompt for a second of sound, with the settings of the published checkpoints.
+        window_seconds: the encoder reads clips in whole windows of this length; 0 = as long as they are.
         max_clips: clips that one turn may have; None = any number.
         audio_first: the clips stand before the words.
         plain_tokenizer: its tokenizer never reads special tokens out of text, and has no option that says so.
@@ -77,6 +79,8 @@ class Family:
     lora: str = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     connector: str = r"model\.multi_modal_projector\b"
     mask: str | None = None
+    tokens_per_second: float = 25.0
+    window_seconds: float = 0.0
     max_clips: int | None = None
     audio_first: bool = True
     plain_tokenizer: bool = False

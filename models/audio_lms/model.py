@@ -136,7 +136,7 @@ class AudioLM(nn.Module):
                 family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
                 if family.check is not None:
                     family.check(folder)
-                lm = _class_of(family).from_pretrained(
+                lm = model_class_of(family).from_pretrained(
                     folder, dtype=dtype, attn_implementation=attention, device_map=device_map, local_files_only=True,
                     use_safetensors=True, trust_remote_code=False,
                 )  # fmt: skip
@@ -151,7 +151,7 @@ class AudioLM(nn.Module):
     def from_config(cls, config: Any, processor: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> AudioLM:
         """A model with random weights, for tests; `options` as in the class."""
         family = family_of(config)
-        return cls(_class_of(family)._from_config(config, dtype=dtype).eval(), processor, **options)
+        return cls(model_class_of(family)._from_config(config, dtype=dtype).eval(), processor, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write what transformers loads: weights or an adapter, config and the processor's files.
@@ -362,7 +362,7 @@ def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, so
         if getattr(lm, "_hf_peft_config_loaded", False):
             raise AudioLMError(f"{source}: expected weights without a LoRA of their own; train the connector, or merge it first")
         # Whole names: PEFT turns patterns into ends of names for some families, and the encoder's layers have the same ends.
-        names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and _gets_lora(name, family, lora)]
+        names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and gets_lora(name, family, lora)]
         if not names:
             raise AudioLMError(f"lora.targets: expected ends of names of the language model's linear layers, got {lora.targets}")
         config = _peft().LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
@@ -378,13 +378,15 @@ def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, so
     return lm
 
 
-def _gets_lora(name: str, family: Family, lora: Lora) -> bool:
+def gets_lora(name: str, family: Family, lora: Lora) -> bool:
+    """Whether a new LoRA goes on the linear layer of this name."""
     if not lora.targets:
         return re.fullmatch(family.lora, name) is not None
     return matches(family.language_model, name) and name.endswith(tuple(f".{target}" for target in lora.targets))
 
 
-def _class_of(family: Family) -> Any:
+def model_class_of(family: Family) -> Any:
+    """The class of transformers, or AudioLMError where this release lacks it."""
     import transformers
 
     found = getattr(transformers, family.model_class, None)

@@ -27,6 +27,27 @@ def train_parser() -> Parser:
     return parser
 
 
+def plan_parser() -> Parser:
+    parser = Parser(
+        prog="python -m models plan",
+        description="Estimate memory and time of a recipe, before a weight is loaded.",
+        epilog=describe_recipes(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    parser.add_argument("--gpu", default="H100", help="H100, H200, A100, B200, RTX 4090 or RTX 5090")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs; more than one needs run.parallel")
+    parser.add_argument("--clips", type=int, help="clips, with one question each (default: those of data.manifest)")
+    parser.add_argument("--clip-seconds", type=float, help="mean length of a clip (default: that of data.manifest, or 10)")
+    parser.add_argument("--prompt-tokens", type=float, help="mean tokens of the prompt without the audio (default: 40)")
+    parser.add_argument("--answer-tokens", type=float, help="mean tokens of the answer (default: 32)")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.45, help="share of the GPU's GEMM rate that the models reach, in (0, 1]"
+    )
+    return parser
+
+
 def describe_recipes() -> str:
     """The shipped recipes, each with the first words of its file."""
     lines = ["recipes:"]
