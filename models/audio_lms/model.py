@@ -31,7 +31,7 @@ from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import HeadCapture, evaluating, head_module
 from kdkernels.paths import MaskFeatures
 from models.audio_lms.collation import AudioBatch, AudioCollator
-from models.audio_lms.families import family_of
+from models.audio_lms.families import check_own_code, family_of
 from models.audio_lms.family import AudioLMError, Family, Turn, matches, sampling_rate, tokenizer_of
 from models.audio_lms.settings import NEGATIVES, TRAINS, Lora
 from models.backbones.hub import from_hub
@@ -131,6 +131,7 @@ class AudioLM(nn.Module):
                 "lacks these weights"
             )
         source = _base_of(own) if base else str(Path(spec).resolve()) if Path(spec).is_dir() else os.fspath(spec)
+        check_own_code(folder)
         with quiet_transformers():
             try:
                 family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))

@@ -79,7 +79,7 @@ class Plan:
         memory: bytes on each GPU, by what needs them.
         host: bytes of each rank's main memory, by what needs them.
         seconds: of a step, by what takes them.
-        once_seconds: before the first step.
+        once: seconds before the first step, by what takes them.
         row_tokens: of an example, for the student.
         cache_bytes, cache_seconds: what `python -m models cache` would take; 0 where there is no teacher to store.
     """
@@ -93,7 +93,7 @@ class Plan:
     memory: dict[str, float]
     host: dict[str, float]
     seconds: dict[str, float]
-    once_seconds: float
+    once: dict[str, float]
     row_tokens: float
     cache_bytes: float
     cache_seconds: float
@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def total_seconds(self) -> float:
-        return self.once_seconds + self.recipe.optim.steps * self.step_seconds
+        return sum(self.once.values()) + self.recipe.optim.steps * self.step_seconds
 
     @property
     def fits(self) -> bool:
@@ -194,7 +194,11 @@ def make_plan(
     host: dict[str, float] = {}
     _count_features(recipe, student, data, host)
 
-    once = cache_bytes = cache_seconds = transient = 0.0
+    once: dict[str, float] = {}
+    if not recipe.student.model and recipe.data.features is None:
+        positions = _ENCODER_POSITIONS_PER_SECOND * student.family.max_audio_seconds
+        once["every clip through the encoder, on each rank"] = 2.0 * sizes.encoder * positions * data.clips / rate
+    cache_bytes = cache_seconds = transient = 0.0
     compared = []
     teacher = None
     if recipe.needs_teacher:
@@ -211,7 +215,7 @@ def make_plan(
         else:
             memory[TEACHER_WEIGHTS] = float(teacher.weight_bytes * teacher.sizes.total)
             if kept or recipe.teacher.projection:
-                once += data.examples * theirs / rate / gpus
+                once["the teacher's states"] = data.examples * theirs / rate / gpus
             else:
                 seconds["teacher, both paths"] = own * theirs / rate
             transient = _forward_bytes(teacher, 2 * part * (text + teacher.audio_tokens(data.seconds) + answer))
@@ -500,8 +504,7 @@ def as_text(name: str, plan: Plan) -> str:
         lines += [f"  {size(value):>10}  {label}" for label, value in plan.host.items()]
     lines.append(f"time: {duration(plan.step_seconds)} a step, {duration(plan.total_seconds)} in all")
     lines += [f"  {duration(value):>10}  {label}" for label, value in plan.seconds.items()]
-    if plan.once_seconds:
-        lines.append(f"  {duration(plan.once_seconds):>10}  once, before the first step: the teacher's states")
+    lines += [f"  {duration(value):>10}  once, before the first step: {label}" for label, value in plan.once.items() if value]
     per_step = plan.seconds.get("teacher, both paths", 0.0)
     if per_step and data.examples:
         saved = f"{duration(per_step * optim.steps)} of each GPU and {size(plan.memory[TEACHER_WEIGHTS])} of its memory"

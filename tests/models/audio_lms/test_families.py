@@ -200,6 +200,10 @@ def test_random_weights_from_a_config(qwen, tmp_path):
 
 
 def test_errors_name_what_is_missing(qwen, tmp_path):
+    (tmp_path / "desta").mkdir()
+    (tmp_path / "desta" / "config.json").write_text('{"model_type": "DestaModel"}')
+    with pytest.raises(AudioLMError, match=r"got DeSTA2, which needs code of its own repository.*caad_desta2"):
+        AudioLM.from_pretrained(tmp_path / "desta")
     with pytest.raises(AudioLMError, match="no such folder"):
         AudioLM.from_pretrained(tmp_path / "nothing")
     with pytest.raises(AudioLMError, match=r"lora\.targets"):

@@ -100,7 +100,7 @@ def test_paths_without_the_audio(world):
                 states.head.logits(states.text_hidden), logits_of(teacher, expected, hears=True), rtol=1e-4, atol=1e-4
             )
         assert not torch.allclose(states.text_hidden, heard.text_hidden, atol=1e-2)
-    with pytest.raises(ConfigError, match="teacher.negative: expected one of zeros, silence, absent"):
+    with pytest.raises(ConfigError, match=r"teacher\.negative: expected one of zeros, silence, absent"):
         built(world, "teacher.negative=none")
 
 

@@ -150,6 +150,13 @@ def test_words_for_people():
     assert all(family.tokens_per_second > 0 for family in FAMILIES)
 
 
+def test_the_connector_of_the_desta2_pair_has_the_papers_size():
+    settings = plan._speech_settings(None, load_recipe("caad_desta2").model.settings)[0]
+    student = plan._speech_model("model.settings", settings)
+    assert student.connector / 1e6 == pytest.approx(32, abs=1)
+    assert student.sizes.name == "meta-llama/Llama-3.2-3B-Instruct" and student.sizes.encoder / 1e6 == pytest.approx(307, abs=1)
+
+
 @pytest.mark.slow
 def test_the_command(world, capsys):
     assert models(["plan", "qwen_omni", "--clips", "50000"]) == 0
@@ -167,7 +174,7 @@ def test_the_command(world, capsys):
     }.items():
         assert models(["plan", "qwen_omni", *more]) in (1, 2)
         assert message in capsys.readouterr().err
-    with pytest.raises(SourceError, match="teacher.folder: expected a folder with speech_lm.json"):
+    with pytest.raises(SourceError, match=r"teacher\.folder: expected a folder with speech_lm\.json"):
         make_plan(load_recipe("caad_llama"), DATA)
 
 
