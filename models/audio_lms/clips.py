@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.corpora.hearing import PLAIN, Hearing, clip_key
+from models.corpora.hearing import PLAIN, Hearing, span_key
 from models.data.audio import MAX_SECONDS, AudioError, load_audio
 from models.data.example import Example
 
@@ -40,7 +40,7 @@ class ClipReader:
         self.hears = hears
 
     def rows(self, examples: Sequence[Example]) -> np.ndarray:
-        """(B,) of dtype object: the clip of each example as float32 (samples,), or None.
+        """(B,) of dtype object: the clip of each example as float32 (samples,), a tuple of several, or None.
 
         Raises:
             AudioError: a clip cannot be read; the message names the example.
@@ -51,17 +51,19 @@ class ClipReader:
                 made[row] = clip
         return made
 
-    def _read(self, example: Example) -> np.ndarray | None:
-        if example.audio is None:
-            return None
-        try:
-            clip = load_audio(
-                self.audio_root / example.audio,
-                start_seconds=example.start_seconds,
-                end_seconds=example.end_seconds,
-                sample_rate=self.sampling_rate,
-                max_seconds=self.max_seconds,
-            )
-        except AudioError as error:
-            raise AudioError(f"example {example.id!r}: {error.reason}", error.path) from None
-        return self.hears.sound(clip, clip_key(example), sample_rate=self.sampling_rate)
+    def _read(self, example: Example) -> np.ndarray | tuple[np.ndarray, ...] | None:
+        heard = []
+        for clip in example.clips:
+            audio, start, end = clip
+            try:
+                samples = load_audio(
+                    self.audio_root / audio,
+                    start_seconds=start,
+                    end_seconds=end,
+                    sample_rate=self.sampling_rate,
+                    max_seconds=self.max_seconds,
+                )
+            except AudioError as error:
+                raise AudioError(f"example {example.id!r}: {error.reason}", error.path) from None
+            heard.append(self.hears.sound(samples, span_key(clip), sample_rate=self.sampling_rate))
+        return tuple(heard) if len(heard) > 1 else heard[0] if heard else None

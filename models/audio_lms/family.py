@@ -93,6 +93,11 @@ class Family:
         """The inputs of the path without the audio, from those of the path with it."""
         return MaskFeatures(*self.features, value=self.negative_value)
 
+    def check_clips(self, count: int, row: str = "") -> None:
+        """ValueError for more clips than the family hears in a turn; `row` names the turn's row in the message."""
+        if self.max_clips is not None and count > self.max_clips:
+            raise ValueError(f"{row}clips: expected at most {self.max_clips} a turn with {self.name}, got {count}")
+
     def encoded(self, processor: Any, turns: Sequence[Turn]) -> Encoded:
         """Turns as model inputs. Each turn goes through the processor by itself, so it does not depend on its neighbours.
 
@@ -102,8 +107,7 @@ class Family:
         rows, made, entries = [], [], []
         known: dict[Any, Any] = {}  # the choices of a question are rows with one prompt and one clip
         for turn in turns:
-            if self.max_clips is not None and len(turn.clips) > self.max_clips:
-                raise ValueError(f"clips: expected at most {self.max_clips} a turn with {self.name}, got {len(turn.clips)}")
+            self.check_clips(len(turn.clips))
             key = (turn.text, *map(id, turn.clips))
             if key not in known:
                 known[key] = (self.encode or encode_turn)(self, processor, turn)

@@ -212,8 +212,9 @@ class AudioLM(nn.Module):
             else:
                 with taken:
                     self.lm(**inputs, use_cache=False)
-        hidden = capture.hidden().flatten(0, 1)[index]
-        return hidden if taken is None else torch.cat([hidden[:, None], taken.stacked()], 1)
+        hidden = capture.hidden().flatten(0, 1)
+        hidden = hidden[index.to(hidden.device)]  # layers of a device_map may end elsewhere than they begin
+        return hidden if taken is None else torch.cat([hidden[:, None], taken.stacked().to(hidden.device)], 1)
 
     @torch.no_grad()
     def generate(
@@ -296,6 +297,15 @@ class AudioLM(nn.Module):
                 if weights and not recomputes and not any(weight.requires_grad for weight in weights):
                     module.eval()
         return self
+
+    def to(self, *args: Any, **options: Any) -> AudioLM:
+        """As torch does; a model that a device_map has placed stays where it is."""
+        return self if self.is_placed else super().to(*args, **options)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether a device_map has placed the weights on several devices."""
+        return getattr(self.lm.get_base_model() if self._has_lora else self.lm, "hf_device_map", None) is not None
 
     @property
     def device(self) -> torch.device:

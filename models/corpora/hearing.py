@@ -136,10 +136,16 @@ PLAIN = Hearing()
 
 
 def clip_key(example: Example) -> str:
-    """Name of an example's clip: file and span, e.g. "queen/joe.wav@0.0-None". Empty for a text-only example."""
-    if example.audio is None:
-        return ""
-    return f"{example.audio}@{example.start_seconds}-{example.end_seconds}"
+    """Name of an example's clip: file and span, e.g. "queen/joe.wav@0.0-None". Empty for a text-only example.
+
+    Several clips have one name with all of them, between "+".
+    """
+    return "+".join(map(span_key, example.clips))
+
+
+def span_key(clip: tuple[str, float, float | None]) -> str:
+    """Name of one clip, (file, start, end)."""
+    return "{}@{}-{}".format(*clip)
 
 
 def parse_hearing(words: Sequence[str]) -> Hearing:

@@ -49,12 +49,13 @@ def sample_content(example: Any, sound: Any) -> str:
 
     Args:
         example: its prompt and target make PROMPT.
-        sound: its clip's features (K, T, D), or its waveform (samples,) as an array; they make AUDIO. None leaves AUDIO
-            out, for a student with another encoder, or an example without a clip.
+        sound: its clip's features (K, T, D), or its waveform (samples,) as an array, or a tuple of several; they make AUDIO. None
+            leaves AUDIO out, for a student with another encoder, or an example without a clip.
     """
     text = fingerprint([render_prompt(example), example.target])[:16]
     if sound is None:
         return text
     if isinstance(sound, torch.Tensor):
         sound = sound.to(torch.float16).contiguous().numpy()
-    return f"{text}-{hashlib.sha256(sound.tobytes()).hexdigest()[:16]}"
+    several = sound if isinstance(sound, tuple) else (sound,)
+    return f"{text}-{hashlib.sha256(b''.join(one.tobytes() for one in several)).hexdigest()[:16]}"

@@ -89,7 +89,8 @@ class TrainingLoop:
         self.resume_command = resume_command
         self.ranks = Ranks(pick_device(recipe.run.device, name="run.device")) if ranks is None else ranks
         check_ranks(recipe, self.ranks)
-        self.device = self.ranks.device
+        # A device_map may have placed the student's head elsewhere: the loss is computed there.
+        self.device = model.device if getattr(model, "is_placed", False) else self.ranks.device
         self.alone = recipe.run.parallel == "none"
         model.to(self.device)
         if not any(p.requires_grad for p in model.parameters()):

@@ -425,15 +425,17 @@ def count_clips(recipe: Recipe, *, assumed: Clips) -> Clips:
     chosen = [e for e in chosen if not settings.tasks or e.task in settings.tasks]
     if not chosen:
         raise SourceError(f"data: no example with a target in {settings.manifest} (splits {list(settings.splits)})")
-    clips = {clip_key(e): e for e in chosen if e.audio is not None}
+    clips = {clip_key(e): e for e in chosen if e.audio is not None}  # several clips of a row count as one
     some = list(clips.values())[:: max(1, len(clips) // _PROBED_CLIPS)]
     seconds = []
     for example in some:
         try:
-            info = probe_audio(manifest.audio_root / str(example.audio))
-            span = {"start_seconds": example.start_seconds, "end_seconds": example.end_seconds}
-            start, end = check_span(info, max_seconds=settings.max_clip_seconds, **span)
-            seconds.append(end - start)
+            heard = 0.0
+            for audio, start, end in example.clips:
+                info = probe_audio(manifest.audio_root / audio)
+                span = check_span(info, start_seconds=start, end_seconds=end, max_seconds=settings.max_clip_seconds)
+                heard += span[1] - span[0]
+            seconds.append(heard)
         except AudioError:
             continue
     read = [recipe.student.hears.shown(e) for e in chosen[:: max(1, len(chosen) // 10_000)]]

@@ -115,6 +115,7 @@ class StudentConfig:
     # are float32, it is bfloat16 where that is fast.
     dtype: str = "auto"
     attention: str | None = None  # transformers' attn_implementation, such as sdpa or flash_attention_2; None = its default
+    device_map: str | None = None  # transformers' device_map, such as auto: the layers over several devices; None = one device
     merge: bool = False  # write the LoRA into the weights of the result; false = the result is an adapter
     lora: LoraConfig = field(default_factory=LoraConfig)  # with trains=lora
     # What the student hears and reads, a SpeechLM too: noise, band, codec, other words. `evaluate` asks it likewise.
@@ -134,6 +135,7 @@ class TeacherConfig:
     model: str | None = None  # hub id or folder of an audio LM; with student.model it takes the place of folder
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of `model`; auto = bfloat16 where that is fast
     attention: str | None = None  # of `model`, as student.attention
+    device_map: str | None = None  # of `model`, as student.device_map
     cache: str | None = None  # ContrastCache folder (python -m models cache); the teacher's body then never runs
     # MiB for a live teacher's states of all examples: if they fit, they are computed once, before the first step. 0 = off.
     keep_mib: int = 0
@@ -454,6 +456,11 @@ class Recipe:
         given = {"hears": self.teacher.hears != Hearing(), "features": self.teacher.features is not None}
         for key in (key for key, is_given in given.items() if is_given and not self.needs_teacher):
             raise ConfigError(f"teacher.{key}: expected its default with objective {self.objective!r}, which has no teacher")
+        for key, device_map in (("student", self.student.device_map), ("teacher", self.teacher.device_map)):
+            if device_map is not None and self.student.model is None:
+                raise ConfigError(f"{key}.device_map: expected null without student.model, got {device_map!r}")
+            if device_map is not None and self.run.parallel != "none":
+                raise ConfigError(f"{key}.device_map: expected null with run.parallel={self.run.parallel}, got {device_map!r}")
         if self.student.model is None:
             if self.teacher.negative != "zeros":
                 raise ConfigError(f"teacher.negative: expected zeros without student.model, got {self.teacher.negative!r}")

@@ -23,7 +23,7 @@ from models.backbones.causal_lm import read_head
 from models.backbones.device import inference_dtype, pick_device
 from models.corpora.hearing import PLAIN, Hearing
 from models.io_utils import fingerprint
-from models.speech_lm.collation import crop_to_targets
+from models.speech_lm.collation import check_one_clip, crop_to_targets
 from models.speech_lm.frozen_linear import use_bf16_products
 from models.speech_lm.row_layout import why_not_packed_with_prefixes
 from models.training.listeners import is_speech_lm, open_clips, torch_dtype, unheard_batch
@@ -131,7 +131,7 @@ def _build_audio_student(recipe: Recipe) -> AudioLM:
     dtype = torch_dtype(settings.dtype, pick_device(recipe.run.device, name="run.device"), trains=trains_weights)
     try:
         return AudioLM.from_pretrained(
-            settings.model, dtype=dtype, attention=settings.attention, trains=settings.trains,
+            settings.model, dtype=dtype, attention=settings.attention, device_map=settings.device_map, trains=settings.trains,
             lora=Lora(**to_dict(settings.lora)), merge=settings.merge,
         )  # fmt: skip
     except AudioLMError as error:
@@ -332,6 +332,7 @@ def build_data(
         return _audio_data(model, examples, audio_root, recipe.data, recipe.student.hears)
     settings, hears = recipe.data, recipe.student.hears
     with_features = list(examples)
+    check_one_clip(with_features)
     if store is None:
         try:
             store, with_features = clip_features(
@@ -630,6 +631,7 @@ def _load_source(
                 settings.folder,
                 dtype=dtype,
                 attention=recipe.teacher.attention if own else None,
+                device_map=recipe.teacher.device_map if own else None,
                 negative=recipe.teacher.negative if own else "zeros",
             )
             tokenizer = lm.tokenizer

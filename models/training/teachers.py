@@ -184,16 +184,17 @@ class LiveTeacher:
         _check_same_targets(batch, sum(len(part.audio_hidden) for part in parts))
         if len(parts) == 1:
             return parts[0]
-        return TeacherStates(head=self._teacher.head, **_joined([part.tensors() for part in parts]))
+        return TeacherStates(head=parts[0].head, **_joined([part.tensors() for part in parts]))
 
     def _read(self, examples: Sequence[Any]) -> TeacherStates:
         own = _own_batch(self._data, examples, self._device)
         make_unheard = getattr(self._data, "make_unheard", None)
         unheard = text_path(make_unheard(examples) if make_unheard else None, self._device)
         states = self._teacher(self._data.model_inputs(own), own.target_index, **unheard)
-        return TeacherStates(
-            states.audio_hidden, states.text_hidden, self._teacher.head, states.audio_layers, states.text_layers
-        )
+        # A device_map may have placed the head elsewhere than the loss.
+        found = (states.audio_hidden, states.text_hidden, states.audio_layers, states.text_layers)
+        audio, text, *layers = (x if x is None else x.to(self._device) for x in found)
+        return TeacherStates(audio, text, self._teacher.head.to(self._device), *layers)
 
 
 class CachedTeacher:
