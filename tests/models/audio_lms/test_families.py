@@ -263,6 +263,6 @@ def test_clips_are_read_when_they_are_asked_for(tmp_path):
     reader = ClipReader(tmp_path, sampling_rate=8_000)
     rows = reader.rows([EXAMPLES[0], Example(id="t", audio=None), EXAMPLES[0]])
     assert rows[1] is None and rows[0].dtype == np.float32 and len(rows[0]) == len(CLIPS[0]) // 2
-    assert np.array_equal(rows[0], rows[2]) and vars(reader).keys() == {"audio_root", "sampling_rate", "max_seconds"}
+    assert np.array_equal(rows[0], rows[2]) and vars(reader).keys() == {"audio_root", "sampling_rate", "max_seconds", "hears"}
     with pytest.raises(AudioError, match="example 'b': missing file"):
         reader.rows(EXAMPLES)
