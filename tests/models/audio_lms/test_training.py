@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -90,19 +88,6 @@ def test_activation_checkpointing_changes_nothing(world, trains):
     plain, checkpointed = (curves(world / f"{name}-{trains}") for name in ("plain", "checkpointed"))
     for one, other in zip(plain, checkpointed, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_two_ranks_are_one(world, parallel):
-    options = [f"teacher.model={world / 'teacher'}", "optim.steps=2"]
-    assert train(["caad", *words(world, f"alone-{parallel}", *options)]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "models"]
-    ran = [*command, "train", "caad", *words(world, parallel, *options, f"run.parallel={parallel}")]
-    subprocess.run(ran, cwd=Path(__file__).parents[3], check=True, capture_output=True)
-    for one, two in zip(curves(world / f"alone-{parallel}"), curves(world / parallel), strict=True):
-        assert two == pytest.approx(one, rel=1e-3)
-    assert AudioLM.from_pretrained(world / parallel / "final").family.name == "Qwen2-Audio"
 
 
 def test_a_live_teachers_states_are_those_of_its_own_logits(world):
