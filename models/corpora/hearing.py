@@ -149,10 +149,10 @@ def span_key(clip: tuple[str, float, float | None]) -> str:
 
 
 def parse_hearing(words: Sequence[str]) -> Hearing:
-    """From words such as snr_db=0,10 band=narrow; the one word "clean" is the default.
+    """From the words of --hears, such as snr_db=0,10 band=narrow; the one word "clean" is the default.
 
     Raises:
-        ValueError: an unknown name, or a value of a wrong kind or out of range.
+        ValueError: an unknown name, or a value of a wrong kind or out of range; the message starts with --hears.
     """
     if list(words) == ["clean"]:
         return PLAIN
@@ -161,7 +161,7 @@ def parse_hearing(words: Sequence[str]) -> Hearing:
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or name not in fields:
-            raise ValueError(f"expected clean, or NAME=VALUE with a name of {', '.join(fields)}, got {word!r}")
+            raise ValueError(f"--hears: expected clean, or NAME=VALUE with a name of {', '.join(fields)}, got {word!r}")
         default = fields[name].default
         try:
             if isinstance(default, bool):
@@ -172,8 +172,11 @@ def parse_hearing(words: Sequence[str]) -> Hearing:
                 given[name] = type(default)(text)
         except (ValueError, KeyError):
             kind = {bool: "true or false", tuple: "numbers between commas", int: "a whole number"}[type(default)]
-            raise ValueError(f"{name}: expected {kind}, got {text!r}") from None
-    return Hearing(**given)
+            raise ValueError(f"--hears {name}: expected {kind}, got {text!r}") from None
+    try:
+        return Hearing(**given)
+    except ValueError as error:
+        raise ValueError(f"--hears {error}") from None
 
 
 def write_hears(folder: str | os.PathLike[str], hears: Hearing) -> None:

@@ -202,7 +202,8 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     )
     _print_skipped(suite.problems)
     examples = _questions(suite, arguments)
-    hears = parse_hearing(arguments.hears) if arguments.hears else read_hears(arguments.checkpoint)
+    own = arguments.checkpoint if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)[0]
+    hears = parse_hearing(arguments.hears) if arguments.hears else read_hears(own)
     settings = _settings(suite, examples, arguments, hears)
     done = _read_done(arguments.out, settings)
     wanted = {control_id(e.id, control) for e in examples for control in ("", *arguments.controls)}

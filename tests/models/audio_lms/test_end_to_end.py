@@ -1,4 +1,4 @@
-"""The whole way by the command line: corpus, Stage 1, cache, train, kill, resume, evaluate, from_pretrained, ask; on two ranks too.
+"""The whole way by commands: corpus, Stage 1, cache, train, kill, resume, evaluate, from_pretrained, ask; also on two ranks.
 
 The models are tiny and random, of the real classes with the real processors.
 """
