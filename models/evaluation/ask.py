@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from kdkernels.teacher import MarkAbsent
 from models.audio_lms.model import AudioLM
+from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import Example
 from models.data.prompts import target_template
 from models.evaluation.choice_scores import choice_scores
@@ -70,6 +71,7 @@ def evaluate(
     done: Iterable[Prediction] = (),
     on_batch: Callable[[float | None, list[Prediction]], None] | None = None,
     progress_bar: bool = True,
+    hears: Hearing = PLAIN,
 ) -> dict[float | None, list[Prediction]]:
     """Predictions for every example, with and without the controls.
 
@@ -83,6 +85,7 @@ def evaluate(
         plain: False asks only the controls.
         decoding: of the contrast, where an alpha is not None.
         done: predictions made before, which are not made again (only with a single alpha).
+        hears: what the model's prompts show; `store` hears accordingly.
         on_batch: called with (alpha, new predictions) after each batch, to save them.
 
     Returns:
@@ -101,7 +104,7 @@ def evaluate(
     options = {"collate": collate, "mode": mode, "max_new_tokens": max_new_tokens, "extra_inputs": extra_inputs}
     options["decoding"] = decoding
     for control, group in _batches(todo, batch_examples, done=len(made), progress_bar=progress_bar):
-        asked, features = [e for e, _ in group], store.rows([h for _, h in group])
+        asked, features = [hears.shown(e) for e, _ in group], store.rows([h for _, h in group])
         for alpha, texts, scores in _answers(model, asked, features, alphas, hears=control != "no_audio", **options):
             new = [
                 Prediction(

@@ -45,6 +45,7 @@ def evaluate_parser() -> Parser:
     parser.add_argument("--features", help="feature file (python -m models features); without it clips are encoded now")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's), or of a published benchmark")
     parser.add_allow_links()
+    parser.add_hears("the model hears and reads other things than in training (the default is what its folder says)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad rows or clips above which it stops")
     parser.add_argument(
         "--max-cut-fraction", type=float, default=1.0, help="share of clips longer than the model's window above which it stops"

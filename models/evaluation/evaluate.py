@@ -6,7 +6,8 @@
     python -m models evaluate --benchmark builtin|dynamic-superb|mcr|mmau|mmar|listen|MANIFEST CHECKPOINT [--audio-root FOLDER]
     python -m models evaluate --rescore predictions.jsonl [--compare other.jsonl] [--scorer strict] [--priors priors.json]
 
-CHECKPOINT is the folder of a SpeechLM; or hub id, folder or adapter of an audio LM of transformers.
+CHECKPOINT is the folder of a SpeechLM; or hub id, folder or adapter of an audio LM of transformers. A model that was trained on
+other audio or words than those of the manifest (the recipe's student.hears) is asked likewise; --hears changes that.
 
 Mode "choice" ranks the given choices by the likelihood of the tokens that spell them in the answer's sentence. It is fast and
 always gives an answer. In mode "generate" the model writes freely, and an answer counts if the label's words are in it. The
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from models.audio_lms.model import checkpoint_folders, is_hub_id
+from models.corpora.hearing import Hearing, parse_hearing, read_hears
 from models.data.audio import MAX_SECONDS
 from models.data.json_rows import parse_object
 from models.data.manifest import Example
@@ -225,7 +227,9 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     )
     _print_skipped(suite.problems)
     examples = _questions(suite, arguments)
-    settings = _settings(suite, examples, arguments)
+    own = arguments.checkpoint if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)[0]
+    hears = parse_hearing(arguments.hears) if arguments.hears else read_hears(own)
+    settings = _settings(suite, examples, arguments, hears)
     if settings["mode"] == "choice" and arguments.temperature is not None:
         raise EvaluationError("--temperature, --top-k, --top-p: expected --mode generate; mode choice samples nothing")
     done = _read_done(arguments.out, settings)
@@ -247,6 +251,7 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         max_bad_fraction=arguments.max_bad_fraction,
         max_cut_fraction=arguments.max_cut_fraction,
         say=print,
+        hears=hears,
     )
     alpha = arguments.alpha if arguments.decoding == "contrastive" else None
     return settings, evaluate(
@@ -261,11 +266,14 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         max_new_tokens=arguments.max_new_tokens,
         decoding=Decoding(**{name: getattr(arguments, name) for name in _DECODING}),
         done=done,
+        hears=hears,
         on_batch=lambda _, new: append_predictions(arguments.out, new),
     )[alpha]
 
 
-def _settings(suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace) -> dict[str, Any]:
+def _settings(
+    suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace, hears: Hearing
+) -> dict[str, Any]:
     """What decides the predictions; it stands in the first line of their file."""
     folders = [Path(arguments.checkpoint)] if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)
     checkpoint = [sha256_file(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
@@ -274,6 +282,7 @@ def _settings(suite: Suite, examples: Sequence[Example], arguments: argparse.Nam
         **_decoding_settings(arguments),
         "mode": arguments.mode or suite.mode,
         "left_out": suite.left_out,
+        **({"hears": hears.settings()} if hears.settings() else {}),
         # A checkpoint or manifest may change under the same name; the old answers are not those of the new one.
         "questions_sha256": fingerprint([e.to_row() for e in examples]),
         "checkpoint_sha256": checkpoint,

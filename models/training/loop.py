@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from models.backbones.device import pick_device
+from models.corpora.hearing import write_hears
 from models.io_utils import atomic_write_json, fingerprint
 from models.training.checkpoint import (
     Checkpoint,
@@ -89,7 +90,8 @@ class TrainingLoop:
         self.resume_command = resume_command
         self.ranks = Ranks(pick_device(recipe.run.device, name="run.device")) if ranks is None else ranks
         check_ranks(recipe, self.ranks)
-        self.device = self.ranks.device
+        # A device_map may have placed the student's head elsewhere: the loss is computed there.
+        self.device = model.device if getattr(model, "is_placed", False) else self.ranks.device
         self.alone = recipe.run.parallel == "none"
         model.to(self.device)
         if not any(p.requires_grad for p in model.parameters()):
@@ -302,6 +304,7 @@ class TrainingLoop:
         if self.ranks.is_first:
             self.model.save_pretrained(self.out_dir / "final")
             write_card(self.out_dir / "final", self.recipe)
+            write_hears(self.out_dir / "final", self.recipe.student.hears)
         self.ranks.any(False)  # no rank leaves before the result is written
         return TrainResult(self.optim.steps, self.out_dir)
 

@@ -55,7 +55,7 @@ def check_models(words: list[str]) -> None:
     name, *rest = words
     assert name in cli.COMMANDS, f"expected one of {', '.join(cli.COMMANDS)}, got {name!r}"
     parsed = cli.parser_of(name).parse_args(rest)
-    if name == "train":
+    if name in ("train", "plan"):
         load_recipe(parsed.recipe, parsed.overrides)
 
 
