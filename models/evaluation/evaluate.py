@@ -224,6 +224,7 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         check_audio=arguments.features is None,
         allow_links=arguments.allow_links,
         max_bad_fraction=arguments.max_bad_fraction,
+        several_clips=not is_speech_lm(arguments.checkpoint),
     )
     _print_skipped(suite.problems)
     examples = _questions(suite, arguments)

@@ -113,6 +113,21 @@ def test_dynamic_superb_as_published(superb):
     assert suite.mode == "generate" and not suite.problems
 
 
+def test_questions_about_two_clips(superb):
+    """An audio LM hears both, where the second ones are there; the published rows may name files of another machine."""
+    suite = load_suite("dynamic-superb", audio_root=superb, several_clips=True)
+    reason = "its questions have two clips each, and the second ones are not in the folder"
+    assert suite.left_out == {"SpeakerVerification_VCTK": reason}
+    superb_task(superb, "SpeakerVerification_VCTK", {"a.wav": superb_row("yes", audio2="b.wav"), "b.wav": superb_row("no")})
+    suite = load_suite("dynamic-superb", audio_root=superb, several_clips=True)
+    (both,) = [e for e in suite.examples if e.more_audio]
+    assert [clip for clip, _, _ in both.clips] == ["SpeakerVerification_VCTK/a.wav", "SpeakerVerification_VCTK/b.wav"]
+    assert not suite.left_out and not suite.problems and both.metadata["category"] == "speaker"
+    assert [p.reason for p in load_suite("dynamic-superb", audio_root=superb, max_bad_fraction=0.5).problems] == [
+        "audio2: expected one clip, got two"
+    ]
+
+
 def test_bad_rows_of_a_published_benchmark_are_named_or_refuse_it(superb):
     (superb / "SpeechDetection_LJSpeech" / "b.wav").write_bytes(b"")
     with pytest.raises(ManifestError, match=r"1 of 4 rows are bad.*\n.*SpeechDetection_LJSpeech/b.wav\): audio: empty file"):
