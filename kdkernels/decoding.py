@@ -95,6 +95,8 @@ def contrastive_generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     return_scores: bool = False,
@@ -118,6 +120,9 @@ def contrastive_generate(
         eos_token_id: a row ends after any of these; None takes the model's generation config's, [] never ends.
         pad_token_id: fills ended rows; None takes the generation config's, or else an end token.
         temperature: None chooses the best token, a number samples from softmax(scores / temperature).
+        top_k: sample from this many best tokens (and those equal to the last of them); None = from all. It needs temperature.
+        top_p: sample from the fewest of these that together have this probability, in (0, 1]; None = from all. It needs
+            temperature.
         generator: for sampling, on the model's device.
         use_cache: False recomputes both prompts for each token, which is slow. Models without a cache need it.
         return_scores: also return the contrastive scores that each token was chosen from.
@@ -136,12 +141,21 @@ def contrastive_generate(
         raise ValueError(f"max_new_tokens: expected a positive int, got {max_new_tokens!r}")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: expected a positive number or None (best token), got {temperature}")
+    for name, limit in (("top_k", top_k), ("top_p", top_p)):
+        if limit is not None and temperature is None:
+            raise ValueError(f"{name}: expected None without temperature, which means the best token, got {limit}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k: expected a positive int or None, got {top_k!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1] or None, got {top_p}")
     both = _both_prompts(inputs, negative, text_inputs)
     lengths = both.inputs["attention_mask"].sum(1)
     check_lengths(model, int(lengths.min()), int(lengths.max()) + max_new_tokens - 1)
     chooser = _Chooser(
         lambda audio, text: contrast_logits(audio, text, alpha=alpha, formula=formula, plausibility=plausibility),
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         generator=generator,
         keep_scores=return_scores,
     )
@@ -157,6 +171,24 @@ def contrastive_generate(
     return (tokens, chooser.stacked_scores(tokens.shape[1])) if return_scores else tokens
 
 
+def kept_probabilities(
+    scores: Tensor, temperature: float, *, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """(B, V) softmax(scores / temperature), 0 where top_k or top_p leaves a token out; the sum may be below 1.
+
+    Of the top_k best tokens the fewest stay that together have top_p of their probability, at least one.
+    """
+    if top_k is not None and top_k < scores.shape[-1]:
+        least = scores.topk(top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < least, -math.inf)
+    probabilities = torch.softmax(scores / temperature, dim=-1)
+    if top_p is None or top_p == 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.double().cumsum(dim=-1) - ordered  # of the better tokens; 0 for the best
+    return torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+
+
 class _Chooser:
     """Next tokens from the logits of both paths, (2 B, V) with the positive path's rows first."""
 
@@ -165,11 +197,15 @@ class _Chooser:
         contrast: Callable[[Tensor, Tensor], Tensor],
         *,
         temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
         generator: torch.Generator | None,
         keep_scores: bool,
     ):
         self._contrast = contrast
         self._temperature = temperature
+        self._top_k = top_k
+        self._top_p = top_p
         self._generator = generator
         self._scores: list[Tensor] | None = [] if keep_scores else None
 
@@ -180,7 +216,7 @@ class _Chooser:
             self._scores.append(scores)
         if self._temperature is None:
             return scores.argmax(dim=-1)
-        probabilities = torch.softmax(scores / self._temperature, dim=-1)
+        probabilities = kept_probabilities(scores, self._temperature, top_k=self._top_k, top_p=self._top_p)
         return torch.multinomial(probabilities, 1, generator=self._generator).squeeze(1)
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:

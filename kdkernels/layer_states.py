@@ -25,6 +25,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return _find(_decoder(model), _LAYER_LISTS, nn.ModuleList, "a list of layers")
 
 
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """What a causal LM applies to the output of its last layer before its LM head; None where nothing is found."""
+    return _find(_decoder(model), _FINAL_NORMS, nn.Module, "a final norm", default=None)
+
+
 class LayerStates:
     """Takes the states of `layers` at `index` while the model runs inside the block.
 

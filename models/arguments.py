@@ -33,6 +33,15 @@ class Parser(argparse.ArgumentParser):
             help="clips may be links that leave the folder of the audio (a hub's cache, git-annex, DVC)",
         )
 
+    def add_hears(self, what: str) -> None:
+        """The option of every command whose model may hear other audio than the clips as they are."""
+        self.add_list(
+            "--hears",
+            metavar="NAME=VALUE",
+            help=f"{what}: snr_db=0,10 band=common|wide|narrow codec=ulaw|gsm|mp3|opus|vorbis seed=0, and in the prompt "
+            "transcript=false context=false question=WORDS; clean = as they are",
+        )
+
     def _nearest(self, message: str) -> str:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:

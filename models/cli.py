@@ -31,6 +31,8 @@ COMMANDS = {
     "features": Command("speech_lm.features", "run every clip through the frozen audio encoder once"),
     "cache": Command("training.fill_cache", "run the teacher once and store its hidden states"),
     "train": Command("training.train", "train a speech LM or an audio LM of transformers by a recipe"),
+    "push": Command("training.publish", "push a result to the model hub"),
+    "plan": Command("training.plan", "estimate memory and time of a recipe before it runs"),
     "priors": Command("evaluation.text_priors", "answer every question from its text alone"),
     "ask": Command("evaluation.ask_one", "ask a model one question about a clip"),
     "evaluate": Command("evaluation.evaluate", "ask a model every question and score the answers"),

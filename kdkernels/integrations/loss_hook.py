@@ -1,10 +1,11 @@
-"""The loss of this package in a Trainer that is not CAADTrainer: TRL's SFTTrainer, GKDTrainer and their like."""
+"""The loss of this package in a Trainer that is not CAADTrainer: TRL's SFTTrainer, GKDTrainer and DistillationTrainer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..caad import fused_linear_caad_loss
@@ -17,7 +18,11 @@ from .options import CAADOptions
 __all__ = ["CAADLossMixin"]
 
 # What goes to the model; SFT's packed rows have position_ids.
-_NOT_FOR_THE_MODEL = ("labels", "num_items_in_batch", "prompts", "prompt_attention_mask")
+_NOT_FOR_THE_MODEL = (
+    "labels", "num_items_in_batch", "prompts", "prompt_attention_mask", "prompt_ids", "prompt_mask", "completion_ids",
+    "completion_mask", "tool_mask", "num_images", "num_tiles",
+)  # fmt: skip
+_IGNORED = -100
 
 
 class CAADLossMixin(CheckpointLoading):
@@ -27,8 +32,10 @@ class CAADLossMixin(CheckpointLoading):
         trainer = Distilling(student, args=args, train_dataset=dataset)
         trainer.use_teacher(DualPathTeacher(teacher, negative=None), CAADOptions(temperature=1.0, kd_weight=1.0))
 
-    The batch is the trainer's own: the model's inputs and `labels`. The loss is divided by the trainer's number of labels, as its
-    own loss is, over accumulation and ranks. What the trainer computes from logits (its own metrics) is not logged.
+    The batch is the trainer's own: the model's inputs and `labels`; or, in DistillationTrainer, prompts and completions, which
+    the student may have written. Their completion_mask, and tool_mask if there is one, says which tokens count. The loss is
+    divided by the trainer's number of labels, as its own loss is, over accumulation and ranks. What the trainer computes from
+    logits (its own metrics) is not logged.
     """
 
     def use_teacher(self, teacher: DualPathTeacher, options: CAADOptions | None = None) -> None:
@@ -49,8 +56,16 @@ class CAADLossMixin(CheckpointLoading):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch; with return_outputs also a dict without logits."""
-        index, target = answer_index(inputs["labels"])
         given = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+        own_count = "completion_ids" in inputs  # which the trainer makes after its completions are there
+        if own_count:
+            given |= _joined(inputs)
+            labels = _completion_labels(inputs)
+            if model.training and inputs.get("num_items_in_batch") is not None:
+                num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1)
+        else:
+            labels = inputs["labels"]
+        index, target = answer_index(labels)
         states = self._caad_teacher(given, index)
         options = self._caad_options.keywords(self.state.global_step + 1)
         if states.text_hidden is None:
@@ -72,6 +87,21 @@ class CAADLossMixin(CheckpointLoading):
             )
 
         value = self._caad_head(model, given, index, loss)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        if num_items_in_batch is not None and (own_count or self.args.average_tokens_across_devices):
             value = value * self.accelerator.num_processes  # gradients are averaged over ranks
         return (value, {"loss": value.detach()}) if return_outputs else value
+
+
+def _joined(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Each row's prompt (padded on the left) and completion (padded on the right) as model inputs, (B, P + C)."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+    }
+
+
+def _completion_labels(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, P + C): the completions' tokens that count, and -100 elsewhere."""
+    counts = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    answer = inputs["completion_ids"].masked_fill(counts == 0, _IGNORED)
+    return torch.cat([torch.full_like(inputs["prompt_ids"], _IGNORED), answer], dim=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.corpora.hearing import PLAIN, Hearing, span_key
 from models.data.audio import MAX_SECONDS, AudioError, load_audio
 from models.data.example import Example
 
@@ -22,15 +23,24 @@ class ClipReader:
         audio_root: folder that the examples' paths are relative to.
         sampling_rate: of the waveforms, in Hz.
         max_seconds: a longer clip is an error.
+        hears: what is done to a clip after it is decoded.
     """
 
-    def __init__(self, audio_root: str | os.PathLike[str], *, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> None:
+    def __init__(
+        self,
+        audio_root: str | os.PathLike[str],
+        *,
+        sampling_rate: int,
+        max_seconds: float = MAX_SECONDS,
+        hears: Hearing = PLAIN,
+    ) -> None:
         self.audio_root = Path(audio_root)
         self.sampling_rate = sampling_rate
         self.max_seconds = max_seconds
+        self.hears = hears
 
     def rows(self, examples: Sequence[Example]) -> np.ndarray:
-        """(B,) of dtype object: the clip of each example as float32 (samples,), or None.
+        """(B,) of dtype object: the clip of each example as float32 (samples,), a tuple of several, or None.
 
         Raises:
             AudioError: a clip cannot be read; the message names the example.
@@ -41,16 +51,19 @@ class ClipReader:
                 made[row] = clip
         return made
 
-    def _read(self, example: Example) -> np.ndarray | None:
-        if example.audio is None:
-            return None
-        try:
-            return load_audio(
-                self.audio_root / example.audio,
-                start_seconds=example.start_seconds,
-                end_seconds=example.end_seconds,
-                sample_rate=self.sampling_rate,
-                max_seconds=self.max_seconds,
-            )
-        except AudioError as error:
-            raise AudioError(f"example {example.id!r}: {error.reason}", error.path) from None
+    def _read(self, example: Example) -> np.ndarray | tuple[np.ndarray, ...] | None:
+        heard = []
+        for clip in example.clips:
+            audio, start, end = clip
+            try:
+                samples = load_audio(
+                    self.audio_root / audio,
+                    start_seconds=start,
+                    end_seconds=end,
+                    sample_rate=self.sampling_rate,
+                    max_seconds=self.max_seconds,
+                )
+            except AudioError as error:
+                raise AudioError(f"example {example.id!r}: {error.reason}", error.path) from None
+            heard.append(self.hears.sound(samples, span_key(clip), sample_rate=self.sampling_rate))
+        return tuple(heard) if len(heard) > 1 else heard[0] if heard else None

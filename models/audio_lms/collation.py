@@ -87,18 +87,22 @@ class AudioCollator:
         self._pad_id = self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def __call__(
-        self, examples: Sequence[Example], clips: Sequence[np.ndarray | None], *, with_target: bool = True
+        self,
+        examples: Sequence[Example],
+        clips: Sequence[np.ndarray | tuple[np.ndarray, ...] | None],
+        *,
+        with_target: bool = True,
     ) -> AudioBatch:
         """Make a batch.
 
         Args:
             examples: B of them.
-            clips: of each example, as `ClipReader.rows` gives them; None where it has none.
+            clips: of each example, as `ClipReader.rows` gives them: one, a tuple of several, or None.
             with_target: False leaves rows that end with the prompt, for `AudioLM.generate`.
 
         Raises:
-            ValueError: no examples, another number of clips, an example without target, or a row longer than `max_tokens`; the
-                message names the example's id.
+            ValueError: no examples, another number of clips, an example without target or with more clips than the family can
+                hear, or a row longer than `max_tokens`; the message names the example's id.
         """
         if not len(examples):
             raise ValueError("examples: expected at least one, got none")
@@ -109,7 +113,10 @@ class AudioCollator:
             spelling_mask(example, ids, self._tokenize, ends=True) if with_target else []
             for example, ids in zip(examples, targets, strict=True)
         ]
-        turns = [Turn(chat_text(e), () if clip is None else (clip,)) for e, clip in zip(examples, clips, strict=True)]
+        heard = [() if clip is None else clip if isinstance(clip, tuple) else (clip,) for clip in clips]
+        for example, several in zip(examples, heard, strict=True):
+            self.family.check_clips(len(several), f"example {example.id!r}: ")
+        turns = [Turn(chat_text(example), several) for example, several in zip(examples, heard, strict=True)]
         encoded = self.family.encoded(self.processor, turns)
         return self._batch([example.id for example in examples], encoded, targets, masks)
 

@@ -60,6 +60,8 @@ class Family:
         lora: modules that a LoRA goes on, a regular expression for their whole names.
         connector: modules between encoder and language model, as `language_model`.
         mask: the input that says which frames of the features are there, (E, T), if the processor omits it for a single clip.
+        tokens_per_second: placeholders in the prompt for a second of sound, with the settings of the published checkpoints.
+        window_seconds: the encoder reads clips in whole windows of this length; 0 = as long as they are.
         max_clips: clips that one turn may have; None = any number.
         audio_first: the clips stand before the words.
         plain_tokenizer: its tokenizer never reads special tokens out of text, and has no option that says so.
@@ -77,6 +79,8 @@ class Family:
     lora: str = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     connector: str = r"model\.multi_modal_projector\b"
     mask: str | None = None
+    tokens_per_second: float = 25.0
+    window_seconds: float = 0.0
     max_clips: int | None = None
     audio_first: bool = True
     plain_tokenizer: bool = False
@@ -89,6 +93,11 @@ class Family:
         """The inputs of the path without the audio, from those of the path with it."""
         return MaskFeatures(*self.features, value=self.negative_value)
 
+    def check_clips(self, count: int, row: str = "") -> None:
+        """ValueError for more clips than the family hears in a turn; `row` names the turn's row in the message."""
+        if self.max_clips is not None and count > self.max_clips:
+            raise ValueError(f"{row}clips: expected at most {self.max_clips} a turn with {self.name}, got {count}")
+
     def encoded(self, processor: Any, turns: Sequence[Turn]) -> Encoded:
         """Turns as model inputs. Each turn goes through the processor by itself, so it does not depend on its neighbours.
 
@@ -98,8 +107,7 @@ class Family:
         rows, made, entries = [], [], []
         known: dict[Any, Any] = {}  # the choices of a question are rows with one prompt and one clip
         for turn in turns:
-            if self.max_clips is not None and len(turn.clips) > self.max_clips:
-                raise ValueError(f"clips: expected at most {self.max_clips} a turn with {self.name}, got {len(turn.clips)}")
+            self.check_clips(len(turn.clips))
             key = (turn.text, *map(id, turn.clips))
             if key not in known:
                 known[key] = (self.encode or encode_turn)(self, processor, turn)

@@ -23,17 +23,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import HeadCapture, evaluating, head_module
+from kdkernels.paths import MaskFeatures
 from kdkernels.sampling import Sampling, own_answers
 from models.audio_lms.collation import AudioBatch, AudioCollator
-from models.audio_lms.families import family_of
-from models.audio_lms.family import AudioLMError, Family, matches, sampling_rate, tokenizer_of
-from models.audio_lms.settings import TRAINS, Lora
+from models.audio_lms.families import check_own_code, family_of
+from models.audio_lms.family import AudioLMError, Family, Turn, matches, sampling_rate, tokenizer_of
+from models.audio_lms.settings import NEGATIVES, TRAINS, Lora
 from models.backbones.answer_noise import AnswerNoise
 from models.backbones.hub import from_hub
 from models.backbones.model_folder import quiet_transformers
@@ -58,6 +60,8 @@ class AudioLM(nn.Module):
         lora: settings, where trains is "lora".
         source: hub id or folder of the weights, which an adapter names as its base.
         folder: where the processor's files lie; None = the processor is written by transformers.
+        negative: what a row that hears nothing has in the place of its sound: "zeros" in its features, or the features of
+            "silence". With "absent", who makes the path without the audio leaves the clip out of its prompt (`is_absent`).
 
     Attributes:
         lm: the model; with a LoRA a PeftModel around it.
@@ -75,13 +79,18 @@ class AudioLM(nn.Module):
         source: str | None = None,
         folder: Path | None = None,
         merge: bool = False,
+        negative: str = "zeros",
     ) -> None:
         super().__init__()
+        if negative not in NEGATIVES:
+            raise ValueError(f"negative: expected one of {', '.join(NEGATIVES)}, got {negative!r}")
         self.family: Family = family_of(lm.config)
         self.processor = processor
         self.tokenizer = tokenizer_of(processor)
         self.sampling_rate = sampling_rate(processor)
         self.merge = merge
+        self.is_absent = negative == "absent"
+        self._silent = _silence(self.family, processor) if negative == "silence" else self.family.negative
         self._folder = folder
         self._gradient_checkpointing = False
         self.lm = _trainable(lm, self.family, trains, lora or Lora(), source)
@@ -100,6 +109,7 @@ class AudioLM(nn.Module):
         trains: str | None = None,
         lora: Lora | None = None,
         merge: bool = False,
+        negative: str = "zeros",
     ) -> AudioLM:
         """Load a checkpoint, or an adapter that `save_pretrained` wrote.
 
@@ -109,7 +119,7 @@ class AudioLM(nn.Module):
             dtype: of the weights.
             attention: transformers' attn_implementation, such as "sdpa" or "flash_attention_2"; None = transformers chooses.
             device_map: transformers' device_map, such as "auto", which needs accelerate.
-            trains, lora, merge: see the class.
+            trains, lora, merge, negative: see the class.
 
         Raises:
             AudioLMError: no such checkpoint, or one that this project cannot run.
@@ -124,12 +134,13 @@ class AudioLM(nn.Module):
                 "lacks these weights"
             )
         source = _base_of(own) if base else str(Path(spec).resolve()) if Path(spec).is_dir() else os.fspath(spec)
+        check_own_code(folder)
         with quiet_transformers():
             try:
                 family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
                 if family.check is not None:
                     family.check(folder)
-                lm = _class_of(family).from_pretrained(
+                lm = model_class_of(family).from_pretrained(
                     folder, dtype=dtype, attn_implementation=attention, device_map=device_map, local_files_only=True,
                     use_safetensors=True, trust_remote_code=False,
                 )  # fmt: skip
@@ -138,13 +149,13 @@ class AudioLM(nn.Module):
                 raise AudioLMError(f"{spec}: {' '.join(str(error).split())}") from error
             if adapter is not None:
                 lm = _with_adapter(lm, adapter)
-        return cls(lm.eval(), processor, trains=trains, lora=lora, source=source, folder=own, merge=merge)
+        return cls(lm.eval(), processor, trains=trains, lora=lora, source=source, folder=own, merge=merge, negative=negative)
 
     @classmethod
     def from_config(cls, config: Any, processor: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> AudioLM:
         """A model with random weights, for tests; `options` as in the class."""
         family = family_of(config)
-        return cls(_class_of(family)._from_config(config, dtype=dtype).eval(), processor, **options)
+        return cls(model_class_of(family)._from_config(config, dtype=dtype).eval(), processor, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write what transformers loads: weights or an adapter, config and the processor's files.
@@ -207,24 +218,37 @@ class AudioLM(nn.Module):
             else:
                 with taken:
                     self.lm(**inputs, use_cache=False)
-        hidden = capture.hidden().flatten(0, 1)[index]
-        return hidden if taken is None else torch.cat([hidden[:, None], taken.stacked()], 1)
+        hidden = capture.hidden().flatten(0, 1)
+        hidden = hidden[index.to(hidden.device)]  # layers of a device_map may end elsewhere than they begin
+        return hidden if taken is None else torch.cat([hidden[:, None], taken.stacked().to(hidden.device)], 1)
 
     @torch.no_grad()
     def generate(
-        self, batch: AudioBatch | Mapping[str, Any], *, max_new_tokens: int = 16, alpha: float | None = None
+        self,
+        batch: AudioBatch | Mapping[str, Any],
+        *,
+        max_new_tokens: int = 16,
+        alpha: float | None = None,
+        formula: str = "extrapolate",
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> list[str]:
         """Greedy answers to a batch of prompts; with `alpha` by contrastive decoding of the paths with and without the audio.
 
         Args:
             batch: rows that end with the last token of their prompt, or their model inputs.
             max_new_tokens: limit of each row.
+            formula, temperature, top_k, top_p, generator: of `kdkernels.contrastive_generate`; only with alpha.
 
         Returns:
             one text for each row, without special tokens and outer white space.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
+        if alpha is None and (formula != "extrapolate" or (temperature, top_k, top_p) != (None, None, None)):
+            raise ValueError("alpha: expected a number beside formula, temperature, top_k or top_p, got None")
         inputs = dict(batch.model_inputs() if isinstance(batch, AudioBatch) else batch)
         inputs = self._masked(inputs, inputs.pop("audio_present", None), inputs.pop("entries", None))
         stop = sorted({token for token in (self.make_collator().end_id, self.tokenizer.eos_token_id) if token is not None})
@@ -232,8 +256,9 @@ class AudioLM(nn.Module):
             tokens = self._greedy(inputs, max_new_tokens, stop)
         else:
             tokens = contrastive_generate(
-                self.lm, inputs, negative=self.family.negative, alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=stop
-            )
+                self.lm, inputs, negative=self.family.negative, alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=stop,
+                formula=formula, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+            )  # fmt: skip
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens.tolist()]
 
     def own_answers(
@@ -296,7 +321,7 @@ class AudioLM(nn.Module):
         inputs = inputs | {name: inputs[name].to(self.lm.dtype) for name in found}
         if present is None or not found:
             return inputs
-        silent = self.family.negative(inputs)
+        silent = self._silent(inputs)
         if entries is not None:
             present = present.repeat_interleave(entries, output_size=len(inputs[found[0]]))  # (E,)
         keeps = {name: present.view(-1, *[1] * (inputs[name].dim() - 1)) for name in found}
@@ -334,6 +359,15 @@ class AudioLM(nn.Module):
                 if weights and not recomputes and not any(weight.requires_grad for weight in weights):
                     module.eval()
         return self
+
+    def to(self, *args: Any, **options: Any) -> AudioLM:
+        """As torch does; a model that a device_map has placed stays where it is."""
+        return self if self.is_placed else super().to(*args, **options)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether a device_map has placed the weights on several devices."""
+        return getattr(self.lm.get_base_model() if self._has_lora else self.lm, "hf_device_map", None) is not None
 
     @property
     def device(self) -> torch.device:
@@ -401,7 +435,7 @@ def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, so
         if getattr(lm, "_hf_peft_config_loaded", False):
             raise AudioLMError(f"{source}: expected weights without a LoRA of their own; train the connector, or merge it first")
         # Whole names: PEFT turns patterns into ends of names for some families, and the encoder's layers have the same ends.
-        names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and _gets_lora(name, family, lora)]
+        names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and gets_lora(name, family, lora)]
         if not names:
             raise AudioLMError(f"lora.targets: expected ends of names of the language model's linear layers, got {lora.targets}")
         config = _peft().LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
@@ -417,13 +451,15 @@ def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, so
     return lm
 
 
-def _gets_lora(name: str, family: Family, lora: Lora) -> bool:
+def gets_lora(name: str, family: Family, lora: Lora) -> bool:
+    """Whether a new LoRA goes on the linear layer of this name."""
     if not lora.targets:
         return re.fullmatch(family.lora, name) is not None
     return matches(family.language_model, name) and name.endswith(tuple(f".{target}" for target in lora.targets))
 
 
-def _class_of(family: Family) -> Any:
+def model_class_of(family: Family) -> Any:
+    """The class of transformers, or AudioLMError where this release lacks it."""
     import transformers
 
     found = getattr(transformers, family.model_class, None)
@@ -438,6 +474,17 @@ def _load_processor(family: Family, folder: Path) -> Any:
     if family.load_processor is not None:
         return family.load_processor(str(folder))
     return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _silence(family: Family, processor: Any) -> MaskFeatures:
+    """The inputs of the path without the audio, with the features of a silent clip."""
+    silent = np.zeros(sampling_rate(processor), np.float32)
+    made = family.encoded(processor, [Turn("", (silent,))]).features
+    values = torch.cat([made[name].flatten().float() for name in family.features])
+    low, high = values.aminmax()
+    if not float(high - low) < 1e-3:
+        raise AudioLMError(f"negative: expected zeros or absent with {family.name}, whose features of silence are not constant")
+    return MaskFeatures(*family.features, value=float(low))
 
 
 def _peft() -> Any:

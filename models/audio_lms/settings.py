@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TRAINS = ("full", "lora", "connector")
+# The path without the audio: features of zeros, features of a silent clip, or a prompt without the clip.
+NEGATIVES = ("zeros", "silence", "absent")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -86,7 +86,7 @@ def prepare_clip(
         raise ValueError(f"samples: expected shape (samples,) with at least one, got {samples.shape}")
     if channel.trim:
         samples = trim_silence(samples, rate_hz)
-    speech = _band_limited(samples, rate_hz, channel.band)[: int(max_seconds * SAMPLE_RATE_HZ)]
+    speech = band_limited(samples, rate_hz, channel.band)[: int(max_seconds * SAMPLE_RATE_HZ)]
     if channel.reverberation_seconds is not None and speech.size:
         speech = _reverberated(speech, channel.reverberation_seconds, rng)
     speech = _at_level(speech)
@@ -94,7 +94,7 @@ def prepare_clip(
         return speech
     noise = make_noise(len(speech), rng=rng)
     if channel.noise_in_band:
-        noise = _band_limited(noise, SAMPLE_RATE_HZ, "common")[: len(speech)]
+        noise = band_limited(noise, SAMPLE_RATE_HZ, "common")[: len(speech)]
         noise = _unit_rms(np.pad(noise, (0, len(speech) - len(noise))))
     return _at_level(speech + noise * np.float32(LEVEL_RMS * 10.0 ** (-snr_db / 20.0)))
 
@@ -113,7 +113,8 @@ def trim_silence(samples: np.ndarray, rate_hz: int) -> np.ndarray:
     return samples[max(0, loud[0] * size - margin) : (loud[-1] + 1) * size + margin]
 
 
-def _band_limited(samples: np.ndarray, rate_hz: int, band: str) -> np.ndarray:
+def band_limited(samples: np.ndarray, rate_hz: int, band: str) -> np.ndarray:
+    """float32 (samples,) at 16 kHz in one of BANDS, from `samples` at `rate_hz`."""
     if band == "common":
         return resample(resample(samples, rate_hz, BAND_RATE_HZ), BAND_RATE_HZ, SAMPLE_RATE_HZ)
     wide = resample(resample(samples, rate_hz, _WIDE_RATE_HZ), _WIDE_RATE_HZ, SAMPLE_RATE_HZ)

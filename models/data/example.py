@@ -26,6 +26,7 @@ class Example:
         id: unique in the manifest.
         audio: path relative to the audio root, with forward slashes; None is a text-only example.
         start_seconds, end_seconds: the span of the file. An end of None is the file's end.
+        more_audio: further clips of the same question, whole files, in the order in which they are heard after `audio`.
         transcription: the words that the prompt shows.
         metadata: attributes of the clip ({"gender": "man", "speaker": "JOE", "snr_db": -3.0}).
         task: "gender", "language", ...; accuracy is reported by task.
@@ -59,6 +60,7 @@ class Example:
     split: str = "train"
     kind: str = "neutral"
     pair_id: str | None = None
+    more_audio: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("id", "transcription", "task", "context", "question", "split", "kind"):
@@ -92,6 +94,21 @@ class Example:
             _check_one_of("target_source", self.target_source, TARGET_SOURCES)
         if self.audio is not None:
             _check_relative(self.audio)
+        if isinstance(self.more_audio, str) or not isinstance(self.more_audio, (list, tuple)):
+            raise TypeError(f"more_audio: expected a list of paths, got {type(self.more_audio).__name__}")
+        object.__setattr__(self, "more_audio", tuple(self.more_audio))
+        for path in self.more_audio:
+            _check_text("more_audio", path)
+            _check_relative(path, "more_audio")
+        if self.more_audio and self.audio is None:
+            raise ValueError(f"more_audio: expected none without audio, got {list(self.more_audio)}")
+
+    @property
+    def clips(self) -> tuple[tuple[str, float, float | None], ...]:
+        """(file, start, end) of every clip in the order in which they are heard; () for a text-only example."""
+        if self.audio is None:
+            return ()
+        return ((self.audio, self.start_seconds, self.end_seconds), *((path, 0.0, None) for path in self.more_audio))
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object of this example, without fields that have their default value."""
@@ -100,7 +117,7 @@ class Example:
             value = getattr(self, item.name)
             default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
             if value != default:
-                row[item.name] = list(value) if item.name == "choices" else value
+                row[item.name] = list(value) if isinstance(value, tuple) else value
         return row
 
 
@@ -172,10 +189,10 @@ def _check_span_fields(start: object, end: object) -> None:
         raise ValueError(f"end_seconds: expected more than start_seconds {start:g}, got {end:g}")
 
 
-def _check_relative(audio: str) -> None:
+def _check_relative(audio: str, name: str = "audio") -> None:
     """Raise ValueError for absolute paths (of POSIX and Windows), drive letters, ".." and null bytes."""
     windows = PureWindowsPath(audio)  # knows both separators
     if not audio.strip() or "\0" in audio:
-        raise ValueError(f"audio: expected a relative path or null, got {audio!r}")
+        raise ValueError(f"{name}: expected a relative path or null, got {audio!r}")
     if windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(f"audio: expected a path inside the audio root, got {audio!r}")
+        raise ValueError(f"{name}: expected a path inside the audio root, got {audio!r}")

@@ -9,9 +9,10 @@ default value:
      "task": "gender", "question": "Is the speaker a man or a woman?", "choices": ["man", "woman"], "answer": "man",
      "target": "The speaker is a man.", "target_source": "template", "split": "train", "kind": "neutral"}
 
-(one line each in the file). Audio paths are relative to the audio root. That is the folder that the header names as
-"audio_root", relative to the manifest's own folder; without it, the manifest's folder. The paths may not leave the root: not
-by "..", not as absolute paths, and through links only if the reader allows them (`allow_links`).
+(one line each in the file). "more_audio" lists further clips of the same question. Audio paths are relative to the audio root.
+That is the folder that the header names as "audio_root", relative to the manifest's own folder; without it, the manifest's
+folder. The paths may not leave the root: not by "..", not as absolute paths, and through links only if the reader allows them
+(`allow_links`).
 
 Bad rows are skipped, counted and listed. More of them than `max_bad_fraction` are an error. `python -m models check FILE`
 checks a manifest.

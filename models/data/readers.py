@@ -74,6 +74,7 @@ def read_foreign(
     check_audio: bool = True,
     max_seconds: float = MAX_SECONDS,
     allow_links: bool = False,
+    several_clips: bool = False,
 ) -> Manifest:
     """Read a file of one of FORMS.
 
@@ -84,6 +85,7 @@ def read_foreign(
         split: split of rows that do not name one; None is "train" for the desta form and "test" for the benchmarks.
         target_source: who wrote the targets of the desta form.
         max_bad_fraction, check_audio, max_seconds, allow_links: as for `read_manifest`.
+        several_clips: rows of Dynamic-SUPERB with a second clip give questions about two. Otherwise they are problems.
 
     Returns:
         Manifest; the rows of problems count lines (array: elements) from 1.
@@ -111,7 +113,7 @@ def read_foreign(
 
     def convert(number: int, row: dict[str, Any]) -> list[Example]:
         try:
-            examples = list(converters[form](row, _Defaults(number, root, split, target_source)))
+            examples = list(converters[form](row, _Defaults(number, root, split, target_source, several_clips)))
             return numbers.tell_apart(row, examples)
         except KeyError as error:
             raise ValueError(f"missing field {error}") from None
@@ -187,11 +189,12 @@ class _Numbers:
 class _Defaults:
     """The values of what a row may leave out."""
 
-    def __init__(self, number: int, root: Path, split: str, target_source: str):
+    def __init__(self, number: int, root: Path, split: str, target_source: str, several_clips: bool = False):
         self.number = number
         self.root = root
         self.split = split
         self.target_source = target_source
+        self.several_clips = several_clips
 
     def name(self, row: Mapping[str, Any], audio: str | None) -> str:
         return str(row["id"]) if "id" in row else f"{self.number}" + (f"/{audio}" if audio else "")
@@ -266,7 +269,8 @@ def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterato
     audio = defaults.audio(row.get("audio", row.get("file")))
     if audio is None:
         raise KeyError("audio")
-    if row.get("audio2") is not None or row.get("file2") is not None:
+    second = defaults.audio(row["audio2"] if row.get("audio2") is not None else row.get("file2"))
+    if second is not None and not defaults.several_clips:
         raise ValueError("audio2: expected one clip, got two")
     instruction, label = str(row["instruction"]), str(row["label"])
     if isinstance(row.get("choices"), str):
@@ -280,6 +284,7 @@ def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterato
     yield Example(
         id=defaults.name(row, audio),
         audio=audio,
+        more_audio=() if second is None else (second,),
         transcription=str(row.get("transcription") or ""),
         metadata=metadata,
         task=str(row.get("task", row.get("instance", ""))),

@@ -90,17 +90,14 @@ class AudioChecker:
         self._known: dict[str, AudioInfo | AudioError] = {}
 
     def check(self, example: Example) -> None:
-        """Raise AudioError if the example's span cannot be used."""
-        if example.audio is None:
-            return
-        if example.audio not in self._known:
-            self._known[example.audio] = self._probe(example.audio)
-        known = self._known[example.audio]
-        if isinstance(known, AudioError):
-            raise known
-        check_span(
-            known, start_seconds=example.start_seconds, end_seconds=example.end_seconds, max_seconds=self._max_seconds
-        )
+        """Raise AudioError if one of the example's clips, or its span, cannot be used."""
+        for audio, start, end in example.clips:
+            if audio not in self._known:
+                self._known[audio] = self._probe(audio)
+            known = self._known[audio]
+            if isinstance(known, AudioError):
+                raise known
+            check_span(known, start_seconds=start, end_seconds=end, max_seconds=self._max_seconds)
 
     def _probe(self, audio: str) -> AudioInfo | AudioError:
         if problem := link_problem(self._root, audio, allow_links=self._allow_links):

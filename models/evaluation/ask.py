@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,45 @@ from tqdm import tqdm
 
 from kdkernels.teacher import MarkAbsent
 from models.audio_lms.model import AudioLM
+from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import Example
 from models.data.prompts import target_template
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.commands import CONTROLS
 from models.evaluation.controls import control_id, with_controls
-from models.evaluation.predictions import Prediction, claimed_choice, context_kind
+from models.evaluation.predictions import Prediction, claimed_choice, context_kind, groups_of
+from models.io_utils import fingerprint
 from models.speech_lm.features import FeatureStore, clip_key
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a contrast is decoded, beside its strength; see `kdkernels.contrastive_generate`.
+
+    Attributes:
+        formula: "extrapolate" or "authors"; the only field that mode "choice" has a use for.
+        temperature: None = always the best token.
+        top_k, top_p: of sampling; None = all tokens.
+        seed: of sampling. A batch's answers depend on it and on the ids of its questions.
+    """
+
+    formula: str = "extrapolate"
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def options(self, device: torch.device, asked: Sequence[str]) -> dict[str, Any]:
+        """Keywords of `contrastive_generate` for a batch of questions."""
+        generator = None
+        if self.temperature is not None:
+            seed = int(fingerprint([self.seed, *asked])[:15], 16)  # so that a continued evaluation draws the same numbers
+            generator = torch.Generator(device).manual_seed(seed)
+        chosen = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {"formula": self.formula, **chosen, "generator": generator}
+
+
+PLAIN_CONTRAST = Decoding()
 
 
 def evaluate(
@@ -33,10 +66,12 @@ def evaluate(
     plain: bool = True,
     batch_examples: int = 32,
     max_new_tokens: int = 16,
+    decoding: Decoding = PLAIN_CONTRAST,
     extra_inputs: dict[str, Any] | None = None,
     done: Iterable[Prediction] = (),
     on_batch: Callable[[float | None, list[Prediction]], None] | None = None,
     progress_bar: bool = True,
+    hears: Hearing = PLAIN,
 ) -> dict[float | None, list[Prediction]]:
     """Predictions for every example, with and without the controls.
 
@@ -48,7 +83,9 @@ def evaluate(
             strengths use the same forward passes.
         controls: any of "no_audio", "swapped_audio". Their predictions have `control` set and "#control" in the id.
         plain: False asks only the controls.
+        decoding: of the contrast, where an alpha is not None.
         done: predictions made before, which are not made again (only with a single alpha).
+        hears: what the model's prompts show; `store` hears accordingly.
         on_batch: called with (alpha, new predictions) after each batch, to save them.
 
     Returns:
@@ -65,14 +102,16 @@ def evaluate(
     work = sorted(examples, key=lambda e: (len(e.choices), len(e.transcription) + len(e.context)))
     todo = [(c, e, h) for c, e, h in with_controls(work, controls, plain=plain) if control_id(e.id, c) not in made]
     options = {"collate": collate, "mode": mode, "max_new_tokens": max_new_tokens, "extra_inputs": extra_inputs}
+    options["decoding"] = decoding
     for control, group in _batches(todo, batch_examples, done=len(made), progress_bar=progress_bar):
-        asked, features = [e for e, _ in group], store.rows([h for _, h in group])
+        asked, features = [hears.shown(e) for e, _ in group], store.rows([h for _, h in group])
         for alpha, texts, scores in _answers(model, asked, features, alphas, hears=control != "no_audio", **options):
             new = [
                 Prediction(
                     id=control_id(e.id, control), task=e.task, kind=context_kind(e), answer=e.answer, choices=e.choices,
                     prediction=text, pair_id=e.pair_id, control=control, scores=s, question=e.question,
                     category=str(e.metadata.get("category", "")), claim=claimed_choice(e), clip=clip_key(h),
+                    groups=groups_of(e),
                 )
                 for (e, h), text, s in zip(group, texts, scores, strict=True)
             ]  # fmt: skip
@@ -92,13 +131,16 @@ def generate_answers(
     alpha: float | None = None,
     hears: bool = True,
     max_new_tokens: int = 16,
+    decoding: Decoding = PLAIN_CONTRAST,
 ) -> list[str]:
     """Free answers by greedy decoding; with `alpha` by contrastive decoding of the paths with and without audio."""
-    batch = collate(examples, features, with_target=False).to(model.get_output_embeddings().weight.device)
+    device = model.get_output_embeddings().weight.device
+    batch = collate(examples, features, with_target=False).to(device)
+    options = {} if alpha is None else decoding.options(device, [e.id for e in examples] + ["" if hears else "no audio"])
     if not hears:
         batch = dataclasses.replace(batch, audio_present=torch.zeros_like(batch.audio_present))
     if isinstance(model, AudioLM):
-        return model.generate(batch, max_new_tokens=max_new_tokens, alpha=alpha)
+        return model.generate(batch, max_new_tokens=max_new_tokens, alpha=alpha, **options)
     if alpha is None:
         return model.generate(batch, max_new_tokens=max_new_tokens)
     from kdkernels.decoding import contrastive_generate
@@ -110,6 +152,7 @@ def generate_answers(
         alpha=alpha,
         max_new_tokens=max_new_tokens,
         eos_token_id=model.tokenizer.eos_token_id,
+        **options,
     )
     return [text.strip() for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -143,19 +186,22 @@ def _answers(
     hears: bool,
     max_new_tokens: int,
     extra_inputs: dict[str, Any] | None,
+    decoding: Decoding,
 ) -> Iterator[tuple[float | None, list[str], list[dict[str, float]]]]:
     """(alpha, answers, scores of the choices) of a batch; in mode "generate" the scores are empty."""
     if mode == "generate":
         for alpha in alphas:
             texts = generate_answers(
-                model, asked, features, collate=collate, alpha=alpha, hears=hears, max_new_tokens=max_new_tokens
-            )
+                model, asked, features, collate=collate, alpha=alpha, hears=hears, max_new_tokens=max_new_tokens,
+                decoding=decoding,
+            )  # fmt: skip
             yield alpha, texts, [{} for _ in asked]
         return
     strengths = [a or 0.0 for a in alphas]
     all_scores = choice_scores(
-        model, asked, features, collate=collate, alphas=strengths, hears=hears, extra_inputs=extra_inputs
-    )
+        model, asked, features, collate=collate, alphas=strengths, formula=decoding.formula, hears=hears,
+        extra_inputs=extra_inputs,
+    )  # fmt: skip
     for alpha, scores in zip(alphas, all_scores, strict=True):
         yield alpha, [target_template(e, max(s, key=s.get)) for e, s in zip(asked, scores, strict=True)], scores
 

@@ -3,13 +3,14 @@
 builtin         this project's own corpus (models/corpora/build.py), built or found in the cache folder
 dynamic-superb  Dynamic-SUPERB phase 1 as published: under --audio-root a folder for each task with metadata.json and clips
 mcr             MCR-BENCH as published: under --audio-root AQA/AQA.json, SER/SER.json and VSC/VSC.json with their clips
+mmau, mmar, listen   MMAU test-mini, MMAR and LISTEN as published (models/evaluation/published.py)
 PATH            a manifest of ours (models/data/manifest.py)
 
-Both published benchmarks can also come as one file of rows (models/data/readers.py) with its clips under --audio-root.
+The published benchmarks but LISTEN can also come as one file of rows (models/data/readers.py) with its clips under --audio-root.
 
 Without category "audio" Dynamic-SUPERB's tables count 51 tasks: the 48 of phase 1, and a second time the three that have two
-clips. A row here has one clip. So these six are left out, and the output names them. The other 45 are scored; an ALL over them
-is not the ALL of the published tables.
+clips. A SpeechLM hears one. For it these six are left out, and the output names them. The other 45 are scored; an ALL over them
+is not the ALL of the published tables. An audio LM hears both clips, where the second ones ("audio2" or "file2") are there.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from models.data.audio import AudioError
+from models.data.json_rows import read_rows
 from models.data.manifest import Example, Manifest, Problem, read_manifest
 from models.data.problems import refuse_if_too_bad
 from models.data.readers import read_foreign
-from models.data.rows import AudioChecker
+from models.data.rows import AudioChecker, collect_examples
+from models.evaluation import published
 from models.io_utils import cache_dir
 
-NAMES = ("builtin", "dynamic-superb", "mcr")
+NAMES = ("builtin", "dynamic-superb", "mcr", "mmau", "mmar", "listen")
 TASKS_IN_ALL = {"dynamic-superb": 51}
 _FORMS = {"dynamic-superb": "dynamic_superb", "mcr": "mcr_bench"}
 _LAYOUTS = {
@@ -37,6 +41,7 @@ _LAYOUTS = {
         "    FOLDER/AccentClassification_AccentdbExtended/clip.wav\n"
         "    FOLDER/BirdSoundDetection_Warblrb10k/metadata.json ..."
     ),
+    **published.LAYOUTS,
     "mcr": (
         "MCR-BENCH unpacked (the download link is in the README of github.com/WangCheng0116/MCR-BENCH):\n"
         "    FOLDER/AQA/AQA.json   [{\"audio\", \"gt\", \"neutral\", \"faithful\", \"adversarial\", \"irrelevant\"}, ...]\n"
@@ -101,6 +106,7 @@ def load_suite(
     check_audio: bool = True,
     max_bad_fraction: float = 0.05,
     allow_links: bool = False,
+    several_clips: bool = False,
 ) -> Suite:
     """The questions of a benchmark.
 
@@ -111,6 +117,7 @@ def load_suite(
         check_audio: read each clip's header. A clip that cannot be used is a problem.
         max_bad_fraction: more bad rows than this fraction raise ManifestError.
         allow_links: clips may be links that leave the folder of the audio.
+        several_clips: Dynamic-SUPERB's questions about two clips are asked; otherwise they are left out.
 
     Raises:
         SuiteError: the benchmark or its folder is missing; the message says how to get it.
@@ -121,23 +128,55 @@ def load_suite(
             raise SuiteError("--benchmark builtin: expected neither MANIFEST nor --audio-root, since it has its own")
         return _suite_of(name, _build(), max_bad_fraction=max_bad_fraction, check_audio=check_audio)
     options = {"check_audio": check_audio, "max_bad_fraction": max_bad_fraction, "allow_links": allow_links}
-    if name not in _FORMS:
+    if name not in _LAYOUTS:
         if manifest is not None:
             raise SuiteError(f"--benchmark: expected one of {', '.join(NAMES)} beside MANIFEST {str(manifest)!r}, got {name!r}")
         return _suite_of(name, name, audio_root=audio_root, **options)
     if audio_root is not None and not Path(audio_root).is_dir():
         raise SuiteError(f"--audio-root: no folder {str(audio_root)!r}; expected {_LAYOUTS[name]}")
-    if manifest is not None:
-        if not Path(manifest).is_file():
-            raise SuiteError(f"--benchmark {name}: no file {str(manifest)!r}; leave MANIFEST out to read {_LAYOUTS[name]}")
-        read = read_foreign(manifest, form=_FORMS[name], audio_root=audio_root, **options)
-        suite = Suite(name, read.examples, read.audio_root, read.problems)
-    elif audio_root is None:
+    if manifest is not None and (name == "listen" or not Path(manifest).is_file()):
+        got = "it has no single file" if name == "listen" else f"no file {str(manifest)!r}"
+        raise SuiteError(f"--benchmark {name}: {got}; leave MANIFEST out to read {_LAYOUTS[name]}")
+    if audio_root is None and manifest is None:
         raise SuiteError(f"--benchmark {name}: expected --audio-root FOLDER, {_LAYOUTS[name]}")
+    if name not in _FORMS:
+        return _read_published(name, manifest, audio_root, **options)
+    if manifest is not None:
+        read = read_foreign(manifest, form=_FORMS[name], audio_root=audio_root, several_clips=several_clips, **options)
+        suite = Suite(name, read.examples, read.audio_root, read.problems)
     else:
-        suite = _read_folder(name, Path(audio_root), **options)
+        assert audio_root is not None  # checked above
+        suite = _read_folder(name, Path(audio_root), several_clips=several_clips, **options)
     finished = [_with_category(e) for e in suite.examples] if name == "dynamic-superb" else list(_with_choices(suite.examples))
     return dataclasses.replace(suite, examples=finished, mode="generate")
+
+
+def _read_published(
+    name: str,
+    manifest: str | Path | None,
+    audio_root: str | Path | None,
+    *,
+    check_audio: bool,
+    max_bad_fraction: float,
+    allow_links: bool,
+) -> Suite:
+    """MMAU, MMAR or LISTEN, from the folder of its files, or from one file of rows and the folder of their clips."""
+    if name == "listen":
+        path, root = Path(str(audio_root)), published.listen_clips_folder()
+        rows: Iterable[tuple[int, Any]] = enumerate(published.listen_rows(path), 1)
+    else:
+        root = Path(audio_root) if audio_root is not None else Path(str(manifest)).parent
+        path = Path(manifest) if manifest is not None else root / published.FILES[name]
+        if not path.is_file():
+            raise SuiteError(f"--audio-root {root}: no {path.name} in it; expected {_LAYOUTS[name]}")
+        rows = read_rows(path)
+
+    def convert(_: int, row: dict[str, Any]) -> list[Example]:
+        return published.listen_examples(row, root) if name == "listen" else [published.question_example(name, row)]
+
+    checker = AudioChecker(root, allow_links=allow_links) if check_audio else None
+    examples, problems = collect_examples(path, rows, convert, checker=checker, max_bad_fraction=max_bad_fraction)
+    return Suite(name, examples, root, problems, mode="generate")
 
 
 def category_of(task: str) -> str:
@@ -163,7 +202,9 @@ def _suite_of(name: str, path: str | Path, *, audio_root: str | Path | None = No
     return Suite(name, read.examples, read.audio_root, read.problems)
 
 
-def _read_folder(name: str, root: Path, *, check_audio: bool, max_bad_fraction: float, allow_links: bool) -> Suite:
+def _read_folder(
+    name: str, root: Path, *, several_clips: bool, check_audio: bool, max_bad_fraction: float, allow_links: bool
+) -> Suite:
     checker = AudioChecker(root, allow_links=allow_links) if check_audio else None
     examples: list[Example] = []
     problems: list[Problem] = []
@@ -176,14 +217,21 @@ def _read_folder(name: str, root: Path, *, check_audio: bool, max_bad_fraction: 
         left_out |= {task: f"no {task}/{task}.json" for task in _MCR_TASKS if task not in files}
     for task, path in files.items():
         # The share of bad rows counts over all tasks, so no single file raises for it.
-        read = read_foreign(path, form=_FORMS[name], audio_root=root, check_audio=False, max_bad_fraction=1.0)
+        read = read_foreign(
+            path, form=_FORMS[name], audio_root=root, check_audio=False, max_bad_fraction=1.0, several_clips=several_clips
+        )
         two_clips = [p for p in read.problems if p.reason.startswith("audio2:")]
         if two_clips and len(two_clips) == len(read.problems) and not read.examples:
             left_out[task] = "its questions have two clips each; a row here has one"
             continue
+        placed = list(_placed(read.examples, task, path, root))
+        second = [clip for e in placed for clip in e.more_audio]
+        if second and not any((root / clip).exists() for clip in second):
+            left_out[task] = "its questions have two clips each, and the second ones are not in the folder"
+            continue
         rows += len(read.examples) + len(read.problems)
         problems += [dataclasses.replace(p, id=f"{task}: {p.id}" if p.id else task) for p in read.problems]
-        for number, example in enumerate(_placed(read.examples, task, path, root), 1):
+        for number, example in enumerate(placed, 1):
             try:
                 if checker is not None:
                     checker.check(example)
@@ -211,13 +259,19 @@ def _placed(examples: Iterable[Example], task: str, path: Path, root: Path) -> I
     """Examples of one task's file with ids of their task. Audio paths become relative to `root`."""
     folder = path.parent.relative_to(root).as_posix()
     for e in examples:
-        near = f"{folder}/{e.audio}"
-        far = e.audio is None or ((root / e.audio).exists() and not (root / near).exists())
-        e = e if far else dataclasses.replace(e, audio=near)
+        if e.audio is not None:
+            audio, *more = (_nearest(root, folder, clip) for clip in (e.audio, *e.more_audio))
+            e = dataclasses.replace(e, audio=audio, more_audio=tuple(more))
         if not e.task:
             pair_id = None if e.pair_id is None else f"{task}/{e.pair_id}"
             e = dataclasses.replace(e, id=f"{task}/{e.id}", task=task, pair_id=pair_id)
         yield e
+
+
+def _nearest(root: Path, folder: str, clip: str) -> str:
+    """A clip's path from `root`: below its task's folder, unless it is there only without that."""
+    near = f"{folder}/{clip}"
+    return clip if (root / clip).exists() and not (root / near).exists() else near
 
 
 def _with_category(example: Example) -> Example:

@@ -23,12 +23,15 @@ def choice_scores(
     *,
     collate: Callable[..., Any],
     alphas: Sequence[float] = (0.0,),
+    formula: str = "extrapolate",
     hears: bool = True,
     extra_inputs: dict[str, Any] | None = None,
 ) -> list[list[dict[str, float]]]:
     """Log-likelihood of each choice of each example, for several contrast strengths from the same forward passes.
 
         score(c) = sum over the tokens t that spell c of  log softmax((1 + alpha) z_audio - alpha z_text)[t]
+
+    With formula "authors" it is log softmax(z_audio - alpha z_text), what CAAD's authors decode with.
 
     The tokens that spell c are those of its sentence, without the common beginning and end of all choices' sentences.
 
@@ -81,7 +84,8 @@ def choice_scores(
 
     result = []
     for alpha in alphas:
-        logits = audio if text is None or alpha == 0 else (1 + alpha) * audio - alpha * text  # (positions, V)
+        weight = 1 if formula == "authors" else 1 + alpha
+        logits = audio if text is None or alpha == 0 else weight * audio - alpha * text  # (positions, V)
         log_p = logits.log_softmax(-1).cpu()
         scores: list[dict[str, float]] = [{} for _ in examples]
         at = 0

@@ -1,11 +1,13 @@
 """Ask a model every question of a benchmark or manifest and score the answers.
 
     python -m models evaluate CHECKPOINT MANIFEST [--mode choice|generate] [--decoding greedy|contrastive --alpha 1]
+                              [--formula authors] [--temperature 0.7 --top-k 50 --top-p 0.9 --seed 1]
                               [--controls no_audio swapped_audio] [--out predictions.jsonl] [--json scores.json]
-    python -m models evaluate --benchmark builtin|dynamic-superb|mcr|MANIFEST CHECKPOINT [--audio-root FOLDER]
+    python -m models evaluate --benchmark builtin|dynamic-superb|mcr|mmau|mmar|listen|MANIFEST CHECKPOINT [--audio-root FOLDER]
     python -m models evaluate --rescore predictions.jsonl [--compare other.jsonl] [--scorer strict] [--priors priors.json]
 
-CHECKPOINT is the folder of a SpeechLM; or hub id, folder or adapter of an audio LM of transformers.
+CHECKPOINT is the folder of a SpeechLM; or hub id, folder or adapter of an audio LM of transformers. A model that was trained on
+other audio or words than those of the manifest (the recipe's student.hears) is asked likewise; --hears changes that.
 
 Mode "choice" ranks the given choices by the likelihood of the tokens that spell them in the answer's sentence. It is fast and
 always gives an answer. In mode "generate" the model writes freely, and an answer counts if the label's words are in it. The
@@ -22,17 +24,19 @@ another system). --json writes all of them.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.audio_lms.model import checkpoint_folders, is_hub_id
+from models.corpora.hearing import Hearing, parse_hearing, read_hears
 from models.data.audio import MAX_SECONDS
 from models.data.json_rows import parse_object
 from models.data.manifest import Example
 from models.evaluation import text_priors
-from models.evaluation.ask import evaluate
+from models.evaluation.ask import Decoding, evaluate
 from models.evaluation.benchmarks import TASKS_IN_ALL, Suite, load_suite
 from models.evaluation.commands import evaluate_parser
 from models.evaluation.controls import control_id
@@ -44,6 +48,7 @@ from models.evaluation.predictions import (
     read_predictions,
     write_header,
 )
+from models.evaluation.published_scores import OF_BENCHMARK
 from models.evaluation.score_tables import print_comparison, print_summary, to_json
 from models.evaluation.scorers import load_scorer
 from models.evaluation.scoring import AUDIO_CATEGORY
@@ -54,6 +59,7 @@ from models.training.listeners import is_speech_lm, load_listener, open_clips
 
 _SKIPPED_SHOWN = 20
 _SETTINGS = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
+_DECODING = ("formula", "temperature", "top_k", "top_p", "seed")
 
 
 def read_priors(path: str | Path, predictions: Iterable[Prediction]) -> dict[str, str]:
@@ -90,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = evaluate_parser()
     arguments = parser.parse_args(argv)
     try:
-        scorer = load_scorer(arguments.scorer)  # checked first: then a wrong name costs no work
+        chosen = load_scorer(arguments.scorer) if arguments.scorer else None  # checked first: then a wrong name costs no work
         _check_arguments(arguments)
         other = _nonempty_predictions(arguments.compare)[1] if arguments.compare else None
         if arguments.rescore:
@@ -101,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_checkpoint(arguments)
             _check_earlier(arguments)
             settings, predictions = _evaluate_files(arguments)
+        scorer = chosen or OF_BENCHMARK.get(settings.get("benchmark") or "", "lenient")
         priors = read_priors(arguments.priors, predictions) if arguments.priors else None
         summary = summarize(predictions, scorer=scorer, priors=priors)
         print_summary(summary)
@@ -129,6 +136,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise EvaluationError("--rescore: expected no CHECKPOINT, MANIFEST or --benchmark beside it, since nothing is asked")
     if arguments.alpha is not None and arguments.decoding != "contrastive" and not arguments.rescore:
         raise EvaluationError("--alpha: expected --decoding contrastive beside it; greedy decoding has no strength")
+    if arguments.decoding != "contrastive":
+        for name in ("formula", "temperature", "top_k", "top_p"):
+            if getattr(arguments, name) != evaluate_parser().get_default(name):
+                raise EvaluationError(f"--{name.replace('_', '-')}: expected --decoding contrastive beside it")
+    _check_sampling(arguments)
     arguments.alpha = 1.0 if arguments.alpha is None else arguments.alpha
     for name in ("batch_examples", "max_new_tokens"):
         if getattr(arguments, name) < 1:
@@ -148,6 +160,21 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path and (option := written.get(Path(path).absolute())):
             raise EvaluationError(f"{option}: expected another file than {name.upper()} {path!r}, which is read")
+
+
+def _check_sampling(arguments: argparse.Namespace) -> None:
+    if arguments.temperature is None and (arguments.top_k, arguments.top_p) != (None, None):
+        arguments.temperature = 1.0
+    for name, ok, expected in (
+        ("temperature", lambda x: 0 < x < math.inf, "a positive number"),
+        ("top_k", lambda x: x >= 1, "at least 1"),
+        ("top_p", lambda x: 0 < x <= 1, "a number in (0, 1]"),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not ok(value):
+            raise EvaluationError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
+    if arguments.temperature is None and arguments.seed:
+        raise EvaluationError(f"--seed: expected --temperature, --top-k or --top-p beside it, got {arguments.seed}")
 
 
 def _check_checkpoint(arguments: argparse.Namespace) -> None:
@@ -197,10 +224,15 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         check_audio=arguments.features is None,
         allow_links=arguments.allow_links,
         max_bad_fraction=arguments.max_bad_fraction,
+        several_clips=not is_speech_lm(arguments.checkpoint),
     )
     _print_skipped(suite.problems)
     examples = _questions(suite, arguments)
-    settings = _settings(suite, examples, arguments)
+    own = arguments.checkpoint if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)[0]
+    hears = parse_hearing(arguments.hears) if arguments.hears else read_hears(own)
+    settings = _settings(suite, examples, arguments, hears)
+    if settings["mode"] == "choice" and arguments.temperature is not None:
+        raise EvaluationError("--temperature, --top-k, --top-p: expected --mode generate; mode choice samples nothing")
     done = _read_done(arguments.out, settings)
     wanted = {control_id(e.id, control) for e in examples for control in ("", *arguments.controls)}
     if wanted <= {p.id for p in done}:
@@ -220,6 +252,7 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         max_bad_fraction=arguments.max_bad_fraction,
         max_cut_fraction=arguments.max_cut_fraction,
         say=print,
+        hears=hears,
     )
     alpha = arguments.alpha if arguments.decoding == "contrastive" else None
     return settings, evaluate(
@@ -232,23 +265,35 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         controls=arguments.controls,
         batch_examples=arguments.batch_examples,
         max_new_tokens=arguments.max_new_tokens,
+        decoding=Decoding(**{name: getattr(arguments, name) for name in _DECODING}),
         done=done,
+        hears=hears,
         on_batch=lambda _, new: append_predictions(arguments.out, new),
     )[alpha]
 
 
-def _settings(suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace) -> dict[str, Any]:
+def _settings(
+    suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace, hears: Hearing
+) -> dict[str, Any]:
     """What decides the predictions; it stands in the first line of their file."""
     folders = [Path(arguments.checkpoint)] if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)
     checkpoint = [sha256_file(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
     return {
         **{name: getattr(arguments, name) for name in _SETTINGS},
+        **_decoding_settings(arguments),
         "mode": arguments.mode or suite.mode,
         "left_out": suite.left_out,
+        **({"hears": hears.settings()} if hears.settings() else {}),
         # A checkpoint or manifest may change under the same name; the old answers are not those of the new one.
         "questions_sha256": fingerprint([e.to_row() for e in examples]),
         "checkpoint_sha256": checkpoint,
     }
+
+
+def _decoding_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that differ from their defaults, so that files without them can be continued."""
+    defaults = evaluate_parser()
+    return {name: x for name in _DECODING if (x := getattr(arguments, name)) != defaults.get_default(name)}
 
 
 def _read_done(out: str, settings: Mapping[str, Any]) -> list[Prediction]:
@@ -267,7 +312,9 @@ def _check_earlier(arguments: argparse.Namespace) -> None:
     if not Path(arguments.out).exists():
         return
     earlier = read_predictions(arguments.out)[0].get("settings", {})
-    if any(earlier[name] != getattr(arguments, name) for name in _SETTINGS if name in earlier):
+    decoding = _decoding_settings(arguments)
+    differs = any(earlier[name] != getattr(arguments, name) for name in _SETTINGS if name in earlier)
+    if differs or (earlier and decoding != {name: earlier[name] for name in _DECODING if name in earlier}):
         raise _other_settings(arguments.out)
 
 

@@ -33,6 +33,7 @@ class Prediction:
     clip: str = ""  # what was heard (models.speech_lm.features.clip_key); intervals resample whole clips
     claim: str | None = None  # the choice that the text beside the sound names, if any
     question: str = ""
+    groups: dict[str, str] = field(default_factory=dict)  # what else a published metric shows the accuracy of, by name
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(self.choices))
@@ -54,6 +55,12 @@ class Prediction:
 def context_kind(example: Example) -> str:
     """Which of KINDS an example counts as. An irrelevant context has kind neutral, but it is not the neutral one of its pair."""
     return "irrelevant" if example.metadata.get("context_type") == "irrelevant" else example.kind
+
+
+def groups_of(example: Example) -> dict[str, str]:
+    """Groups of a published benchmark that an example belongs to, by the names of their kinds ("difficulty")."""
+    groups = example.metadata.get("groups")
+    return {str(name): str(group) for name, group in groups.items()} if isinstance(groups, dict) else {}
 
 
 FILE_KEY = "kdkernels_predictions"

@@ -32,6 +32,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             f"by {s['scorer']}; lenient accuracy {s['lenient_accuracy']}; strict accuracy {s['strict_accuracy']}",
             f"mean of {s['mean_of_tasks'].count} tasks (ALL) {s['mean_of_tasks']}; mean of their items {s['mean_of_items']}",
             *(f"{key} {s[key]}" for key in _SHIFTS if s[key].value is not None),
+            *(f"{kind}: {group} {a} of {a.count}" for kind, groups in s["by_group"].items() for group, a in groups.items()),
+            *(f"{task}: {_listen(figures)}" for task, figures in s.get("listen", {}).items()),
             sep="\n  ",
         )
         if c := s.get("calibration"):
@@ -43,6 +45,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
                 console.print(_reliability(c))
         for source, confusion in s.get("confusion", {}).items():
             console.print(_confusion(source, confusion))
+
+
+def _listen(figures: Mapping[str, Any]) -> str:
+    shown = [f"{name} {value:.3f}" for name, value in figures.items() if name not in ("answered", "count")]
+    return f"{', '.join(shown)} over the {figures['answered']} of {figures['count']} answers that name a letter"
 
 
 def print_comparison(comparison: Mapping[str, Any], first: str, second: str) -> None:

@@ -1,4 +1,4 @@
-"""Who decides whether an answer is right: one of the two built-in rules, or your own, such as a language model as judge.
+"""Who decides whether an answer is right: a built-in rule, or your own, such as a language model as judge.
 
     python -m models evaluate --rescore predictions.jsonl --scorer my_judge:judge
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from models.evaluation.predictions import Prediction
 
-BUILT_IN = ("lenient", "strict")
+BUILT_IN = ("lenient", "strict", "mmau", "listen")  # the last two: models/evaluation/published_scores.py
 
 
 @runtime_checkable

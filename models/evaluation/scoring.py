@@ -32,6 +32,7 @@ import numpy as np
 from models.data.answers import lenient_match, strict_match
 from models.evaluation.bootstrap import Bootstrap, Estimate, Statistic, mean_of
 from models.evaluation.predictions import KINDS, Prediction
+from models.evaluation.published_scores import RULES, listen_metrics
 
 if TYPE_CHECKING:
     from models.evaluation.scorers import Scorer
@@ -86,7 +87,7 @@ def judged(
 
     Args:
         predictions: of one system under one control; every id once.
-        scorer: "lenient", "strict" or an object (models/evaluation/scorers.py).
+        scorer: one of BUILT_IN of models/evaluation/scorers.py, or an object.
         bootstrap_samples: resamples of a 95% interval. Whole clips are resampled with all their questions and contexts,
             because these are not independent.
 
@@ -130,6 +131,8 @@ def metrics(j: Judged) -> dict[str, Any]:
         - by_task[task]: category, all, strict, by_kind, and the task's own shift
         - by_category[category]: tasks (how many), mean_of_tasks, mean_of_items, by_kind[kind] (means of tasks)
         - by_class[task][label][kind], for tasks of at most 20 labels
+        - by_group[kind of group][group], of a benchmark whose metric shows groups
+        - listen[task], with scorer "listen": `listen_metrics`
         - tir_adv, tir_adversarial_all, tir_faithful_all, tir_irrelevant_all
     """
     of_task = {task: j.of("task", task) for task in sorted({p.task for p in j.predictions})}
@@ -180,8 +183,30 @@ def metrics(j: Judged) -> dict[str, Any]:
         "by_task": by_task,
         "by_category": by_category,
         "by_class": by_class,
+        "by_group": {
+            kind: {group: j.accuracy(mask).estimate() for group, mask in masks_of.items()}
+            for kind, masks_of in _groups(j.predictions).items()
+        },
+        **({"listen": _by_task(j.predictions)} if j.scorer == "listen" else {}),
         **{name: j.boot.ratio(top, bottom).estimate() for name, (top, bottom) in masks.items()},
     }
+
+
+def _groups(predictions: Sequence[Prediction]) -> dict[str, dict[str, np.ndarray]]:
+    """Kind of group -> group -> its mask (n,)."""
+    kinds = sorted({kind for p in predictions for kind in p.groups})
+    return {
+        kind: {
+            group: np.array([p.groups.get(kind) == group for p in predictions])
+            for group in sorted({p.groups[kind] for p in predictions if kind in p.groups})
+        }
+        for kind in kinds
+    }
+
+
+def _by_task(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
+    tasks = sorted({p.task for p in predictions})
+    return {task: listen_metrics([p for p in predictions if p.task == task]) for task in tasks}
 
 
 def shift_masks(predictions: Sequence[Prediction], right: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -251,13 +276,15 @@ def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient"
         ValueError: the name is unknown, or the scorer does not give one bool for each prediction.
     """
     predictions = list(predictions)
+    if isinstance(scorer, str) and scorer in RULES:
+        return np.fromiter(map(RULES[scorer], predictions), dtype=bool, count=len(predictions))
     match = {"lenient": lenient_match, "strict": strict_match}.get(scorer) if isinstance(scorer, str) else None
     if match is not None:
         # If the choices were ranked, the likeliest one is the answer, whatever its sentence says.
         verdicts = (p.said() == p.answer if p.scores else match(p.prediction, p.answer, p.choices) for p in predictions)
         return np.fromiter(verdicts, dtype=bool, count=len(predictions))
     if isinstance(scorer, str):
-        raise ValueError(f"scorer: expected 'lenient', 'strict' or a scorer, got {scorer!r}")
+        raise ValueError(f"scorer: expected 'lenient', 'strict', {', '.join(map(repr, RULES))} or a scorer, got {scorer!r}")
     verdicts = list(scorer.judge(predictions))
     if len(verdicts) != len(predictions):
         raise ValueError(f"scorer {scorer.name}: expected {len(predictions)} verdicts, got {len(verdicts)}")

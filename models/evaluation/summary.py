@@ -18,7 +18,7 @@ def summarize(
     """Every figure of the plain predictions under "plain", and of each control under its name.
 
     Args:
-        scorer: "lenient", "strict" or an object (models/evaluation/scorers.py).
+        scorer: one of BUILT_IN of models/evaluation/scorers.py, or an object.
         priors: id -> answer of a text prior, beside what the predictions themselves hold.
 
     Returns:

@@ -330,7 +330,8 @@ def _audio_prefix(audio_root: Path, out: Path) -> tuple[str, Path]:
 def _rebase(example: Example, prefix: str) -> Example:
     if example.audio is None or not prefix:
         return example
-    return dataclasses.replace(example, audio=prefix + example.audio)
+    more = tuple(prefix + path for path in example.more_audio)
+    return dataclasses.replace(example, audio=prefix + example.audio, more_audio=more)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -144,6 +144,7 @@ class Collator:
         """
         if not examples:
             raise ValueError("examples: expected at least one, got none")
+        check_one_clip(examples)
         if features is not None and len(features) != len(examples):
             raise ValueError(f"features: expected {len(examples)} rows, one an example, got {len(features)}")
         prompts = [self.prompt_ids(example) for example in examples]
@@ -222,6 +223,13 @@ class Collator:
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
+
+
+def check_one_clip(examples: Sequence[Example]) -> None:
+    """ValueError for an example with several clips, with its id: the prompt of a manifest's row has one place for audio."""
+    for example in examples:
+        if example.more_audio:
+            raise ValueError(f"example {example.id!r}: clips: expected one with a SpeechLM, got {len(example.clips)}")
 
 
 def find_placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:

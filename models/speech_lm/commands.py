@@ -12,6 +12,7 @@ def features_parser() -> Parser:
     parser.add_argument("--out", required=True, help="safetensors file to write")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
     parser.add_allow_links()
+    parser.add_hears("the clips are heard with noise, in a band or through a codec")
     parser.add_argument("--batch-clips", type=int, default=8, help="clips that are read and encoded together")
     parser.add_argument(
         "--max-cut-fraction", type=float, default=1.0, help="share of clips longer than the model's window above which it stops"

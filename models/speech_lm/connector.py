@@ -2,7 +2,7 @@
 
     features (B, K, T, D)  K chosen encoder layers, T frames
       -> standardised by the corpus' mean and deviation; a masked clip becomes exactly zero
-      -> learned mix of the K layers (softmax weights, or their concatenation)
+      -> learned mix of the K layers (softmax weights, or their concatenation); or each layer has queries of its own
       -> learned queries (plus the clip's pooled mean and deviation) attend to the frames, then to each other
       -> projected to the language model's width, normalised to the scale of its embeddings   (B, Q, H)
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LAYER_MIXES = ("softmax", "concat")
+LAYER_MIXES = ("softmax", "concat", "queries")
 _STD_FLOOR = 1e-4
 _POSITIVE_SETTINGS = (
     "num_feature_layers",
@@ -47,7 +47,8 @@ class ConnectorConfig:
         num_layers: transformer layers.
         num_heads: attention heads; `width` must be a multiple.
         layer_mix: "softmax": one weighted sum of the layers, as in DeSTA2.5; "concat": the layers side by side, K times the
-            input width, which learns faster where K is small.
+            input width, which learns faster where K is small; "queries": each layer has queries of its own, which the same
+            transformer layers read, and each of the Q results is a softmax-weighted sum over the layers, as in DeSTA2.
         pooled_statistics: add a projection of the frames' mean and deviation to every query. A property of the whole clip, such
             as the voice, is then visible from the first step.
         output_scale: root mean square of the outputs at the start; 0.14 is close to that of SmolLM2's embeddings.
@@ -97,13 +98,17 @@ class Connector(nn.Module):
         if config.layer_mix == "softmax":
             self.layer_logits = nn.Parameter(torch.zeros(layers))
             mixed_dim = dim
+        elif config.layer_mix == "queries":
+            self.layer_logits = nn.Parameter(torch.zeros(config.num_queries, layers))
+            mixed_dim = dim
         else:
             self.register_parameter("layer_logits", None)
             mixed_dim = layers * dim
         self.input_projection = nn.Linear(mixed_dim, width)
         self.frame_positions = nn.Parameter(torch.randn(config.num_frames, width) * 0.02)
         self.frame_norm = nn.LayerNorm(width)
-        self.queries = nn.Parameter(torch.randn(config.num_queries, width) * 0.3)
+        own = (layers,) if config.layer_mix == "queries" else ()
+        self.queries = nn.Parameter(torch.randn(*own, config.num_queries, width) * 0.3)
         self.statistics_projection = nn.Linear(2 * mixed_dim, width) if config.pooled_statistics else None
         self.layers = nn.ModuleList(_QueryLayer(config) for _ in range(config.num_layers))
         self.output_projection = nn.Linear(width, config.output_dim)
@@ -134,20 +139,32 @@ class Connector(nn.Module):
         x = (features.detach().to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std  # (B, K, T, D)
         if present is not None:
             x = x * present.to(x.dtype)[:, None, None, None]
+        if config.layer_mix == "queries":
+            each = self._read(x.flatten(0, 1)[:, None], self.queries.expand(len(x), -1, -1, -1).flatten(0, 1))  # (B*K, Q, W)
+            shares = self.layer_logits.softmax(-1)  # (Q, K)
+            queries = torch.einsum("qk,bkqw->bqw", shares, each.unflatten(0, x.shape[:2]))
+        else:
+            queries = self._read(x, self.queries.expand(len(x), -1, -1))
+        output = self.output_projection(queries)
+        return F.layer_norm(output, output.shape[-1:]) * self.output_scale
+
+    def _read(self, x: Tensor, queries: Tensor) -> Tensor:
+        """(B, Q, W): what the queries (B, Q, W) find in the standardised features x (B, K, T, D)."""
         frames = self.frame_norm(self.input_projection(self._mix(x)) + self.frame_positions)  # (B, T, W)
-        queries = self.queries.expand(len(x), -1, -1)
         if self.statistics_projection is not None:
             # Statistics first, mix second: a deviation of zero (a masked clip) has no usable gradient.
             pooled = torch.cat([self._mix(x.mean(2, keepdim=True)), self._mix(x.std(2, keepdim=True))], dim=-1)
             queries = queries + self.statistics_projection(pooled)  # (B, Q, W) + (B, 1, W)
         for layer in self.layers:
             queries = layer(queries, frames)
-        output = self.output_projection(queries)
-        return F.layer_norm(output, output.shape[-1:]) * self.output_scale
+        return queries
 
     def layer_weights(self) -> Tensor | None:
-        """Learned share of each encoder layer, (K,) with sum 1; None with layer_mix "concat"."""
-        return None if self.layer_logits is None else self.layer_logits.detach().softmax(0)
+        """Learned share of each encoder layer, (K,) with sum 1, of "queries" the mean over them; None with "concat"."""
+        if self.layer_logits is None:
+            return None
+        shares = self.layer_logits.detach().softmax(-1)
+        return shares.mean(0) if shares.dim() == 2 else shares
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -175,6 +192,8 @@ class Connector(nn.Module):
             self.feature_std[layer, 0] = (values.std(0) + _STD_FLOOR).to(self.feature_std)
 
     def _mix(self, x: Tensor) -> Tensor:
+        if self.config.layer_mix == "queries":
+            return x[:, 0]  # one layer at a time
         if self.layer_logits is None:
             return x.transpose(1, 2).flatten(2)  # (B, T, K*D)
         return torch.einsum("k,bktd->btd", self.layer_logits.softmax(0), x)  # (B, T, D)

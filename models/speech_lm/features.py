@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from models.corpora.hearing import PLAIN, Hearing, clip_key, parse_hearing
 from models.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ, AudioError, load_audio
 from models.data.manifest import Example, read_manifest
 from models.io_utils import atomic_write_bytes, sha256_file
@@ -37,13 +38,6 @@ class FeatureError(RuntimeError):
     """Features are missing, damaged, or too many clips could not be read."""
 
 
-def clip_key(example: Example) -> str:
-    """Name of an example's clip: file and span, e.g. "queen/joe.wav@0.0-None". Empty for a text-only example."""
-    if example.audio is None:
-        return ""
-    return f"{example.audio}@{example.start_seconds}-{example.end_seconds}"
-
-
 class Clip(NamedTuple):
     """What features were made of: seconds of sound in the span, and the first 16 hex digits of its file's SHA-256."""
 
@@ -51,8 +45,11 @@ class Clip(NamedTuple):
     sha256: str
 
 
-def made_by(model: Any) -> dict[str, Any]:
-    """What decides the features of a SpeechLM: its encoder's weights and the settings that it hears with."""
+def made_by(model: Any, hears: Hearing = PLAIN) -> dict[str, Any]:
+    """What decides the features of a SpeechLM: its encoder's weights and the settings that it hears with.
+
+    A clip that is heard as it is has no entry `hears`, like the files of earlier versions.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.encoder.state_dict().items()):
         digest.update(name.encode())
@@ -63,6 +60,7 @@ def made_by(model: Any) -> dict[str, Any]:
         "encoder_layers": list(config.encoder_layers),
         "audio_frames": config.audio_frames,
         "max_audio_seconds": config.max_audio_seconds,
+        **({"hears": hears.of_the_sound()} if hears.of_the_sound() else {}),
     }
 
 
@@ -116,15 +114,15 @@ class FeatureStore:
         """What an example's features were made of; None where that is not known."""
         return None if self._clips is None else self._clips.get(clip_key(example))
 
-    def check_origin(self, model: Any) -> None:
-        """Whether `model` would make these features.
+    def check_origin(self, model: Any, hears: Hearing = PLAIN) -> None:
+        """Whether `model` would make these features of clips that it hears as `hears` says.
 
         Raises:
-            FeatureError: another encoder, other layers, frames or window made them, or nobody knows.
+            FeatureError: another encoder, other layers, frames, window or sound made them, or nobody knows.
         """
         if self.made_by is None:
             raise FeatureError("the features do not say what made them; make them again: python -m models features")
-        wanted = made_by(model)
+        wanted = {"hears": None, **made_by(model, hears)}
         for name, value in wanted.items():
             if self.made_by.get(name) != value:
                 raise FeatureError(f"the features were made with {name} {self.made_by.get(name)}, the model hears with {value}")
@@ -192,6 +190,7 @@ def clip_features(
     max_cut_fraction: float = 1.0,
     progress_bar: bool = True,
     say: Callable[[str], None] = tqdm.write,
+    hears: Hearing = PLAIN,
 ) -> tuple[FeatureStore, list[Example]]:
     """The features of the examples' clips, read from a file or encoded now.
 
@@ -203,6 +202,7 @@ def clip_features(
         max_bad_fraction: of the examples; more without features is an error.
         max_cut_fraction: of the clips; more that are longer than the model's window (`max_audio_seconds`) is an error.
         say: is told each example that is left out, and how many clips are cut.
+        hears: what is done to a clip before the encoder hears it.
 
     Returns:
         the store, and the examples that have features or no clip.
@@ -214,7 +214,7 @@ def clip_features(
     if features is not None:
         store = FeatureStore.load(features)
         try:
-            store.check_origin(model)
+            store.check_origin(model, hears)
             unseen = store.check_sound(examples, audio_root)
         except FeatureError as error:
             raise FeatureError(f"{features}: {error}") from None
@@ -228,7 +228,8 @@ def clip_features(
             batch_clips=batch_clips,
             max_seconds=max_seconds,
             max_bad_fraction=max_bad_fraction,
-            made_by=made_by(model),
+            made_by=made_by(model, hears),
+            hears=hears,
             progress_bar=progress_bar,
         )
         key_of = {example.id: clip_key(example) for example in examples}
@@ -273,6 +274,7 @@ def extract_features(
     max_seconds: float = 30.0,
     max_bad_fraction: float = 0.05,
     made_by: dict[str, Any] | None = None,
+    hears: Hearing = PLAIN,
     progress_bar: bool = True,
 ) -> tuple[FeatureStore, list[tuple[str, str]]]:
     """Encode every clip of `examples` once.
@@ -280,6 +282,7 @@ def extract_features(
     Args:
         encode: waveforms (16 kHz mono float32) -> (B, K, T, D); `SpeechLM.encode_audio`.
         made_by: what `encode` is, for the store; see the function of that name.
+        hears: what is done to a clip before it is encoded.
 
     Returns:
         the store, and (example id, reason) of each clip that could not be read, or whose features are not finite.
@@ -296,7 +299,7 @@ def extract_features(
     out: list[torch.Tensor] = []
     problems: list[tuple[str, str]] = []
     bar = tqdm(clips.items(), desc="encode clips", unit="clip", disable=not progress_bar)
-    waves = _read_clips(bar, audio_root, max_seconds, problems)
+    waves = ((key, hears.sound(wave, key)) for key, wave in _read_clips(bar, audio_root, max_seconds, problems))
     while batch := list(itertools.islice(waves, batch_clips)):
         encoded = encode([wave for _, wave in batch]).to(torch.float16).cpu()  # float16 has only inf beyond 65504
         finite = encoded.flatten(1).isfinite().all(1)
@@ -353,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch_clips=arguments.batch_clips,
             max_cut_fraction=arguments.max_cut_fraction,
             say=print,
+            hears=parse_hearing(arguments.hears),
         )
         store.save(arguments.out)
     except (FeatureError, BackboneError, SpeechLMError, ValueError, OSError) as error:

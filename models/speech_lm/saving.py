@@ -1,6 +1,7 @@
 """A speech LM as a folder: safetensors and JSON, with its frozen backbones inside or named by their SHA-256.
 
     speech_lm.json          format version, settings, SHA-256 of the backbones that are not stored
+    config.json             the settings again, in the form that transformers' AutoConfig reads (models/speech_lm/auto.py)
     connector.safetensors   the connector's weights and the statistics of its features
     lm/, encoder/           backbones that are stored
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT_VERSION = 1
+MODEL_TYPE = "kdkernels_speech_lm"  # in config.json; transformers finds the class by it
 
 
 class SpeechLMError(RuntimeError):
@@ -62,6 +64,8 @@ def save_folder(model: Any, folder: Path, *, stored: frozenset[str], sha256: dic
             "frozen": {f"{part}_sha256": value for part, value in sha256.items()},
         }
         atomic_write_json(target / "speech_lm.json", record)
+        auto = {"model_type": MODEL_TYPE, "architectures": ["SpeechLM"], "settings": record["config"]}
+        atomic_write_json(target / "config.json", auto)
     return folder
 
 

@@ -10,6 +10,7 @@ import torch
 
 from models.audio_lms.family import AudioLMError
 from models.audio_lms.model import checkpoint_folders
+from models.corpora.hearing import PLAIN, Hearing
 from models.data.prompts import render_prompt
 from models.io_utils import fingerprint, sha256_file
 from models.training.listeners import is_speech_lm
@@ -19,11 +20,14 @@ class CacheError(RuntimeError):
     """A cache cannot be made or used; the message says why."""
 
 
-def teacher_fingerprint(spec: str | Path) -> dict[str, str]:
+def teacher_fingerprint(spec: str | Path, *, hears: Hearing = PLAIN, negative: str = "zeros") -> dict[str, Any]:
     """The teacher of a cache: SHA-256 of the settings, weights, tokenizer and chat template in its folder.
+
+    What it hears and reads is in it where it differs from the clip and the prompt as they are; so is the path without the audio.
 
     Args:
         spec: folder of a SpeechLM; or hub id, folder or adapter of an audio LM. Of an adapter its base counts too.
+        hears, negative: see the recipe's keys of `teacher`.
     """
     if is_speech_lm(spec):
         folders = [Path(spec)]
@@ -32,7 +36,8 @@ def teacher_fingerprint(spec: str | Path) -> dict[str, str]:
             folders = checkpoint_folders(spec)
         except AudioLMError as error:
             raise CacheError(f"teacher: {error}") from error
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {"hears": hears.settings()} if hears.settings() else {}
+    found |= {"negative": negative} if negative != "zeros" else {}
     for number, folder in enumerate(folders):
         parts = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".jinja"))
         found |= {("base/" * number) + str(p.relative_to(folder)): sha256_file(p) for p in parts}
@@ -44,12 +49,13 @@ def sample_content(example: Any, sound: Any) -> str:
 
     Args:
         example: its prompt and target make PROMPT.
-        sound: its clip's features (K, T, D), or its waveform (samples,) as an array; they make AUDIO. None leaves AUDIO
-            out, for a student with another encoder, or an example without a clip.
+        sound: its clip's features (K, T, D), or its waveform (samples,) as an array, or a tuple of several; they make AUDIO. None
+            leaves AUDIO out, for a student with another encoder, or an example without a clip.
     """
     text = fingerprint([render_prompt(example), example.target])[:16]
     if sound is None:
         return text
     if isinstance(sound, torch.Tensor):
         sound = sound.to(torch.float16).contiguous().numpy()
-    return f"{text}-{hashlib.sha256(sound.tobytes()).hexdigest()[:16]}"
+    several = sound if isinstance(sound, tuple) else (sound,)
+    return f"{text}-{hashlib.sha256(b''.join(one.tobytes() for one in several)).hexdigest()[:16]}"

@@ -1,6 +1,8 @@
 """Run both paths of a teacher once over the targets of a manifest, so that no training has to run it again.
 
     python -m models cache TEACHER MANIFEST --out FOLDER [--features F] [--dtype bfloat16] [--layers all] [--part 0/4]
+                          [--hears snr_db=5 band=narrow] [--negative absent]
+    python -m models cache TEACHER MANIFEST --out FOLDER --served REQUESTS.jsonl     # from states that a server has dumped
     python -m models train caad teacher.folder=TEACHER teacher.cache=FOLDER ...
 
 kdkernels/contrast_cache.py describes the format, and what a kill leaves of it. Start the command again, and it continues. It
@@ -25,9 +27,12 @@ from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.audio_lms.model import AudioLM
 from models.backbones.causal_lm import read_head
+from models.corpora.hearing import PLAIN, Hearing, parse_hearing
 from models.speech_lm.collation import crop_to_targets
+from models.training import served
 from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
 from models.training.commands import CACHE_DTYPES, cache_parser
+from models.training.listeners import is_speech_lm, load_listener, open_clips, text_path, unheard_batch
 
 DTYPES = dict(zip(CACHE_DTYPES, (torch.bfloat16, torch.float32, torch.float8_e4m3fn), strict=True))
 
@@ -46,6 +51,7 @@ def fill_cache(
     batch_examples: int = 32,
     shard_mib: float = 64.0,
     progress_bar: bool = True,
+    hears: Hearing = PLAIN,
 ) -> int:
     """Write what is not in the cache yet.
 
@@ -55,6 +61,7 @@ def fill_cache(
         store: what the teacher hears (models/training/listeners.py).
         examples: with targets.
         made_from: the teacher's identity, `teacher_fingerprint`.
+        hears: what the teacher reads beside the clip; `store` hears accordingly.
         extra_inputs: added to every batch's inputs, such as the prefix cache.
         batch_examples: read at a time. The states of a padded row differ by rounding from those of the row alone. If a stopped
             run has written a part of a batch, the whole batch is read again. So the rest has the bits that it would have had.
@@ -78,7 +85,7 @@ def fill_cache(
     written = 0
     with writer, tqdm(total=len(examples), desc="cache both paths", unit="example", disable=not progress_bar) as bar:
         for start in range(0, len(examples), batch_examples):
-            chosen = examples[start : start + batch_examples]
+            chosen = [hears.shown(e) for e in examples[start : start + batch_examples]]
             features = store.rows(chosen)
             contents = [sample_content(e, row) for e, row in zip(chosen, features, strict=True)]
             for example, content in zip(chosen, contents, strict=True):
@@ -90,7 +97,10 @@ def fill_cache(
             missing = [row for row, e in enumerate(chosen) if e.id not in writer]
             if missing:
                 batch = crop_to_targets(collate(chosen, features)).to(model.device)
-                states = teacher({**batch.model_inputs(), **(extra_inputs or {})}, batch.target_index)
+                unheard = unheard_batch(model, chosen)
+                states = teacher(
+                    {**batch.model_inputs(), **(extra_inputs or {})}, batch.target_index, **text_path(unheard, model.device)
+                )
                 for row in missing:
                     here = (batch.target_row == row).nonzero()[:, 0]
                     by_layer = {}
@@ -114,11 +124,15 @@ def estimate(model: Any, examples: Sequence[Any], *, dtype: torch.dtype, layers:
 
 
 @torch.no_grad()
-def rounding_error(cache: ContrastCache, model: Any, store: Any, examples: Sequence[Any], *, alpha: float = 2.0) -> float:
+def rounding_error(
+    cache: ContrastCache, model: Any, store: Any, examples: Sequence[Any], *, alpha: float = 2.0, hears: Hearing = PLAIN
+) -> float:
     """Mean KL, in nats, from the target distribution of live states to that of cached states, at contrast `alpha`."""
     teacher, collate = DualPathTeacher(model, negative=MarkAbsent(), head=read_head(model)), model.make_collator()
+    examples = [hears.shown(e) for e in examples]
     batch = collate(examples, store.rows(examples)).to(model.device)
-    live, held = teacher(batch.model_inputs(), batch.target_index), cache.get([e.id for e in examples])
+    unheard = text_path(unheard_batch(model, examples), model.device)
+    live, held = teacher(batch.model_inputs(), batch.target_index, **unheard), cache.get([e.id for e in examples])
 
     def log_p(audio: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         dtype, device = teacher.head.weight.dtype, teacher.head.weight.device
@@ -155,13 +169,33 @@ def _check_out(folder: Path, made_from: dict[str, Any], dtype: torch.dtype) -> N
         raise CacheError(f"--dtype: expected {names[held]}, as the cache in {folder} has, got {names[dtype]}")
 
 
+def _store_served(
+    arguments: Any, model: Any, store: Any, examples: Sequence[Any], made_from: dict[str, Any], dtype: torch.dtype,
+    layers: Sequence[int], part: str,
+) -> int:  # fmt: skip
+    """The command with --served: status 1 where the requests lack samples."""
+    check = served.StateCheck(
+        model,
+        served.parse_served_layers(arguments.served_layers, len(decoder_layers(model.lm))),
+        tolerance_nats=arguments.served_tolerance,
+    )
+    written, missing = served.fill_from_server(
+        arguments.out, model, store, examples, Path(arguments.served), made_from=made_from, check=check, dtype=dtype,
+        layers=layers, part=part,
+    )  # fmt: skip
+    print(f"{written} samples written to {arguments.out}. {check.report()}")
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise CacheError(f"{arguments.served}: {len(missing)} of {len(examples)} samples are not in it: {shown}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     from models.backbones.device import pick_device
     from models.data.audio import MAX_SECONDS
     from models.data.manifest import ManifestError, read_manifest
     from models.speech_lm.features import FeatureError
-    from models.training.listeners import load_listener, open_clips
 
     arguments = cache_parser().parse_args(argv)
     try:
@@ -170,7 +204,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CacheError(f"--part: expected I/N with I from 0 to N - 1, got {arguments.part!r}")
         if arguments.batch_examples < 1:
             raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
-        made_from, dtype = teacher_fingerprint(arguments.teacher), DTYPES[arguments.dtype]
+        if arguments.served is None and arguments.served_layers is not None:
+            raise CacheError("--served-layers: expected --served beside it")
+        if arguments.served and is_speech_lm(arguments.teacher):
+            raise CacheError("--served: expected an audio LM of transformers as the teacher, got a SpeechLM")
+        served.check_tolerance(arguments.served_tolerance)
+        hears = parse_hearing(arguments.hears)
+        made_from = teacher_fingerprint(arguments.teacher, hears=hears, negative=arguments.negative)
+        dtype = DTYPES[arguments.dtype]
+        if is_speech_lm(arguments.teacher) and arguments.negative != "zeros":
+            raise CacheError(f"--negative: expected zeros with a SpeechLM, got {arguments.negative!r}")
         _check_out(Path(arguments.out), made_from, dtype)
         manifest = read_manifest(
             arguments.manifest,
@@ -184,7 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not examples:
             raise CacheError(f"{arguments.manifest}: no example with a target; they are written by python -m models pseudo-gt")
         device = pick_device(arguments.device)
-        model = load_listener(arguments.teacher, device, dtype=arguments.teacher_dtype, attention=arguments.attention)
+        model = load_listener(
+            arguments.teacher,
+            device,
+            dtype=arguments.teacher_dtype,
+            attention=arguments.attention,
+            negative=arguments.negative,
+        )
         layers = parse_layers(arguments.layers, len(decoder_layers(model.lm)))
         tokens, needed = estimate(model, examples, dtype=dtype, layers=len(layers))
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
@@ -200,17 +249,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             features=arguments.features,
             max_cut_fraction=arguments.max_cut_fraction,
             say=print,
+            hears=hears,
         )
+        if arguments.served:
+            read = [hears.shown(e) for e in held[int(number) :: int(parts)]]
+            return _store_served(arguments, model, store, read, made_from, dtype, layers, number)
         written = fill_cache(
             arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from,
             extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers, part=number,
-            batch_examples=arguments.batch_examples,
+            batch_examples=arguments.batch_examples, hears=hears,
         )  # fmt: skip
         cache = ContrastCache(arguments.out, fingerprint=made_from)
         print(f"{written} samples written, {len(cache)} in {arguments.out}, {cache.bytes / 2**20:.1f} MiB")
         if arguments.measure:
             some = [e for e in held if e.id in cache][: arguments.measure]
-            print(f"KL of the cached target distribution at alpha 2: {rounding_error(cache, model, store, some):.3g} nats")
+            divergence = rounding_error(cache, model, store, some, hears=hears)
+            print(f"KL of the cached target distribution at alpha 2: {divergence:.3g} nats")
     except (CacheError, ManifestError, FeatureError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,25 +15,32 @@ import torch
 from models.audio_lms.clips import ClipReader
 from models.audio_lms.model import AudioLM
 from models.backbones.device import inference_dtype
+from models.corpora.hearing import PLAIN, Hearing
+from models.speech_lm.collation import check_one_clip, crop_to_targets
 
 if TYPE_CHECKING:
     from models.data.manifest import Example
 
 
 def is_speech_lm(spec: str | os.PathLike[str]) -> bool:
-    """Whether `spec` is the folder of a SpeechLM."""
-    return (Path(spec) / "speech_lm.json").is_file()
+    """Whether `spec` is the folder of a SpeechLM, also of a damaged one without its speech_lm.json."""
+    return any((Path(spec) / name).is_file() for name in ("speech_lm.json", "connector.safetensors"))
 
 
 def load_listener(
-    spec: str | os.PathLike[str], device: torch.device, *, dtype: str = "auto", attention: str | None = None
+    spec: str | os.PathLike[str],
+    device: torch.device,
+    *,
+    dtype: str = "auto",
+    attention: str | None = None,
+    negative: str = "zeros",
 ) -> Any:
     """A SpeechLM or an `AudioLM`, frozen, in evaluation mode, on `device`.
 
     Args:
         dtype: one of models.audio_lms.settings.DTYPES, of an audio LM's weights; auto = bfloat16 where that is fast on
             `device`, else float32.
-        attention: of an audio LM, see `AudioLM.from_pretrained`.
+        attention, negative: of an audio LM, see `AudioLM.from_pretrained`.
 
     Raises:
         SpeechLMError, BackboneError, AudioLMError: it is not found or cannot be used; all are RuntimeErrors.
@@ -43,7 +50,7 @@ def load_listener(
     if is_speech_lm(spec):
         model: Any = SpeechLM.from_pretrained(spec)
     else:
-        model = AudioLM.from_pretrained(spec, dtype=torch_dtype(dtype, device), attention=attention)
+        model = AudioLM.from_pretrained(spec, dtype=torch_dtype(dtype, device), attention=attention, negative=negative)
     return model.requires_grad_(False).to(device).eval()
 
 
@@ -55,23 +62,49 @@ def torch_dtype(name: str, device: torch.device, *, trains: bool = False) -> tor
 
 
 def open_clips(
-    model: Any, examples: Sequence[Example], *, audio_root: str | Path, max_seconds: float, **options: Any
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    audio_root: str | Path,
+    max_seconds: float,
+    hears: Hearing = PLAIN,
+    **options: Any,
 ) -> tuple[Any, list[Example]]:
     """What `model` hears of the examples, with `rows(examples)`; and the examples whose clips it can hear.
 
     For a SpeechLM it is a store of features, made now or read from a file: `options` are those of `clip_features`. An audio
-    LM's clips are decoded batch by batch.
+    LM's clips are decoded batch by batch. `hears`: what is done to a clip before.
 
     Raises:
         FeatureError: see `clip_features`.
-        ValueError: features for an audio LM, which has an encoder of its own in each forward.
+        ValueError: features for an audio LM, which has an encoder of its own in each forward; an example with more clips than the
+            model can hear in a turn.
     """
     from models.speech_lm.features import clip_features
 
     if not isinstance(model, AudioLM):
-        return clip_features(model, examples, audio_root=audio_root, max_seconds=max_seconds, **options)
+        check_one_clip(examples)
+        return clip_features(model, examples, audio_root=audio_root, max_seconds=max_seconds, hears=hears, **options)
     if options.get("features") is not None:
         raise ValueError(f"features: expected none with an audio LM of transformers, got {options['features']}")
-    return ClipReader(audio_root, sampling_rate=model.sampling_rate, max_seconds=max_seconds), list(examples)
+    for example in examples:
+        model.family.check_clips(len(example.clips), f"example {example.id!r}: ")
+    reader = ClipReader(audio_root, sampling_rate=model.sampling_rate, max_seconds=max_seconds, hears=hears)
+    return reader, list(examples)
 
 
+
+
+def unheard_batch(model: Any, examples: Sequence[Example]) -> Any:
+    """The path without the audio as a batch of its own, where it has other tokens than the path with it; else None."""
+    if not getattr(model, "is_absent", False):
+        return None
+    return crop_to_targets(model.make_collator()(examples, [None] * len(examples)))
+
+
+def text_path(unheard: Any, device: torch.device) -> dict[str, Any]:
+    """Arguments of `kdkernels.DualPathTeacher` for such a batch; none for None."""
+    if unheard is None:
+        return {}
+    unheard = unheard.to(device)
+    return {"text_inputs": unheard.model_inputs(), "text_index": unheard.target_index}

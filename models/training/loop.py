@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from models.backbones.answer_noise import AnswerNoise
 from models.backbones.device import pick_device
+from models.corpora.hearing import write_hears
 from models.data.example import AnsweredExample
 from models.io_utils import atomic_write_json, fingerprint
 from models.training.checkpoint import (
@@ -46,6 +47,7 @@ from models.training.distributed import (
     parameter_groups,
     save_distributed,
 )
+from models.training.model_card import write_card
 from models.training.objective import Normalizers, Part, PartLoss, counted_positions, select_positions, token_weights
 from models.training.on_policy import OnPolicy
 from models.training.projections import project_own_teacher
@@ -92,7 +94,8 @@ class TrainingLoop:
         self.resume_command = resume_command
         self.ranks = Ranks(pick_device(recipe.run.device, name="run.device")) if ranks is None else ranks
         check_ranks(recipe, self.ranks)
-        self.device = self.ranks.device
+        # A device_map may have placed the student's head elsewhere: the loss is computed there.
+        self.device = model.device if getattr(model, "is_placed", False) else self.ranks.device
         self.alone = recipe.run.parallel == "none"
         model.to(self.device)
         if not any(p.requires_grad for p in model.parameters()):
@@ -334,6 +337,8 @@ class TrainingLoop:
             make_whole(self.model, self.ranks)
         if self.ranks.is_first:
             self.model.save_pretrained(self.out_dir / "final")
+            write_card(self.out_dir / "final", self.recipe)
+            write_hears(self.out_dir / "final", self.recipe.student.hears)
         self.ranks.any(False)  # no rank leaves before the result is written
         return TrainResult(self.optim.steps, self.out_dir)
 

@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from kdkernels.layer_mse import DIRECTIONS, LAYER_MAPS, layer_map
 from kdkernels.ops.dispatch import IMPLEMENTATIONS
 from kdkernels.ops.rows import DIVERGENCES
-from models.audio_lms.settings import DTYPES, TRAINS, Lora
+from models.audio_lms.settings import DTYPES, NEGATIVES, TRAINS, Lora
+from models.corpora.hearing import Hearing
 from models.data.manifest import SPLITS
 from models.training.commands import RECIPES_DIR
 
@@ -136,8 +137,11 @@ class StudentConfig:
     # are float32, it is bfloat16 where that is fast.
     dtype: str = "auto"
     attention: str | None = None  # transformers' attn_implementation, such as sdpa or flash_attention_2; None = its default
+    device_map: str | None = None  # transformers' device_map, such as auto: the layers over several devices; None = one device
     merge: bool = False  # write the LoRA into the weights of the result; false = the result is an adapter
     lora: LoraConfig = field(default_factory=LoraConfig)  # with trains=lora
+    # What the student hears and reads, a SpeechLM too: noise, band, codec, other words. `evaluate` asks it likewise.
+    hears: Hearing = field(default_factory=Hearing)
 
     def __post_init__(self) -> None:
         _one_of(self.trains, "student.trains", TRAINS)
@@ -153,6 +157,7 @@ class TeacherConfig:
     model: str | None = None  # hub id or folder of an audio LM; with student.model it takes the place of folder
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of `model`; auto = bfloat16 where that is fast
     attention: str | None = None  # of `model`, as student.attention
+    device_map: str | None = None  # of `model`, as student.device_map
     cache: str | None = None  # ContrastCache folder (python -m models cache); the teacher's body then never runs
     # MiB for a live teacher's states of all examples: if they fit, they are computed once, before the first step. 0 = off.
     keep_mib: int = 0
@@ -163,9 +168,19 @@ class TeacherConfig:
     # Examples that a live teacher reads at a time; 0 = the whole batch. Few need less memory. With 1 its states do not depend on
     # the batch: they are bit for bit those of a float32 cache made with --batch-examples 1 (on a CPU with as many threads).
     batch_examples: int = 0
+    # What the teacher hears and reads; the default is the clip as it is, whatever the student hears. With `cache`: what the cache
+    # was made of.
+    hears: Hearing = field(default_factory=Hearing)
+    # A SpeechLM's features: null = the student's, if both hear the same; encode = its own, made now, in memory; or a file of
+    # python -m models features.
+    features: str | None = None
+    # Path without the audio, of `model`. zeros = features of zeros; silence = those of a silent clip; absent = a prompt without
+    # the clip.
+    negative: str = "zeros"
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, "teacher.dtype", DTYPES)
+        _one_of(self.negative, "teacher.negative", NEGATIVES)
         _check(self.keep_mib >= 0, "teacher.keep_mib", ">= 0", self.keep_mib)
         _check(self.projection >= 0, "teacher.projection", ">= 0", self.projection)
         if self.projection and self.keep_mib:
@@ -313,6 +328,7 @@ class SourceConfig:
     jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in (0, 1)
     reasoning: bool = False  # text: put an example's metadata["reasoning"], if it has one, before the answer
     layers: LayersConfig = field(default_factory=LayersConfig)  # compared with this source's layers
+    hears: Hearing = field(default_factory=Hearing)  # audio: as teacher.hears; an acoustic source hears what the student hears
     # MiB for its states of all examples: if they fit, they are computed once, before the first step. 0 = in every step.
     keep_mib: int = 1024
 
@@ -331,6 +347,9 @@ class SourceConfig:
         if self.role != "audio" and (self.alpha > 0 or self.layers.alpha > 0):
             raise ConfigError(f"alpha: expected 0 with role {self.role!r}, which has no path without the audio")
         _needs(self, "", "jsd_beta", self.divergence == "jsd", "divergence=jsd")
+        if self.role != "audio" and self.hears.settings():
+            other = "reads words" if self.role == "text" else "hears what the student hears"
+            raise ConfigError(f"hears: expected its defaults with role {self.role!r}, which {other}")
         if self.role != "text" and self.reasoning:
             raise ConfigError(f"reasoning: expected false with role {self.role!r}, which reads no metadata")
 
@@ -415,6 +434,8 @@ class RunConfig:
     resume: str = "never"  # never | auto (newest) | fallback (newest that is intact) | a checkpoint's folder
     tensorboard: bool = True  # also write the curves for TensorBoard
     progress_bar: bool = True  # show one
+    push_to_hub: str | None = None  # owner/name: push the result there at the end (models/training/publish.py)
+    hub_private: bool = True  # the repository is made private, and a public one is refused
 
     def __post_init__(self) -> None:
         _check(bool(self.out_dir), "run.out_dir", "a folder", self.out_dir)
@@ -423,6 +444,7 @@ class RunConfig:
         _check(self.log_every_steps >= 1, "run.log_every_steps", ">= 1", self.log_every_steps)
         _check(self.save_every_steps >= 1, "run.save_every_steps", ">= 1", self.save_every_steps)
         _check(self.keep_last_checkpoints >= 1, "run.keep_last_checkpoints", ">= 1", self.keep_last_checkpoints)
+        _needs(self, "run", "hub_private", self.push_to_hub is not None, "run.push_to_hub")
 
 
 @dataclass(frozen=True)
@@ -474,8 +496,20 @@ class Recipe:
             raise ConfigError(f"teacher.{key}: objective {self.objective!r} needs a teacher{hint}, got none")
         if self.teacher.model and not self.student.model:
             raise ConfigError(f"teacher.model: expected none without student.model, got {self.teacher.model!r}")
+        given = {"hears": self.teacher.hears != Hearing(), "features": self.teacher.features is not None}
+        for key in (key for key, is_given in given.items() if is_given and not self.needs_teacher):
+            raise ConfigError(f"teacher.{key}: expected its default with objective {self.objective!r}, which has no teacher")
+        for key, device_map in (("student", self.student.device_map), ("teacher", self.teacher.device_map)):
+            if device_map is not None and self.student.model is None:
+                raise ConfigError(f"{key}.device_map: expected null without student.model, got {device_map!r}")
+            if device_map is not None and self.run.parallel != "none":
+                raise ConfigError(f"{key}.device_map: expected null with run.parallel={self.run.parallel}, got {device_map!r}")
         if self.student.model is None:
+            if self.teacher.negative != "zeros":
+                raise ConfigError(f"teacher.negative: expected zeros without student.model, got {self.teacher.negative!r}")
             return
+        if self.teacher.features is not None:
+            raise ConfigError(f"teacher.features: expected null with student.model, got {self.teacher.features!r}")
         if self.data.features is not None:
             raise ConfigError(f"data.features: expected null with student.model, which hears clips, got {self.data.features!r}")
         if self.data.packing != "none":
@@ -575,6 +609,12 @@ class Recipe:
         return self.teacher.model if self.student.model else self.teacher.folder
 
     @property
+    def teacher_encodes(self) -> bool:
+        """Whether a live SpeechLM teacher has features of its own, beside those of the student."""
+        other_sound = self.teacher.hears.of_the_sound() != self.student.hears.of_the_sound()
+        return self.teacher.features is not None or other_sound
+
+    @property
     def distils(self) -> bool:
         """Whether the student learns some teacher's distribution."""
         return self.needs_teacher or bool(self.sources)
@@ -657,10 +697,17 @@ def describe_keys() -> str:
 
 
 def _defaults(section: type) -> dict[str, Any]:
-    """Keys and defaults. A section inside stands as `inner.*`: its keys are listed in the section of that name."""
-    shown = dataclasses.asdict(_plain(section)())
-    return {key if _section(section, key) is None else f"{key}.*": value if _section(section, key) is None else "as above"
-            for key, value in shown.items()}  # fmt: skip
+    """Keys and defaults. Of a section inside, its keys as `inner.key`; one that is listed by itself stands as `inner.*`."""
+    listed = {f.name for f in dataclasses.fields(Recipe)}
+    shown: dict[str, Any] = {}
+    for key, value in dataclasses.asdict(_plain(section)()).items():
+        if _section(section, key) is None:
+            shown[key] = value
+        elif key in listed:
+            shown[f"{key}.*"] = "as above"
+        else:
+            shown |= {f"{key}.{inner}": one for inner, one in value.items()}
+    return shown
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -672,6 +719,7 @@ def settings_to_continue(recipe: Recipe) -> dict[str, Any]:
     """The settings that a run and its continuation must have in common, as JSON gives them back."""
     settings = json.loads(json.dumps(to_dict(recipe)))
     free = ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints", "parallel")
+    free += ("push_to_hub", "hub_private")
     for name in free:
         del settings["run"][name]
     return settings
@@ -722,7 +770,12 @@ def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
         elif isinstance(value, float):
             _check(math.isfinite(value), prefix + f.name, "a finite number", value)
         arguments[f.name] = value
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:  # of a class of another room, which knows nothing of recipes
+        raise ConfigError(f"{prefix}{error}") from None
 
 
 def _build_entry(cls: type, values: dict[str, Any], prefix: str) -> Any:

@@ -21,11 +21,12 @@ from models.audio_lms.model import AudioLM, find_checkpoint_folder
 from models.audio_lms.settings import Lora
 from models.backbones.causal_lm import read_head
 from models.backbones.device import inference_dtype, pick_device
+from models.corpora.hearing import PLAIN, Hearing
 from models.io_utils import fingerprint
-from models.speech_lm.collation import crop_to_targets
+from models.speech_lm.collation import check_one_clip, crop_to_targets
 from models.speech_lm.frozen_linear import use_bf16_products
 from models.speech_lm.row_layout import why_not_packed_with_prefixes
-from models.training.listeners import is_speech_lm, open_clips, torch_dtype
+from models.training.listeners import is_speech_lm, open_clips, torch_dtype, unheard_batch
 from models.training.recipe import DataConfig, Recipe, SourceConfig, to_dict
 from models.training.teachers import (
     CachedTeacher,
@@ -61,6 +62,8 @@ class TrainingData:
         store: the clips' features, for a live teacher that makes its own batches.
         crop: cuts off what no target of a batch depends on; None = batches stay as they are.
         make_prompts: examples -> a batch whose rows end with their prompt, for a student that answers itself.
+        audio_root: folder of the clips, for a live teacher that hears them in its own way.
+        make_unheard: examples -> the path without the audio as a batch, where its tokens are others; None = they are the same.
     """
 
     examples: Sequence[Any]
@@ -69,6 +72,8 @@ class TrainingData:
     store: Any = None
     crop: Callable[[Any], Any] | None = None
     make_prompts: Callable[[Sequence[Any]], Any] | None = None
+    audio_root: Path | None = None
+    make_unheard: Callable[[Sequence[Any]], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -128,7 +133,7 @@ def _build_audio_student(recipe: Recipe) -> AudioLM:
     dtype = torch_dtype(settings.dtype, pick_device(recipe.run.device, name="run.device"), trains=trains_weights)
     try:
         return AudioLM.from_pretrained(
-            settings.model, dtype=dtype, attention=settings.attention, trains=settings.trains,
+            settings.model, dtype=dtype, attention=settings.attention, device_map=settings.device_map, trains=settings.trains,
             lora=Lora(**to_dict(settings.lora)), merge=settings.merge,
         )  # fmt: skip
     except AudioLMError as error:
@@ -157,6 +162,8 @@ def check_folders(recipe: Recipe) -> None:
         _check_audio_lms(recipe)
         return
     wanted = [("data.features", recipe.data.features, "")]
+    if recipe.teacher.features != "encode":
+        wanted += [("teacher.features", recipe.teacher.features, "")]
     wanted += [(f"model.{name}", getattr(recipe.model, name), "speech_lm.json") for name in ("folder", "feature_statistics")]
     if recipe.needs_teacher:
         wanted += [("teacher.folder", recipe.teacher.folder, "speech_lm.json")]
@@ -169,6 +176,8 @@ def check_folders(recipe: Recipe) -> None:
     listening = {f"sources.{name}.folder": s.folder for name, s in recipe.sources.items() if s.role != "text" and s.folder}
     if recipe.needs_teacher and recipe.teacher.cache is None:
         listening["teacher.folder"] = recipe.teacher.folder
+    if recipe.teacher_encodes:
+        listening.pop("teacher.folder", None)
     for key, folder in listening.items():
         _check_same_clips(key, student, _saved_settings(key, folder))
     if recipe.needs_teacher and recipe.teacher.cache is not None:
@@ -229,7 +238,8 @@ def _check_same_clips(key: str, student: SpeechLMConfig, teacher: SpeechLMConfig
         if theirs != ours:
             raise SourceError(
                 f"{key}: expected {name} {ours}, as the student has, got {theirs}. A live teacher gets the student's features: "
-                "make both alike, or write the teacher's cache (python -m models cache) and pass teacher.cache"
+                "make both alike, pass teacher.features=encode, or write the teacher's cache (python -m models cache) and pass "
+                "teacher.cache"
             )
 
 
@@ -321,9 +331,10 @@ def build_data(
     from models.speech_lm.features import FeatureError, clip_features
 
     if isinstance(model, AudioLM):
-        return _audio_data(model, examples, audio_root, recipe.data)
-    settings = recipe.data
+        return _audio_data(model, examples, audio_root, recipe.data, recipe.student.hears)
+    settings, hears = recipe.data, recipe.student.hears
     with_features = list(examples)
+    check_one_clip(with_features)
     if store is None:
         try:
             store, with_features = clip_features(
@@ -335,6 +346,7 @@ def build_data(
                 max_bad_fraction=settings.max_bad_fraction,
                 max_cut_fraction=settings.max_cut_fraction,
                 progress_bar=recipe.run.progress_bar,
+                hears=hears,
             )
         except FeatureError as error:
             raise SourceError(f"data: {error}") from error
@@ -343,21 +355,28 @@ def build_data(
     # Activation checkpointing drops the KV cache, so it cannot run with a prefix cache.
     cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
     cache_mib = recipe.model.prefix_cache_mib if cached else 0
-    return make_training_data(model, with_features, store, prefix_cache_mib=cache_mib, layout=settings)
+    data = make_training_data(model, with_features, store, prefix_cache_mib=cache_mib, layout=settings, hears=hears)
+    return dataclasses.replace(data, audio_root=Path(audio_root))
 
 
-def _audio_data(model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig) -> TrainingData:
+def _audio_data(
+    model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig, hears: Hearing
+) -> TrainingData:
     """`examples` batched for an audio LM; their clips are decoded when a batch needs them."""
-    store, usable = open_clips(model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds)
+    store, usable = open_clips(model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds, hears=hears)
     collator = model.make_collator()
 
     def make_batch(chosen: Sequence[Any]) -> Any:
-        return collator(chosen, store.rows(chosen))
+        return collator([hears.shown(example) for example in chosen], store.rows(chosen))
 
     def make_prompts(chosen: Sequence[Any]) -> Any:
-        return collator(chosen, store.rows(chosen), with_target=False)
+        return collator([hears.shown(example) for example in chosen], store.rows(chosen), with_target=False)
 
-    return TrainingData(usable, make_batch, {}, store, crop_to_targets, make_prompts)
+    def make_unheard(chosen: Sequence[Any]) -> Any:
+        return unheard_batch(model, [hears.shown(example) for example in chosen])
+
+    unheard = make_unheard if model.is_absent else None
+    return TrainingData(usable, make_batch, {}, store, crop_to_targets, make_prompts, Path(audio_root), unheard)
 
 
 def make_training_data(
@@ -367,10 +386,11 @@ def make_training_data(
     *,
     prefix_cache_mib: int = 4096,
     layout: DataConfig = _PADDED,
+    hears: Hearing = PLAIN,
 ) -> TrainingData:
     """Batches of `examples` for `model` (a SpeechLM), with their features from `store` (a FeatureStore).
 
-    `layout`: its `packing` and `pack_tokens` say how the model lays out a batch.
+    `layout`: its `packing` and `pack_tokens` say how the model lays out a batch. `hears`: what its prompts show.
 
     Raises:
         SourceError: packing "varlen" without flash-attention 2, or with a language model in float32; a text with a token that the
@@ -386,15 +406,15 @@ def make_training_data(
             raise SourceError(f"data.packing: varlen needs an LM in bfloat16 or float16 (lm_dtype), got {model.lm.dtype}")
     collator = model.make_collator()
     try:
-        collator.check_examples(examples)
+        collator.check_examples([hears.shown(example) for example in examples])
     except ValueError as error:
         raise SourceError(str(error)) from error
 
     def make_batch(chosen: Sequence[Any]) -> Any:
-        return collator(chosen, store.rows(chosen))
+        return collator([hears.shown(example) for example in chosen], store.rows(chosen))
 
     def make_prompts(chosen: Sequence[Any]) -> Any:
-        return collator(chosen, store.rows(chosen), with_target=False)
+        return collator([hears.shown(example) for example in chosen], store.rows(chosen), with_target=False)
 
     extra: dict[str, Any] = {}
     if prefix_cache_mib and layout.packing == "pack" and (why := why_not_packed_with_prefixes(model.lm.config)):
@@ -446,6 +466,7 @@ def build_sources(
             jsd_beta=recipe.loss.jsd_beta,
             layers=recipe.layers,
             keep_mib=recipe.teacher.keep_mib,
+            hears=recipe.teacher.hears,
         )
         sources.append(one(OWN_TEACHER, own))
     return sources + [one(name, each) for name, each in recipe.sources.items()]
@@ -455,6 +476,7 @@ def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, de
     """Fingerprint of all that a `Source` depends on, except weight and divergence. `depth`: number of the student's layers."""
     depends = {
         "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
+        "heard": [to_dict(settings.hears), to_dict(recipe.student.hears), recipe.teacher.features, recipe.teacher.negative],
         "layers": to_dict(settings.layers),
         "own": [recipe.teacher.cache, recipe.teacher.batch_examples, recipe.loss.center_text] if name == OWN_TEACHER else [],
         "data": to_dict(recipe.data),
@@ -487,12 +509,17 @@ def _build_source(
             lm, tokenizer, target_ids=collator.target_ids, end_id=collator.end_id, reasoning=settings.reasoning, **options
         )
     else:
+        hears = recipe.student.hears if settings.role == "acoustic" else settings.hears
         if isinstance(lm, AudioLM):
-            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data)
+            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data, hears)
         else:
-            _check_same_features(f"{key}.folder", model, lm)
             own = make_training_data(
-                lm, data.examples, data.store, prefix_cache_mib=recipe.model.prefix_cache_mib, layout=recipe.data
+                lm,
+                data.examples,
+                _features_of_source(recipe, key, data, model, lm, hears, device),
+                prefix_cache_mib=recipe.model.prefix_cache_mib,
+                layout=recipe.data,
+                hears=hears,
             )
         if _hears_both(name, settings):
             at_once = recipe.teacher.batch_examples if name == OWN_TEACHER else 0
@@ -513,6 +540,33 @@ def _build_source(
     return Source(name, settings, teacher, layers)
 
 
+def _features_of_source(
+    recipe: Recipe, key: str, data: TrainingData, model: torch.nn.Module, lm: Any, hears: Hearing, device: torch.device
+) -> Any:
+    """What a speech LM hears that teaches: the student's features, where both hear the same, or features of its own."""
+    from models.speech_lm.features import FeatureError, clip_features
+
+    given = recipe.teacher.features if key == OWN_TEACHER else None
+    if given is None and hears.of_the_sound() == recipe.student.hears.of_the_sound():
+        _check_same_features(f"{key}.folder", model, lm)
+        return data.store
+    try:
+        store, _ = clip_features(
+            lm.to(device),
+            data.examples,
+            audio_root=data.audio_root,
+            features=None if given == "encode" else given,
+            max_seconds=recipe.data.max_clip_seconds,
+            max_bad_fraction=0.0,
+            max_cut_fraction=recipe.data.max_cut_fraction,
+            progress_bar=recipe.run.progress_bar,
+            hears=hears,
+        )
+    except FeatureError as error:
+        raise SourceError(f"{key}.features: {error}") from error
+    return store
+
+
 def _check_same_features(key: str, model: torch.nn.Module, lm: torch.nn.Module) -> None:
     """SourceError unless a live teacher can use the features that the student's encoder has made."""
     _check_same_clips(key, model.config, lm.config)
@@ -527,17 +581,22 @@ def _cached_teacher(
     from kdkernels.contrast_cache import ContrastCache
     from models.training.cache_identity import sample_content, teacher_fingerprint
 
+    hears = recipe.teacher.hears
     if isinstance(lm, AudioLM):
-        same = lm.sampling_rate == model.sampling_rate
+        store, _ = open_clips(
+            lm, data.examples, audio_root=data.audio_root, max_seconds=recipe.data.max_clip_seconds, hears=hears
+        )
     else:  # the clips can be compared only if the teacher heard the features that the student hears
-        hears = ("encoder", "encoder_layers", "audio_frames")
-        same = data.store is not None and all(getattr(model.config, x) == getattr(lm.config, x) for x in hears)
+        settings = ("encoder", "encoder_layers", "audio_frames")
+        same = all(getattr(model.config, x) == getattr(lm.config, x) for x in settings)
+        store = data.store if same and hears.of_the_sound() == recipe.student.hears.of_the_sound() else None
 
     def content(example: Any) -> str:
-        return sample_content(example, data.store.rows([example])[0] if same else None)
+        return sample_content(hears.shown(example), None if store is None else store.rows([example])[0])
 
     try:
-        cache = ContrastCache(recipe.teacher.cache, fingerprint=teacher_fingerprint(recipe.teacher_spec))
+        made_from = teacher_fingerprint(recipe.teacher_spec, hears=hears, negative=recipe.teacher.negative)
+        cache = ContrastCache(recipe.teacher.cache, fingerprint=made_from)
         return CachedTeacher(cache, read_head(lm).to(device), device=device, content=content, layers=layers)
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
@@ -576,7 +635,13 @@ def _load_source(
         elif isinstance(model, AudioLM):
             own = key == OWN_TEACHER
             dtype = torch_dtype(recipe.teacher.dtype if own else "auto", device)
-            lm = AudioLM.from_pretrained(settings.folder, dtype=dtype, attention=recipe.teacher.attention if own else None)
+            lm = AudioLM.from_pretrained(
+                settings.folder,
+                dtype=dtype,
+                attention=recipe.teacher.attention if own else None,
+                device_map=recipe.teacher.device_map if own else None,
+                negative=recipe.teacher.negative if own else "zeros",
+            )
             tokenizer = lm.tokenizer
         else:
             lm = SpeechLM.from_pretrained(settings.folder)

@@ -33,6 +33,7 @@ from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import evaluating
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.backbones.causal_lm import CurrentHead, read_head
+from models.training.listeners import text_path
 from models.training.recipe import LayersConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ class LiveTeacher:
         data: a TrainingData that makes its batches; its prompt may have another number of audio tokens than the student's.
         device: where it runs.
         layers: layers whose states are returned as well.
-        batch_examples: how many examples it reads at a time; 0 = all of a batch.
+        batch_examples: how many examples it reads at a time; 0 = all of a batch. With `data.make_unheard` the path without the
+            audio is a batch of its own.
     """
 
     def __init__(
@@ -182,14 +184,17 @@ class LiveTeacher:
         _check_same_targets(batch, sum(len(part.audio_hidden) for part in parts))
         if len(parts) == 1:
             return parts[0]
-        return TeacherStates(head=self._teacher.head, **_joined([part.tensors() for part in parts]))
+        return TeacherStates(head=parts[0].head, **_joined([part.tensors() for part in parts]))
 
     def _read(self, examples: Sequence[Any]) -> TeacherStates:
         own = _own_batch(self._data, examples, self._device)
-        states = self._teacher(self._data.model_inputs(own), own.target_index)
-        return TeacherStates(
-            states.audio_hidden, states.text_hidden, self._teacher.head, states.audio_layers, states.text_layers
-        )
+        make_unheard = getattr(self._data, "make_unheard", None)
+        unheard = text_path(make_unheard(examples) if make_unheard else None, self._device)
+        states = self._teacher(self._data.model_inputs(own), own.target_index, **unheard)
+        # A device_map may have placed the head elsewhere than the loss.
+        found = (states.audio_hidden, states.text_hidden, states.audio_layers, states.text_layers)
+        audio, text, *layers = (x if x is None else x.to(self._device) for x in found)
+        return TeacherStates(audio, text, self._teacher.head.to(self._device), *layers)
 
 
 class CachedTeacher:

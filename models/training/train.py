@@ -26,6 +26,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from models.training.checkpoint import CheckpointError
 from models.training.commands import train_parser
 from models.training.distributed import RankError, Ranks
 from models.training.loop import NonFiniteError, TrainingLoop, TrainResult, check_ranks
+from models.training.publish import PublishError, check_recipe, open_repository, publish
 from models.training.recipe import ConfigError, Recipe, describe_keys, load_recipe
 from models.training.run_setup import TrainingData, build_data, build_model, build_sources, check_folders, read_examples
 from models.training.teachers import Source, SourceError
@@ -100,10 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_impl(recipe.loss.impl, device)
         _check_start(recipe, device)
         check_folders(recipe)
+        check_recipe(recipe)
         examples, audio_root = read_examples(recipe)
         with Ranks.started_by_torchrun(device, recipe.run.parallel) as ranks:
             result = _train_on(ranks, recipe, examples, audio_root, [arguments.recipe, *arguments.overrides])
-    except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError, RankError) as error:
+    except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError, RankError, PublishError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # the signal came before the loop handled it, or it is a second one
@@ -113,18 +116,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + result.stopped_by
     if ranks.is_first:
         print(f"{recipe.objective}: {result.step} steps -> {result.folder / 'final'}")
+        return _push(recipe, result.folder / "final")
+    return 0
+
+
+def _push(recipe: Recipe, folder: Path) -> int:
+    """Push the result if the recipe says so. It stays here if that fails, and the command that repeats it is printed."""
+    name, private = recipe.run.push_to_hub, recipe.run.hub_private
+    if name is None:
+        return 0
+    try:
+        print(publish(folder, name, private=private))
+    except PublishError as error:
+        words = shlex.join(["python", "-m", "models", "push", str(folder), name, *([] if private else ["--public"])])
+        print(f"error: {error}\nThe result is in {folder}. Push it with:\n  {words}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root: Any, words: Sequence[str]) -> TrainResult:
     """Build model, data and teachers on this rank, and train; `words`: recipe and overrides as the user gave them."""
     check_ranks(recipe, ranks)
+    if recipe.run.push_to_hub is not None and ranks.is_first:
+        open_repository(recipe.run.push_to_hub, private=recipe.run.hub_private)
     if not ranks.is_first:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, progress_bar=False))
     seed_everything(recipe.run.seed)
     model = build_model(recipe)
     data = build_data(recipe, model, examples, audio_root)
-    sources = build_sources(recipe, data, model, device=ranks.device)
+    placed = getattr(model, "is_placed", False)
+    sources = build_sources(recipe, data, model, device=model.device if placed else ranks.device)
     seed_everything(recipe.run.seed)  # the run must not depend on the numbers drawn above
     command = _resume_command(recipe, words)
     with exclusive(recipe.run.out_dir, "a training") if ranks.is_first else nullcontext():
@@ -134,7 +155,13 @@ def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root:
 def _resume_command(recipe: Recipe, words: Sequence[str]) -> str:
     """The words that a person types to continue the run."""
     kept = [word for word in words if not word.startswith("run.resume=")]
-    started = ["python"] if recipe.run.parallel == "none" else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    started = ["python"]
+    if recipe.run.parallel != "none":
+        local = os.environ["LOCAL_WORLD_SIZE"]
+        nodes = int(os.environ.get("WORLD_SIZE", local)) // int(local)
+        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]  # torchrun does not tell its processes
+        started = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc-per-node", local]
+        started += where if nodes > 1 else []
     return shlex.join([*started, "-m", "models", "train", *kept, "run.resume=auto"])
 
 

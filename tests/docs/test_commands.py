@@ -17,7 +17,12 @@ from models.training.recipe import load_recipe
 
 FENCED = re.compile(r"^```(?:sh|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python|torchrun|make|pip) [^`\n]+)`")
-STARTS = ("python ", "torchrun ", "make ", "pip ")
+STARTS = ("python ", "torchrun ", "make ", "pip ", "srun ")
+# Options of torchrun, and what their values look like; $NAME is a variable of Slurm.
+TORCHRUN = {
+    "--nnodes": r"\d+|\$SLURM_NNODES", "--nproc-per-node": r"\d+", "--rdzv-backend": "c10d", "--rdzv-id": r"\$SLURM_JOB_ID",
+    "--rdzv-endpoint": r"\$?HOST:\d+",
+}  # fmt: skip
 # A name of a command, not a call of it.
 NAMES_ONLY = {"python -m models COMMAND --help", "python -m models --help"}
 
@@ -50,7 +55,7 @@ def check_models(words: list[str]) -> None:
     name, *rest = words
     assert name in cli.COMMANDS, f"expected one of {', '.join(cli.COMMANDS)}, got {name!r}"
     parsed = cli.parser_of(name).parse_args(rest)
-    if name == "train":
+    if name in ("train", "plan"):
         load_recipe(parsed.recipe, parsed.overrides)
 
 
@@ -71,8 +76,14 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises where a program, target, extra, argument or value is not known."""
     words = shlex.split(line)
     program = words.pop(0)
+    if program == "srun":  # of Slurm: it starts the command on every node
+        program = words.pop(0)
+    if program == "bash":
+        words = shlex.split(words[1])
+        program = words.pop(0)
     if program == "torchrun":
-        assert words.pop(0) == "--nproc-per-node" and words.pop(0).isdigit()
+        while words[0] in TORCHRUN:
+            assert re.fullmatch(TORCHRUN[words.pop(0)], words.pop(0)), line
         program = "python"
     if program == "make":
         names = [word for word in words if "=" not in word]

@@ -16,7 +16,9 @@ from docs.tables import pages
 pytest.importorskip("transformers", reason="the pages' audio LMs are transformers'")
 pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
 sys.path.insert(0, str(Path(__file__).parents[1] / "kdkernels"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import tiny_lms
+import tiny_speech
 import transformers
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -51,7 +53,10 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def trainer_page() -> dict[str, Any]:
-    return {"student": audio_lm(), "big_model": audio_lm(), "collate": collate, "dataset": rows()}
+    saved = tiny_speech.make_speech_lm().save_pretrained("saved", include_frozen=True)
+    waveform = torch.randn(8000).clamp(-1, 1).numpy()
+    models = {"student": audio_lm(), "big_model": audio_lm()}
+    return {**models, "collate": collate, "dataset": rows(), "saved": saved, "waveform": waveform}
 
 
 def teacher_page() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("transformers", reason="decoding is tested on transformers' own model classes")
 import tiny_lms
 
-from kdkernels.decoding import contrast_logits, contrastive_generate
+from kdkernels.decoding import contrast_logits, contrastive_generate, kept_probabilities
 from kdkernels.teacher import DropKey, MarkAbsent, MaskFeatures
 
 NEW_TOKENS = 6
@@ -248,6 +248,32 @@ class TestSampling:
         statistic = ((counts - expected) ** 2 / expected).sum()
         assert statistic < 31.3  # chi-square with 11 degrees of freedom, 0.1%
 
+    @pytest.mark.parametrize(
+        ("limits", "kept"),
+        [
+            ({}, [0.4, 0.3, 0.2, 0.1]),
+            ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+            ({"top_k": 9}, [0.4, 0.3, 0.2, 0.1]),
+            ({"top_p": 0.4}, [0.4, 0, 0, 0]),  # the best alone has as much
+            ({"top_p": 0.5}, [0.4, 0.3, 0, 0]),
+            ({"top_p": 0.01}, [0.4, 0, 0, 0]),
+            ({"top_k": 3, "top_p": 0.7}, [4 / 9, 3 / 9, 0, 0]),  # 4/9 + 3/9 of what top_k leaves
+        ],
+    )
+    def test_top_k_and_top_p_keep_the_best(self, limits, kept):
+        order = torch.tensor([2, 0, 3, 1])
+        scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()[:, order] * 1.7
+        expected = torch.tensor([kept])[:, order]
+        torch.testing.assert_close(kept_probabilities(scores, 1.7, **limits), expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.slow
+    def test_top_k_of_one_is_the_best_token(self):
+        model, inputs = tiny_lms.voxtral()
+        options = {"negative": MaskFeatures("input_features"), "alpha": 1.0, "max_new_tokens": 4, "eos_token_id": []}
+        best = contrastive_generate(model, inputs, **options)
+        for limit in ({"top_k": 1}, {"top_p": 1e-6}):
+            assert torch.equal(contrastive_generate(model, inputs, temperature=50.0, **limit, **options), best)
+
     def test_is_reproducible_and_differs_from_greedy(self):
         model, inputs = tiny_lms.voxtral()
         options = {"negative": MaskFeatures("input_features"), "alpha": 1.0, "max_new_tokens": 6, "eos_token_id": []}
@@ -409,6 +435,10 @@ class TestErrors:
             ({"alpha": None}, "alpha: expected a number"),
             ({"max_new_tokens": 0}, "max_new_tokens: expected a positive int, got 0"),
             ({"temperature": 0.0}, r"temperature: expected a positive number or None \(best token\), got 0.0"),
+            ({"top_k": 5}, "top_k: expected None without temperature, which means the best token, got 5"),
+            ({"top_p": 0.5}, "top_p: expected None without temperature"),
+            ({"temperature": 1.0, "top_k": 0}, "top_k: expected a positive int or None, got 0"),
+            ({"temperature": 1.0, "top_p": 1.5}, r"top_p: expected a number in \(0, 1\] or None, got 1.5"),
             ({"negative": None}, "negative, text_inputs: expected exactly one of them, got neither"),
             ({"text_inputs": {}}, "negative, text_inputs: expected exactly one of them, got both"),
             ({"negative": DropKey("input_features")}, "negative: expected it to keep the inputs' names"),

@@ -11,6 +11,7 @@ FAMILY = Family(
     name="Audio Flamingo 3",
     model_types=("audioflamingo3",),
     model_class="AudioFlamingo3ForConditionalGeneration",
+    window_seconds=30.0,
     max_clips=1,
     audio_first=False,
 )

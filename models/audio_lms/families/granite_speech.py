@@ -17,5 +17,6 @@ FAMILY = Family(
     name="Granite Speech",
     model_types=("granite_speech",),
     model_class="GraniteSpeechForConditionalGeneration",
+    tokens_per_second=10.0,
     connector=r"model\.projector\b",
 )

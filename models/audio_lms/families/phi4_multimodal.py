@@ -41,6 +41,7 @@ FAMILY = Family(
     name="Phi-4-multimodal",
     model_types=("phi4_multimodal",),
     model_class="Phi4MultimodalForCausalLM",
+    tokens_per_second=12.5,
     features=("audio_input_features",),
     mask="audio_attention_mask",
     language_model=r"(model\.(embed_tokens|layers|norm)|lm_head)\b(?!_extend)",

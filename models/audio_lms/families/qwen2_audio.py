@@ -11,4 +11,5 @@ FAMILY = Family(
     name="Qwen2-Audio",
     model_types=("qwen2_audio",),
     model_class="Qwen2AudioForConditionalGeneration",
+    window_seconds=30.0,
 )

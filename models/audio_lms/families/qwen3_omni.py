@@ -24,6 +24,7 @@ FAMILY = Family(
     name="Qwen3-Omni",
     model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
     model_class="Qwen3OmniMoeThinkerForConditionalGeneration",
+    tokens_per_second=13.0,
     lora=r"model\.language_model\.layers\.\d+\.self_attn\.\w+_proj",
     connector=r"model\.audio_tower\.(ln_post|proj1|proj2)\b",
     load_processor=load_processor,

@@ -13,5 +13,7 @@ FAMILY = Family(
     name="GLM-ASR",
     model_types=("glmasr",),
     model_class="GlmAsrForConditionalGeneration",
+    tokens_per_second=12.5,
+    window_seconds=30.0,
     max_clips=1,
 )

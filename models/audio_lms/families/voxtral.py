@@ -28,6 +28,8 @@ FAMILY = Family(
     name="Voxtral",
     model_types=("voxtral",),
     model_class="VoxtralForConditionalGeneration",
+    tokens_per_second=12.5,
+    window_seconds=30.0,
     plain_tokenizer=True,
     encode=_encode,
 )

@@ -11,7 +11,7 @@ pytest.importorskip("datasets", reason="TRL's trainers take datasets")
 import datasets
 import tiny_lms
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from kdkernels import CAADOptions, DualPathTeacher
@@ -80,3 +80,56 @@ def test_gkd_loss_is_trls_own(tmp_path):
     given = {**batch(), "prompts": torch.zeros(2, 3, dtype=torch.int64)}
     theirs = GKDTrainer.compute_loss(trainer, trainer.model, given)
     assert trainer.compute_loss(trainer.model, given).item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def completions() -> dict:
+    """Prompts padded on the left, completions on the right; one token of the second row is a tool's."""
+    ids = tiny_lms.token_ids(2)
+    prompt_mask, completion_mask = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, ids.shape[1] - 8, dtype=torch.int64)
+    prompt_mask[0, :3], completion_mask[1, -2:] = 0, 0
+    tool_mask = torch.ones_like(completion_mask)
+    tool_mask[1, 1] = 0
+    return {
+        "prompt_ids": ids[:, :8], "prompt_mask": prompt_mask, "completion_ids": ids[:, 8:], "completion_mask": completion_mask,
+        "tool_mask": tool_mask, "num_items_in_batch": torch.tensor(37.0),
+    }  # fmt: skip
+
+
+def distilling(folder, *, beta: float):
+    class Distilling(CAADLossMixin, DistillationTrainer):
+        pass
+
+    rows = datasets.Dataset.from_dict({"prompt": ["w2 w3", "w4 w5", "w6 w7", "w8 w9"]})
+    student, teacher = text_lm(0), text_lm(1)
+    args = DistillationConfig(**settings(folder), beta=beta, max_completion_length=4, temperature=1.0)
+    trainer = Distilling(student, teacher, args, train_dataset=rows, processing_class=tokenizer())
+    divergence = {0.0: {}, 1.0: {"divergence": "reverse_kl"}}.get(beta, {"divergence": "jsd", "jsd_beta": beta})
+    options = CAADOptions(kd_weight=1.0, temperature=1.0, **divergence)
+    trainer.use_teacher(DualPathTeacher(teacher, negative=None), options)
+    return trainer
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_distillation_trainers_loss_is_trls_own(tmp_path, beta, training):
+    trainer = distilling(tmp_path, beta=beta)
+    trainer.model.train(training)
+    given = completions()
+    theirs = DistillationTrainer.compute_loss(trainer, trainer.model, given)
+    ours = trainer.compute_loss(trainer.model, given)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5) and ours.item() > 0
+    gradients = []
+    for loss in (theirs, ours):
+        trainer.model.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_distillation_trainer_trains_on_the_students_own_answers(tmp_path):
+    trainer = distilling(tmp_path, beta=0.5)
+    before = trainer.model.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2 and all(line["loss"] > 0 for line in lines)
+    assert not torch.equal(before, trainer.model.state_dict()["model.layers.0.mlp.up_proj.weight"])

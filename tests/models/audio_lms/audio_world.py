@@ -34,6 +34,27 @@ def make_world(folder: Path, family: str, *, examples: int = 6) -> Path:
     return folder
 
 
+def corpus_and_stage1(world: Path) -> Path:
+    """`world`'s manifest made anew by the commands: rows as others publish them, then Stage 1's answers."""
+    from models.cli import main as models
+
+    rows = [
+        {
+            "id": f"{split}-{number}", "audio": f"{number}.wav", "instruction": QUESTION, "label": ("high", "low")[number % 2],
+            "choices": ["high", "low"], "task": "pitch", "split": split,
+        }
+        for number in range(6)
+        for split in ("train", "test")
+    ]  # fmt: skip
+    manifest = world / "manifest.jsonl"
+    manifest.unlink()
+    (world / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = str(world / "corpus.jsonl")
+    assert models(["convert", str(world / "rows.jsonl"), "--form", "dynamic_superb", "--out", corpus]) == 0
+    assert models(["pseudo-gt", corpus, "--source", "template", "--splits", "train,test", "--out", str(manifest)]) == 0
+    return manifest
+
+
 def text_teacher(world: Path, *, width: int = 32, layers: int = 2) -> Path:
     """A language model with the ordinary tokens of the audio LMs, a longer head, and special tokens of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,8 +1,15 @@
-"""The whole way by the command line: manifest, cache, train, kill, resume, evaluate, from_pretrained, ask."""
+"""The whole way by commands: corpus, Stage 1, cache, train, kill, resume, evaluate, from_pretrained, ask; also on two ranks.
+
+The models are tiny and random, of the real classes with the real processors.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +17,7 @@ from safetensors.torch import load_file
 
 from models.cli import main as models
 from tests.kdkernels.tiny_lms import any_peft
-from tests.models.audio_lms.audio_world import QUESTION, make_world, text_teacher, words
+from tests.models.audio_lms.audio_world import QUESTION, corpus_and_stage1, make_world, text_teacher, words
 from tests.models.audio_lms.test_training import Killed, curves, kill_in_step
 
 
@@ -24,7 +31,10 @@ from tests.models.audio_lms.test_training import Killed, curves, kill_in_step
 )
 def test_distil_resume_evaluate_load_and_ask(family, recipe, options, tmp_path, monkeypatch, capsys):
     world = make_world(tmp_path, family)
-    teacher, manifest, cache = (str(world / name) for name in ("teacher", "manifest.jsonl", "cache"))
+    manifest = str(corpus_and_stage1(world))
+    target = {row["id"]: row["target"] for row in map(json.loads, Path(manifest).read_text().splitlines()[1:])}
+    assert (target["train-0"], target["train-1"]) == ("The answer is high.", "The answer is low.")
+    teacher, cache = (str(world / name) for name in ("teacher", "cache"))
     run = ["train", recipe, *words(world, "run", f"teacher.model={teacher}", "teacher.batch_examples=1", *options)]
 
     # From a live teacher, killed and continued.
@@ -76,6 +86,47 @@ def test_distil_resume_evaluate_load_and_ask(family, recipe, options, tmp_path, 
     assert len(capsys.readouterr().out.splitlines()) >= 2
     assert models(["ask", final, str(world / "no.wav"), QUESTION]) == 1
     assert "clip: no file" in capsys.readouterr().err
+
+
+# What torchrun starts; a rank dies before the step that the first word names.
+DYING = """
+import sys
+from models.cli import main
+from models.training import loop
+
+step = loop.TrainingLoop.step
+
+def dying(self, at, logged):
+    if at == int(sys.argv[1]):
+        sys.exit(9)
+    step(self, at, logged)
+
+loop.TrainingLoop.step = dying
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_and_go_on_after_a_kill(tmp_path, capsys):
+    """DDP on two ranks, killed in the third step, goes on with FSDP2: the curves of one process, and a model that answers."""
+    world = make_world(tmp_path, "qwen2_5_omni")
+    corpus_and_stage1(world)
+    run = ["train", "qwen_omni", *words(world, "alone", f"teacher.model={world / 'teacher'}")]
+    assert models(run) == 0
+    (world / "dying.py").write_text(DYING)
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = [*run, f"run.out_dir={world / 'two'}"]
+    root = Path(__file__).parents[3]
+    here = {"cwd": root, "capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(root)}}
+    killed = subprocess.run([*started, str(world / "dying.py"), "3", *two, "run.parallel=ddp"], **here)
+    assert killed.returncode != 0 and [line["step"] for line in curves(world / "two")] == [1, 2], killed.stderr[-2000:]
+    again = subprocess.run([*started, "-m", "models", *two, "run.parallel=fsdp2", "run.resume=auto"], **here)
+    assert again.returncode == 0, again.stderr[-2000:]
+    for one, other in zip(curves(world / "alone"), curves(world / "two"), strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+    capsys.readouterr()
+    answered = ["ask", str(world / "two" / "final"), str(world / "0.wav"), QUESTION, "--device", "cpu", "--max-new-tokens", "3"]
+    assert models(answered) == 0 and capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -18,6 +18,9 @@ from models.audio_lms.family import AudioLMError, Turn
 from models.audio_lms.model import AudioLM
 from models.data.audio import AudioError, write_audio
 from models.data.example import Example
+from models.data.manifest import read_manifest, write_manifest
+from models.training.cache_identity import sample_content
+from models.training.listeners import open_clips
 from tests.models.audio_lms import tiny_audio_lms as tiny
 
 EXAMPLES = [
@@ -184,6 +187,38 @@ def test_the_thinker_out_of_the_full_checkpoint(tmp_path):
     assert torch.equal(*states)
 
 
+def test_a_row_with_several_clips(model, tmp_path):
+    """From the manifest to the batch: the row of a turn with these clips, or a refusal that names family and row."""
+    for name, clip in (("a", CLIPS[0]), ("b", CLIPS[1])):
+        write_audio(tmp_path / f"{name}.wav", clip)
+    asked = {"question": "Which is higher?", "target": "The first."}
+    rows = [
+        Example(id="two", audio="a.wav", more_audio=("b.wav",), **asked), Example(id="one", audio="b.wav", **asked),
+        Example(id="none", audio=None, **asked),
+    ]  # fmt: skip
+    write_manifest(tmp_path / "m.jsonl", rows)
+    rows = read_manifest(tmp_path / "m.jsonl").examples
+    assert rows[0].clips == (("a.wav", 0.0, None), ("b.wav", 0.0, None)) and rows[2].clips == ()
+    if model.family.max_clips == 1:
+        for call in (
+            lambda: model.make_collator()(rows, ClipReader(tmp_path, sampling_rate=tiny.RATE).rows(rows)),
+            lambda: open_clips(model, rows, audio_root=tmp_path, max_seconds=30),
+        ):
+            message = f"example 'two': clips: expected at most 1 a turn with {model.family.name}, got 2"
+            with pytest.raises(ValueError, match=message):
+                call()
+        return
+    store, _ = open_clips(model, rows, audio_root=tmp_path, max_seconds=30)
+    heard = store.rows(rows)
+    batch = model.make_collator()(rows, heard, with_target=False)
+    by_hand = model.make_collator().ask([Turn("Which is higher?", heard[0]), Turn("Which is higher?", (heard[1],))])
+    for row in range(2):
+        kept = by_hand.attention_mask[row].bool()
+        assert torch.equal(batch.input_ids[row][batch.attention_mask[row].bool()], by_hand.input_ids[row][kept])
+    assert batch.entries.tolist() == [*by_hand.entries.tolist(), 0]
+    assert sample_content(rows[0], heard[0]) != sample_content(rows[0], heard[0][::-1])
+
+
 def test_a_family_that_is_not_listed(qwen):
     from transformers import LlamaConfig, VoxtralRealtimeConfig
 
@@ -200,6 +235,10 @@ def test_random_weights_from_a_config(qwen, tmp_path):
 
 
 def test_errors_name_what_is_missing(qwen, tmp_path):
+    (tmp_path / "desta").mkdir()
+    (tmp_path / "desta" / "config.json").write_text('{"model_type": "DestaModel"}')
+    with pytest.raises(AudioLMError, match=r"got DeSTA2, which needs code of its own repository.*caad_desta2"):
+        AudioLM.from_pretrained(tmp_path / "desta")
     with pytest.raises(AudioLMError, match="no such folder"):
         AudioLM.from_pretrained(tmp_path / "nothing")
     with pytest.raises(AudioLMError, match=r"lora\.targets"):
@@ -224,6 +263,6 @@ def test_clips_are_read_when_they_are_asked_for(tmp_path):
     reader = ClipReader(tmp_path, sampling_rate=8_000)
     rows = reader.rows([EXAMPLES[0], Example(id="t", audio=None), EXAMPLES[0]])
     assert rows[1] is None and rows[0].dtype == np.float32 and len(rows[0]) == len(CLIPS[0]) // 2
-    assert np.array_equal(rows[0], rows[2]) and vars(reader).keys() == {"audio_root", "sampling_rate", "max_seconds"}
+    assert np.array_equal(rows[0], rows[2]) and vars(reader).keys() == {"audio_root", "sampling_rate", "max_seconds", "hears"}
     with pytest.raises(AudioError, match="example 'b': missing file"):
         reader.rows(EXAMPLES)

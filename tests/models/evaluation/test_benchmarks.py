@@ -113,6 +113,21 @@ def test_dynamic_superb_as_published(superb):
     assert suite.mode == "generate" and not suite.problems
 
 
+def test_questions_about_two_clips(superb):
+    """An audio LM hears both, where the second ones are there; the published rows may name files of another machine."""
+    suite = load_suite("dynamic-superb", audio_root=superb, several_clips=True)
+    reason = "its questions have two clips each, and the second ones are not in the folder"
+    assert suite.left_out == {"SpeakerVerification_VCTK": reason}
+    superb_task(superb, "SpeakerVerification_VCTK", {"a.wav": superb_row("yes", audio2="b.wav"), "b.wav": superb_row("no")})
+    suite = load_suite("dynamic-superb", audio_root=superb, several_clips=True)
+    (both,) = [e for e in suite.examples if e.more_audio]
+    assert [clip for clip, _, _ in both.clips] == ["SpeakerVerification_VCTK/a.wav", "SpeakerVerification_VCTK/b.wav"]
+    assert not suite.left_out and not suite.problems and both.metadata["category"] == "speaker"
+    assert [p.reason for p in load_suite("dynamic-superb", audio_root=superb, max_bad_fraction=0.5).problems] == [
+        "audio2: expected one clip, got two"
+    ]
+
+
 def test_bad_rows_of_a_published_benchmark_are_named_or_refuse_it(superb):
     (superb / "SpeechDetection_LJSpeech" / "b.wav").write_bytes(b"")
     with pytest.raises(ManifestError, match=r"1 of 4 rows are bad.*\n.*SpeechDetection_LJSpeech/b.wav\): audio: empty file"):
@@ -148,7 +163,12 @@ def test_mcr_as_published(mcr):
 
 
 def test_what_is_not_there_is_named_with_what_to_get(tmp_path):
-    hints = {"dynamic-superb": "FOLDER/AccentClassification_AccentdbExtended/metadata.json", "mcr": "FOLDER/AQA/AQA.json"}
+    hints = {
+        "dynamic-superb": "FOLDER/AccentClassification_AccentdbExtended/metadata.json",
+        "mcr": "FOLDER/AQA/AQA.json",
+        "mmau": "FOLDER/mmau-test-mini.json",
+        "mmar": "FOLDER/MMAR-meta.jsonl",
+    }
     for name, hint in hints.items():
         with pytest.raises(SuiteError, match=f"--benchmark {name}: expected --audio-root FOLDER") as raised:
             load_suite(name)
@@ -156,10 +176,11 @@ def test_what_is_not_there_is_named_with_what_to_get(tmp_path):
         with pytest.raises(SuiteError, match=r"--audio-root: no folder '.*none'; expected") as raised:
             load_suite(name, audio_root=tmp_path / "none")
         assert hint in str(raised.value)
-        with pytest.raises(SuiteError, match="no task in it; expected") as raised:
+        with pytest.raises(SuiteError, match=r"no (task|mmau-test-mini\.json|MMAR-meta\.jsonl) in it; expected") as raised:
             load_suite(name, audio_root=tmp_path)
         assert hint in str(raised.value)
-    with pytest.raises(SuiteError, match="expected one of builtin, dynamic-superb, mcr beside MANIFEST 'm', got 'superb'"):
+    known = "builtin, dynamic-superb, mcr, mmau, mmar, listen"
+    with pytest.raises(SuiteError, match=f"expected one of {known} beside MANIFEST 'm', got 'superb'"):
         load_suite("superb", manifest="m")
     with pytest.raises(SuiteError, match="builtin: expected neither MANIFEST nor --audio-root"):
         load_suite("builtin", audio_root=tmp_path)

@@ -79,7 +79,7 @@ def test_built_in_rules_go_by_name():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("gpt", r"expected one of lenient, strict, or MODULE:FUNCTION, got 'gpt'"),
+        ("gpt", r"expected one of lenient, strict, mmau, listen, or MODULE:FUNCTION, got 'gpt'"),
         ("fake_judges:", "or MODULE:FUNCTION, got"),
         ("no_such_judge:judge", "cannot import 'no_such_judge': ModuleNotFoundError"),
         ("broken_judge:judge", "cannot import 'broken_judge': ModuleNotFoundError: No module named 'no_such_module_here'"),

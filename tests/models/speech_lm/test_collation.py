@@ -111,6 +111,11 @@ def test_text_only_example_is_marked_absent(tokenizer):
     assert Collator(tokenizer, 3)([example()]).audio_present.tolist() == [False]
 
 
+def test_a_row_with_several_clips_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="example 'two': clips: expected one with a SpeechLM, got 2"):
+        Collator(tokenizer, 3)([example(id="two", audio="a.flac", more_audio=("b.flac",))])
+
+
 def test_padding_to_a_multiple(tokenizer):
     batch = Collator(tokenizer, 3, pad_to_multiple_of=16)(make_examples(3))
     assert batch.input_ids.shape[1] % 16 == 0

@@ -301,7 +301,7 @@ def test_masking_one_row_leaves_the_others(model):
 
 
 def test_masked_clip_has_a_finite_gradient():
-    for mix in ("softmax", "concat"):
+    for mix in ("softmax", "concat", "queries"):
         model = make_speech_lm(layer_mix=mix)
         batch = make_batch(model)
         inputs = batch.model_inputs() | {"audio_present": torch.zeros(4, dtype=torch.bool)}
@@ -464,7 +464,7 @@ def make_connector(**changes) -> Connector:
     return Connector(ConnectorConfig(**(settings | changes)))
 
 
-@pytest.mark.parametrize("mix", ["softmax", "concat"])
+@pytest.mark.parametrize("mix", ["softmax", "concat", "queries"])
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_connector_shapes_and_scale(mix, pooled, layers):
@@ -474,6 +474,27 @@ def test_connector_shapes_and_scale(mix, pooled, layers):
     torch.testing.assert_close(out.square().mean(-1).sqrt(), torch.full((3, 7), 0.14), atol=1e-3, rtol=0)
     weights = connector.layer_weights()
     assert weights is None if mix == "concat" else torch.equal(weights, torch.full((2,), 0.5))
+
+
+@torch.no_grad()
+def test_queries_of_each_layer_are_mixed_by_shares_of_their_own():
+    """Each layer's queries read that layer alone; result q is the mean over layers with the weights softmax(layer_logits[q])."""
+    connector = make_connector(layer_mix="queries", num_queries=3, num_layers=2)
+    connector.layer_logits.copy_(torch.tensor([[0.0, 0.0], [2.0, 0.0], [-50.0, 50.0]]))
+    features = torch.randn(4, 2, 5, 6)
+    alone = make_connector(layer_mix="softmax", num_feature_layers=1, num_queries=3, num_layers=2)
+    read = []
+    for layer in range(2):
+        state = {name: value for name, value in connector.state_dict().items() if name in alone.state_dict()}
+        state |= {"layer_logits": torch.zeros(1), "queries": connector.queries[layer]}
+        state |= {name: connector.state_dict()[name][layer : layer + 1] for name in ("feature_mean", "feature_std")}
+        alone.load_state_dict(state)
+        read.append(alone._read(features[:, layer : layer + 1], alone.queries.expand(4, -1, -1)))
+    shares = connector.layer_logits.softmax(-1)
+    mixed = connector.output_projection(sum(shares[:, k, None] * read[k] for k in range(2)))
+    expected = torch.nn.functional.layer_norm(mixed, mixed.shape[-1:]) * 0.14
+    torch.testing.assert_close(connector(features), expected)
+    torch.testing.assert_close(connector.layer_weights(), shares.mean(0))
 
 
 def test_connector_standardises():
@@ -520,7 +541,7 @@ def test_connector_errors():
 
 def test_save_and_load_by_reference(model, tmp_path):
     folder = model.save_pretrained(tmp_path / "model")
-    assert sorted(path.name for path in folder.iterdir()) == ["connector.safetensors", "speech_lm.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "connector.safetensors", "speech_lm.json"]
     source = TinyBackbones()
     again = SpeechLM.from_pretrained(folder, resolver=source)
     assert source.loaded == ["tiny/lm"] and again.config == model.config

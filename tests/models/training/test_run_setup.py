@@ -24,7 +24,8 @@ from models.training.cache_identity import teacher_fingerprint
 from models.training.curves import read_metrics
 from models.training.fill_cache import main as cache_main
 from models.training.recipe import load_recipe
-from models.training.run_setup import TrainingData, build_model
+from models.training.run_setup import TrainingData, build_data, build_model, build_sources, read_examples
+from models.training.teachers import SourceError
 from models.training.train import main
 
 
@@ -111,6 +112,40 @@ def test_layers_from_a_cache_train_the_student_of_the_live_teacher(world, capsys
     assert 0 <= float(said.split("at alpha 2: ")[1].split(" nats")[0]) < 1e-2
     assert train(world, "caad_layers", "never", *words, f"teacher.cache={world / 'one'}") == 1
     assert "teacher.cache: expected the states of layers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_teacher_hears_the_clips_and_the_student_a_telephone(world, capsys):
+    """The teacher's states are those of its own features, live and from a cache; the student's features are others."""
+    teacher = str(world / "teacher" / "final")
+    common = [f"data.manifest={world / 'm.jsonl'}", f"model.folder={world / 'untrained'}", f"teacher.folder={teacher}"]
+    phone = [*common, "student.hears.snr_db=[0]", "student.hears.codec=gsm", "run.device=cpu", "run.progress_bar=false"]
+    recipe = load_recipe("caad", phone)
+    model = build_model(recipe)
+    examples, root = read_examples(recipe)
+    data = build_data(recipe, model, examples, root)
+    clean = FeatureStore.load(world / "f.safetensors")
+    batch = data.make_batch(data.examples[:3])
+    assert not torch.allclose(batch.audio_features, clean.rows(data.examples[:3]), atol=0.05)
+    (live,) = build_sources(recipe, data, model, device=torch.device("cpu"))
+    expected = build_sources(  # the teacher's states where both hear the clips
+        load_recipe("caad", common), build_data(load_recipe("caad", common), model, examples, root, store=clean), model,
+        device=torch.device("cpu"),
+    )[0].teacher(batch, data.examples[:3])  # fmt: skip
+    states = live.teacher(batch, data.examples[:3])
+    torch.testing.assert_close(states.audio_hidden, expected.audio_hidden, rtol=1e-4, atol=1e-4)
+
+    assert cache_main(cache_words(world, world / "clean", "--dtype", "float32")) == 0
+    from_cache = load_recipe("caad", [*phone, f"teacher.cache={world / 'clean'}"])
+    cached = build_sources(from_cache, data, model, device=torch.device("cpu"))
+    held = cached[0].teacher(batch, data.examples[:3])
+    torch.testing.assert_close(held.audio_hidden, states.audio_hidden, rtol=1e-4, atol=1e-4)
+    noisy = load_recipe("caad", [*phone, f"teacher.cache={world / 'clean'}", "teacher.hears.snr_db=[0]"])
+    with pytest.raises(SourceError, match=r"teacher\.cache: .*hears"):
+        build_sources(noisy, data, model, device=torch.device("cpu"))
+    capsys.readouterr()
+    assert train(world, "caad", "never", f"teacher.folder={teacher}", "student.hears.snr_db=[0]") == 1
+    assert "features were made with hears None, the model hears with {'snr_db': [0.0]}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
