@@ -217,6 +217,7 @@ def fused_linear_caad_loss(
     chunk_tokens: int | None = None,
     workspace_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    round_contrast: bool = False,
     process_group: Any = None,
     alpha: float | Tensor = 2.0,
     temperature: float = 2.0,
@@ -300,8 +301,8 @@ def fused_linear_caad_loss(
     options = LinearLossOptions(
         student_softcap=student_softcap, teacher_softcap=teacher_softcap, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
-        logits_dtype=logits_dtype, alpha=alpha, temperature=temperature, kd_weight=kd_weight, divergence=divergence,
-        jsd_beta=jsd_beta, plausibility=plausibility, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
+        logits_dtype=logits_dtype, round_contrast=round_contrast, alpha=alpha, temperature=temperature, kd_weight=kd_weight,
+        divergence=divergence, jsd_beta=jsd_beta, plausibility=plausibility, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
         ce_token_weight=ce_token_weight, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction,
         vocab_size=vocab_size, impl=impl, inplace=inplace, return_stats=return_stats,
     )  # fmt: skip
@@ -425,8 +426,9 @@ def linear_settings(
         hidden = weight = bias = False  # the backward runs the chunks with each token's own factor
     logits_dtype, chunk_tokens, workspace_bytes = options.chunking
     return _schema.LinearSettings(
-        chunk_tokens, workspace_bytes, terms.reduced, hidden, weight, bias, options.return_stats, logits_dtype, chosen
-    )
+        chunk_tokens, workspace_bytes, terms.reduced, hidden, weight, bias, options.return_stats, logits_dtype, chosen,
+        options.round_contrast,
+    )  # fmt: skip
 
 
 def _three_dimensional(logits: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ def fused_linear_multi_teacher_loss(
     chunk_tokens: int | None = None,
     workspace_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    round_contrast: bool = False,
     temperature: float = 2.0,
     kd_weight: float = 0.7,
     ignore_index: int = -100,
@@ -155,8 +156,8 @@ def fused_linear_multi_teacher_loss(
     """
     options = LinearLossOptions(
         student_softcap=student_softcap, student_logit_scale=student_logit_scale, chunk_tokens=chunk_tokens,
-        workspace_bytes=workspace_bytes, logits_dtype=logits_dtype, temperature=temperature, kd_weight=kd_weight,
-        ignore_index=ignore_index, kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight,
+        workspace_bytes=workspace_bytes, logits_dtype=logits_dtype, round_contrast=round_contrast, temperature=temperature,
+        kd_weight=kd_weight, ignore_index=ignore_index, kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight,
         kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction, vocab_size=vocab_size, impl=impl,
         return_stats=return_stats,
     )  # fmt: skip

@@ -70,15 +70,20 @@ def contrastive_summands(
     return _summands(contrast, dtype)[:count]
 
 
-def contrast_format(hidden_dtype: torch.dtype, weight: Tensor, out_dtype: torch.dtype) -> tuple[torch.dtype, int]:
+def contrast_format(
+    hidden_dtype: torch.dtype, weight: Tensor, out_dtype: torch.dtype, *, rounded: bool = False
+) -> tuple[torch.dtype, int]:
     """(dtype, number of summands) in which the contrast of two paths is multiplied with ``weight``.
 
     Beside low-precision weights the sum of two low-precision tensors is exact enough (relative error 1e-5 with bf16). Two float16
-    tensors save nothing on the CPU, and can overflow. A product that is stored in the weight's dtype takes one.
+    tensors save nothing on the CPU, and can overflow. A product that is stored in the weight's dtype takes one, and so does one
+    whose caller wants the contrast ``rounded``.
     """
     if out_dtype == weight.dtype:
         return weight.dtype, 1
     splits = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float16 and weight.device.type != "cpu")
+    if splits and rounded:
+        return weight.dtype, 1
     return (weight.dtype, 2) if splits and hidden_dtype == weight.dtype else (torch.float32, 1)
 
 

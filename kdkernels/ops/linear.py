@@ -66,6 +66,7 @@ class TeacherHead:
     want_stats: bool
     logits_dtype: torch.dtype
     survivors: Callable[..., None] | None
+    round_contrast: bool = False
 
     @property
     def collapse(self) -> bool:
@@ -105,7 +106,7 @@ class TeacherHead:
         text = None if self.text_hidden is None else self.text_hidden[chunk]
         more: list[Tensor] = []
         if self.collapse and text is not None:
-            dtype, summands = contrast_format(audio.dtype, w, scratch.dtype)
+            dtype, summands = contrast_format(audio.dtype, w, scratch.dtype, rounded=self.round_contrast)
             audio, *more = contrastive_summands(audio, text, alpha, dtype, summands)
         audio_logits = gemm(audio, w, b, scratch[0], *more)
         if self.at_survivors and self.survivors is not None:
@@ -126,6 +127,7 @@ def linear_caad_chunks(
     want_stats: bool,
     gain: Tensor | None = None,
     survivors: Callable[..., None] | None = None,
+    round_contrast: bool = False,
     **chunks: Any,
 ) -> LinearResult:
     """``gain``: a factor on the gradients inside (see half_gain); LinearResult.gains tells what is left of it.
@@ -138,7 +140,7 @@ def linear_caad_chunks(
     keep = kept_tokens(target, spec.ignore_index)
     target, kd_coef, ce_coef = picked(keep, target), picked(keep, kd_coef), picked(keep, ce_coef)
     counts = counted_tokens(target, spec.ignore_index, kd_coef, ce_coef)
-    teacher = TeacherHead(*heads[3:], alpha, spec, want_stats, logits_dtype, survivors).pick(keep)
+    teacher = TeacherHead(*heads[3:], alpha, spec, want_stats, logits_dtype, survivors, round_contrast).pick(keep)
     need_teacher = spec.with_kd or want_stats
 
     def chunk_rows(
