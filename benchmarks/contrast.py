@@ -9,10 +9,10 @@ property. The student's states are those of the contrast plus noise, as much as 
 contrast moves z_hat by a share of its size, and the gradient is made of how far student and teacher are apart. So the table also
 has the quotient of these two:
 
-    size over distance = std of z_hat over the ids / (tau sqrt(2 KL))          (near convergence KL = Var_p(s - z_hat) / (2 tau^2))
+    size over distance = std of z_hat over the ids / (tau sqrt(2 KL))
 
-and the error divided by it. Two ways of rounding are computed beside them, outside the loss: stochastic rounding, and rounding
-that carries a token's remainder to the next token.
+and the error divided by it. (Near convergence KL is the variance of s - z_hat under p, divided by 2 tau^2.) Two ways of rounding
+are computed beside them, outside the loss: stochastic rounding, and rounding that carries a token's remainder to the next token.
 
 The second table has the times, measured in turn in one process.
 """

@@ -302,9 +302,10 @@ def fused_linear_caad_loss(
         student_softcap=student_softcap, teacher_softcap=teacher_softcap, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
         logits_dtype=logits_dtype, round_contrast=round_contrast, alpha=alpha, temperature=temperature, kd_weight=kd_weight,
-        divergence=divergence, jsd_beta=jsd_beta, plausibility=plausibility, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
-        ce_token_weight=ce_token_weight, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction,
-        vocab_size=vocab_size, impl=impl, inplace=inplace, return_stats=return_stats,
+        divergence=divergence, jsd_beta=jsd_beta, plausibility=plausibility, ignore_index=ignore_index,
+        kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight, kd_normalizer=kd_normalizer,
+        ce_normalizer=ce_normalizer, reduction=reduction, vocab_size=vocab_size, impl=impl, inplace=inplace,
+        return_stats=return_stats,
     )  # fmt: skip
     heads = LinearTensors(
         student_hidden, student_weight, student_bias, teacher_audio_hidden, teacher_text_hidden, teacher_weight, teacher_bias

@@ -176,12 +176,15 @@ def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
     ``more``: further summands of the hidden states, like ``hidden`` of the weight's dtype; a GEMM each, into the same float32.
+    An ``out`` of another low precision than the weight's is made from float32, MIXED_BLOCK ids at a time.
     """
     if out.dtype == weight.dtype and not more:
         torch.mm(_whole_rows(hidden.to(weight.dtype)), weight.T, out=out)
     elif out.dtype != torch.float32:
-        wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        out.copy_(gemm(hidden, weight, None, wide, *more))
+        for start in range(0, out.shape[1], MIXED_BLOCK):
+            ids = slice(start, start + MIXED_BLOCK)
+            wide = torch.empty(out[:, ids].shape, dtype=torch.float32, device=out.device)
+            out[:, ids] = gemm(hidden, weight[ids], None, wide, *more)
     elif hidden.dtype == weight.dtype and has_mixed_gemm(out.device):
         for i, part in enumerate((hidden, *more)):
             mixed_gemm(part, weight.T, out, accumulate=i > 0)
