@@ -51,9 +51,10 @@ class LinearSettings:
 
     @classmethod
     def unpacked(cls, whole: Sequence[int], logits_dtype: torch.dtype, impl: str) -> LinearSettings:
-        chunk_tokens, workspace_bytes, *flags = whole
-        *others, round_contrast = map(bool, flags)
-        return cls(chunk_tokens or None, workspace_bytes or None, *others, logits_dtype, impl, round_contrast)
+        chunk_tokens, workspace_bytes, reduced, hidden_grad, weight_grad, bias_grad, want_stats, round_contrast = whole
+        grads = (bool(hidden_grad), bool(weight_grad), bool(bias_grad))
+        sizes = (chunk_tokens or None, workspace_bytes or None)
+        return cls(*sizes, bool(reduced), *grads, bool(want_stats), logits_dtype, impl, bool(round_contrast))
 
     @property
     def any_grad(self) -> bool:

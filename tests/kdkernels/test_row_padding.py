@@ -1,8 +1,8 @@
-"""A vocabulary that 16 does not divide: the rows of the scratch are padded on CUDA, and what stands in the padding has no effect."""
+"""A vocabulary that 16 does not divide: on CUDA the rows of scratch are padded, and what stands in the padding has no effect."""
 
 import pytest
 import torch
-from cases import BF16, FP32, hidden, relative_error, to_double
+from cases import BF16, hidden, relative_error, to_double
 
 from kdkernels import (
     TeacherSource,
@@ -32,9 +32,11 @@ def padded(monkeypatch):
 
 def gradients(loss_of, arguments):
     arguments = {k: x.detach().clone().requires_grad_(x.requires_grad) for k, x in arguments.items()}
-    loss = loss_of(**arguments)
+    loss, stats = loss_of(**arguments), []
+    if isinstance(loss, tuple):
+        loss, stats = loss
     loss.backward()
-    return [loss.detach(), *(x.grad for x in arguments.values() if x.grad is not None)]
+    return [loss.detach(), *stats, *(x.grad for x in arguments.values() if x.grad is not None)]
 
 
 def check(loss_of, arguments, impl, tolerance=1e-5, **options):
@@ -53,60 +55,70 @@ def test_row_items():
 
 
 OPTIONS = {
-    "plain": {},
-    "softcaps": {"student_softcap": 4.0, "teacher_softcap": 6.0},
+    "softcaps": {"student_softcap": 4.0, "teacher_softcap": 6.0, "vocab_size": 45},
     "plausibility": {"plausibility": 0.1},
-    "reverse": {"divergence": "reverse_kl"},
+    "reverse": {"divergence": "reverse_kl", "return_stats": True},
     "jsd": {"divergence": "jsd"},
-    "ce": {"kd_weight": 0.0},
-    "fewer ids": {"vocab_size": 45},
+    "bf16 logits": {"logits_dtype": BF16},
 }
+IMPLS = ["cpu", pytest.param("triton", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_padding_has_no_effect(padded, name, impl):
-    arguments = hidden(vocab=VOCAB, teacher_vocab=64)
+    arguments = hidden(5, vocab=VOCAB, teacher_vocab=64)
     arguments["target"].clamp_(max=44)
     arguments["student_weight"].requires_grad_()
     arguments["student_bias"] = torch.randn(VOCAB, requires_grad=True, generator=torch.Generator().manual_seed(1))
-    check(fused_linear_caad_loss, arguments, impl, chunk_tokens=7, alpha=torch.linspace(0, 3, 23), **OPTIONS[name])
+    tolerance = 5e-2 if name == "bf16 logits" else 1e-5
+    check(fused_linear_caad_loss, arguments, impl, tolerance, chunk_tokens=3, alpha=torch.linspace(0, 3, 5), **OPTIONS[name])
 
 
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
-@pytest.mark.parametrize("logits_dtype", [FP32, BF16])
-def test_padding_has_no_effect_beside_bf16(padded, logits_dtype, impl):
-    arguments = hidden(vocab=VOCAB, dtype=BF16)
+def test_padding_has_no_effect_where_the_gradient_lies_in_wider_logits(padded, impl):
+    arguments = hidden(5, vocab=VOCAB, dtype=BF16)
     arguments["student_weight"].requires_grad_()
-    check(fused_linear_caad_loss, arguments, impl, tolerance=5e-2, chunk_tokens=7, logits_dtype=logits_dtype)
+    check(fused_linear_caad_loss, arguments, impl, 5e-2, chunk_tokens=3)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
-@pytest.mark.parametrize("divergences", [("forward_kl", "forward_kl"), ("reverse_kl", "reverse_kl", "forward_kl"), ("jsd",) * 2])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergences", [("forward_kl", "forward_kl"), ("reverse_kl", "reverse_kl", "jsd")], ids=str)
 def test_padding_has_no_effect_on_mixtures(padded, divergences, impl):
-    arguments = hidden(vocab=VOCAB)
+    arguments = hidden(4, vocab=VOCAB)
     student = {k: arguments[k] for k in ("student_hidden", "student_weight", "target")}
 
     def loss(**options):
-        sources = []
-        for k, divergence in enumerate(divergences):
-            teacher = {x: arguments[f"teacher_{x}"].to(options["student_hidden"].dtype) for x in ("audio_hidden", "weight", "text_hidden")}
-            audio, weight, text = teacher.values()
-            sources.append(TeacherSource(audio + k, weight, text_hidden=text, divergence=divergence, source_weight=1.0 + k))
+        dtype = options["student_hidden"].dtype
+        audio, text, weight = (arguments[f"teacher_{x}"].to(dtype) for x in ("audio_hidden", "text_hidden", "weight"))
+        sources = [
+            TeacherSource(audio + k, weight, text_hidden=text, divergence=divergence, source_weight=1.0 + k)
+            for k, divergence in enumerate(divergences)
+        ]
         return fused_linear_multi_teacher_loss(sources=sources, **options)
 
-    check(loss, student, impl, chunk_tokens=7)
+    check(loss, student, impl, chunk_tokens=3)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_padding_has_no_effect_on_projections(padded, impl):
-    arguments = hidden(vocab=VOCAB)
+    arguments = hidden(4, vocab=VOCAB)
     made = [arguments[k] for k in ("teacher_audio_hidden", "teacher_text_hidden", "teacher_weight", "student_weight")]
 
     def loss(**options):
-        teacher = [x.detach().to(options["student_hidden"].dtype) for x in made]
+        teacher = [x.to(options["student_hidden"].dtype) for x in made]
         return fused_linear_projected_loss(projection=project_teacher(*teacher, alpha=2.0, temperature=2.0, top_k=4), **options)
 
-    student = {k: arguments[k] for k in ("student_hidden", "student_weight", "target")}
-    student["student_weight"] = student["student_weight"].detach()
-    check(loss, student, impl, tolerance=2e-5, chunk_tokens=7)
+    check(loss, {k: arguments[k] for k in ("student_hidden", "student_weight", "target")}, impl, 2e-5, chunk_tokens=3)
+
+
+def test_row_kernel_reads_the_padding_and_drops_it():
+    """The layout of the wide loads, which only aligned rows get."""
+    pytest.importorskip("triton")
+    from kdkernels.ops import triton_shared
+
+    rows = torch.zeros(1, 2, 64)
+    assert triton_shared._readable([rows, rows], rows, 61) == 64
+    assert triton_shared._readable([rows], None, 64) is None  # 16 divides it
+    assert triton_shared._readable([rows, rows[..., :61]], rows, 61) is None  # nothing to read there
+    assert triton_shared._readable([torch.zeros(1, 2, 68)], None, 61) is None  # rows that are not aligned
