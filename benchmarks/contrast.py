@@ -5,16 +5,17 @@ a contrast that is rounded once to bf16 (`round_contrast=True`); and the default
 summands.
 
 The first table has the gradient errors of the divergence against float64, on problems that differ from the first one in one
-property. The student's states are those of the contrast plus noise, as much as the divergence asks for. The rounding of the
-contrast moves z_hat by a share of its size, and the gradient is made of how far student and teacher are apart. So the table also
-has the quotient of these two:
+property. The student's states are those of the contrast plus noise, as much as the divergence asks for. The rounding moves each
+term of z_hat = sum_j c_j w_j by a share of its size, and the gradient is made of how far student and teacher are apart. So the
+table also has the quotient of these two:
 
-    size over distance = std of z_hat over the ids / (tau sqrt(2 KL))
+    size over distance = sqrt(sum_j c_j^2 Var_p(w_j)) / (tau sqrt(2 KL))
 
-and the error divided by it. (Near convergence KL is the variance of s - z_hat under p, divided by 2 tau^2.) Two ways of rounding
-are computed beside them, outside the loss: stochastic rounding, and rounding that carries a token's remainder to the next token.
+with the variances over the ids v under the teacher's p, and the error divided by it. Near convergence KL is the variance of
+s - z_hat under p, divided by 2 tau^2. Two ways of rounding are computed beside them, outside the loss: stochastic rounding, and
+rounding that carries a token's remainder to the next token.
 
-The second table has the times, measured in turn in one process.
+The second table has the times, measured in turn in one process. `--shapes` without a name leaves it as it is.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.shapes:
         n, *sizes = SHAPES[name]
         rows += times(name, (args.tokens or n, *sizes), device, args.repeats)
-    finish(args, "contrast", "bf16, frozen head", rows)
+    finish(args, "contrast", "bf16, frozen head", rows, keep=lambda row: row["part"] == "time" and not args.shapes)
 
 
 def apart(case: LinearCase, noise: Tensor, kl: float, objective: Objective) -> LinearCase:
@@ -197,17 +198,20 @@ def errors(name: str, objective: Objective, cases: list[LinearCase]) -> list[dic
 
 
 def properties(case: LinearCase, objective: Objective) -> dict[str, float]:
-    tau = objective.temperature
-    z = (1 + objective.alpha) * full_logits(case.audio, case.teacher_weight)
-    z -= objective.alpha * full_logits(case.text, case.teacher_weight)
+    tau, w = objective.temperature, case.teacher_weight.cpu().double()
+    contrast = ((1 + objective.alpha) * case.audio.float() - objective.alpha * case.text.float()).cpu().double()
+    z = contrast @ w.T
     kl = float(_kl(full_logits(case.hidden, case.weight), z, tau).mean())
     log_p = torch.log_softmax(z / tau, 1)
-    std = float(z.std(1).mean())
+    p = log_p.exp()
+    variance = p @ w.square() - (p @ w).square()  # (N, H_t)
+    terms_std = math.sqrt(float((contrast.square() * variance).sum(1).mean()))
     return {
-        "logits_std": std,
+        "logits_std": float(z.std(1).mean()),
+        "terms_std": terms_std,
         "kl": kl,
-        "likely_ids": math.exp(float(-(log_p.exp() * log_p).sum(1).mean())),
-        "size_over_distance": std / (tau * math.sqrt(2 * kl)),
+        "likely_ids": math.exp(float(-(p * log_p).sum(1).mean())),
+        "size_over_distance": terms_std / (tau * math.sqrt(2 * kl)),
     }
 
 

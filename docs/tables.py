@@ -382,6 +382,31 @@ def several_teachers() -> Table:
     )
 
 
+CONTRAST_SETTINGS = ("bf16 logits", "fp32 logits, rounded contrast", "fp32 logits (default)")
+
+
+def contrast_errors() -> Table:
+    """Sorted by the quotient that decides."""
+    found = rows("contrast_cpu", part="error", setting=CONTRAST_SETTINGS[1])
+    head = ("gradient error", "std of z_hat", "KL", "size over distance", "bf16 logits", "rounded contrast", "default")
+
+    def line(row: Row) -> list[str]:
+        of_problem = (mean("contrast_cpu", "gradient_error", problem=row["problem"], setting=x) for x in CONTRAST_SETTINGS)
+        return [row["problem"], one(float(row["logits_std"])), f"{float(row['kl']):.2g}", one(float(row["size_over_distance"])),
+                *map(error, of_problem)]  # fmt: skip
+
+    return head, map(line, sorted(found, key=lambda row: float(row["size_over_distance"])))
+
+
+def contrast_times() -> Table:
+    shapes = dict.fromkeys(row["problem"] for row in rows("contrast_cpu", part="time"))
+    head = ("time, as a multiple of the bare GEMMs", *shapes)
+    return head, (
+        [name, *(two(mean("contrast_cpu", "times_gemms", setting=name, problem=shape)) for shape in shapes)]
+        for name in CONTRAST_SETTINGS
+    )
+
+
 def projection() -> Table:
     shapes = dict.fromkeys(row["shape"] for row in read("projection_cpu") if row["median_ms"])
     labels = {
@@ -555,6 +580,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "row_kernel": row_kernel,
     "linear": linear,
     "linear_sweep": linear_sweep,
+    "contrast_errors": contrast_errors,
+    "contrast_times": contrast_times,
     "projection": projection,
     "projection_errors": projection_errors,
     "several_teachers": several_teachers,
