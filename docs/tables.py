@@ -387,8 +387,9 @@ CONTRAST_SETTINGS = ("bf16 logits", "fp32 logits, rounded contrast", "fp32 logit
 
 CONTRAST_PROBLEMS = (
     "first", "logits of std 1", "std 0.8, KL 0.002, V 16,384, H 1,024", "std 10.8, V 49,152, H 576", "KL 0.0005", "KL 0.03",
-    "KL 1.1", "temperature 1", "temperature 4", "alpha 8", "V 65,536", "H 1,024", "head with long rows", "SmolLM2-135M-Instruct, KL 0.0005",
-    "SmolLM2-135M-Instruct, KL 0.004", "SmolLM2-135M-Instruct, KL 0.03", "SmolLM2-135M-Instruct, KL 0.3",
+    "KL 1.1", "temperature 1", "temperature 4", "alpha 8", "V 65,536", "H 1,024", "head with long rows",
+    "SmolLM2-135M-Instruct, KL 0.0005", "SmolLM2-135M-Instruct, KL 0.004", "SmolLM2-135M-Instruct, KL 0.03",
+    "SmolLM2-135M-Instruct, KL 0.3",
 )  # fmt: skip
 
 
