@@ -55,6 +55,7 @@ bench: $(STAMP)
 	for sweep in tokens vocab width chunk; do $(BIN)/python -m benchmarks.linear --sweep $$sweep --write || exit 1; done
 	$(BIN)/python -m benchmarks.linear --device cpu --sweep threads --write
 	$(BIN)/python -m benchmarks.multi_teacher --write
+	$(BIN)/python -m benchmarks.contrast --write
 	$(BIN)/python -m benchmarks.projection --write
 	$(BIN)/python -m benchmarks.parallel --write
 	$(BIN)/python -m benchmarks.layers --write

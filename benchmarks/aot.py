@@ -252,6 +252,8 @@ ROW_FACTORS: dict[str, Sequence] = {
     "plausibility": [None, 0.1],
     "vocab": [128256, 50257],  # the second has no 16-byte alignment and a masked tail
 }
+# A vocabulary whose rows are padded, as the linear losses pad their scratch. Rows of the others end with their last id.
+PADDED_VOCAB = 128257
 ROW_MAIN = {name: values[0] for name, values in ROW_FACTORS.items()}
 # The settings that training and evaluation use in practice. The rest of the grid comes after these.
 ROW_QUICK = [
@@ -266,7 +268,18 @@ ROW_QUICK = [
     {"grad": False},
     {"plausibility": 0.1},
     {"vocab": 50257},
+    {"dtypes": "bf16 over fp32", "text": False, "vocab": PADDED_VOCAB},
+    {"vocab": PADDED_VOCAB},
+    {"dtypes": "bf16 over fp32", "plausibility": 0.1, "softcap": 30.0, "vocab": PADDED_VOCAB},
+    {"dtypes": "bf16 over fp32", "divergence": "jsd", "text": False, "vocab": PADDED_VOCAB},
 ]
+
+
+def row_width(vocab: int) -> int:
+    """Items of a row of logits."""
+    from kdkernels.ops.chunking import row_items
+
+    return row_items(vocab, torch.device("cuda")) if vocab == PADDED_VOCAB else vocab
 
 
 def _legal_rows(setting: dict) -> bool:
@@ -343,7 +356,7 @@ def row_launch(setting: dict, *, batch: int = 8, seq: int = 1024) -> tuple[trito
     from kdkernels.ops import triton_caad
 
     student, teacher, grad = ROW_DTYPES[setting["dtypes"]]
-    shape, n = (batch, seq, setting["vocab"]), batch * seq
+    shape, n = (batch, seq, row_width(setting["vocab"])), batch * seq
     with recorded(triton_caad) as launches:
         triton_caad.caad_rows(
             _meta(*shape, dtype=student),
@@ -364,7 +377,7 @@ def row_limits(setting: dict) -> Limits:
     """Each pass reads each tensor at least once, 16 bytes in each thread. Only the row's scalars need narrower loads."""
     reads_teacher = "kd" in setting["terms"] or setting["stats"]
     tensors = ["student"] + ["audio"] * reads_teacher + ["text"] * (reads_teacher and setting["text"])
-    aligned = setting["vocab"] % 16 == 0
+    aligned = row_width(setting["vocab"]) % 16 == 0
     passes = 1 + setting["grad"] + (setting["divergence"] == "jsd" and "kd" in setting["terms"])
     heavy = setting["divergence"] == "jsd" or setting["softcap"] is not None
     # 128 registers leave room for 16 warps on a multiprocessor, 168 for 12.
@@ -564,7 +577,7 @@ MIX_FACTORS: dict[str, Sequence] = {
     "vocab": [128256, 50257],
 }
 MIX_MAIN = {name: values[0] for name, values in MIX_FACTORS.items()}
-MIX_QUICK = [{}, {"teacher": "first"}, {"divergence": "reverse_kl"}]
+MIX_QUICK = [{}, {"teacher": "first"}, {"divergence": "reverse_kl"}, {"vocab": PADDED_VOCAB}]
 
 
 def mix_configurations(sm: int) -> Iterator[Configuration]:
@@ -575,7 +588,7 @@ def mix_configurations(sm: int) -> Iterator[Configuration]:
     settings = [{**MIX_MAIN, **changes} for changes in MIX_QUICK]
     settings += [x for x in covering_array(MIX_FACTORS, _legal_rows, strength=2) if x not in settings]
     for i, setting in enumerate(settings):
-        shape, n = (1, 1408, setting["vocab"]), 1408
+        shape, n = (1, 1408, row_width(setting["vocab"])), 1408
         spec = RowSpec(
             vocab=setting["vocab"],
             divergence=setting["divergence"],
@@ -594,7 +607,7 @@ def mix_configurations(sm: int) -> Iterator[Configuration]:
                 None if setting["teacher"] == "first" else _meta(2, n),
                 last=setting["teacher"] == "last",
             )
-        aligned = setting["vocab"] % 16 == 0
+        aligned = row_width(setting["vocab"]) % 16 == 0
         rows = ("audio", "total", *(["text"] if setting["text"] else []))
         reads = 2 * (1 + setting["text"]) + (setting["teacher"] != "first")
         limits = Limits(
@@ -618,7 +631,7 @@ PROJECTED_FACTORS: dict[str, Sequence] = {
     "vocab": [128256, 50257],
 }
 PROJECTED_MAIN = {name: values[0] for name, values in PROJECTED_FACTORS.items()}
-PROJECTED_QUICK = [{}, {"dtypes": "bf16"}, {"stats": True}]
+PROJECTED_QUICK = [{}, {"dtypes": "bf16"}, {"stats": True}, {"vocab": PADDED_VOCAB}]
 
 
 def projected_configurations(sm: int) -> Iterator[Configuration]:
@@ -632,23 +645,24 @@ def projected_configurations(sm: int) -> Iterator[Configuration]:
     for i, setting in enumerate(settings):
         student, _, grad = ROW_DTYPES[setting["dtypes"]]
         n, k, vocab = 1408, setting["top_k"], setting["vocab"]
+        width = row_width(vocab)
         spec = RowSpec(
             vocab=vocab, temperature=setting["temperature"], with_kd="kd" in setting["terms"], with_ce="ce" in setting["terms"]
         )
         of_token = [_meta(n) for _ in range(3)]
         with recorded(triton_projection) as launches:
             triton_projection.projected_rows(
-                _meta(1, n, vocab, dtype=student),
+                _meta(1, n, width, dtype=student),
                 Projected(_meta(n, k, dtype="int32"), _meta(n, k), _meta(n, 576), *of_token),
                 _meta(n),
                 _meta(n, dtype="int64"),
                 _meta(n),
                 _meta(n),
                 spec,
-                grad=_meta(1, n, vocab, dtype=grad) if setting["grad"] else None,
+                grad=_meta(1, n, width, dtype=grad) if setting["grad"] else None,
                 want_stats=setting["stats"],
             )
-        aligned = vocab % 16 == 0
+        aligned = width % 16 == 0
         limits = Limits(
             registers=168 if setting["stats"] or not aligned else 128,
             shared=4096,

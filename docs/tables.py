@@ -382,6 +382,40 @@ def several_teachers() -> Table:
     )
 
 
+CONTRAST_SETTINGS = ("bf16 logits", "fp32 logits, rounded contrast", "fp32 logits (default)")
+
+
+CONTRAST_PROBLEMS = (
+    "first", "logits of std 1", "std 0.8, KL 0.002, V 16,384, H 1,024", "std 10.8, V 49,152, H 576", "KL 0.0005", "KL 0.03",
+    "KL 1.1", "temperature 1", "temperature 4", "alpha 8", "V 65,536", "H 1,024", "head with long rows",
+    "SmolLM2-135M-Instruct, KL 0.0005", "SmolLM2-135M-Instruct, KL 0.004", "SmolLM2-135M-Instruct, KL 0.03",
+    "SmolLM2-135M-Instruct, KL 0.3",
+)  # fmt: skip
+
+
+def contrast_errors() -> Table:
+    """Sorted by the quotient that decides."""
+    found = rows("contrast_cpu", part="error", setting=CONTRAST_SETTINGS[1])
+    found = [row for row in found if row["problem"] in CONTRAST_PROBLEMS]
+    head = ("gradient error", "size of z_hat", "KL", "size over distance", "bf16 logits", "rounded contrast", "default")
+
+    def line(row: Row) -> list[str]:
+        of_problem = (mean("contrast_cpu", "gradient_error", problem=row["problem"], setting=x) for x in CONTRAST_SETTINGS)
+        return [row["problem"], one(float(row["terms_std"])), f"{float(row['kl']):.2g}", one(float(row["size_over_distance"])),
+                *map(error, of_problem)]  # fmt: skip
+
+    return head, map(line, sorted(found, key=lambda row: float(row["size_over_distance"])))
+
+
+def contrast_times() -> Table:
+    shapes = dict.fromkeys(row["problem"] for row in rows("contrast_cpu", part="time"))
+    head = ("time, as a multiple of the bare GEMMs", *shapes)
+    return head, (
+        [name, *(two(mean("contrast_cpu", "times_gemms", setting=name, problem=shape)) for shape in shapes)]
+        for name in CONTRAST_SETTINGS
+    )
+
+
 def projection() -> Table:
     shapes = dict.fromkeys(row["shape"] for row in read("projection_cpu") if row["median_ms"])
     labels = {
@@ -555,6 +589,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "row_kernel": row_kernel,
     "linear": linear,
     "linear_sweep": linear_sweep,
+    "contrast_errors": contrast_errors,
+    "contrast_times": contrast_times,
     "projection": projection,
     "projection_errors": projection_errors,
     "several_teachers": several_teachers,

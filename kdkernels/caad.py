@@ -237,6 +237,7 @@ def fused_linear_caad_loss(
     chunk_tokens: int | None = None,
     workspace_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    round_contrast: bool = False,
     process_group: Any = None,
     alpha: float | Tensor = 2.0,
     temperature: float = 2.0,
@@ -279,7 +280,9 @@ def fused_linear_caad_loss(
         teacher_audio_hidden, teacher_text_hidden: (..., H_t). With text None: plain distillation. They never get a gradient.
             Both None, and ``teacher_weight`` too, with ``kd_weight`` 0: cross-entropy alone.
         teacher_weight: (V_t, H_t), no gradient.
-        target: (...) int64, or None (see :func:`fused_caad_loss`). On the CPU ignored positions are left out of the GEMMs.
+        target: (...) int64, or None (see :func:`fused_caad_loss`). On the CPU ignored positions are left out of the GEMMs. On
+            CUDA they go through the GEMMs like the others, since counting them would wait for the device. So they cost as much
+            time as the others; leave them out with an index (``kdkernels.answer_index`` makes one from labels).
         student_bias, teacher_bias: (V_s,), (V_t,) or None.
         student_softcap, teacher_softcap: > 0, as in Gemma 2; applied after the scale. None: none.
         student_logit_scale, teacher_logit_scale: factors on the logits (Cohere; 1 / logits_scaling for Granite).
@@ -288,7 +291,14 @@ def fused_linear_caad_loss(
             most 2 GiB. A chunk holds at least the logits of one token. A call that stores no logits holds at least one tile of 64
             or 128 tokens.
         logits_dtype: dtype in which a chunk's logits are stored. None: float32. bfloat16 is faster and less accurate: its
-            gradient error is 2-5% instead of 0.6%, and far more near convergence.
+            gradient error is 2-5% instead of 0.6%, and far more near convergence. A dtype that is neither float32 nor that of the
+            weights, such as float16 beside bfloat16, is made from float32 and rounded, which takes longer than float32 logits.
+        round_contrast: for bfloat16 weights (on CUDA also float16) whose two teacher paths collapse. True: their contrast is
+            rounded once to the weights' dtype. False: it is the sum of two such tensors, which takes two products with the
+            teacher's head. The rounding to bfloat16 adds an error of about 0.17% of size / (temperature sqrt(2 KL)) to the
+            gradient, with KL in nats. The size is sqrt(sum_j c_j^2 Var_p(w_j)) of the contrast c and the head's columns w_j,
+            about the standard deviation of z_hat over the ids. That is below 0.6% far from convergence, and often above 3% near
+            it. It has no effect on logits of the weights' dtype, where no logits are stored, and with impl="reference".
         process_group: a ProcessGroup or a one-dimensional DeviceMesh makes the loss vocabulary-parallel. Weights and biases
             are then this rank's rows of the vocabulary, in rank order. Student and teacher shards start at the same ids; their
             sizes may differ (``kdkernels.parallel.vocabulary_rows`` cuts them). DTensors with placements (Shard(0),) need no
@@ -312,7 +322,8 @@ def fused_linear_caad_loss(
     Extra memory: one chunk of logits (2 tensors; 3 with ``teacher_softcap`` and no ``plausibility``, or with ``return_stats``);
     N * H_s items for dh; V_s * H_s float32 for dW if the head trains; and on the CPU, for float32 logits of low-precision
     weights, one float32 block of 4096 weight rows. Only dh grows with N. On the CPU the process keeps up to 512 MiB of that
-    scratch for the next call.
+    scratch for the next call. On CUDA a row of logits takes a multiple of 64 items where 16 does not divide V. Logits of a dtype
+    that is neither float32 nor that of the weights take a float32 block of 16,384 ids more.
 
     Raises:
         As :func:`fused_caad_loss`.
@@ -322,10 +333,11 @@ def fused_linear_caad_loss(
     options = LinearLossOptions(
         student_softcap=student_softcap, teacher_softcap=teacher_softcap, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
-        logits_dtype=logits_dtype, alpha=alpha, temperature=temperature, kd_weight=kd_weight, divergence=divergence,
-        jsd_beta=jsd_beta, plausibility=plausibility, mask=mask, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
-        ce_token_weight=ce_token_weight, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction,
-        vocab_size=vocab_size, impl=impl, inplace=inplace, return_stats=return_stats,
+        logits_dtype=logits_dtype, round_contrast=round_contrast, alpha=alpha, temperature=temperature, kd_weight=kd_weight,
+        divergence=divergence, jsd_beta=jsd_beta, plausibility=plausibility, mask=mask, ignore_index=ignore_index,
+        kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight, kd_normalizer=kd_normalizer,
+        ce_normalizer=ce_normalizer, reduction=reduction, vocab_size=vocab_size, impl=impl, inplace=inplace,
+        return_stats=return_stats,
     )  # fmt: skip
     if teacher_audio_hidden is None:
         _check_cross_entropy("teacher_audio_hidden", teacher_text_hidden, target, options)
@@ -455,8 +467,9 @@ def linear_settings(
         hidden = weight = bias = False  # the backward runs the chunks with each token's own factor
     logits_dtype, chunk_tokens, workspace_bytes = options.chunking
     return _schema.LinearSettings(
-        chunk_tokens, workspace_bytes, terms.reduced, hidden, weight, bias, options.return_stats, logits_dtype, chosen
-    )
+        chunk_tokens, workspace_bytes, terms.reduced, hidden, weight, bias, options.return_stats, logits_dtype, chosen,
+        options.round_contrast,
+    )  # fmt: skip
 
 
 def _three_dimensional(logits: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class LinearLossOptions(LossOptions):
     chunk_tokens: int | None = None
     workspace_bytes: int | None = None
     logits_dtype: torch.dtype | None = None
+    round_contrast: bool = False
 
     def __post_init__(self) -> None:
         check_head_options("student_{}", self.student_softcap, self.student_logit_scale)
@@ -114,6 +115,8 @@ class LinearLossOptions(LossOptions):
             raise ValueError(
                 f"logits_dtype: expected None, float32, bfloat16 or float16, got {self.logits_dtype}"
             )
+        if not isinstance(self.round_contrast, bool):
+            raise TypeError(f"round_contrast: expected a bool, got {type(self.round_contrast).__name__}")
         LossOptions.__post_init__(self)
 
     def row_spec(self, vocab: int, *, has_target: bool) -> RowSpec:

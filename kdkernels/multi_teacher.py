@@ -90,6 +90,7 @@ def fused_linear_multi_teacher_loss(
     chunk_tokens: int | None = None,
     workspace_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    round_contrast: bool = False,
     temperature: float = 2.0,
     kd_weight: float = 0.7,
     mask: Tensor | None = None,
@@ -125,6 +126,7 @@ def fused_linear_multi_teacher_loss(
         target: (...) int64 or None, as in :func:`fused_caad_loss`. On the CPU ignored positions are left out of the GEMMs.
         student_bias, student_softcap, student_logit_scale, chunk_tokens, workspace_bytes: as in :func:`fused_linear_caad_loss`.
         logits_dtype: dtype of the student's and of one source's logits of a chunk; None: float32. The mixture is float32 always.
+        round_contrast: as in :func:`fused_linear_caad_loss`, for every source.
         temperature, kd_weight, ignore_index, kd_token_weight, ce_token_weight: as in :func:`fused_caad_loss`.
         kd_normalizer, ce_normalizer, reduction: as in :func:`fused_caad_loss`. The sources' weights do not enter the normalizers.
         vocab_size: number of valid ids; default the smallest of V_s and all V_k. Logits beyond it count as -inf on all sides.
@@ -156,8 +158,9 @@ def fused_linear_multi_teacher_loss(
     """
     options = LinearLossOptions(
         student_softcap=student_softcap, student_logit_scale=student_logit_scale, chunk_tokens=chunk_tokens,
-        workspace_bytes=workspace_bytes, logits_dtype=logits_dtype, temperature=temperature, kd_weight=kd_weight,
-        mask=mask, ignore_index=ignore_index, kd_token_weight=kd_token_weight, ce_token_weight=ce_token_weight,
+        workspace_bytes=workspace_bytes, logits_dtype=logits_dtype, round_contrast=round_contrast, temperature=temperature,
+        kd_weight=kd_weight, mask=mask, ignore_index=ignore_index, kd_token_weight=kd_token_weight,
+        ce_token_weight=ce_token_weight,
         kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer, reduction=reduction, vocab_size=vocab_size, impl=impl,
         return_stats=return_stats,
     )  # fmt: skip

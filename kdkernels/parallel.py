@@ -203,6 +203,7 @@ def parallel_linear_caad(
             dataclasses.replace(spec, vocab=ids_here),
             rows=row_launcher_of(rows),
             gain=gain,
+            round_contrast=wanted.round_contrast,
             **wanted.chunks,
         )
     if out.hidden_grad is not None:

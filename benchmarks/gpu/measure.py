@@ -259,7 +259,7 @@ def _compared(steps: dict[str, Callable[[], object]], repeats: int, most: float)
 
 
 def measure_unaligned(tokens: int, repeats: int) -> dict:
-    """Target: one id more, which leaves no row at a multiple of 16 bytes, costs at most 10%."""
+    """Target: one id more, for which the chunk loop has to pad its rows, costs at most 10%."""
     step, steps = ours_step(torch.bfloat16), {}
     for vocab in (VOCAB, VOCAB + 1):
         case = _linear_case(tokens, vocab)

@@ -33,6 +33,7 @@ class CAADOptions:
     chunk_tokens: int | None = None
     workspace_bytes: int | None = None
     logits_dtype: torch.dtype | None = None
+    round_contrast: bool = False
     impl: str = "auto"
 
     def __post_init__(self) -> None:

@@ -23,6 +23,10 @@ CUDA_FREE_FRACTION = 0.1
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of the GEMM that writes dh, the smallest of the three
 MAX_CUDA_CHUNK_TOKENS = 4096
 
+# Items to which a row of scratch is padded, by type of device, where 16 does not divide the vocabulary. On CUDA a row then begins
+# at a multiple of 128 bytes: kernels load 16 bytes at a time, and cuBLAS finds its operands aligned. CPUs need no alignment.
+ROW_PADDING = {"cuda": 64}
+
 # The paths of the fused linear loss, and the implementations that have the second.
 CHUNKS, NO_LOGITS = "chunks", "no logits"
 WITHOUT_LOGITS = ("triton", CUDA_OR_TRITON)
@@ -83,6 +87,12 @@ def known_device(name: str) -> DeviceModel:
     if model is None:
         raise ValueError(f"device_name: expected a name with one of {', '.join(DEVICES)} in it, got {name!r}")
     return model
+
+
+def row_items(vocab: int, device: torch.device) -> int:
+    """Items of a row of scratch that holds ``vocab`` logits: V, or V and a padding that belongs to nobody."""
+    padding = ROW_PADDING.get(device.type, 1)
+    return vocab if vocab % 16 == 0 else -(-vocab // padding) * padding
 
 
 @dataclass(frozen=True)

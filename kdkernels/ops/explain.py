@@ -16,6 +16,7 @@ from .chunking import (
     device_model,
     plan_chunks,
     predict,
+    row_items,
 )
 from .dispatch import IMPLEMENTATIONS, choose, choose_on_absent
 
@@ -29,28 +30,35 @@ def explain(
     student_hidden_size: int | None = None,
     teacher_hidden_size: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
+    round_contrast: bool = False,
     chunk_tokens: int | None = None,
     workspace_bytes: int | None = None,
     impl: str = "auto",
     gradient: bool = True,
     divergence: str = "forward_kl",
+    student_softcap: float | None = None,
+    head_trains: bool = False,
+    projected: bool = False,
     return_stats: bool = False,
 ) -> str:
     """The plan of a loss call in words: the implementation and the reason for it.
 
-    With ``student_hidden_size`` also the path and the chunks of the linear loss. With ``teacher_hidden_size`` too, on a GPU whose
-    rates are known, also the time that it should take.
+    With ``student_hidden_size`` also the path and the chunks of the linear loss, and whether a
+    :class:`kdkernels.TeacherProjection` could take the teacher's place. With ``teacher_hidden_size`` too also what that would
+    save, and on a GPU whose rates are known the time that the call should take.
 
     Args:
         device: of the logits or hidden states; or a GPU's name ("A100", "H100", "H200", "B200", "RTX 4090", "RTX 5090"). That
             GPU need not be in this machine, and this machine is not asked: a CUDA build of PyTorch with Triton is assumed.
         dtype: of the hidden states and weights; n_tokens: N; vocab_size: V; student_hidden_size: H_s, or None for
             ``fused_caad_loss``; teacher_hidden_size: H_t.
-        gradient: whether one is wanted (False: evaluation). The rest as in :func:`kdkernels.fused_linear_caad_loss`.
+        gradient: whether one is wanted (False: evaluation). head_trains: whether the student's head wants one.
+        projected: whether the call is :func:`kdkernels.fused_linear_projected_loss`.
+        The rest: as in :func:`kdkernels.fused_linear_caad_loss`.
 
     For each implementation that cannot run the text says why. Nothing is allocated. No rate is measured by this call; the text
     says where a device's rates come from. Times are work divided by the device's
-    rate, with every multiprocessor busy, the head frozen and the two teacher paths collapsed. Measured times are longer.
+    rate, with every multiprocessor busy and the two teacher paths collapsed. Measured times are longer.
 
     Raises ValueError or TypeError for an option that the loss does not take.
     """
@@ -58,11 +66,16 @@ def explain(
     _check_sizes(n_tokens=n_tokens, student_hidden_size=student_hidden_size, teacher_hidden_size=teacher_hidden_size)
     LinearLossOptions(
         divergence=divergence, vocab_size=vocab_size, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
-        logits_dtype=logits_dtype, return_stats=return_stats,
+        logits_dtype=logits_dtype, round_contrast=round_contrast, student_softcap=student_softcap, return_stats=return_stats,
     )  # fmt: skip
+    obstacles = _against_a_projection(divergence, student_softcap, head_trains)
+    if projected and obstacles:
+        raise ValueError(f"projected: expected False with {' and '.join(obstacles)}, got True")
     model = None if name is None else device_model(name)
 
     def rule(impl: str) -> tuple[str, str]:
+        if projected and impl == "cuda":
+            raise ValueError("impl='cuda': expected another one, since it has no kernel for projections")
         if name is None or model is None:
             return choose(impl, device, [dtype])
         return choose_on_absent(impl, name, model.capability, [dtype])
@@ -84,24 +97,29 @@ def explain(
             lines.append(f"  {other}: not {'here' if name is None else 'there'}: {error}")
     if student_hidden_size is None:
         return "\n".join(lines)
-    path, reason = choose_path(
-        impl=chosen or "reference",
-        gradient=gradient,
-        divergence=divergence,
-        want_stats=return_stats,
-        chunk_tokens=chunk_tokens,
-    )
+    path, reason = CHUNKS, "a projection is distilled from logits of the student"
+    if not projected:
+        path, reason = choose_path(
+            impl=chosen or "reference",
+            gradient=gradient,
+            divergence=divergence,
+            want_stats=return_stats,
+            chunk_tokens=chunk_tokens,
+        )
     lines.append(f"path: {path} ({reason})")
     if path == CHUNKS and name is None and device.type == "cuda" and not torch.cuda.is_available():
         lines.append(
             "chunks: not known without the CUDA device (its free memory and multiprocessors decide); name one, device='H100'"
         )
         return "\n".join(lines)
-    teacher_tensors = 2 if return_stats else 1
+    teacher_tensors = 0 if projected else 2 if return_stats else 1
     if path == CHUNKS:
+        row = row_items(vocab_size, device)
+        if row > vocab_size:
+            lines.append(f"rows of {row} items for {vocab_size} ids, so that each begins at a multiple of 128 bytes")
         plan = plan_chunks(
             n_tokens=n_tokens,
-            bytes_per_token=(1 + teacher_tensors) * vocab_size * logits_dtype.itemsize,
+            bytes_per_token=(1 + teacher_tensors) * row * logits_dtype.itemsize,
             student_width=student_hidden_size,
             device=None if name is not None else device,
             device_name=name,
@@ -109,6 +127,15 @@ def explain(
             workspace_bytes=workspace_bytes,
         )
         lines.append(_chunks_in_words(plan, n_tokens, vocab_size))
+        if logits_dtype not in (torch.float32, dtype):
+            lines.append(
+                f"logits_dtype {logits_dtype} beside {dtype} weights: each product is made in float32 and rounded, which takes "
+                "longer than float32 logits"
+            )
+    summands = 2 if dtype == torch.bfloat16 and logits_dtype == torch.float32 and not round_contrast else 1
+    teacher_gemms = teacher_tensors if projected or return_stats else summands
+    if gradient and not projected:
+        lines.append(_projection_in_words(obstacles, student_hidden_size, teacher_hidden_size, teacher_gemms))
     if name is None and device.type == "cuda" and torch.cuda.is_available():
         model = device_model(torch.cuda.get_device_name(device))
     if model is not None and teacher_hidden_size is not None:
@@ -123,13 +150,38 @@ def explain(
             logits_bytes=logits_dtype.itemsize,
             gradient_bytes=min(dtype.itemsize, logits_dtype.itemsize),
             gradient=gradient,
+            head_trains=head_trains,
             path=path,
         )
         lines += _times_in_words(expected, model, path)
-        if dtype == torch.bfloat16 and logits_dtype == torch.float32 and not return_stats:
+        if teacher_gemms > teacher_tensors:
             half = 2.0 * n_tokens * vocab_size * teacher_hidden_size / model.flop_per_second
             lines.append(f"  and {half * 1e3:.1f} ms for the contrast's second bf16 summand, which float32 logits take")
     return "\n".join(lines)
+
+
+def _against_a_projection(divergence: str, student_softcap: float | None, head_trains: bool) -> list[str]:
+    """What keeps a teacher from being projected, in words."""
+    given = {
+        "head_trains=True": head_trains,
+        f"divergence={divergence!r}": divergence != "forward_kl",
+        f"student_softcap={student_softcap}": student_softcap is not None,
+    }
+    return [words for words, is_so in given.items() if is_so]
+
+
+def _projection_in_words(obstacles: list[str], student_width: int, teacher_width: int | None, teacher_gemms: int) -> str:
+    """``teacher_gemms``: products with the teacher's head that a projection would save."""
+    if obstacles:
+        return f"projection: not possible with {' and '.join(obstacles)}"
+    teacher = "F_t" if teacher_gemms == 1 else f"{teacher_gemms} F_t"
+    saved = ""
+    if teacher_width is not None:
+        saved = f", {2 * student_width / (2 * student_width + teacher_gemms * teacher_width):.2f} of it"
+    return (
+        "projection: possible with a fixed alpha and temperature; project_teacher once, then fused_linear_projected_loss "
+        f"multiplies 2 F_s instead of 2 F_s + {teacher}{saved} (F_s = 2 N V H_s FLOP, F_t = 2 N V H_t)"
+    )
 
 
 def _check_sizes(**sizes: int | None) -> None:

@@ -70,15 +70,20 @@ def contrastive_summands(
     return _summands(contrast, dtype)[:count]
 
 
-def contrast_format(hidden_dtype: torch.dtype, weight: Tensor, out_dtype: torch.dtype) -> tuple[torch.dtype, int]:
+def contrast_format(
+    hidden_dtype: torch.dtype, weight: Tensor, out_dtype: torch.dtype, *, rounded: bool = False
+) -> tuple[torch.dtype, int]:
     """(dtype, number of summands) in which the contrast of two paths is multiplied with ``weight``.
 
     Beside low-precision weights the sum of two low-precision tensors is exact enough (relative error 1e-5 with bf16). Two float16
-    tensors save nothing on the CPU, and can overflow. A product that is stored in the weight's dtype takes one.
+    tensors save nothing on the CPU, and can overflow. A product that is stored in the weight's dtype takes one, and so does one
+    whose caller wants the contrast ``rounded``.
     """
     if out_dtype == weight.dtype:
         return weight.dtype, 1
     splits = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float16 and weight.device.type != "cpu")
+    if splits and rounded:
+        return weight.dtype, 1
     return (weight.dtype, 2) if splits and hidden_dtype == weight.dtype else (torch.float32, 1)
 
 
@@ -171,12 +176,15 @@ def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
     ``more``: further summands of the hidden states, like ``hidden`` of the weight's dtype; a GEMM each, into the same float32.
+    An ``out`` of another low precision than the weight's is made from float32, MIXED_BLOCK ids at a time.
     """
     if out.dtype == weight.dtype and not more:
         torch.mm(_whole_rows(hidden.to(weight.dtype)), weight.T, out=out)
     elif out.dtype != torch.float32:
-        wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        out.copy_(gemm(hidden, weight, None, wide, *more))
+        for start in range(0, out.shape[1], MIXED_BLOCK):
+            ids = slice(start, start + MIXED_BLOCK)
+            wide = torch.empty(out[:, ids].shape, dtype=torch.float32, device=out.device)
+            out[:, ids] = gemm(hidden, weight[ids], None, wide, *more)
     elif hidden.dtype == weight.dtype and has_mixed_gemm(out.device):
         for i, part in enumerate((hidden, *more)):
             mixed_gemm(part, weight.T, out, accumulate=i > 0)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .chunking import plan_chunks
+from .chunking import plan_chunks, row_items
 from .gemm import (
     VOCAB_BLOCK,
     add_weight_gradient,
@@ -66,6 +66,7 @@ class TeacherHead:
     want_stats: bool
     logits_dtype: torch.dtype
     survivors: Callable[..., None] | None
+    round_contrast: bool = False
 
     @property
     def collapse(self) -> bool:
@@ -99,18 +100,22 @@ class TeacherHead:
         return self.alpha[chunk] if self.alpha.numel() > 1 else self.alpha
 
     def logits(self, chunk: slice, labels: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A chunk's logits in ``scratch`` (1 + two_paths, C, V): (audio path or contrast, text path or None)."""
-        w, b = self.weight[: self.spec.vocab], None if self.bias is None else self.bias[: self.spec.vocab]
+        """A chunk's logits in ``scratch`` (1 + two_paths, C, V or more): (audio path or contrast, text path or None)."""
+        vocab = self.spec.vocab
+        w, b = self.weight[:vocab], None if self.bias is None else self.bias[:vocab]
         audio, alpha = self.audio_hidden[chunk], self.alpha_of(chunk)
         text = None if self.text_hidden is None else self.text_hidden[chunk]
         more: list[Tensor] = []
         if self.collapse and text is not None:
-            dtype, summands = contrast_format(audio.dtype, w, scratch.dtype)
+            dtype, summands = contrast_format(audio.dtype, w, scratch.dtype, rounded=self.round_contrast)
             audio, *more = contrastive_summands(audio, text, alpha, dtype, summands)
-        audio_logits = gemm(audio, w, b, scratch[0], *more)
+        audio_logits = gemm(audio, w, b, scratch[0, :, :vocab], *more)
         if self.at_survivors and self.survivors is not None:
             self.survivors(audio_logits, text, w, b, labels, alpha, self.spec)
-        return audio_logits, gemm(text, w, b, scratch[1]) if text is not None and self.two_paths else None
+        if text is None or not self.two_paths:
+            return scratch[0], None
+        gemm(text, w, b, scratch[1, :, :vocab])
+        return scratch[0], scratch[1]
 
 
 def linear_caad_chunks(
@@ -126,6 +131,7 @@ def linear_caad_chunks(
     want_stats: bool,
     gain: Tensor | None = None,
     survivors: Callable[..., None] | None = None,
+    round_contrast: bool = False,
     **chunks: Any,
 ) -> LinearResult:
     """``gain``: a factor on the gradients inside (see half_gain); LinearResult.gains tells what is left of it.
@@ -138,7 +144,7 @@ def linear_caad_chunks(
     keep = kept_tokens(target, spec.ignore_index)
     target, kd_coef, ce_coef = picked(keep, target), picked(keep, kd_coef), picked(keep, ce_coef)
     counts = counted_tokens(target, spec.ignore_index, kd_coef, ce_coef)
-    teacher = TeacherHead(*heads[3:], alpha, spec, want_stats, logits_dtype, survivors).pick(keep)
+    teacher = TeacherHead(*heads[3:], alpha, spec, want_stats, logits_dtype, survivors, round_contrast).pick(keep)
     need_teacher = spec.with_kd or want_stats
 
     def chunk_rows(
@@ -197,23 +203,24 @@ def student_chunks(
 ) -> LinearResult:
     """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, then the GEMMs of the gradients.
 
-    ``chunk_rows(chunk, student logits (C, V), scratch (teacher_buffers, C, V) in logits_dtype and (float32_buffers, C, V) in
-    float32, grad (C, V) or None)`` fills ``grad``, which lies over the student's logits. ``keep``: the tokens that ``chunk``
-    indexes (see :func:`kept_tokens`). ``counts``: which of these count (see :func:`counted_tokens`).
+    ``chunk_rows(chunk, student logits (C, R), scratch (teacher_buffers, C, R) in logits_dtype and (float32_buffers, C, R) in
+    float32, grad (C, R) or None)`` fills ``grad``, which lies over the student's logits. R is :func:`row_items`; behind the V
+    logits of a row anything may stand. ``keep``: the tokens that ``chunk`` indexes (see :func:`kept_tokens`). ``counts``: which
+    of these count (see :func:`counted_tokens`).
     """
     device, n_total = student_hidden.device, student_hidden.shape[0]
     student_hidden = picked(keep, student_hidden)
     n = student_hidden.shape[0]
-    buffers = 1 + teacher_buffers
+    buffers, items = 1 + teacher_buffers, row_items(vocab, device)
     plan = plan_chunks(
         n_tokens=n,
-        bytes_per_token=max(1, (buffers * logits_dtype.itemsize + 4 * float32_buffers) * vocab),
+        bytes_per_token=max(1, (buffers * logits_dtype.itemsize + 4 * float32_buffers) * items),
         student_width=student_hidden.shape[1],
         device=device,
         chunk_tokens=chunk_tokens,
         workspace_bytes=workspace_bytes,
     )
-    shape = (min(plan.chunk_tokens, max(n, 1)), vocab)
+    shape = (min(plan.chunk_tokens, max(n, 1)), items)
     float32_bytes = 4 * float32_buffers * math.prod(shape)
     logits_bytes = buffers * logits_dtype.itemsize * math.prod(shape)
     memory = take_scratch(float32_bytes + logits_bytes, device)
@@ -228,14 +235,15 @@ def student_chunks(
     for start in range(0, n, plan.chunk_tokens):
         chunk = slice(start, min(start + plan.chunk_tokens, n))
         size = chunk.stop - start
-        student_logits = gemm(student_hidden[chunk], w_s, b_s, scratch[0, :size])  # (C, V)
+        student_logits = scratch[0, :size]  # (C, R)
+        gemm(student_hidden[chunk], w_s, b_s, student_logits[:, :vocab])
         grad = gradient_view(student_logits, student_weight.dtype) if gradients.wanted else None
         out = chunk_rows(chunk, student_logits, scratch[1:, :size], totals[:, :size], grad)
         rows.kd[chunk], rows.ce[chunk] = out.kd, out.ce
         if rows.stats is not None and out.stats is not None:
             rows.stats[:, chunk] = out.stats
         if grad is not None:
-            gradients.add(chunk, grad, student_hidden[chunk], w_s, None if counts is None else counts[chunk])
+            gradients.add(chunk, grad[:, :vocab], student_hidden[chunk], w_s, None if counts is None else counts[chunk])
 
     return_scratch(memory)
     return LinearResult(spread_rows(rows, keep, n_total), *gradients.finished(keep, n_total, gain))

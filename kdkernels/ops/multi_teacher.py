@@ -233,7 +233,7 @@ def linear_multi_teacher(
         check_values(None if k else target, a, common.vocab, common.ignore_index, source=f"sources[{k}].")
     heads = zip(audio_hidden, text_hidden, teacher_weight, teacher_bias, alpha, strict=True)
     teachers = [
-        TeacherHead(*head, spec, wanted.want_stats, logits_dtype, survivors_launcher(impl))
+        TeacherHead(*head, spec, wanted.want_stats, logits_dtype, survivors_launcher(impl), wanted.round_contrast)
         for head, spec in zip(heads, specs, strict=True)
     ]
     gain = None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, library
 
 from . import native
-from .chunking import plan_chunks
+from .chunking import plan_chunks, row_items
 from .gemm import (
     VOCAB_BLOCK,
     _float32_gemm,
@@ -129,15 +129,16 @@ def linear_projected_chunks(
         kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
     n, width = hidden.shape
     weight, bias = student[1][: spec.vocab], None if student[2] is None else student[2][: spec.vocab]
+    items = row_items(spec.vocab, device)
     plan = plan_chunks(
         n_tokens=n,
-        bytes_per_token=settings.logits_dtype.itemsize * spec.vocab,
+        bytes_per_token=settings.logits_dtype.itemsize * items,
         student_width=width,
         device=device,
         chunk_tokens=settings.chunk_tokens,
         workspace_bytes=settings.workspace_bytes,
     )
-    shape = (min(plan.chunk_tokens, max(n, 1)), spec.vocab)
+    shape = (min(plan.chunk_tokens, max(n, 1)), items)
     memory = take_scratch(settings.logits_dtype.itemsize * math.prod(shape), device)
     scratch = memory[: settings.logits_dtype.itemsize * math.prod(shape)].view(settings.logits_dtype).view(shape)
     result = RowResult.empty(n, len(STAT_NAMES) if settings.want_stats else 0, device)
@@ -146,7 +147,8 @@ def linear_projected_chunks(
     for start in range(0, n, plan.chunk_tokens):
         chunk = slice(start, min(start + plan.chunk_tokens, n))
         part, h = projected.at(chunk), hidden[chunk]
-        logits = gemm(h, weight, bias, scratch[: len(h)])
+        logits = scratch[: len(h)]
+        gemm(h, weight, bias, logits[:, : spec.vocab])
         tail = part.tail.float()
         rest = part.negentropy - per_nat * ((tail * h.float()).sum(1) + part.tail_bias)
         grad = None if hidden_grad is None else gradient_view(logits, weight.dtype)
@@ -169,7 +171,7 @@ def linear_projected_chunks(
             factor = (kd_coef[chunk] * (spec.temperature * spec.student_scale))[:, None]
             # A token without a factor may have a tail that is NaN.
             less = torch.where(factor == 0, 0.0, factor * tail)
-            hidden_grad[chunk] = float32_product([grad], weight).sub_(less)
+            hidden_grad[chunk] = float32_product([grad[:, : spec.vocab]], weight).sub_(less)
     return_scratch(memory)
     if hidden_grad is not None and keep is not None:
         hidden_grad = spread(hidden_grad, keep, n_total, 0)

@@ -40,19 +40,21 @@ class LinearSettings:
     want_stats: bool
     logits_dtype: torch.dtype
     impl: str
+    round_contrast: bool = False
 
     def packed(self) -> tuple[list[int], torch.dtype, str]:
         """The operator's last arguments, see :meth:`RowSpec.packed`."""
-        flags = (self.reduced, self.hidden_grad, self.weight_grad, self.bias_grad, self.want_stats)
+        grads = (self.hidden_grad, self.weight_grad, self.bias_grad)
+        flags = (self.reduced, *grads, self.want_stats, self.round_contrast)
         sizes = (self.chunk_tokens or 0, self.workspace_bytes or 0)
         return [*sizes, *map(int, flags)], self.logits_dtype, self.impl
 
     @classmethod
     def unpacked(cls, whole: Sequence[int], logits_dtype: torch.dtype, impl: str) -> LinearSettings:
-        chunk_tokens, workspace_bytes, reduced, hidden_grad, weight_grad, bias_grad, want_stats = whole
+        chunk_tokens, workspace_bytes, reduced, hidden_grad, weight_grad, bias_grad, want_stats, round_contrast = whole
         grads = (bool(hidden_grad), bool(weight_grad), bool(bias_grad))
         sizes = (chunk_tokens or None, workspace_bytes or None)
-        return cls(*sizes, bool(reduced), *grads, bool(want_stats), logits_dtype, impl)
+        return cls(*sizes, bool(reduced), *grads, bool(want_stats), logits_dtype, impl, bool(round_contrast))
 
     @property
     def any_grad(self) -> bool:
@@ -435,6 +437,7 @@ def linear_caad(
                 rows=row_launcher(impl),
                 survivors=survivors_launcher(impl),
                 gain=gain,
+                round_contrast=wanted.round_contrast,
                 **wanted.chunks,
             )
     return linear_results(out, student, kd_coef, ce_coef, wanted.reduced)

@@ -52,6 +52,7 @@ from .triton_shared import (
     _read,
     _read_pair,
     _read_teacher,
+    _readable,
     _reciprocal,
     _stride,
     _temperature_code,
@@ -83,6 +84,7 @@ def _caad_row_kernel(
     stride_stats,
     sequence,  # T: row = b * T + t
     vocab,  # V
+    readable,  # see _readable, or None
     width,  # V_s
     ignore_index,
     inverse_temperature,
@@ -138,11 +140,14 @@ def _caad_row_kernel(
     rate, inverse_tau = _rates(inverse_temperature, TEMPERATURE)
     alpha = 0.0
     text_vocab = 0
+    text_readable = None
     alpha_legal = True
     if HAS_TEXT:
         alpha = tl.load(alpha_ptr + row * stride_alpha)
         # Not read where it does not count; the statistics compare the two paths.
         text_vocab = vocab if WANT_STATS else tl.where(alpha == 0.0, 0, vocab)
+        if readable is not None:
+            text_readable = readable if WANT_STATS else tl.where(alpha == 0.0, 0, readable)
         alpha_legal = (alpha >= 0.0) & (alpha < float("inf"))
     if WITH_CE:
         # Before the gradient: it may overwrite the row.
@@ -156,7 +161,7 @@ def _caad_row_kernel(
         audio_max = tl.full([GROUPS], _FLOOR, tl.float32)
         for i in range(0, blocks):
             columns = i * BLOCK + local
-            audio = _read(audio_ptr, columns, columns < vocab, TEACHER_SCALE, TEACHER_SOFTCAP)
+            audio = _read(audio_ptr, columns, columns < vocab, TEACHER_SCALE, TEACHER_SOFTCAP, readable)
             audio_max = tl.maximum(audio_max, tl.max(audio, axis=1))
         threshold = tl.max(audio_max, axis=0) + log_plausibility
 
@@ -183,7 +188,7 @@ def _caad_row_kernel(
     for i in range(0, blocks):
         columns = (blocks - 1 - i) * BLOCK + local
         inside = columns < vocab
-        s = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+        s = _read(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP, readable)
         s_old = s_max
         if NEED_TEACHER:
             s_max, s_keep, s_shifted, s_exp = _advance(s_max, s, rate)
@@ -191,7 +196,7 @@ def _caad_row_kernel(
             q_sum = q_sum * s_keep + tl.sum(s_exp, axis=1)
             audio, text, z = _read_teacher(
                 audio_ptr, text_ptr, columns, inside, text_vocab, alpha, threshold, HAS_TEXT, HAS_PLAUSIBILITY, TEACHER_SCALE,
-                TEACHER_SOFTCAP,
+                TEACHER_SOFTCAP, readable, text_readable,
             )  # fmt: skip
             z_old = z_max
             z_max, z_keep, z_shifted, z_exp = _advance(z_max, z, rate)
@@ -257,7 +262,7 @@ def _caad_row_kernel(
                 inside = columns < vocab
                 s, slope, z = _read_pair(
                     student_ptr, audio_ptr, text_ptr, columns, inside, text_vocab, alpha, threshold, WITH_KD, HAS_TEXT,
-                    HAS_PLAUSIBILITY, STUDENT_SCALE, TEACHER_SCALE, STUDENT_SOFTCAP, TEACHER_SOFTCAP,
+                    HAS_PLAUSIBILITY, STUDENT_SCALE, TEACHER_SCALE, STUDENT_SOFTCAP, TEACHER_SOFTCAP, readable, text_readable,
                 )  # fmt: skip
                 log_ratio = ((z - z_row) - (s - s_row)) * inverse_tau - log_z
                 log_p_m, log_q_m = _jsd_terms(log_ratio, jsd_beta)
@@ -332,7 +337,7 @@ def _caad_row_kernel(
             inside = columns < vocab
             s, slope, z = _read_pair(
                 student_ptr, audio_ptr, text_ptr, columns, inside, text_vocab, alpha, threshold, WITH_KD, HAS_TEXT,
-                HAS_PLAUSIBILITY, STUDENT_SCALE, TEACHER_SCALE, STUDENT_SOFTCAP, TEACHER_SOFTCAP,
+                HAS_PLAUSIBILITY, STUDENT_SCALE, TEACHER_SCALE, STUDENT_SOFTCAP, TEACHER_SOFTCAP, readable, text_readable,
             )  # fmt: skip
             gradient = tl.zeros([GROUPS, GROUP], tl.float32)
             s_below = tl.minimum(s - s_row, 0.0)
@@ -430,6 +435,7 @@ def _solve_rows(problem: RowProblem) -> RowResult:
     if problem.rows == 0:
         return out
     read = list(problem.read.values())
+    readable = _readable(read, grad, spec.vocab)
     with _device_of(student, _caad_row_kernel):
         _caad_row_kernel[(problem.rows,)](
             student_ptr=student,
@@ -455,12 +461,14 @@ def _solve_rows(problem: RowProblem) -> RowResult:
             stride_stats=0 if out.stats is None else out.stats.stride(0),
             sequence=student.shape[1],
             vocab=spec.vocab,
+            readable=readable,
             width=student.shape[2],
             ignore_index=spec.ignore_index,
             inverse_temperature=1.0 / spec.temperature,
             jsd_beta=spec.jsd_beta,
             log_plausibility=spec.log_plausibility,
-            CONTIGUOUS=all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None),
+            CONTIGUOUS=readable is not None
+            or all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None),
             DIVERGENCE=DIVERGENCES.index(spec.divergence),
             TEMPERATURE=_temperature_code(spec.temperature),
             HAS_TEXT=text is not None,

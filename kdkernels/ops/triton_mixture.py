@@ -27,6 +27,7 @@ from .triton_shared import (
     _merge_weight,
     _read,
     _read_teacher,
+    _readable,
     _reciprocal,
     _stride,
 )
@@ -50,6 +51,7 @@ def _mix_row_kernel(
     stride_alpha,
     stride_sums,
     vocab,
+    readable,  # see _readable, or None
     ignore_index,
     inverse_temperature,
     log_plausibility,
@@ -97,10 +99,16 @@ def _mix_row_kernel(
     rate = inverse_temperature * _LOG2E
     read_vocab = tl.where(unread, 0, vocab)
     text_vocab = 0
+    read_readable = None
+    text_readable = None
+    if readable is not None:
+        read_readable = tl.where(unread, 0, readable)
     alpha = 0.0
     if HAS_TEXT:
         alpha = tl.load(alpha_ptr + row * stride_alpha)
         text_vocab = tl.where(alpha == 0.0, 0, read_vocab)
+        if readable is not None:
+            text_readable = tl.where(alpha == 0.0, 0, read_readable)
         share = tl.where(((alpha >= 0.0) & (alpha < float("inf"))) | unread, share, float("nan"))
 
     threshold = 0.0
@@ -108,7 +116,7 @@ def _mix_row_kernel(
         audio_max = tl.full([GROUPS], _FLOOR, tl.float32)
         for i in range(0, tl.cdiv(read_vocab, BLOCK)):
             columns = i * BLOCK + local
-            audio = _read(audio_ptr, columns, columns < vocab, SCALE, SOFTCAP)
+            audio = _read(audio_ptr, columns, columns < vocab, SCALE, SOFTCAP, readable)
             audio_max = tl.maximum(audio_max, tl.max(audio, axis=1))
         threshold = tl.max(audio_max, axis=0) + log_plausibility
 
@@ -121,7 +129,7 @@ def _mix_row_kernel(
         columns = (blocks - 1 - i) * BLOCK + local
         z = _read_teacher(
             audio_ptr, text_ptr, columns, columns < vocab, text_vocab, alpha, threshold, HAS_TEXT, HAS_PLAUSIBILITY, SCALE,
-            SOFTCAP,
+            SOFTCAP, read_readable, text_readable,
         )[2]  # fmt: skip
         old = z_max
         z_max, keep, shifted, z_exp = _advance(z_max, z, rate)
@@ -151,9 +159,11 @@ def _mix_row_kernel(
     for start in range(0, vocab, BLOCK):
         columns = start + local
         inside = columns < vocab
+        if readable is not None:
+            inside = columns < readable  # what stands behind the last logit is masked, and the row kernel drops it
         z = _read_teacher(
             audio_ptr, text_ptr, columns, columns < read_vocab, text_vocab, alpha, threshold, HAS_TEXT, HAS_PLAUSIBILITY, SCALE,
-            SOFTCAP,
+            SOFTCAP, read_readable, text_readable,
         )[2]  # fmt: skip
         if GEOMETRIC:
             hidden = tl.where(counts, z, 0.0) == _MASKED
@@ -211,6 +221,7 @@ def mix_rows(
     if share.numel() == 0:
         return sums
     read = [audio] if text is None else [audio, text]
+    readable = _readable([*read, total], None, spec.vocab)
     launch = _launch_table(spec, min(x.element_size() for x in read), want_stats=False)
     launch["maxnreg"] = 128  # left to itself, ptxas spills a word to fit one more block
     with _device_of(audio, _mix_row_kernel):
@@ -228,10 +239,11 @@ def mix_rows(
             stride_alpha=_alpha_stride(alpha),
             stride_sums=sums.stride(0),
             vocab=spec.vocab,
+            readable=readable,
             ignore_index=spec.ignore_index,
             inverse_temperature=1.0 / spec.temperature,
             log_plausibility=spec.log_plausibility,
-            CONTIGUOUS=all(_is_vectorisable(x, spec.vocab) for x in (*read, total)),
+            CONTIGUOUS=readable is not None or all(_is_vectorisable(x, spec.vocab) for x in (*read, total)),
             GEOMETRIC=spec.divergence == "reverse_kl",
             FIRST=first,
             LAST=last,

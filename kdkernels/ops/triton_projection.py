@@ -31,6 +31,7 @@ from .triton_shared import (
     _merge_weight,
     _rates,
     _read,
+    _readable,
     _reciprocal,
     _stride,
     _temperature_code,
@@ -56,6 +57,7 @@ def _projected_row_kernel(
     stride_stats,
     top_k,  # K
     vocab,  # V
+    readable,  # see _readable, or None
     width,  # V_s
     ignore_index,
     inverse_temperature,
@@ -120,7 +122,7 @@ def _projected_row_kernel(
     blocks = tl.cdiv(vocab, BLOCK)
     for i in range(0, blocks):
         columns = (blocks - 1 - i) * BLOCK + local
-        s = _read(student_ptr, columns, columns < vocab, SCALE, None)
+        s = _read(student_ptr, columns, columns < vocab, SCALE, None, readable)
         s_old = s_max
         s_max, s_keep, s_shifted, s_exp = _advance(s_max, s, rate)
         if WANT_STATS:
@@ -178,7 +180,7 @@ def _projected_row_kernel(
             inverse_q1 = _reciprocal(q1_row)
         for start in range(0, width, BLOCK):
             columns = start + local
-            s = _read(student_ptr, columns, columns < vocab, SCALE, None)
+            s = _read(student_ptr, columns, columns < vocab, SCALE, None, readable)
             gradient = _student_gradient(
                 s, s_row, kd_scale * mass, ce_scale, inverse_q, inverse_q1, rate, TEMPERATURE, WITH_KD, WITH_CE
             )
@@ -248,6 +250,7 @@ def projected_rows(
     if rows == 0:
         return out
     ids, probabilities = projected.ids.contiguous(), projected.probabilities.contiguous()
+    readable = _readable([student], grad, spec.vocab)
     with _device_of(student, _projected_row_kernel):
         _projected_row_kernel[(rows,)](
             student_ptr=student,
@@ -267,10 +270,12 @@ def projected_rows(
             stride_stats=0 if out.stats is None else out.stats.stride(0),
             top_k=ids.shape[1],
             vocab=spec.vocab,
+            readable=readable,
             width=student.shape[2],
             ignore_index=spec.ignore_index,
             inverse_temperature=1.0 / spec.temperature,
-            CONTIGUOUS=all(_is_vectorisable(x, spec.vocab) for x in (student, grad) if x is not None),
+            CONTIGUOUS=readable is not None
+            or all(_is_vectorisable(x, spec.vocab) for x in (student, grad) if x is not None),
             TOP=triton.next_power_of_2(ids.shape[1]),
             TEMPERATURE=_temperature_code(spec.temperature),
             HAS_TARGET=target is not None,

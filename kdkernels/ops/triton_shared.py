@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -88,14 +89,19 @@ def _logit_with_slope(value, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr)
 
 
 @triton.jit
-def _read_with_slope(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    value = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+def _read_with_slope(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, readable=None):
+    """``readable``: see :func:`_readable`; None where only ``inside`` may be loaded."""
+    if readable is None:
+        value = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        value = tl.load(row_ptr + columns, mask=columns < readable, other=float("-inf")).to(tl.float32)
+        value = tl.where(inside, value, float("-inf"))
     return _logit_with_slope(value, inside, SCALE, SOFTCAP)
 
 
 @triton.jit
-def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    return _read_with_slope(row_ptr, columns, inside, SCALE, SOFTCAP)[0]
+def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, readable=None):
+    return _read_with_slope(row_ptr, columns, inside, SCALE, SOFTCAP, readable)[0]
 
 
 @triton.jit
@@ -119,13 +125,15 @@ def _read_teacher(
     HAS_THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    readable=None,
+    text_readable=None,
 ):
     """z_audio, z_text and z_hat."""
-    audio = _read(audio_ptr, columns, inside, SCALE, SOFTCAP)
+    audio = _read(audio_ptr, columns, inside, SCALE, SOFTCAP, readable)
     text = audio
     z = audio
     if HAS_TEXT:
-        text = _read(text_ptr, columns, columns < text_vocab, SCALE, SOFTCAP)
+        text = _read(text_ptr, columns, columns < text_vocab, SCALE, SOFTCAP, text_readable)
         z = _contrast(audio, text, alpha)
     if HAS_THRESHOLD:
         z = tl.where(audio < threshold, _MASKED, z)
@@ -149,9 +157,11 @@ def _read_pair(
     TEACHER_SCALE: tl.constexpr,
     STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
+    readable=None,
+    text_readable=None,
 ):
     """s, d s / d stored value, and z_hat (s itself without a teacher)."""
-    s, slope = _read_with_slope(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+    s, slope = _read_with_slope(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP, readable)
     z = s
     if WITH_TEACHER:
         z = _read_teacher(
@@ -166,6 +176,8 @@ def _read_pair(
             HAS_THRESHOLD,
             TEACHER_SCALE,
             TEACHER_SOFTCAP,
+            readable,
+            text_readable,
         )[2]
     return s, slope, z
 
@@ -297,6 +309,18 @@ def _jsd_terms(log_ratio, jsd_beta):
 def _is_vectorisable(tensor: torch.Tensor, vocab: int) -> bool:
     """Whether Triton can prove 16-byte accesses: it distinguishes integers only by whether 16 divides them."""
     return all(x % 16 == 0 for x in (tensor.data_ptr(), _stride(tensor, 0), _stride(tensor, 1), vocab))
+
+
+def _readable(tensors: Sequence[torch.Tensor], grad: torch.Tensor | None, vocab: int) -> int | None:
+    """Columns that a kernel may load where 16 does not divide V: V rounded up to 16, if all rows have that many and are aligned.
+
+    A mask that ends within 16 bytes makes Triton load item by item. So the kernel loads what stands behind the last logit too,
+    and drops it. None: this is not needed, or not possible.
+    """
+    columns = -(-vocab // 16) * 16
+    rows = [*tensors] if grad is None else [*tensors, grad]
+    padded = columns > vocab and all(x.shape[-1] >= columns and _is_vectorisable(x, columns) for x in rows)
+    return columns if padded else None
 
 
 def _stride(tensor: torch.Tensor | None, dim: int) -> int:

@@ -216,6 +216,7 @@ def objective_loss(
             student_softcap=post.softcap,
             student_logit_scale=post.scale,
             temperature=settings.temperature,
+            round_contrast=settings.round_contrast,
             **shared,
         )
     if not with_stats:

@@ -221,6 +221,8 @@ class LossConfig:
     # at each position (hard labels). With teacher the student's own answers (data.on_policy_fraction) have a CE term too.
     ce_target: str = "answer"
     chunk_tokens: int | None = None  # tokens whose logits exist at the same time; None = the loss chooses
+    # true = the contrast of the two paths is rounded once to the bf16 of the teacher's head: faster, coarser near convergence.
+    round_contrast: bool = False
     impl: str = "auto"  # implementation of the loss: auto | reference | cpu | triton | cuda
 
     def __post_init__(self) -> None:
@@ -550,6 +552,7 @@ class Recipe:
             "objective": (self.needs_teacher, f"one of {', '.join(TEACHER_OBJECTIVES)}", self.objective),
             "loss.divergence": (self.loss.divergence == "forward_kl", "forward_kl", self.loss.divergence),
             "loss.alpha_ramp_steps": (self.loss.alpha_ramp_steps == 0, "0, a constant alpha,", self.loss.alpha_ramp_steps),
+            "loss.round_contrast": (not self.loss.round_contrast, "false", self.loss.round_contrast),
             "layers.weight": (self.layers.weight == 0, "0", self.layers.weight),
             "sources": (not self.sources, "none", ", ".join(self.sources)),
         }

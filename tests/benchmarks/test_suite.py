@@ -18,6 +18,7 @@ from benchmarks import (
     cache,
     common,
     contenders,
+    contrast,
     layers,
     linear,
     memory,
@@ -188,6 +189,34 @@ def test_projection(tmp_path, monkeypatch):
     errors = {x["contender"]: float(x["gradient_error"]) for x in found if x["shape"] == "near convergence"}
     assert errors["from projections, 64 ids"] < 0.03
     assert len(errors) == 7
+
+
+def test_contrast(tmp_path, monkeypatch):
+    """The error of a rounded contrast follows the quotient; that of the default does not."""
+    few = {"tokens": 16, "vocab": 512, "width": 64}
+    problems = [contrast.Problem("far", kl=0.3, **few), contrast.Problem("near", kl=0.002, **few)]
+    monkeypatch.setattr(contrast, "PROBLEMS", problems)
+    monkeypatch.setattr(contrast, "SHAPES", {"tiny": (8, 64, 16, 24)})
+    contrast.main(["--device", "cpu", "--shapes", "tiny", "--seeds", "1", "--repeats", "2", "--lm", "", "--out", str(tmp_path)])
+    found = read(tmp_path / "contrast_cpu.csv")
+    of = {(x["problem"], x["setting"]): x for x in found}
+    assert float(of["tiny", "fp32 logits (default)"]["times_default"]) == 1
+    far, near = (of[name, "fp32 logits, rounded contrast"] for name in ("far", "near"))
+    assert float(near["kl"]) == pytest.approx(0.002, rel=0.2)
+    assert float(near["gradient_error"]) > 5 * float(far["gradient_error"])
+    for x in (far, near):
+        assert 1e-3 < float(x["error_over_quotient"]) < 3e-3
+        assert float(x["terms_std"]) == pytest.approx(float(x["logits_std"]), rel=0.3)  # of a random head
+        quotient = float(x["terms_std"]) / (2 * (2 * float(x["kl"])) ** 0.5)
+        assert float(x["size_over_distance"]) == pytest.approx(quotient, rel=1e-6)
+    assert float(of["near", "fp32 logits (default)"]["gradient_error"]) < 6e-3
+
+
+def test_roundings_of_the_contrast():
+    x = torch.full((4096, 2), 1.0 + 2**-9)  # a quarter of the way to bf16's next number
+    up = float((contrast._stochastically(x) > 1).float().mean())
+    assert 0.2 < up < 0.3
+    assert float(contrast._with_feedback(x).mean()) == pytest.approx(1.0 + 2**-9, abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -120,6 +120,34 @@ def test_explain_for_a_gpu_that_is_not_here():
     assert "derated" in explain(device="A100", **SIZES)
 
 
+def test_explain_for_a_vocabulary_with_padded_rows():
+    said = explain(device="H100", **{**SIZES, "vocab_size": 128257})
+    assert "rows of 128320 items for 128257 ids" in said
+    assert "rows of" not in explain(device="H100", **SIZES) and "rows of" not in explain(**{**SIZES, "vocab_size": 128257})
+
+
+def test_explain_says_whether_a_projection_is_possible():
+    small = {"student_hidden_size": 576, "teacher_hidden_size": 960}
+    coarse = {"logits_dtype": torch.bfloat16}
+    assert "multiplies 2 F_s instead of 2 F_s + F_t, 0.55 of it" in explain(**small, **coarse)
+    assert "2 F_s + F_t, 0.55 of it" in explain(**small, round_contrast=True)
+    assert "2 F_s + 2 F_t, 0.38 of it" in explain(**small)
+    assert "projection: possible" in explain(student_hidden_size=576)
+    for change in ({"head_trains": True}, {"divergence": "jsd"}, {"student_softcap": 30.0}):
+        assert f"projection: not possible with {next(iter(change))}=" in explain(**small, **change)
+        with pytest.raises(ValueError, match="projected: expected False with"):
+            explain(**small, **change, projected=True)
+    assert "projection:" not in explain(**small, gradient=False)
+
+
+def test_explain_for_a_projected_teacher():
+    said = explain(device="H100", projected=True, **SIZES)
+    assert "GEMMs 16.1 ms" in said and "row kernel 3.5 ms" in said and "2004 MiB of logits" in said
+    assert "second bf16 summand" not in said and "projection:" not in said
+    assert "impl='cuda' fails: impl='cuda': expected another one" in explain(device="H100", impl="cuda", projected=True)
+    assert "35.0 ms" in explain(device="H100", head_trains=True, **SIZES)
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_explain_asks_nothing_of_this_machine_about_an_absent_gpu(name, monkeypatch):
     """Without Triton, and with the CUDA C++ kernel's switch set: both belong to this machine."""

@@ -139,6 +139,48 @@ def test_bf16_gradient_near_convergence():
     assert relative_error(coarse["student_hidden"], expected["student_hidden"]) > 3e-2
 
 
+def test_rounded_contrast():
+    """Far from convergence it keeps the default's promise. Near convergence it lies between the default and bf16 logits."""
+    far = hidden(64, 3000, 128, 160, dtype=BF16, seed=1, scale=0.3)
+    check(far, loss_tolerance=1e-3, gradient_tolerance=6e-3, round_contrast=True)
+    near, options = near_convergence()
+    _, expected = run(to_double(near), impl="reference", **options)
+
+    def error(**more):
+        return relative_error(run(near, impl="cpu", **options, **more)[1]["student_hidden"], expected["student_hidden"])
+
+    default, rounded, coarse = error(), error(round_contrast=True), error(logits_dtype=BF16)
+    assert 3 * default < rounded < coarse / 3
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "logits_dtype", "summands"),
+    [(BF16, FP32, (BF16, 1)), (BF16, FP16, (BF16, 1)), (BF16, BF16, (BF16, 1)), (FP32, FP32, (FP32, 1)), (FP16, FP32, (FP32, 1))],
+    ids=str,
+)
+def test_format_of_a_rounded_contrast(weight_dtype, logits_dtype, summands):
+    weight = torch.zeros(3, 4, dtype=weight_dtype)
+    assert gemm.contrast_format(weight_dtype, weight, logits_dtype, rounded=True) == summands
+
+
+@pytest.mark.parametrize("weight_dtype", [BF16, FP32])
+def test_logits_of_a_third_dtype_need_float32_for_some_ids_alone(weight_dtype, monkeypatch):
+    monkeypatch.setattr(gemm, "MIXED_BLOCK", 64)
+    made = []
+    empty = torch.empty
+
+    def counted(*size, **options):
+        made.append((torch.Size(size[0] if not isinstance(size[0], int) else size), options.get("dtype")))
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    h, w = torch.randn(5, 24).to(weight_dtype), torch.randn(257, 24).to(weight_dtype)
+    out = empty(5, 257, dtype=FP16)
+    gemm.gemm(h, w, None, out)
+    assert max(math.prod(size) for size, dtype in made if dtype == FP32) <= 64 * 24  # the weight's block is the largest
+    assert relative_error(out, h.double() @ w.double().T) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_low_precision_logits_on_request(dtype):
     arguments = hidden(32, 500, 64, 96, dtype=dtype, scale=0.3)

@@ -626,6 +626,7 @@ class TestColumnsAndArguments:
             {"chunk_tokens": 4, "workspace_bytes": 4},
             {"logits_dtype": torch.int8},
             {"logits_dtype": "float32"},
+            {"round_contrast": 1},
         ],
         ids=str,
     )

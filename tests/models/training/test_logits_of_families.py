@@ -87,3 +87,18 @@ def test_a_model_whose_logits_no_head_explains_is_an_error():
     model = speech_lm(lm)
     with pytest.raises(ValueError, match="lm: expected a language model whose logits are those of its LM head"):
         model.generate(model.make_collator()(make_examples(1), make_features(model, 1), with_target=False))
+
+
+def test_round_contrast_reaches_the_loss():
+    model = speech_lm(make_family("Llama", len(TOKENIZER)))
+    model.lm.bfloat16()
+    g = torch.Generator().manual_seed(3)
+    head = read_head(model)
+    hidden, audio, text = (torch.randn(8, head.weight.shape[1], generator=g).bfloat16() for _ in range(3))
+    states, target, ones = {OWN_TEACHER: TeacherStates(audio, text, head)}, torch.arange(5, 13), torch.ones(8)
+    arguments = (1, model, hidden, target, states, TokenWeights(ones, ones), ones.sum(), ones.sum())
+    exact, rounded = (
+        float(objective_loss(load_recipe("caad", [f"loss.round_contrast={x}"]), *arguments, with_stats=False)[0])
+        for x in ("false", "true")
+    )
+    assert 0 < abs(rounded - exact) < 0.01 * exact

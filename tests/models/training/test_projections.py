@@ -54,6 +54,7 @@ def test_resumes_bit_for_bit(world):  # noqa: F811
     [
         (["caad", "loss.divergence=jsd"], "loss.divergence: expected forward_kl with teacher.projection, got jsd"),
         (["caad", "loss.alpha_start=0", "loss.alpha_ramp_steps=9"], "loss.alpha_ramp_steps: expected 0, a constant alpha, with"),
+        (["caad", "loss.round_contrast=true"], "loss.round_contrast: expected false with teacher.projection, got True"),
         (["caad_layers"], "layers.weight: expected 0 with teacher.projection"),
         (["everything", "layers.weight=0", "teacher.keep_mib=0"], "sources: expected none with teacher.projection, got"),
         (["sft"], "objective: expected one of kd, sharpened, caad, caad+ with teacher.projection, got sft"),
