@@ -36,6 +36,7 @@ def plan_parser() -> Parser:
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    parser.add_argument("--teacher", metavar="RECIPE", help="the recipe that will make teacher.folder, where it is not there yet")
     parser.add_argument("--gpu", default="H100", help="H100, H200, A100, B200, RTX 4090 or RTX 5090")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs; more than one needs run.parallel")
     parser.add_argument("--clips", type=int, help="clips, with one question each (default: those of data.manifest)")

@@ -1,6 +1,7 @@
 """What a training run will need: memory and time of a recipe, before a weight is loaded.
 
     python -m models plan RECIPE [key=value ...] [--gpu H100] [--gpus 8]
+    python -m models plan caad_desta2 --teacher sft_desta2              # the teacher of that recipe, before it is trained
 
 The models' sizes come from their configs (models/training/model_sizes.py). Clips and words are counted in data.manifest, if
 there is one. Time is work divided by a rate: 2 FLOP for each weight and token forward, as many for the gradient of the input, as
@@ -144,9 +145,17 @@ class _Model:
 
 
 def make_plan(
-    recipe: Recipe, data: Clips, *, device_name: str = "H100", gpus: int = 1, utilisation: float = 0.45
+    recipe: Recipe,
+    data: Clips,
+    *,
+    device_name: str = "H100",
+    gpus: int = 1,
+    utilisation: float = 0.45,
+    teacher_recipe: Recipe | None = None,
 ) -> Plan:
     """Memory and time of `recipe` on `gpus` GPUs.
+
+    `teacher_recipe`: what a SpeechLM teacher will be trained by, where teacher.folder is not there yet.
 
     Raises:
         ConfigError: settings that this number of GPUs does not allow.
@@ -202,7 +211,7 @@ def make_plan(
     compared = []
     teacher = None
     if recipe.needs_teacher:
-        teacher = _teacher(recipe, student)
+        teacher = _teacher(recipe, teacher_recipe)
         theirs = 2 * _reading_flop(teacher, text, answer, data.seconds)  # both paths
         cache_bytes = ContrastCache.estimate_bytes(tokens=round(data.examples * answer), hidden_size=teacher.sizes.width)
         cache_seconds = data.examples * theirs / rate
@@ -267,13 +276,20 @@ def _student(recipe: Recipe) -> _Model:
     return _speech_model(f"model.{key}", settings)
 
 
-def _teacher(recipe: Recipe, student: _Model) -> _Model:
+def _teacher(recipe: Recipe, made_by: Recipe | None) -> _Model:
     spec = str(recipe.teacher_spec)
     if recipe.student.model:
         return _audio_model("teacher.model", spec, _weight_bytes(recipe.teacher.dtype, None))
-    if not (Path(spec) / "speech_lm.json").is_file():
-        raise SourceError(f"teacher.folder: expected a folder with speech_lm.json, whose size can be counted, got {spec}")
-    teacher = _speech_model("teacher.folder", _speech_settings(spec, {})[0])
+    if made_by is not None:
+        settings = _speech_settings(made_by.model.folder, made_by.model.settings)[0]
+    elif (Path(spec) / "speech_lm.json").is_file():
+        settings = _speech_settings(spec, {})[0]
+    else:
+        raise SourceError(
+            f"teacher.folder: expected a folder with speech_lm.json, got {spec}; where the teacher is not trained yet, --teacher "
+            "names the recipe that will make it"
+        )
+    teacher = _speech_model("teacher.folder", settings)
     teacher.encoder_in_step = False
     return teacher
 
@@ -552,7 +568,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "prompt_tokens": arguments.prompt_tokens, "answer_tokens": arguments.answer_tokens,
         }  # fmt: skip
         data = dataclasses.replace(data, **{name: value for name, value in given.items() if value is not None})
-        plan = make_plan(recipe, data, device_name=arguments.gpu, gpus=arguments.gpus, utilisation=arguments.utilisation)
+        plan = make_plan(
+            recipe, data, device_name=arguments.gpu, gpus=arguments.gpus, utilisation=arguments.utilisation,
+            teacher_recipe=load_recipe(arguments.teacher) if arguments.teacher else None,
+        )  # fmt: skip
     except (ValueError, OSError, RuntimeError) as error:  # ConfigError, SourceError and their like
         message = str(error).replace("device_name", "--gpu")
         print(f"error: {message}", file=sys.stderr)

@@ -158,6 +158,15 @@ def test_the_connector_of_the_desta2_pair_has_the_papers_size():
 
 
 @pytest.mark.slow
+def test_a_teacher_that_is_not_trained_yet(capsys):
+    assert models(["plan", "caad_desta2", "--teacher", "sft_desta2", "--clips", "1000"]) == 0
+    said = capsys.readouterr().out
+    assert "student: meta-llama/Llama-3.2-3B-Instruct" in said and "teacher: meta-llama/Llama-3.1-8B-Instruct" in said
+    assert models(["plan", "caad_desta2"]) == 1
+    assert "--teacher names the recipe that will make it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_command(world, capsys):
     assert models(["plan", "qwen_omni", "--clips", "50000"]) == 0
     said = capsys.readouterr().out
