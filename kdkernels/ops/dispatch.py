@@ -57,6 +57,14 @@ def cuda_rows_wanted() -> bool:
     return os.environ.get("KDKERNELS_CUDA_ROWS", "0") == "1"
 
 
+def gemm_sums_wanted() -> bool:
+    return os.environ.get("KDKERNELS_GEMM_SUMS", "0") == "1"
+
+
+def overlap_wanted() -> bool:
+    return os.environ.get("KDKERNELS_OVERLAP", "0") == "1"
+
+
 def check_implementation(impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")

@@ -9,17 +9,20 @@ Legend: N tokens, C tokens of a chunk, V valid ids, H_s / H_t hidden widths.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .chunking import plan_chunks
+from .chunking import WITHOUT_LOGITS, plan_chunks
+from .dispatch import gemm_sums_wanted
 from .gemm import (
     VOCAB_BLOCK,
     add_weight_gradient,
@@ -34,7 +37,11 @@ from .gemm import (
     spread,
     take_scratch,
 )
+from .overlap import RowsBeside
 from .rows import MASK_BELOW, STAT_NAMES, LinearTensors, RowLauncher, RowResult, RowSpec
+
+if TYPE_CHECKING:
+    from .triton_gemm_sums import SummedRows
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
 # See student_chunks: chunk, student logits, scratch in the logits' dtype and in float32, gradient or None.
@@ -98,8 +105,13 @@ class TeacherHead:
     def alpha_of(self, chunk: slice) -> Tensor:
         return self.alpha[chunk] if self.alpha.numel() > 1 else self.alpha
 
-    def logits(self, chunk: slice, labels: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A chunk's logits in ``scratch`` (1 + two_paths, C, V): (audio path or contrast, text path or None)."""
+    def logits(
+        self, chunk: slice, labels: Tensor | None, scratch: Tensor, product: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A chunk's logits in ``scratch`` (1 + two_paths, C, V): (audio path or contrast, text path or None).
+
+        ``product``: what takes the place of :func:`gemm` for the first of them.
+        """
         w, b = self.weight[: self.spec.vocab], None if self.bias is None else self.bias[: self.spec.vocab]
         audio, alpha = self.audio_hidden[chunk], self.alpha_of(chunk)
         text = None if self.text_hidden is None else self.text_hidden[chunk]
@@ -107,7 +119,7 @@ class TeacherHead:
         if self.collapse and text is not None:
             dtype, summands = contrast_format(audio.dtype, w, scratch.dtype)
             audio, *more = contrastive_summands(audio, text, alpha, dtype, summands)
-        audio_logits = gemm(audio, w, b, scratch[0], *more)
+        audio_logits = (product or gemm)(audio, w, b, scratch[0], *more)
         if self.at_survivors and self.survivors is not None:
             self.survivors(audio_logits, text, w, b, labels, alpha, self.spec)
         return audio_logits, gemm(text, w, b, scratch[1]) if text is not None and self.two_paths else None
@@ -126,13 +138,20 @@ def linear_caad_chunks(
     want_stats: bool,
     gain: Tensor | None = None,
     survivors: Callable[..., None] | None = None,
+    sums: SummedRows | None = None,
+    beside: bool = False,
     **chunks: Any,
 ) -> LinearResult:
     """``gain``: a factor on the gradients inside (see half_gain); LinearResult.gains tells what is left of it.
 
     ``survivors`` (see :func:`contrast_at_survivors`) forms the contrast under a plausibility mask. None: both paths densely.
+    ``sums``: products that leave the rows' sums, with their row kernel in place of ``rows``. ``beside``: see :mod:`.overlap`.
     ``chunks``: keywords of :func:`student_chunks`.
     """
+    if sums is not None:
+        rows = sums.rows
+    launcher = RowsBeside(rows, heads.student_hidden.device) if beside else None
+    rows = launcher or rows
     if gain is not None:
         kd_coef, ce_coef = kd_coef * gain, ce_coef * gain
     keep = kept_tokens(target, spec.ignore_index)
@@ -147,7 +166,8 @@ def linear_caad_chunks(
         labels = None if target is None else target[chunk]
         audio_logits, text_logits = student_logits, None
         if need_teacher:
-            audio_logits, text_logits = teacher.logits(chunk, labels, scratch)
+            product = None if sums is None else sums.teacher
+            audio_logits, text_logits = teacher.logits(chunk, labels, scratch, product)
         return rows(
             student_logits[None],
             audio_logits[None],
@@ -171,6 +191,8 @@ def linear_caad_chunks(
         teacher_buffers=need_teacher * (1 + teacher.two_paths),
         n_stats=len(STAT_NAMES) if want_stats else 0,
         gain=gain,
+        sums=sums,
+        beside=launcher,
         **chunks,
     )
 
@@ -194,20 +216,25 @@ def student_chunks(
     weight_grad: bool,
     bias_grad: bool,
     gain: Tensor | None,
+    sums: SummedRows | None = None,
+    beside: RowsBeside | None = None,
 ) -> LinearResult:
     """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, then the GEMMs of the gradients.
 
     ``chunk_rows(chunk, student logits (C, V), scratch (teacher_buffers, C, V) in logits_dtype and (float32_buffers, C, V) in
     float32, grad (C, V) or None)`` fills ``grad``, which lies over the student's logits. ``keep``: the tokens that ``chunk``
-    indexes (see :func:`kept_tokens`). ``counts``: which of these count (see :func:`counted_tokens`).
+    indexes (see :func:`kept_tokens`). ``counts``: which of these count (see :func:`counted_tokens`). With ``beside`` two chunks
+    are under way, in two sets of scratch, and the gradients of one come after the logits of the next.
     """
     device, n_total = student_hidden.device, student_hidden.shape[0]
     student_hidden = picked(keep, student_hidden)
     n = student_hidden.shape[0]
-    buffers = 1 + teacher_buffers
+    buffers, sets = 1 + teacher_buffers, 1 if beside is None else beside.buffers
+    bytes_per_token = (buffers * logits_dtype.itemsize + 4 * float32_buffers) * vocab
+    bytes_per_token += 0 if sums is None else sums.bytes_per_token
     plan = plan_chunks(
         n_tokens=n,
-        bytes_per_token=max(1, (buffers * logits_dtype.itemsize + 4 * float32_buffers) * vocab),
+        bytes_per_token=max(1, sets * bytes_per_token),
         student_width=student_hidden.shape[1],
         device=device,
         chunk_tokens=chunk_tokens,
@@ -215,27 +242,41 @@ def student_chunks(
     )
     shape = (min(plan.chunk_tokens, max(n, 1)), vocab)
     float32_bytes = 4 * float32_buffers * math.prod(shape)
-    logits_bytes = buffers * logits_dtype.itemsize * math.prod(shape)
+    sets = min(sets, max(plan.chunks, 1))
+    logits_bytes = sets * buffers * logits_dtype.itemsize * math.prod(shape)
     memory = take_scratch(float32_bytes + logits_bytes, device)
     totals = memory[:float32_bytes].view(torch.float32).view(float32_buffers, *shape)
-    scratch = memory[float32_bytes : float32_bytes + logits_bytes].view(logits_dtype).view(buffers, *shape)
+    scratch = memory[float32_bytes : float32_bytes + logits_bytes].view(logits_dtype).view(sets, buffers, *shape)
 
     rows = RowResult.empty(n, n_stats, device)
     gradients = _Gradients.empty(student_hidden, student_weight, student_bias, hidden_grad, weight_grad, bias_grad)
     if gradients.weight is not None:
         gradients.weight[vocab if n else 0 :].zero_()  # what no product writes
     w_s, b_s = student_weight[:vocab], None if student_bias is None else student_bias[:vocab]
-    for start in range(0, n, plan.chunk_tokens):
-        chunk = slice(start, min(start + plan.chunk_tokens, n))
-        size = chunk.stop - start
-        student_logits = gemm(student_hidden[chunk], w_s, b_s, scratch[0, :size])  # (C, V)
-        grad = gradient_view(student_logits, student_weight.dtype) if gradients.wanted else None
-        out = chunk_rows(chunk, student_logits, scratch[1:, :size], totals[:, :size], grad)
+
+    def finish(chunk: slice, out: RowResult, grad: Tensor | None, done: Any) -> None:
+        if beside is not None:
+            beside.wait(done)
         rows.kd[chunk], rows.ce[chunk] = out.kd, out.ce
         if rows.stats is not None and out.stats is not None:
             rows.stats[:, chunk] = out.stats
         if grad is not None:
             gradients.add(chunk, grad, student_hidden[chunk], w_s, None if counts is None else counts[chunk])
+
+    unfinished: list[Callable[[], None]] = []
+    with beside or contextlib.nullcontext():
+        for number, start in enumerate(range(0, n, plan.chunk_tokens)):
+            chunk = slice(start, min(start + plan.chunk_tokens, n))
+            mine = scratch[number % sets, :, : chunk.stop - start]
+            product = gemm if sums is None else sums.student
+            student_logits = product(student_hidden[chunk], w_s, b_s, mine[0])  # (C, V)
+            grad = gradient_view(student_logits, student_weight.dtype) if gradients.wanted else None
+            out = chunk_rows(chunk, student_logits, mine[1:], totals[:, : chunk.stop - start], grad)
+            unfinished.append(functools.partial(finish, chunk, out, grad, None if beside is None else beside.done))
+            if len(unfinished) == sets:
+                unfinished.pop(0)()
+        for last in unfinished:
+            last()
 
     return_scratch(memory)
     return LinearResult(spread_rows(rows, keep, n_total), *gradients.finished(keep, n_total, gain))
@@ -368,6 +409,17 @@ def survivors_launcher(impl: str) -> Callable[..., None] | None:
         return importlib.import_module(".triton_survivors", __package__).contrast_at_survivors
     except ImportError:
         return None
+
+
+def summed_rows_for(
+    impl: str, heads: LinearTensors, target: Tensor | None, spec: RowSpec, logits_dtype: torch.dtype, want_stats: bool, buffers: int
+) -> SummedRows | None:
+    """The products that leave the rows' sums, for a call with a gradient; None where they are not asked for, or do not fit."""
+    if not gemm_sums_wanted() or impl not in WITHOUT_LOGITS:
+        return None
+    with_ce = spec.with_ce and target is not None
+    make = importlib.import_module(".triton_gemm_sums", __package__).summed_rows
+    return make(heads, spec, logits_dtype, with_ce=with_ce, want_stats=want_stats, buffers=buffers)
 
 
 def contrast_at_survivors(

@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .chunking import NO_LOGITS, choose_path
-from .dispatch import checks_enabled, row_launcher
-from .linear import LinearResult, linear_caad_chunks, survivors_launcher
+from .dispatch import checks_enabled, overlap_wanted, row_launcher
+from .linear import LinearResult, linear_caad_chunks, summed_rows_for, survivors_launcher
 from .rows import STAT_NAMES, LinearTensors, RowProblem, RowResult, RowSpec
 
 _N_STATS = 2 + len(STAT_NAMES)  # kd, ce, then STAT_NAMES
@@ -425,6 +425,10 @@ def linear_caad(
             rows = linear_caad_no_logits(*heads, target, alpha, spec, workspace_bytes=wanted.workspace_bytes)
             out = LinearResult(rows, None, None, None)
         else:
+            beside = overlap_wanted() and student_hidden.is_cuda
+            sums = None
+            if wanted.any_grad:
+                sums = summed_rows_for(impl, heads, target, spec, logits_dtype, wanted.want_stats, 1 + beside)
             out = linear_caad_chunks(
                 heads,
                 target,
@@ -435,6 +439,8 @@ def linear_caad(
                 rows=row_launcher(impl),
                 survivors=survivors_launcher(impl),
                 gain=gain,
+                sums=sums,
+                beside=beside,
                 **wanted.chunks,
             )
     return linear_results(out, student, kd_coef, ce_coef, wanted.reduced)
