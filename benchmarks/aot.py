@@ -34,6 +34,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from models.arguments import Collect
 
@@ -94,6 +95,9 @@ def compile_for(kernel: triton.JITFunction, arguments: dict[str, object], capabi
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -711,6 +715,87 @@ def shard_configurations(sm: int) -> Iterator[Configuration]:
             yield Configuration(f"{name}: {_label(setting, SHARD_MAIN)}", kernel, arguments, limits, quick)
 
 
+SUMMED_FACTORS: dict[str, Sequence] = {
+    "dtypes": ["bf16", "bf16 over fp32"],
+    "temperature": [2.0, 1.0, 3.0],
+    "terms": ["kd + ce", "kd", "ce"],
+    "text": [True, False],
+    "softcap": [None, 30.0],
+    "bias": [False, True],
+    "vocab": [128256, 50257],
+}
+SUMMED_MAIN = {name: values[0] for name, values in SUMMED_FACTORS.items()}
+SUMMED_QUICK = [{}, {"dtypes": "bf16 over fp32"}, {"temperature": 1.0}]
+
+
+def summed_launches(setting: dict, sm: int, *, tokens: int = 1408) -> list[tuple[triton.JITFunction, dict]]:
+    """The launches of a chunk whose GEMMs leave the rows' sums, on the device that stands for `sm`."""
+    from kdkernels.ops import triton_gemm_sums
+    from kdkernels.ops.gemm import gradient_view
+    from kdkernels.ops.rows import LinearTensors, RowSpec
+
+    vocab, logits = setting["vocab"], ROW_DTYPES[setting["dtypes"]][0]
+    dtype = getattr(torch, logits)
+    spec = RowSpec(
+        vocab=vocab,
+        temperature=setting["temperature"],
+        with_kd="kd" in setting["terms"],
+        with_ce="ce" in setting["terms"],
+        student_softcap=setting["softcap"],
+        teacher_softcap=None if setting["text"] else setting["softcap"],
+    )
+    hidden, teacher = (_meta(tokens, width, dtype="bfloat16") for width in (3072, 4096))
+    weight, teacher_weight = (_meta(vocab, width, dtype="bfloat16") for width in (3072, 4096))
+    bias, n = _meta(vocab, dtype="bfloat16") if setting["bias"] else None, _meta(tokens)
+    heads = LinearTensors(hidden, weight, bias, teacher, teacher if setting["text"] else None, teacher_weight, bias)
+    with recorded(triton_gemm_sums, _device_limits=lambda device: _device_limits(sm)) as launches:
+        sums = triton_gemm_sums.summed_rows(heads, spec, dtype, with_ce=spec.with_ce, want_stats=False)
+        student, audio = (_meta(tokens, vocab, dtype=logits) for _ in range(2))
+        sums.student(hidden, weight, bias, student)
+        if spec.with_kd:
+            summands = 1 + (setting["text"] and dtype == torch.float32)
+            sums.teacher(*(teacher, teacher_weight, bias, audio), *[teacher] * (summands - 1))
+        grad = gradient_view(student, torch.bfloat16)
+        rows = (student[None], audio[None], None, _meta(tokens, dtype="int64"), n, n, n, spec)
+        sums.rows(*rows, grad=grad[None])
+    return launches
+
+
+def summed_configurations(sm: int) -> Iterator[Configuration]:
+    """GEMMs that leave the rows' sums, and the row kernel that reads once: each distinct one that a chunk launches."""
+    settings = [{**SUMMED_MAIN, **changes} for changes in SUMMED_QUICK]
+    settings += [x for x in covering_array(SUMMED_FACTORS, lambda _: True, strength=2) if x not in settings]
+    seen = set()
+    for i, setting in enumerate(settings):
+        aligned = setting["vocab"] % 16 == 0
+        for kernel, arguments in summed_launches(setting, sm):
+            name = kernel.__name__.strip("_").removesuffix("_kernel")
+            if name == "one_read":
+                label, teacher = name, setting["terms"] != "ce"
+                limits = Limits(
+                    registers=128 if aligned and setting["softcap"] is None else 168,
+                    shared=2048,
+                    wide_loads=1 + teacher if aligned else 0,
+                    wide_stores=1 if aligned and setting["dtypes"] == "bf16" else 0,
+                    rows=("student", *(["teacher"] if teacher else []), "grad", "student_sums"),
+                )
+            else:
+                label = f"gemm of {'student' if arguments['WITH_UNIT'] or setting['terms'] == 'ce' else 'teacher'}"
+                bulk = arguments["BULK"]
+                limits = Limits(
+                    registers=255,
+                    shared=MACHINES[sm][1],
+                    wide_loads=2,
+                    rows=("sums", *(() if bulk else ("hidden", "weight", "logits"))),
+                )
+            values = {k: v.base if isinstance(v, TensorDescriptor) else v for k, v in arguments.items()}
+            identity = (name, *((k, v.dtype if isinstance(v, torch.Tensor) else v) for k, v in sorted(values.items())))
+            if identity not in seen:
+                seen.add(identity)
+                quick = sm == 90 and i < len(SUMMED_QUICK)
+                yield Configuration(f"{label}: {_label(setting, SUMMED_MAIN)}", kernel, arguments, limits, quick)
+
+
 # kernel's name in the table -> its configurations on a compute capability. A new kernel gets a line here.
 Registry = dict[str, Callable[[int], Iterable[Configuration]]]
 REGISTRY: Registry = {
@@ -722,6 +807,7 @@ REGISTRY: Registry = {
     "mix_rows": mix_configurations,
     "projected_rows": projected_configurations,
     "shard_rows": shard_configurations,
+    "gemm_sums": summed_configurations,
 }
 
 

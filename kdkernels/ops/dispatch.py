@@ -61,8 +61,8 @@ def gemm_sums_wanted() -> bool:
     return os.environ.get("KDKERNELS_GEMM_SUMS", "0") == "1"
 
 
-def overlap_wanted() -> bool:
-    return os.environ.get("KDKERNELS_OVERLAP", "0") == "1"
+def overlap_wanted(device: torch.device) -> bool:
+    return device.type == "cuda" and os.environ.get("KDKERNELS_OVERLAP", "0") == "1"
 
 
 def check_implementation(impl: str) -> None:

@@ -412,7 +412,13 @@ def survivors_launcher(impl: str) -> Callable[..., None] | None:
 
 
 def summed_rows_for(
-    impl: str, heads: LinearTensors, target: Tensor | None, spec: RowSpec, logits_dtype: torch.dtype, want_stats: bool, buffers: int
+    impl: str,
+    heads: LinearTensors,
+    target: Tensor | None,
+    spec: RowSpec,
+    logits_dtype: torch.dtype,
+    want_stats: bool,
+    buffers: int,
 ) -> SummedRows | None:
     """The products that leave the rows' sums, for a call with a gradient; None where they are not asked for, or do not fit."""
     if not gemm_sums_wanted() or impl not in WITHOUT_LOGITS:

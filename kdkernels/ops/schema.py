@@ -425,7 +425,7 @@ def linear_caad(
             rows = linear_caad_no_logits(*heads, target, alpha, spec, workspace_bytes=wanted.workspace_bytes)
             out = LinearResult(rows, None, None, None)
         else:
-            beside = overlap_wanted() and student_hidden.is_cuda
+            beside = overlap_wanted(student_hidden.device)
             sums = None
             if wanted.any_grad:
                 sums = summed_rows_for(impl, heads, target, spec, logits_dtype, wanted.want_stats, 1 + beside)

@@ -324,15 +324,15 @@ class _Tiles:
         return blocks | {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-def _tiles(limits: _Limits, itemsize: int, *, heavy: bool) -> _Tiles:
+def _tiles(limits: _Limits, itemsize: int, *, heavy: bool, aligned: bool) -> _Tiles:
     """The tile for logits of ``itemsize`` bytes. Fixed, because a tuner would have to synchronise.
 
-    On compute capability 9.0 128 x 256: its accumulators take 128 of a thread's registers, and the epilogue 60 more. As many
-    stages as the shared memory holds beside the part that is being stored. Half as wide elsewhere, and where the epilogue needs
-    more registers (``heavy``: a softcap or a bias).
+    On compute capability 9.0 128 x 256: its accumulators take 128 of a thread's registers, and the epilogue some 60 more. As many
+    stages as the shared memory holds beside the part that is being stored. Half as wide elsewhere, and where more registers are
+    needed: by the epilogue (``heavy``: a softcap or a bias), or by addresses (rows that are not ``aligned``).
     """
-    if limits.capability != 9 or heavy:
-        return _Tiles(128, 128, 64, 1, 3)
+    if limits.capability != 9 or heavy or not aligned:
+        return _Tiles(128 if aligned or not heavy else 64, 128, 64, 2 if heavy else 1, 3)
     return _Tiles(128, 256, 64, 2, 4 if itemsize == 2 else 3)
 
 
@@ -361,7 +361,13 @@ def summed_rows(
         return None
     extra = (spec.student_softcap, spec.teacher_softcap, student_bias, teacher_bias)
     limits = _device_limits(weight.device)
-    tiles = _tiles(limits, logits_dtype.itemsize, heavy=any(x is not None for x in extra))
+    row_bytes = [spec.vocab * logits_dtype.itemsize, *(x.stride(0) * x.element_size() for _, x in pairs)]
+    tiles = _tiles(
+        limits,
+        logits_dtype.itemsize,
+        heavy=any(x is not None for x in extra),
+        aligned=all(x % 16 == 0 for x in row_bytes),
+    )
     return SummedRows(spec, with_ce, limits, tiles, buffers)
 
 
