@@ -6,10 +6,12 @@ Correctness first, then time; the last line printed is JSON with `met`, `result`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -248,6 +250,125 @@ def measure_linear(tokens: int, repeats: int) -> dict:
     return {"met": met, "result": result, **figures}
 
 
+@contextlib.contextmanager
+def _changed(switches: Sequence[str] = (), **replaced: object) -> Iterator[None]:
+    """Environment variables set to 1, and names of kdkernels.ops.triton_gemm_sums replaced."""
+    from kdkernels.ops import triton_gemm_sums
+
+    before = {name: getattr(triton_gemm_sums, name) for name in replaced}
+    try:
+        os.environ.update(dict.fromkeys(switches, "1"))
+        for name, value in replaced.items():
+            setattr(triton_gemm_sums, name, value)
+        yield
+    finally:
+        for name in switches:
+            del os.environ[name]
+        for name, value in before.items():
+            setattr(triton_gemm_sums, name, value)
+
+
+SUMS, OVERLAP = "KDKERNELS_GEMM_SUMS", "KDKERNELS_OVERLAP"
+
+
+def _tilings() -> dict[str, dict]:
+    """Tiles of the GEMM with sums: the launcher's own, and two programs a multiprocessor, one's epilogue beside the other's loop."""
+    from kdkernels.ops.triton_gemm_sums import _Tiles
+
+    twice = _Tiles(128, 128, 64, 1, 2, warps=4, programs=2)
+    return {"sums": {}, "sums, two programs": {"_tiles": lambda *_, **__: twice}}
+
+
+def measure_gemm_sums(tokens: int, repeats: int) -> dict:
+    """Target: a step whose GEMMs leave the rows' sums is ahead of cuBLAS with two reads, and within the targets of the linear item.
+
+    The student's GEMM alone is timed too, for one chunk.
+    """
+    from kdkernels.ops import triton_gemm_sums
+    from kdkernels.ops.gemm import gemm
+    from kdkernels.ops.rows import LinearTensors, RowSpec
+
+    case = _linear_case(tokens)
+    check = case.head(16)
+    figures, met = {}, True
+    for name, objective, dtype, budget, most in LINEAR_CASES:
+        step = ours_step(dtype, objective, impl="triton")
+        out = torch.empty(min(tokens, 1408), VOCAB, dtype=dtype or torch.float32, device=DEVICE)
+        states = case.hidden[: len(out)]
+        heads = LinearTensors(states, case.weight, None, case.audio, case.text, case.teacher_weight, None)
+        spec = RowSpec(vocab=VOCAB, with_kd=objective is FULL)
+        steps = {"cuBLAS": lambda step=step: step(case)}
+        products = {"cuBLAS": lambda out=out, states=states: gemm(states, case.weight, None, out)}
+        exact, errors = exact_gradient(check, objective), {}
+        for label, tiling in _tilings().items():
+
+            def changed(of: LinearCase = case, step=step, tiling=tiling) -> torch.Tensor:
+                with _changed([SUMS], **tiling):
+                    return step(of)
+
+            with _changed([SUMS], **tiling):
+                kernels = triton_gemm_sums.summed_rows(heads, spec, out.dtype, with_ce=True, want_stats=False)
+            steps[label] = changed
+            products[label] = lambda kernels=kernels, out=out, states=states: kernels.student(states, case.weight, None, out)
+            errors[label] = relative_error(changed(check).cpu(), exact)
+        seconds = {k: x.median for k, x in time_calls(steps, repeats=repeats, device=DEVICE).items()}
+        alone = {k: x.median for k, x in time_calls(products, repeats=repeats, device=DEVICE).items()}
+        floor = min(_median_seconds(bare_gemms(case, chunk, objective), repeats) for chunk in (1408, 2048))
+        best = min(seconds, key=seconds.get)
+        met &= best != "cuBLAS" and seconds[best] <= most * floor and max(errors.values()) < budget
+        figures[name] = {"best": best, "times_floor": seconds[best] / floor, "floor_ms": floor * 1e3}
+        figures[name]["ways"] = {k: {"ms": seconds[k] * 1e3, "student_gemm_ms": alone[k] * 1e3} for k in seconds}
+        figures[name] |= {"gradient_error": max(errors.values())}
+        del out
+    notes = []
+    for name, found in figures.items():
+        ways = [f"{k} {x['ms']:.1f} ms (student's GEMM {x['student_gemm_ms']:.2f})" for k, x in found["ways"].items()]
+        notes.append(f"{name}: {', '.join(ways)}; best {found['best']}, {found['times_floor']:.2f}x GEMMs")
+    return {"met": met, "result": "; ".join(notes), **figures}
+
+
+def measure_overlap(tokens: int, repeats: int) -> dict:
+    """Target: a step with the row kernels on a second stream is ahead of one stream, in the same workspace, with the same gradient.
+
+    Also with the GEMMs that leave sums, on all multiprocessors and on some fewer, which leaves the rest to the row kernels.
+    """
+    from kdkernels.ops import triton_gemm_sums
+
+    limits = triton_gemm_sums._device_limits(DEVICE)
+    fewer = replace(limits, processors=max(1, limits.processors - 12))
+    ways = {
+        "one stream": ([], {}),
+        "two streams": ([OVERLAP], {}),
+        "one stream, sums": ([SUMS], {}),
+        "two streams, sums": ([OVERLAP, SUMS], {}),
+        "two streams, sums on 12 fewer": ([OVERLAP, SUMS], {"_device_limits": lambda _: fewer}),
+    }
+    case = _linear_case(tokens)
+    check = case.head(16)
+    figures, met = {}, True
+    for name, objective, dtype, _, _ in LINEAR_CASES[:2]:
+        steps, gradients = {}, {}
+        for label, (switches, replaced) in ways.items():
+
+            def step(of: LinearCase = case, dtype=dtype, switches=switches, replaced=replaced, **options) -> torch.Tensor:
+                with _changed(switches, **replaced):
+                    return ours_step(dtype, objective, impl="triton", **options)(of)
+
+            steps[label] = step
+            gradients[label] = step(check, chunk_tokens=5)
+        same = torch.equal(gradients["one stream"], gradients["two streams"])
+        same &= torch.equal(gradients["one stream, sums"], gradients["two streams, sums"])
+        seconds = {k: x.median for k, x in time_calls(steps, repeats=repeats, device=DEVICE).items()}
+        best = min(seconds, key=seconds.get)
+        met &= same and best.startswith("two streams")
+        figures[name] = {"best": best, "same": same, "ms": {k: v * 1e3 for k, v in seconds.items()}}
+    notes = []
+    for name, found in figures.items():
+        times = ", ".join(f"{k} {ms:.1f} ms" for k, ms in found["ms"].items())
+        notes.append(f"{name}: {times}; best {found['best']}, same gradient {found['same']}")
+    return {"met": met, "result": "; ".join(notes), **figures}
+
+
 def _compared(steps: dict[str, Callable[[], object]], repeats: int, most: float) -> dict:
     """Times two steps in turn. Target: the second takes at most ``most`` times as long as the first."""
     (first, base), (second, changed) = (
@@ -320,6 +441,8 @@ MEASURES = {
     "linear": measure_linear,
     "unaligned": measure_unaligned,
     "autocast": measure_autocast,
+    "gemm-sums": measure_gemm_sums,
+    "overlap": measure_overlap,
     "capture": measure_capture,
 }
 

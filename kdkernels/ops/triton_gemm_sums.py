@@ -137,20 +137,25 @@ def _summed_gemm_kernel(
         maximum = tl.full([BLOCK_M], _FLOOR, tl.float32)
         tau_sum = tl.zeros([BLOCK_M], tl.float32)
         unit_sum = tl.zeros([BLOCK_M], tl.float32)
+        if bias_ptr is not None:
+            column = column_start + tl.arange(0, BLOCK_E)
+            total += tl.load(bias_ptr + column, mask=column < vocab, other=0.0).to(tl.float32)[None, :]
+        rounded = total.to(logits.dtype if BULK else logits.dtype.element_ty)  # before it is cut: in pairs
         for index in tl.static_range(PARTS):
             column = column_start + index * PART + tl.arange(0, PART)
             inside = (column < vocab)[None, :]
-            value = _part(total, PARTS, index)
-            if bias_ptr is not None:
-                value += tl.load(bias_ptr + column, mask=column < vocab, other=0.0).to(tl.float32)[None, :]
+            stored = _part(rounded, PARTS, index)
             if BULK:
-                stored = value.to(logits.dtype)
                 logits.store([row_start, column_start + index * PART], stored)
             else:
-                stored = value.to(logits.dtype.element_ty)
-                tl.store(logits + row[:, None] * stride_logits + column[None, :], stored, mask=(row < tokens)[:, None] & inside)
-            seen = tl.where(inside, stored.to(tl.float32), float("-inf"))
-            logit = _logit_with_slope(seen, inside, SCALE, SOFTCAP)[0]
+                written = (row < tokens)[:, None] & inside
+                tl.store(logits + row[:, None] * stride_logits + column[None, :], stored, mask=written)
+            # No sentinel replaces a masked logit: less a maximum of at least _FLOOR it is so low that its power is 0.
+            if SOFTCAP is None:
+                logit = tl.where(inside, stored.to(tl.float32) * SCALE, float("-inf"))
+            else:
+                seen = tl.where(inside, stored.to(tl.float32), float("-inf"))
+                logit = _logit_with_slope(seen, inside, SCALE, SOFTCAP)[0]
             new_maximum = tl.maximum(maximum, tl.max(logit, axis=1))
             shifted = logit - new_maximum[:, None]
             if WITH_TAU:
@@ -318,6 +323,7 @@ class _Tiles:
     parts: int
     stages: int
     warps: int = 8
+    programs: int = 1  # a multiprocessor
 
     def launch(self) -> dict[str, Any]:
         blocks = {"BLOCK_M": self.rows, "BLOCK_E": self.columns, "BLOCK_K": self.inner, "PARTS": self.parts}
@@ -430,7 +436,7 @@ class SummedRows:
             blocks = [[tiles.rows, tiles.inner], [tiles.columns, tiles.inner], [tiles.rows, tiles.columns // tiles.parts]]
             operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks, strict=True)]
         sums = self._sums_of(head)
-        programs = min(self.limits.processors, math.ceil(tokens / tiles.rows) * self.row_tiles)
+        programs = min(tiles.programs * self.limits.processors, math.ceil(tokens / tiles.rows) * self.row_tiles)
         interpreted = not isinstance(_summed_gemm_kernel, triton.JITFunction)
         with _device_of(out, _summed_gemm_kernel):
             _summed_gemm_kernel[(programs,)](

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import first_pass, launches, measure, ncu, second_pass, wheels
-from kdkernels.ops import cuda_caad, native
+from kdkernels.ops import cuda_caad, native, schema
 
 ROOT = Path(first_pass.__file__).parents[2]
 QUEUE = Path(first_pass.__file__).with_name("QUEUE.md")
@@ -137,21 +138,25 @@ def cpu_as_gpu(monkeypatch, tmp_path):
     Returns the modes of synchronisation that were set.
     """
     modes = []
-    nothing = SimpleNamespace(wait_stream=lambda other: None)
+    nothing = SimpleNamespace(
+        wait_stream=lambda other: None, record_event=lambda: None, wait_event=lambda event: None
+    )
     for name, value in {
         "is_available": lambda: True,
         "get_device_name": lambda *_: "a CPU",
         "get_device_capability": lambda *_: (9, 0),
         "synchronize": lambda *_: None,
         "set_sync_debug_mode": modes.append,
-        "Stream": lambda: nothing,
-        "current_stream": lambda: nothing,
+        "Stream": lambda *_, **__: nothing,
+        "current_stream": lambda *_: nothing,
         "stream": lambda _: contextlib.nullcontext(),
         "graph": lambda _: contextlib.nullcontext(),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(schema, "overlap_wanted", lambda device: os.environ.get("KDKERNELS_OVERLAP") == "1")
     monkeypatch.setattr(cuda_caad, "caad_rows", rows_of_clusters)
     sizes = {"DEVICE": CPU, "VOCAB": 96, "STUDENT_WIDTH": 16, "TEACHER_WIDTH": 24, "CAPTURED": (8, 64)}
     for name, value in sizes.items():
