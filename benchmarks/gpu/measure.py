@@ -272,7 +272,7 @@ SUMS, OVERLAP = "KDKERNELS_GEMM_SUMS", "KDKERNELS_OVERLAP"
 
 
 def _tilings() -> dict[str, dict]:
-    """Tiles of the GEMM with sums: the launcher's own, and two programs a multiprocessor, one's epilogue beside the other's loop."""
+    """Tiles of the GEMM with sums: the launcher's own, and two programs a multiprocessor, whose epilogues and loops overlap."""
     from kdkernels.ops.triton_gemm_sums import _Tiles
 
     twice = _Tiles(128, 128, 64, 1, 2, warps=4, programs=2)
@@ -280,7 +280,7 @@ def _tilings() -> dict[str, dict]:
 
 
 def measure_gemm_sums(tokens: int, repeats: int) -> dict:
-    """Target: a step whose GEMMs leave the rows' sums is ahead of cuBLAS with two reads, and within the targets of the linear item.
+    """Target: a step whose GEMMs leave the rows' sums is ahead of cuBLAS with two reads, and within the targets of `linear`.
 
     The student's GEMM alone is timed too, for one chunk.
     """
@@ -328,7 +328,7 @@ def measure_gemm_sums(tokens: int, repeats: int) -> dict:
 
 
 def measure_overlap(tokens: int, repeats: int) -> dict:
-    """Target: a step with the row kernels on a second stream is ahead of one stream, in the same workspace, with the same gradient.
+    """Target: a step with the row kernels on a second stream is ahead of one stream in the same workspace, with equal gradients.
 
     Also with the GEMMs that leave sums, on all multiprocessors and on some fewer, which leaves the rest to the row kernels.
     """
@@ -346,13 +346,13 @@ def measure_overlap(tokens: int, repeats: int) -> dict:
     case = _linear_case(tokens)
     check = case.head(16)
     figures, met = {}, True
-    for name, objective, dtype, _, _ in LINEAR_CASES[:2]:
+    for name, _, dtype, _, _ in LINEAR_CASES[:2]:  # of the full objective
         steps, gradients = {}, {}
         for label, (switches, replaced) in ways.items():
 
-            def step(of: LinearCase = case, dtype=dtype, switches=switches, replaced=replaced, **options) -> torch.Tensor:
-                with _changed(switches, **replaced):
-                    return ours_step(dtype, objective, impl="triton", **options)(of)
+            def step(of: LinearCase = case, way=(switches, replaced), dtype=dtype, **options) -> torch.Tensor:
+                with _changed(way[0], **way[1]):
+                    return ours_step(dtype, impl="triton", **options)(of)
 
             steps[label] = step
             gradients[label] = step(check, chunk_tokens=5)

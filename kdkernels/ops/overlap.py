@@ -1,7 +1,7 @@
 """The row kernel of one chunk on a second CUDA stream, beside the products of the next chunk.
 
-The row kernel waits for memory, the products for the tensor cores. On one stream they take turns. With two streams and two sets of
-scratch the order is, for chunks 0, 1, 2:
+The row kernel waits for memory, the products for the tensor cores. On one stream they take turns. With two streams and two sets
+of scratch the order is, for chunks 0, 1, 2:
 
     caller's stream     logits 0   logits 1   gradients 0   logits 2   gradients 1   gradients 2
     second stream                  rows 0                   rows 1                   rows 2
@@ -23,7 +23,7 @@ _streams = threading.local()  # so that no two threads, of which one may be capt
 
 
 class RowsBeside:
-    """A :class:`RowLauncher` whose kernel runs on a second stream. As a context manager: at the end the caller's stream waits for it.
+    """A :class:`RowLauncher` whose kernel runs on a second stream. It is a context manager: at the end the caller's stream waits.
 
     Memory. The caller's stream is made to wait for every launch: by :meth:`wait` before it reads the results, and at the end. So
     what a launch is given may go back to the allocator after that. Its results are allocated on the second stream, and marked as

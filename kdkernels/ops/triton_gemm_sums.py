@@ -61,7 +61,9 @@ FIELDS = 3
 
 
 @triton.jit
-def _operand(source, rows, stride, row_start, start, width, STEP: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr):
+def _operand(
+    source, rows, stride, row_start, start, width, STEP: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr
+):
     """(rows, K) of an operand (rows, H); 0 beyond H."""
     if BULK:
         block = source.load([row_start, start])
@@ -162,10 +164,8 @@ def _summed_gemm_kernel(
                 powers = tl.exp2(shifted * rate)
                 tau_sum = tau_sum * tl.exp2((maximum - new_maximum) * rate) + tl.sum(powers, axis=1)
             if WITH_UNIT:
-                if WITH_TAU and TEMPERATURE == 2:
-                    unit = powers * powers  # e^l = (e^(l/2))^2
-                else:
-                    unit = tl.exp2(shifted * _LOG2E)
+                # At temperature 2 e^l = (e^(l/2))^2.
+                unit = powers * powers if WITH_TAU and TEMPERATURE == 2 else tl.exp2(shifted * _LOG2E)
                 unit_sum = unit_sum * tl.exp2((maximum - new_maximum) * _LOG2E) + tl.sum(unit, axis=1)
             maximum = new_maximum
         sums = sums_ptr + row * vocab_tiles + vocab_tile
@@ -261,7 +261,8 @@ def _one_read_kernel(
         s_row, q_row = _joined(student_sums_ptr, stride_sums, tiles, rate, TILES, _SUM)
         z_row, p_row = _joined(teacher_sums_ptr, stride_sums, tiles, rate, TILES, _SUM)
         empty = p_row == 0.0
-        kd_scale = tl.where(empty, 0.0, tl.load(kd_coef_ptr + row) / inverse_tau)  # tau^2 from kd, 1 / tau from d (s / tau) / d s
+        # tau^2 from kd, 1 / tau from d (s / tau) / d s.
+        kd_scale = tl.where(empty, 0.0, tl.load(kd_coef_ptr + row) / inverse_tau)
         unused = kd_scale == 0.0
         inverse_p = tl.where(unused, 0.0, _reciprocal(p_row))
         cross = tl.zeros([GROUPS], tl.float32)  # sum e^z (z - s), each less its maximum
@@ -360,7 +361,9 @@ def summed_rows(
     if spec.with_kd:
         dtype = audio.dtype if text is None else contrast_format(audio.dtype, teacher_weight, logits_dtype)[0]
         pairs.append((dtype, teacher_weight))
-    low = all(x.dtype in (torch.bfloat16, torch.float16) and x.dtype == dtype and x.stride(1) == 1 for dtype, x in pairs)
+    low = all(
+        x.dtype in (torch.bfloat16, torch.float16) and x.dtype == dtype and x.stride(1) == 1 for dtype, x in pairs
+    )
     one_stream = spec.divergence == "forward_kl" and spec.plausibility is None and not want_stats
     two_paths = spec.with_kd and text is not None and spec.teacher_softcap is not None
     if not low or not one_stream or two_paths:
@@ -380,9 +383,9 @@ def summed_rows(
 class SummedRows:
     """The products and the row kernel of the chunk loop, for logits whose GEMMs left their sums here.
 
-    :meth:`student` and :meth:`teacher` take the place of :func:`kdkernels.ops.gemm.gemm`, :meth:`rows` that of ``caad_rows``. In a
-    chunk the student comes first, then the teacher (with a distillation term), then the rows. All on a CUDA device, or on the CPU
-    under TRITON_INTERPRET=1. Nothing is read back to the host.
+    :meth:`student` and :meth:`teacher` take the place of :func:`kdkernels.ops.gemm.gemm`, and :attr:`rows` that of ``caad_rows``.
+    In a chunk the student comes first, then the teacher (with a distillation term), then the rows. All tensors are on a CUDA
+    device, or on the CPU under TRITON_INTERPRET=1. Nothing is read back to the host.
     """
 
     def __init__(self, spec: RowSpec, with_ce: bool, limits: _Limits, tiles: _Tiles, buffers: int) -> None:
@@ -433,7 +436,11 @@ class SummedRows:
         bulk = _bulk(self.limits, hidden, weight, out)
         operands: list[Any] = [hidden, weight, out]
         if bulk:
-            blocks = [[tiles.rows, tiles.inner], [tiles.columns, tiles.inner], [tiles.rows, tiles.columns // tiles.parts]]
+            blocks = [
+                [tiles.rows, tiles.inner],
+                [tiles.columns, tiles.inner],
+                [tiles.rows, tiles.columns // tiles.parts],
+            ]
             operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks, strict=True)]
         sums = self._sums_of(head)
         programs = min(tiles.programs * self.limits.processors, math.ceil(tokens / tiles.rows) * self.row_tiles)

@@ -138,9 +138,7 @@ def cpu_as_gpu(monkeypatch, tmp_path):
     Returns the modes of synchronisation that were set.
     """
     modes = []
-    nothing = SimpleNamespace(
-        wait_stream=lambda other: None, record_event=lambda: None, wait_event=lambda event: None
-    )
+    nothing = SimpleNamespace(wait_stream=lambda other: None, record_event=lambda: None, wait_event=lambda event: None)
     for name, value in {
         "is_available": lambda: True,
         "get_device_name": lambda *_: "a CPU",

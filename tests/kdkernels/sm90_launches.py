@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -30,13 +31,14 @@ from kdkernels.ops import (
     linear,
     schema,
     triton_caad,
+    triton_gemm_sums,
     triton_layers,
     triton_mixture,
     triton_no_logits,
     triton_survivors,
 )
 
-MODULES = (triton_caad, triton_layers, triton_mixture, triton_no_logits, triton_survivors)
+MODULES = (triton_caad, triton_gemm_sums, triton_layers, triton_mixture, triton_no_logits, triton_survivors)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_BYTES = 232448  # of a block, on compute capability 9.0
 REGISTERS = 65536  # of a multiprocessor
@@ -60,6 +62,9 @@ class Launcher:
                 assert POINTERS[value.dtype] == kind, (kind, value.dtype)
             elif kind in ("i32", "i64"):
                 assert isinstance(value, int) and -(2 ** (int(kind[1:]) - 1)) <= value < 2 ** (int(kind[1:]) - 1)
+            elif kind.startswith("tensordesc"):
+                block = ",".join(map(str, value.block_shape))
+                assert kind.replace(" ", "") == f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>", kind
             elif kind == "fp32":
                 assert isinstance(value, float)
             else:
@@ -153,6 +158,13 @@ def from_hidden(n=N, vocab=V, dtype=BF16, *, gradient=True, bias=False, **option
         loss.backward()
 
 
+def with_sums(**options):
+    """From hidden states, by GEMMs that leave the rows' sums."""
+    os.environ["KDKERNELS_GEMM_SUMS"] = "1"
+    from_hidden(**options)
+    del os.environ["KDKERNELS_GEMM_SUMS"]
+
+
 def from_teachers(divergence="forward_kl", **options):
     sources = [
         TeacherSource(normal(N, H_T), normal(V, H_T), normal(N, H_T) if k else None, divergence=divergence, **options)
@@ -193,6 +205,9 @@ CALLS = {
     "hidden, bf16 logits": lambda: from_hidden(logits_dtype=BF16, student_softcap=30.0, teacher_softcap=30.0, bias=True),
     "hidden, survivors": lambda: from_hidden(plausibility=0.1, bias=True),
     "hidden, survivors, fp32": lambda: from_hidden(plausibility=0.1, dtype=FP32),
+    "sums": lambda: with_sums(),
+    "sums, bf16 logits": lambda: with_sums(logits_dtype=BF16, student_softcap=30.0, bias=True, temperature=1.0),
+    "sums, odd vocabulary": lambda: with_sums(vocab=2047, kd_weight=1.0),
     "no logits": lambda: from_hidden(gradient=False),
     "no logits, plausibility": lambda: from_hidden(gradient=False, plausibility=0.1, bias=True, divergence="forward_kl"),
     "no logits, fp32": lambda: from_hidden(gradient=False, dtype=FP32, divergence="reverse_kl"),
@@ -204,6 +219,7 @@ CALLS = {
     # What was compiled serves other numbers of tokens, and other vocabularies that 16 divides.
     "again: logits": lambda: from_logits(n=3, vocab=128256),
     "again: hidden": lambda: from_hidden(n=2 * N + 1),
+    "again: sums": lambda: with_sums(n=6 * N + 1),
     "again: no logits": lambda: from_hidden(n=2 * N + 1, gradient=False),
     "again: layers": lambda: from_layers(n=N + 1),
 }

@@ -1,4 +1,4 @@
-"""GEMMs that leave the rows' maxima and sums, and the row kernel that reads once: on the GPU where there is one, else interpreted."""
+"""GEMMs that leave row maxima and sums, and the row kernel that reads once: on the GPU where there is one, else interpreted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_gemm_sums, "_tiles", tiles)
     real = triton_gemm_sums._device_limits
     monkeypatch.setattr(
-        triton_gemm_sums, "_device_limits", lambda device: _Limits(3, real(device).shared_bytes, real(device).capability)
+        triton_gemm_sums,
+        "_device_limits",
+        lambda device: _Limits(3, real(device).shared_bytes, real(device).capability),
     )
 
 
@@ -111,10 +113,14 @@ def test_logits_and_their_sums(temperature, softcap, bias, summands, logits_dtyp
 # -- the row kernel -------------------------------------------------------------------------------------------------------
 
 
-def both_kernels(spec, states, weights, bias, target, kd_coef, ce_coef, *, logits_dtype=FP32, grad_dtype=FP32, in_place=False):
+def both_kernels(
+    spec, states, weights, bias, target, kd_coef, ce_coef, *, logits_dtype=FP32, grad_dtype=FP32, in_place=False
+):
     """(kd, ce, gradient) of the row kernel that reads once, and of the one that reads twice, on the same logits."""
     tokens, vocab = len(states[0]), spec.vocab
-    kernels = sums_for(spec, vocab, states[0].shape[1], logits_dtype=logits_dtype, with_ce=target is not None, bias=bias)
+    kernels = sums_for(
+        spec, vocab, states[0].shape[1], logits_dtype=logits_dtype, with_ce=target is not None, bias=bias
+    )
     student, teacher = (strided(tokens, vocab, -(-vocab // 16) * 16, logits_dtype) for _ in range(2))
     kernels.student(states[0], weights[0], bias, student)
     if spec.with_kd:
@@ -158,7 +164,7 @@ def test_rows_agree_with_those_that_read_twice(terms, temperature):
 
 @pytest.mark.slow
 def test_masks_and_nan_as_in_the_kernel_that_reads_twice():
-    """Masked ids, an infinite divergence, a masked label, NaN with and without a factor, illegal targets, a row without a term."""
+    """Masked ids, an infinite divergence, a masked label, NaN with and without a factor, an illegal target."""
     states, weights, target, kd_coef, ce_coef = row_case(tokens=8)
     for state in states:
         state[2] = math.nan
@@ -211,7 +217,9 @@ def test_loss_against_float64(options, logits_dtype, monkeypatch):
     loss, gradients, launches = loss_and_gradients(arguments, "1", monkeypatch, **options)
     assert launches == 3 * (1 if options.get("kd_weight") == 0.0 else 2)
     budget = 6e-3 if logits_dtype is None else 3e-2
-    torch.testing.assert_close(loss.cpu().double(), expected.detach(), rtol=1e-5 if logits_dtype is None else 1e-2, atol=0.0)
+    torch.testing.assert_close(
+        loss.cpu().double(), expected.detach(), rtol=1e-5 if logits_dtype is None else 1e-2, atol=0.0
+    )
     for mine, exactly in zip(gradients, wanted, strict=True):
         assert relative_error(mine.cpu(), exactly) < budget
 
@@ -253,7 +261,9 @@ def test_sums_are_part_of_the_workspace(monkeypatch):
     sizes, take = [], linear.take_scratch
     monkeypatch.setattr(linear, "take_scratch", lambda size, device: sizes.append(size) or take(size, device))
     made_here, make = [], triton_gemm_sums.summed_rows
-    monkeypatch.setattr(triton_gemm_sums, "summed_rows", lambda *a, **k: made_here.append(make(*a, **k)) or made_here[0])
+    monkeypatch.setattr(
+        triton_gemm_sums, "summed_rows", lambda *a, **k: made_here.append(make(*a, **k)) or made_here[0]
+    )
     workspace = 3 * (2 * 4 * 61 + 2 * 3 * 4 * 2)  # three tokens: two rows of logits, three fields of two tiles for each
     arguments = on_device(hidden(n=4, vocab=61, dtype=BF16), "triton")
     loss_and_gradients(arguments, "1", monkeypatch, impl="triton", workspace_bytes=workspace)

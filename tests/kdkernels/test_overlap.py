@@ -30,14 +30,16 @@ def case(dtype):
 
 
 class LazyStreams:
-    """The caller's stream is the program itself. What is asked of the second one runs when the caller's waits for it, not before."""
+    """The caller's stream is the program itself. What is asked of the second one runs when the caller's waits for it."""
 
     def __init__(self) -> None:
         self.waiting, self.started, self.ended = [], 0, 0
         self.may_start = False  # whether the second stream was told to wait for the caller's since its last launch
         self.on_second = False
         self.most_under_way = 0
-        self.caller = SimpleNamespace(wait_event=self.run_until, wait_stream=lambda second: self.run_until(self.started))
+        self.caller = SimpleNamespace(
+            wait_event=self.run_until, wait_stream=lambda second: self.run_until(self.started)
+        )
         self.second = SimpleNamespace(wait_stream=self.second_waits, record_event=lambda: self.started)
 
     def second_waits(self, other) -> None:
@@ -103,7 +105,9 @@ def test_the_same_bits_from_a_second_stream_that_comes_as_late_as_it_may(dtype, 
     lazy = request.getfixturevalue("lazy")
     for mine, other in zip(gradients(case(dtype), **options), expected, strict=True):
         assert torch.equal(mine, other)
-    assert lazy.most_under_way == (1 if chunk_tokens == 64 else 2)  # rows of a chunk run beside the next chunk's products
+    assert lazy.most_under_way == (
+        1 if chunk_tokens == 64 else 2
+    )  # rows of a chunk run beside the next chunk's products
 
 
 @pytest.mark.slow
