@@ -334,12 +334,13 @@ class _Tiles:
 def _tiles(limits: _Limits, itemsize: int, *, heavy: bool, aligned: bool) -> _Tiles:
     """The tile for logits of ``itemsize`` bytes. Fixed, because a tuner would have to synchronise.
 
-    On compute capability 9.0 128 x 256: its accumulators take 128 of a thread's registers, and the epilogue some 60 more. As many
-    stages as the shared memory holds beside the part that is being stored. Half as wide elsewhere, and where more registers are
-    needed: by the epilogue (``heavy``: a softcap or a bias), or by addresses (rows that are not ``aligned``).
+    On compute capability 9.0 it is 128 x 256. Its accumulators take 128 of a thread's registers, and the epilogue takes 50 to 120
+    more. There are as many stages as the shared memory holds beside the part that is being stored. The tile is half as wide
+    elsewhere, and where the epilogue needs more registers (``heavy``: a softcap or a bias). It is smaller still where addresses
+    need them (rows that are not ``aligned``).
     """
     if limits.capability != 9 or heavy or not aligned:
-        return _Tiles(128 if aligned or not heavy else 64, 128, 64, 2 if heavy else 1, 3)
+        return _Tiles(128 if aligned else 64, 128, 64, 2 if heavy else 1, 3)
     return _Tiles(128, 256, 64, 2, 4 if itemsize == 2 else 3)
 
 
