@@ -334,7 +334,7 @@ class _Tiles:
 def _tiles(limits: _Limits, itemsize: int, *, heavy: bool, aligned: bool) -> _Tiles:
     """The tile for logits of ``itemsize`` bytes. Fixed, because a tuner would have to synchronise.
 
-    On compute capability 9.0 it is 128 x 256. Its accumulators take 128 of a thread's registers, and the epilogue takes 50 to 120
+    On compute capability 9.0 it is 128 x 256. Its accumulators take 128 of a thread's registers, and the epilogue takes 40 to 130
     more. There are as many stages as the shared memory holds beside the part that is being stored. The tile is half as wide
     elsewhere, and where the epilogue needs more registers (``heavy``: a softcap or a bias). It is smaller still where addresses
     need them (rows that are not ``aligned``).
