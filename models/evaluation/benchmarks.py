@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.data.audio import AudioError
-from models.data.manifest import Example, Manifest, Problem, read_manifest
+from models.data.manifest import Example, Manifest, Problem
 from models.data.problems import refuse_if_too_bad
-from models.data.readers import read_foreign
+from models.data.readers import read_data, read_foreign
 from models.data.rows import AudioChecker
 from models.io_utils import cache_dir
 
@@ -159,7 +159,7 @@ def _build() -> Path:
 
 
 def _suite_of(name: str, path: str | Path, *, audio_root: str | Path | None = None, **options: object) -> Suite:
-    read: Manifest = read_manifest(path, audio_root=audio_root, **options)
+    read: Manifest = read_data(path, audio_root=audio_root, **options)
     return Suite(name, read.examples, read.audio_root, read.problems)
 
 

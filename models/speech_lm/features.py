@@ -25,7 +25,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from models.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ, AudioError, load_audio
-from models.data.manifest import Example, read_manifest
+from models.data.manifest import Example
+from models.data.readers import read_data
 from models.io_utils import atomic_write_bytes, sha256_file
 from models.speech_lm.commands import features_parser
 
@@ -340,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = features_parser().parse_args(argv)
     try:
-        manifest = read_manifest(
+        manifest = read_data(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )
         for problem in manifest.problems:

@@ -159,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     from models.backbones.device import pick_device
     from models.data.audio import MAX_SECONDS
-    from models.data.manifest import ManifestError, read_manifest
+    from models.data.manifest import ManifestError
+    from models.data.readers import read_data
     from models.speech_lm.features import FeatureError
     from models.training.listeners import load_listener, open_clips
 
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
         made_from, dtype = teacher_fingerprint(arguments.teacher), DTYPES[arguments.dtype]
         _check_out(Path(arguments.out), made_from, dtype)
-        manifest = read_manifest(
+        manifest = read_data(
             arguments.manifest,
             audio_root=arguments.audio_root,
             check_audio=arguments.features is None,

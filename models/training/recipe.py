@@ -29,6 +29,7 @@ from kdkernels.layer_mse import DIRECTIONS, LAYER_MAPS, layer_map
 from kdkernels.ops.dispatch import IMPLEMENTATIONS
 from kdkernels.ops.rows import DIVERGENCES
 from models.audio_lms.settings import DTYPES, TRAINS, Lora
+from models.data.commands import FORMS
 from models.data.manifest import SPLITS
 from models.training.commands import RECIPES_DIR
 
@@ -50,7 +51,10 @@ class ConfigError(ValueError):
 class DataConfig:
     """Which examples are trained on."""
 
-    manifest: str = ""  # JSONL manifest (models/data/manifest.py)
+    manifest: str = ""  # JSONL manifest (models/data/manifest.py), or rows of another form (models/data/readers.py)
+    # Form of the rows. auto = found by the rows; manifest | desta | messages | columns | nemo | lhotse | kaldi | dynamic_superb |
+    # mcr_bench.
+    form: str = "auto"
     audio_root: str | None = None  # folder where the manifest's audio paths start; None = as the manifest says
     allow_links: bool = False  # clips may be links that leave the audio root (a hub's cache, git-annex, DVC)
     features: str | None = None  # file of encoder features (models/speech_lm/features.py); None = encode now, in memory
@@ -67,6 +71,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of(self.packing, "data.packing", PACKINGS)
+        _one_of(self.form, "data.form", ("auto", "manifest", *FORMS))
         _check(self.pack_tokens >= 1, "data.pack_tokens", ">= 1", self.pack_tokens)
         _check(0.0 <= self.max_bad_fraction <= 1.0, "data.max_bad_fraction", "a fraction in [0, 1]", self.max_bad_fraction)
         _check(0.0 <= self.max_cut_fraction <= 1.0, "data.max_cut_fraction", "a fraction in [0, 1]", self.max_cut_fraction)

@@ -281,14 +281,16 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
     Raises:
         SourceError: no manifest, too many bad rows in it, or no such example.
     """
-    from models.data.manifest import ManifestError, read_manifest
+    from models.data.manifest import ManifestError
+    from models.data.readers import read_data
 
     settings = recipe.data
     if not settings.manifest:
         raise SourceError("data.manifest: expected a file, got none")
     try:
-        manifest = read_manifest(
+        manifest = read_data(
             settings.manifest,
+            form=settings.form,
             audio_root=settings.audio_root,
             max_bad_fraction=settings.max_bad_fraction,
             check_audio=settings.features is None,
