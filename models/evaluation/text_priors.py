@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.data.manifest import Example, ManifestError
-from models.data.readers import read_data
 from models.data.prompts import render_prompt
+from models.data.readers import read_data
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.commands import priors_parser
 from models.evaluation.predictions import context_kind

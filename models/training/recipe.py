@@ -31,6 +31,7 @@ from kdkernels.ops.rows import DIVERGENCES
 from models.audio_lms.settings import DTYPES, TRAINS, Lora
 from models.data.commands import FORMS
 from models.data.manifest import SPLITS
+from models.speech_lm.commands import LOG_MELS
 from models.training.commands import RECIPES_DIR
 
 OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
@@ -57,7 +58,8 @@ class DataConfig:
     form: str = "auto"
     audio_root: str | None = None  # folder where the manifest's audio paths start; None = as the manifest says
     allow_links: bool = False  # clips may be links that leave the audio root (a hub's cache, git-annex, DVC)
-    features: str | None = None  # file of encoder features (models/speech_lm/features.py); None = encode now, in memory
+    # File or folder of encoder features (python -m models features), which is only read. None = encode now, see `features`.
+    features: str | None = None
     splits: tuple[str, ...] = ("train",)  # only examples of these splits
     tasks: tuple[str, ...] = ()  # only examples of these tasks; empty = all
     max_bad_fraction: float = 0.05  # of the manifest's rows; if more rows are bad, the run stops and lists them
@@ -78,6 +80,23 @@ class DataConfig:
         _check(self.max_clip_seconds > 0, "data.max_clip_seconds", "> 0", self.max_clip_seconds)
         for split in self.splits:
             _one_of(split, "data.splits", SPLITS)
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """How a SpeechLM's clips are encoded where data.features is None: once, into shards on disk, by all ranks together."""
+
+    folder: str | None = None  # of the shards; what is there already is not encoded again. None = run.out_dir/features
+    batch_clips: int = 8  # clips that a rank reads and encodes together
+    shard_mib: float = 64.0  # MiB of a shard; each rank has one in memory while it encodes
+    # What makes log-mel spectrograms. processor = WhisperFeatureExtractor, on the CPU; torch | torchaudio = a batch at a time on
+    # the rank's device, within 1e-4 of it.
+    backend: str = "processor"
+
+    def __post_init__(self) -> None:
+        _check(self.batch_clips >= 1, "features.batch_clips", ">= 1", self.batch_clips)
+        _check(self.shard_mib > 0, "features.shard_mib", "> 0", self.shard_mib)
+        _one_of(self.backend, "features.backend", LOG_MELS)
 
 
 @dataclass(frozen=True)
@@ -410,6 +429,7 @@ class Recipe:
 
     objective: str = "caad"
     data: DataConfig = field(default_factory=DataConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -443,6 +463,8 @@ class Recipe:
             return
         if self.data.features is not None:
             raise ConfigError(f"data.features: expected null with student.model, which hears clips, got {self.data.features!r}")
+        if self.features != FeaturesConfig():
+            raise ConfigError("features: expected the defaults with student.model, whose processor makes its inputs, got others")
         if self.data.packing != "none":
             raise ConfigError(f"data.packing: expected none with student.model, got {self.data.packing!r}")
         plain = ModelConfig(prefix_cache_mib=self.model.prefix_cache_mib)
@@ -617,6 +639,8 @@ def settings_to_continue(recipe: Recipe) -> dict[str, Any]:
     free = ("resume", "out_dir", "progress_bar", "tensorboard", "save_every_steps", "keep_last_checkpoints", "parallel")
     for name in free:
         del settings["run"][name]
+    for name in ("folder", "batch_clips", "shard_mib"):
+        del settings["features"][name]
     return settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from models.speech_lm.config import SpeechLMConfig
 
 _PADDED = DataConfig()
+# Evenly spaced examples whose features give mean and deviation: the error of a mean is then a hundredth of a deviation.
+_STATISTICS_EXAMPLES = 16_384
+_STATISTICS_PART = 64
 OWN_TEACHER = "teacher"  # name of the objective's own teacher among the sources
 
 
@@ -80,13 +84,25 @@ class TrainingData:
         rows: list[int] = []
         while len(rows) < count:
             epoch, start = divmod(cursor + len(rows), n)
-            order = np.random.default_rng([seed, epoch]).permutation(n)
+            order = _permutation(n, seed, epoch)
             rows += order[start : start + count - len(rows)].tolist()
         return rows
+
+    def prefetch(self, examples: Sequence[Any]) -> None:
+        """Tell the store which clips the next step needs, where it can read ahead; the batches stay the same."""
+        if hasattr(self.store, "prefetch"):
+            self.store.prefetch(examples)
 
     def model_inputs(self, batch: Any) -> dict[str, Any]:
         """The keyword arguments of the model for `batch`."""
         return {**batch.model_inputs(), **self.extra_inputs}
+
+
+@functools.lru_cache(maxsize=4)  # a step draws from one epoch or two, and looks ahead
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order.setflags(write=False)
+    return order
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
@@ -154,7 +170,9 @@ def check_folders(recipe: Recipe) -> None:
     if recipe.student.model is not None:
         _check_audio_lms(recipe)
         return
-    wanted = [("data.features", recipe.data.features, "")]
+    wanted: list[tuple[str, str | None, str]] = []
+    if recipe.data.features is not None and not Path(recipe.data.features).exists():
+        raise SourceError(f"data.features: expected a file or a folder, got {recipe.data.features}")
     wanted += [(f"model.{name}", getattr(recipe.model, name), "speech_lm.json") for name in ("folder", "feature_statistics")]
     if recipe.needs_teacher:
         wanted += [("teacher.folder", recipe.teacher.folder, "speech_lm.json")]
@@ -312,9 +330,17 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
 
 
 def build_data(
-    recipe: Recipe, model: torch.nn.Module, examples: Sequence[Any], audio_root: Path, *, store: Any = None
+    recipe: Recipe,
+    model: torch.nn.Module,
+    examples: Sequence[Any],
+    audio_root: Path,
+    *,
+    store: Any = None,
+    ranks: Any = None,
 ) -> TrainingData:
     """`examples` batched for `model`, with their features (`store`, or those of the recipe) and prefix cache.
+
+    Features that are made now are written by all `ranks` together (None = this process alone), each on its own device.
 
     A new model (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
     """
@@ -325,12 +351,20 @@ def build_data(
     settings = recipe.data
     with_features = list(examples)
     if store is None:
+        made = recipe.features
         try:
+            model.use_log_mel(made.backend)
+            if ranks is not None:
+                model.encoder.to(ranks.device)
             store, with_features = clip_features(
                 model,
                 examples,
                 audio_root=audio_root,
                 features=settings.features,
+                folder=Path(recipe.run.out_dir) / "features" if made.folder is None else made.folder,
+                ranks=ranks if ranks is not None and ranks.size > 1 else None,
+                batch_clips=made.batch_clips,
+                shard_mib=made.shard_mib,
                 max_seconds=settings.max_clip_seconds,
                 max_bad_fraction=settings.max_bad_fraction,
                 max_cut_fraction=settings.max_cut_fraction,
@@ -339,16 +373,26 @@ def build_data(
         except FeatureError as error:
             raise SourceError(f"data: {error}") from error
     if recipe.model.folder is None and recipe.model.feature_statistics is None:
-        model.fit_feature_statistics(store.rows([e for e in with_features if e.audio is not None]))
+        heard = [e for e in with_features if e.audio is not None]
+        heard = heard[:: -(-len(heard) // _STATISTICS_EXAMPLES)] if heard else []
+        parts = range(0, len(heard), _STATISTICS_PART)
+        model.fit_feature_statistics(store.rows(heard[start : start + _STATISTICS_PART]) for start in parts)
     # Activation checkpointing drops the KV cache, so it cannot run with a prefix cache.
     cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
     cache_mib = recipe.model.prefix_cache_mib if cached else 0
     return make_training_data(model, with_features, store, prefix_cache_mib=cache_mib, layout=settings)
 
 
-def _audio_data(model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig) -> TrainingData:
-    """`examples` batched for an audio LM; their clips are decoded when a batch needs them."""
+def _audio_data(
+    model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig, *, reader: Any = None
+) -> TrainingData:
+    """`examples` batched for an audio LM; their clips are decoded when a batch needs them, or a step before.
+
+    `reader`: of another model; it is shared where both hear at the same rate, so no clip is decoded twice.
+    """
     store, usable = open_clips(model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds)
+    if reader is not None and reader.sampling_rate == store.sampling_rate:
+        store = reader
     collator = model.make_collator()
 
     def make_batch(chosen: Sequence[Any]) -> Any:
@@ -482,7 +526,7 @@ def _build_source(
         )
     else:
         if isinstance(lm, AudioLM):
-            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data)
+            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data, reader=data.store)
         else:
             _check_same_features(f"{key}.folder", model, lm)
             own = make_training_data(

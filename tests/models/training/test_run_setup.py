@@ -264,7 +264,7 @@ def test_fresh_connector_keeps_the_statistics(world):
     ("words", "message"),
     [
         (["data.manifest=none.jsonl"], "error: data.manifest: none.jsonl"),
-        (["data.features=none.safetensors"], "error: data.features: expected a file, got none.safetensors"),
+        (["data.features=none.safetensors"], "error: data.features: expected a file or a folder, got none.safetensors"),
         (["data.features=README.md"], "error: data: README.md: not a feature file"),
         (["model.folder=none"], "error: model.folder: expected a folder with speech_lm.json, got none"),
         (["data.splits=[dev]"], "error: data: no example with a target"),
