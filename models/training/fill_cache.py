@@ -193,17 +193,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(examples)} samples, {tokens} tokens: {needed / 2**20:.1f} MiB; {free / 2**20:.0f} MiB are free")
         if needed > free:
             raise CacheError(f"--out: {arguments.out} has room for {free} bytes, the cache needs {needed}")
+        folder = Path(f"{arguments.out}.features-{number}")  # of the clips' features while this runs
         store, held = open_clips(
             model,
-            examples,
+            examples[int(number) :: int(parts)],
             audio_root=manifest.audio_root,
             max_seconds=MAX_SECONDS,
             features=arguments.features,
+            folder=folder,
             max_cut_fraction=arguments.max_cut_fraction,
             say=print,
         )
         written = fill_cache(
-            arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from,
+            arguments.out, model, store, held, made_from=made_from,
             extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers, part=number,
             batch_examples=arguments.batch_examples,
         )  # fmt: skip
@@ -212,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.measure:
             some = [e for e in held if e.id in cache][: arguments.measure]
             print(f"KL of the cached target distribution at alpha 2: {rounding_error(cache, model, store, some):.3g} nats")
+        shutil.rmtree(folder, ignore_errors=True)
     except (CacheError, ManifestError, FeatureError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
