@@ -68,8 +68,8 @@ def _torchaudio() -> Any:
     try:
         return importlib.import_module("torchaudio")
     except Exception as error:  # built for another torch, its import raises OSError or RuntimeError
-        release = ".".join(torch.__version__.split(".")[:2])
+        release, why = ".".join(torch.__version__.split(".")[:2]), " ".join(str(error).split())[:200]
         raise LogMelError(
-            f"features.backend: torchaudio cannot be imported ({' '.join(str(error).split())[:200]}); install the release of torch "
-            f"{torch.__version__}, from its index: pip install 'torchaudio=={release}.*'. The backend torch needs no other package"
+            f"features.backend: torchaudio cannot be imported ({why}); install the release of torch {torch.__version__}, from "
+            f"its index: pip install 'torchaudio=={release}.*'. The backend torch needs no other package"
         ) from None

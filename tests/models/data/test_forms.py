@@ -73,12 +73,17 @@ def test_check_names_what_is_wrong_with_the_rows_of_first_users(first_rows, caps
     printed = capsys.readouterr()
     out, error = printed.out, printed.err
     assert "form: messages" in out and "rows: 5, 3 of them bad" in out
-    assert {"too long 1", "missing 1", "link that leaves the audio root 1"} <= set(out.split("(")[1].split(")")[0].split(", "))
+    assert {"too long 1", "missing 1", "link that leaves the audio root 1"} <= set(
+        out.split("(")[1].split(")")[0].split(", ")
+    )
     assert "clips: 2 in 2 files" in out
     assert "Han               2; characters: median 9, 95% 9, longest 9" in out
     assert f"{first_rows}: row 2 (long.wav): audio: too long: 10800.0 s, at most 30 s are allowed" in error
     assert f"{first_rows}: row 3 (link.wav): audio: path leaves the audio root through a link" in error
-    assert f"{first_rows}: row 5 (gone.wav): audio: missing file" in error and f"{first_rows}: 3 of 5 rows are bad" in error
+    assert (
+        f"{first_rows}: row 5 (gone.wav): audio: missing file" in error
+        and f"{first_rows}: 3 of 5 rows are bad" in error
+    )
     assert check([str(first_rows), "--allow-links", "--max-bad-fraction", "0.4"]) == 0
     assert "2 of them bad" in capsys.readouterr().out
 
@@ -101,12 +106,23 @@ def test_every_answer_of_a_conversation_is_an_example(root):
         ("system", "Be brief."), ("user", "Hello."), ("assistant", "Hi."), ("user", "<audio>\nWho speaks?"),
         ("assistant", "A woman."), ("user", "How old?"), ("assistant", "About forty."),
     ]  # fmt: skip
-    row = {"id": "c", "messages": [{"role": role, "content": text} for role, text in turns], "audios": ["a.wav"], "speaker": "s1"}
+    row = {
+        "id": "c",
+        "messages": [{"role": role, "content": text} for role, text in turns],
+        "audios": ["a.wav"],
+        "speaker": "s1",
+    }
     row["messages"][4]["loss"] = False
     first, third = read_data(lines(root / "rows.jsonl", [row])).examples
     assert (first.id, first.audio, first.question, first.target) == ("c/turn-1", None, "Hello.", "Hi.")
     assert (third.id, third.audio, third.question, third.target) == ("c/turn-3", "a.wav", "How old?", "About forty.")
-    assert third.context.split("\n") == ["Be brief.", "User: Hello.", "Assistant: Hi.", "User: Who speaks?", "Assistant: A woman."]
+    assert third.context.split("\n") == [
+        "Be brief.",
+        "User: Hello.",
+        "Assistant: Hi.",
+        "User: Who speaks?",
+        "Assistant: A woman.",
+    ]
     assert third.metadata == {"speaker": "s1"} and third.answer == third.target and third.target_source == "human"
 
 
@@ -114,12 +130,14 @@ def test_every_answer_of_a_conversation_is_an_example(root):
     "row",
     [
         swift("a.wav"),
-        {"conversations": [{"from": "human", "value": "<audio>Who speaks?"}, {"from": "gpt", "value": "A woman."}], "audios": ["a.wav"]},
+        {"conversations": [{"from": "human", "value": "<audio>Who speaks?"}, {"from": "gpt", "value": "A woman."}],
+         "audios": ["a.wav"]},
         {"query": "<audio>Who speaks?", "response": "A woman.", "audios": "a.wav"},
         {"instruction": "<audio>", "input": "Who speaks?", "output": "A woman.", "audios": [{"path": "a.wav"}]},
         {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}, {"type": "text", "text": "Who speaks?"}]},
                       {"role": "assistant", "content": [{"type": "text", "text": "A woman."}]}]},
-        {"conversations": [{"from": "User", "value": "a.wav", "type": "audio"}, {"from": "User", "value": "Who speaks?", "type": "text"},
+        {"conversations": [{"from": "User", "value": "a.wav", "type": "audio"},
+                           {"from": "User", "value": "Who speaks?", "type": "text"},
                            {"from": "Assistant", "value": "A woman.", "type": "text"}]},
         {"audio_filepath": "a.wav", "duration": 1.0, "question": "Who speaks?", "answer": "A woman."},
         {"audio": "a.wav", "prompt": "Who speaks?", "response": "A woman."},
@@ -142,7 +160,10 @@ def test_spellings_of_one_row_give_one_example(root, row):
         (swift("a.wav", "Who?", "<audio>"), "expected <audio> in a turn of the user"),
         (swift("https://x.org/a.wav"), "expected a file, got the address"),
         (swift("/nowhere/a.wav"), "--audio-root"),
-        ({"messages": [{"role": "tool", "content": "x"}], "audios": ["a.wav"]}, "expected the role system, user or assistant"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}], "audios": ["a.wav"]},
+            "expected the role system, user or assistant",
+        ),
         ({**swift("a.wav"), "images": ["x.png"]}, "only text and audio are read"),
         ({"messages": [{"role": "assistant", "content": "x"}], "audios": ["a.wav"]}, "a turn of the user first"),
     ],
@@ -196,7 +217,10 @@ def test_lhotse_cuts(root):
     [
         ({"type": "MixedCut"}, "expected MonoCut, got MixedCut; CutSet.save_audios"),
         ({"recording": {**CUT["recording"], "transforms": [{"name": "Speed"}]}}, "expected none of transforms"),
-        ({"recording": {**CUT["recording"], "sources": [{"type": "command", "source": "cat a.wav"}]}}, "no command is run"),
+        (
+            {"recording": {**CUT["recording"], "sources": [{"type": "command", "source": "cat a.wav"}]}},
+            "no command is run",
+        ),
     ],
 )
 def test_cuts_that_are_no_span_of_a_file_say_why(root, change, message):
@@ -209,7 +233,10 @@ def test_kaldi_folders(root, tmp_path):
     (root / "text").write_text("u1 good luck\nu2 你好\n", encoding="utf-8")
     (root / "utt2spk").write_text("u1 JOE\n")
     manifest = read_data(root, max_bad_fraction=1.0)
-    assert [(e.id, e.audio, e.transcription) for e in manifest] == [("u1", "a.wav", "good luck"), ("u2", "b.wav", "你好")]
+    assert [(e.id, e.audio, e.transcription) for e in manifest] == [
+        ("u1", "a.wav", "good luck"),
+        ("u2", "b.wav", "你好"),
+    ]
     assert manifest.examples[0].metadata == {"speaker": "JOE"}
     assert [p.row for p in manifest.problems] == [3, 4] and "no command is run" in manifest.problems[0].reason
     assert not (tmp_path / "ran").exists()
@@ -260,7 +287,10 @@ def test_clips_inside_a_data_set_become_files_once(root, tmp_path, monkeypatch):
     """The rows of a stand-in for `datasets`, which the fast tests do without."""
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
     data = (root / "a.wav").read_bytes()
-    rows = _Split({"audio": {"bytes": data, "path": f"{n}.wav"}, "question": "Who?", "answer": n % 2, "text": None} for n in range(2))
+    rows = _Split(
+        {"audio": {"bytes": data, "path": f"{n}.wav"}, "question": "Who?", "answer": n % 2, "text": None}
+        for n in range(2)
+    )
     rows.features = {"audio": _Audio(), "answer": _Labels()}
     module = types.SimpleNamespace(Audio=_Audio, load_from_disk=lambda path: {"validation": rows})
     monkeypatch.setitem(sys.modules, "datasets", module)
@@ -277,7 +307,9 @@ def test_data_sets_of_the_real_package(root, tmp_path, monkeypatch):
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
     clips = [{"bytes": (root / name).read_bytes(), "path": name} for name in ("a.wav", "b.wav")]
     made = datasets.Dataset.from_dict({"audio": clips, "question": ["Who?", "Who?"], "answer": [0, 1]})
-    made = made.cast_column("answer", datasets.ClassLabel(names=["man", "woman"])).cast_column("audio", datasets.Audio())
+    made = made.cast_column("answer", datasets.ClassLabel(names=["man", "woman"])).cast_column(
+        "audio", datasets.Audio()
+    )
     made.save_to_disk(str(tmp_path / "saved"))
     made.to_parquet(str(tmp_path / "train.parquet"))
     folder = root / "train"
@@ -285,7 +317,11 @@ def test_data_sets_of_the_real_package(root, tmp_path, monkeypatch):
     (root / "a.wav").rename(folder / "a.wav")
     lines(folder / "metadata.jsonl", [{"file_name": "a.wav", "question": "Who?", "answer": "man"}])
     (root / "b.wav").unlink()
-    for path, answers in ((tmp_path / "saved", ["man", "woman"]), (tmp_path / "train.parquet", ["man", "woman"]), (root, ["man"])):
+    for path, answers in (
+        (tmp_path / "saved", ["man", "woman"]),
+        (tmp_path / "train.parquet", ["man", "woman"]),
+        (root, ["man"]),
+    ):
         manifest = read_data(path)
         assert [e.answer for e in manifest] == answers and manifest.problems == [], path
         assert all(len(load_audio(manifest.audio_path(e))) == 16_000 for e in manifest)
@@ -300,7 +336,10 @@ def test_data_sets_of_the_real_package(root, tmp_path, monkeypatch):
     [
         ({"kdkernels_manifest": 1}, "manifest"),
         (swift("a.wav"), "messages"),
-        ({"messages": [{"role": "user", "content": "x"}], "audios": [{"audio_filepath": "a"}], "response": "y"}, "desta"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "audios": [{"audio_filepath": "a"}], "response": "y"},
+            "desta",
+        ),
         (CUT, "lhotse"),
         ({"audio_filepath": "a.wav", "text": "x"}, "nemo"),
         ({"file": "a.wav", "instruction": "x", "label": "y"}, "dynamic_superb"),
@@ -316,12 +355,23 @@ def test_an_unknown_form_is_an_error_that_names_all(tmp_path, root):
     with pytest.raises(ManifestError, match="names one of desta, messages, columns"):
         read_data(lines(tmp_path / "rows.jsonl", [{"x": 1}]))
     with pytest.raises(ManifestError, match="got neither"):
-        read_data(lines(tmp_path / "rows.jsonl", [{"id": "1", "audio": "a.wav", "question": "x"}]))  # a manifest's header is missing
-    assert train_reads(lines(root / "rows.jsonl", [{"id": "1", "audio": "a.wav", "target": "x"}]), form="columns")[0].target == "x"
+        read_data(
+            lines(tmp_path / "rows.jsonl", [{"id": "1", "audio": "a.wav", "question": "x"}])
+        )  # a manifest's header is missing
+    assert (
+        train_reads(lines(root / "rows.jsonl", [{"id": "1", "audio": "a.wav", "target": "x"}]), form="columns")[
+            0
+        ].target
+        == "x"
+    )
 
 
 def test_check_counts_duplicates_splits_and_scripts(root, capsys):
-    rows = [swift("a.wav", id="1"), swift("a.wav", id="2"), swift("a.wav", "<audio>Who else?", "아무도", id="3", split="test")]
+    rows = [
+        swift("a.wav", id="1"),
+        swift("a.wav", id="2"),
+        swift("a.wav", "<audio>Who else?", "아무도", id="3", split="test"),
+    ]
     assert check([str(lines(root / "rows.jsonl", rows)), "--form", "messages"]) == 0
     out = capsys.readouterr().out
     assert "duplicates: 1 examples ask the same question about the same clip again" in out

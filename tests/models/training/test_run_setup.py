@@ -412,9 +412,9 @@ def test_training_writes_features_that_the_same_run_reads_again(world, monkeypat
 @pytest.mark.slow
 def test_the_cache_encodes_into_shards_and_leaves_none_behind(world):
     given, alone = world / "given_cache", world / "alone_cache"
-    words = ["--dtype", "float32"]
-    assert cache_main(cache_words(world, given, *words)) == 0
-    assert cache_main([w for w in cache_words(world, alone, *words) if w not in ("--features", str(world / "f.safetensors"))]) == 0
+    features = ("--features", str(world / "f.safetensors"))
+    assert cache_main(cache_words(world, given, "--dtype", "float32")) == 0
+    assert cache_main([word for word in cache_words(world, alone, "--dtype", "float32") if word not in features]) == 0
     assert not list(world.glob("alone_cache*features*"))
     one, other = (ContrastCache(folder) for folder in (given, alone))
     ids = [f"c{i}" for i in range(12)]
