@@ -36,7 +36,7 @@ def find_form(path: str | os.PathLike[str]) -> str:
         return "dynamic_superb"
     first = next(numbered_lines(path), None)
     if first is None:
-        raise ManifestError(f"{path}: expected at least one row, got an empty file")
+        raise ManifestError(f"{path}: expected a header line with {VERSION_KEY!r}, got an empty file")
     for number, line in read_rows(path):
         try:
             row = line if isinstance(line, dict) else parse_object(line)
