@@ -176,7 +176,8 @@ def _features_in(
         raise FeatureError(f"{folder}: expected a folder that all ranks see, but rank {seen.index(False)} sees no shard in it")
     held = MappedFeatures(folder) if filled else None
     if held is not None:
-        _check_held(held, model, [e for e in clips.values() if e in held], audio_root, folder, ranks, say)
+        name = f"{folder} (remove it, or name another by features.folder)"
+        _check_held(held, model, [e for e in clips.values() if e in held], audio_root, name, ranks, say)
     wanted = [e for e in clips.values() if held is None or e not in held]
     if ranks is not None:
         ranks.gather(None)  # no rank writes before all have read what is there: they must share out the same clips
