@@ -62,7 +62,8 @@ class TrainingData:
         make_batch: examples -> a batch with `ids`, `target_index`, `target`, `target_row`, `choice_mask`,
             `model_inputs()` and `to(device)` (models/speech_lm/collation.py).
         extra_inputs: added to every batch's model inputs, such as the prefix cache.
-        store: the clips' features, for a live teacher that makes its own batches.
+        store: the clips' features, for a live teacher that makes its own batches. One with `prefetch(examples)` is told which
+            clips the next step needs.
         crop: cuts off what no target of a batch depends on; None = batches stay as they are.
     """
 
@@ -87,11 +88,6 @@ class TrainingData:
             order = _permutation(n, seed, epoch)
             rows += order[start : start + count - len(rows)].tolist()
         return rows
-
-    def prefetch(self, examples: Sequence[Any]) -> None:
-        """Tell the store which clips the next step needs, where it can read ahead; the batches stay the same."""
-        if hasattr(self.store, "prefetch"):
-            self.store.prefetch(examples)
 
     def model_inputs(self, batch: Any) -> dict[str, Any]:
         """The keyword arguments of the model for `batch`."""
