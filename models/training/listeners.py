@@ -72,8 +72,8 @@ def open_clips(
 ) -> tuple[Any, list[Example]]:
     """What `model` hears of the examples, with `rows(examples)`; and the examples whose clips it can hear.
 
-    For a SpeechLM it is a store of features, made now or read from a file: `options` are those of `clip_features`. An audio
-    LM's clips are decoded batch by batch. `hears`: what is done to a clip before.
+    For a SpeechLM it is a store of features, made now or read from disk: `options` are those of `clip_features`. An audio LM's
+    clips are decoded batch by batch. `hears`: what is done to a clip before.
 
     Raises:
         FeatureError: see `clip_features`.

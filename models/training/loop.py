@@ -217,6 +217,9 @@ class TrainingLoop:
         for start in range(0, len(self.share), self.part_examples):
             here = self.share[start : start + self.part_examples]
             parts.append(self.part(step, {number: examples[number] for number in here}, hears[here], charged[here]))
+        if step < optim.steps and hasattr(self.data.store, "prefetch"):
+            following = self.data.draw(step * optim.batch_examples, optim.batch_examples, seed=seed)
+            self.data.store.prefetch([self.data.examples[following[number]] for number in self.share])
         return parts
 
     def part(self, step: int, numbered: Mapping[int, object], hears: torch.Tensor, charged: torch.Tensor) -> Part:

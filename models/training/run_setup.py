@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from models.speech_lm.config import SpeechLMConfig
 
 _PADDED = DataConfig()
+# Evenly spaced examples whose features give mean and deviation: the error of a mean is then a hundredth of a deviation.
+_STATISTICS_EXAMPLES = 16_384
+_STATISTICS_PART = 64
 OWN_TEACHER = "teacher"  # name of the objective's own teacher among the sources
 
 
@@ -59,7 +63,8 @@ class TrainingData:
         make_batch: examples -> a batch with `ids`, `target_index`, `target`, `target_row`, `choice_mask`,
             `model_inputs()` and `to(device)` (models/speech_lm/collation.py).
         extra_inputs: added to every batch's model inputs, such as the prefix cache.
-        store: the clips' features, for a live teacher that makes its own batches.
+        store: the clips' features, for a live teacher that makes its own batches. One with `prefetch(examples)` is told which
+            clips the next step needs.
         crop: cuts off what no target of a batch depends on; None = batches stay as they are.
         make_prompts: examples -> a batch whose rows end with their prompt, for a student that answers itself.
         audio_root: folder of the clips, for a live teacher that hears them in its own way.
@@ -87,13 +92,20 @@ class TrainingData:
         rows: list[int] = []
         while len(rows) < count:
             epoch, start = divmod(cursor + len(rows), n)
-            order = np.random.default_rng([seed, epoch]).permutation(n)
+            order = _permutation(n, seed, epoch)
             rows += order[start : start + count - len(rows)].tolist()
         return rows
 
     def model_inputs(self, batch: Any) -> dict[str, Any]:
         """The keyword arguments of the model for `batch`."""
         return {**batch.model_inputs(), **self.extra_inputs}
+
+
+@functools.lru_cache(maxsize=4)  # a step draws from one epoch or two, and looks ahead
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order.setflags(write=False)
+    return order
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
@@ -161,9 +173,12 @@ def check_folders(recipe: Recipe) -> None:
     if recipe.student.model is not None:
         _check_audio_lms(recipe)
         return
-    wanted = [("data.features", recipe.data.features, "")]
-    if recipe.teacher.features != "encode":
-        wanted += [("teacher.features", recipe.teacher.features, "")]
+    wanted: list[tuple[str, str | None, str]] = []
+    if recipe.data.features is not None and not Path(recipe.data.features).exists():
+        raise SourceError(f"data.features: expected a file or a folder, got {recipe.data.features}")
+    own = recipe.teacher.features
+    if own not in (None, "encode") and not Path(own).exists():
+        raise SourceError(f"teacher.features: expected encode, a file or a folder, got {own}")
     wanted += [(f"model.{name}", getattr(recipe.model, name), "speech_lm.json") for name in ("folder", "feature_statistics")]
     if recipe.needs_teacher:
         wanted += [("teacher.folder", recipe.teacher.folder, "speech_lm.json")]
@@ -293,14 +308,16 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
     Raises:
         SourceError: no manifest, too many bad rows in it, or no such example.
     """
-    from models.data.manifest import ManifestError, read_manifest
+    from models.data.manifest import ManifestError
+    from models.data.readers import read_data
 
     settings = recipe.data
     if not settings.manifest:
         raise SourceError("data.manifest: expected a file, got none")
     try:
-        manifest = read_manifest(
+        manifest = read_data(
             settings.manifest,
+            form=settings.form,
             audio_root=settings.audio_root,
             max_bad_fraction=settings.max_bad_fraction,
             check_audio=settings.features is None,
@@ -322,9 +339,17 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
 
 
 def build_data(
-    recipe: Recipe, model: torch.nn.Module, examples: Sequence[Any], audio_root: Path, *, store: Any = None
+    recipe: Recipe,
+    model: torch.nn.Module,
+    examples: Sequence[Any],
+    audio_root: Path,
+    *,
+    store: Any = None,
+    ranks: Any = None,
 ) -> TrainingData:
     """`examples` batched for `model`, with their features (`store`, or those of the recipe) and prefix cache.
+
+    Features that are made now are written by all `ranks` together (None = this process alone), each on its own device.
 
     A new model (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
     """
@@ -336,12 +361,20 @@ def build_data(
     with_features = list(examples)
     check_one_clip(with_features)
     if store is None:
+        made = recipe.features
         try:
+            model.use_log_mel(made.backend)
+            if ranks is not None:
+                model.encoder.to(ranks.device)
             store, with_features = clip_features(
                 model,
                 examples,
                 audio_root=audio_root,
                 features=settings.features,
+                folder=Path(recipe.run.out_dir) / "features" if made.folder is None else made.folder,
+                ranks=ranks if ranks is not None and ranks.size > 1 else None,
+                batch_clips=made.batch_clips,
+                shard_mib=made.shard_mib,
                 max_seconds=settings.max_clip_seconds,
                 max_bad_fraction=settings.max_bad_fraction,
                 max_cut_fraction=settings.max_cut_fraction,
@@ -351,7 +384,10 @@ def build_data(
         except FeatureError as error:
             raise SourceError(f"data: {error}") from error
     if recipe.model.folder is None and recipe.model.feature_statistics is None:
-        model.fit_feature_statistics(store.rows([e for e in with_features if e.audio is not None]))
+        heard = [e for e in with_features if e.audio is not None]
+        heard = heard[:: -(-len(heard) // _STATISTICS_EXAMPLES)] if heard else []
+        parts = range(0, len(heard), _STATISTICS_PART)
+        model.fit_feature_statistics(store.rows(heard[start : start + _STATISTICS_PART]) for start in parts)
     # Activation checkpointing drops the KV cache, so it cannot run with a prefix cache.
     cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
     cache_mib = recipe.model.prefix_cache_mib if cached else 0
@@ -360,10 +396,16 @@ def build_data(
 
 
 def _audio_data(
-    model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig, hears: Hearing
+    model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig, hears: Hearing, *, reader: Any = None
 ) -> TrainingData:
-    """`examples` batched for an audio LM; their clips are decoded when a batch needs them."""
+    """`examples` batched for an audio LM; their clips are decoded when a batch needs them, or a step before.
+
+    `reader`: of another model; it is shared where both hear the same at the same rate, so no clip is decoded twice.
+    """
     store, usable = open_clips(model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds, hears=hears)
+    same = reader is not None and reader.sampling_rate == store.sampling_rate
+    if same and reader.hears.of_the_sound() == hears.of_the_sound():
+        store = reader
     collator = model.make_collator()
 
     def make_batch(chosen: Sequence[Any]) -> Any:
@@ -511,7 +553,7 @@ def _build_source(
     else:
         hears = recipe.student.hears if settings.role == "acoustic" else settings.hears
         if isinstance(lm, AudioLM):
-            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data, hears)
+            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data, hears, reader=data.store)
         else:
             own = make_training_data(
                 lm,

@@ -143,7 +143,7 @@ def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, progress_bar=False))
     seed_everything(recipe.run.seed)
     model = build_model(recipe)
-    data = build_data(recipe, model, examples, audio_root)
+    data = build_data(recipe, model, examples, audio_root, ranks=ranks)
     placed = getattr(model, "is_placed", False)
     sources = build_sources(recipe, data, model, device=model.device if placed else ranks.device)
     seed_everything(recipe.run.seed)  # the run must not depend on the numbers drawn above

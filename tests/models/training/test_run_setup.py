@@ -299,7 +299,7 @@ def test_fresh_connector_keeps_the_statistics(world):
     ("words", "message"),
     [
         (["data.manifest=none.jsonl"], "error: data.manifest: none.jsonl"),
-        (["data.features=none.safetensors"], "error: data.features: expected a file, got none.safetensors"),
+        (["data.features=none.safetensors"], "error: data.features: expected a file or a folder, got none.safetensors"),
         (["data.features=README.md"], "error: data: README.md: not a feature file"),
         (["model.folder=none"], "error: model.folder: expected a folder with speech_lm.json, got none"),
         (["data.splits=[dev]"], "error: data: no example with a target"),
@@ -423,3 +423,34 @@ def test_cropping_takes_only_what_no_target_depends_on(world):
                 expected = model.hidden_states_at(batch.target_index, **batch.model_inputs(), **extra)
                 got = model.hidden_states_at(cropped.target_index, **cropped.model_inputs(), **extra)
             assert torch.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_training_writes_features_that_the_same_run_reads_again(world, monkeypatch):
+    """Without data.features the clips are encoded into run.out_dir/features; the run is that of a feature file, bit for bit."""
+    words = ["optim.steps=3", "model.fresh_connector=true"]
+    assert train(world, "sft_teacher", "from_file", *words) == 0
+    assert train(world, "sft_teacher", "from_shards", *words, "data.features=null") == 0
+    assert all(torch.equal(x, weights(world, "from_shards")[name]) for name, x in weights(world, "from_file").items())
+    assert list((world / "from_shards" / "features").glob("features-*.safetensors"))
+
+    def refuse(*args, **options):
+        raise AssertionError("a clip is encoded again")
+
+    monkeypatch.setattr(SpeechLM, "encode_audio", refuse)
+    more = ["optim.steps=5", "data.features=null", f"features.folder={world / 'from_shards' / 'features'}"]
+    assert train(world, "sft_teacher", "again", *words[1:], *more) == 0
+    assert train(world, "sft_teacher", "folder", *words, f"data.features={world / 'from_shards' / 'features'}") == 0
+    assert torch.equal(weights(world, "folder")["queries"], weights(world, "from_file")["queries"])
+
+
+@pytest.mark.slow
+def test_the_cache_encodes_into_shards_and_leaves_none_behind(world):
+    given, alone = world / "given_cache", world / "alone_cache"
+    features = ("--features", str(world / "f.safetensors"))
+    assert cache_main(cache_words(world, given, "--dtype", "float32")) == 0
+    assert cache_main([word for word in cache_words(world, alone, "--dtype", "float32") if word not in features]) == 0
+    assert not list(world.glob("alone_cache*features*"))
+    one, other = (ContrastCache(folder) for folder in (given, alone))
+    ids = [f"c{i}" for i in range(12)]
+    assert torch.equal(one.get(ids).audio_hidden, other.get(ids).audio_hidden)
