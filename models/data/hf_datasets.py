@@ -64,13 +64,13 @@ class DatasetRows:
         self.path = Path(path)
         try:
             self._splits = _open(self.path, kind)
+            self.first: dict[str, Any] = next((row for _, split in self._splits for row in split), {})
         except ImportError as error:
             raise ManifestError(
                 f"{path}: data sets of this kind are read by the package datasets: {INSTALL} ({error})"
             ) from None
         except Exception as error:  # datasets raises several unrelated types
             raise ManifestError(f"{path}: datasets cannot read it: {error}") from error
-        self.first: dict[str, Any] = next((row for _, split in self._splits for row in split), {})
         self.holds_clips = any(_clip_bytes(value) is not None for value in _values(self.first))
         self.root = self.path if self.path.is_dir() else self.path.parent
         if self.holds_clips:
@@ -91,7 +91,7 @@ class DatasetRows:
                         if isinstance(made.get(key), int) and 0 <= made[key] < len(labels):
                             made[key] = labels[made[key]]
                     yield number, {"split": split_name(name), **made} if name else made
-            except (OSError, RuntimeError, ValueError) as error:  # pyarrow's are of these types
+            except Exception as error:  # pyarrow raises several unrelated types
                 raise ManifestError(f"{self.path}: row {number + 1} cannot be read: {error}") from error
 
     def _plain(self, value: Any) -> Any:

@@ -21,21 +21,20 @@ def made_by(model: Any, hears: Hearing = PLAIN) -> dict[str, Any]:
     """What decides the features of a SpeechLM: its encoder's weights and the settings that it hears with.
 
     A clip that is heard as it is has no entry `hears`, like the files of earlier versions.
+    What makes the log-mel spectrograms is not among them: all backends give the same values, up to rounding.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     config = model.config
-    made = {
+    return {
         "encoder": digest.hexdigest()[:16],
         "encoder_layers": list(config.encoder_layers),
         "audio_frames": config.audio_frames,
         "max_audio_seconds": config.max_audio_seconds,
         **({"hears": hears.of_the_sound()} if hears.of_the_sound() else {}),
     }
-    backend = getattr(model, "log_mel", "processor")
-    return made if backend == "processor" else {**made, "log_mel": backend}
 
 
 class ClipFeatures:
@@ -88,11 +87,10 @@ class ClipFeatures:
         """
         if self.made_by is None:
             raise FeatureError("the features do not say what made them; make them again: python -m models features")
-        wanted = made_by(model, hears)
-        for name in {**wanted, **self.made_by}:
-            made, needed = self.made_by.get(name), wanted.get(name)
-            if made != needed:
-                raise FeatureError(f"the features were made with {name} {made}, the model hears with {needed}")
+        wanted = {"hears": None, **made_by(model, hears)}
+        for name, value in wanted.items():
+            if self.made_by.get(name) != value:
+                raise FeatureError(f"the features were made with {name} {self.made_by.get(name)}, the model hears with {value}")
 
     def check_sound(self, examples: Iterable[Example], audio_root: str | Path) -> int:
         """Whether the clips' files still hold the sound that the features were made of.
