@@ -43,8 +43,8 @@ def describe(manifest: Manifest, infos: dict[str, AudioInfo | AudioError], *, ro
     examples = manifest.examples
     lines = [f"form: {manifest.header.get('form', 'manifest')}"]
     lines += [f"rows: {rows}, {len(manifest.problems)} of them bad" + _counted(_kind(p) for p in manifest.problems)]
-    files = {e.audio for e in examples if e.audio is not None}
-    spans = {(e.audio, e.start_seconds, e.end_seconds) for e in examples if e.audio is not None}
+    spans = {clip for e in examples for clip in e.clips}
+    files = {audio for audio, _, _ in spans}
     seconds = [_seconds(infos.get(audio), start, end) for audio, start, end in spans]
     clips = f"clips: {len(spans)} in {len(files)} files, {sum(seconds) / 3600:.2f} hours"
     if seconds:
@@ -131,12 +131,12 @@ def _answers(examples: Sequence[Example]) -> list[str]:
 
 def _repeated(examples: Sequence[Example]) -> list[str]:
     """Questions that stand twice, and clips that stand in several splits."""
-    asked = Counter((e.audio, e.start_seconds, e.end_seconds, e.question, e.context, e.choices) for e in examples)
+    asked = Counter((e.clips, e.question, e.context, e.choices) for e in examples)
     again = sum(count - 1 for count in asked.values())
     splits: dict[str, set[str]] = defaultdict(set)
     for example in examples:
-        if example.audio is not None:
-            splits[example.audio].add(example.split)
+        for audio, _, _ in example.clips:
+            splits[audio].add(example.split)
     shared = sorted(audio for audio, names in splits.items() if len(names) > 1)
     lines = [f"duplicates: {again} examples ask the same question about the same clip again"]
     if shared:

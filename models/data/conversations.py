@@ -12,7 +12,7 @@ assistant's words. Other spellings of the same are read too:
 - "audios" or "audio": a path, an object with a path, or a list of one.
 
 An answer with "loss": false is part of the context only. The clip's place in a turn is lost: it always stands before the words.
-A row with several clips is a problem, since an example has one.
+A row with several clips is a problem: a manifest names further clips of a question as "more_audio".
 """
 
 from __future__ import annotations

@@ -120,11 +120,13 @@ def _example(
     choices, answer = listed_choices(row.get("choices", row.get("options")) or (), _first(row, _ANSWER))
     answer = None if answer is None else str(answer)
     target = answer if row.get("target") is None else str(row["target"])
+    more = row.get("more_audio") or ()
     return Example(
         id=defaults.name(row, audio),
         audio=audio,
         start_seconds=start,
         end_seconds=end,
+        more_audio=tuple(defaults.audio(path) for path in more) if isinstance(more, (list, tuple)) else more,
         transcription=str(_first(row, _TRANSCRIPTION) or ""),
         metadata=attributes(row),
         task=str(row.get("task") or ""),

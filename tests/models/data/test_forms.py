@@ -372,11 +372,17 @@ def test_check_counts_duplicates_splits_and_scripts(root, capsys):
         swift("a.wav", id="2"),
         swift("a.wav", "<audio>Who else?", "아무도", id="3", split="test"),
     ]
+    pair = {"audio": "a.wav", "more_audio": ["b.wav"], "question": "Is it one speaker?", "answer": "no"}
     assert check([str(lines(root / "rows.jsonl", rows)), "--form", "messages"]) == 0
     out = capsys.readouterr().out
     assert "duplicates: 1 examples ask the same question about the same clip again" in out
     assert "1 files stand in several splits: a.wav (test+train)" in out
     assert "Latin             2" in out and "Hangul            1" in out
+    assert check([str(lines(root / "pair.jsonl", [pair, {**pair, "more_audio": []}, pair]))]) == 0
+    out = capsys.readouterr().out
+    assert "clips: 2 in 2 files" in out and "duplicates: 1 examples" in out
+    with pytest.raises(ManifestError, match="more_audio: expected a list of paths, got str"):
+        read_data(lines(root / "pair.jsonl", [{**pair, "more_audio": "b.wav"}]))
 
 
 def test_script_of_a_text():
