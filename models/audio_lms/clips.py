@@ -42,6 +42,11 @@ class ClipReader:
         self._pool = ThreadPoolExecutor(_READERS)  # decoding and resampling release Python's lock
         self._ahead: dict[tuple[Any, ...], Future[Any]] = {}
 
+    def gives_the_same_as(self, other: ClipReader) -> bool:
+        """Whether both read the same waveforms: then one reader can serve two models, and no clip is decoded twice."""
+        mine, theirs = ((r.audio_root, r.sampling_rate, r.max_seconds, r.hears.of_the_sound()) for r in (self, other))
+        return mine == theirs
+
     def prefetch(self, examples: Sequence[Example]) -> None:
         """Start to decode these clips; `rows` then gives the same arrays sooner. The clips of the last call are forgotten."""
         ahead = {example.clips: self._ahead.get(example.clips) for example in examples}
