@@ -20,8 +20,8 @@ from models.speech_lm.feature_files import FeatureFiles, read_header, write_feat
 def made_by(model: Any, hears: Hearing = PLAIN) -> dict[str, Any]:
     """What decides the features of a SpeechLM: its encoder's weights and the settings that it hears with.
 
-    A clip that is heard as it is has no entry `hears`, like the files of earlier versions.
-    What makes the log-mel spectrograms is not among them: all backends give the same values, up to rounding.
+    What makes the log-mel spectrograms is not among them: all backends give the same values, up to rounding. A clip that is
+    heard as it is has no entry `hears`, like the files of earlier versions.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.encoder.state_dict().items()):

@@ -27,6 +27,7 @@ from models.data.manifest import Example
 from models.data.readers import read_data
 from models.speech_lm.clip_encoding import SHARD_MIB, extract_features, refuse_if_too_many, write_features
 from models.speech_lm.clip_keys import Clip, FeatureError, clip_key
+from models.speech_lm.collation import check_one_clip
 from models.speech_lm.commands import features_parser
 from models.speech_lm.feature_files import SHARD_PATTERN
 from models.speech_lm.feature_store import ClipFeatures, FeatureStore, MappedFeatures, made_by
@@ -88,7 +89,9 @@ def clip_features(
 
     Raises:
         FeatureError: too many clips are missing or cut, or the features are of another encoder or of other sound.
+        ValueError: an example has several clips.
     """
+    check_one_clip(examples)
     reasons: dict[str, str] = {}
     store: ClipFeatures
     if features is not None:

@@ -361,7 +361,7 @@ def _count_features(
     recipe: Recipe, student: _Model, data: Clips, host: dict[str, float], disk: dict[str, float]
 ) -> None:
     """What a SpeechLM's loader holds: features of every distinct clip, float16, on disk; a rank has a shard in memory while it
-    encodes. A live teacher's own are in memory. An audio LM's clips are decoded batch by batch.
+    encodes. So are a live teacher's own. An audio LM's clips are decoded batch by batch.
     """
     if recipe.student.model:
         return
@@ -370,9 +370,11 @@ def _count_features(
     one = len(config.encoder_layers) * config.audio_frames * width * 2
     if recipe.data.features is None:
         disk[f"features of {data.clips:,} clips"] = float(one * data.clips)
+    teacher_encodes = recipe.teacher_encodes and recipe.teacher.features in (None, "encode")
+    if teacher_encodes and recipe.needs_teacher and recipe.teacher.cache is None:
+        disk["features of the teacher's own"] = float(one * data.clips)
+    if disk:
         host["a shard of features, while they are made"] = min(recipe.features.shard_mib * (1 << 20), float(one * data.clips))
-    if recipe.teacher_encodes and recipe.needs_teacher and recipe.teacher.cache is None:
-        host["features of the teacher's own"] = float(one * data.clips)
 
 
 def _reading_flop(model: _Model, text: float, answer: float, seconds: float) -> float:

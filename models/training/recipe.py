@@ -195,8 +195,8 @@ class TeacherConfig:
     # What the teacher hears and reads; the default is the clip as it is, whatever the student hears. With `cache`: what the cache
     # was made of.
     hears: Hearing = field(default_factory=Hearing)
-    # A SpeechLM's features: null = the student's, if both hear the same; encode = its own, made now, in memory; or a file of
-    # python -m models features.
+    # A SpeechLM's features: null = the student's, if both hear the same; encode = its own, made now, in the folder "teacher" in
+    # that of `features`; or a file or folder of python -m models features.
     features: str | None = None
     # Path without the audio, of `model`. zeros = features of zeros; silence = those of a silent clip; absent = a prompt without
     # the clip.

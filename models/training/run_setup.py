@@ -353,7 +353,7 @@ def build_data(
 
     A new model (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
     """
-    from models.speech_lm.features import FeatureError, clip_features
+    from models.speech_lm.features import FeatureError
 
     if isinstance(model, AudioLM):
         return _audio_data(model, examples, audio_root, recipe.data, recipe.student.hears)
@@ -361,26 +361,11 @@ def build_data(
     with_features = list(examples)
     check_one_clip(with_features)
     if store is None:
-        made = recipe.features
         try:
-            model.use_log_mel(made.backend)
-            if ranks is not None:
-                model.encoder.to(ranks.device)
-            store, with_features = clip_features(
-                model,
-                examples,
-                audio_root=audio_root,
-                features=settings.features,
-                folder=Path(recipe.run.out_dir) / "features" if made.folder is None else made.folder,
-                ranks=ranks if ranks is not None and ranks.size > 1 else None,
-                batch_clips=made.batch_clips,
-                shard_mib=made.shard_mib,
-                max_seconds=settings.max_clip_seconds,
-                max_bad_fraction=settings.max_bad_fraction,
-                max_cut_fraction=settings.max_cut_fraction,
-                progress_bar=recipe.run.progress_bar,
-                hears=hears,
-            )
+            store, with_features = _recipe_features(
+                recipe, model, examples, audio_root, features=settings.features, hears=hears, ranks=ranks,
+                device=None if ranks is None else ranks.device, max_bad_fraction=settings.max_bad_fraction,
+            )  # fmt: skip
         except FeatureError as error:
             raise SourceError(f"data: {error}") from error
     if recipe.model.folder is None and recipe.model.feature_statistics is None:
@@ -395,6 +380,48 @@ def build_data(
     return dataclasses.replace(data, audio_root=Path(audio_root))
 
 
+def _recipe_features(
+    recipe: Recipe,
+    model: Any,
+    examples: Sequence[Any],
+    audio_root: Path,
+    *,
+    features: str | None,
+    hears: Hearing,
+    ranks: Any,
+    device: torch.device | None,
+    max_bad_fraction: float,
+    name: str = "",
+) -> Any:
+    """`clip_features` as `recipe.features` and `recipe.data` say.
+
+    Args:
+        device: where the encoder runs; None = where it is.
+        name: folder of the shards inside that of the student's.
+    """
+    from models.speech_lm.features import clip_features
+
+    made = recipe.features
+    model.use_log_mel(made.backend)
+    if device is not None:
+        model.encoder.to(device)
+    return clip_features(
+        model,
+        examples,
+        audio_root=audio_root,
+        features=features,
+        folder=(Path(recipe.run.out_dir) / "features" if made.folder is None else Path(made.folder)) / name,
+        ranks=ranks if ranks is not None and ranks.size > 1 else None,
+        batch_clips=made.batch_clips,
+        shard_mib=made.shard_mib,
+        max_seconds=recipe.data.max_clip_seconds,
+        max_bad_fraction=max_bad_fraction,
+        max_cut_fraction=recipe.data.max_cut_fraction,
+        progress_bar=recipe.run.progress_bar,
+        hears=hears,
+    )
+
+
 def _audio_data(
     model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig, hears: Hearing, *, reader: Any = None
 ) -> TrainingData:
@@ -403,8 +430,7 @@ def _audio_data(
     `reader`: of another model; it is shared where both hear the same at the same rate, so no clip is decoded twice.
     """
     store, usable = open_clips(model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds, hears=hears)
-    same = reader is not None and reader.sampling_rate == store.sampling_rate
-    if same and reader.hears.of_the_sound() == hears.of_the_sound():
+    if reader is not None and reader.gives_the_same_as(store):
         store = reader
     collator = model.make_collator()
 
@@ -476,6 +502,7 @@ def build_sources(
     *,
     device: torch.device,
     kept: MutableMapping[str, Source] | None = None,
+    ranks: Any = None,
 ) -> list[Source]:
     """Every teacher of `recipe` for the student `model`, the objective's own first, under the name OWN_TEACHER.
 
@@ -485,6 +512,7 @@ def build_sources(
     Args:
         kept: sources of earlier runs in this process, by a fingerprint of what they depend on. A source that fits is taken from
             there (its layers as they were before any training); a new one is put there.
+        ranks: the processes that make a teacher's own features together, as in `build_data`.
 
     Raises:
         SourceError: a model is not found, or has another tokenizer.
@@ -492,10 +520,10 @@ def build_sources(
 
     def one(name: str, settings: SourceConfig) -> Source:
         if kept is None:
-            return _build_source(recipe, name, settings, data, model, device)
+            return _build_source(recipe, name, settings, data, model, device, ranks)
         key = _source_fingerprint(recipe, name, settings, depth=len(decoder_layers(model.lm)))
         if key not in kept:
-            kept[key] = _build_source(recipe, name, settings, data, model, device)
+            kept[key] = _build_source(recipe, name, settings, data, model, device, ranks)
         return dataclasses.replace(kept[key], settings=settings, layers=copy.deepcopy(kept[key].layers))
 
     sources = []
@@ -530,7 +558,13 @@ def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, de
 
 
 def _build_source(
-    recipe: Recipe, name: str, settings: SourceConfig, data: TrainingData, model: torch.nn.Module, device: torch.device
+    recipe: Recipe,
+    name: str,
+    settings: SourceConfig,
+    data: TrainingData,
+    model: torch.nn.Module,
+    device: torch.device,
+    ranks: Any,
 ) -> Source:
     key = name if name == OWN_TEACHER else f"sources.{name}"
     # FSDP2 shards the student's weights: a snapshot that shared them would have only this rank's shard.
@@ -545,6 +579,7 @@ def _build_source(
         teacher: Any = _cached_teacher(recipe, data, model, lm, device, layers.teacher_layers if layers else ())
         return Source(name, settings, CenteredTeacher(teacher, data) if recipe.loss.center_text else teacher, layers)
     options = {"device": device, "layers": layers.teacher_layers if layers else ()}
+    store = None
     if settings.role == "text":
         collator = model.make_collator()
         teacher = TextTeacher(
@@ -558,11 +593,12 @@ def _build_source(
             own = make_training_data(
                 lm,
                 data.examples,
-                _features_of_source(recipe, key, data, model, lm, hears, device),
+                _features_of_source(recipe, name, data, model, lm, hears, device, ranks),
                 prefix_cache_mib=recipe.model.prefix_cache_mib,
                 layout=recipe.data,
                 hears=hears,
             )
+        store = own.store
         if _hears_both(name, settings):
             at_once = recipe.teacher.batch_examples if name == OWN_TEACHER else 0
             teacher = LiveTeacher(lm, own, batch_examples=at_once, **options)
@@ -572,6 +608,7 @@ def _build_source(
         needed_mib = kept_bytes(teacher, data) / (1 << 20)
         if needed_mib <= settings.keep_mib:
             teacher = KeptTeacher(teacher, data, title=f"states of {name}", progress_bar=recipe.run.progress_bar)
+            store = None
         else:
             tqdm.write(
                 f"{key}.keep_mib: the states of {len(data)} examples need {needed_mib:.0f} MiB, {settings.keep_mib} MiB are "
@@ -579,31 +616,32 @@ def _build_source(
             )
     if name == OWN_TEACHER and recipe.loss.center_text:
         teacher = CenteredTeacher(teacher, data)
-    return Source(name, settings, teacher, layers)
+    return Source(name, settings, teacher, layers, store)
 
 
 def _features_of_source(
-    recipe: Recipe, key: str, data: TrainingData, model: torch.nn.Module, lm: Any, hears: Hearing, device: torch.device
+    recipe: Recipe,
+    name: str,
+    data: TrainingData,
+    model: torch.nn.Module,
+    lm: Any,
+    hears: Hearing,
+    device: torch.device,
+    ranks: Any,
 ) -> Any:
     """What a speech LM hears that teaches: the student's features, where both hear the same, or features of its own."""
-    from models.speech_lm.features import FeatureError, clip_features
+    from models.speech_lm.features import FeatureError
 
-    given = recipe.teacher.features if key == OWN_TEACHER else None
+    key = name if name == OWN_TEACHER else f"sources.{name}"
+    given = recipe.teacher.features if name == OWN_TEACHER else None
     if given is None and hears.of_the_sound() == recipe.student.hears.of_the_sound():
         _check_same_features(f"{key}.folder", model, lm)
         return data.store
     try:
-        store, _ = clip_features(
-            lm.to(device),
-            data.examples,
-            audio_root=data.audio_root,
-            features=None if given == "encode" else given,
-            max_seconds=recipe.data.max_clip_seconds,
-            max_bad_fraction=0.0,
-            max_cut_fraction=recipe.data.max_cut_fraction,
-            progress_bar=recipe.run.progress_bar,
-            hears=hears,
-        )
+        store, _ = _recipe_features(
+            recipe, lm, data.examples, data.audio_root, features=None if given == "encode" else given, hears=hears, ranks=ranks,
+            device=device, max_bad_fraction=0.0, name=name,
+        )  # fmt: skip
     except FeatureError as error:
         raise SourceError(f"{key}.features: {error}") from error
     return store
@@ -628,6 +666,8 @@ def _cached_teacher(
         store, _ = open_clips(
             lm, data.examples, audio_root=data.audio_root, max_seconds=recipe.data.max_clip_seconds, hears=hears
         )
+        if data.store.gives_the_same_as(store):
+            store = data.store
     else:  # the clips can be compared only if the teacher heard the features that the student hears
         settings = ("encoder", "encoder_layers", "audio_frames")
         same = all(getattr(model.config, x) == getattr(lm.config, x) for x in settings)

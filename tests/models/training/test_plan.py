@@ -114,7 +114,8 @@ def test_clips_and_words_are_counted(world):
 def test_a_speech_lms_features_are_counted_as_its_loader_holds_them(speech_world):  # noqa: F811
     words = [
         f"data.manifest={speech_world / 'm.jsonl'}", f"model.folder={speech_world / 'untrained'}", "run.device=cpu",
-        f"teacher.folder={speech_world / 'teacher' / 'final'}", "run.progress_bar=false", f"run.out_dir={speech_world / 'planned'}",
+        f"teacher.folder={speech_world / 'teacher' / 'final'}", "run.progress_bar=false",
+        f"run.out_dir={speech_world / 'planned'}",
     ]  # fmt: skip
     recipe = load_recipe("caad", words)
     found = make_plan(recipe, count_clips(recipe, assumed=Clips()))

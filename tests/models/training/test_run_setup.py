@@ -120,6 +120,7 @@ def test_the_teacher_hears_the_clips_and_the_student_a_telephone(world, capsys):
     teacher = str(world / "teacher" / "final")
     common = [f"data.manifest={world / 'm.jsonl'}", f"model.folder={world / 'untrained'}", f"teacher.folder={teacher}"]
     phone = [*common, "student.hears.snr_db=[0]", "student.hears.codec=gsm", "run.device=cpu", "run.progress_bar=false"]
+    phone += [f"run.out_dir={world / 'phone'}"]
     recipe = load_recipe("caad", phone)
     model = build_model(recipe)
     examples, root = read_examples(recipe)
@@ -133,6 +134,7 @@ def test_the_teacher_hears_the_clips_and_the_student_a_telephone(world, capsys):
         device=torch.device("cpu"),
     )[0].teacher(batch, data.examples[:3])  # fmt: skip
     states = live.teacher(batch, data.examples[:3])
+    assert {path.parent.name for path in (world / "phone").rglob("features-*.safetensors")} == {"features", "teacher"}
     torch.testing.assert_close(states.audio_hidden, expected.audio_hidden, rtol=1e-4, atol=1e-4)
 
     assert cache_main(cache_words(world, world / "clean", "--dtype", "float32")) == 0
