@@ -219,7 +219,8 @@ def test_ranks_encode_each_clip_once_and_read_the_same_rows(folder, hears):
         write_audio(folder / f"{i}.wav", np.full(1600 * (i + 1), 0.5, np.float32))
     (folder / "bad.wav").write_bytes(b"RIFFjunk")
     asked = [example(f"{i}.wav") for i in range(9)] + [example("0.wav", context="hint"), example("bad.wav")]
-    options = {"audio_root": folder, "max_bad_fraction": 0.2, "progress_bar": False, "batch_clips": 2, "shard_mib": 9e-5, "hears": hears}
+    options = {"audio_root": folder, "max_bad_fraction": 0.2, "progress_bar": False, "batch_clips": 2, "shard_mib": 9e-5}
+    options["hears"] = hears
     calls, said = [], []
     whole, usable = clip_features(listening([]), asked, say=said.append, **options)
     made = Threads(3).run(
@@ -243,7 +244,7 @@ def test_shards_of_another_model_or_other_sound_are_refused(folder):
     clip_features(listening([]), asked, **options)
     with pytest.raises(FeatureError, match="made with audio_frames 3, the model hears with 5"):
         clip_features(listening([], audio_frames=5), asked, **options)
-    with pytest.raises(FeatureError, match="made with hears None, the model hears with {'codec': 'ulaw'}"):
+    with pytest.raises(FeatureError, match=r"made with hears None, the model hears with .'codec': 'ulaw'."):
         clip_features(listening([]), asked, hears=Hearing(codec="ulaw"), **options)
     with pytest.raises(ValueError, match="clips: expected one with a SpeechLM, got 2"):
         clip_features(listening([]), [example("0.wav", more_audio=("1.wav",))], **options)
