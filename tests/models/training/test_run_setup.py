@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from kdkernels.contrast_cache import ContrastCache, ContrastCacheWriter
@@ -425,6 +426,34 @@ def test_cropping_takes_only_what_no_target_depends_on(world):
                 expected = model.hidden_states_at(batch.target_index, **batch.model_inputs(), **extra)
                 got = model.hidden_states_at(cropped.target_index, **cropped.model_inputs(), **extra)
             assert torch.allclose(got, expected, atol=1e-5)
+
+
+def _on_a_rank(failures, recipe):
+    import torch.distributed as dist
+
+    from models.training.distributed import Ranks
+    from models.training.train import _train_on
+
+    ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+    _train_on(ranks, recipe, *read_examples(recipe), ["caad"])
+
+
+@pytest.mark.slow
+def test_ranks_write_the_features_of_student_and_teacher_together(world, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = [
+        f"data.manifest={world / 'm.jsonl'}", f"model.folder={world / 'untrained'}", "student.hears.snr_db=[0]",
+        f"teacher.folder={world / 'teacher' / 'final'}", "optim.batch_examples=4", "optim.steps=3", "run.tensorboard=false",
+        "run.device=cpu", "run.progress_bar=false", "run.log_every_steps=1", "run.parallel=ddp",
+    ]  # fmt: skip
+    for size in (1, 2):
+        run_ranks(_on_a_rank, size, load_recipe("caad", [*words, f"run.out_dir={world / f'ranks-{size}'}"]))
+    one, two = (read_metrics(world / f"ranks-{size}" / "metrics.jsonl") for size in (1, 2))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+    for folder in ("features", "features/teacher"):
+        alone, together = (sorted((world / f"ranks-{size}" / folder).glob("*.safetensors")) for size in (1, 2))
+        assert (len(alone), len(together)) == (1, 2)  # each rank wrote its share
+        assert sum(len(FeatureStore.load(path)) for path in together) == len(FeatureStore.load(alone[0])) == 12
 
 
 @pytest.mark.slow
