@@ -275,7 +275,7 @@ def _tilings() -> dict[str, dict]:
     """Tiles of the GEMM with sums: the launcher's own, and two programs a multiprocessor, whose epilogues and loops overlap."""
     from kdkernels.ops.triton_gemm_sums import _Tiles
 
-    twice = _Tiles(128, 128, 64, 1, 2, warps=4, programs=2)
+    twice = _Tiles(128, 128, 64, 2, 2, warps=4, programs=2)
     return {"sums": {}, "sums, two programs": {"_tiles": lambda *_, **__: twice}}
 
 

@@ -51,6 +51,7 @@ from .triton_shared import (
     _rates,
     _read,
     _read_with_slope,
+    _readable,
     _reciprocal,
     _stride,
     _temperature_code,
@@ -206,6 +207,7 @@ def _one_read_kernel(
     stride_sums,  # of a field
     tiles,  # S
     vocab,
+    readable,  # see _readable, or None
     width,
     ignore_index,
     inverse_temperature,
@@ -279,11 +281,11 @@ def _one_read_kernel(
     for start in range(0, width, BLOCK):
         columns = start + local
         inside = columns < vocab
-        s, slope = _read_with_slope(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP)
+        s, slope = _read_with_slope(student_ptr, columns, inside, STUDENT_SCALE, STUDENT_SOFTCAP, readable)
         s_below = tl.minimum(s - s_row, 0.0)
         gradient = tl.zeros([GROUPS, GROUP], tl.float32)
         if WITH_KD:
-            z = _read(teacher_ptr, columns, inside, TEACHER_SCALE, TEACHER_SOFTCAP)
+            z = _read(teacher_ptr, columns, inside, TEACHER_SCALE, TEACHER_SOFTCAP, readable)
             z_below = tl.minimum(z - z_row, 0.0)
             s_exp = tl.exp2(s_below * rate)
             z_exp = tl.exp2(z_below * rate)
@@ -335,7 +337,7 @@ class _Tiles:
 def _tiles(limits: _Limits, itemsize: int, *, heavy: bool, aligned: bool) -> _Tiles:
     """The tile for logits of ``itemsize`` bytes. Fixed, because a tuner would have to synchronise.
 
-    On compute capability 9.0 it is 128 x 256. Its accumulators take 128 of a thread's registers, and the epilogue takes 50 to 120
+    On compute capability 9.0 it is 128 x 256. Its accumulators take 128 of a thread's registers, and the epilogue takes 40 to 130
     more. There are as many stages as the shared memory holds beside the part that is being stored. The tile is half as wide
     elsewhere, and where the epilogue needs more registers (``heavy``: a softcap or a bias). It is smaller still where addresses
     need them (rows that are not ``aligned``).
@@ -372,8 +374,8 @@ def summed_rows(
         return None
     extra = (spec.student_softcap, spec.teacher_softcap, student_bias, teacher_bias)
     limits = _device_limits(weight.device)
-    strides = (x.stride(0) * x.element_size() for _, x in pairs)
-    row_bytes = [row_items(spec.vocab, weight.device) * logits_dtype.itemsize, *strides]
+    row_bytes = [x.stride(0) * x.element_size() for _, x in pairs]
+    row_bytes.append(row_items(spec.vocab, weight.device) * logits_dtype.itemsize)
     tiles = _tiles(
         limits,
         logits_dtype.itemsize,
@@ -481,6 +483,7 @@ class SummedRows:
         check_overlap(student, grad)
         out = problem.empty_result()
         read = list(problem.read.values())
+        readable = _readable(read, grad, spec.vocab)
         own = self._sums_of(0)
         with _device_of(student, _one_read_kernel):
             _one_read_kernel[(problem.rows,)](
@@ -500,10 +503,11 @@ class SummedRows:
                 stride_sums=own.stride(0),
                 tiles=self.row_tiles,
                 vocab=spec.vocab,
+                readable=readable,
                 width=student.shape[2],
                 ignore_index=spec.ignore_index,
                 inverse_temperature=1.0 / spec.temperature,
-                CONTIGUOUS=all(_is_vectorisable(x, spec.vocab) for x in (*read, grad)),
+                CONTIGUOUS=readable is not None or all(_is_vectorisable(x, spec.vocab) for x in (*read, grad)),
                 TILES=triton.next_power_of_2(self.row_tiles),
                 TEMPERATURE=_temperature_code(spec.temperature),
                 HAS_TARGET=target is not None,

@@ -11,7 +11,7 @@ from cases import TRITON_DEVICE as DEVICE
 
 triton_gemm_sums = pytest.importorskip("kdkernels.ops.triton_gemm_sums", reason="needs Triton")
 from kdkernels import fused_linear_caad_loss  # noqa: E402
-from kdkernels.ops import linear, triton_caad  # noqa: E402
+from kdkernels.ops import chunking, linear, triton_caad  # noqa: E402
 from kdkernels.ops.rows import LinearTensors, RowSpec  # noqa: E402
 from kdkernels.ops.triton_no_logits import _Limits  # noqa: E402
 
@@ -180,7 +180,9 @@ def test_masks_and_nan_as_in_the_kernel_that_reads_twice():
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, equal_nan=True)
     kd, ce, grad = once
     assert kd[0] == INF and ce[6] == INF and kd[2].isnan() and grad[2].isnan().any()
-    assert not grad[3].any() and not grad[7].isnan().any() and grad[5].isnan().any() and not grad[:2, [5, 6, 40]].any()
+    assert grad[5].isnan().any() and not grad[:2, [5, 6, 40]].any()
+    if not (INTERPRETED and triton_caad.triton.__version__.startswith("3.6.")):  # whose minimum of a number and NaN is NaN
+        assert not grad[3].any() and not grad[7].isnan().any()
 
 
 # -- the loss -------------------------------------------------------------------------------------------------------------
@@ -207,6 +209,7 @@ def loss_and_gradients(arguments, switch, monkeypatch, **options):
     ids=str,
 )
 def test_loss_against_float64(options, logits_dtype, monkeypatch):
+    monkeypatch.setitem(chunking.ROW_PADDING, "cpu", 64)  # as on a GPU
     arguments = hidden(n=21, vocab=75, width_s=24, width_t=40, dtype=BF16, scale=0.8)
     exact = to_double(arguments)
     exact["student_weight"].requires_grad_()
