@@ -74,7 +74,7 @@ def test_every_dependency_is_named_with_what_it_is_given():
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| ") and not line.startswith("| ---")][1:]
     named = {name for row in rows for name in re.findall(r"[\w-]+", row)}
     assert named == declared
-    optional = {"deepspeed", "peft", "flash_attn", "liger_kernel", "pyarrow"}  # used where the user has them
+    optional = {"datasets", "deepspeed", "peft", "flash_attn", "liger_kernel", "pyarrow"}  # used where the user has them
     used = set().union(*(imported(p) for p in SOURCES if not p.is_relative_to(ROOT / "benchmarks")))
     examples = {path.stem for path in (ROOT / "models" / "examples").glob("*.py")}  # scripts import each other by name
     foreign = used - sys.stdlib_module_names - {"kdkernels", "models", "benchmarks", *examples} - optional

@@ -1,17 +1,19 @@
 """Rows of JSON from files that may hold anything: parsed strictly, in bounded memory.
 
-A file holds one JSON object a line, or one JSON array of objects.
+A file holds one JSON object a line, or one JSON array of objects. Files that end in .gz are unpacked while they are read.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from models.data.problems import ManifestError
 
@@ -21,6 +23,7 @@ _MAX_LINE_BYTES = 1 << 20
 _MAX_ARRAY_BYTES = 1 << 29
 # Users of metadata recurse into it (fingerprints, JSON again), on top of their callers' own frames.
 _MAX_DEPTH = 64
+_READ_ERRORS = (OSError, EOFError, zlib.error)  # the latter two: a damaged .gz
 
 
 def parse_object(line: bytes | None) -> dict[str, Any]:
@@ -41,11 +44,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     try:
         data = bytearray()
-        with open(path, "rb") as file:  # read(limit) takes as much memory as the limit, even for a small file
+        with _open(Path(path)) as file:  # read(limit) takes as much memory as the limit, even for a small file
             while len(data) <= _MAX_ARRAY_BYTES and (part := file.read(1 << 20)):
                 data += part
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
+    except _READ_ERRORS as error:
+        raise ManifestError(f"{path}: cannot be read ({_reason(error)})") from None
     if len(data) > _MAX_ARRAY_BYTES:
         raise ManifestError(
             f"{path}: more than {_MAX_ARRAY_BYTES} bytes in one JSON value; write one row a line instead"
@@ -80,7 +83,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes | dict[
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """Numbered lines without the blank ones; None is a line that is too long for a row."""
     try:
-        file = path.open("rb")
+        file = _open(path)
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
     with file:
@@ -94,8 +97,16 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
                     yield number, None
                 elif line.strip():
                     yield number, line
-        except OSError as error:
-            raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
+        except _READ_ERRORS as error:
+            raise ManifestError(f"{path}: cannot be read ({_reason(error)})") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _parse(data: bytes | bytearray) -> Any:

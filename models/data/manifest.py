@@ -22,15 +22,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.data.audio import MAX_SECONDS
-from models.data.commands import check_parser
+from models.data.audio import MAX_SECONDS, AudioError, AudioInfo
 from models.data.example import AUDIO_PLACEHOLDER, KINDS, SPLITS, TARGET_SOURCES, Example, example_from_row
 from models.data.json_rows import numbered_lines, parse_object
 from models.data.problems import ManifestError, Problem, list_problems
@@ -61,13 +59,17 @@ ROOT_KEY = "audio_root"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `read_manifest` returns: the good rows, the bad ones, and the folder of the audio."""
+    """What `read_manifest` returns: the good rows, the bad ones, and the folder of the audio.
+
+    `row_count`: rows of the file, the bad ones too; None where every good row gave one example.
+    """
 
     examples: list[Example]
     problems: list[Problem]
     audio_root: Path
     header: dict[str, Any]
     path: Path | None = None
+    row_count: int | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -89,12 +91,17 @@ class Manifest:
             and all(example.metadata.get(key) == value for key, value in metadata.items())
         ]
 
-    def summary(self) -> str:
+    @property
+    def rows(self) -> int:
+        """Rows of the file, the bad ones too."""
+        return len(self.examples) + len(self.problems) if self.row_count is None else self.row_count
+
+    def summary(self, *, problems: bool = True) -> str:
         """Counts by split, task and kind, and the bad rows by reason: a few lines for the terminal."""
         lines = [f"{len(self.examples)} rows, {len(self.problems)} skipped; audio root {self.audio_root}"]
         counts = Counter((example.split, example.task or "-", example.kind) for example in self.examples)
         lines += [f"  {split:5} {task:14} {kind:8} {count:6}" for (split, task, kind), count in sorted(counts.items())]
-        return "\n".join(lines + list_problems(self.problems))
+        return "\n".join(lines + (list_problems(self.problems) if problems else []))
 
 
 def read_manifest(
@@ -105,6 +112,7 @@ def read_manifest(
     check_audio: bool = True,
     max_seconds: float = MAX_SECONDS,
     allow_links: bool = False,
+    infos: dict[str, AudioInfo | AudioError] | None = None,
 ) -> Manifest:
     """Read and check a manifest.
 
@@ -115,6 +123,7 @@ def read_manifest(
         check_audio: read each clip's header too (nothing is decoded).
         max_seconds: longest span allowed; the header decides.
         allow_links: clips may be links that leave the audio root, as in a hub's cache, git-annex or DVC.
+        infos: is filled with what each clip's header says, or why it cannot be read, by its path.
 
     Returns:
         Manifest with the good rows in file order, and a Problem for each bad one.
@@ -141,7 +150,7 @@ def read_manifest(
         path,
         lines,
         lambda _, row: [example_from_row(row)],
-        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links) if check_audio else None,
+        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links, known=infos) if check_audio else None,
         max_bad_fraction=max_bad_fraction,
     )
     return Manifest(examples, problems, root, header, path)
@@ -200,21 +209,3 @@ def header_with_root(
 
 def _dump(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command `check`: one message and status 1 if the manifest cannot be used."""
-    arguments = check_parser().parse_args(argv)
-    try:
-        manifest = read_manifest(
-            arguments.manifest,
-            audio_root=arguments.audio_root,
-            max_bad_fraction=arguments.max_bad_fraction,
-            max_seconds=arguments.max_seconds,
-            allow_links=arguments.allow_links,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(manifest.summary())
-    return 0

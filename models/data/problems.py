@@ -13,7 +13,7 @@ _PROBLEMS_SHOWN = 20
 
 @dataclass(frozen=True)
 class Problem:
-    """A skipped row: its line number in the file (a header is line 1), its id if it has one, and the reason.
+    """A skipped row: its line number in the file (a header is line 1), its id if it has one, the reason, and the file.
 
     The reason is cut to 500 characters and the id to 200, since one field of a bad row may be very long.
     """
@@ -21,6 +21,7 @@ class Problem:
     row: int
     id: str | None
     reason: str
+    file: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.reason) > _MAX_REASON_CHARACTERS:
@@ -29,7 +30,8 @@ class Problem:
             object.__setattr__(self, "id", self.id[:_MAX_ID_CHARACTERS] + " ...")
 
     def __str__(self) -> str:
-        return f"row {self.row}" + (f" ({self.id})" if self.id else "") + f": {self.reason}"
+        where = f"{self.file}: row {self.row}" if self.file else f"row {self.row}"
+        return where + (f" ({self.id})" if self.id else "") + f": {self.reason}"
 
 
 class ManifestError(ValueError):

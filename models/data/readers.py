@@ -1,13 +1,18 @@
 """Reads rows in the layouts of other projects and papers as `Example`s.
 
-    python -m models convert rows.jsonl --form desta --audio-root /data/audio --out manifest.jsonl
+    python -m models convert rows.jsonl --audio-root /data/audio --out manifest.jsonl
 
-The forms, each as JSON lines or as one JSON array:
+`read_data` finds the form by the rows; commands read their manifest through it. The forms, each as JSON lines (also .gz), as
+one JSON array, or as a data set of the package `datasets` (models/data/hf_datasets.py):
+
+messages       conversations as ms-swift and LLaMA-Factory share them (models/data/conversations.py)
+columns        {"audio", "question", "answer", "choices", "text", ...}, by common names of columns
+nemo, lhotse   speech recognition's manifests; kaldi is a folder with wav.scp (models/data/speech_manifests.py)
 
 desta          {"id", "audios": [{"audio_filepath" or "audio", "transcription" or "text"}], "messages": [{"role",
                "content"}], "seed_description", "target" or "response"}; the audios may stand in the user's message.
                The mark of the clip is taken out of a turn: a placeholder, or a path between two marks. A system turn
-               becomes the context. Rows that name no split are training data.
+               becomes the context.
 dynamic_superb {"file" or "audio", "instruction", "label", "text"}. The choices are those of "choices"; without it they
                are read from the instruction ("The answer could be yes or no."). "text" is part of the question (the text
                to match), not a transcript: it becomes the context. A metadata.json of the benchmark's own script, one
@@ -18,8 +23,9 @@ mcr_bench      {"id", "audio", "question", "choices" or "options", "answer", "co
                where neutral is the bare question and the others are the descriptions beside it. The kind is aligned
                for faithful, conflict for adversarial, and neutral for the other two; the metadata hold the type.
 
-Rows of the benchmarks that name no split are test data. A second question under one id about the same clip gets the id with
-"#2" behind it. Rows of other shapes are problems: they are skipped and listed like the bad rows of a manifest.
+Rows of the benchmarks that name no split are test data, other rows training data. A second question under one id about the
+same clip gets the id with "#2" behind it. Rows of other shapes are problems: they are skipped and listed like the bad rows of
+a manifest.
 """
 
 from __future__ import annotations
@@ -28,31 +34,33 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.data.audio import MAX_SECONDS
+from models.data.audio import MAX_SECONDS, AudioError, AudioInfo
 from models.data.commands import FORMS, convert_parser
+from models.data.conversations import from_messages
+from models.data.find_form import MANIFEST_FORM, find_form, form_of_columns
+from models.data.hf_datasets import DatasetRows, holds_dataset
 from models.data.json_rows import read_json, read_rows
-from models.data.manifest import SPLITS, Example, Manifest, ManifestError, header_with_root, write_manifest
+from models.data.manifest import (
+    SPLITS,
+    Example,
+    Manifest,
+    ManifestError,
+    header_with_root,
+    read_manifest,
+    write_manifest,
+)
+from models.data.row_values import Defaults, listed_choices, turn_text
 from models.data.rows import AudioChecker, collect_examples
+from models.data.speech_manifests import from_columns, from_kaldi, from_lhotse, from_nemo, kaldi_rows
 
-# The split of rows that name none.
-_SPLITS = {"desta": "train", "dynamic_superb": "test", "mcr_bench": "test"}
+# The split of rows that name none, where it is not "train".
+_SPLITS = {"dynamic_superb": "test", "mcr_bench": "test"}
 # MCR-BENCH's context types and the kind of each.
 CONTEXT_KINDS = {"neutral": "neutral", "faithful": "aligned", "adversarial": "conflict", "irrelevant": "neutral"}
-# Where the clip stands in a turn: a placeholder, alone or between two marks; or its name, or a path without blanks, between two
-# marks. Other words between two marks are prose about the marks, and stay.
-_PLACEHOLDER = r"<\|?audio\|?>"
-_OPENING = r"(?:<start_audio>|<\|audio_(?:bos|start)\|>|<audio>)"
-_CLOSING = r"(?:<end_audio>|<\|audio_(?:eos|end)\|>|</audio>)"
-_MARKED = re.compile(
-    rf"{_OPENING}([^<]{{0,1024}}(?:{_PLACEHOLDER}[^<]{{0,1024}}){{0,4}}){_CLOSING}", re.IGNORECASE
-)  # bounded: a turn may consist of openings or blanks
-_PATH = re.compile(r"\S*(?:/\S+|\.\w{2,5})")
-_LONE_TOKEN = re.compile(r"<\|audio\|>", re.IGNORECASE)
-_LONE_TAG = re.compile(r"(?:^|(?<=[\n.:;?!]))[ \t]*<audio>|<audio>[ \t]*(?=\n|$)", re.IGNORECASE)
 _OFFERED = re.compile(
     r"\b(?:answers?|labels?|responses?|options?)\s+(?:could|should|can|may|must|might)\s+be\s+(.+)", re.I
 )
@@ -61,6 +69,23 @@ _TIMES = re.compile(r"\[\d{1,6}:\d\d(?:\.\d+)?-\d{1,6}:\d\d(?:\.\d+)?\]")
 _SEGMENT = re.compile(
     r"\[(\d{1,6}):(\d\d(?:\.\d+)?)-(\d{1,6}):(\d\d(?:\.\d+)?)\]\s*(.*?)\s*\(((?:[^()]|\([^()]*\))*)\)\s*$", re.DOTALL
 )
+
+
+def read_data(path: str | os.PathLike[str], *, form: str = "auto", **options: Any) -> Manifest:
+    """Read a manifest, or rows of another form.
+
+    Args:
+        path: file or folder.
+        form: "auto" finds the form by the rows; "manifest" or one of FORMS names it.
+        options: the keywords that `read_manifest` and `read_foreign` share.
+
+    Raises:
+        ManifestError, ValueError: as these two do; also where no form is found.
+    """
+    path = Path(path)
+    if form == "auto" and holds_dataset(path) is None:
+        form = find_form(path)
+    return read_manifest(path, **options) if form == MANIFEST_FORM else read_foreign(path, form=form, **options)
 
 
 def read_foreign(
@@ -74,17 +99,19 @@ def read_foreign(
     check_audio: bool = True,
     max_seconds: float = MAX_SECONDS,
     allow_links: bool = False,
+    infos: dict[str, AudioInfo | AudioError] | None = None,
     several_clips: bool = False,
 ) -> Manifest:
-    """Read a file of one of FORMS.
+    """Read a file or folder of one of FORMS.
 
     Args:
-        path: JSON lines, or a JSON array.
-        form: one of FORMS; see the module's docstring.
-        audio_root: folder that audio paths are relative to; absolute ones lie below it. None is the file's own folder.
-        split: split of rows that do not name one; None is "train" for the desta form and "test" for the benchmarks.
+        path: JSON lines, a JSON array, a folder of Kaldi, or a data set of the package `datasets`.
+        form: one of FORMS, or "auto"; see the module's docstring.
+        audio_root: folder that audio paths are relative to; absolute ones lie below it. None is the file's own folder. Clips that
+            are inside a data set lie in the cache folder.
+        split: split of rows that do not name one; None is "test" for the benchmarks and "train" for other forms.
         target_source: who wrote the targets of the desta form.
-        max_bad_fraction, check_audio, max_seconds, allow_links: as for `read_manifest`.
+        max_bad_fraction, check_audio, max_seconds, allow_links, infos: as for `read_manifest`.
         several_clips: rows of Dynamic-SUPERB with a second clip give questions about two. Otherwise they are problems.
 
     Returns:
@@ -94,26 +121,49 @@ def read_foreign(
         ValueError: `form` is unknown, or `max_bad_fraction` lies outside [0, 1].
         ManifestError: the audio root is no folder, or the file cannot be read, has no row, or too many bad ones.
     """
-    converters: dict[str, Callable[[Mapping[str, Any], _Defaults], Iterator[Example]]] = {
+    converters: dict[str, Callable[[Mapping[str, Any], Defaults], Iterator[Example]]] = {
         "desta": _from_desta,
+        "messages": from_messages,
+        "columns": from_columns,
+        "nemo": from_nemo,
+        "lhotse": from_lhotse,
+        "kaldi": from_kaldi,
         "dynamic_superb": _from_dynamic_superb,
         "mcr_bench": _from_mcr_bench,
     }
-    if form not in converters:
+    if form not in converters and form != "auto":
         raise ValueError(f"form: expected one of {list(FORMS)}, got {form!r}")
+    path = Path(path)
+    kind = None if form == "kaldi" else holds_dataset(path)
+    dataset = None if kind is None else DatasetRows(path, kind)
+    if form == "auto":
+        form = find_form(path) if dataset is None else form_of_columns(dataset.first, dataset.first) or "columns"
+    if form not in converters:
+        raise ManifestError(f"{path}: expected rows of one of {', '.join(FORMS)}, got a manifest")
     if not 0.0 <= max_bad_fraction <= 1.0:
         raise ValueError(f"max_bad_fraction: expected a number from 0 to 1, got {max_bad_fraction}")
-    path = Path(path)
-    root = Path(audio_root) if audio_root is not None else path.parent
+    if dataset is not None and (dataset.holds_clips or audio_root is None):
+        root = dataset.root
+    elif audio_root is not None:
+        root = Path(audio_root)
+    else:
+        root = path if path.is_dir() else path.parent
     if check_audio and not root.is_dir():
         raise ManifestError(f"audio_root: expected a folder, got {root}")
     if split is None:
-        split = _SPLITS[form]
+        split = _SPLITS.get(form, "train")
     numbers = _Numbers()
+    count = 0
+
+    def counted(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        nonlocal count
+        for row in rows:
+            count += 1
+            yield row
 
     def convert(number: int, row: dict[str, Any]) -> list[Example]:
         try:
-            examples = list(converters[form](row, _Defaults(number, root, split, target_source, several_clips)))
+            examples = list(converters[form](row, Defaults(number, root, split, target_source, several_clips)))
             return numbers.tell_apart(row, examples)
         except KeyError as error:
             raise ValueError(f"missing field {error}") from None
@@ -122,12 +172,12 @@ def read_foreign(
 
     examples, problems = collect_examples(
         path,
-        _rows(path, form),
+        counted(_rows(path, form) if dataset is None else dataset),
         convert,
-        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links) if check_audio else None,
+        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links, known=infos) if check_audio else None,
         max_bad_fraction=max_bad_fraction,
     )
-    return Manifest(examples, problems, root, {"form": form}, path)
+    return Manifest(examples, problems, root, {"form": form}, path, count)
 
 
 def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | None:
@@ -186,33 +236,7 @@ class _Numbers:
         return examples
 
 
-class _Defaults:
-    """The values of what a row may leave out."""
-
-    def __init__(self, number: int, root: Path, split: str, target_source: str, several_clips: bool = False):
-        self.number = number
-        self.root = root
-        self.split = split
-        self.target_source = target_source
-        self.several_clips = several_clips
-
-    def name(self, row: Mapping[str, Any], audio: str | None) -> str:
-        return str(row["id"]) if "id" in row else f"{self.number}" + (f"/{audio}" if audio else "")
-
-    def audio(self, value: Any) -> str | None:
-        """The path relative to the root. An absolute path outside of it makes `Example` raise ValueError."""
-        if isinstance(value, Mapping):  # the form of the `datasets` library
-            value = value.get("path")
-        if value is None:
-            return None
-        if not isinstance(value, str):
-            raise TypeError(f"audio: expected a path, got {type(value).__name__}")
-        if os.path.isabs(value):
-            return os.path.relpath(value, self.root.absolute()).replace(os.sep, "/")
-        return value
-
-
-def _from_desta(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
+def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise TypeError("messages: expected a list of objects")
@@ -235,37 +259,15 @@ def _from_desta(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example
         transcription=str(audios[0].get("transcription", audios[0].get("text")) or ""),
         metadata=metadata,
         task=str(row.get("task", row.get("dataset", ""))),
-        context="\n".join(_content(message, audio) for message in messages if message.get("role") == "system"),
-        question=_content(turns[0], audio),
+        context="\n".join(turn_text(message, audio) for message in messages if message.get("role") == "system"),
+        question=turn_text(turns[0], audio),
         target=target,
         target_source=defaults.target_source if target is not None else None,
         split=row.get("split", defaults.split),
     )
 
 
-def _content(message: Mapping[str, Any], audio: str | None) -> str:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise TypeError(f"messages: expected content to be a string, got {type(content).__name__}")
-    return _without_clip(content, audio).strip()
-
-
-def _without_clip(text: str, audio: str | None) -> str:
-    """The text of a turn without the mark of the clip `audio`. Where no mark is around a clip, a lone placeholder is the mark."""
-    names = () if audio is None else (audio, Path(audio).name, Path(audio).stem)
-    without = _MARKED.sub(lambda match: " " if _is_clip(match[1], names) else match[0], text)
-    if without != text:
-        return without
-    return _LONE_TAG.sub(" ", _LONE_TOKEN.sub(" ", text).strip())
-
-
-def _is_clip(between: str, names: Sequence[str]) -> bool:
-    """Whether the text between two marks is nothing but placeholders, a path without blanks, or one of the clip's `names`."""
-    name = re.sub(_PLACEHOLDER, "", between, flags=re.IGNORECASE).strip()
-    return name in ("", *names) or _PATH.fullmatch(name) is not None
-
-
-def _from_dynamic_superb(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
+def _from_dynamic_superb(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     audio = defaults.audio(row.get("audio", row.get("file")))
     if audio is None:
         raise KeyError("audio")
@@ -306,18 +308,12 @@ def _offered(instruction: str) -> tuple[str, ...]:
     return choices if len(choices) > 1 else ()
 
 
-def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Example]:
+def _from_mcr_bench(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     audio = defaults.audio(row["audio"])
     if "gt" in row:  # as published
         described = {kind: row[kind] for kind in CONTEXT_KINDS if kind != "neutral" and row.get(kind)}
         row = {**row, "question": row["neutral"], "answer": str(row["gt"]), "contexts": {"neutral": "", **described}}
-    choices = row.get("choices", row.get("options", ()))
-    answer = row["answer"]
-    if isinstance(choices, Mapping):  # {"A": "happy", "B": "sad"}, the answer by its words or its letter
-        answer = answer if answer in choices.values() else choices.get(answer, answer)
-        choices = tuple(choices.values())
-    if isinstance(choices, str):
-        raise TypeError("choices: expected a list or an object, got a string")
+    choices, answer = listed_choices(row.get("choices", row.get("options", ())), row["answer"])
     if "contexts" in row:
         contexts = row["contexts"]
         if not isinstance(contexts, Mapping) or not contexts:
@@ -337,7 +333,7 @@ def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Exa
             task=str(row.get("task", "")),
             context=str(context or ""),
             question=str(row["question"]),
-            choices=tuple(choices),
+            choices=choices,
             answer=answer,
             split=row.get("split", defaults.split),
             kind=CONTEXT_KINDS[context_type],
@@ -347,6 +343,9 @@ def _from_mcr_bench(row: Mapping[str, Any], defaults: _Defaults) -> Iterator[Exa
 
 def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] | None]]:
     """Numbered rows. The rows of a metadata.json (one object of rows by clip) get their clip and task."""
+    if form == "kaldi":
+        yield from kaldi_rows(path)
+        return
     if form != "dynamic_superb" or path.name != "metadata.json":
         yield from read_rows(path)
         return

@@ -81,13 +81,21 @@ class AudioChecker:
 
     Args:
         allow_links: a file may lie elsewhere if a link in the audio root leads there.
+        known: is filled with what the header of each file says, by its path; None keeps that inside.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, max_seconds: float = MAX_SECONDS, allow_links: bool = False):
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        max_seconds: float = MAX_SECONDS,
+        allow_links: bool = False,
+        known: dict[str, AudioInfo | AudioError] | None = None,
+    ):
         self._root = Path(root)
         self._allow_links = allow_links
         self._max_seconds = max_seconds
-        self._known: dict[str, AudioInfo | AudioError] = {}
+        self._known: dict[str, AudioInfo | AudioError] = {} if known is None else known
 
     def check(self, example: Example) -> None:
         """Raise AudioError if one of the example's clips, or its span, cannot be used."""

@@ -23,9 +23,9 @@ from typing import Any
 
 from models.data.audio import AudioError
 from models.data.json_rows import read_rows
-from models.data.manifest import Example, Manifest, Problem, read_manifest
+from models.data.manifest import Example, Manifest, Problem
 from models.data.problems import refuse_if_too_bad
-from models.data.readers import read_foreign
+from models.data.readers import read_data, read_foreign
 from models.data.rows import AudioChecker, collect_examples
 from models.evaluation import published
 from models.io_utils import cache_dir
@@ -198,7 +198,7 @@ def _build() -> Path:
 
 
 def _suite_of(name: str, path: str | Path, *, audio_root: str | Path | None = None, **options: object) -> Suite:
-    read: Manifest = read_manifest(path, audio_root=audio_root, **options)
+    read: Manifest = read_data(path, audio_root=audio_root, **options)
     return Suite(name, read.examples, read.audio_root, read.problems)
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,33 +244,36 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         raise EvaluationError(f"checkpoint: {error}") from error
     if not Path(arguments.out).exists():
         write_header(arguments.out, settings)
-    store, usable = open_clips(
-        model,
-        examples,
-        audio_root=suite.audio_root,
-        max_seconds=MAX_SECONDS,
-        features=arguments.features,
-        max_bad_fraction=arguments.max_bad_fraction,
-        max_cut_fraction=arguments.max_cut_fraction,
-        say=print,
-        hears=hears,
-    )
-    alpha = arguments.alpha if arguments.decoding == "contrastive" else None
-    return settings, evaluate(
-        model,
-        usable,
-        store,
-        collate=model.make_collator(),
-        mode=settings["mode"],
-        alphas=(alpha,),
-        controls=arguments.controls,
-        batch_examples=arguments.batch_examples,
-        max_new_tokens=arguments.max_new_tokens,
-        decoding=Decoding(**{name: getattr(arguments, name) for name in _DECODING}),
-        done=done,
-        hears=hears,
-        on_batch=lambda _, new: append_predictions(arguments.out, new),
-    )[alpha]
+    out = Path(arguments.out).absolute()
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.features.", dir=out.parent) as folder:  # not in memory
+        store, usable = open_clips(
+            model,
+            examples,
+            audio_root=suite.audio_root,
+            max_seconds=MAX_SECONDS,
+            features=arguments.features,
+            folder=folder,
+            max_bad_fraction=arguments.max_bad_fraction,
+            max_cut_fraction=arguments.max_cut_fraction,
+            say=print,
+            hears=hears,
+        )
+        alpha = arguments.alpha if arguments.decoding == "contrastive" else None
+        return settings, evaluate(
+            model,
+            usable,
+            store,
+            collate=model.make_collator(),
+            mode=settings["mode"],
+            alphas=(alpha,),
+            controls=arguments.controls,
+            batch_examples=arguments.batch_examples,
+            max_new_tokens=arguments.max_new_tokens,
+            decoding=Decoding(**{name: getattr(arguments, name) for name in _DECODING}),
+            done=done,
+            hears=hears,
+            on_batch=lambda _, new: append_predictions(arguments.out, new),
+        )[alpha]
 
 
 def _settings(

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.data.manifest import Example, ManifestError, read_manifest
+from models.data.manifest import Example, ManifestError
 from models.data.prompts import render_prompt
+from models.data.readers import read_data
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.commands import priors_parser
 from models.evaluation.predictions import context_kind
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.out.absolute() == arguments.manifest.absolute():
             raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
         device = pick_device(arguments.device)
-        manifest = read_manifest(arguments.manifest, check_audio=False)
+        manifest = read_data(arguments.manifest, check_audio=False)
         examples = [e for e in manifest if e.split in arguments.splits and context_kind(e) in arguments.contexts and e.choices]
         if not examples:
             chosen = f"splits {arguments.splits} and contexts {arguments.contexts}"

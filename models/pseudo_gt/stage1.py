@@ -38,6 +38,7 @@ from models.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from models.data.readers import read_data
 from models.io_utils import fingerprint
 from models.pseudo_gt.acceptance import check_answer, set_targets, write_rejects
 from models.pseudo_gt.commands import (
@@ -369,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _options(arguments)
         if arguments.source == "text_backbone" and not (arguments.out.exists() or _journal(arguments.out).exists()):
             resolve_backbone(options["backbone"], kind="causal_lm")  # so a wrong id is found before all clips are read
-        manifest = read_manifest(
+        manifest = read_data(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )
         for problem in manifest.problems:

@@ -13,6 +13,7 @@ Legend: B clips, K layers, T frames, D encoder width, W connector width, Q queri
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -174,22 +175,36 @@ class Connector(nn.Module):
             mine.copy_(new)
 
     @torch.no_grad()
-    def fit_statistics(self, features: Tensor) -> None:
+    def fit_statistics(self, features: Tensor | Iterable[Tensor]) -> None:
         """Set the standardisation to the mean and deviation of `features` (N, K, T, D) over clips and frames.
 
-        They are computed in float64, layer by layer, so features in half precision are accurate enough.
+        They are computed in float64, layer by layer, so features in half precision are accurate enough. An iterable of such
+        tensors counts as all of them together; one of them is in memory at a time.
         """
-        expected = (self.config.num_feature_layers, self.config.feature_dim)
-        if features.dim() != 4 or (features.shape[1], features.shape[3]) != expected:
-            raise ValueError(f"features: expected (N, {expected[0]}, T, {expected[1]}), got {tuple(features.shape)}")
-        if features.shape[0] * features.shape[2] < 2:
+        layers, width = self.config.num_feature_layers, self.config.feature_dim
+        count = 0
+        mean = torch.zeros(layers, width, dtype=torch.float64)
+        squares = torch.zeros_like(mean)  # sums of squared distances from the mean
+        for chunk in [features] if isinstance(features, Tensor) else features:
+            if chunk.dim() != 4 or (chunk.shape[1], chunk.shape[3]) != (layers, width):
+                raise ValueError(f"features: expected (N, {layers}, T, {width}), got {tuple(chunk.shape)}")
+            here = chunk.shape[0] * chunk.shape[2]
+            if not here:
+                continue
+            for layer in range(layers):
+                values = chunk[:, layer].flatten(0, 1).double().cpu()  # (N*T, D)
+                if not torch.isfinite(values).all():
+                    raise ValueError(f"features: layer {layer} holds infinities or NaN")
+                # Two parts' sums of squares add with the distance of their means (Chan, Golub, LeVeque 1979).
+                own = values.mean(0)
+                distance = own - mean[layer]
+                squares[layer] += ((values - own) ** 2).sum(0) + distance**2 * (count * here / (count + here))
+                mean[layer] += distance * (here / (count + here))
+            count += here
+        if count < 2:
             raise ValueError("features: expected at least two frames to take a deviation of, got fewer")
-        for layer in range(features.shape[1]):
-            values = features[:, layer].flatten(0, 1).double()  # (N*T, D)
-            if not torch.isfinite(values).all():
-                raise ValueError(f"features: layer {layer} holds infinities or NaN")
-            self.feature_mean[layer, 0] = values.mean(0).to(self.feature_mean)
-            self.feature_std[layer, 0] = (values.std(0) + _STD_FLOOR).to(self.feature_std)
+        self.feature_mean[:, 0] = mean.to(self.feature_mean)
+        self.feature_std[:, 0] = ((squares / (count - 1)).sqrt() + _STD_FLOOR).to(self.feature_std)
 
     def _mix(self, x: Tensor) -> Tensor:
         if self.config.layer_mix == "queries":

@@ -1,181 +1,52 @@
 """Encoder features: the audio encoder is frozen, so each clip goes through it once.
 
+    python -m models features MANIFEST --model SPEECH_LM_FOLDER --out FOLDER [--part 0/4]
     python -m models features MANIFEST --model SPEECH_LM_FOLDER --out features.safetensors
 
-The result is one safetensors file: `features` (n, K, T, D) float16. Its metadata say what made them: encoder, layers, frames
-and window. They also have each clip's key, its length and the SHA-256 of its file. A key is file and span, so a clip that
-stands in three prompts is stored once. All commands go through `clip_features`. It reads such a file or encodes the clips now,
-and it refuses features of another encoder or of other sound.
+The result is a folder of shards, or one safetensors file: `features` (n, K, T, D) float16. Its metadata say what made them:
+encoder, layers, frames and window. They also have each clip's key, its length and the SHA-256 of its file. A key is file and
+span, so a clip that stands in three prompts is stored once. All commands go through `clip_features`. It reads such files row by
+row, or encodes the clips now, and it refuses features of another encoder or of other sound.
+
+A folder is filled by several processes together, and after a kill the same command continues. Features in a folder never are
+in memory as a whole; those for one file are.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from tqdm import tqdm
 
-from models.corpora.hearing import PLAIN, Hearing, clip_key, parse_hearing
-from models.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ, AudioError, load_audio
-from models.data.manifest import Example, read_manifest
-from models.io_utils import atomic_write_bytes, sha256_file
+from models.corpora.hearing import PLAIN, Hearing, parse_hearing
+from models.data.audio import MAX_SECONDS
+from models.data.manifest import Example
+from models.data.readers import read_data
+from models.speech_lm.clip_encoding import SHARD_MIB, extract_features, refuse_if_too_many, write_features
+from models.speech_lm.clip_keys import Clip, FeatureError, clip_key
+from models.speech_lm.collation import check_one_clip
 from models.speech_lm.commands import features_parser
+from models.speech_lm.feature_files import SHARD_PATTERN
+from models.speech_lm.feature_store import ClipFeatures, FeatureStore, MappedFeatures, made_by
+
+__all__ = [
+    "Clip",
+    "ClipFeatures",
+    "FeatureError",
+    "FeatureStore",
+    "MappedFeatures",
+    "clip_features",
+    "clip_key",
+    "extract_features",
+    "made_by",
+    "write_features",
+]
 
 _LINES_SHOWN = 20
 _CUT_TOLERANCE_SECONDS = 0.1  # an encoder's padding
-
-
-class FeatureError(RuntimeError):
-    """Features are missing, damaged, or too many clips could not be read."""
-
-
-class Clip(NamedTuple):
-    """What features were made of: seconds of sound in the span, and the first 16 hex digits of its file's SHA-256."""
-
-    seconds: float
-    sha256: str
-
-
-def made_by(model: Any, hears: Hearing = PLAIN) -> dict[str, Any]:
-    """What decides the features of a SpeechLM: its encoder's weights and the settings that it hears with.
-
-    A clip that is heard as it is has no entry `hears`, like the files of earlier versions.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    config = model.config
-    return {
-        "encoder": digest.hexdigest()[:16],
-        "encoder_layers": list(config.encoder_layers),
-        "audio_frames": config.audio_frames,
-        "max_audio_seconds": config.max_audio_seconds,
-        **({"hears": hears.of_the_sound()} if hears.of_the_sound() else {}),
-    }
-
-
-class FeatureStore:
-    """Features by clip key, in memory: (n, K, T, D) float16.
-
-    Args:
-        keys: one for each row.
-        features: (n, K, T, D), any float dtype; kept as float16.
-        made_by: see the function of that name; None for features of unknown origin, which `check_origin` refuses.
-        clips: what each row was made of, in the order of `keys`.
-    """
-
-    def __init__(
-        self,
-        keys: Sequence[str],
-        features: torch.Tensor,
-        *,
-        made_by: dict[str, Any] | None = None,
-        clips: Sequence[Clip] | None = None,
-    ) -> None:
-        if features.dim() != 4 or len(keys) != len(features):
-            raise ValueError(f"features: expected ({len(keys)}, K, T, D), got {tuple(features.shape)}")
-        if clips is not None and len(clips) != len(keys):
-            raise ValueError(f"clips: expected {len(keys)}, one for each key, got {len(clips)}")
-        self.features = features.to(torch.float16)
-        self.made_by = made_by
-        self._row = {key: i for i, key in enumerate(keys)}
-        if len(self._row) != len(keys):
-            raise ValueError("keys: expected each key once, got some twice")
-        self._clips = None if clips is None else dict(zip(keys, clips, strict=True))
-
-    def __contains__(self, example: Example) -> bool:
-        return clip_key(example) in self._row
-
-    def __len__(self) -> int:
-        return len(self._row)
-
-    def rows(self, examples: Sequence[Example]) -> torch.Tensor:
-        """(B, K, T, D) float32; zeros for an example without audio (mask it by audio_present)."""
-        out = torch.zeros(len(examples), *self.features.shape[1:])
-        for b, example in enumerate(examples):
-            if example.audio is not None:
-                try:
-                    out[b] = self.features[self._row[clip_key(example)]]
-                except KeyError:
-                    raise FeatureError(f"example {example.id}: no features of clip {clip_key(example)}") from None
-        return out
-
-    def clip(self, example: Example) -> Clip | None:
-        """What an example's features were made of; None where that is not known."""
-        return None if self._clips is None else self._clips.get(clip_key(example))
-
-    def check_origin(self, model: Any, hears: Hearing = PLAIN) -> None:
-        """Whether `model` would make these features of clips that it hears as `hears` says.
-
-        Raises:
-            FeatureError: another encoder, other layers, frames, window or sound made them, or nobody knows.
-        """
-        if self.made_by is None:
-            raise FeatureError("the features do not say what made them; make them again: python -m models features")
-        wanted = {"hears": None, **made_by(model, hears)}
-        for name, value in wanted.items():
-            if self.made_by.get(name) != value:
-                raise FeatureError(f"the features were made with {name} {self.made_by.get(name)}, the model hears with {value}")
-
-    def check_sound(self, examples: Iterable[Example], audio_root: str | Path) -> int:
-        """Whether the clips' files still hold the sound that the features were made of.
-
-        Returns:
-            clips that could not be compared, because their files are not under `audio_root`.
-
-        Raises:
-            FeatureError: a file holds other sound; the message names the first.
-        """
-        known: dict[str, str | None] = {}
-        missing, changed = set(), {}
-        for example in examples:
-            clip = self.clip(example)
-            if clip is None:
-                continue
-            if example.audio not in known:
-                path = Path(audio_root) / example.audio
-                known[example.audio] = sha256_file(path)[:16] if path.is_file() else None
-            if known[example.audio] is None:
-                missing.add(example.audio)
-            elif known[example.audio] != clip.sha256:
-                changed.setdefault(example.audio, example.id)
-        if changed:
-            audio, first = next(iter(changed.items()))
-            raise FeatureError(f"{len(changed)} clips hold other sound than the features were made of; example {first}: {audio}")
-        return len(missing)
-
-    def save(self, path: str | Path) -> Path:
-        """Write atomically as safetensors."""
-        metadata = {"keys": json.dumps(list(self._row)), "made_by": json.dumps(self.made_by)}
-        if self._clips is not None:
-            metadata["clips"] = json.dumps(list(self._clips.values()))
-        return atomic_write_bytes(path, save({"features": self.features.contiguous()}, metadata))
-
-    @classmethod
-    def load(cls, path: str | Path) -> FeatureStore:
-        """Read what `save` wrote. Files of earlier versions are read too; they do not say what made them.
-
-        Raises:
-            FeatureError: no such file, or a file of another kind.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata()
-                clips = [Clip(*clip) for clip in json.loads(metadata["clips"])] if "clips" in metadata else None
-                origin = json.loads(metadata.get("made_by", "null"))
-                return cls(json.loads(metadata["keys"]), file.get_tensor("features"), made_by=origin, clips=clips)
-        except Exception as error:  # safetensors raises several unrelated types, and none names the file
-            raise FeatureError(f"{path}: not a feature file: {error}") from error
 
 
 def clip_features(
@@ -184,20 +55,29 @@ def clip_features(
     *,
     audio_root: str | Path,
     features: str | Path | None = None,
+    folder: str | Path | None = None,
+    ranks: Any = None,
     batch_clips: int = 8,
+    shard_mib: float = SHARD_MIB,
     max_seconds: float = MAX_SECONDS,
     max_bad_fraction: float = 0.05,
     max_cut_fraction: float = 1.0,
     progress_bar: bool = True,
     say: Callable[[str], None] = tqdm.write,
     hears: Hearing = PLAIN,
-) -> tuple[FeatureStore, list[Example]]:
-    """The features of the examples' clips, read from a file or encoded now.
+) -> tuple[ClipFeatures, list[Example]]:
+    """The features of the examples' clips, read from disk or encoded now.
 
     Args:
         model: the SpeechLM that hears.
         audio_root: folder of the audio.
-        features: file of `python -m models features`; None encodes the clips.
+        features: file or folder of `python -m models features`; None encodes the clips.
+        folder: where clips that are encoded now are written, in shards; what is there already is not encoded again. None keeps
+            them in memory.
+        ranks: with `folder`: the processes that share the work (`rank`, `size` and `gather(value)`). All of them make the call
+            and see the folder. None = this process alone.
+        batch_clips: clips that are read and encoded together.
+        shard_mib: size of a shard.
         max_seconds: a longer clip cannot be read.
         max_bad_fraction: of the examples; more without features is an error.
         max_cut_fraction: of the clips; more that are longer than the model's window (`max_audio_seconds`) is an error.
@@ -209,29 +89,27 @@ def clip_features(
 
     Raises:
         FeatureError: too many clips are missing or cut, or the features are of another encoder or of other sound.
+        ValueError: an example has several clips.
     """
+    check_one_clip(examples)
     reasons: dict[str, str] = {}
+    store: ClipFeatures
     if features is not None:
-        store = FeatureStore.load(features)
-        try:
-            store.check_origin(model, hears)
-            unseen = store.check_sound(examples, audio_root)
-        except FeatureError as error:
-            raise FeatureError(f"{features}: {error}") from None
-        if unseen:
-            say(f"{features}: the files of {unseen} clips are not in {audio_root}, so their sound was not compared")
+        store = MappedFeatures(features)
+        _check_held(store, model, examples, audio_root, features, ranks, say, hears)
     else:
-        store, problems = extract_features(
-            examples,
-            model.encode_audio,
-            audio_root=audio_root,
-            batch_clips=batch_clips,
-            max_seconds=max_seconds,
-            max_bad_fraction=max_bad_fraction,
-            made_by=made_by(model, hears),
-            hears=hears,
-            progress_bar=progress_bar,
-        )
+        options: dict[str, Any] = {
+            "audio_root": audio_root,
+            "batch_clips": batch_clips,
+            "max_seconds": max_seconds,
+            "max_bad_fraction": max_bad_fraction,
+            "hears": hears,
+            "progress_bar": progress_bar,
+        }
+        if folder is None:
+            store, problems = extract_features(examples, model.encode_audio, made_by=made_by(model, hears), **options)
+        else:
+            store, problems = _features_in(Path(folder), model, examples, ranks, shard_mib=shard_mib, say=say, **options)
         key_of = {example.id: clip_key(example) for example in examples}
         reasons = {key_of[example_id]: reason for example_id, reason in problems}
     usable = [e for e in examples if e.audio is None or e in store]
@@ -265,102 +143,128 @@ def _check_window(
     say(line)
 
 
-def extract_features(
-    examples: Iterable[Example],
-    encode: Callable[[list[np.ndarray]], torch.Tensor],
+def _check_held(
+    store: ClipFeatures,
+    model: Any,
+    examples: Sequence[Example],
+    audio_root: str | Path,
+    name: str | Path,
+    ranks: Any,
+    say: Any,
+    hears: Hearing,
+) -> None:
+    """Whether stored features are those that `model` would make now; each rank compares its share of the clips' files."""
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    failed, unseen = None, 0
+    try:
+        store.check_origin(model, hears)
+        unseen = store.check_sound(examples[rank::size], audio_root)
+    except FeatureError as error:
+        failed = str(error)
+    found = [(failed, unseen)] if ranks is None else ranks.gather((failed, unseen))
+    if failed := next((reason for reason, _ in found if reason), None):
+        raise FeatureError(f"{name}: {failed}")
+    if unseen := sum(count for _, count in found):
+        say(f"{name}: the files of {unseen} clips are not in {audio_root}, so their sound was not compared")
+
+
+def _features_in(
+    folder: Path,
+    model: Any,
+    examples: Sequence[Example],
+    ranks: Any,
     *,
     audio_root: str | Path,
-    batch_clips: int = 8,
-    max_seconds: float = 30.0,
-    max_bad_fraction: float = 0.05,
-    made_by: dict[str, Any] | None = None,
-    hears: Hearing = PLAIN,
-    progress_bar: bool = True,
-) -> tuple[FeatureStore, list[tuple[str, str]]]:
-    """Encode every clip of `examples` once.
-
-    Args:
-        encode: waveforms (16 kHz mono float32) -> (B, K, T, D); `SpeechLM.encode_audio`.
-        made_by: what `encode` is, for the store; see the function of that name.
-        hears: what is done to a clip before it is encoded.
-
-    Returns:
-        the store, and (example id, reason) of each clip that could not be read, or whose features are not finite.
-
-    Raises:
-        ValueError: `batch_clips` is below 1.
-        FeatureError: more than `max_bad_fraction` of the clips could not be read; the message lists the first.
-    """
-    if batch_clips < 1:
-        raise ValueError(f"batch_clips: expected at least 1, got {batch_clips}")
+    max_bad_fraction: float,
+    shard_mib: float,
+    say: Callable[[str], None],
+    hears: Hearing,
+    **options: Any,
+) -> tuple[ClipFeatures, list[tuple[str, str]]]:
+    """The features in `folder`, where those that are missing are written first, by all ranks together."""
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    folder.mkdir(parents=True, exist_ok=True)
     clips = {clip_key(e): e for e in examples if e.audio is not None}
-    keys: list[str] = []
-    heard: list[Clip] = []
-    out: list[torch.Tensor] = []
-    problems: list[tuple[str, str]] = []
-    bar = tqdm(clips.items(), desc="encode clips", unit="clip", disable=not progress_bar)
-    waves = ((key, hears.sound(wave, key)) for key, wave in _read_clips(bar, audio_root, max_seconds, problems))
-    while batch := list(itertools.islice(waves, batch_clips)):
-        encoded = encode([wave for _, wave in batch]).to(torch.float16).cpu()  # float16 has only inf beyond 65504
-        finite = encoded.flatten(1).isfinite().all(1)
-        out.append(encoded[finite])
-        for (key, wave), good in zip(batch, finite.tolist(), strict=True):
-            if good:
-                keys.append(key)
-                heard.append(Clip(len(wave) / SAMPLE_RATE_HZ, sha256_file(Path(audio_root) / clips[key].audio)[:16]))
-            else:
-                problems.append((clips[key].id, f"{clips[key].audio}: the encoder's features are not finite in float16"))
-    if len(problems) > max_bad_fraction * max(1, len(clips)):
-        listed = "; ".join(f"{i}: {reason}" for i, reason in problems[:5])
-        raise FeatureError(f"{len(problems)} of {len(clips)} clips could not be read (max {max_bad_fraction:.0%}): {listed}")
-    if not keys:
+    filled = any(folder.glob(SHARD_PATTERN))
+    seen = [filled] if ranks is None else ranks.gather(filled)
+    if len(set(seen)) > 1:
+        raise FeatureError(f"{folder}: expected a folder that all ranks see, but rank {seen.index(False)} sees no shard in it")
+    held = MappedFeatures(folder) if filled else None
+    if held is not None:
+        name = f"{folder} (remove it, or name another by features.folder)"
+        _check_held(held, model, [e for e in clips.values() if e in held], audio_root, name, ranks, say, hears)
+    wanted = [e for e in clips.values() if held is None or e not in held]
+    if ranks is not None:
+        ranks.gather(None)  # no rank writes before all have read what is there: they must share out the same clips
+    own, origin = wanted[rank::size], made_by(model, hears)
+    problems = write_features(
+        folder, own, model.encode_audio, audio_root=audio_root, made_by=origin, shard_mib=shard_mib, hears=hears, **options
+    )
+    if ranks is not None:
+        problems = [problem for of_rank in ranks.gather(problems) for problem in of_rank]
+    refuse_if_too_many(problems, len(clips), max_bad_fraction)
+    if not any(folder.glob(SHARD_PATTERN)):
         raise FeatureError("examples: expected at least one clip that can be encoded, got none")
-    return FeatureStore(keys, torch.cat(out), made_by=made_by, clips=heard), problems
+    store = MappedFeatures(folder)
+    bad = {example_id for example_id, _ in problems}
+    missing = [e for e in wanted if e not in store and e.id not in bad]
+    lacking = [len(missing)] if ranks is None else ranks.gather(len(missing))
+    if any(lacking):
+        blind = next(number for number, count in enumerate(lacking) if count)
+        raise FeatureError(
+            f"{folder}: expected a folder that all ranks see, but rank {blind} does not see what the others wrote there"
+        )
+    return store, problems
 
 
-def _read_clips(
-    clips: Iterable[tuple[str, Example]], audio_root: str | Path, max_seconds: float, problems: list[tuple[str, str]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Key and waveform of each clip that can be read; (example id, reason) of the others goes to `problems`."""
-    for key, example in clips:
-        try:
-            wave = load_audio(
-                Path(audio_root) / example.audio,
-                start_seconds=example.start_seconds,
-                end_seconds=example.end_seconds,
-                max_seconds=max_seconds,
-            )
-        except AudioError as error:
-            problems.append((example.id, str(error)))
-        else:
-            yield key, wave
+def parse_part(text: str) -> tuple[int, int]:
+    """I and N of "I/N"; ValueError unless 0 <= I < N."""
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise ValueError(f"--part: expected I/N with I from 0 to N - 1, got {text!r}")
+    return int(number), int(parts)
+
+
+def part_of_clips(examples: Sequence[Example], number: int, parts: int) -> list[Example]:
+    """The examples of every `parts`-th clip, from `number` on: all questions about a clip are in one part."""
+    clips = {key: n for n, key in enumerate(dict.fromkeys(clip_key(e) for e in examples if e.audio is not None))}
+    return [e for e in examples if e.audio is not None and clips[clip_key(e)] % parts == number]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
+    from models.backbones.device import pick_device
     from models.backbones.resolve import BackboneError
     from models.speech_lm.model import SpeechLM, SpeechLMError
 
     arguments = features_parser().parse_args(argv)
     try:
-        manifest = read_manifest(
+        manifest = read_data(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )
         for problem in manifest.problems:
             print(f"skipped {problem}")
+        one_file = Path(arguments.out).suffix == ".safetensors"
+        number, parts = parse_part(arguments.part)
+        if one_file and parts > 1:
+            raise FeatureError(f"--part: expected a folder as --out, got the file {arguments.out}")
         model = SpeechLM.from_pretrained(arguments.model)
+        model.encoder.to(pick_device(arguments.device))
+        model.use_log_mel(arguments.backend)
         store, _ = clip_features(
             model,
-            manifest.examples,
+            part_of_clips(manifest.examples, number, parts),
             audio_root=manifest.audio_root,
+            folder=None if one_file else arguments.out,
             batch_clips=arguments.batch_clips,
             max_cut_fraction=arguments.max_cut_fraction,
             say=print,
             hears=parse_hearing(arguments.hears),
         )
-        store.save(arguments.out)
+        if isinstance(store, FeatureStore):
+            store.save(arguments.out)
     except (FeatureError, BackboneError, SpeechLMError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(store)} clips, {tuple(store.features.shape[1:])} each -> {arguments.out}")
+    print(f"{len(store)} clips, {store.row_shape} each -> {arguments.out}")
     return 0

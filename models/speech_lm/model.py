@@ -45,6 +45,7 @@ from models.backbones.causal_lm import cache_keyword, check_token_ids, has_only_
 from models.speech_lm.collation import Collator, SpeechBatch, find_placeholder_id
 from models.speech_lm.config import SAMPLE_RATE, SpeechLMConfig
 from models.speech_lm.connector import Connector
+from models.speech_lm.log_mel import check_backend
 from models.speech_lm.prefix_cache import PrefixCache, why_not_cached
 from models.speech_lm.row_layout import (
     Packer,
@@ -120,6 +121,7 @@ class SpeechLM(nn.Module):
         self.lm = lm.requires_grad_(config.train_lm)
         self.connector = Connector(config.connector_config(lm.get_input_embeddings().embedding_dim))
         self._encoder: nn.Module | None = None
+        self.log_mel = "processor"  # what makes the encoder's input, see `use_log_mel`
         self._feature_extractor: Any = None
         if encoder is not None:
             self._set_encoder(encoder, feature_extractor)
@@ -245,10 +247,22 @@ class SpeechLM(nn.Module):
             ValueError: no waveform, or one that is not 1-D, empty, or not finite.
         """
         clips = checked_clips(waveforms, self.config)
-        return encode_clips(self.encoder, self._feature_extractor, self.config, clips, batch_clips=batch_clips)
+        return encode_clips(
+            self.encoder, self._feature_extractor, self.config, clips, batch_clips=batch_clips, backend=self.log_mel
+        )
 
-    def fit_feature_statistics(self, features: Tensor) -> None:
-        """Set the connector's standardisation from raw features (N, K, T, D); use those of the training split."""
+    def use_log_mel(self, backend: str) -> None:
+        """Choose what makes the encoder's input: processor (the default), torch or torchaudio; see log_mel.py.
+
+        Raises:
+            LogMelError: torchaudio cannot be imported.
+            ValueError: another name.
+        """
+        check_backend(backend)
+        self.log_mel = backend
+
+    def fit_feature_statistics(self, features: Tensor | Iterable[Tensor]) -> None:
+        """Set the connector's standardisation from raw features (N, K, T, D), or parts of them; use the training split's."""
         self.connector.fit_statistics(features)
 
     # --- text and audio ---------------------------------------------------------------------------------------------

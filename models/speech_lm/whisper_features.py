@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.speech_lm.config import SAMPLE_RATE, SAMPLES_PER_POSITION, SpeechLMConfig
+from models.speech_lm.log_mel import log_mel
 
 _MEL_FRAMES_PER_POSITION = 2
 
@@ -34,17 +35,22 @@ def encode_clips(
     clips: Sequence[np.ndarray],
     *,
     batch_clips: int,
+    backend: str = "processor",
 ) -> Tensor:
-    """(B, K, T, D) float32 on the encoder's device, of the `clips` that `checked_clips` gives."""
+    """(B, K, T, D) float32 on the encoder's device, of the `clips` that `checked_clips` gives; `backend`: see log_mel.py."""
     limit = config.max_positions * SAMPLES_PER_POSITION
     device, dtype = encoder.conv1.weight.device, encoder.conv1.weight.dtype
     pooled = []
     for start in range(0, len(clips), batch_clips):
         batch = clips[start : start + batch_clips]
         windows = [np.pad(clip, (0, limit - len(clip))) for clip in batch]
-        mel = feature_extractor(
-            windows, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="do_not_pad", truncation=False
-        ).input_features[..., : config.max_positions * _MEL_FRAMES_PER_POSITION]
+        if backend == "processor":
+            mel = feature_extractor(
+                windows, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="do_not_pad", truncation=False
+            ).input_features
+        else:
+            mel = log_mel(torch.from_numpy(np.stack(windows)).to(device), feature_extractor, backend=backend)
+        mel = mel[..., : config.max_positions * _MEL_FRAMES_PER_POSITION]
         states = _encoder_states(encoder, mel.to(device, dtype), config.encoder_layers).float()  # (B, K, positions, D)
         for clip, state in zip(batch, states, strict=True):
             # At least T positions, so that a very short clip pools real positions and not copies of one.

@@ -194,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     from models.backbones.device import pick_device
     from models.data.audio import MAX_SECONDS
-    from models.data.manifest import ManifestError, read_manifest
+    from models.data.manifest import ManifestError
+    from models.data.readers import read_data
     from models.speech_lm.features import FeatureError
 
     arguments = cache_parser().parse_args(argv)
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_speech_lm(arguments.teacher) and arguments.negative != "zeros":
             raise CacheError(f"--negative: expected zeros with a SpeechLM, got {arguments.negative!r}")
         _check_out(Path(arguments.out), made_from, dtype)
-        manifest = read_manifest(
+        manifest = read_data(
             arguments.manifest,
             audio_root=arguments.audio_root,
             check_audio=arguments.features is None,
@@ -241,21 +242,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(examples)} samples, {tokens} tokens: {needed / 2**20:.1f} MiB; {free / 2**20:.0f} MiB are free")
         if needed > free:
             raise CacheError(f"--out: {arguments.out} has room for {free} bytes, the cache needs {needed}")
+        folder = Path(f"{arguments.out}.features-{number}")  # of the clips' features while this runs
         store, held = open_clips(
             model,
-            examples,
+            examples[int(number) :: int(parts)],
             audio_root=manifest.audio_root,
             max_seconds=MAX_SECONDS,
             features=arguments.features,
+            folder=folder,
             max_cut_fraction=arguments.max_cut_fraction,
             say=print,
             hears=hears,
         )
         if arguments.served:
-            read = [hears.shown(e) for e in held[int(number) :: int(parts)]]
+            read = [hears.shown(e) for e in held]
             return _store_served(arguments, model, store, read, made_from, dtype, layers, number)
         written = fill_cache(
-            arguments.out, model, store, held[int(number) :: int(parts)], made_from=made_from,
+            arguments.out, model, store, held, made_from=made_from,
             extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers, part=number,
             batch_examples=arguments.batch_examples, hears=hears,
         )  # fmt: skip
@@ -265,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             some = [e for e in held if e.id in cache][: arguments.measure]
             divergence = rounding_error(cache, model, store, some, hears=hears)
             print(f"KL of the cached target distribution at alpha 2: {divergence:.3g} nats")
+        shutil.rmtree(folder, ignore_errors=True)
     except (CacheError, ManifestError, FeatureError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

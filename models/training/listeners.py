@@ -16,7 +16,7 @@ from models.audio_lms.clips import ClipReader
 from models.audio_lms.model import AudioLM
 from models.backbones.device import inference_dtype
 from models.corpora.hearing import PLAIN, Hearing
-from models.speech_lm.collation import check_one_clip, crop_to_targets
+from models.speech_lm.collation import crop_to_targets
 
 if TYPE_CHECKING:
     from models.data.manifest import Example
@@ -72,8 +72,8 @@ def open_clips(
 ) -> tuple[Any, list[Example]]:
     """What `model` hears of the examples, with `rows(examples)`; and the examples whose clips it can hear.
 
-    For a SpeechLM it is a store of features, made now or read from a file: `options` are those of `clip_features`. An audio
-    LM's clips are decoded batch by batch. `hears`: what is done to a clip before.
+    For a SpeechLM it is a store of features, made now or read from disk: `options` are those of `clip_features`. An audio LM's
+    clips are decoded batch by batch. `hears`: what is done to a clip before.
 
     Raises:
         FeatureError: see `clip_features`.
@@ -83,7 +83,6 @@ def open_clips(
     from models.speech_lm.features import clip_features
 
     if not isinstance(model, AudioLM):
-        check_one_clip(examples)
         return clip_features(model, examples, audio_root=audio_root, max_seconds=max_seconds, hears=hears, **options)
     if options.get("features") is not None:
         raise ValueError(f"features: expected none with an audio LM of transformers, got {options['features']}")
@@ -91,8 +90,6 @@ def open_clips(
         model.family.check_clips(len(example.clips), f"example {example.id!r}: ")
     reader = ClipReader(audio_root, sampling_rate=model.sampling_rate, max_seconds=max_seconds, hears=hears)
     return reader, list(examples)
-
-
 
 
 def unheard_batch(model: Any, examples: Sequence[Example]) -> Any:

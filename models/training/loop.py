@@ -105,6 +105,8 @@ class TrainingLoop:
             model.layer_distillation = torch.nn.ModuleDict(self.compared).to(self.device)
         check_packing(model, data, self.device)
         self.sources = project_own_teacher(recipe, sources, data, model, self.device)
+        stores = {id(store): store for store in (data.store, *(source.store for source in self.sources))}
+        self.read_ahead = [store for store in stores.values() if hasattr(store, "prefetch")]
         self.on_policy = OnPolicy(recipe, model, data, self.device) if recipe.data.on_policy_fraction else None
         objective = PartLoss(recipe, model, data, self.compared)
         self.objective = parallelize(objective, recipe.run.parallel, self.ranks, lm=getattr(model, "lm", None))
@@ -217,6 +219,10 @@ class TrainingLoop:
         for start in range(0, len(self.share), self.part_examples):
             here = self.share[start : start + self.part_examples]
             parts.append(self.part(step, {number: examples[number] for number in here}, hears[here], charged[here]))
+        if step < optim.steps and self.read_ahead:
+            following = self.data.draw(step * optim.batch_examples, optim.batch_examples, seed=seed)
+            for store in self.read_ahead:
+                store.prefetch([self.data.examples[following[number]] for number in self.share])
         return parts
 
     def part(self, step: int, numbered: Mapping[int, object], hears: torch.Tensor, charged: torch.Tensor) -> Part:

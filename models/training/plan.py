@@ -79,6 +79,7 @@ class Plan:
         models: a line for each model.
         memory: bytes on each GPU, by what needs them.
         host: bytes of each rank's main memory, by what needs them.
+        disk: bytes on disk, of all ranks together, by what needs them.
         seconds: of a step, by what takes them.
         once: seconds before the first step, by what takes them.
         row_tokens: of an example, for the student.
@@ -93,6 +94,7 @@ class Plan:
     models: list[str]
     memory: dict[str, float]
     host: dict[str, float]
+    disk: dict[str, float]
     seconds: dict[str, float]
     once: dict[str, float]
     row_tokens: float
@@ -201,12 +203,13 @@ def make_plan(
     seconds["student"] += own * 6.0 * (trained if not weights_train else 0) * (run if recipe.student.model else audio) / rate
     lines = [_describe("student", sizes, f"{quantity(trained)} train")]
     host: dict[str, float] = {}
-    _count_features(recipe, student, data, host)
+    disk: dict[str, float] = {}
+    _count_features(recipe, student, data, host, disk)
 
     once: dict[str, float] = {}
     if not recipe.student.model and recipe.data.features is None:
         positions = _ENCODER_POSITIONS_PER_SECOND * student.family.max_audio_seconds
-        once["every clip through the encoder, on each rank"] = 2.0 * sizes.encoder * positions * data.clips / rate
+        once["every clip through the encoder, by all ranks"] = 2.0 * sizes.encoder * positions * data.clips / rate / gpus
     cache_bytes = cache_seconds = transient = 0.0
     compared = []
     teacher = None
@@ -265,7 +268,7 @@ def make_plan(
         network = _NODE_BYTES_PER_SECOND if gpus <= _GPUS_A_NODE else _NETWORK_BYTES_PER_SECOND
         seconds["exchange between GPUs"] = (1 if sharded else 2) * exchange * (gpus - 1) / gpus / network
     return Plan(
-        recipe, device_name, device, gpus, data, lines, memory, host, seconds, once, row, cache_bytes, cache_seconds
+        recipe, device_name, device, gpus, data, lines, memory, host, disk, seconds, once, row, cache_bytes, cache_seconds
     )  # fmt: skip
 
 
@@ -354,16 +357,24 @@ def _trained(recipe: Recipe, student: _Model) -> int:
     return student.connector + (student.sizes.total - student.sizes.encoder if student.family.train_lm else 0)
 
 
-def _count_features(recipe: Recipe, student: _Model, data: Clips, host: dict[str, float]) -> None:
-    """What a SpeechLM's loader holds: features of every distinct clip, float16. An audio LM's are decoded batch by batch."""
+def _count_features(
+    recipe: Recipe, student: _Model, data: Clips, host: dict[str, float], disk: dict[str, float]
+) -> None:
+    """What a SpeechLM's loader holds: features of every distinct clip, float16, on disk; a rank has a shard in memory while it
+    encodes. So are a live teacher's own. An audio LM's clips are decoded batch by batch.
+    """
     if recipe.student.model:
         return
     config = student.family
     _, width, _ = encoder_weights(config.encoder)
     one = len(config.encoder_layers) * config.audio_frames * width * 2
-    host[f"features of {data.clips:,} clips"] = float(one * data.clips)
-    if recipe.teacher_encodes and recipe.needs_teacher and recipe.teacher.cache is None:
-        host["features of the teacher's own"] = float(one * data.clips)
+    if recipe.data.features is None:
+        disk[f"features of {data.clips:,} clips"] = float(one * data.clips)
+    teacher_encodes = recipe.teacher_encodes and recipe.teacher.features in (None, "encode")
+    if teacher_encodes and recipe.needs_teacher and recipe.teacher.cache is None:
+        disk["features of the teacher's own"] = float(one * data.clips)
+    if disk:
+        host["a shard of features, while they are made"] = min(recipe.features.shard_mib * (1 << 20), float(one * data.clips))
 
 
 def _reading_flop(model: _Model, text: float, answer: float, seconds: float) -> float:
@@ -427,14 +438,16 @@ def count_clips(recipe: Recipe, *, assumed: Clips) -> Clips:
     if not recipe.data.manifest:
         return assumed
     from models.data.audio import AudioError, check_span, probe_audio
-    from models.data.manifest import ManifestError, read_manifest
+    from models.data.manifest import ManifestError
     from models.data.prompts import chat_text
+    from models.data.readers import read_data
 
     settings = recipe.data
     try:
-        manifest = read_manifest(
-            settings.manifest, audio_root=settings.audio_root, max_bad_fraction=settings.max_bad_fraction, check_audio=False
-        )
+        manifest = read_data(
+            settings.manifest, form=settings.form, audio_root=settings.audio_root, check_audio=False,
+            max_bad_fraction=settings.max_bad_fraction, allow_links=settings.allow_links,
+        )  # fmt: skip
     except ManifestError as error:
         raise SourceError(f"data.manifest: {error}") from error
     chosen = [e for e in manifest.examples if e.split in settings.splits and (e.target or "").strip()]
@@ -520,6 +533,7 @@ def as_text(name: str, plan: Plan) -> str:
     if plan.host:
         lines.append("main memory of each rank, beside the weights while they load:")
         lines += [f"  {size(value):>10}  {label}" for label, value in plan.host.items()]
+    lines += [f"on disk: {size(value)}, {label}" for label, value in plan.disk.items()]
     lines.append(f"time: {duration(plan.step_seconds)} a step, {duration(plan.total_seconds)} in all")
     lines += [f"  {duration(value):>10}  {label}" for label, value in plan.seconds.items()]
     lines += [f"  {duration(value):>10}  once, before the first step: {label}" for label, value in plan.once.items() if value]

@@ -58,7 +58,7 @@ def project_own_teacher(
             source.teacher, data, project=project, counted=counted, divergence=recipe.loss.needs_divergence, device=device,
             progress_bar=recipe.run.progress_bar,
         )  # fmt: skip
-        return dataclasses.replace(source, teacher=teacher)
+        return dataclasses.replace(source, teacher=teacher, store=None)
 
     return [projected(source) if source.name == OWN_TEACHER else source for source in sources]
 

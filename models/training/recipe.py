@@ -30,7 +30,9 @@ from kdkernels.ops.dispatch import IMPLEMENTATIONS
 from kdkernels.ops.rows import DIVERGENCES
 from models.audio_lms.settings import DTYPES, NEGATIVES, TRAINS, Lora
 from models.corpora.hearing import Hearing
+from models.data.commands import FORMS
 from models.data.manifest import SPLITS
+from models.speech_lm.commands import LOG_MELS
 from models.training.commands import RECIPES_DIR
 
 OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
@@ -52,10 +54,14 @@ class ConfigError(ValueError):
 class DataConfig:
     """Which examples are trained on."""
 
-    manifest: str = ""  # JSONL manifest (models/data/manifest.py)
+    manifest: str = ""  # JSONL manifest (models/data/manifest.py), or rows of another form (models/data/readers.py)
+    # Form of the rows. auto = found by the rows; manifest | desta | messages | columns | nemo | lhotse | kaldi | dynamic_superb |
+    # mcr_bench.
+    form: str = "auto"
     audio_root: str | None = None  # folder where the manifest's audio paths start; None = as the manifest says
     allow_links: bool = False  # clips may be links that leave the audio root (a hub's cache, git-annex, DVC)
-    features: str | None = None  # file of encoder features (models/speech_lm/features.py); None = encode now, in memory
+    # File or folder of encoder features (python -m models features), which is only read. None = encode now, see `features`.
+    features: str | None = None
     splits: tuple[str, ...] = ("train",)  # only examples of these splits
     tasks: tuple[str, ...] = ()  # only examples of these tasks; empty = all
     max_bad_fraction: float = 0.05  # of the manifest's rows; if more rows are bad, the run stops and lists them
@@ -79,6 +85,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of(self.packing, "data.packing", PACKINGS)
+        _one_of(self.form, "data.form", ("auto", "manifest", *FORMS))
         _check(self.pack_tokens >= 1, "data.pack_tokens", ">= 1", self.pack_tokens)
         _check(0.0 <= self.max_bad_fraction <= 1.0, "data.max_bad_fraction", "a fraction in [0, 1]", self.max_bad_fraction)
         _check(0.0 <= self.max_cut_fraction <= 1.0, "data.max_cut_fraction", "a fraction in [0, 1]", self.max_cut_fraction)
@@ -96,6 +103,23 @@ class DataConfig:
         for f in dataclasses.fields(self):
             if f.name.startswith("on_policy_") and f.name != "on_policy_fraction":
                 _needs(self, "data", f.name, fraction > 0, "data.on_policy_fraction")
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """How a SpeechLM's clips are encoded where data.features is None: once, into shards on disk, by all ranks together."""
+
+    folder: str | None = None  # of the shards; what is there already is not encoded again. None = run.out_dir/features
+    batch_clips: int = 8  # clips that a rank reads and encodes together
+    shard_mib: float = 64.0  # MiB of a shard; each rank has one in memory while it encodes
+    # What makes log-mel spectrograms. processor = WhisperFeatureExtractor, on the CPU; torch | torchaudio = a batch at a time on
+    # the rank's device, within 1e-4 of it.
+    backend: str = "processor"
+
+    def __post_init__(self) -> None:
+        _check(self.batch_clips >= 1, "features.batch_clips", ">= 1", self.batch_clips)
+        _check(self.shard_mib > 0, "features.shard_mib", "> 0", self.shard_mib)
+        _one_of(self.backend, "features.backend", LOG_MELS)
 
 
 @dataclass(frozen=True)
@@ -171,8 +195,8 @@ class TeacherConfig:
     # What the teacher hears and reads; the default is the clip as it is, whatever the student hears. With `cache`: what the cache
     # was made of.
     hears: Hearing = field(default_factory=Hearing)
-    # A SpeechLM's features: null = the student's, if both hear the same; encode = its own, made now, in memory; or a file of
-    # python -m models features.
+    # A SpeechLM's features: null = the student's, if both hear the same; encode = its own, made now, in the folder "teacher" in
+    # that of `features`; or a file or folder of python -m models features.
     features: str | None = None
     # Path without the audio, of `model`. zeros = features of zeros; silence = those of a silent clip; absent = a prompt without
     # the clip.
@@ -468,6 +492,7 @@ class Recipe:
 
     objective: str = "caad"
     data: DataConfig = field(default_factory=DataConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -514,6 +539,8 @@ class Recipe:
             raise ConfigError(f"teacher.features: expected null with student.model, got {self.teacher.features!r}")
         if self.data.features is not None:
             raise ConfigError(f"data.features: expected null with student.model, which hears clips, got {self.data.features!r}")
+        if self.features != FeaturesConfig():
+            raise ConfigError("features: expected the defaults with student.model, whose processor makes its inputs, got others")
         if self.data.packing != "none":
             raise ConfigError(f"data.packing: expected none with student.model, got {self.data.packing!r}")
         plain = ModelConfig(prefix_cache_mib=self.model.prefix_cache_mib)
@@ -725,6 +752,8 @@ def settings_to_continue(recipe: Recipe) -> dict[str, Any]:
     free += ("push_to_hub", "hub_private")
     for name in free:
         del settings["run"][name]
+    for name in ("folder", "batch_clips", "shard_mib"):
+        del settings["features"][name]
     return settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from models.speech_lm.config import SpeechLMConfig
 
 _PADDED = DataConfig()
+# Evenly spaced examples whose features give mean and deviation: the error of a mean is then a hundredth of a deviation.
+_STATISTICS_EXAMPLES = 16_384
+_STATISTICS_PART = 64
 OWN_TEACHER = "teacher"  # name of the objective's own teacher among the sources
 
 
@@ -59,7 +63,8 @@ class TrainingData:
         make_batch: examples -> a batch with `ids`, `target_index`, `target`, `target_row`, `choice_mask`,
             `model_inputs()` and `to(device)` (models/speech_lm/collation.py).
         extra_inputs: added to every batch's model inputs, such as the prefix cache.
-        store: the clips' features, for a live teacher that makes its own batches.
+        store: the clips' features, for a live teacher that makes its own batches. One with `prefetch(examples)` is told which
+            clips the next step needs.
         crop: cuts off what no target of a batch depends on; None = batches stay as they are.
         make_prompts: examples -> a batch whose rows end with their prompt, for a student that answers itself.
         audio_root: folder of the clips, for a live teacher that hears them in its own way.
@@ -87,13 +92,20 @@ class TrainingData:
         rows: list[int] = []
         while len(rows) < count:
             epoch, start = divmod(cursor + len(rows), n)
-            order = np.random.default_rng([seed, epoch]).permutation(n)
+            order = _permutation(n, seed, epoch)
             rows += order[start : start + count - len(rows)].tolist()
         return rows
 
     def model_inputs(self, batch: Any) -> dict[str, Any]:
         """The keyword arguments of the model for `batch`."""
         return {**batch.model_inputs(), **self.extra_inputs}
+
+
+@functools.lru_cache(maxsize=4)  # a step draws from one epoch or two, and looks ahead
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order.setflags(write=False)
+    return order
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
@@ -161,9 +173,12 @@ def check_folders(recipe: Recipe) -> None:
     if recipe.student.model is not None:
         _check_audio_lms(recipe)
         return
-    wanted = [("data.features", recipe.data.features, "")]
-    if recipe.teacher.features != "encode":
-        wanted += [("teacher.features", recipe.teacher.features, "")]
+    wanted: list[tuple[str, str | None, str]] = []
+    if recipe.data.features is not None and not Path(recipe.data.features).exists():
+        raise SourceError(f"data.features: expected a file or a folder, got {recipe.data.features}")
+    own = recipe.teacher.features
+    if own not in (None, "encode") and not Path(own).exists():
+        raise SourceError(f"teacher.features: expected encode, a file or a folder, got {own}")
     wanted += [(f"model.{name}", getattr(recipe.model, name), "speech_lm.json") for name in ("folder", "feature_statistics")]
     if recipe.needs_teacher:
         wanted += [("teacher.folder", recipe.teacher.folder, "speech_lm.json")]
@@ -293,14 +308,16 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
     Raises:
         SourceError: no manifest, too many bad rows in it, or no such example.
     """
-    from models.data.manifest import ManifestError, read_manifest
+    from models.data.manifest import ManifestError
+    from models.data.readers import read_data
 
     settings = recipe.data
     if not settings.manifest:
         raise SourceError("data.manifest: expected a file, got none")
     try:
-        manifest = read_manifest(
+        manifest = read_data(
             settings.manifest,
+            form=settings.form,
             audio_root=settings.audio_root,
             max_bad_fraction=settings.max_bad_fraction,
             check_audio=settings.features is None,
@@ -322,13 +339,21 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
 
 
 def build_data(
-    recipe: Recipe, model: torch.nn.Module, examples: Sequence[Any], audio_root: Path, *, store: Any = None
+    recipe: Recipe,
+    model: torch.nn.Module,
+    examples: Sequence[Any],
+    audio_root: Path,
+    *,
+    store: Any = None,
+    ranks: Any = None,
 ) -> TrainingData:
     """`examples` batched for `model`, with their features (`store`, or those of the recipe) and prefix cache.
 
+    Features that are made now are written by all `ranks` together (None = this process alone), each on its own device.
+
     A new model (no `model.folder`, no `model.feature_statistics`) gets the standardisation of these features.
     """
-    from models.speech_lm.features import FeatureError, clip_features
+    from models.speech_lm.features import FeatureError
 
     if isinstance(model, AudioLM):
         return _audio_data(model, examples, audio_root, recipe.data, recipe.student.hears)
@@ -337,21 +362,17 @@ def build_data(
     check_one_clip(with_features)
     if store is None:
         try:
-            store, with_features = clip_features(
-                model,
-                examples,
-                audio_root=audio_root,
-                features=settings.features,
-                max_seconds=settings.max_clip_seconds,
-                max_bad_fraction=settings.max_bad_fraction,
-                max_cut_fraction=settings.max_cut_fraction,
-                progress_bar=recipe.run.progress_bar,
-                hears=hears,
-            )
+            store, with_features = _recipe_features(
+                recipe, model, examples, audio_root, features=settings.features, hears=hears, ranks=ranks,
+                device=None if ranks is None else ranks.device, max_bad_fraction=settings.max_bad_fraction,
+            )  # fmt: skip
         except FeatureError as error:
             raise SourceError(f"data: {error}") from error
     if recipe.model.folder is None and recipe.model.feature_statistics is None:
-        model.fit_feature_statistics(store.rows([e for e in with_features if e.audio is not None]))
+        heard = [e for e in with_features if e.audio is not None]
+        heard = heard[:: -(-len(heard) // _STATISTICS_EXAMPLES)] if heard else []
+        parts = range(0, len(heard), _STATISTICS_PART)
+        model.fit_feature_statistics(store.rows(heard[start : start + _STATISTICS_PART]) for start in parts)
     # Activation checkpointing drops the KV cache, so it cannot run with a prefix cache.
     cached = not recipe.run.gradient_checkpointing and not model.config.train_lm
     cache_mib = recipe.model.prefix_cache_mib if cached else 0
@@ -359,11 +380,58 @@ def build_data(
     return dataclasses.replace(data, audio_root=Path(audio_root))
 
 
+def _recipe_features(
+    recipe: Recipe,
+    model: Any,
+    examples: Sequence[Any],
+    audio_root: Path,
+    *,
+    features: str | None,
+    hears: Hearing,
+    ranks: Any,
+    device: torch.device | None,
+    max_bad_fraction: float,
+    name: str = "",
+) -> Any:
+    """`clip_features` as `recipe.features` and `recipe.data` say.
+
+    Args:
+        device: where the encoder runs; None = where it is.
+        name: folder of the shards inside that of the student's.
+    """
+    from models.speech_lm.features import clip_features
+
+    made = recipe.features
+    model.use_log_mel(made.backend)
+    if device is not None:
+        model.encoder.to(device)
+    return clip_features(
+        model,
+        examples,
+        audio_root=audio_root,
+        features=features,
+        folder=(Path(recipe.run.out_dir) / "features" if made.folder is None else Path(made.folder)) / name,
+        ranks=ranks if ranks is not None and ranks.size > 1 else None,
+        batch_clips=made.batch_clips,
+        shard_mib=made.shard_mib,
+        max_seconds=recipe.data.max_clip_seconds,
+        max_bad_fraction=max_bad_fraction,
+        max_cut_fraction=recipe.data.max_cut_fraction,
+        progress_bar=recipe.run.progress_bar,
+        hears=hears,
+    )
+
+
 def _audio_data(
-    model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig, hears: Hearing
+    model: AudioLM, examples: Sequence[Any], audio_root: Path, settings: DataConfig, hears: Hearing, *, reader: Any = None
 ) -> TrainingData:
-    """`examples` batched for an audio LM; their clips are decoded when a batch needs them."""
+    """`examples` batched for an audio LM; their clips are decoded when a batch needs them, or a step before.
+
+    `reader`: of another model; it is shared where both hear the same at the same rate, so no clip is decoded twice.
+    """
     store, usable = open_clips(model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds, hears=hears)
+    if reader is not None and reader.gives_the_same_as(store):
+        store = reader
     collator = model.make_collator()
 
     def make_batch(chosen: Sequence[Any]) -> Any:
@@ -434,6 +502,7 @@ def build_sources(
     *,
     device: torch.device,
     kept: MutableMapping[str, Source] | None = None,
+    ranks: Any = None,
 ) -> list[Source]:
     """Every teacher of `recipe` for the student `model`, the objective's own first, under the name OWN_TEACHER.
 
@@ -443,6 +512,7 @@ def build_sources(
     Args:
         kept: sources of earlier runs in this process, by a fingerprint of what they depend on. A source that fits is taken from
             there (its layers as they were before any training); a new one is put there.
+        ranks: the processes that make a teacher's own features together, as in `build_data`.
 
     Raises:
         SourceError: a model is not found, or has another tokenizer.
@@ -450,10 +520,10 @@ def build_sources(
 
     def one(name: str, settings: SourceConfig) -> Source:
         if kept is None:
-            return _build_source(recipe, name, settings, data, model, device)
+            return _build_source(recipe, name, settings, data, model, device, ranks)
         key = _source_fingerprint(recipe, name, settings, depth=len(decoder_layers(model.lm)))
         if key not in kept:
-            kept[key] = _build_source(recipe, name, settings, data, model, device)
+            kept[key] = _build_source(recipe, name, settings, data, model, device, ranks)
         return dataclasses.replace(kept[key], settings=settings, layers=copy.deepcopy(kept[key].layers))
 
     sources = []
@@ -488,7 +558,13 @@ def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, de
 
 
 def _build_source(
-    recipe: Recipe, name: str, settings: SourceConfig, data: TrainingData, model: torch.nn.Module, device: torch.device
+    recipe: Recipe,
+    name: str,
+    settings: SourceConfig,
+    data: TrainingData,
+    model: torch.nn.Module,
+    device: torch.device,
+    ranks: Any,
 ) -> Source:
     key = name if name == OWN_TEACHER else f"sources.{name}"
     # FSDP2 shards the student's weights: a snapshot that shared them would have only this rank's shard.
@@ -503,6 +579,7 @@ def _build_source(
         teacher: Any = _cached_teacher(recipe, data, model, lm, device, layers.teacher_layers if layers else ())
         return Source(name, settings, CenteredTeacher(teacher, data) if recipe.loss.center_text else teacher, layers)
     options = {"device": device, "layers": layers.teacher_layers if layers else ()}
+    store = None
     if settings.role == "text":
         collator = model.make_collator()
         teacher = TextTeacher(
@@ -511,16 +588,17 @@ def _build_source(
     else:
         hears = recipe.student.hears if settings.role == "acoustic" else settings.hears
         if isinstance(lm, AudioLM):
-            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data, hears)
+            own = _audio_data(lm, data.examples, data.store.audio_root, recipe.data, hears, reader=data.store)
         else:
             own = make_training_data(
                 lm,
                 data.examples,
-                _features_of_source(recipe, key, data, model, lm, hears, device),
+                _features_of_source(recipe, name, data, model, lm, hears, device, ranks),
                 prefix_cache_mib=recipe.model.prefix_cache_mib,
                 layout=recipe.data,
                 hears=hears,
             )
+        store = own.store
         if _hears_both(name, settings):
             at_once = recipe.teacher.batch_examples if name == OWN_TEACHER else 0
             teacher = LiveTeacher(lm, own, batch_examples=at_once, **options)
@@ -530,6 +608,7 @@ def _build_source(
         needed_mib = kept_bytes(teacher, data) / (1 << 20)
         if needed_mib <= settings.keep_mib:
             teacher = KeptTeacher(teacher, data, title=f"states of {name}", progress_bar=recipe.run.progress_bar)
+            store = None
         else:
             tqdm.write(
                 f"{key}.keep_mib: the states of {len(data)} examples need {needed_mib:.0f} MiB, {settings.keep_mib} MiB are "
@@ -537,31 +616,32 @@ def _build_source(
             )
     if name == OWN_TEACHER and recipe.loss.center_text:
         teacher = CenteredTeacher(teacher, data)
-    return Source(name, settings, teacher, layers)
+    return Source(name, settings, teacher, layers, store)
 
 
 def _features_of_source(
-    recipe: Recipe, key: str, data: TrainingData, model: torch.nn.Module, lm: Any, hears: Hearing, device: torch.device
+    recipe: Recipe,
+    name: str,
+    data: TrainingData,
+    model: torch.nn.Module,
+    lm: Any,
+    hears: Hearing,
+    device: torch.device,
+    ranks: Any,
 ) -> Any:
     """What a speech LM hears that teaches: the student's features, where both hear the same, or features of its own."""
-    from models.speech_lm.features import FeatureError, clip_features
+    from models.speech_lm.features import FeatureError
 
-    given = recipe.teacher.features if key == OWN_TEACHER else None
+    key = name if name == OWN_TEACHER else f"sources.{name}"
+    given = recipe.teacher.features if name == OWN_TEACHER else None
     if given is None and hears.of_the_sound() == recipe.student.hears.of_the_sound():
         _check_same_features(f"{key}.folder", model, lm)
         return data.store
     try:
-        store, _ = clip_features(
-            lm.to(device),
-            data.examples,
-            audio_root=data.audio_root,
-            features=None if given == "encode" else given,
-            max_seconds=recipe.data.max_clip_seconds,
-            max_bad_fraction=0.0,
-            max_cut_fraction=recipe.data.max_cut_fraction,
-            progress_bar=recipe.run.progress_bar,
-            hears=hears,
-        )
+        store, _ = _recipe_features(
+            recipe, lm, data.examples, data.audio_root, features=None if given == "encode" else given, hears=hears, ranks=ranks,
+            device=device, max_bad_fraction=0.0, name=name,
+        )  # fmt: skip
     except FeatureError as error:
         raise SourceError(f"{key}.features: {error}") from error
     return store
@@ -586,6 +666,8 @@ def _cached_teacher(
         store, _ = open_clips(
             lm, data.examples, audio_root=data.audio_root, max_seconds=recipe.data.max_clip_seconds, hears=hears
         )
+        if data.store.gives_the_same_as(store):
+            store = data.store
     else:  # the clips can be compared only if the teacher heard the features that the student hears
         settings = ("encoder", "encoder_layers", "audio_frames")
         same = all(getattr(model.config, x) == getattr(lm.config, x) for x in settings)

@@ -114,12 +114,14 @@ class Source:
     """One teacher of a run: the loop adds `settings.weight_at(step)` times its divergence, and the error of its layers.
 
     layers: the `LayerDistillation` of this teacher, or None.
+    store: what a teacher that runs in every step hears of the clips, or None.
     """
 
     name: str
     settings: SourceConfig
     teacher: Teacher
     layers: LayerDistillation | None = None
+    store: Any = None
 
 
 @torch.no_grad()

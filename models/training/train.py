@@ -143,9 +143,9 @@ def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, progress_bar=False))
     seed_everything(recipe.run.seed)
     model = build_model(recipe)
-    data = build_data(recipe, model, examples, audio_root)
+    data = build_data(recipe, model, examples, audio_root, ranks=ranks)
     placed = getattr(model, "is_placed", False)
-    sources = build_sources(recipe, data, model, device=model.device if placed else ranks.device)
+    sources = build_sources(recipe, data, model, device=model.device if placed else ranks.device, ranks=ranks)
     seed_everything(recipe.run.seed)  # the run must not depend on the numbers drawn above
     command = _resume_command(recipe, words)
     with exclusive(recipe.run.out_dir, "a training") if ranks.is_first else nullcontext():

@@ -263,6 +263,28 @@ def test_clips_are_read_when_they_are_asked_for(tmp_path):
     reader = ClipReader(tmp_path, sampling_rate=8_000)
     rows = reader.rows([EXAMPLES[0], Example(id="t", audio=None), EXAMPLES[0]])
     assert rows[1] is None and rows[0].dtype == np.float32 and len(rows[0]) == len(CLIPS[0]) // 2
-    assert np.array_equal(rows[0], rows[2]) and vars(reader).keys() == {"audio_root", "sampling_rate", "max_seconds", "hears"}
+    assert np.array_equal(rows[0], rows[2]) and reader._ahead == {}
+    kept = {"audio_root", "sampling_rate", "max_seconds", "hears", "_pool", "_ahead"}
+    assert vars(reader).keys() == kept  # it keeps no clip
     with pytest.raises(AudioError, match="example 'b': missing file"):
         reader.rows(EXAMPLES)
+
+
+def test_clips_that_are_read_ahead_are_the_same_and_are_forgotten(tmp_path, monkeypatch):
+    from models.audio_lms import clips
+
+    for name, clip in (("a.wav", CLIPS[0]), ("b.wav", CLIPS[1])):
+        write_audio(tmp_path / name, clip)
+    a, b = (Example(id=name, audio=name) for name in ("a.wav", "b.wav"))
+    alone = ClipReader(tmp_path, sampling_rate=8_000).rows([a, b])
+    decoded = []
+    real = clips.load_audio
+    monkeypatch.setattr(clips, "load_audio", lambda path, **options: decoded.append(path.name) or real(path, **options))
+    reader = ClipReader(tmp_path, sampling_rate=8_000)
+    reader.prefetch([a, b, a])
+    for _ in range(2):  # the student's batch, then the teacher's
+        assert all(np.array_equal(x, y) for x, y in zip(reader.rows([a, b]), alone, strict=True))
+    assert sorted(decoded) == ["a.wav", "b.wav"]
+    reader.prefetch([b, Example(id="t", audio=None)])
+    assert len(reader._ahead) == 2 and reader.rows([a, b])[0] is not None
+    assert sorted(decoded) == ["a.wav", "a.wav", "b.wav"]

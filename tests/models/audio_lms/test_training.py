@@ -73,7 +73,10 @@ def test_a_killed_run_continues_to_the_bit(world, trains, monkeypatch):
     assert train(["caad", *words(world, f"killed-{trains}", *options, "run.resume=auto")]) == 0
     whole, killed = (world / f"{how}-{trains}" for how in ("whole", "killed"))
     for file in sorted((whole / "final").iterdir()):
-        assert file.read_bytes() == (killed / "final" / file.name).read_bytes(), file.name
+        expected = file.read_bytes()
+        if file.name == "README.md":  # the title of the model card is the name of the run
+            expected = expected.replace(whole.name.encode(), killed.name.encode())
+        assert expected == (killed / "final" / file.name).read_bytes(), file.name
     assert curves(whole) == curves(killed)
     held = load_file(killed / "checkpoints" / "step-00000004" / "model.safetensors")
     assert held and all(("lora_" if trains == "lora" else "multi_modal_projector") in name for name in held)

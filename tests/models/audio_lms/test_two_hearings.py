@@ -14,6 +14,7 @@ from models.cli import main as models
 from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import read_manifest
 from models.training import listeners
+from models.training.loop import TrainingLoop
 from models.training.recipe import ConfigError, load_recipe
 from models.training.run_setup import build_data, build_model, build_sources, read_examples
 from models.training.teachers import SourceError
@@ -62,6 +63,18 @@ def test_the_teacher_hears_the_clip_and_the_student_noise(world):
     assert torch.equal(batch.features["input_features"], heard.features["input_features"])
     assert not torch.allclose(batch.features["input_features"], plain.features["input_features"])
     assert torch.equal(batch.input_ids, heard.input_ids) and batch.input_ids.shape != plain.input_ids.shape
+
+
+def test_clips_are_decoded_once_where_both_hear_the_same_and_ahead_for_both(world):
+    for changes, readers in (((), 1), (NOISY, 2)):
+        recipe = load_recipe("caad", words(world, "y", f"teacher.model={world / 'teacher'}", *changes))
+        model = build_model(recipe)
+        data = build_data(recipe, model, *read_examples(recipe))
+        sources = build_sources(recipe, data, model, device=torch.device("cpu"))
+        loop = TrainingLoop(recipe, model=model, data=data, sources=sources)
+        loop.draw(1)
+        assert len(loop.read_ahead) == readers
+        assert all(len(reader._ahead) > 0 for reader in loop.read_ahead)
 
 
 @pytest.mark.slow

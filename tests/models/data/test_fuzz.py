@@ -57,6 +57,22 @@ FOREIGN = {
         {"audio": "a.wav", "gt": "A", "neutral": "Q?", "faithful": "f", "adversarial": "a", "irrelevant": "i"},
         {"id": 1, "audio": "a.wav", "question": "?", "options": {"A": "x", "B": "y"}, "answer": "A", "contexts": {"neutral": ""}},
     ],
+    "messages": [
+        {"messages": [{"role": "user", "content": "<audio>Q?"}, {"role": "assistant", "content": "A."}], "audios": ["a.wav"]},
+        {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}], "audio": {"path": "a.wav"}},
+        {"query": "<audio>Q?", "response": "A.", "history": [["Q?", "A."]], "audios": "a.wav", "system": "s"},
+    ],
+    "columns": [{"path": "a.wav", "question": "Q?", "choices": {"A": "x", "B": "y"}, "answer": "A", "sentence": "t"}],
+    "nemo": [{"audio_filepath": "a.wav", "offset": 0.25, "duration": 0.5, "text": "t", "answer": "x"}],
+    "lhotse": [
+        {
+            "id": "c",
+            "start": 0.25,
+            "duration": 0.5,
+            "supervisions": [{"start": 0.0, "text": "t", "speaker": "s", "custom": {"answer": "x"}}],
+            "recording": {"sources": [{"type": "file", "source": "a.wav"}], "duration": 1.0},
+        }
+    ],
 }
 
 
@@ -71,11 +87,12 @@ def test_manifests_and_foreign_rows(tmp_path, in_child):
         wholes[form] = "".join(json.dumps(row) + "\n" for row in rows).encode()
         wholes[f"{form} array"] = json.dumps(rows).encode()
         assert not read_as(tmp_path, form, wholes[form]).problems
+    wholes["kaldi"] = b"u1 a.wav\nu2 a.wav\n"
 
     def fuzz():
         rng = random.Random(1)
         read = refused = 0
-        for number in range(1400):
+        for number in range(2400):
             name = list(wholes)[number % len(wholes)]
             try:
                 manifest = read_as(tmp_path, name, damaged(wholes[name], rng))
@@ -343,4 +360,4 @@ def test_only_formats_that_cannot_run_code_are_read():
     assert found.returncode == 1 and not found.stdout, found.stdout + found.stderr
 
 
-assert set(FOREIGN) == set(FORMS)
+assert {*FOREIGN, "kaldi"} == set(FORMS)

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.data.audio import write_audio
-from models.data.manifest import Example, ManifestError, main, read_manifest, write_manifest
+from models.data.check import main
+from models.data.manifest import Example, ManifestError, read_manifest, write_manifest
 
 REPOSITORY = Path(__file__).parents[3]
 GOOD = {"id": "good", "audio": "a.flac", "choices": ["man", "woman"], "answer": "man"}

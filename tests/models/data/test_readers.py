@@ -247,7 +247,7 @@ def test_doubles_arrays_absolute_paths_and_limits(root):
     with pytest.raises(ManifestError, match="expected an array of objects"):
         _read(root, ["[1]"], "desta")
     with pytest.raises(ValueError, match="form: expected one of"):
-        _read(root, [DESTA], "kaldi")
+        _read(root, [DESTA], "nist")
 
 
 @given(

@@ -421,6 +421,15 @@ def test_encode_audio_batching_cutting_and_short_clips(model):
     torch.testing.assert_close(model.encode_audio([waves[2][:16_000]])[0], together[2], atol=1e-5, rtol=1e-4)
 
 
+def test_encode_audio_by_torch_is_the_processors(monkeypatch):
+    waves = [np.random.default_rng(2).standard_normal(n).astype(np.float32) * 0.1 for n in (16_000, 7_000)]
+    model = make_speech_lm()
+    expected = model.encode_audio(waves)
+    model.use_log_mel("torch")
+    monkeypatch.setattr(type(model.feature_extractor), "__call__", None)  # it is not asked
+    torch.testing.assert_close(model.encode_audio(waves), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("waves", "message"),
     [

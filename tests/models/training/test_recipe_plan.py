@@ -115,12 +115,14 @@ def test_a_speech_lms_features_are_counted_as_its_loader_holds_them(speech_world
     words = [
         f"data.manifest={speech_world / 'm.jsonl'}", f"model.folder={speech_world / 'untrained'}", "run.device=cpu",
         f"teacher.folder={speech_world / 'teacher' / 'final'}", "run.progress_bar=false",
+        f"run.out_dir={speech_world / 'planned'}",
     ]  # fmt: skip
     recipe = load_recipe("caad", words)
     found = make_plan(recipe, count_clips(recipe, assumed=Clips()))
     model = build_model(recipe)
     data = build_data(recipe, model, *read_examples(recipe))
-    assert found.host["features of 12 clips"] == data.store.features.nbytes
+    rows = data.store.rows(data.examples)
+    assert found.disk["features of 12 clips"] == rows.numel() * 2 and "features of 12 clips" not in found.host
     assert found.memory["gradients and AdamW's moments"] == 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() for p in model.parameters())
     assert found.memory["student's weights"] == 4 * weights

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from kdkernels.contrast_cache import ContrastCache, ContrastCacheWriter
@@ -120,6 +121,7 @@ def test_the_teacher_hears_the_clips_and_the_student_a_telephone(world, capsys):
     teacher = str(world / "teacher" / "final")
     common = [f"data.manifest={world / 'm.jsonl'}", f"model.folder={world / 'untrained'}", f"teacher.folder={teacher}"]
     phone = [*common, "student.hears.snr_db=[0]", "student.hears.codec=gsm", "run.device=cpu", "run.progress_bar=false"]
+    phone += [f"run.out_dir={world / 'phone'}"]
     recipe = load_recipe("caad", phone)
     model = build_model(recipe)
     examples, root = read_examples(recipe)
@@ -133,6 +135,7 @@ def test_the_teacher_hears_the_clips_and_the_student_a_telephone(world, capsys):
         device=torch.device("cpu"),
     )[0].teacher(batch, data.examples[:3])  # fmt: skip
     states = live.teacher(batch, data.examples[:3])
+    assert {path.parent.name for path in (world / "phone").rglob("features-*.safetensors")} == {"features", "teacher"}
     torch.testing.assert_close(states.audio_hidden, expected.audio_hidden, rtol=1e-4, atol=1e-4)
 
     assert cache_main(cache_words(world, world / "clean", "--dtype", "float32")) == 0
@@ -299,7 +302,7 @@ def test_fresh_connector_keeps_the_statistics(world):
     ("words", "message"),
     [
         (["data.manifest=none.jsonl"], "error: data.manifest: none.jsonl"),
-        (["data.features=none.safetensors"], "error: data.features: expected a file, got none.safetensors"),
+        (["data.features=none.safetensors"], "error: data.features: expected a file or a folder, got none.safetensors"),
         (["data.features=README.md"], "error: data: README.md: not a feature file"),
         (["model.folder=none"], "error: model.folder: expected a folder with speech_lm.json, got none"),
         (["data.splits=[dev]"], "error: data: no example with a target"),
@@ -423,3 +426,62 @@ def test_cropping_takes_only_what_no_target_depends_on(world):
                 expected = model.hidden_states_at(batch.target_index, **batch.model_inputs(), **extra)
                 got = model.hidden_states_at(cropped.target_index, **cropped.model_inputs(), **extra)
             assert torch.allclose(got, expected, atol=1e-5)
+
+
+def _on_a_rank(failures, recipe):
+    import torch.distributed as dist
+
+    from models.training.distributed import Ranks
+    from models.training.train import _train_on
+
+    ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+    _train_on(ranks, recipe, *read_examples(recipe), ["caad"])
+
+
+@pytest.mark.slow
+def test_ranks_write_the_features_of_student_and_teacher_together(world, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = [
+        f"data.manifest={world / 'm.jsonl'}", f"model.folder={world / 'untrained'}", "student.hears.snr_db=[0]",
+        f"teacher.folder={world / 'teacher' / 'final'}", "optim.batch_examples=4", "optim.steps=3", "run.tensorboard=false",
+        "run.device=cpu", "run.progress_bar=false", "run.log_every_steps=1", "run.parallel=ddp",
+    ]  # fmt: skip
+    for size in (1, 2):
+        run_ranks(_on_a_rank, size, load_recipe("caad", [*words, f"run.out_dir={world / f'ranks-{size}'}"]))
+    one, two = (read_metrics(world / f"ranks-{size}" / "metrics.jsonl") for size in (1, 2))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+    for folder in ("features", "features/teacher"):
+        alone, together = (sorted((world / f"ranks-{size}" / folder).glob("*.safetensors")) for size in (1, 2))
+        assert (len(alone), len(together)) == (1, 2)  # each rank wrote its share
+        assert sum(len(FeatureStore.load(path)) for path in together) == len(FeatureStore.load(alone[0])) == 12
+
+
+@pytest.mark.slow
+def test_training_writes_features_that_the_same_run_reads_again(world, monkeypatch):
+    """Without data.features the clips are encoded into run.out_dir/features; the run is that of a feature file, bit for bit."""
+    words = ["optim.steps=3", "model.fresh_connector=true"]
+    assert train(world, "sft_teacher", "from_file", *words) == 0
+    assert train(world, "sft_teacher", "from_shards", *words, "data.features=null") == 0
+    assert all(torch.equal(x, weights(world, "from_shards")[name]) for name, x in weights(world, "from_file").items())
+    assert list((world / "from_shards" / "features").glob("features-*.safetensors"))
+
+    def refuse(*args, **options):
+        raise AssertionError("a clip is encoded again")
+
+    monkeypatch.setattr(SpeechLM, "encode_audio", refuse)
+    more = ["optim.steps=5", "data.features=null", f"features.folder={world / 'from_shards' / 'features'}"]
+    assert train(world, "sft_teacher", "again", *words[1:], *more) == 0
+    assert train(world, "sft_teacher", "folder", *words, f"data.features={world / 'from_shards' / 'features'}") == 0
+    assert torch.equal(weights(world, "folder")["queries"], weights(world, "from_file")["queries"])
+
+
+@pytest.mark.slow
+def test_the_cache_encodes_into_shards_and_leaves_none_behind(world):
+    given, alone = world / "given_cache", world / "alone_cache"
+    features = ("--features", str(world / "f.safetensors"))
+    assert cache_main(cache_words(world, given, "--dtype", "float32")) == 0
+    assert cache_main([word for word in cache_words(world, alone, "--dtype", "float32") if word not in features]) == 0
+    assert not list(world.glob("alone_cache*features*"))
+    one, other = (ContrastCache(folder) for folder in (given, alone))
+    ids = [f"c{i}" for i in range(12)]
+    assert torch.equal(one.get(ids).audio_hidden, other.get(ids).audio_hidden)

@@ -107,8 +107,9 @@ def test_the_cache_holds_what_the_head_reads(world, tmp_path, form, capsys):
             rows.append(sglang_line(sample, path, one, cached=5 if path == "audio" else 0))
         else:
             rows.append(vllm_line(tmp_path, sample, path, one, response=form == "vllm"))
-    assert models(command(folder, tmp_path / "cache", write(tmp_path / "r.jsonl", rows))) == 0
-    assert "6 samples written" in capsys.readouterr().out
+    for part in ("0/2", "1/2"):
+        assert models(command(folder, tmp_path / "cache", write(tmp_path / "r.jsonl", rows), "--part", part)) == 0
+        assert "3 samples written" in capsys.readouterr().out
     cache = ContrastCache(tmp_path / "cache")
     for example in examples:
         states, target = cache[example.id], model.make_collator().target_ids(example)

@@ -1,0 +1,92 @@
+"""Finds the form of a file or folder of rows by what is in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from models.data.commands import FORMS
+from models.data.example import FIELD_NAMES
+from models.data.json_rows import numbered_lines, parse_object, read_rows
+from models.data.manifest import VERSION_KEY
+from models.data.problems import ManifestError
+
+MANIFEST_FORM = "manifest"
+_ROWS_LOOKED_AT = 20
+_COLUMNS_OF_CLIPS = {"audio", "audio_filepath", "audio_path", "path", "file", "file_name", "wav", "clip"}
+
+
+def find_form(path: str | os.PathLike[str]) -> str:
+    """ "manifest", or the one of FORMS that the first rows of a file have.
+
+    Raises:
+        ManifestError: the file cannot be read, or its rows have no form that is known.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "wav.scp").is_file():
+            return "kaldi"
+        raise ManifestError(
+            f"{path}: expected a file of rows, Kaldi's wav.scp in the folder, or a data set of the package datasets in it"
+        )
+    if path.suffix == ".scp":
+        return "kaldi"
+    if path.name == "metadata.json":
+        return "dynamic_superb"
+    first = next(numbered_lines(path), None)
+    if first is None:
+        raise ManifestError(f"{path}: expected a header line with {VERSION_KEY!r}, got an empty file")
+    for number, line in read_rows(path):
+        try:
+            row = line if isinstance(line, dict) else parse_object(line)
+        except (ValueError, TypeError):
+            row = {}
+        if VERSION_KEY in row:
+            return MANIFEST_FORM
+        if form := form_of_columns(row, row):
+            return form
+        if number >= _ROWS_LOOKED_AT:
+            break
+    raise ManifestError(
+        f'{path}: expected a first line like {{"{VERSION_KEY}": 1}}, or rows of a known form, got neither; --form (in a recipe '
+        f"data.form) names one of {', '.join(FORMS)}"
+    )
+
+
+def form_of_columns(columns: Iterable[str], row: Mapping[str, object] | None = None) -> str | None:
+    """The form of rows with these keys; None if it is not known. `row`: one of them, which tells desta from messages."""
+    keys, row = set(columns), row or {}
+    if keys & {"messages", "conversations"}:
+        return "desta" if _is_desta(keys, row) else "messages"
+    if keys & {"audios", "audio"} and ("query" in keys or {"instruction", "output"} <= keys):
+        return "messages"
+    if "recording" in keys and ("supervisions" in keys or "channel" in keys):
+        return "lhotse"
+    if "audio_filepath" in keys:
+        return "nemo"
+    if {"instruction", "label"} <= keys:
+        return "dynamic_superb"
+    if {"gt", "neutral"} <= keys or keys & {"contexts", "context_type"}:
+        return "mcr_bench"
+    if keys & _COLUMNS_OF_CLIPS and not (
+        "id" in keys and keys <= set(FIELD_NAMES)
+    ):  # the latter: a manifest without its header
+        return "columns"
+    return None
+
+
+def _is_desta(keys: set[str], row: Mapping[str, object]) -> bool:
+    """Whether an answer stands beside the messages, or the clips have their words with them."""
+    if "conversations" in keys:
+        return False
+    if "seed_description" in keys:
+        return True
+    messages = row.get("messages")
+    turns = [turn for turn in messages if isinstance(turn, Mapping)] if isinstance(messages, list) else []
+    answered = any(turn.get("role") == "assistant" for turn in turns)
+    clips = row.get("audios") or next((turn["audios"] for turn in turns if turn.get("audios")), None)
+    described = isinstance(clips, list) and any(
+        isinstance(clip, Mapping) and "audio_filepath" in clip for clip in clips
+    )
+    return not answered and (described or bool(keys & {"target", "response"}))

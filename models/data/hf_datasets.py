@@ -1,0 +1,172 @@
+"""Rows of data sets that the package `datasets` reads: save_to_disk folders, parquet files, folders of audio with metadata.
+
+Clips are never decoded there, so torchcodec is not needed: `models/data/audio.py` reads them. Clips that lie inside Arrow or
+parquet files are written once as files into the cache folder ($KDKERNELS_CACHE/clips), named by the SHA-256 of their bytes. One
+row at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from models.data.problems import ManifestError
+from models.data.row_values import split_name
+from models.io_utils import atomic_write_bytes, cache_dir
+
+INSTALL = 'pip install "datasets>=3"'
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+_SUFFIX = re.compile(r"\.\w{1,5}")
+
+
+def holds_dataset(path: str | os.PathLike[str]) -> str | None:
+    """The kind of data set in a file or folder: saved, parquet or audiofolder; None for another file or folder."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        return "parquet"
+    if not path.is_dir() or (path / "wav.scp").is_file():
+        return None
+    if any((path / name).is_file() for name in _SAVED):
+        return "saved"
+    inside = [path, *(folder for folder in sorted(path.iterdir()) if folder.is_dir())]
+    if any((folder / name).is_file() for folder in inside for name in _METADATA):
+        return "audiofolder"
+    if next(path.rglob("*.parquet"), None):
+        return "parquet"
+    names = itertools.islice((name for folder in inside for name in folder.iterdir()), 1000)
+    return "audiofolder" if any(name.suffix.lower() in _SOUNDS for name in names) else None
+
+
+class DatasetRows:
+    """The numbered rows of a data set, with a path in the place of each clip.
+
+    Args:
+        path: what `holds_dataset` knows.
+        kind: as it says.
+
+    Attributes:
+        first: the first row; empty without one.
+        holds_clips: whether the clips are inside the data set.
+        root: folder of the clips: the cache folder's where they are inside the data set, else the data set's own.
+
+    Raises:
+        ManifestError: `datasets` is not installed, or cannot read it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str):
+        self.path = Path(path)
+        try:
+            self._splits = _open(self.path, kind)
+            self.first: dict[str, Any] = next((row for _, split in self._splits for row in split), {})
+        except ImportError as error:
+            raise ManifestError(
+                f"{path}: data sets of this kind are read by the package datasets: {INSTALL} ({error})"
+            ) from None
+        except Exception as error:  # datasets raises several unrelated types
+            raise ManifestError(f"{path}: datasets cannot read it: {error}") from error
+        self.holds_clips = any(_clip_bytes(value) is not None for value in _values(self.first))
+        self.root = self.path if self.path.is_dir() else self.path.parent
+        if self.holds_clips:
+            self.root = cache_dir() / "clips"
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        number = 0
+        for name, split in self._splits:
+            names = {
+                key: feature.names for key, feature in (split.features or {}).items() if hasattr(feature, "int2str")
+            }
+            try:
+                for row in split:
+                    number += 1
+                    made = {key: self._plain(value) for key, value in row.items() if value is not None}
+                    for key, labels in names.items():
+                        if isinstance(made.get(key), int) and 0 <= made[key] < len(labels):
+                            made[key] = labels[made[key]]
+                    yield number, {"split": split_name(name), **made} if name else made
+            except Exception as error:  # pyarrow raises several unrelated types
+                raise ManifestError(f"{self.path}: row {number + 1} cannot be read: {error}") from error
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._plain(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        data = _clip_bytes(value)
+        if data is not None:
+            return self._written(data, str(value.get("path") or ""))
+        if set(value) == {"bytes", "path"}:
+            return value["path"]
+        return {key: self._plain(entry) for key, entry in value.items() if entry is not None}
+
+    def _written(self, data: bytes, name: str) -> str:
+        """The path of a clip's bytes in the cache folder. Several processes may write the same clip."""
+        suffix = Path(name).suffix.lower()
+        digest = hashlib.sha256(data).hexdigest()
+        relative = f"{digest[:2]}/{digest[2:34]}{suffix if _SUFFIX.fullmatch(suffix) else ''}"
+        file = self.root / relative
+        if not file.is_file() or file.stat().st_size != len(data):
+            atomic_write_bytes(file, data)
+        return relative
+
+
+def _clip_bytes(value: Any) -> bytes | None:
+    return value["bytes"] if isinstance(value, dict) and isinstance(value.get("bytes"), bytes) else None
+
+
+def _values(value: Any) -> Iterator[Any]:
+    yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for entry in inner:
+        yield from _values(entry)
+
+
+def _open(path: Path, kind: str) -> list[tuple[str, Any]]:
+    """(name, rows) of each split; no name where the data set has no splits. Clips are not decoded."""
+    import datasets
+
+    if kind == "saved":
+        loaded = datasets.load_from_disk(str(path))
+    elif kind == "parquet":
+        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        by_split: dict[str, list[str]] = {}
+        for file in files:
+            by_split.setdefault(_split_of(file), []).append(str(file))
+        loaded = datasets.load_dataset("parquet", data_files=by_split, streaming=True)
+    else:
+        loaded = datasets.load_dataset("audiofolder", data_dir=str(path), streaming=True)
+    splits = list(loaded.items()) if isinstance(loaded, dict) else [("", loaded)]
+    return [(str(name), _undecoded(split, datasets)) for name, split in splits]
+
+
+def _split_of(file: Path) -> str:
+    """The split that a parquet file's name says, as hubs name them (train-00000-of-00002.parquet); "train" without one."""
+    return next((name for name in ("train", "validation", "dev", "test") if file.stem.startswith(name)), "train")
+
+
+def _undecoded(split: Any, datasets: Any) -> Any:
+    """The split with every Audio feature set to hand out paths and bytes."""
+
+    def plain(feature: Any) -> Any:
+        if isinstance(feature, datasets.Audio):
+            return datasets.Audio(decode=False)
+        if isinstance(feature, dict):
+            return {key: plain(inner) for key, inner in feature.items()}
+        if isinstance(feature, list):
+            return [plain(inner) for inner in feature]
+        if hasattr(feature, "feature"):
+            return type(feature)(plain(feature.feature))
+        return feature
+
+    for name, feature in (split.features or {}).items():
+        made = plain(feature)
+        if made != feature or isinstance(feature, datasets.Audio):
+            split = split.cast_column(name, made)
+    return split

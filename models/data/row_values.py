@@ -1,0 +1,117 @@
+"""What readers of foreign rows share: the defaults of a row, its clip's path, and the text of a turn without the clip's mark."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.data.example import SPLITS
+
+# Where the clip stands in a turn: a placeholder, alone or between two marks; or its name, or a path without blanks, between two
+# marks. Other words between two marks are prose about the marks, and stay.
+_PLACEHOLDER = r"<\|?audio\|?>"
+_OPENING = r"(?:<start_audio>|<\|audio_(?:bos|start)\|>|<audio>)"
+_CLOSING = r"(?:<end_audio>|<\|audio_(?:eos|end)\|>|</audio>)"
+_MARKED = re.compile(
+    rf"{_OPENING}([^<]{{0,1024}}(?:{_PLACEHOLDER}[^<]{{0,1024}}){{0,4}}){_CLOSING}", re.IGNORECASE
+)  # bounded: a turn may consist of openings or blanks
+_PATH = re.compile(r"\S*(?:/\S+|\.\w{2,5})")
+_LONE_TOKEN = re.compile(r"<\|audio\|>", re.IGNORECASE)
+_LONE_TAG = re.compile(r"(?:^|(?<=[\n.:;?!]))[ \t]*<audio>|<audio>[ \t]*(?=\n|$)", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
+_SPLIT_NAMES = {
+    "training": "train",
+    "validation": "dev",
+    "valid": "dev",
+    "val": "dev",
+    "eval": "dev",
+    "testing": "test",
+}
+# Attributes of a clip that rows of any form may carry. Stage 1 tells a language model what the metadata hold, so columns of
+# other names, which may be anything, stay out.
+_ATTRIBUTES = ("speaker", "gender", "sex", "age", "accent", "language", "lang", "emotion", "dataset", "source")
+
+
+class Defaults:
+    """The values of what a row may leave out."""
+
+    def __init__(self, number: int, root: Path, split: str, target_source: str, several_clips: bool = False):
+        self.number = number
+        self.root = root
+        self.split = split
+        self.target_source = target_source
+        self.several_clips = several_clips
+
+    def name(self, row: Mapping[str, Any], audio: str | None) -> str:
+        return str(row["id"]) if "id" in row else f"{self.number}" + (f"/{audio}" if audio else "")
+
+    def audio(self, value: Any) -> str | None:
+        """The path relative to the root.
+
+        Raises:
+            ValueError: an address, or an absolute path outside of the root.
+        """
+        if isinstance(value, Mapping):  # the form of the `datasets` library
+            value = value.get("path")
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise TypeError(f"audio: expected a path, got {type(value).__name__}")
+        if _ADDRESS.match(value):
+            raise ValueError(f"audio: expected a file, got the address {value[:80]!r}; download the clips first")
+        if os.path.isabs(value):
+            relative = os.path.relpath(value, self.root.absolute()).replace(os.sep, "/")
+            if relative.split("/")[0] == "..":
+                raise ValueError(
+                    f"audio: expected a path inside the audio root {self.root}, got {value!r}; --audio-root (in a recipe "
+                    "data.audio_root) names another root"
+                )
+            return relative
+        return value
+
+
+def split_name(name: Any) -> Any:
+    """This project's name of a split ("validation" is dev); other names as they are."""
+    if not isinstance(name, str) or name in SPLITS:
+        return name
+    return _SPLIT_NAMES.get(name.lower(), name)
+
+
+def attributes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a clip (speaker, gender, language ...) that stand in a row under their own names."""
+    return {key: row[key] for key in _ATTRIBUTES if isinstance(row.get(key), (str, int, float))}
+
+
+def listed_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], Any]:
+    """Choices as texts, and the answer by its words: {"A": "happy", "B": "sad"} with "B" gives ("happy", "sad") and "sad"."""
+    if isinstance(choices, Mapping):
+        return tuple(choices.values()), answer if answer in choices.values() else choices.get(answer, answer)
+    if isinstance(choices, str):
+        raise TypeError("choices: expected a list or an object, got a string")
+    return tuple(choices), answer
+
+
+def turn_text(message: Mapping[str, Any], audio: str | None) -> str:
+    """The text of a turn, without the mark of the clip."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise TypeError(f"messages: expected content to be a string, got {type(content).__name__}")
+    return without_clip(content, audio).strip()
+
+
+def without_clip(text: str, audio: str | None) -> str:
+    """`text` without the mark of the clip `audio`. Where no mark is around a clip, a lone placeholder is the mark."""
+    names = () if audio is None else (audio, Path(audio).name, Path(audio).stem)
+    without = _MARKED.sub(lambda match: " " if _is_clip(match[1], names) else match[0], text)
+    if without != text:
+        return without
+    return _LONE_TAG.sub(" ", _LONE_TOKEN.sub(" ", text).strip())
+
+
+def _is_clip(between: str, names: Sequence[str]) -> bool:
+    """Whether the text between two marks is nothing but placeholders, a path without blanks, or one of the clip's `names`."""
+    name = re.sub(_PLACEHOLDER, "", between, flags=re.IGNORECASE).strip()
+    return name in ("", *names) or _PATH.fullmatch(name) is not None

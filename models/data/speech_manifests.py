@@ -1,0 +1,170 @@
+"""Rows of speech recognition's manifests: NeMo, Lhotse and Kaldi.
+
+A transcript becomes the example's transcription, which prompts show. Only an "answer" is what a model learns to say.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from models.data.example import Example
+from models.data.json_rows import numbered_lines
+from models.data.problems import ManifestError
+from models.data.row_values import Defaults, attributes, listed_choices, split_name
+
+_AUDIO = ("audio", "audio_filepath", "audio_path", "path", "file", "file_name", "wav", "clip")
+_QUESTION = ("question", "instruction", "prompt", "query")
+_ANSWER = ("answer", "response", "output", "label")
+_TRANSCRIPTION = ("transcription", "transcript", "text", "sentence")
+_CONTEXT = ("context", "system")
+_PIPE = (
+    "the recording is a command (it ends with |), and no command is run; write its sound to a file and name that file"
+)
+
+
+def from_columns(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
+    """Rows whose columns have common names: audio, question, answer, choices, text ..."""
+    yield _example(row, defaults, defaults.audio(_first(row, _AUDIO)))
+
+
+def from_nemo(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
+    """NeMo's manifest: "audio_filepath", "duration" and "offset" in seconds, "text", and "answer" for questions."""
+    if "shard_id" in row:
+        raise ValueError("shard_id: expected clips as files, got a manifest of tar files; unpack them first")
+    start, duration = _seconds(row, "offset") or 0.0, _seconds(row, "duration")
+    audio = defaults.audio(row["audio_filepath"])
+    yield _example(
+        row, defaults, audio, start=start, end=None if duration is None or duration <= 0 else start + duration
+    )
+
+
+def from_lhotse(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
+    """Lhotse's MonoCut: a span of a recording that is one file, with its supervisions."""
+    if (kind := row.get("type", "MonoCut")) != "MonoCut":
+        raise ValueError(f"type: expected MonoCut, got {kind}; CutSet.save_audios of lhotse writes such cuts to files")
+    recording = row["recording"]
+    if recording.get("transforms"):
+        raise ValueError("recording: expected none of transforms, got some; CutSet.save_audios of lhotse applies them")
+    sources = recording["sources"]
+    if len(sources) != 1 or sources[0].get("type") != "file":
+        kinds = [source.get("type") for source in sources]
+        why = f"; {_PIPE}" if "command" in kinds else ""
+        raise ValueError(f"recording: expected one source of type file, got {kinds}{why}")
+    said = sorted(row.get("supervisions") or [], key=lambda each: each.get("start", 0))
+    merged: dict[str, Any] = {}
+    for each in said:
+        merged |= {key: value for key, value in each.items() if key in ("speaker", "gender", "language")}
+        merged |= each.get("custom") or {}
+    merged |= row.get("custom") or {}
+    merged["id"] = row["id"]
+    merged.setdefault("text", " ".join(each["text"] for each in said if each.get("text")))
+    start, duration = _seconds(row, "start") or 0.0, _seconds(row, "duration")
+    whole = start == 0 and duration == _seconds(recording, "duration")
+    end = None if whole or duration is None else start + duration
+    yield _example(merged, defaults, defaults.audio(sources[0]["source"]), start=start, end=end)
+
+
+def from_kaldi(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
+    """A row of `kaldi_rows`."""
+    if row["audio"].rstrip().endswith("|"):
+        raise ValueError(f"audio: {_PIPE}")
+    if re.search(r"\.ark:\d+$", row["audio"]):
+        raise ValueError(
+            "audio: expected a file, got a place in an ark archive; write its sound to a file and name that file"
+        )
+    yield _example(row, defaults, defaults.audio(row["audio"]), start=row["start"], end=row["end"])
+
+
+def kaldi_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of Kaldi's files in one folder: wav.scp or segments, with text, utt2spk and utt2lang beside them.
+
+    Args:
+        path: the folder, or its wav.scp. Rows are numbered as in segments if that file is there, else as in wav.scp.
+
+    Raises:
+        ManifestError: a file cannot be read, or a line of segments has another form.
+    """
+    path = Path(path)
+    scp = path / "wav.scp" if path.is_dir() else path
+    named = {"text": "text", "speaker": "utt2spk", "language": "utt2lang"}
+    beside = {key: _table(scp.parent / name) for key, name in named.items()}
+
+    def row(name: str, audio: str, start: float = 0.0, end: float | None = None) -> dict[str, Any]:
+        known = {key: table[name] for key, table in beside.items() if name in table}
+        return {"id": name, "audio": audio, "start": start, "end": end, **known}
+
+    segments = scp.parent / "segments"
+    if not segments.is_file():
+        for number, line in _text_lines(scp):
+            name, _, audio = line.partition(" ")
+            yield number, row(name, audio.strip())
+        return
+    recordings = _table(scp)
+    for number, line in _text_lines(segments):
+        try:
+            name, recording, start, end = line.split()
+            yield number, row(name, recordings[recording], float(start), None if float(end) < 0 else float(end))
+        except (ValueError, KeyError):
+            raise ManifestError(
+                f"{segments}: line {number}: expected an utterance, a recording of {scp.name}, begin and end, got {line[:80]!r}"
+            ) from None
+
+
+def _example(
+    row: Mapping[str, Any], defaults: Defaults, audio: str | None, *, start: float = 0.0, end: float | None = None
+) -> Example:
+    choices, answer = listed_choices(row.get("choices", row.get("options")) or (), _first(row, _ANSWER))
+    answer = None if answer is None else str(answer)
+    target = answer if row.get("target") is None else str(row["target"])
+    more = row.get("more_audio") or ()
+    return Example(
+        id=defaults.name(row, audio),
+        audio=audio,
+        start_seconds=start,
+        end_seconds=end,
+        more_audio=tuple(defaults.audio(path) for path in more) if isinstance(more, (list, tuple)) else more,
+        transcription=str(_first(row, _TRANSCRIPTION) or ""),
+        metadata=attributes(row),
+        task=str(row.get("task") or ""),
+        context=str(_first(row, _CONTEXT) or ""),
+        question=str(_first(row, _QUESTION) or ""),
+        choices=tuple(str(choice) for choice in choices),
+        answer=answer,
+        target=target,
+        target_source=None if target is None else "human",
+        split=split_name(row.get("split", defaults.split)),
+    )
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _seconds(row: Mapping[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number of seconds, got {type(value).__name__}")
+    return float(value)
+
+
+def _table(path: Path) -> dict[str, str]:
+    """First word of each line -> the rest; empty without the file."""
+    if not path.is_file():
+        return {}
+    return {name: rest.strip() for name, _, rest in (line.partition(" ") for _, line in _text_lines(path))}
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in numbered_lines(path):
+        if line is None:
+            raise ManifestError(f"{path}: line {number}: longer than a row may be")
+        try:
+            yield number, " ".join(line.decode("utf-8-sig").split())
+        except UnicodeDecodeError:
+            raise ManifestError(f"{path}: line {number}: not UTF-8") from None

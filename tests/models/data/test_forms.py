@@ -1,0 +1,389 @@
+"""Rows as users of other tools have them: found by their form, checked, and read by training as the same examples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from models.data.audio import load_audio, write_audio
+from models.data.check import main as check
+from models.data.check import script_of
+from models.data.find_form import find_form
+from models.data.manifest import ManifestError
+from models.data.readers import read_data
+from models.training.recipe import DataConfig, Recipe
+from models.training.run_setup import SourceError, read_examples
+
+
+@pytest.fixture()
+def root(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.wav", "b.wav"):
+        write_audio(folder / name, np.full(16_000, 0.1, np.float32))
+    return folder
+
+
+def lines(path, rows):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return path
+
+
+def swift(audio, question="<audio>Who speaks?", answer="A woman.", **other):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "audios": [audio], **other}
+
+
+def train_reads(path, **data):
+    return read_examples(Recipe(objective="sft", data=DataConfig(manifest=str(path), **data)))[0]
+
+
+def only(path, row, **options):
+    (example,) = read_data(lines(path, [row]), **options).examples
+    return example
+
+
+# --- what first users bring -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def first_rows(root):
+    """ms-swift rows about an mp3 that starts amid a frame, a clip of three hours, a link and a good clip; Chinese answers."""
+    mp3 = root / "cut.mp3"
+    sf.write(mp3, np.sin(np.arange(32_000, dtype=np.float32)), 16_000)
+    mp3.write_bytes(mp3.read_bytes()[1000:])
+    with sf.SoundFile(root / "long.wav", "w", 4_000, 1, subtype="PCM_U8") as file:
+        file.write(np.zeros(4_000 * 3 * 3600, np.float32))
+    write_audio(root.parent / "elsewhere.wav", np.zeros(16_000, np.float32))
+    os.symlink(root.parent / "elsewhere.wav", root / "link.wav")
+    names = ("cut.mp3", "long.wav", "link.wav", "a.wav", "gone.wav")
+    rows = [swift(name, "<audio>谁在说话？", "说话的是一位女士。", id=name) for name in names]
+    return lines(root / "rows.jsonl", rows)
+
+
+def test_check_names_what_is_wrong_with_the_rows_of_first_users(first_rows, capsys):
+    assert check([str(first_rows)]) == 1
+    printed = capsys.readouterr()
+    out, error = printed.out, printed.err
+    assert "form: messages" in out and "rows: 5, 3 of them bad" in out
+    assert {"too long 1", "missing 1", "link that leaves the audio root 1"} <= set(
+        out.split("(")[1].split(")")[0].split(", ")
+    )
+    assert "clips: 2 in 2 files" in out
+    assert "Han               2; characters: median 9, 95% 9, longest 9" in out
+    assert f"{first_rows}: row 2 (long.wav): audio: too long: 10800.0 s, at most 30 s are allowed" in error
+    assert f"{first_rows}: row 3 (link.wav): audio: path leaves the audio root through a link" in error
+    assert (
+        f"{first_rows}: row 5 (gone.wav): audio: missing file" in error
+        and f"{first_rows}: 3 of 5 rows are bad" in error
+    )
+    assert check([str(first_rows), "--allow-links", "--max-bad-fraction", "0.4"]) == 0
+    assert "2 of them bad" in capsys.readouterr().out
+
+
+def test_training_reads_the_rows_of_first_users(first_rows, root):
+    with pytest.raises(SourceError, match=r"3 of 5 rows are bad"):
+        train_reads(first_rows)
+    examples = train_reads(first_rows, max_bad_fraction=1.0, allow_links=True)
+    assert [(e.audio, e.question, e.target) for e in examples] == [
+        (name, "谁在说话？", "说话的是一位女士。") for name in ("cut.mp3", "link.wav", "a.wav")
+    ]
+    assert 1.5 < len(load_audio(root / "cut.mp3")) / 16_000 < 2.2
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_of_a_conversation_is_an_example(root):
+    turns = [
+        ("system", "Be brief."), ("user", "Hello."), ("assistant", "Hi."), ("user", "<audio>\nWho speaks?"),
+        ("assistant", "A woman."), ("user", "How old?"), ("assistant", "About forty."),
+    ]  # fmt: skip
+    row = {
+        "id": "c",
+        "messages": [{"role": role, "content": text} for role, text in turns],
+        "audios": ["a.wav"],
+        "speaker": "s1",
+    }
+    row["messages"][4]["loss"] = False
+    first, third = read_data(lines(root / "rows.jsonl", [row])).examples
+    assert (first.id, first.audio, first.question, first.target) == ("c/turn-1", None, "Hello.", "Hi.")
+    assert (third.id, third.audio, third.question, third.target) == ("c/turn-3", "a.wav", "How old?", "About forty.")
+    assert third.context.split("\n") == [
+        "Be brief.",
+        "User: Hello.",
+        "Assistant: Hi.",
+        "User: Who speaks?",
+        "Assistant: A woman.",
+    ]
+    assert third.metadata == {"speaker": "s1"} and third.answer == third.target and third.target_source == "human"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        swift("a.wav"),
+        {"conversations": [{"from": "human", "value": "<audio>Who speaks?"}, {"from": "gpt", "value": "A woman."}],
+         "audios": ["a.wav"]},
+        {"query": "<audio>Who speaks?", "response": "A woman.", "audios": "a.wav"},
+        {"instruction": "<audio>", "input": "Who speaks?", "output": "A woman.", "audios": [{"path": "a.wav"}]},
+        {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}, {"type": "text", "text": "Who speaks?"}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "A woman."}]}]},
+        {"conversations": [{"from": "User", "value": "a.wav", "type": "audio"},
+                           {"from": "User", "value": "Who speaks?", "type": "text"},
+                           {"from": "Assistant", "value": "A woman.", "type": "text"}]},
+        {"audio_filepath": "a.wav", "duration": 1.0, "question": "Who speaks?", "answer": "A woman."},
+        {"audio": "a.wav", "prompt": "Who speaks?", "response": "A woman."},
+    ],
+)  # fmt: skip
+def test_spellings_of_one_row_give_one_example(root, row):
+    for path in (lines(root / "rows.jsonl", [row]), root / "rows.json"):
+        if path.suffix == ".json":
+            path.write_text(json.dumps([row]))
+        (example,) = train_reads(path)
+        assert (example.audio, example.question, example.target) == ("a.wav", "Who speaks?", "A woman.")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**swift("a.wav"), "audios": ["a.wav", "b.wav"]}, "expected at most one clip a row, got 2"),
+        (swift("a.wav", "<audio><audio>Who?"), "expected one clip for each <audio>, got 1 for 2"),
+        (swift("a.wav", answer=" "), "expected an answer in turn 2, got an empty one"),
+        (swift("a.wav", "Who?", "<audio>"), "expected <audio> in a turn of the user"),
+        (swift("https://x.org/a.wav"), "expected a file, got the address"),
+        (swift("/nowhere/a.wav"), "--audio-root"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}], "audios": ["a.wav"]},
+            "expected the role system, user or assistant",
+        ),
+        ({**swift("a.wav"), "images": ["x.png"]}, "only text and audio are read"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "audios": ["a.wav"]}, "a turn of the user first"),
+    ],
+)
+def test_a_conversation_that_cannot_be_one_example_says_why(root, row, message):
+    (problem,) = read_data(lines(root / "rows.jsonl", [row]), max_bad_fraction=1.0).problems
+    assert message in problem.reason
+
+
+def test_absolute_paths_need_a_root_above_them(root, tmp_path):
+    rows = lines(tmp_path / "rows.jsonl", [swift(str(root / "a.wav"))])
+    assert [e.audio for e in read_data(rows)] == ["data/a.wav"]
+    assert [e.audio for e in read_data(rows, audio_root=root)] == ["a.wav"]
+
+
+# --- manifests of speech recognition ------------------------------------------------------------------------------------
+
+
+def test_nemo_rows_are_spans(root):
+    row = {"audio_filepath": "a.wav", "offset": 0.25, "duration": 0.5, "text": "good luck", "lang": "en"}
+    example = only(root / "rows.jsonl", row)
+    assert (example.start_seconds, example.end_seconds, example.transcription) == (0.25, 0.75, "good luck")
+    assert example.target is None and example.metadata == {"lang": "en"}
+    (problem,) = read_data(lines(root / "rows.jsonl", [{**row, "offset": 0.9}]), max_bad_fraction=1.0).problems
+    assert problem.reason == "audio: span ends at 1.4 s, the clip ends at 1.00 s"
+
+
+CUT = {
+    "id": "cut-1", "start": 0.25, "duration": 0.5, "channel": 0, "type": "MonoCut",
+    "supervisions": [{"id": "s", "recording_id": "r", "start": 0.0, "duration": 0.5, "text": "good luck", "speaker": "JOE",
+                      "language": "en", "custom": {"question": "Who speaks?", "answer": "A man."}}],
+    "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "a.wav"}], "sampling_rate": 16_000,
+                  "num_samples": 16_000, "duration": 1.0, "channel_ids": [0]},
+}  # fmt: skip
+
+
+def test_lhotse_cuts(root):
+    with gzip.open(root / "cuts.jsonl.gz", "wt") as file:
+        file.write(json.dumps(CUT) + "\n")
+    (example,) = read_data(root / "cuts.jsonl.gz").examples
+    assert (example.id, example.audio, example.start_seconds, example.end_seconds) == ("cut-1", "a.wav", 0.25, 0.75)
+    assert (example.transcription, example.question, example.target) == ("good luck", "Who speaks?", "A man.")
+    assert example.metadata == {"speaker": "JOE", "language": "en"}
+    (root / "cuts.jsonl.gz").write_bytes((root / "cuts.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_data(root / "cuts.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "MixedCut"}, "expected MonoCut, got MixedCut; CutSet.save_audios"),
+        ({"recording": {**CUT["recording"], "transforms": [{"name": "Speed"}]}}, "expected none of transforms"),
+        (
+            {"recording": {**CUT["recording"], "sources": [{"type": "command", "source": "cat a.wav"}]}},
+            "no command is run",
+        ),
+    ],
+)
+def test_cuts_that_are_no_span_of_a_file_say_why(root, change, message):
+    (problem,) = read_data(lines(root / "cuts.jsonl", [{**CUT, **change}]), max_bad_fraction=1.0).problems
+    assert message in problem.reason
+
+
+def test_kaldi_folders(root, tmp_path):
+    (root / "wav.scp").write_text(f"u1 {root}/a.wav\nu2 b.wav\nu3 touch {tmp_path}/ran |\nu4 x.ark:17\n")
+    (root / "text").write_text("u1 good luck\nu2 你好\n", encoding="utf-8")
+    (root / "utt2spk").write_text("u1 JOE\n")
+    manifest = read_data(root, max_bad_fraction=1.0)
+    assert [(e.id, e.audio, e.transcription) for e in manifest] == [
+        ("u1", "a.wav", "good luck"),
+        ("u2", "b.wav", "你好"),
+    ]
+    assert manifest.examples[0].metadata == {"speaker": "JOE"}
+    assert [p.row for p in manifest.problems] == [3, 4] and "no command is run" in manifest.problems[0].reason
+    assert not (tmp_path / "ran").exists()
+    (root / "wav.scp").write_text("r1 a.wav\n")
+    (root / "segments").write_text("u1 r1 0.25 0.75\n")
+    (example,) = read_data(root / "wav.scp").examples
+    assert (example.start_seconds, example.end_seconds, example.transcription) == (0.25, 0.75, "good luck")
+
+
+# --- data sets of the package datasets -----------------------------------------------------------------------------------
+
+
+def test_without_the_package_the_error_names_the_command(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (root / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ManifestError, match=r'pip install "datasets>=3"'):
+        read_data(root / "rows.parquet")
+
+
+class _Audio:
+    def __init__(self, decode=True):
+        self.decode = decode
+
+
+class _Labels:
+    names = ("man", "woman")
+
+    def int2str(self, number):
+        return self.names[number]
+
+
+class _Split(list):
+    """Rows as `datasets` hands them out; a clip that would be decoded raises an error."""
+
+    features = None
+
+    def cast_column(self, name, feature):
+        made = _Split(list.__iter__(self))
+        made.features = {**self.features, name: feature}
+        return made
+
+    def __iter__(self):
+        assert not any(isinstance(f, _Audio) and f.decode for f in self.features.values()), "the clip would be decoded"
+        return super().__iter__()
+
+
+def test_clips_inside_a_data_set_become_files_once(root, tmp_path, monkeypatch):
+    """The rows of a stand-in for `datasets`, which the fast tests do without."""
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    data = (root / "a.wav").read_bytes()
+    rows = _Split(
+        {"audio": {"bytes": data, "path": f"{n}.wav"}, "question": "Who?", "answer": n % 2, "text": None}
+        for n in range(2)
+    )
+    rows.features = {"audio": _Audio(), "answer": _Labels()}
+    module = types.SimpleNamespace(Audio=_Audio, load_from_disk=lambda path: {"validation": rows})
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    (root / "dataset_dict.json").write_text("{}")
+    manifest = read_data(root)
+    assert [(e.answer, e.split) for e in manifest] == [("man", "dev"), ("woman", "dev")]
+    (file,) = [path for path in (tmp_path / "cache" / "clips").rglob("*") if path.is_file()]
+    assert file.read_bytes() == data and {manifest.audio_path(e) for e in manifest} == {file}
+
+
+@pytest.mark.slow
+def test_data_sets_of_the_real_package(root, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    clips = [{"bytes": (root / name).read_bytes(), "path": name} for name in ("a.wav", "b.wav")]
+    made = datasets.Dataset.from_dict({"audio": clips, "question": ["Who?", "Who?"], "answer": [0, 1]})
+    made = made.cast_column("answer", datasets.ClassLabel(names=["man", "woman"])).cast_column(
+        "audio", datasets.Audio()
+    )
+    made.save_to_disk(str(tmp_path / "saved"))
+    made.to_parquet(str(tmp_path / "train.parquet"))
+    folder = root / "train"
+    folder.mkdir()
+    (root / "a.wav").rename(folder / "a.wav")
+    lines(folder / "metadata.jsonl", [{"file_name": "a.wav", "question": "Who?", "answer": "man"}])
+    (root / "b.wav").unlink()
+    for path, answers in (
+        (tmp_path / "saved", ["man", "woman"]),
+        (tmp_path / "train.parquet", ["man", "woman"]),
+        (root, ["man"]),
+    ):
+        manifest = read_data(path)
+        assert [e.answer for e in manifest] == answers and manifest.problems == [], path
+        assert all(len(load_audio(manifest.audio_path(e))) == 16_000 for e in manifest)
+    assert manifest.examples[0].audio == "train/a.wav"
+
+
+# --- which form, and what check counts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"kdkernels_manifest": 1}, "manifest"),
+        (swift("a.wav"), "messages"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "audios": [{"audio_filepath": "a"}], "response": "y"},
+            "desta",
+        ),
+        (CUT, "lhotse"),
+        ({"audio_filepath": "a.wav", "text": "x"}, "nemo"),
+        ({"file": "a.wav", "instruction": "x", "label": "y"}, "dynamic_superb"),
+        ({"audio": "a.wav", "gt": "x", "neutral": "y"}, "mcr_bench"),
+        ({"audio": "a.wav", "question": "x", "answer": "y", "options": ["y", "z"]}, "columns"),
+    ],
+)
+def test_the_form_is_found(tmp_path, row, form):
+    assert find_form(lines(tmp_path / "rows.jsonl", [row])) == form
+
+
+def test_an_unknown_form_is_an_error_that_names_all(tmp_path, root):
+    with pytest.raises(ManifestError, match="names one of desta, messages, columns"):
+        read_data(lines(tmp_path / "rows.jsonl", [{"x": 1}]))
+    with pytest.raises(ManifestError, match="got neither"):
+        read_data(
+            lines(tmp_path / "rows.jsonl", [{"id": "1", "audio": "a.wav", "question": "x"}])
+        )  # a manifest's header is missing
+    assert (
+        train_reads(lines(root / "rows.jsonl", [{"id": "1", "audio": "a.wav", "target": "x"}]), form="columns")[
+            0
+        ].target
+        == "x"
+    )
+
+
+def test_check_counts_duplicates_splits_and_scripts(root, capsys):
+    rows = [
+        swift("a.wav", id="1"),
+        swift("a.wav", id="2"),
+        swift("a.wav", "<audio>Who else?", "아무도", id="3", split="test"),
+    ]
+    pair = {"audio": "a.wav", "more_audio": ["b.wav"], "question": "Is it one speaker?", "answer": "no"}
+    assert check([str(lines(root / "rows.jsonl", rows)), "--form", "messages"]) == 0
+    out = capsys.readouterr().out
+    assert "duplicates: 1 examples ask the same question about the same clip again" in out
+    assert "1 files stand in several splits: a.wav (test+train)" in out
+    assert "Latin             2" in out and "Hangul            1" in out
+    assert check([str(lines(root / "pair.jsonl", [pair, {**pair, "more_audio": []}, pair]))]) == 0
+    out = capsys.readouterr().out
+    assert "clips: 2 in 2 files" in out and "duplicates: 1 examples" in out
+    with pytest.raises(ManifestError, match="more_audio: expected a list of paths, got str"):
+        read_data(lines(root / "pair.jsonl", [{**pair, "more_audio": "b.wav"}]))
+
+
+def test_script_of_a_text():
+    assert [script_of(text) for text in ("A woman.", "女士", "Это он", "3 4!")] == ["Latin", "Han", "Cyrillic", "-"]
