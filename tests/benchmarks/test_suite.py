@@ -238,13 +238,14 @@ def test_parallel(tmp_path):
 
 @pytest.mark.slow
 def test_memory_in_own_processes(tmp_path):
-    arguments = ["--tokens", "64", "--vocab", "4096", "--vocabs", "--student-width", "16", "--teacher-width", "24"]
+    arguments = ["--tokens", "256", "--vocab", "16384", "--vocabs", "--student-width", "16", "--teacher-width", "24"]
     arguments += ["--no-compile", "--contenders", "eager", "bf16", "--out", str(tmp_path), "--device", "cpu"]
     memory.main(arguments)
     found = {x["contender"]: float(x["peak_extra_mib"]) for x in read(tmp_path / "memory_cpu.csv")}
     assert set(found) == {"eager", "kdkernels bf16 logits"}
-    # Eager holds at least the three float32 tensors z_hat, log q and p of (64, 4096); each is 1 MiB.
-    assert 3 < found["eager"] < 50
+    # Eager holds at least the three float32 tensors z_hat, log q and p of (256, 16384), 16 MiB each. Memory that the process has
+    # freed before may serve a few MiB of it.
+    assert 40 < found["eager"] < 300
 
 
 def test_memory_that_is_not_there_is_a_row_that_says_so(tmp_path, monkeypatch):

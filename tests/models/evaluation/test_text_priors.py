@@ -151,7 +151,7 @@ def test_command_line(tmp_path, monkeypatch, capsys, backbone):
     assert len(read_priors(out)) == 5
     assert main([str(manifest), "--lm", "tiny", "--out", str(out), "--splits", "train"]) == 1
     assert "error: " in capsys.readouterr().err
-    monkeypatch.setattr("models.evaluation.text_priors.read_manifest", lambda *_, **__: pytest.fail("the manifest was read"))
+    monkeypatch.setattr("models.evaluation.text_priors.read_data", lambda *_, **__: pytest.fail("the manifest was read"))
     for words, message in (
         (["--device", "gpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--batch-examples", "0"], "--batch-examples: expected at least 1, got 0"),

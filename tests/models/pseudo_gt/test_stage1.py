@@ -404,7 +404,7 @@ def test_several_tasks_and_pools_get_answers(tmp_path):
 )
 def test_settings_that_cannot_work_are_found_before_the_manifest_is_read(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("models.pseudo_gt.stage1.read_manifest", lambda *_, **__: pytest.fail("the manifest was read"))
+    monkeypatch.setattr("models.pseudo_gt.stage1.read_data", lambda *_, **__: pytest.fail("the manifest was read"))
     assert main(["in.jsonl", "--out", "out.jsonl", *words]) == 1
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 

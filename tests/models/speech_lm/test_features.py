@@ -105,8 +105,10 @@ class Hears:
     """As much of a SpeechLM as features need."""
 
     def __init__(self, *, seed=0, **settings):
-        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)  # of its own: ranks of a test are threads, which share torch's generator
         self.encoder = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+        for weight in self.encoder.parameters():
+            weight.data = torch.rand(weight.shape, generator=generator).bfloat16()
         self.config = SpeechLMConfig(lm="", encoder="", **{"encoder_layers": (1,), "audio_frames": 3, **settings})
 
     def encode_audio(self, waves):
