@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import is_number, is_whole
-from .decoding import generate_with, plain_prompts, transformers_model
+from .decoding import generate_with, kept_probabilities, plain_prompts, transformers_model
 from .lm_head import audio_adapters_on, evaluating
 from .paths import Inputs
 from .positions import check_lengths
@@ -91,24 +91,13 @@ class TokenSampler:
         self._column += 1
         if self._sampling.temperature == 0:
             return scores.argmax(dim=-1)
-        sums = self._kept(scores).double().cumsum(dim=-1)  # (B, V)
+        sampling = self._sampling
+        kept = kept_probabilities(scores, sampling.temperature, top_k=sampling.top_k or None, top_p=sampling.top_p)
+        sums = kept.double().cumsum(dim=-1)  # (B, V)
         total = sums[:, -1]
         # Below the sum of all, so that the token found has a probability above 0.
         wanted = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(sums, wanted[:, None], right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
-
-    def _kept(self, scores: Tensor) -> Tensor:
-        """(B, V) the tokens' probabilities, 0 where top_k or top_p leaves one out; their sum may be below 1."""
-        sampling = self._sampling
-        if 0 < sampling.top_k < scores.shape[1]:
-            least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        probabilities = torch.softmax(scores / sampling.temperature, dim=-1)
-        if sampling.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            before = ordered.double().cumsum(dim=-1) - ordered  # the likeliest has nothing before it, so it stays
-            probabilities = torch.zeros_like(ordered).scatter(1, order, ordered.masked_fill(before >= sampling.top_p, 0.0))
-        return probabilities
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """As a logits processor of transformers: all but the chosen token is -inf."""
