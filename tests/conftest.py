@@ -52,6 +52,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def poisoned_memory():
+    """Every torch.empty is full of NaN, so whatever a kernel leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
 def in_child():
     """Calls a function in a forked process with limits of its own, and returns what it returned.
 

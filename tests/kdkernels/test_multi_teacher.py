@@ -31,16 +31,10 @@ KERNELS = ["cpu", pytest.param("triton", marks=NEEDS_TRITON)]
 SLOW_KERNELS = ["cpu", pytest.param("triton", marks=[NEEDS_TRITON, pytest.mark.slow])]
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 # NumPy, under the interpreter, warns of what GPUs do silently: infinities in the branch that `where` does not take.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is full of NaN, so whatever a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
+]
 
 
 def student(n=23, vocab=61, width=12, *, dtype=FP32, seed=0, scale=1.0, bias=False, head_trains=False):

@@ -16,16 +16,10 @@ from kdkernels.ops.rows import RowSpec  # noqa: E402
 
 INF = math.inf
 INTERPRETED = not isinstance(no_logits._no_logits_kernel, no_logits.triton.JITFunction)
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is full of NaN, so whatever a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 
 
 def make(n=5, vocab=150, widths=(24, 40), *, dtype=FP32, teacher_vocab=None, bias=True, seed=0, scale=0.7):

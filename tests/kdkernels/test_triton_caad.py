@@ -22,16 +22,10 @@ ROUNDING = {FP32: 0.0, BF16: 2.0**-7 if INTERPRETED else 2.0**-8, FP16: 2.0**-11
 
 
 # NumPy, under the interpreter, warns of what GPUs do silently: infinities in the branch that `where` does not take.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is full of NaN, so whatever a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 
 
 @pytest.fixture
