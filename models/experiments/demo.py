@@ -13,9 +13,10 @@ The teacher has learned to trust hints: it follows a hint where the sound says o
 student. The target of CAAD subtracts what the teacher would have said without the audio. The verdict is computed from the numbers
 and says so where CAAD does not win.
 
-The demo has one teacher, one task and one seed, so it shows how the method works and not how large the gain is. The
-recordings of the test are real (synthesised where apt cannot fetch them). No training clip has the same character, but some
-characters of both parts are voiced by the same actor.
+The demo has one teacher, one task and one seed, so it shows how the method works and not how large the gain is. Its result
+differs between processors and commits, because the rounding decides which bias the teacher gets. The recordings of the test are
+real (synthesised where apt cannot fetch them). No training clip has the same character, but some characters of both parts are
+voiced by the same actor.
 
 Each stage is made once, and a stopped demo continues where it stopped (models/experiments/pipeline.py).
 """
