@@ -400,7 +400,7 @@ def _scale_rows_kernel(
         tl.store(out_ptr + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool) -> dict[str, int]:
+def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool, contiguous: bool = True) -> dict[str, int]:
     """GROUPS, GROUP and launch options from the width of the vocabulary and of the narrowest input.
 
     A group is what one thread loads in 16 bytes of the narrowest input. A thread holds 16 logits of each tensor, and 8
@@ -416,6 +416,10 @@ def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool) -> dict[str, i
     table = {"GROUPS": 32 * warps * elements // group, "GROUP": group, "num_warps": warps, "enable_fp_fusion": True}
     if heavy or want_stats:
         table["maxnreg"] = 160  # left to itself, ptxas spills the row's scalars to fit one more block
+    elif not contiguous and itemsize == 2 and spec.with_kd and spec.divergence == "forward_kl":
+        # Loads of single items need more addresses. Left to itself, ptxas takes 88 to 127 registers for them, as its version and
+        # small changes of the kernel decide. 96 leave room for a fifth block on a multiprocessor and need no spills.
+        table["maxnreg"] = 96
     return table
 
 
@@ -436,6 +440,7 @@ def _solve_rows(problem: RowProblem) -> RowResult:
         return out
     read = list(problem.read.values())
     readable = _readable(read, grad, spec.vocab)
+    contiguous = readable is not None or all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None)
     with _device_of(student, _caad_row_kernel):
         _caad_row_kernel[(problem.rows,)](
             student_ptr=student,
@@ -467,8 +472,7 @@ def _solve_rows(problem: RowProblem) -> RowResult:
             inverse_temperature=1.0 / spec.temperature,
             jsd_beta=spec.jsd_beta,
             log_plausibility=spec.log_plausibility,
-            CONTIGUOUS=readable is not None
-            or all(_is_vectorisable(x, spec.vocab) for x in (*read, grad) if x is not None),
+            CONTIGUOUS=contiguous,
             DIVERGENCE=DIVERGENCES.index(spec.divergence),
             TEMPERATURE=_temperature_code(spec.temperature),
             HAS_TEXT=text is not None,
@@ -482,7 +486,7 @@ def _solve_rows(problem: RowProblem) -> RowResult:
             TEACHER_SCALE=float(spec.teacher_scale),
             STUDENT_SOFTCAP=spec.student_softcap,
             TEACHER_SOFTCAP=spec.teacher_softcap,
-            **_launch_table(spec, min(x.element_size() for x in read), want_stats),
+            **_launch_table(spec, min(x.element_size() for x in read), want_stats, contiguous),
         )
     return out
 
