@@ -18,7 +18,7 @@ from .chunking import (
     predict,
     row_items,
 )
-from .dispatch import IMPLEMENTATIONS, choose, choose_on_absent
+from .dispatch import IMPLEMENTATIONS, choose, choose_on_absent, gemm_sums_wanted, overlap_wanted
 
 
 def explain(
@@ -132,6 +132,8 @@ def explain(
                 f"logits_dtype {logits_dtype} beside {dtype} weights: each product is made in float32 and rounded, which takes "
                 "longer than float32 logits"
             )
+        if device.type == "cuda" and chosen == "triton" and gradient and not projected:
+            lines += _switches_in_words(device)
     summands = 2 if dtype == torch.bfloat16 and logits_dtype == torch.float32 and not round_contrast else 1
     teacher_gemms = teacher_tensors if projected or return_stats else summands
     if gradient and not projected:
@@ -207,6 +209,14 @@ def _chunks_in_words(plan: ChunkPlan, n_tokens: int, vocab: int) -> str:
         f"{plan.chunks} chunks of {plan.chunk_tokens} tokens, {plan.scratch_bytes / 2**20:.0f} MiB of logits at a time "
         f"({plan.reason}); three float32 logit tensors would be {naive / 2**20:.0f} MiB"
     )
+
+
+def _switches_in_words(device: torch.device) -> list[str]:
+    switches = {
+        "KDKERNELS_GEMM_SUMS": (gemm_sums_wanted(), "products that leave each row's sums, where the call has such a form"),
+        "KDKERNELS_OVERLAP": (overlap_wanted(device), "rows beside the next chunk's products"),
+    }
+    return [f"{name} is {'on' if on else 'off'}: {what}; not timed on a GPU yet" for name, (on, what) in switches.items()]
 
 
 def _times_in_words(expected: Prediction, model: DeviceModel, path: str) -> list[str]:

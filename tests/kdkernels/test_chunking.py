@@ -120,6 +120,16 @@ def test_explain_for_a_gpu_that_is_not_here():
     assert "derated" in explain(device="A100", **SIZES)
 
 
+def test_explain_names_the_switches_that_are_off_by_default(monkeypatch):
+    sizes = {"device": "H100", "student_hidden_size": 64}
+    monkeypatch.delenv("KDKERNELS_GEMM_SUMS", raising=False)
+    monkeypatch.setenv("KDKERNELS_OVERLAP", "1")
+    text = explain(**sizes)
+    assert "KDKERNELS_GEMM_SUMS is off" in text and "KDKERNELS_OVERLAP is on" in text
+    assert "KDKERNELS_" not in explain(**sizes, gradient=False)
+    assert "KDKERNELS_" not in explain(**sizes | {"device": "cpu"})
+
+
 def test_explain_for_a_vocabulary_with_padded_rows():
     said = explain(device="H100", **{**SIZES, "vocab_size": 128257})
     assert "rows of 128320 items for 128257 ids" in said
