@@ -15,7 +15,7 @@ from models.data.answers import check_choices
 AUDIO_PLACEHOLDER = "<|audio|>"
 SPLITS = ("train", "dev", "test")
 KINDS = ("aligned", "neutral", "conflict")
-TARGET_SOURCES = ("text_backbone", "template", "teacher", "human")
+TARGET_SOURCES = ("text_backbone", "template", "audio_lm", "teacher", "human")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Example:
         choices: the possible answers as full strings; () for a free answer.
         answer: the true label; one of `choices`, if there are any.
         target: Y, the pseudo ground truth that teacher and student are forced to say.
-        target_source: who wrote `target`: text_backbone, template, teacher or human.
+        target_source: who wrote `target`: text_backbone, template, audio_lm, teacher or human.
         split: train, dev or test.
         kind: aligned (the context agrees with the sound), neutral (says nothing), conflict (contradicts it).
         pair_id: the same for one clip and question under different contexts.

@@ -33,7 +33,7 @@ from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import evaluating
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.backbones.causal_lm import CurrentHead, read_head
-from models.training.listeners import text_path
+from models.speech_lm.listeners import text_path
 from models.training.recipe import LayersConfig, SourceConfig
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from models.audio_lms.model import AudioLM
 from models.data.audio import AudioError, write_audio
 from models.data.example import Example
 from models.data.manifest import read_manifest, write_manifest
+from models.speech_lm.listeners import open_clips
 from models.training.cache_identity import sample_content
-from models.training.listeners import open_clips
 from tests.models.audio_lms import tiny_audio_lms as tiny
 
 EXAMPLES = [
