@@ -32,6 +32,7 @@ class Example:
         task: "gender", "language", ...; accuracy is reported by task.
         context: text shown beside the transcript: the hint.
         question: what is asked.
+        system: the system turn before the question, as it is; an audio LM's chat template puts it in its place.
         choices: the possible answers as full strings; () for a free answer.
         answer: the true label; one of `choices`, if there are any.
         target: Y, the pseudo ground truth that teacher and student are forced to say.
@@ -61,16 +62,17 @@ class Example:
     kind: str = "neutral"
     pair_id: str | None = None
     more_audio: tuple[str, ...] = ()
+    system: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "transcription", "task", "context", "question", "split", "kind"):
+        for name in ("id", "transcription", "task", "context", "question", "split", "kind", "system"):
             _check_text(name, getattr(self, name))
         for name in ("audio", "answer", "target", "target_source", "pair_id"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
         if not self.id.strip():
             raise ValueError("id: expected a name, got an empty string")
-        for name in ("transcription", "context", "question"):
+        for name in ("transcription", "context", "question", "system"):
             if AUDIO_PLACEHOLDER in getattr(self, name):
                 raise ValueError(f"{name}: expected plain text, got the audio placeholder {AUDIO_PLACEHOLDER!r} in it")
         _check_span_fields(self.start_seconds, self.end_seconds)

@@ -54,7 +54,7 @@ from models.pseudo_gt.commands import (
 )
 from models.pseudo_gt.journal import Journal, Stage1Error
 from models.pseudo_gt.listening import Listening, ListeningWriter
-from models.pseudo_gt.wording import WORDING_VERSION, describe, not_told, told_by_name
+from models.pseudo_gt.wording import WORDING_VERSION, describe, not_told, published_description, told_by_name
 from models.pseudo_gt.writers import BackboneWriter, Writer, write_by_template
 
 
@@ -256,6 +256,8 @@ class _Recipe:
             made["listening"] = self.listening.fingerprint()
         told = sorted({name for example in selected for name in told_by_name(example)})
         by_name = {"told_by_name": told} if told and self.backbone is not None else {}
+        if self.backbone is not None and any(published_description(example) is not None for example in selected):
+            by_name["descriptions"] = "as published"
         return fingerprint({"wording": WORDING_VERSION, **made, "examples": rows, **by_name})
 
     def make_writer(self, audio_root: Path, selected: Sequence[Example]) -> Writer:

@@ -44,7 +44,8 @@ def sample_content(example: Any, sound: Any) -> str:
         sound: its clip's features (K, T, D), or its waveform (samples,) as an array, or a tuple of several; they make AUDIO. None
             leaves AUDIO out, for a student with another encoder, or an example without a clip.
     """
-    text = fingerprint([render_prompt(example), example.target])[:16]
+    system = [example.system] if example.system else []  # an audio LM reads it in another place than the context
+    text = fingerprint([render_prompt(example), example.target, *system])[:16]
     if sound is None:
         return text
     if isinstance(sound, torch.Tensor):

@@ -472,7 +472,7 @@ def count_clips(recipe: Recipe, *, assumed: Clips) -> Clips:
         len(chosen),
         len(clips),
         sum(seconds) / len(seconds) if seconds else assumed.seconds,
-        _CHAT_TOKENS + TOKENS_PER_WORD * sum(len(chat_text(e).split()) for e in read) / len(read),
+        _CHAT_TOKENS + TOKENS_PER_WORD * sum(len(f"{e.system} {chat_text(e)}".split()) for e in read) / len(read),
         1 + TOKENS_PER_WORD * sum(len((e.target or "").split()) for e in read) / len(read),
         f"counted in {settings.manifest}: {TOKENS_PER_WORD:g} tokens a word",
     )

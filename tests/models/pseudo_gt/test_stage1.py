@@ -384,6 +384,8 @@ def test_the_fingerprint_changes_only_where_other_words_are_read():
         made = {"source": "text_backbone", "backbone": "lm", "max_new_tokens": 24}
         return fingerprint({"wording": 1, **made, "examples": rows})
 
+    text = "[00:00-00:05] Line 1. (Gender: man)"
+    assert identity(seed_description=text) != before(seed_description=text)  # once it was told in parts
     assert identity(speaker="JOE") == before(speaker="JOE") and identity(style="calm") != before(style="calm")
 
 
