@@ -95,7 +95,8 @@ def test_rows_of_ms_swift_about_two_clips(tmp_path):
     world = make_world(tmp_path, "qwen2_audio")
     rows = []
     for number in range(4):
-        turns = [("system", "Be brief."), ("user", "<audio><audio>Are they one tone?"), ("assistant", "Yes No".split()[number % 2])]
+        answer = ("Yes.", "No.")[number % 2]
+        turns = [("system", "Be brief."), ("user", "<audio><audio>Are they one tone?"), ("assistant", answer)]
         messages = [{"role": role, "content": text} for role, text in turns]
         clips = [f"{number}.wav", f"{number + number % 2}.wav"]
         rows.append({"id": str(number), "messages": messages, "audios": clips, "split": ("train", "test")[number // 2]})
