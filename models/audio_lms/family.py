@@ -182,7 +182,7 @@ def prompt_text(family: Family, processor: Any, turn: Turn) -> str:
             made = rendered({"role": "system", "content": content}, user(turn.text))
         except Exception:  # a template may refuse such a chat, each with an exception of its own
             continue
-        if system in made:
+        if made.count(system) > rendered(user(turn.text)).count(system):  # the user may say the same
             return made
     return rendered(user(turn.whole_text))
 

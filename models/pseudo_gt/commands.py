@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.arguments import Parser
-from models.audio_lms.settings import DTYPES
+from models.audio_lms.settings import DTYPES, FORMULAS
 
 DEFAULT_BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCES = ("text_backbone", "template", "audio_lm")
 ACCEPTS = ("choice", "free")
-FORMULAS = ("extrapolate", "authors", "aad")  # of kdkernels.contrast_logits
 DEFAULT_MAX_NEW_TOKENS = 24
 DEFAULT_MAX_CHARACTERS = 160
 # Of an audio LM's free answers.

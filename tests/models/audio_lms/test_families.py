@@ -160,6 +160,8 @@ def test_templates_without_a_system_turn_get_its_words_before_the_users(qwen, mo
     monkeypatch.setattr(qwen.processor, "chat_template", template)
     made = prompt_text(qwen.family, qwen.processor, Turn("Who?", system="Be brief."))
     assert made == expected + "<|im_start|>assistant\n"
+    same = prompt_text(qwen.family, qwen.processor, Turn("Be brief.", system="Be brief."))
+    assert same.count("Be brief.") == 2
 
 
 def test_the_system_turn_is_part_of_what_a_cache_depends_on():
