@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .decoding import contrast_logits, contrastive_generate
     from .head_loss import HeadLoss
     from .integrations import CAADOptions, CAADTrainer, OnPolicy
+    from .layer_attention import LayerAttention
     from .layer_mse import LayerProjections, fused_layer_mse_loss, layer_map
     from .lm_head import LMHead
     from .multi_teacher import MultiTeacherStats, TeacherSource, fused_linear_multi_teacher_loss
@@ -37,6 +38,7 @@ _LAZY = {
     "DualPathTeacher": ".teacher",
     "HeadLoss": ".head_loss",
     "LMHead": ".lm_head",
+    "LayerAttention": ".layer_attention",
     "LayerProjections": ".layer_mse",
     "MarkAbsent": ".paths",
     "MaskFeatures": ".paths",
@@ -67,6 +69,7 @@ __all__ = [
     "DualPathTeacher",
     "HeadLoss",
     "LMHead",
+    "LayerAttention",
     "LayerProjections",
     "MarkAbsent",
     "MaskFeatures",

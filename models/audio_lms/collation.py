@@ -116,7 +116,7 @@ class AudioCollator:
         heard = [() if clip is None else clip if isinstance(clip, tuple) else (clip,) for clip in clips]
         for example, several in zip(examples, heard, strict=True):
             self.family.check_clips(len(several), f"example {example.id!r}: ")
-        turns = [Turn(chat_text(example), several) for example, several in zip(examples, heard, strict=True)]
+        turns = [Turn(chat_text(e), several, e.system) for e, several in zip(examples, heard, strict=True)]
         encoded = self.family.encoded(self.processor, turns)
         return self._batch([example.id for example in examples], encoded, targets, masks)
 

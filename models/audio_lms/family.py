@@ -24,10 +24,19 @@ class AudioLMError(RuntimeError):
 
 @dataclass(frozen=True)
 class Turn:
-    """What a user says: words, and clips that are heard with them, each (samples,) float32 at the processor's rate."""
+    """What a user says: words, and clips that are heard with them, each (samples,) float32 at the processor's rate.
+
+    system: what a system turn says before it.
+    """
 
     text: str
     clips: tuple[np.ndarray, ...] = ()
+    system: str = ""
+
+    @property
+    def whole_text(self) -> str:
+        """The words with those of the system turn before them, for a chat that has no such turn."""
+        return f"{self.system}\n{self.text}" if self.system else self.text
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Family:
         known: dict[Any, Any] = {}  # the choices of a question are rows with one prompt and one clip
         for turn in turns:
             self.check_clips(len(turn.clips))
-            key = (turn.text, *map(id, turn.clips))
+            key = (turn.system, turn.text, *map(id, turn.clips))
             if key not in known:
                 known[key] = (self.encode or encode_turn)(self, processor, turn)
             ids, features = known[key]
@@ -153,11 +162,29 @@ def _padded_cat(parts: Sequence[Tensor]) -> Tensor:
 
 
 def prompt_text(family: Family, processor: Any, turn: Turn) -> str:
-    """The turn in the words of the chat template, up to where the answer begins; one placeholder a clip."""
+    """The turn in the words of the chat template, up to where the answer begins; one placeholder a clip.
+
+    The system turn's words stand before the user's where the template has no such turn: it raises an error, or leaves them out.
+    """
     clips = [{"type": "audio", "audio": "clip"} for _ in turn.clips]
-    words = [{"type": "text", "text": plain_text(tokenizer_of(processor), turn.text)}]
-    chat = [{"role": "user", "content": clips + words if family.audio_first else words + clips}]
-    return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+    def user(text: str) -> dict[str, Any]:
+        words = [{"type": "text", "text": plain_text(tokenizer_of(processor), text)}]
+        return {"role": "user", "content": clips + words if family.audio_first else words + clips}
+
+    def rendered(*chat: dict[str, Any]) -> str:
+        return processor.apply_chat_template(list(chat), add_generation_prompt=True, tokenize=False)
+
+    system = plain_text(tokenizer_of(processor), turn.system).strip()
+    # Text first: a template that wants parts loses it, but one that wants text would write the parts as Python does.
+    for content in (system, [{"type": "text", "text": system}]) if system else ():
+        try:
+            made = rendered({"role": "system", "content": content}, user(turn.text))
+        except Exception:  # a template may refuse such a chat, each with an exception of its own
+            continue
+        if made.count(system) > rendered(user(turn.text)).count(system):  # the user may say the same
+            return made
+    return rendered(user(turn.whole_text))
 
 
 def plain_text(tokenizer: Any, text: str) -> str:

@@ -31,7 +31,7 @@ from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import HeadCapture, evaluating, head_module
 from kdkernels.paths import MaskFeatures
-from kdkernels.sampling import Sampling, own_answers
+from kdkernels.sampling import Sampling, own_answers, until_end
 from models.audio_lms.collation import AudioBatch, AudioCollator
 from models.audio_lms.families import check_own_code, family_of
 from models.audio_lms.family import AudioLMError, Family, Turn, matches, sampling_rate, tokenizer_of
@@ -222,44 +222,57 @@ class AudioLM(nn.Module):
         hidden = hidden[index.to(hidden.device)]  # layers of a device_map may end elsewhere than they begin
         return hidden if taken is None else torch.cat([hidden[:, None], taken.stacked().to(hidden.device)], 1)
 
+    def generate(self, batch: AudioBatch | Mapping[str, Any], **options: Any) -> list[str]:
+        """The answers of `answer_ids` as texts, without special tokens and outer white space."""
+        rows = self.answer_ids(batch, **options)
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
     @torch.no_grad()
-    def generate(
+    def answer_ids(
         self,
         batch: AudioBatch | Mapping[str, Any],
         *,
         max_new_tokens: int = 16,
         alpha: float | None = None,
         formula: str = "extrapolate",
+        plausibility: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
-    ) -> list[str]:
+    ) -> list[list[int]]:
         """Greedy answers to a batch of prompts; with `alpha` by contrastive decoding of the paths with and without the audio.
 
         Args:
             batch: rows that end with the last token of their prompt, or their model inputs.
             max_new_tokens: limit of each row.
-            formula, temperature, top_k, top_p, generator: of `kdkernels.contrastive_generate`; only with alpha.
+            formula, plausibility, temperature, top_k, top_p, generator: of `kdkernels.contrastive_generate`; only with alpha.
 
         Returns:
-            one text for each row, without special tokens and outer white space.
+            B lists of ids. One whose last id is none of `end_ids` was cut off after `max_new_tokens`.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
-        if alpha is None and (formula != "extrapolate" or (temperature, top_k, top_p) != (None, None, None)):
-            raise ValueError("alpha: expected a number beside formula, temperature, top_k or top_p, got None")
+        contrasted = (plausibility, temperature, top_k, top_p) != (None,) * 4
+        if alpha is None and (formula != "extrapolate" or contrasted):
+            raise ValueError("alpha: expected a number beside formula, plausibility, temperature, top_k or top_p, got None")
         inputs = dict(batch.model_inputs() if isinstance(batch, AudioBatch) else batch)
         inputs = self._masked(inputs, inputs.pop("audio_present", None), inputs.pop("entries", None))
-        stop = sorted({token for token in (self.make_collator().end_id, self.tokenizer.eos_token_id) if token is not None})
+        stop = self.end_ids
         if alpha is None:
             tokens = self._greedy(inputs, max_new_tokens, stop)
         else:
             tokens = contrastive_generate(
                 self.lm, inputs, negative=self.family.negative, alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=stop,
-                formula=formula, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+                formula=formula, plausibility=plausibility, temperature=temperature, top_k=top_k, top_p=top_p,
+                generator=generator,
             )  # fmt: skip
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens.tolist()]
+        return until_end(tokens, stop)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer: that of the chat, and the end of text."""
+        return sorted({token for token in (self.make_collator().end_id, self.tokenizer.eos_token_id) if token is not None})
 
     def own_answers(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 TRAINS = ("full", "lora", "connector")
 # The path without the audio: features of zeros, features of a silent clip, or a prompt without the clip.
 NEGATIVES = ("zeros", "silence", "absent")
+FORMULAS = ("extrapolate", "authors")  # of contrastive decoding, see kdkernels.contrast_logits
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -11,8 +11,8 @@ assistant's words. Other spellings of the same are read too:
 - "query" and "response", or "instruction", "input" and "output"; "history" as pairs; "system" beside them.
 - "audios" or "audio": a path, an object with a path, or a list of one.
 
-An answer with "loss": false is part of the context only. The clip's place in a turn is lost: it always stands before the words.
-A row with several clips is a problem: a manifest names further clips of a question as "more_audio".
+An answer with "loss": false is part of the context only. The place of a clip in its turn is lost: clips stand before the words,
+in their order. Of several clips each belongs to its <audio>, and a question is about those of its turn and of earlier ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.data.example import Example
-from models.data.row_values import Defaults, attributes, split_name, without_clip
+from models.data.row_values import Defaults, attributes, split_name, without_clips
 
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _MARKER = re.compile(r"<audio>", re.IGNORECASE)
@@ -41,7 +41,7 @@ class _Turn:
 def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     """The examples of a row, one for each answer; see the module's docstring."""
     turns = _joined(_turns(row))
-    audio, first_heard = _clip(row, turns, defaults)
+    clips, bringers = _clips(row, turns, defaults)
     context = [turn.text for turn in turns if turn.role == "system" and turn.text]
     asked = [turn for turn in turns if turn.role != "system"]
     if not asked or asked[0].role != "user":
@@ -52,11 +52,11 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
     else:
         unanswered = False
     pairs = list(zip(asked[::2], asked[1::2], strict=True))
-    base = defaults.name(row, audio)
-    heard = False
+    base = defaults.name(row, clips[0] if clips else None)
+    heard: list[str | None] = []
     for number, (question, answer) in enumerate(pairs, 1):
-        heard = heard or question is first_heard
-        words = without_clip(question.text, audio) if audio is not None else question.text
+        heard += [clip for clip, bringer in zip(clips, bringers, strict=True) if bringer is question]
+        words = without_clips(question.text, clips) if clips else question.text
         words = _MARKER.sub(" ", words).strip()
         open_end = unanswered and number == len(pairs)
         if not answer.text.strip() and not open_end:
@@ -65,7 +65,8 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
             target = None if open_end else answer.text
             yield Example(
                 id=base if len(pairs) == 1 else f"{base}/turn-{number}",
-                audio=audio if heard else None,
+                audio=heard[0] if heard else None,
+                more_audio=tuple(heard[1:]),
                 transcription=str(row.get("transcription") or ""),
                 metadata=attributes(row),
                 task=str(row.get("task", row.get("dataset", ""))),
@@ -135,27 +136,32 @@ def _joined(turns: list[_Turn]) -> list[_Turn]:
     return joined
 
 
-def _clip(row: Mapping[str, Any], turns: list[_Turn], defaults: Defaults) -> tuple[str | None, _Turn | None]:
-    """The row's clip, and the turn that brings it."""
+def _clips(
+    row: Mapping[str, Any], turns: list[_Turn], defaults: Defaults
+) -> tuple[list[str | None], list[_Turn | None]]:
+    """The row's clips, and the turn that brings each of them."""
     named = row.get("audios", row.get("audio")) or []
     named = named if isinstance(named, list) else [named]
     inside = [(turn, clip) for turn in turns for clip in turn.clips]
-    if len(named) + len(inside) > 1:
-        raise ValueError(f"audios: expected at most one clip a row, got {len(named) + len(inside)}")
+    if named and inside:
+        raise ValueError(f"audios: expected clips there or inside the turns, got {len(named)} and {len(inside)}")
     marked = [turn for turn in turns for _ in _MARKER.findall(turn.text)]
     if inside:
-        return defaults.audio(inside[0][1]), inside[0][0]
+        clips = [defaults.audio(clip) for _, clip in inside]
+        if len(clips) > 1 and None in clips:
+            raise ValueError("messages: expected a path in each part of type audio, got none in one")
+        return clips, [turn for turn, _ in inside]
     if len(marked) not in (len(named), 0):
         raise ValueError(f"audios: expected one clip for each <audio>, got {len(named)} for {len(marked)}")
-    if not named:
-        return None, None
     users = [turn for turn in turns if turn.role == "user"]
-    bringer = marked[0] if marked else users[0] if users else None
-    if bringer is not None and bringer.role == "assistant":
-        raise ValueError("messages: expected <audio> in a turn of the user, got it in an answer")
-    if bringer is not None and bringer.role == "system":  # heard from the first question on
-        bringer.text, bringer = _MARKER.sub(" ", bringer.text).strip(), users[0] if users else None
-    return defaults.audio(_path_in(named[0])), bringer
+    first = users[0] if users else None
+    bringers: list[_Turn | None] = [*marked] or [first] * len(named)
+    for number, bringer in enumerate(bringers):
+        if bringer is not None and bringer.role == "assistant":
+            raise ValueError("messages: expected <audio> in a turn of the user, got it in an answer")
+        if bringer is not None and bringer.role == "system":  # heard from the first question on
+            bringer.text, bringers[number] = _MARKER.sub(" ", bringer.text).strip(), first
+    return [defaults.audio(_path_in(clip)) for clip in named], bringers
 
 
 def _path_in(value: Any) -> Any:

@@ -15,7 +15,7 @@ from models.data.answers import check_choices
 AUDIO_PLACEHOLDER = "<|audio|>"
 SPLITS = ("train", "dev", "test")
 KINDS = ("aligned", "neutral", "conflict")
-TARGET_SOURCES = ("text_backbone", "template", "teacher", "human")
+TARGET_SOURCES = ("text_backbone", "template", "audio_lm", "teacher", "human")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,11 @@ class Example:
         task: "gender", "language", ...; accuracy is reported by task.
         context: text shown beside the transcript: the hint.
         question: what is asked.
+        system: the system turn before the question, as it is; an audio LM's chat template puts it in its place.
         choices: the possible answers as full strings; () for a free answer.
         answer: the true label; one of `choices`, if there are any.
         target: Y, the pseudo ground truth that teacher and student are forced to say.
-        target_source: who wrote `target`: text_backbone, template, teacher or human.
+        target_source: who wrote `target`: text_backbone, template, audio_lm, teacher or human.
         split: train, dev or test.
         kind: aligned (the context agrees with the sound), neutral (says nothing), conflict (contradicts it).
         pair_id: the same for one clip and question under different contexts.
@@ -61,16 +62,17 @@ class Example:
     kind: str = "neutral"
     pair_id: str | None = None
     more_audio: tuple[str, ...] = ()
+    system: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "transcription", "task", "context", "question", "split", "kind"):
+        for name in ("id", "transcription", "task", "context", "question", "split", "kind", "system"):
             _check_text(name, getattr(self, name))
         for name in ("audio", "answer", "target", "target_source", "pair_id"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
         if not self.id.strip():
             raise ValueError("id: expected a name, got an empty string")
-        for name in ("transcription", "context", "question"):
+        for name in ("transcription", "context", "question", "system"):
             if AUDIO_PLACEHOLDER in getattr(self, name):
                 raise ValueError(f"{name}: expected plain text, got the audio placeholder {AUDIO_PLACEHOLDER!r} in it")
         _check_span_fields(self.start_seconds, self.end_seconds)

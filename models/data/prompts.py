@@ -145,10 +145,11 @@ def render_prompt(example: Example) -> str:
     """The prompt of `example`, up to and including "Answer:", with exactly one AUDIO_PLACEHOLDER.
 
     Every field stands on one line: white space and line breaks inside it become single spaces, so that no field can look
-    like another. An empty context has no line. A target follows as `" " + target`.
+    like another. A system turn stands before the context, on its line; without both there is no such line. A target follows as
+    `" " + target`.
     """
     lines = [f"Transcript: {_one_line(example.transcription)}".rstrip()]
-    if context := _one_line(example.context):
+    if context := _one_line(f"{example.system} {example.context}"):
         lines.append(context)
     lines += [f"Question: {_one_line(example.question)}", AUDIO_PLACEHOLDER, "Answer:"]
     return "\n".join(lines)
@@ -157,7 +158,7 @@ def render_prompt(example: Example) -> str:
 def chat_text(example: Example) -> str:
     """What a user of a chat says beside the clip: the transcript and the context, if there are any, and the question.
 
-    Every field stands on one line, as in `render_prompt`. The clip and the roles are the chat template's.
+    Every field stands on one line, as in `render_prompt`. The clip, the roles and the system turn are the chat template's.
     """
     transcript, context = _one_line(example.transcription), _one_line(example.context)
     lines = [f"Transcript: {transcript}"] if transcript else []

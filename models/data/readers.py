@@ -12,7 +12,7 @@ nemo, lhotse   speech recognition's manifests; kaldi is a folder with wav.scp (m
 desta          {"id", "audios": [{"audio_filepath" or "audio", "transcription" or "text"}], "messages": [{"role",
                "content"}], "seed_description", "target" or "response"}; the audios may stand in the user's message.
                The mark of the clip is taken out of a turn: a placeholder, or a path between two marks. A system turn
-               becomes the context.
+               stays one ("system" of the example). These are the seed rows of CAAD's authors too.
 dynamic_superb {"file" or "audio", "instruction", "label", "text"}. The choices are those of "choices"; without it they
                are read from the instruction ("The answer could be yes or no."). "text" is part of the question (the text
                to match), not a transcript: it becomes the context. A metadata.json of the benchmark's own script, one
@@ -53,7 +53,7 @@ from models.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from models.data.row_values import Defaults, listed_choices, turn_text
+from models.data.row_values import Defaults, clip_marks, listed_choices, turn_text
 from models.data.rows import AudioChecker, collect_examples
 from models.data.speech_manifests import from_columns, from_kaldi, from_lhotse, from_nemo, kaldi_rows
 
@@ -207,6 +207,11 @@ def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | N
     return words, metadata, start, 60 * int(end_minutes) + float(end_seconds)
 
 
+def holds_times(text: str) -> bool:
+    """Whether a description has the times of a segment in it: `[00:00-00:05]`."""
+    return _TIMES.search(text) is not None
+
+
 class _Numbers:
     """Tells questions apart that came under one id about one clip: the second gets "#2" behind its id."""
 
@@ -244,9 +249,14 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
     if len(turns) != 1:
         raise ValueError(f"messages: expected one user turn, got {len(turns)}")
     audios = row.get("audios") or turns[0].get("audios") or []
-    if len(audios) != 1:
-        raise ValueError(f"audios: expected one, got {len(audios)}")
-    audio = defaults.audio(audios[0].get("audio_filepath", audios[0].get("audio")))
+    if not audios:
+        raise ValueError("audios: expected at least one, got none")
+    clips = [defaults.audio(clip.get("audio_filepath", clip.get("audio"))) for clip in audios]
+    if len(clips) > 1 and (None in clips or (marks := clip_marks(turns[0])) not in (0, len(clips))):
+        what = "a path in each" if None in clips else f"one for each mark of a clip, got {len(clips)} for {marks}"
+        raise ValueError(f"audios: expected {what}")
+    audio, *more = clips
+    words = [str(clip.get("transcription", clip.get("text")) or "") for clip in audios]
     target = row.get("target", row.get("response"))
     metadata: dict[str, Any] = {}
     if description := row.get("seed_description"):
@@ -256,11 +266,12 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
     yield Example(
         id=defaults.name(row, audio),
         audio=audio,
-        transcription=str(audios[0].get("transcription", audios[0].get("text")) or ""),
+        more_audio=tuple(more),
+        transcription="\n".join(filter(None, words)),
         metadata=metadata,
         task=str(row.get("task", row.get("dataset", ""))),
-        context="\n".join(turn_text(message, audio) for message in messages if message.get("role") == "system"),
-        question=turn_text(turns[0], audio),
+        system="\n".join(turn_text(message, clips) for message in messages if message.get("role") == "system"),
+        question=turn_text(turns[0], clips),
         target=target,
         target_source=defaults.target_source if target is not None else None,
         split=row.get("split", defaults.split),

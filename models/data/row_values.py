@@ -94,17 +94,27 @@ def listed_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], Any]:
     return tuple(choices), answer
 
 
-def turn_text(message: Mapping[str, Any], audio: str | None) -> str:
-    """The text of a turn, without the mark of the clip."""
+def turn_text(message: Mapping[str, Any], clips: Sequence[str | None]) -> str:
+    """The text of a turn, without the marks of the clips."""
+    return without_clips(_content(message), clips).strip()
+
+
+def clip_marks(message: Mapping[str, Any]) -> int:
+    """How many clips a turn marks, by openings and closings or by placeholders."""
+    text = _content(message)
+    return len(_MARKED.findall(text)) or len(_LONE_TOKEN.findall(text))
+
+
+def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if not isinstance(content, str):
         raise TypeError(f"messages: expected content to be a string, got {type(content).__name__}")
-    return without_clip(content, audio).strip()
+    return content
 
 
-def without_clip(text: str, audio: str | None) -> str:
-    """`text` without the mark of the clip `audio`. Where no mark is around a clip, a lone placeholder is the mark."""
-    names = () if audio is None else (audio, Path(audio).name, Path(audio).stem)
+def without_clips(text: str, clips: Sequence[str | None]) -> str:
+    """`text` without the marks of the clips, which are paths. Where no mark is around a clip, a lone placeholder is the mark."""
+    names = [name for clip in clips if clip is not None for name in (clip, Path(clip).name, Path(clip).stem)]
     without = _MARKED.sub(lambda match: " " if _is_clip(match[1], names) else match[0], text)
     if without != text:
         return without

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kdkernels.teacher import MarkAbsent
-from models.audio_lms.model import AudioLM
 from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import Example
 from models.data.prompts import target_template
@@ -22,6 +20,7 @@ from models.evaluation.controls import control_id, with_controls
 from models.evaluation.predictions import Prediction, claimed_choice, context_kind, groups_of
 from models.io_utils import fingerprint
 from models.speech_lm.features import FeatureStore, clip_key
+from models.speech_lm.listeners import answer_ids
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def evaluate(
 
     Args:
         model: a SpeechLM or an `AudioLM`.
-        store: what it hears: `rows(examples)` gives the input of `collate` (models/training/listeners.py).
+        store: what it hears: `rows(examples)` gives the input of `collate` (models/speech_lm/listeners.py).
         mode: "choice" or "generate".
         alphas: None is plain (greedy) decoding. A number is contrastive decoding with that strength. In mode "choice" all
             strengths use the same forward passes.
@@ -139,22 +138,8 @@ def generate_answers(
     options = {} if alpha is None else decoding.options(device, [e.id for e in examples] + ["" if hears else "no audio"])
     if not hears:
         batch = dataclasses.replace(batch, audio_present=torch.zeros_like(batch.audio_present))
-    if isinstance(model, AudioLM):
-        return model.generate(batch, max_new_tokens=max_new_tokens, alpha=alpha, **options)
-    if alpha is None:
-        return model.generate(batch, max_new_tokens=max_new_tokens)
-    from kdkernels.decoding import contrastive_generate
-
-    tokens = contrastive_generate(
-        model,
-        batch.model_inputs(),
-        negative=MarkAbsent(),
-        alpha=alpha,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=model.tokenizer.eos_token_id,
-        **options,
-    )
-    return [text.strip() for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    rows, _ = answer_ids(model, batch, max_new_tokens=max_new_tokens, alpha=alpha, **options)
+    return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
 def _check_options(

@@ -21,7 +21,7 @@ from models.data.audio import SAMPLE_RATE_HZ, load_audio
 from models.data.example import Example
 from models.evaluation.ask import generate_answers
 from models.evaluation.commands import ask_parser
-from models.training.listeners import load_listener
+from models.speech_lm.listeners import load_listener
 
 
 def answer(

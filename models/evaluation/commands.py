@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.arguments import Parser
-from models.audio_lms.settings import DTYPES
+from models.audio_lms.settings import DTYPES, FORMULAS
 from models.data.manifest import SPLITS
 from models.evaluation.benchmarks import NAMES
 from models.evaluation.predictions import KINDS
 
 CONTROLS = ("no_audio", "swapped_audio")
-FORMULAS = ("extrapolate", "authors")  # of kdkernels.contrast_logits
 
 
 def evaluate_parser() -> Parser:

@@ -56,7 +56,7 @@ from models.evaluation.scoring import AUDIO_CATEGORY
 from models.evaluation.summary import summarize
 from models.io_utils import atomic_write_json, fingerprint, sha256_file
 from models.speech_lm.features import FeatureError
-from models.training.listeners import is_speech_lm, load_listener, open_clips
+from models.speech_lm.listeners import is_speech_lm, load_listener, open_clips
 
 _SKIPPED_SHOWN = 20
 _SETTINGS = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")

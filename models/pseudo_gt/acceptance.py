@@ -7,20 +7,28 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from models.data.answers import named_choices
+from models.data.answers import named_choices, plain_words
 from models.data.manifest import TARGET_SOURCES, Example
 from models.io_utils import atomic_write_text
 from models.pseudo_gt.commands import DEFAULT_MAX_CHARACTERS
 from models.pseudo_gt.writers import has_ended
 
+_LOOP_TIMES, _LOOP_WORDS = 3, 9
 
-def check_answer(text: str, example: Example, *, max_characters: int = DEFAULT_MAX_CHARACTERS) -> str | None:
+
+def check_answer(
+    text: str, example: Example, *, max_characters: int = DEFAULT_MAX_CHARACTERS, accept: str = "choice"
+) -> str | None:
     """Why `text` cannot be the target of `example`; None if it can.
 
     An answer that its writer could not end is "cut off": a target teaches the end as well.
 
-    The check looks for the choices as whole words; case and punctuation do not matter. If one choice's words are part
-    of another's ("fast" in "very fast"), the longer choice counts.
+    With accept "choice" the answer names one of the example's choices, and the right one if that is known. The check looks for
+    the choices as whole words; case and punctuation do not matter. If one choice's words are part of another's ("fast" in "very
+    fast"), the longer choice counts.
+
+    With accept "free" no choice is looked for. An answer "repeats itself" that says the same words three times in a row, at least
+    nine in all: so decoding fails where a model finds no end.
     """
     if not text.strip():
         return "empty"
@@ -28,6 +36,8 @@ def check_answer(text: str, example: Example, *, max_characters: int = DEFAULT_M
         return "cut off"
     if len(text) > max_characters:
         return "too long"
+    if accept == "free":
+        return "repeats itself" if _repeats_itself(text) else None
     if not example.choices:
         return None
     named = named_choices(text, example.choices, skip_brackets=False)
@@ -38,6 +48,17 @@ def check_answer(text: str, example: Example, *, max_characters: int = DEFAULT_M
     if example.answer is not None and named != [example.answer]:
         return "wrong choice named"
     return None
+
+
+def _repeats_itself(text: str) -> bool:
+    words = plain_words(text, skip_brackets=False)
+    for length in range(1, len(words) // _LOOP_TIMES + 1):
+        run = 0  # how many words in a row are those of `length` words before
+        for word, earlier in zip(words[length:], words, strict=False):
+            run = run + 1 if word == earlier else 0
+            if run >= (_LOOP_TIMES - 1) * length and run + length >= _LOOP_WORDS:
+                return True
+    return False
 
 
 def set_targets(

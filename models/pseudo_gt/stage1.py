@@ -1,4 +1,4 @@
-"""Stage 1: the text backbone writes the pseudo ground truth Y from what is known about each clip.
+"""Stage 1: the text backbone, or a model that hears the clips, writes the pseudo ground truth Y.
 
     python -m models pseudo-gt data/demo/manifest.jsonl --out data/demo/stage1.jsonl
 
@@ -7,11 +7,13 @@ The story of a run:
 1. A clip's metadata are put into words, "[00:00-00:03] Good luck. (Gender: man, SNR: -3 dB)", without the hint of the
    prompt (wording.py).
 2. A frozen language model continues a few worked examples with the answer, greedily and in batches (writers.py). With
-   `--source template` the task's sentence is filled in instead. The manifest names the source of each target.
+   `--source template` the task's sentence is filled in instead. With `--source audio_lm` an audio LM hears each clip and answers
+   its question freely (listening.py). The manifest names the source of each target.
 3. Every answer goes to a journal beside OUT and is on the disk before the next batch (journal.py). A killed run
    continues from there: no line is lost, and none is written twice.
-4. An answer is rejected if it is empty, cut off or too long, or if it names no choice, several, or the wrong one
-   (acceptance.py). A row whose answer is rejected is left out of the manifest; OUT.rejects.jsonl holds it with the reason.
+4. An answer is rejected if it is empty, cut off or too long, or if it names no choice, several, or the wrong one; a free answer
+   if it repeats itself (acceptance.py). A row whose answer is rejected is left out of the manifest; OUT.rejects.jsonl holds it
+   with the reason.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from models.corpora.hearing import parse_hearing
 from models.data.manifest import (
     SPLITS,
     Example,
@@ -42,14 +45,16 @@ from models.data.readers import read_data
 from models.io_utils import fingerprint
 from models.pseudo_gt.acceptance import check_answer, set_targets, write_rejects
 from models.pseudo_gt.commands import (
+    ACCEPTS,
     DEFAULT_BACKBONE,
     DEFAULT_MAX_CHARACTERS,
-    DEFAULT_MAX_NEW_TOKENS,
     SOURCES,
+    default_limits,
     pseudo_gt_parser,
 )
 from models.pseudo_gt.journal import Journal, Stage1Error
-from models.pseudo_gt.wording import WORDING_VERSION, describe, not_told, told_by_name
+from models.pseudo_gt.listening import Listening, ListeningWriter
+from models.pseudo_gt.wording import WORDING_VERSION, describe, not_told, published_description, told_by_name
 from models.pseudo_gt.writers import BackboneWriter, Writer, write_by_template
 
 
@@ -95,12 +100,15 @@ def run_stage1(
     splits: Sequence[str] = ("train", "dev"),
     pool: str | Sequence[str] | None = None,
     task: str | Sequence[str] | None = None,
-    batch_examples: int = 64,
+    batch_examples: int | None = None,
     max_reject_fraction: float = 0.5,
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-    max_characters: int = DEFAULT_MAX_CHARACTERS,
+    max_new_tokens: int | None = None,
+    max_characters: int | None = None,
     restart: bool = False,
     progress: bool = True,
+    listening: Listening | None = None,
+    accept: str | None = None,
+    keep_targets: bool = False,
 ) -> Stage1Report:
     """Give the manifest's examples their targets and write the result to `out`.
 
@@ -109,18 +117,22 @@ def run_stage1(
         out: the manifest to write. It may lie anywhere; where its folder is not above the audio root, its header names the
             root. OUT.journal lies beside it while the run lasts, and OUT.rejects.jsonl with the rejected rows. If `out` was
             already made from the same examples in the same way, nothing is done.
-        source: "text_backbone" or "template".
+        source: "text_backbone", "template" or "audio_lm".
         writer: writes the answers. None is the one of `source`; it is made only if answers are missing.
         backbone: id or folder of a causal language model.
         splits, pool, task: which examples get targets: those of one of the names; None is all. The others pass through
             unchanged.
-        batch_examples: how many examples the backbone gets at once.
+        batch_examples: how many examples the writer gets at once; None = 64, or 16 with "audio_lm".
         max_reject_fraction: if more answers are rejected, only the rejects are written: the wording does not suit the
             backbone.
-        max_new_tokens: longest answer of the backbone. An answer that does not end within it is rejected.
-        max_characters: a longer answer is rejected.
+        max_new_tokens: longest answer of the backbone or the audio LM. An answer that does not end within it is rejected. None =
+            24, or 256 with "audio_lm".
+        max_characters: a longer answer is rejected; None = 160, or 2,000 with "audio_lm".
         restart: discard the answers of an unfinished run, and write a finished `out` again.
         progress: show a bar on stderr.
+        listening: the model of "audio_lm", and how it decodes.
+        accept: "choice" or "free", see `check_answer`; None = "choice", or "free" with "audio_lm".
+        keep_targets: examples that have a target pass through too.
 
     Returns:
         Stage1Report.
@@ -129,12 +141,16 @@ def run_stage1(
         ValueError: an argument outside its range.
         Stage1Error: no such row, too many rejected answers, another run writes here, or the journal has other settings.
     """
-    _check_options(source, splits, batch_examples, max_reject_fraction, max_new_tokens, max_characters)
+    _check_options(source, splits, batch_examples, max_reject_fraction, max_new_tokens, max_characters, accept, listening)
+    new_tokens, characters, at_once, accepts = default_limits(source)
+    new_tokens, characters = max_new_tokens or new_tokens, max_characters or characters
+    at_once, accepts = batch_examples or at_once, accept or accepts
     out = Path(out)
     started = time.monotonic()
-    selected = _select(manifest, splits, pool, task)
+    selected = _select(manifest, splits, pool, task, keep_targets=keep_targets)
     by_backbone = source == "text_backbone"
-    recipe = _Recipe(source, backbone if by_backbone else None, max_new_tokens if by_backbone else None, max_characters)
+    limit = None if source == "template" else new_tokens
+    recipe = _Recipe(source, backbone if by_backbone else None, limit, characters, listening, accepts)
     identity, rows = recipe.identity(selected), fingerprint([example.to_row() for example in manifest])
     report = Stage1Report(passed_through=len(manifest) - len(selected))
     if by_backbone:
@@ -147,10 +163,10 @@ def run_stage1(
         answers = journal.read({example.id for example in selected})
         report.resumed = len(answers)
         if writer is None and len(answers) < len(selected):
-            writer = recipe.make_writer()
-        _write_answers(selected, answers, journal, writer, batch_examples, progress=progress)
+            writer = recipe.make_writer(manifest.audio_root, selected)
+        _write_answers(selected, answers, journal, writer, at_once, progress=progress)
 
-        targets, rejects = _sort_out(selected, answers, max_characters)
+        targets, rejects = _sort_out(selected, answers, recipe)
         report.accepted = len(targets)
         report.rejected = Counter(row["reason"] for row in rejects)
         report.seconds = time.monotonic() - started
@@ -169,19 +185,26 @@ def run_stage1(
 def _check_options(
     source: str,
     splits: Sequence[str],
-    batch_examples: int,
+    batch_examples: int | None,
     max_reject_fraction: float,
-    max_new_tokens: int,
-    max_characters: int,
+    max_new_tokens: int | None,
+    max_characters: int | None,
+    accept: str | None,
+    listening: Listening | None,
 ) -> None:
     if source not in SOURCES:
         raise ValueError(f"source: expected one of {list(SOURCES)}, got {source!r}")
+    if accept is not None and accept not in ACCEPTS:
+        raise ValueError(f"accept: expected one of {list(ACCEPTS)}, got {accept!r}")
+    if (listening is None) == (source == "audio_lm"):
+        wanted = "a model that hears" if listening is None else "none"
+        raise ValueError(f"listening: expected {wanted} with source {source!r}, got {listening}")
     for name, number in (
         ("batch_examples", batch_examples),
         ("max_new_tokens", max_new_tokens),
         ("max_characters", max_characters),
     ):
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
     if not 0.0 <= max_reject_fraction <= 1.0:
         raise ValueError(f"max_reject_fraction: expected a number from 0 to 1, got {max_reject_fraction}")
@@ -191,7 +214,12 @@ def _check_options(
 
 
 def _select(
-    manifest: Manifest, splits: Sequence[str], pool: str | Sequence[str] | None, task: str | Sequence[str] | None
+    manifest: Manifest,
+    splits: Sequence[str],
+    pool: str | Sequence[str] | None,
+    task: str | Sequence[str] | None,
+    *,
+    keep_targets: bool,
 ) -> list[Example]:
     pools, tasks = ((names,) if isinstance(names, str) else names for names in (pool, task))
     selected = [
@@ -200,34 +228,50 @@ def _select(
         if example.split in splits
         and (pools is None or example.metadata.get("pool") in pools)
         and (tasks is None or example.task in tasks)
+        and not (keep_targets and (example.target or "").strip())
     ]
     if not selected:
-        raise Stage1Error(f"no row to write a target for (splits {list(splits)}, pool {pool}, task {task})")
+        kept = ", rows with a target left out" if keep_targets else ""
+        raise Stage1Error(f"no row to write a target for (splits {list(splits)}, pool {pool}, task {task}{kept})")
     return selected
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How the answers are made: their source, the backbone and its limit if the source is one, and the longest accepted."""
+    """How the answers are made: their source, its model and limit if it has one; and which of them are accepted."""
 
     source: str
     backbone: str | None
     max_new_tokens: int | None
     max_characters: int
+    listening: Listening | None = None
+    accept: str = "choice"
 
     def identity(self, selected: Sequence[Example]) -> str:
         """The fingerprint of all that decides the answers, not which of them are accepted."""
         rows = [example.to_row() for example in selected]
         limit = {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
         made = {"source": self.source, "backbone": self.backbone, **limit}
+        if self.listening is not None:
+            made["listening"] = self.listening.fingerprint()
         told = sorted({name for example in selected for name in told_by_name(example)})
         by_name = {"told_by_name": told} if told and self.backbone is not None else {}
+        if self.backbone is not None and any(published_description(example) is not None for example in selected):
+            by_name["descriptions"] = "as published"
         return fingerprint({"wording": WORDING_VERSION, **made, "examples": rows, **by_name})
 
-    def make_writer(self) -> Writer:
+    def make_writer(self, audio_root: Path, selected: Sequence[Example]) -> Writer:
+        if self.listening is not None:
+            listener = ListeningWriter.load(self.listening, audio_root, max_new_tokens=self.max_new_tokens)
+            listener.check(selected)
+            return listener
         if self.backbone is None:
             return write_by_template
         return BackboneWriter.load(self.backbone, max_new_tokens=self.max_new_tokens)
+
+    def accepted_by(self) -> dict[str, Any]:
+        """What decides which answers are accepted, as the header of the result holds it."""
+        return {"max_characters": self.max_characters} | ({} if self.accept == "choice" else {"accept": self.accept})
 
 
 def _write_answers(
@@ -260,14 +304,14 @@ def _write_answers(
 
 
 def _sort_out(
-    selected: Sequence[Example], answers: Mapping[str, str], max_characters: int
+    selected: Sequence[Example], answers: Mapping[str, str], recipe: _Recipe
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The accepted answers by id, and the rejected ones as rows with their reason."""
     targets: dict[str, str] = {}
     rejects: list[dict[str, str]] = []
     for example in selected:
         text = answers[example.id]
-        reason = check_answer(text, example, max_characters=max_characters)
+        reason = check_answer(text, example, max_characters=recipe.max_characters, accept=recipe.accept)
         if reason is None:
             targets[example.id] = text
         else:
@@ -285,7 +329,8 @@ def _header(
             "source": recipe.source,
             "backbone": recipe.backbone,
             "max_new_tokens": recipe.max_new_tokens,
-            "max_characters": recipe.max_characters,
+            **({} if recipe.listening is None else {"listening": recipe.listening.settings()}),
+            **recipe.accepted_by(),
             "fingerprint": identity,
             "rows": rows,
             "accepted": report.accepted,
@@ -301,8 +346,9 @@ def _is_finished(out: Path, recipe: _Recipe, identity: str, rows: str, report: S
         return False
     try:
         stage1 = read_manifest(out, check_audio=False).header["stage1"]
-        made = stage1["fingerprint"], stage1["rows"], stage1.get("max_characters", DEFAULT_MAX_CHARACTERS)
-        if made != (identity, rows, recipe.max_characters):
+        accepted = {"max_characters": DEFAULT_MAX_CHARACTERS}
+        accepted |= {name: stage1[name] for name in ("max_characters", "accept") if name in stage1}
+        if (stage1["fingerprint"], stage1["rows"], accepted) != (identity, rows, recipe.accepted_by()):
             return False
         report.accepted = report.resumed = stage1["accepted"]
         report.rejected = Counter(stage1["rejected"])
@@ -337,10 +383,7 @@ def _rebase(example: Example, prefix: str) -> Example:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `run_stage1`, checked before the manifest's clips are read."""
-    if arguments.source == "template":
-        for name in ("backbone", "max_new_tokens"):
-            if getattr(arguments, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')}: expected --source text_backbone beside it, got template")
+    _check_source(arguments)
     if arguments.out.absolute() == arguments.manifest.absolute():
         raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
     options: dict[str, Any] = {
@@ -348,8 +391,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "splits": tuple(filter(None, arguments.splits.split(","))),
         "batch_examples": arguments.batch_examples,
         "max_reject_fraction": arguments.max_reject_fraction,
-        "max_new_tokens": DEFAULT_MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens,
+        "max_new_tokens": arguments.max_new_tokens,
         "max_characters": arguments.max_characters,
+        "accept": arguments.accept,
+        "listening": _listening(arguments),
     }
     _check_options(**options)
     return {
@@ -358,18 +403,61 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "pool": arguments.pool or None,
         "task": arguments.task or None,
         "restart": arguments.restart,
+        "keep_targets": arguments.keep_targets,
     }
+
+
+# Options of one source -> that source.
+_OF_SOURCE = {
+    "backbone": "text_backbone",
+    **dict.fromkeys(("audio_lm", "alpha", "formula", "plausibility", "dtype", "attention", "device", "hears"), "audio_lm"),
+}
+
+
+def _check_source(arguments: argparse.Namespace) -> None:
+    """ValueError for an option that has no effect with --source, and for a source without its model."""
+    for name, source in _OF_SOURCE.items():
+        if getattr(arguments, name) not in (None, []) and arguments.source != source:
+            raise ValueError(f"--{name.replace('_', '-')}: expected --source {source} beside it, got {arguments.source}")
+    if arguments.source == "template" and arguments.max_new_tokens is not None:
+        raise ValueError("--max-new-tokens: expected --source text_backbone beside it, or audio_lm, got template")
+    if arguments.source == "audio_lm" and arguments.audio_lm is None:
+        raise ValueError("--audio-lm: expected a model with --source audio_lm, got none")
+
+
+def _listening(arguments: argparse.Namespace) -> Listening | None:
+    """Who listens, as the command line says; None if nobody does."""
+    if arguments.source != "audio_lm":
+        return None
+    given = {name: getattr(arguments, name) for name in ("alpha", "formula", "plausibility", "dtype", "attention", "device")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.hears:
+        given["hears"] = parse_hearing(arguments.hears)
+    try:
+        return Listening(arguments.audio_lm, **given)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+
+
+def _find_model(source: str, options: Mapping[str, Any]) -> None:
+    """Find the source's model, which may have to be fetched; a RuntimeError says where it was looked for."""
+    from models.backbones.resolve import resolve_backbone
+    from models.speech_lm.listeners import find_listener
+
+    if source == "text_backbone":
+        resolve_backbone(options["backbone"], kind="causal_lm")
+    elif source == "audio_lm":
+        find_listener(options["listening"].model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Status 1 and one message if Stage 1 cannot be done; 130 after Ctrl-C (run it again to go on)."""
-    from models.backbones.resolve import resolve_backbone
-
     arguments = pseudo_gt_parser().parse_args(argv)
     try:
         options = _options(arguments)
-        if arguments.source == "text_backbone" and not (arguments.out.exists() or _journal(arguments.out).exists()):
-            resolve_backbone(options["backbone"], kind="causal_lm")  # so a wrong id is found before all clips are read
+        begun = arguments.out.exists() or _journal(arguments.out).exists()
+        if not begun:  # a wrong name is found before all clips are read
+            _find_model(arguments.source, options)
         manifest = read_data(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )
@@ -379,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:  # BackboneError and Stage1Error are RuntimeErrors
+    except (ValueError, RuntimeError, OSError) as error:  # those of models and Stage1Error are RuntimeErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(report.summary())

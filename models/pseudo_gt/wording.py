@@ -10,7 +10,7 @@ from typing import Any
 
 from models.data.manifest import Example
 from models.data.prompts import CATEGORIES, TASKS, target_template
-from models.data.readers import parse_description
+from models.data.readers import holds_times, parse_description
 
 # Changes whenever the backbone would read other words for the same example.
 WORDING_VERSION = 1
@@ -60,7 +60,11 @@ def describe(example: Example) -> str:
 
     The times are those of the span, in minutes and seconds. The text is the whole transcript. The context is left out,
     because it may be false. Metadata under NOT_TOLD, and what `not_told` lists besides, are left out too.
+
+    A published description with times (`seed_description`) that fits the transcript is told as it is, without anything else.
     """
+    if (published := published_description(example)) is not None:
+        return published
     start = example.start_seconds
     duration = example.metadata.get("duration_seconds")
     end = example.end_seconds
@@ -72,17 +76,36 @@ def describe(example: Example) -> str:
     if isinstance(snr, (int, float)):
         facts.append(f"SNR: {snr:.0f} dB")
     facts += [f"{_in_words(name)}: {_value(value)}" for name, value in _others(example).items()]
-    words = " ".join(str(example.metadata.get("text", example.transcription)).split())
-    return f"{times}{words}" + (f" ({', '.join(facts)})" if facts else "")
+    return f"{times}{_spoken(example)}" + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _spoken(example: Example) -> str:
+    return " ".join(str(example.metadata.get("text", example.transcription)).split())
+
+
+def published_description(example: Example) -> str | None:
+    """The `seed_description` of a row in one line, where it is told as it is: one with times, in one segment or several.
+
+    One that says other words than the transcript belongs to another clip: then its parts are told.
+    """
+    text = " ".join(str(example.metadata.get("seed_description", "")).split())
+    if not holds_times(text):
+        return None
+    parsed = parse_description(text)
+    return text if parsed is None or _spoken(example) in ("", parsed[0]) else None
 
 
 def told_by_name(example: Example) -> list[str]:
     """The names of metadata that have no wording of their own and are told as they are."""
-    return list(_others(example))
+    return [] if published_description(example) is not None else list(_others(example))
 
 
 def not_told(example: Example) -> list[str]:
     """The names of metadata that `describe` leaves out."""
+    published = published_description(example)
+    if published is not None:
+        parts = parse_description(published)
+        return [name for name in example.metadata if name != "seed_description" and not (parts and name in parts[1])]
     told = {*_WORDING, *_ELSEWHERE, *_others(example)}
     left_out = [name for name in example.metadata if name not in told]
     numbers = [name for name in ("duration_seconds", "snr_db") if name in example.metadata]
@@ -204,7 +227,8 @@ def _asks_the_same(example: Example) -> bool:
 
 
 def _asked(example: Example) -> str:
-    return f"Question: {' '.join(example.question.split())}\n{describe(example)}"
+    question = f"Question: {' '.join(example.question.split())}\n{describe(example)}"
+    return f"{' '.join(example.system.split())}\n{question}" if example.system.strip() else question
 
 
 def _clock(seconds: float) -> str:

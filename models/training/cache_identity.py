@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from models.audio_lms.family import AudioLMError
-from models.audio_lms.model import checkpoint_folders
 from models.corpora.hearing import PLAIN, Hearing
 from models.data.prompts import render_prompt
-from models.io_utils import fingerprint, sha256_file
-from models.training.listeners import is_speech_lm
+from models.io_utils import fingerprint
+from models.speech_lm.listeners import listener_hashes
 
 
 class CacheError(RuntimeError):
@@ -29,19 +28,12 @@ def teacher_fingerprint(spec: str | Path, *, hears: Hearing = PLAIN, negative: s
         spec: folder of a SpeechLM; or hub id, folder or adapter of an audio LM. Of an adapter its base counts too.
         hears, negative: see the recipe's keys of `teacher`.
     """
-    if is_speech_lm(spec):
-        folders = [Path(spec)]
-    else:
-        try:
-            folders = checkpoint_folders(spec)
-        except AudioLMError as error:
-            raise CacheError(f"teacher: {error}") from error
     found: dict[str, Any] = {"hears": hears.settings()} if hears.settings() else {}
     found |= {"negative": negative} if negative != "zeros" else {}
-    for number, folder in enumerate(folders):
-        parts = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".jinja"))
-        found |= {("base/" * number) + str(p.relative_to(folder)): sha256_file(p) for p in parts}
-    return found
+    try:
+        return found | listener_hashes(spec)
+    except AudioLMError as error:
+        raise CacheError(f"teacher: {error}") from error
 
 
 def sample_content(example: Any, sound: Any) -> str:
@@ -52,7 +44,8 @@ def sample_content(example: Any, sound: Any) -> str:
         sound: its clip's features (K, T, D), or its waveform (samples,) as an array, or a tuple of several; they make AUDIO. None
             leaves AUDIO out, for a student with another encoder, or an example without a clip.
     """
-    text = fingerprint([render_prompt(example), example.target])[:16]
+    system = [example.system] if example.system else []  # an audio LM reads it in another place than the context
+    text = fingerprint([render_prompt(example), example.target, *system])[:16]
     if sound is None:
         return text
     if isinstance(sound, torch.Tensor):

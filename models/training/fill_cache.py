@@ -29,10 +29,10 @@ from models.audio_lms.model import AudioLM
 from models.backbones.causal_lm import read_head
 from models.corpora.hearing import PLAIN, Hearing, parse_hearing
 from models.speech_lm.collation import crop_to_targets
+from models.speech_lm.listeners import is_speech_lm, load_listener, open_clips, text_path, unheard_batch
 from models.training import served
 from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
 from models.training.commands import CACHE_DTYPES, cache_parser
-from models.training.listeners import is_speech_lm, load_listener, open_clips, text_path, unheard_batch
 
 DTYPES = dict(zip(CACHE_DTYPES, (torch.bfloat16, torch.float32, torch.float8_e4m3fn), strict=True))
 
@@ -58,7 +58,7 @@ def fill_cache(
     Args:
         model: the teacher, a SpeechLM or an `AudioLM`, in evaluation mode. It is frozen here (`requires_grad_(False)`), as a live
             teacher is.
-        store: what the teacher hears (models/training/listeners.py).
+        store: what the teacher hears (models/speech_lm/listeners.py).
         examples: with targets.
         made_from: the teacher's identity, `teacher_fingerprint`.
         hears: what the teacher reads beside the clip; `store` hears accordingly.

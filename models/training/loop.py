@@ -244,10 +244,11 @@ class TrainingLoop:
         batch, states = select_positions(batch, states, counted)
         if self.recipe.loss.needs_divergence and OWN_TEACHER in states:
             states[OWN_TEACHER] = states[OWN_TEACHER].with_divergence()
+        longest = int(torch.bincount(batch.target_row).max()) if len(batch.target_row) else 1
         batch = (self.data.crop(batch) if self.data.crop else batch).to(self.device)
         answered = None if answered is None else answered.to(self.device)
         weights = token_weights(self.recipe.loss, batch, states.get(OWN_TEACHER), charged.to(self.device), answered)
-        return Part(batch, states, weights, hears.to(self.device), noise)
+        return Part(batch, states, weights, hears.to(self.device), noise, longest)
 
     def answer_noise(self, step: int, numbers: Sequence[int], batch: Any) -> AnswerNoise:
         """The noise of a part, from a batch with all of its target tokens; `numbers`: of its examples in the step."""

@@ -31,7 +31,7 @@ from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import logit_post
 from models.training.recipe import LossConfig, Recipe
 from models.training.run_setup import OWN_TEACHER, TrainingData
-from models.training.teachers import LayerDistillation, ProjectedStates, TeacherStates
+from models.training.teachers import Examples, LayerDistillation, ProjectedStates, TeacherStates
 
 Curve = tuple[str, torch.Tensor, torch.Tensor]  # name, mean, weight
 
@@ -72,6 +72,7 @@ class Part:
         states: of every teacher by its name, at those tokens.
         present: (B,) bool, False where audio dropout masks the audio.
         noise: on the embeddings of the answers, or None.
+        longest: the most target tokens of one example.
     """
 
     batch: Any
@@ -79,6 +80,7 @@ class Part:
     weights: TokenWeights
     present: torch.Tensor
     noise: AnswerNoise | None = None
+    longest: int = 1
 
 
 def token_weights(
@@ -351,8 +353,9 @@ class PartLoss(torch.nn.Module):
             normalizers.ce, with_stats,
         )  # fmt: skip
         layer_losses = []
+        examples = Examples(part.batch.target_row, len(part.batch.ids), part.longest)
         for name, layers in self._compared.items():
-            layer_loss = layers.loss(by_layer, part.states[name], part.weights.kd > 0, normalizers.layers)
+            layer_loss = layers.loss(by_layer, part.states[name], part.weights.kd > 0, normalizers.layers, examples)
             loss = loss + layers.settings.weight * layer_loss
             layer_losses.append(("layers" if name == OWN_TEACHER else f"layers_{name}", layer_loss))
         return loss, curves, layer_losses

@@ -410,9 +410,12 @@ def _source(
 
 
 def _projection_weights(layers: Any, student: Sizes, teacher: Sizes) -> int:
-    if not layers.weight or student.width == teacher.width:  # equal widths need no projection
+    if not layers.weight:
         return 0
-    return len(layers.layer_pairs(student.layers, teacher.layers)) * student.width * teacher.width
+    pairs = len(layers.layer_pairs(student.layers, teacher.layers))
+    if layers.form == "attention":
+        return pairs * student.width * (student.width + 2 * teacher.width)
+    return 0 if student.width == teacher.width else pairs * student.width * teacher.width  # equal widths need no projection
 
 
 def _activation_bytes(model: _Model, tokens: float, *, checkpointing: bool) -> float:
@@ -472,7 +475,7 @@ def count_clips(recipe: Recipe, *, assumed: Clips) -> Clips:
         len(chosen),
         len(clips),
         sum(seconds) / len(seconds) if seconds else assumed.seconds,
-        _CHAT_TOKENS + TOKENS_PER_WORD * sum(len(chat_text(e).split()) for e in read) / len(read),
+        _CHAT_TOKENS + TOKENS_PER_WORD * sum(len(f"{e.system} {chat_text(e)}".split()) for e in read) / len(read),
         1 + TOKENS_PER_WORD * sum(len((e.target or "").split()) for e in read) / len(read),
         f"counted in {settings.manifest}: {TOKENS_PER_WORD:g} tokens a word",
     )

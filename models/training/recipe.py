@@ -44,6 +44,7 @@ ROLES = ("audio", "text", "acoustic")
 PACKINGS = ("none", "pack", "varlen")
 TOKEN_WEIGHTS = ("uniform", "choice", "divergence")
 AVERAGES = ("tokens", "samples")
+LAYER_FORMS = ("projection", "attention")
 
 
 class ConfigError(ValueError):
@@ -294,13 +295,17 @@ class LayersConfig:
     """Layer distillation beside the objective: weight * mean squared error; see kdkernels.fused_layer_mse_loss, layer_map."""
 
     weight: float = 0.0  # of this term, which is added to the objective; 0 = no layer is compared
+    # projection = each token with the teacher's state at the same token; attention = with what it finds in the teacher's states
+    # at all answer tokens of its example (kdkernels.LayerAttention).
+    form: str = "projection"
+    heads: int = 1  # attention: heads, a divisor of the student's width
     map: str = "all"  # which layers are compared: top | skip | all
     every: int = 7  # skip: compare every N-th layer, counted down from the top
     embeddings: bool = False  # compare the first layer's input as well
     pairs: tuple[str, ...] = ()  # "student-teacher" layers instead of a map, such as [7-9,14-18]
     alpha: float = 0.0  # contrast of the layer target: (1 + alpha) h_audio - alpha h_text
     direction: str = "student_to_teacher"  # which side is projected where widths differ
-    bias: bool = False  # projections also add a vector, which trains
+    bias: bool = False  # projections, or the values of attention, also add a vector, which trains
     normalize: bool = False  # compare directions only: the error of a pair is then 2 - 2 cos
 
     def __post_init__(self) -> None:
@@ -309,6 +314,10 @@ class LayersConfig:
         _check(self.every >= 1, "layers.every", ">= 1", self.every)
         _check(self.alpha >= 0, "layers.alpha", ">= 0", self.alpha)
         _one_of(self.direction, "layers.direction", DIRECTIONS)
+        _one_of(self.form, "layers.form", LAYER_FORMS)
+        _check(self.heads >= 1, "layers.heads", ">= 1", self.heads)
+        _needs(self, "layers", "heads", self.form == "attention", "layers.form=attention")
+        _needs(self, "layers", "direction", self.form == "projection", "layers.form=projection")
         for pair in self.pairs:
             _check(re.fullmatch(r"\d+-\d+", pair) is not None, "layers.pairs", "student-teacher, such as 7-9", pair)
         _check(not (self.pairs and self.embeddings), "layers.embeddings", "false with layers.pairs (0 is a layer there)", True)

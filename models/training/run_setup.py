@@ -26,8 +26,8 @@ from models.corpora.hearing import PLAIN, Hearing
 from models.io_utils import fingerprint
 from models.speech_lm.collation import check_one_clip, crop_to_targets
 from models.speech_lm.frozen_linear import use_bf16_products
+from models.speech_lm.listeners import is_speech_lm, open_clips, torch_dtype, unheard_batch
 from models.speech_lm.row_layout import why_not_packed_with_prefixes
-from models.training.listeners import is_speech_lm, open_clips, torch_dtype, unheard_batch
 from models.training.recipe import DataConfig, Recipe, SourceConfig, to_dict
 from models.training.teachers import (
     CachedTeacher,

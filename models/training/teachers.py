@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kdkernels import TeacherProjection
+from kdkernels.layer_attention import LayerAttention
 from kdkernels.layer_mse import LayerProjections
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import evaluating
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.backbones.causal_lm import CurrentHead, read_head
-from models.training.listeners import text_path
-from models.training.recipe import LayersConfig, SourceConfig
+from models.speech_lm.listeners import text_path
+from models.training.recipe import ConfigError, LayersConfig, SourceConfig
 
 if TYPE_CHECKING:
     from models.data.manifest import Example
@@ -534,16 +535,40 @@ def path_divergence(states: TeacherStates, *, chunk_tokens: int = 256) -> torch.
     return torch.cat(out) if out else states.audio_hidden.new_zeros(0)
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Which of a batch's N target tokens belong to which example.
+
+    Attributes:
+        target_row: (N,) int64, ascending.
+        count: number of examples B.
+        longest: the most target tokens of one of them, known without asking the device.
+    """
+
+    target_row: torch.Tensor
+    count: int
+    longest: int
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, ...) as (B, longest, ...), with zeros behind an example's tokens."""
+        rows = self.target_row
+        lengths = rows.new_zeros(self.count).index_add(0, rows, torch.ones_like(rows))
+        columns = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(0) - lengths)[rows]
+        return x.new_zeros(self.count, self.longest, *x.shape[1:]).index_put((rows, columns), x)
+
+
 class LayerDistillation(torch.nn.Module):
     """Which layers of student and teacher are compared, and the projections between their widths, which train.
 
     Args:
         settings: the recipe's `layers`.
         pairs: (student, teacher) layers; one layer may stand in several pairs.
-        projections: of those pairs.
+        projections: of those pairs, or their attention with the form "attention".
     """
 
-    def __init__(self, settings: LayersConfig, pairs: Sequence[tuple[int, int]], projections: LayerProjections) -> None:
+    def __init__(
+        self, settings: LayersConfig, pairs: Sequence[tuple[int, int]], projections: LayerProjections | LayerAttention
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.pairs = list(pairs)
@@ -552,8 +577,17 @@ class LayerDistillation(torch.nn.Module):
 
     @classmethod
     def build(cls, settings: LayersConfig, *, depths: Sequence[int], widths: Sequence[int]) -> LayerDistillation:
-        """For these `depths` and `widths`, each of (student, teacher)."""
+        """For these `depths` and `widths`, each of (student, teacher).
+
+        Raises:
+            ConfigError: a pair out of range, or heads that do not divide the student's width.
+        """
         pairs = settings.layer_pairs(*depths)
+        if settings.form == "attention":
+            try:
+                return cls(settings, pairs, LayerAttention(*widths, pairs, heads=settings.heads, bias=settings.bias))
+            except ValueError as error:
+                raise ConfigError(f"layers.{error}") from None
         projections = LayerProjections(
             *widths, pairs, direction=settings.direction, identity_where_equal=True, bias=settings.bias
         )
@@ -565,6 +599,7 @@ class LayerDistillation(torch.nn.Module):
         states: TeacherStates,
         counts: torch.Tensor,
         normalizer: torch.Tensor,
+        examples: Examples | None = None,
     ) -> torch.Tensor:
         """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
 
@@ -574,6 +609,7 @@ class LayerDistillation(torch.nn.Module):
         Args:
             student: its layers' states by number, (N, H_s) each; at least `student_layers`.
             counts: (N,) bool, True at the tokens that count.
+            examples: which tokens belong together; the form "attention" needs it.
         """
 
         def take(stacked: torch.Tensor) -> list[torch.Tensor]:
@@ -581,15 +617,24 @@ class LayerDistillation(torch.nn.Module):
 
         text = self.settings.alpha > 0 and states.text_layers is not None
         students, teachers = [student[pair[0]] for pair in self.pairs], take(states.audio_layers)
-        compared = teachers if self.settings.direction == "student_to_teacher" else students
+        texts = take(states.text_layers) if text else None
+        mask = counts if states.speaks is None else counts & states.speaks
+        attends = self.settings.form == "attention"
+        compared = teachers if self.settings.direction == "student_to_teacher" and not attends else students
         widths = [x.shape[-1] if self.settings.normalize else 1 for x in compared]  # the loss divides by them
+        if attends:
+            if examples is None:
+                raise ValueError("examples: expected which tokens belong together with the form 'attention', got None")
+            students, teachers = ([examples.padded(x) for x in side] for side in (students, teachers))
+            texts = None if texts is None else [examples.padded(x) for x in texts]
+            mask = examples.padded(mask)
         total = self.projections(
             students,
             teachers,
-            teacher_text_hidden=take(states.text_layers) if text else None,
+            teacher_text_hidden=texts,
             alpha=self.settings.alpha if text else 0.0,
             normalize=self.settings.normalize,
-            mask=counts if states.speaks is None else counts & states.speaks,
+            mask=mask,
             layer_weight=[width / len(self.pairs) for width in widths],
             reduction="sum",
         )

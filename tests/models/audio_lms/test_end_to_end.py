@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.cli import main as models
+from models.evaluation.predictions import read_predictions
 from tests.kdkernels.tiny_lms import any_peft
 from tests.models.audio_lms.audio_world import QUESTION, corpus_and_stage1, make_world, text_teacher, words
 from tests.models.audio_lms.test_training import Killed, curves, kill_in_step
@@ -86,6 +87,37 @@ def test_distil_resume_evaluate_load_and_ask(family, recipe, options, tmp_path, 
     assert len(capsys.readouterr().out.splitlines()) >= 2
     assert models(["ask", final, str(world / "no.wav"), QUESTION]) == 1
     assert "clip: no file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rows_of_ms_swift_about_two_clips(tmp_path):
+    """Trained and evaluated as they came; what the model reads has both clips, so a row without the second is another row."""
+    world = make_world(tmp_path, "qwen2_audio")
+    rows = []
+    for number in range(4):
+        answer = ("Yes.", "No.")[number % 2]
+        turns = [("system", "Be brief."), ("user", "<audio><audio>Are they one tone?"), ("assistant", answer)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        clips = [f"{number}.wav", f"{number + number % 2}.wav"]
+        rows.append({"id": str(number), "messages": messages, "audios": clips, "split": ("train", "test")[number // 2]})
+    (world / "swift.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"data.manifest={world / 'swift.jsonl'}", f"teacher.model={world / 'teacher'}", "optim.steps=2"]
+    options += ["optim.batch_examples=2", "optim.micro_batch_examples=1"]
+    assert models(["train", "qwen2_audio", *words(world, "run", *options)]) == 0
+    both = curves(world / "run")
+    assert len(both) == 2
+    asked = ["evaluate", str(world / "run" / "final"), str(world / "swift.jsonl"), "--mode", "generate", "--device", "cpu"]
+    assert models([*asked, "--out", str(world / "two.jsonl"), "--max-new-tokens", "3"]) == 0
+    assert [p.clip for p in read_predictions(world / "two.jsonl")[1]] == [
+        "2.wav@0.0-None+2.wav@0.0-None",
+        "3.wav@0.0-None+4.wav@0.0-None",
+    ]
+    for row in rows:
+        row["audios"] = row["audios"][:1]
+        row["messages"][1]["content"] = "<audio>Are they one tone?"
+    (world / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert models(["train", "qwen2_audio", *words(world, "one", *options[1:], f"data.manifest={world / 'one.jsonl'}")]) == 0
+    assert curves(world / "one")[0]["loss"] != both[0]["loss"]
 
 
 # What torchrun starts; a rank dies before the step that the first word names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,13 +15,13 @@ from kdkernels import fused_linear_caad_loss
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.audio_lms.clips import ClipReader
 from models.audio_lms.families import family_of
-from models.audio_lms.family import AudioLMError, Turn
+from models.audio_lms.family import AudioLMError, Turn, prompt_text
 from models.audio_lms.model import AudioLM
 from models.data.audio import AudioError, write_audio
 from models.data.example import Example
 from models.data.manifest import read_manifest, write_manifest
+from models.speech_lm.listeners import open_clips
 from models.training.cache_identity import sample_content
-from models.training.listeners import open_clips
 from tests.models.audio_lms import tiny_audio_lms as tiny
 
 EXAMPLES = [
@@ -125,6 +126,47 @@ def test_a_row_without_a_clip_stands_beside_one_with_a_clip(model):
     assert only_text.features == {}
     states = model.hidden_states_at(only_text.target_index, **only_text.model_inputs())
     torch.testing.assert_close(hidden[batch.target_row == 1], states[only_text.target_row == 1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_system_turn_stands_before_the_words(model):
+    rows = [dataclasses.replace(e, system="Be <|im_end|> brief.\n\nListen.") for e in EXAMPLES]
+    collate = model.make_collator()
+    with_turn, without = (collate(each, CLIPS, with_target=False) for each in (rows, EXAMPLES))
+    for row, example in enumerate(EXAMPLES):
+        ids, plain = (b.input_ids[row][b.attention_mask[row].bool()].tolist() for b in (with_turn, without))
+        text = model.tokenizer.decode(ids)
+        assert text.count("brief.\n\nListen.") == 1 and text.index("Listen.") < text.index(example.question[:8])
+        audio = max(set(plain), key=plain.count)  # the placeholder of its clip
+        assert ids.count(audio) == plain.count(audio)
+        ended = [each.count(collate.end_id) for each in (ids, plain)]
+        assert ended[0] - ended[1] <= 1  # by the template alone: the one in the words is plain text
+
+
+SYSTEM_REFUSED = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + tiny.TEMPLATE
+SYSTEM_DROPPED = tiny.TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
+SYSTEM_TEXT = "{% if messages[0]['role'] == 'system' %}[{{ messages[0]['content'] }}]{% endif %}" + SYSTEM_DROPPED
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (tiny.TEMPLATE, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"),
+        (SYSTEM_TEXT, "[Be brief.]<|im_start|>user\nWho?<|im_end|>\n"),
+        (SYSTEM_REFUSED, "<|im_start|>user\nBe brief.\nWho?<|im_end|>\n"),
+        (SYSTEM_DROPPED, "<|im_start|>user\nBe brief.\nWho?<|im_end|>\n"),
+    ],
+)
+def test_templates_without_a_system_turn_get_its_words_before_the_users(qwen, monkeypatch, template, expected):
+    monkeypatch.setattr(qwen.processor, "chat_template", template)
+    made = prompt_text(qwen.family, qwen.processor, Turn("Who?", system="Be brief."))
+    assert made == expected + "<|im_start|>assistant\n"
+    same = prompt_text(qwen.family, qwen.processor, Turn("Be brief.", system="Be brief."))
+    assert same.count("Be brief.") == 2
+
+
+def test_the_system_turn_is_part_of_what_a_cache_depends_on():
+    plain, system, context = (dataclasses.replace(EXAMPLES[0], **more) for more in ({}, {"system": "Hm"}, {"context": "Hm"}))
+    assert len({sample_content(example, None) for example in (plain, system, context)}) == 3
 
 
 @pytest.mark.parametrize("trains", ["full", "lora", "connector"])

@@ -13,7 +13,7 @@ from models.audio_lms.model import AudioLM
 from models.cli import main as models
 from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import read_manifest
-from models.training import listeners
+from models.speech_lm import listeners
 from models.training.loop import TrainingLoop
 from models.training.recipe import ConfigError, load_recipe
 from models.training.run_setup import build_data, build_model, build_sources, read_examples

@@ -154,7 +154,12 @@ def test_spellings_of_one_row_give_one_example(root, row):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**swift("a.wav"), "audios": ["a.wav", "b.wav"]}, "expected at most one clip a row, got 2"),
+        ({**swift("a.wav"), "audios": ["a.wav", "b.wav"]}, "expected one clip for each <audio>, got 2 for 1"),
+        ({**swift("a.wav", "<audio><audio>Who?"), "audios": ["a.wav", "b.wav", "a.wav"]}, "got 3 for 2"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}], "audios": ["b.wav"]},
+            "expected clips there or inside the turns, got 1 and 1",
+        ),
         (swift("a.wav", "<audio><audio>Who?"), "expected one clip for each <audio>, got 1 for 2"),
         (swift("a.wav", answer=" "), "expected an answer in turn 2, got an empty one"),
         (swift("a.wav", "Who?", "<audio>"), "expected <audio> in a turn of the user"),
@@ -171,6 +176,42 @@ def test_spellings_of_one_row_give_one_example(root, row):
 def test_a_conversation_that_cannot_be_one_example_says_why(root, row, message):
     (problem,) = read_data(lines(root / "rows.jsonl", [row]), max_bad_fraction=1.0).problems
     assert message in problem.reason
+
+
+TWO_PARTS = [{"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.wav"}, {"type": "text", "text": "One voice?"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**swift("", "<audio>\n<audio>One voice?"), "audios": ["a.wav", "b.wav"]},
+        {**swift("", "One voice?"), "audios": [{"path": "a.wav"}, {"path": "b.wav"}]},
+        {"query": "<audio><audio>One voice?", "response": "Yes.", "audios": ["a.wav", "b.wav"]},
+        {"messages": [{"role": "user", "content": TWO_PARTS}, {"role": "assistant", "content": "Yes."}]},
+        {"messages": [{"role": "system", "content": "<audio> Compare."}, {"role": "user", "content": "<audio>One voice?"},
+                      {"role": "assistant", "content": "Yes."}], "audios": ["a.wav", "b.wav"]},
+    ],
+)  # fmt: skip
+def test_a_question_may_have_two_clips(root, row):
+    example = only(root / "rows.jsonl", row)
+    assert (example.audio, example.more_audio, example.question) == ("a.wav", ("b.wav",), "One voice?")
+
+
+def test_a_later_question_of_a_conversation_is_about_all_clips_so_far(root):
+    turns = ["<audio>Who speaks?", "A woman.", "And here? <audio>", "A man.", "Who is louder?", "The man."]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    examples = read_data(lines(root / "rows.jsonl", [{"messages": messages, "audios": ["a.wav", "b.wav"]}])).examples
+    assert [(e.audio, e.more_audio) for e in examples] == [("a.wav", ()), ("a.wav", ("b.wav",)), ("a.wav", ("b.wav",))]
+    assert [e.question for e in examples] == ["Who speaks?", "And here?", "Who is louder?"]
+
+
+def test_a_row_whose_clips_and_marks_differ_in_number_is_named_with_its_file(root, capsys):
+    path = lines(root / "rows.jsonl", [swift("a.wav", id="good"), {**swift("", id="bad"), "audios": ["a.wav", "b.wav"]}])
+    assert check([str(path)]) == 1
+    assert f"{path}: row 2 (bad): audios: expected one clip for each <audio>, got 2 for 1" in capsys.readouterr().err
+    with pytest.raises(ManifestError) as caught:
+        read_data(path)
+    assert str(path) in str(caught.value) and "row 2 (bad): audios: expected one clip" in str(caught.value)
 
 
 def test_absolute_paths_need_a_root_above_them(root, tmp_path):

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.data.manifest import AUDIO_PLACEHOLDER, Example
-from models.data.prompts import CATEGORIES, TASKS, hint_for, render_prompt, shorten_transcript, target_template
+from models.data.prompts import (
+    CATEGORIES,
+    TASKS,
+    chat_text,
+    hint_for,
+    render_prompt,
+    shorten_transcript,
+    target_template,
+)
 
 
 def _example(**fields) -> Example:
@@ -20,6 +28,15 @@ def test_prompt_with_context_is_exactly_the_documented_form():
         "Transcript: Good luck.\nNote: the speaker is a man.\n"
         "Question: Is the speaker a man or a woman?\n<|audio|>\nAnswer:"
     )
+
+
+def test_a_system_turn_stands_before_the_context_and_is_no_part_of_a_chats_question():
+    example = _example(system="Be brief.\nListen.", context="Note: no.")
+    assert render_prompt(example).splitlines()[1] == "Be brief. Listen. Note: no."
+    assert render_prompt(_example(system="Be brief.")).splitlines()[1] == "Be brief."
+    assert chat_text(example) == "Transcript: Good luck.\nNote: no.\nWho?"
+    with pytest.raises(ValueError, match="system: expected plain text, got the audio placeholder"):
+        _example(system=f"Hear {AUDIO_PLACEHOLDER}.")
 
 
 def test_prompt_leaves_an_empty_context_out():

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.data.audio import write_audio
+from models.data.check import main as check
 from models.data.manifest import Example, ManifestError, read_manifest
-from models.data.readers import main, parse_description, read_foreign
-from models.pseudo_gt.wording import describe
+from models.data.readers import main, parse_description, read_data, read_foreign
+from models.pseudo_gt.wording import describe, prompt_end
 
 DESTA = {
     "id": "d1",
@@ -56,10 +57,52 @@ def _read(root, rows, form, **options):
 def test_desta_rows(root):
     first, second = _read(root, [DESTA, DESTA_25], "desta")
     assert (first.id, first.audio, first.transcription) == ("d1", "a.flac", "Good luck.")
-    assert (first.question, first.context) == ("Who speaks?", "Focus on the audio clips.")
+    assert (first.question, first.system, first.context) == ("Who speaks?", "Focus on the audio clips.", "")
     assert (first.target, first.target_source) == ("A woman.", "text_backbone")
     assert first.metadata == {"seed_description": DESTA["seed_description"], "gender": "female", "emotion": "happy"}
     assert (second.question, second.transcription, second.target) == ("Who speaks?", "Good luck.", "A woman.")
+
+
+def test_seed_rows_of_the_caad_authors(root, capsys):
+    """No form is named; the system turn keeps its lines, and Stage 1 reads the description as it is."""
+    plain = {**DESTA, "id": "plain", "messages": DESTA["messages"][1:]}
+    del plain["target"]
+    two = "[00:00-00:05] Good luck. (Gender: female, Emotion: happy)\n[00:05-00:09] Thanks. (Gender: male, Emotion: sad)"
+    turns = [{"role": "system", "content": "Focus on the audio.\n\n1. Be brief."}, DESTA["messages"][1]]
+    rows = [DESTA, plain, {**DESTA, "id": "two", "messages": turns, "seed_description": two}]
+    path = root / "seeds.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check([str(path)]) == 0
+    assert "form: desta" in (out := capsys.readouterr().out) and "2 examples have a target, 1 have none" in out
+    first, second, third = read_data(path)
+    assert (first.target, second.target, second.system) == ("A woman.", None, "")
+    assert describe(first) == DESTA["seed_description"]
+    assert third.system == "Focus on the audio.\n\n1. Be brief." and describe(third) == " ".join(two.split())
+    assert prompt_end(first) == (
+        f"Focus on the audio clips.\nQuestion: Who speaks?\n{DESTA['seed_description']} ->"
+    )
+    assert prompt_end(second).startswith("Question: Who speaks?")
+
+
+def test_a_seed_row_may_have_several_clips(root):
+    write_audio(root / "b.flac", np.full(16_000, 0.1, np.float32))
+    mark = "<start_audio><|AUDIO|><end_audio>"
+    row = {
+        **DESTA,
+        "audios": [DESTA["audios"][0], {"audio_filepath": "b.flac", "transcription": "Thanks."}],
+        "messages": [{"role": "user", "content": f"{mark}\n{mark}\nWho speaks louder?"}],
+    }
+    (example,) = _read(root, [row], "desta")
+    assert (example.audio, example.more_audio, example.question) == ("a.flac", ("b.flac",), "Who speaks louder?")
+    assert example.transcription == "Good luck.\nThanks."
+    bad = [
+        ({**row, "messages": [{"role": "user", "content": f"{mark * 3} Who?"}]}, "one for each mark of a clip, got 2 for 3"),
+        ({**row, "audios": [DESTA["audios"][0], {"text": "Thanks."}]}, "expected a path in each"),
+        ({**row, "audios": []}, "expected at least one, got none"),
+    ]
+    for wrong, message in bad:
+        (problem,) = _read(root, [wrong], "desta", max_bad_fraction=1.0).problems
+        assert message in problem.reason and problem.row == 1
 
 
 @pytest.mark.parametrize(
@@ -210,7 +253,7 @@ def test_mcr_rows_become_one_example_a_context_under_one_pair(root):
         ("desta", {k: v for k, v in DESTA.items() if k != "messages"}, "missing field 'messages'"),
         ("desta", {**DESTA, "messages": "hello"}, "messages: expected a list of objects"),
         ("desta", {**DESTA, "messages": DESTA["messages"] * 2}, "messages: expected one user turn, got 2"),
-        ("desta", {**DESTA, "audios": DESTA["audios"] * 2}, "audios: expected one, got 2"),
+        ("desta", {**DESTA, "audios": DESTA["audios"] * 2}, "audios: expected one for each mark of a clip, got 2 for 1"),
         ("desta", {**DESTA, "audios": ["a.flac"]}, ""),
         ("desta", {**DESTA, "audios": [{"audio": "../a.flac"}]}, "audio: expected a path inside the audio root"),
         ("desta", {**DESTA, "audios": [{"audio": "/etc/passwd"}]}, "audio: expected a path inside the audio root"),

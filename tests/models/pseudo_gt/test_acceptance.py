@@ -34,6 +34,24 @@ def test_answers_are_checked(text, reason):
     assert check_answer(text, gender(1)) == reason
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Someone speaks, perhaps a woman, about two men. " * 2, None),
+        ("The speaker is a woman.", None),  # no choice is looked for
+        ("no no no no", None),
+        ("A. " * 12, "repeats itself"),
+        ("I hear rain. There is a dog and a cat, there is a dog and a cat, there is a dog and a cat.", "repeats itself"),
+        ("...", None),
+        (" ", "empty"),
+        ("word " * 1000, "too long"),
+        (Answer("A woman speaks", ended=False), "cut off"),
+    ],
+)
+def test_free_answers_are_checked_for_their_form(text, reason):
+    assert check_answer(text, gender(1), max_characters=2000, accept="free") == reason
+
+
 def test_answers_to_free_and_to_unlabelled_questions():
     assert check_answer("Anything.", gender(1, choices=(), answer=None)) is None
     assert check_answer("The speaker is a woman.", gender(1, answer=None)) is None

@@ -324,6 +324,30 @@ def test_a_run_that_failed_before_its_first_answer_does_not_stand_in_the_way_of_
     assert run_stage1(manifest, out, source="template", progress=False).accepted == 1
 
 
+def test_targets_that_are_there_are_kept_where_this_is_asked_for(tmp_path):
+    rows = [gender(1, target="He is a man.", target_source="human"), gender(2)]
+    manifest, out = _manifest(tmp_path, rows), tmp_path / "out.jsonl"
+    report = run_stage1(manifest, out, source="template", keep_targets=True, progress=False)
+    assert (report.accepted, report.passed_through) == (1, 1)
+    assert [(e.target, e.target_source) for e in read_manifest(out)] == [
+        ("He is a man.", "human"),
+        ("The speaker is a man.", "template"),
+    ]
+    with pytest.raises(Stage1Error, match=r"no row to write a target for .*rows with a target left out"):
+        run_stage1(_manifest(tmp_path, rows[:1]), out, source="template", keep_targets=True, progress=False)
+
+
+def test_another_acceptance_is_another_result_of_the_same_answers(tmp_path):
+    manifest, out = _manifest(tmp_path, [gender(1), gender(2)]), tmp_path / "out.jsonl"
+    options = {"writer": lambda batch: ["Someone speaks."] * len(batch), "progress": False}
+    with pytest.raises(Stage1Error, match="2 no choice named"):
+        run_stage1(manifest, out, **options)
+    assert run_stage1(manifest, out, accept="free", **options).accepted == 2
+    assert run_stage1(manifest, out, accept="free", writer=None, progress=False).resumed == 2  # finished
+    with pytest.raises(Stage1Error, match="2 no choice named"):
+        run_stage1(manifest, out, **options)
+
+
 def test_rows_that_pass_through_are_part_of_what_is_finished(tmp_path):
     out = tmp_path / "out.jsonl"
     run_stage1(_manifest(tmp_path, [gender(1)]), out, source="template", progress=False)
@@ -360,6 +384,8 @@ def test_the_fingerprint_changes_only_where_other_words_are_read():
         made = {"source": "text_backbone", "backbone": "lm", "max_new_tokens": 24}
         return fingerprint({"wording": 1, **made, "examples": rows})
 
+    text = "[00:00-00:05] Line 1. (Gender: man)"
+    assert identity(seed_description=text) != before(seed_description=text)  # once it was told in parts
     assert identity(speaker="JOE") == before(speaker="JOE") and identity(style="calm") != before(style="calm")
 
 
@@ -367,6 +393,8 @@ def test_bad_arguments_are_named(tmp_path):
     manifest = _manifest(tmp_path, [gender(1)])
     for options, message in (
         ({"source": "oracle"}, "source: expected one of"),
+        ({"source": "audio_lm"}, "listening: expected a model that hears with source 'audio_lm', got None"),
+        ({"accept": "all"}, "accept: expected one of"),
         ({"batch_examples": 0}, "batch_examples: expected at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ({"max_characters": 0}, "max_characters: expected at least 1, got 0"),

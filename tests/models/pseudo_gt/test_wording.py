@@ -74,6 +74,27 @@ def test_what_is_no_attribute_of_the_sound_is_listed_and_not_told(name, value):
     assert (told_by_name(example), not_told(example)) == ([], [name])
 
 
+@pytest.mark.parametrize(
+    ("transcription", "text", "told"),
+    [
+        ("Good luck.", "[00:00-00:05] Good luck. (Gender: man)", None),
+        ("", "[00:00-00:05] Good luck. (Gender: man)", None),
+        ("Hi. Hello.", "[00:00-00:05] Hi. (Gender: woman)\n[00:05-00:09] Hello. (Gender: man)", None),
+        ("Bad luck.", "[00:00-00:05] Good luck. (Gender: man)", "Bad luck. (Gender: man)"),  # of another clip
+        ("Good luck.", "A man laughs.", "Good luck. (Gender: man, Seed description: A man laughs.)"),  # without times
+    ],
+)
+def test_a_published_description_is_told_as_it_is(transcription, text, told):
+    """Names that stand beside it are listed as not told, but for those of its parts."""
+    metadata = {"seed_description": text, "gender": "man", "speaker": "JOE", "index": 3}
+    example = Example(id="a", audio=None, transcription=transcription, metadata=metadata)
+    assert describe(example) == (told or " ".join(text.split()))
+    if told is None:
+        parts = ["gender"] if "Good" in text else []
+        assert not_told(example) == [name for name in ("gender", "speaker", "index") if name not in parts]
+        assert told_by_name(example) == []
+
+
 def test_the_built_in_corpora_are_told_as_before():
     """Their results stand in the tables: the label of a task about the meaning and the synthesiser's settings are not told."""
     common = {

@@ -41,18 +41,41 @@ def test_layers_at_equal_widths(world):  # noqa: F811
     assert 0 < curve[-1] < curve[0]
 
 
+ATTENTION = ["layers.form=attention", "layers.heads=2", "loss.kd_background_weight=0.1"]
+
+
 @pytest.mark.slow
-def test_resumes_bit_for_bit_and_leaves_nothing_behind(world, tmp_path):  # noqa: F811
-    words = [*LAYERS, f"teacher.folder={world / 'teacher' / 'final'}", "layers.alpha=0.5", "run.save_every_steps=3"]
-    assert train(world, "caad", "whole", *words) == 0
-    assert train(world, "caad", "parts", *words) == 0
-    newest = find_checkpoint(world / "parts" / "checkpoints", "auto")
+@pytest.mark.parametrize("form", [[], ATTENTION], ids=["projection", "attention"])
+def test_resumes_bit_for_bit_and_leaves_nothing_behind(world, form):  # noqa: F811
+    words = [*LAYERS, *form, f"teacher.folder={world / 'teacher' / 'final'}", "layers.alpha=0.5", "run.save_every_steps=3"]
+    whole, parts = (f"{out}-{len(form)}" for out in ("whole", "parts"))
+    assert train(world, "caad", whole, *words) == 0
+    assert train(world, "caad", parts, *words) == 0
+    newest = find_checkpoint(world / parts / "checkpoints", "auto")
     for file in newest.path.iterdir():  # as if it had been killed after step 3
         file.unlink()
     newest.path.rmdir()
-    assert train(world, "caad", "parts", *words, "run.resume=auto") == 0
-    one, other = (final(world, out).connector.state_dict() for out in ("whole", "parts"))
+    assert train(world, "caad", parts, *words, "run.resume=auto") == 0
+    one, other = (final(world, out).connector.state_dict() for out in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    one, other = (
+        load_file(find_checkpoint(world / out / "checkpoints", "auto").path / "model.safetensors") for out in (whole, parts)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    trained = {name.rpartition(".")[2] for name in one if name.startswith("layer_distillation.")}
+    assert trained == ({f"{part}_{k}" for part in ("query", "key", "value") for k in range(3)} if form else set())
+
+
+@pytest.mark.slow
+def test_attention_is_in_the_optimiser_from_the_first_step(world):  # noqa: F811
+    words = [*LAYERS, *ATTENTION, f"teacher.folder={world / 'teacher' / 'final'}", "optim.steps=1", "optim.weight_decay=0"]
+    assert train(world, "caad", "attention", *words) == 0
+    checkpoint = find_checkpoint(world / "attention" / "checkpoints", "auto").path
+    saved = {name: w for name, w in load_file(checkpoint / "model.safetensors").items() if "layer_distillation" in name}
+    assert len(saved) == 9
+    for name, weight in saved.items():  # as many columns as rows here, so each began as the identity
+        assert (weight - torch.eye(len(weight))).abs().max() > 1e-6, name
+    assert not [name for name in load_file(world / "attention" / "final" / "connector.safetensors") if "distillation" in name]
 
 
 def test_projections_train_are_saved_and_are_not_exported(world, monkeypatch):  # noqa: F811
@@ -70,11 +93,14 @@ def test_projections_train_are_saved_and_are_not_exported(world, monkeypatch):  
     assert not [name for name in exported if "distillation" in name]
 
 
-def test_parts_of_a_step_add_up(world):  # noqa: F811
-    words = [*LAYERS, f"teacher.folder={world / 'teacher' / 'final'}", "optim.steps=1", "loss.ce_background_fraction=1"]
-    assert train(world, "caad", "one-part", *words) == 0
-    assert train(world, "caad", "two-parts", *words, "optim.micro_batch_examples=2") == 0
-    lines = [read_metrics(world / out / "metrics.jsonl")[0] for out in ("one-part", "two-parts")]
+@pytest.mark.parametrize("form", [[], pytest.param(ATTENTION, marks=pytest.mark.slow)], ids=["projection", "attention"])
+def test_parts_of_a_step_add_up(world, form):  # noqa: F811
+    teacher = f"teacher.folder={world / 'teacher' / 'final'}"
+    words = [*LAYERS, *form, teacher, "optim.steps=1", "loss.ce_background_fraction=1"]
+    outs = [f"{out}-{len(form)}" for out in ("one-part", "two-parts")]
+    assert train(world, "caad", outs[0], *words) == 0
+    assert train(world, "caad", outs[1], *words, "optim.micro_batch_examples=2") == 0
+    lines = [read_metrics(world / out / "metrics.jsonl")[0] for out in outs]
     for name in ("loss", "layers", "grad_norm"):
         assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4)
 
@@ -105,6 +131,9 @@ def test_layer_states_match_a_run_without_the_prefix_cache(world):  # noqa: F811
         (["layers.weight=-1"], "layers.weight: expected >= 0"),
         (["layers.map=some"], "layers.map: expected one of top, skip, all"),
         (["layers.pairs=[top]"], "layers.pairs: expected student-teacher, such as 7-9"),
+        (["layers.form=cross"], "layers.form: expected one of projection, attention"),
+        (["layers.heads=2"], "layers.heads: expected 1, the default, without layers.form=attention"),
+        (["layers.form=attention", "layers.direction=teacher_to_student"], "layers.direction: expected 'student_to_teacher'"),
         (["layers.weight=1", "objective=ce_only"], "layers.weight: expected 0 with objective 'ce_only'"),
         (["layers.weight=1", "run.gradient_checkpointing=true"], "expected 0 with run.gradient_checkpointing"),
     ],
@@ -139,6 +168,37 @@ def test_directions_alone_are_compared_as_2_minus_2_cos(direction):
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
     silent = dataclasses.replace(states, speaks=torch.tensor([True, False, True, True, True]))
     assert layers.loss(student, silent, counts, torch.tensor(4)) < loss
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_attention_is_that_of_each_example_by_itself(normalize):
+    """Tokens that do not count and tokens about which the teacher is silent are neither compared nor attended to."""
+    torch.manual_seed(0)
+    settings = LayersConfig(weight=1.0, form="attention", heads=2, alpha=0.5, normalize=normalize)
+    layers = teachers.LayerDistillation.build(settings, depths=(3, 6), widths=(8, 12))
+    lengths = (3, 0, 4, 1)
+    rows = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    student = {k: torch.randn(8, 8) for k in layers.student_layers}
+    audio, text = torch.randn(2, 8, len(layers.teacher_layers), 12)
+    speaks = torch.tensor([True, True, True, True, False, True, True, True])
+    states = teachers.TeacherStates(torch.zeros(8, 12), None, None, audio, text, speaks)
+    counts = torch.tensor([True, False, True, True, True, True, True, True])
+    examples = teachers.Examples(rows, 4, 5)  # longer than any of them
+    loss = layers.loss(student, states, counts, torch.tensor(7), examples)
+    total = 0.0
+    for row in range(4):
+        here = (rows == row) & counts & speaks
+        if here.any():
+            mine = [student[pair[0]][here][None] for pair in layers.pairs]
+            heard, read = ([x[here][None, :, layers.teacher_layers.index(t)] for _, t in layers.pairs] for x in (audio, text))
+            total += layers.projections(
+                mine, heard, teacher_text_hidden=read, alpha=0.5, normalize=normalize, reduction="sum"
+            ) * (8 if normalize else 1)  # fmt: skip
+    assert loss.item() == pytest.approx(float(total.detach()) / 3 / 7, rel=1e-5)
+    with pytest.raises(ValueError, match="examples: expected which tokens belong together"):
+        layers.loss(student, states, counts, torch.tensor(7))
+    with pytest.raises(ConfigError, match=r"layers.heads: expected a divisor of the student's width 8, got 3"):
+        teachers.LayerDistillation.build(dataclasses.replace(settings, heads=3), depths=(3, 6), widths=(8, 12))
 
 
 def test_a_bias_is_built_where_a_projection_is():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from models.audio_lms.settings import Lora
 from models.cli import main as models
 from models.training import model_sizes, plan
 from models.training.commands import plan_parser
-from models.training.plan import Clips, count_clips, duration, make_plan, quantity, size
-from models.training.recipe import load_recipe
+from models.training.plan import Clips, _projection_weights, count_clips, duration, make_plan, quantity, size
+from models.training.recipe import LayersConfig, load_recipe
 from models.training.run_setup import build_data, build_model, read_examples
-from models.training.teachers import SourceError
+from models.training.teachers import LayerDistillation, SourceError
 from tests.models.audio_lms import tiny_audio_lms as tiny
 from tests.models.audio_lms.audio_world import make_world, words
 from tests.models.training.test_run_setup import world as speech_world  # noqa: F401  (a fixture)
@@ -142,6 +143,15 @@ def test_placeholders_of_a_second_are_those_of_the_processor(family, tmp_path):
         assert count(1.0) == rate * lm.family.window_seconds
     else:
         assert count(1.0) == pytest.approx(rate, abs=1.01)
+
+
+@pytest.mark.parametrize("form", ["projection", "attention"])
+@pytest.mark.parametrize("width", [8, 12])
+def test_weights_between_layers_are_those_that_are_built(form, width):
+    layers = LayersConfig(weight=1.0, form=form)
+    built = LayerDistillation.build(layers, depths=(3, 6), widths=(8, width))
+    sizes = (SimpleNamespace(layers=3, width=8), SimpleNamespace(layers=6, width=width))
+    assert _projection_weights(layers, *sizes) == sum(p.numel() for p in built.parameters())
 
 
 def test_words_for_people():

@@ -178,7 +178,9 @@ def speech_run(failures, out_dir, teacher_folder, parallel, train_lm, lm_dtype):
         def rows(self, chosen):
             return features[[int(example.id[1:]) for example in chosen]]
 
-    words = ["run.gradient_checkpointing=true"] if train_lm else ["layers.weight=0.5", "sources.snapshot.layers.weight=0.5"]
+    words = ["run.gradient_checkpointing=true"] if train_lm else [
+        "layers.weight=0.5", "sources.snapshot.layers.weight=0.5", "sources.snapshot.layers.form=attention",
+    ]  # fmt: skip
     recipe = fakes.fake_recipe(
         out_dir, "caad", "optim.steps=4", "optim.batch_examples=4", "optim.micro_batch_examples=1", "optim.warmup_steps=1",
         "run.log_every_steps=1", "model.prefix_cache_mib=0", f"run.parallel={parallel}", f"teacher.folder={teacher_folder}",

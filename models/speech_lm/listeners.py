@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kdkernels.decoding import contrastive_generate
+from kdkernels.sampling import Sampling, until_end
+from kdkernels.teacher import MarkAbsent
 from models.audio_lms.clips import ClipReader
-from models.audio_lms.model import AudioLM
+from models.audio_lms.model import AudioLM, checkpoint_folders
 from models.backbones.device import inference_dtype
 from models.corpora.hearing import PLAIN, Hearing
+from models.io_utils import sha256_file
 from models.speech_lm.collation import crop_to_targets
 
 if TYPE_CHECKING:
@@ -52,6 +56,28 @@ def load_listener(
     else:
         model = AudioLM.from_pretrained(spec, dtype=torch_dtype(dtype, device), attention=attention, negative=negative)
     return model.requires_grad_(False).to(device).eval()
+
+
+def find_listener(spec: str | os.PathLike[str]) -> list[Path]:
+    """The folder of a model, fetched from the hub if need be; of an adapter its own and that of its base.
+
+    Raises:
+        AudioLMError: an audio LM is not found.
+    """
+    return [Path(spec)] if is_speech_lm(spec) else checkpoint_folders(spec)
+
+
+def listener_hashes(spec: str | os.PathLike[str]) -> dict[str, str]:
+    """SHA-256 of the settings, weights, tokenizer and chat template in a model's folder, by file; of an adapter its base's too.
+
+    Raises:
+        AudioLMError: an audio LM is not found.
+    """
+    found: dict[str, str] = {}
+    for number, folder in enumerate(find_listener(spec)):
+        parts = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".jinja"))
+        found |= {("base/" * number) + str(p.relative_to(folder)): sha256_file(p) for p in parts}
+    return found
 
 
 def torch_dtype(name: str, device: torch.device, *, trains: bool = False) -> torch.dtype:
@@ -105,3 +131,31 @@ def text_path(unheard: Any, device: torch.device) -> dict[str, Any]:
         return {}
     unheard = unheard.to(device)
     return {"text_inputs": unheard.model_inputs(), "text_index": unheard.target_index}
+
+
+@torch.no_grad()
+def answer_ids(
+    model: Any, batch: Any, *, max_new_tokens: int, alpha: float | None = None, **contrast: Any
+) -> tuple[list[list[int]], set[int]]:
+    """Free answers to a batch of prompts: greedy, or with `alpha` by the contrast of the paths with and without the audio.
+
+    Args:
+        model: a SpeechLM or an `AudioLM`.
+        batch: of its collator, with rows that end with their prompt.
+        contrast: other keywords of `kdkernels.contrastive_generate`; only with alpha.
+
+    Returns:
+        the new ids of each row, its end included; and the ids that end an answer. A row without one of these at its end was cut
+        off after `max_new_tokens`.
+    """
+    if isinstance(model, AudioLM):
+        return model.answer_ids(batch, max_new_tokens=max_new_tokens, alpha=alpha, **contrast), set(model.end_ids)
+    end = model.tokenizer.eos_token_id
+    if alpha is None:
+        draws = torch.zeros(len(batch), max_new_tokens, dtype=torch.float64)  # of sampling, which greedy does without
+        return model.own_answers(batch, draws, sampling=Sampling(0.0, max_new_tokens=max_new_tokens)), {end}
+    tokens = contrastive_generate(
+        model, batch.model_inputs(), negative=MarkAbsent(), alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=end,
+        **contrast,
+    )  # fmt: skip
+    return until_end(tokens, [end]), {end}
