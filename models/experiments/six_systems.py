@@ -172,7 +172,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
     settings = context.settings
     path = build_corpus(
         context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.corpus_seed, tasks=settings.tasks,
-        hint_correlation=settings.hint_correlation,
+        hint_correlation=settings.hint_correlation, fold=None,
     )
     manifest = read_manifest(path, check_audio=True)
     parts = {
