@@ -55,7 +55,8 @@ def build_corpus(
         sources: of SOURCES. None is those of the size: all for the benchmark, else "queen" and "espeak". A Debian source
             that cannot be fetched is left out if espeak is among the others; the header's "unavailable" and a line on
             stderr name it.
-        size: "tiny" (tests), "demo", "sources" (models.experiments.ablation), "full", "benchmark" or "benchmark_tiny" (tests).
+        size: a name in SIZES: "tiny" (tests), "demo", "sources" (models.experiments.ablation), "full", "study" and "study_tasks"
+            (models.experiments.study), "benchmark" or "benchmark_tiny" (tests).
         seed: of the draws of sentences, noises and hints.
         tasks: which of the size's tasks to build; None is all that the sources allow.
         hint_correlation: probability that a hint in the teacher's training set is true.
@@ -98,7 +99,8 @@ def build_corpus(
             f"tasks: expected some that the sources {list(settings.sources)} can give, got {settings.tasks}"
         )
     made, problems = render_all(out_dir, recordings, settings, progress=progress)
-    examples = list((benchmark_examples if is_benchmark else hinted_examples)(made, settings))
+    four_contexts = is_benchmark or SIZES[size].four_contexts
+    examples = list((benchmark_examples if four_contexts else hinted_examples)(made, settings))
     header = {
         "maker": "models.corpora.build",
         "fingerprint": settings.fingerprint(),

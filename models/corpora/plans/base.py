@@ -98,6 +98,7 @@ class HintedSize:
     other_dev: int
     other_test: int
     stamps: int
+    four_contexts: bool = False  # an irrelevant text too, and MCR-BENCH's names of the contexts
 
     sources = ("queen", "espeak")
     tasks = ("gender", "speaking_rate", "accent", "noise", "content", "language", "place", "mood")
@@ -129,6 +130,8 @@ SIZES: dict[str, HintedSize | BenchmarkSize] = {
     "demo": HintedSize(1000, 120, 40, 1000, 1, 40, 12, 40, 40),
     "sources": HintedSize(200, 0, 20, 60, 1, 120, 12, 60, 40),  # models/experiments/ablation.py
     "full": HintedSize(1000, 300, 1000, 1000, 3, 400, 40, 200, 400),
+    "study": HintedSize(240, 160, 40, 90, 1, 0, 0, 0, 0, four_contexts=True),  # models/experiments/study.py
+    "study_tasks": BenchmarkSize((220, 40, 90), (0, 0, 0), (240, 40, 100), 10),
     "benchmark_tiny": BenchmarkSize((3, 2, 3), (6, 4, 4), (10, 5, 5), 4),
     "benchmark": BenchmarkSize((110, 20, 88), (130, 20, 64), (60, 20, 60), 10),
 }
