@@ -44,7 +44,8 @@ def study_parser() -> Parser:
 
 def _with_stages(parser: Parser, *, out: str) -> Parser:
     """The arguments of every pipeline, and --run-stage, with which the process of a stage is started."""
-    parser.add_argument("--fast-smoke", "--smoke", action="store_true", help="synthetic clips and tiny random models: a minute, for CI")
+    help = "synthetic clips and tiny random models: a minute, for CI"
+    parser.add_argument("--fast-smoke", "--smoke", action="store_true", help=help)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--out", default=out, help=f"folder of the results (default: {out})")
     parser.add_argument("--fresh", action="store_true", help="make every stage again, but keep the downloads")
