@@ -343,40 +343,60 @@ def run_students(context: Context) -> dict[str, Any]:
     return result
 
 
-_CORPUS = (
-    "fold", "sources", "corpus_size", "corpus_seed", "tasks", "hint_correlation", "max_clips",
-)  # fmt: skip
+_CORPUS = ("fold", "sources", "corpus_size", "corpus_seed", "tasks", "hint_correlation", "max_clips")
 _TEACHING = (*TRAINING, "teacher_steps", "teacher_learning_rate", "teacher_hinted", "hearing_steps")
 _STUDYING = (*TRAINING, "student_steps", "student_learning_rate")
 
 
 def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
-    """All stages of one teacher; each comes after the stages that it needs. The last ones are the students."""
+    """All stages of one teacher; each comes after the stages that it needs. The last ones are the students.
+
+    The students with the settings of E5 are among them as soon as study_dev.csv says what E5 has chosen.
+    """
     healing = ("lm", "encoder", "tiny_backbones", "keep_layers", "healing_steps", "healing_sentences", "tasks")
-    heard = ("corpus", "features", "teacher")
     stages = [
         Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
         Stage("corpus", "corpus", (), _CORPUS, run_corpus),
         Stage("features", "encoder features", ("backbones", "corpus"), BACKBONE, run_features),
         Stage("student_lm", "student: drop layers, heal", ("backbones",), healing, run_student_lm),
         Stage("teacher", "teacher", ("corpus", "features"), _TEACHING, run_teacher),
-        Stage("gate", "gate: the teacher on dev", heard, ("device",), run_gate),
-        Stage("answers_teacher", "answers of the teacher", heard, ("device",), run_teacher_answers),
+        Stage("gate", "gate: the teacher on dev", _HEARD, ("device",), run_gate),
+        Stage("answers_teacher", "answers of the teacher", _HEARD, ("device",), run_teacher_answers),
     ]
-    tuning = experiment == "E5"
-    for pool in POOLS[:1] if tuning else POOLS:
-        stages.append(Stage(f"pool_{pool}", f"Y: {pool}", heard, TRAINING, run_pool, extra={"pool": pool}))
-        systems = list(tried_systems()) if tuning else [s for s in SYSTEMS if s.pool == pool]
-        told = {
-            "pool": pool,
-            "part": "dev" if tuning else "test",
-            "systems": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
-            "recipes": {s.recipe: _as_read(s.recipe) for s in systems},
-        }
-        needs = (*heard, "student_lm", f"pool_{pool}")
-        name = "tried" if tuning else f"students_{pool}"
-        stages.append(Stage(name, f"students: {pool}", needs, _STUDYING, run_students, extra=told))
-    return stages
+    if experiment == "E5":
+        return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev")]
+    for pool in POOLS:
+        stages += [_pool(pool), _students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool])]
+    tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
+    return stages + ([_students("students_tuned", "own", tuned)] if tuned else [])
+
+
+_HEARD = ("corpus", "features", "teacher")
+
+
+def _pool(pool: str) -> Stage:
+    return Stage(f"pool_{pool}", f"Y: {pool}", _HEARD, TRAINING, run_pool, extra={"pool": pool})
+
+
+def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "test") -> Stage:
+    """The stage that trains the systems of one pool and asks them the questions of `part`."""
+    told = {
+        "pool": pool,
+        "part": part,
+        "systems": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
+        "recipes": {s.recipe: _as_read(s.recipe) for s in systems},
+    }
+    needs = (*_HEARD, "student_lm", f"pool_{pool}")
+    return Stage(name, name.replace("_", ": "), needs, _STUDYING, run_students, extra=told)
+
+
+def tuned_systems(chosen: Path) -> list[System]:
+    """kd_tuned and caad_tuned, with the settings that E5 has chosen; none until the file says them."""
+    if not chosen.exists():
+        return []
+    with open(chosen, newline="", encoding="utf-8") as file:
+        best = {row["family"]: row["try"] for row in csv.DictReader(file) if row["chosen"]}
+    return [dataclasses.replace(s, name=f"{s.recipe}_tuned") for s in tried_systems() if s.name in best.values()]
 
 
 def tried_systems() -> Iterator[System]:
@@ -556,7 +576,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.write and arguments.fast_smoke:
         parser.error("--write: the committed tables need a whole run")
     root = Path(arguments.cache_dir) if arguments.cache_dir else cache_dir() / "study"
-    console, started, missed = log_console(), time.monotonic(), 0
+    console, started = log_console(), time.monotonic()
     for experiment in arguments.experiments or ["E1"]:
         options = {"smoke": arguments.fast_smoke, "device": arguments.device}
         teachers = chosen_teachers(experiment, arguments.folds, arguments.teachers, **options)
@@ -568,10 +588,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stages = make_stages(settings, experiment)
             own_words = [*_words_of(arguments, experiment), "--only", settings.teacher]
             try:
-                if not arguments.collect and not _run(arguments, experiment, settings, stages, root, own_words, console):
-                    missed += 1
+                if not arguments.collect:
+                    _run(arguments, experiment, settings, stages, root, own_words, console)
             finally:
                 _save(arguments, experiment, settings, stages, root, console)
+        _print_endpoints(arguments, experiment, console)
     console.print(f"total {time.monotonic() - started:.0f} s; {Path(arguments.out).resolve()}", soft_wrap=True)
     return 0
 
@@ -587,8 +608,8 @@ def _words_of(arguments: Any, experiment: str) -> list[str]:
 def _run(
     arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, words: Sequence[str],
     console: Console,
-) -> bool:  # fmt: skip
-    """Run the stages of one teacher. False where the gate ends it, before any student is trained."""
+) -> None:  # fmt: skip
+    """Run the stages of one teacher. The gate may end it before any student is trained."""
     console.print(f"[bold]{experiment}, teacher {settings.teacher}[/bold]")
     until = next(number for number, stage in enumerate(stages) if stage.name == "gate") + 1
     options = {"command": "study", "argv": words, "console": console}
@@ -597,10 +618,8 @@ def _run(
     for sentence in gate_sentences(settings, gate):
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
     passed = any(seen["heard"] >= MIN_HEARD and seen["shift"] >= MIN_SHIFT for seen in gate["tasks"].values())
-    if not passed and not arguments.fast_smoke:
-        return False
-    run_pipeline(arguments, stages, settings, root, **options)
-    return True
+    if passed or arguments.fast_smoke:
+        run_pipeline(arguments, stages, settings, root, **options)
 
 
 def _save(
@@ -616,10 +635,31 @@ def _save(
             atomic_write_text(folder / "study_dev.csv", rows_csv(rows))
         return
     found = finished(settings, stages, root)
-    prefix = "" if experiment == "E1" else f"{experiment}-"
+    prefix = _prefix(experiment)
     rows = table_rows(settings, found, prefix=prefix)
     for folder in targets if rows else ():
         merge_rows(folder / "study.csv", rows)
         pack_all(folder / "study", prefix + settings.teacher, found)
     if rows:
         print_table(console, rows)
+
+
+def _prefix(experiment: str) -> str:
+    """Of the teachers' names: those of E1 have none."""
+    return "" if experiment == "E1" else f"{experiment}-"
+
+
+def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
+    """P1 to P3 of all teachers whose predictions are kept, in words and as study_endpoints.csv."""
+    from models.experiments.study_endpoints import all_endpoints, as_row, sentence
+    from models.reporting.results_csv import rows_csv
+
+    for folder in (Path(arguments.out), *([RESULTS] if arguments.write else [])):
+        found = all_endpoints(folder / "study", prefix=_prefix(experiment)) if experiment != "E5" else []
+        if not found:
+            continue
+        name = f"study_endpoints{'' if experiment == 'E1' else '_' + experiment}.csv"
+        atomic_write_text(folder / name, rows_csv([as_row(e) for e in found]))
+        if folder == Path(arguments.out):
+            for endpoint in found:
+                console.print(f"- {sentence(endpoint)}", highlight=False, soft_wrap=True)
