@@ -575,6 +575,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     if arguments.write and arguments.fast_smoke:
         parser.error("--write: the committed tables need a whole run")
+    for name in arguments.experiments:
+        if name not in EXPERIMENTS:
+            parser.error(f"EXPERIMENT: expected some of {', '.join(EXPERIMENTS)}, got {name!r}")
+    if arguments.teachers < 1 or not set(arguments.folds) <= set(range(4)):
+        parser.error("--teachers, --folds: expected at least 1 teacher and folds from 0 to 3")
     root = Path(arguments.cache_dir) if arguments.cache_dir else cache_dir() / "study"
     console, started = log_console(), time.monotonic()
     for experiment in arguments.experiments or ["E1"]:
