@@ -11,6 +11,7 @@ For each teacher:
     corpus of the fold -> features -> teacher -> is it good enough on dev? (the gate)
            -> its own answers on the distillation pool, both of its paths cached  -> kd, caad1, caad2
            -> its answers without any hint, cached                                 -> hint_stripped
+           -> its answers under the hints of the clips, other hints for the student -> kd_shuffled
            -> the true labels of the same pool                                     -> ce_true
            -> Stage 1's answers from the metadata, both paths cached               -> kd_metadata, caad2_metadata
            -> every test question in four contexts: none, faithful, adversarial, irrelevant
@@ -68,6 +69,8 @@ COLUMNS = (
 )  # fmt: skip
 CONTEXTS = {"neutral": "none", "aligned": "faithful", "conflict": "adversarial", "irrelevant": "irrelevant"}
 TEACHER_ALPHAS = (None, 1.0, 2.0)
+# How the teacher reads the prompts of a pool, where it differs from the student: models.corpora.hearing.Hearing.
+TEACHER_READS: dict[str, dict[str, Any]] = {"stripped": {"context": False}, "shuffled": {"context_from": "own_context"}}
 # The gate of a task: a teacher that does not hear it cannot teach it. A bias that is not there cannot be cured.
 MIN_HEARD = 0.8
 MIN_SHIFT = 0.1
@@ -75,7 +78,7 @@ MIN_SHIFT = 0.1
 
 @dataclass(frozen=True)
 class System:
-    """One student. `pool` is who wrote the answers that it learns from: own, stripped, true or metadata."""
+    """One student. `pool` is what it learns from: see `run_pool`."""
 
     name: str
     recipe: str
@@ -89,6 +92,7 @@ SYSTEMS = (
     System("caad1", "caad", 1.0, "own"),
     System("caad2", "caad", 2.0, "own"),
     System("hint_stripped", "kd", 0.0, "stripped"),
+    System("kd_shuffled", "kd", 0.0, "shuffled"),
     System("ce_true", "sft_teacher", None, "true"),
     System("kd_metadata", "kd", 0.0, "metadata"),
     System("caad2_metadata", "caad", 2.0, "metadata"),
@@ -286,17 +290,23 @@ def run_teacher_answers(context: Context) -> dict[str, Any]:
 
 
 def run_pool(context: Context) -> dict[str, Any]:
-    """Let `extra["pool"]` write the answers of the distillation pool, and cache the teacher's paths over them.
+    """Write the answers of the distillation pool, and cache the teacher's paths over them. `extra["pool"]` says how:
 
-    For the pool "stripped" the teacher's prompts have no hint. The student's prompts have theirs in every pool.
+        own         the teacher answers; it reads the hints that the student reads
+        stripped    it answers and scores without any hint; the student reads the hints
+        shuffled    it reads the hint of its clip; the student reads that of another clip, drawn at random
+        true        the true labels, without a teacher
+        metadata    Stage 1 answers from the metadata, as in the paper
     """
-    from models.corpora.hearing import PLAIN, Hearing
+    from models.corpora.hearing import Hearing
     from models.data.manifest import write_manifest
 
     pool, teacher = context.extra["pool"], context.folders["teacher"] / "final"
-    hears = Hearing(context=False) if pool == "stripped" else PLAIN
+    hears = Hearing(**TEACHER_READS.get(pool, {}))
     model, store, extra = load_speech_lm(context, teacher)
     examples = [e for e in read_items(context, "distill") if e in store]
+    if pool == "shuffled":
+        examples = with_other_hints(examples, context.settings.seed)
     result: dict[str, Any] = {}
     if pool == "true":
         write_manifest(context.folder / "pool.jsonl", examples)
@@ -308,6 +318,18 @@ def run_pool(context: Context) -> dict[str, Any]:
     if pool != "true":
         write_cache(context.folder / "cache", teacher, model, store, extra, forced, hears=hears)
     return {"pool": len(forced)} | result
+
+
+def with_other_hints(examples: Sequence[Any], seed: int) -> list[Any]:
+    """The examples with the contexts of each task dealt out anew. The metadata "own_context" keeps what stood there."""
+    draw = random.Random(seed)
+    dealt: dict[str, Any] = {}
+    for task in dict.fromkeys(e.task for e in examples):
+        own = [e for e in examples if e.task == task]
+        for e, other in zip(own, draw.sample(own, len(own)), strict=True):
+            metadata = {**e.metadata, "own_context": e.context}
+            dealt[e.id] = dataclasses.replace(e, context=other.context, metadata=metadata)
+    return [dealt[e.id] for e in examples]
 
 
 def run_students(context: Context) -> dict[str, Any]:
@@ -330,7 +352,7 @@ def run_students(context: Context) -> dict[str, Any]:
         if alpha is not None:
             words += [f"teacher.folder={context.folders['teacher'] / 'final'}", f"teacher.cache={folder / 'cache'}"]
             words += [f"loss.alpha={alpha}"]
-            words += ["teacher.hears.context=false"] if extra["pool"] == "stripped" else []
+            words += [f"teacher.hears.{key}={value}" for key, value in TEACHER_READS.get(extra["pool"], {}).items()]
         result[name] = cohort.run(
             context.folder / name,
             recipe,
@@ -384,7 +406,7 @@ def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "t
         "pool": pool,
         "part": part,
         "systems": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
-        "recipes": {s.recipe: _as_read(s.recipe) for s in systems},
+        "recipes": {s.recipe: _as_written(s.recipe) for s in systems},
     }
     needs = (*_HEARD, "student_lm", f"pool_{pool}")
     return Stage(name, name.replace("_", ": "), needs, _STUDYING, run_students, extra=told)
@@ -406,11 +428,11 @@ def tried_systems() -> Iterator[System]:
             yield System(f"{family}_{number}", family, 0.0 if family == "kd" else 2.0, "own", words)
 
 
-def _as_read(recipe: str) -> dict[str, Any]:
-    """What the file of a recipe says: a part of the fingerprint of the stages that use it."""
-    from models.training.recipe import load_recipe, to_dict
+def _as_written(recipe: str) -> str:
+    """The file of a recipe: a part of the fingerprint of the stages that use it. New keys with defaults do not change it."""
+    from models.training.recipe import find_recipe
 
-    return to_dict(load_recipe(recipe, ["teacher.folder=x"]))
+    return find_recipe(recipe).read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------------------
