@@ -3,6 +3,7 @@
     python -m models study E1                       # 4 folds of actors x 2 teachers; stop it and start it again at will
     python -m models study E1 --teachers 1 --folds 0
     python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each
+    python -m models study axes                     # beyond the papers: negative paths, adaptive alpha, on-policy answers
     python -m models study E1 --collect --write     # only gather what is finished
     python -m models study E1 --smoke               # the same code on synthetic clips and tiny random models
 
@@ -39,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.experiments.commands import study_parser
+from models.experiments.negative_paths import NEGATIVE_PATHS, negative_rows, write_contrast_cache
 from models.experiments.pipeline import Context, Stage, log_console, read_done, run_pipeline, stage_folders
 from models.experiments.shared_steps import (
     BACKBONE,
@@ -97,6 +99,23 @@ SYSTEMS = (
     System("kd_metadata", "kd", 0.0, "metadata"),
     System("caad2_metadata", "caad", 2.0, "metadata"),
 )
+_ON_POLICY = ("loss.kd_token_weight=uniform", "data.on_policy_max_new_tokens=12")
+# Beyond the papers, each against caad2: what the contrast takes away, alpha by token, and answers of the student's own.
+AXES = (
+    *(System(f"caad2_{path}", "caad", 2.0, path) for path in NEGATIVE_PATHS),
+    System("caad2_adaptive", "caad", 2.0, "own", ("loss.alpha_half_divergence=0.1",)),
+    System("caad2_centered", "caad", 2.0, "own", ("loss.center_text=true",)),
+    System("caad2_uniform", "caad", 2.0, "own", ("loss.kd_token_weight=uniform",)),  # the off-policy one of the next four
+    *(
+        System(f"caad2_{name}", "caad", 2.0, "live", (*_ON_POLICY, *words))
+        for name, words in {
+            "on50": ("data.on_policy_fraction=0.5",),
+            "on100": ("data.on_policy_fraction=1",),
+            "on100_reverse": ("data.on_policy_fraction=1", "loss.divergence=reverse_kl"),
+            "on100_jsd": ("data.on_policy_fraction=1", "loss.divergence=jsd"),
+        }.items()
+    ),
+)
 POOLS = tuple(dict.fromkeys(system.pool for system in SYSTEMS))
 # What E5 tries on dev: eight runs of each. Each changes the first, which is the setting of `kd` and of `caad2` above.
 _TRIED: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -152,6 +171,7 @@ EXPERIMENTS: dict[str, StudySettings] = {
         sources=("queen",), corpus_size="study_tasks", tasks=("gender", "noise", "reverberation"), teacher_hinted=False,
     ),
     "E5": StudySettings(),  # one teacher of E1, on dev
+    "axes": StudySettings(),  # the teachers of E1, with AXES
 }  # fmt: skip
 _SMOKE: dict[str, Any] = {
     "sources": ("espeak",), "corpus_size": "benchmark_tiny", "tasks": ("gender", "noise"), "max_clips": 8,
@@ -297,6 +317,7 @@ def run_pool(context: Context) -> dict[str, Any]:
         shuffled    it reads the hint of its clip; the student reads that of another clip, drawn at random
         true        the true labels, without a teacher
         metadata    Stage 1 answers from the metadata, as in the paper
+        swapped, reversed, narrow    the answers of "own", with another negative path (negative_paths.py)
     """
     from models.corpora.hearing import Hearing
     from models.data.manifest import write_manifest
@@ -308,6 +329,13 @@ def run_pool(context: Context) -> dict[str, Any]:
     if pool == "shuffled":
         examples = with_other_hints(examples, context.settings.seed)
     result: dict[str, Any] = {}
+    if pool in NEGATIVE_PATHS:
+        forced = read_items(context, "pool", folder=context.folders["pool_own"])
+        options = {"audio_root": context.folders["corpus"], "seed": context.settings.seed}
+        negative = negative_rows(pool, model, store, forced, **options)
+        write_manifest(context.folder / "pool.jsonl", forced)
+        write_contrast_cache(context.folder / "cache", teacher, model, store, extra, forced, negative)
+        return {"pool": len(forced)}
     if pool == "true":
         write_manifest(context.folder / "pool.jsonl", examples)
     elif pool == "metadata":
@@ -337,7 +365,8 @@ def run_students(context: Context) -> dict[str, Any]:
     from models.experiments.student_group import Cohort
 
     settings, cohort, extra = context.settings, Cohort(context), context.extra
-    folder = context.folders[f"pool_{extra['pool']}"]
+    live = extra["pool"] == "live"  # the students' own answers are new in each step, so no cache holds them
+    folder = context.folders["pool_own" if live else f"pool_{extra['pool']}"]
     result = {}
     for name, recipe, alpha, more in extra["systems"]:
         words = [
@@ -350,8 +379,8 @@ def run_students(context: Context) -> dict[str, Any]:
             *own_start_words(context),
         ]
         if alpha is not None:
-            words += [f"teacher.folder={context.folders['teacher'] / 'final'}", f"teacher.cache={folder / 'cache'}"]
-            words += [f"loss.alpha={alpha}"]
+            words += [f"teacher.folder={context.folders['teacher'] / 'final'}", f"loss.alpha={alpha}"]
+            words += [] if live else [f"teacher.cache={folder / 'cache'}"]
             words += [f"teacher.hears.{key}={value}" for key, value in TEACHER_READS.get(extra["pool"], {}).items()]
         result[name] = cohort.run(
             context.folder / name,
@@ -387,6 +416,11 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
     ]
     if experiment == "E5":
         return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev")]
+    if experiment == "axes":
+        stages += [_pool("own"), _students("students_own", "own", [s for s in SYSTEMS if s.pool == "own"])]
+        stages += [_pool(path) for path in NEGATIVE_PATHS]
+        pools = dict.fromkeys(s.pool for s in AXES)
+        return stages + [_students(f"axes_{pool}", pool, [s for s in AXES if s.pool == pool]) for pool in pools]
     for pool in POOLS:
         stages += [_pool(pool), _students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool])]
     tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
@@ -397,7 +431,8 @@ _HEARD = ("corpus", "features", "teacher")
 
 
 def _pool(pool: str) -> Stage:
-    return Stage(f"pool_{pool}", f"Y: {pool}", _HEARD, TRAINING, run_pool, extra={"pool": pool})
+    needs = (*_HEARD, "pool_own") if pool in NEGATIVE_PATHS else _HEARD
+    return Stage(f"pool_{pool}", f"Y: {pool}", needs, TRAINING, run_pool, extra={"pool": pool})
 
 
 def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "test") -> Stage:
@@ -408,7 +443,7 @@ def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "t
         "systems": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
         "recipes": {s.recipe: _as_written(s.recipe) for s in systems},
     }
-    needs = (*_HEARD, "student_lm", f"pool_{pool}")
+    needs = (*_HEARD, "student_lm", "pool_own" if pool == "live" else f"pool_{pool}")
     return Stage(name, name.replace("_", ": "), needs, _STUDYING, run_students, extra=told)
 
 
@@ -672,17 +707,23 @@ def _save(
 
 
 def _prefix(experiment: str) -> str:
-    """Of the teachers' names: those of E1 have none."""
-    return "" if experiment == "E1" else f"{experiment}-"
+    """Of the teachers' names: those of E1 have none, and "axes" has the same teachers."""
+    return "" if experiment in ("E1", "axes") else f"{experiment}-"
 
 
 def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
     """P1 to P3 of all teachers whose predictions are kept, in words and as study_endpoints.csv."""
-    from models.experiments.study_endpoints import all_endpoints, as_row, sentence
+    from models.experiments.study_endpoints import PAIRS, all_endpoints, as_row, sentence
     from models.reporting.results_csv import rows_csv
 
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        console.print("no endpoints without scipy: pip install scipy, then the same command with --collect")
+        return
+    pairs = tuple((s.name, "caad2") for s in AXES) if experiment == "axes" else PAIRS
     for folder in (Path(arguments.out), *([RESULTS] if arguments.write else [])):
-        found = all_endpoints(folder / "study", prefix=_prefix(experiment)) if experiment != "E5" else []
+        found = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment)) if experiment != "E5" else []
         if not found:
             continue
         name = f"study_endpoints{'' if experiment == 'E1' else '_' + experiment}.csv"

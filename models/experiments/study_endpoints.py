@@ -142,10 +142,11 @@ PAIRS = (
 )  # fmt: skip
 
 
-def all_endpoints(folder: Path, *, prefix: str = "") -> list[Endpoint]:
-    """P1 to P3 of PAIRS, as far as there are predictions; Holm's correction over the claim, and over all the others."""
-    claim, *others = (endpoints(folder, first=first, second=second, prefix=prefix) for first, second in PAIRS)
-    return with_holm(claim) + with_holm([e for found in others for e in found])
+def all_endpoints(folder: Path, pairs: Sequence[tuple[str, str]] = PAIRS, *, prefix: str = "") -> list[Endpoint]:
+    """P1 to P3 of `pairs`, as far as there are predictions. Holm's correction is over the claim, and over all other pairs."""
+    found = {pair: endpoints(folder, first=pair[0], second=pair[1], prefix=prefix) for pair in pairs}
+    claim = found.pop(PAIRS[0], [])
+    return with_holm(claim) + with_holm([e for of_pair in found.values() for e in of_pair])
 
 
 def endpoints(folder: Path, *, first: str = "caad2", second: str = "kd", prefix: str = "") -> list[Endpoint]:
