@@ -91,8 +91,8 @@ class System:
 
 SYSTEMS = (
     System("kd", "kd", 0.0, "own"),
-    System("caad1", "caad", 1.0, "own"),
     System("caad2", "caad", 2.0, "own"),
+    System("caad1", "caad", 1.0, "own"),
     System("hint_stripped", "kd", 0.0, "stripped"),
     System("kd_shuffled", "kd", 0.0, "shuffled"),
     System("ce_true", "sft_teacher", None, "true"),
@@ -583,12 +583,17 @@ def dev_rows(found: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def in_study(gate: Mapping[str, Any]) -> set[str]:
+    """The tasks that pass the gate."""
+    return {task for task, seen in gate["tasks"].items() if seen["heard"] >= MIN_HEARD and seen["shift"] >= MIN_SHIFT}
+
+
 def gate_sentences(settings: StudySettings, gate: Mapping[str, Any]) -> list[str]:
     """Per task: whether the teacher hears it and is misled on dev, and what follows."""
     sentences = []
     for task, seen in gate["tasks"].items():
         heard, shift = seen["heard"] >= MIN_HEARD, seen["shift"] >= MIN_SHIFT
-        verdict = "in the study" if heard and shift else "NOT in the study: " + ", ".join(
+        verdict = "in the study" if task in in_study(gate) else "NOT in the study: " + ", ".join(
             [*([] if heard else [f"it hears less than {MIN_HEARD:.0%}"]), *([] if shift else [f"Shift below {MIN_SHIFT:.0%}"])]
         )  # fmt: skip
         sentences.append(
@@ -679,8 +684,7 @@ def _run(
     gate = read_done(folders["gate"])["result"]
     for sentence in gate_sentences(settings, gate):
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
-    passed = any(seen["heard"] >= MIN_HEARD and seen["shift"] >= MIN_SHIFT for seen in gate["tasks"].values())
-    if passed or arguments.fast_smoke:
+    if in_study(gate) or arguments.fast_smoke:
         run_pipeline(arguments, stages, settings, root, **options)
 
 
@@ -697,6 +701,10 @@ def _save(
             atomic_write_text(folder / "study_dev.csv", rows_csv(rows))
         return
     found = finished(settings, stages, root)
+    gate = read_done(stage_folders(stages, settings, root)["gate"])
+    if gate is not None and not arguments.fast_smoke:
+        kept = in_study(gate["result"])
+        found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
     prefix = _prefix(experiment)
     rows = table_rows(settings, found, prefix=prefix)
     for folder in targets if rows else ():

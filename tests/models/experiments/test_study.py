@@ -18,6 +18,7 @@ from models.experiments.study import (
     chosen_teachers,
     dev_rows,
     gate_sentences,
+    in_study,
     main,
     make_stages,
     merge_rows,
@@ -91,6 +92,7 @@ def test_the_gate_names_what_is_missing():
     seen = {"gender": {"heard": 0.9, "shift": 0.3}, "noise": {"heard": 0.7, "shift": 0.02}}
     said = gate_sentences(EXPERIMENTS["E1"], {"tasks": seen})
     assert said[0].endswith("dev without a hint 90.0%, Shift 30.0%; in the study")
+    assert in_study({"tasks": seen}) == {"gender"}
     assert said[1].endswith("NOT in the study: it hears less than 80%, Shift below 10%")
 
 
