@@ -13,7 +13,7 @@ from models.data.prompts import CATEGORIES, TASKS, target_template
 from models.data.readers import parse_description
 
 # Changes whenever the backbone would read other words for the same example.
-WORDING_VERSION = 2
+WORDING_VERSION = 1
 # How the known kinds of metadata are told. Other names are told as they are: "Speaking style: sarcastic".
 _WORDING = {
     "gender": "Gender: {}",
