@@ -24,12 +24,14 @@ has read no line of the game before its training.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import datetime
 import io
 import random
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,13 +43,20 @@ from rich.table import Table
 
 from models.experiments.commands import study_parser
 from models.experiments.negative_paths import NEGATIVE_PATHS, negative_rows, write_contrast_cache
-from models.experiments.pipeline import Context, Stage, log_console, read_done, run_pipeline, stage_folders
+from models.experiments.pipeline import (
+    Context,
+    Stage,
+    check_status,
+    log_console,
+    read_done,
+    run_pipeline,
+    stage_folders,
+)
 from models.experiments.shared_steps import (
     BACKBONE,
     TRAINING,
     ask,
     backbone_settings,
-    check_status,
     limited,
     load_speech_lm,
     own_start_words,
@@ -553,18 +562,16 @@ def merge_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def pack_all(folder: Path, teacher: str, found: Mapping[str, Sequence[Any]]) -> None:
-    """Write the predictions of each system to TEACHER-SYSTEM.jsonl.gz, with the choices' scores to three places."""
+    """Write the predictions of each system to TEACHER-SYSTEM.jsonl.gz. Scores have three places where that changes no answer."""
     from models.evaluation.predictions import pack_predictions
 
+    def rounded(p: Any) -> Any:
+        short = dataclasses.replace(p, scores={choice: round(score, 3) for choice, score in p.scores.items()})
+        return short if short.said() == p.said() else p
+
     for system, predictions in found.items():
-        rounded = [
-            dataclasses.replace(p, scores={choice: round(score, 3) for choice, score in p.scores.items()})
-            for p in sorted(predictions, key=lambda p: p.id)
-        ]
-        if all(p.said() == q.said() for p, q in zip(rounded, sorted(predictions, key=lambda p: p.id), strict=True)):
-            pack_predictions(folder / f"{teacher}-{system}.jsonl.gz", {"teacher": teacher, "system": system}, rounded)
-        else:  # a tie that only rounding makes
-            pack_predictions(folder / f"{teacher}-{system}.jsonl.gz", {"teacher": teacher, "system": system}, predictions)
+        rows = [rounded(p) for p in sorted(predictions, key=lambda p: p.id)]
+        pack_predictions(folder / f"{teacher}-{system}.jsonl.gz", {"teacher": teacher, "system": system}, rows)
 
 
 def dev_rows(found: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -629,11 +636,8 @@ def chosen_teachers(experiment: str, folds: Sequence[int], teachers: int, *, smo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    import sys
-
     parser = study_parser()
     words = list(sys.argv[1:] if argv is None else argv)
-    words = words[1:] if argv is None and words[:1] == ["study"] else words
     arguments = parser.parse_args(words)
     if arguments.write and arguments.fast_smoke:
         parser.error("--write: the committed tables need a whole run")
@@ -685,7 +689,8 @@ def _run(
     for sentence in gate_sentences(settings, gate):
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
     if in_study(gate) or arguments.fast_smoke:
-        run_pipeline(arguments, stages, settings, root, **options)
+        made = argparse.Namespace(**{**vars(arguments), "fresh": False})  # the stages up to the gate stay
+        run_pipeline(made, stages, settings, root, **options)
 
 
 def _save(

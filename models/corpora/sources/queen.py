@@ -127,7 +127,7 @@ def read_credits(path: str | os.PathLike[str]) -> list[list[str]]:
             heading = text
         elif heading == "Voice Artists" and style == ".i 30":
             artists.append([])
-        elif heading == "Voice Artists" and style == ".i 222":
+        elif artists and heading == "Voice Artists" and style == ".i 222":
             artists[-1].append(text)
     return artists
 

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from models.corpora.plans.base import SPLITS
+from models.corpora.plans.benchmark import plan_benchmark
+from models.corpora.recordings import Material
 from models.evaluation.predictions import Prediction, read_predictions
 from models.experiments.pipeline import stage_folders
 from models.experiments.study import (
@@ -27,6 +30,7 @@ from models.experiments.study import (
     tuned_systems,
 )
 from models.reporting.results_csv import rows_csv
+from tests.models.corpora.test_build import make_settings
 
 
 def answers(rights):
@@ -105,6 +109,15 @@ def test_an_actor_on_two_sides_stops_the_study():
     for name, actor in (("dev", "d"), ("dev", "a"), ("test", "b")):
         with pytest.raises(SystemExit, match=f"no actor in two parts, got {actor}"):
             check_actors(parts | {name: heard(actor)})
+
+
+@pytest.mark.parametrize("experiment", ["E2", "E3"])
+def test_the_corpus_of_several_tasks_has_them_all_in_each_split(experiment):
+    settings = EXPERIMENTS[experiment]
+    planned = plan_benchmark(
+        make_settings(size=settings.corpus_size, sources=("espeak",), tasks=settings.tasks, fold=0), Material(espeak=True)
+    )
+    assert {(r.task, r.split) for r in planned} == {(task, split) for task in settings.tasks for split in SPLITS}
 
 
 @pytest.mark.slow
