@@ -11,6 +11,7 @@ import pytest
 from models.corpora.plans.base import SPLITS
 from models.corpora.plans.benchmark import plan_benchmark
 from models.corpora.recordings import Material
+from models.corpora.sources.queen import QueenLine
 from models.evaluation.predictions import Prediction, read_predictions
 from models.experiments.pipeline import stage_folders
 from models.experiments.study import (
@@ -31,6 +32,7 @@ from models.experiments.study import (
 )
 from models.reporting.results_csv import rows_csv
 from tests.models.corpora.test_build import make_settings
+from tests.models.corpora.test_recordings import _mp3
 
 
 def answers(rights):
@@ -113,10 +115,14 @@ def test_an_actor_on_two_sides_stops_the_study():
 
 @pytest.mark.parametrize("experiment", ["E2", "E3"])
 def test_the_corpus_of_several_tasks_has_them_all_in_each_split(experiment):
-    settings = EXPERIMENTS[experiment]
-    planned = plan_benchmark(
-        make_settings(size=settings.corpus_size, sources=("espeak",), tasks=settings.tasks, fold=0), Material(espeak=True)
-    )
+    settings, mp3 = EXPERIMENTS[experiment], _mp3(1.2)
+    lines = [
+        QueenLine(f"{code}{n}", code, f"Temple line {n} of {code}{'?' if n % 2 else '.'}", mp3)
+        for code in ("FAYE", "JOE", "BOB", "ORACLE", "NAOMI", "BUD")
+        for n in range(320)
+    ]
+    options = {"size": settings.corpus_size, "sources": settings.sources, "tasks": settings.tasks, "fold": 0}
+    planned = plan_benchmark(make_settings(**options), Material(lines=lines))
     assert {(r.task, r.split) for r in planned} == {(task, split) for task in settings.tasks for split in SPLITS}
 
 
