@@ -358,7 +358,7 @@ def run_pool(context: Context) -> dict[str, Any]:
 
 
 def with_other_hints(examples: Sequence[Any], seed: int) -> list[Any]:
-    """The examples with the contexts of each task dealt out anew. The metadata "own_context" keeps what stood there."""
+    """The examples with the contexts of each task in another order. The metadata "own_context" keeps what stood there."""
     draw = random.Random(seed)
     dealt: dict[str, Any] = {}
     for task in dict.fromkeys(e.task for e in examples):
@@ -710,6 +710,7 @@ def _save(
     if gate is not None and not arguments.fast_smoke:
         kept = in_study(gate["result"])
         found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
+        found = {system: own for system, own in found.items() if own}
     prefix = _prefix(experiment)
     rows = table_rows(settings, found, prefix=prefix)
     for folder in targets if rows else ():
