@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.corpora.commands import corpus_parser
-from models.corpora.plans.base import SIZES, BenchmarkSize, Settings
+from models.corpora.plans.base import DEFAULT_FOLD, SIZES, BenchmarkSize, Settings
 from models.corpora.plans.benchmark import NOTES as BENCHMARK_NOTES
 from models.corpora.plans.benchmark import plan_benchmark
 from models.corpora.plans.hinted import ACTOR_NOTE, CHARACTER_NOTE, plan_hinted
@@ -46,7 +46,7 @@ def build_corpus(
     min_snr_db: float = -18.0,
     max_snr_db: float = 2.0,
     max_seconds: float = 4.0,
-    fold: int | None = 0,
+    fold: int | None = DEFAULT_FOLD,
     progress: bool = True,
 ) -> Path:
     """Build the corpus in `out_dir`, unless it is there: clips in audio/, then manifest.jsonl.

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from models.corpora.commands import card_parser
-from models.corpora.plans.base import SIZES
+from models.corpora.plans.base import DEFAULT_FOLD, SIZES
 from models.data.manifest import SPLITS, Example, Manifest, read_manifest
 from models.data.prompts import CATEGORIES, TASKS
 from models.data.readers import CONTEXT_KINDS
@@ -72,7 +72,7 @@ def _command(settings: dict[str, Any]) -> str:
     for name, default in options:
         if settings[name] != default:
             words += [f"--{name.replace('_', '-')}={settings[name]:g}"]
-    if settings["fold"] != 0:
+    if settings["fold"] != DEFAULT_FOLD:
         words += ["--fold", "characters" if settings["fold"] is None else str(settings["fold"])]
     return shlex.join(words)
 

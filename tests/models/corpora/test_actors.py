@@ -112,7 +112,7 @@ def test_a_corpus_is_split_by_actor_and_its_rows_name_them(tmp_path, monkeypatch
     lines = [QueenLine(f"{code}{n}", code, f"This is line {n} of {code}.", mp3) for code in codes for n in range(4)]
     monkeypatch.setattr(recordings, "fetch_package", lambda package: tmp_path)
     monkeypatch.setattr(recordings, "read_lines", lambda path: lines)
-    manifest = read_manifest(build_corpus(tmp_path / "c", sources=("queen",), size="tiny", progress=False))
+    manifest = read_manifest(build_corpus(tmp_path / "c", sources=("queen",), size="tiny", fold=0, progress=False))
     sides = defaultdict(set)
     for example in manifest:
         sides[example.metadata["actor"]].add(example.split)

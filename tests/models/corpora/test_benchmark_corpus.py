@@ -12,7 +12,16 @@ import soundfile as sf
 from models.corpora import recordings
 from models.corpora.build import build_corpus
 from models.corpora.plans import lines as line_plans
-from models.corpora.plans.base import SIZES, SPLITS, SentenceDeck, take_turns, text_key, without_leaks
+from models.corpora.plans.base import (
+    ACTOR_FOLDS,
+    DEFAULT_FOLD,
+    SIZES,
+    SPLITS,
+    SentenceDeck,
+    take_turns,
+    text_key,
+    without_leaks,
+)
 from models.corpora.plans.benchmark import plan_benchmark
 from models.corpora.plans.lines import LineDeck, _choose_keywords, _pairs, _sentence_type
 from models.corpora.questions import IRRELEVANT
@@ -81,7 +90,7 @@ def _build(folder: Path, packages: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recordings, "fetch_package", lambda package: packages / package.name / package.payload)
         patch.setattr(recordings, "read_lines", lambda path: make_lines())
-        return build_corpus(folder, size="benchmark_tiny", progress=False)
+        return build_corpus(folder, size="benchmark_tiny", fold=0, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +323,7 @@ def test_prompts_and_words_are_read_from_their_packages(packages, tmp_path):
 @pytest.mark.network
 @pytest.mark.slow
 def test_the_plan_of_the_real_recordings():
-    settings = make_settings(fold=0, size="benchmark", sources=SIZES["benchmark"].sources)
+    settings = make_settings(fold=DEFAULT_FOLD, size="benchmark", sources=SIZES["benchmark"].sources)
     gathered = Material.gather(settings)
     if gathered.unavailable:
         pytest.skip(str(gathered.unavailable))
@@ -329,6 +338,8 @@ def test_the_plan_of_the_real_recordings():
     voices = defaultdict(set)
     for recording in planned:
         if recording.task != "language":
-            voices[recording.speaker].add(recording.split)
+            voices[recording.actor or recording.speaker].add(recording.split)
     assert all(len(splits) == 1 for splits in voices.values())
-    assert len({r.speaker for r in planned if r.source == "queen" and r.split == "test"}) == 9
+    assert {r.actor for r in planned if r.source == "queen" and r.split == "test"} == {
+        f"queen-{actor}" for actor in ACTOR_FOLDS[DEFAULT_FOLD]["test"]
+    }
