@@ -569,6 +569,25 @@ def plan() -> Table:
     )
 
 
+STUDY = (
+    "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "caad1", "caad2", "caad_tuned", "hint_stripped", "kd_shuffled",
+    "ce_true", "kd_metadata", "caad2_metadata",
+)  # fmt: skip
+
+
+def study() -> Table:
+    """E1: mean over teachers, with the standard deviation between them. Only complete systems are in the file."""
+    contexts = ("none", "faithful", "adversarial", "irrelevant")
+    found = [row for row in read("study") if "-" not in row["teacher"]]
+    lines = []
+    for system in (name for name in STUDY if any(row["system"] == name for row in found)):
+        own = [row for row in found if row["system"] == system]
+        cells = [[100 * float(row["accuracy"]) for row in own if row["context"] == context] for context in contexts]
+        shown = [f"{statistics.mean(c):.1f}" + (f" ± {statistics.stdev(c):.1f}" if len(c) > 1 else "") for c in cells]
+        lines.append([f"`{system}`", str(len({row["teacher"] for row in own})), *shown])
+    return ("system", "teachers", *contexts), lines
+
+
 def stress() -> Table:
     head = ("what was killed", "rounds", "kills", "equal to an undisturbed run, bit for bit", "lost", "doubled")
     columns = ("what", "rounds", "kills", "bitwise_equal", "lost", "doubled")
@@ -590,6 +609,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "ablation": ablation,
     "ablation_claims": ablation_claims,
     "demo": demo,
+    "study": study,
     "demo_machines": demo_machines,
     "row_kernel": row_kernel,
     "linear": linear,

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             "--hears",
             metavar="NAME=VALUE",
             help=f"{what}: snr_db=0,10 band=common|wide|narrow codec=ulaw|gsm|mp3|opus|vorbis seed=0, and in the prompt "
-            "transcript=false context=false question=WORDS; clean = as they are",
+            "transcript=false context=false context_from=NAME question=WORDS; clean = as they are",
         )
 
     def _nearest(self, message: str) -> str:

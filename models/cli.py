@@ -40,6 +40,7 @@ COMMANDS = {
     "demo": Command("experiments.demo", "run the whole path once, from recorded speech to a report"),
     "six-systems": Command("experiments.six_systems", "make the table of the CAAD paper's six systems"),
     "ablation": Command("experiments.ablation", "make the table of teacher sources and layers"),
+    "study": Command("experiments.study", "run the study of several teachers and unheard actors, docs/protocol.md"),
 }
 
 

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.corpora.commands import corpus_parser
-from models.corpora.plans.base import SIZES, BenchmarkSize, Settings
+from models.corpora.plans.base import DEFAULT_FOLD, SIZES, BenchmarkSize, Settings
 from models.corpora.plans.benchmark import NOTES as BENCHMARK_NOTES
 from models.corpora.plans.benchmark import plan_benchmark
+from models.corpora.plans.hinted import ACTOR_NOTE, CHARACTER_NOTE, plan_hinted
 from models.corpora.plans.hinted import NOTES as HINTED_NOTES
-from models.corpora.plans.hinted import plan_hinted
 from models.corpora.questions import benchmark_examples, hinted_examples
 from models.corpora.recordings import Material
 from models.corpora.render import render_all
@@ -46,6 +46,7 @@ def build_corpus(
     min_snr_db: float = -18.0,
     max_snr_db: float = 2.0,
     max_seconds: float = 4.0,
+    fold: int | None = DEFAULT_FOLD,
     progress: bool = True,
 ) -> Path:
     """Build the corpus in `out_dir`, unless it is there: clips in audio/, then manifest.jsonl.
@@ -54,12 +55,15 @@ def build_corpus(
         sources: of SOURCES. None is those of the size: all for the benchmark, else "queen" and "espeak". A Debian source
             that cannot be fetched is left out if espeak is among the others; the header's "unavailable" and a line on
             stderr name it.
-        size: "tiny" (tests), "demo", "sources" (models.experiments.ablation), "full", "benchmark" or "benchmark_tiny" (tests).
+        size: a name in SIZES: "tiny" (tests), "demo", "sources" (models.experiments.ablation), "full", "study" and "study_tasks"
+            (models.experiments.study), "benchmark" or "benchmark_tiny" (tests).
         seed: of the draws of sentences, noises and hints.
         tasks: which of the size's tasks to build; None is all that the sources allow.
         hint_correlation: probability that a hint in the teacher's training set is true.
         min_snr_db, max_snr_db: SNR of the gender task over the whole clip, in dB (with little noise the task is too easy).
         max_seconds: clips are cut to this length.
+        fold: which actors of Amazon Queen are in dev and test (plans/base.py, ACTOR_FOLDS). None splits by character, as in the
+            published tables.
         progress: show a bar on stderr.
 
     Returns:
@@ -81,6 +85,7 @@ def build_corpus(
         min_snr_db=min_snr_db,
         max_snr_db=max_snr_db,
         max_seconds=max_seconds,
+        fold=fold,
     )
     out_dir = Path(out_dir)
     manifest_path = out_dir / _MANIFEST_NAME
@@ -94,7 +99,8 @@ def build_corpus(
             f"tasks: expected some that the sources {list(settings.sources)} can give, got {settings.tasks}"
         )
     made, problems = render_all(out_dir, recordings, settings, progress=progress)
-    examples = list((benchmark_examples if is_benchmark else hinted_examples)(made, settings))
+    four_contexts = is_benchmark or SIZES[size].four_contexts
+    examples = list((benchmark_examples if four_contexts else hinted_examples)(made, settings))
     header = {
         "maker": "models.corpora.build",
         "fingerprint": settings.fingerprint(),
@@ -102,7 +108,7 @@ def build_corpus(
         "sources": material.described,
         "unavailable": material.unavailable,
         "problems": [str(problem) for problem in problems],
-        "notes": list(BENCHMARK_NOTES if is_benchmark else HINTED_NOTES),
+        "notes": list(BENCHMARK_NOTES if is_benchmark else (CHARACTER_NOTE if fold is None else ACTOR_NOTE, *HINTED_NOTES)),
         "content_sha256": fingerprint(sorted({f"{clip.name} {clip.sha256}" for clip in made})),
         "counts": _counts(examples),
     }
@@ -155,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             min_snr_db=arguments.min_snr_db,
             max_snr_db=arguments.max_snr_db,
             max_seconds=arguments.max_seconds,
+            fold=None if arguments.fold == "characters" else int(arguments.fold),
         )
         manifest = read_manifest(path)
     except (ValueError, OSError, PackageUnavailable, PackageCorrupt, EspeakError) as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from models.corpora.commands import card_parser
-from models.corpora.plans.base import SIZES
+from models.corpora.plans.base import DEFAULT_FOLD, SIZES
 from models.data.manifest import SPLITS, Example, Manifest, read_manifest
 from models.data.prompts import CATEGORIES, TASKS
 from models.data.readers import CONTEXT_KINDS
@@ -72,6 +72,8 @@ def _command(settings: dict[str, Any]) -> str:
     for name, default in options:
         if settings[name] != default:
             words += [f"--{name.replace('_', '-')}={settings[name]:g}"]
+    if settings["fold"] != DEFAULT_FOLD:
+        words += ["--fold", "characters" if settings["fold"] is None else str(settings["fold"])]
     return shlex.join(words)
 
 
@@ -118,10 +120,12 @@ def _clip_table(clips: Iterable[Example]) -> list[str]:
 
 
 def _voice_table(clips: Iterable[Example]) -> list[str]:
+    # An actor of the game may voice several characters (models/corpora/sources/queen.py).
     voices: dict[tuple[str, str], set[str]] = defaultdict(set)
     texts: dict[str, set[str]] = defaultdict(set)
     for clip in clips:
-        voices[clip.split, str(clip.metadata.get("source", "-"))].add(str(clip.metadata.get("speaker", "-")))
+        known = clip.metadata
+        voices[clip.split, str(known.get("source", "-"))].add(str(known.get("actor", known.get("speaker", "-"))))
         texts[clip.split].add(str(clip.metadata.get("text", clip.transcription)))
     sources = sorted({source for _, source in voices})
     rows = [
@@ -129,8 +133,7 @@ def _voice_table(clips: Iterable[Example]) -> list[str]:
         for split in SPLITS
         if split in texts
     ]
-    # One actor voices several of the game's characters (models/corpora/sources/queen.py).
-    kinds = [f"{'characters' if source == 'queen' else 'voices'} of {source}" for source in sources]
+    kinds = [f"{'actors' if source == 'queen' else 'voices'} of {source}" for source in sources]
     return _table(["split", "texts", *kinds], rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.arguments import Parser
-from models.corpora.plans.base import SIZES, SOURCES
+from models.corpora.plans.base import ACTOR_FOLDS, DEFAULT_FOLD, SIZES, SOURCES
 from models.data.prompts import TASKS
 
 
@@ -20,6 +20,9 @@ def corpus_parser() -> Parser:
     parser.add_argument("--min-snr-db", type=float, default=-18.0, help="strongest noise of the gender task")
     parser.add_argument("--max-snr-db", type=float, default=2.0, help="weakest noise of the gender task")
     parser.add_argument("--max-seconds", type=float, default=4.0, help="clips are cut to this length")
+    folds = (*map(str, range(len(ACTOR_FOLDS))), "characters")
+    help = f"the game's actors that are in dev and test (default: {DEFAULT_FOLD}); characters = as the published tables"
+    parser.add_argument("--fold", choices=folds, default=str(DEFAULT_FOLD), help=help)
     return parser
 
 

@@ -57,6 +57,7 @@ class Hearing:
     seed: int = 0  # of the noise
     transcript: bool = True  # the prompt shows the transcript
     context: bool = True  # the prompt shows the context
+    context_from: str = ""  # name of the metadata that the prompt shows as the context, in place of the example's own; "" = none
     # The question in the prompt: {question}, {transcription} and {context} are the example's, {NAME} is its metadata["NAME"].
     question: str = "{question}"
 
@@ -70,6 +71,8 @@ class Hearing:
             raise ValueError(f"codec: expected one of {', '.join(CODECS)}, got {self.codec!r}")
         if self.seed < 0:
             raise ValueError(f"seed: expected >= 0, got {self.seed}")
+        if self.context_from and not self.context:
+            raise ValueError(f"context_from: expected '' with context false, got {self.context_from!r}")
         if not self.question.strip():
             raise ValueError("question: expected words, such as '{question}', got none")
 
@@ -113,10 +116,13 @@ class Hearing:
         """The example with the words that its prompt shows.
 
         Raises:
-            ValueError: `question` names metadata that the example does not have; the message names the example.
+            ValueError: `question` or `context_from` names metadata that the example does not have; the message names the example.
         """
-        if self.transcript and self.context and self.question == "{question}":
+        if self.transcript and self.context and not self.context_from and self.question == "{question}":
             return example
+        if self.context_from and self.context_from not in example.metadata:
+            raise ValueError(f"example {example.id!r}: context_from needs its metadata {self.context_from!r}")
+        context = str(example.metadata[self.context_from]) if self.context_from else example.context
         known = {**example.metadata, **{name: getattr(example, name) for name in ("question", "transcription", "context")}}
 
         def value(match: re.Match[str]) -> str:
@@ -127,7 +133,7 @@ class Hearing:
         return dataclasses.replace(
             example,
             transcription=example.transcription if self.transcript else "",
-            context=example.context if self.context else "",
+            context=context if self.context else "",
             question=re.sub(r"\{(\w+)\}", value, self.question),
         )
 

@@ -177,6 +177,8 @@ def _metadata(clip: MadeClip) -> dict[str, Any]:
         **({"pool": draw.pool} if draw.pool is not None else {}),
         **({"claimed_by_words": recording.claim} if recording.claim is not None else {}),
         "speaker": recording.speaker,
+        "actor": recording.actor or recording.speaker,
+        "draw": draw.name,
         "source": recording.source,
         "text": recording.text,
         "duration_seconds": round(clip.duration_seconds, 3),

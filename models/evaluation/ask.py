@@ -17,7 +17,7 @@ from models.data.prompts import target_template
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.commands import CONTROLS
 from models.evaluation.controls import control_id, with_controls
-from models.evaluation.predictions import Prediction, claimed_choice, context_kind, groups_of
+from models.evaluation.predictions import Prediction, claimed_choice, context_kind, groups_of, heard
 from models.io_utils import fingerprint
 from models.speech_lm.features import FeatureStore, clip_key
 from models.speech_lm.listeners import answer_ids
@@ -110,7 +110,7 @@ def evaluate(
                     id=control_id(e.id, control), task=e.task, kind=context_kind(e), answer=e.answer, choices=e.choices,
                     prediction=text, pair_id=e.pair_id, control=control, scores=s, question=e.question,
                     category=str(e.metadata.get("category", "")), claim=claimed_choice(e), clip=clip_key(h),
-                    groups=groups_of(e),
+                    groups=groups_of(e), **heard(e),
                 )
                 for (e, h), text, s in zip(group, texts, scores, strict=True)
             ]  # fmt: skip

@@ -1,9 +1,11 @@
-"""Predictions (one is one answer of one system), and the JSONL file that holds them."""
+"""Predictions (one is one answer of one system), and the JSONL file that holds them, as it is or packed by gzip."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from models.data.answers import named_choices
 from models.data.manifest import Example
-from models.io_utils import append_bytes, atomic_write_text, fingerprint
+from models.io_utils import append_bytes, atomic_write_bytes, atomic_write_text, fingerprint
 
 KINDS = ("neutral", "aligned", "conflict", "irrelevant")
 
@@ -34,6 +36,10 @@ class Prediction:
     claim: str | None = None  # the choice that the text beside the sound names, if any
     question: str = ""
     groups: dict[str, str] = field(default_factory=dict)  # what else a published metric shows the accuracy of, by name
+    speaker: str = ""  # the voice as the corpus names it, such as a character of a game
+    actor: str = ""  # who speaks: one actor may be several speakers; intervals for other people resample actors
+    snr_db: float | None = None  # speech over noise, in dB; None = no noise was added, or it is not known
+    draw: str = ""  # which draw of the noise of one recording
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(self.choices))
@@ -63,6 +69,18 @@ def groups_of(example: Example) -> dict[str, str]:
     return {str(name): str(group) for name, group in groups.items()} if isinstance(groups, dict) else {}
 
 
+def heard(example: Example) -> dict[str, Any]:
+    """The fields of a Prediction that say who speaks and in how much noise, from the example's metadata."""
+    known = example.metadata
+    speaker, snr_db = str(known.get("speaker", "")), known.get("snr_db")
+    return {
+        "speaker": speaker,
+        "actor": str(known.get("actor", speaker)),
+        "snr_db": float(snr_db) if isinstance(snr_db, (int, float)) else None,
+        "draw": str(known.get("draw", "")),
+    }
+
+
 FILE_KEY = "kdkernels_predictions"
 FILE_VERSION = 1
 
@@ -82,11 +100,20 @@ def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> N
     append_bytes(path, "".join(json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions).encode())
 
 
+def pack_predictions(path: str | Path, settings: dict[str, Any], predictions: Sequence[Prediction]) -> Path:
+    """Write a whole predictions file packed by gzip. Its name ends with .gz, and equal predictions give equal bytes."""
+    header = {FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}
+    rows = [header, *(p.to_row() for p in predictions)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return atomic_write_bytes(path, gzip.compress(text.encode(), mtime=0))
+
+
 def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
     """Header and predictions of a file. A last line that a kill cut short is left out.
 
     Args:
-        repair: remove such a line from the file too, so that more can be appended.
+        path: a file packed by gzip has a name that ends with .gz.
+        repair: remove such a line from the file too, so that more can be appended; not of a packed file.
 
     Raises:
         EvaluationError: no such file, another kind of file, or a damaged line that is not the last.
@@ -94,7 +121,11 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
     path = Path(path)
     try:
         # Bytes: a kill may cut a character in two, and some line separators of Unicode do not end a line of JSONL.
-        lines = path.read_bytes().splitlines(keepends=True)
+        packed = path.suffix == ".gz"
+        content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+        lines = content.splitlines(keepends=True)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise EvaluationError(f"{path}: damaged: {error}") from error
     except OSError as error:
         raise EvaluationError(f"{path}: not readable: {error.strerror}") from error
     try:
@@ -113,7 +144,7 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
         except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
-            if repair:
+            if repair and not packed:
                 os.truncate(path, sum(map(len, lines[:-1])))
     return header, predictions
 

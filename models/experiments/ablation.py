@@ -121,6 +121,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
         size=settings.corpus_size,
         seed=settings.corpus_seed,
         tasks=(*PERCEPTION, *CONTENT),
+        fold=None,
     )
     manifest = read_manifest(path, check_audio=True)
     parts = {

@@ -1,4 +1,4 @@
-"""Arguments of `demo`, `six-systems` and `ablation`."""
+"""Arguments of `demo`, `six-systems`, `ablation` and `study`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,23 @@ def ablation_parser() -> Parser:
     return _with_stages(parser, out="runs/ablation")
 
 
+def study_parser() -> Parser:
+    description = "Run the experiments of docs/protocol.md. Stop it and start it again at will."
+    parser = Parser(prog="python -m models study", description=description)
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="of E1, E2, E3, E5, axes (default: E1)")
+    parser.add_argument("--teachers", type=int, default=2, help="teachers of each fold (default: 2)")
+    parser.add_list("--folds", type=int, default=(0, 1, 2, 3), help="folds of actors (default: 0 1 2 3)")
+    parser.add_argument("--cache-dir", help="folder of the stages (default: study in the cache folder)")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only gather what is finished")
+    parser.add_argument("--write", action="store_true", help="write the tables into models/experiments/results")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    return _with_stages(parser, out="runs/study")
+
+
 def _with_stages(parser: Parser, *, out: str) -> Parser:
     """The arguments of every pipeline, and --run-stage, with which the process of a stage is started."""
-    parser.add_argument("--fast-smoke", action="store_true", help="synthetic clips and tiny random models: a minute, for CI")
+    help = "synthetic clips and tiny random models: a minute, for CI"
+    parser.add_argument("--fast-smoke", "--smoke", action="store_true", help=help)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--out", default=out, help=f"folder of the results (default: {out})")
     parser.add_argument("--fresh", action="store_true", help="make every stage again, but keep the downloads")

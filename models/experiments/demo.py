@@ -113,7 +113,8 @@ def run_corpus(context: Context) -> dict[str, Any]:
 
     settings = context.settings
     path = build_corpus(
-        context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.seed, tasks=(settings.task,)
+        context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.seed, tasks=(settings.task,),
+        fold=None,
     )
     manifest = read_manifest(path, check_audio=True)
     parts = {

@@ -257,20 +257,25 @@ def predictions_name(part: str, alpha: float | None = None) -> str:
     return f"{part}-greedy.jsonl" if alpha is None else f"{part}-contrastive{alpha:g}.jsonl"
 
 
-def write_answered_pool(path: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any]) -> dict[str, Any]:
+def write_answered_pool(
+    path: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any], *, hears: Any = None
+) -> dict[str, Any]:
     """Write a manifest of `examples` with the model's own answers as targets.
 
     Args:
         model, store, extra: as `load_speech_lm` returns them.
+        hears: a `models.corpora.hearing.Hearing` for the model's prompts; None = as they are.
 
     Returns:
         the number of answers, and the share of right answers by context.
     """
+    from models.corpora.hearing import PLAIN
     from models.data.manifest import write_manifest
     from models.evaluation.ask import evaluate
     from models.evaluation.scoring import judge
 
-    answers = evaluate(model, examples, store, collate=model.make_collator(), extra_inputs=extra)[None]
+    options = {"collate": model.make_collator(), "extra_inputs": extra, "hears": hears or PLAIN}
+    answers = evaluate(model, examples, store, **options)[None]
     texts = {p.id: p.prediction for p in answers}
     write_manifest(path, [dataclasses.replace(e, target=texts[e.id], target_source="teacher") for e in examples])
     by_kind: dict[str, list[bool]] = {}
@@ -279,17 +284,41 @@ def write_answered_pool(path: Path, model: Any, store: Any, extra: dict[str, Any
     return {"pool": len(answers), "pseudo_label_accuracy": {k: sum(v) / len(v) for k, v in by_kind.items()}}
 
 
+def write_stage_1_pool(context: Context, examples: Sequence[Any]) -> dict[str, Any]:
+    """Write pool.jsonl with what the text backbone writes from the metadata. Rejected outputs are left out and counted."""
+    from models.data.manifest import read_manifest, write_manifest
+    from models.pseudo_gt import stage1
+
+    # Paths of clips are relative to a manifest, so it is written beside the corpus.
+    told = context.folders["corpus"] / f"{context.folder.name}.jsonl"
+    asked = told.with_suffix(".asked.jsonl")
+    write_manifest(asked, [dataclasses.replace(e, target=None, target_source=None) for e in examples])
+    words = [str(asked), "--out", str(told), "--source", "text_backbone", "--backbone", context.settings.lm]
+    check_status("pseudo-gt", stage1.main([*words, "--audio-root", str(context.folders["corpus"])]))
+    written = [e for e in read_manifest(told, check_audio=False).examples if (e.target or "").strip()]
+    write_manifest(context.folder / "pool.jsonl", written)
+    return {"rejected": len(examples) - len(written)}
+
+
 def write_cache(
-    folder: Path, teacher: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any]
+    folder: Path, teacher: Path, model: Any, store: Any, extra: dict[str, Any], examples: Sequence[Any], *, hears: Any = None
 ) -> None:
-    """Store both paths of `model` over the targets of `examples` in a ContrastCache (float32). `teacher` is its folder."""
+    """Store both paths of `model` over the targets of `examples` in a ContrastCache (float32).
+
+    Args:
+        teacher: the folder of `model`.
+        hears: a `models.corpora.hearing.Hearing`; None = the prompts as they are.
+    """
     import torch
 
+    from models.corpora.hearing import PLAIN
     from models.training.cache_identity import teacher_fingerprint
     from models.training.fill_cache import fill_cache
 
-    made_from = teacher_fingerprint(teacher)
-    fill_cache(folder, model, store, examples, made_from=made_from, extra_inputs=extra, dtype=torch.float32)
+    hears = hears or PLAIN
+    made_from = teacher_fingerprint(teacher, hears=hears)
+    options = {"made_from": made_from, "extra_inputs": extra, "dtype": torch.float32, "hears": hears}
+    fill_cache(folder, model, store, examples, **options)
 
 
 def backbone_settings(settings: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from typing import Any
 import numpy as np
 
 from models.experiments.commands import six_systems_parser
-from models.experiments.pipeline import Context, Stage, check_status, log_console, read_done, run_pipeline
+from models.experiments.pipeline import Context, Stage, log_console, read_done, run_pipeline
 from models.experiments.shared_steps import (
     TRAINING,
     ask,
@@ -65,6 +65,7 @@ from models.experiments.shared_steps import (
     write_answered_pool,
     write_cache,
     write_parts,
+    write_stage_1_pool,
 )
 from models.io_utils import atomic_write_text, cache_dir
 
@@ -172,7 +173,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
     settings = context.settings
     path = build_corpus(
         context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.corpus_seed, tasks=settings.tasks,
-        hint_correlation=settings.hint_correlation,
+        hint_correlation=settings.hint_correlation, fold=None,
     )
     manifest = read_manifest(path, check_audio=True)
     parts = {
@@ -223,26 +224,10 @@ def run_pool(context: Context) -> dict[str, Any]:
         write_manifest(context.folder / "pool.jsonl", examples)
         result = {}
     else:
-        result = _stage_1(context, examples)
+        result = write_stage_1_pool(context, examples)
     forced = read_items(context, "pool", folder=context.folder)
     write_cache(context.folder / "cache", teacher, model, store, extra, forced)
     return {"pool": len(forced)} | result
-
-
-def _stage_1(context: Context, examples: Sequence[Any]) -> dict[str, Any]:
-    """Write pool.jsonl with what the text backbone writes from the metadata. Rejected outputs are left out and counted."""
-    from models.data.manifest import read_manifest, write_manifest
-    from models.pseudo_gt import stage1
-
-    # Paths of clips are relative to a manifest, so it is written beside the corpus.
-    told = context.folders["corpus"] / f"{context.folder.name}.jsonl"
-    asked = told.with_suffix(".asked.jsonl")
-    write_manifest(asked, [dataclasses.replace(e, target=None, target_source=None) for e in examples])
-    words = [str(asked), "--out", str(told), "--source", "text_backbone", "--backbone", context.settings.lm]
-    check_status("pseudo-gt", stage1.main([*words, "--audio-root", str(context.folders["corpus"])]))
-    written = [e for e in read_manifest(told, check_audio=False).examples if (e.target or "").strip()]
-    write_manifest(context.folder / "pool.jsonl", written)
-    return {"rejected": len(examples) - len(written)}
 
 
 def _teacher(context: Context) -> Path:

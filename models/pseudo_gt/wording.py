@@ -36,9 +36,9 @@ _ELSEWHERE = frozenset(("text", "duration_seconds", "snr_db"))
 NOT_TOLD = frozenset(
     (
         # who and where from
-        "speaker", "spk", "source", "corpus", "dataset", "data_source", "licence", "license", "copyright", "annotator",
+        "speaker", "spk", "actor", "source", "corpus", "dataset", "data_source", "licence", "license", "copyright", "annotator",
         # parts of a data set
-        "pool", "split", "subset", "partition", "fold", "context_type", "claimed_by_words", "asked_word", "reasoning",
+        "pool", "draw", "split", "subset", "partition", "fold", "context_type", "claimed_by_words", "asked_word", "reasoning",
         # files
         "path", "file", "filename", "file_name", "filepath", "file_path", "audio_path", "audio_file", "audio_filepath", "wav",
         "url", "uri", "key",

@@ -19,8 +19,7 @@ The prompt does not tell the answer unless the context names it:
 - language: no transcript is shown, and the same things are said in all languages as far as the sources allow;
 - content, keyword, sentence_type, place and mood: no transcript is shown, since it would be the answer.
 
-No text, no synthetic voice and no character of one split occurs in another, in any task. Only language is split by text alone.
-Characters are not actors: some actors voice characters of the training and of the test (NOTES, sources/queen.py).
+No text, no synthetic voice and no actor of one split occurs in another, in any task. Only language is split by text alone.
 
 Every clip has the band of an 8 kHz recording (except in the bandwidth task), one level, no silence at its ends, and noise. So
 the channel does not tell the source.
@@ -43,10 +42,8 @@ from models.corpora.plans.synthetic import plan_accent, plan_delivery, plan_mood
 from models.corpora.recordings import Material
 
 NOTES = (
-    "queen: speakers are characters of a game, not actors; by its voice credits some actors voice characters of the training and "
-    "of the test; the lines are 11 kHz mp3",
-    "gender: known from the characters' names and lines; the test has five characters, and the credits name an actor of the "
-    "training set for each of its men",
+    "queen: split by actor, by the game's voice credits; the lines are 11 kHz mp3",
+    "gender: known from the characters' names and lines; the test has three actors at most of each sex",
     "content, keyword: ten frequent words, the same in training and test; lines and voices differ",
     "sentence_type: the label is read from the punctuation of the script",
     "place, mood: the phrases are those of training, in other sentences and by other voices",

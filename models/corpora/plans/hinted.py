@@ -9,8 +9,8 @@
                    test's places and events
     language       Tux Paint recordings in eight languages (source "tux": 154 MiB); the transcript is the English name
 
-Splits go by speaker AND by text: no character, no synthetic voice and no sentence of dev or test occurs in training. A
-character is not an actor: some actors voice characters of the training and of the test (NOTES, sources/queen.py). The
+Splits go by speaker AND by text: no actor, no synthetic voice and no sentence of dev or test occurs in training. With fold None
+the game's lines are split by character, as the published tables have them; some actors then voice characters of two parts. The
 language task is an exception: one voice speaks a language, so this task is split by text alone.
 """
 
@@ -28,7 +28,6 @@ from models.corpora.plans.base import (
     ESPEAK_VOICES,
     MILD_SNR_DB,
     OBJECTS,
-    QUEEN_SPLIT,
     RATE_CLAIMS,
     RATES_WPM,
     SIZES,
@@ -41,6 +40,8 @@ from models.corpora.plans.base import (
     balanced,
     espeak_recording,
     pick,
+    queen_split,
+    queen_voices,
     take_turns,
     with_draws,
     without_leaks,
@@ -50,9 +51,12 @@ from models.corpora.sources.queen import SPEAKER_GENDER, QueenLine
 from models.corpora.sources.tuxpaint import LANGUAGES, StampRecording
 from models.data.prompts import TASKS
 
+CHARACTER_NOTE = (
+    "queen: split by character, not by actor; by the game's voice credits some actors voice characters of the training and of "
+    "the test: for each man of the test they name an actor of the training set"
+)
+ACTOR_NOTE = "queen: split by actor, by the game's voice credits; an actor may voice several characters of one part"
 NOTES = (
-    "queen: speakers are characters, not actors; by the game's voice credits some actors voice characters of the training and of "
-    "the test: for each man of the test they name an actor of the training set",
     "language: one voice speaks a language, so this task is split by text, not by speaker",
 )
 _RECORDED_TASKS = ("gender", "language")  # the others need espeak
@@ -149,11 +153,13 @@ def _plan_gender(settings: Settings, material: Material, sentences: SentenceDeck
 def _queen_recordings(settings: Settings, lines: Sequence[QueenLine]) -> Iterator[Recording]:
     """Usable lines of the characters of known gender; the characters take turns."""
     by_speaker: dict[str, list[QueenLine]] = defaultdict(list)
+    splits, voices = queen_split(settings.fold), queen_voices(settings.fold)
     low, high = _QUEEN_SECONDS
     for line in lines:
         # "<gulp>" and "(sigh)" are not words.
         if (
-            line.speaker in QUEEN_SPLIT
+            line.speaker in splits
+            and line.speaker in SPEAKER_GENDER
             and len(line.text) >= _QUEEN_MIN_CHARACTERS
             and not set("<>()") & set(line.text)
         ):
@@ -169,8 +175,9 @@ def _queen_recordings(settings: Settings, lines: Sequence[QueenLine]) -> Iterato
                 key=f"queen-{line.clip_id}",
                 task="gender",
                 label=SPEAKER_GENDER[line.speaker],
-                split=QUEEN_SPLIT[line.speaker],
+                split=splits[line.speaker],
                 speaker=f"queen-{line.speaker}",
+                actor=f"queen-{voices[line.speaker]}",
                 text=line.text,
                 source="queen",
                 sound=line,

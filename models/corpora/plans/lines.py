@@ -16,13 +16,14 @@ from models.corpora.plans.base import (
     BENCHMARK_CHANNEL,
     ESPEAK_VOICES,
     MILD_SNR_DB,
-    QUEEN_SPLIT,
     SIZES,
     SPLITS,
     Recording,
     SentenceDeck,
     Settings,
     balanced,
+    queen_split,
+    queen_voices,
     take_turns,
     with_draws,
     without_leaks,
@@ -32,14 +33,6 @@ from models.corpora.sources.espeak import Utterance
 from models.corpora.sources.queen import SPEAKER_GENDER, QueenLine
 from models.data.prompts import TASKS
 
-# Characters of no clear sex (children, ghosts, crowds) are used for the tasks that do not ask for it. Their splits do not go
-# by actors either (sources/queen.py).
-_LINE_SPLIT = {
-    **QUEEN_SPLIT,
-    **dict.fromkeys(("WITCH", "LOU"), "train"),
-    **dict.fromkeys(("APE", "ZOMBIE"), "dev"),
-    **dict.fromkeys(("CHIEF", "SEC", "ORACLE", "MAN"), "test"),
-}
 _SECONDS = (1.0, 6.0)
 _MIN_CHARACTERS = 9
 _MIN_KEYWORD_LETTERS = 5
@@ -63,6 +56,7 @@ class Line:
     source: str
     sound: QueenLine | Utterance
     seconds: float
+    actor: str = ""
 
     def words(self) -> set[str]:
         return set(_WORD.findall(self.text.casefold()))
@@ -71,7 +65,7 @@ class Line:
         """The recording that asks `task` about this line."""
         return Recording(
             key=key or self.key, task=task, label=label, split=self.split, speaker=self.speaker, text=self.text,
-            source=self.source, sound=self.sound, **fields,
+            source=self.source, sound=self.sound, actor=self.actor, **fields,
         )  # fmt: skip
 
 
@@ -84,7 +78,7 @@ class LineDeck:
 
     def __init__(self, settings: Settings, material: Material, sentences: SentenceDeck) -> None:
         if material.lines:
-            lines = list(_queen_lines(material.lines))
+            lines = list(_queen_lines(material.lines, settings))
         elif material.espeak:
             lines = list(_spoken_lines(settings, sentences))
         else:
@@ -248,18 +242,19 @@ def plan_gender(settings: Settings, lines: LineDeck) -> list[Recording]:
     return [with_draws(recording, settings, snr, channel=BENCHMARK_CHANNEL) for recording in planned]
 
 
-def _queen_lines(lines: Sequence[QueenLine]) -> Iterator[Line]:
+def _queen_lines(lines: Sequence[QueenLine], settings: Settings) -> Iterator[Line]:
+    splits, voices = queen_split(settings.fold), queen_voices(settings.fold)
     low, high = _SECONDS
     for line in lines:
         # "<gulp>" and "(sigh)" are not words.
-        if line.speaker not in _LINE_SPLIT or len(line.text) < _MIN_CHARACTERS or set("<>()") & set(line.text):
+        if line.speaker not in splits or len(line.text) < _MIN_CHARACTERS or set("<>()") & set(line.text):
             continue
         seconds = line.duration_seconds()
         if low < seconds < high:
             yield Line(
                 key=f"queen-{line.clip_id}", speaker=f"queen-{line.speaker}",
-                gender=SPEAKER_GENDER.get(line.speaker, ""), split=_LINE_SPLIT[line.speaker], text=line.text,
-                source="queen", sound=line, seconds=seconds,
+                gender=SPEAKER_GENDER.get(line.speaker, ""), split=splits[line.speaker], text=line.text,
+                source="queen", sound=line, seconds=seconds, actor=f"queen-{voices[line.speaker]}",
             )  # fmt: skip
 
 

@@ -5,27 +5,24 @@ table numbers its sentences. The name of a sound, such as 02 0006 J 1, has four 
 of the sentence, who speaks it ("J" the hero Joe, "P" the other person), and the part of the sentence. Sentences of several
 parts are cut at the stage directions ("*" and a code) between the parts. Only sentences with as many parts as sounds are kept.
 
-A speaker here is a character, not an actor. The file's voice credits (CREDIT2.CRD) say who voices whom:
+A speaker here is a character. Who voices whom stands in the file's voice credits (CREDIT2.CRD), which `read_credits` reads.
+queen_actors.csv is what it read, with the number of an actor in place of the name, in the order of the credits. The column `code`
+is ours: the name of the character's dialogues in the file. LARIS is the bellboy, LOU is Skip, TAM is Mary-Lou Cook, DEATH is
+Charon, and ORACLE is the temple's guardian. Characters without a code have no line here whose text is known.
 
-    Brad Lavelle     JOE                                 Debbie Arnold   PRIN, LOLA
-    Jon Coleman      BOB                                 Lisa Valdez     FAYE
-    Tom Hill         SPARKY, JIM (also LOU, APE)         Regina Reagan   TAM, WITCH, LOLA
-    Bill Hootkins    FRANK, BUD, LARIS                   Jessica Martin  NAOMI, SEC, ZOMBIE
-    Enn Reitel       HENRY, KLUNK, DEATH (Charon)        Barry James     IAN, CHIEF
-    Mike Hurley      KLUNK
-
-LOLA and KLUNK are credited twice. The credits call some characters by other names: LARIS is the bellboy, LOU is Skip, TAM is
-Mary-Lou Cook, and DEATH is Charon.
+LOLA and KLUNK are credited to two actors each. `voices_of` joins actors that share a character, so that splits by actor hold
+whoever spoke a line.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +31,16 @@ import soundfile as sf
 
 from models.data.audio import AudioError
 
-# Decided by the characters' names and words ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by their pitch.
-# Characters of unclear voice (children, ghosts, the parrot) are left out. One actor may voice several of them: see above.
+# Decided by the characters' names, the credits and words ("I'm Mary-Lou Cook. My husband Jimmy and I run this mission.") and by
+# their pitch. Characters of unclear voice (children, ghosts, animals) are left out.
 SPEAKER_GENDER = {
     **dict.fromkeys(("JOE", "BOB", "SPARKY", "JIM", "KLUNK", "DEATH", "HENRY", "BUD", "FRANK", "LARIS", "IAN"), "man"),
+    **dict.fromkeys(("CHIEF", "AND", "WEDGE", "CHEF", "JOHN"), "man"),
     **dict.fromkeys(("FAYE", "NAOMI", "PRIN", "LOLA", "TAM"), "woman"),
+    **dict.fromkeys(("SEC", "ZOMBIE", "ORACLE", "SHOWERAM"), "woman"),
 }
+ACTORS_FILE = Path(__file__).with_name("queen_actors.csv")
+_CREDITS = "CREDIT2.CRD"
 _HERO = "JOE"
 _TABLE_ENTRY_BYTES = 21
 _BANK_HEADER_BYTES = 20
@@ -99,6 +100,63 @@ def read_lines(path: str | os.PathLike[str]) -> list[QueenLine]:
                 start, length = entries[sound]
                 lines[sound] = QueenLine(sound[:-3], speaker, part, data[start : start + length])
     return [lines[sound] for sound in sorted(lines)]
+
+
+def read_credits(path: str | os.PathLike[str]) -> list[list[str]]:
+    """The characters of each voice artist, in the order of the file's credits. The artists' names are left out.
+
+    In the credits ".i 15" begins a heading, ".i 30" a name and ".i 222" the characters of the name before it.
+
+    Raises:
+        ValueError: the file is not the game's resource file, or has no voice credits.
+    """
+    data = Path(path).read_bytes()
+    entries = _entries(data)
+    if _CREDITS not in entries:
+        raise ValueError(f"path: expected the entry {_CREDITS} with the credits, got none")
+    offset, size = entries[_CREDITS]
+    artists: list[list[str]] = []
+    style, heading = "", ""
+    for line in data[offset : offset + size].decode("latin-1").splitlines():
+        text = line.strip()
+        if text.startswith(".i "):
+            style = text
+        elif not text or text.startswith("."):
+            continue
+        elif style == ".i 15":
+            heading = text
+        elif heading == "Voice Artists" and style == ".i 30":
+            artists.append([])
+        elif artists and heading == "Voice Artists" and style == ".i 222":
+            artists[-1].append(text)
+    return artists
+
+
+def read_actors(path: str | os.PathLike[str] = ACTORS_FILE) -> dict[str, tuple[str, ...]]:
+    """Code of a character -> the actors that the credits name for it, from queen_actors.csv."""
+    credited: dict[str, tuple[str, ...]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["code"]:
+                credited[row["code"]] = (*credited.get(row["code"], ()), row["actor"])
+    return credited
+
+
+def voices_of(codes: Iterable[str]) -> dict[str, str]:
+    """Code -> the actor who speaks it, such as "a02". Actors who share one of these characters count as one: "a04+a12".
+
+    Raises:
+        ValueError: the credits do not name an actor for a code.
+    """
+    credited = read_actors()
+    codes = list(codes)
+    if unknown := sorted(set(codes) - credited.keys()):
+        raise ValueError(f"codes: expected characters of {ACTORS_FILE.name}, got {', '.join(unknown)} as well")
+    groups: list[set[str]] = []
+    for code in codes:
+        joined = set(credited[code]).union(*(g for g in groups if g & set(credited[code])))
+        groups = [g for g in groups if not g & joined] + [joined]
+    return {code: "+".join(sorted(next(g for g in groups if credited[code][0] in g))) for code in codes}
 
 
 def _entries(data: bytes) -> dict[str, tuple[int, int]]:

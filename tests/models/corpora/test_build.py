@@ -33,7 +33,7 @@ def tiny(tmp_path_factory):
 
 def make_settings(**changes) -> Settings:
     told = {"sources": ("espeak",), "size": "tiny", "seed": 0, "tasks": None, "hint_correlation": 0.95}
-    return Settings(**{**told, "min_snr_db": -18.0, "max_snr_db": 2.0, "max_seconds": 4.0, **changes})
+    return Settings(**{**told, "min_snr_db": -18.0, "max_snr_db": 2.0, "max_seconds": 4.0, "fold": None, **changes})
 
 
 def _text_key(text: str) -> str:
@@ -158,7 +158,7 @@ def test_the_plans_that_published_results_stand_on_have_not_changed(size, digest
     ]
     assert fingerprint(planned) == digest
     demo = make_settings(sources=("queen", "espeak"), size="demo", tasks=("gender",))
-    assert demo.fingerprint() == "b5963c25048b267856b7b31403aecc439934a5cfe5cf5fdff1a39f83a94de7a3"
+    assert demo.fingerprint() == "157ce915b00be9ecd0df0b70f1ec1f7104f8f1ec491bed6011778110ca7e6ca6"
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def _lines(broken: int = 0) -> list[QueenLine]:
 def test_queen_lines_are_split_by_character_and_text(tmp_path, monkeypatch):
     monkeypatch.setattr(recordings, "fetch_package", lambda package: tmp_path)
     monkeypatch.setattr(recordings, "read_lines", lambda path: _lines())
-    manifest = read_manifest(build_corpus(tmp_path / "c", sources=("queen",), size="tiny", progress=False))
+    manifest = read_manifest(build_corpus(tmp_path / "c", sources=("queen",), size="tiny", fold=None, progress=False))
     assert_no_leak(manifest)
     assert_pairs_are_whole(manifest)
     assert {e.metadata["speaker"] for e in manifest.select(split="test")} == {"queen-PRIN", "queen-JIM"}
@@ -233,7 +233,7 @@ def test_recordings_that_cannot_be_decoded_are_listed_and_too_many_stop_the_run(
     with pytest.raises(
         ManifestError, match=r"18 of 18 recordings cannot be used\n  row 1 \(queen-.*corrupt mp3"
     ):
-        build_corpus(tmp_path / "c", sources=("queen",), size="tiny", progress=False)
+        build_corpus(tmp_path / "c", sources=("queen",), size="tiny", fold=None, progress=False)
     assert not (tmp_path / "c" / "manifest.jsonl").exists()
     monkeypatch.setattr(render, "_MAX_BAD_FRACTION", 1.0)
     spoilt = np.random.default_rng(0)
@@ -242,7 +242,7 @@ def test_recordings_that_cannot_be_decoded_are_listed_and_too_many_stop_the_run(
         "decode",
         lambda line: (spoilt.standard_normal(9000), 9000) if line.speaker != "JOE" else decode(line),
     )
-    manifest = read_manifest(build_corpus(tmp_path / "c", sources=("queen",), size="tiny", progress=False))
+    manifest = read_manifest(build_corpus(tmp_path / "c", sources=("queen",), size="tiny", fold=None, progress=False))
     assert len(manifest.header["problems"]) > 0 and "corrupt mp3" in manifest.header["problems"][0]
 
 
@@ -254,6 +254,8 @@ def test_recordings_that_cannot_be_decoded_are_listed_and_too_many_stop_the_run(
         ({"size": "huge"}, "size: expected one of"),
         ({"tasks": ("emotion",)}, "tasks: expected some of"),
         ({"tasks": ("keyword",)}, "tasks: expected some of .* in size 'tiny'"),
+        ({"fold": 4}, "fold: expected None or a number from 0 to 3, got 4"),
+        ({"fold": None, "size": "benchmark_tiny"}, "fold: expected a number in size 'benchmark_tiny'"),
         ({"seed": -1}, "seed: expected a number from 0"),
         ({"hint_correlation": 1.5}, "hint_correlation: expected a number from 0 to 1"),
         ({"min_snr_db": 5.0}, "min_snr_db: expected at most max_snr_db 2"),
@@ -282,7 +284,7 @@ def test_the_real_recordings(tmp_path):
         fetch_package(AMAZON_QUEEN)
     except PackageUnavailable as error:
         pytest.skip(str(error))
-    path = build_corpus(tmp_path, sources=("queen", "espeak"), size="demo", tasks=("gender",), progress=False)
+    path = build_corpus(tmp_path, sources=("queen", "espeak"), size="demo", tasks=("gender",), fold=None, progress=False)
     manifest = read_manifest(path)
     assert_no_leak(manifest)
     assert_pairs_are_whole(manifest)

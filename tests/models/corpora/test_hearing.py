@@ -1,5 +1,7 @@
 """What a model hears: levels, bands, codecs and prompts to their definitions, the same for a seed and a clip."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,12 @@ def test_the_prompt_shows_what_it_should():
         target="A man.",
     )  # fmt: skip
     assert PLAIN.shown(example) is example
+    told = dataclasses.replace(example, metadata={**example.metadata, "said_before": "Note: it is a child."})
+    assert Hearing(context_from="said_before").shown(told).context == "Note: it is a child."
+    with pytest.raises(ValueError, match="context_from needs its metadata 'said_before'"):
+        Hearing(context_from="said_before").shown(example)
+    with pytest.raises(ValueError, match="context_from: expected '' with context false"):
+        Hearing(context=False, context_from="said_before")
     shown = Hearing(transcript=False, context=False, question="{question} The accent is {accent}.").shown(example)
     assert (shown.transcription, shown.context, shown.question) == ("", "", "Who? The accent is Scottish.")
     assert (shown.id, shown.target) == (example.id, example.target)

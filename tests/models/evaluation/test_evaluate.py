@@ -26,6 +26,7 @@ from models.evaluation.predictions import (
     EvaluationError,
     Prediction,
     append_predictions,
+    pack_predictions,
     read_predictions,
     write_header,
 )
@@ -244,6 +245,24 @@ def test_predictions_hold_what_scoring_needs(model, store):
     clips = {p.id: p.clip for p in evaluate(model, [told, example(1)], store, **options)[None]}
     assert clips[f"{told.id}#swapped_audio"] == clip_key(example(1))  # what was heard
     assert Prediction(**json.loads(json.dumps(p.to_row()))) == p
+
+
+def test_a_prediction_says_who_speaks_and_in_how_much_noise_and_can_be_packed(model, store, tmp_path):
+    known = {"speaker": "queen-JIM", "actor": "queen-a02", "snr_db": -3.5, "draw": "1"}
+    asked = [dataclasses.replace(example(0), metadata=known), dataclasses.replace(example(1), metadata={"speaker": "s"})]
+    made = evaluate(model, asked, store, collate=model.make_collator(), progress_bar=False)[None]
+    first, second = sorted(made, key=lambda p: p.id)
+    assert (first.speaker, first.actor, first.snr_db, first.draw) == ("queen-JIM", "queen-a02", -3.5, "1")
+    assert (second.speaker, second.actor, second.snr_db, second.draw) == ("s", "s", None, "")
+    path = pack_predictions(tmp_path / "p.jsonl.gz", {"alpha": None}, made)
+    header, again = read_predictions(path)
+    assert again == made and header["settings"] == {"alpha": None}
+    packed = path.read_bytes()
+    assert pack_predictions(tmp_path / "q.jsonl.gz", {"alpha": None}, made).read_bytes() == packed
+    for damaged in (packed[:-9], b"no gzip", packed[:40] + b"\0" * 40 + packed[80:]):
+        path.write_bytes(damaged)
+        with pytest.raises(EvaluationError, match="damaged"):
+            read_predictions(path)
 
 
 def test_files_of_earlier_versions_are_scored(tmp_path):

@@ -1,0 +1,747 @@
+"""The study of docs/protocol.md: several teachers, actors that no training has heard, and the baselines that were missing.
+
+    python -m models study E1                       # 4 folds of actors x 2 teachers; stop it and start it again at will
+    python -m models study E1 --teachers 1 --folds 0
+    python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each
+    python -m models study axes                     # beyond the papers: negative paths, adaptive alpha, on-policy answers
+    python -m models study E1 --collect --write     # only gather what is finished
+    python -m models study E1 --smoke               # the same code on synthetic clips and tiny random models
+
+For each teacher:
+
+    corpus of the fold -> features -> teacher -> is it good enough on dev? (the gate)
+           -> its own answers on the distillation pool, both of its paths cached  -> kd, caad1, caad2
+           -> its answers without any hint, cached                                 -> hint_stripped
+           -> its answers under the hints of the clips, other hints for the student -> kd_shuffled
+           -> the true labels of the same pool                                     -> ce_true
+           -> Stage 1's answers from the metadata, both paths cached               -> kd_metadata, caad2_metadata
+           -> every test question in four contexts: none, faithful, adversarial, irrelevant
+
+The rows go to study.csv and the predictions, packed, to study/. With --write they go to models/experiments/results, which has
+the rows of all earlier runs: only what is complete is there. The student's language model is healed on made-up sentences, so it
+has read no line of the game before its training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import io
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from models.experiments.commands import study_parser
+from models.experiments.negative_paths import NEGATIVE_PATHS, negative_rows, write_contrast_cache
+from models.experiments.pipeline import (
+    Context,
+    Stage,
+    check_status,
+    log_console,
+    read_done,
+    run_pipeline,
+    stage_folders,
+)
+from models.experiments.shared_steps import (
+    BACKBONE,
+    TRAINING,
+    ask,
+    backbone_settings,
+    limited,
+    load_speech_lm,
+    own_start_words,
+    predictions_name,
+    read_items,
+    recipe_words,
+    run_backbones,
+    run_features,
+    step_words,
+    train_by_recipe,
+    write_answered_pool,
+    write_cache,
+    write_parts,
+    write_stage_1_pool,
+)
+from models.io_utils import atomic_write_text, cache_dir, source_commit
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "teacher", "fold", "seed", "system", "task", "category", "context", "accuracy", "items", "commit", "date",
+)  # fmt: skip
+CONTEXTS = {"neutral": "none", "aligned": "faithful", "conflict": "adversarial", "irrelevant": "irrelevant"}
+TEACHER_ALPHAS = (None, 1.0, 2.0)
+# How the teacher reads the prompts of a pool, where it differs from the student: models.corpora.hearing.Hearing.
+TEACHER_READS: dict[str, dict[str, Any]] = {"stripped": {"context": False}, "shuffled": {"context_from": "own_context"}}
+# The gate of a task: a teacher that does not hear it cannot teach it. A bias that is not there cannot be cured.
+MIN_HEARD = 0.8
+MIN_SHIFT = 0.1
+
+
+@dataclass(frozen=True)
+class System:
+    """One student. `pool` is what it learns from: see `run_pool`."""
+
+    name: str
+    recipe: str
+    alpha: float | None
+    pool: str
+    words: tuple[str, ...] = ()
+
+
+SYSTEMS = (
+    System("kd", "kd", 0.0, "own"),
+    System("caad2", "caad", 2.0, "own"),
+    System("caad1", "caad", 1.0, "own"),
+    System("hint_stripped", "kd", 0.0, "stripped"),
+    System("kd_shuffled", "kd", 0.0, "shuffled"),
+    System("ce_true", "sft_teacher", None, "true"),
+    System("kd_metadata", "kd", 0.0, "metadata"),
+    System("caad2_metadata", "caad", 2.0, "metadata"),
+)
+_ON_POLICY = ("loss.kd_token_weight=uniform", "data.on_policy_max_new_tokens=12")
+# Beyond the papers, each against caad2: what the contrast takes away, alpha by token, and answers of the student's own.
+AXES = (
+    *(System(f"caad2_{path}", "caad", 2.0, path) for path in NEGATIVE_PATHS),
+    System("caad2_adaptive", "caad", 2.0, "own", ("loss.alpha_half_divergence=0.1",)),
+    System("caad2_centered", "caad", 2.0, "own", ("loss.center_text=true",)),
+    System("caad2_uniform", "caad", 2.0, "own", ("loss.kd_token_weight=uniform",)),  # the off-policy one of the next four
+    *(
+        System(f"caad2_{name}", "caad", 2.0, "live", (*_ON_POLICY, *words))
+        for name, words in {
+            "on50": ("data.on_policy_fraction=0.5",),
+            "on100": ("data.on_policy_fraction=1",),
+            "on100_reverse": ("data.on_policy_fraction=1", "loss.divergence=reverse_kl"),
+            "on100_jsd": ("data.on_policy_fraction=1", "loss.divergence=jsd"),
+        }.items()
+    ),
+)
+POOLS = tuple(dict.fromkeys(system.pool for system in SYSTEMS))
+# What E5 tries on dev: eight runs of each. Each changes the first, which is the setting of `kd` and of `caad2` above.
+_TRIED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "kd": (
+        (), ("loss.kd_weight=0.5",), ("loss.kd_weight=0.9",), ("loss.temperature=1",), ("loss.temperature=4",),
+        ("optim.steps=240",), ("loss.kd_weight=0.9", "optim.steps=240"), ("loss.temperature=1", "optim.steps=240"),
+    ),
+    "caad": (
+        (), ("loss.alpha=1",), ("loss.alpha=4",), ("loss.kd_weight=0.5",), ("loss.kd_weight=0.9",), ("loss.temperature=1",),
+        ("loss.temperature=4",), ("optim.steps=240",),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Everything that decides the students of one teacher."""
+
+    fold: int = 0  # of actors (models/corpora/plans/base.py)
+    seed: int = 0  # of teacher and students
+    sources: tuple[str, ...] = ("queen", "espeak")
+    corpus_size: str = "study"
+    corpus_seed: int = 0
+    tasks: tuple[str, ...] = ("gender",)
+    hint_correlation: float = 0.995  # share of true hints in the teacher's training
+    teacher_hinted: bool = True  # false = the teacher never sees a hint: whatever bias it has is its language model's
+    hearing_steps: int = 0  # of a first phase of the teacher's training that has no hints
+    max_clips: int | None = None  # of each pool and of the questions; None = all
+    lm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    encoder: str = "openai/whisper-tiny.en"
+    tiny_backbones: bool = False
+    keep_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
+    healing_steps: int = 96
+    healing_sentences: int = 800
+    teacher_steps: int = 240
+    teacher_learning_rate: float = 1e-3
+    student_steps: int = 120
+    student_learning_rate: float = 2e-3
+    batch_examples: int = 16
+    device: str = "cpu"
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's name in the tables."""
+        return f"f{self.fold}s{self.seed}"
+
+
+_TASKS = ("gender", "noise", "reverberation", "bandwidth", "sentence_type")
+EXPERIMENTS: dict[str, StudySettings] = {
+    "E1": StudySettings(),
+    "E2": StudySettings(sources=("queen",), corpus_size="study_tasks", tasks=_TASKS, hearing_steps=240),
+    "E3": StudySettings(
+        sources=("queen",), corpus_size="study_tasks", tasks=("gender", "noise", "reverberation"), teacher_hinted=False,
+    ),
+    "E5": StudySettings(),  # one teacher of E1, on dev
+    "axes": StudySettings(),  # the teachers of E1, with AXES
+}  # fmt: skip
+_SMOKE: dict[str, Any] = {
+    "sources": ("espeak",), "corpus_size": "benchmark_tiny", "tasks": ("gender", "noise"), "max_clips": 8,
+    "tiny_backbones": True, "keep_layers": (0, 2), "healing_steps": 3, "healing_sentences": 24, "teacher_steps": 4,
+    "student_steps": 2, "batch_examples": 4,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The stages
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_corpus(context: Context) -> dict[str, Any]:
+    """Make the clips and questions of the fold in four parts: teacher, distill, dev, test."""
+    from models.corpora.build import build_corpus
+    from models.data.manifest import read_manifest
+    from models.io_utils import sha256_file
+
+    settings = context.settings
+    path = build_corpus(
+        context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.corpus_seed, tasks=settings.tasks,
+        hint_correlation=settings.hint_correlation, fold=settings.fold,
+    )
+    manifest = read_manifest(path, check_audio=True)
+    parts = {
+        "teacher": manifest.select(split="train", pool="teacher"),
+        "distill": manifest.select(split="train", pool="distill"),
+        "dev": manifest.select(split="dev"),
+        "test": manifest.select(split="test"),
+    }
+    parts = {name: limited(examples, settings.max_clips) for name, examples in parts.items()}
+    check_actors(parts)
+    counts = write_parts(context.folder, parts)
+    return {"questions": counts, "unavailable": manifest.header["unavailable"], "manifest_sha256": sha256_file(path)}
+
+
+def check_actors(parts: Mapping[str, Sequence[Any]]) -> None:
+    """SystemExit if an actor of the questions is in a part that is trained on, or in both dev and test."""
+    heard = {name: {e.metadata["actor"] for e in examples} for name, examples in parts.items()}
+    trained = heard["teacher"] | heard["distill"]
+    for one, other in ((heard["dev"], trained), (heard["test"], trained), (heard["dev"], heard["test"])):
+        if one & other:
+            raise SystemExit(f"corpus: expected no actor in two parts, got {', '.join(sorted(one & other))}")
+
+
+def run_student_lm(context: Context) -> dict[str, Any]:
+    """Make the student's language model, healed on made-up sentences: the same for all folds. See the module's docstring."""
+    import torch
+
+    from models.backbones.healing import healed_student, healing_texts
+    from models.backbones.healing_config import HealingConfig
+    from models.speech_lm.model import SpeechLM, SpeechLMConfig
+
+    settings = context.settings
+    backbone = backbone_settings(settings)
+    texts = healing_texts(healing_examples(settings.tasks, settings.healing_sentences))
+    held_out = min(64, len(texts) // 4)
+    folder = healed_student(
+        backbone["lm"],
+        texts,
+        keep_layers=settings.keep_layers,
+        config=HealingConfig(steps=settings.healing_steps, held_out=held_out, batch_size=min(8, len(texts) - held_out)),
+    )
+    torch.manual_seed(0)
+    SpeechLM.from_config(SpeechLMConfig(**{**backbone, "lm": str(folder)})).save_pretrained(context.folder / "untrained")
+    return {}
+
+
+def healing_examples(tasks: Sequence[str], count: int) -> list[Any]:
+    """Questions about made-up sentences: a third without a hint, the others with a random one."""
+    from models.corpora.plans.base import OBJECTS, PLACES, SUBJECTS, VERBS
+    from models.data.manifest import Example
+    from models.data.prompts import TASKS, hint_for
+
+    draw, examples = random.Random(0), []
+    for number in range(count):
+        task = TASKS[tasks[number % len(tasks)]]
+        words = (draw.choice(SUBJECTS), draw.choice(VERBS), draw.choice(OBJECTS), draw.choice(PLACES))
+        text = "The {} {} the {} {}.".format(*words)
+        context = "" if draw.random() < 1 / 3 else hint_for(task.name, draw.choice(task.choices))
+        examples.append(
+            Example(
+                id=f"healing-{number}", audio=None, transcription=text, task=task.name, context=context, question=task.question,
+                choices=task.choices, answer=draw.choice(task.choices), split="train",
+            )
+        )  # fmt: skip
+    return examples
+
+
+def run_teacher(context: Context) -> dict[str, Any]:
+    """Train the teacher: first, if the settings say so, without any hint, then as its pool is."""
+    from models.training.train import main
+
+    settings = context.settings
+    if (context.folder / "final").exists():
+        return {}
+    taught = read_items(context, "teacher")
+    manifest, start = context.folders["corpus"] / "teacher.jsonl", context.folders["features"] / "untrained"
+    if settings.hearing_steps or not settings.teacher_hinted:
+        from models.data.manifest import write_manifest
+
+        bare = context.folders["corpus"] / "teacher_bare.jsonl"
+        write_manifest(bare, [dataclasses.replace(e, context="", kind="neutral") for e in taught])
+        if not settings.teacher_hinted:
+            manifest = bare
+    if settings.hearing_steps:
+        hearing = context.folder / "hearing"
+        words = step_words(settings.hearing_steps, settings.teacher_learning_rate)
+        words += ["loss.ce_token_weight=choice"]
+        all_words = recipe_words(context, manifest=bare, folder=start, out_dir=hearing, words=words)
+        if not (hearing / "final").exists():
+            check_status("train", main(["sft_teacher", *all_words]))
+        start = hearing / "final"
+    words = step_words(settings.teacher_steps, settings.teacher_learning_rate)
+    train_by_recipe(context, "sft_teacher", manifest=manifest, folder=start, words=words)
+    return {}
+
+
+def run_gate(context: Context) -> dict[str, Any]:
+    """Ask the teacher on dev, and say which tasks it hears and by how much hints mislead it there."""
+    from models.evaluation.predictions import read_predictions
+
+    ask(context, context.folders["teacher"] / "final", part="dev", controls=False)
+    _, predictions = read_predictions(context.folder / predictions_name("dev"))
+    by_task = {}
+    for task in dict.fromkeys(p.task for p in predictions):
+        own = [p for p in predictions if p.task == task]
+        by_task[task] = {"heard": _accuracy([p for p in own if p.kind == "neutral"]), "shift": _shift(own)}
+    return {"tasks": by_task}
+
+
+def run_teacher_answers(context: Context) -> dict[str, Any]:
+    """Ask the teacher the test questions, greedily and by contrastive decoding."""
+    return ask(context, context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS)
+
+
+def run_pool(context: Context) -> dict[str, Any]:
+    """Write the answers of the distillation pool, and cache the teacher's paths over them. `extra["pool"]` says how:
+
+        own         the teacher answers; it reads the hints that the student reads
+        stripped    it answers and scores without any hint; the student reads the hints
+        shuffled    it reads the hint of its clip; the student reads that of another clip, drawn at random
+        true        the true labels, without a teacher
+        metadata    Stage 1 answers from the metadata, as in the paper
+        swapped, reversed, narrow    the answers of "own", with another negative path (negative_paths.py)
+    """
+    from models.corpora.hearing import Hearing
+    from models.data.manifest import write_manifest
+
+    pool, teacher = context.extra["pool"], context.folders["teacher"] / "final"
+    hears = Hearing(**TEACHER_READS.get(pool, {}))
+    model, store, extra = load_speech_lm(context, teacher)
+    examples = [e for e in read_items(context, "distill") if e in store]
+    if pool == "shuffled":
+        examples = with_other_hints(examples, context.settings.seed)
+    result: dict[str, Any] = {}
+    if pool in NEGATIVE_PATHS:
+        forced = read_items(context, "pool", folder=context.folders["pool_own"])
+        options = {"audio_root": context.folders["corpus"], "seed": context.settings.seed}
+        negative = negative_rows(pool, model, store, forced, **options)
+        write_manifest(context.folder / "pool.jsonl", forced)
+        write_contrast_cache(context.folder / "cache", teacher, model, store, extra, forced, negative)
+        return {"pool": len(forced)}
+    if pool == "true":
+        write_manifest(context.folder / "pool.jsonl", examples)
+    elif pool == "metadata":
+        result = write_stage_1_pool(context, examples)
+    else:
+        result = write_answered_pool(context.folder / "pool.jsonl", model, store, extra, examples, hears=hears)
+    forced = read_items(context, "pool", folder=context.folder)
+    if pool != "true":
+        write_cache(context.folder / "cache", teacher, model, store, extra, forced, hears=hears)
+    return {"pool": len(forced)} | result
+
+
+def with_other_hints(examples: Sequence[Any], seed: int) -> list[Any]:
+    """The examples with the contexts of each task in another order. The metadata "own_context" keeps what stood there."""
+    draw = random.Random(seed)
+    dealt: dict[str, Any] = {}
+    for task in dict.fromkeys(e.task for e in examples):
+        own = [e for e in examples if e.task == task]
+        for e, other in zip(own, draw.sample(own, len(own)), strict=True):
+            metadata = {**e.metadata, "own_context": e.context}
+            dealt[e.id] = dataclasses.replace(e, context=other.context, metadata=metadata)
+    return [dealt[e.id] for e in examples]
+
+
+def run_students(context: Context) -> dict[str, Any]:
+    """Train and ask the students of one pool one after another: those of `extra["systems"]`, asked about `extra["part"]`."""
+    from models.experiments.student_group import Cohort
+
+    settings, cohort, extra = context.settings, Cohort(context), context.extra
+    live = extra["pool"] == "live"  # the students' own answers are new in each step, so no cache holds them
+    folder = context.folders["pool_own" if live else f"pool_{extra['pool']}"]
+    result = {}
+    for name, recipe, alpha, more in extra["systems"]:
+        words = [
+            *step_words(settings.student_steps, settings.student_learning_rate),
+            "optim.audio_dropout=0",
+            f"run.seed={settings.seed}",
+            # Only the choice is scored, so only the choice is learned.
+            "loss.ce_token_weight=choice",
+            "loss.ce_background_weight=0",
+            *own_start_words(context),
+        ]
+        if alpha is not None:
+            words += [f"teacher.folder={context.folders['teacher'] / 'final'}", f"loss.alpha={alpha}"]
+            words += [] if live else [f"teacher.cache={folder / 'cache'}"]
+            words += [f"teacher.hears.{key}={value}" for key, value in TEACHER_READS.get(extra["pool"], {}).items()]
+        result[name] = cohort.run(
+            context.folder / name,
+            recipe,
+            manifest=folder / "pool.jsonl",
+            start=context.folders["student_lm"] / "untrained",
+            words=[*words, *more],
+            part=extra["part"],
+            controls=False,
+        )
+    return result
+
+
+_CORPUS = ("fold", "sources", "corpus_size", "corpus_seed", "tasks", "hint_correlation", "max_clips")
+_TEACHING = (*TRAINING, "teacher_steps", "teacher_learning_rate", "teacher_hinted", "hearing_steps")
+_STUDYING = (*TRAINING, "student_steps", "student_learning_rate")
+
+
+def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
+    """All stages of one teacher; each comes after the stages that it needs. The last ones are the students.
+
+    The students with the settings of E5 are among them as soon as study_dev.csv says what E5 has chosen.
+    """
+    healing = ("lm", "encoder", "tiny_backbones", "keep_layers", "healing_steps", "healing_sentences", "tasks")
+    stages = [
+        Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
+        Stage("corpus", "corpus", (), _CORPUS, run_corpus),
+        Stage("features", "encoder features", ("backbones", "corpus"), BACKBONE, run_features),
+        Stage("student_lm", "student: drop layers, heal", ("backbones",), healing, run_student_lm),
+        Stage("teacher", "teacher", ("corpus", "features"), _TEACHING, run_teacher),
+        Stage("gate", "gate: the teacher on dev", _HEARD, ("device",), run_gate),
+        Stage("answers_teacher", "answers of the teacher", _HEARD, ("device",), run_teacher_answers),
+    ]
+    if experiment == "E5":
+        return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev")]
+    if experiment == "axes":
+        stages += [_pool("own"), _students("students_own", "own", [s for s in SYSTEMS if s.pool == "own"])]
+        stages += [_pool(path) for path in NEGATIVE_PATHS]
+        pools = dict.fromkeys(s.pool for s in AXES)
+        return stages + [_students(f"axes_{pool}", pool, [s for s in AXES if s.pool == pool]) for pool in pools]
+    for pool in POOLS:
+        stages += [_pool(pool), _students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool])]
+    tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
+    return stages + ([_students("students_tuned", "own", tuned)] if tuned else [])
+
+
+_HEARD = ("corpus", "features", "teacher")
+
+
+def _pool(pool: str) -> Stage:
+    needs = (*_HEARD, "pool_own") if pool in NEGATIVE_PATHS else _HEARD
+    return Stage(f"pool_{pool}", f"Y: {pool}", needs, TRAINING, run_pool, extra={"pool": pool})
+
+
+def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "test") -> Stage:
+    """The stage that trains the systems of one pool and asks them the questions of `part`."""
+    told = {
+        "pool": pool,
+        "part": part,
+        "systems": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
+        "recipes": {s.recipe: _as_written(s.recipe) for s in systems},
+    }
+    needs = (*_HEARD, "student_lm", "pool_own" if pool == "live" else f"pool_{pool}")
+    return Stage(name, name.replace("_", ": "), needs, _STUDYING, run_students, extra=told)
+
+
+def tuned_systems(chosen: Path) -> list[System]:
+    """kd_tuned and caad_tuned, with the settings that E5 has chosen; none until the file says them."""
+    if not chosen.exists():
+        return []
+    with open(chosen, newline="", encoding="utf-8") as file:
+        best = {row["family"]: row["try"] for row in csv.DictReader(file) if row["chosen"]}
+    return [dataclasses.replace(s, name=f"{s.recipe}_tuned") for s in tried_systems() if s.name in best.values()]
+
+
+def tried_systems() -> Iterator[System]:
+    """What E5 trains: the settings of `_TRIED`."""
+    for family, tries in _TRIED.items():
+        for number, words in enumerate(tries):
+            yield System(f"{family}_{number}", family, 0.0 if family == "kd" else 2.0, "own", words)
+
+
+def _as_written(recipe: str) -> str:
+    """The file of a recipe: a part of the fingerprint of the stages that use it. New keys with defaults do not change it."""
+    from models.training.recipe import find_recipe
+
+    return find_recipe(recipe).read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What came out
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _accuracy(predictions: Sequence[Any]) -> float:
+    from models.evaluation.scoring import judge
+
+    return float(judge(predictions).mean()) if predictions else float("nan")
+
+
+def _shift(predictions: Sequence[Any]) -> float:
+    """TIR_adv: of the questions that are right without a text, the share that is wrong under a false one."""
+    from models.evaluation.scoring import judge
+
+    right = {(p.pair_id, p.kind): bool(r) for p, r in zip(predictions, judge(predictions), strict=True)}
+    known = [pair for pair, kind in right if kind == "neutral" and right[pair, kind]]
+    fallen = [not right[pair, "conflict"] for pair in known if (pair, "conflict") in right]
+    return statistics.mean(fallen) if fallen else float("nan")
+
+
+def finished(settings: StudySettings, stages: Sequence[Stage], root: Path, *, part: str = "test") -> dict[str, list[Any]]:
+    """System -> predictions on `part`, of everything of this teacher that is complete."""
+    from models.evaluation.predictions import read_predictions
+
+    folders = stage_folders(stages, settings, root)
+    found: dict[str, list[Any]] = {}
+    if part == "test" and read_done(folders["answers_teacher"]) is not None:
+        for alpha in TEACHER_ALPHAS:
+            name = "teacher" if alpha is None else f"teacher_cd{alpha:g}"
+            found[name] = read_predictions(folders["answers_teacher"] / predictions_name(part, alpha))[1]
+    for stage in stages:
+        for name, *_ in (stage.extra or {}).get("systems", ()):
+            folder = folders[stage.name] / name
+            if stage.extra["part"] == part and (folder / "asked.json").exists():
+                found[name] = read_predictions(folder / predictions_name(part))[1]
+    return {name: [p for p in predictions if not p.control] for name, predictions in found.items()}
+
+
+def table_rows(settings: StudySettings, found: Mapping[str, Sequence[Any]], *, prefix: str = "") -> list[dict[str, Any]]:
+    """The rows of study.csv of one teacher: accuracy by system, task and context."""
+    from models.data.prompts import TASKS
+
+    origin = {"commit": source_commit("models", "kdkernels", "csrc"), "date": datetime.date.today().isoformat()}
+    rows = []
+    for system, predictions in found.items():
+        for task in dict.fromkeys(p.task for p in predictions):
+            for kind, context in CONTEXTS.items():
+                own = [p for p in predictions if p.task == task and p.kind == kind]
+                if own:
+                    rows.append(
+                        {
+                            "teacher": prefix + settings.teacher, "fold": settings.fold, "seed": settings.seed, "system": system,
+                            "task": task, "category": TASKS[task].category, "context": context,
+                            "accuracy": f"{_accuracy(own):.4f}", "items": len(own), **origin,
+                        }
+                    )  # fmt: skip
+    return rows
+
+
+def merge_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Add rows to the CSV, which keeps its other rows. An equal result keeps its commit and date. Returns the number of rows."""
+
+    def key(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in ("teacher", "system", "task", "context"))
+
+    held: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            held = {key(row): row for row in csv.DictReader(file)}
+    for row in rows:
+        old = held.get(key(row))
+        if old is None or [str(old[name]) for name in ("accuracy", "items")] != [str(row[n]) for n in ("accuracy", "items")]:
+            held[key(row)] = row
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(held[name] for name in sorted(held, key=lambda k: k[0]))
+    atomic_write_text(path, text.getvalue())
+    return len(held)
+
+
+def pack_all(folder: Path, teacher: str, found: Mapping[str, Sequence[Any]]) -> None:
+    """Write the predictions of each system to TEACHER-SYSTEM.jsonl.gz. Scores have three places where that changes no answer."""
+    from models.evaluation.predictions import pack_predictions
+
+    def rounded(p: Any) -> Any:
+        short = dataclasses.replace(p, scores={choice: round(score, 3) for choice, score in p.scores.items()})
+        return short if short.said() == p.said() else p
+
+    for system, predictions in found.items():
+        rows = [rounded(p) for p in sorted(predictions, key=lambda p: p.id)]
+        pack_predictions(folder / f"{teacher}-{system}.jsonl.gz", {"teacher": teacher, "system": system}, rows)
+
+
+def dev_rows(found: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """The rows of study_dev.csv: what each try of E5 scores on dev, and the best of each family by the mean of the contexts."""
+    words = {s.name: s.words for s in tried_systems()}
+    rows: list[dict[str, Any]] = []
+    for name, predictions in found.items():
+        scores = {c: _accuracy([p for p in predictions if p.kind == kind]) for kind, c in CONTEXTS.items()}
+        mean = statistics.mean(scores.values())
+        settings = " ".join(words[name]) or "as kd and caad2 of the study"
+        rows.append({"family": name.split("_")[0], "try": name, "settings": settings} | scores | {"mean": mean, "chosen": ""})
+    for family, tries in _TRIED.items():
+        own = [row for row in rows if row["family"] == family]
+        if len(own) == len(tries):
+            max(own, key=lambda row: row["mean"])["chosen"] = "yes"
+    return rows
+
+
+def in_study(gate: Mapping[str, Any]) -> set[str]:
+    """The tasks that pass the gate."""
+    return {task for task, seen in gate["tasks"].items() if seen["heard"] >= MIN_HEARD and seen["shift"] >= MIN_SHIFT}
+
+
+def gate_sentences(settings: StudySettings, gate: Mapping[str, Any]) -> list[str]:
+    """Per task: whether the teacher hears it and is misled on dev, and what follows."""
+    sentences = []
+    for task, seen in gate["tasks"].items():
+        heard, shift = seen["heard"] >= MIN_HEARD, seen["shift"] >= MIN_SHIFT
+        verdict = "in the study" if task in in_study(gate) else "NOT in the study: " + ", ".join(
+            [*([] if heard else [f"it hears less than {MIN_HEARD:.0%}"]), *([] if shift else [f"Shift below {MIN_SHIFT:.0%}"])]
+        )  # fmt: skip
+        sentences.append(
+            f"{settings.teacher}, {task}: dev without a hint {seen['heard']:.1%}, Shift {seen['shift']:.1%}; {verdict}"
+        )
+    return sentences
+
+
+def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy in %, systems by contexts, as the mean over teachers and tasks."""
+    teachers = {row["teacher"] for row in rows}
+    table = Table(title=f"accuracy in %, mean over {len(teachers)} teacher(s)")
+    for column in ("system", *CONTEXTS.values(), "teachers"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for system in dict.fromkeys(row["system"] for row in rows):
+        own = [row for row in rows if row["system"] == system]
+        cells = []
+        for context in CONTEXTS.values():
+            values = [100 * float(row["accuracy"]) for row in own if row["context"] == context]
+            cells.append(f"{statistics.mean(values):.1f}" if values else "-")
+        table.add_row(system, *cells, str(len({row["teacher"] for row in own})))
+    console.print(table)
+
+
+def chosen_teachers(experiment: str, folds: Sequence[int], teachers: int, *, smoke: bool, device: str) -> list[StudySettings]:
+    """The settings of each teacher of an experiment: first one of each fold, then the second ones. E5 has only the first."""
+    base = dataclasses.replace(EXPERIMENTS[experiment], device=device)
+    if smoke:
+        base = dataclasses.replace(base, **_SMOKE, hearing_steps=min(base.hearing_steps, 2))
+    every = [dataclasses.replace(base, fold=fold, seed=seed) for seed in range(teachers) for fold in folds]
+    return every[:1] if experiment == "E5" else every
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = study_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(words)
+    if arguments.write and arguments.fast_smoke:
+        parser.error("--write: the committed tables need a whole run")
+    for name in arguments.experiments:
+        if name not in EXPERIMENTS:
+            parser.error(f"EXPERIMENT: expected some of {', '.join(EXPERIMENTS)}, got {name!r}")
+    if arguments.teachers < 1 or not set(arguments.folds) <= set(range(4)):
+        parser.error("--teachers, --folds: expected at least 1 teacher and folds from 0 to 3")
+    root = Path(arguments.cache_dir) if arguments.cache_dir else cache_dir() / "study"
+    console, started = log_console(), time.monotonic()
+    for experiment in arguments.experiments or ["E1"]:
+        options = {"smoke": arguments.fast_smoke, "device": arguments.device}
+        teachers = chosen_teachers(experiment, arguments.folds, arguments.teachers, **options)
+        if arguments.run_stage:
+            (settings,) = [s for s in teachers if s.teacher == arguments.only]
+            stages = make_stages(settings, experiment)
+            run_pipeline(arguments, stages, settings, root, command="study", argv=words, console=console)
+        for settings in teachers:
+            stages = make_stages(settings, experiment)
+            own_words = [*_words_of(arguments, experiment), "--only", settings.teacher]
+            try:
+                if not arguments.collect:
+                    _run(arguments, experiment, settings, stages, root, own_words, console)
+            finally:
+                _save(arguments, experiment, settings, stages, root, console)
+        _print_endpoints(arguments, experiment, console)
+    console.print(f"total {time.monotonic() - started:.0f} s; {Path(arguments.out).resolve()}", soft_wrap=True)
+    return 0
+
+
+def _words_of(arguments: Any, experiment: str) -> list[str]:
+    """The words of the command for the process of a stage."""
+    words = [experiment, "--teachers", str(arguments.teachers), "--folds", *map(str, arguments.folds)]
+    words += ["--device", arguments.device]
+    words += ["--smoke"] if arguments.fast_smoke else []
+    return words + (["--cache-dir", arguments.cache_dir] if arguments.cache_dir else [])
+
+
+def _run(
+    arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, words: Sequence[str],
+    console: Console,
+) -> None:  # fmt: skip
+    """Run the stages of one teacher. The gate may end it before any student is trained."""
+    console.print(f"[bold]{experiment}, teacher {settings.teacher}[/bold]")
+    until = next(number for number, stage in enumerate(stages) if stage.name == "gate") + 1
+    options = {"command": "study", "argv": words, "console": console}
+    folders, _ = run_pipeline(arguments, stages[:until], settings, root, **options)
+    gate = read_done(folders["gate"])["result"]
+    for sentence in gate_sentences(settings, gate):
+        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+    if in_study(gate) or arguments.fast_smoke:
+        made = argparse.Namespace(**{**vars(arguments), "fresh": False})  # the stages up to the gate stay
+        run_pipeline(made, stages, settings, root, **options)
+
+
+def _save(
+    arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, console: Console
+) -> None:
+    """Write what is complete."""
+    from models.reporting.results_csv import rows_csv
+
+    targets = [Path(arguments.out), *([RESULTS] if arguments.write else [])]
+    if experiment == "E5":
+        rows = dev_rows(finished(settings, stages, root, part="dev"))
+        for folder in targets if rows else ():
+            atomic_write_text(folder / "study_dev.csv", rows_csv(rows))
+        return
+    found = finished(settings, stages, root)
+    gate = read_done(stage_folders(stages, settings, root)["gate"])
+    if gate is not None and not arguments.fast_smoke:
+        kept = in_study(gate["result"])
+        found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
+        found = {system: own for system, own in found.items() if own}
+    prefix = _prefix(experiment)
+    rows = table_rows(settings, found, prefix=prefix)
+    for folder in targets if rows else ():
+        merge_rows(folder / "study.csv", rows)
+        pack_all(folder / "study", prefix + settings.teacher, found)
+    if rows:
+        print_table(console, rows)
+
+
+def _prefix(experiment: str) -> str:
+    """Of the teachers' names: those of E1 have none, and "axes" has the same teachers."""
+    return "" if experiment in ("E1", "axes") else f"{experiment}-"
+
+
+def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
+    """P1 to P3 of all teachers whose predictions are kept, in words and as study_endpoints.csv."""
+    from models.experiments.study_endpoints import PAIRS, all_endpoints, as_row, sentence
+    from models.reporting.results_csv import rows_csv
+
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        console.print("no endpoints without scipy: pip install scipy, then the same command with --collect")
+        return
+    pairs = tuple((s.name, "caad2") for s in AXES) if experiment == "axes" else PAIRS
+    for folder in (Path(arguments.out), *([RESULTS] if arguments.write else [])):
+        found = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment)) if experiment != "E5" else []
+        if not found:
+            continue
+        name = f"study_endpoints{'' if experiment == 'E1' else '_' + experiment}.csv"
+        atomic_write_text(folder / name, rows_csv([as_row(e) for e in found]))
+        if folder == Path(arguments.out):
+            for endpoint in found:
+                console.print(f"- {sentence(endpoint)}", highlight=False, soft_wrap=True)

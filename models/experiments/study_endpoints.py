@@ -1,0 +1,191 @@
+"""The endpoints of docs/protocol.md: differences between two systems, with teachers and actors as the units of inference.
+
+A teacher with its students is one draw of the whole method, and an actor is one draw of the people that it hears. Questions are
+neither: those on one recording, and those on one actor, go together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.evaluation.predictions import Prediction, read_predictions
+from models.evaluation.scoring import judge
+
+# Name, context, lowest SNR in dB, and the difference that the test excludes.
+ENDPOINTS = (
+    ("P1", "neutral", -math.inf, 0.0),
+    ("P2", "conflict", -math.inf, 0.0),
+    ("P3", "aligned", -8.0, -0.01),
+)
+MIN_TEACHERS = 8  # fewer decide nothing
+_SAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One difference in accuracy, first minus second, as a share of 1.
+
+    `t_low` and `t_high` are the 95% t interval over teachers, `actors_low` and `actors_high` that of the two-way bootstrap. With
+    one teacher there is no t interval: its ends are infinite and `p` is 1.
+    """
+
+    name: str
+    first: str
+    second: str
+    teachers: int
+    actors: int
+    difference: float
+    t_low: float
+    t_high: float
+    p: float
+    actors_low: float
+    actors_high: float
+    bound: float
+    p_holm: float = math.nan
+
+    @property
+    def holds(self) -> bool:
+        """Whether both units of inference exclude the bound, on the good side, after Holm's correction."""
+        enough = self.teachers >= MIN_TEACHERS
+        return enough and self.p_holm < 0.05 and self.t_low > self.bound and self.actors_low > self.bound
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values: the smallest times n, the next times n - 1, and so on, never falling and at most 1."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def difference(
+    pairs: Mapping[str, tuple[Sequence[Prediction], Sequence[Prediction]]],
+    *,
+    name: str,
+    kind: str,
+    min_snr_db: float,
+    bound: float,
+    systems: tuple[str, str],
+    seed: int = 0,
+) -> Endpoint:
+    """One endpoint: the mean over tasks of the difference in accuracy on the same questions.
+
+    Args:
+        pairs: teacher -> the predictions of the first and of the second system.
+        kind: of the questions.
+        min_snr_db: only clips with at least this SNR; with a finite value, clips of unknown SNR are left out.
+        bound: what the t test compares with.
+
+    Raises:
+        ValueError: no teacher has such questions.
+    """
+    from scipy import stats
+
+    cells: dict[tuple[str, str, str], list[float]] = defaultdict(list)  # (teacher, actor, task)
+    for teacher, (first, second) in pairs.items():
+        others = {p.id: p for p in second}
+        shared = [p for p in first if p.kind == kind and not p.control and p.id in others and _heard(p, min_snr_db)]
+        gains = judge(shared).astype(float) - judge([others[p.id] for p in shared])
+        for p, gain in zip(shared, gains, strict=True):
+            cells[teacher, p.actor or p.clip, p.task].append(gain)
+    if not cells:
+        raise ValueError(f"pairs: expected questions of kind {kind!r}, got none")
+    teachers, actors, tasks = (list(dict.fromkeys(key[axis] for key in cells)) for axis in range(3))
+    sums = np.zeros((len(tasks), len(teachers), len(actors)))
+    counts = np.zeros_like(sums)
+    for (teacher, actor, task), values in cells.items():
+        at = tasks.index(task), teachers.index(teacher), actors.index(actor)
+        sums[at], counts[at] = sum(values), len(values)
+    with np.errstate(invalid="ignore"):
+        by_teacher = np.nanmean(sums.sum(2) / counts.sum(2), axis=0)
+    mean = float(by_teacher.mean())
+    low, high, p = -math.inf, math.inf, 1.0
+    if len(teachers) > 1 and np.ptp(by_teacher) < 1e-12:
+        low, high, p = mean, mean, float(abs(mean - bound) < 1e-12)
+    elif len(teachers) > 1:
+        test = stats.ttest_1samp(by_teacher, bound)
+        interval = test.confidence_interval(0.95)
+        low, high, p = float(interval.low), float(interval.high), float(test.pvalue)
+    draws = np.random.default_rng(seed)
+    chosen = [
+        draws.multinomial(len(units), np.full(len(units), 1 / len(units)), size=_SAMPLES) for units in (teachers, actors)
+    ]
+    tops, bottoms = (np.einsum("kta,st,sa->sk", x, *chosen, optimize=True) for x in (sums, counts))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = tops / bottoms
+    kept = ratios[~np.isnan(ratios).all(1)]
+    ends = np.quantile(np.nanmean(kept, axis=1), [0.025, 0.975])
+    return Endpoint(
+        name, *systems, len(teachers), len(actors), mean, low, high, p, float(ends[0]), float(ends[1]), bound
+    )  # fmt: skip
+
+
+def _heard(prediction: Prediction, min_snr_db: float) -> bool:
+    if min_snr_db == -math.inf:
+        return True
+    return prediction.snr_db is not None and prediction.snr_db >= min_snr_db
+
+
+# The claim of the protocol is the first. The others stand beside it, with a correction over all of them.
+PAIRS = (
+    ("caad2", "kd_tuned"), ("caad2", "kd"), ("caad2", "hint_stripped"), ("caad2", "ce_true"), ("caad2_metadata", "kd_metadata"),
+)  # fmt: skip
+
+
+def all_endpoints(folder: Path, pairs: Sequence[tuple[str, str]] = PAIRS, *, prefix: str = "") -> list[Endpoint]:
+    """P1 to P3 of `pairs`, as far as there are predictions. Holm's correction is over the claim, and over all other pairs."""
+    found = {pair: endpoints(folder, first=pair[0], second=pair[1], prefix=prefix) for pair in pairs}
+    claim = found.pop(PAIRS[0], [])
+    return with_holm(claim) + with_holm([e for of_pair in found.values() for e in of_pair])
+
+
+def endpoints(folder: Path, *, first: str = "caad2", second: str = "kd", prefix: str = "") -> list[Endpoint]:
+    """P1 to P3 of two systems, from the packed predictions in `folder`; empty if no teacher has both systems.
+
+    Args:
+        prefix: of the teachers' names: "" for E1, "E2-" for E2.
+    """
+    pairs = {}
+    for path in sorted(folder.glob(f"{prefix}f*s*-{first}.jsonl.gz")):
+        teacher = path.name.removesuffix(f"-{first}.jsonl.gz")
+        other = folder / f"{teacher}-{second}.jsonl.gz"
+        if other.exists():
+            pairs[teacher] = (read_predictions(path)[1], read_predictions(other)[1])
+    if not pairs:
+        return []
+    return [
+        difference(pairs, name=name, kind=kind, min_snr_db=snr, bound=bound, systems=(first, second))
+        for name, kind, snr, bound in ENDPOINTS
+    ]
+
+
+def with_holm(found: Sequence[Endpoint]) -> list[Endpoint]:
+    """The same endpoints with their p values corrected together."""
+    return [dataclasses.replace(e, p_holm=p) for e, p in zip(found, holm([e.p for e in found]), strict=True)]
+
+
+def as_row(endpoint: Endpoint) -> dict[str, Any]:
+    """The row of study_endpoints.csv."""
+    row = dataclasses.asdict(endpoint)
+    verdict = "holds" if endpoint.holds else "failed" if endpoint.teachers >= MIN_TEACHERS else "too few teachers"
+    return {name: "" if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()} | {"verdict": verdict}
+
+
+def sentence(endpoint: Endpoint) -> str:
+    """What came out, in words and points."""
+    points = f"{100 * endpoint.difference:+.1f} points"
+    t_ends = f"t over teachers {100 * endpoint.t_low:+.1f} to {100 * endpoint.t_high:+.1f}" if endpoint.teachers > 1 else "no t"
+    actors = f"teachers x actors {100 * endpoint.actors_low:+.1f} to {100 * endpoint.actors_high:+.1f}"
+    p = f", Holm p {endpoint.p_holm:.3f}" if endpoint.teachers > 1 else ""
+    start = f"{endpoint.name}, {endpoint.first} - {endpoint.second}: {points} ({t_ends}; {actors}{p})"
+    return f"{start}; {endpoint.teachers} teacher(s), {endpoint.actors} actor(s): {as_row(endpoint)['verdict']}"

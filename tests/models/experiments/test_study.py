@@ -1,0 +1,148 @@
+"""The study: its stages by teacher, rows that add up over runs, settings chosen on dev, and the whole of it in small."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from models.corpora.plans.base import SPLITS
+from models.corpora.plans.benchmark import plan_benchmark
+from models.corpora.recordings import Material
+from models.corpora.sources.queen import QueenLine
+from models.evaluation.predictions import Prediction, read_predictions
+from models.experiments.pipeline import stage_folders
+from models.experiments.study import (
+    COLUMNS,
+    EXPERIMENTS,
+    SYSTEMS,
+    check_actors,
+    chosen_teachers,
+    dev_rows,
+    gate_sentences,
+    in_study,
+    main,
+    make_stages,
+    merge_rows,
+    table_rows,
+    tried_systems,
+    tuned_systems,
+)
+from models.reporting.results_csv import rows_csv
+from tests.models.corpora.test_build import make_settings
+from tests.models.corpora.test_recordings import _mp3
+
+
+def answers(rights):
+    """Ten questions of each context, of which `rights` are right."""
+    return [
+        Prediction(
+            id=f"{n}/{kind}", task="gender", kind=kind, answer="man", choices=("man", "woman"), pair_id=str(n),
+            prediction=f"The speaker is a {'man' if n < right else 'woman'}.",
+        )
+        for kind, right in zip(("neutral", "aligned", "conflict", "irrelevant"), rights, strict=True)
+        for n in range(10)
+    ]  # fmt: skip
+
+
+def test_a_teacher_of_another_fold_or_seed_shares_only_what_does_not_depend_on_it(tmp_path):
+    first, other_fold, other_seed = chosen_teachers("E1", [0, 1], 2, smoke=False, device="cpu")[:3]
+    assert [s.teacher for s in (first, other_fold, other_seed)] == ["f0s0", "f1s0", "f0s1"]
+
+    def folders(settings):
+        return stage_folders(make_stages(settings, "E1"), settings, tmp_path)
+
+    a, b, c = map(folders, (first, other_fold, other_seed))
+    assert {name for name in a if a[name] == b[name]} == {"backbones", "student_lm"}
+    assert {name for name in a if a[name] == c[name]} == {"backbones", "student_lm", "corpus"}
+    assert all(s.fold == 0 for s in chosen_teachers("E5", [0, 1], 2, smoke=False, device="cpu"))
+    tuning = stage_folders(make_stages(first, "E5"), first, tmp_path)  # its teacher is that of E1, and dev is all it asks
+    assert tuning["teacher"] == a["teacher"] and "answers_teacher" in tuning
+    assert all(stage.extra["part"] == "dev" for stage in make_stages(first, "E5") if "part" in (stage.extra or {}))
+
+
+def test_rows_of_several_runs_add_up_and_keep_their_origin(tmp_path):
+    path = tmp_path / "study.csv"
+    rows = table_rows(EXPERIMENTS["E1"], {"kd": answers((9, 10, 2, 8))})
+    assert [(r["context"], r["accuracy"], r["items"]) for r in rows] == [
+        ("none", "0.9000", 10), ("faithful", "1.0000", 10), ("adversarial", "0.2000", 10), ("irrelevant", "0.8000", 10),
+    ]  # fmt: skip
+    assert merge_rows(path, [{**row, "commit": "old"} for row in rows]) == 4
+    other = dataclasses.replace(EXPERIMENTS["E1"], fold=1)
+    changed = table_rows(EXPERIMENTS["E1"], {"kd": answers((9, 10, 3, 8))})
+    changed += table_rows(other, {"kd": answers((1, 1, 1, 1))})
+    assert merge_rows(path, [{**row, "commit": "new"} for row in changed]) == 8
+    with open(path, newline="") as file:
+        written = list(csv.DictReader(file))
+    assert tuple(written[0]) == COLUMNS
+    first = [(r["accuracy"], r["commit"]) for r in written if r["teacher"] == "f0s0"]
+    assert first == [("0.9000", "old"), ("1.0000", "old"), ("0.3000", "new"), ("0.8000", "old")]
+
+
+def test_dev_chooses_one_setting_of_each_family_from_equally_many(tmp_path):
+    names = [s.name for s in tried_systems()]
+    assert sum(n.startswith("kd_") for n in names) == sum(n.startswith("caad_") for n in names) == 8
+    rights = {name: (5, 5, 5, 5) for name in names} | {"kd_2": (9, 9, 9, 9), "caad_1": (8, 8, 8, 8)}
+    path = tmp_path / "study_dev.csv"
+    path.write_text(rows_csv(dev_rows({name: answers(r) for name, r in rights.items()})))
+    tuned = tuned_systems(path)
+    assert [(s.name, s.words) for s in tuned] == [("kd_tuned", ("loss.kd_weight=0.9",)), ("caad_tuned", ("loss.alpha=1",))]
+    path.write_text(rows_csv(dev_rows({name: answers(r) for name, r in rights.items() if name != "kd_7"})))
+    assert [s.name for s in tuned_systems(path)] == ["caad_tuned"]  # KD has not had all its runs yet
+    assert tuned_systems(tmp_path / "none.csv") == []
+
+
+def test_the_gate_names_what_is_missing():
+    seen = {"gender": {"heard": 0.9, "shift": 0.3}, "noise": {"heard": 0.7, "shift": 0.02}}
+    said = gate_sentences(EXPERIMENTS["E1"], {"tasks": seen})
+    assert said[0].endswith("dev without a hint 90.0%, Shift 30.0%; in the study")
+    assert in_study({"tasks": seen}) == {"gender"}
+    assert said[1].endswith("NOT in the study: it hears less than 80%, Shift below 10%")
+
+
+def test_an_actor_on_two_sides_stops_the_study():
+    def heard(*actors):
+        return [SimpleNamespace(metadata={"actor": actor}) for actor in actors]
+
+    parts = {"teacher": heard("a", "b"), "distill": heard("a"), "dev": heard("c"), "test": heard("d")}
+    check_actors(parts)
+    for name, actor in (("dev", "d"), ("dev", "a"), ("test", "b")):
+        with pytest.raises(SystemExit, match=f"no actor in two parts, got {actor}"):
+            check_actors(parts | {name: heard(actor)})
+
+
+@pytest.mark.parametrize("experiment", ["E2", "E3"])
+def test_the_corpus_of_several_tasks_has_them_all_in_each_split(experiment):
+    settings, mp3 = EXPERIMENTS[experiment], _mp3(1.2)
+    lines = [
+        QueenLine(f"{code}{n}", code, f"Temple line {n} of {code}{'?' if n % 2 else '.'}", mp3)
+        for code in ("FAYE", "JOE", "BOB", "ORACLE", "NAOMI", "BUD")
+        for n in range(320)
+    ]
+    options = {"size": settings.corpus_size, "sources": settings.sources, "tasks": settings.tasks, "fold": 0}
+    planned = plan_benchmark(make_settings(**options), Material(lines=lines))
+    assert {(r.task, r.split) for r in planned} == {(task, split) for task in settings.tasks for split in SPLITS}
+
+
+@pytest.mark.slow
+def test_the_whole_study_in_small_and_again_from_its_cache(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    words = ["E1", "--smoke", "--teachers", "1", "--folds", "0", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    with open(tmp_path / "out" / "study.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    systems = {"teacher", "teacher_cd1", "teacher_cd2", *(s.name for s in SYSTEMS)}
+    assert {r["system"] for r in rows} == systems
+    assert {r["context"] for r in rows} == {"none", "faithful", "adversarial", "irrelevant"}
+    assert {(r["teacher"], r["task"]) for r in rows} == {("f0s0", "gender"), ("f0s0", "noise")}
+    _, kept = read_predictions(tmp_path / "out" / "study" / "f0s0-kd.jsonl.gz")
+    assert len(kept) == sum(int(r["items"]) for r in rows if r["system"] == "kd")
+    assert all(p.actor.startswith("espeak-") and p.draw == "0" and not p.control for p in kept)
+    before = (tmp_path / "out" / "study.csv").read_bytes()
+    capsys.readouterr()
+    assert main([*words, "--collect"]) == 0
+    assert (tmp_path / "out" / "study.csv").read_bytes() == before
+    assert "cached" not in capsys.readouterr().out
