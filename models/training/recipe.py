@@ -600,7 +600,6 @@ class Recipe:
             **{f"sources.{name}.keep_mib": (not source.keep_mib, f"0, {changes},", source.keep_mib)
                for name, source in self.sources.items()},
             "loss.center_text": (not self.loss.center_text, "false, as no token of a free answer has a place of its own,", True),
-            "run.parallel": (self.run.parallel != "fsdp2", "none or ddp, as the student generates with whole weights,", "fsdp2"),
         }  # fmt: skip
         for key, (fits, wanted, got) in expected.items():
             if not fits:
