@@ -161,9 +161,11 @@ def own_answers(
 
 
 def _synced(model: nn.Module) -> bool | None:
-    """transformers keeps ranks in step where ZeRO-3 is on. With whole weights a rank must not wait for the others."""
-    of_zero3 = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    return False if of_zero3 and not any(map(is_partitioned, of_zero3)) else None
+    """transformers keeps the ranks of a sharded model in step. With whole weights a rank must not wait for the others."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    sharded = any(is_partitioned(parameter) or hasattr(parameter, "placements") for parameter in model.parameters())
+    return None if sharded else False
 
 
 def unspoken_ids(tokenizer: Any, end_ids: Iterable[int], vocab_size: int) -> set[int]:

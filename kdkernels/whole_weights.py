@@ -1,8 +1,8 @@
 """A sharded model with whole weights for a while: what generation needs.
 
-A sharded model gathers each layer's weights in each forward, and every rank has to take part. Ranks whose answers differ in length
-would wait for each other forever. So all weights are gathered once before a generation, and freed after it. Each rank then makes
-as many forwards as its rows need, or none.
+A sharded model gathers each layer's weights in each forward, and every rank has to take part. Ranks whose answers differ in
+length would wait for each other forever. So all weights are gathered once before a generation, and freed after it. Each rank then
+makes as many forwards as its rows need, or none.
 """
 
 from __future__ import annotations
@@ -55,12 +55,16 @@ def _whole_by_fsdp2(root: Any) -> Iterator[None]:
     sharded = [module for module in root.modules() if isinstance(module, FSDPModule)]
     groups = [group for module in sharded for group in _groups(module)]
     before = [group.post_forward_mesh_info for group in groups]
+    # accelerate makes `generate` a forward of FSDP2, which would free the root's weights behind it.
+    wrapped = [(module, vars(module).pop("generate")) for module in sharded if "generate" in vars(module)]
     try:
         for module in sharded:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         yield
     finally:
+        for module, generate in wrapped:
+            vars(module)["generate"] = generate
         for group, mesh_info in zip(groups, before, strict=True):  # a user's own setting, which only the group remembers
             group.post_forward_mesh_info = mesh_info
             # FSDP2 gathers ahead in the next backward, in the order of the forwards before it. That order differs between ranks
@@ -108,9 +112,15 @@ def _whole_by_zero3(engine: Any) -> Iterator[None]:
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
+        # One hook is in neither list: it counts forwards, and compares them between ranks.
+        hooks = offload.module._forward_pre_hooks
+        counting = {key: hook for key, hook in hooks.items() if (hook.__module__ or "").startswith("deepspeed.")}
+        for key in counting:
+            del hooks[key]
         try:
             yield
         finally:
+            hooks.update(counting)
             coordinator = getattr(offload, "param_coordinator", None)
             if coordinator is not None and not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()
