@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.data.audio import write_audio
+from models.data.convert import main
 from models.data.manifest import Example, ManifestError, read_manifest
-from models.data.readers import main, parse_description, read_foreign
+from models.data.readers import parse_description, read_foreign
 from models.pseudo_gt.wording import describe
 
 DESTA = {
