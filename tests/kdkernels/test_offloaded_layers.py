@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
+import accelerate
 import tiny_lms
 
 from kdkernels import DualPathTeacher, LMHead, MaskFeatures, answer_index
