@@ -374,6 +374,7 @@ def test_on_policy_on_two_ranks_is_that_on_one(tmp_path, lora):
             assert found == pytest.approx(whole, rel=1e-4), options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("lora", [(), ("q_proj", "v_proj")])
 def test_on_policy_by_deepspeed_is_that_on_one(tmp_path, stage, lora):
