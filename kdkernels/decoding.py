@@ -308,6 +308,7 @@ def generate_with(
     pad: int,
     *,
     use_cache: bool,
+    synced_gpus: bool | None = None,
 ) -> Tensor:
     """transformers' own loop, new tokens alone; the choice happens in a logits processor, which leaves one token above -inf."""
     from transformers import GenerationConfig, LogitsProcessorList
@@ -321,8 +322,9 @@ def generate_with(
         use_cache=use_cache,
     )
     with _bare_generation_config(model, GenerationConfig()):
+        synced = {} if synced_gpus is None else {"synced_gpus": synced_gpus}
         tokens = model.generate(
-            **both.inputs, generation_config=config, logits_processor=LogitsProcessorList([chooser])
+            **both.inputs, generation_config=config, logits_processor=LogitsProcessorList([chooser]), **synced
         )
     # With inputs_embeds alone transformers returns the new tokens only.
     return tokens[:, both.length :] if "input_ids" in both.inputs else tokens

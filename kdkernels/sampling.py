@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checks import is_number, is_whole
 from .decoding import generate_with, kept_probabilities, plain_prompts, transformers_model
-from .lm_head import audio_adapters_on, evaluating
+from .lm_head import audio_adapters_on, evaluating, is_partitioned
 from .paths import Inputs
 from .positions import check_lengths
 
@@ -154,8 +154,18 @@ def own_answers(
     sampler = TokenSampler(sampling, draws, suppressed=set(suppressed) - set(end_ids))
     ends = [int(token) for token in end_ids]
     with evaluating(base), audio_adapters_on(base):
-        tokens = generate_with(base, prompts, sampler, sampling.max_new_tokens, ends, ends[0], use_cache=True)
+        tokens = generate_with(
+            base, prompts, sampler, sampling.max_new_tokens, ends, ends[0], use_cache=True, synced_gpus=_synced(base)
+        )
     return until_end(tokens, ends)
+
+
+def _synced(model: nn.Module) -> bool | None:
+    """transformers keeps the ranks of a sharded model in step. With whole weights a rank must not wait for the others."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    sharded = any(is_partitioned(parameter) or hasattr(parameter, "placements") for parameter in model.parameters())
+    return None if sharded else False
 
 
 def unspoken_ids(tokenizer: Any, end_ids: Iterable[int], vocab_size: int) -> set[int]:

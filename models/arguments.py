@@ -53,6 +53,13 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
+class MixedParser(Parser):
+    """A parser of words that may stand before and behind its options."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
+
+
 class Collect(argparse.Action):
     """Adds the words of every use; the first use replaces the default."""
 

@@ -23,7 +23,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "corpus": Command("corpora.build", "build one of the built-in corpora: clips and a manifest of questions"),
     "card": Command("corpora.card", "describe a built-in corpus: what it holds, licences, known weaknesses"),
-    "convert": Command("data.readers", "turn rows of another layout into a manifest"),
+    "convert": Command("data.convert", "turn rows of another layout into a manifest"),
     "check": Command("data.check", "read rows of any form, say what they hold and what is wrong with them"),
     "backbones": Command("backbones.resolve", "fetch language models and audio encoders ahead of a run, or list them"),
     "heal": Command("backbones.healing", "make a smaller language model: drop layers, then train it on text"),

@@ -96,11 +96,15 @@ class OwnAnswers:
         unspoken = _named_ids(base) if tokenizer is None else unspoken_ids(tokenizer, self._ends, rows)
         self._suppressed = {*unspoken, *settings.suppressed_token_ids, *range(vocab_size, rows)} - set(self._ends)
 
+    def answers_in(self, step: int) -> bool:
+        """Whether optimiser step `step` (the first is 1) is one of those with the student's answers: the same on all ranks."""
+        return step % self._settings.every_steps == 0
+
     def put_into(self, step: int, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of optimiser step `step` (the first is 1) with the student's answers in the chosen rows."""
         made = [dict(batch) for batch in batches]
         self.counts = (0, 0, 0)
-        if step % self._settings.every_steps:
+        if not self.answers_in(step):
             return made
         first = 0
         for number, batch in enumerate(made):

@@ -12,6 +12,7 @@ Legend: B rows of a batch, L columns, N positions that predict a label, H hidden
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -32,6 +33,7 @@ from ..head_loss import HeadLoss
 from ..lm_head import LMHead, is_partitioned, logit_post
 from ..ops.dispatch import checks_enabled
 from ..teacher import DualPathTeacher, answer_index
+from ..whole_weights import whole_weights
 from .checkpoints import CheckpointLoading
 from .on_policy import OnPolicy, OwnAnswers
 from .options import CAADOptions
@@ -71,8 +73,9 @@ class CAADTrainer(CheckpointLoading, Trainer):
             it is on this disk. With `processing_class`, the tokens of the common ids are compared; without one of them, heads
             that differ by more than 1,024 rows raise an error.
         on_policy: the student makes answers itself, and the teacher scores them (`kdkernels.integrations.OnPolicy`). It needs a
-            DualPathTeacher, and a student whose weights are whole: neither FSDP nor DeepSpeed. Each step with such answers logs
-            answer_tokens, their mean number, and answer_ends, the share that has ended.
+            DualPathTeacher. Under FSDP2 and ZeRO-3 all weights of the student are gathered on every rank while it answers; FSDP 1
+            raises an error. Each step with such answers logs answer_tokens, their mean number, and answer_ends, the share that
+            has ended.
         resume_with_other_options: True lets a checkpoint go on with another loss. Otherwise `train(resume_from_checkpoint=)`
             raises ValueError with the options that differ (chunk_tokens, workspace_bytes and impl may).
         assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
@@ -174,9 +177,11 @@ class CAADTrainer(CheckpointLoading, Trainer):
                 "on_policy: expected None with a ContrastCache, which has no states of the student's new answers; pass a "
                 "DualPathTeacher"
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(f"on_policy: expected None with {engine}, as the student generates with whole weights; use DDP")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "on_policy: expected None with FSDP version 1, which cannot generate with whole weights; set "
+                "args.fsdp_config={'version': 2, ...}"
+            )
         student: Any = self.model
         rows = [rows for rows in (head_rows(student), self.teacher.head.weight.shape[0], self.options.vocab_size) if rows]
         return OwnAnswers(
@@ -210,8 +215,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
         self._step_samples = [_names(batch) for batch in batches]
         if self._own_answers is not None:
             batches = [self._prepare_inputs(batch) for batch in batches]
-            with self.compute_loss_context_manager():
-                batches = self._own_answers.put_into(self.state.global_step + 1, batches)
+            step = self.state.global_step + 1
+            whole = whole_weights(self.model_wrapped) if self._own_answers.answers_in(step) else contextlib.nullcontext()
+            with whole, self.compute_loss_context_manager():
+                batches = self._own_answers.put_into(step, batches)
         if self.args.logging_strategy != IntervalStrategy.EPOCH:
             self._logged = None
         sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)

@@ -182,6 +182,20 @@ def load_audio(
     Raises:
         AudioError: missing, empty, corrupt, too long, a span outside the clip, or samples that are not finite.
     """
+    samples, rate = load_at_own_rate(
+        path, start_seconds=start_seconds, end_seconds=end_seconds, max_seconds=max_seconds
+    )
+    return resample(samples, rate, sample_rate)
+
+
+def load_at_own_rate(
+    path: str | os.PathLike[str],
+    *,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+    max_seconds: float = MAX_SECONDS,
+) -> tuple[np.ndarray, int]:
+    """A span as `load_audio` decodes it, before it is resampled: float32 (samples,), and their rate in Hz."""
     path = Path(path)
     info = probe_audio(path)
     try:
@@ -208,7 +222,7 @@ def load_audio(
         )
     if not np.isfinite(samples).all():
         raise AudioError("corrupt audio data (samples that are not finite)", path)
-    return resample(samples, info.sample_rate_hz, sample_rate)
+    return samples, info.sample_rate_hz
 
 
 def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:

@@ -44,4 +44,9 @@ def convert_parser() -> Parser:
         "--max-bad-fraction", type=float, default=0.05, help="share of bad rows above which nothing is written"
     )
     parser.add_allow_links()
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="write while reading, with one row in memory; a run that was stopped goes on where it was",
+    )
     return parser

@@ -1,4 +1,5 @@
-"""Rows of data sets that the package `datasets` reads: save_to_disk folders, parquet files, folders of audio with metadata.
+"""Rows of data sets that the package `datasets` reads: save_to_disk folders, parquet files, WebDataset's tar files, folders of
+audio with metadata.
 
 Clips are never decoded there, so torchcodec is not needed: `models/data/audio.py` reads them. Clips that lie inside Arrow or
 parquet files are written once as files into the cache folder ($KDKERNELS_CACHE/clips), named by the SHA-256 of their bytes. One
@@ -23,14 +24,17 @@ INSTALL = 'pip install "datasets>=3"'
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+_SHARDS = {"parquet": ".parquet", "webdataset": ".tar"}
 _SUFFIX = re.compile(r"\.\w{1,5}")
 
 
 def holds_dataset(path: str | os.PathLike[str]) -> str | None:
-    """The kind of data set in a file or folder: saved, parquet or audiofolder; None for another file or folder."""
+    """The kind of data set in a file or folder: saved, parquet, webdataset or audiofolder; None for another file or folder."""
     path = Path(path)
     if path.suffix == ".parquet":
         return "parquet"
+    if path.suffix == ".tar":
+        return "webdataset"
     if not path.is_dir() or (path / "wav.scp").is_file():
         return None
     if any((path / name).is_file() for name in _SAVED):
@@ -38,8 +42,9 @@ def holds_dataset(path: str | os.PathLike[str]) -> str | None:
     inside = [path, *(folder for folder in sorted(path.iterdir()) if folder.is_dir())]
     if any((folder / name).is_file() for folder in inside for name in _METADATA):
         return "audiofolder"
-    if next(path.rglob("*.parquet"), None):
-        return "parquet"
+    for kind, suffix in _SHARDS.items():
+        if next(path.rglob(f"*{suffix}"), None):
+            return kind
     names = itertools.islice((name for folder in inside for name in folder.iterdir()), 1000)
     return "audiofolder" if any(name.suffix.lower() in _SOUNDS for name in names) else None
 
@@ -78,18 +83,40 @@ class DatasetRows:
             self.root.mkdir(parents=True, exist_ok=True)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        number = 0
-        for name, split in self._splits:
+        return self.rows_from(None)
+
+    def position(self) -> dict[str, Any]:
+        """Where the iteration is, behind the row that it gave last; JSON."""
+        index, taken, number, split = self._at
+        state = split.state_dict() if hasattr(split, "state_dict") else None
+        return {"split": index, "taken": taken, "number": number, "state": state}
+
+    def rows_from(self, position: dict[str, Any] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The numbered rows behind a `position`; None = all of them. A streamed data set reads no row before it again."""
+        number = 0 if position is None else position["number"]
+        for index, (name, split) in enumerate(self._splits):
+            taken = 0
+            if position is not None and index <= position["split"]:
+                if index < position["split"]:
+                    continue
+                taken = position["taken"]
+                if position["state"] is None:
+                    split = split.skip(taken)
+                else:
+                    split.load_state_dict(position["state"])
             names = {
                 key: feature.names for key, feature in (split.features or {}).items() if hasattr(feature, "int2str")
             }
             try:
                 for row in split:
-                    number += 1
+                    number, taken = number + 1, taken + 1
+                    self._at = (index, taken, number, split)
                     made = {key: self._plain(value) for key, value in row.items() if value is not None}
                     for key, labels in names.items():
                         if isinstance(made.get(key), int) and 0 <= made[key] < len(labels):
                             made[key] = labels[made[key]]
+                    if "__key__" in made:
+                        made = _web_row(made)
                     yield number, {"split": split_name(name), **made} if name else made
             except Exception as error:  # pyarrow raises several unrelated types
                 raise ManifestError(f"{self.path}: row {number + 1} cannot be read: {error}") from error
@@ -117,6 +144,13 @@ class DatasetRows:
         return relative
 
 
+def _web_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A sample of a WebDataset: the fields of its json member, its key as the id, and its sound, whatever its suffix is."""
+    fields = row.get("json") if isinstance(row.get("json"), dict) else {}
+    sounds = [value for name, value in row.items() if f".{name.lower()}" in _SOUNDS]
+    return {"id": row["__key__"], **({"audio": sounds[0]} if sounds else {}), **fields}
+
+
 def _clip_bytes(value: Any) -> bytes | None:
     return value["bytes"] if isinstance(value, dict) and isinstance(value.get("bytes"), bytes) else None
 
@@ -134,21 +168,34 @@ def _open(path: Path, kind: str) -> list[tuple[str, Any]]:
 
     if kind == "saved":
         loaded = datasets.load_from_disk(str(path))
-    elif kind == "parquet":
-        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    elif kind in _SHARDS:
+        files = [path] if path.is_file() else sorted(path.rglob(f"*{_SHARDS[kind]}"))
         by_split: dict[str, list[str]] = {}
         for file in files:
             by_split.setdefault(_split_of(file), []).append(str(file))
-        loaded = datasets.load_dataset("parquet", data_files=by_split, streaming=True)
+        loaded = datasets.load_dataset(kind, data_files=by_split, streaming=True)
     else:
         loaded = datasets.load_dataset("audiofolder", data_dir=str(path), streaming=True)
     splits = list(loaded.items()) if isinstance(loaded, dict) else [("", loaded)]
+    if kind in ("webdataset", "audiofolder"):
+        # `datasets` would encode these sounds with torchcodec, also where nothing is decoded.
+        text = datasets.Value("string")
+        sound = text if kind == "audiofolder" else {"bytes": datasets.Value("binary"), "path": text}
+        return [(str(name), _with_sounds(split, sound, datasets)) for name, split in splits]
     return [(str(name), _undecoded(split, datasets)) for name, split in splits]
 
 
 def _split_of(file: Path) -> str:
-    """The split that a parquet file's name says, as hubs name them (train-00000-of-00002.parquet); "train" without one."""
+    """The split that a shard's name says, as hubs name them (train-00000-of-00002.parquet); "train" without one."""
     return next((name for name in ("train", "validation", "dev", "test") if file.stem.startswith(name)), "train")
+
+
+def _with_sounds(split: Any, plain: Any, datasets: Any) -> Any:
+    """The split with the feature `plain` in the place of its Audio."""
+    for name, feature in (split.features or {}).items():
+        if isinstance(feature, datasets.Audio):
+            split = split.cast_column(name, plain)
+    return split
 
 
 def _undecoded(split: Any, datasets: Any) -> Any:

@@ -33,13 +33,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from models.data.audio import MAX_SECONDS, AudioError, AudioInfo
-from models.data.commands import FORMS, convert_parser
+from models.data.commands import FORMS
 from models.data.conversations import from_messages
 from models.data.find_form import MANIFEST_FORM, find_form, form_of_columns
 from models.data.hf_datasets import DatasetRows, holds_dataset
@@ -49,9 +48,7 @@ from models.data.manifest import (
     Example,
     Manifest,
     ManifestError,
-    header_with_root,
     read_manifest,
-    write_manifest,
 )
 from models.data.row_values import Defaults, clip_marks, listed_choices, turn_text
 from models.data.rows import AudioChecker, collect_examples
@@ -121,38 +118,14 @@ def read_foreign(
         ValueError: `form` is unknown, or `max_bad_fraction` lies outside [0, 1].
         ManifestError: the audio root is no folder, or the file cannot be read, has no row, or too many bad ones.
     """
-    converters: dict[str, Callable[[Mapping[str, Any], Defaults], Iterator[Example]]] = {
-        "desta": _from_desta,
-        "messages": from_messages,
-        "columns": from_columns,
-        "nemo": from_nemo,
-        "lhotse": from_lhotse,
-        "kaldi": from_kaldi,
-        "dynamic_superb": _from_dynamic_superb,
-        "mcr_bench": _from_mcr_bench,
-    }
-    if form not in converters and form != "auto":
-        raise ValueError(f"form: expected one of {list(FORMS)}, got {form!r}")
-    path = Path(path)
-    kind = None if form == "kaldi" else holds_dataset(path)
-    dataset = None if kind is None else DatasetRows(path, kind)
-    if form == "auto":
-        form = find_form(path) if dataset is None else form_of_columns(dataset.first, dataset.first) or "columns"
-    if form not in converters:
-        raise ManifestError(f"{path}: expected rows of one of {', '.join(FORMS)}, got a manifest")
     if not 0.0 <= max_bad_fraction <= 1.0:
         raise ValueError(f"max_bad_fraction: expected a number from 0 to 1, got {max_bad_fraction}")
-    if dataset is not None and (dataset.holds_clips or audio_root is None):
-        root = dataset.root
-    elif audio_root is not None:
-        root = Path(audio_root)
-    else:
-        root = path if path.is_dir() else path.parent
+    opened = ForeignRows(
+        path, form=form, audio_root=audio_root, split=split, target_source=target_source, several_clips=several_clips
+    )
+    root, form = opened.root, opened.form
     if check_audio and not root.is_dir():
         raise ManifestError(f"audio_root: expected a folder, got {root}")
-    if split is None:
-        split = _SPLITS.get(form, "train")
-    numbers = _Numbers()
     count = 0
 
     def counted(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
@@ -161,23 +134,76 @@ def read_foreign(
             count += 1
             yield row
 
-    def convert(number: int, row: dict[str, Any]) -> list[Example]:
+    examples, problems = collect_examples(
+        path,
+        counted(opened.rows()),
+        opened.convert,
+        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links, known=infos) if check_audio else None,
+        max_bad_fraction=max_bad_fraction,
+    )
+    return Manifest(examples, problems, root, {"form": form}, opened.path, count)
+
+
+class ForeignRows:
+    """A file or folder of one of FORMS: its numbered rows, and what turns one into examples. Arguments as in `read_foreign`.
+
+    Attributes:
+        form: the one that was named or found.
+        root: folder of the audio.
+        dataset: of the package `datasets`, or None.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        form: str,
+        audio_root: str | os.PathLike[str] | None = None,
+        split: str | None = None,
+        target_source: str = "text_backbone",
+        several_clips: bool = False,
+    ) -> None:
+        converters: dict[str, Callable[[Mapping[str, Any], Defaults], Iterator[Example]]] = {
+            "desta": _from_desta,
+            "messages": from_messages,
+            "columns": from_columns,
+            "nemo": from_nemo,
+            "lhotse": from_lhotse,
+            "kaldi": from_kaldi,
+            "dynamic_superb": _from_dynamic_superb,
+            "mcr_bench": _from_mcr_bench,
+        }
+        if form not in converters and form != "auto":
+            raise ValueError(f"form: expected one of {list(FORMS)}, got {form!r}")
+        self.path = path = Path(path)
+        kind = None if form == "kaldi" else holds_dataset(path)
+        self.dataset = dataset = None if kind is None else DatasetRows(path, kind)
+        if form == "auto":
+            form = find_form(path) if dataset is None else form_of_columns(dataset.first, dataset.first) or "columns"
+        if form not in converters:
+            raise ManifestError(f"{path}: expected rows of one of {', '.join(FORMS)}, got a manifest")
+        self.form = form
+        if dataset is not None and (dataset.holds_clips or audio_root is None):
+            self.root = dataset.root
+        elif audio_root is not None:
+            self.root = Path(audio_root)
+        else:
+            self.root = path if path.is_dir() else path.parent
+        self._split = _SPLITS.get(form, "train") if split is None else split
+        self._converter, self._target_source, self._several_clips = converters[form], target_source, several_clips
+        self.numbers = Numbers()
+
+    def rows(self) -> Iterable[tuple[int, Any]]:
+        return _rows(self.path, self.form) if self.dataset is None else self.dataset
+
+    def convert(self, number: int, row: dict[str, Any]) -> list[Example]:
+        defaults = Defaults(number, self.root, self._split, self._target_source, self._several_clips)
         try:
-            examples = list(converters[form](row, Defaults(number, root, split, target_source, several_clips)))
-            return numbers.tell_apart(row, examples)
+            return self.numbers.tell_apart(row, list(self._converter(row, defaults)))
         except KeyError as error:
             raise ValueError(f"missing field {error}") from None
         except AttributeError as error:  # a value of another kind than the form has
             raise TypeError(str(error)) from None
-
-    examples, problems = collect_examples(
-        path,
-        counted(_rows(path, form) if dataset is None else dataset),
-        convert,
-        checker=AudioChecker(root, max_seconds=max_seconds, allow_links=allow_links, known=infos) if check_audio else None,
-        max_bad_fraction=max_bad_fraction,
-    )
-    return Manifest(examples, problems, root, {"form": form}, path, count)
 
 
 def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | None:
@@ -212,25 +238,30 @@ def holds_times(text: str) -> bool:
     return _TIMES.search(text) is not None
 
 
-class _Numbers:
+class Numbers:
     """Tells questions apart that came under one id about one clip: the second gets "#2" behind its id."""
 
     def __init__(self) -> None:
         self._ids: set[str] = set()
         self._rows: dict[str, list[list[tuple[Any, ...]]]] = {}
 
+    def remember(self, row_id: str, examples: list[Example]) -> None:
+        """A row that `tell_apart` has seen before a break."""
+        self._rows.setdefault(row_id, []).append(_asked(examples))
+        self._ids.update(e.id for e in examples)
+
     def tell_apart(self, row: Mapping[str, Any], examples: list[Example]) -> list[Example]:
         """The examples of a row. Those of a row that asks nothing new, or about another clip, keep their id: a duplicate."""
         if "id" not in row or not examples:
             return examples
-        asked = [(e.audio, e.question, e.choices, e.context) for e in examples]
+        asked = _asked(examples)
         earlier = self._rows.setdefault(str(row["id"]), [])
         if any(set(asked) & set(other) or other[0][0] != asked[0][0] for other in earlier):
             return examples
         if any(e.id in self._ids for e in examples):
             number = len(earlier) + 1
             # The contexts of one question may come as rows of one id; they stay a pair.
-            same = next((n for n, other in enumerate(earlier, 1) if other[0][:3] == asked[0][:3]), number)
+            same = next((n for n, other in enumerate(earlier, 1) if other[0][1] == asked[0][1]), number)
             pair = f"#{same}" if same > 1 else ""
             examples = [
                 dataclasses.replace(e, id=f"{e.id}#{number}", pair_id=None if e.pair_id is None else e.pair_id + pair)
@@ -239,6 +270,11 @@ class _Numbers:
         earlier.append(asked)
         self._ids.update(e.id for e in examples)
         return examples
+
+
+def _asked(examples: list[Example]) -> list[tuple[int, int, int]]:
+    """Numbers in the place of the texts, which may be those of a million rows."""
+    return [(hash(e.audio), hash((e.audio, e.question, e.choices)), hash(e.context)) for e in examples]
 
 
 def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
@@ -367,27 +403,3 @@ def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] |
     task = folder.parent.name if folder.name in SPLITS else folder.name
     for number, (clip, row) in enumerate(rows.items(), 1):
         yield number, {**row, "id": f"{task}/{clip}", "task": task, "audio": clip}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command `convert`: one message and status 1 if the file cannot be converted."""
-    arguments = convert_parser().parse_args(argv)
-    try:
-        if arguments.out.absolute() == arguments.rows.absolute():
-            raise ValueError(f"--out: expected another file than the rows, got {str(arguments.out)!r}")
-        manifest = read_foreign(
-            arguments.rows,
-            form=arguments.form,
-            audio_root=arguments.audio_root,
-            split=arguments.split,
-            max_bad_fraction=arguments.max_bad_fraction,
-            allow_links=arguments.allow_links,
-        )
-        header = header_with_root(manifest.header, audio_root=manifest.audio_root, folder=arguments.out.parent)
-        write_manifest(arguments.out, manifest.examples, header=header)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(manifest.summary())
-    print(arguments.out)
-    return 0

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from models.corpora.hearing import PLAIN, Hearing
-from models.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ, AudioError, load_audio
+from models.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ, AudioError, load_at_own_rate, resample
 from models.data.example import Example
 from models.io_utils import sha256_file
 from models.speech_lm.clip_keys import Clip, FeatureError, clip_key
@@ -23,6 +23,7 @@ from models.speech_lm.feature_files import write_shard
 from models.speech_lm.feature_store import FeatureStore
 
 SHARD_MIB = 64.0
+Resample = Callable[[list[np.ndarray], list[int]], list[np.ndarray]]  # clips and their rates -> clips at SAMPLE_RATE_HZ
 _BEYOND_FLOAT16 = 65_520.0  # from here on float16 rounds to infinity
 _READERS = min(8, os.cpu_count() or 1)
 
@@ -39,11 +40,12 @@ def write_features(
     max_seconds: float = MAX_SECONDS,
     hears: Hearing = PLAIN,
     progress_bar: bool = True,
+    resample_together: Resample | None = None,
 ) -> list[tuple[str, str]]:
     """Encode every clip once into shards; at most one shard is in memory.
 
     Args:
-        encode, made_by, hears: as for `extract_features`.
+        encode, made_by, hears, resample_together: as for `extract_features`.
 
     Returns:
         (example id, reason) of each clip that could not be read, or whose features are not finite.
@@ -60,7 +62,7 @@ def write_features(
             each.clear()
 
     options: dict[str, Any] = {"audio_root": audio_root, "batch_clips": batch_clips, "max_seconds": max_seconds, "hears": hears}
-    options["progress_bar"] = progress_bar
+    options |= {"progress_bar": progress_bar, "resample_together": resample_together}
     for some_keys, some_clips, encoded in _encoded(examples, encode, problems, **options):
         keys += some_keys
         clips += some_clips
@@ -82,6 +84,7 @@ def extract_features(
     made_by: dict[str, Any] | None = None,
     hears: Hearing = PLAIN,
     progress_bar: bool = True,
+    resample_together: Resample | None = None,
 ) -> tuple[FeatureStore, list[tuple[str, str]]]:
     """Encode every clip of `examples` once, into memory.
 
@@ -89,6 +92,7 @@ def extract_features(
         encode: waveforms (16 kHz mono float32) -> (B, K, T, D); `SpeechLM.encode_audio`.
         made_by: what `encode` is, for the store; see the function of that name.
         hears: what is done to a clip before it is encoded.
+        resample_together: resamples a batch; None = each clip by soxr, while it is read.
 
     Returns:
         the store, and (example id, reason) of each clip that could not be read, or whose features are not finite.
@@ -99,7 +103,7 @@ def extract_features(
     """
     problems: list[tuple[str, str]] = []
     options: dict[str, Any] = {"audio_root": audio_root, "batch_clips": batch_clips, "max_seconds": max_seconds, "hears": hears}
-    options["progress_bar"] = progress_bar
+    options |= {"progress_bar": progress_bar, "resample_together": resample_together}
     clips = {clip_key(e): e for e in examples if e.audio is not None}
     made = list(_encoded(clips.values(), encode, problems, **options))
     refuse_if_too_many(problems, len(clips), max_bad_fraction)
@@ -126,15 +130,21 @@ def _encoded(
     max_seconds: float,
     hears: Hearing,
     progress_bar: bool,
+    resample_together: Resample | None,
 ) -> Iterator[tuple[list[str], list[Clip], torch.Tensor]]:
     """Keys, clips and features (n, K, T, D) float16 of batch after batch; what goes wrong with a clip goes to `problems`."""
     if batch_clips < 1:
         raise ValueError(f"batch_clips: expected at least 1, got {batch_clips}")
     clips = {clip_key(e): e for e in examples if e.audio is not None}
     bar = tqdm(clips.items(), desc="encode clips", unit="clip", disable=not progress_bar)
-    waves = _read_clips(bar, audio_root, max_seconds, problems, hears)
-    while batch := list(itertools.islice(waves, batch_clips)):
-        made = encode([wave for _, wave, _ in batch])
+    waves = _read_clips(bar, audio_root, max_seconds, problems, hears, own_rate=resample_together is not None)
+    while read := list(itertools.islice(waves, batch_clips)):
+        heard = [wave for _, wave, _, _ in read]
+        if resample_together is not None:
+            resampled = resample_together(heard, [rate for _, _, rate, _ in read])
+            heard = [hears.sound(wave, key) for wave, (key, _, _, _) in zip(resampled, read, strict=True)]
+        batch = [(key, wave, sha) for (key, _, _, sha), wave in zip(read, heard, strict=True)]
+        made = encode(heard)
         finite = (made.flatten(1).abs().amax(1) < _BEYOND_FLOAT16).cpu()  # False for NaN too
         encoded = made.to(torch.float16).cpu()
         for (key, _, _), good in zip(batch, finite.tolist(), strict=True):
@@ -151,20 +161,25 @@ def _read_clips(
     max_seconds: float,
     problems: list[tuple[str, str]],
     hears: Hearing,
-) -> Iterator[tuple[str, np.ndarray, str]]:
-    """Key, waveform and the file's hash of each clip that can be read, in order; (example id, reason) of the others goes to
-    `problems`. A few clips are decoded ahead by threads: decoding and hashing release Python's lock.
+    *,
+    own_rate: bool,
+) -> Iterator[tuple[str, np.ndarray, int, str]]:
+    """Key, waveform, its rate and the file's hash of each clip that can be read, in order; (example id, reason) of the others
+    goes to `problems`. With `own_rate` a clip is neither resampled nor changed yet. A few clips are decoded ahead by threads:
+    decoding and hashing release Python's lock.
     """
 
-    def read(example: Example) -> tuple[np.ndarray, str]:
+    def read(example: Example) -> tuple[np.ndarray, int, str]:
         path = Path(audio_root) / example.audio
-        wave = load_audio(
+        wave, rate = load_at_own_rate(
             path, start_seconds=example.start_seconds, end_seconds=example.end_seconds, max_seconds=max_seconds
         )
-        return hears.sound(wave, clip_key(example)), sha256_file(path)[:16]
+        if not own_rate:
+            wave, rate = hears.sound(resample(wave, rate, SAMPLE_RATE_HZ), clip_key(example)), SAMPLE_RATE_HZ
+        return wave, rate, sha256_file(path)[:16]
 
     with ThreadPoolExecutor(_READERS) as pool:
-        ahead: deque[tuple[str, Example, Future[tuple[np.ndarray, str]]]] = deque()
+        ahead: deque[tuple[str, Example, Future[tuple[np.ndarray, int, str]]]] = deque()
         waiting = iter(clips)
         while True:
             for key, example in itertools.islice(waiting, 2 * _READERS - len(ahead)):
@@ -173,8 +188,8 @@ def _read_clips(
                 return
             key, example, reading = ahead.popleft()
             try:
-                wave, sha = reading.result()
+                wave, rate, sha = reading.result()
             except AudioError as error:
                 problems.append((example.id, str(error)))
             else:
-                yield key, wave, sha
+                yield key, wave, rate, sha

@@ -6,6 +6,7 @@ from models.arguments import Parser
 
 # What makes the encoder's input, see models/speech_lm/log_mel.py.
 LOG_MELS = ("processor", "torch", "torchaudio")
+RESAMPLERS = ("soxr", "torchaudio")  # soxr on the CPU; torchaudio on the encoder's device, see models/speech_lm/resampling.py
 
 
 def features_parser() -> Parser:
@@ -19,6 +20,9 @@ def features_parser() -> Parser:
     parser.add_argument("--part", default="0/1", help="I/N: encode every N-th clip from the I-th on, beside other processes")
     parser.add_argument("--batch-clips", type=int, default=8, help="clips that are read and encoded together")
     parser.add_argument("--backend", choices=LOG_MELS, default="processor", help="what makes log-mel spectrograms")
+    parser.add_argument(
+        "--resampler", choices=RESAMPLERS, default="soxr", help="soxr on the CPU, or torchaudio on the encoder's device"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... of the encoder")
     parser.add_argument(
         "--max-cut-fraction", type=float, default=1.0, help="share of clips longer than the model's window above which it stops"

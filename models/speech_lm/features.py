@@ -14,6 +14,7 @@ in memory as a whole; those for one file are.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from models.corpora.hearing import PLAIN, Hearing, parse_hearing
-from models.data.audio import MAX_SECONDS
+from models.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ
 from models.data.manifest import Example
 from models.data.readers import read_data
 from models.speech_lm.clip_encoding import SHARD_MIB, extract_features, refuse_if_too_many, write_features
@@ -31,6 +32,7 @@ from models.speech_lm.collation import check_one_clip
 from models.speech_lm.commands import features_parser
 from models.speech_lm.feature_files import SHARD_PATTERN
 from models.speech_lm.feature_store import ClipFeatures, FeatureStore, MappedFeatures, made_by
+from models.speech_lm.resampling import resample_batch
 
 __all__ = [
     "Clip",
@@ -106,6 +108,9 @@ def clip_features(
             "hears": hears,
             "progress_bar": progress_bar,
         }
+        if getattr(model, "resampler", "soxr") == "torchaudio":
+            device = next(model.encoder.parameters()).device
+            options["resample_together"] = functools.partial(resample_batch, to_hz=SAMPLE_RATE_HZ, device=device)
         if folder is None:
             store, problems = extract_features(examples, model.encode_audio, made_by=made_by(model, hears), **options)
         else:
@@ -251,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = SpeechLM.from_pretrained(arguments.model)
         model.encoder.to(pick_device(arguments.device))
         model.use_log_mel(arguments.backend)
+        model.use_resampler(arguments.resampler)
         store, _ = clip_features(
             model,
             part_of_clips(manifest.examples, number, parts),

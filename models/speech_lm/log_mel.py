@@ -30,7 +30,7 @@ def check_backend(backend: str) -> None:
     if backend not in LOG_MELS:
         raise ValueError(f"backend: expected one of {', '.join(LOG_MELS)}, got {backend!r}")
     if backend == "torchaudio":
-        _torchaudio()
+        import_torchaudio()
 
 
 def log_mel(waves: Tensor, extractor: Any, *, backend: str = "torch") -> Tensor:
@@ -50,7 +50,7 @@ def log_mel(waves: Tensor, extractor: Any, *, backend: str = "torch") -> Tensor:
         raise ValueError(f"extractor: expected dither 0, got {extractor.dither}; the backend processor adds it")
     window = torch.hann_window(extractor.n_fft, device=waves.device)
     if backend == "torchaudio":
-        power = _torchaudio().functional.spectrogram(
+        power = import_torchaudio().functional.spectrogram(
             waves, pad=0, window=window, n_fft=extractor.n_fft, hop_length=extractor.hop_length,
             win_length=extractor.n_fft, power=2.0, normalized=False,
         )  # fmt: skip
@@ -64,12 +64,13 @@ def log_mel(waves: Tensor, extractor: Any, *, backend: str = "torch") -> Tensor:
     return (loud + 4.0) / 4.0
 
 
-def _torchaudio() -> Any:
+def import_torchaudio(key: str = "features.backend") -> Any:
+    """The package; LogMelError where it cannot be imported. `key`: of the recipe, for the message."""
     try:
         return importlib.import_module("torchaudio")
     except Exception as error:  # built for another torch, its import raises OSError or RuntimeError
         release, why = ".".join(torch.__version__.split(".")[:2]), " ".join(str(error).split())[:200]
         raise LogMelError(
-            f"features.backend: torchaudio cannot be imported ({why}); install the release of torch {torch.__version__}, from "
-            f"its index: pip install 'torchaudio=={release}.*'. The backend torch needs no other package"
+            f"{key}: torchaudio cannot be imported ({why}); install the release of torch {torch.__version__}, from its index: "
+            f"pip install 'torchaudio=={release}.*'. The other choices do without it"
         ) from None

@@ -47,6 +47,7 @@ from models.speech_lm.config import SAMPLE_RATE, SpeechLMConfig
 from models.speech_lm.connector import Connector
 from models.speech_lm.log_mel import check_backend
 from models.speech_lm.prefix_cache import PrefixCache, why_not_cached
+from models.speech_lm.resampling import check_resampler
 from models.speech_lm.row_layout import (
     Packer,
     PrefixedCache,
@@ -122,6 +123,7 @@ class SpeechLM(nn.Module):
         self.connector = Connector(config.connector_config(lm.get_input_embeddings().embedding_dim))
         self._encoder: nn.Module | None = None
         self.log_mel = "processor"  # what makes the encoder's input, see `use_log_mel`
+        self.resampler = "soxr"  # of the clips, see `use_resampler`
         self._feature_extractor: Any = None
         if encoder is not None:
             self._set_encoder(encoder, feature_extractor)
@@ -260,6 +262,16 @@ class SpeechLM(nn.Module):
         """
         check_backend(backend)
         self.log_mel = backend
+
+    def use_resampler(self, name: str) -> None:
+        """Choose what resamples clips before they are encoded: soxr (the default) or torchaudio; see resampling.py.
+
+        Raises:
+            LogMelError: torchaudio cannot be imported.
+            ValueError: another name.
+        """
+        check_resampler(name)
+        self.resampler = name
 
     def fit_feature_statistics(self, features: Tensor | Iterable[Tensor]) -> None:
         """Set the connector's standardisation from raw features (N, K, T, D), or parts of them; use the training split's."""

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from models.arguments import Parser
+from models.arguments import MixedParser, Parser
 from models.audio_lms.settings import DTYPES, NEGATIVES
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
@@ -28,7 +28,7 @@ def train_parser() -> Parser:
 
 
 def plan_parser() -> Parser:
-    parser = Parser(
+    parser = MixedParser(
         prog="python -m models plan",
         description="Estimate memory and time of a recipe, before a weight is loaded.",
         epilog=describe_recipes(),

@@ -107,9 +107,11 @@ class TrainingLoop:
         self.sources = project_own_teacher(recipe, sources, data, model, self.device)
         stores = {id(store): store for store in (data.store, *(source.store for source in self.sources))}
         self.read_ahead = [store for store in stores.values() if hasattr(store, "prefetch")]
-        self.on_policy = OnPolicy(recipe, model, data, self.device) if recipe.data.on_policy_fraction else None
         objective = PartLoss(recipe, model, data, self.compared)
         self.objective = parallelize(objective, recipe.run.parallel, self.ranks, lm=getattr(model, "lm", None))
+        self.on_policy = None
+        if recipe.data.on_policy_fraction:
+            self.on_policy = OnPolicy(recipe, model, data, self.device, self.objective)
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             parameter_groups(list(self.names)),

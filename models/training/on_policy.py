@@ -2,11 +2,12 @@
 
 The answers are made before the step's divisors are summed, so their lengths are known there. They depend on the student's
 weights, the recipe's seed, the step, and the example's number in it: not on micro-batches or ranks, and not on a generator that a
-checkpoint would have to keep.
+checkpoint would have to keep. Under FSDP2 the student's weights are whole on every rank while it answers.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from kdkernels.lm_head import evaluating
 from kdkernels.sampling import Sampling, uniform_draws, unspoken_ids
+from kdkernels.whole_weights import whole_weights
 from models.data.example import AnsweredExample
 from models.training.recipe import Recipe
 from models.training.run_setup import TrainingData
@@ -26,12 +28,16 @@ class OnPolicy:
     Args:
         model: the student, with `own_answers` (SpeechLM, AudioLM).
         data: with `make_prompts`.
+        root: the objective, with the model in it, as `parallelize` returns it; None = the model's weights are whole.
     """
 
-    def __init__(self, recipe: Recipe, model: Any, data: TrainingData, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, model: Any, data: TrainingData, device: torch.device, root: torch.nn.Module | None = None
+    ) -> None:
         settings = recipe.data
         self._settings, self._seed = settings, recipe.run.seed
         self._model, self._data, self._device = model, data, device
+        self._root = model if root is None else root
         self._sampling = Sampling(
             settings.on_policy_temperature, settings.on_policy_top_k, settings.on_policy_top_p, settings.on_policy_max_new_tokens
         )
@@ -48,11 +54,15 @@ class OnPolicy:
 
     @torch.no_grad()
     def answered(self, step: int, examples: Mapping[int, Any]) -> dict[int, Any]:
-        """`examples` by their numbers in the step, those of `chosen` with the student's answers. The student hears all clips."""
+        """`examples` by their numbers in the step, those of `chosen` with the student's answers. The student hears all clips.
+
+        Every rank has to make the call, also one of whose examples none is chosen.
+        """
         made = dict(examples)
         numbers = self.chosen(step, list(examples))
         at_once = self._settings.on_policy_batch_examples
-        with evaluating(self._model):
+        answers = step % self._settings.on_policy_every_steps == 0
+        with whole_weights(self._root) if answers else contextlib.nullcontext(), evaluating(self._model):
             for start in range(0, len(numbers), at_once):
                 group = numbers[start : start + at_once]
                 draws = uniform_draws(

@@ -261,10 +261,18 @@ def make_plan(
         memory["layer projections, float32 with AdamW's moments"] = 16.0 * projections / share
         seconds["layers"] = 6.0 * projections * tokens / rate
     activations = _activation_bytes(student, part * run, checkpointing=recipe.run.gradient_checkpointing) + scratch
-    memory["activations and logits of a part"] = max(activations, transient)
+    peak = max(activations, transient)
+    memory["activations and logits of a part"] = peak
+    if recipe.data.on_policy_fraction:
+        seconds["student's answers"], answering = _answering(recipe, student, data, own, device, rate)
+        answering += student.weight_bytes * sizes.total * (1 - 1 / share)  # whole weights; freed before the loss
+        if answering > peak:
+            memory["student's answers, above that"] = answering - peak
     memory["CUDA itself"] = float(_CUDA_BYTES)
     exchange = 4.0 * (trained + projections) if not sharded else 3.0 * student.weight_bytes * sizes.total
     if gpus > 1:
+        if sharded and recipe.data.on_policy_fraction:
+            exchange += student.weight_bytes * sizes.total / recipe.data.on_policy_every_steps
         network = _NODE_BYTES_PER_SECOND if gpus <= _GPUS_A_NODE else _NETWORK_BYTES_PER_SECOND
         seconds["exchange between GPUs"] = (1 if sharded else 2) * exchange * (gpus - 1) / gpus / network
     return Plan(
@@ -407,6 +415,25 @@ def _source(
     flop = both * _reading_flop(model, data.prompt_tokens, data.answer_tokens, data.seconds)
     needed = float(model.weight_bytes * model.sizes.total)
     return flop, needed, _describe(f"sources.{name}", model.sizes, "frozen"), model.sizes
+
+
+def _answering(
+    recipe: Recipe, student: _Model, data: Clips, own: int, device: DeviceModel, rate: float
+) -> tuple[float, float]:
+    """Seconds of a step, on average, in which the student makes answers, and bytes of its KV cache, at most.
+
+    A batch goes on until its longest answer ends, and each of its tokens reads the language model's weights.
+    """
+    settings = recipe.data
+    sizes, tokens = student.sizes, settings.on_policy_max_new_tokens
+    answers = own * settings.on_policy_fraction
+    batches = math.ceil(answers / settings.on_policy_batch_examples)
+    read = student.weight_bytes * (sizes.stored_body + sizes.vocabulary * sizes.width)
+    prompt = data.prompt_tokens + student.audio_tokens(data.seconds)
+    flop = answers * (2.0 * sizes.body * (prompt + tokens) + student.encoder_flop(data.seconds))
+    rows = min(math.ceil(answers), settings.on_policy_batch_examples)
+    cache = 4.0 * sizes.layers * sizes.width * rows * (prompt + tokens)  # with fewer heads of keys it is smaller
+    return (batches * tokens * read / device.bytes_per_second + flop / rate) / settings.on_policy_every_steps, cache
 
 
 def _projection_weights(layers: Any, student: Sizes, teacher: Sizes) -> int:

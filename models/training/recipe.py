@@ -32,7 +32,7 @@ from models.audio_lms.settings import DTYPES, NEGATIVES, TRAINS, Lora
 from models.corpora.hearing import Hearing
 from models.data.commands import FORMS
 from models.data.manifest import SPLITS
-from models.speech_lm.commands import LOG_MELS
+from models.speech_lm.commands import LOG_MELS, RESAMPLERS
 from models.training.commands import RECIPES_DIR
 
 OBJECTIVES = ("sft", "ce_only", "kd", "sharpened", "caad", "caad+", "sources")
@@ -116,11 +116,13 @@ class FeaturesConfig:
     # What makes log-mel spectrograms. processor = WhisperFeatureExtractor, on the CPU; torch | torchaudio = a batch at a time on
     # the rank's device, within 1e-4 of it.
     backend: str = "processor"
+    resampler: str = "soxr"  # of clips at other rates. torchaudio = a batch at a time on the rank's device, within 5e-4 of soxr
 
     def __post_init__(self) -> None:
         _check(self.batch_clips >= 1, "features.batch_clips", ">= 1", self.batch_clips)
         _check(self.shard_mib > 0, "features.shard_mib", "> 0", self.shard_mib)
         _one_of(self.backend, "features.backend", LOG_MELS)
+        _one_of(self.resampler, "features.resampler", RESAMPLERS)
 
 
 @dataclass(frozen=True)
@@ -609,7 +611,6 @@ class Recipe:
             **{f"sources.{name}.keep_mib": (not source.keep_mib, f"0, {changes},", source.keep_mib)
                for name, source in self.sources.items()},
             "loss.center_text": (not self.loss.center_text, "false, as no token of a free answer has a place of its own,", True),
-            "run.parallel": (self.run.parallel != "fsdp2", "none or ddp, as the student generates with whole weights,", "fsdp2"),
         }  # fmt: skip
         for key, (fits, wanted, got) in expected.items():
             if not fits:

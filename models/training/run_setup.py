@@ -403,6 +403,7 @@ def _recipe_features(
 
     made = recipe.features
     model.use_log_mel(made.backend)
+    model.use_resampler(made.resampler)
     if device is not None:
         model.encoder.to(device)
     return clip_features(

@@ -309,3 +309,76 @@ def test_a_lora_that_trains_on_the_head_is_refused_under_zero3(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is optional")
     with pytest.raises(Exception, match="its weights train and ZeRO-3 has them partitioned"):
         run_ranks(trainer_by_deepspeed, 2, str(tmp_path), ("lm_head",))
+
+
+def on_policy_on_ranks(failures, folder, options, lora=()):
+    """Losses and lengths of the student's answers. In the first step it answers no row of the second rank."""
+    from kdkernels import CAADOptions, OnPolicy, Sampling
+    from tests.kdkernels.integrations import test_trainer as cases
+
+    if "deepspeed" in options:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    model, teacher = cases.speech_lm(), cases.dual_path()
+    if lora:
+        import peft
+
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=list(lora), task_type="CAUSAL_LM", init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+    args = cases.arguments(
+        Path(folder), per_device_train_batch_size=1, gradient_accumulation_steps=4 // dist.get_world_size(), optim="sgd",
+        train_sampling_strategy="sequential", learning_rate=0.3, **options,
+    )  # fmt: skip
+    if "fsdp" in options:
+        shard_on_a_cpu()
+    trainer = cases.CAADTrainer(
+        model,
+        args,
+        teacher=teacher,
+        options=CAADOptions(kd_weight=0.6),
+        on_policy=OnPolicy(fraction=0.5, end_token_ids=tuple(range(9, 40)), sampling=Sampling(temperature=0, max_new_tokens=5)),
+        data_collator=cases.Recorder(),
+        train_dataset=cases.examples(16),
+    )
+    answers, counts = trainer._own_answers, []
+    put_into, draws = answers.put_into, answers._draws
+
+    def counting(step, batches):
+        made = put_into(step, batches)
+        counts.append(answers.counts[0])
+        return made
+
+    def of_whole_step(step, first, rows, count, what):
+        numbers = (first + torch.arange(rows)) * dist.get_world_size() + dist.get_rank()  # the same on any number of ranks
+        return (numbers % 2 * (step == 1)).double()[:, None] if what == "row" else draws(step, first, rows, count, what)
+
+    answers.put_into, answers._draws = counting, of_whole_step
+    trainer.train()
+    if dist.get_world_size() > 1 and counts != ([2, 2, 2, 2] if dist.get_rank() == 0 else [0, 2, 2, 2]):
+        failures.put(f"{options}: {counts} answers")
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return [value for line in lines for value in (line["loss"], line["answer_tokens"], line["answer_ends"])]
+
+
+def zero(stage):
+    return {"deepspeed": {**ZERO3["deepspeed"], "zero_optimization": {**ZERO3["deepspeed"]["zero_optimization"], "stage": stage}}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [(), ("q_proj", "v_proj")])
+def test_on_policy_on_two_ranks_is_that_on_one(tmp_path, lora):
+    (whole,) = run_ranks(on_policy_on_ranks, 1, str(tmp_path), {}, lora)
+    assert len(set(whole[::3])) == 4 and len(set(whole[1::3])) > 1
+    for options in ({}, FSDP2):
+        for found in run_ranks(on_policy_on_ranks, 2, str(tmp_path), options, lora):
+            assert found == pytest.approx(whole, rel=1e-4), options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("lora", [(), ("q_proj", "v_proj")])
+def test_on_policy_by_deepspeed_is_that_on_one(tmp_path, stage, lora):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is optional")
+    (whole,) = run_ranks(on_policy_on_ranks, 1, str(tmp_path), {}, lora)
+    for found in run_ranks(on_policy_on_ranks, 2, str(tmp_path), zero(stage), lora):
+        assert found == pytest.approx(whole, rel=1e-4)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from models.data.audio import write_audio
 from models.data.check import main as check
+from models.data.convert import main
 from models.data.manifest import Example, ManifestError, read_manifest
-from models.data.readers import main, parse_description, read_data, read_foreign
+from models.data.readers import parse_description, read_data, read_foreign
 from models.pseudo_gt.wording import describe, prompt_end
 
 DESTA = {

@@ -101,6 +101,24 @@ def test_memory_and_time_by_hand(world, monkeypatch):
     assert "teacher, both paths" not in held.seconds and held.memory["teacher's LM head"] == 2 * tiny.VOCABULARY * 48
 
 
+def test_the_student_s_own_answers_cost_time_and_whole_weights(world, monkeypatch):
+    monkeypatch.setitem(DEVICES, "made up", DEVICE)
+    shared = words(world, "plan", f"teacher.model={world / 'teacher'}", "optim.batch_examples=8", "run.parallel=fsdp2")
+    own = ["data.on_policy_fraction=1", "data.on_policy_max_new_tokens=50", "data.on_policy_batch_examples=2"]
+    options = {"device_name": "made up", "gpus": 2}
+    without = make_plan(load_recipe("kd", shared), DATA, **options)
+    every = {n: load_recipe("kd", [*shared, *own, f"data.on_policy_every_steps={n}"]) for n in (1, 2)}
+    plan_of = {n: make_plan(recipe, DATA, **options) for n, recipe in every.items()}
+    student = plan._student(load_recipe("kd", shared))
+    read = student.weight_bytes * (student.sizes.stored_body + student.sizes.vocabulary * student.sizes.width)
+    made = plan_of[1].seconds["student's answers"]
+    assert 2 * 50 * read / 3e12 < made < 2 * 50 * read / 3e12 + 1e-3  # four answers of each GPU in two batches
+    assert plan_of[2].seconds["student's answers"] == made / 2
+    assert "student's answers" not in without.seconds
+    assert plan_of[1].seconds["exchange between GPUs"] > plan_of[2].seconds["exchange between GPUs"]
+    assert plan_of[1].memory_bytes >= without.memory_bytes
+
+
 def test_clips_and_words_are_counted(world):
     recipe = load_recipe("caad", words(world, "x", f"teacher.model={world / 'teacher'}"))
     found = count_clips(recipe, assumed=Clips())
@@ -179,6 +197,11 @@ def test_a_teacher_that_is_not_trained_yet(capsys):
 
 
 @pytest.mark.slow
+def test_a_key_may_stand_behind_an_option(capsys):
+    assert models(["plan", "qwen_omni", "--gpus", "8", "run.parallel=ddp", "optim.steps=7"]) == 0
+    assert "data: 7 steps of 32 examples" in capsys.readouterr().out
+
+
 def test_the_command(world, capsys):
     assert models(["plan", "qwen_omni", "--clips", "50000"]) == 0
     said = capsys.readouterr().out

@@ -1,0 +1,34 @@
+"""The command `convert`: rows of another layout become a manifest."""
+
+from __future__ import annotations
+
+import sys
+
+from models.data.commands import convert_parser
+from models.data.manifest import header_with_root, write_manifest
+from models.data.readers import read_foreign
+from models.data.streaming import stream_into_manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `convert`: one message and status 1 if the file cannot be converted."""
+    arguments = convert_parser().parse_args(argv)
+    try:
+        if arguments.out.absolute() == arguments.rows.absolute():
+            raise ValueError(f"--out: expected another file than the rows, got {str(arguments.out)!r}")
+        options = {
+            name: getattr(arguments, name) for name in ("form", "audio_root", "split", "max_bad_fraction", "allow_links")
+        }
+        if arguments.streaming:
+            said = stream_into_manifest(arguments.rows, arguments.out, **options)
+        else:
+            manifest = read_foreign(arguments.rows, **options)
+            header = header_with_root(manifest.header, audio_root=manifest.audio_root, folder=arguments.out.parent)
+            write_manifest(arguments.out, manifest.examples, header=header)
+            said = manifest.summary()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(said)
+    print(arguments.out)
+    return 0

@@ -1,0 +1,216 @@
+"""A data set turned into a manifest while it is read, with one row in memory: `python -m models convert ... --streaming`.
+
+Training needs every row in any order, and the same order again after a stop. A shuffle buffer over a stream gives neither. So a
+stream is read once: its clips become files, and its rows a manifest, which all later runs read.
+
+What is read goes into a journal beside the manifest, MANIFEST.part, one JSON line a row. Every `COMMIT_ROWS` rows it is flushed
+to the disk, with the position of the data set. A run that was killed goes on from there. At the end the journal becomes the
+manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from models.data.audio import AudioError
+from models.data.example import Example, example_from_row
+from models.data.json_rows import parse_object
+from models.data.manifest import MANIFEST_VERSION, VERSION_KEY, header_with_root
+from models.data.problems import ManifestError, Problem, list_problems, refuse_if_too_bad
+from models.data.readers import ForeignRows
+from models.data.rows import AudioChecker
+from models.io_utils import fingerprint, fsync_dir
+
+COMMIT_ROWS = 500
+_CLIPS_REMEMBERED = 10_000  # headers that need not be read again, for clips with many rows
+
+
+def stream_into_manifest(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    form: str = "auto",
+    audio_root: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    max_bad_fraction: float = 0.05,
+    allow_links: bool = False,
+) -> str:
+    """Write the manifest `out` of the rows in `path`; arguments as in `models.data.readers.read_foreign`.
+
+    Returns:
+        a summary for the terminal.
+
+    Raises:
+        ManifestError: as there; or the journal beside `out` is of other rows or other arguments.
+
+    Memory: about 0.3 KiB a row for the ids, which have to be unique, and the list of the bad rows; no texts and no clips.
+    """
+    if not 0.0 <= max_bad_fraction <= 1.0:
+        raise ValueError(f"max_bad_fraction: expected a number from 0 to 1, got {max_bad_fraction}")
+    out = Path(out)
+    rows = ForeignRows(path, form=form, audio_root=audio_root, split=split)
+    if not rows.root.is_dir():
+        raise ManifestError(f"audio_root: expected a folder, got {rows.root}")
+    settings = [str(Path(path).resolve()), rows.form, str(rows.root.resolve()), split, allow_links]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(out.with_name(f"{out.name}.part"), fingerprint(settings), rows)
+    checker = AudioChecker(rows.root, allow_links=allow_links, known=_Recent())
+    with journal:
+        for number, line in journal.left():
+            journal.add(number, *_converted(rows, checker, journal.ids, number, line))
+    if not journal.rows:
+        raise ManifestError(f"{path}: expected at least one row, got none")
+    refuse_if_too_bad(path, journal.problems, journal.rows, max_bad_fraction)
+    header = header_with_root({"form": rows.form}, audio_root=rows.root, folder=out.parent)
+    journal.write_manifest(out, {**header, VERSION_KEY: MANIFEST_VERSION})
+    return journal.summary(rows.root)
+
+
+def _converted(
+    rows: ForeignRows, checker: AudioChecker, ids: set[int], number: int, line: Any
+) -> tuple[str | None, list[Example], str | None]:
+    """The row's id, its examples, and what is wrong with it."""
+    row_id: str | None = None
+    try:
+        row = line if isinstance(line, dict) else parse_object(line)
+        row_id = str(row["id"]) if isinstance(row.get("id"), (str, int)) else None
+        examples = rows.convert(number, row)
+        for example in examples:
+            if hash(example.id) in ids:
+                raise ValueError(f"duplicate id {example.id!r}")
+            checker.check(example)
+    except AudioError as error:
+        return row_id, [], f"audio: {error.reason}"
+    except (ValueError, TypeError) as error:
+        return row_id, [], str(error)
+    return row_id, examples, None
+
+
+class _Recent(dict):
+    """The last entries; older ones are forgotten."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if len(self) > _CLIPS_REMEMBERED:
+            del self[next(iter(self))]
+
+
+class _Journal:
+    """The rows that were read so far, on disk, and what has to be known of all of them.
+
+    Its lines: {"settings": fingerprint}; for each row {"n", "id", "examples"} or {"n", "id", "problem"}; {"at": position} after
+    every `COMMIT_ROWS` rows.
+    """
+
+    def __init__(self, path: Path, settings: str, rows: ForeignRows) -> None:
+        self._path, self._settings, self._rows = path, settings, rows
+        self._file: BinaryIO | None = None
+        self._position: dict[str, Any] | None = None
+        self.ids: set[int] = set()
+        self.rows = 0
+        self.problems: list[Problem] = []
+        self._counts: Counter[tuple[str, str, str]] = Counter()
+
+    def __enter__(self) -> _Journal:
+        good = self._recall() if self._path.is_file() else 0
+        self._file = self._path.open("r+b" if good else "wb")
+        self._file.truncate(good)
+        self._file.seek(good)
+        if not good:
+            self._write({"settings": self._settings})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        self._commit()
+        self._file.close()
+
+    def left(self) -> Iterator[tuple[int, Any]]:
+        """The rows that are not in the journal."""
+        dataset = self._rows.dataset
+        numbered = self._rows.rows() if dataset is None else dataset.rows_from(self._position)
+        known = self.rows
+        return ((number, line) for number, line in numbered if number > known)
+
+    def add(self, number: int, row_id: str | None, examples: list[Example], problem: str | None) -> None:
+        what = {"examples": [e.to_row() for e in examples]} if problem is None else {"problem": problem}
+        self._write({"n": number, "id": row_id, **what})
+        self._count(number, row_id, examples, problem)
+        if number % COMMIT_ROWS == 0:
+            if self._rows.dataset is not None:
+                self._write({"at": self._rows.dataset.position()})
+            self._commit()
+
+    def write_manifest(self, out: Path, header: dict[str, Any]) -> None:
+        """The journal becomes the manifest: readers see the old file or the whole new one."""
+        made = out.with_name(f".{out.name}.tmp")
+        with made.open("wb") as file:
+            file.write(_line(header))
+            for entry, _ in self._entries():
+                file.writelines(_line(row) for row in entry.get("examples", ()))
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(out)
+        self._path.unlink()
+        fsync_dir(out.parent)
+
+    def summary(self, root: Path) -> str:
+        """As `Manifest.summary`."""
+        good = sum(self._counts.values())
+        lines = [f"{good} rows, {len(self.problems)} skipped; audio root {root}"]
+        lines += [f"  {split:5} {task:14} {kind:8} {n:6}" for (split, task, kind), n in sorted(self._counts.items())]
+        return "\n".join(lines + list_problems(self.problems))
+
+    def _recall(self) -> int:
+        """Read the journal of a run that was stopped; the bytes of its whole lines."""
+        good = 0
+        for entry, end in self._entries():
+            if not good and entry.get("settings") != self._settings:
+                raise ManifestError(
+                    f"{self._path}: expected the journal of these rows and arguments, got another one's; remove it to begin again"
+                )
+            good = end
+            if "at" in entry:
+                self._position = entry["at"]
+            elif "n" in entry:
+                examples = [example_from_row(row) for row in entry.get("examples", ())]
+                if examples and entry["id"] is not None:
+                    self._rows.numbers.remember(entry["id"], examples)
+                self._count(entry["n"], entry["id"], examples, entry.get("problem"))
+        return good
+
+    def _entries(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """(entry, where its line ends); a line that was cut off ends them."""
+        end = 0
+        with self._path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                end += len(line)
+                yield json.loads(line), end
+
+    def _count(self, number: int, row_id: str | None, examples: list[Example], problem: str | None) -> None:
+        self.rows = number
+        if problem is not None:
+            self.problems.append(Problem(number, row_id, problem))
+        for example in examples:
+            self.ids.add(hash(example.id))
+            self._counts[example.split, example.task or "-", example.kind] += 1
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(_line(entry))
+
+    def _commit(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode()

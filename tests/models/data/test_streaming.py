@@ -1,0 +1,149 @@
+"""Data sets turned into a manifest while they are read: the same manifest, after a kill too, with flat memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from models.data import hf_datasets, streaming
+from models.data.audio import write_audio
+from models.data.convert import main
+from models.data.manifest import ManifestError, read_manifest
+from models.data.readers import read_foreign
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    for name in ("a.wav", "b.wav"):
+        write_audio(tmp_path / name, np.sin(np.arange(8000) * 0.1).astype(np.float32) * 0.1)
+    return tmp_path
+
+
+def rows(count, filler=""):
+    return [
+        {"id": f"q{n // 2}", "audio_path": ("a.wav", "b.wav")[n // 2 % 2], "question": f"Who{n}?{filler}", "answer": "a man"}
+        for n in range(count)
+    ]
+
+
+def jsonl(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_the_manifest_is_that_of_convert(root, capsys):
+    bad = [*rows(10), {"audio_path": "none.wav", "question": "?"}, rows(3)[2]]
+    source = jsonl(root / "rows.jsonl", bad)
+    for name, flag in (("whole", []), ("streamed", ["--streaming"])):
+        assert main([str(source), "--out", str(root / f"{name}.jsonl"), "--max-bad-fraction", "0.3", *flag]) == 0
+    assert (root / "streamed.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes()
+    said = capsys.readouterr().out
+    assert said.count("10 rows, 2 skipped") == 2 and said.count("q1#2") == 0
+    assert main([str(source), "--out", str(root / "streamed.jsonl"), "--streaming"]) == 1
+    assert "more than max_bad_fraction" in capsys.readouterr().err
+    assert not list(root.glob(".*.tmp"))
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch, number):
+    """Stops before this row is written, as a kill would: nothing after it is flushed."""
+    add = streaming._Journal.add
+
+    def dying(self, n, *rest):
+        if n == number:
+            raise Killed
+        add(self, n, *rest)
+
+    monkeypatch.setattr(streaming._Journal, "add", dying)
+
+
+def test_a_killed_run_goes_on(root, monkeypatch):
+    monkeypatch.setattr(streaming, "COMMIT_ROWS", 4)
+    source = jsonl(root / "rows.jsonl", rows(15))
+    streaming.stream_into_manifest(source, root / "whole.jsonl")
+    with monkeypatch.context() as patch:
+        killed_at(patch, 10)
+        with pytest.raises(Killed):
+            streaming.stream_into_manifest(source, root / "m.jsonl")
+    part = root / "m.jsonl.part"
+    part.write_bytes(part.read_bytes()[:-7])  # a line that was cut off
+    with pytest.raises(ManifestError, match="remove it to begin again"):
+        streaming.stream_into_manifest(source, root / "m.jsonl", split="dev")
+    read = []
+    converted = streaming._converted
+    monkeypatch.setattr(streaming, "_converted", lambda *a: read.append(a[3]) or converted(*a))
+    streaming.stream_into_manifest(source, root / "m.jsonl")
+    assert read == list(range(9, 16))
+    assert (root / "m.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes() and not part.exists()
+
+
+def test_memory_does_not_grow_with_the_texts(root):
+    peaks = []
+    for count in (200, 800):
+        source = jsonl(root / f"{count}.jsonl", rows(count, "x" * 4000))
+        tracemalloc.start()
+        streaming.stream_into_manifest(source, root / f"{count}.out")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert len(read_manifest(root / "800.out")) == 800
+    assert peaks[1] - peaks[0] < 600 * 1500  # the texts of the 600 rows more are 4,000 bytes each
+
+
+def sharded(datasets, root, kind):
+    clip = (root / "a.wav").read_bytes()
+    if kind == "webdataset":
+        for shard in range(2):
+            with tarfile.open(root / f"train-{shard}.tar", "w") as tar:
+                for n in range(10):
+                    fields = json.dumps({"question": f"Who{shard}{n}?", "answer": "a man"}).encode()
+                    for suffix, data in (("wav", clip), ("json", fields)):
+                        member = tarfile.TarInfo(f"s{shard}{n}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+        return
+    for shard in range(2):
+        audio = [{"bytes": clip + bytes([n]) * 2, "path": f"{n}.wav"} for n in range(10)]
+        columns = {"audio": audio, "question": [f"Who{shard}{n}?" for n in range(10)], "answer": ["a man"] * 10}
+        made = datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio())
+        made.save_to_disk(str(root / "set")) if kind == "saved" else made.to_parquet(str(root / f"train-{shard}.parquet"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "saved"])
+def test_a_stream_goes_on_behind_the_rows_it_has_given(root, monkeypatch, kind):
+    """The rows before the position are not taken from the data set again."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(streaming, "COMMIT_ROWS", 4)
+    folder = root / "in"
+    folder.mkdir()
+    (root / "a.wav").rename(folder / "a.wav")
+    sharded(datasets, folder, kind)
+    (folder / "a.wav").unlink()
+    source = folder / "set" if kind == "saved" else folder
+    count = 10 if kind == "saved" else 20
+    streaming.stream_into_manifest(source, root / "whole.jsonl")
+    expected = read_foreign(source, form="auto").examples
+    assert read_manifest(root / "whole.jsonl").examples == expected and len(expected) == count
+    assert all("Who" in example.question for example in expected)
+    stop = count - 4
+    with monkeypatch.context() as patch:
+        killed_at(patch, stop)
+        with pytest.raises(Killed):
+            streaming.stream_into_manifest(source, root / "m.jsonl")
+    given = []
+    rows_from = hf_datasets.DatasetRows.rows_from
+    monkeypatch.setattr(
+        hf_datasets.DatasetRows, "rows_from", lambda *a: (given.append(row[0]) or row for row in rows_from(*a))
+    )
+    streaming.stream_into_manifest(source, root / "m.jsonl")
+    assert given == list(range((stop - 1) // 4 * 4 + 1, count + 1))
+    assert (root / "m.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes()
