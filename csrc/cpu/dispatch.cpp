@@ -31,7 +31,8 @@ int best() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
       !__builtin_cpu_supports("avx512dq"))
     return 1;
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  // Every processor with BF16 has VNNI, but a hypervisor may hide one of them.
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
 #else
   return 0;
 #endif

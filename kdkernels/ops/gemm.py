@@ -175,7 +175,8 @@ def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_v
 def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more: Tensor) -> Tensor:
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
-    ``more``: further summands of the hidden states, like ``hidden`` of the weight's dtype; a GEMM each, into the same float32.
+    ``more``: what ``hidden`` leaves of the states, as summands of the weight's dtype; a GEMM each, into the same float32. The CPU's
+    own bf16 product takes such a remainder in bytes.
     An ``out`` of another low precision than the weight's is made from float32, MIXED_BLOCK ids at a time.
     """
     if out.dtype == weight.dtype and not more:
@@ -205,7 +206,7 @@ def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor)
     """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
     bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
     if bf16 and _native_gemm_takes(parts, weight, out):
-        native.bf16_gemm(parts, weight, out)
+        native.bf16_gemm(parts, weight, out, coarse=True)
         return
     parts = [p.float() for p in parts]
     widest = min(VOCAB_BLOCK, weight.shape[0])
