@@ -249,9 +249,15 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     out.copy_(total)
 
 
-def empty_weight_gradient(weight: Tensor) -> Tensor:
-    """(V, H) float32, not yet written. Where the native product adds to it, its memory has the order of (H, V)."""
+def empty_weight_gradient(weight: Tensor, *, at_once: bool = False) -> Tensor:
+    """(V, H) float32, not yet written. Where the native product adds to it, its memory has the order of (H, V).
+
+    ``at_once``: one product of tensors of the weight's dtype will make it. Where the native product is used it is then in that
+    dtype, and rounded once as well: fresh memory for a float32 sum costs as much time as the product of few tokens.
+    """
     native_order = _native_weight_gradient(weight)
+    if native_order and at_once:
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
     shape = weight.shape[::-1] if native_order else weight.shape
     total = torch.empty(shape, dtype=torch.float32, device=weight.device)
     return total.T if native_order else total
@@ -270,8 +276,12 @@ def _native_weight_gradient(x: Tensor) -> bool:
 
 
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, *, accumulate: bool) -> None:
-    """total (V, H) float32 += grad (C, V).T @ hidden (C, H); without ``accumulate`` = instead of +=, and total is not read"""
+    """total (V, H), as empty_weight_gradient gave it, += grad (C, V).T @ hidden (C, H); without ``accumulate`` = instead of +=, and total is not read"""
     beta = float(accumulate)  # 0: total is not read
+    if total.dtype == grad.dtype == hidden.dtype == torch.bfloat16:
+        assert not accumulate
+        torch.mm(grad.T, hidden, out=total)
+        return
     if grad.dtype == hidden.dtype == torch.float32:
         total.addmm_(grad.T, hidden, beta=beta)
         return

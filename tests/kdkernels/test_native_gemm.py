@@ -155,3 +155,16 @@ def test_narrowing_what_lies_transposed_has_torchs_bits(rows, columns, threads):
     assert found.shape == expected.shape and found.is_contiguous()
     same = found.view(torch.int16) == expected.view(torch.int16)
     assert bool((same | (found.isnan() & expected.isnan())).all())
+
+
+@needs_instructions
+def test_a_weight_gradient_of_one_chunk_is_rounded_once(monkeypatch):
+    monkeypatch.setattr(native, "has_amx", lambda: False)
+    logits, hidden = torch.randn(37, 70), bf16(37, 24, seed=1)
+    grad = gemm.gradient_view(logits, torch.bfloat16)
+    grad.copy_(bf16(37, 70, seed=2))
+    total = gemm.empty_weight_gradient(bf16(70, 24, seed=3), at_once=True)
+    gemm.add_weight_gradient(total, grad, hidden, accumulate=False)
+    assert total.dtype == torch.bfloat16 and gemm.finish_weight_gradient(total, torch.bfloat16) is total
+    exact = grad.double().T @ hidden.double()
+    assert (total.double() - exact).norm() < 2.0**-9 * exact.norm()
