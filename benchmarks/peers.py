@@ -1,6 +1,6 @@
 """All contenders at the shapes of real model pairs, and at a few other shapes. `python -m benchmarks.peers`
 
-A pair is a student and its teacher, with the vocabularies and hidden widths of their public configurations. Their heads are frozen.
+A pair is a student and its teacher, with the vocabularies and hidden widths of their public configurations, and frozen heads.
 The other shapes are those that are hard for this library: a head that trains beside a wide teacher, and few tokens.
 Each objective (KD + CE, KD alone, CE alone) is a comparison of its own, since a library is compared on the terms that it has.
 If a peer is not installed or needs a GPU, its row says so. If a pair does not fit into memory, its row says so too. All

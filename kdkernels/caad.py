@@ -175,6 +175,7 @@ def _loss_of_logits(
         terms.kd_coef,
         terms.ce_coef,
     )
+    stats: Tensor | None
     if options.inplace and want_grad and not torch.compiler.is_compiling() and _may_overwrite(student):
         terms.check()
         loss, stats = _schema.consume_rows(student, _three_dimensional, *tail, spec, want_stats, chosen)
@@ -299,10 +300,11 @@ def fused_linear_caad_loss(
             weights, such as float16 beside bfloat16, is made from float32 and rounded, which takes longer than float32 logits.
         round_contrast: for bfloat16 weights (on CUDA also float16) whose two teacher paths collapse. True: their contrast is
             rounded once to the weights' dtype. False: it is the sum of two such tensors, which takes two products with the
-            teacher's head. The rounding to bfloat16 adds an error of about 0.17% of size / (temperature sqrt(2 KL)) to the
-            gradient, with KL in nats. The size is sqrt(sum_j c_j^2 Var_p(w_j)) of the contrast c and the head's columns w_j,
-            about the standard deviation of z_hat over the ids. That is below 0.6% far from convergence, and often above 3% near
-            it. It has no effect on logits of the weights' dtype, where no logits are stored, and with impl="reference".
+            teacher's head. On CPUs with AVX-512 BF16 the second one is made of bytes and takes half the time. The rounding to
+            bfloat16 adds an error of about 0.17% of size / (temperature sqrt(2 KL)) to the gradient, with KL in nats. The size is
+            sqrt(sum_j c_j^2 Var_p(w_j)) of the contrast c and the head's columns w_j, about the standard deviation of z_hat over
+            the ids. That is below 0.6% far from convergence, and often above 3% near it. It has no effect on logits of the
+            weights' dtype, where no logits are stored, and with impl="reference".
         process_group: a ProcessGroup or a one-dimensional DeviceMesh makes the loss vocabulary-parallel. Weights and biases
             are then this rank's rows of the vocabulary, in rank order. Student and teacher shards start at the same ids; their
             sizes may differ (``kdkernels.parallel.vocabulary_rows`` cuts them). DTensors with placements (Shard(0),) need no

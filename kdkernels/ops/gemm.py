@@ -75,7 +75,8 @@ def contrast_format(
 ) -> tuple[torch.dtype, int]:
     """(dtype, number of summands) in which the contrast of two paths is multiplied with ``weight``.
 
-    Beside low-precision weights the sum of two low-precision tensors is exact enough (relative error 1e-5 with bf16). Two float16
+    Beside low-precision weights the sum of two low-precision tensors is exact enough (relative error 1e-5 with bf16, and
+    2e-5 where the second is multiplied in bytes). Two float16
     tensors save nothing on the CPU, and can overflow. A product that is stored in the weight's dtype takes one, and so does one
     whose caller wants the contrast ``rounded``.
     """
@@ -175,8 +176,8 @@ def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_v
 def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more: Tensor) -> Tensor:
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
-    ``more``: what ``hidden`` leaves of the states, as summands of the weight's dtype; a GEMM each, into the same float32. The CPU's
-    own bf16 product takes such a remainder in bytes.
+    ``more``: what ``hidden`` leaves of the states, as summands of the weight's dtype; a GEMM each, into the same float32. The
+    native product of the CPU takes such a remainder in bytes.
     An ``out`` of another low precision than the weight's is made from float32, MIXED_BLOCK ids at a time.
     """
     if out.dtype == weight.dtype and not more:
@@ -276,7 +277,10 @@ def _native_weight_gradient(x: Tensor) -> bool:
 
 
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, *, accumulate: bool) -> None:
-    """total (V, H), as empty_weight_gradient gave it, += grad (C, V).T @ hidden (C, H); without ``accumulate`` = instead of +=, and total is not read"""
+    """total (V, H), as empty_weight_gradient gave it, += grad (C, V).T @ hidden (C, H).
+
+    Without ``accumulate`` it is = instead of +=, and total is not read.
+    """
     beta = float(accumulate)  # 0: total is not read
     if total.dtype == grad.dtype == hidden.dtype == torch.bfloat16:
         assert not accumulate

@@ -159,7 +159,7 @@ def test_narrowing_what_lies_transposed_has_torchs_bits(rows, columns, threads):
 
 @needs_instructions
 def test_a_weight_gradient_of_one_chunk_is_rounded_once(monkeypatch):
-    monkeypatch.setattr(native, "has_amx", lambda: False)
+    monkeypatch.setattr(native, "multiplies_bf16", lambda: True)
     logits, hidden = torch.randn(37, 70), bf16(37, 24, seed=1)
     grad = gemm.gradient_view(logits, torch.bfloat16)
     grad.copy_(bf16(37, 70, seed=2))
