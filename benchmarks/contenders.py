@@ -49,11 +49,17 @@ def eager_loss(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The loss from logits (N, V), written in the usual way: torch's softmax, kl_div and cross_entropy in ``dtype``."""
-    tau, alpha, weight = objective.temperature, objective.alpha, objective.kd_weight
-    student = student.to(dtype)
+    z_hat = None
+    if objective.kd_weight > 0:
+        z_hat = (1 + objective.alpha) * audio.to(dtype) - objective.alpha * text.to(dtype)
+    return loss_from_contrast(student.to(dtype), z_hat, target, objective)
+
+
+def loss_from_contrast(student: Tensor, z_hat: Tensor | None, target: Tensor, objective: Objective = FULL) -> Tensor:
+    """The same from the teacher's contrast of logits, which a CE alone does not need."""
+    tau, weight = objective.temperature, objective.kd_weight
     loss = student.new_zeros(())
-    if weight > 0:
-        z_hat = (1 + alpha) * audio.to(dtype) - alpha * text.to(dtype)
+    if z_hat is not None:
         kd = F.kl_div(F.log_softmax(student / tau, -1), F.softmax(z_hat / tau, -1), reduction="batchmean")
         loss = loss + weight * tau**2 * kd
     if weight < 1:
@@ -87,7 +93,7 @@ def authors_loss(student: Tensor, audio: Tensor, text: Tensor, target: Tensor, o
 
 @dataclass
 class LinearCase:
-    """Hidden states (N, H), heads (V, H) and targets of one shape; the head is frozen, as in the paper.
+    """Hidden states (N, H), heads (V, H) and targets of one shape. The head is frozen, as in the paper, unless it ``trains``.
 
     Padding may give the heads different V. Then only the shared ids count.
     """
@@ -98,6 +104,7 @@ class LinearCase:
     text: Tensor
     teacher_weight: Tensor
     target: Tensor
+    trains: bool = False
 
     @classmethod
     def random(
@@ -152,8 +159,9 @@ class LinearCase:
 
     @property
     def flop(self) -> float:
-        """Operations with a frozen head: the student's logits, one teacher GEMM, and dh."""
-        return 2.0 * self.hidden.shape[0] * self.vocab * (2 * self.weight.shape[1] + self.teacher_weight.shape[1])
+        """Operations: the student's logits, one teacher GEMM, dh, and dW of a head that trains."""
+        products = 3 if self.trains else 2
+        return 2.0 * self.hidden.shape[0] * self.vocab * (products * self.weight.shape[1] + self.teacher_weight.shape[1])
 
     @property
     def least_bytes(self) -> float:
@@ -169,7 +177,7 @@ class LinearCase:
         return replace(self, weight=self.weight[: self.vocab], teacher_weight=self.teacher_weight[: self.vocab])
 
 
-Step = Callable[[LinearCase], Tensor]  # returns dL/dh
+Step = Callable[[LinearCase], Tensor]  # returns dL/dh (N, H), and below it dL/dW (V, H) if the head trains
 Key = TypeVar("Key")
 
 
@@ -177,10 +185,11 @@ def contrastive_hidden(c: LinearCase, dtype: torch.dtype, alpha: float = ALPHA) 
     return ((1 + alpha) * c.audio.float() - alpha * c.text.float()).to(dtype)
 
 
-def _gradient(loss: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    hidden = hidden.detach().requires_grad_()
-    loss(hidden).backward()
-    return hidden.grad
+def _gradient(loss: Callable[[Tensor, Tensor], Tensor], c: LinearCase) -> Tensor:
+    """``loss`` takes the student's states and head."""
+    leaves = [c.hidden.detach().requires_grad_(), c.weight.detach().requires_grad_(c.trains)]
+    loss(*leaves).backward()
+    return torch.cat([x.grad for x in leaves]) if c.trains else leaves[0].grad
 
 
 def naive_step(loss_function: Callable[..., Tensor] = eager_loss, objective: Objective = FULL) -> Step:
@@ -191,7 +200,7 @@ def naive_step(loss_function: Callable[..., Tensor] = eager_loss, objective: Obj
         audio = text = None
         if objective.kd_weight > 0:
             audio, text = c.audio @ c.teacher_weight.T, c.text @ c.teacher_weight.T
-        return _gradient(lambda h: loss_function(h @ c.weight.T, audio, text, c.target, objective), c.hidden)
+        return _gradient(lambda h, w: loss_function(h @ w.T, audio, text, c.target, objective), c)
 
     return step
 
@@ -201,11 +210,11 @@ def ours_step(logits_dtype: torch.dtype | None, objective: Objective = FULL, **o
 
     def step(c: LinearCase) -> Tensor:
         return _gradient(
-            lambda h: fused_linear_caad_loss(
-                h, c.weight, c.audio, c.text, c.teacher_weight, c.target, alpha=objective.alpha,
+            lambda h, w: fused_linear_caad_loss(
+                h, w, c.audio, c.text, c.teacher_weight, c.target, alpha=objective.alpha,
                 temperature=objective.temperature, kd_weight=objective.kd_weight, logits_dtype=logits_dtype, **options,
             ),
-            c.hidden,
+            c,
         )  # fmt: skip
 
     return step
@@ -230,7 +239,7 @@ def liger_step(chunk_size: int, compiled: bool = True, objective: Objective = FU
     def step(c: LinearCase) -> Tensor:
         c = c.trimmed()
         contrast = contrastive_hidden(c, c.audio.dtype, objective.alpha)
-        return _gradient(lambda h: loss(h, c.weight, contrast, c.teacher_weight, c.target), c.hidden)
+        return _gradient(lambda h, w: loss(h, w, contrast, c.teacher_weight, c.target), c)
 
     return step
 
@@ -254,7 +263,7 @@ def liger_fused_jsd_step(device_type: str, objective: Objective = KD) -> Step:
     def step(c: LinearCase) -> Tensor:
         c = c.trimmed()
         contrast = contrastive_hidden(c, c.audio.dtype, objective.alpha)
-        return _gradient(lambda h: square * loss(h, c.weight, contrast, c.teacher_weight, None), c.hidden)
+        return _gradient(lambda h, w: square * loss(h, w, contrast, c.teacher_weight, None), c)
 
     return step
 
@@ -272,13 +281,13 @@ def trl_step(objective: Objective = KD) -> Step:
         c = c.trimmed()
         contrast = contrastive_hidden(c, c.audio.dtype, objective.alpha)
 
-        def loss(h: Tensor) -> Tensor:
+        def loss(h: Tensor, w: Tensor) -> Tensor:
             divergence, _ = ChunkedDivergenceFunction.apply(
-                h, c.weight, None, contrast, c.teacher_weight, None, 0.0, tau, 1.0, None, 1.0, None
+                h, w, None, contrast, c.teacher_weight, None, 0.0, tau, 1.0, None, 1.0, None
             )
             return tau**2 * divergence.mean()
 
-        return _gradient(loss, c.hidden)
+        return _gradient(loss, c)
 
     return step
 
@@ -297,7 +306,7 @@ def fla_step(device_type: str, objective: Objective = KD) -> Step:
         c = c.trimmed()
         contrast = contrastive_hidden(c, c.audio.dtype, objective.alpha) / tau
         return _gradient(
-            lambda h: tau**2 * fused_kl_div_loss(h / tau, contrast, c.weight, c.teacher_weight), c.hidden
+            lambda h, w: tau**2 * fused_kl_div_loss(h / tau, contrast, w, c.teacher_weight), c
         )  # fmt: skip
 
     return step
@@ -314,13 +323,30 @@ def cce_step(device_type: str) -> Step:
 
     def step(c: LinearCase) -> Tensor:
         c = c.trimmed()
-        return _gradient(lambda h: linear_cross_entropy(h, c.weight, c.target, impl=impl), c.hidden)
+        return _gradient(lambda h, w: linear_cross_entropy(h, w, c.target, impl=impl), c)
 
     return step
 
 
 def compiled_step(objective: Objective = FULL) -> Step:
-    return naive_step(torch.compile(eager_loss), objective)
+    """The whole step in one graph, products and backward too, with one teacher GEMM on the combined state."""
+
+    def loss(h: Tensor, w: Tensor, audio: Tensor, text: Tensor, teacher_weight: Tensor, target: Tensor) -> Tensor:
+        z_hat = None
+        if objective.kd_weight > 0:
+            alpha = objective.alpha
+            contrast = ((1 + alpha) * audio.float() - alpha * text.float()).to(audio.dtype)
+            z_hat = (contrast @ teacher_weight.T).float()
+        return loss_from_contrast((h @ w.T).float(), z_hat, target, objective)
+
+    # Each shape gets a graph of its own, as in a training with batches of one size.
+    compiled = torch.compile(loss, dynamic=False)
+
+    def step(c: LinearCase) -> Tensor:
+        c = c.trimmed()
+        return _gradient(lambda h, w: compiled(h, w, c.audio, c.text, c.teacher_weight, c.target), c)
+
+    return step
 
 
 @dataclass(frozen=True)
@@ -350,6 +376,7 @@ def contenders(device_type: str, objectives: tuple[Objective, ...] = OBJECTIVES)
             for n in LIGER_CHUNKS[device_type]
         ),
         Contender("kdkernels bf16 logits", FULL, lambda: ours_step(bf16)),
+        Contender("kdkernels fp32 logits, rounded contrast", FULL, lambda: ours_step(None, round_contrast=True)),
         Contender("kdkernels (default: fp32 logits)", FULL, lambda: ours_step(None)),
         Contender("eager", KD, lambda: naive_step(objective=KD)),
         Contender("Liger chunked JSD, compiled, chunk 1024", KD, lambda: liger_step(1024, objective=KD), compiles=True),
@@ -392,13 +419,14 @@ def full_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def exact_gradient(c: LinearCase, objective: Objective = FULL) -> Tensor:
-    """dL/dh by the formula in float64 on the CPU."""
+    """What a Step returns, by the formula in float64 on the CPU."""
     c = c.trimmed()
     student = full_logits(c.hidden, c.weight).requires_grad_()
     audio, text = (full_logits(x, c.teacher_weight) for x in (c.audio, c.text))
     (d_logits,) = torch.autograd.grad(exact_loss(student, audio, text, c.target.cpu(), objective), student)
     blocks = zip(d_logits.split(VOCAB_BLOCK, dim=1), c.weight.split(VOCAB_BLOCK), strict=True)
-    return sum(d @ w.cpu().double() for d, w in blocks)
+    hidden_grad = sum(d @ w.cpu().double() for d, w in blocks)
+    return torch.cat([hidden_grad, d_logits.T @ c.hidden.cpu().double()]) if c.trains else hidden_grad
 
 
 def mean_kl(c: LinearCase, objective: Objective = KD) -> float:
@@ -414,7 +442,10 @@ def mean_kl(c: LinearCase, objective: Objective = KD) -> float:
 def gradient_errors(
     steps: dict[Key, tuple[Objective, Step]], case: LinearCase, check_tokens: int = 64
 ) -> dict[Key, float]:
-    """Relative error against float64 of each step's gradient, for the first tokens, under the step's own key."""
+    """Relative error against float64 of each step's gradient, for the first tokens, under the step's own key.
+
+    With a head that trains: the larger of the errors of dh and, of these tokens alone, of dW.
+    """
     from .common import relative_error
 
     n = case.hidden.shape[0]
@@ -424,7 +455,10 @@ def gradient_errors(
     # The mean over fewer tokens is another loss. The gradient of these tokens differs by this factor alone.
     scale = n / check_tokens
     return {
-        name: relative_error(step(case)[:check_tokens].cpu() * scale, exact[objective])
+        name: max(
+            relative_error(step(case)[:check_tokens].cpu() * scale, exact[objective][:check_tokens]),
+            relative_error(step(few)[check_tokens:], exact[objective][check_tokens:]) if case.trains else 0.0,
+        )
         for name, (objective, step) in steps.items()
     }
 
@@ -443,12 +477,13 @@ def refuse_wrong_gradients(errors: dict[str, float], dtype: torch.dtype) -> None
 
 
 def bare_gemms(c: LinearCase, chunk: int, objective: Objective = FULL) -> Callable[[], None]:
-    """The floor: the GEMMs of a frozen head, in chunks into reused scratch, and nothing else: three, without a KD term two."""
+    """The floor: the GEMMs in chunks into reused scratch, and nothing else: three, without a KD term two, and dW of a head that
+    trains."""
     c = c.trimmed()
     n, vocab = c.hidden.shape[0], c.weight.shape[0]
     chunk = min(chunk, n)
     student, teacher = (torch.empty(chunk, vocab, dtype=c.weight.dtype, device=c.weight.device) for _ in range(2))
-    out = torch.empty_like(c.hidden)
+    out, weight_grad = torch.empty_like(c.hidden), torch.zeros_like(c.weight) if c.trains else None
 
     def run() -> None:
         for start in range(0, n, chunk):
@@ -458,5 +493,7 @@ def bare_gemms(c: LinearCase, chunk: int, objective: Objective = FULL) -> Callab
             if objective.kd_weight > 0:
                 torch.mm(c.audio[rows], c.teacher_weight.T, out=teacher[:size])
             torch.mm(student[:size], c.weight, out=out[rows])
+            if weight_grad is not None:
+                torch.addmm(weight_grad, student[:size].T, c.hidden[rows], out=weight_grad)
 
     return run

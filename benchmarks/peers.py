@@ -1,6 +1,7 @@
-"""All contenders at the shapes of real model pairs. `python -m benchmarks.peers`
+"""All contenders at the shapes of real model pairs, and at a few other shapes. `python -m benchmarks.peers`
 
-A pair is a student and its teacher, with the vocabularies and hidden widths of their public configurations. Heads are frozen.
+A pair is a student and its teacher, with the vocabularies and hidden widths of their public configurations, and frozen heads.
+The other shapes are those that are hard for this library: a head that trains beside a wide teacher, and few tokens.
 Each objective (KD + CE, KD alone, CE alone) is a comparison of its own, since a library is compared on the terms that it has.
 If a peer is not installed or needs a GPU, its row says so. If a pair does not fit into memory, its row says so too. All
 gradients are checked before anything is timed.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,6 +44,8 @@ class Pair:
     width: int
     teacher_vocab: int
     teacher_width: int
+    tokens: int | None = None  # None: that of the command
+    trains: bool = False  # the student's head
 
     def head_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of both heads, and the student's twice more, because Liger accumulates its gradient even if it does not train."""
@@ -55,6 +58,9 @@ PAIRS = {
     # The heads are padded differently: they share 151,936 ids.
     "qwen": Pair("Qwen2.5-Omni-7B", "Qwen3-8B", 152064, 3584, 151936, 4096),
     "gemma": Pair("Gemma-3-1B", "Gemma-3-4B", 262144, 1152, 262208, 2560),
+    "training_head": Pair("a head that trains", "a wide teacher", 32000, 512, 32000, 2048, tokens=2048, trains=True),
+    "tokens_64": Pair("64 tokens", "an equal teacher", 32000, 512, 32000, 512, tokens=64),
+    "tokens_8": Pair("8 tokens", "an equal teacher", 32000, 512, 32000, 512, tokens=8),
 }
 TOKENS = {"cpu": 256, "cuda": 8192}
 
@@ -64,35 +70,37 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--pairs", nargs="+", action=Collect, choices=list(PAIRS), default=list(PAIRS), help="only these model pairs"
     )
-    parser.add_argument("--tokens", type=int, help="N; 256 on the CPU, 8192 on CUDA")
+    parser.add_argument("--tokens", type=int, help="N; 256 on the CPU, 8192 on CUDA, but of some shapes their own")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of states and heads")
     parser.add_argument("--objectives", nargs="+", action=Collect, choices=[x.name for x in OBJECTIVES], help="only these")
     parser.add_argument("--shrink", type=int, default=1, help="divide vocabularies and widths by this (to try it out)")
     parser.add_argument("--limit-seconds", type=float, default=10, help="longest time for one objective of one pair")
     parser.add_argument("--no-compile", action="store_true", help="leave out the contenders that torch.compile makes")
     args = parser.parse_args(argv)
-    tokens = args.tokens or TOKENS[torch.device(args.device).type]
+    usual = TOKENS[torch.device(args.device).type]
     rows = []
     for name in args.pairs:
-        rows += measure(args, shrunk(PAIRS[name], args.shrink), tokens)
+        torch.compiler.reset()  # after some shapes the compiler would leave the next ones to eager PyTorch
+        pair = shrunk(PAIRS[name], args.shrink)
+        rows += measure(args, pair, args.tokens or pair.tokens or usual)
         gc.collect()
     measured = {row["pair"] for row in rows}
     finish(
-        args, "peers", f"N {tokens}", rows,
+        args, "peers", "model pairs and other shapes", rows,
         keep=lambda row: row["pair"] not in measured or row.get("dtype", "bfloat16") != args.dtype,
     )  # fmt: skip
 
 
 def shrunk(pair: Pair, by: int) -> Pair:
-    sizes = (pair.vocab, pair.width, pair.teacher_vocab, pair.teacher_width)
-    return Pair(pair.student, pair.teacher, *(max(8, x // by) for x in sizes))
+    sizes = ("vocab", "width", "teacher_vocab", "teacher_width")
+    return replace(pair, **{name: max(8, getattr(pair, name) // by) for name in sizes})
 
 
 def measure(args: argparse.Namespace, pair: Pair, tokens: int) -> list[dict]:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     sizes = {"pair": f"{pair.student} from {pair.teacher}", "dtype": args.dtype, "tokens": tokens}
     sizes |= {"vocab": min(pair.vocab, pair.teacher_vocab)}
-    sizes |= {"student_width": pair.width, "teacher_width": pair.teacher_width}
+    sizes |= {"student_width": pair.width, "teacher_width": pair.teacher_width, "head": "trains" if pair.trains else "frozen"}
     needed = pair.head_bytes(dtype) + naive_bytes(tokens, sizes["vocab"])
     if needed > available_bytes(device):
         note = f"skipped: needs {needed / 2**30:.1f} GiB, {available_bytes(device) / 2**30:.1f} available"
@@ -100,6 +108,7 @@ def measure(args: argparse.Namespace, pair: Pair, tokens: int) -> list[dict]:
     case = LinearCase.random(
         tokens, pair.vocab, pair.width, pair.teacher_width, dtype, device, teacher_vocab=pair.teacher_vocab
     )
+    case.trains = pair.trains
     chosen = [x for x in OBJECTIVES if args.objectives is None or x.name in args.objectives]
     return [{**sizes, **row} for objective in chosen for row in compare(args, case, objective)]
 

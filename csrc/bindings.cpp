@@ -53,10 +53,19 @@ PYBIND11_MODULE(_native, m) {
   py::class_<RowProblem>(m, "RowProblem")
       .def(py::init<>()) FIELD(outer) FIELD(inner) FIELD(vocab) FIELD(student_width) FIELD(student) FIELD(audio) FIELD(text)
           FIELD(grad) FIELD(target) FIELD(alpha) FIELD(alpha_stride) FIELD(kd_coef) FIELD(ce_coef) FIELD(kd) FIELD(ce)
-              FIELD(stats) FIELD(temperature) FIELD(divergence) FIELD(jsd_beta) FIELD(log_plausibility) FIELD(has_plausibility)
+              FIELD(loss) FIELD(stats) FIELD(temperature) FIELD(divergence) FIELD(jsd_beta) FIELD(log_plausibility) FIELD(has_plausibility)
                   FIELD(ignore_index) FIELD(with_kd) FIELD(with_ce) FIELD(student_scale) FIELD(teacher_scale)
                       FIELD(student_softcap) FIELD(teacher_softcap) FIELD(threads);
 #undef FIELD
+
+  m.def(
+      "token_factors",
+      [](std::int64_t rows, std::uintptr_t target, std::int64_t vocab, std::int64_t ignore_index, float kd_share, float ce_share,
+         float kd_norm, float ce_norm, std::uintptr_t kd_coef, std::uintptr_t ce_coef) {
+        return token_factors({rows, vocab, ignore_index, target, kd_share, ce_share, kd_norm, ce_norm, kd_coef, ce_coef});
+      },
+      py::arg("rows"), py::arg("target"), py::arg("vocab"), py::arg("ignore_index"), py::arg("kd_share"), py::arg("ce_share"),
+      py::arg("kd_norm"), py::arg("ce_norm"), py::arg("kd_coef"), py::arg("ce_coef"));
 
 #define FIELD(name) .def_readwrite(#name, &LayerProblem::name)
   py::class_<LayerProblem>(m, "LayerProblem")
@@ -103,7 +112,11 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("k", &Bf16Gemm::k)
       .def_readwrite("accumulate", &Bf16Gemm::accumulate)
       .def_readwrite("w_by_rows", &Bf16Gemm::w_by_rows)
+      .def_readwrite("rest", &Bf16Gemm::rest)
+      .def_readwrite("rest_scale", &Bf16Gemm::rest_scale)
+      .def_readwrite("rest_start", &Bf16Gemm::rest_start)
       .def_readwrite("threads", &Bf16Gemm::threads);
+  m.attr("REST_GROUP") = REST_GROUP;
   m.def("gemm_bf16", &gemm_bf16, py::arg("problem"), py::call_guard<py::gil_scoped_release>());
 
 #define FIELD(name) .def_readwrite(#name, &TransposeToBf16::name)

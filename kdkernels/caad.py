@@ -18,7 +18,7 @@ from .loss_terms import LossTerms, accumulation_dtype, as_autocast
 from .ops import reference as _reference
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
-from .ops.rows import LinearTensors
+from .ops.rows import LinearTensors, RowProblem
 
 
 class CAADStats(NamedTuple):
@@ -167,7 +167,6 @@ def _loss_of_logits(
         return _for_caller(terms, *terms.weigh_reference(rows), want_stats)
     _schema.refuse_forward_mode(student)
     want_grad = student.requires_grad and torch.is_grad_enabled()
-    given, student = student, _three_dimensional(student)
     tail = (
         _three_dimensional(audio),
         None if text is None else _three_dimensional(text),
@@ -176,11 +175,17 @@ def _loss_of_logits(
         terms.kd_coef,
         terms.ce_coef,
     )
-    if options.inplace and want_grad and not torch.compiler.is_compiling() and _may_overwrite(given, student):
-        loss, stats = _schema.consume_rows(given, _three_dimensional, *tail, spec, want_stats, chosen)
+    stats: Tensor | None
+    if options.inplace and want_grad and not torch.compiler.is_compiling() and _may_overwrite(student):
+        terms.check()
+        loss, stats = _schema.consume_rows(student, _three_dimensional, *tail, spec, want_stats, chosen)
+    elif _schema.runs_directly(student, audio, text):
+        terms.check()
+        problem = RowProblem(_three_dimensional(student.detach()), *tail, spec, None, want_stats)
+        loss, stats = _schema.direct_rows(student, problem, chosen, reduced=terms.reduced)
     else:
         loss, _, stats, _ = _schema.differentiable(
-            _schema.caad_rows, student, *tail, *spec.packed(), want_grad, want_stats, chosen
+            _schema.caad_rows, _three_dimensional(student), *tail, *spec.packed(), want_grad, want_stats, chosen
         )
     return _for_caller(terms, loss, stats, want_stats)
 
@@ -211,11 +216,11 @@ def _check_logits(student: Tensor, audio: Tensor, text: Tensor | None) -> None:
 
 
 def _for_caller(
-    terms: LossTerms, loss: Tensor, stats: Tensor, return_stats: bool
+    terms: LossTerms, loss: Tensor, stats: Tensor | None, return_stats: bool
 ) -> Tensor | tuple[Tensor, CAADStats]:
     """From per-token (N,) or reduced losses and statistics (6, N) to what the caller gets."""
     loss = terms.shaped(loss)
-    if not return_stats:
+    if not return_stats or stats is None:
         return loss
     return loss, CAADStats(*(row.reshape(terms.leading) for row in stats.detach().unbind(0)))
 
@@ -295,10 +300,11 @@ def fused_linear_caad_loss(
             weights, such as float16 beside bfloat16, is made from float32 and rounded, which takes longer than float32 logits.
         round_contrast: for bfloat16 weights (on CUDA also float16) whose two teacher paths collapse. True: their contrast is
             rounded once to the weights' dtype. False: it is the sum of two such tensors, which takes two products with the
-            teacher's head. The rounding to bfloat16 adds an error of about 0.17% of size / (temperature sqrt(2 KL)) to the
-            gradient, with KL in nats. The size is sqrt(sum_j c_j^2 Var_p(w_j)) of the contrast c and the head's columns w_j,
-            about the standard deviation of z_hat over the ids. That is below 0.6% far from convergence, and often above 3% near
-            it. It has no effect on logits of the weights' dtype, where no logits are stored, and with impl="reference".
+            teacher's head. On CPUs with AVX-512 BF16 the second one is made of bytes and takes half the time. The rounding to
+            bfloat16 adds an error of about 0.17% of size / (temperature sqrt(2 KL)) to the gradient, with KL in nats. The size is
+            sqrt(sum_j c_j^2 Var_p(w_j)) of the contrast c and the head's columns w_j, about the standard deviation of z_hat over
+            the ids. That is below 0.6% far from convergence, and often above 3% near it. It has no effect on logits of the
+            weights' dtype, where no logits are stored, and with impl="reference".
         process_group: a ProcessGroup or a one-dimensional DeviceMesh makes the loss vocabulary-parallel. Weights and biases
             are then this rank's rows of the vocabulary, in rank order. Student and teacher shards start at the same ids; their
             sizes may differ (``kdkernels.parallel.vocabulary_rows`` cuts them). DTensors with placements (Shard(0),) need no
@@ -481,8 +487,8 @@ def _three_dimensional(logits: Tensor) -> Tensor:
     return logits.reshape(-1, *logits.shape[-2:])
 
 
-def _may_overwrite(given: Tensor, rows: Tensor) -> bool:
-    """``rows``: the given logits as (B, T, V)."""
+def _may_overwrite(given: Tensor) -> bool:
+    rows = _three_dimensional(given)
     same_memory = rows.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
     return same_memory and _rows_are_apart(rows) and _schema.can_be_consumed(given)
 

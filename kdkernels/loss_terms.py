@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .checks import check_shape, check_tensor
 from .loss_options import LossOptions, check_not_negative
+from .ops import native
 from .ops.dispatch import checks_enabled
 from .ops.rows import RowResult, RowSpec, filled, scalar
-from .ops.schema import all_stats, check_values, weighted
+from .ops.schema import all_stats, check_values, runs_directly, weighted
 
 _NO_TARGET = -100  # the ignored id where a mask alone says which positions count
 
@@ -31,6 +32,7 @@ class LossTerms(NamedTuple):
     ce_coef: Tensor
     leading: torch.Size
     reduction: str
+    checked: bool  # whether the ids of `target` and `alpha` have been looked at
 
     @classmethod
     def build(
@@ -62,9 +64,17 @@ class LossTerms(NamedTuple):
                 target = torch.zeros(mask.shape, dtype=torch.int64, device=device)
             target = torch.where(mask, target, spec.ignore_index)
         alpha = alpha_tensor("alpha", options.alpha, leading, device, dtype)
-        valid = None if target is None else target != spec.ignore_index
-        kd_coef, ce_coef = _coefficients(options, valid, has_target, leading, device, dtype)
-        return cls(spec, target, alpha, kd_coef, ce_coef, leading, options.reduction)
+        coefs = _native_coefficients(options, target, spec, math.prod(leading), has_target, device, dtype)
+        checked = coefs is not None and not isinstance(options.alpha, Tensor)
+        if coefs is None:
+            valid = None if target is None else target != spec.ignore_index
+            coefs = _coefficients(options, valid, has_target, leading, device, dtype)
+        return cls(spec, target, alpha, *coefs, leading, options.reduction, checked)
+
+    def check(self) -> None:
+        """ValueError for values of target and alpha that are out of range, where looking at them costs no device sync."""
+        if not self.checked:
+            check_values(self.target, self.alpha, self.spec.vocab, self.spec.ignore_index)
 
     @property
     def counts(self) -> tuple[Tensor, Tensor]:
@@ -84,7 +94,7 @@ class LossTerms(NamedTuple):
     def weigh_reference(self, result: RowResult) -> tuple[Tensor, Tensor]:
         """(loss per token, statistics where there are any), values checked."""
         if not torch.compiler.is_compiling():
-            check_values(self.target, self.alpha, self.spec.vocab, self.spec.ignore_index)
+            self.check()
         loss = weighted(result.kd, result.ce, self.kd_coef, self.ce_coef)
         return loss, loss if result.stats is None else all_stats(result)
 
@@ -139,6 +149,32 @@ def alpha_tensor(
     if alpha.dim() and alpha.shape != leading:
         raise ValueError(f"{name}: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
     return alpha.detach().to(device=device, dtype=dtype).reshape(-1)
+
+
+def _native_coefficients(
+    options: LossOptions,
+    target: Tensor | None,
+    spec: RowSpec,
+    rows: int,
+    has_target: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor] | None:
+    """What :func:`_coefficients` returns, in one call of the native library that also looks at the ids. None: it does not apply.
+
+    For few tokens the operations of torch that it saves take as long as the row kernel. It does not apply where tokens have
+    weights, a norm is a tensor, an id is out of range, or the tensors are not on the CPU.
+    """
+    if device.type != "cpu" or dtype != torch.float32 or spec.vocab < 1 or not runs_directly(target) or not native.available():
+        return None
+    kd_norm, ce_norm = options.kd_normalizer, options.ce_normalizer
+    given = (options.kd_token_weight, options.ce_token_weight, kd_norm, ce_norm)
+    if any(isinstance(x, Tensor) for x in given):
+        return None
+    usual = None if options.reduction == "mean" else 1.0
+    norms = tuple(usual if x is None else float(x) for x in (kd_norm, ce_norm))
+    share = float(options.kd_share(has_target=has_target))
+    return native.token_factors(target, rows, spec.vocab, spec.ignore_index, (share, 1.0 - share), *norms)
 
 
 def _coefficients(

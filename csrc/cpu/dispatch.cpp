@@ -31,7 +31,8 @@ int best() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
       !__builtin_cpu_supports("avx512dq"))
     return 1;
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  // Every processor with BF16 has VNNI, but a hypervisor may hide one of them.
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
 #else
   return 0;
 #endif
@@ -47,6 +48,32 @@ const Isa& find(const char* isa) {
 }  // namespace
 
 const char* best_isa() { return ISAS[best()].name; }
+
+std::int64_t token_factors(const TokenFactors& p) {
+  const auto* target = reinterpret_cast<const std::int64_t*>(p.target);
+  std::int64_t count = p.rows, bad = 0;
+  if (target) {
+    count = 0;
+    for (std::int64_t i = 0; i < p.rows; ++i) {
+      const bool counts = target[i] != p.ignore_index;
+      count += counts;
+      bad += counts && (target[i] < 0 || target[i] >= p.vocab);
+    }
+  }
+  auto factor = [&](float share, float norm) {
+    norm = norm < 0.f ? float(count) : norm;
+    return norm > 0.f ? share * (1.f / norm) : 0.f;
+  };
+  const float kd = factor(p.kd_share, p.kd_norm), ce = factor(p.ce_share, p.ce_norm);
+  auto* kd_coef = reinterpret_cast<float*>(p.kd_coef);
+  auto* ce_coef = reinterpret_cast<float*>(p.ce_coef);
+  for (std::int64_t i = 0; i < p.rows; ++i) {
+    const bool counts = !target || target[i] != p.ignore_index;
+    kd_coef[i] = counts ? kd : 0.f;
+    ce_coef[i] = counts ? ce : 0.f;
+  }
+  return bad;
+}
 
 void caad_rows(const RowProblem& problem, const char* isa) { find(isa).rows(problem); }
 void layer_rows(const LayerProblem& problem, const char* isa) { find(isa).layers(problem); }

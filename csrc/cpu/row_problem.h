@@ -28,6 +28,7 @@ struct RowProblem {
   std::int64_t alpha_stride = 0;
   std::uintptr_t kd_coef = 0, ce_coef = 0;  // float32 (N,)
   std::uintptr_t kd = 0, ce = 0;            // float32 (N,), written
+  std::uintptr_t loss = 0;                  // float32 (N,), written: kd_coef kd + ce_coef ce; or 0
   std::uintptr_t stats = 0;                 // float32 (4, N), written, or 0
 
   float temperature = 1.f;
@@ -42,6 +43,20 @@ struct RowProblem {
 
   int threads = 1;
 };
+
+// The factors of the tokens' terms in a loss where no token has a weight. kdkernels/ops/native.py says what each field means.
+struct TokenFactors {
+  std::int64_t rows = 0;
+  std::int64_t vocab = 0;        // an id outside [0, vocab) is bad
+  std::int64_t ignore_index = -100;
+  std::uintptr_t target = 0;     // int64 (N,), or 0: every token counts
+  float kd_share = 1.f, ce_share = 0.f;
+  float kd_norm = 1.f, ce_norm = 1.f;           // below 0: the number of tokens that count
+  std::uintptr_t kd_coef = 0, ce_coef = 0;      // float32 (N,), written: share / norm, and 0 for a token that does not count
+};
+
+// Returns the number of bad ids.
+std::int64_t token_factors(const TokenFactors& problem);
 
 // Squared errors of rows (N, width). kdkernels/ops/layer_rows.py says what each field means.
 struct LayerProblem {

@@ -563,6 +563,14 @@ class Worker : PairRow {
   void write(std::int64_t r, float kd, float ce) {
     reinterpret_cast<float*>(P.kd)[r] = kd;
     reinterpret_cast<float*>(P.ce)[r] = ce;
+    if (!P.loss) return;
+    auto term = [r](std::uintptr_t coefs, float value) {
+      const float coef = reinterpret_cast<const float*>(coefs)[r];
+      return coef == 0.f ? 0.f : coef * value;  // a factor of 0 silences a term even where that is infinite
+    };
+    // Each product is rounded, as in every other implementation: no fused multiply-add.
+    const volatile float of_kd = term(P.kd_coef, kd), of_ce = term(P.ce_coef, ce);
+    reinterpret_cast<float*>(P.loss)[r] = of_kd + of_ce;
   }
 
   // Second pass of the Jensen-Shannon divergence: m = b p + (1 - b) q; ez_ becomes log(q / m).

@@ -75,7 +75,8 @@ def contrast_format(
 ) -> tuple[torch.dtype, int]:
     """(dtype, number of summands) in which the contrast of two paths is multiplied with ``weight``.
 
-    Beside low-precision weights the sum of two low-precision tensors is exact enough (relative error 1e-5 with bf16). Two float16
+    Beside low-precision weights the sum of two low-precision tensors is exact enough (relative error 1e-5 with bf16, and
+    2e-5 where the second is multiplied in bytes). Two float16
     tensors save nothing on the CPU, and can overflow. A product that is stored in the weight's dtype takes one, and so does one
     whose caller wants the contrast ``rounded``.
     """
@@ -175,7 +176,8 @@ def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_v
 def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more: Tensor) -> Tensor:
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
-    ``more``: further summands of the hidden states, like ``hidden`` of the weight's dtype; a GEMM each, into the same float32.
+    ``more``: what ``hidden`` leaves of the states, as summands of the weight's dtype; a GEMM each, into the same float32. The
+    native product of the CPU takes such a remainder in bytes.
     An ``out`` of another low precision than the weight's is made from float32, MIXED_BLOCK ids at a time.
     """
     if out.dtype == weight.dtype and not more:
@@ -205,7 +207,7 @@ def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor)
     """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
     bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
     if bf16 and _native_gemm_takes(parts, weight, out):
-        native.bf16_gemm(parts, weight, out)
+        native.bf16_gemm(parts, weight, out, coarse=True)
         return
     parts = [p.float() for p in parts]
     widest = min(VOCAB_BLOCK, weight.shape[0])
@@ -248,9 +250,15 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     out.copy_(total)
 
 
-def empty_weight_gradient(weight: Tensor) -> Tensor:
-    """(V, H) float32, not yet written. Where the native product adds to it, its memory has the order of (H, V)."""
+def empty_weight_gradient(weight: Tensor, *, at_once: bool = False) -> Tensor:
+    """(V, H) float32, not yet written. Where the native product adds to it, its memory has the order of (H, V).
+
+    ``at_once``: one product of tensors of the weight's dtype will make it. Where the native product is used it is then in that
+    dtype, and rounded once as well: fresh memory for a float32 sum costs as much time as the product of few tokens.
+    """
     native_order = _native_weight_gradient(weight)
+    if native_order and at_once:
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
     shape = weight.shape[::-1] if native_order else weight.shape
     total = torch.empty(shape, dtype=torch.float32, device=weight.device)
     return total.T if native_order else total
@@ -269,8 +277,15 @@ def _native_weight_gradient(x: Tensor) -> bool:
 
 
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, *, accumulate: bool) -> None:
-    """total (V, H) float32 += grad (C, V).T @ hidden (C, H); without ``accumulate`` = instead of +=, and total is not read"""
+    """total (V, H), as empty_weight_gradient gave it, += grad (C, V).T @ hidden (C, H).
+
+    Without ``accumulate`` it is = instead of +=, and total is not read.
+    """
     beta = float(accumulate)  # 0: total is not read
+    if total.dtype == grad.dtype == hidden.dtype == torch.bfloat16:
+        assert not accumulate
+        torch.mm(grad.T, hidden, out=total)
+        return
     if grad.dtype == hidden.dtype == torch.float32:
         total.addmm_(grad.T, hidden, beta=beta)
         return

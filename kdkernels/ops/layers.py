@@ -95,14 +95,15 @@ def layer_chunks(
     if projection is None:
         loss = rows(student, audio, text, valid, alpha, coef, normalize=normalize, grad_u=dh)
     else:
-        dp = empty_weight_gradient(projection) if projection_grad else None
-        if dp is not None and n == 0:
-            dp.zero_()
         width = projection.shape[0]
         fixed = max(1, _CPU_SCRATCH_BYTES // (4 * width)) if device.type == "cpu" else None
         plan = plan_chunks(
             n_tokens=n, bytes_per_token=4 * width, student_width=student.shape[1], device=device, chunk_tokens=fixed
         )
+        at_once = plan.chunks == 1 and student.dtype == projection.dtype
+        dp = empty_weight_gradient(projection, at_once=at_once) if projection_grad else None
+        if dp is not None and n == 0:
+            dp.zero_()
         shape = (min(plan.chunk_tokens, max(n, 1)), width)
         memory = take_scratch(4 * math.prod(shape), device)
         scratch = memory[: 4 * math.prod(shape)].view(torch.float32).view(shape)

@@ -257,7 +257,8 @@ def student_chunks(
     scratch = memory[float32_bytes : float32_bytes + logits_bytes].view(logits_dtype).view(sets, buffers, *shape)
 
     rows = RowResult.empty(n, n_stats, device)
-    gradients = _Gradients.empty(student_hidden, student_weight, student_bias, hidden_grad, weight_grad, bias_grad)
+    at_once = plan.chunks == 1 and gain is None and student_hidden.dtype == student_weight.dtype
+    gradients = _Gradients.empty(student_hidden, student_weight, student_bias, hidden_grad, weight_grad, bias_grad, at_once)
     if gradients.weight is not None:
         gradients.weight[vocab if n else 0 :].zero_()  # what no product writes
     w_s, b_s = student_weight[:vocab], None if student_bias is None else student_bias[:vocab]
@@ -296,17 +297,25 @@ class _Gradients:
     """Gradients of the student's hidden states (C by C) and head (accumulated in float32); None: not wanted."""
 
     hidden: Tensor | None  # (N, H_s)
-    weight: Tensor | None  # (V_s, H_s) float32
+    weight: Tensor | None  # (V_s, H_s), see empty_weight_gradient
     bias: Tensor | None  # (V_s,) float32
     dtypes: tuple[torch.dtype, torch.dtype]  # of weight and bias
 
     @classmethod
     def empty(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden_grad: bool,
+        weight_grad: bool,
+        bias_grad: bool,
+        at_once: bool,
     ) -> _Gradients:
+        """``at_once``: all tokens are in one chunk, and the states have the weight's dtype."""
         return cls(
             torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else None,
-            empty_weight_gradient(weight) if weight_grad else None,
+            empty_weight_gradient(weight, at_once=at_once) if weight_grad else None,
             torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device) if bias_grad else None,
             (weight.dtype, weight.dtype if bias is None else bias.dtype),
         )

@@ -140,6 +140,7 @@ class RowResult:
     kd: torch.Tensor
     ce: torch.Tensor
     stats: torch.Tensor | None
+    loss: torch.Tensor | None = None  # (N,) float32: kd_coef kd + ce_coef ce, from a kernel that forms it
 
     @classmethod
     def empty(cls, rows: int, n_stats: int, device: torch.device) -> RowResult:

@@ -129,6 +129,8 @@ def refuse_forward_mode(*student: Tensor | None) -> None:
 def _is_one(grad_output: Tensor) -> bool:
     """Whether scaling can be skipped. Asked only on the CPU and not while tracing: elsewhere it would wait for the device."""
     plain = type(grad_output) is Tensor and grad_output.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and grad_output.numel() == 1:
+        return float(grad_output) == 1
     return plain and bool((grad_output == 1).all())
 
 
@@ -192,9 +194,9 @@ def caad_rows(
     """(loss per token (N,), its gradient times half_gain (B, T, V_s), statistics (6, N), half_gain); each but the first may be
     empty."""
     spec = RowSpec.unpacked(whole, numbers, divergence)
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else None
-    problem = RowProblem(student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats)
-    loss, stats, gain = solve_rows(problem, impl)
+    check_values(target, alpha, spec.vocab, spec.ignore_index)
+    problem = RowProblem(student, audio, text, target, alpha, kd_coef, ce_coef, spec, None, want_stats)
+    loss, grad, stats, gain = solve_new_rows(problem, want_grad, impl)
     return (
         loss,
         student.new_empty(0) if grad is None else grad,
@@ -203,10 +205,22 @@ def caad_rows(
     )
 
 
+def solve_new_rows(
+    problem: RowProblem, want_grad: bool, impl: str
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(loss per token, gradient in new memory or None, statistics or None, half_gain), see :func:`solve_rows`."""
+    student = problem.student
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else None
+    loss, stats, gain = solve_rows(problem._replace(grad=grad), impl)
+    return loss, grad, stats, gain
+
+
 def solve_rows(problem: RowProblem, impl: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(loss per token, statistics or None, half_gain, by which the gradient in ``problem.grad`` is too large)"""
+    """(loss per token, statistics or None, half_gain, by which the gradient in ``problem.grad`` is too large)
+
+    Somebody has called check_values before.
+    """
     student, audio, text, target, alpha, kd_coef, ce_coef, spec, grad, want_stats = problem
-    check_values(target, alpha, spec.vocab, spec.ignore_index)
     gain = None if grad is None else half_gain(kd_coef, ce_coef, grad.dtype)
     result = row_launcher(impl)(
         _as_rows(student),
@@ -220,7 +234,9 @@ def solve_rows(problem: RowProblem, impl: str) -> tuple[Tensor, Tensor | None, T
         grad=grad,
         want_stats=want_stats,
     )
-    return weighted(result.kd, result.ce, kd_coef, ce_coef), all_stats(result) if want_stats else None, gain
+    loss = result.loss if gain is None else None
+    loss = weighted(result.kd, result.ce, kd_coef, ce_coef) if loss is None else loss
+    return loss, all_stats(result) if want_stats else None, gain
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -265,14 +281,42 @@ caad_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 _FORMULAS: dict[Any, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]] = {caad_rows: (_rows_setup, _rows_backward)}
 
 
+def runs_directly(*inputs: Any) -> bool:
+    """Whether a call may leave out torch's dispatcher, whose way to a custom operator takes longer than the loss of few tokens.
+
+    Not where anybody has to see the operator: the compiler, a tracer, a transform of torch.func, a dispatch mode (fake tensors,
+    a counter of operations), a profiler, or a subclass of Tensor.
+    """
+    private: Any = torch._C
+    if torch.compiler.is_compiling() or private._len_torch_dispatch_stack() or private._are_functorch_transforms_active():
+        return False
+    if torch.jit.is_tracing() or private._autograd._profiler_enabled():
+        return False
+    for x in inputs:
+        if isinstance(x, list) and not runs_directly(*x):
+            return False
+        if isinstance(x, Tensor) and type(x) not in _PLAIN:
+            return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def differentiable(operator: Any, *inputs: Any) -> Any:
     """``operator(*inputs)``. An eager call with a gradient does not use the autograd of torch's custom operators.
 
     That fills in default arguments in each call, and its time grows with the square of their number (caad_rows has 13).
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return operator(*inputs)
+        return _call(operator, *inputs)
     return _Eager.apply(*inputs, operator)
+
+
+def _call(operator: Any, *inputs: Any) -> Any:
+    # Where torch does not keep the function under this private name, its dispatcher finds it.
+    function = getattr(operator, "_init_fn", operator) if runs_directly(*inputs) else operator
+    return function(*inputs)
 
 
 class _Eager(torch.autograd.Function):
@@ -281,7 +325,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
         *inputs, operator = given
-        output = operator(*inputs)
+        output = _call(operator, *inputs)
         setup, ctx.formula = _FORMULAS[operator]
         setup(ctx, tuple(inputs), output)
         return output
@@ -289,6 +333,40 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return *ctx.formula(ctx, *grads), None
+
+
+class DirectRows(torch.autograd.Function):
+    """See :func:`direct_rows`. Few arguments: autograd looks at each one in Python."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, problem: RowProblem, impl: str, reduced: bool) -> tuple[Tensor, Tensor | None]:
+        """``problem``: its student is without a history."""
+        loss, grad, stats, ctx.gain = solve_new_rows(problem, True, impl)
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad)
+        ctx.shape = student.shape
+        return loss.sum() if reduced else loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        (grad,) = ctx.saved_tensors
+        factor = grad_loss if ctx.gain is None else grad_loss / ctx.gain
+        factor = factor.reshape(grad.shape[:2]) if factor.dim() else factor
+        return _scaled(grad, factor).view(ctx.shape), None, None, None
+
+
+def direct_rows(student: Tensor, problem: RowProblem, impl: str, *, reduced: bool) -> tuple[Tensor, Tensor | None]:
+    """(loss per token (N,) or its sum, statistics or None) where :func:`runs_directly` says so.
+
+    ``problem`` is that of ``student``, as (B, T, V) and without a history. Its values are checked, and it has no gradient yet.
+    """
+    if student.requires_grad and torch.is_grad_enabled():
+        return DirectRows.apply(student, problem, impl, reduced)
+    loss, _, stats, _ = solve_new_rows(problem, False, impl)
+    return loss.sum() if reduced else loss, stats
 
 
 class InPlaceRows(torch.autograd.Function):

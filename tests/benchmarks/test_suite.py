@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -67,6 +69,18 @@ def test_contenders_agree_with_float64(contender, small):
         pytest.skip(str(why))
     error = contenders.gradient_errors({"it": (contender.objective, step)}, small)["it"]
     assert error < (0.02 if "bf16" in contender.name else 1e-5)
+
+
+@pytest.mark.parametrize("objective", contenders.OBJECTIVES, ids=lambda x: x.name)
+@pytest.mark.parametrize("trains", [False, True])
+def test_steps_give_the_gradients_of_states_and_of_a_head_that_trains(small, objective, trains, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # whose arithmetic is torch's own
+    ours = functools.partial(contenders.ours_step, None)
+    makers = {"compiled": contenders.compiled_step, "eager": contenders.naive_step, "ours": ours}
+    steps = {name: (objective, make(objective=objective)) for name, make in makers.items()}
+    errors = contenders.gradient_errors(steps, dataclasses.replace(small, trains=trains), check_tokens=5)
+    assert max(errors.values()) < 1e-5
+    assert contenders.exact_gradient(dataclasses.replace(small, trains=trains)).shape == (8 + 60 * trains, 16)
 
 
 @pytest.mark.parametrize("objective", [FULL, KD], ids=lambda x: x.name)
@@ -281,6 +295,7 @@ def test_peers(tmp_path):
     timed(found)
     assert {x["pair"] for x in found} == {"Qwen2.5-Omni-7B from Qwen3-8B", "SmolLM2-135M from SmolLM2-360M"}
     assert {x["objective"] for x in found} == {"KD + CE", "KD", "CE"}
+    assert {x["head"] for x in found} == {"frozen"}
     notes = {x["contender"]: x["note"] for x in found if x["note"]}
     assert notes["Liger fused_linear_jsd"] == notes["FLA fused_kl_div"] == "its kernels need a CUDA device"
     assert {"TRL chunked divergence"} <= {x["contender"] for x in found}

@@ -11,8 +11,10 @@ from cases import BF16, FP16, FP32, FP64, logits, on_device, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
+from torch.overrides import TorchFunctionMode
 
-from kdkernels import CAADLoss, explain, fused_caad_loss
+from kdkernels import CAADLoss, explain, fused_caad_loss, loss_terms
+from kdkernels.loss_options import LossOptions
 from kdkernels.ops import native, reference, schema
 from kdkernels.ops.rows import RowSpec
 
@@ -797,3 +799,62 @@ def test_explain():
         said = explain(device=device, n_tokens=1000, vocab_size=1000, student_hidden_size=64)
         assert said.startswith("impl='auto' runs") and "chunks" in said
     assert "expected tensors on a CUDA device" in explain(impl="cuda")
+
+
+OPTIONS = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none", "kd_weight": 0.25},
+    {"kd_normalizer": 3.5, "ce_normalizer": 0},
+    {"kd_normalizer": 7, "return_stats": True},
+    {"alpha": torch.linspace(0, 2, 6), "temperature": 1.3},
+    {"mask": torch.tensor([1, 1, 0, 1, 0, 0])},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "defaults")
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_a_call_without_the_dispatcher_gives_the_same_bits(options, dtype):
+    def call():
+        student, *teacher = logits(dtype=dtype)
+        result = fused_caad_loss(student, *teacher, **options)
+        loss, stats = result if options.get("return_stats") else (result, ())
+        loss.sum().backward()
+        return loss, student.grad, *stats
+
+    direct = call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        dispatched = call()
+    assert any(event.key == "kdkernels::caad_rows" for event in profiler.key_averages())
+    assert all(torch.equal(a, b) for a, b in zip(direct, dispatched, strict=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS[:5], ids=lambda options: "-".join(options) or "defaults")
+@pytest.mark.parametrize(
+    "target", [None, torch.tensor([4, -100, 0, 2, -100]), torch.full((5,), -100), torch.empty(0, dtype=torch.int64)]
+)
+def test_factors_of_the_native_library_are_those_of_tensors(options, target):
+    options = LossOptions(**options)
+    rows = 5 if target is None else target.numel()
+    spec = options.row_spec(7, has_target=target is not None)
+    place = (torch.device("cpu"), FP32)
+    found = loss_terms._native_coefficients(options, target, spec, rows, target is not None, *place)
+    valid = None if target is None else target != -100
+    expected = loss_terms._coefficients(options, valid, target is not None, torch.Size([rows]), *place)
+    assert found is not None and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_eager_call_leaves_the_arithmetic_to_the_kernel():
+    """Each operation of torch takes as long as several rows of a small vocabulary."""
+    called = []
+
+    class Record(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            called.append(getattr(function, "__name__", str(function)))
+            return function(*arguments, **(keywords or {}))
+
+    arguments = logits()
+    with Record():
+        fused_caad_loss(*arguments)
+    assert {"empty", "sum"} <= set(called)
+    assert not set(called) & {"ne", "eq", "to", "where", "mul", "div", "add", "aminmax", "caad_rows.default"}

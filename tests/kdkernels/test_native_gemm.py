@@ -65,6 +65,43 @@ def test_infinities_and_nan_arrive():
     assert out[0].isfinite().all() and out[1].isinf().all() and out[2].isnan().all()
 
 
+@needs_instructions
+@pytest.mark.parametrize(("vocab", "width"), [(1, 2), (65, 126), (200, 130), (70, 2050), (129, 4100)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_remainder_in_bytes_is_known_to_two_percent(vocab, width, threads):
+    tokens = native.COARSE_ROWS + 5
+    weight, contrast = bf16(vocab, width, seed=1), torch.randn(tokens, width, generator=torch.Generator().manual_seed(2))
+    weight[:, width // 2] *= 50
+    contrast[:, width // 2] *= 50
+    parts = gemm._summands(contrast, torch.bfloat16)
+    parts[1][3] = 0.0
+    memory, alone = torch.full((tokens, vocab + 5), 7.0), torch.empty(tokens, vocab)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        native.bf16_gemm(parts, weight, memory[:, :vocab], coarse=True)
+        native.bf16_gemm(parts[:1], weight, alone)
+    finally:
+        torch.set_num_threads(before)
+    found = memory[:, :vocab].double() - parts[0].double() @ weight.double().T
+    rest = parts[1].double() @ weight.double().T
+    assert (found - rest).norm() < 0.02 * rest.norm()
+    assert torch.equal(memory[3, :vocab], alone[3]) and (memory[:, vocab:] == 7).all()
+
+
+@needs_instructions
+def test_infinities_and_nan_arrive_beside_bytes():
+    weight, hidden = bf16(70, 64, seed=0), bf16(native.COARSE_ROWS, 64, seed=1)
+    rest = hidden * 2.0**-9
+    hidden[2, 9], rest[3, 4], weight[7, 7], weight[8, 8] = float("inf"), float("nan"), float("-inf"), float("nan")
+    out = torch.empty(len(hidden), 70)
+    native.bf16_gemm([hidden, rest], weight, out, coarse=True)
+    expected = (hidden.double() + rest.double()) @ weight.double().T
+    assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    assert (out - expected)[finite].abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("width", [32, 33])
 @pytest.mark.parametrize("native_gemm", [True, False])
 def test_either_way_gives_the_same_logits(width, native_gemm, monkeypatch):
@@ -118,3 +155,16 @@ def test_narrowing_what_lies_transposed_has_torchs_bits(rows, columns, threads):
     assert found.shape == expected.shape and found.is_contiguous()
     same = found.view(torch.int16) == expected.view(torch.int16)
     assert bool((same | (found.isnan() & expected.isnan())).all())
+
+
+@needs_instructions
+def test_a_weight_gradient_of_one_chunk_is_rounded_once(monkeypatch):
+    monkeypatch.setattr(native, "multiplies_bf16", lambda: True)
+    logits, hidden = torch.randn(37, 70), bf16(37, 24, seed=1)
+    grad = gemm.gradient_view(logits, torch.bfloat16)
+    grad.copy_(bf16(37, 70, seed=2))
+    total = gemm.empty_weight_gradient(bf16(70, 24, seed=3), at_once=True)
+    gemm.add_weight_gradient(total, grad, hidden, accumulate=False)
+    assert total.dtype == torch.bfloat16 and gemm.finish_weight_gradient(total, torch.bfloat16) is total
+    exact = grad.double().T @ hidden.double()
+    assert (total.double() - exact).norm() < 2.0**-9 * exact.norm()
