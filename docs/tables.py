@@ -344,7 +344,7 @@ def linear() -> Table:
 
 
 def row_kernel() -> Table:
-    head = ("row kernel", "dtype", "ns a position", "times faster than eager", "gradient error")
+    head = ("row kernel", "dtype", "ns per token and id", "times faster than eager", "gradient error")
 
     def line(row: Row) -> list[str]:
         found = {column: next(iter(numbers([row], column)), None) for column in row if column in
@@ -357,7 +357,7 @@ def row_kernel() -> Table:
 
 def linear_sweep() -> Table:
     """The linear loss over each size, the other sizes as in the main table."""
-    head = ("what varies", "value", "kdkernels, ns a position", "times the bare GEMMs", "with bf16 logits")
+    head = ("what varies", "value", "kdkernels, ns per token and id", "times the bare GEMMs", "with bf16 logits")
     ours, half = "kdkernels (default: fp32 logits)", "kdkernels bf16 logits"
 
     def line(row: Row) -> list[str]:
