@@ -41,7 +41,7 @@ from models.experiments.shared_steps import (
     train_supervised,
     write_parts,
 )
-from models.experiments.t_interval import t_interval
+from models.evaluation.t_interval import t_interval
 from models.io_utils import atomic_write_text, cache_dir
 
 PERCEPTION = ("gender", "speaking_rate", "accent", "noise")

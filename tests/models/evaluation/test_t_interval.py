@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from models.experiments.t_interval import T_QUANTILES, t_interval
+from models.evaluation.t_interval import T_QUANTILES, t_interval
 
 
 @pytest.mark.parametrize("freedom", range(1, 31))
