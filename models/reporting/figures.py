@@ -187,7 +187,7 @@ def draw_intervals(
     systems = systems or {label: label for label in rows}
     palette = palette or Palette(systems.values())
     panels = list(dict.fromkeys(panel for values in rows.values() for panel in values))
-    columns = min(4, len(panels))
+    columns = len(panels) if len(panels) <= 4 else math.ceil(len(panels) / 2)
     lines = math.ceil(len(panels) / columns)
     labels = ["\n".join(textwrap.wrap(label, 40)) for label in rows]
     taken = 0.12 + 0.11 * max(label.count("\n") + 1 for label in labels)  # inches for a row
@@ -221,7 +221,7 @@ def draw_trade_off(
     caption: str,
     palette: Palette | None = None,
 ) -> Figure:
-    """A point for each system: (x, y) with both intervals. Five systems are in the legend at most, the others are small and grey."""
+    """A point for each system: (x, y) with both intervals. The legend names five systems at most; the others are grey."""
     palette = palette or Palette(points)
     named = main_systems(points)
     figure, (axes,) = _figure(4.8, 4.4, 1, 1)
@@ -234,7 +234,8 @@ def draw_trade_off(
                 markersize=7, linestyle="none", elinewidth=1.1, capsize=2.5,
             )  # fmt: skip
         else:
-            handles["other systems"] = axes.plot([x.value], [y.value], color=REST, marker="o", markersize=3.5, linestyle="none")[0]
+            small = {"color": REST, "marker": "o", "markersize": 3.5, "linestyle": "none"}
+            (handles["other systems"],) = axes.plot([x.value], [y.value], **small)
     axes.margins(0.08)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -277,9 +278,11 @@ def _place_legend(figure: Canvas, handles: Mapping[str, Any], *, columns: int) -
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        # With handles: a legend that looks for the names itself leaves out names that start with an underscore.
+        # With handles: a legend that looks for the names itself leaves out names that start with an underscore. Of an interval
+        # the mark alone is shown: its bars would cover it.
+        marks = [getattr(handle, "lines", [handle])[0] for handle in handles.values()]
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8
+            marks, list(handles), loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The headline of a report: one table of the main systems, one plot, and a verdict for each claim.
 
-Accuracies come in long form: a row for each teacher, seed, system, task and context, as a study's CSV has them. Tasks have the same
-weight within a run, runs within a teacher, and teachers within the mean. The 95% intervals are Student's t over teachers; with one
-teacher over the seeds of its students. A difference of two systems is taken within a teacher, a seed and a task.
+Accuracies come in long form: a row for each teacher, seed, system, task and context, as a study's CSV has them. Tasks have the
+same weight within a run, runs within a teacher, and teachers within the mean. The 95% intervals are Student's t over teachers.
+With one teacher they are over the seeds of its students. A difference of two systems is taken within teacher, seed and task.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ class LongScores:
     """Accuracies in long form.
 
     Args:
-        rows: dictionaries with system, context and accuracy (0 to 1, or its text), and where they are known teacher, fold, seed and
-            task. A row may have an interval over clips, low and high. A blank accuracy was not measured. Contexts have the names of MCR-BENCH (none, faithful, adversarial, irrelevant)
-            or those of this project. A teacher of another fold is another teacher.
+        rows: dictionaries with system, context and accuracy (0 to 1, or its text), and where they are known teacher, fold, seed
+            and task. A row may have an interval over clips, low and high. A blank accuracy was not measured. Contexts have the
+            names of MCR-BENCH (none, faithful, adversarial, irrelevant) or those of this project. A teacher of another fold is
+            another teacher.
         name: of the table, for error messages.
 
     Raises:
@@ -152,7 +153,7 @@ class LongScores:
 
 
 def _paired(mine: Mapping[str, Mapping[str, float]], theirs: Mapping[str, Mapping[str, float]]) -> list[float]:
-    """Differences of the runs of two systems, the mean over the tasks that both have. A single run is compared with each other."""
+    """Differences of the runs of two systems, over the tasks that both have. A single run meets each of the other's."""
     if len(theirs) == 1 or len(mine) == 1:
         runs = [(a, b) for a in mine.values() for b in theirs.values()]
     else:
@@ -185,8 +186,9 @@ def long_headline(
         notes: sentences to add below.
     """
     teachers, tasks, seeds = (scores.count(part) for part in ("teachers", "tasks", "seeds"))
-    counts = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for n, word in ((teachers, "teacher"), (tasks, "task"), (seeds, "seed")))
-    scope = f"This table has {counts} for each teacher at most."
+    counts = {"teacher": teachers, "task": tasks, "seed": seeds}
+    said = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for word, count in counts.items())
+    scope = f"This table has {said} for each teacher at most."
     if teachers == 1:
         scope += " With another teacher the sizes differ, and these intervals do not say by how much."
     return make_headline(
@@ -202,7 +204,6 @@ def make_headline(
     names: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     reference: str | None = None,
-    with_verdicts: bool = True,
     stem: str = "headline",
 ) -> Headline | None:
     """The headline of any scores; None where there are none.
@@ -221,7 +222,7 @@ def make_headline(
     def called(system: str) -> str:
         return (names or {}).get(system) or system_name(system)
 
-    verdicts = [v for c in claims(scores, reference) if (v := verdict(c, difference, called))] if with_verdicts else []
+    verdicts = [v for c in claims(scores, reference) if (v := verdict(c, difference, called))]
     said = list(notes)
     if len(verdicts) > 1:
         said.append(f"The intervals are not corrected for the {len(verdicts)} claims.")

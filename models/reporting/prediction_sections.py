@@ -25,18 +25,13 @@ Scores = Mapping[str, Mapping[str, Any]]
 
 
 def prediction_sections(
-    systems: Mapping[str, Sequence[Prediction]],
-    *,
-    reference: str | None = None,
-    palette: Palette | None = None,
-    with_verdicts: bool = True,
+    systems: Mapping[str, Sequence[Prediction]], *, reference: str | None = None, palette: Palette | None = None
 ) -> tuple[Headline | None, list[Section]]:
     """The headline, and accuracy, Shift, controls, paired differences and classes, of the systems that have predictions.
 
     Args:
         reference: label of the system that the others are compared with; None = the first.
         palette: of the report; None = made for these systems.
-        with_verdicts: the headline has verdicts.
 
     Raises:
         ValueError: no system has the label `reference`.
@@ -57,11 +52,11 @@ def prediction_sections(
         *_paired_differences(systems, plain, kinds, reference),
         _classes(plain, kinds),
     ]
-    return _headline(systems, plain, reference, palette, with_verdicts), sections
+    return _headline(systems, plain, reference, palette), sections
 
 
 def _headline(
-    systems: Mapping[str, Sequence[Prediction]], plain: Scores, reference: str, palette: Palette, with_verdicts: bool
+    systems: Mapping[str, Sequence[Prediction]], plain: Scores, reference: str, palette: Palette
 ) -> Headline | None:
     scores = {
         label: {k: Score(e.value, e.low, e.high, "clips") for k, e in s["by_kind"].items() if e.value is not None}
@@ -78,7 +73,7 @@ def _headline(
     note = "One run of each system. The intervals are over clips, and do not say how another run or another teacher would do."
     return make_headline(
         scores, difference, palette=palette, names={label: label for label in plain}, notes=(note,), reference=reference,
-        with_verdicts=with_verdicts, stem="predictions",
+        stem="predictions",
     )  # fmt: skip
 
 
@@ -107,8 +102,9 @@ def _accuracy(plain: Scores, kinds: Sequence[str], palette: Palette) -> Section:
 
 
 def _shift(plain: Scores) -> Section:
-    rows = tuple((label, _cells(s[name] for name in _TIRS)) for label, s in plain.items())
-    columns = (Column("system"), *(Column(heading) for heading in _TIRS.values()))
+    shown = [name for name in _TIRS if any(s[name].value is not None for s in plain.values())]
+    rows = tuple((label, _cells(s[name] for name in shown)) for label, s in plain.items())
+    columns = (Column("system"), *(Column(_TIRS[name]) for name in shown))
     note = (
         "TIR_adv counts the questions that are answered right without a hint and wrong under a false one. It divides them by "
         "those answered right without a hint (lower is better). The other columns divide by all pairs. They count the "

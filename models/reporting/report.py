@@ -56,7 +56,7 @@ class Report:
 
     Args:
         title: heading of the page.
-        findings: sentences below it. They stand in place of the verdicts about `systems`.
+        findings: sentences below it, before the verdicts.
         systems: label -> predictions, in the order of the tables.
         curves: label -> lines of a metrics file.
         examples: examples of the manifest, for the clips. Their audio paths are relative to `audio_root`.
@@ -108,7 +108,7 @@ def write_report(path: str | Path, report: Report, *, markdown: str | Path | Non
     curves |= report.curves
     training = draw_curves(curves, stored.palette)
     headline, of_predictions = prediction_sections(
-        report.systems, reference=report.reference, palette=stored.palette, with_verdicts=not report.findings
+        report.systems, reference=report.reference, palette=stored.palette
     )
     sections = [*of_predictions, *stored.sections]
     if training:

@@ -227,7 +227,7 @@ def _by_system(table: ResultsTable, found: Stored) -> tuple[list[Table | Figure]
     of_scores = _seed_table("Scores by system; shares in %.", scores, {c: _heading(c) for c in shown}, seeds)
     blocks: list[Table | Figure] = [*narrow(of_scores)]
     if rest := {c: _heading(c) for c in main if c not in shown}:
-        blocks += narrow(_seed_table("Controls and costs by system; shares in %.", scores, rest, folded=True))
+        blocks += narrow(_seed_table("Controls and costs by system; shares in %.", scores, rest, seeds, folded=True))
     contexts = [c for c in (*KINDS, "perception", "content") if c in main]
     stem = table.name.removesuffix(".csv").replace("_", "-")
     if contexts:
@@ -242,8 +242,8 @@ def _by_system(table: ResultsTable, found: Stored) -> tuple[list[Table | Figure]
 def _without_repeats(table: ResultsTable, columns: Sequence[str]) -> tuple[list[str], list[str]]:
     """The columns that say something of their own, and sentences about the others.
 
-    A column is left out if it repeats an earlier one in all rows, or is 1 minus an earlier one. The scores of _OWN stay: two of them
-    may be equal by chance. A count that is the same in all rows goes into a sentence.
+    A column is left out if it repeats an earlier one in all rows, or is 1 minus an earlier one. The scores of _OWN stay: two of
+    them may be equal by chance. A count that is the same in all rows goes into a sentence.
     """
     kept: dict[str, list[float | None]] = {}
     repeats, notes = [], []
@@ -342,7 +342,8 @@ def _sweeps(table: ResultsTable, names: Mapping[str, str], found: Stored) -> lis
         of_sweep = {key[1:]: summaries for key, summaries in groups.items() if key[0] == sweep}
         shown = [c for c in columns if any(s[c].mean is not None for s in of_sweep.values())]
         cells = {(value, names.get(system, system_name(system))): s for (value, system), s in of_sweep.items()}
-        rows = {f"{ANCHORS.get(value, value) if sweep == 'anchor' else value}, {system}": s for (value, system), s in cells.items()}
+        called = ANCHORS if sweep == "anchor" else {}
+        rows = {f"{called.get(value, value)}, {system}": s for (value, system), s in cells.items()}
         if shown:
             blocks.append(_sweep_figure(sweep, title, axis, cells, rows, shown, found.palette))
         seeds = {label: max((s[c].seeds for c in columns), default=0) for label, s in rows.items()}

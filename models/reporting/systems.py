@@ -1,6 +1,7 @@
 """One table of the systems: the name that a reader sees, and the colour, wherever a system is shown.
 
-The CSV files, the report and the docs take the names from here, so this module needs nothing but Python. A system that the table does not know keeps its own name.
+The CSV files, the report and the docs take the names from here, so this module needs nothing but Python. A system that the table
+does not know keeps its own name.
 """
 
 from __future__ import annotations
