@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from models.reporting.systems import REST, Palette, main_systems
+from models.reporting.systems import REST, Palette, Style, main_systems
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,13 +194,15 @@ def draw_intervals(
     figure, grid = _figure(8.8, lines * (0.8 + len(rows) * taken), len(panels), columns)
     ends = [0.0, *(x for row in rows.values() for v in row.values() for x in v if x is not None)]
     for number, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
+        of_look: dict[Style, dict[int, Value]] = {}
         for place, (label, row) in enumerate(rows.items()):
             if panel in row:
-                look = palette(systems[label])
-                axes.errorbar(
-                    [row[panel].value], [place], xerr=_reach([row[panel]]), color=look.colour, marker=look.marker,
-                    markersize=5, linestyle="none", elinewidth=1.2, capsize=2.5,
-                )  # fmt: skip
+                of_look.setdefault(palette(systems[label]), {})[place] = row[panel]
+        for look, shown in of_look.items():
+            axes.errorbar(
+                [v.value for v in shown.values()], list(shown), xerr=_reach(shown.values()), color=look.colour,
+                marker=look.marker, markersize=5, linestyle="none", elinewidth=1.2, capsize=2.5,
+            )  # fmt: skip
         axes.set_yticks(range(len(rows)), labels if number % columns == 0 else [], fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         if limits is None:
