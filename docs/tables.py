@@ -29,7 +29,8 @@ from models.reporting.systems import ANCHORS, CONTEXTS, SYSTEMS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "models" / "experiments" / "results", ROOT / "benchmarks" / "results")
-MINUS, RANGE = "−", "to"
+NO_BREAK = "\u00a0"  # a line of a cell does not end in the middle of a number and its spread
+MINUS, RANGE = "−", f"{NO_BREAK}to{NO_BREAK}"
 # Two-sided 95% points of Student's t by degrees of freedom.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
@@ -109,14 +110,14 @@ def spread(name: str, column: str, **where: str | int) -> str:
     found = [100 * value for value in numbers(rows(name, **where), column)]
     if not found:
         return ""
-    return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")
+    return f"{statistics.mean(found):.1f}" + (f"{NO_BREAK}±{NO_BREAK}{statistics.stdev(found):.1f}" if len(found) > 1 else "")
 
 
 def paired(system: str, minus: str, context: str) -> str:
     """A difference of six_systems_paired.csv with its interval, in points."""
     (row,) = rows("six_systems_paired", system=system, minus=minus, context=context)
     difference, low, high = (100 * float(row[column]) for column in ("difference", "low", "high"))
-    return f"{signed(difference)} ({signed(low)} {RANGE} {signed(high)})"
+    return f"{signed(difference)} ({signed(low)}{RANGE}{signed(high)})"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def ablation_claims() -> Table:
         half = T_95[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
         verdict = "not decided" if abs(middle) <= half else "holds" if middle > 0 else "the opposite holds"
         each = ", ".join(map(signed, differences))
-        return [claim, signed(middle), f"{signed(middle - half)} {RANGE} {signed(middle + half)}", each, verdict]
+        return [claim, signed(middle), f"{signed(middle - half)}{RANGE}{signed(middle + half)}", each, verdict]
 
     head = ("claim of the paper", "difference", "95% t interval", "by seed", "here")
     return head, (line(*claim) for claim in CLAIMS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from models.reporting.figures import Figure, Value, draw_intervals, percent
 from models.reporting.headline import Headline, LongScores, Score, long_headline
@@ -12,7 +12,7 @@ from models.reporting.tables import NOTHING, Cell, Column, Section, Table, narro
 
 STUDY_FILE = "study.csv"
 _COLUMNS = ("teacher", "seed", "system", "task", "context", "accuracy")
-_PARTS = (("category", "category"), ("task", "task"), ("teacher", "teacher"))
+_PARTS = ("category", "task", "teacher")
 
 
 def study_section(table: ResultsTable, palette: Palette) -> tuple[Section, Headline | None]:
@@ -93,17 +93,21 @@ def _difference_cell(score: Score | None) -> Cell:
 def _parts(table: ResultsTable, scores: LongScores) -> list[Table]:
     """Folded tables by category, task and teacher, one for each context; none for a part that has one value."""
     tables = []
-    for column, word in _PARTS:
-        values = list(dict.fromkeys(row[column] for row in table.rows)) if column in table.columns else []
-        if len(values) < 2:
+    folds = {row.get("fold", "") for row in table.rows}
+    for part in _PARTS:
+        of_value: dict[str, list[Mapping[str, str]]] = {}
+        for row in table.rows if part in table.columns else ():
+            value = row[part].replace("_", " ")
+            of_value.setdefault(f"fold {row['fold']}, {value}" if part == "teacher" and len(folds) > 1 else value, []).append(row)
+        if len(of_value) < 2:
             continue
-        by_value = {v: LongScores([r for r in table.rows if r[column] == v], name=table.name) for v in values}
+        by_value = {value: LongScores(rows, name=table.name) for value, rows in of_value.items()}
         for context in scores.contexts:
             rows = []
             for system in scores.systems:
                 found = (of.score(system, context) for of in by_value.values())
                 rows.append((system_name(system), tuple(Cell(NOTHING) if s is None else share_cell(s.value) for s in found)))
-            caption = f"By {word}, {CONTEXTS[context]}: accuracy in %."
-            columns = (Column("system"), *(Column(v.replace("_", " ") or NOTHING) for v in values))
+            caption = f"By {part}, {CONTEXTS[context]}: accuracy in %."
+            columns = (Column("system"), *(Column(value or NOTHING) for value in by_value))
             tables += narrow(Table(caption, columns, tuple(rows), folded=True))
     return tables

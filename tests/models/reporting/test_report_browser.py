@@ -24,7 +24,8 @@ WIDTHS = (390, 1280)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
 
-# Tells the page around it what a reader at this width gets, first with all folded, then with all open. Sound is waited for: a clip that does not decode has no length.
+# Tells the page around it what a reader at this width gets, first with all folded, then with all open. Sound is waited for: a
+# clip that does not decode has no length.
 PROBE = """
 addEventListener("load", async () => {
   const box = (element) => {
