@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from models.reporting.systems import ANCHORS, CONTEXTS, SYSTEMS
+from models.reporting.systems import ANCHORS, CONTEXTS, SYSTEMS, system_key
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "models" / "experiments" / "results", ROOT / "benchmarks" / "results")
@@ -49,12 +49,13 @@ class TableError(ValueError):
 
 @cache
 def read(name: str) -> tuple[Row, ...]:
-    """The rows of a committed CSV file, by its name without the ending."""
+    """The rows of a committed CSV file, by its name without the ending. Old names of a system become its key."""
     for folder in FOLDERS:
         path = folder / f"{name}.csv"
         if path.exists():
             with path.open(encoding="utf-8", newline="") as file:
-                return tuple(csv.DictReader(file))
+                found = tuple(csv.DictReader(file))
+            return tuple(row | {"system": system_key(row["system"])} if "system" in row else row for row in found)
     raise TableError(f"{name}: expected {name}.csv in one of {', '.join(str(f.relative_to(ROOT)) for f in FOLDERS)}")
 
 

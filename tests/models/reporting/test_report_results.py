@@ -178,6 +178,15 @@ def test_two_systems_of_one_label_stay_two(tmp_path):
     assert [label for label, _ in table.rows] == ["same (a)", "same (b)"]
 
 
+def test_a_system_has_its_name_from_the_common_table_whatever_its_file_calls_it(tmp_path):
+    (tmp_path / "demo.csv").write_text('system,seed,neutral\n"student, KD",0,0.5\n"student, CAAD alpha 2",0,0.6\n')
+    (tmp_path / "six_systems.csv").write_text("system,label,seed,neutral\nkd,my KD,0,0.5\nown,my own,0,0.6\n")
+    stored = stored_sections(tmp_path)
+    demo, six = (table_of(section_of(stored, title), "Scores") for title in ("Demo", "Systems"))
+    assert [label for label, _ in demo.rows] == ["standard KD", "CAAD alpha 2"]
+    assert [label for label, _ in six.rows] == ["standard KD", "my own"]
+
+
 def test_a_csv_has_every_column_of_every_row():
     lines = list(csv.DictReader(rows_csv([{"a": 1 / 3}, {"a": 2, "b": "x,y"}]).splitlines()))
     assert [(line["a"], line["b"]) for line in lines] == [("0.3333", ""), ("2", "x,y")] and lines[0]["commit"]
