@@ -184,7 +184,7 @@ def test_smoke_run_twice(tmp_path, monkeypatch, capsys):
         "teacher", "teacher_cd1", "teacher_cd2", *(name for name, _, _ in STUDENTS)
     }
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "<audio" in html and "divergence of the teacher" in html
+    assert "<audio" in html and "Divergence of the teacher" in html
     assert main(["--fast-smoke", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count("cached") == len(make_stages())
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
