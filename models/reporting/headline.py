@@ -8,6 +8,7 @@ With one teacher they are over the seeds of its students. A difference of two sy
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class LongScores:
                 text = str(row["accuracy"]).strip()
                 if text in ("", "nan"):
                     continue
-                accuracy = float(text)
+                accuracy = float(text) if re.fullmatch(r"[\d.eE+-]+", text) else math.nan
                 if not 0 <= accuracy <= 1:
                     raise ValueError(f"accuracy: expected a share from 0 to 1, got {text}")
             except KeyError as error:

@@ -177,9 +177,6 @@ def stored_sections(folder: str | Path, *, others: Sequence[str] = ()) -> Stored
     if STUDY_FILE in tables:
         section, found.headline = study_section(tables.pop(STUDY_FILE), found.palette)
         found.sections.append(section)
-    for name in ("six_systems.csv", "demo.csv"):
-        if found.headline is None and name in tables:
-            found.headline = _table_headline(tables[name], found.palette)
     names = labels(tables["six_systems.csv"]) if "six_systems.csv" in tables else {}
     for name in (*STORED, *sorted(tables.keys() - STORED.keys())):
         if name not in tables:
@@ -200,6 +197,9 @@ def stored_sections(folder: str | Path, *, others: Sequence[str] = ()) -> Stored
         origin = table.origin()
         notes.append(f"From {name}" + (f", made by {command}" if command else "") + (f": {origin}." if origin else "."))
         found.sections.append(Section(title, tuple(notes), tuple(blocks)))
+    for name in ("six_systems.csv", "demo.csv"):
+        if found.headline is None and name in tables:
+            found.headline = _table_headline(tables[name], found.palette)
     return found
 
 

@@ -151,7 +151,7 @@ def test_no_table_has_more_columns_than_fit(tmp_path):
     [
         ({"context": "misleading"}, "row 3: context: expected one of none, faithful"),
         ({"accuracy": "95"}, "row 3: accuracy: expected a share from 0 to 1, got 95"),
-        ({"accuracy": "x"}, "row 3: could not convert"),
+        ({"accuracy": "x"}, "row 3: accuracy: expected a share from 0 to 1, got x"),
         ({"context": "none"}, "row 3: expected each teacher, .* and context once, got 0, a, 0, kd, gender, neutral twice"),
     ],
 )
