@@ -8,7 +8,6 @@ With one teacher they are over the seeds of its students. A difference of two sy
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,9 +98,7 @@ class LongScores:
                 text = str(row["accuracy"]).strip()
                 if text in ("", "nan"):
                     continue
-                accuracy = float(text) if re.fullmatch(r"[\d.eE+-]+", text) else math.nan
-                if not 0 <= accuracy <= 1:
-                    raise ValueError(f"accuracy: expected a share from 0 to 1, got {text}")
+                accuracy = _share(text)
             except KeyError as error:
                 raise ResultsError(f"{name}: row {number}: expected a column {error}") from error
             except ValueError as error:
@@ -151,6 +148,16 @@ class LongScores:
         """System -> context -> accuracy."""
         found = {system: {c: self.score(system, c) for c in self.contexts} for system in self.systems}
         return {system: {c: s for c, s in of.items() if s is not None} for system, of in found.items()}
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ValueError(f"accuracy: expected a share from 0 to 1, got {text}")
+    return value
 
 
 def _paired(mine: Mapping[str, Mapping[str, float]], theirs: Mapping[str, Mapping[str, float]]) -> list[float]:
