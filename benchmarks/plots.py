@@ -7,7 +7,7 @@ and the ids are fixed.
     layers_<device>.svg                        layer distillation beside its floor
     peers_<device>.svg                         the linear loss at the shapes of model pairs
     memory_<device>.svg                        peak extra memory over N and over V
-    sweep_<device>.svg                         the linear loss over N, V, H, chunk and threads, in multiples of its floor
+    sweep_<device>.svg                         ns per token and vocabulary id of the linear loss over N, V, H, chunk and threads
     breakdown_<device>.svg                     where its time goes
     accuracy_<device>.svg                      gradient error at random states and near convergence
 """
@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, FLOOR, OTHER = "#c1440e", "#2f2f2f", "#8da0b5"
-PALETTE = ("#8da0b5", "#5b7f95", "#3d5a6c", "#a3b18a", "#588157", "#b08968", "#7f5539", "#6d597a")
+# A contender has one colour in all line plots; those that are not named here share the last.
+LINE_COLOURS = {
+    "eager": "#6b8fb5", "torch.compile": "#2f5d8a", "CAAD authors' form": "#7f5539",
+    "Liger chunked JSD, compiled, chunk 256": "#8fb573", "Liger chunked JSD, compiled, chunk 1024": "#4a7c3f",
+}  # fmt: skip
+WIDTH = 8.0  # inches: about the width of a page, so that the text keeps its size
+SMALL = 7.5  # points
 Rows = list[dict[str, str]]
 
 
@@ -47,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--results: expected a folder with CSV files to draw, got {args.results}")
 
 
-def draw_all(results: Path, device: str, out: Path) -> list[Path]:
+def set_style() -> None:
+    """matplotlib's settings of all plots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +62,23 @@ def draw_all(results: Path, device: str, out: Path) -> list[Path]:
     # Text stays text, because outlines would take ten times the size.
     matplotlib.rcParams.update({"svg.hashsalt": "kdkernels", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
     matplotlib.rcParams.update({"axes.spines.right": False, "figure.constrained_layout.use": True})
-    plots: dict[str, tuple[str, Callable[[Rows], Figure]]] = {
+
+
+def draw_all(results: Path, device: str, out: Path) -> list[Path]:
+    set_style()
+    drawn = []
+    for name, (source, draw) in plots().items():
+        path = results / f"{source}_{device}.csv"
+        if path.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            drawn.append(out / f"{name}_{device}.svg")
+            draw_file(path, draw).savefig(drawn[-1], metadata={"Date": None, "Creator": None})
+    return drawn
+
+
+def plots() -> dict[str, tuple[str, Callable[[Rows], Figure]]]:
+    """Name of a plot -> (name of its CSV, function that draws it)."""
+    return {
         "rows": ("rows", draw_rows),
         "linear": ("linear", draw_linear),
         "layers": ("layers", draw_layers),
@@ -65,20 +88,16 @@ def draw_all(results: Path, device: str, out: Path) -> list[Path]:
         "breakdown": ("linear_sweep", draw_breakdown),
         "accuracy": ("accuracy", draw_accuracy),
     }
-    drawn = []
-    for name, (source, draw) in plots.items():
-        path = results / f"{source}_{device}.csv"
-        if not path.exists():
-            continue
-        with path.open(newline="") as f:
-            rows = list(csv.DictReader(f))
-        figure = draw(rows)
-        origins = dict.fromkeys(f"{r['device']}; torch {r['torch']}, commit {r['commit']}, {r['date']}" for r in rows)
-        figure.supxlabel("\n".join(origins), size=7, color="#777777")
-        out.mkdir(parents=True, exist_ok=True)
-        drawn.append(out / f"{name}_{device}.svg")
-        figure.savefig(drawn[-1], metadata={"Date": None, "Creator": None})
-    return drawn
+
+
+def draw_file(path: Path, draw: Callable[[Rows], Figure]) -> Figure:
+    """The plot of a CSV, with the origin of its rows at the bottom."""
+    with path.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    figure = draw(rows)
+    origins = dict.fromkeys(f"{r['device']}; torch {r['torch']}, commit {r['commit']}, {r['date']}" for r in rows)
+    figure.supxlabel("\n".join(origins), size=7, color="#777777")
+    return figure
 
 
 def number(text: str) -> float:
@@ -92,16 +111,40 @@ def colour(contender: str) -> str:
     return FLOOR if contender.startswith(("bare", "copy", "floor")) else OTHER
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def milliseconds(value: float) -> str:
+    """Three digits or more, and never a power of ten: 0.71, 9.51, 27.4, 594, 3,575."""
+    return f"{value:,.0f} ms" if value >= 99.95 else f"{value:.1f} ms" if value >= 9.995 else f"{value:.2f} ms"
+
+
+def thousands(value: float) -> str:
+    """1,024 and 49,152, but 64k from 65,536 on: a tick has little room."""
+    return f"{value / 1024:g}k" if value >= 65536 and value % 1024 == 0 else f"{value:,.10g}"
+
+
+def _figure(heights: Sequence[float], columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of the width of a page, with a row of panels for each height in inches."""
     from matplotlib import pyplot
 
     pyplot.close("all")
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(heights), columns, figsize=(WIDTH, sum(heights)), squeeze=False, height_ratios=list(heights)
+    )
     return figure, list(axes.flat)
 
 
+def _bars_height(rows: Rows) -> float:
+    """Inches of a panel of `_time_bars`: a line for each contender, the title and the axis."""
+    return 0.75 + 0.2 * sum(bool(r["median_ms"]) for r in rows)
+
+
+def _legend(figure: Figure, axis: Axes, columns: int) -> None:
+    """One legend for all panels, above them: there it covers no line, no bar and no tick."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=SMALL, frameon=False)
+
+
 def _time_bars(axis: Axes, rows: Rows, title: str) -> None:
-    """Milliseconds with quartiles, and the gradient error beside each bar. The fastest is at the bottom."""
+    """Milliseconds with quartiles, and the gradient error beside each bar. The fastest is on top."""
     rows = sorted((r for r in rows if r["median_ms"]), key=lambda r: -number(r["median_ms"]))
     medians = [number(r["median_ms"]) for r in rows]
     spread = [
@@ -109,91 +152,116 @@ def _time_bars(axis: Axes, rows: Rows, title: str) -> None:
         [number(r["high_ms"]) - m for m, r in zip(medians, rows, strict=True)],
     ]
     names = [r["contender"] for r in rows]
-    axis.barh(names, medians, xerr=spread, color=[colour(x) for x in names], error_kw={"lw": 0.8, "ecolor": "#555555"})
+    # The caps and the gap before the text keep a whisker from looking like the minus sign of a number.
+    whisker = {"lw": 0.9, "ecolor": "#000000", "capsize": 2.5}
+    axis.barh(names, medians, xerr=spread, color=[colour(x) for x in names], error_kw=whisker)
     for i, row in enumerate(rows):
         error = number(row["gradient_error"])
-        text = f"  {medians[i]:.3g} ms" + ("" if math.isnan(error) else f", error {error:.1e}")
-        axis.text(number(row["high_ms"]), i, text, va="center", size=7)
-    axis.set_xlim(0, max(number(r["high_ms"]) for r in rows) * 1.45)
-    axis.set_title(title, size=9)
-    axis.set_xlabel("ms (median, quartiles)")
+        text = milliseconds(medians[i]) + ("" if math.isnan(error) else f", error {error:.1e}")
+        place = (number(row["high_ms"]), i)
+        axis.annotate(text, place, xytext=(7, 0), textcoords="offset points", va="center", size=SMALL)
+    axis.set_xlim(0, max(number(r["high_ms"]) for r in rows) * 1.5)
+    axis.set_title(title, size=9, loc="left")
+    axis.set_xlabel("ms (median; whiskers: quartiles)", size=8)
+    axis.tick_params(labelsize=SMALL)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
 
 
 def draw_rows(rows: Rows) -> Figure:
-    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
-    figure, axes = _figure(1, len(dtypes), 5.5 * len(dtypes), 2.6)
-    for axis, dtype in zip(axes, dtypes, strict=True):
-        chosen = [r for r in rows if r["dtype"] == dtype]
-        _time_bars(axis, chosen, f"row kernel, {chosen[0]['rows']} x {int(chosen[0]['vocab']):,}, {dtype}")
+    panels = [[r for r in rows if r["dtype"] == dtype] for dtype in dict.fromkeys(r["dtype"] for r in rows)]
+    figure, axes = _figure([_bars_height(p) for p in panels])
+    for axis, chosen in zip(axes, panels, strict=True):
+        first = chosen[0]
+        _time_bars(axis, chosen, f"row kernel, {int(first['rows']):,} tokens, {int(first['vocab']):,} ids, {first['dtype']}")
     return figure
 
 
 def draw_linear(rows: Rows) -> Figure:
-    figure, axes = _figure(1, 1, 8, 0.6 + 0.3 * len(rows))
+    figure, axes = _figure([_bars_height(rows)])
     first = rows[0]
-    sizes = f"N {first['tokens']}, V {int(first['vocab']):,}, H {first['student_width']}/{first['teacher_width']}"
-    _time_bars(axes[0], rows, f"linear loss and dL/dh, {sizes}, {first['dtype']}")
+    sizes = f"{int(first['tokens']):,} tokens, {int(first['vocab']):,} ids, widths {first['student_width']} and "
+    title = f"linear loss and dL/dh, {sizes}{first['teacher_width']}, {first['dtype']}"
+    _time_bars(axes[0], rows, title)
     return figure
 
 
 def draw_layers(rows: Rows) -> Figure:
-    pairs = list(dict.fromkeys(r["pair"] for r in rows))
-    kinds = list(dict.fromkeys((r["dtype"], r["normalize"]) for r in rows))
-    figure, axes = _figure(len(pairs), len(kinds), 4.6 * len(kinds), 1.6 * len(pairs))
-    for axis, (pair, kind) in zip(axes, [(p, k) for p in pairs for k in kinds], strict=True):
-        chosen = [r for r in rows if r["pair"] == pair and (r["dtype"], r["normalize"]) == kind]
-        directions = ", directions" if kind[1] == "True" else ""
-        _time_bars(axis, chosen, f"{pair}, N {chosen[0]['tokens']}, {kind[0]}{directions}")
+    kinds = dict.fromkeys((r["pair"], r["dtype"], r["normalize"]) for r in rows)
+    panels = [[r for r in rows if (r["pair"], r["dtype"], r["normalize"]) == kind] for kind in kinds]
+    columns = min(2, len(panels))
+    heights = [max(map(_bars_height, panels[i : i + columns])) for i in range(0, len(panels), columns)]
+    figure, axes = _figure(heights, columns)
+    for axis, chosen in zip(axes, panels, strict=False):
+        first = chosen[0]
+        directions = ", directions" if first["normalize"] == "True" else ""
+        _time_bars(axis, chosen, f"{first['pair']}\n{int(first['tokens']):,} tokens, {first['dtype']}{directions}")
+    for axis in axes[len(panels) :]:
+        axis.remove()
     return figure
 
 
 def draw_peers(rows: Rows) -> Figure:
     timed = [r for r in rows if r.get("median_ms")]
-    objectives = list(dict.fromkeys(r["objective"] for r in timed))
-    cases = list(dict.fromkeys((r["pair"], r["dtype"]) for r in timed))
-    figure, axes = _figure(len(cases), len(objectives), 6 * len(objectives), 2.9 * len(cases))
-    for axis, (case, objective) in zip(axes, [(c, o) for c in cases for o in objectives], strict=True):
-        chosen = [r for r in timed if (r["pair"], r["dtype"]) == case and r["objective"] == objective]
-        if chosen:
-            title = f"{case[0]}: {objective}, {case[1]}, N {chosen[0]['tokens']}, V {int(chosen[0]['vocab']):,}"
-            _time_bars(axis, chosen, title)
-        else:
-            axis.set_axis_off()
+    kinds = dict.fromkeys((r["pair"], r["dtype"], r["objective"]) for r in timed)
+    panels = [[r for r in timed if (r["pair"], r["dtype"], r["objective"]) == kind] for kind in kinds]
+    figure, axes = _figure([_bars_height(p) for p in panels])
+    for axis, chosen in zip(axes, panels, strict=True):
+        first = chosen[0]
+        sizes = f"{int(first['tokens']):,} tokens, {int(first['vocab']):,} ids, {first['dtype']}"
+        _time_bars(axis, chosen, f"{first['pair']}, {first['objective']}: {sizes}")
     return figure
 
 
 def _lines(axis: Axes, rows: Rows, x: str, y: str, names: Sequence[str]) -> None:
-    others = [name for name in names if colour(name) == OTHER]
     for name in names:
         chosen = sorted((r for r in rows if r["contender"] == name and r[y]), key=lambda r: number(r[x]))
-        tint = PALETTE[others.index(name) % len(PALETTE)] if name in others else colour(name)
+        tint = LINE_COLOURS.get(name) or colour(name)
         style = "--" if "fp32 logits" in name else "-"
         values = [number(r[x]) for r in chosen], [number(r[y]) for r in chosen]
         axis.plot(*values, style, marker="o", ms=3, color=tint, label=name)
+    # Ticks stand at the measured values only.
+    ticks = sorted({number(r[x]) for r in rows if r[y]})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [thousands(t) for t in ticks], size=SMALL)
+    axis.minorticks_off()
+    axis.tick_params(labelsize=SMALL)
 
 
 def draw_memory(rows: Rows) -> Figure:
+    from matplotlib.ticker import LogLocator
+
     over = [x for x in ("tokens", "vocab") if sum(r["over"] == x for r in rows)]
-    figure, axes = _figure(1, len(over), 5 * len(over), 3.2)
+    figure, axes = _figure([3.9], len(over))
     names = list(dict.fromkeys(r["contender"] for r in rows if number(r["peak_extra_mib"]) > 0))
     for axis, x in zip(axes, over, strict=True):
+        axis.set_yscale("log")
         _lines(axis, [r for r in rows if r["over"] == x], x, "peak_extra_mib", names)
-        axis.set(xscale="log", yscale="log", xlabel=x, ylabel="peak extra memory, MiB")
-    axes[0].legend(fontsize=6, frameon=False)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axis.grid(visible=True, axis="y", lw=0.4)
+        axis.set_xlabel({"tokens": "tokens", "vocab": "vocabulary ids"}[x])
+        axis.set_ylabel("peak extra memory, MiB")
+    _legend(figure, axes[0], columns=2)
     return figure
+
+
+SWEEP_AXES = {
+    "tokens": "tokens", "width": "student's width", "chunk": "chunk, tokens", "threads": "threads", "vocab": "vocabulary ids",
+}  # fmt: skip
 
 
 def draw_sweep(rows: Rows) -> Figure:
     sweeps = list(dict.fromkeys(r["sweep"] for r in rows))
-    figure, axes = _figure(1, len(sweeps), 3.4 * len(sweeps), 2.8)
+    columns = min(2, len(sweeps))
+    figure, axes = _figure([2.3] * math.ceil(len(sweeps) / columns), columns)
     names = list(dict.fromkeys(r["contender"] for r in rows))
-    for axis, sweep in zip(axes, sweeps, strict=True):
+    for axis, sweep in zip(axes, sweeps, strict=False):
         _lines(axis, [r for r in rows if r["sweep"] == sweep], "value", "ns_per_position", names)
-        axis.set(xscale="log", xlabel=sweep, ylabel="ns per logit pair", ylim=(0, None))
-        ticks = sorted({int(r["value"]) for r in rows if r["sweep"] == sweep})
-        axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 8192 else str(t) for t in ticks], size=7)
-        axis.minorticks_off()
-    axes[0].legend(fontsize=6, frameon=False)
+        axis.set(ylim=(0, None), xlabel=SWEEP_AXES.get(sweep, sweep))
+        axis.set_ylabel("ns per token and id", size=8)
+    for axis in axes[len(sweeps) :]:
+        axis.remove()
+    _legend(figure, axes[0], columns=3)
     return figure
 
 
@@ -201,43 +269,63 @@ def draw_breakdown(rows: Rows) -> Figure:
     """The largest point of each sweep: shares of ours with float32 and with bf16 logits."""
     sweeps = list(dict.fromkeys(r["sweep"] for r in rows))
     names = [x for x in dict.fromkeys(r["contender"] for r in rows) if x.startswith("kdkernels")]
-    figure, axes = _figure(1, len(names), 5 * len(names), 0.9 + 0.35 * len(sweeps))
+    figure, axes = _figure([1.2 + 0.3 * len(sweeps)], len(names))
     parts = {"gemm_share": ("bare GEMMs", FLOOR), "rows_share": ("row kernel", OURS), "rest_share": ("rest", OTHER)}
     for axis, name in zip(axes, names, strict=True):
+        places = []
         for y, sweep in enumerate(sweeps):
             row = max(
                 (r for r in rows if (r["sweep"], r["contender"]) == (sweep, name)), key=lambda r: number(r["value"])
             )
+            places.append(f"{SWEEP_AXES.get(sweep, sweep).partition(',')[0]}: {thousands(number(row['value']))}")
             left = 0.0
             for part, (label, tint) in parts.items():
-                axis.barh(f"{sweep} {row['value']}", number(row[part]), left=left, color=tint, label="" if y else label)
-                left += max(0.0, number(row[part]))
-        axis.set(title=name, xlabel="share of the time", xlim=(0, 1))
-    axes[0].legend(fontsize=6, frameon=False, loc="lower right")
+                width = 100 * max(0.0, number(row[part]))
+                axis.barh(y, width, left=left, color=tint, label="" if y else label)
+                left += width
+        axis.set_yticks(range(len(sweeps)), places if axis is axes[0] else [], size=SMALL)
+        axis.set(ylim=(len(sweeps) - 0.5, -0.5), xlim=(0, 100))
+        axis.set_title(name, size=9, loc="left")
+        axis.set_xlabel("share of the time, %", size=8)
+        axis.tick_params(labelsize=SMALL)
+    _legend(figure, axes[0], columns=3)
     return figure
 
 
 def draw_accuracy(rows: Rows) -> Figure:
-    """Distillation alone, linear loss. Each dtype has a panel, and each contender a pair of bars."""
+    """Distillation alone, linear loss. Each dtype has a panel; each contender has a line in all of them, and a mark a place."""
+    from matplotlib.ticker import LogLocator
+
     rows = [r for r in rows if r["kind"] == "linear" and r["objective"] == "KD" and number(r["gradient_error"]) > 0]
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     names = list(dict.fromkeys(r["contender"] for r in rows))
     places = list(dict.fromkeys(r["place"] for r in rows))
-    figure, axes = _figure(1, len(dtypes), 4.2 * len(dtypes), 0.9 + 0.5 * len(names))
-    height = 0.8 / len(places)
+    figure, axes = _figure([1.4 + 0.3 * len(names)], len(dtypes))
     for axis, dtype in zip(axes, dtypes, strict=True):
         for k, place in enumerate(places):
             chosen = {r["contender"]: number(r["gradient_error"]) for r in rows if (r["dtype"], r["place"]) == (dtype, place)}
-            at = [i + k * height for i, name in enumerate(names) if name in chosen]
-            tints = [colour(name) for name in names if name in chosen]
-            values = [chosen[name] for name in names if name in chosen]
-            axis.barh(at, values, height, color=tints, alpha=1 if k else 0.5, label=place)
-            for y, value in zip(at, values, strict=True):
-                axis.text(value, y, f" {value:.1e}", va="center", size=6)
-        axis.set(xscale="log", title=dtype, xlabel="relative gradient error (faint: random states)")
-        axis.set_yticks([i + height / 2 for i in range(len(names))], names if axis is axes[0] else [])
+            at = [i for i, name in enumerate(names) if name in chosen]
+            tints = [colour(names[i]) for i in at]
+            faces = tints if k else ["#ffffff"] * len(at)
+            axis.scatter([chosen[names[i]] for i in at], at, s=34, c=faces, edgecolors=tints, linewidths=1.4)
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_title(dtype, size=9, loc="left")
+        axis.set_xlabel("relative gradient error", size=8)
+        axis.set_ylim(len(names) - 0.5, -0.5)  # the same lines in all panels, though not all contenders have all dtypes
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
+        axis.margins(x=0.12)
         low, high = axis.get_xlim()
-        axis.set_xlim(low, high * 4)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 40 * low else (1, 3), numticks=9))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axis.grid(visible=True, lw=0.4)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=SMALL)
+    marks = [
+        axes[0].scatter([], [], s=34, c=[OTHER if k else "#ffffff"], edgecolors=OTHER, linewidths=1.4, label=label)
+        for k, label in enumerate({"random": "random states"}.get(place, place) for place in places)
+    ]
+    figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize=SMALL, frameon=False)
     return figure
 
 

@@ -25,9 +25,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from models.reporting.systems import ANCHORS, CONTEXTS, SYSTEMS, system_key
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "models" / "experiments" / "results", ROOT / "benchmarks" / "results")
-MINUS, RANGE = "−", "to"
+NO_BREAK = "\u00a0"  # a line of a cell does not end in the middle of a number and its spread
+MINUS, RANGE = "−", f"{NO_BREAK}to{NO_BREAK}"
 # Two-sided 95% points of Student's t by degrees of freedom.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
@@ -46,12 +49,13 @@ class TableError(ValueError):
 
 @cache
 def read(name: str) -> tuple[Row, ...]:
-    """The rows of a committed CSV file, by its name without the ending."""
+    """The rows of a committed CSV file, by its name without the ending. Old names of a system become its key."""
     for folder in FOLDERS:
         path = folder / f"{name}.csv"
         if path.exists():
             with path.open(encoding="utf-8", newline="") as file:
-                return tuple(csv.DictReader(file))
+                found = tuple(csv.DictReader(file))
+            return tuple(row | {"system": system_key(row["system"])} if "system" in row else row for row in found)
     raise TableError(f"{name}: expected {name}.csv in one of {', '.join(str(f.relative_to(ROOT)) for f in FOLDERS)}")
 
 
@@ -107,65 +111,50 @@ def spread(name: str, column: str, **where: str | int) -> str:
     found = [100 * value for value in numbers(rows(name, **where), column)]
     if not found:
         return ""
-    return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")
+    return f"{statistics.mean(found):.1f}" + (f"{NO_BREAK}±{NO_BREAK}{statistics.stdev(found):.1f}" if len(found) > 1 else "")
 
 
 def paired(system: str, minus: str, context: str) -> str:
     """A difference of six_systems_paired.csv with its interval, in points."""
     (row,) = rows("six_systems_paired", system=system, minus=minus, context=context)
     difference, low, high = (100 * float(row[column]) for column in ("difference", "low", "high"))
-    return f"{signed(difference)} ({signed(low)} {RANGE} {signed(high)})"
+    return f"{signed(difference)} ({signed(low)}{RANGE}{signed(high)})"
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Results of the experiments
 # --------------------------------------------------------------------------------------------------------------------
 
-SIX = {
-    "teacher": "teacher, greedy",
-    "teacher_cd1": "teacher, contrastive decoding, alpha 1",
-    "teacher_cd2": "teacher, contrastive decoding, alpha 2",
-    "before": "student by true labels, no distillation",
-    "before_cd1": "that student, contrastive decoding, alpha 1",
-    "ce_only": "CE only (control)",
-    "sharpened2": "sharpened KD, alpha 2 (control)",
-    "kd": "standard KD",
-    "caad05": "CAAD, alpha 0.5",
-    "caad1": "CAAD, alpha 1",
-    "caad2": "CAAD, alpha 2",
-    "caad2_plausible": "CAAD, alpha 2, plausibility mask 0.1",
-    "caad_plus": "CAAD+ (alpha 4, text path centred)",
-    "teacher_long": "longer teacher (control), greedy",
-    "kd_of_long": "standard KD from the longer teacher",
-    "caad2_of_long": "CAAD, alpha 2, from the longer teacher",
-}
-CONTEXTS = ("neutral", "aligned", "conflict")
+SIX = ("teacher", "teacher_cd1", "teacher_cd2", "before", "before_cd1", "ce_only", "sharpened2", "kd", "caad05", "caad1", "caad2",
+       "caad2_plausible", "caad_plus", "teacher_long", "kd_of_long", "caad2_of_long")  # fmt: skip
+KINDS = ("neutral", "aligned", "conflict")
+HINTS = tuple(CONTEXTS[kind] for kind in KINDS)
 
 
 def _six(systems: Iterable[str], columns: Sequence[str]) -> Iterable[list[str]]:
     for system in systems:
         latency = whole(mean("six_systems", "latency_ms", system=system))
-        yield [SIX[system], *(spread("six_systems", column, system=system) for column in columns), latency]
+        yield [SYSTEMS[system], *(spread("six_systems", column, system=system) for column in columns), latency]
 
 
 def six_systems() -> Table:
-    columns = (*CONTEXTS, "all", "shift_tir_adv")
-    head = ("system", "no hint", "true hint", "false hint", "ALL", "Shift (TIR_adv)", "ms an answer")
+    columns = (*KINDS, "all", "shift_tir_adv")
+    head = ("system", *HINTS, "ALL", "Shift (TIR_adv)", "ms an answer")
     return head, _six(SIX, columns)
 
 
 def readme_results() -> Table:
-    head = ("system", "no hint", "true hint", "false hint", "ms an answer")
-    return head, _six(("teacher", "teacher_cd1", "kd", "caad1", "caad2"), CONTEXTS)
+    head = ("system", *HINTS, "ms an answer")
+    return head, _six(("teacher", "teacher_cd1", "kd", "caad1", "caad2"), KINDS)
 
 
 def six_differences() -> Table:
     pairs = (("caad05", "kd"), ("caad1", "kd"), ("caad2", "kd"), ("caad2_plausible", "kd"), ("caad_plus", "kd"),
              ("caad2_of_long", "kd_of_long"), ("caad2", "sharpened2"), ("caad2", "ce_only"), ("caad_plus", "caad2"),
              ("caad_plus", "teacher_cd1"))  # fmt: skip
-    head = ("difference", "no hint", "true hint", "false hint", "ALL")
+    head = ("difference", *HINTS, "ALL")
     return head, (
-        [f"{SIX[a]} − {SIX[b]}", *(paired(a, b, context) for context in (*CONTEXTS, "all"))] for a, b in pairs
+        [f"{SYSTEMS[a]} − {SYSTEMS[b]}", *(paired(a, b, context) for context in (*KINDS, "all"))] for a, b in pairs
     )
 
 
@@ -178,30 +167,24 @@ def six_relative() -> Table:
 
     pairs = (("caad1", "kd"), ("caad2", "kd"), ("caad2_of_long", "kd_of_long"))
     head = ("relative gain over KD", "no hint", "true hint", "ALL, a third of it false hints")
-    return head, ([SIX[a], *(gain(a, b, column) for column in ("neutral", "aligned", "all"))] for a, b in pairs)
+    return head, ([SYSTEMS[a], *(gain(a, b, column) for column in ("neutral", "aligned", "all"))] for a, b in pairs)
 
 
 def six_additions() -> Table:
-    labels = {
-        "caad2_layers": "layers beside the logits",
-        "caad2_weighted": "KD weighted by the divergence of the paths",
-        "caad2_ramp": "alpha ramped over steps",
-        "caad2_centered": "text path centred",
-        "caad2_adaptive": "alpha by token",
-        "caad2_plausible": "plausibility mask 0.1",
-    }
-    head = ("added to CAAD alpha 2", "seeds", "no hint", "true hint", "false hint", "ALL")
+    systems = ("caad2_layers", "caad2_weighted", "caad2_ramp", "caad2_centered", "caad2_adaptive", "caad2_plausible")
+    head = ("added to CAAD alpha 2", "seeds", *HINTS, "ALL")
 
     def line(system: str) -> list[str]:
         seeds = rows("six_systems_paired", system=system, minus="caad2")[0]["seeds"]
-        return [labels[system], seeds, *(paired(system, "caad2", context) for context in (*CONTEXTS, "all"))]
+        added = SYSTEMS[system].removeprefix(f"{SYSTEMS['caad2']}, ")
+        return [added, seeds, *(paired(system, "caad2", context) for context in (*KINDS, "all"))]
 
-    return head, map(line, labels)
+    return head, map(line, systems)
 
 
 def six_by_noise() -> Table:
     """Accuracy under hints by the clip's signal-to-noise ratio."""
-    systems = {"kd": "KD", "caad1": "CAAD 1", "caad2": "CAAD 2"}
+    systems = ("kd", "caad1", "caad2")
     levels = dict.fromkeys(row["value"] for row in rows("sweeps", sweep="conflict_strength"))
 
     def cells(level: str) -> Iterable[str]:
@@ -209,7 +192,7 @@ def six_by_noise() -> Table:
             for system in systems:
                 yield percent(mean("sweeps", context, sweep="conflict_strength", value=level, system=system))
 
-    head = ("SNR in dB", *(f"{hint} hint, {label}" for hint in ("true", "false") for label in systems.values()))
+    head = ("SNR in dB", *(f"{hint}, {SYSTEMS[system]}" for hint in HINTS[1:] for system in systems))
     return head, ([level.replace("-", MINUS), *cells(level)] for level in levels)
 
 
@@ -222,33 +205,20 @@ def sweep(name: str, head: str, labels: Mapping[str, str] | None = None) -> Call
             [
                 (labels or {}).get(row["value"], row["value"]),
                 {"kd": "KD", "caad": "CAAD"}[row["system"]],
-                *(percent(float(row[column])) for column in (*CONTEXTS, "all")),
+                *(percent(float(row[column])) for column in (*KINDS, "all")),
             ]
             for row in found
         )
-        return (head, "student", "no hint", "true hint", "false hint", "ALL"), lines
+        return (head, "student", *HINTS, "ALL"), lines
 
     return build
 
 
-ANCHORS = {
-    "teacher": "the teacher's own answers",
-    "metadata": "Stage 1's words from the metadata",
-    "template": "the true label in a sentence",
-}
-
+# System -> whether a recipe of its name makes it.
 ABLATION = {
-    "baseline": "student before distillation",
-    "sft": "`sft`: SFT alone",
-    "text_kd_top": "`text_kd_top`",
-    "text_kd_skip": "`text_kd_skip`",
-    "text_kd_all": "`text_kd_all`",
-    "text_acoustic_kd": "`text_acoustic_kd`",
-    "caad": "`caad`",
-    "caad_layers": "`caad_layers`",
-    "everything": "`everything`",
-    "text_teacher": "the text teacher itself, reading the metadata",
-}
+    "baseline": False, "sft": True, "text_kd_top": True, "text_kd_skip": True, "text_kd_all": True, "text_acoustic_kd": True,
+    "caad": True, "caad_layers": True, "everything": True, "text_teacher": False,
+}  # fmt: skip
 CLAIMS = (
     ("baseline", "sft", "perception", "SFT alone forgets perception"),
     ("text_acoustic_kd", "text_kd_all", "perception", "the acoustic teacher keeps perception"),
@@ -261,11 +231,12 @@ CLAIMS = (
 
 def ablation() -> Table:
     columns = ("perception", "content", "all")
-    head = ("recipe", *columns)
+    head = ("system and its recipe", *columns)
     return head, (
-        [label, *(spread("sources_layers", column, system=system) for column in columns)]
-        for system, label in ABLATION.items()
-    )
+        [SYSTEMS[system] + (f", `{system}`" if recipe else ""),
+         *(spread("sources_layers", column, system=system) for column in columns)]
+        for system, recipe in ABLATION.items()
+    )  # fmt: skip
 
 
 def ablation_claims() -> Table:
@@ -281,14 +252,13 @@ def ablation_claims() -> Table:
         half = T_95[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
         verdict = "not decided" if abs(middle) <= half else "holds" if middle > 0 else "the opposite holds"
         each = ", ".join(map(signed, differences))
-        return [claim, signed(middle), f"{signed(middle - half)} {RANGE} {signed(middle + half)}", each, verdict]
+        return [claim, signed(middle), f"{signed(middle - half)}{RANGE}{signed(middle + half)}", each, verdict]
 
     head = ("claim of the paper", "difference", "95% t interval", "by seed", "here")
     return head, (line(*claim) for claim in CLAIMS)
 
 
-DEMO = ("teacher, greedy", "teacher, contrastive 1", "teacher, contrastive 2", "student, CE only", "student, KD",
-        "student, sharpened KD 2", "student, CAAD alpha 1", "student, CAAD alpha 2")  # fmt: skip
+DEMO = ("teacher", "teacher_cd1", "teacher_cd2", "ce_only", "kd", "sharpened2", "caad1", "caad2")
 MACHINES = {
     "demo": "AVX-512 BF16",
     "demo_earlier": "AVX-512 BF16, earlier commit",
@@ -298,18 +268,18 @@ MACHINES = {
 
 
 def demo() -> Table:
-    head = ("system", "no hint", "true hint", "false hint", "Shift (TIR_adv)")
+    head = ("system", *HINTS, "Shift (TIR_adv)")
 
     def line(system: str) -> list[str]:
         (row,) = rows("demo", system=system)
-        return [system, *(percent(float(row[column])) for column in (*CONTEXTS, "tir_adv"))]
+        return [SYSTEMS[system], *(percent(float(row[column])) for column in (*KINDS, "tir_adv"))]
 
     return head, map(line, DEMO)
 
 
 def demo_machines() -> Table:
     head = ("false hint, by processor", *MACHINES.values())
-    return head, ([system, *(percent(mean(name, "conflict", system=system)) for name in MACHINES)] for system in DEMO)
+    return head, ([SYSTEMS[system], *(percent(mean(name, "conflict", system=system)) for name in MACHINES)] for system in DEMO)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -349,7 +319,7 @@ def linear() -> Table:
 
 
 def row_kernel() -> Table:
-    head = ("row kernel", "dtype", "ns a position", "times faster than eager", "gradient error")
+    head = ("row kernel", "dtype", "ns per token and id", "times faster than eager", "gradient error")
 
     def line(row: Row) -> list[str]:
         found = {column: next(iter(numbers([row], column)), None) for column in row if column in
@@ -362,7 +332,7 @@ def row_kernel() -> Table:
 
 def linear_sweep() -> Table:
     """The linear loss over each size, the other sizes as in the main table."""
-    head = ("what varies", "value", "kdkernels, ns a position", "times the bare GEMMs", "with bf16 logits")
+    head = ("what varies", "value", "kdkernels, ns per token and id", "times the bare GEMMs", "with bf16 logits")
     ours, half = "kdkernels (default: fp32 logits)", "kdkernels bf16 logits"
 
     def line(row: Row) -> list[str]:
@@ -584,7 +554,7 @@ def study() -> Table:
         own = [row for row in found if row["system"] == system]
         cells = [[100 * float(row["accuracy"]) for row in own if row["context"] == context] for context in contexts]
         shown = [f"{statistics.mean(c):.1f}" + (f" ± {statistics.stdev(c):.1f}" if len(c) > 1 else "") for c in cells]
-        lines.append([f"`{system}`", str(len({row["teacher"] for row in own})), *shown])
+        lines.append([SYSTEMS[system], str(len({row["teacher"] for row in own})), *shown])
     return ("system", "teachers", *contexts), lines
 
 

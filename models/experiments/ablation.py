@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.evaluation.t_interval import t_interval
 from models.experiments.commands import ablation_parser
 from models.experiments.pipeline import Context, Stage, log_console, run_pipeline
 from models.experiments.shared_steps import (
@@ -41,27 +42,27 @@ from models.experiments.shared_steps import (
     train_supervised,
     write_parts,
 )
-from models.experiments.t_interval import t_interval
 from models.io_utils import atomic_write_text, cache_dir
+from models.reporting.systems import system_name
 
 PERCEPTION = ("gender", "speaking_rate", "accent", "noise")
 CONTENT = ("content", "place", "mood")
 RESULTS = Path(__file__).parent / "results" / "sources_layers.csv"
 _TEXT_BATCH = 32
 
-# name, label, recipe (None: the student before distillation). The first six have the order of the paper's table.
+# The system and its recipe (None: the student before distillation). The first six have the order of the paper's table.
 SYSTEMS = (
-    ("baseline", "student before distillation", None),
-    ("sft", "SFT only", "sft"),
-    ("text_kd_top", "top-layer text KD + SFT", "text_kd_top"),
-    ("text_kd_skip", "skip-layer text KD + SFT", "text_kd_skip"),
-    ("text_kd_all", "all-layer text KD + SFT", "text_kd_all"),
-    ("text_acoustic_kd", "all-layer text KD + acoustic KD + SFT", "text_acoustic_kd"),
-    ("caad", "CAAD", "caad"),
-    ("caad_layers", "CAAD + layers", "caad_layers"),
-    ("everything", "CAAD + layers + text KD + acoustic KD", "everything"),
+    ("baseline", None),
+    ("sft", "sft"),
+    ("text_kd_top", "text_kd_top"),
+    ("text_kd_skip", "text_kd_skip"),
+    ("text_kd_all", "text_kd_all"),
+    ("text_acoustic_kd", "text_acoustic_kd"),
+    ("caad", "caad"),
+    ("caad_layers", "caad_layers"),
+    ("everything", "everything"),
 )
-TEXT_TEACHER = ("text_teacher", "text teacher itself, reading the metadata")
+TEXT_TEACHER = "text_teacher"
 # Claims of the paper's table, as differences between two rows: (better, worse, score, the claim).
 CLAIMS = (
     ("baseline", "sft", "perception", "SFT alone forgets perception"),
@@ -224,10 +225,10 @@ def make_stages(settings: AblationSettings) -> list[Stage]:
     stages.append(
         Stage("text_teacher", "answers of the text teacher", ("corpus",), ("lm", "tiny_backbones"), run_text_teacher)
     )
-    return stages + [_row_stage(settings, *system) for system in SYSTEMS if system[2] is not None]
+    return stages + [_row_stage(settings, *system) for system in SYSTEMS if system[1] is not None]
 
 
-def _row_stage(settings: AblationSettings, name: str, label: str, recipe: str) -> Stage:
+def _row_stage(settings: AblationSettings, name: str, recipe: str) -> Stage:
     """The stage of one row of the table."""
     from models.training.recipe import load_recipe, to_dict
 
@@ -238,7 +239,8 @@ def _row_stage(settings: AblationSettings, name: str, label: str, recipe: str) -
     starts = tuple(f"start_{seed}" for seed in range(settings.seeds))
     taught = ("teacher",) if read.needs_teacher else ()
     return Stage(
-        name, label, ("corpus", "features", *starts, *taught), (*TRAINING, "student_steps", "learning_rate", "seeds"), run_rows,
+        name, system_name(name), ("corpus", "features", *starts, *taught),
+        (*TRAINING, "student_steps", "learning_rate", "seeds"), run_rows,
         # The text of the recipe is part of the fingerprint too.
         extra={"recipe": recipe, "words": words, "needs_teacher": read.needs_teacher, "read": to_dict(read)},
     )  # fmt: skip
@@ -255,14 +257,14 @@ def collect(folders: Mapping[str, Path], settings: AblationSettings) -> list[dic
     The last row is the text teacher, which answers without the sound.
     """
     asked = [
-        (name, label, seed, folders[f"start_{seed}"] if recipe is None else folders[name] / str(seed))
-        for name, label, recipe in SYSTEMS
+        (name, seed, folders[f"start_{seed}"] if recipe is None else folders[name] / str(seed))
+        for name, recipe in SYSTEMS
         for seed in range(settings.seeds)
     ]
-    return [_scores(*one) for one in [*asked, (*TEXT_TEACHER, 0, folders["text_teacher"])]]
+    return [_scores(*one) for one in [*asked, (TEXT_TEACHER, 0, folders["text_teacher"])]]
 
 
-def _scores(name: str, label: str, seed: int, folder: Path) -> dict[str, Any]:
+def _scores(name: str, seed: int, folder: Path) -> dict[str, Any]:
     from models.evaluation.predictions import read_predictions
     from models.evaluation.scoring import score
 
@@ -276,7 +278,7 @@ def _scores(name: str, label: str, seed: int, folder: Path) -> dict[str, Any]:
 
     return {
         "system": name,
-        "label": label,
+        "label": system_name(name),
         "seed": seed,
         "perception": mean(PERCEPTION),
         "content": mean(CONTENT),

@@ -54,8 +54,9 @@ from models.experiments.shared_steps import (
     write_cache,
 )
 from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, source_commit
+from models.reporting.systems import CONTEXTS, system_name
 
-CONTEXTS = (("neutral", "no hint"), ("aligned", "true hint"), ("conflict", "false hint"))
+KINDS = ("neutral", "aligned", "conflict")
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ SMOKE = DemoSettings(
     healing_steps=3, target_source="template", teacher_steps=6, student_steps=4, batch_examples=4,
 )  # fmt: skip
 
-# name, label, objective, alpha
+# system, objective, alpha
 STUDENTS = (
-    ("ce_only", "student, CE only", "ce_only", 0.0),
-    ("kd", "student, KD", "kd", 0.0),
-    ("sharpened2", "student, sharpened KD 2", "sharpened", 2.0),
-    ("caad1", "student, CAAD alpha 1", "caad", 1.0),
-    ("caad2", "student, CAAD alpha 2", "caad", 2.0),
+    ("ce_only", "ce_only", 0.0),
+    ("kd", "kd", 0.0),
+    ("sharpened2", "sharpened", 2.0),
+    ("caad1", "caad", 1.0),
+    ("caad2", "caad", 2.0),
 )
 TEACHER_ALPHAS = (None, 1.0, 2.0)
 # The students of one process share what is frozen (models/experiments/student_group.py). Two processes, for two cores.
@@ -223,7 +224,7 @@ def make_stages() -> list[Stage]:
         Stage("pool", "teacher's answers, both its paths", ("corpus", "features", "teacher"), TRAINING, run_pool),
     ]  # fmt: skip
     for number, names in enumerate(COHORTS, start=1):
-        told = [(name, objective, alpha) for name, _, objective, alpha in STUDENTS if name in names]
+        told = [student for student in STUDENTS if student[0] in names]
         stages.append(
             Stage(
                 f"students_{number}", f"students: {', '.join(names)}", ("corpus", "features", "teacher", "student_lm", "pool"),
@@ -241,16 +242,16 @@ def make_stages() -> list[Stage]:
 
 
 def collect(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
-    """Label -> test predictions of every system, in the order of the table."""
+    """System -> test predictions, in the order of the table."""
     from models.evaluation.predictions import read_predictions
 
     files = {}
     for alpha in TEACHER_ALPHAS:
-        label = "teacher, greedy" if alpha is None else f"teacher, contrastive {alpha:g}"
-        files[label] = folders["answers_teacher"] / predictions_name("test", alpha)
-    for name, label, _, _ in STUDENTS:
-        files[label] = student_folder(folders, name) / predictions_name("test")
-    return {label: read_predictions(path)[1] for label, path in files.items()}
+        system = "teacher" if alpha is None else f"teacher_cd{alpha:g}"
+        files[system] = folders["answers_teacher"] / predictions_name("test", alpha)
+    for system, _, _ in STUDENTS:
+        files[system] = student_folder(folders, system) / predictions_name("test")
+    return {system: read_predictions(path)[1] for system, path in files.items()}
 
 
 def student_folder(folders: Mapping[str, Path], name: str) -> Path:
@@ -267,18 +268,18 @@ def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
     """
     from models.evaluation.scoring import paired_difference
 
-    ours = {alpha: _plain(predictions[f"student, CAAD alpha {alpha}"]) for alpha in (1, 2)}
+    ours = {alpha: _plain(predictions[f"caad{alpha}"]) for alpha in (1, 2)}
     details, wins, costs = [], [], []
-    for label in ("student, KD", "student, sharpened KD 2", "student, CE only"):
-        other = _plain(predictions[label])
+    for system in ("kd", "sharpened2", "ce_only"):
+        other = _plain(predictions[system])
         for alpha, answers in ours.items():
             conflict = paired_difference(answers, other, kind="conflict")
             neutral = paired_difference(answers, other, kind="neutral")
             details.append(
-                f"CAAD alpha {alpha} against {label.removeprefix('student, ')}: under a false hint {_points(conflict)}, "
+                f"CAAD alpha {alpha} against {system_name(system)}: under a false hint {_points(conflict)}, "
                 f"{_compared(conflict)}; without a hint {_points(neutral)}, {_compared(neutral)}."
             )
-            if label == "student, KD":
+            if system == "kd":
                 wins += [f"alpha {alpha}"] if conflict.low > 0 else []
                 costs += [f"alpha {alpha}"] if neutral.high < 0 else []
     if wins:
@@ -327,17 +328,17 @@ def print_table(console: Console, predictions: Mapping[str, Sequence[Any]]) -> d
     """Print the table and return the scores of every system."""
     from models.evaluation.summary import summarize
 
-    table = Table(title="accuracy on the test clips, by what the prompt says (Shift = TIR_adv, lower is better)")
-    for column in ("system", *(label for _, label in CONTEXTS), "Shift", "no audio", "swapped"):
+    table = Table(title="accuracy on the test clips in %, by what the prompt says (Shift = TIR_adv, lower is better)")
+    for column in ("system", *(CONTEXTS[kind] for kind in KINDS), "Shift", "no audio", "swapped"):
         table.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
     scores = {}
-    for label, answers in predictions.items():
-        scores[label] = summary = summarize(answers)
+    for system, answers in predictions.items():
+        scores[system] = summary = summarize(answers)
         plain = summary["plain"]
-        cells = [plain["by_kind"][kind].value for kind, _ in CONTEXTS if kind in plain["by_kind"]]
+        cells = [plain["by_kind"][kind].value for kind in KINDS if kind in plain["by_kind"]]
         cells += [plain["tir_adv"].value]
         cells += [summary[c]["accuracy"].value if c in summary else None for c in ("no_audio", "swapped_audio")]
-        table.add_row(label, *("-" if v is None else f"{v:.3f}" for v in cells))
+        table.add_row(system_name(system), *("-" if v is None else f"{100 * v:.1f}" for v in cells))
     console.print(table)
     return scores
 
@@ -359,7 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"warning: the recordings of {source} are not in this corpus: {reason}", markup=False)
     predictions = collect(folders)
     scores = print_table(console, predictions)
-    sentences = [*verdict(predictions), caveat(folders, settings)]
+    headline, *details = verdict(predictions)
+    sentences = [headline, *details, caveat(folders, settings)]
     sentences = print_sentences(console, sentences, smoke=arguments.fast_smoke)
 
     from models.evaluation.score_tables import to_json
@@ -370,7 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results |= {"commit": source_commit(), "date": datetime.date.today().isoformat()}
     atomic_write_json(out / "results.json", results)
     atomic_write_text(out / "results.csv", results_csv(results))
-    report = write_report(out / "report.html", make_report(settings, stages, folders, predictions, sentences, seconds))
+    findings = [sentence for sentence in sentences if sentence not in details]  # the report has verdicts of its own
+    report = write_report(out / "report.html", make_report(settings, stages, folders, predictions, findings, seconds))
     console.print(f"total {time.monotonic() - started:.0f} s; report: {report.resolve()}", soft_wrap=True)
     return 0
 
@@ -383,8 +386,8 @@ def results_csv(results: Mapping[str, Any]) -> str:
     rows = []
     for system, by_control in results["scores"].items():
         score = by_control["plain"]
-        row: dict[str, Any] = {"system": system, "seed": results["settings"]["seed"]}
-        for kind, _ in CONTEXTS:
+        row: dict[str, Any] = {"system": system, "label": system_name(system), "seed": results["settings"]["seed"]}
+        for kind in KINDS:
             value = score["by_kind"][kind]
             ends = {f"{kind}_{end}": round(value[end], 4) for end in ("low", "high")}
             row |= {kind: round(value["value"], 4), **ends}
@@ -405,7 +408,7 @@ def make_report(
     stages: Sequence[Stage],
     folders: Mapping[str, Path],
     predictions: Mapping[str, Sequence[Any]],
-    sentences: Sequence[str],
+    findings: Sequence[str],
     seconds: Mapping[str, float],
 ) -> Any:
     """The report of the demo: systems, curves of every training, clips, settings, what each stage did and its seconds."""
@@ -413,16 +416,17 @@ def make_report(
     from models.reporting.report import Report
     from models.training.curves import read_metrics
 
-    trained = {"teacher": folders["teacher"], **{label: student_folder(folders, name) for name, label, _, _ in STUDENTS}}
+    trained = {"teacher": folders["teacher"], **{system: student_folder(folders, system) for system, _, _ in STUDENTS}}
     told = [s for s in stages if s.run is not run_student]
     notes = [(s.title, _shown(read_done(folders[s.name])["result"])) for s in told]
     return Report(
         title="kdkernels demo: what contrastive audio-aware distillation does to a biased teacher's student",
-        findings=list(sentences),
-        systems=predictions,
-        curves={label: read_metrics(folder / "metrics.jsonl") for label, folder in trained.items()},
+        findings=findings,
+        systems={system_name(system): answers for system, answers in predictions.items()},
+        curves={system_name(system): read_metrics(folder / "metrics.jsonl") for system, folder in trained.items()},
         examples=read_manifest(folders["corpus"] / "test.jsonl", check_audio=False).examples,
         audio_root=folders["corpus"],
+        reference=system_name("kd"),
         facts=[
             ("What the stages did", [n for n in notes if n[1]]),
             ("Seconds of each stage", [(s.title, f"{seconds[s.name]:.0f}") for s in stages]),

@@ -68,6 +68,7 @@ from models.experiments.shared_steps import (
     write_stage_1_pool,
 )
 from models.io_utils import atomic_write_text, cache_dir
+from models.reporting.systems import system_name
 
 RESULTS = Path(__file__).parent / "results"
 TEACHER_ALPHAS = (None, 1.0, 2.0)
@@ -81,31 +82,35 @@ class System:
     """One distilled student of the table."""
 
     name: str
-    label: str
     recipe: str
     alpha: float
     words: tuple[str, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """What a reader sees."""
+        return system_name(self.name)
+
 
 SYSTEMS = (
-    System("ce_only", "student, CE only (control)", "ce_only", 0.0),
-    System("kd", "student, standard KD", "kd", 0.0),
-    System("sharpened2", "student, sharpened KD 2 (control)", "sharpened", 2.0),
-    System("caad1", "student, CAAD alpha 1", "caad", 1.0),
-    System("caad2", "student, CAAD alpha 2", "caad", 2.0),
+    System("ce_only", "ce_only", 0.0),
+    System("kd", "kd", 0.0),
+    System("sharpened2", "sharpened", 2.0),
+    System("caad1", "caad", 1.0),
+    System("caad2", "caad", 2.0),
 )
-MILD = System("caad05", "student, CAAD alpha 0.5", "caad", 0.5)
-PLAUSIBLE = System("caad2_plausible", "CAAD 2, plausibility 0.1", "caad", 2.0, ("loss.plausibility=0.1",))
-LAYERED = System("caad2_layers", "CAAD 2 + layers", "caad_layers", 2.0)
+MILD = System("caad05", "caad", 0.5)
+PLAUSIBLE = System("caad2_plausible", "caad", 2.0, ("loss.plausibility=0.1",))
+LAYERED = System("caad2_layers", "caad_layers", 2.0)
 ADDITIONS = (
-    System("caad2_adaptive", "CAAD 2, alpha by token", "caad", 2.0, ("loss.alpha_half_divergence=0.1",)),
-    System("caad2_ramp", "CAAD 2, alpha ramped", "caad", 2.0, ("loss.alpha_start=0", "loss.alpha_ramp_steps=60")),
-    System("caad2_weighted", "CAAD 2, KD weighted by divergence", "caad", 2.0, ("loss.kd_token_weight=divergence",)),
-    System("caad2_centered", "CAAD 2, text path centred", "caad", 2.0, ("loss.center_text=true",)),
+    System("caad2_adaptive", "caad", 2.0, ("loss.alpha_half_divergence=0.1",)),
+    System("caad2_ramp", "caad", 2.0, ("loss.alpha_start=0", "loss.alpha_ramp_steps=60")),
+    System("caad2_weighted", "caad", 2.0, ("loss.kd_token_weight=divergence",)),
+    System("caad2_centered", "caad", 2.0, ("loss.center_text=true",)),
     PLAUSIBLE,
     LAYERED,
 )
-PLUS = System("caad_plus", "CAAD+ (alpha 4, text path centred)", "caad_plus", 4.0)
+PLUS = System("caad_plus", "caad_plus", 4.0)
 # Sweep, key, values. A value that a system of the table has already has that system's name.
 SWEEPS = (
     ("alpha", "loss.alpha", {0.5: "caad05", 1.0: "caad1", 2.0: "caad2", 4.0: None}),
@@ -116,8 +121,8 @@ SWEEPS = (
 TIMES = {"teacher_half": (0.5, "half"), "teacher_long": (2, "twice")}
 LONG = "teacher_long"
 OF_LONG = (
-    System("kd_of_long", "standard KD, longer teacher", "kd", 0.0),
-    System("caad2_of_long", "CAAD alpha 2, longer teacher", "caad", 2.0),
+    System("kd_of_long", "kd", 0.0),
+    System("caad2_of_long", "caad", 2.0),
 )
 ANCHORS = ("teacher", "metadata", "template")  # the table has the first
 
@@ -426,25 +431,24 @@ def collect(folders: Mapping[str, Path], settings: SixSettings) -> dict[tuple[st
 
     found: dict[tuple[str, int], tuple[str, float, list[Any]]] = {}
 
-    def add(system: str, label: str, alpha: float, seed: int, folder: Path, decoding: float | None = None) -> None:
-        found[system, seed] = (label, alpha, read_predictions(folder / predictions_name(settings.split, decoding))[1])
+    def add(system: str, alpha: float, seed: int, folder: Path, decoding: float | None = None) -> None:
+        path = folder / predictions_name(settings.split, decoding)
+        found[system, seed] = (system_name(system), alpha, read_predictions(path)[1])
 
     for alpha in TEACHER_ALPHAS:
-        name, label = ("teacher", "teacher, greedy") if alpha is None else (
-            f"teacher_cd{alpha:g}", f"teacher, contrastive decoding {alpha:g}")  # fmt: skip
-        add(name, label, alpha or 0.0, 0, folders["answers_teacher"], alpha)
-    for name, (_, said) in TIMES.items() if settings.sweep_seeds else ():
-        add(name, f"teacher, greedy, trained {said} as long (control)", 0.0, 0, folders[f"answers_{name}"])
+        name = "teacher" if alpha is None else f"teacher_cd{alpha:g}"
+        add(name, alpha or 0.0, 0, folders["answers_teacher"], alpha)
+    for name in TIMES if settings.sweep_seeds else ():
+        add(name, 0.0, 0, folders[f"answers_{name}"])
     for alpha in BEFORE_ALPHAS:
-        name, label = ("before", "student by true labels, no distillation") if alpha is None else (
-            f"before_cd{alpha:g}", f"student by true labels, contrastive decoding {alpha:g}")  # fmt: skip
+        name = "before" if alpha is None else f"before_cd{alpha:g}"
         for seed in range(settings.seeds):
-            add(name, label, alpha or 0.0, seed, folders["answers_before"] / str(seed), alpha)
+            add(name, alpha or 0.0, seed, folders["answers_before"] / str(seed), alpha)
     for system, seed, stage in _students(settings):
-        add(system.name, system.label, system.alpha, seed, folders[f"answers_{stage}"] / f"{system.name}-{seed}")
+        add(system.name, system.alpha, seed, folders[f"answers_{stage}"] / f"{system.name}-{seed}")
     for system in OF_LONG if settings.sweep_seeds else ():
         for seed in range(settings.seeds):
-            add(system.name, system.label, system.alpha, seed, folders[f"answers_of_{LONG}"] / f"{system.name}-{seed}")
+            add(system.name, system.alpha, seed, folders[f"answers_of_{LONG}"] / f"{system.name}-{seed}")
     return found
 
 

@@ -730,11 +730,6 @@ def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
     from models.experiments.study_endpoints import PAIRS, all_endpoints, as_row, sentence
     from models.reporting.results_csv import rows_csv
 
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
-        console.print("no endpoints without scipy: pip install scipy, then the same command with --collect")
-        return
     pairs = tuple((s.name, "caad2") for s in AXES) if experiment == "axes" else PAIRS
     for folder in (Path(arguments.out), *([RESULTS] if arguments.write else [])):
         found = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment)) if experiment != "E5" else []

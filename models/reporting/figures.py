@@ -1,5 +1,8 @@
 """The figures of a report, as SVG, on a light or a dark ground.
 
+A system has one colour and one mark in all figures of a report (models/reporting/systems.py). What is measured tells the panels
+of a figure apart: contexts and scores stand side by side, and never share a panel.
+
 Readers with the common colour vision deficiencies can tell the colours apart. The contrast with the ground is 3:1 or more in both
 schemes, and markers and dashes differ as well. A text alternative holds the numbers. The same numbers give the same bytes (with
 the same matplotlib): there are no dates, and the ids are fixed.
@@ -9,30 +12,32 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from models.reporting.systems import REST, Palette, Style, main_systems
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 INK, GRID = "#1f2328", "#c9ced4"
-PALETTE = ("#0072b2", "#d55e00", "#12a189", "#9933ff", "#1f2937")
 # Each colour, and its replacement on a dark ground.
 DARK = {
     INK: "#e6e8eb", GRID: "#454c55",
     "#0072b2": "#56b4e9", "#d55e00": "#e8853b", "#12a189": "#22966c", "#9933ff": "#a15cf5", "#1f2937": "#f5f0d0",
+    "#572901": "#d50341", "#491768": "#9e4990", "#a7915b": "#a3ff40", REST: "#8b949e",
 }  # fmt: skip
 LIGHT_GROUND, DARK_GROUND = "#ffffff", "#14181d"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 CURVES = (
     ("loss", "loss"),
     ("kd", "KD term (nats x tau²)"),
     ("ce", "CE term (nats)"),
-    ("top1_agreement", "top-1 agreement with the target distribution"),
+    ("top1_agreement", "top-1 agreement with the target distribution (%)"),
     ("path_divergence", "divergence of the teacher's two paths (nats)"),
     ("student_entropy", "student's entropy (nats)"),
     ("grad_norm", "gradient norm before clipping"),
@@ -46,11 +51,16 @@ _STYLE = {
 
 
 class Value(NamedTuple):
-    """A number, and its interval if it has one."""
+    """A number as it is shown (a share in %), and its interval if it has one."""
 
     value: float
     low: float | None = None
     high: float | None = None
+
+
+def percent(value: float, low: float | None = None, high: float | None = None) -> Value:
+    """A share and its interval in %."""
+    return Value(*(None if x is None else 100 * x for x in (value, low, high)))
 
 
 @dataclass(frozen=True)
@@ -87,106 +97,157 @@ class Figure:
         return re.sub(r"(<svg[^>]*>)", rf'\1<rect width="100%" height="100%" fill="{LIGHT_GROUND}"/>', self.svg, count=1)
 
 
-def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
-    """A figure for each of CURVES that at least one run has.
+def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: Palette | None = None) -> Figure | None:
+    """A panel for each of CURVES that at least one run has; None where no run has one.
 
     Args:
         curves: label -> lines of a metrics file.
+        palette: of the report; None = made for these runs.
     """
-    figures = []
+    panels = {}
     for name, title in CURVES:
+        scale = 100 if title.endswith("(%)") else 1
         drawn = {
-            label: {line["step"]: Value(line[name]) for line in lines if isinstance(line.get(name), (int, float))}
+            label: {line["step"]: Value(scale * line[name]) for line in lines if isinstance(line.get(name), (int, float))}
             for label, lines in curves.items()
         }
-        drawn = {label: points for label, points in drawn.items() if points}
-        if drawn:
-            figures.append(
-                draw_lines(
-                    f"training-{name.replace('_', '-')}", drawn, xlabel="optimiser step", ylabel=title,
-                    caption=f"Training: {title}.", wide=False, markers=False,
-                )
-            )  # fmt: skip
-    return figures
+        if drawn := {label: points for label, points in drawn.items() if points}:
+            panels[title] = drawn
+    if not panels:
+        return None
+    caption = "Training curves. Runs without a colour of their own are grey."
+    return draw_lines("training", panels, xlabel="optimiser step", caption=caption, palette=palette, markers=False)
 
 
 def draw_lines(
     name: str,
-    series: Mapping[str, Mapping[float, Value]],
+    panels: Mapping[str, Mapping[str, Mapping[float, Value]]],
+    *,
+    xlabel: str,
+    caption: str,
+    palette: Palette | None = None,
+    markers: bool = True,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Panels with a line for each system.
+
+    Args:
+        panels: what is drawn -> system -> {x: value}.
+        palette: of the report; None = made for these systems.
+        markers: draw a mark and an interval at each value. A training curve has too many values for that.
+        limits: of the y axes. None = each panel fits its own values.
+    """
+    palette = palette or Palette(system for series in panels.values() for system in series)
+    columns = min(2 if len(panels) in (1, 2, 4) or not markers else 3, len(panels))
+    figure, grid = _figure(8.2 if columns > 1 else 5.0, 0.7 + 2.3 * math.ceil(len(panels) / columns), len(panels), columns)
+    handles: dict[str, Any] = {}
+    told = []
+    for axes, (title, series) in zip(grid, panels.items(), strict=True):
+        said = []
+        for system, points in sorted(series.items(), key=lambda item: palette.is_main(item[0])):  # grey lines lie below
+            points = dict(sorted(points.items()))
+            values = [p.value for p in points.values()]
+            look = palette(system)
+            style = {"color": look.colour, "linewidth": 1.4 if palette.is_main(system) else 0.8}
+            if markers:
+                style |= {"marker": look.marker, "markersize": 5, "elinewidth": 0.9, "capsize": 2}
+                handle = axes.errorbar(list(points), values, yerr=_reach(points.values()), **style)
+            else:
+                (handle,) = axes.plot(list(points), values, **style)
+            handles.setdefault(system, handle)
+            shown = points if markers else {x: points[x] for x in (min(points), max(points))}
+            said.append(f"{system}: " + ", ".join(f"{_say(v)} at {x:g}" for x, v in shown.items()))
+        if limits is not None:
+            axes.set_ylim(*_widened(limits))
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel(xlabel, fontsize=8)
+        told.append(f"{_capital(title)} over {xlabel}. {'; '.join(said)}.")
+    _legend(figure, handles, palette)
+    return Figure(name, caption, " ".join(told), _svg(figure), columns > 1)
+
+
+def draw_intervals(
+    name: str,
+    rows: Mapping[str, Mapping[str, Value]],
+    *,
+    xlabel: str,
+    caption: str,
+    palette: Palette | None = None,
+    systems: Mapping[str, str] | None = None,
+    limits: tuple[float, float] | None = (0, 100),
+) -> Figure:
+    """A line for each label, a panel for each score: marks with their intervals.
+
+    Args:
+        rows: label -> {panel: value}. A row may lack a panel.
+        palette: of the report; None = made for these rows.
+        systems: label -> the system whose colour it has; None = the labels are systems.
+        limits: of the x axes. None = the values are differences: the axes fit them, and a line is drawn at 0.
+    """
+    systems = systems or {label: label for label in rows}
+    palette = palette or Palette(systems.values())
+    panels = list(dict.fromkeys(panel for values in rows.values() for panel in values))
+    columns = len(panels) if len(panels) <= 4 else math.ceil(len(panels) / 2)
+    lines = math.ceil(len(panels) / columns)
+    labels = ["\n".join(textwrap.wrap(label, 40)) for label in rows]
+    taken = 0.12 + 0.11 * max(label.count("\n") + 1 for label in labels)  # inches for a row
+    figure, grid = _figure(8.8, lines * (0.8 + len(rows) * taken), len(panels), columns)
+    ends = [0.0, *(x for row in rows.values() for v in row.values() for x in v if x is not None)]
+    for number, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
+        of_look: dict[Style, dict[int, Value]] = {}
+        for place, (label, row) in enumerate(rows.items()):
+            if panel in row:
+                of_look.setdefault(palette(systems[label]), {})[place] = row[panel]
+        for look, shown in of_look.items():
+            axes.errorbar(
+                [v.value for v in shown.values()], list(shown), xerr=_reach(shown.values()), color=look.colour,
+                marker=look.marker, markersize=5, linestyle="none", elinewidth=1.2, capsize=2.5,
+            )  # fmt: skip
+        axes.set_yticks(range(len(rows)), labels if number % columns == 0 else [], fontsize=8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        if limits is None:
+            axes.axvline(0, color=INK, linewidth=0.9)
+        axes.set_xlim(*_widened((min(ends), max(ends)) if limits is None else limits))
+        axes.set_title(panel, fontsize=9, loc="left")
+        axes.set_xlabel(xlabel, fontsize=8)
+    told = "; ".join(f"{label}: " + ", ".join(f"{s} {_say(v)}" for s, v in row.items()) for label, row in rows.items())
+    return Figure(name, caption, f"{_capital(xlabel)}. {told}.", _svg(figure))
+
+
+def draw_trade_off(
+    name: str,
+    points: Mapping[str, tuple[Value, Value]],
     *,
     xlabel: str,
     ylabel: str,
     caption: str,
-    wide: bool = True,
-    markers: bool = True,
-    limits: tuple[float, float] | None = None,
+    palette: Palette | None = None,
 ) -> Figure:
-    """A line for each label.
-
-    Args:
-        series: label -> {x: value}.
-        markers: draw a mark and an interval at each value. A training curve has too many values for that.
-        limits: of the y axis.
-    """
-    figure, axes = _figure(*((8.2, 3.6) if wide else (5.0, 3.2)))
+    """A point for each system: (x, y) with both intervals. The legend names five systems at most; the others are grey."""
+    palette = palette or Palette(points)
+    named = main_systems(points)
+    figure, (axes,) = _figure(4.8, 4.4, 1, 1)
     handles: dict[str, Any] = {}
-    told = []
-    for i, (label, points) in enumerate(series.items()):
-        points = dict(sorted(points.items()))
-        style = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)], "linewidth": 1.3}
-        values = [p.value for p in points.values()]
-        if markers:
-            style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 5, "elinewidth": 0.9, "capsize": 2}
-            handles[label] = axes.errorbar(list(points), values, yerr=_reach(points.values()), **style)
+    for system, (x, y) in sorted(points.items(), key=lambda item: item[0] in named):
+        if system in named:
+            look = palette(system)
+            handles[system] = axes.errorbar(
+                [x.value], [y.value], xerr=_reach([x]), yerr=_reach([y]), color=look.colour, marker=look.marker,
+                markersize=7, linestyle="none", elinewidth=1.1, capsize=2.5,
+            )  # fmt: skip
         else:
-            (handles[label],) = axes.plot(list(points), values, **style)
-        said = points if markers else {x: points[x] for x in (min(points), max(points))}
-        told.append(f"{label}: " + ", ".join(f"{_say(v)} at {x:g}" for x, v in said.items()))
-    if limits is not None:
-        axes.set_ylim(*_widened(limits))
+            small = {"color": REST, "marker": "o", "markersize": 3.5, "linestyle": "none"}
+            (handles["other systems"],) = axes.plot([x.value], [y.value], **small)
+    axes.margins(0.08)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    _legend(figure, handles, columns=3 if wide else 2)
-    return Figure(name, caption, f"{_capital(ylabel)} over {xlabel}. {'; '.join(told)}.", _svg(figure), wide)
+    order = [*named, *(["other systems"] if "other systems" in handles else [])]
+    _place_legend(figure, {system: handles[system] for system in order}, columns=2)
+    told = "; ".join(f"{system}: {_say(x)}, {_say(y)}" for system, (x, y) in points.items())
+    return Figure(name, caption, f"{_capital(xlabel)}, then {ylabel}. {told}.", _svg(figure), wide=False)
 
 
-def draw_intervals(
-    name: str, rows: Mapping[str, Mapping[str, Value]], *, xlabel: str, caption: str, limits: tuple[float, float] | None = (0, 1)
-) -> Figure:
-    """A row of marks with their intervals for each label.
-
-    Args:
-        rows: label -> {series: value}. A row may lack a series.
-        limits: of the x axis. None = the values are differences: the axis fits them, and a line is drawn at 0.
-    """
-    series = list(dict.fromkeys(s for values in rows.values() for s in values))
-    lane = 0.17 if len(series) > 1 else 0.26  # inches for a mark
-    figure, axes = _figure(8.2, 1.1 + len(rows) * (lane * len(series) + 0.08))
-    handles: dict[str, Any] = {}
-    for i, kind in enumerate(series):
-        places = [n + 0.72 * ((i + 0.5) / len(series) - 0.5) for n, values in enumerate(rows.values()) if kind in values]
-        shown = [values[kind] for values in rows.values() if kind in values]
-        handles[kind] = axes.errorbar(
-            [v.value for v in shown], places, xerr=_reach(shown), color=PALETTE[i % len(PALETTE)],
-            marker=MARKERS[i % len(MARKERS)], markersize=5, linestyle="none", elinewidth=1.1, capsize=2,
-        )  # fmt: skip
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.grid(visible=False, axis="y")
-    for n in range(1, len(rows)):
-        axes.axhline(n - 0.5, color=GRID, linewidth=0.6)
-    if limits is None:
-        axes.axvline(0, color=INK, linewidth=0.9)
-    else:
-        axes.set_xlim(*_widened(limits))
-    axes.set_xlabel(xlabel)
-    if len(series) > 1:
-        _legend(figure, handles, columns=5)
-    told = "; ".join(f"{label}: " + ", ".join(f"{s} {_say(v)}" for s, v in values.items()) for label, values in rows.items())
-    return Figure(name, caption, f"{_capital(xlabel)}. {told}.", _svg(figure))
-
-
-def _figure(width_inches: float, height_inches: float) -> tuple[Canvas, Axes]:
+def _figure(width_inches: float, height_inches: float, panels: int, columns: int) -> tuple[Canvas, list[Axes]]:
     # pyplot is not used: it would keep every figure and look for a display.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -195,19 +256,35 @@ def _figure(width_inches: float, height_inches: float) -> tuple[Canvas, Axes]:
     with matplotlib.rc_context(_STYLE):
         figure = Canvas(figsize=(width_inches, height_inches), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.set_axisbelow(True)
-        axes.grid(visible=True, linewidth=0.6)
-    return figure, axes
+        lines = math.ceil(panels / columns)
+        grid = [figure.add_subplot(lines, columns, number) for number in range(1, panels + 1)]
+        for axes in grid:
+            axes.set_axisbelow(True)
+            axes.grid(visible=True, linewidth=0.6)
+            axes.tick_params(labelsize=8)
+    return figure, grid
 
 
-def _legend(figure: Canvas, handles: Mapping[str, Any], *, columns: int) -> None:
+def _legend(figure: Canvas, handles: Mapping[str, Any], palette: Palette) -> None:
+    """The systems with a colour of their own, and one entry for all others."""
+    shown = {system: handle for system, handle in handles.items() if palette.is_main(system)}
+    rest = [system for system in handles if system not in shown]
+    if len(rest) == 1:
+        shown[rest[0]] = handles[rest[0]]
+    elif rest:
+        shown[f"{len(rest)} {'others' if shown else 'systems'}"] = handles[rest[0]]
+    _place_legend(figure, shown, columns=3)
+
+
+def _place_legend(figure: Canvas, handles: Mapping[str, Any], *, columns: int) -> None:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        # With handles: a legend that looks for the names itself leaves out names that start with an underscore.
+        # With handles: a legend that looks for the names itself leaves out names that start with an underscore. Of an interval
+        # the mark alone is shown: its bars would cover it.
+        marks = [getattr(handle, "lines", [handle])[0] for handle in handles.values()]
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8
+            marks, list(handles), loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8
         )  # fmt: skip
 
 

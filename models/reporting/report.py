@@ -1,5 +1,7 @@
 """A report as one HTML file, and the same as Markdown: tables, figures, clips to listen to. The HTML file needs no other file.
 
+It begins with its headline: verdicts, one table, one plot (models/reporting/headline.py). In the HTML file all else is folded.
+
     python -m models report --results models/experiments/results --out report.html --markdown report.md
         [--predictions "KD=runs/kd/test.jsonl" "CAAD=runs/caad/test.jsonl" --manifest corpus/manifest.jsonl]
         [--metrics "CAAD=runs/caad/metrics.jsonl"]
@@ -39,6 +41,7 @@ from models.reporting.figures import draw_curves
 from models.reporting.prediction_sections import prediction_sections
 from models.reporting.results_csv import ResultsError
 from models.reporting.sections import Stored, stored_sections
+from models.reporting.systems import CONTEXTS, STORED_MARK, Palette
 from models.reporting.tables import NOTHING, Cell, Column, Section, Table
 from models.training.curves import read_metrics
 
@@ -53,7 +56,7 @@ class Report:
 
     Args:
         title: heading of the page.
-        findings: sentences below it.
+        findings: sentences below it, before the verdicts.
         systems: label -> predictions, in the order of the tables.
         curves: label -> lines of a metrics file.
         examples: examples of the manifest, for the clips. Their audio paths are relative to `audio_root`.
@@ -97,19 +100,23 @@ def write_report(path: str | Path, report: Report, *, markdown: str | Path | Non
         ResultsError: stored results cannot be used.
         ValueError: no system has the label `report.reference`.
     """
-    stored = Stored() if report.results is None else stored_sections(report.results)
+    shown = (*report.systems, *report.curves)
+    stored = Stored(palette=Palette(shown)) if report.results is None else stored_sections(report.results, others=shown)
     clips, unreadable = choose_clips(report)
     # A run may have a stored curve and given metrics. Both are shown; the given ones keep the label.
-    curves = {f"{label} (stored)" if label in report.curves else label: lines for label, lines in stored.curves.items()}
+    curves = {label + STORED_MARK if label in report.curves else label: lines for label, lines in stored.curves.items()}
     curves |= report.curves
-    figures = draw_curves(curves)
-    sections = [*stored.sections, *prediction_sections(report.systems, reference=report.reference)]
-    if figures:
+    training = draw_curves(curves, stored.palette)
+    headline, of_predictions = prediction_sections(
+        report.systems, reference=report.reference, palette=stored.palette
+    )
+    sections = [*of_predictions, *stored.sections]
+    if training:
         note = ("Stored curves are means over seeds.",) if stored.curves else ()
-        sections.append(Section("Training", note, tuple(figures)))
+        sections.append(Section("Training", note, (training,)))
     values = {
         "report": report,
-        "findings": [*report.findings, *stored.findings],
+        "headline": headline or stored.headline,
         "missing": [
             *report.missing,
             *stored.missing,
@@ -134,10 +141,12 @@ def write_report(path: str | Path, report: Report, *, markdown: str | Path | Non
 
 def _write_markdown(path: Path, values: Mapping[str, Any]) -> None:
     files = path.parent / f"{path.stem}_files"
-    for section in values["sections"]:
-        for block in section.blocks:
-            if not isinstance(block, Table):
-                atomic_write_text(files / f"{block.name}.svg", block.file_text)
+    headline = values["headline"]
+    blocks = [headline.figure] if headline and headline.figure else []
+    blocks += [block for section in values["sections"] for block in section.blocks]
+    for block in blocks:
+        if not isinstance(block, Table):
+            atomic_write_text(files / f"{block.name}.svg", block.file_text)
     for number, clip in enumerate(values["clips"], start=1):
         atomic_write_bytes(files / f"clip-{number}.flac", clip.flac)
     environment = _environment(autoescape=False, finalize=_markdown)
@@ -253,7 +262,7 @@ def choose_clips(report: Report) -> tuple[list[Clip], list[str]]:
                 for p in answers
             )
             rows.append((label, tuple(cells)))
-        columns = (Column("system"), *(Column(k, by_kind[k].context or "no hint") for k in kinds))
+        columns = (Column("system"), *(Column(CONTEXTS[k], by_kind[k].context) for k in kinds))
         table = Table("Answers of the systems by context.", columns, tuple(rows))
         clips.append(Clip(title, flac, first.transcription, first.question, first.answer or "", table))
     return clips, unreadable

@@ -13,17 +13,16 @@ import csv
 import datetime
 import io
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from models.evaluation.t_interval import t_interval
 from models.io_utils import source_commit
+from models.reporting.systems import names_of
 
-BOOTSTRAP_SAMPLES = 10_000
 ORIGIN_COLUMNS = ("torch", "commit", "date")
 _RUN_COLUMNS = ("system", "label", "seed", "step")
 
@@ -93,7 +92,7 @@ class SeedSummary:
     Args:
         mean: over the seeds that have a value; None where no seed has one.
         deviation: standard deviation over seeds (n - 1 in the denominator); None for fewer than two seeds.
-        low, high: 95% interval by bootstrap over seeds. With one seed it is the interval over clips that the file gives.
+        low, high: 95% t interval over seeds. With one seed it is the interval over clips that the file gives.
         seeds: how many seeds have a value.
     """
 
@@ -132,21 +131,19 @@ def read_results(path: str | Path) -> ResultsTable:
 
 
 def summarize_seeds(values: Iterable[float | None], interval: tuple[float | None, float | None] = (None, None)) -> SeedSummary:
-    """Mean, spread and 95% percentile bootstrap interval over seeds.
-
-    With few seeds the interval is too narrow: with three it ends at the lowest and the highest seed.
+    """Mean, spread and 95% t interval over seeds.
 
     Args:
         values: one for each seed; None is not counted.
         interval: the interval to use for a single seed, which has no spread.
     """
-    kept = np.array([v for v in values if v is not None], dtype=np.float64)
-    if kept.size == 0:
+    kept = [v for v in values if v is not None]
+    if not kept:
         return SeedSummary(None, None, None, None, 0)
-    if kept.size == 1:
-        return SeedSummary(float(kept[0]), None, *interval, 1)
-    low, high = np.quantile(_draws(kept.size) @ kept, [0.025, 0.975])
-    return SeedSummary(float(kept.mean()), float(kept.std(ddof=1)), float(low), float(high), kept.size)
+    if len(kept) == 1:
+        return SeedSummary(kept[0], None, *interval, 1)
+    found = t_interval(kept)
+    return SeedSummary(found.mean, statistics.stdev(kept), found.low, found.high, len(kept))
 
 
 def over_seeds(
@@ -185,10 +182,8 @@ def over_seeds(
 
 
 def labels(table: ResultsTable) -> dict[str, str]:
-    """System -> its label. Without labels it is the name of the system; a label that several systems share has the name added."""
-    names = {row["system"]: row.get("label") or row["system"] for row in table.rows}
-    shared = [name for name in names.values() if list(names.values()).count(name) > 1]
-    return {system: f"{name} ({system})" if name in shared else name for system, name in names.items()}
+    """System -> its name: that of the common table (models/reporting/systems.py), else its label, else the system itself."""
+    return names_of({row["system"]: row.get("label") or row["system"] for row in table.rows})
 
 
 def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -236,10 +231,3 @@ def read_curves(table: ResultsTable) -> dict[str, list[dict[str, float]]]:
             raise ResultsError(f"{table.name}: system {system}: expected a whole number of steps, got {step!r}") from None
         curves.setdefault(names[system], []).append(line)
     return {label: sorted(lines, key=lambda line: line["step"]) for label, lines in curves.items()}
-
-
-@lru_cache(maxsize=16)
-def _draws(count: int) -> np.ndarray:
-    """(samples, seeds) weights for resampling `count` seeds with replacement, the same in every call."""
-    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=BOOTSTRAP_SAMPLES)
-    return draws / count

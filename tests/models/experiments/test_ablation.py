@@ -14,7 +14,7 @@ def row(system, seed, **scores):
 def table(**shifts):
     """0.5 everywhere, but for the given rows' perception by seed."""
     rows = []
-    for name, _, _ in SYSTEMS:
+    for name, _ in SYSTEMS:
         for seed, shift in enumerate(shifts.get(name, (0.0, 0.0, 0.0))):
             rows.append(row(name, seed, perception=0.5 + shift))
     return rows
@@ -46,7 +46,7 @@ def test_one_seed_proves_nothing():
 def test_every_row_is_one_recipe_and_the_csv_has_the_papers_order():
     from models.training.recipe import load_recipe
 
-    for _, _, recipe in SYSTEMS:
+    for _, recipe in SYSTEMS:
         if recipe is not None:
             load_recipe(recipe, ["teacher.folder=x"])
     names = [r["system"] for r in csv.DictReader(rows_csv(table()).splitlines())][::3]

@@ -34,7 +34,7 @@ def answers(share_right, count=200):
 
 def systems(caad1, caad2, kd=0.4, sharpened=0.4, ce=0.4):
     shares = {"ce_only": ce, "kd": kd, "sharpened2": sharpened, "caad1": caad1, "caad2": caad2}
-    return {label: answers(shares[name]) for name, label, _, _ in STUDENTS}
+    return {name: answers(shares[name]) for name, _, _ in STUDENTS}
 
 
 @pytest.mark.parametrize(
@@ -53,16 +53,18 @@ def test_the_verdict_follows_the_numbers(caad1, caad2, headline):
 def test_the_verdict_names_every_control_and_its_direction():
     sentences = verdict(systems(0.7, 0.2))
     assert len(sentences) == 7
-    assert "CAAD alpha 1 against KD: under a false hint +30.0 points" in sentences[1] and "better; without" in sentences[1]
-    assert "CAAD alpha 2 against KD: under a false hint -20.0 points" in sentences[2] and "worse; without" in sentences[2]
-    assert any("against sharpened KD 2" in s for s in sentences) and any("against CE only" in s for s in sentences)
+    first, second = sentences[1:3]
+    assert "CAAD alpha 1 against standard KD: under a false hint +30.0 points" in first and "better; without" in first
+    assert "CAAD alpha 2 against standard KD: under a false hint -20.0 points" in second and "worse; without" in second
+    assert any("against sharpened KD alpha 2 (control)" in s for s in sentences)
+    assert any("against CE only (control)" in s for s in sentences)
 
 
 def test_the_verdict_says_what_it_costs():
     predictions = systems(0.7, 0.7)
-    predictions["student, CAAD alpha 1"] = [
+    predictions["caad1"] = [
         dataclasses.replace(p, prediction="a woman") if p.kind == "neutral" and int(p.pair_id) < 50 else p
-        for p in predictions["student, CAAD alpha 1"]
+        for p in predictions["caad1"]
     ]
     assert verdict(predictions)[0].endswith("but is less accurate without a hint (alpha 1).")
 
@@ -179,10 +181,10 @@ def test_smoke_run_twice(tmp_path, monkeypatch, capsys):
         by_kind = results["scores"][system]["plain"]["by_kind"]
         assert [float(row[kind]) for kind in by_kind] == [round(x["value"], 4) for x in by_kind.values()]
     assert set(results["scores"]) == {
-        "teacher, greedy", "teacher, contrastive 1", "teacher, contrastive 2", *(label for _, label, _, _ in STUDENTS)
+        "teacher", "teacher_cd1", "teacher_cd2", *(name for name, _, _ in STUDENTS)
     }
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "<audio" in html and "divergence of the teacher" in html
+    assert "<audio" in html and "Divergence of the teacher" in html
     assert main(["--fast-smoke", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count("cached") == len(make_stages())
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results

@@ -9,8 +9,6 @@ import pytest
 from models.evaluation.predictions import Prediction, pack_predictions
 from models.experiments.study_endpoints import all_endpoints, as_row, difference, endpoints, holm, sentence
 
-pytest.importorskip("scipy", reason="scipy of the extra train is not installed")
-
 KINDS = ("neutral", "aligned", "conflict")
 
 

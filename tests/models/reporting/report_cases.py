@@ -60,13 +60,13 @@ def make_report(folder):
 SIX = """\
 system,label,seed,alpha,all,neutral,aligned,conflict,irrelevant,shift_tir_adv,strict,follows_hint,no_audio,task_gender_neutral,\
 task_speaking_rate_neutral,task_gender_conflict,latency_ms,torch,commit,date
-teacher,"teacher, greedy",0,0,0.70,0.86,0.99,0.22,0.80,0.74,0.69,0.78,0.5,0.9,0.8,0.2,180,2.13,abc,2026-11-25
-before,student before,0,0,0.60,0.80,0.90,0.30,0.78,0.60,0.58,0.70,0.5,0.8,0.7,0.3,90,2.13,abc,2026-11-25
-before,student before,1,0,0.62,0.82,0.92,0.34,0.76,0.58,0.60,0.66,,0.8,0.7,0.3,90,2.13,abc,2026-11-25
-kd,standard KD,0,0,0.64,0.83,0.96,0.44,0.78,0.47,0.62,0.56,0.5,0.8,0.7,0.4,90,2.13,abc,2026-11-25
-kd,standard KD,1,0,0.66,0.85,0.94,0.48,0.79,0.45,0.64,0.52,,0.8,0.7,0.4,90,2.13,abc,2026-11-25
-caad2,CAAD alpha 2,0,2,0.74,0.88,0.90,0.80,0.80,0.08,0.73,0.20,0.5,0.9,0.8,0.8,90,2.13,abc,2026-11-25
-caad2,CAAD alpha 2,1,2,0.76,0.86,0.88,0.82,0.82,0.10,0.75,0.18,,0.9,0.8,0.8,90,2.13,abc,2026-11-25
+teacher,"teacher, greedy",0,0,0.70,0.86,0.99,0.22,0.80,0.74,0.69,0.70,0.5,0.9,0.8,0.2,180,2.13,abc,2026-11-25
+before,student before,0,0,0.60,0.80,0.90,0.30,0.78,0.60,0.58,0.60,0.5,0.8,0.7,0.3,90,2.13,abc,2026-11-25
+before,student before,1,0,0.62,0.82,0.92,0.34,0.76,0.58,0.60,0.56,,0.8,0.7,0.3,90,2.13,abc,2026-11-25
+kd,standard KD,0,0,0.64,0.83,0.96,0.44,0.78,0.47,0.62,0.50,0.5,0.8,0.7,0.4,90,2.13,abc,2026-11-25
+kd,standard KD,1,0,0.66,0.85,0.94,0.48,0.79,0.45,0.64,0.48,,0.8,0.7,0.4,90,2.13,abc,2026-11-25
+caad2,CAAD alpha 2,0,2,0.74,0.88,0.90,0.80,0.80,0.08,0.73,0.16,0.5,0.9,0.8,0.8,90,2.13,abc,2026-11-25
+caad2,CAAD alpha 2,1,2,0.76,0.86,0.88,0.82,0.82,0.10,0.75,0.14,,0.9,0.8,0.8,90,2.13,abc,2026-11-25
 """
 SWEEPS = "sweep,value,system,seed,all,neutral,aligned,conflict,shift_tir_adv\n" + "".join(
     f"{sweep},{value},{system},0,0.7,0.8,0.9,{conflict},0.3\n"

@@ -42,7 +42,7 @@ def page(tmp_path_factory):
 def rows_of(html, label):
     """The cells of each table row that is headed so: [(text, note)]."""
     found = re.findall(rf'<tr><th scope="row">{re.escape(label)}</th>(.*?)</tr>', html, re.DOTALL)
-    return [re.findall(r"<td[^>]*>([^<]*)(?:<small>([^<]*)</small>)?</td>", row) for row in found]
+    return [re.findall(r"<td[^>]*>(?:<b>)?([^<]*)(?:</b>)?(?:<small>([^<]*)</small>)?</td>", row) for row in found]
 
 
 def test_one_file_that_loads_nothing(full):
@@ -80,11 +80,33 @@ def test_only_the_pages_own_script_and_style_may_run(page):
     assert not re.search(r"<[^>]+ (style|on\w+)=", re.sub(r'"[^"]*"', '""', page))
 
 
+def test_the_page_begins_with_verdicts_a_table_and_a_figure(page):
+    start = page.index('<section id="headline">')
+    headline = page[start : page.index("</section>", start)]
+    sentence = "Under a false hint, follows hints is ahead of always right: −75.0 points"
+    assert f"<li><b>The opposite holds in this run.</b> {sentence}" in headline
+    assert headline.index("<li>") < headline.index("<table>") < headline.index("<img ") and headline.count("<table>") == 1
+    assert "<h2>" not in page[:start] and "<details" not in page[:start]
+    assert rows_of(headline, "always right")[0][2] == ("100.0", "100.0 to 100.0") and "<b>100.0</b>" in headline
+    rest = page[start + len(headline) :]
+    depth = 0
+    for tag in re.findall(r"</?details|<table", rest):
+        depth += {"<details": 1, "</details": -1}.get(tag, 0)
+        assert tag != "<table" or depth > 0  # all else is folded
+
+
+def test_shares_are_in_percent_wherever_they_are_read(full):
+    html = (full / "r.html").read_text()
+    cells = re.findall(r"<td[^>]*>(?:<b>)?([^<]*)", html) + re.findall(r"<small>([^<]*)</small>", html)
+    assert not [cell for cell in cells if re.search(r"\b0\.\d\d", cell)]
+
+
 def test_numbers_are_those_of_the_predictions(page):
-    accuracy, shift, _controls, difference, _classes, *_clips = rows_of(page, "follows hints")
-    assert [text for text, _ in accuracy] == ["1.000", "1.000", "0.250", "0.750", "0.750"]  # three kinds, all, strict
-    assert [text for text, _ in shift] == ["0.750", "0.750", "0.000", "–"]
-    assert [text for text, _ in difference] == ["+0.000", "+0.000", "−0.750", "−0.250"]  # to "always right"
+    headline, *_clips, accuracy, shift, _controls, difference, _classes = rows_of(page, "follows hints")
+    assert [text for text, _ in headline] == ["100.0", "100.0", "25.0"]  # three kinds
+    assert [text for text, _ in accuracy] == ["100.0", "100.0", "25.0", "75.0"]  # three kinds and all; strict is the same
+    assert [text for text, _ in shift] == ["75.0", "75.0", "0.0"]
+    assert [text for text, _ in difference] == ["+0.0", "+0.0", "−75.0", "−25.0"]  # to "always right"
     assert accuracy[2][1].endswith("n 4")
 
 
@@ -92,7 +114,7 @@ def test_numbers_are_those_of_the_predictions(page):
 def test_reference_of_the_differences(report, tmp_path):
     report.reference = "follows hints"
     html = write_report(tmp_path / "r.html", report).read_text()
-    assert [text for text, _ in rows_of(html, "always right")[3]] == ["+0.000", "+0.000", "+0.750", "+0.250"]
+    assert [text for text, _ in rows_of(html, "always right")[-2]] == ["+0.0", "+0.0", "+75.0", "+25.0"]
     report.reference = "nobody"
     with pytest.raises(ValueError, match=r"reference: expected one of \['always right', 'follows hints'\], got 'nobody'"):
         write_report(tmp_path / "r.html", report)
@@ -159,7 +181,7 @@ def test_a_label_is_no_formula_and_no_script(report, tmp_path):
     assert len(images) == 3
     for image in images:
         assert b"<script" not in image and rb"$\frac{$ &lt;script" in image
-    assert b"_hidden" in images[1]
+    assert b"_hidden" in images[2]  # the curves
 
 
 def test_in_markdown_data_is_nothing_but_text(report, tmp_path):
@@ -174,8 +196,8 @@ def test_in_markdown_data_is_nothing_but_text(report, tmp_path):
         assert all(re.fullmatch(r"r_files/[a-z0-9-]+\.(svg|flac)", link) for link in links), links
         assert not any(t.type in ("html_inline", "code_inline", "em_open") for t in inline), token.content
         shown += "".join(t.content for t in inline if t.type in ("text", "text_special")).count(HOSTILE)
-    # title, finding, missing, fact (heading, caption, name, value), a row in 4 tables; 4 clips: question, words, 3 hints, row
-    assert shown == 3 + 4 + 4 + 4 * 6
+    # title, finding, missing, fact (heading, caption, name, value), a row in 5 tables; 4 clips: question, words, 3 hints, row
+    assert shown == 3 + 4 + 5 + 4 * 6
     for linked in ("https://e.f", "www.g.h"):  # what GitHub makes links of
         assert linked not in text
 
@@ -188,7 +210,7 @@ def test_markdown_has_what_the_page_has(full):
     assert sum(name.endswith(".svg") for name in files) == html.count("<img ") == 10
     assert [name for name in files if name.endswith(".flac")] == [f"clip-{n}.flac" for n in (1, 2, 3, 4)]
     assert sorted(re.findall(r"\]\(my%20report_files/([^)]+)\)", text)) == files
-    assert "| follows hints | 1.000 (1.000 to 1.000, n 4) |" in text and "✗ The speaker is a woman." in text
+    assert "| follows hints | 100.0 (100.0 to 100.0, n 4) |" in text and "✗ The speaker is a woman." in text
     assert "\n\n\n" not in text
 
 

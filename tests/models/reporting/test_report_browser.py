@@ -15,15 +15,17 @@ import pytest
 from PIL import Image
 from report_cases import make_report, write_results
 
-from models.reporting.figures import DARK, DARK_GROUND, LIGHT_GROUND, PALETTE
+from models.reporting.figures import DARK, DARK_GROUND, LIGHT_GROUND
 from models.reporting.report import write_report
+from models.reporting.systems import Palette
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-WIDTHS = (400, 1280)
+WIDTHS = (390, 1280)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
 
-# Tells the page around it what a reader at this width gets. Sound is waited for: a clip that does not decode has no length.
+# Tells the page around it what a reader at this width gets, first with all folded, then with all open. Sound is waited for: a
+# clip that does not decode has no length.
 PROBE = """
 addEventListener("load", async () => {
   const box = (element) => {
@@ -38,15 +40,19 @@ addEventListener("load", async () => {
     audio.addEventListener("error", () => done(0));
   });
   const root = document.documentElement;
-  const found = {width: innerWidth, needs: root.scrollWidth, height: root.scrollHeight,
+  const folded = root.scrollHeight;
+  const boxes = [...document.querySelectorAll("#headline li, #headline table, #headline figure")].map(box);
+  for (const closed of document.querySelectorAll("details")) closed.open = true;
+  const found = {width: innerWidth, needs: root.scrollWidth, height: root.scrollHeight, folded, headline: boxes,
+                 tables: [...document.querySelectorAll("table")].map((t) => t.scrollWidth),
                  images: [...document.images].map((i) => i.naturalWidth),
                  sounds: await Promise.all([...document.querySelectorAll("audio")].map(sound)),
                  boxes: Object.fromEntries(["table", "figure img", "audio"].map((s) => [s, document.querySelector(s)])
                                            .filter(([, e]) => e).map(([s, e]) => [s, box(e)]))};
-  const header = document.querySelector("table thead th:nth-child(4)");
+  const header = document.querySelector("#headline table thead th:nth-child(4)");
   if (header) {
     const table = header.closest("table");
-    const column = () => [...table.tBodies[0].rows].map((row) => row.cells[3].textContent);
+    const column = () => [...table.tBodies[0].rows].map((row) => row.cells[3].dataset.value);
     found.orders = [column()];
     for (let n = 0; n < 2; n++) { header.querySelector("button").click(); found.orders.push(column()); }
     found.sorted = header.getAttribute("aria-sort");
@@ -115,6 +121,17 @@ def test_nothing_is_wider_than_the_screen(measured, width):
     assert measured[width]["needs"] <= width
 
 
+def test_the_headline_is_on_the_first_screens(measured):
+    found = measured[1280]
+    verdicts, table, figure = found["headline"][:-2], *found["headline"][-2:]
+    assert verdicts and table[3] < 1000 and figure[3] < 1000 and found["folded"] < 2000 < found["height"]
+    assert measured[390]["folded"] < 4000
+
+
+def test_no_table_is_wider_than_a_wide_screen(measured):
+    assert max(measured[1280]["tables"]) <= 1280
+
+
 def test_figures_and_clips_decode(measured):
     found = measured[1280]
     assert len(found["images"]) == 10 and all(found["images"])
@@ -122,7 +139,7 @@ def test_figures_and_clips_decode(measured):
 
 
 def test_a_table_sorts_by_numbers_both_ways(measured):
-    before, up, down = ([float(text[:5]) for text in order] for order in measured[1280]["orders"])
+    before, up, down = ([float(text) for text in order] for order in measured[1280]["orders"])
     assert before != up and up == sorted(before) and down == up[::-1]
     assert measured[1280]["sorted"] == "descending"
 
@@ -136,9 +153,10 @@ def pixels(colour):
 def test_seen(page, measured, tmp_path, scheme):
     """Table, figure and player are there, in the colours of the reader's scheme; no message, no request."""
     height = measured[1280]["height"]
-    shot = tmp_path / "shot.png"
+    shot, opened = tmp_path / "shot.png", tmp_path / "opened.html"
+    opened.write_text(page.read_text().replace("<details", "<details open"))
     _, console, asked = chromium(
-        page, f"--screenshot={shot}", f"--window-size=1280,{height}",
+        opened, f"--screenshot={shot}", f"--window-size=1280,{height}",
         f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
     )  # fmt: skip
     assert console == [] and asked == []
@@ -154,7 +172,9 @@ def test_seen(page, measured, tmp_path, scheme):
         if name != "audio":
             assert colours[counts.argmax()].tolist() == ground, name
     assert list(regions) == ["table", "figure img", "audio"]
-    drawn = [DARK[c] for c in PALETTE[:4]] if scheme == "dark" else PALETTE[:4]  # four contexts
+    palette = Palette(["teacher", "before", "kd", "caad2", "always right", "follows hints"])
+    drawn = [palette(system).colour for system in ("always right", "follows hints")]
+    drawn = [DARK[c] for c in drawn] if scheme == "dark" else drawn
     for colour in drawn:
         assert (np.abs(regions["figure img"] - pixels(colour)).max(axis=1) <= 3).sum() > 30, colour
 
@@ -166,7 +186,7 @@ def test_the_checks_see_what_is_wrong(tmp_path):
         '<audio src="data:audio/flac;base64,AAAA"></audio><script>console.error("a fault")</script></body>'
     )
     found = measure(page)
-    assert found[400]["needs"] > 900 and found[1280]["needs"] == 1280
+    assert found[390]["needs"] > 900 and found[1280]["needs"] == 1280
     assert found[1280]["images"] == [0] and found[1280]["sounds"] == [0]
     _, console, asked = chromium(page)
     assert any("a fault" in line for line in console) and asked == ["http://host.invalid/x.png"]

@@ -40,11 +40,12 @@ def section_of(stored, title):
 def test_means_deviations_and_seeds_are_those_of_the_file(stored):
     table = table_of(section_of(stored, "Systems of the CAAD paper"), "Scores")
     found = cell(table, "standard KD", "false hint")
-    assert found.value == pytest.approx(0.46)
-    assert found.text == f"0.460 ± {statistics.stdev((0.44, 0.48)):.3f}" and found.note == "0.440 to 0.480"
+    assert found.value == pytest.approx(46)
+    assert found.text == f"46.0 ± {statistics.stdev((44, 48)):.1f}" and found.note == "20.6 to 71.4"  # t with one degree
     assert cell(table, "standard KD", "seeds").text == "2" and cell(table, "teacher, greedy", "seeds").text == "1"
-    assert cell(table, "teacher, greedy", "false hint").text == "0.220"  # one seed: no deviation and no interval
+    assert cell(table, "teacher, greedy", "false hint").text == "22.0"  # one seed: no deviation and no interval
     assert cell(table, "teacher, greedy", "false hint").note == ""
+    table = table_of(section_of(stored, "Systems of the CAAD paper"), "Controls")
     assert cell(table, "CAAD alpha 2", "control: no audio").note == "1 seed"  # the other seed was not asked
     assert cell(table, "CAAD alpha 2", "latency of an answer (ms)").text == "90.0 ± 0.0"
     by_task = table_of(section_of(stored, "Systems of the CAAD paper"), "By task, no hint")
@@ -53,27 +54,26 @@ def test_means_deviations_and_seeds_are_those_of_the_file(stored):
 
 def test_bias_before_and_after(stored):
     figure = next(b for b in section_of(stored, "Systems").blocks if isinstance(b, Figure) and b.name == "six-systems-bias")
-    assert "teacher, greedy: repeats a false hint, lower is better 0.78; student before" in figure.alt
-    assert stored.findings == [
-        "Share of the answers under a false hint that repeat it: teacher, greedy 0.780; student before 0.680; standard KD 0.540; "
-        "CAAD alpha 2 0.190."
-    ]
+    assert "teacher, greedy: repeats a false hint 70; student by true labels: repeats a false hint 58 (32.6 to" in figure.alt
+    assert figure.alt.endswith("CAAD alpha 2: repeats a false hint 15 (2.29 to 27.7).")
 
 
 def test_sweeps(stored):
     section = section_of(stored, "Sweeps")
     figures = {b.name: b for b in section.blocks if isinstance(b, Figure)}
     assert list(figures) == ["sweep-conflict-strength", "sweep-alpha", "sweep-anchor"]
-    assert "standard KD: 0.4 at 0, 0.4 at 1; CAAD alpha 2: 0.8 at 0, 0.8 at 1" in figures["sweep-conflict-strength"].alt
-    assert "false hint: 0.6 at 0.5, 0.6 at 2" in figures["sweep-alpha"].alt
-    assert "metadata, CAAD alpha 2: ALL 0.7, no hint 0.8, true hint 0.9, false hint 0.8" in figures["sweep-anchor"].alt
-    assert cell(table_of(section, "Who writes"), "teacher, standard KD", "false hint").text == "0.400"
+    assert "standard KD: 40 at 0, 40 at 1; CAAD alpha 2: 80 at 0, 80 at 1" in figures["sweep-conflict-strength"].alt
+    assert "False hint, % over contrast strength alpha. CAAD: 60 at 0.5, 60 at 2" in figures["sweep-alpha"].alt
+    told = "Stage 1's words from the metadata, CAAD alpha 2: ALL 70, no hint 80, true hint 90, false hint 80"
+    assert told in figures["sweep-anchor"].alt
+    row = "the teacher's own answers, standard KD"
+    assert cell(table_of(section, "Who writes"), row, "false hint").text == "40.0"
 
 
 def test_differences_keep_their_sign(stored):
     table = table_of(section_of(stored, "Differences"), "Difference")
     found = cell(table, "CAAD alpha 2 minus standard KD", "true hint")
-    assert (found.text, found.note, found.value) == ("−0.060", "−0.100 to −0.020, n 10", -0.06)
+    assert (found.text, found.note, found.value) == ("−6.0", "−10.0 to −2.0, n 10", pytest.approx(-6))
 
 
 def test_what_is_not_there_is_named(stored, tmp_path):
@@ -117,15 +117,15 @@ def test_interval_of_the_file_stands_in_where_there_is_one_seed(tmp_path):
     path.write_text("system,seed,neutral,neutral_low,neutral_high\na,0,0.5,0.4,0.7\nb,0,0.5,0.4,0.7\nb,1,0.9,0.8,1\n")
     found = over_seeds(read_results(path), ["neutral"])
     assert (found["a",]["neutral"].low, found["a",]["neutral"].high) == (0.4, 0.7)
-    assert (found["b",]["neutral"].low, found["b",]["neutral"].high) == (0.5, 0.9)  # by bootstrap over the two seeds
+    assert (found["b",]["neutral"].low, found["b",]["neutral"].high) == pytest.approx((0.7 - 2.5412, 0.7 + 2.5412), abs=1e-3)
+    # 12.706 (t with one degree of freedom) times 0.2828 over the root of 2
 
 
-def test_seeds_by_bootstrap():
+def test_the_interval_over_seeds_is_that_of_student():
     s = summarize_seeds([0.1, 0.2, None, 0.4, 0.5, 0.9])
     assert (s.seeds, s.mean) == (5, pytest.approx(0.42))
     assert s.deviation == pytest.approx(statistics.stdev([0.1, 0.2, 0.4, 0.5, 0.9]))
-    assert 0.1 < s.low < 0.3 and 0.55 < s.high < 0.9
-    assert summarize_seeds([0.1, 0.2, None, 0.4, 0.5, 0.9]) == s
+    assert (s.low, s.high) == pytest.approx((0.42 - 2.7764 * s.deviation / 5**0.5, 0.42 + 2.7764 * s.deviation / 5**0.5))
     assert summarize_seeds([None]).mean is None
     shifted = summarize_seeds([x + 1 for x in (0.1, 0.2, 0.4, 0.5, 0.9)])
     assert (shifted.low - 1, shifted.high - 1) == pytest.approx((s.low, s.high))
@@ -133,8 +133,8 @@ def test_seeds_by_bootstrap():
 
 def test_curves_round_trip(tmp_path):
     runs = {
-        ("kd", "KD", 0): [{"step": 1, "loss": 1.0, "kd": 3.0}, {"step": 2, "loss": 0.5}],
-        ("kd", "KD", 1): [{"step": 1, "loss": 2.0, "kd": 5.0}, {"step": 2, "loss": 1.5}],
+        ("mine", "KD", 0): [{"step": 1, "loss": 1.0, "kd": 3.0}, {"step": 2, "loss": 0.5}],
+        ("mine", "KD", 1): [{"step": 1, "loss": 2.0, "kd": 5.0}, {"step": 2, "loss": 1.5}],
         ("ce", "CE", 0): [{"step": 10, "loss": 0.25}],
     }
     (tmp_path / "training.csv").write_text(curves_csv(runs))
@@ -176,6 +176,15 @@ def test_two_systems_of_one_label_stay_two(tmp_path):
     (tmp_path / "demo.csv").write_text("system,label,seed,all\na,same,0,0.1\nb,same,0,0.2\n")
     table = table_of(stored_sections(tmp_path).sections[0], "Scores")
     assert [label for label, _ in table.rows] == ["same (a)", "same (b)"]
+
+
+def test_a_system_has_its_name_from_the_common_table_whatever_its_file_calls_it(tmp_path):
+    (tmp_path / "demo.csv").write_text('system,seed,neutral\n"student, KD",0,0.5\n"student, CAAD alpha 2",0,0.6\n')
+    (tmp_path / "six_systems.csv").write_text("system,label,seed,neutral\nkd,my KD,0,0.5\nown,my own,0,0.6\n")
+    stored = stored_sections(tmp_path)
+    demo, six = (table_of(section_of(stored, title), "Scores") for title in ("Demo", "Systems"))
+    assert [label for label, _ in demo.rows] == ["standard KD", "CAAD alpha 2"]
+    assert [label for label, _ in six.rows] == ["standard KD", "my own"]
 
 
 def test_a_csv_has_every_column_of_every_row():

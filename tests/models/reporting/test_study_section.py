@@ -1,0 +1,168 @@
+"""The headline and the section of a study in long form: teachers are the unit, claims get a verdict."""
+
+import csv
+import io
+import statistics
+
+import pytest
+
+from models.evaluation.t_interval import t_interval
+from models.reporting.figures import Figure
+from models.reporting.headline import LongScores, Score, claims, long_headline, verdict
+from models.reporting.report import Report, write_report
+from models.reporting.results_csv import ResultsError
+from models.reporting.sections import stored_sections
+from models.reporting.systems import CONTEXTS, SYSTEMS
+from models.reporting.tables import MAX_COLUMNS, Table
+
+TEACHERS = (("0", "a"), ("0", "b"), ("1", "a"), ("1", "b"))
+# Standard KD by context; what each other system adds to it; what each teacher adds to all.
+KD = {"none": 0.80, "faithful": 0.95, "adversarial": 0.50, "irrelevant": 0.78}
+ADDED = {
+    "kd": (0, 0, 0, 0), "caad1": (0.02, -0.01, 0.2, 0.02), "caad2": (0.04, -0.03, 0.3, 0.03),
+    "hint_stripped": (0.04, 0, 0.28, 0.03), "ce_true": (0.06, 0, 0.35, 0.05), "teacher": (0, 0.01, -0.2, 0),
+}  # fmt: skip
+
+
+def study(noise=0.01, tasks=("gender", "question"), systems=ADDED):
+    """Rows of study.csv. The gain of a teacher varies by `noise` from one to the next, except for KD."""
+    rows = []
+    for number, (fold, teacher) in enumerate(TEACHERS):
+        for seed in (0, 1):
+            for system in systems:
+                for task in tasks:
+                    for context, added in zip(KD, ADDED[system], strict=True):
+                        own = noise * (number - 1.5) * (system != "kd")
+                        accuracy = KD[context] + added + own + 0.02 * (task == "question") - 0.01 * seed
+                        rows.append(
+                            {
+                                "teacher": teacher, "fold": fold, "seed": seed, "system": system, "task": task, "category": task,
+                                "context": context, "accuracy": round(min(1.0, accuracy), 6), "items": 100, "commit": "abc",
+                                "date": "2026-11-28",
+                            }
+                        )  # fmt: skip
+    return rows
+
+
+def write_study(folder, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    (folder / "study.csv").write_text(text.getvalue())
+    return folder
+
+
+def test_the_interval_is_over_teachers_and_a_teacher_of_another_fold_is_another():
+    scores = LongScores(study())
+    found = scores.difference("caad2", "kd", "conflict")
+    assert found[:3] == pytest.approx(t_interval([0.3 + 0.01 * (n - 1.5) for n in range(4)])) and found.over == "4 teachers"
+    own = scores.score("kd", "neutral")
+    assert own.value == pytest.approx(0.80 + 0.01 - 0.005) and own.over == "4 teachers"
+
+
+def test_one_teacher_gives_an_interval_over_its_seeds_and_the_verdict_says_so():
+    rows = [row for row in study() if (row["fold"], row["teacher"]) == TEACHERS[0]]
+    for row in rows:
+        if row["system"] == "caad2":
+            row["accuracy"] += 0.01 * row["seed"]
+    found = LongScores(rows).difference("caad2", "kd", "conflict")
+    assert found[:3] == pytest.approx(t_interval([0.285, 0.295]))
+    headline = long_headline(LongScores(rows))
+    assert headline.verdicts[1].word == "Holds for this teacher" and "2 seeds of one teacher" in headline.verdicts[1].sentence
+    assert any("With another teacher the sizes differ" in note for note in headline.notes)
+
+
+def test_only_what_both_systems_have_is_compared():
+    rows = study(noise=0)
+    easy = [dict(row, task="easy", accuracy=1.0) for row in rows if row["system"] == "caad2" and row["task"] == "gender"]
+    found = LongScores([*rows, *easy]).difference("caad2", "kd", "neutral")
+    assert found.value == pytest.approx(0.04)  # KD was not asked the easy task
+    of_one = [row for row in rows if row["system"] == "kd" or (row["fold"], row["teacher"]) == TEACHERS[1]]
+    assert LongScores(of_one).difference("caad2", "kd", "neutral").over == "2 seeds of one teacher"
+
+
+@pytest.mark.parametrize(
+    ("found", "context", "word"),
+    [
+        (Score(0.3, 0.2, 0.4, "8 teachers"), "conflict", "Holds"),
+        (Score(0.3, -0.1, 0.7, "8 teachers"), "conflict", "Not decided"),
+        (Score(-0.3, -0.4, -0.2, "8 teachers"), "conflict", "The opposite holds"),
+        (Score(0.3, 0.2, 0.4, "176 answers"), "conflict", "Holds in this run"),
+        (Score(0.3, over="one run"), "conflict", "Not decided"),
+        (Score(-0.004, -0.008, 0.0, "8 teachers"), "aligned", "Holds"),  # behind by less than the margin
+        (Score(-0.008, -0.015, 0.0, "8 teachers"), "aligned", "Not decided"),
+        (Score(-0.03, -0.04, -0.02, "8 teachers"), "aligned", "Does not hold"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(found, context, word):
+    scores = {system: dict.fromkeys(("neutral", "aligned", "conflict"), Score(0.5)) for system in ("kd", "caad2")}
+    claim = next(c for c in claims(scores) if c.context == context)
+    assert verdict(claim, lambda *_: found).word == word
+
+
+def test_the_headline_has_five_systems_the_best_in_bold_and_a_point_for_each():
+    headline = long_headline(LongScores(study()))
+    labels = [label for label, _ in headline.table.rows]
+    assert labels == [SYSTEMS[s] for s in ("ce_true", "hint_stripped", "kd", "caad1", "caad2")]
+    assert [c.name for c in headline.table.columns] == ["system", *CONTEXTS.values()]
+    best = {column: label for label, cells in headline.table.rows for column, cell in zip(KD, cells, strict=True) if cell.best}
+    assert best["none"] == best["adversarial"] == SYSTEMS["ce_true"]
+    assert sum(cell.best for _, cells in headline.table.rows for cell in cells[1:2]) == 3  # three are equal under a true hint
+    kd = dict(headline.table.rows)["standard KD"]
+    assert kd[0].text == "80.5" and kd[0].note == "80.5 to 80.5"
+    assert isinstance(headline.figure, Figure) and "teacher, greedy: 96.5" in headline.figure.alt
+    words = [(v.word, v.sentence.partition(": ")[0]) for v in headline.verdicts]
+    assert words[:3] == [
+        ("Holds", "Without a hint, CAAD alpha 2 is ahead of standard KD"),
+        ("Holds", "Under a false hint, CAAD alpha 2 is ahead of standard KD"),
+        ("Not decided", "Under a true hint, CAAD alpha 2 is at most 1 point behind standard KD"),
+    ]
+    assert any("is ahead of hint-stripped KD" in v.sentence for v in headline.verdicts)
+    assert any("is ahead of CE on true labels" in v.sentence and v.word == "The opposite holds" for v in headline.verdicts)
+    assert not any(note.startswith("Not compared here") for note in headline.notes)
+
+
+def test_the_study_is_the_headline_of_a_folder_that_has_one(tmp_path):
+    write_study(tmp_path, study())
+    stored = stored_sections(tmp_path)
+    section = stored.sections[0]
+    assert section.title == "Study" and stored.headline.verdicts[0].word == "Holds"
+    tables = {block.caption: block for block in section.blocks if isinstance(block, Table)}
+    difference = dict(tables["Difference to standard KD in points, with 95% interval."].rows)["CAAD alpha 2"]
+    assert difference[2].text == "+30.0" and difference[2].value == pytest.approx(30)
+    by_teacher = tables["By teacher, false hint: accuracy in %."]
+    assert [c.name for c in by_teacher.columns] == ["system", "fold 0, a", "fold 0, b", "fold 1, a", "fold 1, b"]
+    page = write_report(tmp_path / "r.html", Report(title="x", results=tmp_path)).read_text()
+    assert page.index("CAAD alpha 2 is ahead of standard KD") < page.index("<summary>")
+
+
+def test_no_table_has_more_columns_than_fit(tmp_path):
+    write_study(tmp_path, study(tasks=[f"task_{n:02}" for n in range(13)], systems=("kd", "caad2")))
+    blocks = [b for b in stored_sections(tmp_path).sections[0].blocks if isinstance(b, Table)]
+    assert max(len(b.columns) for b in blocks) <= MAX_COLUMNS + 1
+    parts = [b for b in blocks if b.caption.startswith("By task, no hint")]
+    assert len(parts) == 2 and all(b.columns[0].name == "system" for b in parts)
+    assert [c.name for b in parts for c in b.columns[1:]] == [f"task {n:02}" for n in range(13)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": "misleading"}, "row 3: context: expected one of none, faithful"),
+        ({"accuracy": "95"}, "row 3: accuracy: expected a share from 0 to 1, got 95"),
+        ({"accuracy": "x"}, "row 3: accuracy: expected a share from 0 to 1, got x"),
+        ({"context": "none"}, "row 3: expected each teacher, .* and context once, got 0, a, 0, kd, gender, neutral twice"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(change, message):
+    rows = study()
+    rows[1] |= change
+    with pytest.raises(ResultsError, match=message):
+        LongScores(rows, name="study.csv")
+
+
+def test_a_blank_accuracy_was_not_measured():
+    rows = study()
+    blank = [dict(row, accuracy="") if row["seed"] == 1 else row for row in rows]
+    assert LongScores(blank).score("kd", "neutral").value == pytest.approx(statistics.mean((0.80, 0.82)))
