@@ -15,6 +15,7 @@ from models.corpora.sources.queen import QueenLine
 from models.evaluation.predictions import Prediction, read_predictions
 from models.experiments.pipeline import stage_folders
 from models.experiments.study import (
+    AXES,
     COLUMNS,
     EXPERIMENTS,
     SYSTEMS,
@@ -31,6 +32,7 @@ from models.experiments.study import (
     tuned_systems,
 )
 from models.reporting.results_csv import rows_csv
+from models.reporting.systems import SYSTEMS as NAMES
 from tests.models.corpora.test_build import make_settings
 from tests.models.corpora.test_recordings import _mp3
 
@@ -92,6 +94,10 @@ def test_dev_chooses_one_setting_of_each_family_from_equally_many(tmp_path):
     path.write_text(rows_csv(dev_rows({name: answers(r) for name, r in rights.items() if name != "kd_7"})))
     assert [s.name for s in tuned_systems(path)] == ["caad_tuned"]  # KD has not had all its runs yet
     assert tuned_systems(tmp_path / "none.csv") == []
+
+
+def test_every_system_has_a_name_for_readers():
+    assert {system.name for system in (*SYSTEMS, *AXES)} <= set(NAMES)
 
 
 def test_the_gate_names_what_is_missing():

@@ -125,7 +125,7 @@ def test_the_interval_over_seeds_is_that_of_student():
     s = summarize_seeds([0.1, 0.2, None, 0.4, 0.5, 0.9])
     assert (s.seeds, s.mean) == (5, pytest.approx(0.42))
     assert s.deviation == pytest.approx(statistics.stdev([0.1, 0.2, 0.4, 0.5, 0.9]))
-    assert (s.low, s.high) == pytest.approx((0.42 - 2.7764 * s.deviation / 5**0.5, 0.42 + 2.7764 * s.deviation / 5**0.5))
+    assert (s.low, s.high) == pytest.approx((0.42 - 2.7764451 * s.deviation / 5**0.5, 0.42 + 2.7764451 * s.deviation / 5**0.5))
     assert summarize_seeds([None]).mean is None
     shifted = summarize_seeds([x + 1 for x in (0.1, 0.2, 0.4, 0.5, 0.9)])
     assert (shifted.low - 1, shifted.high - 1) == pytest.approx((s.low, s.high))
