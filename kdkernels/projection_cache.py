@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import is_number, is_whole
 from .contrast_cache import ContrastCache
 from .lm_head import LMHead
 from .projection import TeacherProjection, head_fingerprint, project_teacher
-from .shards import Header, Kind, Layout, ShardReader, ShardWriter, canonical, is_count, row_bytes
+from .shards import CorruptCacheError, Header, Kind, Layout, ShardReader, ShardWriter, canonical, is_count, row_bytes
 
 __all__ = ["CachedProjections", "ProjectionCache", "ProjectionCacheWriter", "ProjectionSettings", "project_cache"]
 
@@ -247,9 +248,8 @@ class ProjectionCache(ShardReader):
             for name, stored in self._shard(shard).items():
                 found[name][filled : filled + rows] = stored[first : first + rows]
             filled += rows
-        others = {name: found.pop(name, None) for name in ("target", "divergence")}
-        position = found.pop("position").long()
-        return CachedProjections(_projection(self.settings, found), position=position, lengths=lengths, **others)
+        target, divergence, position = found.pop("target"), found.pop("divergence", None), found.pop("position").long()
+        return CachedProjections(_projection(self.settings, found), target, position, lengths, divergence)
 
 
 def _projection(settings: ProjectionSettings, tensors: Mapping[str, Tensor]) -> TeacherProjection:
@@ -353,8 +353,7 @@ class ProjectionCacheWriter(ShardWriter):
         if missing < 0:
             raise ValueError(f"projection.ids: expected at most {self.top_k} a token, got {projection.ids.shape[-1]}")
         for name, filler in (("ids", -1), ("probabilities", 0)) if missing else ():
-            x = given[name]
-            given[name] = torch.cat([x, x.new_full((len(target), missing), filler)], 1)
+            given[name] = F.pad(getattr(projection, name), (0, missing), value=filler)
         tensors = {}
         for name, (row, dtype) in self._layout.items():
             x = given.pop(name)
@@ -447,8 +446,9 @@ def project_cache(
     )  # fmt: skip
     written = 0
     with writer:
+        elsewhere = _held(writer.folder)  # such as by another number of parts
         for group in itertools.islice(_groups(states), part, None, parts):
-            missing = [row for row, name in enumerate(group) if name not in writer]
+            missing = [row for row, name in enumerate(group) if name not in writer and name not in elsewhere]
             if missing:
                 held = states.get(group)
                 audio, text = (None if x is None else x.to(weight) for x in (held.audio_hidden, held.text_hidden))
@@ -504,6 +504,14 @@ def settings_of(
         contrast=contrast,
         teacher_fingerprint=teacher,
     )
+
+
+def _held(folder: Path) -> set[str]:
+    """The samples of all parts; none where a shard of another part is damaged, which its own process repairs."""
+    try:
+        return set(ProjectionCache(folder, verify_checksums=False))
+    except CorruptCacheError:
+        return set()
 
 
 def _groups(states: ContrastCache) -> Iterator[list[str]]:

@@ -123,6 +123,7 @@ def test_processes_share_the_groups(states, tmp_path, groups_of_two):
     cache = ProjectionCache(tmp_path / "p")
     assert min(written) > 0 and sum(written) == 5 and sorted(cache) == list(NAMES)
     assert {path.name.split("-")[1] for path in (tmp_path / "p").glob("shard-*")} == {"0", "1"}
+    assert project(states, tmp_path / "p") == 0  # one process alone does not write what the other has
 
 
 @pytest.mark.parametrize(
@@ -150,9 +151,9 @@ def test_another_teacher_and_another_kind_of_cache_are_refused(states, tmp_path)
     project(states, tmp_path / "p")
     with pytest.raises(ValueError, match=r"fingerprint: the cache .* was made from something else; t: expected 2, got 1"):
         ProjectionCache(tmp_path / "p", fingerprint={"t": 2})
-    with pytest.raises(ValueError, match="expected a projection cache of format 1 in .*states, got None"):
+    with pytest.raises(ValueError, match=r"expected a projection cache of format 1 in .*states, got None"):
         ProjectionCache(tmp_path / "states")
-    with pytest.raises(ValueError, match="expected a contrast cache of format 2 in .*, got None"):
+    with pytest.raises(ValueError, match=r"expected a contrast cache of format 2 in .*, got None"):
         ContrastCache(tmp_path / "p")
     with pytest.raises(ValueError, match="contrast: expected one of paths, none, zeros, got 'audio'"):
         project(states, tmp_path / "q", contrast="audio")
@@ -206,5 +207,5 @@ def test_a_damaged_header_is_named(states, tmp_path, field):
     project(states, tmp_path / "p")
     path = tmp_path / "p" / "cache.json"
     path.write_text(path.read_text().replace(f'"{field}":', '"other":'))
-    with pytest.raises(CorruptCacheError, match="cache.json is damaged: expected fingerprint, hidden_size, top_k"):
+    with pytest.raises(CorruptCacheError, match=r"cache\.json is damaged: expected fingerprint, hidden_size, top_k"):
         ProjectionCache(tmp_path / "p")
