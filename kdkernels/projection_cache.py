@@ -162,6 +162,32 @@ class CachedProjections:
     lengths: Tensor
     divergence: Tensor | None = None
 
+    def spread(self, target: Tensor, lengths: Tensor) -> CachedProjections:
+        """The same for all target tokens of the samples, in the order of a batch: mass 0 where the cache holds none.
+
+        Args:
+            target: (N,) int64, the batch's target tokens, on any device.
+            lengths: (B,) int64, how many each sample has.
+
+        Raises:
+            ValueError: what is held belongs to other target tokens.
+        """
+        target, lengths = target.cpu(), lengths.cpu()
+        fits = len(lengths) == len(self.lengths) and int(lengths.sum()) == len(target)
+        if fits:
+            own = lengths.repeat_interleave(self.lengths)
+            where = (lengths.cumsum(0) - lengths).repeat_interleave(self.lengths) + self.position
+            fits = bool((self.position < own).all()) and torch.equal(self.target, target[where])
+        if not fits:
+            raise ValueError(f"target: expected the {len(self.target)} tokens that were projected, got {len(target)} or others")
+        if len(where) == len(target):
+            return self
+        apart = self.divergence
+        if apart is not None:
+            apart = torch.zeros(len(target)).index_copy_(0, where, apart)
+        position = torch.cat([torch.arange(int(n)) for n in lengths])
+        return CachedProjections(self.projection.spread(where, len(target)), target, position, lengths, apart)
+
 
 class ProjectionCache(ShardReader):
     """Reader of a folder of projections, memory-mapped: only the rows asked for are read.

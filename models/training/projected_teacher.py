@@ -125,23 +125,14 @@ class ProjectedTeacher:
             held = self._read(batch.ids)
         except KeyError as error:
             raise SourceError(f"teacher.cache: {error.args[0] if error.args else error}") from error
-        return self.states(batch, held)
-
-    def states(self, batch: Any, held: CachedProjections) -> ProjectedStates:
-        """What `held` says about the target tokens of `batch`: nothing about those that it does not hold."""
-        row, count = batch.target_row.cpu(), len(batch.target)
-        lengths = torch.bincount(row, minlength=len(batch.ids))
-        starts = (lengths.cumsum(0) - lengths).repeat_interleave(held.lengths)
-        where = starts + held.position
-        fits = bool((held.position < lengths.repeat_interleave(held.lengths)).all())
-        if not fits or not torch.equal(held.target, batch.target.cpu()[where]):
-            raise SourceError(f"teacher.cache: made for other targets than those of the batch {batch.ids[0]} ...")
-        whole = len(where) == count
-        projection = held.projection if whole else held.projection.spread(where, count)
+        lengths = torch.bincount(batch.target_row.cpu(), minlength=len(batch.ids))
+        try:
+            held = held.spread(batch.target, lengths)
+        except ValueError:
+            raise SourceError(f"teacher.cache: made for other targets than those of the batch {batch.ids[0]} ...") from None
         apart = held.divergence
-        if apart is not None:
-            apart = torch.zeros(count).index_copy_(0, where, apart).to(self._device, non_blocking=True)
-        return ProjectedStates(projection.to(self._device), apart)
+        apart = None if apart is None else apart.to(self._device, non_blocking=True)
+        return ProjectedStates(held.projection.to(self._device), apart)
 
 
 def joined(parts: Sequence[CachedProjections]) -> CachedProjections:
