@@ -9,20 +9,22 @@ probability 0. The error is the total variation distance to the exact target sof
 the share of the mass that lies in the wrong place.
 
 The step is that of the training loop, on SmolLM2-135M's shapes with random weights (benchmarks/step.py). It runs the teacher's
-two paths, or it reads their states from a cache on the disk.
+two paths, or it reads their states from a cache on the disk, or the projections of the states (kdkernels.ProjectionCache).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdkernels.contrast_cache import ContrastCache
+from kdkernels import ContrastCache, LMHead, ProjectionCache, project_cache
 from models.backbones.causal_lm import read_head
 
 from .common import benchmark_parser, finish, time_calls, time_columns
@@ -94,11 +96,16 @@ def measure_errors(lm: Any, tokenizer: Any, count: int, ks: Sequence[int]) -> li
     return rows
 
 
-def measure_step(case: StepCase, repeats: int) -> list[dict]:
-    """Times the same step with the teacher in it and from a cache. The two losses must be equal."""
+def measure_step(case: StepCase, repeats: int, clock: Callable[[], float] = time.perf_counter) -> list[dict]:
+    """Times the same step with the teacher in it, from its states and from projections, in turn. The losses must be equal.
+
+    Once the loss counts one token of each answer, as in the demo, and once all of them.
+    """
+    from models.training.projected_teacher import ProjectedTeacher
     from models.training.teachers import CachedTeacher
 
     recipe, (live,) = case.sources("caad", (), False)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         states = live.teacher(case.batch, case.examples)
         options = {"fingerprint": {}, "hidden_size": states.audio_hidden.shape[1], "dtype": torch.float32}
@@ -106,21 +113,82 @@ def measure_step(case: StepCase, repeats: int) -> list[dict]:
             for row, example in enumerate(case.examples):
                 here = (case.batch.target_row == row).nonzero()[:, 0]
                 writer.add(example.id, states.audio_hidden[here], states.text_hidden[here], case.batch.target[here])
-        cached = CachedTeacher(ContrastCache(folder), states.head, device=case.device)
-        steps = {"teacher in the step": live.teacher, "states from the cache": cached}
-        rests = {name: case.rest(recipe, [dataclasses.replace(live, teacher=teacher)]) for name, teacher in steps.items()}
-        losses = {name: float(rest()) for name, rest in rests.items()}
-        if len({round(loss, 5) for loss in losses.values()}) > 1:
-            raise SystemExit(f"not timed: expected the teacher's loss from the cache, got {losses}")
+        student = read_head(case.student)
+        settings = {"alpha": recipe.loss.alpha, "temperature": recipe.loss.temperature}
+        project_cache(ContrastCache(folder), f"{folder}/p", teacher_head=states.head, student_head=student, **settings)
+        projections = ProjectionCache(f"{folder}/p")
+        steps = {
+            "teacher in the step": live.teacher,
+            "states from the cache": CachedTeacher(ContrastCache(folder), states.head, device=case.device),
+            "projections from the cache": ProjectedTeacher(projections.get, device=case.device),
+        }
+        for counted in ("choice", "uniform"):
+            loss = dataclasses.replace(recipe.loss, kd_token_weight=counted)
+            asked = dataclasses.replace(recipe, loss=loss, teacher=dataclasses.replace(recipe.teacher, projection=64))
+            with _one_choice_token(case.batch):
+                first_epoch = _projecting(asked, live.teacher, student, case.batch)
+                all_steps = {**steps, "teacher in the step, and projected": first_epoch}
+                rows += _time_steps(case, asked, live, all_steps, repeats, clock)
+    return rows
 
-        def step(teacher: Any, rest: Any) -> None:
-            teacher(case.batch, case.examples)
-            rest()
 
-        calls = {name: (lambda t=teacher, r=rests[name]: step(t, r)) for name, teacher in steps.items()}
-        timings = time_calls(calls, repeats=repeats, device=case.device, warmup=1)
-    slowest = timings["teacher in the step"].median
-    return [{"kept": name, **time_columns(t), "times_faster": slowest / t.median} for name, t in timings.items()]
+def _projecting(recipe: Any, teacher: Any, student: LMHead, batch: Any) -> Any:
+    """A teacher that runs and projects what the loss counts, as the first epoch does with teacher.projection_on_the_way."""
+    from models.training.objective import counted_positions
+    from models.training.projections import project_states
+    from models.training.teachers import ProjectedStates
+
+    counted = counted_positions(recipe, batch)
+    positions = torch.arange(len(batch.target)) if counted is None else counted
+
+    def call(batch: Any, examples: Sequence[Any]) -> Any:
+        projection = project_states(recipe, teacher(batch, examples), positions, student)
+        return ProjectedStates(projection.spread(positions, len(batch.target)))
+
+    return call
+
+
+@contextlib.contextmanager
+def _one_choice_token(batch: Any) -> Iterator[None]:
+    """Inside, the last token of each answer is its choice: the smoke run's tokenizer makes a token of each letter."""
+    whole, rows = batch.choice_mask, batch.target_row
+    batch.choice_mask = torch.cat([rows[1:] != rows[:-1], whole.new_ones(1)])
+    try:
+        yield
+    finally:
+        batch.choice_mask = whole
+
+
+def _time_steps(
+    case: StepCase, recipe: Any, live: Any, teachers: dict[str, Any], repeats: int, clock: Callable[[], float]
+) -> list[dict]:
+    from models.training.objective import counted_positions
+
+    rests = {name: case.rest(recipe, [dataclasses.replace(live, teacher=teacher)]) for name, teacher in teachers.items()}
+    losses = {name: float(rest()) for name, rest in rests.items()}
+    if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
+        raise SystemExit(f"not timed: expected the teacher's loss from the caches, got {losses}")
+
+    def step(teacher: Any, rest: Any) -> None:
+        teacher(case.batch, case.examples)
+        rest()
+
+    calls = {name: (lambda t=teacher, r=rests[name]: step(t, r)) for name, teacher in teachers.items()}
+    timings = time_calls(calls, repeats=repeats, device=case.device, warmup=1, clock=clock)
+    positions = counted_positions(recipe, case.batch)
+    tokens = len(case.batch.target) if positions is None else len(positions)
+    slowest, of_states = (timings[name].median for name in list(teachers)[:2])
+    return [
+        {
+            "kept": name,
+            "tokens_in_the_loss": tokens,
+            "clock": "processor" if clock is time.process_time else "wall",
+            **time_columns(t),
+            "times_faster": slowest / t.median,
+            "times_faster_than_states": of_states / t.median,
+        }
+        for name, t in timings.items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,12 +198,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--sentences", type=int, default=48, help="sentences that the caches hold")
     parser.add_argument("--examples", type=int, default=16, help="examples in the step")
+    parser.add_argument("--cpu-time", action="store_true", help="time the processor, not the clock, for a machine that is busy")
+    parser.add_argument("--steps-only", action="store_true", help="time the steps; rows of the errors stay as they are")
     args = parser.parse_args(argv)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.steps_only:
+        rows = measure_step(StepCase(args.examples, torch.device(args.device)), args.repeats, clock)
+        finish(args, "cache", "a training step", rows, keep=lambda row: bool(row["bytes_a_token"]))
+        return
     from models.backbones.resolve import load_causal_lm
 
     lm, tokenizer = load_causal_lm(args.lm)
     rows = measure_errors(lm, tokenizer, args.sentences, TOP_K)
-    rows += measure_step(StepCase(args.examples, torch.device(args.device)), args.repeats)
+    rows += measure_step(StepCase(args.examples, torch.device(args.device)), args.repeats, clock)
     lm_name = Path(args.lm).name
     finish(args, "cache", "what it costs to keep a teacher's answer", [{"lm": lm_name, **row} for row in rows])
 

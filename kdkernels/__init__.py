@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .multi_teacher import MultiTeacherStats, TeacherSource, fused_linear_multi_teacher_loss
     from .paths import DropKey, MarkAbsent, MaskFeatures
     from .projection import TeacherProjection, fused_linear_projected_loss, project_teacher
+    from .projection_cache import ProjectionCache, ProjectionCacheWriter, ProjectionSettings, project_cache
     from .sampling import Sampling
     from .teacher import DualPathTeacher, answer_index
 
@@ -44,6 +45,9 @@ _LAZY = {
     "MaskFeatures": ".paths",
     "MultiTeacherStats": ".multi_teacher",
     "OnPolicy": ".integrations",
+    "ProjectionCache": ".projection_cache",
+    "ProjectionCacheWriter": ".projection_cache",
+    "ProjectionSettings": ".projection_cache",
     "Sampling": ".sampling",
     "TeacherProjection": ".projection",
     "TeacherSource": ".multi_teacher",
@@ -55,6 +59,7 @@ _LAZY = {
     "fused_linear_multi_teacher_loss": ".multi_teacher",
     "fused_linear_projected_loss": ".projection",
     "layer_map": ".layer_mse",
+    "project_cache": ".projection_cache",
     "project_teacher": ".projection",
 }
 
@@ -75,6 +80,9 @@ __all__ = [
     "MaskFeatures",
     "MultiTeacherStats",
     "OnPolicy",
+    "ProjectionCache",
+    "ProjectionCacheWriter",
+    "ProjectionSettings",
     "Sampling",
     "TeacherProjection",
     "TeacherSource",
@@ -89,6 +97,7 @@ __all__ = [
     "fused_linear_multi_teacher_loss",
     "fused_linear_projected_loss",
     "layer_map",
+    "project_cache",
     "project_teacher",
 ]
 

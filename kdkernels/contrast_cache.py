@@ -4,58 +4,62 @@ The teacher is frozen and Y is fixed, so audio_hidden and text_hidden at the N p
 the teacher's LM head they give the exact distribution over the whole vocabulary, in 2 * H * 2 bytes a token (bf16). Stored logits
 would take 2 * V * 2.
 
-A cache is a folder:
+A cache is a folder of shards (kdkernels/shards.py):
 
     cache.json                     format version (2; 3 with one path), fingerprint, hidden size, dtype, layers
     shard-PART-00000.safetensors   audio_hidden (R, H), text_hidden (R, H), target (R,): whole samples, one by one; with layers
                                    audio_layers and text_layers (R, K, H); in float8 the scale of each row beside each.
                                    A cache of one path (plain distillation) has no text_hidden and no text_layers
-    index-PART.jsonl               one line a finished shard: file, bytes, sha256, [sample id, first row, rows, content] ...
-
-A shard is written to a temporary file, synced and renamed, and only then named in the index.  So after a kill the cache holds
-every finished shard and nothing half-written.
-
-A sample's content is a fingerprint that the caller makes of what its states depend on: prompt, audio, Y. It shows whether the
-sample has changed since it was stored.
+    index-PART.jsonl               one line a finished shard
 
 Legend: R rows of a shard, n rows of a sample, N rows asked for, B samples asked for, K layers, H hidden width.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
+from .shards import CorruptCacheError, Header, Kind, Layout, ShardReader, ShardWriter, canonical, is_count
 
 __all__ = ["CachedStates", "ContrastCache", "ContrastCacheWriter", "CorruptCacheError"]
 
 FORMAT_VERSION = 2
 _ONE_PATH_VERSION = 3  # a reader of format 2 would look for text_hidden
 _MARK = "kdkernels_contrast_cache"
-_MIB = 1 << 20
-# Far beyond any fingerprint or shard of samples. A larger file is of another kind, and is not read into memory.
-_MAX_HEADER_BYTES = 16 * _MIB
-_MAX_INDEX_LINE_BYTES = 64 * _MIB
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
 _FLOAT8_MAX = 448.0
-_log = logging.getLogger(__name__)
 
 
-class CorruptCacheError(ValueError):
-    """A file of the cache is missing, truncated or altered; the message names it."""
+def _layout(header: Header) -> Layout | None:
+    layers, dtype = header.get("layers"), header.get("dtype")
+    if not (
+        is_count(header.get("hidden_size"), least=1)
+        and isinstance(dtype, str)
+        and dtype in _DTYPES
+        and isinstance(layers, list)
+        and all(is_count(layer) for layer in layers)
+    ):
+        return None
+    paths = ("audio",) if header[_MARK] == _ONE_PATH_VERSION else ("audio", "text")
+    shapes: dict[str, tuple[int, ...]] = {f"{path}_hidden": (header["hidden_size"],) for path in paths}
+    if layers:
+        shapes |= {f"{path}_layers": (len(layers), header["hidden_size"]) for path in paths}
+    layout: Layout = {"target": ((), torch.int64), **{name: (shape, _DTYPES[dtype]) for name, shape in shapes.items()}}
+    if _DTYPES[dtype] == torch.float8_e4m3fn:
+        layout |= {f"{name}_scale": (shape[:-1], torch.float32) for name, shape in shapes.items()}
+    return layout
+
+
+STATES = Kind(
+    _MARK, (FORMAT_VERSION, _ONE_PATH_VERSION), "contrast cache",
+    f"hidden_size, one of {', '.join(_DTYPES)} as dtype, and layers", _layout, ("hidden_size", "dtype", "layers"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,7 @@ class CachedStates:
     text_layers: Tensor | None = None
 
 
-class ContrastCache:
+class ContrastCache(ShardReader):
     """Reader of a cache folder, memory-mapped: only the rows asked for are read.
 
     Args:
@@ -96,6 +100,8 @@ class ContrastCache:
         ImportError: safetensors is not installed.
     """
 
+    kind = STATES
+
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -103,29 +109,11 @@ class ContrastCache:
         fingerprint: Mapping[str, Any] | None = None,
         verify_checksums: bool = True,
     ):
-        _safetensors()
-        self.folder = Path(folder)
-        header = _read_header(self.folder)
-        if fingerprint is not None:
-            _check_fingerprint(self.folder, expected=_canonical(fingerprint), got=header["fingerprint"])
-        self.fingerprint: dict[str, Any] = header["fingerprint"]
-        self.hidden_size: int = header["hidden_size"]
-        self.dtype: torch.dtype = _DTYPES[header["dtype"]]
-        self.layers: tuple[int, ...] = tuple(header["layers"])
-        self.text_path: bool = header[_MARK] != _ONE_PATH_VERSION
-        self.bytes = 0
-        self._where: dict[str, tuple[str, int, int]] = {}  # sample id -> shard, first row, rows
-        self._content: dict[str, str] = {}
-        self._rows: dict[str, int] = {}  # shard -> its rows
-        self._open_shards: dict[str, dict[str, Tensor]] = {}
-        for index_path in sorted(self.folder.glob("index-*.jsonl")):
-            for record in _read_index(index_path, header)[0]:
-                problem = _shard_problem(self.folder, record, verify_checksums=verify_checksums)
-                if problem:
-                    raise CorruptCacheError(
-                        f"{problem}; write the cache again with the same arguments: its writer keeps the good shards"
-                    )
-                self._add_record(record)
+        super().__init__(folder, fingerprint=fingerprint, verify_checksums=verify_checksums)
+        self.hidden_size: int = self._header["hidden_size"]
+        self.dtype: torch.dtype = _DTYPES[self._header["dtype"]]
+        self.layers: tuple[int, ...] = tuple(self._header["layers"])
+        self.text_path: bool = self._header[_MARK] != _ONE_PATH_VERSION
 
     @staticmethod
     def writer(folder: str | os.PathLike[str], **options: Any) -> ContrastCacheWriter:
@@ -140,26 +128,8 @@ class ContrastCache:
         row = hidden_size * _dtype_name(dtype, "dtype")[1] + (4 if dtype == torch.float8_e4m3fn else 0)
         return tokens * ((2 if text_path else 1) * (1 + layers) * row + 8)
 
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self._where
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
     def __getitem__(self, sample_id: str) -> CachedStates:
         return self.get([sample_id])
-
-    def rows(self, sample_id: str) -> int:
-        """n, the positions of a sample, without reading them."""
-        return self._locate(sample_id)[2]
-
-    def content(self, sample_id: str) -> str:
-        """The fingerprint of a sample's content that its writer was given; "" if none."""
-        self._locate(sample_id)
-        return self._content[sample_id]
 
     def get(self, sample_ids: Sequence[str]) -> CachedStates:
         """The states of some samples, in the order given; an id may be asked for more than once.
@@ -171,14 +141,11 @@ class ContrastCache:
             KeyError: an id the cache does not hold.
             TypeError: sample_ids is a single string.
         """
-        if isinstance(sample_ids, str):
-            raise TypeError(f"sample_ids: expected a sequence of ids, got the string {sample_ids!r}")
-        places = [self._locate(sample_id) for sample_id in sample_ids]
-        lengths = torch.tensor([rows for _, _, rows in places], dtype=torch.int64)
-        total = sum(rows for _, _, rows in places)
+        places, lengths = self._places(sample_ids)
+        total = int(lengths.sum())
         packed = self.dtype == torch.float8_e4m3fn
         dtype = torch.float32 if packed else self.dtype
-        found = {name: torch.empty(total, *shape, dtype=dtype) for name, shape in self._state_shapes().items()}
+        found = {name: torch.empty(total, *shape, dtype=dtype) for name, shape in self._states().items()}
         found["target"] = torch.empty(total, dtype=torch.int64)
         filled = 0
         for shard, first, rows in places:
@@ -192,61 +159,12 @@ class ContrastCache:
             filled += rows
         return CachedStates(text_hidden=found.pop("text_hidden", None), **found, lengths=lengths)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open_shards": {}}  # a DataLoader's worker maps the files itself
-
-    def _add_record(self, record: Mapping[str, Any]) -> None:
-        self.bytes += record["bytes"]
-        self._rows[record["shard"]] = record["rows"]
-        for sample_id, first, rows, content in record["samples"]:
-            if sample_id in self._where:
-                raise CorruptCacheError(
-                    f"{self.folder}: sample {sample_id!r} is in shard {self._where[sample_id][0]} and in "
-                    f"{record['shard']}; two parts have written it"
-                )
-            self._where[sample_id] = (record["shard"], first, rows)
-            self._content[sample_id] = content
-
-    def _locate(self, sample_id: str) -> tuple[str, int, int]:
-        try:
-            return self._where[sample_id]
-        except KeyError:
-            raise KeyError(f"sample {sample_id!r} is not in the cache {self.folder} ({len(self)} samples)") from None
-
-    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _states(self) -> dict[str, tuple[int, ...]]:
         """The shape of one position, by the tensor's name."""
-        paths = ("audio", "text") if self.text_path else ("audio",)
-        shapes: dict[str, tuple[int, ...]] = {f"{path}_hidden": (self.hidden_size,) for path in paths}
-        if self.layers:
-            shapes |= {f"{path}_layers": (len(self.layers), self.hidden_size) for path in paths}
-        return shapes
-
-    def _shard(self, name: str) -> dict[str, Tensor]:
-        if name not in self._open_shards:
-            self._open_shards[name] = self._opened(name)
-        return self._open_shards[name]
-
-    def _opened(self, name: str) -> dict[str, Tensor]:
-        """A shard's tensors, mapped, those that the cache's header promises; without checksums nobody else has looked."""
-        path = self.folder / name
-        packed = self.dtype == torch.float8_e4m3fn
-        states = self._state_shapes()
-        expected = {"target": ((), torch.int64), **{key: (shape, self.dtype) for key, shape in states.items()}}
-        if packed:
-            expected |= {f"{key}_scale": (shape[:-1], torch.float32) for key, shape in states.items()}
-        try:
-            # get_tensor's rows are read when they are copied; get_slice reads no more, but safetensors 0.8 leaks its bounds.
-            file = _safetensors().safe_open(str(path), framework="pt", device="cpu")
-            got = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, _safetensors().SafetensorError) as error:
-            raise CorruptCacheError(f"shard {path} is altered: {error}") from error
-        rows, found = self._rows[name], {key: (tuple(t.shape), t.dtype) for key, t in got.items()}
-        if found != {key: ((rows, *shape), dtype) for key, (shape, dtype) in expected.items()}:
-            raise CorruptCacheError(f"shard {path} is altered: expected {rows} rows of {expected}, got {found}")
-        return got
+        return {name: shape for name, (shape, _) in self._layout.items() if name.endswith(("_hidden", "_layers"))}
 
 
-class ContrastCacheWriter(AbstractContextManager):
+class ContrastCacheWriter(ShardWriter):
     """Writes a cache, shard by shard; started again on the same folder it goes on after the last finished shard.
 
         with ContrastCache.writer(folder, fingerprint={...}, hidden_size=576) as writer:
@@ -276,6 +194,8 @@ class ContrastCacheWriter(AbstractContextManager):
         ImportError: safetensors is not installed.
     """
 
+    kind = STATES
+
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -289,49 +209,18 @@ class ContrastCacheWriter(AbstractContextManager):
         part: str = "0",
         verify_checksums: bool = True,
     ):
-        _safetensors()
         if not isinstance(hidden_size, int) or hidden_size < 1:
             raise ValueError(f"hidden_size: expected a positive int, got {hidden_size!r}")
-        if not shard_mib > 0:
-            raise ValueError(f"shard_mib: expected a positive number, got {shard_mib!r}")
-        if not part or not all(letter.isalnum() or letter == "_" for letter in part):
-            raise ValueError(f"part: expected letters, digits and underscores, got {part!r}")
         dtype_name, _ = _dtype_name(dtype, "dtype")
-        self.folder = Path(folder)
-        self.hidden_size, self.dtype, self.part, self.layers = hidden_size, dtype, part, tuple(layers)
-        self.text_path = text_path
-        self._shard_bytes = int(shard_mib * _MIB)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder / f"lock-{part}")
-        try:
-            header = {
-                _MARK: FORMAT_VERSION if text_path else _ONE_PATH_VERSION,
-                "fingerprint": _canonical(fingerprint),
-                "hidden_size": hidden_size,
-                "dtype": dtype_name,
-                "layers": list(self.layers),
-            }
-            self._match_header(header)
-            self._records, self._known = self._resume(verify_checksums)
-        except BaseException:
-            self._lock.close()
-            raise
-        self._buffer: list[tuple[str, str, dict[str, Tensor]]] = []  # sample id, content, tensors
-        self._buffered_bytes = 0
-
-    def __contains__(self, sample_id: object) -> bool:
-        """Finished or waiting in this writer's memory."""
-        return sample_id in self._known
-
-    def contains(self, sample_id: str) -> bool:
-        return sample_id in self
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def content(self, sample_id: str) -> str | None:
-        """The fingerprint of a sample's content that this part of the cache holds; None if it does not hold the sample."""
-        return self._known.get(sample_id)
+        self.hidden_size, self.dtype, self.layers, self.text_path = hidden_size, dtype, tuple(layers), text_path
+        header = {
+            _MARK: FORMAT_VERSION if text_path else _ONE_PATH_VERSION,
+            "fingerprint": canonical(fingerprint),
+            "hidden_size": hidden_size,
+            "dtype": dtype_name,
+            "layers": list(self.layers),
+        }
+        super().__init__(folder, header=header, shard_mib=shard_mib, part=part, verify_checksums=verify_checksums)
 
     def add(
         self,
@@ -357,12 +246,7 @@ class ContrastCacheWriter(AbstractContextManager):
         Raises:
             TypeError, ValueError: for a bad argument, with its name. States that are not finite raise ValueError.
         """
-        if not isinstance(sample_id, str) or not sample_id:
-            raise TypeError(f"sample_id: expected a string that is not empty, got {sample_id!r}")
-        if sample_id in self:
-            raise ValueError(f"sample_id: expected an id the cache does not hold yet, got {sample_id!r}")
-        if not isinstance(content, str):
-            raise TypeError(f"content: expected a string, got {content!r}")
+        self._check_sample(sample_id, content)
         if not isinstance(target, Tensor) or target.dtype != torch.int64:
             raise TypeError(f"target: expected a tensor of torch.int64, got {getattr(target, 'dtype', type(target))}")
         if target.ndim != 1:
@@ -384,49 +268,13 @@ class ContrastCacheWriter(AbstractContextManager):
         for name, hidden in states.items():
             shape = (len(target), len(self.layers), self.hidden_size)
             tensors |= self._stored(name, hidden, sample_id, shape if name.endswith("layers") else (shape[0], shape[2]))
-        self._buffer.append((sample_id, content, tensors))
-        self._known[sample_id] = content
-        self._buffered_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        if self._buffered_bytes >= self._shard_bytes:
-            self.flush()
+        self._take(sample_id, content, tensors)
 
-    def flush(self) -> None:
-        """Writes what is in memory as a shard (a smaller one than usual) and names it in the index."""
-        if not self._buffer:
-            return
-        name = self._next_name()
-        samples, first = [], 0
-        for sample_id, content, tensors in self._buffer:
-            samples.append([sample_id, first, len(tensors["target"]), content])
-            first += len(tensors["target"])
-        joined = {key: torch.cat([tensors[key] for _, _, tensors in self._buffer]) for key in self._buffer[0][2]}
-        record = {"shard": name, **_write_shard(self.folder / name, joined), "rows": first, "samples": samples}
-        _append(self._index_path, json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        _sync_folder(self.folder)
-        self._records.append(record)
-        self._buffer, self._buffered_bytes = [], 0
-
-    def close(self) -> None:
-        """Flushes and lets another writer have the folder."""
-        if not self._lock.closed:
-            try:
-                self.flush()
-            finally:
-                self._lock.close()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()  # samples taken before an error are complete: they are kept
-
-    @property
-    def _index_path(self) -> Path:
-        return self.folder / f"index-{self.part}.jsonl"
-
-    def _next_name(self) -> str:
-        taken = {record["shard"] for record in self._records}
-        number = len(taken)
-        while (name := f"shard-{self.part}-{number:05d}.safetensors") in taken:
-            number += 1
-        return name
+    def _compare_versions(self, own: int, found: int) -> None:
+        if own != found:
+            raise ValueError(
+                f"text_path: the cache {self.folder} has another; expected {self.text_path}, got {not self.text_path}"
+            )
 
     def _stored(self, name: str, hidden: Tensor, sample_id: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The tensors that are stored for some states, by their names in the shard."""
@@ -446,297 +294,9 @@ class ContrastCacheWriter(AbstractContextManager):
             raise ValueError(f"{name}: expected finite states, got inf or NaN in sample {sample_id!r}")
         return tensors
 
-    def _match_header(self, header: dict[str, Any]) -> None:
-        path = self.folder / "cache.json"
-        if not path.exists():
-            _write_atomically(path, json.dumps(header, indent=1, ensure_ascii=False).encode())
-        got = _read_header(self.folder)  # also after writing: the parts of one cache may start at the same time
-        _check_fingerprint(self.folder, expected=header["fingerprint"], got=got["fingerprint"])
-        if header[_MARK] != got[_MARK]:
-            got_path = not self.text_path
-            raise ValueError(f"text_path: the cache {self.folder} has another; expected {self.text_path}, got {got_path}")
-        for name in ("hidden_size", "dtype", "layers"):
-            if header[name] != got[name]:
-                raise ValueError(
-                    f"{name}: the cache {self.folder} has another; expected {header[name]}, got {got[name]}"
-                )
-
-    def _resume(self, verify_checksums: bool) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """This part's finished shards without bad ones, and their samples' contents; the index is put in order if need be."""
-        records, torn = _read_index(self._index_path, _read_header(self.folder))
-        good = []
-        for record in records:
-            problem = _shard_problem(self.folder, record, verify_checksums=verify_checksums)
-            if problem:
-                _log.warning("%s; its %d samples will be written again", problem, len(record["samples"]))
-            else:
-                good.append(record)
-        if torn or len(good) != len(records):
-            lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in good]
-            _write_atomically(self._index_path, b"".join(lines))
-        named = {record["shard"] for record in good}
-        for path in self.folder.glob(f"shard-{self.part}-*.safetensors*"):
-            if path.is_dir():  # being written at a kill
-                shutil.rmtree(path)
-            elif path.name not in named:  # bad, or renamed just before a kill
-                path.unlink()
-        return good, {sample_id: content for record in good for sample_id, _, _, content in record["samples"]}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f"ContrastCache stores its shards with safetensors, which cannot be imported ({error}); "
-            "get it with: pip install safetensors"
-        ) from error
-    return safetensors
-
 
 def _dtype_name(dtype: torch.dtype, argument: str) -> tuple[str, int]:
     for name, known in _DTYPES.items():
         if dtype == known:
             return name, known.itemsize
     raise ValueError(f"{argument}: expected torch.bfloat16, torch.float32 or torch.float8_e4m3fn, got {dtype}")
-
-
-def _canonical(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The fingerprint as JSON gives it back, so that tuples and lists, or int keys and strings, compare equal."""
-    if not isinstance(fingerprint, Mapping):
-        raise TypeError(f"fingerprint: expected a mapping of JSON values, got {type(fingerprint).__name__}")
-    try:
-        return json.loads(json.dumps(dict(fingerprint), sort_keys=True))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"fingerprint: expected JSON values only, got {error}") from error
-
-
-def _check_fingerprint(folder: Path, *, expected: dict[str, Any], got: dict[str, Any]) -> None:
-    nothing = object()
-    differing = [
-        f"{key}: expected {_shown(expected, key)}, got {_shown(got, key)}"
-        for key in sorted(expected.keys() | got.keys())
-        if expected.get(key, nothing) != got.get(key, nothing)
-    ]
-    if differing:
-        raise ValueError(f"fingerprint: the cache {folder} was made from something else; {'; '.join(differing)}")
-
-
-def _shown(values: dict[str, Any], key: str) -> str:
-    return json.dumps(values[key], ensure_ascii=False) if key in values else "no such key"
-
-
-def _read_header(folder: Path) -> dict[str, Any]:
-    path = folder / "cache.json"
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_HEADER_BYTES + 1)
-    except FileNotFoundError:
-        raise ValueError(f"folder: expected a contrast cache, got {folder} without cache.json") from None
-    if len(data) > _MAX_HEADER_BYTES:
-        raise CorruptCacheError(f"{path} is no cache's header: it has more than {_MAX_HEADER_BYTES} bytes")
-    header = _parsed(data, str(path))
-    version = header.get(_MARK)
-    if version not in (FORMAT_VERSION, _ONE_PATH_VERSION):
-        raise ValueError(f"folder: expected a contrast cache of format {FORMAT_VERSION} in {folder}, got {version}")
-    layers = header.get("layers")
-    if not (
-        isinstance(header.get("fingerprint"), dict)
-        and _is_count(header.get("hidden_size"), least=1)
-        and isinstance(header.get("dtype"), str)
-        and header["dtype"] in _DTYPES
-        and isinstance(layers, list)
-        and all(_is_count(layer) for layer in layers)
-    ):
-        raise CorruptCacheError(
-            f"{path} is damaged: expected fingerprint, hidden_size, one of {', '.join(_DTYPES)} as dtype, and layers"
-        )
-    return header
-
-
-def _read_index(path: Path, header: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """Records of the finished shards, and whether the last line was torn by a kill."""
-    if not path.exists():
-        return [], False
-    part = path.stem.removeprefix("index-")
-    records: list[dict[str, Any]] = []
-    with open(path, "rb") as file:
-        while line := file.readline(_MAX_INDEX_LINE_BYTES + 1):
-            where = f"{path}, line {len(records) + 1}"
-            if len(line) > _MAX_INDEX_LINE_BYTES:
-                raise CorruptCacheError(f"{where} has more than {_MAX_INDEX_LINE_BYTES} bytes")
-            if not line.endswith(b"\n"):
-                return records, True
-            record = _parsed(line, where)
-            if problem := _record_problem(record, part, header):
-                raise CorruptCacheError(f"{where} is damaged: {problem}")
-            records.append(record)
-    return records, False
-
-
-def _parsed(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object of a file that anybody may have written."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        value = json.loads(data, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCacheError(f"{where} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CorruptCacheError(f"{where} is not readable JSON: expected an object, got {type(value).__name__}")
-    return value
-
-
-def _record_problem(record: Mapping[str, Any], part: str, header: Mapping[str, Any]) -> str | None:
-    """Says what is wrong with a line of the index of `part`, before it is used: names leave no folder, rows fit."""
-    name, size, rows, samples = (record.get(key) for key in ("shard", "bytes", "rows", "samples"))
-    stem = name.removeprefix(f"shard-{part}-").removesuffix(".safetensors") if isinstance(name, str) else ""
-    if not (stem.isascii() and stem.isdigit()) or name != f"shard-{part}-{stem}.safetensors":
-        return f"expected shard-{part}-NUMBER.safetensors, got {name!r}"
-    if not (_is_count(size) and _is_count(rows) and isinstance(record.get("sha256"), str) and isinstance(samples, list)):
-        return "expected bytes, sha256, rows and samples"
-    least = ContrastCache.estimate_bytes(
-        tokens=rows,
-        hidden_size=header["hidden_size"],
-        dtype=_DTYPES[header["dtype"]],
-        layers=len(header["layers"]),
-        text_path=header[_MARK] != _ONE_PATH_VERSION,
-    )
-    if size < least:
-        return f"{rows} rows need at least {least} bytes, it says {size}"
-    for sample in samples:
-        if not (
-            isinstance(sample, list)
-            and len(sample) == 4
-            and isinstance(sample[0], str)
-            and _is_count(sample[1])
-            and _is_count(sample[2])
-            and sample[1] + sample[2] <= rows
-            and isinstance(sample[3], str)
-        ):
-            return f"expected [id, first row, rows, content] within {rows} rows, got {str(sample)[:80]}"
-    return None
-
-
-def _is_count(value: object, *, least: int = 0) -> TypeIs[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _shard_problem(folder: Path, record: Mapping[str, Any], *, verify_checksums: bool) -> str | None:
-    path = folder / record["shard"]
-    if not path.exists():
-        return f"shard {path} is missing"
-    size = path.stat().st_size
-    if size != record["bytes"]:
-        return f"shard {path} is truncated or altered: expected {record['bytes']} bytes, got {size}"
-    if verify_checksums and (got := _sha256(path)) != record["sha256"]:
-        return f"shard {path} is altered: expected sha256 {record['sha256']}, got {got}"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    """hashlib.file_digest of Python 3.11, for 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(_MIB):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Writes in a folder of its own: safetensors uses a file with a random name, and a kill would leave that file behind."""
-    folder = path.with_name(f"{path.name}.tmp")
-    temporary = folder / path.name
-    folder.mkdir(exist_ok=True)
-    try:
-        try:
-            _safetensors().torch.save_file(tensors, temporary, metadata={_MARK: str(FORMAT_VERSION)})
-        except _safetensors().SafetensorError as error:  # which names no file
-            raise OSError(f"shard {path} cannot be written: {error}") from error
-        os.chmod(temporary, folder.stat().st_mode & 0o666)  # that file is its owner's alone; the folder knows the umask
-        with _naming(path), open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        described = {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    _sync_folder(path.parent)
-    return described
-
-
-def _append(path: Path, data: bytes) -> None:
-    """Writes all of `data` at the file's end, on the disk, or none of it: half a line would spoil the next one."""
-    with _naming(path), open(path, "ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        try:
-            left = memoryview(data)
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        except OSError:
-            with suppress(OSError):
-                os.truncate(path, end)
-            raise
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Puts the file's name into errors of its descriptor (a full disk), which have none."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with _naming(path), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames durable. Windows cannot open a folder and has nothing to sync there."""
-    with suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _lock(path: Path) -> Any:
-    """An open file that holds the lock until it is closed, by a kill as well."""
-    file = open(path, "ab")  # noqa: SIM115 (its life is the writer's)
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: the caller has to avoid two writers of one part
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RuntimeError(
-            f"another writer is at work in {path.parent} (lock {path.name}); give it another part"
-        ) from None
-    return file

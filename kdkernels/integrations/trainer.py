@@ -4,7 +4,7 @@ A batch is what the student's forward takes, with `labels`, and these columns be
 
     teacher_NAME     inputs of the teacher's positive path, where they are not the student's (teacher_labels among them)
     negative_NAME    inputs of its negative path, instead of those that the teacher makes itself (negative_labels among them)
-    sample_id        strings, the samples' names in a ContrastCache
+    sample_id        strings, the samples' names in a ContrastCache or a ProjectionCache
     alpha, kd_token_weight, ce_token_weight     (B, L), aligned with `labels` and shifted with them
 
 Legend: B rows of a batch, L columns, N positions that predict a label, H hidden width, V vocabulary.
@@ -32,11 +32,14 @@ from ..contrast_cache import ContrastCache
 from ..head_loss import HeadLoss
 from ..lm_head import LMHead, is_partitioned, logit_post
 from ..ops.dispatch import checks_enabled
+from ..projection import fused_linear_projected_loss
+from ..projection_cache import ProjectionCache
 from ..teacher import DualPathTeacher, answer_index
 from ..whole_weights import whole_weights
 from .checkpoints import CheckpointLoading
 from .on_policy import OnPolicy, OwnAnswers
 from .options import CAADOptions
+from .projected import OF_THE_PROJECTED_LOSS, check_projections
 from .run_records import check_options, write_card, write_options
 from .vocabulary import check_vocabularies, head_rows, teacher_tokenizer, tokenizer_of
 
@@ -64,8 +67,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as for Trainer.
-        teacher: a `DualPathTeacher`, or an open `ContrastCache` that one has written. A DualPathTeacher is moved to
-            args.device. If ZeRO-3 has partitioned it, it gets an engine of its own and is frozen.
+        teacher: a `DualPathTeacher`, or an open `ContrastCache` that one has written, or a `ProjectionCache` that
+            `kdkernels.project_cache` has made of that. A DualPathTeacher is moved to args.device. If ZeRO-3 has partitioned it,
+            it gets an engine of its own and is frozen. A ProjectionCache needs the frozen LM head it was made for, without LoRA,
+            and its alpha and temperature.
         teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
             whole copy of a sharded one.
         options: the loss's settings.
@@ -115,7 +120,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        teacher: DualPathTeacher | ContrastCache,
+        teacher: DualPathTeacher | ContrastCache | ProjectionCache,
         teacher_head: LMHead | None = None,
         options: CAADOptions | None = None,
         teacher_processing_class: Any = None,
@@ -164,6 +169,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
         if not assume_same_tokens:
             self._check_vocabularies(processing_class, teacher_processing_class)
         softcap, scale = logit_post(student)
+        if isinstance(teacher, ProjectionCache):
+            check_projections(teacher, student, self.options, softcap=softcap, logit_scale=scale)
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
         self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
         self.on_policy = on_policy
@@ -172,10 +179,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
     def _make_own_answers(self, on_policy: OnPolicy, processing_class: Any) -> OwnAnswers:
         if not isinstance(on_policy, OnPolicy):
             raise TypeError(f"on_policy: expected an OnPolicy or None, got {type(on_policy).__name__}")
-        if isinstance(self.teacher, ContrastCache):
+        if not isinstance(self.teacher, DualPathTeacher):
             raise ValueError(
-                "on_policy: expected None with a ContrastCache, which has no states of the student's new answers; pass a "
-                "DualPathTeacher"
+                f"on_policy: expected None with a {type(self.teacher).__name__}, which has no states of the student's new "
+                "answers; pass a DualPathTeacher"
             )
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError(
@@ -195,13 +202,15 @@ class CAADTrainer(CheckpointLoading, Trainer):
         if rows is None:
             return
         own, theirs = tokenizer_of(processing_class), tokenizer_of(teacher_processing_class)
-        if isinstance(self.teacher, ContrastCache):
-            head = self._cached_head
+        if isinstance(self.teacher, ProjectionCache):
+            teacher_rows = rows  # the projections are as wide as the student's head
+        elif isinstance(self.teacher, ContrastCache):
+            teacher_rows = self._cached_head.weight.shape[0]
         else:
-            head = self.teacher.head
+            teacher_rows = self.teacher.head.weight.shape[0]
             if own is not None and theirs is None:
                 theirs = teacher_tokenizer(self.teacher.model)
-        check_vocabularies(rows, head.weight.shape[0], own, theirs, vocab_size=self.options.vocab_size)
+        check_vocabularies(rows, teacher_rows, own, theirs, vocab_size=self.options.vocab_size)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -328,8 +337,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
 
     def _write_card(self, folder: Path) -> None:
         data: Any = self.train_dataset
-        if isinstance(self.teacher, ContrastCache):
-            teacher, path = json.dumps(self.teacher.fingerprint, ensure_ascii=False), "states in a ContrastCache"
+        if isinstance(self.teacher, (ContrastCache, ProjectionCache)):
+            kept = "states" if isinstance(self.teacher, ContrastCache) else "projections"
+            teacher = json.dumps(self.teacher.fingerprint, ensure_ascii=False)
+            path = f"{kept} in a {type(self.teacher).__name__}"
         else:
             teacher, path = _name(self.teacher.model), "live"
         rows = len(data) if hasattr(data, "__len__") else None
@@ -390,16 +401,44 @@ class CAADTrainer(CheckpointLoading, Trainer):
     def _loss(self, model: nn.Module, inputs: Mapping[str, Any], *, step: int, **reduction: Any) -> Any:
         labels = _labels(inputs, "")
         index, target = answer_index(labels)
-        student, teacher, negative = _split_columns(inputs)
-        audio_hidden, text_hidden, head = self._teacher_states(inputs, student, teacher, negative, index, target)
+        columns = _split_columns(inputs)
         by_token = {name: _by_token(inputs, name, labels) for name in BY_TOKEN if inputs.get(name) is not None}
         options = self.options.keywords(step)
-        if text_hidden is None:
-            self.options.refuse_alpha(inputs.get("alpha"))
-            options["alpha"] = 0.0
-
         sink: list[CAADStats] = []
         measures = torch.is_grad_enabled() and "return_stats" not in reduction and self._logs_step(step)
+        if isinstance(self.teacher, ProjectionCache):
+            contrasts = False  # the divergence of the paths is not known any more
+            given: dict[str, Any] = {**by_token, **reduction}
+            compute: Callable[..., Any] = self._loss_from_projections(inputs, labels, index, target, options, given)
+        else:
+            states = self._teacher_states(inputs, *columns, index, target)
+            contrasts = states[1] is not None
+            if not contrasts:
+                self.options.refuse_alpha(inputs.get("alpha"))
+                options["alpha"] = 0.0
+            compute = self._loss_from_states(states, target, {**options, **by_token, **reduction})
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            if measures:  # apart, because a loss with statistics rounds in another way: logging must not change the training
+                with torch.no_grad():
+                    sink.append(compute(hidden.detach(), weight, bias, return_stats=True)[1])
+            return compute(hidden, weight, bias)
+
+        result = self._at_head(model, columns[0], index, loss)
+        if sink:
+            weights = torch.stack(_weights(inputs, labels), 1).to(sink[0].kd.device)
+            alpha = {**options, **by_token}["alpha"]
+            alpha = alpha.to(weights) if isinstance(alpha, Tensor) else alpha
+            alpha_sum = (weights[:, 0] * alpha).sum()[None]
+            sums = torch.cat([_weighted(sink[0], weights).sum(0), alpha_sum, weights.sum(0)])
+            self._logged = sums if self._logged is None else self._logged + sums
+            self._contrasts = contrasts
+        return result
+
+    def _loss_from_states(
+        self, states: tuple[Tensor, Tensor | None, LMHead], target: Tensor, keywords: Mapping[str, Any]
+    ) -> Callable[..., Any]:
+        audio_hidden, text_hidden, head = states
 
         def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Any:
             return fused_linear_caad_loss(
@@ -409,32 +448,50 @@ class CAADTrainer(CheckpointLoading, Trainer):
                 None if text_hidden is None else text_hidden.to(hidden.device),
                 target=target.to(hidden.device),
                 student_bias=bias,
-                **{
-                    **head.keywords("teacher"),
-                    **self._student_post,
-                    **options,
-                    **by_token,
-                    **reduction,
-                    **more,
-                },
+                **{**head.keywords("teacher"), **self._student_post, **keywords, **more},
             )
 
-        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            if measures:  # apart, because a loss with statistics rounds in another way: logging must not change the training
-                with torch.no_grad():
-                    sink.append(compute(hidden.detach(), weight, bias, return_stats=True)[1])
-            return compute(hidden, weight, bias)
+        return compute
 
-        result = self._at_head(model, student, index, loss)
-        if sink:
-            weights = torch.stack(_weights(inputs, labels), 1).to(sink[0].kd.device)
-            alpha = {**options, **by_token}["alpha"]
-            alpha = alpha.to(weights) if isinstance(alpha, Tensor) else alpha
-            alpha_sum = (weights[:, 0] * alpha).sum()[None]
-            sums = torch.cat([_weighted(sink[0], weights).sum(0), alpha_sum, weights.sum(0)])
-            self._logged = sums if self._logged is None else self._logged + sums
-            self._contrasts = text_hidden is not None
-        return result
+    def _loss_from_projections(
+        self,
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        index: Tensor,
+        target: Tensor,
+        options: Mapping[str, Any],
+        keywords: dict[str, Any],
+    ) -> Callable[..., Any]:
+        """`keywords`: of the batch; of the options the projections already have some."""
+        if "alpha" in keywords:
+            raise ValueError("inputs['alpha']: expected None with a ProjectionCache, whose alpha is fixed, got a tensor")
+        keywords |= {name: options[name] for name in OF_THE_PROJECTED_LOSS}
+        assert isinstance(self.teacher, ProjectionCache)
+        lengths = torch.bincount(index // labels.shape[1], minlength=len(labels))
+        try:
+            projection = self.teacher.get(self._sample_ids(inputs)).spread(target, lengths).projection
+        except ValueError as error:
+            raise ValueError(f"labels: expected the target tokens of the ProjectionCache, got others ({error})") from None
+
+        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Any:
+            return fused_linear_projected_loss(
+                hidden,
+                weight,
+                projection.to(hidden.device),
+                target.to(hidden.device),
+                student_bias=bias,
+                **{**keywords, **more},
+            )
+
+        return compute
+
+    def _sample_ids(self, inputs: Mapping[str, Any]) -> Any:
+        if inputs.get(SAMPLE_ID) is None:
+            raise ValueError(
+                f"inputs: expected a column {SAMPLE_ID!r}, the samples' names in the {type(self.teacher).__name__}, got "
+                f"{sorted(inputs)}; transformers' default collator drops strings"
+            )
+        return inputs[SAMPLE_ID]
 
     def _teacher_states(
         self,
@@ -446,18 +503,14 @@ class CAADTrainer(CheckpointLoading, Trainer):
         target: Tensor,
     ) -> tuple[Tensor, Tensor | None, LMHead]:
         if isinstance(self.teacher, ContrastCache):
-            if inputs.get(SAMPLE_ID) is None:
-                raise ValueError(
-                    f"inputs: expected a column {SAMPLE_ID!r}, the samples' names in the ContrastCache, got {sorted(inputs)}; "
-                    "transformers' default collator drops strings"
-                )
-            states = self.teacher.get(inputs[SAMPLE_ID])
+            states = self.teacher.get(self._sample_ids(inputs))
             _check_targets(target, states.target, "the ContrastCache")
             dtype = self._cached_head.weight.dtype
             both = (states.audio_hidden, states.text_hidden)
             audio, text = (None if x is None else x.to(self.args.device, dtype) for x in both)
             assert audio is not None
             return audio, text, self._cached_head
+        assert isinstance(self.teacher, DualPathTeacher)
         if teacher:
             index, own = answer_index(_labels(inputs, TEACHER))
             _check_targets(target, own, f"{TEACHER}labels")
@@ -466,8 +519,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
             text_index, own = answer_index(_labels(inputs, NEGATIVE))
             _check_targets(target, own, f"{NEGATIVE}labels")
             keywords = {"text_inputs": negative, "text_index": text_index}
-        states = self.teacher(teacher or student, index, **keywords)
-        return states.audio_hidden, states.text_hidden, self.teacher.head
+        live = self.teacher(teacher or student, index, **keywords)
+        return live.audio_hidden, live.text_hidden, self.teacher.head
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -566,11 +619,13 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 
 def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
     """Before Trainer sets anything up."""
-    if not isinstance(teacher, (DualPathTeacher, ContrastCache)):
-        raise TypeError(f"teacher: expected a DualPathTeacher or a ContrastCache, got {type(teacher).__name__}")
+    if not isinstance(teacher, (DualPathTeacher, ContrastCache, ProjectionCache)):
+        raise TypeError(
+            f"teacher: expected a DualPathTeacher, a ContrastCache or a ProjectionCache, got {type(teacher).__name__}"
+        )
     cached = isinstance(teacher, ContrastCache)
     if cached != isinstance(teacher_head, LMHead):
-        wanted = "the teacher's LMHead with a ContrastCache" if cached else "None with a DualPathTeacher, which has its own"
+        wanted = "the teacher's LMHead with a ContrastCache" if cached else f"None with a {type(teacher).__name__}"
         raise TypeError(f"teacher_head: expected {wanted}, got {type(teacher_head).__name__}")
     if isinstance(teacher_head, LMHead) and cached and teacher_head.weight.shape[1] != teacher.hidden_size:
         raise ValueError(

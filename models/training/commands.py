@@ -11,6 +11,7 @@ from models.audio_lms.settings import DTYPES, NEGATIVES
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 CACHE_DTYPES = ("bfloat16", "float32", "float8")
+PROJECTION_DTYPES = ("float32", "bfloat16")
 
 
 def train_parser() -> Parser:
@@ -60,9 +61,14 @@ def describe_recipes() -> str:
 
 
 def cache_parser() -> Parser:
-    parser = Parser(prog="python -m models cache", description="Run the teacher once and store its hidden states.")
+    parser = Parser(
+        prog="python -m models cache",
+        description="Run the teacher once and store its hidden states; with --project also their projections for one LM head.",
+    )
     parser.add_argument("teacher", help="folder of a SpeechLM, or hub id or folder of an audio LM of transformers")
-    parser.add_argument("manifest", help="JSONL manifest with targets (python -m models pseudo-gt)")
+    parser.add_argument(
+        "manifest", nargs="?", help="JSONL manifest with targets (python -m models pseudo-gt); none = --project what --out has"
+    )
     parser.add_argument("--out", required=True, help="folder of the cache, new or begun")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
     parser.add_allow_links()
@@ -85,6 +91,14 @@ def cache_parser() -> Parser:
     parser.add_argument("--batch-examples", type=int, default=32, help="samples in a forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--measure", type=int, default=0, metavar="N", help="compare N samples with live ones at the end")
+    parser.add_list(
+        "--project",
+        metavar="RECIPE KEY=VALUE",
+        help="recipe of a run to come, as for train: project the states for its student's frozen LM head (teacher.projection)",
+    )
+    parser.add_argument(
+        "--tail-dtype", default="float32", choices=PROJECTION_DTYPES, help="dtype of the tail of each projection"
+    )
     parser.add_argument("--served", metavar="REQUESTS", help="JSONL file of a server's requests, whose states are stored")
     parser.add_argument("--served-layers", help="layers that the server kept, in their order: 2,14,28 (default: the last alone)")
     parser.add_argument(

@@ -3,12 +3,16 @@
     python -m models cache TEACHER MANIFEST --out FOLDER [--features F] [--dtype bfloat16] [--layers all] [--part 0/4]
                           [--hears snr_db=5 band=narrow] [--negative absent]
     python -m models cache TEACHER MANIFEST --out FOLDER --served REQUESTS.jsonl     # from states that a server has dumped
+    python -m models cache TEACHER [MANIFEST] --out FOLDER --project caad model.folder=STUDENT
     python -m models train caad teacher.folder=TEACHER teacher.cache=FOLDER ...
 
 kdkernels/contrast_cache.py describes the format, and what a kill leaves of it. Start the command again, and it continues. It
 prints the size before the first sample, and stops if the disk has no room for it. A cache belongs to one teacher: training
 stops with an error if the teacher is another, or if the prompt, clip or target of a sample has changed. `--part I/N` writes
 every N-th sample, so that N processes can share the work; together they make one cache.
+
+`--project` takes the recipe of a run to come and projects the states in FOLDER for the frozen LM head of its student
+(models/training/project_states.py). Without MANIFEST the states stay as they are.
 """
 
 from __future__ import annotations
@@ -22,15 +26,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kdkernels.contrast_cache import ContrastCache, CorruptCacheError
+from kdkernels import ContrastCache, ProjectionCache
+from kdkernels.contrast_cache import CorruptCacheError
 from kdkernels.layer_states import decoder_layers
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.audio_lms.model import AudioLM
 from models.backbones.causal_lm import read_head
+from models.backbones.device import pick_device
 from models.corpora.hearing import PLAIN, Hearing, parse_hearing
 from models.speech_lm.collation import crop_to_targets
 from models.speech_lm.listeners import is_speech_lm, load_listener, open_clips, text_path, unheard_batch
-from models.training import served
+from models.training import project_states, served
 from models.training.cache_identity import CacheError, sample_content, teacher_fingerprint
 from models.training.commands import CACHE_DTYPES, cache_parser
 
@@ -172,8 +178,8 @@ def _check_out(folder: Path, made_from: dict[str, Any], dtype: torch.dtype) -> N
 def _store_served(
     arguments: Any, model: Any, store: Any, examples: Sequence[Any], made_from: dict[str, Any], dtype: torch.dtype,
     layers: Sequence[int], part: str,
-) -> int:  # fmt: skip
-    """The command with --served: status 1 where the requests lack samples."""
+) -> None:  # fmt: skip
+    """The command with --served: CacheError where the requests lack samples."""
     check = served.StateCheck(
         model,
         served.parse_served_layers(arguments.served_layers, len(decoder_layers(model.lm))),
@@ -187,12 +193,23 @@ def _store_served(
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CacheError(f"{arguments.served}: {len(missing)} of {len(examples)} samples are not in it: {shown}")
-    return 0
+
+
+def _project(arguments: Any, part: int, parts: int) -> None:
+    """The command's --project, when the states are there."""
+    recipe = project_states.projected_recipe(arguments.project, arguments.teacher, Path(arguments.out))
+    asked = {"--hears": parse_hearing(arguments.hears) == recipe.teacher.hears}
+    asked["--negative"] = arguments.negative == recipe.teacher.negative
+    for option in (option for option, same in asked.items() if not same):
+        raise CacheError(f"{option}: expected the recipe's teacher.{option.removeprefix('--')} with --project, got another")
+    device = pick_device(arguments.device)
+    tail = getattr(torch, arguments.tail_dtype)
+    out, written = project_states.project_states(recipe, device=device, tail_dtype=tail, part=part, parts=parts)
+    print(f"{written} samples projected, {len(ProjectionCache(out, verify_checksums=False))} in {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    from models.backbones.device import pick_device
     from models.data.audio import MAX_SECONDS
     from models.data.manifest import ManifestError
     from models.data.readers import read_data
@@ -203,6 +220,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         number, _, parts = arguments.part.partition("/")
         if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
             raise CacheError(f"--part: expected I/N with I from 0 to N - 1, got {arguments.part!r}")
+        if arguments.project:  # a wrong recipe is found before the teacher runs
+            project_states.projected_recipe(arguments.project, arguments.teacher, Path(arguments.out))
+            if arguments.manifest is not None and int(parts) > 1:
+                raise CacheError("--project: expected no MANIFEST with --part, so that the states of all parts are there first")
+        if arguments.manifest is None:
+            if not arguments.project:
+                raise CacheError("MANIFEST: expected a JSONL file, got none; only --project works without one")
+            _project(arguments, int(number), int(parts))
+            return 0
         if arguments.batch_examples < 1:
             raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
         if arguments.served is None and arguments.served_layers is not None:
@@ -256,19 +282,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if arguments.served:
             read = [hears.shown(e) for e in held]
-            return _store_served(arguments, model, store, read, made_from, dtype, layers, number)
-        written = fill_cache(
-            arguments.out, model, store, held, made_from=made_from,
-            extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers, part=number,
-            batch_examples=arguments.batch_examples, hears=hears,
-        )  # fmt: skip
-        cache = ContrastCache(arguments.out, fingerprint=made_from)
-        print(f"{written} samples written, {len(cache)} in {arguments.out}, {cache.bytes / 2**20:.1f} MiB")
-        if arguments.measure:
-            some = [e for e in held if e.id in cache][: arguments.measure]
-            divergence = rounding_error(cache, model, store, some, hears=hears)
-            print(f"KL of the cached target distribution at alpha 2: {divergence:.3g} nats")
-        shutil.rmtree(folder, ignore_errors=True)
+            _store_served(arguments, model, store, read, made_from, dtype, layers, number)
+        else:
+            written = fill_cache(
+                arguments.out, model, store, held, made_from=made_from,
+                extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers,
+                part=number, batch_examples=arguments.batch_examples, hears=hears,
+            )  # fmt: skip
+            cache = ContrastCache(arguments.out, fingerprint=made_from)
+            print(f"{written} samples written, {len(cache)} in {arguments.out}, {cache.bytes / 2**20:.1f} MiB")
+            if arguments.measure:
+                some = [e for e in held if e.id in cache][: arguments.measure]
+                divergence = rounding_error(cache, model, store, some, hears=hears)
+                print(f"KL of the cached target distribution at alpha 2: {divergence:.3g} nats")
+            shutil.rmtree(folder, ignore_errors=True)
+        if arguments.project:
+            _project(arguments, int(number), int(parts))
     except (CacheError, ManifestError, FeatureError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

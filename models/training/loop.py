@@ -50,7 +50,7 @@ from models.training.distributed import (
 from models.training.model_card import write_card
 from models.training.objective import Normalizers, Part, PartLoss, counted_positions, select_positions, token_weights
 from models.training.on_policy import OnPolicy
-from models.training.projections import project_own_teacher
+from models.training.projections import RunProjections, project_own_teacher
 from models.training.recipe import ConfigError, Recipe, settings_to_continue, to_dict
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.seeds import seed_of
@@ -104,7 +104,7 @@ class TrainingLoop:
         if self.compared:  # in the model: one state dict and one list of parameters, for optimiser and checkpoints
             model.layer_distillation = torch.nn.ModuleDict(self.compared).to(self.device)
         check_packing(model, data, self.device)
-        self.sources = project_own_teacher(recipe, sources, data, model, self.device)
+        self.sources = project_own_teacher(recipe, sources, data, model, self.device, self.ranks)
         stores = {id(store): store for store in (data.store, *(source.store for source in self.sources))}
         self.read_ahead = [store for store in stores.values() if hasattr(store, "prefetch")]
         objective = PartLoss(recipe, model, data, self.compared)
@@ -128,6 +128,14 @@ class TrainingLoop:
 
     def run(self) -> TrainResult:
         """All steps that are left, or those up to a signal."""
+        try:
+            return self.run_steps()
+        finally:
+            for source in self.sources:
+                if isinstance(source.teacher, RunProjections):
+                    source.teacher.close()
+
+    def run_steps(self) -> TrainResult:
         done = self.resume()
         self.model.train()
         if self.run_config.gradient_checkpointing:
@@ -316,6 +324,9 @@ class TrainingLoop:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of this step."""
+        for source in self.sources:
+            if isinstance(source.teacher, RunProjections):
+                source.teacher.flush()
         options = {
             "optimizer": self.optimizer,
             "trainer_state": {"recipe": self.must_match, "examples": self.drawn_from, "metrics": self.metrics.state_dict()},

@@ -234,7 +234,8 @@ def make_plan(
         if kept:
             host["teacher's states (teacher.keep_mib)"] = state_bytes
         if recipe.teacher.projection:
-            host["teacher's projections"] = data.examples * answer * (8.0 * recipe.teacher.projection + 4 * sizes.width + 12)
+            a_token = 8.0 * recipe.teacher.projection + 4 * sizes.width + 24
+            disk["teacher's projections, in run.out_dir"] = data.examples * answer * a_token
         compared.append((recipe.layers, teacher.sizes))
     for name, source in recipe.sources.items():
         flop, needed, described, theirs_sizes = _source(recipe, name, source, student, trained, data)

@@ -188,10 +188,11 @@ class TeacherConfig:
     cache: str | None = None  # ContrastCache folder (python -m models cache); the teacher's body then never runs
     # MiB for a live teacher's states of all examples: if they fit, they are computed once, before the first step. 0 = off.
     keep_mib: int = 0
-    # K likeliest ids of the teacher's projection for the student's frozen LM head (kdkernels.project_teacher). It is made once
-    # for all examples and kept in memory; a step then costs what cross-entropy costs. 0 = no projection: each step multiplies
-    # by the teacher's head.
+    # K likeliest ids of the teacher's projection for the student's frozen LM head (kdkernels.project_teacher): a step costs what
+    # cross-entropy costs. Projections that fit are read from `cache` (python -m models cache --project). Others are made once for
+    # all examples and kept in run.out_dir/projections. 0 = no projection: each step multiplies by the teacher's head.
     projection: int = 0
+    projection_on_the_way: bool = False  # an example's projection is made in the step that first draws it, not before the run
     # Examples that a live teacher reads at a time; 0 = the whole batch. Few need less memory. With 1 its states do not depend on
     # the batch: they are bit for bit those of a float32 cache made with --batch-examples 1 (on a CPU with as many threads).
     batch_examples: int = 0
@@ -212,6 +213,7 @@ class TeacherConfig:
         _check(self.projection >= 0, "teacher.projection", ">= 0", self.projection)
         if self.projection and self.keep_mib:
             raise ConfigError(f"teacher.keep_mib: expected 0 with teacher.projection, which keeps no states, got {self.keep_mib}")
+        _needs(self, "teacher", "projection_on_the_way", self.projection > 0, "teacher.projection")
         _check(self.batch_examples >= 0, "teacher.batch_examples", ">= 0", self.batch_examples)
 
 
@@ -597,6 +599,11 @@ class Recipe:
         for key, (fits, wanted, got) in expected.items():
             if not fits:
                 raise ConfigError(f"{key}: expected {wanted} with teacher.projection, got {got}")
+        if self.teacher.projection_on_the_way and self.run.parallel != "none":
+            raise ConfigError(
+                f"teacher.projection_on_the_way: expected false with run.parallel={self.run.parallel}, got true: a rank would "
+                "not find what another has made"
+            )
 
     def _check_on_policy(self) -> None:
         """The student's own answers are new in every step: a teacher has to read them when they are there."""

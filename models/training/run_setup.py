@@ -28,6 +28,7 @@ from models.speech_lm.collation import check_one_clip, crop_to_targets
 from models.speech_lm.frozen_linear import use_bf16_products
 from models.speech_lm.listeners import is_speech_lm, open_clips, torch_dtype, unheard_batch
 from models.speech_lm.row_layout import why_not_packed_with_prefixes
+from models.training.projected_teacher import ProjectedTeacher, find_projections
 from models.training.recipe import DataConfig, Recipe, SourceConfig, to_dict
 from models.training.teachers import (
     CachedTeacher,
@@ -264,10 +265,15 @@ def _check_cached_layers(recipe: Recipe, student: SpeechLMConfig | None) -> None
     A map needs the depths of both language models. For them a backbone that is not here yet is fetched, as training would. Where
     the student is an audio LM (None), a map's layers are checked when both models are there.
     """
-    from kdkernels.contrast_cache import ContrastCache
+    from kdkernels import ContrastCache, ProjectionCache
 
+    folder = Path(str(recipe.teacher.cache))
+    if folder in ProjectionCache.beside(folder):  # and no states
+        if not recipe.teacher.projection:
+            raise SourceError(f"teacher.projection: expected a number such as 64 with the projections of {folder}, got 0")
+        return
     try:
-        held = ContrastCache(recipe.teacher.cache, verify_checksums=False).layers
+        held = ContrastCache(folder, verify_checksums=False).layers
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
     if recipe.layers.weight == 0:
@@ -550,6 +556,10 @@ def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, de
         "heard": [to_dict(settings.hears), to_dict(recipe.student.hears), recipe.teacher.features, recipe.teacher.negative],
         "layers": to_dict(settings.layers),
         "own": [recipe.teacher.cache, recipe.teacher.batch_examples, recipe.loss.center_text] if name == OWN_TEACHER else [],
+        # Projections of a cache are of one objective and head; others are made by each run itself.
+        "projected": [recipe.objective, to_dict(recipe.loss), to_dict(recipe.model), to_dict(recipe.student)]
+        if name == OWN_TEACHER and recipe.teacher.cache is not None and recipe.teacher.projection
+        else [],
         "data": to_dict(recipe.data),
         "student": [depth, recipe.model.bf16_products, recipe.model.prefix_cache_mib],
     }
@@ -568,6 +578,8 @@ def _build_source(
     ranks: Any,
 ) -> Source:
     key = name if name == OWN_TEACHER else f"sources.{name}"
+    if name == OWN_TEACHER and (projected := _projected_teacher(recipe, data, model, device)) is not None:
+        return Source(name, settings, projected)
     # FSDP2 shards the student's weights: a snapshot that shared them would have only this rank's shard.
     lm, tokenizer = _load_source(key, settings, recipe, model, device, share=recipe.run.parallel != "fsdp2")
     _check_tokenizer(key, settings, model, lm, tokenizer)
@@ -669,10 +681,8 @@ def _cached_teacher(
         )
         if data.store.gives_the_same_as(store):
             store = data.store
-    else:  # the clips can be compared only if the teacher heard the features that the student hears
-        settings = ("encoder", "encoder_layers", "audio_frames")
-        same = all(getattr(model.config, x) == getattr(lm.config, x) for x in settings)
-        store = data.store if same and hears.of_the_sound() == recipe.student.hears.of_the_sound() else None
+    else:
+        store = _comparable(model.config, lm.config, recipe, data)
 
     def content(example: Any) -> str:
         return sample_content(hears.shown(example), None if store is None else store.rows([example])[0])
@@ -683,6 +693,36 @@ def _cached_teacher(
         return CachedTeacher(cache, read_head(lm).to(device), device=device, content=content, layers=layers)
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
+
+
+def _projected_teacher(
+    recipe: Recipe, data: TrainingData, model: torch.nn.Module, device: torch.device
+) -> ProjectedTeacher | None:
+    """The teacher from the projections in `teacher.cache`, where some fit: nothing of the teacher is loaded then."""
+    from models.training.cache_identity import sample_content, teacher_fingerprint
+
+    hears = recipe.teacher.hears
+
+    def made_from() -> dict[str, Any]:
+        return teacher_fingerprint(recipe.teacher_spec, hears=hears, negative=recipe.teacher.negative)
+
+    cache = find_projections(recipe, model, tqdm.write, made_from)
+    if cache is None:
+        return None
+    heard = None
+    if not isinstance(model, AudioLM):
+        heard = _comparable(model.config, _saved_settings("teacher.folder", recipe.teacher.folder), recipe, data)
+
+    def content(example: Any) -> str:
+        return sample_content(hears.shown(example), None if heard is None else heard.rows([example])[0])
+
+    return ProjectedTeacher(cache.get, device=device, content=content, held=cache.content)
+
+
+def _comparable(student: SpeechLMConfig, teacher: SpeechLMConfig, recipe: Recipe, data: TrainingData) -> Any:
+    """The student's features, where the teacher of a cache heard the same ones; None where they cannot be compared."""
+    same = all(getattr(student, x) == getattr(teacher, x) for x in ("encoder", "encoder_layers", "audio_frames"))
+    return data.store if same and recipe.teacher.hears.of_the_sound() == recipe.student.hears.of_the_sound() else None
 
 
 def _hears_both(name: str, settings: SourceConfig) -> bool:

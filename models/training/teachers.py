@@ -200,6 +200,31 @@ class LiveTeacher:
         return TeacherStates(audio, text, self._teacher.head.to(self._device), *layers)
 
 
+class ContentCheck:
+    """Compares what a cache holds of examples with what they are now, once for each. SourceError where they differ.
+
+    Args:
+        held: id -> the fingerprint that the cache holds; "" is not compared.
+        content: an example -> the fingerprint that it should be (models/training/cache_identity.py), or the beginning of that;
+            None = nothing is compared.
+    """
+
+    def __init__(self, held: Callable[[str], str], content: Callable[[Any], str] | None) -> None:
+        self._held = held
+        self._content = content
+        self._checked: set[str] = set()
+
+    def __call__(self, examples: Sequence[Any]) -> None:
+        for example in examples:
+            if self._content is not None and example.id not in self._checked:
+                held, now = self._held(example.id), self._content(example)
+                if held and not held.startswith(now):
+                    raise SourceError(
+                        f"teacher.cache: sample {example.id!r} was cached with another prompt, clip or target ({held}, now {now})"
+                    )
+                self._checked.add(example.id)
+
+
 class CachedTeacher:
     """Reads the teacher's hidden states from a ContrastCache; the teacher's body is never run.
 
@@ -226,9 +251,8 @@ class CachedTeacher:
         self._cache = cache
         self._head = head
         self._device = device
-        self._content = content
+        self._check = ContentCheck(cache.content, content)
         self._columns = [cache.layers.index(layer) for layer in layers]
-        self._checked: set[str] = set()
 
     def __call__(self, batch: Any, examples: Sequence[Any]) -> TeacherStates:
         try:
@@ -243,16 +267,6 @@ class CachedTeacher:
             found += [layers[:, self._columns] for layers in (states.audio_layers, states.text_layers)]
         audio, text, *layers = (h.to(self._device, self._head.weight.dtype) for h in found)
         return TeacherStates(audio, text, self._head, *layers)
-
-    def _check(self, examples: Sequence[Any]) -> None:
-        for example in examples:
-            if self._content is not None and example.id not in self._checked:
-                held, now = self._cache.content(example.id), self._content(example)
-                if held and not held.startswith(now):
-                    raise SourceError(
-                        f"teacher.cache: sample {example.id!r} was cached with another prompt, clip or target ({held}, now {now})"
-                    )
-                self._checked.add(example.id)
 
 
 class ListeningTeacher:

@@ -140,9 +140,9 @@ def test_a_checkpoint_that_is_not_written_atomically_is_found_out(monkeypatch, t
 
 
 def test_the_index_of_a_shard_that_is_not_there_yet_is_found_out(monkeypatch, tmp_path):
-    from kdkernels import contrast_cache
+    from kdkernels import shards
 
-    write_shard = contrast_cache._write_shard
+    write_shard = shards._write_shard
 
     def names_it_first(path, tensors):
         record = {"shard": path.name, "bytes": 1, "sha256": "", "rows": 0, "samples": [["e0", 0, 0, ""]]}
@@ -150,7 +150,7 @@ def test_the_index_of_a_shard_that_is_not_there_yet_is_found_out(monkeypatch, tm
             file.write(stress.json.dumps(record) + "\n")
         return write_shard(path, tensors)
 
-    monkeypatch.setattr(contrast_cache, "_write_shard", names_it_first)
+    monkeypatch.setattr(shards, "_write_shard", names_it_first)
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SystemExit, match="cache: the undisturbed run lost"):
         stress.stress(stress.Cache(), 2, progress_bar=False)

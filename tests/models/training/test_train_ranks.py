@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -89,6 +90,33 @@ def test_two_ranks_train_as_one(one_rank, parallel, tmp_path):
     expected = outcome(alone)
     same(outcome(tmp_path), expected)
     assert len(expected[0]) == 5 and expected[0][-1]["loss"] < expected[0][0]["loss"]
+
+
+def projected_run(failures, out_dir, words):
+    """What a rank's teacher has read before the first step, and in the steps."""
+    ranks = Ranks(CPU, dist.get_rank(), dist.get_world_size())
+    recipe, data, read = fakes.fake_recipe(out_dir, "caad", *WORDS, *words), fakes.make_data(), []
+    (own,) = fakes.make_sources(recipe, data)
+
+    def teacher(batch, examples):
+        read.append(batch.ids)
+        return own.teacher(batch, examples)
+
+    train(recipe, model=make_model(), data=data, sources=[dataclasses.replace(own, teacher=teacher)], ranks=ranks)
+    return read
+
+
+@pytest.mark.slow
+def test_each_rank_projects_its_own_share_and_reads_all(tmp_path):
+    """Twice: the second run finds what the first has left."""
+    words = ["teacher.projection=9", "run.parallel=ddp"]
+    (read,) = run_ranks(projected_run, 1, tmp_path / "one", words)
+    shares = run_ranks(projected_run, 2, tmp_path / "two", words)
+    assert [len(ids) for ids in read] == [32, 8] and shares == [read[:1], read[1:]]
+    indexes = sorted(path.name for path in (tmp_path / "two" / "projections").glob("index-*"))
+    assert indexes == ["index-rank0.jsonl", "index-rank1.jsonl"]
+    same(outcome(tmp_path / "two"), outcome(tmp_path / "one"))
+    assert run_ranks(projected_run, 2, tmp_path / "two", [*words, "run.resume=auto"]) == [[], []]
 
 
 @pytest.fixture
