@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from kdkernels import ContrastCache, LMHead, ProjectionCache, ProjectionSettings, project_cache
 from models.backbones.causal_lm import read_head
+from models.speech_lm.listeners import is_speech_lm, load_listener
 from models.training.cache_identity import CacheError, teacher_fingerprint
-from models.training.listeners import is_speech_lm, load_listener
 from models.training.projected_teacher import needs_states, recipe_settings, student_head
 from models.training.recipe import ConfigError, Recipe, load_recipe
 from models.training.run_setup import build_model
