@@ -34,7 +34,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(
         triton_caad,
         "_launch_table",
-        lambda spec, itemsize, want_stats: {"GROUPS": 128 * itemsize // 16, "GROUP": 16 // itemsize, "num_warps": 1},
+        lambda spec, itemsize, *_: {"GROUPS": 128 * itemsize // 16, "GROUP": 16 // itemsize, "num_warps": 1},
     )
 
 
