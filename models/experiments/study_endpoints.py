@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from models.corpora.plans.base import ACTOR_FOLDS
 from models.evaluation.predictions import Prediction, read_predictions
 from models.evaluation.scoring import judge
 
@@ -25,6 +26,7 @@ ENDPOINTS = (
     ("P2", "conflict", -math.inf, 0.0),
     ("P3", "aligned", -8.0, -0.01),
 )
+TUNED_FOLD = 0  # its dev actors choose the settings of the tuned systems
 MIN_TEACHERS = 8  # fewer decide nothing
 _SAMPLES = 4000
 
@@ -149,6 +151,13 @@ def all_endpoints(folder: Path, pairs: Sequence[tuple[str, str]] = PAIRS, *, pre
     return with_holm(claim) + with_holm([e for of_pair in found.values() for e in of_pair])
 
 
+def untuned(system: str, predictions: Sequence[Prediction]) -> list[Prediction]:
+    """The predictions that can test the system. For a tuned one they leave out the actors by whom E5 chose its settings: the dev
+    actors of one fold, whom other folds test."""
+    seen = ACTOR_FOLDS[TUNED_FOLD]["dev"] if system.endswith("_tuned") else ()
+    return [p for p in predictions if p.actor not in seen]
+
+
 def endpoints(folder: Path, *, first: str = "caad2", second: str = "kd", prefix: str = "") -> list[Endpoint]:
     """P1 to P3 of two systems, from the packed predictions in `folder`; empty if no teacher has both systems.
 
@@ -160,7 +169,7 @@ def endpoints(folder: Path, *, first: str = "caad2", second: str = "kd", prefix:
         teacher = path.name.removesuffix(f"-{first}.jsonl.gz")
         other = folder / f"{teacher}-{second}.jsonl.gz"
         if other.exists():
-            pairs[teacher] = (read_predictions(path)[1], read_predictions(other)[1])
+            pairs[teacher] = (untuned(first, read_predictions(path)[1]), untuned(second, read_predictions(other)[1]))
     if not pairs:
         return []
     return [

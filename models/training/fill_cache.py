@@ -215,7 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.data.readers import read_data
     from models.speech_lm.features import FeatureError
 
-    arguments = cache_parser().parse_args(argv)
+    parser = cache_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.manifest is None and not arguments.project:
+        parser.error("the following arguments are required: manifest, or --project")
     try:
         number, _, parts = arguments.part.partition("/")
         if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
@@ -225,8 +228,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.manifest is not None and int(parts) > 1:
                 raise CacheError("--project: expected no MANIFEST with --part, so that the states of all parts are there first")
         if arguments.manifest is None:
-            if not arguments.project:
-                raise CacheError("MANIFEST: expected a JSONL file, got none; only --project works without one")
             _project(arguments, int(number), int(parts))
             return 0
         if arguments.batch_examples < 1:

@@ -56,7 +56,7 @@ def test_help_imports_nothing_heavy():
         (["evaluate", "--contrl", "no_audio"], "did you mean --controls? (python -m models evaluate --help)"),
         (["corpus", "--out", "x", "--size", "dmo"], "did you mean demo? (python -m models corpus --help)"),
         (["cache"], "the following arguments are required: teacher, --out"),
-        (["cache", "teacher", "--out", "x"], "error: MANIFEST: expected a JSONL file, got none"),
+        (["cache", "teacher", "--out", "x"], "the following arguments are required: manifest, or --project"),
         (["train"], "error: expected the name or the file of a recipe, got none"),
         (["backbones", "ftch"], "did you mean fetch?"),
     ],
