@@ -3,7 +3,7 @@
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<audio>Who speaks?"},
                   {"role": "assistant", "content": "A woman."}], "audios": ["clips/a.wav"]}
 
-Every answer becomes an example. Its context holds the system turn and the earlier turns, and its target and answer are the
+Every answer becomes an example. The system turn stays one, its context holds the earlier turns, and its target and answer are the
 assistant's words. Other spellings of the same are read too:
 
 - "conversations" with "from" and "value" (human, gpt); NeMo's conversations, where a turn of type "audio" is the clip.
@@ -42,7 +42,8 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
     """The examples of a row, one for each answer; see the module's docstring."""
     turns = _joined(_turns(row))
     clips, bringers = _clips(row, turns, defaults)
-    context = [turn.text for turn in turns if turn.role == "system" and turn.text]
+    system = "\n".join(turn.text for turn in turns if turn.role == "system" and turn.text)
+    context: list[str] = []
     asked = [turn for turn in turns if turn.role != "system"]
     if not asked or asked[0].role != "user":
         raise ValueError("messages: expected a turn of the user first")
@@ -70,6 +71,7 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
                 transcription=str(row.get("transcription") or ""),
                 metadata=attributes(row),
                 task=str(row.get("task", row.get("dataset", ""))),
+                system=system,
                 context="\n".join(context),
                 question=words,
                 answer=target,

@@ -20,7 +20,6 @@ _AUDIO = ("audio", "audio_filepath", "audio_path", "path", "file", "file_name", 
 _QUESTION = ("question", "instruction", "prompt", "query")
 _ANSWER = ("answer", "response", "output", "label")
 _TRANSCRIPTION = ("transcription", "transcript", "text", "sentence")
-_CONTEXT = ("context", "system")
 _PIPE = (
     "the recording is a command (it ends with |), and no command is run; write its sound to a file and name that file"
 )
@@ -130,7 +129,8 @@ def _example(
         transcription=str(_first(row, _TRANSCRIPTION) or ""),
         metadata=attributes(row),
         task=str(row.get("task") or ""),
-        context=str(_first(row, _CONTEXT) or ""),
+        context=str(row.get("context") or ""),
+        system=str(row.get("system") or ""),
         question=str(_first(row, _QUESTION) or ""),
         choices=tuple(str(choice) for choice in choices),
         answer=answer,

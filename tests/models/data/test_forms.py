@@ -116,8 +116,8 @@ def test_every_answer_of_a_conversation_is_an_example(root):
     first, third = read_data(lines(root / "rows.jsonl", [row])).examples
     assert (first.id, first.audio, first.question, first.target) == ("c/turn-1", None, "Hello.", "Hi.")
     assert (third.id, third.audio, third.question, third.target) == ("c/turn-3", "a.wav", "How old?", "About forty.")
+    assert (first.system, first.context) == ("Be brief.", "") and third.system == "Be brief."
     assert third.context.split("\n") == [
-        "Be brief.",
         "User: Hello.",
         "Assistant: Hi.",
         "User: Who speaks?",
