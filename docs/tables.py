@@ -291,6 +291,7 @@ CHOSEN = {
     "torch.compile": "torch.compile",
     "Liger chunked JSD, compiled, chunk 1024": "Liger, chunk 1024",
     "kdkernels (default: fp32 logits)": "kdkernels",
+    "kdkernels fp32 logits, rounded contrast": "kdkernels, `round_contrast=True`",
     "kdkernels bf16 logits": "kdkernels, `logits_dtype=torch.bfloat16`",
 }
 
@@ -446,6 +447,20 @@ def peers(objective: str) -> Callable[[], Table]:
     return build
 
 
+def peers_shapes() -> Table:
+    """How many times faster than eager PyTorch, at the shapes that are hard for this library; the gradient's error in brackets."""
+    found = read("peers_shapes_cpu")
+    pairs = dict.fromkeys(row["pair"] for row in found)
+
+    def cell(contender: str, pair: str) -> str:
+        of = [row for row in found if (row["contender"], row["pair"]) == (contender, pair)]
+        return f"{two(float(of[0]['speedup_over_eager']))} ({error(float(of[0]['gradient_error']))})" if of else ""
+
+    return ("times faster than eager", *pairs), (
+        [label, *(cell(contender, pair) for pair in pairs)] for contender, label in CHOSEN.items()
+    )
+
+
 def memory() -> Table:
     head = ("extra MiB", "256 tokens", "1,024 tokens", "4,096 tokens", "256 tokens, 131,072 ids")
     labels = {row["contender"]: row["contender"] for row in read("memory_cpu")}
@@ -590,6 +605,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "projection_errors": projection_errors,
     "several_teachers": several_teachers,
     "parallel": parallel,
+    "peers_shapes": peers_shapes,
     "peers_kd_ce": peers("KD + CE"),
     "peers_kd": peers("KD"),
     "peers_ce": peers("CE"),
