@@ -448,7 +448,7 @@ def peers(objective: str) -> Callable[[], Table]:
 
 
 def peers_shapes() -> Table:
-    """How many times faster than eager PyTorch, at the shapes that are hard for this library; the gradient's error in brackets."""
+    """How many times faster than eager PyTorch at the shapes that are hard for this library, and the gradient's error."""
     found = read("peers_shapes_cpu")
     pairs = dict.fromkeys(row["pair"] for row in found)
 

@@ -51,7 +51,7 @@ from models.training.model_card import write_card
 from models.training.objective import Normalizers, Part, PartLoss, counted_positions, select_positions, token_weights
 from models.training.on_policy import OnPolicy
 from models.training.projections import RunProjections, project_own_teacher
-from models.training.recipe import ConfigError, Recipe, settings_to_continue, to_dict
+from models.training.recipe import ConfigError, Recipe, saved_settings_to_continue, settings_to_continue, to_dict
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.seeds import seed_of
 from models.training.stop_signals import noted_signals
@@ -185,7 +185,8 @@ class TrainingLoop:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights and optimiser of a checkpoint, which must be of the same settings and examples."""
         state = checkpoint.trainer["state"]
-        check_same_settings(state["recipe"], self.must_match, checkpoint.path)
+        saved = saved_settings_to_continue(state["recipe"])
+        check_same_settings(saved, self.must_match, checkpoint.path)
         if state["examples"] != self.drawn_from:
             raise CheckpointError(
                 f"{checkpoint.path}: made with other examples than the {len(self.data)} that were read now"

@@ -1,7 +1,21 @@
+import dataclasses
+from pathlib import Path
+
 import pytest
 
+from models.training.checkpoint import CheckpointError, check_same_settings
 from models.training.commands import RECIPES_DIR
-from models.training.recipe import ConfigError, LossConfig, OptimConfig, Recipe, load_recipe
+from models.training.recipe import (
+    ConfigError,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    SourceConfig,
+    TeacherConfig,
+    load_recipe,
+    saved_settings_to_continue,
+    settings_to_continue,
+)
 
 
 def write(tmp_path, text):
@@ -130,3 +144,15 @@ def test_settings_that_conflict_name_both_keys(words, message):
     with pytest.raises(ConfigError) as raised:
         load_recipe("caad", ["teacher.folder=x", *words])
     assert message in str(raised.value)
+
+
+def test_a_checkpoint_without_a_later_key_has_its_default():
+    """A run that was stopped before a library's update goes on after it, but not with another value of the new key."""
+    sources = {"text": SourceConfig(role="text", folder="t")}
+    recipe = Recipe(teacher=TeacherConfig(folder="t"), sources=sources)
+    saved = settings_to_continue(recipe)
+    del saved["layers"]["form"], saved["sources"]["text"]["layers"]["form"], saved["optim"]["answer_noise"]
+    assert saved_settings_to_continue(saved) == settings_to_continue(recipe)
+    other = dataclasses.replace(recipe, layers=dataclasses.replace(recipe.layers, form="attention"))
+    with pytest.raises(CheckpointError, match=r"another recipe: layers\.form was 'projection', is 'attention'"):
+        check_same_settings(saved_settings_to_continue(saved), settings_to_continue(other), Path("c"))
