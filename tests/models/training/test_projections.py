@@ -182,7 +182,6 @@ def test_a_run_reads_the_projections_of_the_command(world, capsys, monkeypatch):
         (["--project", "caad", "loss.divergence=jsd"], "loss.divergence: expected forward_kl with teacher.projection"),
         (["--project", "caad_plus"], "but loss.center_text moves the teacher's states"),
         (["--project", "sft"], "objective: expected one of kd"),
-        ([], "MANIFEST: expected a JSONL file, got none"),
     ],
 )
 def test_what_the_command_refuses(tmp_path, capsys, words, says):
