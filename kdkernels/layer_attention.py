@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_device, check_leading, check_shape, check_tensor, is_whole
-from .layer_mse import _check_states, _initial, _layer_weights, _widths
+from .layer_mse import _check_states, _initial, _layer_weights, _pair_count, _widths
 from .loss_options import REDUCTIONS
 from .loss_terms import accumulation_dtype, alpha_tensor
 from .ops.schema import check_values
@@ -74,14 +74,10 @@ class LayerAttention(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not (is_whole(pairs) or isinstance(pairs, Sequence)):
-            raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
-        count = pairs if is_whole(pairs) else len(pairs)
-        if count < 1:
-            raise ValueError(f"pairs: expected at least one, got {pairs!r}")
+        count = _pair_count(pairs)
         self.pairs = None if is_whole(pairs) else [tuple(p) for p in pairs]
         self.heads = heads
-        self._count = int(count)
+        self._count = count
         widths = (_widths("student_width", student_width, count), _widths("teacher_width", teacher_width, count))
         for i, (s, t) in enumerate(zip(*widths, strict=True)):
             if not is_whole(heads) or heads < 1 or s % heads:

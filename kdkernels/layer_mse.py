@@ -251,11 +251,7 @@ class LayerProjections(torch.nn.Module):
         super().__init__()
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
-        if not (is_whole(pairs) or isinstance(pairs, Sequence)):
-            raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
-        count = pairs if is_whole(pairs) else len(pairs)
-        if count < 1:
-            raise ValueError(f"pairs: expected at least one, got {pairs!r}")
+        count = _pair_count(pairs)
         self.direction = direction
         self.pairs = None if is_whole(pairs) else [tuple(p) for p in pairs]
         widths = zip(_widths("student_width", student_width, count), _widths("teacher_width", teacher_width, count), strict=True)
@@ -363,6 +359,15 @@ def _initial(weight: Tensor, generator: torch.Generator | None) -> Tensor:
     # In float32 on the CPU: QR has no half precision, and the draw is the same on every device.
     drawn = torch.nn.init.orthogonal_(torch.empty(weight.shape, dtype=torch.float32), generator=generator)
     return weight.copy_(drawn)
+
+
+def _pair_count(pairs: int | Sequence[tuple[int, int]]) -> int:
+    if not (is_whole(pairs) or isinstance(pairs, Sequence)):
+        raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
+    count = pairs if is_whole(pairs) else len(pairs)
+    if count < 1:
+        raise ValueError(f"pairs: expected at least one, got {pairs!r}")
+    return int(count)
 
 
 def _widths(name: str, value: int | Sequence[int], count: int) -> list[int]:

@@ -71,7 +71,17 @@ def run_features(context: Context) -> dict[str, Any]:
 
 
 def run_student_lm(context: Context) -> dict[str, Any]:
-    """Make the student's language model: drop layers, then train it on text. Save it with an untrained connector."""
+    """Make the student's language model from the texts of the training items."""
+    items = read_items(context, "teacher") + read_items(context, "distill")
+    folder = heal_student_lm(context, items, seed=context.settings.seed)
+    return {"healing": json.loads((folder / "healing.json").read_text())["report"]}
+
+
+def heal_student_lm(context: Context, items: Sequence[Any], *, seed: int) -> Path:
+    """Drop layers, train the rest on the items' texts, and save it as "untrained", with an untrained connector.
+
+    Returns the folder of the healed language model.
+    """
     import torch
 
     from models.backbones.healing import healed_student, healing_texts
@@ -80,7 +90,7 @@ def run_student_lm(context: Context) -> dict[str, Any]:
 
     settings = context.settings
     backbone = backbone_settings(settings)
-    texts = healing_texts(read_items(context, "teacher") + read_items(context, "distill"), seed=settings.seed)
+    texts = healing_texts(items, seed=seed)
     held_out = min(64, len(texts) // 4)
     folder = healed_student(
         backbone["lm"],
@@ -88,9 +98,9 @@ def run_student_lm(context: Context) -> dict[str, Any]:
         keep_layers=settings.keep_layers,
         config=HealingConfig(steps=settings.healing_steps, held_out=held_out, batch_size=min(8, len(texts) - held_out)),
     )
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed)
     SpeechLM.from_config(SpeechLMConfig(**{**backbone, "lm": str(folder)})).save_pretrained(context.folder / "untrained")
-    return {"healing": json.loads((folder / "healing.json").read_text())["report"]}
+    return folder
 
 
 def read_items(context: Context, name: str, *, folder: Path | None = None) -> list[Any]:

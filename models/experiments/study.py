@@ -56,7 +56,7 @@ from models.experiments.shared_steps import (
     BACKBONE,
     TRAINING,
     ask,
-    backbone_settings,
+    heal_student_lm,
     limited,
     load_speech_lm,
     own_start_words,
@@ -229,24 +229,7 @@ def check_actors(parts: Mapping[str, Sequence[Any]]) -> None:
 
 def run_student_lm(context: Context) -> dict[str, Any]:
     """Make the student's language model, healed on made-up sentences: the same for all folds. See the module's docstring."""
-    import torch
-
-    from models.backbones.healing import healed_student, healing_texts
-    from models.backbones.healing_config import HealingConfig
-    from models.speech_lm.model import SpeechLM, SpeechLMConfig
-
-    settings = context.settings
-    backbone = backbone_settings(settings)
-    texts = healing_texts(healing_examples(settings.tasks, settings.healing_sentences))
-    held_out = min(64, len(texts) // 4)
-    folder = healed_student(
-        backbone["lm"],
-        texts,
-        keep_layers=settings.keep_layers,
-        config=HealingConfig(steps=settings.healing_steps, held_out=held_out, batch_size=min(8, len(texts) - held_out)),
-    )
-    torch.manual_seed(0)
-    SpeechLM.from_config(SpeechLMConfig(**{**backbone, "lm": str(folder)})).save_pretrained(context.folder / "untrained")
+    heal_student_lm(context, healing_examples(context.settings.tasks, context.settings.healing_sentences), seed=0)
     return {}
 
 
