@@ -10,6 +10,8 @@ the share of the mass that lies in the wrong place.
 
 The step is that of the training loop, on SmolLM2-135M's shapes with random weights (benchmarks/step.py). It runs the teacher's
 two paths, or it reads their states from a cache on the disk, or the projections of the states (kdkernels.ProjectionCache).
+One step has the demo's short answers and a teacher as wide as the student. The other has long answers and a teacher of
+SmolLM2-360M's shapes, and its bodies multiply in bfloat16: there the heads take most of the time.
 """
 
 from __future__ import annotations
@@ -96,10 +98,32 @@ def measure_errors(lm: Any, tokenizer: Any, count: int, ks: Sequence[int]) -> li
     return rows
 
 
-def measure_step(case: StepCase, repeats: int, clock: Callable[[], float] = time.perf_counter) -> list[dict]:
+# The second step: SmolLM2-360M's shapes, and answers of about 400 tokens of a byte-level tokenizer.
+WIDE = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15, "num_key_value_heads": 5}
+LONG_ANSWER = "The speaker sounds tired, and somebody walks in the next room. " * 6
+DEMO_STEP, LONG_STEP = "short answers, teacher as wide", "long answers, wider teacher"
+
+
+def measure_steps(examples: int, device: torch.device, repeats: int, clock: Callable[[], float]) -> list[dict]:
+    """The rows of both steps. The long one has an eighth of the examples."""
+    rows = measure_step(StepCase(examples, device), repeats, clock)
+    long = {"layers": (10, 32), "teacher_config": WIDE, "answer": LONG_ANSWER, "bf16_products": device.type == "cpu"}
+    case = StepCase(max(1, examples // 8), device, **long)
+    return rows + measure_step(case, repeats, clock, name=LONG_STEP, counted=("uniform",))
+
+
+def measure_step(
+    case: StepCase,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    name: str = DEMO_STEP,
+    counted: Sequence[str] = ("choice", "uniform"),
+) -> list[dict]:
     """Times the same step with the teacher in it, from its states and from projections, in turn. The losses must be equal.
 
-    Once the loss counts one token of each answer, as in the demo, and once all of them.
+    Args:
+        counted: which tokens the loss counts: one of each answer, as in the demo ("choice"), or all of them ("uniform").
     """
     from models.training.projected_teacher import ProjectedTeacher
     from models.training.teachers import CachedTeacher
@@ -122,14 +146,14 @@ def measure_step(case: StepCase, repeats: int, clock: Callable[[], float] = time
             "states from the cache": CachedTeacher(ContrastCache(folder), states.head, device=case.device),
             "projections from the cache": ProjectedTeacher(projections.get, device=case.device),
         }
-        for counted in ("choice", "uniform"):
-            loss = dataclasses.replace(recipe.loss, kd_token_weight=counted)
+        for tokens in counted:
+            loss = dataclasses.replace(recipe.loss, kd_token_weight=tokens)
             asked = dataclasses.replace(recipe, loss=loss, teacher=dataclasses.replace(recipe.teacher, projection=64))
             with _one_choice_token(case.batch):
                 first_epoch = _projecting(asked, live.teacher, student, case.batch)
                 all_steps = {**steps, "teacher in the step, and projected": first_epoch}
                 rows += _time_steps(case, asked, live, all_steps, repeats, clock)
-    return rows
+    return [{"step": name, **row} for row in rows]
 
 
 def _projecting(recipe: Any, teacher: Any, student: LMHead, batch: Any) -> Any:
@@ -203,14 +227,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     clock = time.process_time if args.cpu_time else time.perf_counter
     if args.steps_only:
-        rows = measure_step(StepCase(args.examples, torch.device(args.device)), args.repeats, clock)
+        rows = measure_steps(args.examples, torch.device(args.device), args.repeats, clock)
         finish(args, "cache", "a training step", rows, keep=lambda row: bool(row["bytes_a_token"]))
         return
     from models.backbones.resolve import load_causal_lm
 
     lm, tokenizer = load_causal_lm(args.lm)
     rows = measure_errors(lm, tokenizer, args.sentences, TOP_K)
-    rows += measure_step(StepCase(args.examples, torch.device(args.device)), args.repeats, clock)
+    rows += measure_steps(args.examples, torch.device(args.device), args.repeats, clock)
     lm_name = Path(args.lm).name
     finish(args, "cache", "what it costs to keep a teacher's answer", [{"lm": lm_name, **row} for row in rows])
 

@@ -53,10 +53,21 @@ class StepCase:
     Args:
         layers: of the student and of the teachers.
         config: changes to SmolLM2-135M's LlamaConfig (tests make it tiny).
+        teacher_config: more changes to the teachers' own; only for steps with the objective's own teacher alone.
+        answer: the text of each answer; None = a short sentence.
+        bf16_products: bodies on the CPU multiply in bfloat16, as with model.bf16_products. The heads stay in float32.
     """
 
     def __init__(
-        self, examples: int, device: torch.device, *, layers: tuple[int, int] = (10, 30), config: dict[str, int] | None = None
+        self,
+        examples: int,
+        device: torch.device,
+        *,
+        layers: tuple[int, int] = (10, 30),
+        config: dict[str, int] | None = None,
+        teacher_config: dict[str, int] | None = None,
+        answer: str | None = None,
+        bf16_products: bool = False,
     ) -> None:
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -64,6 +75,7 @@ class StepCase:
         from models.data.prompts import TASKS
         from models.experiments.shared_steps import make_tiny_backbones
         from models.io_utils import cache_dir
+        from models.speech_lm.frozen_linear import use_bf16_products
         from models.speech_lm.model import SpeechLM, SpeechLMConfig
         from models.training.run_setup import make_training_data
 
@@ -76,18 +88,20 @@ class StepCase:
             "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048, **(config or {}),
         }  # fmt: skip
 
-        def causal_lm(depth: int) -> torch.nn.Module:
+        def causal_lm(depth: int, more: dict[str, int] | None = None) -> torch.nn.Module:
             torch.manual_seed(depth)
-            return LlamaForCausalLM(LlamaConfig(num_hidden_layers=depth, **sizes)).eval()
+            return LlamaForCausalLM(LlamaConfig(num_hidden_layers=depth, **{**sizes, **(more or {})})).eval()
 
         settings = SpeechLMConfig(lm="random", encoder="random", encoder_dim=384)
-        self.student, self.teacher = (SpeechLM(settings, lm=causal_lm(depth), tokenizer=tokenizer).to(device) for depth in layers)
+        bodies = (causal_lm(layers[0]), causal_lm(layers[1], teacher_config))
+        self.student, self.teacher = (SpeechLM(settings, lm=lm, tokenizer=tokenizer).to(device) for lm in bodies)
         self.text_lm = causal_lm(layers[1]).to(device)
         task = TASKS["gender"]
         made = [
             Example(
                 id=f"e{i}", audio=f"{i}.wav", task="gender", transcription="Where are you going so late?", question=task.question,
-                choices=task.choices, answer=task.choices[i % 2], target=task.statement.format(task.choices[i % 2]),
+                choices=task.choices, answer=task.choices[i % 2],
+                target=answer or task.statement.format(task.choices[i % 2]),
                 metadata={"gender": task.choices[i % 2], "text": "Where are you going so late?"},
             )
             for i in range(examples)
@@ -96,6 +110,8 @@ class StepCase:
         store = Store((shape.num_feature_layers, shape.num_frames, shape.feature_dim))
         for model in (self.student, self.teacher):
             model.fit_feature_statistics(store.rows(made))
+            if bf16_products:
+                use_bf16_products(model.lm.get_decoder())
         self.examples = made
         self.data = make_training_data(self.student, made, store)
         self.teacher_data = make_training_data(self.teacher.requires_grad_(False), made, store)

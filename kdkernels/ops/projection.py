@@ -357,9 +357,14 @@ def project_chunks(
         chunk = slice(start, min(start + plan.chunk_tokens, n))
         z = _contrast(head, chunk, dtype).div_(spec.temperature)
         empty = torch.isneginf(z).all(1)
-        log_p = torch.log_softmax(z.masked_fill_(empty[:, None], 0.0), 1)
-        p = torch.exp(log_p, out=z)
-        result.negentropy[chunk] = (log_p.clamp_min_(torch.finfo(dtype).min).mul_(p)).sum(1)
+        z.masked_fill_(empty[:, None], 0.0)
+        below = z.sub_(z.amax(1, keepdim=True))
+        p = torch.exp(below)
+        total = p.sum(1, keepdim=True, dtype=torch.float64)
+        # p sums to 1 as closely as its dtype can. exp(log_softmax) misses that by 1e-5, and the loss takes that times the logits.
+        p.div_(total.to(dtype))
+        negentropy = below.clamp_min_(torch.finfo(dtype).min).mul_(p).sum(1, dtype=torch.float64)
+        result.negentropy[chunk] = (negentropy - total[:, 0].log()).to(dtype)
         top = p.topk(k, dim=1)
         result.ids[chunk], result.probabilities[chunk] = top.indices, top.values
         p.scatter_(1, top.indices, 0.0)

@@ -431,7 +431,7 @@ def test_cache_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
     tiny = make_tiny_backbones(tmp_path / "tiny")
     case = step.StepCase(2, CPU, layers=(2, 4), config={"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48})
-    monkeypatch.setattr(cache, "StepCase", lambda *_: case)
+    monkeypatch.setattr(cache, "StepCase", lambda *_, **__: case)
     monkeypatch.setattr(cache, "TOP_K", (8, 258))  # 258 is the whole vocabulary
     cache.main(["--device", "cpu", "--lm", str(tiny / "lm"), "--sentences", "3", "--repeats", "2", "--out", str(tmp_path)])
     found = {row["kept"]: row for row in read(tmp_path / "cache_cpu.csv")}
@@ -443,8 +443,22 @@ def test_cache_end_to_end(tmp_path, monkeypatch):
     assert float(found["top 8 logits"]["bytes_a_token"]) == 64
     assert float(found["teacher in the step"]["times_faster"]) == 1
     steps = [row for row in read(tmp_path / "cache_cpu.csv") if "step" in row["kept"] or "from" in row["kept"]]
-    assert len(timed(steps)) == 8 and len({row["kept"] for row in steps}) == 4
-    assert [row["tokens_in_the_loss"] for row in steps[::4]] == ["2", str(len(case.batch.target))]  # one of each answer, all
+    assert len(timed(steps)) == 12 and len({row["kept"] for row in steps}) == 4
+    every = str(len(case.batch.target))
+    assert [row["tokens_in_the_loss"] for row in steps[::4]] == ["2", every, every]  # one of each answer, all
+    assert [row["step"] for row in steps[::4]] == [cache.DEMO_STEP, cache.DEMO_STEP, cache.LONG_STEP]
+
+
+def test_a_step_can_have_a_wider_teacher_and_longer_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path))
+    tiny = {"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48}
+    wide = {"hidden_size": 72, "num_attention_heads": 9}
+    case = step.StepCase(2, CPU, layers=(2, 3), config=tiny, teacher_config=wide, answer="a b c d " * 20, bf16_products=True)
+    _, (source,) = case.sources("caad", (), False)
+    states = source.teacher(case.batch, case.examples)
+    assert states.audio_hidden.shape[1] == 72 and case.student.get_output_embeddings().weight.shape[1] == 36
+    assert len(case.batch.target) >= 2 * 160
+    assert type(case.student.lm.model.layers[0].mlp.up_proj).__name__ == "_FrozenLinear"
 
 
 def test_a_cache_that_gives_another_loss_is_not_timed(monkeypatch, tmp_path):

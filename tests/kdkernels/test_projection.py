@@ -143,6 +143,23 @@ def test_gradient_near_convergence(impl, distance):
         assert relative_error(coarse, grad) > 3 * relative_error(found, grad), "neither the ids nor the dtype of the tail matter"
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_large_vocabulary_costs_no_accuracy_in_float32(impl):
+    """p has to sum to 1: what it misses counts as many times as the logits are large."""
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(50_000, 32, generator=g)
+    states = torch.randn(16, 32, generator=g)
+    near = (states + 0.1 * torch.randn(16, 32, generator=g)).requires_grad_()
+    arguments = {
+        "student_hidden": near, "student_weight": weight, "teacher_audio_hidden": states,
+        "teacher_text_hidden": states + 0.1 * torch.randn(16, 32, generator=g), "teacher_weight": weight,
+    }  # fmt: skip
+    loss, grad, _ = exact(arguments, alpha=2.0)
+    found, found_grad, _ = projected(arguments, impl=impl, made_with={"alpha": 2.0})
+    assert abs(float(found) - float(loss)) < 4e-6 * float(loss)
+    assert relative_error(found_grad, grad) < 1e-5
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_projections_of_several_teachers_add(impl):
     first, second = hidden(11, 103, 8, 12, dtype=FP32, seed=1), hidden(11, 103, 8, 20, dtype=FP32, seed=2)
