@@ -107,10 +107,11 @@ def projected_run(failures, out_dir, words):
 
 
 @pytest.mark.slow
-def test_each_rank_projects_its_own_share_and_reads_all(tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_each_rank_projects_its_own_share_and_reads_all(tmp_path, parallel):
     """Twice: the second run finds what the first has left."""
-    words = ["teacher.projection=9", "run.parallel=ddp"]
-    (read,) = run_ranks(projected_run, 1, tmp_path / "one", words)
+    words = ["teacher.projection=9", f"run.parallel={parallel}"]
+    (read,) = run_ranks(projected_run, 1, tmp_path / "one", ["teacher.projection=9", "run.parallel=ddp"])
     shares = run_ranks(projected_run, 2, tmp_path / "two", words)
     assert [len(ids) for ids in read] == [32, 8] and shares == [read[:1], read[1:]]
     indexes = sorted(path.name for path in (tmp_path / "two" / "projections").glob("index-*"))
