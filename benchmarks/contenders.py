@@ -12,11 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kdkernels import TeacherProjection
 
 ALPHA, TEMPERATURE, KD_WEIGHT = 2.0, 2.0, 0.7
 VOCAB_BLOCK = 8192  # rows of a head converted to float64 at a time
@@ -220,6 +223,42 @@ def ours_step(logits_dtype: torch.dtype | None, objective: Objective = FULL, **o
     return step
 
 
+class ProjectedStep:
+    """dL/dh from the teacher's projection, which a run makes once and which is not a part of the step.
+
+    Args:
+        top_k: ids that the projection keeps apart.
+        store: what the projection's tail goes through before it is used.
+    """
+
+    def __init__(
+        self, objective: Objective = FULL, *, top_k: int = 64, store: Callable[[Tensor], Tensor] = lambda tail: tail
+    ) -> None:
+        self._objective, self._top_k, self._store = objective, top_k, store
+        self._made: dict[int, tuple[LinearCase, TeacherProjection]] = {}
+
+    def prepare(self, c: LinearCase) -> None:
+        """Make the projection of the case, unless it is there."""
+        if id(c) not in self._made:  # the case beside it keeps its id from being given to another
+            exact = project(c, self._objective, top_k=self._top_k)
+            self._made[id(c)] = (c, replace(exact, tail=self._store(exact.tail)))
+
+    def __call__(self, c: LinearCase) -> Tensor:
+        from kdkernels import fused_linear_projected_loss
+
+        self.prepare(c)
+        projection, weight = self._made[id(c)][1], self._objective.kd_weight
+        return _gradient(lambda h, w: fused_linear_projected_loss(h, w, projection, c.target, kd_weight=weight), c)
+
+
+def project(c: LinearCase, objective: Objective = FULL, *, top_k: int = 64) -> TeacherProjection:
+    from kdkernels import project_teacher
+
+    return project_teacher(
+        c.audio, c.text, c.teacher_weight, c.weight, alpha=objective.alpha, temperature=objective.temperature, top_k=top_k
+    )
+
+
 def liger_step(chunk_size: int, compiled: bool = True, objective: Objective = FULL) -> Step:
     """Liger's chunked JSD at beta 0 (forward KL). Its soft loss lacks tau^2, so the weight takes it."""
     try:
@@ -357,11 +396,13 @@ class Contender:
     objective: Objective
     build: Callable[[], Step]
     compiles: bool = False  # by torch.compile: the first call of a shape compiles and must not be measured
+    frozen_head: bool = False  # needs a student's head that does not train
 
 
 # The chunk with which each library does best. It has several if that depends on the shape.
 LIGER_CHUNKS = {"cpu": (256, 1024), "cuda": (1024, 2048)}
 CHUNKS = {"cpu": (128, 256, 512), "cuda": (1024, 1408, 2048)}  # ours, and the bare GEMMs'
+PROJECTED = "kdkernels from projections, 64 ids"
 
 
 def contenders(device_type: str, objectives: tuple[Objective, ...] = OBJECTIVES) -> list[Contender]:
@@ -378,13 +419,17 @@ def contenders(device_type: str, objectives: tuple[Objective, ...] = OBJECTIVES)
         Contender("kdkernels bf16 logits", FULL, lambda: ours_step(bf16)),
         Contender("kdkernels fp32 logits, rounded contrast", FULL, lambda: ours_step(None, round_contrast=True)),
         Contender("kdkernels (default: fp32 logits)", FULL, lambda: ours_step(None)),
+        Contender(PROJECTED, FULL, ProjectedStep, frozen_head=True),
         Contender("eager", KD, lambda: naive_step(objective=KD)),
+        Contender("torch.compile", KD, lambda: compiled_step(KD), compiles=True),
         Contender("Liger chunked JSD, compiled, chunk 1024", KD, lambda: liger_step(1024, objective=KD), compiles=True),
         Contender("TRL chunked divergence", KD, trl_step),
         Contender("Liger fused_linear_jsd", KD, lambda: liger_fused_jsd_step(device_type)),
         Contender("FLA fused_kl_div", KD, lambda: fla_step(device_type)),
         Contender("kdkernels bf16 logits", KD, lambda: ours_step(bf16, KD)),
+        Contender("kdkernels fp32 logits, rounded contrast", KD, lambda: ours_step(None, KD, round_contrast=True)),
         Contender("kdkernels (default: fp32 logits)", KD, lambda: ours_step(None, KD)),
+        Contender(PROJECTED, KD, lambda: ProjectedStep(KD), frozen_head=True),
         Contender("eager", CE, lambda: naive_step(objective=CE)),
         Contender("CCE", CE, lambda: cce_step(device_type), compiles=True),
         Contender("kdkernels bf16 logits", CE, lambda: ours_step(bf16, CE)),

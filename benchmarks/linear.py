@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
@@ -25,6 +25,7 @@ from .common import benchmark_parser, finish, time_calls, time_columns
 from .contenders import (
     CHUNKS,
     FULL,
+    KD,
     TEMPERATURE,
     LinearCase,
     bare_gemms,
@@ -86,6 +87,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     steps, missing = build(x for x in listed if not (args.no_compile and x.compiles))
     errors = gradient_errors({name: (FULL, step) for name, step in steps.items()}, case)
     refuse_wrong_gradients(errors, dtype)
+    near = errors_near_convergence(args, steps)
 
     calls = {name: (lambda step=step: step(case)) for name, step in steps.items()}
     floors = {f"{FLOOR}, chunk {c}": bare_gemms(case, c) for c in CHUNKS[device.type]}
@@ -111,12 +113,21 @@ def compare(args: argparse.Namespace) -> list[dict]:
                 **rates(case, timing.median, floor),
                 "speedup_over_eager": timings["eager"].median / timing.median,
                 "gradient_error": errors.get(name, float("nan")),
+                "gradient_error_near": near.get(name, float("nan")),
                 "peak_extra_mib": peak,
                 "note": "",
             }
         )
     empty = dict.fromkeys(rows[0], "")
     return rows + [{**empty, "contender": name, "note": why} for name, why in missing.items()]
+
+
+def errors_near_convergence(args: argparse.Namespace, measured: Collection[str]) -> dict[str, float]:
+    """Gradient errors of the divergence alone, as in benchmarks/accuracy.py, of the measured contenders that have it alone."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    case = LinearCase.near_convergence(min(64, args.tokens), args.vocab, args.student_width, dtype, device)
+    steps, _ = build(x for x in contenders(device.type, (KD,)) if x.name in measured)
+    return gradient_errors({name: (KD, step) for name, step in steps.items()}, case)
 
 
 def rates(case: LinearCase, seconds: float, floor_seconds: float) -> dict[str, float]:

@@ -23,6 +23,7 @@ from .contenders import (
     FULL,
     Contender,
     LinearCase,
+    ProjectedStep,
     Unavailable,
     contenders,
     fixed_chunks,
@@ -123,6 +124,8 @@ def peak_bytes(contender: Contender, case: LinearCase, device: torch.device) -> 
     warm = case if contender.compiles else case.head(min(16, case.hidden.shape[0]))
     errors = gradient_errors({contender.name: (contender.objective, step)}, warm, check_tokens=16)
     refuse_wrong_gradients(errors, case.hidden.dtype)
+    if isinstance(step, ProjectedStep):
+        step.prepare(case)
     with PeakMemory(device) as memory:
         step(case)
     return memory.bytes

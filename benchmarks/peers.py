@@ -115,7 +115,8 @@ def measure(args: argparse.Namespace, pair: Pair, tokens: int) -> list[dict]:
 
 def compare(args: argparse.Namespace, case: LinearCase, objective: Objective) -> list[dict]:
     device = torch.device(args.device)
-    listed = [x for x in contenders(device.type, (objective,)) if not (args.no_compile and x.compiles)]
+    listed = contenders(device.type, (objective,))
+    listed = [x for x in listed if not ((args.no_compile and x.compiles) or (case.trains and x.frozen_head))]
     steps, missing = build(listed)
     errors = gradient_errors({name: (objective, step) for name, step in steps.items()}, case, check_tokens=16)
     refuse_wrong_gradients(errors, case.hidden.dtype)

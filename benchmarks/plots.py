@@ -81,6 +81,7 @@ def plots() -> dict[str, tuple[str, Callable[[Rows], Figure]]]:
     return {
         "rows": ("rows", draw_rows),
         "linear": ("linear", draw_linear),
+        "tradeoff": ("linear", draw_tradeoff),
         "layers": ("layers", draw_layers),
         "peers": ("peers", draw_peers),
         "memory": ("memory", draw_memory),
@@ -182,6 +183,31 @@ def draw_linear(rows: Rows) -> Figure:
     sizes = f"{int(first['tokens']):,} tokens, {int(first['vocab']):,} ids, widths {first['student_width']} and "
     title = f"linear loss and dL/dh, {sizes}{first['teacher_width']}, {first['dtype']}"
     _time_bars(axes[0], rows, title)
+    return figure
+
+
+def draw_tradeoff(rows: Rows) -> Figure:
+    """Time against gradient error: far from convergence (hollow) and near it (filled). Down and left is better."""
+    rows = [r for r in rows if number(r["gradient_error"]) > 0 and number(r.get("gradient_error_near", "")) > 0]
+    rows = sorted(rows, key=lambda r: number(r["median_ms"]))
+    figure, axes = _figure([3.6])
+    axis = axes[0]
+    for mark, row in zip("osD^vP*X<>", rows, strict=False):
+        x, tint = number(row["median_ms"]), colour(row["contender"])
+        far, near = number(row["gradient_error"]), number(row["gradient_error_near"])
+        axis.plot([x, x], [far, near], color=tint, lw=0.8, alpha=0.5)
+        axis.scatter([x], [far], marker=mark, s=34, c="#ffffff", edgecolors=tint, linewidths=1.2, zorder=3)
+        axis.scatter([x], [near], marker=mark, s=34, c=tint, edgecolors=tint, zorder=3, label=row["contender"])
+    axis.set_yscale("log")
+    axis.set_xlim(left=0)
+    axis.set_xlabel("ms (median)", size=8)
+    axis.set_ylabel("relative gradient error", size=8)
+    axis.set_title("hollow: random states; filled: near convergence", size=9, loc="left")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.grid(visible=True, lw=0.4)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=SMALL)
+    _legend(figure, axis, columns=2)
     return figure
 
 

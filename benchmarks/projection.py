@@ -10,13 +10,11 @@ from the teacher is about as large as asked for.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kdkernels import TeacherProjection, fused_linear_projected_loss, project_teacher
 from models.arguments import Collect
 
 from .common import benchmark_parser, finish, relative_error, time_calls, time_columns
@@ -27,12 +25,14 @@ from .contenders import (
     KD,
     LinearCase,
     Objective,
+    ProjectedStep,
     Step,
     exact_gradient,
     gradient_errors,
     mean_kl,
     naive_step,
     ours_step,
+    project,
     refuse_wrong_gradients,
 )
 
@@ -68,32 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     finish(args, "projection", "bf16, frozen head", rows, keep=lambda row: args.errors_only and bool(row["median_ms"]))
 
 
-def projected_step(objective: Objective = FULL, *, top_k: int = 64, tail: str = "fp32") -> Step:
-    """dL/dh from a projection that the first call with a case makes."""
-    made: dict[int, tuple[LinearCase, TeacherProjection]] = {}
-
-    def step(c: LinearCase) -> Tensor:
-        if id(c) not in made:  # the case beside it keeps its id from being given to another
-            exact = project(c, objective, top_k=top_k)
-            made[id(c)] = (c, dataclasses.replace(exact, tail=TAILS[tail](exact.tail)))
-        hidden = c.hidden.detach().requires_grad_()
-        fused_linear_projected_loss(hidden, c.weight, made[id(c)][1], c.target, kd_weight=objective.kd_weight).backward()
-        return hidden.grad
-
-    return step
-
-
-def project(c: LinearCase, objective: Objective = FULL, *, top_k: int = 64) -> TeacherProjection:
-    return project_teacher(
-        c.audio, c.text, c.teacher_weight, c.weight, alpha=objective.alpha, temperature=objective.temperature, top_k=top_k
-    )
-
-
 def compare(shape: str, sizes: tuple[int, int, int, int], device: torch.device, repeats: int) -> list[dict]:
     case = LinearCase.random(*sizes, torch.bfloat16, device)
     steps: dict[str, tuple[Objective, Step]] = {
-        "from projections, 64 ids": (FULL, projected_step()),
-        "from projections, 16 ids": (FULL, projected_step(top_k=16)),
+        "from projections, 64 ids": (FULL, ProjectedStep()),
+        "from projections, 16 ids": (FULL, ProjectedStep(top_k=16)),
         "from states": (FULL, ours_step(None)),
         "CE alone": (CE, ours_step(None, CE)),
     }
@@ -150,7 +129,7 @@ def near_convergence(kl: float, device: torch.device) -> list[dict]:
     for k in (1, 16, 64, 256):
         for tail in TAILS if k == 64 else ("fp32",):
             suffix = {"fp32": "", "bf16": ", bf16 tail"}.get(tail, f", tail as {tail}")
-            steps[f"from projections, {k} ids{suffix}"] = projected_step(KD, top_k=k, tail=tail)
+            steps[f"from projections, {k} ids{suffix}"] = ProjectedStep(KD, top_k=k, store=TAILS[tail])
     sizes = {"tokens": NEAR_TOKENS, "vocab": NEAR_VOCAB, "student_width": NEAR_WIDTH, "teacher_width": NEAR_WIDTH}
     blank = dict.fromkeys(("median_ms", "low_ms", "high_ms", "repeats", "times_two_gemms", "times_ce", "speedup_over_states"), "")
     return [

@@ -354,7 +354,7 @@ def test_plots_are_drawn_from_the_results_and_from_nothing_else(tmp_path):
         plots.main(["--results", str(results), "--out", str(tmp_path / attempt)])
         drawn.append({path.name: path.read_bytes() for path in (tmp_path / attempt).iterdir()})
     assert drawn[0] == drawn[1]
-    assert set(drawn[0]) == {"rows_cpu.svg", "linear_cpu.svg"}
+    assert set(drawn[0]) == {"rows_cpu.svg", "linear_cpu.svg", "tradeoff_cpu.svg"}
     assert b"kdkernels bf16 logits" in drawn[0]["linear_cpu.svg"]
     with pytest.raises(SystemExit, match="--results: expected a folder with CSV files"):
         plots.main(["--results", str(tmp_path)])
