@@ -290,7 +290,8 @@ def test_accuracy(tmp_path):
 
 
 def test_peers(tmp_path):
-    arguments = ["--device", "cpu", "--pairs", "qwen", "smollm2", "--tokens", "8", "--shrink", "256", "--no-compile"]
+    pairs = ["qwen", "smollm2", "training_head"]
+    arguments = ["--device", "cpu", "--pairs", *pairs, "--tokens", "8", "--shrink", "256", "--no-compile"]
     peers.main([*arguments, "--repeats", "2", "--out", str(tmp_path)])
     found = read(tmp_path / "peers_cpu.csv")
     timed(found)
@@ -299,7 +300,9 @@ def test_peers(tmp_path):
     assert {x["head"] for x in found} == {"frozen"}
     notes = {x["contender"]: x["note"] for x in found if x["note"]}
     assert notes["Liger fused_linear_jsd"] == notes["FLA fused_kl_div"] == "its kernels need a CUDA device"
-    assert {"TRL chunked divergence"} <= {x["contender"] for x in found}
+    assert {"TRL chunked divergence", contenders.PROJECTED} <= {x["contender"] for x in found}
+    shapes = read(tmp_path / "peers_shapes_cpu.csv")
+    assert {x["head"] for x in shapes} == {"trains"} and contenders.PROJECTED not in {x["contender"] for x in shapes}
 
 
 def test_a_missing_peer_is_a_row_that_says_so(tmp_path, monkeypatch):
