@@ -2,7 +2,7 @@
 
     python -m models study E1                       # 4 folds of actors x 2 teachers; stop it and start it again at will
     python -m models study E1 --teachers 1 --folds 0
-    python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each
+    python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each; curves over steps
     python -m models study axes                     # beyond the papers: negative paths, adaptive alpha, on-policy answers
     python -m models study E1 --collect --write     # only gather what is finished
     python -m models study E1 --smoke               # the same code on synthetic clips and tiny random models
@@ -356,34 +356,46 @@ def run_students(context: Context) -> dict[str, Any]:
     """Train and ask the students of one pool one after another: those of `extra["systems"]`, asked about `extra["part"]`."""
     from models.experiments.student_group import Cohort
 
-    settings, cohort, extra = context.settings, Cohort(context), context.extra
-    live = extra["pool"] == "live"  # the students' own answers are new in each step, so no cache holds them
-    folder = context.folders["pool_own" if live else f"pool_{extra['pool']}"]
-    result = {}
-    for name, recipe, alpha, more in extra["systems"]:
-        words = [
-            *step_words(settings.student_steps, settings.student_learning_rate),
-            "optim.audio_dropout=0",
-            f"run.seed={settings.seed}",
-            # Only the choice is scored, so only the choice is learned.
-            "loss.ce_token_weight=choice",
-            "loss.ce_background_weight=0",
-            *own_start_words(context),
-        ]
-        if alpha is not None:
-            words += [f"teacher.folder={context.folders['teacher'] / 'final'}", f"loss.alpha={alpha}"]
-            words += [] if live else [f"teacher.cache={folder / 'cache'}"]
-            words += [f"teacher.hears.{key}={value}" for key, value in TEACHER_READS.get(extra["pool"], {}).items()]
-        result[name] = cohort.run(
-            context.folder / name,
-            recipe,
-            manifest=folder / "pool.jsonl",
-            start=context.folders["student_lm"] / "untrained",
-            words=[*words, *more],
-            part=extra["part"],
-            controls=False,
+    cohort, extra = Cohort(context), context.extra
+    return {
+        name: cohort.run(
+            context.folder / name, recipe, **_lesson(context, extra["pool"], alpha, more), part=extra["part"], controls=False
         )
-    return result
+        for name, recipe, alpha, more in extra["systems"]
+    }
+
+
+def run_curves(context: Context) -> dict[str, Any]:
+    """Train the students of `extra["curves"]` for longer, and ask them dev on the way: models/experiments/learning_curves.py."""
+    from models.experiments.learning_curves import train_and_ask
+    from models.experiments.student_group import Cohort
+
+    cohort = Cohort(context)
+    return {
+        name: train_and_ask(context, name, recipe, cohort=cohort, **_lesson(context, "own", alpha, more))
+        for name, recipe, alpha, more in context.extra["curves"]
+    }
+
+
+def _lesson(context: Context, pool: str, alpha: float | None, more: Sequence[str]) -> dict[str, Any]:
+    """What a student of the pool is trained on, where it starts, and by which words: arguments of `Cohort.run`."""
+    settings, live = context.settings, pool == "live"  # the students' own answers are new in each step: no cache holds them
+    folder = context.folders["pool_own" if live else f"pool_{pool}"]
+    words = [
+        *step_words(settings.student_steps, settings.student_learning_rate),
+        "optim.audio_dropout=0",
+        f"run.seed={settings.seed}",
+        # Only the choice is scored, so only the choice is learned.
+        "loss.ce_token_weight=choice",
+        "loss.ce_background_weight=0",
+        *own_start_words(context),
+    ]
+    if alpha is not None:
+        words += [f"teacher.folder={context.folders['teacher'] / 'final'}", f"loss.alpha={alpha}"]
+        words += [] if live else [f"teacher.cache={folder / 'cache'}"]
+        words += [f"teacher.hears.{key}={value}" for key, value in TEACHER_READS.get(pool, {}).items()]
+    start = context.folders["student_lm"] / "untrained"
+    return {"manifest": folder / "pool.jsonl", "start": start, "words": [*words, *more]}
 
 
 _CORPUS = ("fold", "sources", "corpus_size", "corpus_seed", "tasks", "hint_correlation", "max_clips")
@@ -407,7 +419,7 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         Stage("answers_teacher", "answers of the teacher", _HEARD, ("device",), run_teacher_answers),
     ]
     if experiment == "E5":
-        return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev")]
+        return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev"), _curves()]
     if experiment == "axes":
         stages += [_pool("own"), _students("students_own", "own", [s for s in SYSTEMS if s.pool == "own"])]
         stages += [_pool(path) for path in NEGATIVE_PATHS]
@@ -437,6 +449,16 @@ def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "t
     }
     needs = (*_HEARD, "student_lm", "pool_own" if pool == "live" else f"pool_{pool}")
     return Stage(name, name.replace("_", ": "), needs, _STUDYING, run_students, extra=told)
+
+
+def _curves() -> Stage:
+    """The stage of the curves over steps, by the settings of `kd` and `caad2`."""
+    systems = [s for s in SYSTEMS if s.name in ("kd", "caad2")]
+    told = {
+        "curves": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
+        "recipes": {s.recipe: _as_written(s.recipe) for s in systems},
+    }
+    return Stage("curves", "curves over steps", (*_HEARD, "student_lm", "pool_own"), _STUDYING, run_curves, extra=told)
 
 
 def tuned_systems(chosen: Path) -> list[System]:
@@ -680,13 +702,18 @@ def _save(
     arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, console: Console
 ) -> None:
     """Write what is complete."""
+    from models.experiments.learning_curves import curve_rows
     from models.reporting.results_csv import rows_csv
 
     targets = [Path(arguments.out), *([RESULTS] if arguments.write else [])]
     if experiment == "E5":
-        rows = dev_rows(finished(settings, stages, root, part="dev"))
-        for folder in targets if rows else ():
-            atomic_write_text(folder / "study_dev.csv", rows_csv(rows))
+        texts = {"study_dev": dev_rows(finished(settings, stages, root, part="dev"))}
+        curves, names = stage_folders(stages, settings, root)["curves"], [s.name for s in SYSTEMS]
+        teacher = {"teacher": settings.teacher, "seed": settings.seed}
+        texts["study_curves"] = curve_rows(curves, names, settings.student_steps, teacher)
+        for name, rows in texts.items():
+            for folder in targets if rows else ():
+                atomic_write_text(folder / f"{name}.csv", rows_csv(rows))
         return
     found = finished(settings, stages, root)
     gate = read_done(stage_folders(stages, settings, root)["gate"])
