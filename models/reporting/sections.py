@@ -22,7 +22,7 @@ from models.reporting.results_csv import (
     read_curves,
     read_results,
 )
-from models.reporting.study import STUDY_FILE, study_section
+from models.reporting.study import study_sections
 from models.reporting.systems import ANCHORS, CONTEXTS, Palette, system_name
 from models.reporting.tables import NOTHING, Cell, Column, Section, Table, difference_cell, narrow
 
@@ -177,9 +177,8 @@ def stored_sections(folder: str | Path, *, others: Sequence[str] = ()) -> Stored
         found.missing.append(f"{CURVES_FILE} (curves of the training runs) is not among the results.")
     else:
         found.curves = read_curves(curves)
-    if STUDY_FILE in tables:
-        section, found.headline = study_section(tables.pop(STUDY_FILE), found.palette)
-        found.sections.append(section)
+    of_study, found.headline = study_sections(tables, found.palette)
+    found.sections += of_study
     names = labels(tables["six_systems.csv"]) if "six_systems.csv" in tables else {}
     for name in (*STORED, *sorted(tables.keys() - STORED.keys())):
         if name not in tables:
