@@ -105,6 +105,23 @@ STORED = {
             "command prints the judgement of each claim of the paper.",
         ),
     ),
+    "study_sources_layers.csv": StoredFile(
+        "Sources and layers, with unheard actors",
+        "python -m models ablation --study --write",
+        (
+            "Five seeds of students from one teacher, on real recordings. The means are over the tasks that count: those that "
+            "the audio-aware teacher has learned on dev and that leave room above.",
+        ),
+    ),
+    "study_sources_claims.csv": StoredFile(
+        "Claims about sources and layers, with unheard actors",
+        "python -m models ablation --study --write",
+        (
+            "Shares, not points. The ends are the 95% t interval over seeds. The verdict is by the p of a t test with Holm's "
+            "correction over all claims of this table. It says nothing about another teacher.",
+        ),
+    ),
+    "study_sources_gate.csv": StoredFile("Tasks that count in sources and layers", "python -m models ablation --study --write"),
     "demo.csv": StoredFile(
         "Demo",
         "python -m models demo",
