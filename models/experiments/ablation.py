@@ -139,6 +139,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
     """
     from models.corpora.build import build_corpus
     from models.data.manifest import read_manifest
+    from models.evaluation.predictions import context_kind
 
     settings = context.settings
     path = build_corpus(
@@ -157,7 +158,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
     }
     if settings.fold is not None:
         bare = {n: [dataclasses.replace(e, context="", kind="neutral") for e in parts[n]] for n in ("teacher", "distill")}
-        parts |= bare | {"dev": [e for e in manifest.select(split="dev") if e.kind == "neutral"]}
+        parts |= bare | {"dev": [e for e in manifest.select(split="dev") if context_kind(e) == "neutral"]}
     return {"questions": write_parts(context.folder, parts), "unavailable": manifest.header["unavailable"]}
 
 
@@ -230,11 +231,11 @@ def run_rows(context: Context) -> dict[str, Any]:
 
 def run_text_teacher(context: Context) -> dict[str, Any]:
     """Ask the text teacher: it reads the metadata of a clip and writes the answer, as in Stage 1."""
-    from models.evaluation.predictions import Prediction, append_predictions, write_header
+    from models.evaluation.predictions import Prediction, append_predictions, context_kind, write_header
     from models.pseudo_gt.writers import BackboneWriter
 
     writer = BackboneWriter.load(str(backbone_settings(context.settings)["lm"]))
-    questions = [e for e in read_items(context, "test") if e.kind == "neutral"]
+    questions = [e for e in read_items(context, "test") if context_kind(e) == "neutral"]
     questions.sort(key=lambda e: e.task)  # so the worked examples of a task are read once
     path = context.folder / "test-greedy.jsonl"
     write_header(path, {"split": "test", "mode": "generate"})
