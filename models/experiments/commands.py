@@ -24,6 +24,7 @@ def six_systems_parser() -> Parser:
 
 def ablation_parser() -> Parser:
     parser = Parser(prog="python -m models ablation", description="Make the table of teacher sources and layers.")
+    parser.add_argument("--study", action="store_true", help="make the table E4 of docs/protocol.md: five seeds, unheard actors")
     parser.add_argument("--write", action="store_true", help="write the table into models/experiments/results")
     return _with_stages(parser, out="runs/ablation")
 

@@ -246,9 +246,9 @@ def ask_model(
         controls: also ask without the audio, and with the audio of another clip.
     """
     from models.evaluation.ask import evaluate
-    from models.evaluation.predictions import append_predictions, write_header
+    from models.evaluation.predictions import append_predictions, context_kind, write_header
 
-    asked = [e for e in questions if not kinds or e.kind in kinds]
+    asked = [e for e in questions if not kinds or context_kind(e) in kinds]
     options = {"collate": model.make_collator(), "extra_inputs": extra}
     answers = evaluate(model, asked, store, alphas=alphas, **options)
     if controls:

@@ -17,6 +17,7 @@ from models.experiments.pipeline import Context
 from models.experiments.shared_steps import ask_model, load_model, read_items, recipe_words
 from models.io_utils import atomic_write_json
 from models.speech_lm.features import FeatureStore
+from models.training.checkpoint import load_checkpoint, restore_model
 from models.training.recipe import Recipe, load_recipe
 from models.training.run_setup import build_data, build_model, build_sources, check_folders, read_examples
 from models.training.teachers import Source
@@ -66,6 +67,16 @@ class Cohort:
     def ask(self, folder: Path, trained: Path, **asked: Any) -> dict[str, Any]:
         """Ask the SpeechLM in `trained` once and keep the answers in `folder`; see `run`."""
         return self._once(folder, lambda: load_model(self._context, trained), asked)
+
+    def ask_at(self, folder: Path, trained: Path, step: int, **asked: Any) -> dict[str, Any]:
+        """Ask the student of the run `trained` as it was after `step`, by its checkpoint of that step; see `ask`."""
+
+        def make() -> Any:
+            model = load_model(self._context, trained / "final")
+            restore_model(model, load_checkpoint(trained / "checkpoints" / f"step-{step:08d}"))
+            return model
+
+        return self._once(folder, make, asked)
 
     def _once(self, folder: Path, make: Callable[[], Any], asked: dict[str, Any]) -> dict[str, Any]:
         noted = folder / "asked.json"

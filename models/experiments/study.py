@@ -2,8 +2,8 @@
 
     python -m models study E1                       # 4 folds of actors x 2 teachers; stop it and start it again at will
     python -m models study E1 --teachers 1 --folds 0
-    python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each
-    python -m models study axes                     # beyond the papers: negative paths, adaptive alpha, on-policy answers
+    python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each; curves over steps
+    python -m models study axes                     # beyond the papers: what each path hears, alpha by token, on-policy
     python -m models study E1 --collect --write     # only gather what is finished
     python -m models study E1 --smoke               # the same code on synthetic clips and tiny random models
 
@@ -36,13 +36,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from models.experiments.commands import study_parser
-from models.experiments.negative_paths import NEGATIVE_PATHS, negative_rows, write_contrast_cache
+from models.experiments.negative_paths import NEGATIVE_PATHS, negative_rows, rows_in, write_contrast_cache
 from models.experiments.pipeline import (
     Context,
     Stage,
@@ -85,6 +86,7 @@ TEACHER_READS: dict[str, dict[str, Any]] = {"stripped": {"context": False}, "shu
 # The gate of a task: a teacher that does not hear it cannot teach it. A bias that is not there cannot be cured.
 MIN_HEARD = 0.8
 MIN_SHIFT = 0.1
+CLEAN_SNR_DB = 60.0  # of the clips that the teacher of the pool "clean" hears
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ _ON_POLICY = ("loss.kd_token_weight=uniform", "data.on_policy_max_new_tokens=12"
 # Beyond the papers, each against caad2: what the contrast takes away, alpha by token, and answers of the student's own.
 AXES = (
     *(System(f"caad2_{path}", "caad", 2.0, path) for path in NEGATIVE_PATHS),
+    System("caad2_clean_teacher", "caad", 2.0, "clean"),
+    System("kd_clean_teacher", "kd", 0.0, "clean"),  # what a better hearing of the teacher gives without any contrast
     System("caad2_adaptive", "caad", 2.0, "own", ("loss.alpha_half_divergence=0.1",)),
     System("caad2_centered", "caad", 2.0, "own", ("loss.center_text=true",)),
     System("caad2_uniform", "caad", 2.0, "own", ("loss.kd_token_weight=uniform",)),  # the off-policy one of the next four
@@ -124,6 +128,12 @@ AXES = (
             "on100_jsd": ("data.on_policy_fraction=1", "loss.divergence=jsd"),
         }.items()
     ),
+)
+# Each axis against caad2. Where the teacher hears more, KD from it stands beside: against CAAD from it, and against plain KD.
+AXES_PAIRS = (
+    *((s.name, "caad2") for s in AXES if s.recipe == "caad"),
+    ("caad2_clean_teacher", "kd_clean_teacher"),
+    ("kd_clean_teacher", "kd"),
 )
 POOLS = tuple(dict.fromkeys(system.pool for system in SYSTEMS))
 # What E5 tries on dev: eight runs of each. Each changes the first, which is the setting of `kd` and of `caad2` above.
@@ -218,6 +228,19 @@ def run_corpus(context: Context) -> dict[str, Any]:
     return {"questions": counts, "unavailable": manifest.header["unavailable"], "manifest_sha256": sha256_file(path)}
 
 
+def run_clean_corpus(context: Context) -> dict[str, Any]:
+    """Make the clips of the fold once more, almost without noise. They have the names of the noisy ones."""
+    from models.corpora.build import build_corpus
+
+    settings = context.settings
+    build_corpus(
+        context.folder, sources=settings.sources, size=settings.corpus_size, seed=settings.corpus_seed, tasks=settings.tasks,
+        hint_correlation=settings.hint_correlation, fold=settings.fold,
+        **dict.fromkeys(("min_snr_db", "max_snr_db"), context.extra["snr_db"]),
+    )
+    return {}
+
+
 def check_actors(parts: Mapping[str, Sequence[Any]]) -> None:
     """SystemExit if an actor of the questions is in a part that is trained on, or in both dev and test."""
     heard = {name: {e.metadata["actor"] for e in examples} for name, examples in parts.items()}
@@ -309,7 +332,8 @@ def run_pool(context: Context) -> dict[str, Any]:
         shuffled    it reads the hint of its clip; the student reads that of another clip, drawn at random
         true        the true labels, without a teacher
         metadata    Stage 1 answers from the metadata, as in the paper
-        swapped, reversed, narrow    the answers of "own", with another negative path (negative_paths.py)
+        swapped, reversed, narrow, flat    the answers of "own", with another negative path (negative_paths.py)
+        clean       the teacher answers and scores the clips without noise; the student hears the noise
     """
     from models.corpora.hearing import Hearing
     from models.data.manifest import write_manifest
@@ -323,11 +347,17 @@ def run_pool(context: Context) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if pool in NEGATIVE_PATHS:
         forced = read_items(context, "pool", folder=context.folders["pool_own"])
-        options = {"audio_root": context.folders["corpus"], "seed": context.settings.seed}
+        options = {"audio_root": context.folders["corpus"], "seed": context.settings.seed, "made": context.folder / "made"}
         negative = negative_rows(pool, model, store, forced, **options)
         write_manifest(context.folder / "pool.jsonl", forced)
         write_contrast_cache(context.folder / "cache", teacher, model, store, extra, forced, negative)
         return {"pool": len(forced)}
+    if pool == "clean":
+        heard = rows_in(context.folders["corpus_clean"], model, examples)
+        result = write_answered_pool(context.folder / "pool.jsonl", model, SimpleNamespace(rows=heard), extra, examples)
+        forced = read_items(context, "pool", folder=context.folder)
+        write_contrast_cache(context.folder / "cache", teacher, model, store, extra, forced, positive=heard)
+        return {"pool": len(forced)} | result
     if pool == "true":
         write_manifest(context.folder / "pool.jsonl", examples)
     elif pool == "metadata":
@@ -356,34 +386,46 @@ def run_students(context: Context) -> dict[str, Any]:
     """Train and ask the students of one pool one after another: those of `extra["systems"]`, asked about `extra["part"]`."""
     from models.experiments.student_group import Cohort
 
-    settings, cohort, extra = context.settings, Cohort(context), context.extra
-    live = extra["pool"] == "live"  # the students' own answers are new in each step, so no cache holds them
-    folder = context.folders["pool_own" if live else f"pool_{extra['pool']}"]
-    result = {}
-    for name, recipe, alpha, more in extra["systems"]:
-        words = [
-            *step_words(settings.student_steps, settings.student_learning_rate),
-            "optim.audio_dropout=0",
-            f"run.seed={settings.seed}",
-            # Only the choice is scored, so only the choice is learned.
-            "loss.ce_token_weight=choice",
-            "loss.ce_background_weight=0",
-            *own_start_words(context),
-        ]
-        if alpha is not None:
-            words += [f"teacher.folder={context.folders['teacher'] / 'final'}", f"loss.alpha={alpha}"]
-            words += [] if live else [f"teacher.cache={folder / 'cache'}"]
-            words += [f"teacher.hears.{key}={value}" for key, value in TEACHER_READS.get(extra["pool"], {}).items()]
-        result[name] = cohort.run(
-            context.folder / name,
-            recipe,
-            manifest=folder / "pool.jsonl",
-            start=context.folders["student_lm"] / "untrained",
-            words=[*words, *more],
-            part=extra["part"],
-            controls=False,
+    cohort, extra = Cohort(context), context.extra
+    return {
+        name: cohort.run(
+            context.folder / name, recipe, **_lesson(context, extra["pool"], alpha, more), part=extra["part"], controls=False
         )
-    return result
+        for name, recipe, alpha, more in extra["systems"]
+    }
+
+
+def run_curves(context: Context) -> dict[str, Any]:
+    """Train the students of `extra["curves"]` for longer, and ask them dev on the way: models/experiments/learning_curves.py."""
+    from models.experiments.learning_curves import train_and_ask
+    from models.experiments.student_group import Cohort
+
+    cohort = Cohort(context)
+    return {
+        name: train_and_ask(context, name, recipe, cohort=cohort, **_lesson(context, "own", alpha, more))
+        for name, recipe, alpha, more in context.extra["curves"]
+    }
+
+
+def _lesson(context: Context, pool: str, alpha: float | None, more: Sequence[str]) -> dict[str, Any]:
+    """What a student of the pool is trained on, where it starts, and by which words: arguments of `Cohort.run`."""
+    settings, live = context.settings, pool == "live"  # the students' own answers are new in each step: no cache holds them
+    folder = context.folders["pool_own" if live else f"pool_{pool}"]
+    words = [
+        *step_words(settings.student_steps, settings.student_learning_rate),
+        "optim.audio_dropout=0",
+        f"run.seed={settings.seed}",
+        # Only the choice is scored, so only the choice is learned.
+        "loss.ce_token_weight=choice",
+        "loss.ce_background_weight=0",
+        *own_start_words(context),
+    ]
+    if alpha is not None:
+        words += [f"teacher.folder={context.folders['teacher'] / 'final'}", f"loss.alpha={alpha}"]
+        words += [] if live else [f"teacher.cache={folder / 'cache'}"]
+        words += [f"teacher.hears.{key}={value}" for key, value in TEACHER_READS.get(pool, {}).items()]
+    start = context.folders["student_lm"] / "untrained"
+    return {"manifest": folder / "pool.jsonl", "start": start, "words": [*words, *more]}
 
 
 _CORPUS = ("fold", "sources", "corpus_size", "corpus_seed", "tasks", "hint_correlation", "max_clips")
@@ -407,10 +449,12 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         Stage("answers_teacher", "answers of the teacher", _HEARD, ("device",), run_teacher_answers),
     ]
     if experiment == "E5":
-        return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev")]
+        return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev"), _curves()]
     if experiment == "axes":
         stages += [_pool("own"), _students("students_own", "own", [s for s in SYSTEMS if s.pool == "own"])]
         stages += [_pool(path) for path in NEGATIVE_PATHS]
+        stages += [Stage("corpus_clean", "corpus without noise", (), _CORPUS, run_clean_corpus, {"snr_db": CLEAN_SNR_DB})]
+        stages.append(_pool("clean"))
         pools = dict.fromkeys(s.pool for s in AXES)
         return stages + [_students(f"axes_{pool}", pool, [s for s in AXES if s.pool == pool]) for pool in pools]
     for pool in POOLS:
@@ -423,7 +467,7 @@ _HEARD = ("corpus", "features", "teacher")
 
 
 def _pool(pool: str) -> Stage:
-    needs = (*_HEARD, "pool_own") if pool in NEGATIVE_PATHS else _HEARD
+    needs = (*_HEARD, *(["pool_own"] if pool in NEGATIVE_PATHS else ["corpus_clean"] if pool == "clean" else []))
     return Stage(f"pool_{pool}", f"Y: {pool}", needs, TRAINING, run_pool, extra={"pool": pool})
 
 
@@ -437,6 +481,16 @@ def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "t
     }
     needs = (*_HEARD, "student_lm", "pool_own" if pool == "live" else f"pool_{pool}")
     return Stage(name, name.replace("_", ": "), needs, _STUDYING, run_students, extra=told)
+
+
+def _curves() -> Stage:
+    """The stage of the curves over steps, by the settings of `kd` and `caad2`."""
+    systems = [s for s in SYSTEMS if s.name in ("kd", "caad2")]
+    told = {
+        "curves": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
+        "recipes": {s.recipe: _as_written(s.recipe) for s in systems},
+    }
+    return Stage("curves", "curves over steps", (*_HEARD, "student_lm", "pool_own"), _STUDYING, run_curves, extra=told)
 
 
 def tuned_systems(chosen: Path) -> list[System]:
@@ -680,13 +734,18 @@ def _save(
     arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, console: Console
 ) -> None:
     """Write what is complete."""
+    from models.experiments.learning_curves import curve_rows
     from models.reporting.results_csv import rows_csv
 
     targets = [Path(arguments.out), *([RESULTS] if arguments.write else [])]
     if experiment == "E5":
-        rows = dev_rows(finished(settings, stages, root, part="dev"))
-        for folder in targets if rows else ():
-            atomic_write_text(folder / "study_dev.csv", rows_csv(rows))
+        texts = {"study_dev": dev_rows(finished(settings, stages, root, part="dev"))}
+        curves, names = stage_folders(stages, settings, root)["curves"], [s.name for s in SYSTEMS]
+        teacher = {"teacher": settings.teacher, "seed": settings.seed}
+        texts["study_curves"] = curve_rows(curves, names, settings.student_steps, teacher)
+        for name, rows in texts.items():
+            for folder in targets if rows else ():
+                atomic_write_text(folder / f"{name}.csv", rows_csv(rows))
         return
     found = finished(settings, stages, root)
     gate = read_done(stage_folders(stages, settings, root)["gate"])
@@ -713,7 +772,7 @@ def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
     from models.experiments.study_endpoints import PAIRS, all_endpoints, as_row, sentence
     from models.reporting.results_csv import rows_csv
 
-    pairs = tuple((s.name, "caad2") for s in AXES) if experiment == "axes" else PAIRS
+    pairs = AXES_PAIRS if experiment == "axes" else PAIRS
     for folder in (Path(arguments.out), *([RESULTS] if arguments.write else [])):
         found = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment)) if experiment != "E5" else []
         if not found:

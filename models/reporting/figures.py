@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -245,6 +246,92 @@ def draw_trade_off(
     _place_legend(figure, {system: handles[system] for system in order}, columns=2)
     told = "; ".join(f"{system}: {_say(x)}, {_say(y)}" for system, (x, y) in points.items())
     return Figure(name, caption, f"{_capital(xlabel)}, then {ylabel}. {told}.", _svg(figure), wide=False)
+
+
+# Where a number stands beside its mark: the first place that is free, in points from the middle of the mark.
+_PLACES = tuple((reach * x, reach * y) for reach in (7, 13, 19) for x, y in (
+    (1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8)
+))  # fmt: skip
+
+
+def draw_frontier(
+    name: str,
+    points: Mapping[str, tuple[float, float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    caption: str,
+    palette: Palette | None = None,
+) -> Figure:
+    """A point for each of many systems: (x, y) without intervals, and a line along those that no other one beats in both.
+
+    The systems with a colour of their own stand in a legend. The others have numbers beside their marks, and below the drawing
+    stands which number is which.
+
+    Args:
+        points: system -> (x, y). They have their numbers in this order.
+    """
+    from matplotlib.transforms import Bbox
+
+    palette = palette or Palette(points)
+    others = [system for system in points if not palette.is_main(system)]
+    figure, (axes,) = _figure(4.8, 5.0 + 0.17 * len(others), 1, 1)
+    best = frontier(points)
+    corners = [points[best[0]]]
+    for system in best[1:]:
+        x, y = points[system]
+        corners += [(corners[-1][0], y), (x, y)]
+    axes.plot(*zip(*corners, strict=True), color=REST, linewidth=0.9, linestyle=(0, (4, 3)))
+    handles: dict[str, Any] = {}
+    for system, (x, y) in points.items():
+        look = palette(system)
+        size, numbered = (3.5, system in others) if system in others else (7, False)
+        marker = "o" if numbered else look.marker
+        (handles[system],) = axes.plot([x], [y], color=look.colour, marker=marker, markersize=size, linestyle="none")
+    axes.margins(0.1)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    key = "\n".join(f"{number}  {system}" for number, system in enumerate(others, start=1))
+    _place_legend(figure, {s: handles[s] for s in points if s not in others}, columns=2)
+    if others:
+        axes.set_xlabel(f"{xlabel}\n\n{key}", fontsize=8, loc="left", linespacing=1.35)
+    figure.draw_without_rendering()  # from here on the places of the marks are known
+    pixels = figure.dpi / 72
+    at = {system: axes.transData.transform(xy) for system, xy in points.items()}
+    taken = [Bbox.from_bounds(x - 4 * pixels, y - 4 * pixels, 8 * pixels, 8 * pixels) for x, y in at.values()]
+    line = axes.transData.transform(corners)
+    taken += [Bbox([(min(a), min(b)), (max(a) + 1, max(b) + 1)]) for a, b in zip(*map(_pairs, line.T), strict=True)]
+    for number, system in enumerate(others, start=1):
+        for x, y in _PLACES:
+            middle = (at[system][0] + x * pixels, at[system][1] + y * pixels)
+            width, height = (4.6 * len(str(number)) + 1) * pixels, 8 * pixels
+            box = Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        text = axes.annotate(
+            str(number), points[system], xytext=(x, y), textcoords="offset points", ha="center", va="center", fontsize=7.5,
+            arrowprops={"arrowstyle": "-", "color": REST, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1} if math.hypot(x, y) > 10
+            else None,
+        )  # fmt: skip
+        text.set_in_layout(False)
+    told = "; ".join(f"{system}: {x:.3g}, {y:.3g}" for system, (x, y) in points.items())
+    alt = f"{_capital(xlabel)}, then {ylabel}. {told}. No other system is ahead in both of {', '.join(best)}."
+    return Figure(name, caption, alt, _svg(figure), wide=False)
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The systems that no other one beats in x and y, from the highest x on. Of equal ones the first."""
+    best: list[str] = []
+    for system in sorted(points, key=lambda s: (-points[s][0], -points[s][1])):
+        if not best or points[system][1] > points[best[-1]][1]:
+            best.append(system)
+    return best
+
+
+def _pairs(values: Any) -> list[tuple[float, float]]:
+    return list(itertools.pairwise(values))
 
 
 def _figure(width_inches: float, height_inches: float, panels: int, columns: int) -> tuple[Canvas, list[Axes]]:

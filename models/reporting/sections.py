@@ -22,7 +22,7 @@ from models.reporting.results_csv import (
     read_curves,
     read_results,
 )
-from models.reporting.study import STUDY_FILE, study_section
+from models.reporting.study import study_sections
 from models.reporting.systems import ANCHORS, CONTEXTS, Palette, system_name
 from models.reporting.tables import NOTHING, Cell, Column, Section, Table, difference_cell, narrow
 
@@ -105,6 +105,23 @@ STORED = {
             "command prints the judgement of each claim of the paper.",
         ),
     ),
+    "study_sources_layers.csv": StoredFile(
+        "Sources and layers, with unheard actors",
+        "python -m models ablation --study --write",
+        (
+            "Five seeds of students from one teacher, on real recordings. The means are over the tasks that count: those that "
+            "the audio-aware teacher has learned on dev and that leave room above.",
+        ),
+    ),
+    "study_sources_claims.csv": StoredFile(
+        "Claims about sources and layers, with unheard actors",
+        "python -m models ablation --study --write",
+        (
+            "Shares, not points. The ends are the 95% t interval over seeds. The verdict is by the p of a t test with Holm's "
+            "correction over all claims of this table. It says nothing about another teacher.",
+        ),
+    ),
+    "study_sources_gate.csv": StoredFile("Tasks that count in sources and layers", "python -m models ablation --study --write"),
     "demo.csv": StoredFile(
         "Demo",
         "python -m models demo",
@@ -177,9 +194,8 @@ def stored_sections(folder: str | Path, *, others: Sequence[str] = ()) -> Stored
         found.missing.append(f"{CURVES_FILE} (curves of the training runs) is not among the results.")
     else:
         found.curves = read_curves(curves)
-    if STUDY_FILE in tables:
-        section, found.headline = study_section(tables.pop(STUDY_FILE), found.palette)
-        found.sections.append(section)
+    of_study, found.headline = study_sections(tables, found.palette)
+    found.sections += of_study
     names = labels(tables["six_systems.csv"]) if "six_systems.csv" in tables else {}
     for name in (*STORED, *sorted(tables.keys() - STORED.keys())):
         if name not in tables:

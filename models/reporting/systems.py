@@ -35,6 +35,9 @@ SYSTEMS = {
     "caad2_swapped": "CAAD alpha 2 against another clip",
     "caad2_reversed": "CAAD alpha 2 against the clip reversed",
     "caad2_narrow": "CAAD alpha 2 against a narrow band",
+    "caad2_flat": "CAAD alpha 2 against the words spoken flat",
+    "caad2_clean_teacher": "CAAD alpha 2, the teacher hears no noise",
+    "kd_clean_teacher": "standard KD, the teacher hears no noise",
     "caad2_uniform": "CAAD alpha 2, all tokens alike",
     "caad2_on50": "CAAD alpha 2, half on-policy",
     "caad2_on100": "CAAD alpha 2, on-policy",
@@ -61,8 +64,10 @@ SYSTEMS = {
     "everything": "CAAD + layers + text KD + acoustic KD",
     "text_teacher": "text teacher itself, reading the metadata",
 }
-# The systems that a headline shows, the most wanted first; it takes the first five that are there.
+# The systems with a colour of their own.
 MAIN = ("kd", "caad1", "caad2", "hint_stripped", "ce_true", "before", "teacher", "teacher_cd1")
+# The systems that a headline shows, the most wanted first; it takes the first five that are there.
+_WANTED = ("kd", "caad2", "hint_stripped", "ce_true", "kd_tuned", "caad1", "before", "teacher", "teacher_cd1")
 # Names that older files have.
 _OLD_NAMES = {"KD": "kd", "student, KD": "kd", "teacher, contrastive 1": "teacher_cd1", "teacher, contrastive 2": "teacher_cd2",
               "student, CE only": "ce_only", "student, sharpened KD 2": "sharpened2",
@@ -91,6 +96,7 @@ _COLOURS = {
 }  # fmt: skip
 _COLOURS["caad"] = _COLOURS["caad2"]  # CAAD with one setting changed; no file has both
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+_GREY_MARKERS = {"kd_tuned": "*"}  # a headline may show it, and the palette has no ninth colour
 
 
 def system_key(name: str) -> str:
@@ -123,13 +129,13 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def main_systems(names: Iterable[str], count: int = 5) -> list[str]:
-    """The systems of a headline, in order: those of MAIN, then unknown ones, then the others."""
+    """The systems of a headline, in order: those that it wants, then unknown ones, then the others."""
     given = list(dict.fromkeys(names))
-    wanted = {key: number for number, key in enumerate(MAIN)}
+    wanted = {key: number for number, key in enumerate(_WANTED)}
 
     def rank(name: str) -> int:
         key = system_key(name)
-        return wanted.get(key, len(MAIN) + (key in SYSTEMS))
+        return wanted.get(key, len(_WANTED) + (key in SYSTEMS))
 
     return in_order(sorted(given, key=rank)[:count])
 
@@ -155,7 +161,7 @@ class Palette:
         keys = list(dict.fromkeys(map(system_key, names)))
         self._styles: dict[str, Style] = {
             key: Style(colour, _MARKERS[PALETTE.index(colour)]) for key, colour in _COLOURS.items()
-        }
+        } | {key: Style(REST, marker) for key, marker in _GREY_MARKERS.items()}
         taken = {self._styles[key].colour for key in keys if key in self._styles}
         free = (colour for colour in PALETTE if colour not in taken)
         for key in keys:

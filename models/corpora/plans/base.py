@@ -133,6 +133,7 @@ SIZES: dict[str, HintedSize | BenchmarkSize] = {
     "full": HintedSize(1000, 300, 1000, 1000, 3, 400, 40, 200, 400),
     "study": HintedSize(240, 160, 40, 90, 1, 0, 0, 0, 0, four_contexts=True),  # models/experiments/study.py
     "study_tasks": BenchmarkSize((220, 40, 90), (20, 8, 8), (240, 40, 100), 10),
+    "study_sources": BenchmarkSize((220, 40, 90), (130, 30, 64), (240, 40, 100), 10),  # models/experiments/ablation.py, E4
     "benchmark_tiny": BenchmarkSize((3, 2, 3), (6, 4, 4), (10, 5, 5), 4),
     "benchmark": BenchmarkSize((110, 20, 88), (130, 20, 64), (60, 20, 60), 10),
 }

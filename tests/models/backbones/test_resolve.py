@@ -53,6 +53,7 @@ def make_wheel(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def _write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return path
 
@@ -354,6 +355,15 @@ def test_hub_cache_works_offline(tmp_path, monkeypatch, offline, lm_folder):
     (lm_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
     with pytest.raises(BackboneError, match="HF_HUB_OFFLINE=1"):  # a download that was cut off is not taken
         resolve_backbone("a/b", kind="causal_lm", cache=tmp_path)
+
+
+def test_a_file_in_parts_is_joined_and_no_package_is_written_into(tmp_path):
+    parts = [_write(tmp_path / "package" / f"{n}.bin", text) for n, text in enumerate((b"one ", b"two"))]
+    before, out = sorted((tmp_path / "package").iterdir()), tmp_path / "out"
+    out.mkdir()
+    with packages._joined(parts, out) as whole:
+        assert whole.read_bytes() == b"one two" and whole.parent == out
+    assert not list(out.iterdir()) and sorted((tmp_path / "package").iterdir()) == before
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

@@ -282,11 +282,11 @@ def test_ct2_headers_that_claim_what_costs_nothing(tmp_path):
         read_ct2_model(path)
 
 
-def tiny_gguf(path: Path, **changes) -> bytes:
-    """A Llama of one layer, eight wide, six tokens."""
+def tiny_gguf(path: Path, *, architecture: str = "llama", pre: str | None = None, **changes) -> bytes:
+    """A model of one layer, eight wide, six tokens."""
     gguf = pytest.importorskip("gguf", reason="the package reads GGUF files")
     numbers = {"block_count": 1, "embedding_length": 8, "feed_forward_length": 12, "head_count": 2, **changes}
-    made = gguf.GGUFWriter(path, "llama")
+    made = gguf.GGUFWriter(path, architecture)
     made.add_context_length(32)
     made.add_embedding_length(numbers["embedding_length"])
     made.add_block_count(numbers["block_count"])
@@ -294,6 +294,8 @@ def tiny_gguf(path: Path, **changes) -> bytes:
     made.add_head_count(numbers["head_count"])
     made.add_layer_norm_rms_eps(1e-5)
     made.add_tokenizer_model("gpt2")
+    if pre is not None:
+        made.add_tokenizer_pre(pre)
     made.add_token_list(["<s>", "a", "b", "c", "ab", "bc"])
     made.add_token_types([3, 1, 1, 1, 1, 1])
     made.add_token_merges(["a b", "b c"])
@@ -305,6 +307,8 @@ def tiny_gguf(path: Path, **changes) -> bytes:
     generator = np.random.default_rng(0)
     for name, shape in shapes.items():
         made.add_tensor(f"{name}.weight", generator.standard_normal(shape).astype(np.float32))
+    for name in ("attn_q", "attn_k", "attn_v") if architecture == "qwen2" else ():
+        made.add_tensor(f"blk.0.{name}.bias", generator.standard_normal(8).astype(np.float32))
     made.write_header_to_file()
     made.write_kv_data_to_file()
     made.write_tensors_to_file()
@@ -349,6 +353,26 @@ def test_gguf_files_damaged_or_claiming_too_much(tmp_path, in_child):
         in_child(load, memory_mib=MEMORY_MIB)
     with pytest.raises(FileNotFoundError):
         load_gguf_llama(tmp_path / "no.gguf")
+
+
+def test_a_gguf_of_qwen2_is_the_model_with_its_biases_and_its_order_of_rotary_pairs(tmp_path):
+    from gguf import GGUFReader
+
+    from models.backbones.gguf_llama import GgufFormatError, load_gguf_llama
+
+    path = tmp_path / "q.gguf"
+    tiny_gguf(path, architecture="qwen2", pre="qwen2")
+    model, tokenizer = load_gguf_llama(path)
+    assert type(model).__name__ == "Qwen2ForCausalLM" and model.config.model_type == "qwen2"
+    stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in GGUFReader(path).tensors}
+    layer = model.model.layers[0].self_attn
+    assert torch.equal(layer.q_proj.weight, stored["blk.0.attn_q.weight"])  # a Llama's rows would be in another order
+    assert torch.equal(layer.k_proj.bias, stored["blk.0.attn_k.bias"]) and layer.o_proj.bias is None
+    said = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("It's 12 I'LL\n\nGo!")
+    assert [word for word, _ in said] == ["It", "'s", "Ġ", "1", "2", "ĠI", "'LL", "ĊĊ", "Go", "!"]
+    tiny_gguf(path, architecture="mamba")
+    with pytest.raises(GgufFormatError, match="expected the architecture llama or qwen2, got 'mamba'"):
+        load_gguf_llama(path)
 
 
 def test_only_formats_that_cannot_run_code_are_read():

@@ -3,7 +3,20 @@ import csv
 import pytest
 
 from models.experiments import ablation
-from models.experiments.ablation import CLAIMS, CONTENT, PERCEPTION, SYSTEMS, main, verdicts
+from models.experiments.ablation import (
+    CLAIMS,
+    CONTENT,
+    FULL,
+    PERCEPTION,
+    STUDY,
+    SYSTEMS,
+    claim_rows,
+    counted_tasks,
+    main,
+    make_stages,
+    verdicts,
+)
+from models.experiments.pipeline import stage_folders
 from models.reporting.results_csv import rows_csv
 
 
@@ -43,6 +56,43 @@ def test_one_seed_proves_nothing():
     assert all(" within noise " in s for s in verdicts(rows))
 
 
+def test_a_claim_of_the_study_needs_holms_p():
+    gain = (0.04, 0.06, 0.11)  # p 0.08 of one claim alone
+    clear = (0.100, 0.101, 0.102)
+    rows = [r | {"content": 0.5 + (clear if r["system"] == "text_kd_top" else gain)[r["seed"]]} for r in table()
+            if r["system"] != "sft"] + [r for r in table() if r["system"] == "sft"]  # fmt: skip
+    for r in rows:
+        r["all"] = ""  # no task counts in it
+    found = {row["claim"]: row for row in claim_rows(rows)}
+    assert "both sources beat SFT on all" not in found and len(found) == len(CLAIMS) - 1
+    top = found["top-layer text KD beats SFT on content"]
+    assert top["verdict"] == "reproduced" and top["p_holm"] == pytest.approx(5 * top["p"]) and top["seeds"] == 3
+    assert top["t_low"] == pytest.approx(0.0985, abs=1e-4) and top["difference"] == pytest.approx(0.101)
+    one = [r for r in table(text_acoustic_kd=(0.3, 0.3, 0.3)) if r["seed"] == 0]
+    assert all(row["verdict"] == "within noise" and row["t_low"] == "" for row in claim_rows(one))
+
+
+def test_two_p_below_five_percent_may_not_both_survive():
+    rows = table(baseline=(0.04, 0.10, 0.12), text_acoustic_kd=(0.05, 0.10, 0.12))  # p 0.07 and 0.05
+    rows = [r | {"perception": r["perception"] + 0.02 * (r["system"] == "baseline")} for r in rows]
+    found = {row["claim"]: row for row in claim_rows(rows)}
+    forgets = found["SFT alone forgets perception"]
+    assert forgets["p"] < 0.05 < forgets["p_holm"] and forgets["verdict"] == "within noise"
+
+
+def test_a_task_counts_if_it_is_learned_and_leaves_room():
+    gate = {"learned": {"gender": 0.9, "noise": 0.99, "keyword": 0.6, "content": 0.65}}
+    assert counted_tasks(gate) == ["gender", "content"]
+    assert counted_tasks(gate, smoke=True) == list(gate["learned"])
+
+
+def test_the_study_has_its_own_corpus_and_gate_and_leaves_the_older_table_alone(tmp_path):
+    old, new = (stage_folders(make_stages(s), s, tmp_path) for s in (FULL, STUDY))
+    assert "gate" in new and "gate" not in old and STUDY.seeds == 5
+    assert {name for name in old if old[name] == new.get(name)} == {"backbones"}
+    assert old["corpus"].name == "corpus-c064c99dfc3c"  # whose stages are kept
+
+
 def test_every_row_is_one_recipe_and_the_csv_has_the_papers_order():
     from models.training.recipe import load_recipe
 
@@ -68,6 +118,28 @@ def test_the_whole_ablation_in_small(tmp_path, monkeypatch, capsys):
         assert float(r["perception"]) == pytest.approx(sum(float(r[f"task_{t}"]) for t in PERCEPTION) / len(PERCEPTION), abs=1e-3)
         assert float(r["content"]) == pytest.approx(sum(float(r[f"task_{t}"]) for t in CONTENT) / len(CONTENT), abs=1e-3)
     assert "SFT alone forgets perception: within noise" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_ablation_of_the_study_in_small(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ablation, "SYSTEMS", [s for s in SYSTEMS if s[0] in ("baseline", "sft")])
+    monkeypatch.setattr(ablation, "CLAIMS", [c for c in CLAIMS if {c[0], c[1]} <= {"baseline", "sft"}])
+    words = ["--study", "--fast-smoke", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    tables = {}
+    for name in ("layers", "claims", "gate"):
+        with open(tmp_path / "out" / f"study_sources_{name}.csv", newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert {(r["system"], r["seed"]) for r in tables["layers"]} == {(s, n) for s in ("baseline", "sft") for n in "01"} | {
+        ("text_teacher", "0")
+    }
+    assert {r["task"] for r in tables["gate"]} == set(STUDY.tasks)
+    assert [r["claim"] for r in tables["claims"]] == ["SFT alone forgets perception"]
+    capsys.readouterr()
+    monkeypatch.setattr(ablation, "counted_tasks", lambda gate, smoke: ["gender"])  # no content task is learned
+    assert main(words) == 1 and "need a task each that counts" in capsys.readouterr().out
 
 
 def test_two_claims_hold_in_the_committed_table():

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from kdkernels.contrast_cache import ContrastCache
+from models.data.audio import load_audio, write_audio
 from models.data.manifest import Example, read_manifest
-from models.experiments.negative_paths import Backwards, negative_rows, other_clips, write_contrast_cache
+from models.experiments.negative_paths import (
+    Backwards,
+    negative_rows,
+    other_clips,
+    rows_in,
+    speak_flat,
+    write_contrast_cache,
+)
 from models.experiments.shared_steps import write_cache
 from models.speech_lm.features import FeatureStore
 from models.speech_lm.model import SpeechLM
@@ -52,7 +60,7 @@ def test_the_cache_holds_what_the_teacher_says_of_the_other_sound(world, tmp_pat
     names = [e.id for e in examples]
     wanted = plain.get(names)
     for kind in ("swapped", "reversed", "narrow"):
-        rows = negative_rows(kind, model, store, examples, audio_root=world, seed=0)
+        rows = negative_rows(kind, model, store, examples, audio_root=world, seed=0, made=tmp_path / "made")
         write_contrast_cache(tmp_path / kind, folder, model, store, {}, examples, rows)
         found = ContrastCache(tmp_path / kind, fingerprint=teacher_fingerprint(folder)).get(names)
         assert torch.equal(found.target, wanted.target)
@@ -66,5 +74,46 @@ def test_the_cache_holds_what_the_teacher_says_of_the_other_sound(world, tmp_pat
     states = ContrastCache(tmp_path / "moved", fingerprint=teacher_fingerprint(folder)).get(names)
     found = ContrastCache(tmp_path / "swapped", fingerprint=teacher_fingerprint(folder)).get(names)
     torch.testing.assert_close(found.text_hidden, states.audio_hidden, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="kind: expected one of swapped, reversed, narrow, got 'silence'"):
-        negative_rows("silence", model, store, examples, audio_root=world, seed=0)
+    with pytest.raises(ValueError, match="kind: expected one of swapped, reversed, narrow, flat, got 'silence'"):
+        negative_rows("silence", model, store, examples, audio_root=world, seed=0, made=tmp_path / "made")
+
+
+@pytest.mark.slow
+def test_a_teacher_with_another_ear_fills_a_cache_of_the_clips_that_its_student_hears(world, tmp_path):  # noqa: F811
+    examples = read_manifest(world / "m.jsonl", check_audio=False).examples
+    folder, names = world / "teacher" / "final", [e.id for e in examples]
+    model, store = SpeechLM.from_pretrained(folder).eval(), FeatureStore.load(world / "f.safetensors")
+    made_from = teacher_fingerprint(folder)
+    write_cache(tmp_path / "own", folder, model, store, {}, examples)
+    own = ContrastCache(tmp_path / "own", fingerprint=made_from)
+    for name in {e.audio for e in examples}:  # in another folder: the same clips backwards
+        (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_audio(tmp_path / "other" / name, load_audio(world / name)[::-1])
+    heard = rows_in(tmp_path / "other", model, examples)
+    write_contrast_cache(tmp_path / "same", folder, model, store, {}, examples)
+    write_contrast_cache(tmp_path / "cache", folder, model, store, {}, examples, positive=heard)
+    same, found = (ContrastCache(tmp_path / kind, fingerprint=made_from) for kind in ("same", "cache"))
+    wanted = own.get(names)
+    torch.testing.assert_close(same.get(names).text_hidden, wanted.text_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.get(names).text_hidden, wanted.text_hidden, rtol=1e-4, atol=1e-5)  # silence, as before
+    assert (found.get(names).audio_hidden - wanted.audio_hidden).abs().max() > 1e-4
+    # A training compares the content with what the student hears.
+    assert [found.content(name) for name in names] == [own.content(name) for name in names]
+
+
+def test_a_flat_voice_says_the_same_words_with_as_much_noise(tmp_path):
+    pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
+    said = [
+        Example(
+            id=f"c{n}", audio=f"a/{n}.flac", transcription="", task="gender", question="Which?", split="train",
+            metadata={"text": "Why did you carry that ladder over there?"} | ({"snr_db": 0.0} if n else {}),
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    for folder in ("one", "again", "other"):
+        speak_flat(said, tmp_path / folder, seed=int(folder == "other"), max_seconds=4.0)
+    read = {f: [load_audio(tmp_path / f / e.audio) for e in said] for f in ("one", "again", "other")}
+    assert all(np.array_equal(a, b) for a, b in zip(read["one"], read["again"], strict=True))
+    assert not np.array_equal(read["one"][1], read["other"][1])
+    quiet = [np.quantile(np.abs(samples), 0.1) for samples in read["one"]]
+    assert quiet[1] > 3 * quiet[0]  # the pauses of the second clip are full of noise

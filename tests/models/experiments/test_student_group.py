@@ -87,3 +87,17 @@ def test_what_was_asked_is_not_made_again_and_what_was_trained_is_only_asked(wor
     Path(folder / "test-greedy.jsonl").unlink()
     assert cohort.run(folder, "ce_only", **options) == first  # asked.json is there: nothing is done
     assert not (folder / "test-greedy.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_student_is_asked_as_it_was_after_an_earlier_step(world, context, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(shared_steps, "multiplies_bf16", lambda _: False)  # as `words` has it for the training
+    options = {"manifest": world / "m.jsonl", "start": world / "untrained"}
+    cohort, kept = Cohort(context), ["run.save_every_steps=1", "run.keep_last_checkpoints=5"]
+    cohort.train(context.folder / "whole", "ce_only", **options, words=words(world, *kept))
+    for step in (2, 5):
+        cohort.ask_at(context.folder / f"at_{step}", context.folder / "whole", step)
+    cohort.run(context.folder / "again", "ce_only", **options, words=words(world))
+    asked = {f: read_predictions(context.folder / f / "test-greedy.jsonl")[1] for f in ("at_2", "at_5", "again")}
+    assert asked["at_5"] == asked["again"]
+    assert [p.scores for p in asked["at_2"]] != [p.scores for p in asked["at_5"]]

@@ -12,10 +12,12 @@ from models.corpora.plans.base import SPLITS
 from models.corpora.plans.benchmark import plan_benchmark
 from models.corpora.recordings import Material
 from models.corpora.sources.queen import QueenLine
-from models.evaluation.predictions import Prediction, read_predictions
+from models.evaluation.predictions import Prediction, append_predictions, read_predictions, write_header
+from models.experiments.learning_curves import curve_rows, curve_steps
 from models.experiments.pipeline import stage_folders
 from models.experiments.study import (
     AXES,
+    AXES_PAIRS,
     COLUMNS,
     EXPERIMENTS,
     SYSTEMS,
@@ -94,6 +96,33 @@ def test_dev_chooses_one_setting_of_each_family_from_equally_many(tmp_path):
     path.write_text(rows_csv(dev_rows({name: answers(r) for name, r in rights.items() if name != "kd_7"})))
     assert [s.name for s in tuned_systems(path)] == ["caad_tuned"]  # KD has not had all its runs yet
     assert tuned_systems(tmp_path / "none.csv") == []
+
+
+def test_curves_are_of_the_students_that_were_asked(tmp_path):
+    steps = curve_steps(120)
+    assert steps == [30, 60, 90, 120, 180, 240] and curve_steps(2) == [1, 2, 3, 4, 6, 8]
+    for name, step, rights in (("kd", 30, (6, 9, 3, 9)), ("kd", 60, (8, 9, 4, 9)), ("caad2", 30, (7, 9, 7, 9))):
+        folder = tmp_path / name / str(step)
+        folder.mkdir(parents=True)
+        write_header(folder / "dev-greedy.jsonl", {})
+        append_predictions(folder / "dev-greedy.jsonl", answers(rights))
+        (folder / "asked.json").write_text("{}")
+    (tmp_path / "kd" / "60" / "asked.json").unlink()  # stopped while it was asked
+    rows = curve_rows(tmp_path, ["kd", "caad2"], 120, {"teacher": "f0s0"})
+    assert [(r["system"], r["step"], r["context"], r["accuracy"]) for r in rows] == [
+        ("kd", 30, "none", 0.6), ("kd", 30, "adversarial", 0.3), ("caad2", 30, "none", 0.7), ("caad2", 30, "adversarial", 0.7),
+    ]  # fmt: skip
+    assert all(r["teacher"] == "f0s0" and r["items"] == 10 for r in rows)
+
+
+def test_the_axes_are_compared_with_caad_and_a_better_ear_with_its_own_kd():
+    made = {s.name for s in (*SYSTEMS, *AXES)}
+    assert {name for pair in AXES_PAIRS for name in pair} <= made
+    assert {first for first, second in AXES_PAIRS if second == "caad2"} == {s.name for s in AXES} - {"kd_clean_teacher"}
+    assert ("caad2_clean_teacher", "kd_clean_teacher") in AXES_PAIRS
+    stages = {stage.name: stage for stage in make_stages(EXPERIMENTS["axes"], "axes")}
+    assert set(stages["pool_clean"].needs) >= {"corpus_clean", "teacher"} and "pool_own" not in stages["pool_clean"].needs
+    assert "pool_own" in stages["pool_flat"].needs
 
 
 def test_every_system_has_a_name_for_readers():

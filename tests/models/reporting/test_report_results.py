@@ -108,7 +108,8 @@ def test_the_committed_results_can_be_shown():
     from models.reporting.report import RESULTS
 
     stored = stored_sections(RESULTS)
-    shown = {s.notes[-1].split()[1].rstrip(",.:") for s in stored.sections}
+    notes = [note for section in stored.sections for note in section.notes if note.startswith("From ")]
+    shown = {note.split()[1].rstrip(",.:") for note in notes}
     assert shown == {p.name for p in RESULTS.glob("*.csv")} - {"training.csv"} and {"demo.csv", "sources_layers.csv"} <= shown
 
 

@@ -24,16 +24,16 @@ ADDED = {
 }  # fmt: skip
 
 
-def study(noise=0.01, tasks=("gender", "question"), systems=ADDED):
+def study(noise=0.01, tasks=("gender", "question"), systems=ADDED, added=ADDED):
     """Rows of study.csv. The gain of a teacher varies by `noise` from one to the next, except for KD."""
     rows = []
     for number, (fold, teacher) in enumerate(TEACHERS):
         for seed in (0, 1):
             for system in systems:
                 for task in tasks:
-                    for context, added in zip(KD, ADDED[system], strict=True):
+                    for context, more in zip(KD, added[system], strict=True):
                         own = noise * (number - 1.5) * (system != "kd")
-                        accuracy = KD[context] + added + own + 0.02 * (task == "question") - 0.01 * seed
+                        accuracy = KD[context] + more + own + 0.02 * (task == "question") - 0.01 * seed
                         rows.append(
                             {
                                 "teacher": teacher, "fold": fold, "seed": seed, "system": system, "task": task, "category": task,
@@ -135,6 +135,89 @@ def test_the_study_is_the_headline_of_a_folder_that_has_one(tmp_path):
     assert [c.name for c in by_teacher.columns] == ["system", "fold 0, a", "fold 0, b", "fold 1, a", "fold 1, b"]
     page = write_report(tmp_path / "r.html", Report(title="x", results=tmp_path)).read_text()
     assert page.index("CAAD alpha 2 is ahead of standard KD") < page.index("<summary>")
+
+
+ENDPOINTS = """\
+name,first,second,teachers,actors,difference,t_low,t_high,p,actors_low,actors_high,bound,p_holm,verdict
+P1,caad2,kd,8,11,0.04,0.01,0.07,0.02,-0.01,0.09,0.0,0.04,failed
+P2,caad2,kd,8,11,0.3,0.2,0.4,0.001,0.1,0.5,0.0,0.003,holds
+P3,caad2,kd,8,11,-0.05,-0.08,-0.02,0.01,-0.1,-0.015,-0.01,0.02,failed
+P1,caad2,hint_stripped,1,3,-0.04,,,1.0,-0.1,0.1,0.0,1.0,too few teachers
+"""
+
+
+def test_a_claim_that_was_tested_has_the_verdict_of_the_test(tmp_path):
+    write_study(tmp_path, study())
+    (tmp_path / "study_endpoints.csv").write_text(ENDPOINTS)
+    stored = stored_sections(tmp_path)
+    verdicts = {v.sentence.partition(":")[0]: v for v in stored.headline.verdicts}
+    p3 = "Under a true hint, on clips above −8 dB, CAAD alpha 2 is at most 1 point behind standard KD"
+    assert [v.word for v in stored.headline.verdicts[:4]] == ["Failed", "Holds", "Does not hold", "Not decided"]
+    assert verdicts[p3].sentence == (
+        p3 + ": −5.0 points (95% over teachers −8.0 to −2.0; over teachers and actors −10.0 to −1.5; Holm's p 0.020; "
+        "8 teachers, 11 actors)."
+    )
+    few = verdicts["Without a hint, CAAD alpha 2 is ahead of hint-stripped KD"].sentence
+    assert "(no t interval; over teachers and actors −10.0 to +10.0; 1 teacher, 3 actors); too few teachers." in few
+    # A claim that the file does not have is judged by study.csv, and the notes say that it is not corrected.
+    assert verdicts["Under a false hint, CAAD alpha 2 is ahead of CE on true labels"].word == "The opposite holds"
+    assert any("not corrected for the other 2 claims" in note for note in stored.headline.notes)
+    tables = [b for b in stored.sections[0].blocks if isinstance(b, Table) and b.caption.startswith("Endpoints of the protocol")]
+    assert [cells[-1].text for _, cells in tables[0].rows] == ["failed", "holds", "failed", "too few teachers"]
+    assert not any(section.title.startswith("study_") for section in stored.sections)
+
+
+def test_the_claim_is_against_the_tuned_kd_where_there_is_one():
+    scores = {s: dict.fromkeys(("neutral", "aligned", "conflict"), Score(0.5)) for s in ("kd", "kd_tuned", "caad2")}
+    assert {c.worse for c in claims(scores)} == {"kd_tuned"}
+    rows = [row | {"system": "kd_tuned"} for row in study() if row["system"] == "kd"]
+    labels = [label for label, _ in long_headline(LongScores([*study(), *rows])).table.rows]
+    assert "standard KD, tuned on dev" in labels and "CE on true labels" in labels and "CAAD alpha 1" not in labels
+
+
+def test_teachers_of_another_experiment_are_not_mixed_in(tmp_path):
+    other = [dict(row, teacher=f"E2-{row['teacher']}", accuracy=0.1) for row in study()]
+    write_study(tmp_path, [*study(), *other])
+    stored = stored_sections(tmp_path)
+    assert [section.title for section in stored.sections[:2]] == ["Study", "Study E2"]
+    assert dict(stored.headline.table.rows)["standard KD"][0].text == "80.5"
+    of_e2 = next(b for b in stored.sections[1].blocks if isinstance(b, Table))
+    assert dict(of_e2.rows)["standard KD"][0].text == "10.0"
+    names = [b.name for section in stored.sections for b in section.blocks if isinstance(b, Figure)]
+    assert len(set(names)) == len(names)
+
+
+def test_the_frontier_is_of_the_teachers_that_all_its_systems_have(tmp_path):
+    more = ADDED | {"caad2_swapped": (0, -0.01, 0.29, 0), "caad2_narrow": (0, -0.4, -0.4, 0), "caad2_flat": (0, 0, 0, 0)}
+    made = study(noise=0, systems=tuple(more), added=more)
+    few = {"caad2_swapped": 3, "caad2_narrow": 3, "caad2_flat": 1}  # teachers that they have
+    rows = [r for r in made if TEACHERS.index((str(r["fold"]), r["teacher"])) < few.get(r["system"], 4)]
+    write_study(tmp_path, rows)
+    blocks = stored_sections(tmp_path).sections[0].blocks
+    figure = next(b for b in blocks if isinstance(b, Figure) and b.name == "study-frontier")
+    assert "over the 3 teachers" in figure.caption and figure.caption.endswith("CAAD alpha 2 against the words spoken flat.")
+    points = next(b for b in blocks if isinstance(b, Table) and b.caption.startswith("The points of the plot"))
+    best = [label for label, cells in points.rows if cells[2].text]
+    assert set(best) == {"CE on true labels", "teacher, greedy"}  # what is behind in one and ahead in none is not there
+    assert figure.svg.count("CAAD alpha 2 against a narrow band") == 1  # in the key of the numbers
+
+
+def test_curves_over_steps_and_tries_stand_apart_from_the_results(tmp_path):
+    write_study(tmp_path, study())
+    head = "teacher,seed,system,step,context,accuracy,items\n"
+    lines = [f"f0s0,0,{s},{n},{c},0.{n},80\n" for s in ("kd", "caad2") for n in (30, 60) for c in ("none", "adversarial")]
+    (tmp_path / "study_curves.csv").write_text(head + "".join(lines))
+    (tmp_path / "study_dev.csv").write_text(
+        "family,try,settings,none,faithful,adversarial,irrelevant,mean,chosen\nkd,kd_0,as kd,0.5,0.6,0.7,0.8,0.65,yes\n"
+    )
+    section = stored_sections(tmp_path).sections[1]
+    assert section.title == "Study: settings and curves on dev"
+    tries, curves = section.blocks
+    assert [cell.text for cell in tries.rows[0][1]] == ["50.0", "60.0", "70.0", "80.0", "65.0", "yes"]
+    assert "No hint, % right over step. standard KD: 30 at 30, 60 at 60" in curves.alt
+    (tmp_path / "study_curves.csv").write_text(head + "".join([*lines, lines[0].replace("f0s0", "f1s0")]))
+    with pytest.raises(ResultsError, match="expected the curves of one teacher and seed, got several"):
+        stored_sections(tmp_path)
 
 
 def test_no_table_has_more_columns_than_fit(tmp_path):
