@@ -118,7 +118,8 @@ template <int R, int PARTS>
       }
     }
   }
-  const __mmask16 masks[4] = {columns_of(t.columns, 0), columns_of(t.columns, 1), columns_of(t.columns, 2), columns_of(t.columns, 3)};
+  __mmask16 masks[4];
+  for (int j = 0; j < 4; ++j) masks[j] = columns_of(t.columns, j);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -267,6 +268,104 @@ void store(const float* total, int rows, const Tile& t) {
   }
 }
 
+// --- few rows of a --------------------------------------------------------------------------------------------------------------
+// To pack w takes longer than to multiply it. So w is read as it lies: a register holds 32 k of one row, and a sum of its 16 lanes
+// is one item of c.
+
+constexpr int FEW_ROWS = 8, FEW_COLUMNS = 3;  // of a tile: 24 accumulators, 3 registers of w
+constexpr int FEW_AHEAD = 10;                 // tiles whose rows of w are fetched: the processor foresees no jumps from row to row
+constexpr std::int64_t FEW = 48;              // rows of a up to which this is faster
+
+// The sums of eight registers, in order
+inline __m256 sums_of(const __m512 x[8]) {
+  __m512 t[4], u[2];
+  for (int i = 0; i < 4; ++i) t[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  for (int i = 0; i < 2; ++i) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const __m512 v = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+  const __m512 w = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+  return _mm512_castps512_ps256(_mm512_shuffle_f32x4(w, w, 0x88));
+}
+
+// c (R, C) = or += for R rows of a and C of w
+template <int R, int C, int PARTS>
+[[gnu::noinline]] void multiply_few(const Bf16Gemm& g, std::int64_t row, std::int64_t column) {
+  const auto* w = reinterpret_cast<const std::uint16_t*>(g.w) + column * g.ldw;
+  const std::uint16_t* a[PARTS];
+  for (int p = 0; p < PARTS; ++p) a[p] = reinterpret_cast<const std::uint16_t*>(g.a[p]) + row * g.lda[p];
+  __m512 sum[C][8];
+#pragma GCC unroll 3
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) sum[c][r] = _mm512_setzero_ps();
+  }
+  auto step = [&](std::int64_t k, auto load) __attribute__((always_inline)) {
+    __m512bh x[C];
+#pragma GCC unroll 3
+    for (int c = 0; c < C; ++c) x[c] = load(w + c * g.ldw + k);
+#pragma GCC unroll 2
+    for (int p = 0; p < PARTS; ++p) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m512bh y = load(a[p] + r * g.lda[p] + k);
+#pragma GCC unroll 3
+        for (int c = 0; c < C; ++c) sum[c][r] = _mm512_dpbf16_ps(sum[c][r], x[c], y);
+      }
+    }
+  };
+  const std::int64_t whole = g.k / 32 * 32;
+  const std::uint16_t* later = w + FEW_AHEAD * C * g.ldw;
+  for (std::int64_t k = 0; k < whole; k += 32) {
+#pragma GCC unroll 3
+    for (int c = 0; c < C; ++c) _mm_prefetch(later + c * g.ldw + k, _MM_HINT_T0);
+    step(k, [](const std::uint16_t* from) { return (__m512bh)_mm512_loadu_si512(from); });
+  }
+  if (whole < g.k) {
+    const __mmask32 mask = (__mmask32(1) << (g.k - whole)) - 1u;
+    step(whole, [mask](const std::uint16_t* from) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, from); });
+  }
+  float* to = reinterpret_cast<float*>(g.c) + row * g.ldc + column;
+#pragma GCC unroll 3
+  for (int c = 0; c < C; ++c) {
+    alignas(32) float found[8];
+    _mm256_store_ps(found, sums_of(sum[c]));
+    for (int r = 0; r < R; ++r) to[r * g.ldc + c] = g.accumulate ? to[r * g.ldc + c] + found[r] : found[r];
+  }
+}
+
+template <int C, int PARTS>
+void multiply_few_rows(const Bf16Gemm& g, std::int64_t row, std::int64_t column) {
+  switch (std::min<std::int64_t>(FEW_ROWS, g.m - row)) {
+    case 8: return multiply_few<8, C, PARTS>(g, row, column);
+    case 7: return multiply_few<7, C, PARTS>(g, row, column);
+    case 6: return multiply_few<6, C, PARTS>(g, row, column);
+    case 5: return multiply_few<5, C, PARTS>(g, row, column);
+    case 4: return multiply_few<4, C, PARTS>(g, row, column);
+    case 3: return multiply_few<3, C, PARTS>(g, row, column);
+    case 2: return multiply_few<2, C, PARTS>(g, row, column);
+    default: return multiply_few<1, C, PARTS>(g, row, column);
+  }
+}
+
+template <int PARTS>
+void run_few(const Bf16Gemm& g) {
+  constexpr std::int64_t BLOCK = 32 * FEW_COLUMNS;
+  parallel_rows((g.n + BLOCK - 1) / BLOCK, g.m * BLOCK, g.threads, [&](auto&& next) {
+    for (std::int64_t block; (block = next()) >= 0;) {
+      const std::int64_t stop = std::min(g.n, (block + 1) * BLOCK);
+      std::int64_t column = block * BLOCK;
+      for (; column + FEW_COLUMNS <= stop; column += FEW_COLUMNS)
+        for (std::int64_t row = 0; row < g.m; row += FEW_ROWS) multiply_few_rows<FEW_COLUMNS, PARTS>(g, row, column);
+      for (; column < stop; ++column)
+        for (std::int64_t row = 0; row < g.m; row += FEW_ROWS) multiply_few_rows<1, PARTS>(g, row, column);
+    }
+  });
+}
+
+// --- many rows ------------------------------------------------------------------------------------------------------------------
+
 template <int PARTS>
 void run(const Bf16Gemm& g) {
   const std::int64_t blocks = (g.n + COLUMNS - 1) / COLUMNS, pairs = g.k / 2;
@@ -381,6 +480,12 @@ void transpose_to_bf16_avx512(const TransposeToBf16& t) {
   });
 }
 
-void gemm_avx512_bf16(const Bf16Gemm& problem) { problem.a[1] ? run<2>(problem) : run<1>(problem); }
+void gemm_avx512_bf16(const Bf16Gemm& problem) {
+  if (problem.m <= FEW && !problem.w_by_rows && !problem.items) {
+    problem.a[1] ? run_few<2>(problem) : run_few<1>(problem);
+  } else {
+    problem.a[1] ? run<2>(problem) : run<1>(problem);
+  }
+}
 
 }  // namespace kdkernels

@@ -373,7 +373,7 @@ def bf16_gemm(
 
 
 # For fewer tokens, to make integers of the weight takes longer than their product saves.
-ITEM_TOKENS = 64
+ITEM_TOKENS = 32
 
 
 def _as_items(x: torch.Tensor, weight: torch.Tensor, size: int, norm: float) -> tuple[torch.Tensor, ...]:

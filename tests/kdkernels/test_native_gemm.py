@@ -27,7 +27,8 @@ def rounding(width, parts):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("tokens", "vocab", "width"),
-    [(1, 1, 2), (5, 63, 30), (6, 64, 32), (7, 65, 34), (13, 200, 96), (2, 300, 2048), (3, 70, 2050), (4, 129, 4100)],
+    [(1, 1, 2), (5, 63, 30), (6, 64, 32), (7, 65, 34), (13, 200, 96), (2, 300, 2048), (3, 70, 2050), (4, 129, 4100)]
+    + [(50, 130, 2050)],  # too many tokens for the kernel of few
 )
 @pytest.mark.parametrize("parts", [1, 2])
 def test_matches_fp64(tokens, vocab, width, parts, threads):
@@ -54,6 +55,14 @@ def test_weight_by_rows_and_sums(rows, columns, inner, accumulate):
     native.bf16_gemm([a], weight, out, accumulate=accumulate, weight_by_rows=True)
     expected = a.double() @ weight.double() + 3.0 * accumulate
     assert (out - expected).abs().max() < rounding(inner, 1) + 3e-6
+
+
+@needs_instructions
+def test_few_tokens_are_added_to_what_is_there():
+    weight, a = bf16(100, 46, seed=1), bf16(11, 46, seed=2)
+    out = torch.full((11, 100), 3.0)
+    native.bf16_gemm([a], weight, out, accumulate=True)
+    assert (out - a.double() @ weight.double().T - 3.0).abs().max() < rounding(46, 1) + 3e-6
 
 
 @needs_instructions
