@@ -1,4 +1,5 @@
-// c = a w^T with vdpbf16ps, which adds pairs of bf16 products to a float32. A thread takes 64 rows of w, which are 64 columns of c.
+// c = a w^T with vdpbf16ps, which adds pairs of bf16 products to a float32, or with vpdpwssd, which adds pairs of products of 16-bit
+// integers to an int32. A thread takes 64 rows of w, which are 64 columns of c.
 // It packs them: a register then holds the pair k, k + 1 of 16 columns. It multiplies all of a with them, and keeps tiles of
 // 6 x 64 results in registers.
 

@@ -27,8 +27,10 @@ def rounding(width, parts):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("tokens", "vocab", "width"),
-    [(1, 1, 2), (5, 63, 30), (6, 64, 32), (7, 65, 34), (13, 200, 96), (2, 300, 2048), (3, 70, 2050), (4, 129, 4100)]
-    + [(50, 130, 2050)],  # too many tokens for the kernel of few
+    [
+        *[(1, 1, 2), (5, 63, 30), (6, 64, 32), (7, 65, 34), (13, 200, 96), (2, 300, 2048), (3, 70, 2050), (4, 129, 4100)],
+        (50, 130, 2050),  # too many tokens for the kernel of few
+    ],
 )
 @pytest.mark.parametrize("parts", [1, 2])
 def test_matches_fp64(tokens, vocab, width, parts, threads):
