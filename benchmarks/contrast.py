@@ -131,7 +131,7 @@ PROBLEMS = [
     Problem("head of rank 16", head="low rank"),
     Problem("head with long rows", head="long rows"),
     Problem("noise along the contrast", noise="along the contrast"),
-    # From 64 tokens on a CPU with AVX-512 BF16 multiplies the second summand in bytes.
+    # From 32 tokens on, as in all problems here, a CPU with AVX-512 BF16 makes 16-bit integers of the two summands.
     Problem("128 tokens", tokens=128),
     Problem("128 tokens, KL 0.0005", tokens=128, kl=0.0005),
     Problem("128 tokens, states with outliers", tokens=128, outliers=4),

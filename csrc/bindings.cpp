@@ -112,11 +112,12 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("k", &Bf16Gemm::k)
       .def_readwrite("accumulate", &Bf16Gemm::accumulate)
       .def_readwrite("w_by_rows", &Bf16Gemm::w_by_rows)
-      .def_readwrite("rest", &Bf16Gemm::rest)
-      .def_readwrite("rest_scale", &Bf16Gemm::rest_scale)
-      .def_readwrite("rest_start", &Bf16Gemm::rest_start)
+      .def_readwrite("items", &Bf16Gemm::items)
+      .def_readwrite("item_step", &Bf16Gemm::item_step)
+      .def_readwrite("column_factor", &Bf16Gemm::column_factor)
       .def_readwrite("threads", &Bf16Gemm::threads);
-  m.attr("REST_GROUP") = REST_GROUP;
+  m.attr("ITEM_GROUP") = ITEM_GROUP;
+  m.attr("ITEM_NORM") = ITEM_NORM;
   m.def("gemm_bf16", &gemm_bf16, py::arg("problem"), py::call_guard<py::gil_scoped_release>());
 
 #define FIELD(name) .def_readwrite(#name, &TransposeToBf16::name)

@@ -76,9 +76,8 @@ def contrast_format(
     """(dtype, number of summands) in which the contrast of two paths is multiplied with ``weight``.
 
     Beside low-precision weights the sum of two low-precision tensors is exact enough (relative error 1e-5 with bf16, and
-    2e-5 where the second is multiplied in bytes). Two float16
-    tensors save nothing on the CPU, and can overflow. A product that is stored in the weight's dtype takes one, and so does one
-    whose caller wants the contrast ``rounded``.
+    6e-5 where the CPU makes integers of the sum). Two float16 tensors save nothing on the CPU, and can overflow. A product that
+    is stored in the weight's dtype takes one, and so does one whose caller wants the contrast ``rounded``.
     """
     if out_dtype == weight.dtype:
         return weight.dtype, 1
@@ -177,7 +176,7 @@ def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
     ``more``: what ``hidden`` leaves of the states, as summands of the weight's dtype; a GEMM each, into the same float32. The
-    native product of the CPU takes such a remainder in bytes.
+    native product of the CPU may make 16-bit integers of the sum, and multiply once.
     An ``out`` of another low precision than the weight's is made from float32, MIXED_BLOCK ids at a time.
     """
     if out.dtype == weight.dtype and not more:
@@ -207,7 +206,7 @@ def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor)
     """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
     bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
     if bf16 and _native_gemm_takes(parts, weight, out):
-        native.bf16_gemm(parts, weight, out, coarse=True)
+        native.bf16_gemm(parts, weight, out, as_items=True)
         return
     parts = [p.float() for p in parts]
     widest = min(VOCAB_BLOCK, weight.shape[0])

@@ -27,7 +27,10 @@ def rounding(width, parts):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("tokens", "vocab", "width"),
-    [(1, 1, 2), (5, 63, 30), (6, 64, 32), (7, 65, 34), (13, 200, 96), (2, 300, 2048), (3, 70, 2050), (4, 129, 4100)],
+    [
+        *[(1, 1, 2), (5, 63, 30), (6, 64, 32), (7, 65, 34), (13, 200, 96), (2, 300, 2048), (3, 70, 2050), (4, 129, 4100)],
+        (50, 130, 2050),  # too many tokens for the kernel of few
+    ],
 )
 @pytest.mark.parametrize("parts", [1, 2])
 def test_matches_fp64(tokens, vocab, width, parts, threads):
@@ -57,6 +60,14 @@ def test_weight_by_rows_and_sums(rows, columns, inner, accumulate):
 
 
 @needs_instructions
+def test_few_tokens_are_added_to_what_is_there():
+    weight, a = bf16(100, 46, seed=1), bf16(11, 46, seed=2)
+    out = torch.full((11, 100), 3.0)
+    native.bf16_gemm([a], weight, out, accumulate=True)
+    assert (out - a.double() @ weight.double().T - 3.0).abs().max() < rounding(46, 1) + 3e-6
+
+
+@needs_instructions
 def test_infinities_and_nan_arrive():
     weight, hidden = bf16(70, 64, seed=0), bf16(3, 64, seed=1)
     hidden[1, 5], hidden[2, 9] = float("inf"), float("nan")
@@ -68,38 +79,54 @@ def test_infinities_and_nan_arrive():
 @needs_instructions
 @pytest.mark.parametrize(("vocab", "width"), [(1, 2), (65, 126), (200, 130), (70, 2050), (129, 4100)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_remainder_in_bytes_is_known_to_two_percent(vocab, width, threads):
-    tokens = native.COARSE_ROWS + 5
+@pytest.mark.parametrize("outlier", ["none", "in both", "met by small weights", "in some tokens"])
+def test_integers_are_ten_times_as_exact_as_one_part(vocab, width, threads, outlier):
+    tokens = native.ITEM_TOKENS + 5
     weight, contrast = bf16(vocab, width, seed=1), torch.randn(tokens, width, generator=torch.Generator().manual_seed(2))
-    weight[:, width // 2] *= 50
-    contrast[:, width // 2] *= 50
+    if outlier != "none":
+        contrast[(slice(1, 4) if outlier == "in some tokens" else slice(None)), width // 2] *= 50
+        weight[:, width // 2] *= 50 if outlier == "in both" else 1 / 50
+    contrast[:, : width // 3] *= 1e-3
+    contrast[3] = 0.0
     parts = gemm._summands(contrast, torch.bfloat16)
-    parts[1][3] = 0.0
-    memory, alone = torch.full((tokens, vocab + 5), 7.0), torch.empty(tokens, vocab)
+    memory = torch.full((tokens, vocab + 5), 7.0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        native.bf16_gemm(parts, weight, memory[:, :vocab], coarse=True)
-        native.bf16_gemm(parts[:1], weight, alone)
+        native.bf16_gemm(parts, weight, memory[:, :vocab], as_items=True)
     finally:
         torch.set_num_threads(before)
-    found = memory[:, :vocab].double() - parts[0].double() @ weight.double().T
-    rest = parts[1].double() @ weight.double().T
-    assert (found - rest).norm() < 0.02 * rest.norm()
-    assert torch.equal(memory[3, :vocab], alone[3]) and (memory[:, vocab:] == 7).all()
+    exact, found = contrast.double() @ weight.double().T, memory[:, :vocab].double()
+    rounded_once = (parts[0].double() @ weight.double().T - exact).norm()
+    assert 0 < (found - exact).norm() < rounded_once / 10
+    assert (memory[3, :vocab] == 0).all() and (memory[:, vocab:] == 7).all()
 
 
 @needs_instructions
-def test_infinities_and_nan_arrive_beside_bytes():
-    weight, hidden = bf16(70, 64, seed=0), bf16(native.COARSE_ROWS, 64, seed=1)
+def test_integers_never_overflow():
+    """Sums are largest where all products have one sign, and groups of one large item have the largest integers."""
+    width = 512
+    weight = torch.ones(4, width, dtype=torch.bfloat16)
+    weight[1], weight[2, 1:], weight[3] = -1.0, 0.0, weight[3] * 3e4
+    contrast = torch.ones(native.ITEM_TOKENS, width)
+    contrast[1], contrast[2, 1:], contrast[3], contrast[4] = -1.0, 1e-6, 1e30, 1e-30
+    out = torch.empty(len(contrast), 4)
+    native.bf16_gemm(gemm._summands(contrast, torch.bfloat16), weight, out, as_items=True)
+    exact = contrast.double() @ weight.double().T
+    torch.testing.assert_close(out.double(), exact, rtol=2e-4, atol=0.0)
+
+
+@needs_instructions
+def test_infinities_and_nan_arrive_beside_integers():
+    weight, hidden = bf16(70, 64, seed=0), bf16(native.ITEM_TOKENS, 64, seed=1)
     rest = hidden * 2.0**-9
     hidden[2, 9], rest[3, 4], weight[7, 7], weight[8, 8] = float("inf"), float("nan"), float("-inf"), float("nan")
     out = torch.empty(len(hidden), 70)
-    native.bf16_gemm([hidden, rest], weight, out, coarse=True)
+    native.bf16_gemm([hidden, rest], weight, out, as_items=True)
     expected = (hidden.double() + rest.double()) @ weight.double().T
     assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
     finite = expected.isfinite()
-    assert (out - expected)[finite].abs().max() < 1e-3
+    assert (out - expected)[finite].norm() < 1e-4 * expected[finite].norm()
 
 
 @pytest.mark.parametrize("width", [32, 33])
