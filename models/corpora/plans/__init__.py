@@ -6,4 +6,5 @@
     lines         tasks about recorded English lines
     synthetic     tasks that need exactly known attributes: espeak
     languages     the language task
+    recorded      the size external, and the tasks language and cry of study_tasks
 """
