@@ -12,12 +12,12 @@ The speaking rate of real lines is planned with the other tasks about lines (lin
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import soundfile as sf
 
 from models.corpora.degrade import trim_silence
 from models.corpora.plans.base import (
@@ -25,8 +25,10 @@ from models.corpora.plans.base import (
     MILD_SNR_DB,
     SIZES,
     SPLITS,
+    Decodable,
     Recording,
     Settings,
+    SoundFile,
     balanced,
     take_turns,
     with_draws,
@@ -34,7 +36,7 @@ from models.corpora.plans.base import (
 from models.corpora.recordings import Material
 from models.corpora.sources.drascula import DrasculaLine, drascula_voices, read_genders
 from models.corpora.sources.hedgewars import Cry
-from models.data.audio import AudioError
+from models.data.audio import SAMPLE_RATE_HZ, AudioError, load_audio
 
 LANGUAGES = ("English", "Spanish")
 # Actors by the Spanish credits (sources/drascula.py), and voices of Hedgewars (sources/hedgewars.py).
@@ -52,6 +54,8 @@ HEDGEWARS_FOLDS: tuple[Mapping[str, Sequence[str]], ...] = (
 )
 _SECONDS = (0.7, 20.0)  # longer lines are cut
 _MIN_CRY_SECONDS = 0.15
+_MIN_PAIR_SECONDS = 0.5
+_CRY_CHANNEL = dataclasses.replace(BENCHMARK_CHANNEL, trim=False)  # the silence behind a short cry stays
 
 
 def split_of(voice: str, fold: Mapping[str, Sequence[str]]) -> str:
@@ -60,15 +64,16 @@ def split_of(voice: str, fold: Mapping[str, Sequence[str]]) -> str:
 
 
 @dataclass(frozen=True)
-class _Beginning:
-    """The first seconds of a line, without the silence before it. Both languages of a line get the same length."""
+class _OfLength:
+    """A recording without the silence at its ends, cut or filled with silence, so that its length does not tell the label."""
 
-    line: DrasculaLine
+    sound: Decodable | SoundFile
     seconds: float
 
     def decode(self) -> tuple[np.ndarray, int]:
-        samples, rate_hz = self.line.decode()
-        return trim_silence(samples, rate_hz)[: round(self.seconds * rate_hz)], rate_hz
+        samples, rate_hz = _trimmed(self.sound)
+        count = round(self.seconds * rate_hz)
+        return np.pad(samples[:count], (0, max(0, count - len(samples)))), rate_hz
 
 
 def plan_spoken_language(settings: Settings, material: Material) -> list[Recording]:
@@ -86,7 +91,7 @@ def plan_spoken_language(settings: Settings, material: Material) -> list[Recordi
         lines = by_name[name]
         if set(lines) != set(LANGUAGES):
             continue
-        lengths = [_spoken_seconds(line) for line in lines.values()]
+        lengths = [_seconds(line) for line in lines.values()]
         if _SECONDS[0] < min(lengths) and max(lengths) < _SECONDS[1]:
             seconds[name] = min(*lengths, settings.max_seconds)
             code = lines[LANGUAGES[0]].code
@@ -100,7 +105,7 @@ def plan_spoken_language(settings: Settings, material: Material) -> list[Recordi
                 recording = Recording(
                     key=f"drascula-{name}-{language}", task="language", label=language, split=split,
                     speaker=f"drascula-{language}-{line.code}", actor=f"drascula-{voices[line.code]}",
-                    text=f"Drascula line {name}", source="drascula", sound=_Beginning(line, seconds[name]), choices=LANGUAGES,
+                    text=f"Drascula line {name}", source="drascula", sound=_OfLength(line, seconds[name]), choices=LANGUAGES,
                     shown_text="",
                 )  # fmt: skip
                 planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=BENCHMARK_CHANNEL))
@@ -108,26 +113,29 @@ def plan_spoken_language(settings: Settings, material: Material) -> list[Recordi
 
 
 def plan_cry(settings: Settings, material: Material) -> list[Recording]:
-    """Words or a cry without words. Each cry is paired with the words of the same set that are the nearest in length."""
+    """Words or a cry without words. Each cry is paired with the words of the same set that are the nearest in length.
+
+    Both clips of a pair are as long as the cry, and at least half a second: words are cut, and a short cry has silence behind it.
+    """
     by_set: dict[str, list[tuple[float, Cry]]] = defaultdict(list)
     for cry in material.cries:
-        seconds = _file_seconds(cry)
+        seconds = _seconds(cry)
         if _MIN_CRY_SECONDS < seconds < settings.max_seconds:
             by_set[cry.voice_set].append((seconds, cry))
-    pairs: dict[str, list[list[tuple[Cry, Cry]]]] = defaultdict(list)
+    pairs: dict[str, list[list[tuple[float, Cry, Cry]]]] = defaultdict(list)
     for name in sorted(by_set):
         split = split_of(by_set[name][0][1].voice, HEDGEWARS_FOLDS[settings.fold or 0])
         pairs[split].append(_shuffled(list(_pairs_by_length(by_set[name])), settings, "cry", name))
     planned = []
     for split, count in zip(SPLITS, SIZES[settings.size].others, strict=True):
-        for pair in list(take_turns(pairs[split]))[: count // 2]:
+        for seconds, *pair in list(take_turns(pairs[split]))[: count // 2]:
             for cry in pair:
                 recording = Recording(
                     key=f"hedgewars-{cry.voice_set}-{cry.name}", task="cry", label=cry.kind, split=split,
                     speaker=f"hedgewars-{cry.voice_set}", actor=f"hedgewars-{cry.voice}",
-                    text=f"{cry.voice_set} {cry.name}", source="hedgewars", sound=cry, shown_text="",
+                    text=f"{cry.voice_set} {cry.name}", source="hedgewars", sound=_OfLength(cry, seconds), shown_text="",
                 )  # fmt: skip
-                planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=BENCHMARK_CHANNEL))
+                planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=_CRY_CHANNEL))
     return planned
 
 
@@ -143,7 +151,7 @@ def plan_external(settings: Settings, material: Material) -> list[Recording]:
             speaker=f"fillets-{clip.voice}", text=clip.text, source="fillets", sound=clip, shown_text="",
         )
         for clip in material.fillets
-        if _SECONDS[0] < _file_seconds(clip) < _SECONDS[1]
+        if _SECONDS[0] < _seconds(clip) < _SECONDS[1]
     ]  # fmt: skip
     acted = [
         Recording(
@@ -152,7 +160,7 @@ def plan_external(settings: Settings, material: Material) -> list[Recording]:
             text=f"Drascula line {line.name}", source="drascula", sound=line, shown_text="",
         )
         for line in material.drascula
-        if _SECONDS[0] < _spoken_seconds(line) < _SECONDS[1]
+        if _SECONDS[0] < _seconds(line) < _SECONDS[1]
     ]  # fmt: skip
     planned = []
     for recordings in (spoken, acted):
@@ -169,29 +177,25 @@ def _shuffled(items: Sequence, settings: Settings, *names: str) -> list:
     return [items[index] for index in settings.rng("recorded", *names).permutation(len(items))]
 
 
-def _pairs_by_length(cries: Sequence[tuple[float, Cry]]) -> Iterator[tuple[Cry, Cry]]:
-    """(wordless, spoken), each recording once. The shortest cry chooses first, since few words are as short."""
+def _pairs_by_length(cries: Sequence[tuple[float, Cry]]) -> Iterator[tuple[float, Cry, Cry]]:
+    """(seconds, wordless, spoken), each recording once. The shortest cry chooses first, since few words are as short."""
     words = [item for item in cries if item[1].kind == "spoken"]
     for seconds, cry in sorted((item for item in cries if item[1].kind == "wordless"), key=lambda item: item[0]):
         if words:
             nearest = min(words, key=lambda item: abs(item[0] - seconds))
             words.remove(nearest)
-            yield cry, nearest[1]
+            yield max(seconds, _MIN_PAIR_SECONDS), cry, nearest[1]
 
 
-def _spoken_seconds(line: DrasculaLine) -> float:
-    """The length without the silence at its ends; 0 for a line that cannot be read."""
+def _seconds(sound: Decodable | SoundFile) -> float:
+    """The length without the silence at both ends; 0 for a recording that cannot be read, which is not chosen then."""
     try:
-        samples, rate_hz = line.decode()
+        samples, rate_hz = _trimmed(sound)
     except AudioError:
         return 0.0
-    return len(trim_silence(samples, rate_hz)) / rate_hz
+    return len(samples) / rate_hz
 
 
-def _file_seconds(sound) -> float:
-    """The same of a sound file."""
-    try:
-        samples, rate_hz = sf.read(str(sound.path), dtype="float32", always_2d=True)
-    except Exception:  # libsndfile raises several unrelated types; a damaged file is not chosen
-        return 0.0
-    return len(trim_silence(np.ascontiguousarray(samples.mean(1)), rate_hz)) / rate_hz
+def _trimmed(sound: Decodable | SoundFile) -> tuple[np.ndarray, int]:
+    samples, rate_hz = sound.decode() if isinstance(sound, Decodable) else (load_audio(sound.path), SAMPLE_RATE_HZ)
+    return trim_silence(samples, rate_hz), rate_hz
