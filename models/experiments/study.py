@@ -810,6 +810,7 @@ def _save(
 ) -> None:
     """Write what is complete."""
     from models.reporting.results_csv import rows_csv
+    from models.reporting.study import EXTERNAL
 
     targets = [Path(arguments.out), *([RESULTS] if arguments.write else [])]
     if experiment == "E5":
@@ -819,7 +820,7 @@ def _save(
         return
     if experiment == "external":
         for source, found in finished_external(settings, stages, root).items():
-            _write_rows(settings, found, f"external-{source}-", targets, console)
+            _write_rows(settings, found, f"{EXTERNAL}{source}-", targets, console)
         return
     found = finished(settings, stages, root)
     gate = read_done(stage_folders(stages, settings, root)["gate"])

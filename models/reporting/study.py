@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from models.reporting.figures import Figure, Value, draw_intervals, percent
@@ -11,6 +12,7 @@ from models.reporting.systems import CONTEXTS, Palette, system_name
 from models.reporting.tables import NOTHING, Cell, Column, Section, Table, narrow, points, share_cell
 
 STUDY_FILE = "study.csv"
+EXTERNAL = "external-"  # begins the teacher's name in rows about other games, which are no part of the study's own scores
 _COLUMNS = ("teacher", "seed", "system", "task", "context", "accuracy")
 _PARTS = ("category", "task", "teacher")
 
@@ -22,6 +24,7 @@ def study_section(table: ResultsTable, palette: Palette) -> tuple[Section, Headl
         ResultsError: a column is missing, or a row cannot be used.
     """
     table.need(*_COLUMNS)
+    table = dataclasses.replace(table, rows=tuple(row for row in table.rows if not row["teacher"].startswith(EXTERNAL)))
     scores = LongScores(table.rows, name=table.name)
     headline = long_headline(scores, palette=palette)
     rows = {system_name(system): {c: scores.score(system, c) for c in scores.contexts} for system in scores.systems}
