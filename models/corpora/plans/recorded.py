@@ -86,7 +86,7 @@ def plan_spoken_language(settings: Settings, material: Material) -> list[Recordi
         by_name[line.name][line.language] = line
     seconds: dict[str, float] = {}
     by_split: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    voices = drascula_voices({line.code for line in material.drascula})
+    voices = drascula_voices(read_genders())
     for name in sorted(by_name):
         lines = by_name[name]
         if set(lines) != set(LANGUAGES):
@@ -144,7 +144,8 @@ def plan_external(settings: Settings, material: Material) -> list[Recording]:
 
     Czech verbs tell the speaker's gender, so no transcript is shown. Drascula has one woman.
     """
-    voices, genders = drascula_voices({line.code for line in material.drascula}), read_genders()
+    genders = read_genders()
+    voices = drascula_voices(genders)
     spoken = [
         Recording(
             key=f"fillets-{clip.level.replace('/', '-')}-{clip.name}", task="gender", label=clip.gender, split="test",
