@@ -28,6 +28,7 @@ from models.corpora.plans.base import (
     with_draws,
     without_leaks,
 )
+from models.corpora.plans.lengths import OfLength, seconds_of
 from models.corpora.recordings import Material
 from models.corpora.sources.espeak import Utterance
 from models.corpora.sources.queen import SPEAKER_GENDER, QueenLine
@@ -59,7 +60,7 @@ class Line:
     split: str
     text: str
     source: str
-    sound: QueenLine | Utterance
+    sound: QueenLine | OfLength | Utterance
     seconds: float
     actor: str = ""
 
@@ -243,7 +244,8 @@ def plan_spoken_rate(settings: Settings, lines: LineDeck) -> list[Recording]:
     """Lines that are spoken slowly or quickly, as they were recorded: the outer thirds by syllables a second.
 
     They come in pairs of one voice and of nearly equal numbers of syllables, so that neither the voice nor the words tell the
-    rate. Lines of other tasks are used too, but their clips have other noise.
+    rate. Both clips of a pair have the length of the shorter one: the whole lengths would tell it. Lines of other tasks are used
+    too, but their clips have other noise.
     """
     planned = []
     for split, count in zip(SPLITS, SIZES[settings.size].others, strict=True):
@@ -262,8 +264,10 @@ def plan_spoken_rate(settings: Settings, lines: LineDeck) -> list[Recording]:
             for lengths in by_voice.values()
         ]
         for pair in list(take_turns(pairs))[: count // 2]:
+            seconds = min(seconds_of(line.sound) for line in pair)
             for line, label in zip(pair, ("slowly", "quickly"), strict=True):
-                recording = line.ask("speaking_rate", label, shown_text="")
+                cut = dataclasses.replace(line, sound=OfLength(line.sound, seconds))
+                recording = cut.ask("speaking_rate", label, shown_text="")
                 planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=BENCHMARK_CHANNEL))
     return planned
 

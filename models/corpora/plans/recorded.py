@@ -15,28 +15,22 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
-import numpy as np
-
-from models.corpora.degrade import trim_silence
 from models.corpora.plans.base import (
     BENCHMARK_CHANNEL,
     MILD_SNR_DB,
     SIZES,
     SPLITS,
-    Decodable,
     Recording,
     Settings,
-    SoundFile,
     balanced,
     take_turns,
     with_draws,
 )
+from models.corpora.plans.lengths import OfLength, seconds_of
 from models.corpora.recordings import Material
 from models.corpora.sources.drascula import DrasculaLine, drascula_voices, read_genders
 from models.corpora.sources.hedgewars import Cry
-from models.data.audio import SAMPLE_RATE_HZ, AudioError, load_audio
 
 LANGUAGES = ("English", "Spanish")
 # Actors by the Spanish credits (sources/drascula.py), and voices of Hedgewars (sources/hedgewars.py).
@@ -63,19 +57,6 @@ def split_of(voice: str, fold: Mapping[str, Sequence[str]]) -> str:
     return next((split for split, voices in fold.items() if voice in voices), "train")
 
 
-@dataclass(frozen=True)
-class _OfLength:
-    """A recording without the silence at its ends, cut or filled with silence, so that its length does not tell the label."""
-
-    sound: Decodable | SoundFile
-    seconds: float
-
-    def decode(self) -> tuple[np.ndarray, int]:
-        samples, rate_hz = _trimmed(self.sound)
-        count = round(self.seconds * rate_hz)
-        return np.pad(samples[:count], (0, max(0, count - len(samples)))), rate_hz
-
-
 def plan_spoken_language(settings: Settings, material: Material) -> list[Recording]:
     """English or Spanish. Every line is there in both; the characters of a split take turns.
 
@@ -91,7 +72,7 @@ def plan_spoken_language(settings: Settings, material: Material) -> list[Recordi
         lines = by_name[name]
         if set(lines) != set(LANGUAGES):
             continue
-        lengths = [_seconds(line) for line in lines.values()]
+        lengths = [seconds_of(line) for line in lines.values()]
         if _SECONDS[0] < min(lengths) and max(lengths) < _SECONDS[1]:
             seconds[name] = min(*lengths, settings.max_seconds)
             code = lines[LANGUAGES[0]].code
@@ -105,7 +86,7 @@ def plan_spoken_language(settings: Settings, material: Material) -> list[Recordi
                 recording = Recording(
                     key=f"drascula-{name}-{language}", task="language", label=language, split=split,
                     speaker=f"drascula-{language}-{line.code}", actor=f"drascula-{voices[line.code]}",
-                    text=f"Drascula line {name}", source="drascula", sound=_OfLength(line, seconds[name]), choices=LANGUAGES,
+                    text=f"Drascula line {name}", source="drascula", sound=OfLength(line, seconds[name]), choices=LANGUAGES,
                     shown_text="",
                 )  # fmt: skip
                 planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=BENCHMARK_CHANNEL))
@@ -119,7 +100,7 @@ def plan_cry(settings: Settings, material: Material) -> list[Recording]:
     """
     by_set: dict[str, list[tuple[float, Cry]]] = defaultdict(list)
     for cry in material.cries:
-        seconds = _seconds(cry)
+        seconds = seconds_of(cry)
         if _MIN_CRY_SECONDS < seconds < settings.max_seconds:
             by_set[cry.voice_set].append((seconds, cry))
     pairs: dict[str, list[list[tuple[float, Cry, Cry]]]] = defaultdict(list)
@@ -133,7 +114,7 @@ def plan_cry(settings: Settings, material: Material) -> list[Recording]:
                 recording = Recording(
                     key=f"hedgewars-{cry.voice_set}-{cry.name}", task="cry", label=cry.kind, split=split,
                     speaker=f"hedgewars-{cry.voice_set}", actor=f"hedgewars-{cry.voice}",
-                    text=f"{cry.voice_set} {cry.name}", source="hedgewars", sound=_OfLength(cry, seconds), shown_text="",
+                    text=f"{cry.voice_set} {cry.name}", source="hedgewars", sound=OfLength(cry, seconds), shown_text="",
                 )  # fmt: skip
                 planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=_CRY_CHANNEL))
     return planned
@@ -152,7 +133,7 @@ def plan_external(settings: Settings, material: Material) -> list[Recording]:
             speaker=f"fillets-{clip.voice}", text=clip.text, source="fillets", sound=clip, shown_text="",
         )
         for clip in material.fillets
-        if _SECONDS[0] < _seconds(clip) < _SECONDS[1]
+        if _SECONDS[0] < seconds_of(clip) < _SECONDS[1]
     ]  # fmt: skip
     acted = [
         Recording(
@@ -161,7 +142,7 @@ def plan_external(settings: Settings, material: Material) -> list[Recording]:
             text=f"Drascula line {line.name}", source="drascula", sound=line, shown_text="",
         )
         for line in material.drascula
-        if _SECONDS[0] < _seconds(line) < _SECONDS[1]
+        if _SECONDS[0] < seconds_of(line) < _SECONDS[1]
     ]  # fmt: skip
     planned = []
     for recordings in (spoken, acted):
@@ -186,17 +167,3 @@ def _pairs_by_length(cries: Sequence[tuple[float, Cry]]) -> Iterator[tuple[float
             nearest = min(words, key=lambda item: abs(item[0] - seconds))
             words.remove(nearest)
             yield max(seconds, _MIN_PAIR_SECONDS), cry, nearest[1]
-
-
-def _seconds(sound: Decodable | SoundFile) -> float:
-    """The length without the silence at both ends; 0 for a recording that cannot be read, which is not chosen then."""
-    try:
-        samples, rate_hz = _trimmed(sound)
-    except AudioError:
-        return 0.0
-    return len(samples) / rate_hz
-
-
-def _trimmed(sound: Decodable | SoundFile) -> tuple[np.ndarray, int]:
-    samples, rate_hz = sound.decode() if isinstance(sound, Decodable) else (load_audio(sound.path), SAMPLE_RATE_HZ)
-    return trim_silence(samples, rate_hz), rate_hz

@@ -165,6 +165,12 @@ def test_no_speaker_and_no_line_is_on_two_sides(packages, tmp_path, monkeypatch,
             spoken[e.metadata["text"], e.metadata["draw"]][e.answer] = e.metadata["duration_seconds"]
     assert spoken and all(set(of) == {"English", "Spanish"} and len(set(of.values())) == 1 for of in spoken.values())
     assert min(e.metadata["duration_seconds"] for e in clips if e.task == "cry") == 0.5
+    for task in ("speaking_rate", "cry"):  # every length stands under both labels
+        lengths = defaultdict(Counter)
+        for e in clips:
+            if e.task == task:
+                lengths[e.answer][e.metadata["actor"], e.metadata["draw"], round(e.metadata["duration_seconds"], 1)] += 1
+        assert len({frozenset(of.items()) for of in lengths.values()}) == 1, task
     assert {e.transcription for e in manifest} == {""}
     card = make_card(manifest)
     assert "Drascula licence" in card and "GFDL-1.3" in card and "split by the actors of the Spanish credits" in card
