@@ -15,15 +15,24 @@ import dataclasses
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from models.corpora.commands import corpus_parser
-from models.corpora.plans.base import DEFAULT_FOLD, SIZES, BenchmarkSize, Settings
+from models.corpora.plans.base import (
+    DEFAULT_FOLD,
+    SIZES,
+    BenchmarkSize,
+    ExternalSize,
+    RecordedSize,
+    Recording,
+    Settings,
+)
+from models.corpora.plans.benchmark import EXTERNAL_NOTES, RECORDED_NOTES, plan_benchmark
 from models.corpora.plans.benchmark import NOTES as BENCHMARK_NOTES
-from models.corpora.plans.benchmark import plan_benchmark
 from models.corpora.plans.hinted import ACTOR_NOTE, CHARACTER_NOTE, plan_hinted
 from models.corpora.plans.hinted import NOTES as HINTED_NOTES
+from models.corpora.plans.recorded import plan_external
 from models.corpora.questions import benchmark_examples, hinted_examples
 from models.corpora.recordings import Material
 from models.corpora.render import render_all
@@ -52,11 +61,12 @@ def build_corpus(
     """Build the corpus in `out_dir`, unless it is there: clips in audio/, then manifest.jsonl.
 
     Args:
-        sources: of SOURCES. None is those of the size: all for the benchmark, else "queen" and "espeak". A Debian source
+        sources: of SOURCES. None is those of the size: most often "queen" and "espeak". A Debian source
             that cannot be fetched is left out if espeak is among the others; the header's "unavailable" and a line on
             stderr name it.
         size: a name in SIZES: "tiny" (tests), "demo", "sources" (models.experiments.ablation), "full", "study" and "study_tasks"
-            (models.experiments.study), "study_sources" (models.experiments.ablation), "benchmark" or "benchmark_tiny" (tests).
+            (models.experiments.study), "study_sources" (models.experiments.ablation), "external" (test questions about other
+            games), "benchmark" or "benchmark_tiny" (tests).
         seed: of the draws of sentences, noises and hints.
         tasks: which of the size's tasks to build; None is all that the sources allow.
         hint_correlation: probability that a hint in the teacher's training set is true.
@@ -92,14 +102,13 @@ def build_corpus(
     if _is_current(manifest_path, settings):
         return manifest_path
     material = Material.gather(settings)
-    is_benchmark = isinstance(SIZES[size], BenchmarkSize)
-    recordings = (plan_benchmark if is_benchmark else plan_hinted)(settings, material)
+    plan, notes, four_contexts = _kind_of(size, fold)
+    recordings = plan(settings, material)
     if not recordings:
         raise ValueError(
             f"tasks: expected some that the sources {list(settings.sources)} can give, got {settings.tasks}"
         )
     made, problems = render_all(out_dir, recordings, settings, progress=progress)
-    four_contexts = is_benchmark or SIZES[size].four_contexts
     examples = list((benchmark_examples if four_contexts else hinted_examples)(made, settings))
     header = {
         "maker": "models.corpora.build",
@@ -108,13 +117,23 @@ def build_corpus(
         "sources": material.described,
         "unavailable": material.unavailable,
         "problems": [str(problem) for problem in problems],
-        "notes": list(BENCHMARK_NOTES if is_benchmark else (CHARACTER_NOTE if fold is None else ACTOR_NOTE, *HINTED_NOTES)),
+        "notes": list(notes),
         "content_sha256": fingerprint(sorted({f"{clip.name} {clip.sha256}" for clip in made})),
         "counts": _counts(examples),
     }
     write_manifest(manifest_path, examples, header=header)
     _remove_stale(out_dir, {out_dir / clip.name for clip in made})
     return manifest_path
+
+
+def _kind_of(size: str, fold: int | None) -> tuple[Callable[[Settings, Material], list[Recording]], tuple[str, ...], bool]:
+    """How a size is planned, its notes, and whether its questions have four contexts."""
+    kind = SIZES[size]
+    if isinstance(kind, ExternalSize):
+        return plan_external, EXTERNAL_NOTES, kind.four_contexts
+    if isinstance(kind, BenchmarkSize):
+        return plan_benchmark, RECORDED_NOTES if isinstance(kind, RecordedSize) else BENCHMARK_NOTES, True
+    return plan_hinted, (CHARACTER_NOTE if fold is None else ACTOR_NOTE, *HINTED_NOTES), kind.four_contexts
 
 
 def _counts(examples: Sequence[Example]) -> dict[str, int]:

@@ -19,7 +19,7 @@ _WIDE_RATE_HZ = 11_025  # of the Amazon Queen recordings
 _TELEPHONE_HZ = (300.0, 3_400.0)
 _BAND_EDGE_HZ = 100.0
 _TRIM_FRAME_SECONDS = 0.02
-_TRIM_MARGIN_SECONDS = 0.06
+TRIM_MARGIN_SECONDS = 0.06  # of silence that is left at each end
 _TRIM_BELOW_PEAK_DB = 40.0
 _DIRECT_SECONDS = 0.005
 BANDS = ("common", "wide", "narrow")
@@ -109,7 +109,7 @@ def trim_silence(samples: np.ndarray, rate_hz: int) -> np.ndarray:
     loud = np.flatnonzero(energy > energy.max() * 10.0 ** (-_TRIM_BELOW_PEAK_DB / 10.0))
     if not loud.size:  # silence
         return samples
-    margin = int(_TRIM_MARGIN_SECONDS * rate_hz)
+    margin = int(TRIM_MARGIN_SECONDS * rate_hz)
     return samples[max(0, loud[0] * size - margin) : (loud[-1] + 1) * size + margin]
 
 

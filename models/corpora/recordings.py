@@ -12,8 +12,21 @@ from typing import Any
 from models.corpora.plans.base import Settings
 from models.corpora.sources.asterisk import PromptRecording, read_prompts
 from models.corpora.sources.debian import DebianPackage, PackageUnavailable, fetch_package
+from models.corpora.sources.drascula import DrasculaLine
+from models.corpora.sources.drascula import read_lines as read_drascula
+from models.corpora.sources.fillets import FilletsClip, read_clips, read_dialogs
+from models.corpora.sources.hedgewars import Cry, read_cries
 from models.corpora.sources.ktuberling import WordRecording, read_words
-from models.corpora.sources.packages import AMAZON_QUEEN, ASTERISK_PROMPTS, KTUBERLING, TUX_PAINT
+from models.corpora.sources.packages import (
+    AMAZON_QUEEN,
+    ASTERISK_PROMPTS,
+    DRASCULA,
+    FILLETS_SCRIPTS,
+    FILLETS_SPEECH,
+    HEDGEWARS,
+    KTUBERLING,
+    TUX_PAINT,
+)
 from models.corpora.sources.queen import QueenLine, read_lines
 from models.corpora.sources.tuxpaint import StampRecording, read_stamps
 
@@ -32,6 +45,9 @@ class Material:
     stamps: list[StampRecording] = field(default_factory=list)
     prompts: list[PromptRecording] = field(default_factory=list)
     words: list[WordRecording] = field(default_factory=list)
+    drascula: list[DrasculaLine] = field(default_factory=list)
+    cries: list[Cry] = field(default_factory=list)
+    fillets: list[FilletsClip] = field(default_factory=list)
     espeak: bool = False
     described: list[dict[str, str]] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -47,6 +63,14 @@ class Material:
             prompts = functools.partial(read_prompts, language=language)
             material.prompts += read("asterisk", package, prompts, name=f"asterisk/{package.name}")
         material.words = read("ktuberling", KTUBERLING, read_words)
+        for language, package in DRASCULA:
+            spoken = functools.partial(read_drascula, language=language)
+            material.drascula += read("drascula", package, spoken, name=f"drascula/{package.name}")
+        material.cries = read("hedgewars", HEDGEWARS, read_cries)
+        dialogs = read("fillets", FILLETS_SCRIPTS, read_dialogs, name=f"fillets/{FILLETS_SCRIPTS.name}")
+        if dialogs:
+            clips = functools.partial(read_clips, dialogs=dialogs)
+            material.fillets = read("fillets", FILLETS_SPEECH, clips, name=f"fillets/{FILLETS_SPEECH.name}")
         if material.espeak:
             material.described.append(
                 {"source": "espeak", "package": "espeakng-loader", "licence": "GPL-3.0-or-later (the program)"}

@@ -11,9 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from models.corpora.degrade import prepare_clip
-from models.corpora.plans.base import Draw, Recording, Settings, SoundFile
+from models.corpora.plans.base import Decodable, Draw, Recording, Settings, SoundFile
 from models.corpora.sources.espeak import Utterance, synthesise_all
-from models.corpora.sources.queen import QueenLine
 from models.data.audio import SAMPLE_RATE_HZ, AudioError, encode_audio, load_audio
 from models.data.manifest import ManifestError, Problem
 from models.data.problems import list_problems
@@ -80,8 +79,8 @@ def clip_name(recording: Recording, draw: Draw) -> str:
     return f"audio/{recording.folder}/{recording.split}/{recording.key}-{draw.name}.flac"
 
 
-def _decode(sound: QueenLine | SoundFile) -> tuple[np.ndarray, int]:
-    if isinstance(sound, QueenLine):
+def _decode(sound: Decodable | SoundFile) -> tuple[np.ndarray, int]:
+    if isinstance(sound, Decodable):
         return sound.decode()
     return load_audio(sound.path), SAMPLE_RATE_HZ
 

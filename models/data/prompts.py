@@ -130,6 +130,14 @@ _TASKS = (
         choices=("narrow", "wide"),
     ),
     Task(
+        name="cry",
+        question="Is the voice spoken or wordless?",
+        statement="The voice is {}.",
+        hint="Note: the voice is {}.",
+        category="paralinguistic",
+        choices=("spoken", "wordless"),
+    ),
+    Task(
         name="reverberation",
         question="Is the recording dry or echoing?",
         statement="The recording is {}.",

@@ -4,6 +4,7 @@
     python -m models study E1 --teachers 1 --folds 0
     python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each; curves over steps
     python -m models study axes                     # beyond the papers: what each path hears, alpha by token, on-policy
+    python -m models study external                 # ask the finished models of E1 about other games, once and at the end
     python -m models study E1 --collect --write     # only gather what is finished
     python -m models study E1 --smoke               # the same code on synthetic clips and tiny random models
 
@@ -30,6 +31,7 @@ import dataclasses
 import datetime
 import io
 import random
+import shutil
 import statistics
 import sys
 import time
@@ -57,6 +59,7 @@ from models.experiments.shared_steps import (
     BACKBONE,
     TRAINING,
     ask,
+    backbone_settings,
     heal_student_lm,
     limited,
     load_speech_lm,
@@ -182,15 +185,19 @@ class StudySettings:
         return f"f{self.fold}s{self.seed}"
 
 
-_TASKS = ("gender", "noise", "reverberation", "bandwidth", "sentence_type")
+_RECORDED = ("queen", "drascula", "hedgewars")
+_NEW_TASKS = ("language", "speaking_rate", "cry")
+_TASKS = ("gender", "noise", "reverberation", "bandwidth", "sentence_type", *_NEW_TASKS)
 EXPERIMENTS: dict[str, StudySettings] = {
     "E1": StudySettings(),
-    "E2": StudySettings(sources=("queen",), corpus_size="study_tasks", tasks=_TASKS, hearing_steps=240),
+    "E2": StudySettings(sources=_RECORDED, corpus_size="study_tasks", tasks=_TASKS, hearing_steps=240),
     "E3": StudySettings(
-        sources=("queen",), corpus_size="study_tasks", tasks=("gender", "noise", "reverberation"), teacher_hinted=False,
+        sources=_RECORDED, corpus_size="study_tasks", tasks=("gender", "noise", "reverberation", *_NEW_TASKS),
+        teacher_hinted=False,
     ),
     "E5": StudySettings(),  # one teacher of E1, on dev
     "axes": StudySettings(),  # the teachers of E1, with AXES
+    "external": StudySettings(),  # the teachers and students of E1, asked about other games
 }  # fmt: skip
 _SMOKE: dict[str, Any] = {
     "sources": ("espeak",), "corpus_size": "benchmark_tiny", "tasks": ("gender", "noise"), "max_clips": 8,
@@ -259,19 +266,21 @@ def run_student_lm(context: Context) -> dict[str, Any]:
 def healing_examples(tasks: Sequence[str], count: int) -> list[Any]:
     """Questions about made-up sentences: a third without a hint, the others with a random one."""
     from models.corpora.plans.base import OBJECTS, PLACES, SUBJECTS, VERBS
+    from models.corpora.plans.recorded import LANGUAGES
     from models.data.manifest import Example
     from models.data.prompts import TASKS, hint_for
 
     draw, examples = random.Random(0), []
     for number in range(count):
         task = TASKS[tasks[number % len(tasks)]]
+        choices = LANGUAGES if task.name == "language" else task.choices  # other corpora have other languages
         words = (draw.choice(SUBJECTS), draw.choice(VERBS), draw.choice(OBJECTS), draw.choice(PLACES))
         text = "The {} {} the {} {}.".format(*words)
-        context = "" if draw.random() < 1 / 3 else hint_for(task.name, draw.choice(task.choices))
+        context = "" if draw.random() < 1 / 3 else hint_for(task.name, draw.choice(choices))
         examples.append(
             Example(
                 id=f"healing-{number}", audio=None, transcription=text, task=task.name, context=context, question=task.question,
-                choices=task.choices, answer=draw.choice(task.choices), split="train",
+                choices=choices, answer=draw.choice(choices), split="train",
             )
         )  # fmt: skip
     return examples
@@ -428,6 +437,54 @@ def _lesson(context: Context, pool: str, alpha: float | None, more: Sequence[str
     return {"manifest": folder / "pool.jsonl", "start": start, "words": [*words, *more]}
 
 
+def run_external_corpus(context: Context) -> dict[str, Any]:
+    """Make the questions about other games, which are the same for all teachers."""
+    from models.corpora.build import build_corpus
+    from models.data.manifest import read_manifest
+    from models.io_utils import sha256_file
+
+    settings, sources = context.settings, context.extra["sources"]
+    path = build_corpus(context.folder, sources=sources, size="external", seed=settings.corpus_seed)
+    examples = limited(read_manifest(path, check_audio=True).examples, settings.max_clips)
+    return {"questions": write_parts(context.folder, {"test": examples}), "manifest_sha256": sha256_file(path)}
+
+
+def run_external_features(context: Context) -> dict[str, Any]:
+    """Run the clips of the external questions through the frozen encoder."""
+    from models.backbones.device import pick_device
+    from models.speech_lm.features import clip_features
+    from models.speech_lm.model import SpeechLM, SpeechLMConfig
+
+    corpus = context.folders["external_corpus"]
+    model = SpeechLM.from_config(SpeechLMConfig(**backbone_settings(context.settings)))
+    model = model.to(pick_device(context.settings.device))
+    store, heard = clip_features(model, read_items(_abroad(context), "test"), audio_root=corpus)
+    store.save(context.folder / "features.safetensors")
+    return {"clips": len(store), "questions": len(heard)}
+
+
+def run_external_teacher(context: Context) -> dict[str, Any]:
+    """Ask the teacher the external questions, greedily and by contrastive decoding."""
+    return ask(_abroad(context), context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS, controls=False)
+
+
+def run_external_students(context: Context) -> dict[str, Any]:
+    """Ask the students of one stage, which `extra["of"]` names, the external questions."""
+    from models.experiments.student_group import Cohort
+
+    cohort, trained = Cohort(_abroad(context)), context.folders[context.extra["of"]]
+    asked = {}
+    for name in context.extra["students"]:
+        asked[name] = cohort.ask(context.folder / name, trained / name / "final", controls=False)
+    return asked
+
+
+def _abroad(context: Context) -> Context:
+    """The context with the external questions and features in the places of the teacher's own."""
+    told = {name.removeprefix("external_"): folder for name, folder in context.folders.items() if name.startswith("external_")}
+    return dataclasses.replace(context, folders={**context.folders, **told})
+
+
 _CORPUS = ("fold", "sources", "corpus_size", "corpus_seed", "tasks", "hint_correlation", "max_clips")
 _TEACHING = (*TRAINING, "teacher_steps", "teacher_learning_rate", "teacher_hinted", "hearing_steps")
 _STUDYING = (*TRAINING, "student_steps", "student_learning_rate")
@@ -448,6 +505,9 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         Stage("gate", "gate: the teacher on dev", _HEARD, ("device",), run_gate),
         Stage("answers_teacher", "answers of the teacher", _HEARD, ("device",), run_teacher_answers),
     ]
+    if experiment == "external":
+        own = make_stages(settings, "E1")
+        return [*own, *external_stages(own)]
     if experiment == "E5":
         return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev"), _curves()]
     if experiment == "axes":
@@ -464,6 +524,26 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
 
 
 _HEARD = ("corpus", "features", "teacher")
+EXTERNAL_SOURCES = ("fillets", "drascula")
+
+
+def external_stages(own: Sequence[Stage]) -> list[Stage]:
+    """The stages that ask what the stages `own` have trained about other games."""
+    questions = ("external_corpus", "external_features")
+    options = {"sources": EXTERNAL_SOURCES}
+    backbone = ("lm", "encoder", "tiny_backbones", "device")
+    stages = [
+        Stage("external_corpus", "other games: questions", (), ("corpus_seed", "max_clips"), run_external_corpus, extra=options),
+        Stage("external_features", "other games: features", ("backbones", "external_corpus"), backbone, run_external_features),
+        Stage("external_teacher", "other games: teacher", (*questions, "teacher"), ("device",), run_external_teacher),
+    ]
+    for stage in own:
+        if stage.run is run_students:
+            asked = {"of": stage.name, "students": [name for name, *_ in stage.extra["systems"]]}
+            title = f"other games: {stage.title}"
+            needs = (*questions, stage.name)
+            stages.append(Stage(f"external_{stage.name}", title, needs, ("device",), run_external_students, extra=asked))
+    return stages
 
 
 def _pool(pool: str) -> Stage:
@@ -553,6 +633,28 @@ def finished(settings: StudySettings, stages: Sequence[Stage], root: Path, *, pa
             if stage.extra["part"] == part and (folder / "asked.json").exists():
                 found[name] = read_predictions(folder / predictions_name(part))[1]
     return {name: [p for p in predictions if not p.control] for name, predictions in found.items()}
+
+
+def finished_external(settings: StudySettings, stages: Sequence[Stage], root: Path) -> dict[str, dict[str, list[Any]]]:
+    """Game -> system -> predictions, of all models of this teacher that were asked about other games."""
+    from models.evaluation.predictions import read_predictions
+
+    folders = stage_folders(stages, settings, root)
+    files: dict[str, Path] = {}
+    if read_done(folders["external_teacher"]) is not None:
+        for alpha in TEACHER_ALPHAS:
+            name = "teacher" if alpha is None else f"teacher_cd{alpha:g}"
+            files[name] = folders["external_teacher"] / predictions_name("test", alpha)
+    for stage in stages:
+        if stage.run is run_external_students:
+            for name in stage.extra["students"]:
+                if (folders[stage.name] / name / "asked.json").exists():
+                    files[name] = folders[stage.name] / name / predictions_name("test")
+    answers = {system: read_predictions(path)[1] for system, path in files.items()}
+    return {
+        source: {system: [p for p in own if p.speaker.startswith(f"{source}-")] for system, own in answers.items()}
+        for source in EXTERNAL_SOURCES
+    }
 
 
 def table_rows(settings: StudySettings, found: Mapping[str, Sequence[Any]], *, prefix: str = "") -> list[dict[str, Any]]:
@@ -695,9 +797,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for settings in teachers:
             stages = make_stages(settings, experiment)
             own_words = [*_words_of(arguments, experiment), "--only", settings.teacher]
+            run = _run_external if experiment == "external" else _run
             try:
                 if not arguments.collect:
-                    _run(arguments, experiment, settings, stages, root, own_words, console)
+                    run(arguments, experiment, settings, stages, root, own_words, console)
             finally:
                 _save(arguments, experiment, settings, stages, root, console)
         _print_endpoints(arguments, experiment, console)
@@ -730,12 +833,39 @@ def _run(
         run_pipeline(made, stages, settings, root, **options)
 
 
+def _run_external(
+    arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, words: Sequence[str],
+    console: Console,
+) -> None:  # fmt: skip
+    """Ask what is trained. Nothing is trained here: what E1 has not finished is left out, with a line that says so."""
+    folders = stage_folders(stages, settings, root)
+    ready: dict[str, Stage] = {}
+    for stage in stages:
+        asks = stage.name.startswith("external_")
+        if set(stage.needs) <= ready.keys() and (asks or read_done(folders[stage.name]) is not None):
+            ready[stage.name] = stage
+    missing = [stage.name for stage in stages if stage.run is run_external_students and stage.name not in ready]
+    console.print(f"[bold]{experiment}, teacher {settings.teacher}[/bold]")
+    if missing or "external_teacher" not in ready:
+        told = ", ".join(name.removeprefix("external_") for name in missing) or "teacher"
+        console.print(f"- not asked, since E1 has not finished them: {told}", highlight=False, soft_wrap=True)
+    if "external_teacher" not in ready:
+        return
+    if arguments.fresh:  # the models of E1 stay
+        for name in ready:
+            if name.startswith("external_"):
+                shutil.rmtree(folders[name], ignore_errors=True)
+    made = argparse.Namespace(**{**vars(arguments), "fresh": False})
+    run_pipeline(made, list(ready.values()), settings, root, command="study", argv=words, console=console)
+
+
 def _save(
     arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, console: Console
 ) -> None:
     """Write what is complete."""
     from models.experiments.learning_curves import curve_rows
     from models.reporting.results_csv import rows_csv
+    from models.reporting.study import EXTERNAL
 
     targets = [Path(arguments.out), *([RESULTS] if arguments.write else [])]
     if experiment == "E5":
@@ -747,13 +877,23 @@ def _save(
             for folder in targets if rows else ():
                 atomic_write_text(folder / f"{name}.csv", rows_csv(rows))
         return
+    if experiment == "external":
+        for source, found in finished_external(settings, stages, root).items():
+            _write_rows(settings, found, f"{EXTERNAL}{source}-", targets, console)
+        return
     found = finished(settings, stages, root)
     gate = read_done(stage_folders(stages, settings, root)["gate"])
     if gate is not None and not arguments.fast_smoke:
         kept = in_study(gate["result"])
         found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
         found = {system: own for system, own in found.items() if own}
-    prefix = _prefix(experiment)
+    _write_rows(settings, found, _prefix(experiment), targets, console)
+
+
+def _write_rows(
+    settings: StudySettings, found: Mapping[str, Sequence[Any]], prefix: str, targets: Sequence[Path], console: Console
+) -> None:
+    """Add the rows and the packed predictions of one teacher to each folder of `targets`, and print the table."""
     rows = table_rows(settings, found, prefix=prefix)
     for folder in targets if rows else ():
         merge_rows(folder / "study.csv", rows)
@@ -768,7 +908,10 @@ def _prefix(experiment: str) -> str:
 
 
 def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
-    """P1 to P3 of all teachers whose predictions are kept, in words and as study_endpoints.csv."""
+    """P1 to P3 of all teachers whose predictions are kept, in words and as study_endpoints.csv. Other games have none: the
+    protocol makes no claim about them."""
+    if experiment == "external":
+        return
     from models.experiments.study_endpoints import PAIRS, all_endpoints, as_row, sentence
     from models.reporting.results_csv import rows_csv
 

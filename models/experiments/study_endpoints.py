@@ -154,7 +154,7 @@ def all_endpoints(folder: Path, pairs: Sequence[tuple[str, str]] = PAIRS, *, pre
 def untuned(system: str, predictions: Sequence[Prediction]) -> list[Prediction]:
     """The predictions that can test the system. For a tuned one they leave out the actors by whom E5 chose its settings: the dev
     actors of one fold, whom other folds test."""
-    seen = ACTOR_FOLDS[TUNED_FOLD]["dev"] if system.endswith("_tuned") else ()
+    seen = {f"queen-{actor}" for actor in ACTOR_FOLDS[TUNED_FOLD]["dev"]} if system.endswith("_tuned") else set()
     return [p for p in predictions if p.actor not in seen]
 
 

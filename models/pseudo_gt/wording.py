@@ -25,6 +25,7 @@ _WORDING = {
     "bandwidth": "Bandwidth: {}",
     "reverberation": "Room: {}",
     "delivery": "Delivery: {}",
+    "cry": "Voice: {}",
     "sentence_type": "Sentence: {}",
     "keyword": "Word in question: {}",
     "content": "Spoken word: {}",

@@ -15,6 +15,7 @@ from models.reporting.tables import NOTHING, Cell, Column, Section, Table, narro
 STUDY_FILE = "study.csv"
 DEV_FILE, CURVES_FILE = "study_dev.csv", "study_curves.csv"
 AXES = "axes"  # its endpoints belong to the first experiment, whose teachers it has
+EXTERNAL = "external-"  # begins the teacher's name in rows about other games, which are no part of the study's own scores
 _COLUMNS = ("teacher", "seed", "system", "task", "context", "accuracy")
 _PARTS = ("category", "task", "teacher")
 _EXPERIMENT = re.compile(r"(E\d+)-")  # how the names of the teachers of all experiments but the first begin
@@ -36,6 +37,8 @@ def study_sections(tables: dict[str, ResultsTable], palette: Palette) -> tuple[l
         tested = {experiment: Endpoints(tables.pop(name)) for name, experiment in found.items()}
         experiments: dict[str, list[Mapping[str, str]]] = {}
         for row in table.rows:
+            if row["teacher"].startswith(EXTERNAL):
+                continue
             match = _EXPERIMENT.match(row["teacher"])
             experiments.setdefault(match[1] if match else "", []).append(row)
         for experiment in sorted(experiments):

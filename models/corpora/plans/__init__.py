@@ -6,4 +6,6 @@
     lines         tasks about recorded English lines
     synthetic     tasks that need exactly known attributes: espeak
     languages     the language task
+    lengths       clips of equal length
+    recorded      the size external, and the tasks language and cry of study_tasks
 """

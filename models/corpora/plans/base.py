@@ -8,19 +8,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from models.corpora.degrade import Channel
 from models.corpora.sources.espeak import Utterance
-from models.corpora.sources.queen import QueenLine, read_actors, voices_of
+from models.corpora.sources.queen import read_actors, voices_of
 from models.io_utils import fingerprint
 
-SOURCES = ("queen", "espeak", "tux", "asterisk", "ktuberling")
-# Changes whenever the same settings would give other bytes. The second one counts for the benchmark's sizes only.
+SOURCES = ("queen", "espeak", "tux", "asterisk", "ktuberling", "drascula", "hedgewars", "fillets")
+# Changes whenever the same settings would give other bytes. The second one counts for the benchmark's sizes
+# only, and the third one for those of recordings alone.
 BUILDER_VERSION = 6
 BENCHMARK_VERSION = 2
+RECORDED_VERSION = 1
 SPLITS = ("train", "dev", "test")
 
 # Test and dev actors of each fold; the others train. Every actor is in the test of exactly one fold, and each part has women and
@@ -121,22 +123,52 @@ class BenchmarkSize:
     others: tuple[int, int, int]
     keywords: int
 
-    sources = SOURCES
+    sources = ("queen", "espeak", "tux", "asterisk", "ktuberling")
     tasks = ("content", "keyword", "sentence_type", "place", "mood", "speaking_rate", "delivery", "noise", "bandwidth",
              "reverberation", "gender", "accent", "language")  # fmt: skip
 
 
-SIZES: dict[str, HintedSize | BenchmarkSize] = {
+@dataclass(frozen=True)
+class RecordedSize(BenchmarkSize):
+    """The tasks that recordings alone can give, each split by speaker: language and speaking rate have other clips than in the
+    benchmark, and there are cries (plans/recorded.py)."""
+
+    sources = ("queen", "drascula", "hedgewars")
+    tasks = ("content", "keyword", "sentence_type", "noise", "bandwidth", "reverberation", "gender", "language",
+             "speaking_rate", "cry")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExternalSize:
+    """Test questions alone, about games that no training of E1 has heard. `gender` counts are for each sex and game."""
+
+    gender: int
+
+    four_contexts = True
+    sources = ("fillets", "drascula")
+    tasks = ("gender",)
+
+
+SIZES: dict[str, HintedSize | BenchmarkSize | ExternalSize] = {
     "tiny": HintedSize(4, 4, 2, 3, 1, 8, 4, 4, 10),
     "demo": HintedSize(1000, 120, 40, 1000, 1, 40, 12, 40, 40),
     "sources": HintedSize(200, 0, 20, 60, 1, 120, 12, 60, 40),  # models/experiments/ablation.py
     "full": HintedSize(1000, 300, 1000, 1000, 3, 400, 40, 200, 400),
     "study": HintedSize(240, 160, 40, 90, 1, 0, 0, 0, 0, four_contexts=True),  # models/experiments/study.py
-    "study_tasks": BenchmarkSize((220, 40, 90), (20, 8, 8), (240, 40, 100), 10),
+    "study_tasks": RecordedSize((220, 40, 90), (20, 8, 8), (240, 40, 100), 10),
     "study_sources": BenchmarkSize((220, 40, 90), (130, 30, 64), (240, 40, 100), 10),  # models/experiments/ablation.py, E4
+    "external": ExternalSize(100),
     "benchmark_tiny": BenchmarkSize((3, 2, 3), (6, 4, 4), (10, 5, 5), 4),
     "benchmark": BenchmarkSize((110, 20, 88), (130, 20, 64), (60, 20, 60), 10),
 }
+
+
+@runtime_checkable
+class Decodable(Protocol):
+    """A recording that decodes itself, since libsndfile cannot read it as a file."""
+
+    def decode(self) -> tuple[np.ndarray, int]:
+        """float32 (samples,) and the rate in Hz; raises AudioError."""
 
 
 class SoundFile(Protocol):
@@ -172,7 +204,7 @@ class Recording:
     speaker: str
     text: str
     source: str
-    sound: QueenLine | Utterance | SoundFile
+    sound: Decodable | Utterance | SoundFile
     draws: tuple[Draw, ...] = ()
     choices: tuple[str, ...] = ()
     question: str = ""
@@ -228,6 +260,8 @@ class Settings:
         version = {"builder": BUILDER_VERSION}
         if isinstance(SIZES[self.size], BenchmarkSize):
             version["benchmark"] = BENCHMARK_VERSION
+        if isinstance(SIZES[self.size], RecordedSize | ExternalSize):
+            version["recorded"] = RECORDED_VERSION
         return fingerprint({**version, **dataclasses.asdict(self)})
 
     def wants(self, task: str) -> bool:

@@ -23,11 +23,14 @@ No text, no synthetic voice and no actor of one split occurs in another, in any 
 
 Every clip has the band of an 8 kHz recording (except in the bandwidth task), one level, no silence at its ends, and noise. So
 the channel does not tell the source.
+
+The size study_tasks has recordings alone. Its tasks language, speaking_rate and cry come from recorded.py and lines.py, and
+language is split by speaker as well.
 """
 
 from __future__ import annotations
 
-from models.corpora.plans.base import Recording, SentenceDeck, Settings, without_leaks
+from models.corpora.plans.base import SIZES, RecordedSize, Recording, SentenceDeck, Settings, without_leaks
 from models.corpora.plans.languages import plan_language
 from models.corpora.plans.lines import (
     LineDeck,
@@ -36,8 +39,10 @@ from models.corpora.plans.lines import (
     plan_noise,
     plan_reverberation,
     plan_sentence_type,
+    plan_spoken_rate,
     plan_words,
 )
+from models.corpora.plans.recorded import plan_cry, plan_spoken_language
 from models.corpora.plans.synthetic import plan_accent, plan_delivery, plan_mood, plan_place, plan_speaking_rate
 from models.corpora.recordings import Material
 
@@ -53,6 +58,19 @@ NOTES = (
     "speaks the English and the Spanish prompts",
     "contexts: one wording for each task; irrelevant sentences do not occur in training",
 )
+RECORDED_NOTES = (
+    *NOTES[:4],
+    NOTES[6],
+    NOTES[-1],
+    "language: split by the actors of the Spanish credits; the English credits name no voices, so an English actor may speak for "
+    "characters of two parts",
+    "speaking_rate: the outer thirds of the lines by syllables a second; the syllables are counted by the spelling",
+    "cry: the same names of cries in all voice sets; who speaks a set is not known; sets that share a file count as one voice",
+)
+EXTERNAL_NOTES = (
+    "fillets: one woman and one man, in Czech; the gender is what both the file's name and the game's script say",
+    "drascula: one woman; nine actors by the Spanish credits, and an unknown number of English ones",
+)
 
 
 def plan_benchmark(settings: Settings, material: Material) -> list[Recording]:
@@ -64,9 +82,18 @@ def plan_benchmark(settings: Settings, material: Material) -> list[Recording]:
     planned += plan_words(settings, lines)
     for plan in (plan_sentence_type, plan_noise, plan_bandwidth, plan_reverberation, plan_gender):
         planned += plan(settings, lines)
+    if isinstance(SIZES[settings.size], RecordedSize):
+        if settings.wants("speaking_rate"):  # it decodes all lines
+            planned += plan_spoken_rate(settings, lines)
+        planned += plan_spoken_language(settings, material) + plan_cry(settings, material)
+        return _wanted(planned, settings)
     if material.espeak:
         for plan in (plan_place, plan_mood, plan_speaking_rate, plan_delivery, plan_accent):
             planned += plan(settings, sentences)
     planned += plan_language(settings, material)
+    return _wanted(planned, settings)
+
+
+def _wanted(planned: list[Recording], settings: Settings) -> list[Recording]:
     assert without_leaks(planned) == planned, "a text is said in two splits"
     return [recording for recording in planned if settings.wants(recording.task)]

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from models.corpora.degrade import Channel
+from models.corpora.degrade import TRIM_MARGIN_SECONDS, Channel, trim_silence
 from models.corpora.plans.base import (
     BENCHMARK_CHANNEL,
     ESPEAK_VOICES,
@@ -28,9 +28,11 @@ from models.corpora.plans.base import (
     with_draws,
     without_leaks,
 )
+from models.corpora.plans.lengths import OfLength, seconds_of
 from models.corpora.recordings import Material
 from models.corpora.sources.espeak import Utterance
 from models.corpora.sources.queen import SPEAKER_GENDER, QueenLine
+from models.data.audio import AudioError
 from models.data.prompts import TASKS
 
 _SECONDS = (1.0, 6.0)
@@ -42,6 +44,10 @@ _NOISE_SNR_DB = {"clean": (24.0, 36.0), "noisy": (12.0, 24.0)}  # no recording i
 _BANDWIDTH_SNR_DB = (-4.0, 8.0)
 _REVERBERATION_SECONDS = (0.15, 0.45)
 _REVERBERATION_SNR_DB = (0.0, 12.0)
+# Syllables a second: the outer thirds of the 2,263 lines of the game that `spoken_rate` can tell the rate of.
+SLOW_RATE, QUICK_RATE = 3.36, 4.14
+_MIN_SYLLABLES = 5
+_RATE_CLASS_SYLLABLES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +60,12 @@ class Line:
     split: str
     text: str
     source: str
-    sound: QueenLine | Utterance
+    sound: QueenLine | OfLength | Utterance
     seconds: float
     actor: str = ""
 
     def words(self) -> set[str]:
-        return set(_WORD.findall(self.text.casefold()))
+        return set(_words(self.text))
 
     def ask(self, task: str, label: str, *, key: str = "", **fields: object) -> Recording:
         """The recording that asks `task` about this line."""
@@ -232,6 +238,69 @@ def _plan_degradation(
                 recording = line.ask(task, label, key=f"{line.key}-{label}")
                 planned.append(with_draws(recording, settings, snr, channel=channel))
     return planned
+
+
+def plan_spoken_rate(settings: Settings, lines: LineDeck) -> list[Recording]:
+    """Lines that are spoken slowly or quickly, as they were recorded: the outer thirds by syllables a second.
+
+    They come in pairs of one voice and of nearly equal numbers of syllables, so that neither the voice nor the words tell the
+    rate. Both clips of a pair have the length of the shorter one: the whole lengths would tell it. Lines of other tasks are used
+    too, but their clips have other noise.
+    """
+    planned = []
+    for split, count in zip(SPLITS, SIZES[settings.size].others, strict=True):
+        by_voice: dict[str, dict[int, dict[str, list[Line]]]] = defaultdict(dict)
+        for line in lines.all:
+            if line.split != split or line.seconds > settings.max_seconds:
+                continue
+            rate, label = spoken_rate(line), ""
+            if rate is not None:
+                label = "slowly" if rate < SLOW_RATE else "quickly" if rate > QUICK_RATE else ""
+            if label:
+                length = sum(map(syllables, _words(line.text))) // _RATE_CLASS_SYLLABLES
+                by_voice[line.speaker].setdefault(length, {"slowly": [], "quickly": []})[label].append(line)
+        pairs = [
+            [pair for of_length in lengths.values() for pair in zip(of_length["slowly"], of_length["quickly"], strict=False)]
+            for lengths in by_voice.values()
+        ]
+        for pair in list(take_turns(pairs))[: count // 2]:
+            seconds = min(seconds_of(line.sound) for line in pair)
+            for line, label in zip(pair, ("slowly", "quickly"), strict=True):
+                cut = dataclasses.replace(line, sound=OfLength(line.sound, seconds))
+                recording = cut.ask("speaking_rate", label, shown_text="")
+                planned.append(with_draws(recording, settings, MILD_SNR_DB, channel=BENCHMARK_CHANNEL))
+    return planned
+
+
+def spoken_rate(line: Line) -> float | None:
+    """Syllables a second between the first and the last sound; None for a line with figures, of less than five syllables, or
+    that cannot be decoded."""
+    count = sum(map(syllables, _words(line.text)))
+    if count < _MIN_SYLLABLES or any(c.isdigit() for c in line.text) or isinstance(line.sound, Utterance):
+        return None
+    try:
+        samples, rate_hz = line.sound.decode()
+    except AudioError:
+        return None
+    seconds = len(trim_silence(samples, rate_hz)) / rate_hz - 2 * TRIM_MARGIN_SECONDS
+    return count / seconds if seconds > 0 else None
+
+
+def syllables(word: str) -> int:
+    """Syllables of an English word, by its spelling: groups of vowels, without a silent ending, and at least one.
+
+    Silent are a last -e ("voice", but not "table"), -es after other letters than c, g, h, s, x, z ("makes"), and -ed after
+    other letters than d and t ("walked"). It is wrong for some words ("idea" has three).
+    """
+    letters = word.casefold().replace("'", "")
+    silent = re.search(r"[^aeiouy]e$|[^aeiouycghsxz]es$|[^aeiouydt]ed$", letters)
+    if re.search(r"[^aeiouy]les?$", letters):
+        silent = None
+    return max(1, len(re.findall(r"[aeiouy]+", letters)) - (silent is not None))
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
 
 
 def plan_gender(settings: Settings, lines: LineDeck) -> list[Recording]:

@@ -99,10 +99,17 @@ def fetch_package(package: DebianPackage, *, cache: str | os.PathLike[str] | Non
                 if (unpacked / part).exists():
                     (target / part).parent.mkdir(parents=True, exist_ok=True)
                     (unpacked / part).replace(target / part)
+            _remove_dead_links(target)
             atomic_write_json(
                 target / _MARKER, {"deb_sha256": deb_sha256, "payload_sha256": package.payload_sha256, "name": deb.name}
             )
     return folder / package.payload
+
+
+def _remove_dead_links(folder: Path) -> None:
+    """Remove the links that lead out of what is kept: their files are in another package, or were not kept."""
+    for path in [path for path in folder.rglob("*") if path.is_symlink() and not path.exists()]:
+        path.unlink()
 
 
 def tree_sha256(folder: str | os.PathLike[str]) -> str:

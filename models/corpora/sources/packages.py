@@ -117,3 +117,67 @@ KTUBERLING = DebianPackage(
     size_mib=45,
     licence="GPL-2+",
 )
+
+
+def _drascula(package: str, language: str, deb_sha256: str, payload_sha256: str, size_mib: int) -> DebianPackage:
+    return DebianPackage(
+        name=package,
+        version="1.0+ds4-2",
+        deb_sha256=deb_sha256,
+        payload=f"usr/share/scummvm/drascula/{language}",
+        payload_sha256=payload_sha256,
+        size_mib=size_mib,
+        licence="Drascula licence (free of charge; see the copyright file)",
+    )
+
+
+# (language, package); the lines have the same names.
+DRASCULA = (
+    (
+        "English",
+        _drascula(
+            "drascula",
+            "en",
+            "ed4af8e2d41ad446e2f3b73533daa1804e2f13f62f596c0b02b8dc39544f22b4",
+            "5515b49acf1b797de4597ab71e814d0c1ce1e201f07190aa6fb171f59d84c3bc",
+            26,
+        ),
+    ),
+    (
+        "Spanish",
+        _drascula(
+            "drascula-spanish",
+            "es",
+            "87b5f12df3fcd7ca16097c802dff1ab55e40c9ebc21209fa3f031e1661b4b8e5",
+            "ded6b115142c18f9381406437ec79c0d18f0733b900ba9d134a6e8a423816da6",
+            13,
+        ),
+    ),
+)
+FILLETS_SPEECH = DebianPackage(
+    name="fillets-ng-data-cs",
+    version="1.0.1-1.1",
+    deb_sha256="3ecef99b9456f1c80c9625c6f2418642b52d58e7167a46bad7a412db17991b14",
+    payload="usr/share/games/fillets-ng/sound",
+    payload_sha256="05b89702593956ce1a2bc838d62f5cba2b20dc51ac58025e94eb8cac153565ee",
+    size_mib=38,
+    licence="GPL-2",
+)
+FILLETS_SCRIPTS = DebianPackage(
+    name="fillets-ng-data",
+    version="1.0.1-1.1",
+    deb_sha256="25de89afd8b1adf7bcace8290248a6a22c89cd42300317e69000e162c032cf84",
+    payload="usr/share/games/fillets-ng/script",
+    payload_sha256="142b758ef748c628212327a19200006ea1f8a28cad553716d3bb06c3e7efd58b",
+    size_mib=68,
+    licence="GPL-2",
+)
+HEDGEWARS = DebianPackage(
+    name="hedgewars-data",
+    version="1.0.2-6",
+    deb_sha256="722225903a72604403e6e0026e40e9a6953f47a74d94efc5f55504bc05bb4761",
+    payload="usr/share/games/hedgewars/Data/Sounds/voices",
+    payload_sha256="b4e9bb9a137740d48b5fcd2f74a37d1718074dbd45ef47dac7281023fdd0db20",
+    size_mib=139,
+    licence="GFDL-1.3",
+)

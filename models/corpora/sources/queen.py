@@ -142,16 +142,16 @@ def read_actors(path: str | os.PathLike[str] = ACTORS_FILE) -> dict[str, tuple[s
     return credited
 
 
-def voices_of(codes: Iterable[str]) -> dict[str, str]:
+def voices_of(codes: Iterable[str], path: str | os.PathLike[str] = ACTORS_FILE) -> dict[str, str]:
     """Code -> the actor who speaks it, such as "a02". Actors who share one of these characters count as one: "a04+a12".
 
     Raises:
         ValueError: the credits do not name an actor for a code.
     """
-    credited = read_actors()
+    credited = read_actors(path)
     codes = list(codes)
     if unknown := sorted(set(codes) - credited.keys()):
-        raise ValueError(f"codes: expected characters of {ACTORS_FILE.name}, got {', '.join(unknown)} as well")
+        raise ValueError(f"codes: expected characters of {Path(path).name}, got {', '.join(unknown)} as well")
     groups: list[set[str]] = []
     for code in codes:
         joined = set(credited[code]).union(*(g for g in groups if g & set(credited[code])))

@@ -10,9 +10,11 @@ import pytest
 
 from models.corpora.plans.base import SPLITS
 from models.corpora.plans.benchmark import plan_benchmark
+from models.corpora.plans.recorded import HEDGEWARS_FOLDS
 from models.corpora.recordings import Material
 from models.corpora.sources.queen import QueenLine
 from models.evaluation.predictions import Prediction, append_predictions, read_predictions, write_header
+from models.experiments import study
 from models.experiments.learning_curves import curve_rows, curve_steps
 from models.experiments.pipeline import stage_folders
 from models.experiments.study import (
@@ -25,6 +27,7 @@ from models.experiments.study import (
     chosen_teachers,
     dev_rows,
     gate_sentences,
+    healing_examples,
     in_study,
     main,
     make_stages,
@@ -36,6 +39,7 @@ from models.experiments.study import (
 from models.reporting.results_csv import rows_csv
 from models.reporting.systems import SYSTEMS as NAMES
 from tests.models.corpora.test_build import make_settings
+from tests.models.corpora.test_recorded import make_recorded_packages, use_packages
 from tests.models.corpora.test_recordings import _mp3
 
 
@@ -148,16 +152,43 @@ def test_an_actor_on_two_sides_stops_the_study():
             check_actors(parts | {name: heard(actor)})
 
 
+def test_questions_about_other_games_change_no_stage_of_e1_and_choose_nothing(tmp_path):
+    settings = EXPERIMENTS["E1"]
+    own, external = make_stages(settings, "E1"), make_stages(settings, "external")
+    assert external[: len(own)] == own
+    before, after = (stage_folders(stages, settings, tmp_path) for stages in (own, external))
+    assert before.items() <= after.items()
+    # The folders in which hours of training lie.
+    assert after["teacher"].name == "teacher-52140717ed31" and after["students_own"].name == "students_own-2556f4b6990b"
+    added = external[len(own) :]
+    assert all(stage.name.startswith("external_") for stage in added)
+    assert {name for stage in added for name in (stage.extra or {}).get("students", ())} >= {s.name for s in SYSTEMS}
+    other = dataclasses.replace(settings, fold=1)
+    elsewhere = stage_folders(make_stages(other, "external"), other, tmp_path)
+    shared = {"external_corpus", "external_features"}
+    assert shared <= {name for name in after if after[name] == elsewhere[name]}
+
+
+def test_a_student_language_model_is_healed_on_both_languages():
+    examples = healing_examples(("language", "cry"), 40)
+    assert {e.choices for e in examples} == {("English", "Spanish"), ("spoken", "wordless")}
+    assert all(e.answer in e.choices for e in examples)
+
+
 @pytest.mark.parametrize("experiment", ["E2", "E3"])
-def test_the_corpus_of_several_tasks_has_them_all_in_each_split(experiment):
+def test_the_corpus_of_several_tasks_has_them_all_in_each_split(experiment, tmp_path, monkeypatch):
     settings, mp3 = EXPERIMENTS[experiment], _mp3(1.2)
+    make_recorded_packages(tmp_path)
+    use_packages(monkeypatch, tmp_path)
     lines = [
         QueenLine(f"{code}{n}", code, f"Temple line {n} of {code}{'?' if n % 2 else '.'}", mp3)
         for code in ("FAYE", "JOE", "BOB", "ORACLE", "NAOMI", "BUD")
         for n in range(320)
     ]
     options = {"size": settings.corpus_size, "sources": settings.sources, "tasks": settings.tasks, "fold": 0}
-    planned = plan_benchmark(make_settings(**options), Material(lines=lines))
+    material = Material.gather(make_settings(**options))
+    material.lines += lines
+    planned = plan_benchmark(make_settings(**options), material)
     assert {(r.task, r.split) for r in planned} == {(task, split) for task in settings.tasks for split in SPLITS}
 
 
@@ -181,3 +212,50 @@ def test_the_whole_study_in_small_and_again_from_its_cache(tmp_path, monkeypatch
     assert main([*words, "--collect"]) == 0
     assert (tmp_path / "out" / "study.csv").read_bytes() == before
     assert "cached" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_recorded_tasks_in_small(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    make_recorded_packages(tmp_path / "packages")
+    use_packages(monkeypatch, tmp_path / "packages")
+    tasks = ("language", "speaking_rate", "cry")
+    small = {"sources": EXPERIMENTS["E2"].sources, "corpus_size": "study_tasks", "tasks": tasks, "max_clips": 6}
+    monkeypatch.setattr(study, "_SMOKE", study._SMOKE | small)
+    monkeypatch.setattr(study, "SYSTEMS", [s for s in SYSTEMS if s.name in ("caad2", "ce_true")])
+    monkeypatch.setattr(study, "POOLS", ("own", "true"))
+    assert main(["E2", "--smoke", "--teachers", "1", "--folds", "1", "--out", str(tmp_path / "out")]) == 0
+    with open(tmp_path / "out" / "study.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(r["teacher"], r["task"]) for r in rows} == {("E2-f1s0", task) for task in tasks}
+    assert {r["system"] for r in rows} == {"teacher", "teacher_cd1", "teacher_cd2", "caad2", "ce_true"}
+    _, kept = read_predictions(tmp_path / "out" / "study" / "E2-f1s0-caad2.jsonl.gz")
+    tested = {f"hedgewars-{voice}" for voice in HEDGEWARS_FOLDS[1]["test"]}
+    assert {p.actor for p in kept} <= tested | {"drascula-a03", "drascula-a04", "queen-a02", "queen-a11"}
+
+
+@pytest.mark.slow
+def test_other_games_are_asked_about_after_the_study_and_train_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    make_recorded_packages(tmp_path / "packages")
+    use_packages(monkeypatch, tmp_path / "packages")
+    monkeypatch.setattr(study, "_SMOKE", study._SMOKE | {"tasks": ("gender",), "max_clips": 24})
+    monkeypatch.setattr(study, "SYSTEMS", [s for s in SYSTEMS if s.name in ("kd", "ce_true")])
+    monkeypatch.setattr(study, "POOLS", ("own", "true"))
+    words = ["--smoke", "--teachers", "1", "--folds", "0", "--out", str(tmp_path / "out")]
+    assert main(["external", *words]) == 0
+    assert "not asked, since E1 has not finished them: students_own, students_true" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert main(["E1", *words]) == 0
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "study").glob("[!e]*/**/*") if path.is_file()}
+    for _ in range(2):  # the second time nothing is asked again
+        assert main(["external", *words]) == 0
+    assert trained == {path: path.stat().st_mtime_ns for path in trained}
+    with open(tmp_path / "out" / "study.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["teacher"].startswith("external-")]
+    assert {r["teacher"] for r in rows} == {"external-fillets-f0s0", "external-drascula-f0s0"}
+    assert {r["system"] for r in rows} == {"teacher", "teacher_cd1", "teacher_cd2", "kd", "ce_true"}
+    assert {r["task"] for r in rows} == {"gender"} and len({r["context"] for r in rows}) == 4
+    _, kept = read_predictions(tmp_path / "out" / "study" / "external-fillets-f0s0-kd.jsonl.gz")
+    assert {p.actor for p in kept} <= {"fillets-m", "fillets-v"} and kept

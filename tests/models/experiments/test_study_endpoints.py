@@ -62,9 +62,10 @@ def test_one_actor_cannot_carry_a_claim():
 
 def test_a_tuned_system_is_tested_on_actors_that_did_not_tune_it(tmp_path):
     """E5 chooses on a05 and a06. The tuned student is right on them alone, which must not count."""
+    chose = ("queen-a05", "queen-a06")
     for system in ("caad2", "kd", "kd_tuned"):
-        rights = (lambda a, k: 5) if system == "caad2" else (lambda a, k: 10 if a in ("a05", "a06") else 3)
-        pack_predictions(tmp_path / f"f2s0-{system}.jsonl.gz", {}, answers(rights, actors=("a05", "a06", "a09")))
+        rights = (lambda a, k: 5) if system == "caad2" else (lambda a, k: 10 if a in chose else 3)
+        pack_predictions(tmp_path / f"f2s0-{system}.jsonl.gz", {}, answers(rights, actors=(*chose, "queen-a09")))
     tuned, plain = (endpoints(tmp_path, second=second)[0] for second in ("kd_tuned", "kd"))
     assert (tuned.actors, plain.actors) == (1, 3)
     assert tuned.difference == pytest.approx(0.2) and plain.difference == pytest.approx((0.2 - 0.5 - 0.5) / 3)

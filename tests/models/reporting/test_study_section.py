@@ -220,6 +220,12 @@ def test_curves_over_steps_and_tries_stand_apart_from_the_results(tmp_path):
         stored_sections(tmp_path)
 
 
+def test_questions_about_other_games_do_not_count_in_the_study(tmp_path):
+    elsewhere = [{**row, "teacher": f"external-fillets-{row['teacher']}", "accuracy": 0.1} for row in study()]
+    alone, beside = (stored_sections(write_study(tmp_path, rows)).sections[0] for rows in (study(), [*elsewhere, *study()]))
+    assert [b.rows for b in alone.blocks if isinstance(b, Table)] == [b.rows for b in beside.blocks if isinstance(b, Table)]
+
+
 def test_no_table_has_more_columns_than_fit(tmp_path):
     write_study(tmp_path, study(tasks=[f"task_{n:02}" for n in range(13)], systems=("kd", "caad2")))
     blocks = [b for b in stored_sections(tmp_path).sections[0].blocks if isinstance(b, Table)]
