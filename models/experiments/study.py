@@ -82,6 +82,7 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "teacher", "fold", "seed", "system", "task", "category", "context", "accuracy", "items", "commit", "date",
 )  # fmt: skip
+GATE_COLUMNS = ("teacher", "task", "heard", "shift", "in_study", "commit", "date")
 CONTEXTS = {"neutral": "none", "aligned": "faithful", "conflict": "adversarial", "irrelevant": "irrelevant"}
 TEACHER_ALPHAS = (None, 1.0, 2.0)
 # How the teacher reads the prompts of a pool, where it differs from the student: models.corpora.hearing.Hearing.
@@ -661,7 +662,7 @@ def table_rows(settings: StudySettings, found: Mapping[str, Sequence[Any]], *, p
     """The rows of study.csv of one teacher: accuracy by system, task and context."""
     from models.data.prompts import TASKS
 
-    origin = {"commit": source_commit("models", "kdkernels", "csrc"), "date": datetime.date.today().isoformat()}
+    origin = _origin()
     rows = []
     for system, predictions in found.items():
         for task in dict.fromkeys(p.task for p in predictions):
@@ -678,22 +679,35 @@ def table_rows(settings: StudySettings, found: Mapping[str, Sequence[Any]], *, p
     return rows
 
 
-def merge_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Add rows to the CSV, which keeps its other rows. An equal result keeps its commit and date. Returns the number of rows."""
+def _origin() -> dict[str, str]:
+    """Commit and date of a row."""
+    return {"commit": source_commit("models", "kdkernels", "csrc"), "date": datetime.date.today().isoformat()}
 
-    def key(row: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in ("teacher", "system", "task", "context"))
 
+def merge_rows(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    columns: Sequence[str] = COLUMNS,
+    keys: Sequence[str] = ("teacher", "system", "task", "context"),
+    values: Sequence[str] = ("accuracy", "items"),
+) -> int:
+    """Add rows to the CSV, which keeps its other rows. An equal result keeps its commit and date. Returns the number of rows.
+
+    Args:
+        keys: the columns that say which row of the file a row replaces.
+        values: the columns that make the result.
+    """
     held: dict[tuple[str, ...], Mapping[str, Any]] = {}
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
-            held = {key(row): row for row in csv.DictReader(file)}
+            held = {tuple(row[name] for name in keys): row for row in csv.DictReader(file)}
     for row in rows:
-        old = held.get(key(row))
-        if old is None or [str(old[name]) for name in ("accuracy", "items")] != [str(row[n]) for n in ("accuracy", "items")]:
-            held[key(row)] = row
+        key = tuple(str(row[name]) for name in keys)
+        if key not in held or any(held[key][name] != str(row[name]) for name in values):
+            held[key] = row
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(held[name] for name in sorted(held, key=lambda k: k[0]))
     atomic_write_text(path, text.getvalue())
@@ -746,6 +760,17 @@ def gate_sentences(settings: StudySettings, gate: Mapping[str, Any]) -> list[str
             f"{settings.teacher}, {task}: dev without a hint {seen['heard']:.1%}, Shift {seen['shift']:.1%}; {verdict}"
         )
     return sentences
+
+
+def gate_rows(settings: StudySettings, gate: Mapping[str, Any], *, prefix: str = "") -> list[dict[str, Any]]:
+    """The rows of study_gate.csv of one teacher: what it hears on dev, its Shift there, and whether the task is in the study."""
+    return [
+        {
+            "teacher": prefix + settings.teacher, "task": task, "heard": f"{seen['heard']:.4f}", "shift": f"{seen['shift']:.4f}",
+            "in_study": "yes" if task in in_study(gate) else "no", **_origin(),
+        }
+        for task, seen in gate["tasks"].items()
+    ]  # fmt: skip
 
 
 def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -884,6 +909,11 @@ def _save(
     found = finished(settings, stages, root)
     gate = read_done(stage_folders(stages, settings, root)["gate"])
     if gate is not None and not arguments.fast_smoke:
+        for folder in targets:
+            rows = gate_rows(settings, gate["result"], prefix=_prefix(experiment))
+            merge_rows(
+                folder / "study_gate.csv", rows, columns=GATE_COLUMNS, keys=("teacher", "task"), values=("heard", "shift")
+            )
         kept = in_study(gate["result"])
         found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
         found = {system: own for system, own in found.items() if own}

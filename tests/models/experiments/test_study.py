@@ -22,10 +22,12 @@ from models.experiments.study import (
     AXES_PAIRS,
     COLUMNS,
     EXPERIMENTS,
+    GATE_COLUMNS,
     SYSTEMS,
     check_actors,
     chosen_teachers,
     dev_rows,
+    gate_rows,
     gate_sentences,
     healing_examples,
     in_study,
@@ -133,12 +135,22 @@ def test_every_system_has_a_name_for_readers():
     assert {system.name for system in (*SYSTEMS, *AXES)} <= set(NAMES)
 
 
-def test_the_gate_names_what_is_missing():
+def test_the_gate_names_what_is_missing(tmp_path):
     seen = {"gender": {"heard": 0.9, "shift": 0.3}, "noise": {"heard": 0.7, "shift": 0.02}}
     said = gate_sentences(EXPERIMENTS["E1"], {"tasks": seen})
     assert said[0].endswith("dev without a hint 90.0%, Shift 30.0%; in the study")
     assert in_study({"tasks": seen}) == {"gender"}
     assert said[1].endswith("NOT in the study: it hears less than 80%, Shift below 10%")
+    rows = gate_rows(EXPERIMENTS["E1"], {"tasks": seen}, prefix="E2-")
+    assert [tuple(row[name] for name in GATE_COLUMNS[:5]) for row in rows] == [
+        ("E2-f0s0", "gender", "0.9000", "0.3000", "yes"),
+        ("E2-f0s0", "noise", "0.7000", "0.0200", "no"),
+    ]
+    path = tmp_path / "study_gate.csv"
+    options = {"columns": GATE_COLUMNS, "keys": ("teacher", "task"), "values": ("heard", "shift")}
+    assert merge_rows(path, [rows[0] | {"commit": "old"}], **options) == 1 and merge_rows(path, rows, **options) == 2
+    with open(path, newline="") as file:
+        assert [row["commit"] for row in csv.DictReader(file)] == ["old", rows[1]["commit"]]
 
 
 def test_an_actor_on_two_sides_stops_the_study():
