@@ -7,6 +7,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/row_problem.h"
+#include "cpu/team.h"
 
 namespace py = pybind11;
 using namespace kdkernels;
@@ -116,6 +117,7 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("item_step", &Bf16Gemm::item_step)
       .def_readwrite("column_factor", &Bf16Gemm::column_factor)
       .def_readwrite("threads", &Bf16Gemm::threads);
+  m.def("uses_openmp", [] { return openmp_team() != nullptr; }, "Whether rows go to the OpenMP threads of PyTorch.");
   m.attr("ITEM_GROUP") = ITEM_GROUP;
   m.attr("ITEM_NORM") = ITEM_NORM;
   m.def("gemm_bf16", &gemm_bf16, py::arg("problem"), py::call_guard<py::gil_scoped_release>());

@@ -1,5 +1,4 @@
-// Splits rows over threads. Each call starts its own threads: a call takes milliseconds, and a start takes tens of microseconds.
-// A pool would break in a forked child, and data loaders fork.
+// Splits rows over threads: those of PyTorch's OpenMP where it has some (team.h), else threads that the call starts itself.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +8,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "team.h"
 
 namespace kdkernels {
 namespace {
@@ -36,14 +37,27 @@ void parallel_rows(std::int64_t rows, std::int64_t width, int threads, Work work
       errors[std::size_t(i)] = std::current_exception();
     }
   };
-  std::vector<std::thread> helpers;
-  try {
-    for (int i = 1; i < count; ++i) helpers.emplace_back(guarded, i);
-  } catch (const std::system_error&) {
-    // The system gives no more threads (a process limit). The threads that started, and this one, take the rows.
+  using Guarded = decltype(guarded);
+  struct Team {
+    Guarded& member;
+    std::atomic<int> number{0};
+  } team{guarded};
+  auto join = [](void* data) {
+    auto* own = static_cast<Team*>(data);
+    own->member(own->number.fetch_add(1, std::memory_order_relaxed));
+  };
+  if (const TeamRunner run = openmp_team()) {
+    run(+join, &team, unsigned(count), 0u);
+  } else {
+    std::vector<std::thread> helpers;
+    try {
+      for (int i = 1; i < count; ++i) helpers.emplace_back(join, &team);
+    } catch (const std::system_error&) {
+      // The system gives no more threads (a process limit). The threads that started, and this one, take the rows.
+    }
+    join(&team);
+    for (auto& t : helpers) t.join();
   }
-  guarded(0);
-  for (auto& t : helpers) t.join();
   for (auto& e : errors)
     if (e) std::rethrow_exception(e);
 }
