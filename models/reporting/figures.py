@@ -285,8 +285,7 @@ def draw_frontier(
     handles: dict[str, Any] = {}
     for system, (x, y) in points.items():
         look = palette(system)
-        size, numbered = (3.5, system in others) if system in others else (7, False)
-        marker = "o" if numbered else look.marker
+        marker, size = ("o", 3.5) if system in others else (look.marker, 7)
         (handles[system],) = axes.plot([x], [y], color=look.colour, marker=marker, markersize=size, linestyle="none")
     axes.margins(0.1)
     axes.set_xlabel(xlabel)
