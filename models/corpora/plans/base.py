@@ -298,6 +298,14 @@ def without_leaks(recordings: list[_Said]) -> list[_Said]:
     return [recording for recording in recordings if text_key(recording.text) not in forbidden[recording.split]]
 
 
+def too_few(settings: Settings, things: str) -> ValueError:
+    """The error for a size that needs more `things` than there are."""
+    return ValueError(
+        f"size: expected a smaller one than {settings.size!r}, or other sources than {', '.join(settings.sources)}: "
+        f"there are too few {things}"
+    )
+
+
 class SentenceDeck:
     """Made-up sentences for the synthetic clips. Each is dealt once, so no two splits have the same sentence."""
 
@@ -305,10 +313,14 @@ class SentenceDeck:
         words = [(s, v, o, p) for s in SUBJECTS for v in VERBS for o in OBJECTS for p in PLACES]
         order = settings.rng("sentences").permutation(len(words))
         self._deck = iter([words[index] for index in order])
+        self._settings = settings
 
     def deal(self) -> tuple[str, str]:
-        """The next sentence, and the object that it names."""
-        subject, verb, thing, place = next(self._deck)
+        """The next sentence, and the object that it names. Raises ValueError where none is left."""
+        dealt = next(self._deck, None)
+        if dealt is None:
+            raise too_few(self._settings, "made-up sentences")
+        subject, verb, thing, place = dealt
         return f"The {subject} {verb} the {thing} {place}.", thing
 
 

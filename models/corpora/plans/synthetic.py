@@ -21,6 +21,7 @@ from models.corpora.plans.base import (
     any_voice,
     espeak_recording,
     pick,
+    too_few,
     with_draws,
 )
 
@@ -66,7 +67,10 @@ def _plan_meaning(
     planned = []
     for split, count in zip(SPLITS, SIZES[settings.size].others, strict=True):
         for number in range(count // len(phrases)):
-            carrier = carriers[next(order)]  # every label has it, so it tells nothing
+            index = next(order, None)
+            if index is None:
+                raise too_few(settings, f"made-up sentences for the task {task}")
+            carrier = carriers[index]  # every label has it, so it tells nothing
             for label, ends in phrases.items():
                 rng = settings.rng(task, split, label, str(number))
                 text = f"{carrier} {ends[number % len(ends)]}."

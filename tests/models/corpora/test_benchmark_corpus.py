@@ -244,6 +244,13 @@ def test_without_recordings_espeak_speaks_the_lines_and_language_is_gone(monkeyp
     assert not voices["train"] & voices["test"] and not voices["dev"] & (voices["train"] | voices["test"])
 
 
+def test_a_size_that_needs_more_sentences_than_there_are_says_so(tmp_path):
+    expected = "size: expected a smaller one than 'study_sources', or other sources than espeak: there are too few made-up"
+    with pytest.raises(ValueError, match=expected):
+        build_corpus(tmp_path, size="study_sources", sources=("espeak",), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_missing_prompt_package_takes_the_language_task_along(packages, monkeypatch):
     def fetch(package):
         if package.name.endswith("-fr-wav"):
