@@ -68,6 +68,26 @@ PYBIND11_MODULE(_native, m) {
       py::arg("rows"), py::arg("target"), py::arg("vocab"), py::arg("ignore_index"), py::arg("kd_share"), py::arg("ce_share"),
       py::arg("kd_norm"), py::arg("ce_norm"), py::arg("kd_coef"), py::arg("ce_coef"));
 
+  // By position, since each field of a RowProblem that Python sets costs time in every call.
+  m.def(
+      "plain_rows",
+      [](const RowTensor& student, const RowTensor& audio, const RowTensor& text, const RowTensor& grad, std::uintptr_t target,
+         std::uintptr_t loss, std::int64_t outer, std::int64_t inner, std::int64_t vocab, std::int64_t student_width, float alpha,
+         float temperature, Divergence divergence, float jsd_beta, bool has_plausibility, float log_plausibility,
+         std::int64_t ignore_index, bool with_kd, bool with_ce, float kd_share, float ce_share, float kd_norm, float ce_norm,
+         int threads, const char* isa) {
+        RowProblem p;
+        p.student = student, p.audio = audio, p.text = text, p.grad = grad, p.target = target, p.loss = loss;
+        p.outer = outer, p.inner = inner, p.vocab = vocab, p.student_width = student_width;
+        p.temperature = temperature, p.divergence = divergence, p.jsd_beta = jsd_beta;
+        p.has_plausibility = has_plausibility, p.log_plausibility = log_plausibility;
+        p.ignore_index = ignore_index, p.with_kd = with_kd, p.with_ce = with_ce, p.threads = threads;
+        TokenFactors f;
+        f.kd_share = kd_share, f.ce_share = ce_share, f.kd_norm = kd_norm, f.ce_norm = ce_norm;
+        return plain_rows(p, f, alpha, isa);
+      },
+      py::call_guard<py::gil_scoped_release>());
+
 #define FIELD(name) .def_readwrite(#name, &LayerProblem::name)
   py::class_<LayerProblem>(m, "LayerProblem")
       .def(py::init<>()) FIELD(rows) FIELD(width) FIELD(u) FIELD(v) FIELD(text) FIELD(grad_u) FIELD(grad_v) FIELD(valid) FIELD(alpha)

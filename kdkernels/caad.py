@@ -7,6 +7,7 @@ H_s / H_t hidden widths.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .checks import check_device, check_head, check_leading, check_shape, check_tensor, check_text_path, is_dtensor
 from .loss_options import LinearLossOptions, LossOptions
-from .loss_terms import LossTerms, accumulation_dtype, as_autocast
+from .loss_terms import LossTerms, accumulation_dtype, as_autocast, plain_terms
 from .ops import reference as _reference
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
@@ -149,24 +150,34 @@ def _loss_of_logits(
 ) -> Tensor | tuple[Tensor, CAADStats]:
     _check_logits(student, audio, text)
     dtypes = [x.dtype for x in (student, audio, text) if x is not None]
+    chosen = choose_for("fused_caad_loss", options.impl, student.device, dtypes)
+    audio, text = audio.detach(), None if text is None else text.detach()
+    widths, want_stats = (student.shape[-1], audio.shape[-1]), options.return_stats
+    want_grad = student.requires_grad and torch.is_grad_enabled()
+    consumed = options.inplace and want_grad and not torch.compiler.is_compiling() and _may_overwrite(student)
+    directly = chosen != "reference" and not consumed and _schema.runs_directly(student, audio, text, target)
+    if directly and chosen == "cpu" and not want_stats and student.dtype != torch.float16:  # whose gradient has a gain
+        plain = plain_terms(options, target, leading=student.shape[:-1], device=student.device, widths=widths)
+        if plain is not None:
+            _schema.refuse_forward_mode(student)
+            logits = (student.detach(), audio, text)
+            solve = partial(_schema.solve_plain_rows, [x if x is None else _three_dimensional(x) for x in logits], plain)
+            return _schema.direct_rows(student, solve)[0]
     terms = LossTerms.build(
         options,
         target,
         leading=student.shape[:-1],
         device=student.device,
         dtype=accumulation_dtype(dtypes),
-        widths=(student.shape[-1], audio.shape[-1]),
+        widths=widths,
     )
-    chosen = choose_for("fused_caad_loss", options.impl, student.device, dtypes)
-    audio, text = audio.detach(), None if text is None else text.detach()
-    spec, want_stats = terms.spec, options.return_stats
+    spec = terms.spec
     if chosen == "reference":
         rows = _reference.caad_rows(
             student, audio, text, terms.target, terms.alpha, spec, want_stats=want_stats, counts=terms.counts
         )
         return _for_caller(terms, *terms.weigh_reference(rows), want_stats)
     _schema.refuse_forward_mode(student)
-    want_grad = student.requires_grad and torch.is_grad_enabled()
     tail = (
         _three_dimensional(audio),
         None if text is None else _three_dimensional(text),
@@ -176,13 +187,14 @@ def _loss_of_logits(
         terms.ce_coef,
     )
     stats: Tensor | None
-    if options.inplace and want_grad and not torch.compiler.is_compiling() and _may_overwrite(student):
+    if consumed:
         terms.check()
         loss, stats = _schema.consume_rows(student, _three_dimensional, *tail, spec, want_stats, chosen)
-    elif _schema.runs_directly(student, audio, text):
+    elif directly:
         terms.check()
         problem = RowProblem(_three_dimensional(student.detach()), *tail, spec, None, want_stats)
-        loss, stats = _schema.direct_rows(student, problem, chosen, reduced=terms.reduced)
+        solve = partial(_schema.solve_new_rows, problem, impl=chosen, reduced=terms.reduced)
+        loss, stats = _schema.direct_rows(student, solve)
     else:
         loss, _, stats, _ = _schema.differentiable(
             _schema.caad_rows, _three_dimensional(student), *tail, *spec.packed(), want_grad, want_stats, chosen
@@ -300,11 +312,12 @@ def fused_linear_caad_loss(
             weights, such as float16 beside bfloat16, is made from float32 and rounded, which takes longer than float32 logits.
         round_contrast: for bfloat16 weights (on CUDA also float16) whose two teacher paths collapse. True: their contrast is
             rounded once to the weights' dtype. False: it is the sum of two such tensors, which takes two products with the
-            teacher's head. On CPUs with AVX-512 BF16 the second one is made of bytes and takes half the time. The rounding to
-            bfloat16 adds an error of about 0.17% of size / (temperature sqrt(2 KL)) to the gradient, with KL in nats. The size is
-            sqrt(sum_j c_j^2 Var_p(w_j)) of the contrast c and the head's columns w_j, about the standard deviation of z_hat over
-            the ids. That is below 0.6% far from convergence, and often above 3% near it. It has no effect on logits of the
-            weights' dtype, where no logits are stored, and with impl="reference".
+            teacher's head. On CPUs with AVX-512 BF16, from 32 tokens on, the sum and the head become 16-bit integers, and one
+            product takes the place of two. The rounding to bfloat16 adds an error of about 0.17% of size / (temperature sqrt(2
+            KL)) to the gradient, with KL in nats. The size is sqrt(sum_j c_j^2 Var_p(w_j)) of the contrast c and the head's
+            columns w_j, about the standard deviation of z_hat over the ids. That is below 0.6% far from convergence, and often
+            above 3% near it. It has no effect on logits of the weights' dtype, where no logits are stored, and with
+            impl="reference".
         process_group: a ProcessGroup or a one-dimensional DeviceMesh makes the loss vocabulary-parallel. Weights and biases
             are then this rank's rows of the vocabulary, in rank order. Student and teacher shards start at the same ids; their
             sizes may differ (``kdkernels.parallel.vocabulary_rows`` cuts them). DTensors with placements (Shard(0),) need no

@@ -18,7 +18,7 @@ from .loss_terms import accumulation_dtype, alpha_tensor, looked_at
 from .ops import layers as _layers
 from .ops.dispatch import choose_for
 from .ops.rows import scalar
-from .ops.schema import check_values, refuse_forward_mode
+from .ops.schema import check_values, differentiable, refuse_forward_mode
 
 DIRECTIONS = ("student_to_teacher", "teacher_to_student")
 LAYER_MAPS = ("top", "skip", "all")
@@ -152,9 +152,9 @@ def fused_layer_mse_loss(
             grads = [enabled and s.requires_grad, enabled and p is not None and p.requires_grad]
             if reduction == "none" and grads[1]:
                 grads = [False, False]  # the backward runs the chunks with each token's own factor
-            loss, _, _ = _layers.layer_mse(
-                hidden, audio, text, None if p is None else _dense(p), valid, alphas, coef, project_teacher, normalize,
-                reduction != "none", *grads, chosen,
+            loss, _, _ = differentiable(
+                _layers.layer_mse, hidden, audio, text, None if p is None else _dense(p), valid, alphas, coef, project_teacher,
+                normalize, reduction != "none", *grads, chosen,
             )  # fmt: skip
         total = total + loss
     return total.reshape(leading) if reduction == "none" else total

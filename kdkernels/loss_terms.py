@@ -16,7 +16,7 @@ from .checks import check_shape, check_tensor
 from .loss_options import LossOptions, check_not_negative
 from .ops import native
 from .ops.dispatch import checks_enabled
-from .ops.rows import RowResult, RowSpec, filled, scalar
+from .ops.rows import PlainTerms, RowResult, RowSpec, filled, scalar
 from .ops.schema import all_stats, check_values, runs_directly, weighted
 
 _NO_TARGET = -100  # the ignored id where a mask alone says which positions count
@@ -99,6 +99,22 @@ class LossTerms(NamedTuple):
         return loss, loss if result.stats is None else all_stats(result)
 
 
+def plain_terms(
+    options: LossOptions, target: Tensor | None, *, leading: torch.Size, device: torch.device, widths: tuple[int, ...]
+) -> PlainTerms | None:
+    """The terms of a loss that is summed over tokens which are all alike. None where the options ask for more.
+
+    Raises as :meth:`LossTerms.build`.
+    """
+    has_target = target is not None
+    alike = _alike(options, has_target)
+    if alike is None or isinstance(options.alpha, Tensor) or options.mask is not None or options.reduction == "none":
+        return None
+    spec = options.row_spec(valid_ids(options.vocab_size, widths), has_target=has_target)
+    flat = None if target is None else _flat_target(target, leading, device)
+    return PlainTerms(spec, flat, float(options.alpha), *alike)
+
+
 def valid_ids(vocab_size: int | None, widths: tuple[int, ...]) -> int:
     vocab = min(widths)
     if vocab_size is not None:
@@ -167,14 +183,24 @@ def _native_coefficients(
     """
     if device.type != "cpu" or dtype != torch.float32 or spec.vocab < 1 or not runs_directly(target) or not native.available():
         return None
+    alike = _alike(options, has_target)
+    if alike is None:
+        return None
+    shares, norms = alike
+    return native.token_factors(target, rows, spec.vocab, spec.ignore_index, shares, *norms)
+
+
+def _alike(options: LossOptions, has_target: bool) -> tuple[tuple[float, float], tuple[float | None, float | None]] | None:
+    """(shares of kd and ce, their norms; None: the number of tokens that count) where the tokens that count have equal factors.
+
+    None where tokens have weights or a norm is a tensor.
+    """
     kd_norm, ce_norm = options.kd_normalizer, options.ce_normalizer
-    given = (options.kd_token_weight, options.ce_token_weight, kd_norm, ce_norm)
-    if any(isinstance(x, Tensor) for x in given):
+    if any(isinstance(x, Tensor) for x in (options.kd_token_weight, options.ce_token_weight, kd_norm, ce_norm)):
         return None
     usual = None if options.reduction == "mean" else 1.0
-    norms = tuple(usual if x is None else float(x) for x in (kd_norm, ce_norm))
     share = float(options.kd_share(has_target=has_target))
-    return native.token_factors(target, rows, spec.vocab, spec.ignore_index, (share, 1.0 - share), *norms)
+    return (share, 1.0 - share), (usual if kd_norm is None else float(kd_norm), usual if ce_norm is None else float(ce_norm))
 
 
 def _coefficients(

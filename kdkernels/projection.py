@@ -403,8 +403,9 @@ def fused_linear_projected_loss(
             chunk_tokens, workspace_bytes, terms.reduced, torch.is_grad_enabled() and hidden.requires_grad, False, False,
             return_stats, options.chunking[0], chosen,
         )  # fmt: skip
-        loss, _, _, _, stats, _ = _projection.linear_projected(
-            *student, *projected, terms.target, terms.kd_coef, terms.ce_coef, *terms.spec.packed(), *wanted.packed()
+        numbers = (*terms.spec.packed(), *wanted.packed())
+        loss, _, _, _, stats, _ = _schema.differentiable(
+            _projection.linear_projected, *student, *projected, terms.target, terms.kd_coef, terms.ce_coef, *numbers
         )
     loss = terms.shaped(loss)
     if not return_stats:

@@ -1,5 +1,6 @@
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "row_problem.h"
 
@@ -76,6 +77,25 @@ std::int64_t token_factors(const TokenFactors& p) {
 }
 
 void caad_rows(const RowProblem& problem, const char* isa) { find(isa).rows(problem); }
+
+std::int64_t plain_rows(RowProblem rows, TokenFactors factors, float alpha, const char* isa) {
+  const std::int64_t n = rows.outer * rows.inner;
+  std::vector<float> scratch(4 * n);
+  auto part = [&](int i) { return reinterpret_cast<std::uintptr_t>(scratch.data() + i * n); };
+  factors.rows = n;
+  factors.vocab = rows.vocab;
+  factors.ignore_index = rows.ignore_index;
+  factors.target = rows.target;
+  factors.kd_coef = rows.kd_coef = part(0);
+  factors.ce_coef = rows.ce_coef = part(1);
+  rows.kd = part(2);
+  rows.ce = part(3);
+  rows.alpha = reinterpret_cast<std::uintptr_t>(&alpha);
+  const std::int64_t bad = token_factors(factors);
+  if (!bad) caad_rows(rows, isa);
+  return bad;
+}
+
 void layer_rows(const LayerProblem& problem, const char* isa) { find(isa).layers(problem); }
 void mix_rows(const MixProblem& problem, const char* isa) { find(isa).mix(problem); }
 void projected_rows(const ProjectedProblem& problem, const char* isa) { find(isa).projected(problem); }

@@ -58,6 +58,11 @@ struct TokenFactors {
 // Returns the number of bad ids.
 std::int64_t token_factors(const TokenFactors& problem);
 
+// token_factors and caad_rows in one call: for few tokens each call from Python takes as long as many rows. `rows` has no addresses
+// but those of logits, gradient, target and loss; the others are scratch of this call. Returns the number of bad ids. With one
+// nothing is computed.
+std::int64_t plain_rows(RowProblem rows, TokenFactors factors, float alpha, const char* isa);
+
 // Squared errors of rows (N, width). kdkernels/ops/layer_rows.py says what each field means.
 struct LayerProblem {
   std::int64_t rows = 0, width = 0;

@@ -32,7 +32,7 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .schema import _scaled, half_gain, refuse_second_derivative, without_gradients
+from .schema import _scaled, half_gain, refuse_second_derivative, register_formulas, without_gradients
 
 # Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504. Differences of
 # unit vectors are small, and they are divided by the vector's length.
@@ -295,7 +295,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tuple[Ten
     return tuple(grads)
 
 
-layer_mse.register_autograd(_backward, setup_context=_setup)
+register_formulas(layer_mse, _setup, _backward)
 
 
 def reference_layer_mse(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .rows import RowProblem, RowResult, RowSpec, row_launcher_of
+from .rows import DIVERGENCES, PlainTerms, RowProblem, RowResult, RowSpec, row_launcher_of
 from .shards import STAT_SUMS, SUMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,9 +131,46 @@ def token_factors(
     return None if found else (kd_coef, ce_coef)
 
 
-def _row_tensor(x: torch.Tensor) -> Any:
+def plain_rows(
+    student: torch.Tensor,
+    audio: torch.Tensor,
+    text: torch.Tensor | None,
+    terms: PlainTerms,
+    *,
+    grad: torch.Tensor | None,
+) -> tuple[torch.Tensor, int]:
+    """(loss per token (N,) float32, number of ids outside [0, vocab)): :func:`token_factors` and the rows in one call.
+
+    With such an id neither the loss nor the gradient is written. The logits are those of :class:`RowProblem`.
+    """
+    lib, (outer, inner, width), (spec, target, alpha, shares, norms) = load_library(), student.shape, terms
+    loss = torch.empty(outer * inner, dtype=torch.float32, device="cpu")
+    bad = lib.plain_rows(
+        _row_tensor(student), _row_tensor(audio), _row_tensor(text), _row_tensor(grad),
+        0 if target is None else target.data_ptr(), loss.data_ptr(), outer, inner, spec.vocab, width, alpha, spec.temperature,
+        _divergences()[spec.divergence], spec.jsd_beta, spec.plausibility is not None, spec.log_plausibility, spec.ignore_index,
+        spec.with_kd, spec.with_ce, *shares, *(-1.0 if norm is None else norm for norm in norms), torch.get_num_threads(),
+        instruction_set(),
+    )  # fmt: skip
+    return loss, bad
+
+
+def _row_tensor(x: torch.Tensor | None) -> Any:
+    if x is None:
+        return _no_rows()
     outer, inner, *_ = x.stride()
     return load_library().RowTensor(x.data_ptr(), _codes()[x.dtype], outer, inner)
+
+
+@functools.cache
+def _no_rows() -> Any:
+    return load_library().RowTensor(0, load_library().DType.f32, 0, 0)
+
+
+@functools.cache
+def _divergences() -> dict[str, Any]:
+    """The library's codes of the divergences."""
+    return {name: getattr(load_library().Divergence, name) for name in DIVERGENCES}
 
 
 @functools.cache
@@ -160,7 +197,7 @@ def _teacher_problem(
         p.target = target.data_ptr()
     p.temperature = spec.temperature
     if spec.divergence != "forward_kl":
-        p.divergence, p.jsd_beta = getattr(lib.Divergence, spec.divergence), spec.jsd_beta
+        p.divergence, p.jsd_beta = _divergences()[spec.divergence], spec.jsd_beta
     if spec.plausibility is not None:
         p.has_plausibility, p.log_plausibility = True, spec.log_plausibility
     p.ignore_index = spec.ignore_index

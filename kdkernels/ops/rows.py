@@ -189,6 +189,19 @@ class RowProblem(NamedTuple):
         return RowResult.empty(self.rows, len(STAT_NAMES) if self.want_stats else 0, self.student.device)
 
 
+class PlainTerms(NamedTuple):
+    """The terms of a loss that is summed over tokens which all have the same alpha and factors. Most calls are such.
+
+    The native library takes them in one call. The operations of torch that this saves take as long as the rows of few tokens.
+    """
+
+    spec: RowSpec
+    target: torch.Tensor | None  # (N,) int64, contiguous
+    alpha: float
+    shares: tuple[float, float]  # of kd and ce: d loss / d kd_i is share / norm, and 0 at an ignored position
+    norms: tuple[float | None, float | None]  # None: the number of positions that count; 0: the factor is 0
+
+
 class RowLauncher(Protocol):
     """``caad_rows`` of a backend; :class:`RowProblem` says what the arguments are."""
 

@@ -19,10 +19,11 @@ from torch import Tensor, library
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from . import native
 from .chunking import NO_LOGITS, choose_path
 from .dispatch import checks_enabled, overlap_wanted, row_launcher
 from .linear import LinearResult, linear_caad_chunks, summed_rows_for, survivors_launcher
-from .rows import STAT_NAMES, LinearTensors, RowProblem, RowResult, RowSpec
+from .rows import STAT_NAMES, LinearTensors, PlainTerms, RowProblem, RowResult, RowSpec
 
 _N_STATS = 2 + len(STAT_NAMES)  # kd, ce, then STAT_NAMES
 _LINEAR_TENSORS = len(LinearTensors._fields) + 4  # and target, alpha, kd_coef, ce_coef
@@ -205,14 +206,30 @@ def caad_rows(
     )
 
 
-def solve_new_rows(
-    problem: RowProblem, want_grad: bool, impl: str
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(loss per token, gradient in new memory or None, statistics or None, half_gain), see :func:`solve_rows`."""
+# (loss per token or its sum, gradient in new memory or None, statistics or None, half_gain), see solve_rows
+_Solved = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def solve_new_rows(problem: RowProblem, want_grad: bool, impl: str, reduced: bool = False) -> _Solved:
+    """See :func:`solve_rows`; ``problem`` has no gradient yet, and its values are checked."""
     student = problem.student
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else None
     loss, stats, gain = solve_rows(problem._replace(grad=grad), impl)
-    return loss, grad, stats, gain
+    return loss.sum() if reduced else loss, grad, stats, gain
+
+
+def solve_plain_rows(logits: Sequence[Tensor | None], terms: PlainTerms, want_grad: bool) -> _Solved:
+    """The same in one call of the native library, from student, audio and text of a :class:`RowProblem`. No gradient of float16.
+
+    Raises ValueError for a target outside [0, vocab).
+    """
+    student, audio, text = (x if x is None else _as_rows(x) for x in logits)
+    assert student is not None and audio is not None
+    grad = torch.empty(student.shape, dtype=student.dtype, device="cpu") if want_grad else None
+    loss, bad = native.plain_rows(student, audio, text, terms, grad=grad)
+    if bad:
+        check_values(terms.target, torch.tensor([terms.alpha]), terms.spec.vocab, terms.spec.ignore_index)
+    return loss.sum(), grad, None, None
 
 
 def solve_rows(problem: RowProblem, impl: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -277,8 +294,18 @@ def _rows_backward(ctx: Any, grad_loss: Tensor, *_others: Tensor | None) -> tupl
     return _scaled(grad, factor), *[None] * (ctx.inputs - 1)
 
 
-caad_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
-_FORMULAS: dict[Any, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]] = {caad_rows: (_rows_setup, _rows_backward)}
+_FORMULAS: dict[Any, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]] = {}  # of each operator
+
+
+def register_formulas(
+    op: library.CustomOpDef, setup: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+) -> None:
+    """The autograd of an operator: for torch's dispatcher, and for :func:`differentiable`, which leaves that out."""
+    op.register_autograd(backward, setup_context=setup)
+    _FORMULAS[op] = setup, backward
+
+
+register_formulas(caad_rows, _rows_setup, _rows_backward)
 
 
 def runs_directly(*inputs: Any) -> bool:
@@ -339,15 +366,14 @@ class DirectRows(torch.autograd.Function):
     """See :func:`direct_rows`. Few arguments: autograd looks at each one in Python."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, problem: RowProblem, impl: str, reduced: bool) -> tuple[Tensor, Tensor | None]:
-        """``problem``: its student is without a history."""
-        loss, grad, stats, ctx.gain = solve_new_rows(problem, True, impl)
+    def forward(ctx: Any, student: Tensor, solve: Callable[[bool], _Solved]) -> tuple[Tensor, Tensor | None]:
+        loss, grad, stats, ctx.gain = solve(True)
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad)
         ctx.shape = student.shape
-        return loss.sum() if reduced else loss, stats
+        return loss, stats
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -355,18 +381,18 @@ class DirectRows(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         factor = grad_loss if ctx.gain is None else grad_loss / ctx.gain
         factor = factor.reshape(grad.shape[:2]) if factor.dim() else factor
-        return _scaled(grad, factor).view(ctx.shape), None, None, None
+        return _scaled(grad, factor).view(ctx.shape), None
 
 
-def direct_rows(student: Tensor, problem: RowProblem, impl: str, *, reduced: bool) -> tuple[Tensor, Tensor | None]:
+def direct_rows(student: Tensor, solve: Callable[[bool], _Solved]) -> tuple[Tensor, Tensor | None]:
     """(loss per token (N,) or its sum, statistics or None) where :func:`runs_directly` says so.
 
-    ``problem`` is that of ``student``, as (B, T, V) and without a history. Its values are checked, and it has no gradient yet.
+    ``solve`` gets whether a gradient is wanted, and uses ``student`` as (B, T, V) and without a history.
     """
     if student.requires_grad and torch.is_grad_enabled():
-        return DirectRows.apply(student, problem, impl, reduced)
-    loss, _, stats, _ = solve_new_rows(problem, False, impl)
-    return loss.sum() if reduced else loss, stats
+        return DirectRows.apply(student, solve)
+    loss, _, stats, _ = solve(False)
+    return loss, stats
 
 
 class InPlaceRows(torch.autograd.Function):
@@ -625,8 +651,7 @@ def register_linear_autograd(op: library.CustomOpDef, *, tensors: int) -> None:
         nothing = [[None] * size if size else None for size in ctx.structure]
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing[3:])
 
-    op.register_autograd(backward, setup_context=setup)
-    _FORMULAS[op] = setup, backward
+    register_formulas(op, setup, backward)
 
 
 def _is_tensor_list(x: object) -> bool:
