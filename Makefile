@@ -47,10 +47,11 @@ types: $(STAMP)
 aot: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aot --quick
 
-# Writes benchmarks/results/; an hour of an idle machine.
+# Writes benchmarks/results/; an hour and a half of an idle machine.
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	$(BIN)/python -m benchmarks.rows --write
+	$(BIN)/python -m benchmarks.rows --small --write
 	$(BIN)/python -m benchmarks.linear --write
 	for sweep in tokens vocab width chunk; do $(BIN)/python -m benchmarks.linear --sweep $$sweep --write || exit 1; done
 	$(BIN)/python -m benchmarks.linear --device cpu --sweep threads --write

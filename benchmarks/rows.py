@@ -2,6 +2,9 @@
 
 First every contender is compared with float64. Then the contenders are timed in turn, beside the floor: a plain copy that moves
 as many bytes as the loss must (it reads three inputs and writes one gradient).
+
+`--small` takes shapes whose arithmetic is over at once. There the time of a call itself counts, from Python to the kernel and
+back.
 """
 
 from __future__ import annotations
@@ -21,20 +24,27 @@ from .common import PeakMemory, benchmark_parser, finish, refuse_wrong, relative
 from .contenders import ALPHA, KD_WEIGHT, TEMPERATURE, authors_loss, eager_loss, exact_loss
 
 FLOOR = "copy"
+SMALL = ((64, 101), (16, 1024), (64, 4096))  # rows and ids
+SMALL_REPEATS, SMALL_WARMUP = 2000, 200
 BUDGETS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = benchmark_parser("rows", __doc__, repeats=15)
+    parser = benchmark_parser("rows", __doc__)
+    parser.add_argument(
+        "--repeats", type=int, help=f"rounds of timing (default: 15, with --small {SMALL_REPEATS:,})"
+    )
     parser.add_argument("--rows", type=int, default=256, help="number of rows (tokens)")
     parser.add_argument("--vocab", type=int, default=49152, help="number of ids V")
     parser.add_argument(
         "--dtypes", nargs="+", action=Collect, default=["float32", "bfloat16"], help="dtypes of the logits"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
+    parser.add_argument("--small", action="store_true", help="a few small shapes, instead of --rows and --vocab")
     args = parser.parse_args(argv)
-    results = [row for name in args.dtypes for row in measure(args, getattr(torch, name))]
-    finish(args, "rows", f"{args.rows} rows x {args.vocab}", results)
+    shapes = SMALL if args.small else [(args.rows, args.vocab)]
+    results = [row for shape in shapes for name in args.dtypes for row in measure(args, shape, getattr(torch, name))]
+    finish(args, "rows_small" if args.small else "rows", "from logits", results)
 
 
 class RowCase:
@@ -74,7 +84,7 @@ class RowCase:
     def contenders(self, *, compiled: bool = True) -> dict[str, Callable[[], Tensor]]:
         losses = {"eager": eager_loss, "CAAD authors' form": authors_loss}
         if compiled:
-            losses["torch.compile"] = torch.compile(eager_loss)
+            losses["torch.compile"] = torch.compile(eager_loss, dynamic=False)
         calls = {name: (lambda loss=loss: self.gradient(loss)) for name, loss in losses.items()}
         ours = {"kdkernels": self.ours, "kdkernels, in place": lambda: self.ours(inplace=True)}
         return {**calls, **ours, "kdkernels, row kernel alone": self.kernel_alone}
@@ -90,9 +100,9 @@ class RowCase:
         return copy
 
 
-def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
+def measure(args: argparse.Namespace, shape: tuple[int, int], dtype: torch.dtype) -> list[dict]:
     device = torch.device(args.device)
-    case = RowCase(args.rows, args.vocab, dtype, device)
+    case = RowCase(*shape, dtype, device)
     contenders = case.contenders(compiled=not args.no_compile)
     exact = case.gradient(exact_loss, case.student.double())
     refuse_wrong(errors := {name: relative_error(call(), exact) for name, call in contenders.items()}, BUDGETS[dtype])
@@ -103,8 +113,11 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
             call()
         peaks[name] = memory.bytes / 2**20
 
-    timings = time_calls({**contenders, FLOOR: case.copies()}, repeats=args.repeats, device=device)
-    positions = args.rows * args.vocab
+    rounds = {"repeats": args.repeats or 15} if not args.small else {
+        "repeats": args.repeats or SMALL_REPEATS, "warmup": SMALL_WARMUP,
+    }  # fmt: skip
+    timings = time_calls({**contenders, FLOOR: case.copies()}, device=device, **rounds)
+    positions = shape[0] * shape[1]
     least_bytes = 4 * positions * case.student.element_size()
     rows = []
     for name, timing in timings.items():
@@ -112,8 +125,8 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
             {
                 "contender": name,
                 "dtype": str(dtype).removeprefix("torch."),
-                "rows": args.rows,
-                "vocab": args.vocab,
+                "rows": shape[0],
+                "vocab": shape[1],
                 **time_columns(timing),
                 "ns_per_position": timing.median / positions * 1e9,
                 "gbytes_per_s": least_bytes / timing.median / 1e9,

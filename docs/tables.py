@@ -332,6 +332,20 @@ def row_kernel() -> Table:
     return head, map(line, read("rows_cpu"))
 
 
+def small_calls() -> Table:
+    """Loss and gradient from logits in float32, where the call itself counts."""
+    found = rows("rows_small_cpu", dtype="float32")
+    shapes = dict.fromkeys((row["rows"], row["vocab"]) for row in found)
+    head = ("us a call, loss and gradient", *(f"{tokens} tokens, {int(ids):,} ids" for tokens, ids in shapes))
+    labels = {"eager": "eager PyTorch", "torch.compile": "torch.compile", "kdkernels": "kdkernels"}
+
+    def cell(contender: str, tokens: str, ids: str) -> str:
+        (row,) = (row for row in found if (row["contender"], row["rows"], row["vocab"]) == (contender, tokens, ids))
+        return whole(1000 * float(row["median_ms"]))
+
+    return head, ([label, *(cell(contender, *shape) for shape in shapes)] for contender, label in labels.items())
+
+
 def linear_sweep() -> Table:
     """The linear loss over each size, the other sizes as in the main table."""
     head = ("what varies", "value", "kdkernels, ns per token and id", "times the bare GEMMs", "with bf16 logits")
@@ -607,6 +621,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "projection_errors": projection_errors,
     "several_teachers": several_teachers,
     "parallel": parallel,
+    "small_calls": small_calls,
     "peers_shapes": peers_shapes,
     "peers_kd_ce": peers("KD + CE"),
     "peers_kd": peers("KD"),

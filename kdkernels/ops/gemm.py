@@ -172,11 +172,14 @@ def _float32_gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, bf16_v
             torch.mm(a, b, out=out)
 
 
-def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more: Tensor) -> Tensor:
+def gemm(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more: Tensor, each_summand: bool = False
+) -> Tensor:
     """out (C, V) = hidden (C, H) @ weight (V, H).T + bias, in out's dtype, with float32 accumulation.
 
     ``more``: what ``hidden`` leaves of the states, as summands of the weight's dtype; a GEMM each, into the same float32. The
-    native product of the CPU may make 16-bit integers of the sum, and multiply once.
+    native product of the CPU may make 16-bit integers of the sum, and multiply once, with a relative error near 6e-5. Not with
+    ``each_summand``: then it takes two products, and has one near 3e-6.
     An ``out`` of another low precision than the weight's is made from float32, MIXED_BLOCK ids at a time.
     """
     if out.dtype == weight.dtype and not more:
@@ -185,12 +188,12 @@ def gemm(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *more
         for start in range(0, out.shape[1], MIXED_BLOCK):
             ids = slice(start, start + MIXED_BLOCK)
             wide = torch.empty(out[:, ids].shape, dtype=torch.float32, device=out.device)
-            out[:, ids] = gemm(hidden, weight[ids], None, wide, *more)
+            out[:, ids] = gemm(hidden, weight[ids], None, wide, *more, each_summand=each_summand)
     elif hidden.dtype == weight.dtype and has_mixed_gemm(out.device):
         for i, part in enumerate((hidden, *more)):
             mixed_gemm(part, weight.T, out, accumulate=i > 0)
     else:
-        _gemm_by_vocabulary_blocks([hidden, *more], weight, out)
+        _gemm_by_vocabulary_blocks([hidden, *more], weight, out, as_items=not each_summand)
     return out if bias is None else out.add_(bias)
 
 
@@ -202,11 +205,11 @@ def _summands(hidden: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [high, (hidden - high).to(dtype)]
 
 
-def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor) -> None:
+def _gemm_by_vocabulary_blocks(parts: list[Tensor], weight: Tensor, out: Tensor, *, as_items: bool) -> None:
     """out = sum of parts @ weight.T in float32, the weight upcast a block of rows at a time."""
     bf16 = out.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (weight, *parts))
     if bf16 and _native_gemm_takes(parts, weight, out):
-        native.bf16_gemm(parts, weight, out, as_items=True)
+        native.bf16_gemm(parts, weight, out, as_items=as_items)
         return
     parts = [p.float() for p in parts]
     widest = min(VOCAB_BLOCK, weight.shape[0])

@@ -148,6 +148,14 @@ def test_rows(tmp_path):
             assert float(row["fraction_of_floor"]) == 1
 
 
+def test_small_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "SMALL", ((3, 7), (2, 33)))
+    monkeypatch.setattr(rows, "SMALL_WARMUP", 1)
+    rows.main(["--device", "cpu", "--small", "--no-compile", "--repeats", "2", "--out", str(tmp_path)])
+    found = timed(read(tmp_path / "rows_small_cpu.csv"))
+    assert {(x["rows"], x["vocab"]) for x in found} == {("3", "7"), ("2", "33")}
+
+
 def test_linear(tmp_path):
     linear.main([*SIZES, "--no-compile", "--no-memory", "--repeats", "2", "--out", str(tmp_path)])
     found = timed(read(tmp_path / "linear_cpu.csv"))

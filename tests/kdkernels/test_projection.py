@@ -294,3 +294,15 @@ def test_compiled_equals_eager():
             f(h, kd_weight).backward()
             grads.append(h.grad)
         torch.testing.assert_close(*grads)
+
+
+def test_a_projection_is_made_from_the_exact_contrast():
+    """Its errors would stay for the whole training. With 16-bit integers in the place of the contrast they are near 1e-3."""
+    g = torch.Generator().manual_seed(0)
+    audio, noise = (torch.randn(64, 256, generator=g) for _ in range(2))
+    head = torch.randn(4000, 256, generator=g) * 6 / 16
+    states = [x.to(BF16) for x in (audio, audio + 0.3 * noise, head, torch.randn(4000, 8, generator=g))]
+    made = project_teacher(*states, top_k=32)
+    audio, text, head = (x.double() for x in states[:3])
+    p = torch.softmax((3 * audio - 2 * text) @ head.T / 2, dim=1)
+    torch.testing.assert_close(made.probabilities.double(), p.gather(1, made.ids.long()), rtol=1e-4, atol=0)
