@@ -589,6 +589,22 @@ def study() -> Table:
     return ("system", "teachers", *contexts), lines
 
 
+def study_endpoints() -> Table:
+    """The endpoints of E1 in points: mean, 95% t interval over teachers, 95% bootstrap over teachers and actors, verdict."""
+    head = ("endpoint", "difference", "teachers", "points", "over teachers", "over teachers and actors", "p (Holm)", "verdict")
+
+    def ends(row: Row, low: str, high: str) -> str:
+        return RANGE.join(signed(100 * float(row[end])) for end in (low, high)) if row[low] else ""
+
+    def line(row: Row) -> list[str]:
+        difference = f"{SYSTEMS[row['first']]} {MINUS} {SYSTEMS[row['second']]}"
+        intervals = (ends(row, "t_low", "t_high"), ends(row, "actors_low", "actors_high"))
+        return [row["name"], difference, row["teachers"], signed(100 * float(row["difference"])), *intervals,
+                f"{float(row['p_holm']):.3f}", row["verdict"]]  # fmt: skip
+
+    return head, map(line, read("study_endpoints"))
+
+
 def stress() -> Table:
     head = ("what was killed", "rounds", "kills", "equal to an undisturbed run, bit for bit", "lost", "doubled")
     columns = ("what", "rounds", "kills", "bitwise_equal", "lost", "doubled")
@@ -611,6 +627,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "ablation_claims": ablation_claims,
     "demo": demo,
     "study": study,
+    "study_endpoints": study_endpoints,
     "demo_machines": demo_machines,
     "row_kernel": row_kernel,
     "linear": linear,
