@@ -605,6 +605,15 @@ def study_endpoints() -> Table:
     return head, map(line, read("study_endpoints"))
 
 
+def study_curves() -> Table:
+    """E5: accuracy on dev by optimizer step, one teacher."""
+    found = read("study_curves")
+    columns = list(dict.fromkeys((row["system"], row["context"]) for row in found))
+    accuracy = {(row["step"], row["system"], row["context"]): f"{100 * float(row['accuracy']):.1f}" for row in found}
+    lines = ([step, *(accuracy[(step, *column)] for column in columns)] for step in dict.fromkeys(row["step"] for row in found))
+    return ("step", *(f"{SYSTEMS[system]}, {context}" for system, context in columns)), lines
+
+
 def stress() -> Table:
     head = ("what was killed", "rounds", "kills", "equal to an undisturbed run, bit for bit", "lost", "doubled")
     columns = ("what", "rounds", "kills", "bitwise_equal", "lost", "doubled")
@@ -628,6 +637,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "demo": demo,
     "study": study,
     "study_endpoints": study_endpoints,
+    "study_curves": study_curves,
     "demo_machines": demo_machines,
     "row_kernel": row_kernel,
     "linear": linear,
