@@ -574,6 +574,13 @@ STUDY = (
     "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "caad1", "caad2", "caad_tuned", "hint_stripped", "kd_shuffled",
     "ce_true", "kd_metadata", "caad2_metadata",
 )  # fmt: skip
+PROBED = {
+    "statistics": "12 statistics of the signal",
+    "length": "length of the clip",
+    "mel": "mel bands",
+    "first_convolution": "first convolution",
+    "encoder": "layers 1 and 3 of Whisper tiny.en",
+}
 
 
 def study() -> Table:
@@ -614,6 +621,20 @@ def study_curves() -> Table:
     return ("step", *(f"{SYSTEMS[system]}, {context}" for system, context in columns)), lines
 
 
+def study_probes() -> Table:
+    """Balanced accuracy in % of the linear probes on test, mean over folds."""
+    found = read("study_probes")
+    descriptions = list(dict.fromkeys(row["description"] for row in found))
+
+    def cell(task: str, description: str) -> str:
+        own = [row for row in found if (row["task"], row["description"]) == (task, description)]
+        return f"{100 * statistics.mean(float(row['balanced_accuracy']) for row in own):.0f}"
+
+    tasks = dict.fromkeys(row["task"] for row in found)
+    lines = ([task.replace("_", " "), *(cell(task, d) for d in descriptions)] for task in tasks)
+    return ("task", *(PROBED[d] for d in descriptions)), lines
+
+
 def stress() -> Table:
     head = ("what was killed", "rounds", "kills", "equal to an undisturbed run, bit for bit", "lost", "doubled")
     columns = ("what", "rounds", "kills", "bitwise_equal", "lost", "doubled")
@@ -638,6 +659,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "study": study,
     "study_endpoints": study_endpoints,
     "study_curves": study_curves,
+    "study_probes": study_probes,
     "demo_machines": demo_machines,
     "row_kernel": row_kernel,
     "linear": linear,

@@ -5,6 +5,7 @@
     python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each; curves over steps
     python -m models study axes                     # beyond the papers: what each path hears, alpha by token, on-policy
     python -m models study external                 # ask the finished models of E1 about other games, once and at the end
+    python -m models study probes                   # how much of E3's labels the recordings tell without hearing
     python -m models study E1 --collect --write     # only gather what is finished
     python -m models study E1 --smoke               # the same code on synthetic clips and tiny random models
 
@@ -81,6 +82,9 @@ from models.io_utils import atomic_write_text, cache_dir, source_commit
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "teacher", "fold", "seed", "system", "task", "category", "context", "accuracy", "items", "commit", "date",
+)  # fmt: skip
+PROBE_COLUMNS = (
+    "fold", "task", "description", "size", "train", "dev", "test", "balanced_accuracy", "commit", "date",
 )  # fmt: skip
 GATE_COLUMNS = ("teacher", "task", "heard", "shift", "in_study", "commit", "date")
 CONTEXTS = {"neutral": "none", "aligned": "faithful", "conflict": "adversarial", "irrelevant": "irrelevant"}
@@ -199,6 +203,10 @@ EXPERIMENTS: dict[str, StudySettings] = {
     "E5": StudySettings(),  # one teacher of E1, on dev
     "axes": StudySettings(),  # the teachers of E1, with AXES
     "external": StudySettings(),  # the teachers and students of E1, asked about other games
+    "probes": StudySettings(  # the clips of E3, without a teacher
+        sources=_RECORDED, corpus_size="study_tasks", tasks=("gender", "noise", "reverberation", *_NEW_TASKS),
+        teacher_hinted=False,
+    ),
 }  # fmt: skip
 _SMOKE: dict[str, Any] = {
     "sources": ("espeak",), "corpus_size": "benchmark_tiny", "tasks": ("gender", "noise"), "max_clips": 8,
@@ -438,6 +446,19 @@ def _lesson(context: Context, pool: str, alpha: float | None, more: Sequence[str
     return {"manifest": folder / "pool.jsonl", "start": start, "words": [*words, *more]}
 
 
+def run_probes(context: Context) -> dict[str, Any]:
+    """Probe the clips of the tasks in `extra["tasks"]`: what tells their labels without hearing?"""
+    from models.backbones.resolve import load_speech_encoder
+    from models.experiments.label_probes import probe_tasks
+    from models.speech_lm.feature_store import FeatureStore
+
+    encoder, extractor = load_speech_encoder(backbone_settings(context.settings)["encoder"])
+    parts = {part: read_items(context, part) for part in ("teacher", "distill", "dev", "test")}
+    store = FeatureStore.load(context.folders["features"] / "features.safetensors")
+    tasks = context.extra["tasks"] if not context.settings.tiny_backbones else context.settings.tasks
+    return {"probes": probe_tasks(parts, tasks, store, encoder, extractor, context.folders["corpus"])}
+
+
 def run_external_corpus(context: Context) -> dict[str, Any]:
     """Make the questions about other games, which are the same for all teachers."""
     from models.corpora.build import build_corpus
@@ -509,6 +530,9 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
     if experiment == "external":
         own = make_stages(settings, "E1")
         return [*own, *external_stages(own)]
+    if experiment == "probes":
+        needs = ("backbones", "corpus", "features")
+        return [*stages[:3], Stage("probes", "what tells the labels", needs, BACKBONE, run_probes, extra={"tasks": _NEW_TASKS})]
     if experiment == "E5":
         return [*stages, _pool("own"), _students("tried", "own", list(tried_systems()), part="dev"), _curves()]
     if experiment == "axes":
@@ -790,12 +814,14 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def chosen_teachers(experiment: str, folds: Sequence[int], teachers: int, *, smoke: bool, device: str) -> list[StudySettings]:
-    """The settings of each teacher of an experiment: first one of each fold, then the second ones. E5 has only the first."""
+    """The settings of each teacher of an experiment: first one of each fold, then the second ones. E5 has only the first, and
+    the probes one of each fold."""
     base = dataclasses.replace(EXPERIMENTS[experiment], device=device)
     if smoke:
         base = dataclasses.replace(base, **_SMOKE, hearing_steps=min(base.hearing_steps, 2))
     every = [dataclasses.replace(base, fold=fold, seed=seed) for seed in range(teachers) for fold in folds]
-    return every[:1] if experiment == "E5" else every
+    alone = {"E5": 1, "probes": len(folds)}
+    return every[: alone.get(experiment, len(every))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -822,7 +848,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for settings in teachers:
             stages = make_stages(settings, experiment)
             own_words = [*_words_of(arguments, experiment), "--only", settings.teacher]
-            run = _run_external if experiment == "external" else _run
+            run = {"external": _run_external, "probes": _run_probes}.get(experiment, _run)
             try:
                 if not arguments.collect:
                     run(arguments, experiment, settings, stages, root, own_words, console)
@@ -884,6 +910,15 @@ def _run_external(
     run_pipeline(made, list(ready.values()), settings, root, command="study", argv=words, console=console)
 
 
+def _run_probes(
+    arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, words: Sequence[str],
+    console: Console,
+) -> None:  # fmt: skip
+    """Probe the clips of one fold. No model is trained."""
+    console.print(f"[bold]{experiment}, fold {settings.fold}[/bold]")
+    run_pipeline(arguments, stages, settings, root, command="study", argv=words, console=console)
+
+
 def _save(
     arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, console: Console
 ) -> None:
@@ -901,6 +936,13 @@ def _save(
         for name, rows in texts.items():
             for folder in targets if rows else ():
                 atomic_write_text(folder / f"{name}.csv", rows_csv(rows))
+        return
+    if experiment == "probes":
+        done = read_done(stage_folders(stages, settings, root)["probes"])
+        for folder in targets if done is not None else ():
+            rows = [{"fold": settings.fold, **row, **_origin()} for row in done["result"]["probes"]]
+            keys, values = PROBE_COLUMNS[:3], PROBE_COLUMNS[3:8]
+            merge_rows(folder / "study_probes.csv", rows, columns=PROBE_COLUMNS, keys=keys, values=values)
         return
     if experiment == "external":
         for source, found in finished_external(settings, stages, root).items():
@@ -938,16 +980,16 @@ def _prefix(experiment: str) -> str:
 
 
 def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
-    """P1 to P3 of all teachers whose predictions are kept, in words and as study_endpoints.csv. Other games have none: the
-    protocol makes no claim about them."""
-    if experiment == "external":
+    """P1 to P3 of all teachers whose predictions are kept, in words and as study_endpoints.csv. Dev and the probes have none,
+    and other games neither: the protocol makes no claim about them."""
+    if experiment in ("E5", "external", "probes"):
         return
     from models.experiments.study_endpoints import PAIRS, all_endpoints, as_row, sentence
     from models.reporting.results_csv import rows_csv
 
     pairs = AXES_PAIRS if experiment == "axes" else PAIRS
     for folder in (Path(arguments.out), *([RESULTS] if arguments.write else [])):
-        found = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment)) if experiment != "E5" else []
+        found = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment))
         if not found:
             continue
         name = f"study_endpoints{'' if experiment == 'E1' else '_' + experiment}.csv"
