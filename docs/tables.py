@@ -574,6 +574,7 @@ STUDY = (
     "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "caad1", "caad2", "caad_tuned", "hint_stripped", "kd_shuffled",
     "ce_true", "kd_metadata", "caad2_metadata",
 )  # fmt: skip
+STUDY_CONTEXTS = ("none", "faithful", "adversarial", "irrelevant")
 PROBED = {
     "statistics": "12 statistics of the signal",
     "length": "length of the clip",
@@ -583,17 +584,36 @@ PROBED = {
 }
 
 
-def study() -> Table:
-    """E1: mean over teachers, with the standard deviation between them. Only complete systems are in the file."""
-    contexts = ("none", "faithful", "adversarial", "irrelevant")
-    found = [row for row in read("study") if "-" not in row["teacher"]]
+def _by_system(rows: Sequence[Row]) -> list[list[str]]:
+    """System, number of teachers, and accuracy in % in each context: mean over teachers, and the deviation between them."""
     lines = []
-    for system in (name for name in STUDY if any(row["system"] == name for row in found)):
-        own = [row for row in found if row["system"] == system]
-        cells = [[100 * float(row["accuracy"]) for row in own if row["context"] == context] for context in contexts]
+    for system in (name for name in STUDY if any(row["system"] == name for row in rows)):
+        own = [row for row in rows if row["system"] == system]
+        cells = [[100 * float(row["accuracy"]) for row in own if row["context"] == context] for context in STUDY_CONTEXTS]
         shown = [f"{statistics.mean(c):.1f}" + (f" ± {statistics.stdev(c):.1f}" if len(c) > 1 else "") for c in cells]
         lines.append([SYSTEMS[system], str(len({row["teacher"] for row in own})), *shown])
-    return ("system", "teachers", *contexts), lines
+    return lines
+
+
+def study() -> Table:
+    """E1: mean over teachers, with the standard deviation between them. Only complete systems are in the file."""
+    found = [row for row in read("study") if "-" not in row["teacher"]]
+    return ("system", "teachers", *STUDY_CONTEXTS), _by_system(found)
+
+
+def study_natural_gate() -> Table:
+    """E3 on dev: what each teacher hears without a hint and its Shift, by task. No hint was in its training."""
+    found = [row for row in read("study_gate") if row["teacher"].startswith("E3-")]
+    teachers = list(dict.fromkeys(row["teacher"] for row in found))
+
+    def cell(row: Row) -> str:
+        mark = "**" if row["in_study"] == "yes" else ""
+        return f"{mark}{100 * float(row['heard']):.0f} / {100 * float(row['shift']):.0f}{mark}"
+
+    cells = {(row["task"], row["teacher"]): cell(row) for row in found}
+    tasks = sorted({row["task"] for row in found})
+    lines = ([task.replace("_", " "), *(cells[task, teacher] for teacher in teachers)] for task in tasks)
+    return ("task", *(teacher.removeprefix("E3-") for teacher in teachers)), lines
 
 
 def study_endpoints() -> Table:
@@ -601,7 +621,8 @@ def study_endpoints() -> Table:
     head = ("endpoint", "difference", "teachers", "points", "over teachers", "over teachers and actors", "p (Holm)", "verdict")
 
     def ends(row: Row, low: str, high: str) -> str:
-        return RANGE.join(signed(100 * float(row[end])) for end in (low, high)) if row[low] else ""
+        known = row[low] and math.isfinite(float(row[low]))
+        return RANGE.join(signed(100 * float(row[end])) for end in (low, high)) if known else ""
 
     def line(row: Row) -> list[str]:
         difference = f"{SYSTEMS[row['first']]} {MINUS} {SYSTEMS[row['second']]}"
@@ -657,6 +678,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "ablation_claims": ablation_claims,
     "demo": demo,
     "study": study,
+    "study_natural_gate": study_natural_gate,
     "study_endpoints": study_endpoints,
     "study_curves": study_curves,
     "study_probes": study_probes,

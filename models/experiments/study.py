@@ -352,6 +352,8 @@ def run_pool(context: Context) -> dict[str, Any]:
         metadata    Stage 1 answers from the metadata, as in the paper
         swapped, reversed, narrow, flat    the answers of "own", with another negative path (negative_paths.py)
         clean       the teacher answers and scores the clips without noise; the student hears the noise
+
+    With `extra["gated"]` only the tasks that pass the gate are taught.
     """
     from models.corpora.hearing import Hearing
     from models.data.manifest import write_manifest
@@ -360,6 +362,9 @@ def run_pool(context: Context) -> dict[str, Any]:
     hears = Hearing(**TEACHER_READS.get(pool, {}))
     model, store, extra = load_speech_lm(context, teacher)
     examples = [e for e in read_items(context, "distill") if e in store]
+    if context.extra.get("gated"):
+        taught = in_study(read_done(context.folders["gate"])["result"])
+        examples = [e for e in examples if e.task in taught]
     if pool == "shuffled":
         examples = with_other_hints(examples, context.settings.seed)
     result: dict[str, Any] = {}
@@ -542,8 +547,9 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         stages.append(_pool("clean"))
         pools = dict.fromkeys(s.pool for s in AXES)
         return stages + [_students(f"axes_{pool}", pool, [s for s in AXES if s.pool == pool]) for pool in pools]
+    gated = len(settings.tasks) > 1 and not settings.tiny_backbones  # no tiny model passes the gate
     for pool in POOLS:
-        stages += [_pool(pool), _students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool])]
+        stages += [_pool(pool, gated=gated), _students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool])]
     tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
     return stages + ([_students("students_tuned", "own", tuned)] if tuned else [])
 
@@ -571,9 +577,14 @@ def external_stages(own: Sequence[Stage]) -> list[Stage]:
     return stages
 
 
-def _pool(pool: str) -> Stage:
+def _pool(pool: str, *, gated: bool = False) -> Stage:
+    """The stage of one pool. `gated`: only the tasks that pass the gate are in it, which the stage then needs."""
     needs = (*_HEARD, *(["pool_own"] if pool in NEGATIVE_PATHS else ["corpus_clean"] if pool == "clean" else []))
-    return Stage(f"pool_{pool}", f"Y: {pool}", needs, TRAINING, run_pool, extra={"pool": pool})
+    extra = {"pool": pool}
+    return Stage(
+        f"pool_{pool}", f"Y: {pool}", (*needs, "gate") if gated else needs, TRAINING, run_pool,
+        extra=extra | {"gated": True} if gated else extra,
+    )  # fmt: skip
 
 
 def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "test") -> Stage:

@@ -271,3 +271,12 @@ def test_other_games_are_asked_about_after_the_study_and_train_nothing(tmp_path,
     assert {r["task"] for r in rows} == {"gender"} and len({r["context"] for r in rows}) == 4
     _, kept = read_predictions(tmp_path / "out" / "study" / "external-fillets-f0s0-kd.jsonl.gz")
     assert {p.actor for p in kept} <= {"fillets-m", "fillets-v"} and kept
+
+
+def test_only_a_study_of_several_tasks_leaves_out_what_fails_the_gate():
+    by_name = {e: {s.name: s for s in make_stages(EXPERIMENTS[e], e)} for e in ("E1", "E2", "E3")}
+    assert by_name["E1"]["pool_own"].extra == {"pool": "own"} and "gate" not in by_name["E1"]["pool_own"].needs
+    for experiment in ("E2", "E3"):
+        for pool in ("own", "stripped", "true", "metadata"):
+            stage = by_name[experiment][f"pool_{pool}"]
+            assert stage.extra["gated"] and "gate" in stage.needs
