@@ -108,7 +108,11 @@ percent, one, two, whole, error = (or_blank(FORMATS[name]) for name in ("percent
 
 def spread(name: str, column: str, **where: str | int) -> str:
     """Mean ± standard deviation over seeds, in percent; the mean alone where there is one row."""
-    found = [100 * value for value in numbers(rows(name, **where), column)]
+    return mean_and_deviation([100 * value for value in numbers(rows(name, **where), column)])
+
+
+def mean_and_deviation(found: Sequence[float]) -> str:
+    """Mean ± standard deviation; the mean alone of one number, and nothing of none."""
     if not found:
         return ""
     return f"{statistics.mean(found):.1f}" + (f"{NO_BREAK}±{NO_BREAK}{statistics.stdev(found):.1f}" if len(found) > 1 else "")
@@ -574,7 +578,6 @@ STUDY = (
     "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "caad1", "caad2", "caad_tuned", "hint_stripped", "kd_shuffled",
     "ce_true", "kd_metadata", "caad2_metadata",
 )  # fmt: skip
-STUDY_CONTEXTS = ("none", "faithful", "adversarial", "irrelevant")
 PROBED = {
     "statistics": "12 statistics of the signal",
     "length": "length of the clip",
@@ -584,21 +587,16 @@ PROBED = {
 }
 
 
-def _by_system(rows: Sequence[Row]) -> list[list[str]]:
-    """System, number of teachers, and accuracy in % in each context: mean over teachers, and the deviation between them."""
-    lines = []
-    for system in (name for name in STUDY if any(row["system"] == name for row in rows)):
-        own = [row for row in rows if row["system"] == system]
-        cells = [[100 * float(row["accuracy"]) for row in own if row["context"] == context] for context in STUDY_CONTEXTS]
-        shown = [f"{statistics.mean(c):.1f}" + (f" ± {statistics.stdev(c):.1f}" if len(c) > 1 else "") for c in cells]
-        lines.append([SYSTEMS[system], str(len({row["teacher"] for row in own})), *shown])
-    return lines
-
-
 def study() -> Table:
     """E1: mean over teachers, with the standard deviation between them. Only complete systems are in the file."""
+    contexts = ("none", "faithful", "adversarial", "irrelevant")
     found = [row for row in read("study") if "-" not in row["teacher"]]
-    return ("system", "teachers", *STUDY_CONTEXTS), _by_system(found)
+    lines = []
+    for system in (name for name in STUDY if any(row["system"] == name for row in found)):
+        own = [row for row in found if row["system"] == system]
+        cells = [[100 * float(row["accuracy"]) for row in own if row["context"] == context] for context in contexts]
+        lines.append([SYSTEMS[system], str(len({row["teacher"] for row in own})), *map(mean_and_deviation, cells)])
+    return ("system", "teachers", *contexts), lines
 
 
 def study_natural_gate() -> Table:
@@ -621,8 +619,7 @@ def study_endpoints() -> Table:
     head = ("endpoint", "difference", "teachers", "points", "over teachers", "over teachers and actors", "p (Holm)", "verdict")
 
     def ends(row: Row, low: str, high: str) -> str:
-        known = row[low] and math.isfinite(float(row[low]))
-        return RANGE.join(signed(100 * float(row[end])) for end in (low, high)) if known else ""
+        return RANGE.join(signed(100 * float(row[end])) for end in (low, high)) if row[low] else ""
 
     def line(row: Row) -> list[str]:
         difference = f"{SYSTEMS[row['first']]} {MINUS} {SYSTEMS[row['second']]}"

@@ -193,20 +193,17 @@ class StudySettings:
 _RECORDED = ("queen", "drascula", "hedgewars")
 _NEW_TASKS = ("language", "speaking_rate", "cry")
 _TASKS = ("gender", "noise", "reverberation", "bandwidth", "sentence_type", *_NEW_TASKS)
+_NATURAL = StudySettings(
+    sources=_RECORDED, corpus_size="study_tasks", tasks=("gender", "noise", "reverberation", *_NEW_TASKS), teacher_hinted=False,
+)  # fmt: skip
 EXPERIMENTS: dict[str, StudySettings] = {
     "E1": StudySettings(),
     "E2": StudySettings(sources=_RECORDED, corpus_size="study_tasks", tasks=_TASKS, hearing_steps=240),
-    "E3": StudySettings(
-        sources=_RECORDED, corpus_size="study_tasks", tasks=("gender", "noise", "reverberation", *_NEW_TASKS),
-        teacher_hinted=False,
-    ),
+    "E3": _NATURAL,
     "E5": StudySettings(),  # one teacher of E1, on dev
     "axes": StudySettings(),  # the teachers of E1, with AXES
     "external": StudySettings(),  # the teachers and students of E1, asked about other games
-    "probes": StudySettings(  # the clips of E3, without a teacher
-        sources=_RECORDED, corpus_size="study_tasks", tasks=("gender", "noise", "reverberation", *_NEW_TASKS),
-        teacher_hinted=False,
-    ),
+    "probes": _NATURAL,  # the clips of E3, without a teacher
 }  # fmt: skip
 _SMOKE: dict[str, Any] = {
     "sources": ("espeak",), "corpus_size": "benchmark_tiny", "tasks": ("gender", "noise"), "max_clips": 8,
@@ -361,10 +358,7 @@ def run_pool(context: Context) -> dict[str, Any]:
     pool, teacher = context.extra["pool"], context.folders["teacher"] / "final"
     hears = Hearing(**TEACHER_READS.get(pool, {}))
     model, store, extra = load_speech_lm(context, teacher)
-    examples = [e for e in read_items(context, "distill") if e in store]
-    if context.extra.get("gated"):
-        taught = in_study(read_done(context.folders["gate"])["result"])
-        examples = [e for e in examples if e.task in taught]
+    examples = taught(context, [e for e in read_items(context, "distill") if e in store])
     if pool == "shuffled":
         examples = with_other_hints(examples, context.settings.seed)
     result: dict[str, Any] = {}
@@ -391,6 +385,12 @@ def run_pool(context: Context) -> dict[str, Any]:
     if pool != "true":
         write_cache(context.folder / "cache", teacher, model, store, extra, forced, hears=hears)
     return {"pool": len(forced)} | result
+
+
+def taught(context: Context, examples: Sequence[Any]) -> list[Any]:
+    """The examples; with `extra["gated"]` only those of the tasks that pass the teacher's gate."""
+    passing = in_study(context.result("gate")) if context.extra.get("gated") else {e.task for e in examples}
+    return [e for e in examples if e.task in passing]
 
 
 def with_other_hints(examples: Sequence[Any], seed: int) -> list[Any]:
@@ -579,12 +579,12 @@ def external_stages(own: Sequence[Stage]) -> list[Stage]:
 
 def _pool(pool: str, *, gated: bool = False) -> Stage:
     """The stage of one pool. `gated`: only the tasks that pass the gate are in it, which the stage then needs."""
-    needs = (*_HEARD, *(["pool_own"] if pool in NEGATIVE_PATHS else ["corpus_clean"] if pool == "clean" else []))
-    extra = {"pool": pool}
-    return Stage(
-        f"pool_{pool}", f"Y: {pool}", (*needs, "gate") if gated else needs, TRAINING, run_pool,
-        extra=extra | {"gated": True} if gated else extra,
-    )  # fmt: skip
+    needs = [*_HEARD, *(["pool_own"] if pool in NEGATIVE_PATHS else ["corpus_clean"] if pool == "clean" else [])]
+    extra: dict[str, Any] = {"pool": pool}
+    if gated:
+        needs.append("gate")
+        extra["gated"] = True
+    return Stage(f"pool_{pool}", f"Y: {pool}", tuple(needs), TRAINING, run_pool, extra=extra)
 
 
 def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "test") -> Stage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from models.corpora.sources.queen import QueenLine
 from models.evaluation.predictions import Prediction, append_predictions, read_predictions, write_header
 from models.experiments import study
 from models.experiments.learning_curves import curve_rows, curve_steps
-from models.experiments.pipeline import stage_folders
+from models.experiments.pipeline import Context, stage_folders
 from models.experiments.study import (
     AXES,
     AXES_PAIRS,
@@ -35,6 +36,7 @@ from models.experiments.study import (
     make_stages,
     merge_rows,
     table_rows,
+    taught,
     tried_systems,
     tuned_systems,
 )
@@ -280,3 +282,17 @@ def test_only_a_study_of_several_tasks_leaves_out_what_fails_the_gate():
         for pool in ("own", "stripped", "true", "metadata"):
             stage = by_name[experiment][f"pool_{pool}"]
             assert stage.extra["gated"] and "gate" in stage.needs
+
+
+def test_the_gated_pool_has_the_tasks_that_the_teacher_hears_and_is_misled_in(tmp_path):
+    seen = {
+        "cry": {"heard": 0.9, "shift": 0.3}, "gender": {"heard": 0.6, "shift": 0.5}, "language": {"heard": 0.9, "shift": 0.0},
+    }  # fmt: skip
+    (tmp_path / "done.json").write_text(json.dumps({"result": {"tasks": seen}}))
+    examples = [SimpleNamespace(task=task) for task in ("cry", "gender", "language", "cry")]
+    gated, free = (
+        Context(settings=None, folder=tmp_path, folders={"gate": tmp_path}, extra=extra)
+        for extra in ({"pool": "own", "gated": True}, {"pool": "own"})
+    )
+    assert taught(gated, examples) == [examples[0], examples[3]]
+    assert taught(free, examples) == examples
