@@ -86,7 +86,7 @@ COLUMNS = (
 PROBE_COLUMNS = (
     "fold", "task", "description", "size", "train", "dev", "test", "balanced_accuracy", "commit", "date",
 )  # fmt: skip
-GATE_COLUMNS = ("teacher", "task", "heard", "shift", "in_study", "commit", "date")
+GATE_COLUMNS = ("teacher", "task", "heard", "shift", "in_study", "weights", "commit", "date")
 CONTEXTS = {"neutral": "none", "aligned": "faithful", "conflict": "adversarial", "irrelevant": "irrelevant"}
 TEACHER_ALPHAS = (None, 1.0, 2.0)
 # How the teacher reads the prompts of a pool, where it differs from the student: models.corpora.hearing.Hearing.
@@ -201,7 +201,7 @@ EXPERIMENTS: dict[str, StudySettings] = {
     "E2": StudySettings(sources=_RECORDED, corpus_size="study_tasks", tasks=_TASKS, hearing_steps=240),
     "E3": _NATURAL,
     "E5": StudySettings(),  # one teacher of E1, on dev
-    "axes": StudySettings(),  # the teachers of E1, with AXES
+    "axes": StudySettings(),  # teachers as those of E1, with AXES
     "external": StudySettings(),  # the teachers and students of E1, asked about other games
     "probes": _NATURAL,  # the clips of E3, without a teacher
 }  # fmt: skip
@@ -322,16 +322,19 @@ def run_teacher(context: Context) -> dict[str, Any]:
 
 
 def run_gate(context: Context) -> dict[str, Any]:
-    """Ask the teacher on dev, and say which tasks it hears and by how much hints mislead it there."""
+    """Ask the teacher on dev, and say which tasks it hears and by how much hints mislead it there, and which weights it has."""
     from models.evaluation.predictions import read_predictions
+    from models.io_utils import fingerprint, sha256_file
 
-    ask(context, context.folders["teacher"] / "final", part="dev", controls=False)
+    teacher = context.folders["teacher"] / "final"
+    ask(context, teacher, part="dev", controls=False)
     _, predictions = read_predictions(context.folder / predictions_name("dev"))
     by_task = {}
     for task in dict.fromkeys(p.task for p in predictions):
         own = [p for p in predictions if p.task == task]
         by_task[task] = {"heard": _accuracy([p for p in own if p.kind == "neutral"]), "shift": _shift(own)}
-    return {"tasks": by_task}
+    weights = fingerprint([sha256_file(path) for path in sorted(teacher.glob("*.safetensors"))])
+    return {"tasks": by_task, "weights": weights[:16]}
 
 
 def run_teacher_answers(context: Context) -> dict[str, Any]:
@@ -611,10 +614,7 @@ def _curves() -> Stage:
 
 def tuned_systems(chosen: Path) -> list[System]:
     """kd_tuned and caad_tuned, with the settings that E5 has chosen; none until the file says them."""
-    if not chosen.exists():
-        return []
-    with open(chosen, newline="", encoding="utf-8") as file:
-        best = {row["family"]: row["try"] for row in csv.DictReader(file) if row["chosen"]}
+    best = {row["family"]: row["try"] for row in _read_rows(chosen) if row["chosen"]}
     return [dataclasses.replace(s, name=f"{s.recipe}_tuned") for s in tried_systems() if s.name in best.values()]
 
 
@@ -733,20 +733,47 @@ def merge_rows(
         keys: the columns that say which row of the file a row replaces.
         values: the columns that make the result.
     """
-    held: dict[tuple[str, ...], Mapping[str, Any]] = {}
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            held = {tuple(row[name] for name in keys): row for row in csv.DictReader(file)}
+    held: dict[tuple[str, ...], Mapping[str, Any]] = {tuple(row[name] for name in keys): row for row in _read_rows(path)}
     for row in rows:
         key = tuple(str(row[name]) for name in keys)
         if key not in held or any(held[key][name] != str(row[name]) for name in values):
             held[key] = row
+    _write_csv(path, [held[name] for name in sorted(held, key=lambda k: k[0])], columns)
+    return len(held)
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(held[name] for name in sorted(held, key=lambda k: k[0]))
+    writer.writerows(rows)
     atomic_write_text(path, text.getvalue())
-    return len(held)
+
+
+def replace_teacher(folder: Path, gate: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write the gate's rows of one teacher into the tables of `folder`. If the tables have another teacher of the same name (the
+    training on another machine rounds differently), its rows and predictions are removed: students of two teachers do not
+    compare. Returns a sentence that says so, if it was the case."""
+    path, said = folder / "study_gate.csv", []
+    name, weights = gate[0]["teacher"], gate[0]["weights"]
+    if any(row["teacher"] == name and row.get("weights", "") != weights for row in _read_rows(path)):
+        rows = _read_rows(folder / "study.csv")
+        kept = [row for row in rows if row["teacher"] != name]
+        if len(kept) < len(rows):
+            _write_csv(folder / "study.csv", kept, COLUMNS)
+        for packed in (folder / "study").glob(f"{name}-*.jsonl.gz"):
+            packed.unlink()
+        _write_csv(path, [row for row in _read_rows(path) if row["teacher"] != name], GATE_COLUMNS)
+        said = [f"{name} was trained again: {len(rows) - len(kept)} rows of the earlier teacher of this name are removed"]
+    merge_rows(path, gate, columns=GATE_COLUMNS, keys=("teacher", "task"), values=("heard", "shift"))
+    return said
 
 
 def pack_all(folder: Path, teacher: str, found: Mapping[str, Sequence[Any]]) -> None:
@@ -798,11 +825,12 @@ def gate_sentences(settings: StudySettings, gate: Mapping[str, Any]) -> list[str
 
 
 def gate_rows(settings: StudySettings, gate: Mapping[str, Any], *, prefix: str = "") -> list[dict[str, Any]]:
-    """The rows of study_gate.csv of one teacher: what it hears on dev, its Shift there, and whether the task is in the study."""
+    """The rows of study_gate.csv of one teacher: what it hears on dev, its Shift there, whether the task is in the study, and a
+    hash of its weights."""
     return [
         {
             "teacher": prefix + settings.teacher, "task": task, "heard": f"{seen['heard']:.4f}", "shift": f"{seen['shift']:.4f}",
-            "in_study": "yes" if task in in_study(gate) else "no", **_origin(),
+            "in_study": "yes" if task in in_study(gate) else "no", "weights": gate.get("weights", ""), **_origin(),
         }
         for task, seen in gate["tasks"].items()
     ]  # fmt: skip
@@ -964,9 +992,8 @@ def _save(
     if gate is not None and not arguments.fast_smoke:
         for folder in targets:
             rows = gate_rows(settings, gate["result"], prefix=_prefix(experiment))
-            merge_rows(
-                folder / "study_gate.csv", rows, columns=GATE_COLUMNS, keys=("teacher", "task"), values=("heard", "shift")
-            )
+            for line in replace_teacher(folder, rows):
+                console.print(f"- {folder}: {line}", highlight=False, soft_wrap=True)
         kept = in_study(gate["result"])
         found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
         found = {system: own for system, own in found.items() if own}
@@ -986,8 +1013,8 @@ def _write_rows(
 
 
 def _prefix(experiment: str) -> str:
-    """Of the teachers' names: those of E1 have none, and "axes" has the same teachers."""
-    return "" if experiment in ("E1", "axes") else f"{experiment}-"
+    """Of the teachers' names in the tables: those of E1 have none."""
+    return "" if experiment == "E1" else f"{experiment}-"
 
 
 def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:

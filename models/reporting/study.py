@@ -14,11 +14,10 @@ from models.reporting.tables import NOTHING, Cell, Column, Section, Table, narro
 
 STUDY_FILE = "study.csv"
 DEV_FILE, CURVES_FILE = "study_dev.csv", "study_curves.csv"
-AXES = "axes"  # its endpoints belong to the first experiment, whose teachers it has
 EXTERNAL = "external-"  # begins the teacher's name in rows about other games, which are no part of the study's own scores
 _COLUMNS = ("teacher", "seed", "system", "task", "context", "accuracy")
 _PARTS = ("category", "task", "teacher")
-_EXPERIMENT = re.compile(r"(E\d+)-")  # how the names of the teachers of all experiments but the first begin
+_EXPERIMENT = re.compile(r"(E\d+|axes)-")  # how the names of the teachers of all experiments but the first begin
 _FEW = 5  # systems that a headline shows
 _ENOUGH = 3  # teachers that an axis needs (docs/protocol.md)
 
@@ -73,8 +72,6 @@ def _experiment(
     if endpoints is not None:
         caption = "Endpoints of the protocol. P1: no hint, P2: false hint, P3: true hint on clips above −8 dB (bound −1 point)."
         blocks.append(endpoints.table(caption))
-    if not experiment and AXES in tested:
-        blocks.append(tested[AXES].table("The same endpoints of the axes beyond the papers, corrected over all of them."))
     blocks += _parts(table, own, scores)
     notes = [
         "Each task counts the same within a run, and each teacher the same in the mean. A teacher of another fold is another "
@@ -83,7 +80,7 @@ def _experiment(
     ]
     if experiment and headline:
         notes = [*(f"{v.word}. {v.sentence}" for v in headline.verdicts), *notes]
-    shown = [table, *(tested[e].source for e in dict.fromkeys((experiment, *([] if experiment else [AXES]))) if e in tested)]
+    shown = [table, *([] if endpoints is None else [endpoints.source])]
     notes += [f"From {source.name}: {origin}." for source in shown if (origin := source.origin())]
     return Section(f"Study {experiment}".strip(), tuple(notes), tuple(blocks)), headline
 

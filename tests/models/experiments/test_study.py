@@ -35,6 +35,8 @@ from models.experiments.study import (
     main,
     make_stages,
     merge_rows,
+    pack_all,
+    replace_teacher,
     table_rows,
     taught,
     tried_systems,
@@ -143,16 +145,39 @@ def test_the_gate_names_what_is_missing(tmp_path):
     assert said[0].endswith("dev without a hint 90.0%, Shift 30.0%; in the study")
     assert in_study({"tasks": seen}) == {"gender"}
     assert said[1].endswith("NOT in the study: it hears less than 80%, Shift below 10%")
-    rows = gate_rows(EXPERIMENTS["E1"], {"tasks": seen}, prefix="E2-")
-    assert [tuple(row[name] for name in GATE_COLUMNS[:5]) for row in rows] == [
-        ("E2-f0s0", "gender", "0.9000", "0.3000", "yes"),
-        ("E2-f0s0", "noise", "0.7000", "0.0200", "no"),
+    rows = gate_rows(EXPERIMENTS["E1"], {"tasks": seen, "weights": "abc"}, prefix="E2-")
+    assert [tuple(row[name] for name in GATE_COLUMNS[:6]) for row in rows] == [
+        ("E2-f0s0", "gender", "0.9000", "0.3000", "yes", "abc"),
+        ("E2-f0s0", "noise", "0.7000", "0.0200", "no", "abc"),
     ]
     path = tmp_path / "study_gate.csv"
     options = {"columns": GATE_COLUMNS, "keys": ("teacher", "task"), "values": ("heard", "shift")}
     assert merge_rows(path, [rows[0] | {"commit": "old"}], **options) == 1 and merge_rows(path, rows, **options) == 2
     with open(path, newline="") as file:
         assert [row["commit"] for row in csv.DictReader(file)] == ["old", rows[1]["commit"]]
+
+
+def test_students_of_a_teacher_that_was_trained_again_replace_those_of_the_earlier_one(tmp_path):
+    settings = [EXPERIMENTS["E3"], dataclasses.replace(EXPERIMENTS["E3"], fold=1)]
+
+    def gate(setting, heard, weights):
+        seen = {"tasks": {"gender": {"heard": heard, "shift": 0.3}}, "weights": weights}
+        return gate_rows(setting, seen, prefix="E3-")
+
+    for setting in settings:
+        found = {"kd": answers((9, 9, 2, 9))}
+        assert replace_teacher(tmp_path, gate(setting, 0.8, "old")) == []
+        merge_rows(tmp_path / "study.csv", table_rows(setting, found, prefix="E3-"))
+        pack_all(tmp_path / "study", f"E3-{setting.teacher}", found)
+    assert replace_teacher(tmp_path, gate(settings[0], 0.8, "old")) == []  # collected again: nothing is lost
+    assert len((tmp_path / "study.csv").read_text().splitlines()) == 9
+    (said,) = replace_teacher(tmp_path, gate(settings[0], 0.8, "new"))  # dev has the same accuracy by chance
+    assert said == "E3-f0s0 was trained again: 4 rows of the earlier teacher of this name are removed"
+    with open(tmp_path / "study.csv", newline="") as file:
+        assert {row["teacher"] for row in csv.DictReader(file)} == {"E3-f1s0"}
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["E3-f1s0-kd.jsonl.gz"]
+    with open(tmp_path / "study_gate.csv", newline="") as file:
+        assert {(row["teacher"], row["weights"]) for row in csv.DictReader(file)} == {("E3-f0s0", "new"), ("E3-f1s0", "old")}
 
 
 def test_an_actor_on_two_sides_stops_the_study():
