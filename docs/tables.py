@@ -587,21 +587,53 @@ PROBED = {
 }
 
 
+STUDY_CONTEXTS = ("none", "faithful", "adversarial", "irrelevant")
+NATURAL = "E3-"  # begins the names of the teachers of E3; those of E1 have no "-"
+
+
 def study() -> Table:
     """E1: mean over teachers, with the standard deviation between them. Only complete systems are in the file."""
-    contexts = ("none", "faithful", "adversarial", "irrelevant")
-    found = [row for row in read("study") if "-" not in row["teacher"]]
+    return study_table([row for row in read("study") if "-" not in row["teacher"]])
+
+
+def study_natural() -> Table:
+    """E3: as `study`. A teacher's accuracy is the mean over the tasks that passed its gate."""
+    return study_table([row for row in read("study") if row["teacher"].startswith(NATURAL)])
+
+
+def study_table(found: Sequence[Row]) -> Table:
+    """Accuracy in % by system and context: mean and standard deviation over teachers, of their means over tasks."""
     lines = []
     for system in (name for name in STUDY if any(row["system"] == name for row in found)):
         own = [row for row in found if row["system"] == system]
-        cells = [[100 * float(row["accuracy"]) for row in own if row["context"] == context] for context in contexts]
-        lines.append([SYSTEMS[system], str(len({row["teacher"] for row in own})), *map(mean_and_deviation, cells)])
-    return ("system", "teachers", *contexts), lines
+        teachers = list(dict.fromkeys(row["teacher"] for row in own))
+        cells = []
+        for context in STUDY_CONTEXTS:
+            of = {t: [100 * float(r["accuracy"]) for r in own if (r["teacher"], r["context"]) == (t, context)] for t in teachers}
+            cells.append(mean_and_deviation([statistics.mean(values) for values in of.values() if values]))
+        lines.append([SYSTEMS[system], str(len(teachers)), *cells])
+    return ("system", "teachers", *STUDY_CONTEXTS), lines
+
+
+def study_natural_tasks() -> Table:
+    """E3 by task: accuracy in % without a text / under adversarial text, mean over the teachers whose gate the task passed."""
+    found = [row for row in read("study") if row["teacher"].startswith(NATURAL)]
+    systems = [name for name in STUDY if any(row["system"] == name for row in found)]
+
+    def cell(system: str, task: str) -> str:
+        own = [row for row in found if (row["system"], row["task"]) == (system, task)]
+        means = (numbers([r for r in own if r["context"] == context], "accuracy") for context in ("none", "adversarial"))
+        return " / ".join(f"{100 * statistics.mean(values):.0f}" for values in means) if own else ""
+
+    tasks = sorted({row["task"] for row in found})
+    count = {task: len({row["teacher"] for row in found if row["task"] == task}) for task in tasks}
+    head = [f"{task.replace('_', ' ')} ({count[task]})" for task in tasks]
+    return ("system", *head), ([SYSTEMS[system], *(cell(system, task) for task in tasks)] for system in systems)
 
 
 def study_natural_gate() -> Table:
     """E3 on dev: what each teacher hears without a hint and its Shift, by task. No hint was in its training."""
-    found = [row for row in read("study_gate") if row["teacher"].startswith("E3-")]
+    found = [row for row in read("study_gate") if row["teacher"].startswith(NATURAL)]
     teachers = list(dict.fromkeys(row["teacher"] for row in found))
 
     def cell(row: Row) -> str:
@@ -611,10 +643,10 @@ def study_natural_gate() -> Table:
     cells = {(row["task"], row["teacher"]): cell(row) for row in found}
     tasks = sorted({row["task"] for row in found})
     lines = ([task.replace("_", " "), *(cells[task, teacher] for teacher in teachers)] for task in tasks)
-    return ("task", *(teacher.removeprefix("E3-") for teacher in teachers)), lines
+    return ("task", *(teacher.removeprefix(NATURAL) for teacher in teachers)), lines
 
 
-def study_endpoints() -> Table:
+def study_endpoints(file: str = "study_endpoints") -> Table:
     """The endpoints of E1 in points: mean, 95% t interval over teachers, 95% bootstrap over teachers and actors, verdict."""
     head = ("endpoint", "difference", "teachers", "points", "over teachers", "over teachers and actors", "p (Holm)", "verdict")
 
@@ -627,7 +659,7 @@ def study_endpoints() -> Table:
         return [row["name"], difference, row["teachers"], signed(100 * float(row["difference"])), *intervals,
                 f"{float(row['p_holm']):.3f}", row["verdict"]]  # fmt: skip
 
-    return head, map(line, read("study_endpoints"))
+    return head, map(line, read(file))
 
 
 def study_curves() -> Table:
@@ -676,7 +708,10 @@ TABLES: dict[str, Callable[[], Table]] = {
     "demo": demo,
     "study": study,
     "study_natural_gate": study_natural_gate,
+    "study_natural": study_natural,
+    "study_natural_tasks": study_natural_tasks,
     "study_endpoints": study_endpoints,
+    "study_natural_endpoints": lambda: study_endpoints("study_endpoints_E3"),
     "study_curves": study_curves,
     "study_probes": study_probes,
     "demo_machines": demo_machines,
