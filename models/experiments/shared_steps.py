@@ -233,6 +233,7 @@ def ask_model(
     part: str = "test",
     alphas: Sequence[float | None] = (None,),
     kinds: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     controls: bool = True,
 ) -> dict[str, Any]:
     """Ask the questions, and the neutral ones with both controls as well. Save the predictions for tables and reports.
@@ -242,13 +243,13 @@ def ask_model(
         questions: examples whose clips are in `store`.
         extra: further inputs of every batch, such as the prefix cache.
         alphas: None = greedy decoding, a number = contrastive decoding.
-        kinds: kinds of the questions to ask; empty = all.
+        kinds, tasks: those of the questions to ask; empty = all.
         controls: also ask without the audio, and with the audio of another clip.
     """
     from models.evaluation.ask import evaluate
     from models.evaluation.predictions import append_predictions, context_kind, write_header
 
-    asked = [e for e in questions if not kinds or context_kind(e) in kinds]
+    asked = [e for e in questions if (not kinds or context_kind(e) in kinds) and (not tasks or e.task in tasks)]
     options = {"collate": model.make_collator(), "extra_inputs": extra}
     answers = evaluate(model, asked, store, alphas=alphas, **options)
     if controls:

@@ -391,9 +391,19 @@ def run_pool(context: Context) -> dict[str, Any]:
 
 
 def taught(context: Context, examples: Sequence[Any]) -> list[Any]:
-    """The examples; with `extra["gated"]` only those of the tasks that pass the teacher's gate."""
-    passing = in_study(context.result("gate")) if context.extra.get("gated") else {e.task for e in examples}
-    return [e for e in examples if e.task in passing]
+    """The examples of the tasks that are taught; see `gated_tasks`."""
+    tasks = gated_tasks(context)
+    return [e for e in examples if not tasks or e.task in tasks]
+
+
+def gated_tasks(context: Context) -> tuple[str, ...]:
+    """With `extra["gated"]` the tasks that pass the teacher's gate; otherwise none, which stands for all tasks."""
+    if not context.extra.get("gated"):
+        return ()
+    tasks = tuple(sorted(in_study(context.result("gate"))))
+    if not tasks:
+        raise SystemExit(f"gate: expected a task that {context.settings.teacher} hears and is misled in, got none")
+    return tasks
 
 
 def with_other_hints(examples: Sequence[Any], seed: int) -> list[Any]:
@@ -409,14 +419,16 @@ def with_other_hints(examples: Sequence[Any], seed: int) -> list[Any]:
 
 
 def run_students(context: Context) -> dict[str, Any]:
-    """Train and ask the students of one pool one after another: those of `extra["systems"]`, asked about `extra["part"]`."""
+    """Train and ask the students of one pool one after another: those of `extra["systems"]`, asked about `extra["part"]`.
+
+    With `extra["gated"]` they are asked about the tasks that pass the gate alone: the others are not taught.
+    """
     from models.experiments.student_group import Cohort
 
     cohort, extra = Cohort(context), context.extra
+    asked = {"part": extra["part"], "tasks": gated_tasks(context), "controls": False}
     return {
-        name: cohort.run(
-            context.folder / name, recipe, **_lesson(context, extra["pool"], alpha, more), part=extra["part"], controls=False
-        )
+        name: cohort.run(context.folder / name, recipe, **_lesson(context, extra["pool"], alpha, more), **asked)
         for name, recipe, alpha, more in extra["systems"]
     }
 
@@ -552,9 +564,10 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         return stages + [_students(f"axes_{pool}", pool, [s for s in AXES if s.pool == pool]) for pool in pools]
     gated = len(settings.tasks) > 1 and not settings.tiny_backbones  # no tiny model passes the gate
     for pool in POOLS:
-        stages += [_pool(pool, gated=gated), _students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool])]
+        stages.append(_pool(pool, gated=gated))
+        stages.append(_students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool], gated=gated))
     tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
-    return stages + ([_students("students_tuned", "own", tuned)] if tuned else [])
+    return stages + ([_students("students_tuned", "own", tuned, gated=gated)] if tuned else [])
 
 
 _HEARD = ("corpus", "features", "teacher")
@@ -590,16 +603,19 @@ def _pool(pool: str, *, gated: bool = False) -> Stage:
     return Stage(f"pool_{pool}", f"Y: {pool}", tuple(needs), TRAINING, run_pool, extra=extra)
 
 
-def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "test") -> Stage:
-    """The stage that trains the systems of one pool and asks them the questions of `part`."""
-    told = {
+def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "test", gated: bool = False) -> Stage:
+    """The stage that trains the systems of one pool and asks them the questions of `part`. `gated`: as in `_pool`."""
+    told: dict[str, Any] = {
         "pool": pool,
         "part": part,
         "systems": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
         "recipes": {s.recipe: _as_written(s.recipe) for s in systems},
     }
-    needs = (*_HEARD, "student_lm", "pool_own" if pool == "live" else f"pool_{pool}")
-    return Stage(name, name.replace("_", ": "), needs, _STUDYING, run_students, extra=told)
+    needs = [*_HEARD, "student_lm", "pool_own" if pool == "live" else f"pool_{pool}"]
+    if gated:
+        needs.append("gate")
+        told["gated"] = True
+    return Stage(name, name.replace("_", ": "), tuple(needs), _STUDYING, run_students, extra=told)
 
 
 def _curves() -> Stage:

@@ -1,5 +1,6 @@
 """Students of one process: the same as each by itself, with the shared work done once."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,12 @@ def test_what_was_asked_is_not_made_again_and_what_was_trained_is_only_asked(wor
     Path(folder / "test-greedy.jsonl").unlink()
     assert cohort.run(folder, "ce_only", **options) == first  # asked.json is there: nothing is done
     assert not (folder / "test-greedy.jsonl").exists()
+    corpus = context.folders["corpus"]
+    examples = read_manifest(corpus / "test.jsonl", check_audio=False).examples
+    write_manifest(corpus / "dev.jsonl", [*examples[:4], *(dataclasses.replace(e, task="other") for e in examples[4:])])
+    cohort.ask(context.folder / "one_task", folder / "final", part="dev", tasks=["other"], controls=False)
+    answers = read_predictions(context.folder / "one_task" / "dev-greedy.jsonl")[1]
+    assert [p.id for p in answers] == [e.id for e in examples[4:]]
 
 
 @pytest.mark.slow

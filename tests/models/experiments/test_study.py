@@ -30,6 +30,7 @@ from models.experiments.study import (
     dev_rows,
     gate_rows,
     gate_sentences,
+    gated_tasks,
     healing_examples,
     in_study,
     main,
@@ -305,8 +306,9 @@ def test_only_a_study_of_several_tasks_leaves_out_what_fails_the_gate():
     assert by_name["E1"]["pool_own"].extra == {"pool": "own"} and "gate" not in by_name["E1"]["pool_own"].needs
     for experiment in ("E2", "E3"):
         for pool in ("own", "stripped", "true", "metadata"):
-            stage = by_name[experiment][f"pool_{pool}"]
-            assert stage.extra["gated"] and "gate" in stage.needs
+            for stage in (by_name[experiment][f"pool_{pool}"], by_name[experiment][f"students_{pool}"]):
+                assert stage.extra["gated"] and "gate" in stage.needs
+    assert "gated" not in by_name["E1"]["students_own"].extra and by_name["E3"]["students_tuned"].extra["gated"]
 
 
 def test_the_gated_pool_has_the_tasks_that_the_teacher_hears_and_is_misled_in(tmp_path):
@@ -321,3 +323,8 @@ def test_the_gated_pool_has_the_tasks_that_the_teacher_hears_and_is_misled_in(tm
     )
     assert taught(gated, examples) == [examples[0], examples[3]]
     assert taught(free, examples) == examples
+    assert gated_tasks(gated) == ("cry",) and gated_tasks(free) == ()
+    seen["cry"]["heard"] = 0.7
+    (tmp_path / "done.json").write_text(json.dumps({"result": {"tasks": seen}}))
+    with pytest.raises(SystemExit, match="gate: expected a task that f0s0 hears and is misled in, got none"):
+        gated_tasks(dataclasses.replace(gated, settings=EXPERIMENTS["E3"]))
