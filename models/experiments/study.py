@@ -338,8 +338,8 @@ def run_gate(context: Context) -> dict[str, Any]:
 
 
 def run_teacher_answers(context: Context) -> dict[str, Any]:
-    """Ask the teacher the test questions, greedily and by contrastive decoding."""
-    return ask(context, context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS)
+    """Ask the teacher the test questions, greedily and by contrastive decoding; with `extra["gated"]` as in `run_students`."""
+    return ask(context, context.folders["teacher"] / "final", alphas=TEACHER_ALPHAS, tasks=gated_tasks(context))
 
 
 def run_pool(context: Context) -> dict[str, Any]:
@@ -398,7 +398,7 @@ def taught(context: Context, examples: Sequence[Any]) -> list[Any]:
 
 def gated_tasks(context: Context) -> tuple[str, ...]:
     """With `extra["gated"]` the tasks that pass the teacher's gate; otherwise none, which stands for all tasks."""
-    if not context.extra.get("gated"):
+    if not (context.extra or {}).get("gated"):
         return ()
     tasks = tuple(sorted(in_study(context.result("gate"))))
     if not tasks:
@@ -538,6 +538,8 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
     The students with the settings of E5 are among them as soon as study_dev.csv says what E5 has chosen.
     """
     healing = ("lm", "encoder", "tiny_backbones", "keep_layers", "healing_steps", "healing_sentences", "tasks")
+    gated = len(settings.tasks) > 1 and not settings.tiny_backbones  # no tiny model passes the gate
+    answering, asked = ((*_HEARD, "gate"), {"gated": True}) if gated else (_HEARD, None)
     stages = [
         Stage("backbones", "backbones", (), ("lm", "encoder", "tiny_backbones"), run_backbones),
         Stage("corpus", "corpus", (), _CORPUS, run_corpus),
@@ -545,7 +547,7 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         Stage("student_lm", "student: drop layers, heal", ("backbones",), healing, run_student_lm),
         Stage("teacher", "teacher", ("corpus", "features"), _TEACHING, run_teacher),
         Stage("gate", "gate: the teacher on dev", _HEARD, ("device",), run_gate),
-        Stage("answers_teacher", "answers of the teacher", _HEARD, ("device",), run_teacher_answers),
+        Stage("answers_teacher", "answers of the teacher", answering, ("device",), run_teacher_answers, extra=asked),
     ]
     if experiment == "external":
         own = make_stages(settings, "E1")
@@ -562,7 +564,6 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         stages.append(_pool("clean"))
         pools = dict.fromkeys(s.pool for s in AXES)
         return stages + [_students(f"axes_{pool}", pool, [s for s in AXES if s.pool == pool]) for pool in pools]
-    gated = len(settings.tasks) > 1 and not settings.tiny_backbones  # no tiny model passes the gate
     for pool in POOLS:
         stages.append(_pool(pool, gated=gated))
         stages.append(_students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool], gated=gated))

@@ -305,10 +305,12 @@ def test_only_a_study_of_several_tasks_leaves_out_what_fails_the_gate():
     by_name = {e: {s.name: s for s in make_stages(EXPERIMENTS[e], e)} for e in ("E1", "E2", "E3")}
     assert by_name["E1"]["pool_own"].extra == {"pool": "own"} and "gate" not in by_name["E1"]["pool_own"].needs
     for experiment in ("E2", "E3"):
+        assert by_name[experiment]["answers_teacher"].extra["gated"]
         for pool in ("own", "stripped", "true", "metadata"):
             for stage in (by_name[experiment][f"pool_{pool}"], by_name[experiment][f"students_{pool}"]):
                 assert stage.extra["gated"] and "gate" in stage.needs
-    assert "gated" not in by_name["E1"]["students_own"].extra and by_name["E3"]["students_tuned"].extra["gated"]
+    assert by_name["E1"]["answers_teacher"].extra is None and "gated" not in by_name["E1"]["students_own"].extra
+    assert by_name["E3"]["students_tuned"].extra["gated"]
 
 
 def test_the_gated_pool_has_the_tasks_that_the_teacher_hears_and_is_misled_in(tmp_path):
