@@ -6,6 +6,8 @@ learning rate falls over the whole of the longer training. So the point in the m
 learning rate has fallen to its minimum by then.
 
 Only the questions without a text and under a false one are asked: what is learned and what misleads shows in these two.
+
+E3 asks the same of its students, for each task by itself, and of the control that sharpens the teacher without a contrast.
 """
 
 from __future__ import annotations
@@ -31,7 +33,15 @@ def curve_steps(student_steps: int) -> list[int]:
 
 
 def train_and_ask(
-    context: Context, name: str, recipe: str, *, cohort: Cohort, manifest: Path, start: Path, words: Sequence[str]
+    context: Context,
+    name: str,
+    recipe: str,
+    *,
+    cohort: Cohort,
+    manifest: Path,
+    start: Path,
+    words: Sequence[str],
+    tasks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train one student, and ask it dev at each of `curve_steps`. What was asked before is not asked again.
 
@@ -39,22 +49,24 @@ def train_and_ask(
         name: of its folder in that of the stage.
         cohort: keeps what the students share.
         manifest, start, words: as in `Cohort.run`.
+        tasks: of the questions; empty = all.
     """
     steps, folder = curve_steps(context.settings.student_steps), context.folder / name
     kept = [f"optim.steps={steps[-1]}", f"run.save_every_steps={steps[0]}", f"run.keep_last_checkpoints={_QUARTERS[-1]}"]
     cohort.train(folder, recipe, manifest=manifest, start=start, words=[*words, *kept])
-    return {
-        str(step): cohort.ask_at(folder / str(step), folder, step, part="dev", kinds=tuple(KINDS), controls=False)
-        for step in steps
-    }
+    asked = {"part": "dev", "kinds": tuple(KINDS), "tasks": tasks, "controls": False}
+    return {str(step): cohort.ask_at(folder / str(step), folder, step, **asked) for step in steps}
 
 
-def curve_rows(folder: Path, names: Sequence[str], student_steps: int, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+def curve_rows(
+    folder: Path, names: Sequence[str], student_steps: int, origin: Mapping[str, Any], *, by_task: bool = False
+) -> list[dict[str, Any]]:
     """The rows of study_curves.csv: accuracy by system, step and context, of every student that has been asked.
 
     Args:
         folder: of the stage.
         origin: columns that stand first in each row, such as the teacher.
+        by_task: a row for each task, with the column "task".
     """
     rows = []
     for name in names:
@@ -62,10 +74,10 @@ def curve_rows(folder: Path, names: Sequence[str], student_steps: int, origin: M
             if not (folder / name / str(step) / ASKED_FILE).exists():
                 continue
             _, predictions = read_predictions(folder / name / str(step) / predictions_name("dev"))
-            for kind, context in KINDS.items():
-                own = [p for p in predictions if p.kind == kind]
-                if own:
-                    accuracy = float(judge(own).mean())
-                    told = {"system": name, "step": step, "context": context, "accuracy": accuracy, "items": len(own)}
-                    rows.append({**origin, **told})
+            for task in dict.fromkeys(p.task for p in predictions) if by_task else (None,):
+                for kind, context in KINDS.items():
+                    own = [p for p in predictions if p.kind == kind and task in (None, p.task)]
+                    if own:
+                        told = {"system": name, "step": step, **({"task": task} if by_task else {}), "context": context}
+                        rows.append({**origin, **told, "accuracy": float(judge(own).mean()), "items": len(own)})
     return rows

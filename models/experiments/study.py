@@ -2,6 +2,7 @@
 
     python -m models study E1                       # 4 folds of actors x 2 teachers; stop it and start it again at will
     python -m models study E1 --teachers 1 --folds 0
+    python -m models study E3                       # several tasks whose bias nobody trained; curves over steps of one teacher
     python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each; curves over steps
     python -m models study axes                     # beyond the papers: what each path hears, alpha by token, on-policy
     python -m models study external                 # ask the finished models of E1 about other games, once and at the end
@@ -118,6 +119,9 @@ SYSTEMS = (
     System("kd_metadata", "kd", 0.0, "metadata"),
     System("caad2_metadata", "caad", 2.0, "metadata"),
 )
+# The control of the curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
+SHARPENED = System("sharpened2", "sharpened", 2.0, "own")
+CURVES_TEACHER = "f0s0"
 _ON_POLICY = ("loss.kd_token_weight=uniform", "data.on_policy_max_new_tokens=12")
 # Beyond the papers, each against caad2: what the contrast takes away, alpha by token, and answers of the student's own.
 AXES = (
@@ -438,9 +442,9 @@ def run_curves(context: Context) -> dict[str, Any]:
     from models.experiments.learning_curves import train_and_ask
     from models.experiments.student_group import Cohort
 
-    cohort = Cohort(context)
+    cohort, tasks = Cohort(context), gated_tasks(context)
     return {
-        name: train_and_ask(context, name, recipe, cohort=cohort, **_lesson(context, "own", alpha, more))
+        name: train_and_ask(context, name, recipe, cohort=cohort, tasks=tasks, **_lesson(context, "own", alpha, more))
         for name, recipe, alpha, more in context.extra["curves"]
     }
 
@@ -568,7 +572,8 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         stages.append(_pool(pool, gated=gated))
         stages.append(_students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool], gated=gated))
     tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
-    return stages + ([_students("students_tuned", "own", tuned, gated=gated)] if tuned else [])
+    stages += [_students("students_tuned", "own", tuned, gated=gated)] if tuned else []
+    return stages + ([_curves(SHARPENED, gated=True)] if experiment == "E3" and settings.teacher == CURVES_TEACHER else [])
 
 
 _HEARD = ("corpus", "features", "teacher")
@@ -619,14 +624,18 @@ def _students(name: str, pool: str, systems: Sequence[System], *, part: str = "t
     return Stage(name, name.replace("_", ": "), tuple(needs), _STUDYING, run_students, extra=told)
 
 
-def _curves() -> Stage:
-    """The stage of the curves over steps, by the settings of `kd` and `caad2`."""
-    systems = [s for s in SYSTEMS if s.name in ("kd", "caad2")]
-    told = {
+def _curves(*more: System, gated: bool = False) -> Stage:
+    """The stage of the curves over steps, by the settings of `kd` and `caad2`, and of `more`. `gated`: as in `_pool`."""
+    systems = [*(s for s in SYSTEMS if s.name in ("kd", "caad2")), *more]
+    told: dict[str, Any] = {
         "curves": [(s.name, s.recipe, s.alpha, s.words) for s in systems],
         "recipes": {s.recipe: _as_written(s.recipe) for s in systems},
     }
-    return Stage("curves", "curves over steps", (*_HEARD, "student_lm", "pool_own"), _STUDYING, run_curves, extra=told)
+    needs = [*_HEARD, "student_lm", "pool_own"]
+    if gated:
+        needs.append("gate")
+        told["gated"] = True
+    return Stage("curves", "curves over steps", tuple(needs), _STUDYING, run_curves, extra=told)
 
 
 def tuned_systems(chosen: Path) -> list[System]:
@@ -984,14 +993,16 @@ def _save(
     from models.reporting.study import EXTERNAL
 
     targets = [Path(arguments.out), *([RESULTS] if arguments.write else [])]
+    curves = stage_folders(stages, settings, root).get("curves")
+    if curves is not None:
+        names, teacher = [s.name for s in (*SYSTEMS, SHARPENED)], {"teacher": settings.teacher, "seed": settings.seed}
+        rows = curve_rows(curves, names, settings.student_steps, teacher, by_task=experiment != "E5")
+        for folder in targets if rows else ():
+            atomic_write_text(folder / f"study_curves{'' if experiment == 'E5' else '_' + experiment}.csv", rows_csv(rows))
     if experiment == "E5":
-        texts = {"study_dev": dev_rows(finished(settings, stages, root, part="dev"))}
-        curves, names = stage_folders(stages, settings, root)["curves"], [s.name for s in SYSTEMS]
-        teacher = {"teacher": settings.teacher, "seed": settings.seed}
-        texts["study_curves"] = curve_rows(curves, names, settings.student_steps, teacher)
-        for name, rows in texts.items():
-            for folder in targets if rows else ():
-                atomic_write_text(folder / f"{name}.csv", rows_csv(rows))
+        rows = dev_rows(finished(settings, stages, root, part="dev"))
+        for folder in targets if rows else ():
+            atomic_write_text(folder / "study_dev.csv", rows_csv(rows))
         return
     if experiment == "probes":
         done = read_done(stage_folders(stages, settings, root)["probes"])

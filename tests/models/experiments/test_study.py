@@ -124,6 +124,17 @@ def test_curves_are_of_the_students_that_were_asked(tmp_path):
         ("kd", 30, "none", 0.6), ("kd", 30, "adversarial", 0.3), ("caad2", 30, "none", 0.7), ("caad2", 30, "adversarial", 0.7),
     ]  # fmt: skip
     assert all(r["teacher"] == "f0s0" and r["items"] == 10 for r in rows)
+    by_task = curve_rows(tmp_path, ["caad2"], 120, {}, by_task=True)
+    assert [(r["task"], r["context"], r["accuracy"]) for r in by_task] == [("gender", "none", 0.7), ("gender", "adversarial", 0.7)]
+
+
+def test_one_teacher_of_the_natural_bias_has_curves_with_the_sharpened_control():
+    first, other = chosen_teachers("E3", [0, 1], 1, smoke=False, device="cpu")
+    (curves,) = [stage for stage in make_stages(first, "E3") if stage.name == "curves"]
+    assert [name for name, *_ in curves.extra["curves"]] == ["kd", "caad2", "sharpened2"] and curves.extra["gated"]
+    assert "curves" not in {stage.name for stage in make_stages(other, "E3")}
+    (dev,) = [stage for stage in make_stages(first, "E5") if stage.name == "curves"]
+    assert [name for name, *_ in dev.extra["curves"]] == ["kd", "caad2"] and "gated" not in dev.extra
 
 
 def test_the_axes_are_compared_with_caad_and_a_better_ear_with_its_own_kd():
