@@ -125,7 +125,8 @@ def test_curves_are_of_the_students_that_were_asked(tmp_path):
     ]  # fmt: skip
     assert all(r["teacher"] == "f0s0" and r["items"] == 10 for r in rows)
     by_task = curve_rows(tmp_path, ["caad2"], 120, {}, by_task=True)
-    assert [(r["task"], r["context"], r["accuracy"]) for r in by_task] == [("gender", "none", 0.7), ("gender", "adversarial", 0.7)]
+    seen = [(r["task"], r["context"], r["accuracy"]) for r in by_task]
+    assert seen == [("gender", "none", 0.7), ("gender", "adversarial", 0.7)]
 
 
 def test_one_teacher_of_the_natural_bias_has_curves_with_the_sharpened_control():
