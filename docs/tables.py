@@ -59,7 +59,7 @@ def read(name: str) -> tuple[Row, ...]:
     raise TableError(f"{name}: expected {name}.csv in one of {', '.join(str(f.relative_to(ROOT)) for f in FOLDERS)}")
 
 
-def rows(name: str, **where: str | int) -> list[Row]:
+def rows(name: str, /, **where: str | int) -> list[Row]:
     """The rows of a CSV file in which every named column has the given value; at least one."""
     found = [row for row in read(name) if all(row.get(key) == str(value) for key, value in where.items())]
     if not found:
@@ -72,7 +72,7 @@ def numbers(found: Iterable[Row], column: str) -> list[float]:
     return [value for row in found if row[column] and math.isfinite(value := float(row[column]))]
 
 
-def mean(name: str, column: str, **where: str | int) -> float | None:
+def mean(name: str, column: str, /, **where: str | int) -> float | None:
     """Mean of a column over the rows that match; None where nothing was measured."""
     found = numbers(rows(name, **where), column)
     return statistics.mean(found) if found else None
@@ -671,6 +671,19 @@ def study_curves() -> Table:
     return ("step", *(f"{SYSTEMS[system]}, {context}" for system, context in columns)), lines
 
 
+def study_natural_curves() -> Table:
+    """E3: accuracy on dev by optimizer step, mean over tasks, one teacher."""
+    found = read("study_curves_E3")
+    columns = list(dict.fromkeys((row["system"], row["context"]) for row in found))
+
+    def cell(step: str, system: str, context: str) -> str:
+        own = [row for row in found if (row["step"], row["system"], row["context"]) == (step, system, context)]
+        return f"{100 * statistics.mean(numbers(own, 'accuracy')):.0f}" if own else ""
+
+    lines = ([step, *(cell(step, *column) for column in columns)] for step in dict.fromkeys(row["step"] for row in found))
+    return ("step", *(f"{SYSTEMS[system]}, {context}" for system, context in columns)), lines
+
+
 def study_probes() -> Table:
     """Balanced accuracy in % of the linear probes on test, mean over folds."""
     found = read("study_probes")
@@ -713,6 +726,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "study_endpoints": study_endpoints,
     "study_natural_endpoints": lambda: study_endpoints("study_endpoints_E3"),
     "study_curves": study_curves,
+    "study_natural_curves": study_natural_curves,
     "study_probes": study_probes,
     "demo_machines": demo_machines,
     "row_kernel": row_kernel,
