@@ -13,7 +13,8 @@ from models.reporting.systems import CONTEXTS, Palette, context_key, system_key,
 from models.reporting.tables import NOTHING, Cell, Column, Section, Table, narrow, points, share_cell
 
 STUDY_FILE = "study.csv"
-DEV_FILE, CURVES_FILE = "study_dev.csv", "study_curves.csv"
+DEV_FILE = "study_dev.csv"
+_CURVES_FILE = re.compile(r"study_curves(?:_(\w+))?\.csv")  # study_curves_E3.csv has a row for each task
 EXTERNAL = "external-"  # begins the teacher's name in rows about other games, which are no part of the study's own scores
 _COLUMNS = ("teacher", "seed", "system", "task", "context", "accuracy")
 _PARTS = ("category", "task", "teacher")
@@ -44,8 +45,9 @@ def study_sections(tables: dict[str, ResultsTable], palette: Palette) -> tuple[l
             section, of_it = _experiment(table, experiments[experiment], experiment, tested, palette)
             sections.append(section)
             headline = headline or of_it
-    if DEV_FILE in tables or CURVES_FILE in tables:
-        sections.append(_on_dev(tables.pop(DEV_FILE, None), tables.pop(CURVES_FILE, None), palette))
+    curves = [tables.pop(name) for name in sorted(tables) if _CURVES_FILE.fullmatch(name)]
+    if DEV_FILE in tables or curves:
+        sections.append(_on_dev(tables.pop(DEV_FILE, None), curves, palette))
     return sections, headline
 
 
@@ -136,7 +138,7 @@ def _on_shared_teachers(own: Sequence[Mapping[str, str]]) -> tuple[list[Mapping[
     return kept, [system for system in taught if system not in systems]
 
 
-def _on_dev(dev: ResultsTable | None, curves: ResultsTable | None, palette: Palette) -> Section:
+def _on_dev(dev: ResultsTable | None, curves: Sequence[ResultsTable], palette: Palette) -> Section:
     """What was asked on dev, where settings are chosen: the tries of KD and CAAD, and their curves over steps."""
     blocks: list[Table | Figure] = []
     notes = ["One teacher, and the dev actors of one fold. Dev alone chooses the settings; nothing here is a result."]
@@ -149,10 +151,10 @@ def _on_dev(dev: ResultsTable | None, curves: ResultsTable | None, palette: Pale
             rows.append((f"{row['family']}: {row['settings']}", (*shares, Cell(row["chosen"]))))
         columns = [Column("setting"), *(Column(CONTEXTS[context_key(c)]) for c in contexts), Column("mean"), Column("chosen")]
         blocks.append(Table("Settings that were tried: accuracy on dev in %.", tuple(columns), tuple(rows)))
-    if curves is not None:
-        blocks.append(_curves(curves, palette))
+    if curves:
+        blocks += [_curves(table, palette) for table in curves]
         notes.append("The learning rate of the curves falls over all their steps. Their middle is not the student of the study.")
-    for table in (dev, curves):
+    for table in (dev, *curves):
         if table is not None and (origin := table.origin()):
             notes.append(f"From {table.name}: {origin}.")
     return Section("Study: settings and curves on dev", tuple(notes), tuple(blocks))
@@ -165,13 +167,17 @@ def _curves(table: ResultsTable, palette: Palette) -> Figure:
         raise ResultsError(f"{table.name}: expected the curves of one teacher and seed, got several")
     panels: dict[str, dict[str, dict[float, Value]]] = {}
     for i, row in enumerate(table.rows):
-        panel = panels.setdefault(f"{CONTEXTS[context_key(row['context'])]}, % right", {})
+        task = f"{row['task'].replace('_', ' ')}, " if row.get("task") else ""
+        panel = panels.setdefault(f"{task}{CONTEXTS[context_key(row['context'])]}, % right", {})
         accuracy, step = table.number(i, "accuracy"), table.number(i, "step")
         if accuracy is not None and step is not None:
             panel.setdefault(system_name(row["system"]), {})[step] = percent(accuracy)
     items = sorted({int(row["items"]) for row in table.rows})
+    experiment = _CURVES_FILE.fullmatch(table.name)[1]
     caption = f"Accuracy on dev over steps of one training. A point has {' or '.join(map(str, items))} questions and no interval."
-    return draw_lines("study-curves", panels, xlabel="step", caption=caption, palette=palette)
+    caption += f" These are students of {experiment}." if experiment else ""
+    stem = "study-curves" + (f"-{experiment.lower()}" if experiment else "")
+    return draw_lines(stem, panels, xlabel="step", caption=caption, palette=palette)
 
 
 def _score_table(caption: str, rows: dict[str, dict[str, Score | None]], contexts: Sequence[str]) -> Table:

@@ -215,6 +215,12 @@ def test_curves_over_steps_and_tries_stand_apart_from_the_results(tmp_path):
     tries, curves = section.blocks
     assert [cell.text for cell in tries.rows[0][1]] == ["50.0", "60.0", "70.0", "80.0", "65.0", "yes"]
     assert "No hint, % right over step. standard KD: 30 at 30, 60 at 60" in curves.alt
+    by_task = head.replace("context", "task,context") + "f0s0,0,kd,30,speaking_rate,none,0.7,40\nf0s0,0,kd,30,cry,none,0.6,36\n"
+    (tmp_path / "study_curves_E3.csv").write_text(by_task)
+    _, _, of_tasks = stored_sections(tmp_path).sections[1].blocks
+    assert of_tasks.name == "study-curves-e3"
+    assert "Speaking rate, no hint, % right over step. standard KD: 70 at 30" in of_tasks.alt
+    assert "Cry, no hint, % right over step. standard KD: 60 at 30" in of_tasks.alt and "students of E3" in of_tasks.caption
     (tmp_path / "study_curves.csv").write_text(head + "".join([*lines, lines[0].replace("f0s0", "f1s0")]))
     with pytest.raises(ResultsError, match="expected the curves of one teacher and seed, got several"):
         stored_sections(tmp_path)
