@@ -575,8 +575,8 @@ def plan() -> Table:
 
 
 STUDY = (
-    "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "caad1", "caad2", "caad_tuned", "hint_stripped", "kd_shuffled",
-    "ce_true", "kd_metadata", "caad2_metadata",
+    "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "caad1", "caad2", "caad_tuned", "sharpened2", "hint_stripped",
+    "kd_shuffled", "ce_true", "kd_metadata", "caad2_metadata",
 )  # fmt: skip
 PROBED = {
     "statistics": "12 statistics of the signal",

@@ -119,7 +119,7 @@ SYSTEMS = (
     System("kd_metadata", "kd", 0.0, "metadata"),
     System("caad2_metadata", "caad", 2.0, "metadata"),
 )
-# The control of the curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
+# The control of E3 and of its curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
 SHARPENED = System("sharpened2", "sharpened", 2.0, "own")
 CURVES_TEACHER = "f0s0"
 _ON_POLICY = ("loss.kd_token_weight=uniform", "data.on_policy_max_new_tokens=12")
@@ -573,7 +573,10 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         stages.append(_students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool], gated=gated))
     tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
     stages += [_students("students_tuned", "own", tuned, gated=gated)] if tuned else []
-    return stages + ([_curves(SHARPENED, gated=True)] if experiment == "E3" and settings.teacher == CURVES_TEACHER else [])
+    if experiment == "E3":
+        stages.append(_students("students_control", "own", [SHARPENED], gated=gated))
+        stages += [_curves(SHARPENED, gated=True)] if settings.teacher == CURVES_TEACHER else []
+    return stages
 
 
 _HEARD = ("corpus", "features", "teacher")

@@ -141,6 +141,7 @@ def _heard(prediction: Prediction, min_snr_db: float) -> bool:
 # The claim of the protocol is the first. The others stand beside it, with a correction over all of them.
 PAIRS = (
     ("caad2", "kd_tuned"), ("caad2", "kd"), ("caad2", "hint_stripped"), ("caad2", "ce_true"), ("caad2_metadata", "kd_metadata"),
+    ("caad2", "sharpened2"),
 )  # fmt: skip
 
 
