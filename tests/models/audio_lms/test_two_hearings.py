@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from models.audio_lms.family import AudioLMError
 from models.audio_lms.model import AudioLM
 from models.cli import main as models
 from models.corpora.hearing import PLAIN, Hearing
-from models.data.manifest import read_manifest
+from models.data.manifest import read_manifest, write_manifest
 from models.speech_lm import listeners
 from models.training.loop import TrainingLoop
 from models.training.recipe import ConfigError, load_recipe
@@ -30,8 +31,8 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), "qwen2_audio")
 
 
-def built(world, *changes):
-    recipe = load_recipe("caad", words(world, "x", f"teacher.model={world / 'teacher'}", *changes))
+def built(world, *changes, recipe="caad"):
+    recipe = load_recipe(recipe, words(world, "x", f"teacher.model={world / 'teacher'}", *changes))
     model = build_model(recipe)
     data = build_data(recipe, model, *read_examples(recipe))
     return data, build_sources(recipe, data, model, device=torch.device("cpu"))[0].teacher
@@ -63,6 +64,31 @@ def test_the_teacher_hears_the_clip_and_the_student_noise(world):
     assert torch.equal(batch.features["input_features"], heard.features["input_features"])
     assert not torch.allclose(batch.features["input_features"], plain.features["input_features"])
     assert torch.equal(batch.input_ids, heard.input_ids) and batch.input_ids.shape != plain.input_ids.shape
+
+
+def test_hint_stripped_the_teacher_reads_no_context_and_the_student_does(world):
+    """The recipe of that name, on answers that the teacher has written without the context too: docs/teachers.md."""
+    hinted, pool = world / "hinted.jsonl", world / "stripped.jsonl"
+    hint = "A note says that the tone is high."
+    plain = read_manifest(world / "manifest.jsonl").examples
+    write_manifest(hinted, [dataclasses.replace(e, context=hint, target=None, target_source=None) for e in plain])
+    written = [str(hinted), "--audio-root", str(world), "--source", "audio_lm", "--audio-lm", str(world / "teacher")]
+    written += ["--out", str(pool), "--accept", "free", "--max-reject-fraction", "1", "--dtype", "float32", "--device", "cpu"]
+    assert models(["pseudo-gt", *written, "--hears", "context=false"]) == 0
+    answered = read_manifest(pool).examples
+    assert answered and all(e.context == hint for e in answered)
+    more = [f"data.manifest={pool}", f"data.audio_root={world}", f"teacher.model={world / 'teacher'}"]
+    data, teacher = built(world, *more, recipe="hint_stripped")
+    chosen = data.examples[:3]
+    batch = data.make_batch(chosen)
+    (heard, _) = states_of(world, data, Hearing(context=False))
+    states = teacher(batch, chosen)
+    torch.testing.assert_close(states.head.logits(states.audio_hidden), heard, rtol=1e-4, atol=1e-4)
+    (misled, _) = states_of(world, data, PLAIN)
+    assert not torch.allclose(heard, misled, atol=1e-3)
+    student = AudioLM.from_pretrained(world / "student").make_collator()
+    clips = ClipReader(world, sampling_rate=16_000).rows(chosen)
+    assert torch.equal(batch.input_ids, student(chosen, clips).input_ids)  # with the context
 
 
 def test_clips_are_decoded_once_where_both_hear_the_same_and_ahead_for_both(world):
