@@ -56,8 +56,19 @@ class Endpoint:
     @property
     def holds(self) -> bool:
         """Whether both units of inference exclude the bound, on the good side, after Holm's correction."""
-        enough = self.teachers >= MIN_TEACHERS
-        return enough and self.p_holm < 0.05 and self.t_low > self.bound and self.actors_low > self.bound
+        return self._sure and min(self.t_low, self.actors_low) > self.bound
+
+    @property
+    def verdict(self) -> str:
+        """In the words of study_endpoints.csv. The opposite holds where both units exclude the bound on the other side."""
+        if self.teachers < MIN_TEACHERS:
+            return "too few teachers"
+        below = self._sure and max(self.t_high, self.actors_high) < self.bound
+        return "holds" if self.holds else "the opposite holds" if below else "failed"
+
+    @property
+    def _sure(self) -> bool:
+        return self.teachers >= MIN_TEACHERS and self.p_holm < 0.05
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -187,8 +198,8 @@ def with_holm(found: Sequence[Endpoint]) -> list[Endpoint]:
 def as_row(endpoint: Endpoint) -> dict[str, Any]:
     """The row of study_endpoints.csv."""
     row = dataclasses.asdict(endpoint)
-    verdict = "holds" if endpoint.holds else "failed" if endpoint.teachers >= MIN_TEACHERS else "too few teachers"
-    return {name: "" if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()} | {"verdict": verdict}
+    row = {name: "" if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+    return row | {"verdict": endpoint.verdict}
 
 
 def sentence(endpoint: Endpoint) -> str:
@@ -198,4 +209,4 @@ def sentence(endpoint: Endpoint) -> str:
     actors = f"teachers x actors {100 * endpoint.actors_low:+.1f} to {100 * endpoint.actors_high:+.1f}"
     p = f", Holm p {endpoint.p_holm:.3f}" if endpoint.teachers > 1 else ""
     start = f"{endpoint.name}, {endpoint.first} - {endpoint.second}: {points} ({t_ends}; {actors}{p})"
-    return f"{start}; {endpoint.teachers} teacher(s), {endpoint.actors} actor(s): {as_row(endpoint)['verdict']}"
+    return f"{start}; {endpoint.teachers} teacher(s), {endpoint.actors} actor(s): {endpoint.verdict}"

@@ -60,6 +60,16 @@ def test_one_actor_cannot_carry_a_claim():
     assert dataclasses.replace(one(better), p_holm=0.0).holds
 
 
+def test_the_opposite_holds_where_both_units_exclude_the_bound_on_the_other_side():
+    """Eight teachers lose 0.2 to 0.4. That the first is not a point behind has the opposite too; 0.3 behind is not excluded."""
+    pairs = {f"f{n}s0": (answers(lambda a, k, n=n: 6 - n % 3), answers(lambda a, k: 8)) for n in range(8)}
+    for bound, verdict in ((0.0, "the opposite holds"), (-0.01, "the opposite holds"), (-0.3, "failed"), (-0.5, "holds")):
+        found = dataclasses.replace(one(pairs, bound=bound), p_holm=0.01)
+        assert (found.verdict, found.holds) == (verdict, verdict == "holds")
+        assert dataclasses.replace(found, p_holm=0.06).verdict == "failed"
+    assert as_row(dataclasses.replace(found, teachers=7))["verdict"] == "too few teachers"
+
+
 def test_a_tuned_system_is_tested_on_actors_that_did_not_tune_it(tmp_path):
     """E5 chooses on a05 and a06. The tuned student is right on them alone, which must not count."""
     chose = ("queen-a05", "queen-a06")

@@ -141,7 +141,7 @@ ENDPOINTS = """\
 name,first,second,teachers,actors,difference,t_low,t_high,p,actors_low,actors_high,bound,p_holm,verdict
 P1,caad2,kd,8,11,0.04,0.01,0.07,0.02,-0.01,0.09,0.0,0.04,failed
 P2,caad2,kd,8,11,0.3,0.2,0.4,0.001,0.1,0.5,0.0,0.003,holds
-P3,caad2,kd,8,11,-0.05,-0.08,-0.02,0.01,-0.1,-0.015,-0.01,0.02,failed
+P3,caad2,kd,8,11,-0.05,-0.08,-0.02,0.01,-0.1,-0.015,-0.01,0.02,the opposite holds
 P1,caad2,hint_stripped,1,3,-0.04,,,1.0,-0.1,0.1,0.0,1.0,too few teachers
 """
 
@@ -163,7 +163,7 @@ def test_a_claim_that_was_tested_has_the_verdict_of_the_test(tmp_path):
     assert verdicts["Under a false hint, CAAD alpha 2 is ahead of CE on true labels"].word == "The opposite holds"
     assert any("not corrected for the other 2 claims" in note for note in stored.headline.notes)
     tables = [b for b in stored.sections[0].blocks if isinstance(b, Table) and b.caption.startswith("Endpoints of the protocol")]
-    assert [cells[-1].text for _, cells in tables[0].rows] == ["failed", "holds", "failed", "too few teachers"]
+    assert [cells[-1].text for _, cells in tables[0].rows] == ["failed", "holds", "the opposite holds", "too few teachers"]
     assert not any(section.title.startswith("study_") for section in stored.sections)
 
 
