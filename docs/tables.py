@@ -148,8 +148,15 @@ def six_systems() -> Table:
 
 
 def readme_results() -> Table:
-    head = ("system", *HINTS, "ms an answer")
-    return head, _six(("teacher", "teacher_cd1", "kd", "caad1", "caad2"), KINDS)
+    """The systems with eight teachers in E1 and E3, side by side."""
+    contexts = {"none": "no text", "faithful": "true text", "adversarial": "false text"}
+    lines: dict[str, list[str]] = {}
+    for prefix in (FIRST, NATURAL):
+        for system in ("kd", "kd_tuned", "caad2", "hint_stripped", "ce_true"):
+            own = [row for row in study_rows(prefix) if row["system"] == system]
+            cells = (cell.partition(NO_BREAK)[0] for cell in over_teachers(own, contexts))  # without the deviations: results.md
+            lines.setdefault(system, [SYSTEMS[system]]).extend(cells)
+    return ("system", *(f"{name}: {c}" for name in ("E1", "E3") for c in contexts.values())), lines.values()
 
 
 def six_differences() -> Table:
@@ -588,36 +595,39 @@ PROBED = {
 
 
 STUDY_CONTEXTS = ("none", "faithful", "adversarial", "irrelevant")
-NATURAL = "E3-"  # begins the names of the teachers of E3; those of E1 have no "-"
+# How the names of an experiment's teachers begin.
+FIRST, NATURAL, AXES = "", "E3-", "axes-"
 
 
-def study() -> Table:
-    """E1: mean over teachers, with the standard deviation between them. Only complete systems are in the file."""
-    return study_table([row for row in read("study") if "-" not in row["teacher"]])
+def study_rows(prefix: str) -> list[Row]:
+    """The rows of the teachers of one experiment. Those of E1 have no prefix."""
+    return [row for row in read("study") if re.fullmatch(re.escape(prefix) + r"f\d+s\d+", row["teacher"])]
 
 
-def study_natural() -> Table:
-    """E3: as `study`. A teacher's accuracy is the mean over the tasks that passed its gate."""
-    return study_table([row for row in read("study") if row["teacher"].startswith(NATURAL)])
-
-
-def study_table(found: Sequence[Row]) -> Table:
-    """Accuracy in % by system and context: mean and standard deviation over teachers, of their means over tasks."""
-    lines = []
+def study(prefix: str = FIRST) -> Table:
+    """Accuracy in % by system and context, of the systems that are in the file: only complete ones are."""
+    found, lines = study_rows(prefix), []
     for system in (name for name in STUDY if any(row["system"] == name for row in found)):
         own = [row for row in found if row["system"] == system]
-        teachers = list(dict.fromkeys(row["teacher"] for row in own))
-        cells = []
-        for context in STUDY_CONTEXTS:
-            of = {t: [100 * float(r["accuracy"]) for r in own if (r["teacher"], r["context"]) == (t, context)] for t in teachers}
-            cells.append(mean_and_deviation([statistics.mean(values) for values in of.values() if values]))
-        lines.append([SYSTEMS[system], str(len(teachers)), *cells])
+        lines.append([SYSTEMS[system], str(len({row["teacher"] for row in own})), *over_teachers(own, STUDY_CONTEXTS)])
     return ("system", "teachers", *STUDY_CONTEXTS), lines
+
+
+def over_teachers(own: Sequence[Row], contexts: Iterable[str]) -> list[str]:
+    """Mean and standard deviation over teachers, of the means over the tasks that passed a teacher's gate: one for each context."""
+    cells = []
+    for context in contexts:
+        of: dict[str, list[float]] = {}
+        for row in own:
+            if row["context"] == context:
+                of.setdefault(row["teacher"], []).append(100 * float(row["accuracy"]))
+        cells.append(mean_and_deviation([statistics.mean(values) for values in of.values()]))
+    return cells
 
 
 def study_natural_tasks() -> Table:
     """E3 by task: accuracy in % without a text / under adversarial text, mean over the teachers whose gate the task passed."""
-    found = [row for row in read("study") if row["teacher"].startswith(NATURAL)]
+    found = study_rows(NATURAL)
     systems = [name for name in STUDY if any(row["system"] == name for row in found)]
 
     def cell(system: str, task: str) -> str:
@@ -721,7 +731,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "demo": demo,
     "study": study,
     "study_natural_gate": study_natural_gate,
-    "study_natural": study_natural,
+    "study_natural": lambda: study(NATURAL),
     "study_natural_tasks": study_natural_tasks,
     "study_endpoints": study_endpoints,
     "study_natural_endpoints": lambda: study_endpoints("study_endpoints_E3"),
