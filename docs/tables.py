@@ -614,7 +614,7 @@ def study(prefix: str = FIRST) -> Table:
 
 
 def over_teachers(own: Sequence[Row], contexts: Iterable[str]) -> list[str]:
-    """Mean and standard deviation over teachers, of the means over the tasks that passed a teacher's gate: one for each context."""
+    """Mean and standard deviation over teachers, by context. A teacher counts with the mean of the tasks that passed its gate."""
     cells = []
     for context in contexts:
         of: dict[str, list[float]] = {}
@@ -670,6 +670,23 @@ def study_endpoints(file: str = "study_endpoints") -> Table:
                 f"{float(row['p_holm']):.3f}", row["verdict"]]  # fmt: skip
 
     return head, map(line, read(file))
+
+
+def study_claims() -> Table:
+    """CAAD alpha 2 minus each other system in points, by endpoint of E1 and of E3. Bold holds; in italics the opposite holds."""
+    files = {"E1": read("study_endpoints"), "E3": read("study_endpoints_E3")}
+    marks = {"holds": "**", "the opposite holds": "*"}
+
+    def cell(row: Row | None) -> str:
+        mark = "" if row is None else marks.get(row["verdict"], "")
+        return "" if row is None else f"{mark}{signed(100 * float(row['difference']))}{mark}"
+
+    lines = []
+    for second in ("kd_tuned", "kd", "sharpened2", "hint_stripped", "ce_true"):
+        own = [{r["name"]: r for r in rows if (r["first"], r["second"]) == ("caad2", second)} for rows in files.values()]
+        lines.append([SYSTEMS[second], *(cell(of.get(name)) for of in own for name in ("P1", "P2", "P3"))])
+    endpoints = ("P1, no text", "P2, adversarial", "P3, faithful")
+    return ("CAAD alpha 2 minus", *(f"{experiment} {name}" for experiment in files for name in endpoints)), lines
 
 
 def study_curves() -> Table:
@@ -729,6 +746,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "ablation": ablation,
     "ablation_claims": ablation_claims,
     "demo": demo,
+    "study_claims": study_claims,
     "study": study,
     "study_natural_gate": study_natural_gate,
     "study_natural": lambda: study(NATURAL),
