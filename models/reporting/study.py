@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from models.reporting.endpoints import Endpoints, endpoints_of
 from models.reporting.figures import Figure, Value, draw_frontier, draw_intervals, draw_lines, frontier, percent
-from models.reporting.headline import Headline, LongScores, Score, long_headline
+from models.reporting.headline import Headline, LongScores, Score, Verdict, long_headline
 from models.reporting.results_csv import ResultsError, ResultsTable
 from models.reporting.systems import CONTEXTS, Palette, context_key, system_key, system_name
 from models.reporting.tables import NOTHING, Cell, Column, Section, Table, narrow, points, share_cell
@@ -18,7 +20,8 @@ _CURVES_FILE = re.compile(r"study_curves(?:_(\w+))?\.csv")  # study_curves_E3.cs
 EXTERNAL = "external-"  # begins the teacher's name in rows about other games, which are no part of the study's own scores
 _COLUMNS = ("teacher", "seed", "system", "task", "context", "accuracy")
 _PARTS = ("category", "task", "teacher")
-_EXPERIMENT = re.compile(r"(E\d+|axes)-")  # how the names of the teachers of all experiments but the first begin
+AXES = "axes"  # the experiment beyond the papers
+_EXPERIMENT = re.compile(rf"(E\d+|{AXES})-")  # how the names of the teachers of all experiments but the first begin
 _FEW = 5  # systems that a headline shows
 _ENOUGH = 3  # teachers that an axis needs (docs/protocol.md)
 
@@ -44,11 +47,20 @@ def study_sections(tables: dict[str, ResultsTable], palette: Palette) -> tuple[l
         for experiment in sorted(experiments):
             section, of_it = _experiment(table, experiments[experiment], experiment, tested, palette)
             sections.append(section)
-            headline = headline or of_it
+            if headline is None:
+                headline = of_it
+            elif of_it is not None and of_it.verdicts:
+                headline = dataclasses.replace(headline, notes=(*headline.notes, _in_short(section.title, of_it.verdicts)))
     curves = [tables.pop(name) for name in sorted(tables) if _CURVES_FILE.fullmatch(name)]
     if DEV_FILE in tables or curves:
         sections.append(_on_dev(tables.pop(DEV_FILE, None), curves, palette))
     return sections, headline
+
+
+def _in_short(title: str, verdicts: Sequence[Verdict]) -> str:
+    """How often each verdict stands in a section that is folded."""
+    count = Counter(v.word for v in verdicts)
+    return f"{title}, folded below: " + ", ".join(f"{word[0].lower() + word[1:]} {n}" for word, n in count.items()) + "."
 
 
 def _experiment(
@@ -80,6 +92,8 @@ def _experiment(
         "teacher. The intervals are Student's t over teachers, or over seeds where there is one teacher. "
         "But for those of the endpoints they are not over actors, and they are not corrected for several claims.",
     ]
+    if headline and experiment == AXES:  # its question is not CAAD against KD; the endpoints are its verdicts
+        headline = dataclasses.replace(headline, verdicts=())
     if experiment and headline:
         notes = [*(f"{v.word}. {v.sentence}" for v in headline.verdicts), *notes]
     shown = [table, *([] if endpoints is None else [endpoints.source])]

@@ -181,10 +181,19 @@ def test_teachers_of_another_experiment_are_not_mixed_in(tmp_path):
     stored = stored_sections(tmp_path)
     assert [section.title for section in stored.sections[:2]] == ["Study", "Study E2"]
     assert dict(stored.headline.table.rows)["standard KD"][0].text == "80.5"
+    assert stored.headline.notes[-1] == "Study E2, folded below: not decided 5, holds 1."  # all are equal
     of_e2 = next(b for b in stored.sections[1].blocks if isinstance(b, Table))
     assert dict(of_e2.rows)["standard KD"][0].text == "10.0"
     names = [b.name for section in stored.sections for b in section.blocks if isinstance(b, Figure)]
     assert len(set(names)) == len(names)
+
+
+def test_the_axes_have_no_verdict_on_caad_against_kd(tmp_path):
+    write_study(tmp_path, [*study(), *(dict(row, teacher=f"axes-{row['teacher']}") for row in study())])
+    stored = stored_sections(tmp_path)
+    assert stored.sections[1].title == "Study axes" and stored.headline.verdicts
+    assert not any("CAAD alpha 2 is" in note for note in stored.sections[1].notes)
+    assert not any("Study axes" in note for note in stored.headline.notes)
 
 
 def test_the_frontier_is_of_the_teachers_that_all_its_systems_have(tmp_path):
