@@ -583,7 +583,9 @@ def plan() -> Table:
 
 STUDY = (
     "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "caad1", "caad2", "caad_tuned", "sharpened2", "hint_stripped",
-    "kd_shuffled", "ce_true", "kd_metadata", "caad2_metadata",
+    "kd_shuffled", "ce_true", "kd_metadata", "caad2_metadata", "caad2_swapped", "caad2_reversed", "caad2_narrow", "caad2_flat",
+    "kd_clean_teacher", "caad2_clean_teacher", "caad2_adaptive", "caad2_centered", "caad2_uniform", "caad2_on50", "caad2_on100",
+    "caad2_on100_reverse", "caad2_on100_jsd",
 )  # fmt: skip
 PROBED = {
     "statistics": "12 statistics of the signal",
@@ -672,6 +674,19 @@ def study_endpoints(file: str = "study_endpoints") -> Table:
     return head, map(line, read(file))
 
 
+def study_axes_endpoints() -> Table:
+    """The axes: each difference in points, with the 95% t interval over teachers, by endpoint."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    teachers: dict[tuple[str, str], str] = {}
+    for row in read("study_endpoints_axes"):
+        pair = row["first"], row["second"]
+        ends = f" ({RANGE.join(signed(100 * float(row[end])) for end in ('t_low', 't_high'))})" if row["t_low"] else ""
+        found.setdefault(pair, {})[row["name"]] = f"{signed(100 * float(row['difference']))}{ends}"
+        teachers[pair] = row["teachers"]
+    lines = ([f"{SYSTEMS[a]} {MINUS} {SYSTEMS[b]}", teachers[a, b], *of.values()] for (a, b), of in found.items())
+    return ("difference", "teachers", "P1, no text", "P2, adversarial", "P3, faithful"), lines
+
+
 def study_claims() -> Table:
     """CAAD alpha 2 minus each other system in points, by endpoint of E1 and of E3. Bold holds; in italics the opposite holds."""
     files = {"E1": read("study_endpoints"), "E3": read("study_endpoints_E3")}
@@ -753,6 +768,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "study_natural_tasks": study_natural_tasks,
     "study_endpoints": study_endpoints,
     "study_natural_endpoints": lambda: study_endpoints("study_endpoints_E3"),
+    "study_axes": lambda: study(AXES),
+    "study_axes_endpoints": study_axes_endpoints,
     "study_curves": study_curves,
     "study_natural_curves": study_natural_curves,
     "study_probes": study_probes,

@@ -22,11 +22,15 @@ class Interval(NamedTuple):
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
+    @property
+    def is_known(self) -> bool:
+        return math.isfinite(self.low)
+
 
 def t_interval(values: Sequence[float]) -> Interval:
     """mean +- t * s / sqrt(n), with the standard deviation s and n - 1 degrees of freedom.
 
-    One value has an infinite interval.
+    One value has an infinite interval, and so have equal values: nothing says how much others would differ.
 
     Raises:
         ValueError: values is empty.
@@ -34,7 +38,7 @@ def t_interval(values: Sequence[float]) -> Interval:
     if not values:
         raise ValueError("values: expected at least one, got none")
     mean = statistics.mean(values)
-    if len(values) == 1:
+    if max(values) - min(values) < 1e-12:
         return Interval(mean, -math.inf, math.inf)
     from scipy import stats  # its import takes half a second
 

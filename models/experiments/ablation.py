@@ -362,7 +362,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         found = t_interval(differences)
         word = "within noise" if not found.excludes_zero else "reproduced" if found.mean > 0 else "not reproduced"
         each = ", ".join(f"{d:+.1f}" for d in differences)
-        ends = f"95% t interval {found.low:+.1f} to {found.high:+.1f}" if len(differences) > 1 else "no interval from one seed"
+        ends = f"95% t interval {found.low:+.1f} to {found.high:+.1f}" if found.is_known else "no interval"
         sentences.append(f"{claim}: {word} ({found.mean:+.1f} points; {ends}; by seed {each})")
     return sentences
 
@@ -382,11 +382,8 @@ def claim_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not differences:
             continue
         found = t_interval(differences)
-        p = 1.0
-        if len(differences) > 1:
-            alike = max(differences) - min(differences) < 1e-12
-            p = float(abs(found.mean) < 1e-12) if alike else float(stats.ttest_1samp(differences, 0.0).pvalue)
-        ends = {"t_low": found.low, "t_high": found.high} if len(differences) > 1 else {"t_low": "", "t_high": ""}
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue) if found.is_known else 1.0
+        ends = {"t_low": found.low, "t_high": found.high} if found.is_known else {"t_low": "", "t_high": ""}
         made.append(
             {"claim": claim, "better": better, "worse": worse, "score": score, "seeds": len(differences)}
             | {"difference": found.mean, **ends, "p": p}

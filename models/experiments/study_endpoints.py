@@ -36,7 +36,7 @@ class Endpoint:
     """One difference in accuracy, first minus second, as a share of 1.
 
     `t_low` and `t_high` are the 95% t interval over teachers, `actors_low` and `actors_high` that of the two-way bootstrap. With
-    one teacher there is no t interval: its ends are infinite and `p` is 1.
+    one teacher, or with equal ones, there is no t interval: its ends are infinite and `p` is 1.
     """
 
     name: str
@@ -123,9 +123,7 @@ def difference(
         by_teacher = np.nanmean(sums.sum(2) / counts.sum(2), axis=0)
     mean = float(by_teacher.mean())
     low, high, p = -math.inf, math.inf, 1.0
-    if len(teachers) > 1 and np.ptp(by_teacher) < 1e-12:
-        low, high, p = mean, mean, float(abs(mean - bound) < 1e-12)
-    elif len(teachers) > 1:
+    if np.ptp(by_teacher) > 1e-12:  # of equal teachers, or of one, nothing says how much others would differ
         test = stats.ttest_1samp(by_teacher, bound)
         interval = test.confidence_interval(0.95)
         low, high, p = float(interval.low), float(interval.high), float(test.pvalue)
@@ -205,8 +203,8 @@ def as_row(endpoint: Endpoint) -> dict[str, Any]:
 def sentence(endpoint: Endpoint) -> str:
     """What came out, in words and points."""
     points = f"{100 * endpoint.difference:+.1f} points"
-    t_ends = f"t over teachers {100 * endpoint.t_low:+.1f} to {100 * endpoint.t_high:+.1f}" if endpoint.teachers > 1 else "no t"
+    t_ends = f"t over teachers {100 * endpoint.t_low:+.1f} to {100 * endpoint.t_high:+.1f}" if math.isfinite(endpoint.t_low) else "no t"
     actors = f"teachers x actors {100 * endpoint.actors_low:+.1f} to {100 * endpoint.actors_high:+.1f}"
-    p = f", Holm p {endpoint.p_holm:.3f}" if endpoint.teachers > 1 else ""
+    p = f", Holm p {endpoint.p_holm:.3f}" if math.isfinite(endpoint.t_low) else ""
     start = f"{endpoint.name}, {endpoint.first} - {endpoint.second}: {points} ({t_ends}; {actors}{p})"
     return f"{start}; {endpoint.teachers} teacher(s), {endpoint.actors} actor(s): {endpoint.verdict}"

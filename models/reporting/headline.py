@@ -180,7 +180,8 @@ def _over_runs(by_teacher: Sequence[Sequence[float]]) -> Score | None:
     if len(over) == 1:
         return Score(over[0], over="one run")
     found = t_interval(over)
-    return Score(found.mean, found.low, found.high, f"{len(over)} {'teachers' if len(means) > 1 else 'seeds of one teacher'}")
+    ends = (found.low, found.high) if found.is_known else (None, None)
+    return Score(found.mean, *ends, f"{len(over)} {'teachers' if len(means) > 1 else 'seeds of one teacher'}")
 
 
 def long_headline(

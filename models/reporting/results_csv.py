@@ -143,7 +143,8 @@ def summarize_seeds(values: Iterable[float | None], interval: tuple[float | None
     if len(kept) == 1:
         return SeedSummary(kept[0], None, *interval, 1)
     found = t_interval(kept)
-    return SeedSummary(found.mean, statistics.stdev(kept), found.low, found.high, len(kept))
+    ends = (found.low, found.high) if found.is_known else (None, None)
+    return SeedSummary(found.mean, statistics.stdev(kept), *ends, len(kept))
 
 
 def over_seeds(

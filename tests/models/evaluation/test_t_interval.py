@@ -17,9 +17,10 @@ def test_three_values_by_hand():
 
 
 def test_one_value_and_equal_values():
-    assert t_interval([0.3]) == (0.3, -math.inf, math.inf) and not t_interval([0.3]).excludes_zero
-    assert t_interval([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5) and t_interval([0.5, 0.5, 0.5]).excludes_zero
-    assert not t_interval([0.0, 0.0, 0.0]).excludes_zero
+    for values in ([0.3], [0.5, 0.5, 0.5], [0.0, 0.0]):
+        found = t_interval(values)
+        assert found == (values[0], -math.inf, math.inf) and not found.excludes_zero and not found.is_known
+    assert t_interval([0.5, 0.5, 0.6]).is_known
     with pytest.raises(ValueError, match="values: expected at least one, got none"):
         t_interval([])
 

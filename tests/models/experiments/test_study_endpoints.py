@@ -47,6 +47,14 @@ def test_a_difference_by_hand():
     assert as_row(found)["verdict"] == "too few teachers"
 
 
+def test_equal_teachers_have_no_t_interval():
+    """Two teachers that gain the same by chance would have an interval of no width, and a p of 0."""
+    pairs = {f"f{n}s0": (answers(lambda a, k: 6), answers(lambda a, k: 5)) for n in range(2)}
+    found = dataclasses.replace(one(pairs), p_holm=1.0)
+    assert found.difference == pytest.approx(0.1) and found.p == 1.0 and not found.holds
+    assert as_row(found)["t_low"] == as_row(found)["t_high"] == "" and "+10.0 points (no t;" in sentence(found)
+
+
 def test_one_actor_cannot_carry_a_claim():
     """Eight equal teachers exclude 0 by t. The gain is one actor's, and the other loses: the bootstrap does not exclude it."""
     gains = {"a": 8, "b": -5}
@@ -56,7 +64,7 @@ def test_one_actor_cannot_carry_a_claim():
     }
     found = dataclasses.replace(one(pairs), p_holm=0.0)
     assert found.t_low > 0 > found.actors_low and not found.holds
-    better = {t: (answers(lambda a, k: 9), second) for t, (_, second) in pairs.items()}
+    better = {t: (answers(lambda a, k, t=t: 9 - (t == "f0s0")), second) for t, (_, second) in pairs.items()}
     assert dataclasses.replace(one(better), p_holm=0.0).holds
 
 
