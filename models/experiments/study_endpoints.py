@@ -203,8 +203,9 @@ def as_row(endpoint: Endpoint) -> dict[str, Any]:
 def sentence(endpoint: Endpoint) -> str:
     """What came out, in words and points."""
     points = f"{100 * endpoint.difference:+.1f} points"
-    t_ends = f"t over teachers {100 * endpoint.t_low:+.1f} to {100 * endpoint.t_high:+.1f}" if math.isfinite(endpoint.t_low) else "no t"
+    known = math.isfinite(endpoint.t_low)
+    t_ends = f"t over teachers {100 * endpoint.t_low:+.1f} to {100 * endpoint.t_high:+.1f}" if known else "no t"
     actors = f"teachers x actors {100 * endpoint.actors_low:+.1f} to {100 * endpoint.actors_high:+.1f}"
-    p = f", Holm p {endpoint.p_holm:.3f}" if math.isfinite(endpoint.t_low) else ""
+    p = f", Holm p {endpoint.p_holm:.3f}" if known else ""
     start = f"{endpoint.name}, {endpoint.first} - {endpoint.second}: {points} ({t_ends}; {actors}{p})"
     return f"{start}; {endpoint.teachers} teacher(s), {endpoint.actors} actor(s): {endpoint.verdict}"

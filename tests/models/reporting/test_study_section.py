@@ -25,7 +25,7 @@ ADDED = {
 
 
 def study(noise=0.01, tasks=("gender", "question"), systems=ADDED, added=ADDED):
-    """Rows of study.csv. The gain of a teacher varies by `noise` from one to the next, for CE by half of it, for KD not at all."""
+    """Rows of study.csv. The gain varies by `noise` from teacher to teacher, for CE by half of it, for KD not at all."""
     rows = []
     for number, (fold, teacher) in enumerate(TEACHERS):
         for seed in (0, 1):
