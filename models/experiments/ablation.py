@@ -395,7 +395,7 @@ def claim_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _claim_sentence(row: Mapping[str, Any]) -> str:
-    ends = f"95% t interval {100 * row['t_low']:+.1f} to {100 * row['t_high']:+.1f}" if row["seeds"] > 1 else "no interval"
+    ends = f"95% t interval {100 * row['t_low']:+.1f} to {100 * row['t_high']:+.1f}" if row["t_low"] != "" else "no interval"
     points = f"{100 * row['difference']:+.1f} points"
     return f"{row['claim']}: {row['verdict']} ({points}; {ends} over {row['seeds']} seed(s); Holm's p {row['p_holm']:.3f})"
 
