@@ -154,7 +154,7 @@ def readme_results() -> Table:
     for prefix in (FIRST, NATURAL):
         for system in ("kd", "kd_tuned", "caad2", "hint_stripped", "ce_true"):
             own = [row for row in study_rows(prefix) if row["system"] == system]
-            cells = (cell.partition(NO_BREAK)[0] for cell in over_teachers(own, contexts))  # without the deviations: results.md
+            cells = (one(statistics.mean(of)) for of in over_teachers(own, contexts))  # deviations are in results.md
             lines.setdefault(system, [SYSTEMS[system]]).extend(cells)
     return ("system", *(f"{name}: {c}" for name in ("E1", "E3") for c in contexts.values())), lines.values()
 
@@ -611,20 +611,21 @@ def study(prefix: str = FIRST) -> Table:
     found, lines = study_rows(prefix), []
     for system in (name for name in STUDY if any(row["system"] == name for row in found)):
         own = [row for row in found if row["system"] == system]
-        lines.append([SYSTEMS[system], str(len({row["teacher"] for row in own})), *over_teachers(own, STUDY_CONTEXTS)])
+        cells = map(mean_and_deviation, over_teachers(own, STUDY_CONTEXTS))
+        lines.append([SYSTEMS[system], str(len({row["teacher"] for row in own})), *cells])
     return ("system", "teachers", *STUDY_CONTEXTS), lines
 
 
-def over_teachers(own: Sequence[Row], contexts: Iterable[str]) -> list[str]:
-    """Mean and standard deviation over teachers, by context. A teacher counts with the mean of the tasks that passed its gate."""
-    cells = []
+def over_teachers(own: Sequence[Row], contexts: Iterable[str]) -> list[list[float]]:
+    """Accuracy in % of each teacher, by context: the mean over the tasks that passed its gate."""
+    found = []
     for context in contexts:
         of: dict[str, list[float]] = {}
         for row in own:
             if row["context"] == context:
                 of.setdefault(row["teacher"], []).append(100 * float(row["accuracy"]))
-        cells.append(mean_and_deviation([statistics.mean(values) for values in of.values()]))
-    return cells
+        found.append([statistics.mean(values) for values in of.values()])
+    return found
 
 
 def study_natural_tasks() -> Table:
@@ -662,16 +663,18 @@ def study_endpoints(file: str = "study_endpoints") -> Table:
     """The endpoints of E1 in points: mean, 95% t interval over teachers, 95% bootstrap over teachers and actors, verdict."""
     head = ("endpoint", "difference", "teachers", "points", "over teachers", "over teachers and actors", "p (Holm)", "verdict")
 
-    def ends(row: Row, low: str, high: str) -> str:
-        return RANGE.join(signed(100 * float(row[end])) for end in (low, high)) if row[low] else ""
-
     def line(row: Row) -> list[str]:
         difference = f"{SYSTEMS[row['first']]} {MINUS} {SYSTEMS[row['second']]}"
-        intervals = (ends(row, "t_low", "t_high"), ends(row, "actors_low", "actors_high"))
+        intervals = (ends(row, "t"), ends(row, "actors"))
         return [row["name"], difference, row["teachers"], signed(100 * float(row["difference"])), *intervals,
                 f"{float(row['p_holm']):.3f}", row["verdict"]]  # fmt: skip
 
     return head, map(line, read(file))
+
+
+def ends(row: Row, unit: str) -> str:
+    """The interval of an endpoint in points; nothing where there is none."""
+    return RANGE.join(signed(100 * float(row[f"{unit}_{end}"])) for end in ("low", "high")) if row[f"{unit}_low"] else ""
 
 
 def study_axes_endpoints() -> Table:
@@ -680,8 +683,8 @@ def study_axes_endpoints() -> Table:
     teachers: dict[tuple[str, str], str] = {}
     for row in read("study_endpoints_axes"):
         pair = row["first"], row["second"]
-        ends = f" ({RANGE.join(signed(100 * float(row[end])) for end in ('t_low', 't_high'))})" if row["t_low"] else ""
-        found.setdefault(pair, {})[row["name"]] = f"{signed(100 * float(row['difference']))}{ends}"
+        interval = f" ({over})" if (over := ends(row, "t")) else ""
+        found.setdefault(pair, {})[row["name"]] = signed(100 * float(row["difference"])) + interval
         teachers[pair] = row["teachers"]
     lines = ([f"{SYSTEMS[a]} {MINUS} {SYSTEMS[b]}", teachers[a, b], *of.values()] for (a, b), of in found.items())
     return ("difference", "teachers", "P1, no text", "P2, adversarial", "P3, faithful"), lines
