@@ -550,7 +550,11 @@ def build_sources(
 
 
 def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, depth: int) -> str:
-    """Fingerprint of all that a `Source` depends on, except weight and divergence. `depth`: number of the student's layers."""
+    """Fingerprint of all that a `Source` depends on, except weight and divergence. `depth`: number of the student's layers.
+
+    Which answers the student makes itself is not among it: a source scores them as it scores the others.
+    """
+    data = {key: value for key, value in to_dict(recipe.data).items() if not key.startswith("on_policy_")}
     depends = {
         "source": [name, settings.role, settings.folder, settings.reasoning, settings.keep_mib, _hears_both(name, settings)],
         "heard": [to_dict(settings.hears), to_dict(recipe.student.hears), recipe.teacher.features, recipe.teacher.negative],
@@ -560,7 +564,7 @@ def _source_fingerprint(recipe: Recipe, name: str, settings: SourceConfig, *, de
         "projected": [recipe.objective, to_dict(recipe.loss), to_dict(recipe.model), to_dict(recipe.student)]
         if name == OWN_TEACHER and recipe.teacher.cache is not None and recipe.teacher.projection
         else [],
-        "data": to_dict(recipe.data),
+        "data": data,
         "student": [depth, recipe.model.bf16_products, recipe.model.prefix_cache_mib],
     }
     if settings.folder is None:  # a snapshot of the student

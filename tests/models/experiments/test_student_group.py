@@ -74,6 +74,29 @@ def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, cont
 
 
 @pytest.mark.slow
+def test_on_policy_students_share_one_live_teacher(world, context, monkeypatch):  # noqa: F811
+    teacher = [f"teacher.folder={world / 'teacher' / 'final'}", "data.on_policy_max_new_tokens=3"]
+    built = []
+    real = run_setup._build_source
+    monkeypatch.setattr(run_setup, "_build_source", lambda *a: built.append(a[1]) or real(*a))
+    cohort = Cohort(context)
+    more = {
+        "half": ["data.on_policy_fraction=0.5"],
+        "whole": ["data.on_policy_fraction=1", "loss.divergence=reverse_kl"],
+    }
+    for name, own in more.items():
+        cohort.train(
+            context.folder / name, "caad", manifest=world / "m.jsonl", start=world / "untrained",
+            words=words(world, *teacher, *own),
+        )  # fmt: skip
+    assert built == ["teacher"]
+    assert train(world, "caad", "alone_whole", *words(world, *teacher, *more["whole"])) == 0
+    alone = load_file(world / "alone_whole" / "final" / "connector.safetensors")
+    together = load_file(context.folder / "whole" / "final" / "connector.safetensors")
+    assert all(torch.equal(value, together[key]) for key, value in alone.items())
+
+
+@pytest.mark.slow
 def test_what_was_asked_is_not_made_again_and_what_was_trained_is_only_asked(world, context, monkeypatch):  # noqa: F811
     monkeypatch.setattr(shared_steps, "multiplies_bf16", lambda _: False)  # as `words` has it for the training
     options = {"manifest": world / "m.jsonl", "start": world / "untrained", "words": words(world)}
