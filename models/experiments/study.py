@@ -78,6 +78,7 @@ from models.experiments.shared_steps import (
     write_parts,
     write_stage_1_pool,
 )
+from models.experiments.study_endpoints import MIN_TEXT_EFFECT, PAIRS, all_endpoints, as_row, followed_tasks, sentence
 from models.io_utils import atomic_write_text, cache_dir, source_commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,7 +88,7 @@ COLUMNS = (
 PROBE_COLUMNS = (
     "fold", "task", "description", "size", "train", "dev", "test", "balanced_accuracy", "commit", "date",
 )  # fmt: skip
-GATE_COLUMNS = ("teacher", "task", "heard", "shift", "in_study", "weights", "commit", "date")
+GATE_COLUMNS = ("teacher", "task", "heard", "shift", "text_effect", "in_study", "weights", "commit", "date")
 CONTEXTS = {"neutral": "none", "aligned": "faithful", "conflict": "adversarial", "irrelevant": "irrelevant"}
 TEACHER_ALPHAS = (None, 1.0, 2.0)
 # How the teacher reads the prompts of a pool, where it differs from the student: models.corpora.hearing.Hearing.
@@ -174,6 +175,7 @@ class StudySettings:
     hint_correlation: float = 0.995  # share of true hints in the teacher's training
     teacher_hinted: bool = True  # false = the teacher never sees a hint: whatever bias it has is its language model's
     hearing_steps: int = 0  # of a first phase of the teacher's training that has no hints
+    min_text_effect: float | None = None  # of a task in the study, see `_text_effect`; None = the gate does not ask for it
     max_clips: int | None = None  # of each pool and of the questions; None = all
     lm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     encoder: str = "openai/whisper-tiny.en"
@@ -202,7 +204,9 @@ _NATURAL = StudySettings(
 )  # fmt: skip
 EXPERIMENTS: dict[str, StudySettings] = {
     "E1": StudySettings(),
-    "E2": StudySettings(sources=_RECORDED, corpus_size="study_tasks", tasks=_TASKS, hearing_steps=240),
+    "E2": StudySettings(
+        sources=_RECORDED, corpus_size="study_tasks", tasks=_TASKS, hearing_steps=240, min_text_effect=MIN_TEXT_EFFECT,
+    ),
     "E3": _NATURAL,
     "E5": StudySettings(),  # one teacher of E1, on dev
     "axes": StudySettings(),  # teachers as those of E1, with AXES
@@ -327,18 +331,25 @@ def run_teacher(context: Context) -> dict[str, Any]:
 
 def run_gate(context: Context) -> dict[str, Any]:
     """Ask the teacher on dev, and say which tasks it hears and by how much hints mislead it there, and which weights it has."""
-    from models.evaluation.predictions import read_predictions
     from models.io_utils import fingerprint, sha256_file
 
     teacher = context.folders["teacher"] / "final"
     ask(context, teacher, part="dev", controls=False)
-    _, predictions = read_predictions(context.folder / predictions_name("dev"))
-    by_task = {}
+    weights = fingerprint([sha256_file(path) for path in sorted(teacher.glob("*.safetensors"))])
+    return {"tasks": _gate_tasks(context.folder), "weights": weights[:16]}
+
+
+def _gate_tasks(folder: Path) -> dict[str, dict[str, float]]:
+    """What the answers on dev in the gate's folder say about each task."""
+    from models.evaluation.predictions import read_predictions
+
+    _, predictions = read_predictions(folder / predictions_name("dev"))
+    found = {}
     for task in dict.fromkeys(p.task for p in predictions):
         own = [p for p in predictions if p.task == task]
-        by_task[task] = {"heard": _accuracy([p for p in own if p.kind == "neutral"]), "shift": _shift(own)}
-    weights = fingerprint([sha256_file(path) for path in sorted(teacher.glob("*.safetensors"))])
-    return {"tasks": by_task, "weights": weights[:16]}
+        heard = _accuracy([p for p in own if p.kind == "neutral"])
+        found[task] = {"heard": heard, "shift": _shift(own), "text_effect": _text_effect(own)}
+    return found
 
 
 def run_teacher_answers(context: Context) -> dict[str, Any]:
@@ -404,7 +415,7 @@ def gated_tasks(context: Context) -> tuple[str, ...]:
     """With `extra["gated"]` the tasks that pass the teacher's gate; otherwise none, which stands for all tasks."""
     if not (context.extra or {}).get("gated"):
         return ()
-    tasks = tuple(sorted(in_study(context.result("gate"))))
+    tasks = tuple(sorted(in_study(context.result("gate"), context.settings)))
     if not tasks:
         raise SystemExit(f"gate: expected a task that {context.settings.teacher} hears and is misled in, got none")
     return tasks
@@ -682,6 +693,12 @@ def _shift(predictions: Sequence[Any]) -> float:
     return statistics.mean(fallen) if fallen else float("nan")
 
 
+def _text_effect(predictions: Sequence[Any]) -> float:
+    """Accuracy under faithful minus accuracy under adversarial text. A constant answer has 0, however large its Shift is."""
+    faithful, adversarial = (_accuracy([p for p in predictions if p.kind == kind]) for kind in ("aligned", "conflict"))
+    return faithful - adversarial
+
+
 def finished(settings: StudySettings, stages: Sequence[Stage], root: Path, *, part: str = "test") -> dict[str, list[Any]]:
     """System -> predictions on `part`, of everything of this teacher that is complete."""
     from models.evaluation.predictions import read_predictions
@@ -765,7 +782,7 @@ def merge_rows(
     held: dict[tuple[str, ...], Mapping[str, Any]] = {tuple(row[name] for name in keys): row for row in _read_rows(path)}
     for row in rows:
         key = tuple(str(row[name]) for name in keys)
-        if key not in held or any(held[key][name] != str(row[name]) for name in values):
+        if key not in held or any(held[key].get(name) != str(row[name]) for name in values):
             held[key] = row
     _write_csv(path, [held[name] for name in sorted(held, key=lambda k: k[0])], columns)
     return len(held)
@@ -801,7 +818,7 @@ def replace_teacher(folder: Path, gate: Sequence[Mapping[str, Any]]) -> list[str
             packed.unlink()
         _write_csv(path, [row for row in _read_rows(path) if row["teacher"] != name], GATE_COLUMNS)
         said = [f"{name} was trained again: {len(rows) - len(kept)} rows of the earlier teacher of this name are removed"]
-    merge_rows(path, gate, columns=GATE_COLUMNS, keys=("teacher", "task"), values=("heard", "shift"))
+    merge_rows(path, gate, columns=GATE_COLUMNS, keys=("teacher", "task"), values=("heard", "shift", "text_effect"))
     return said
 
 
@@ -834,32 +851,43 @@ def dev_rows(found: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def in_study(gate: Mapping[str, Any]) -> set[str]:
+def in_study(gate: Mapping[str, Any], settings: StudySettings) -> set[str]:
     """The tasks that pass the gate."""
-    return {task for task, seen in gate["tasks"].items() if seen["heard"] >= MIN_HEARD and seen["shift"] >= MIN_SHIFT}
+    return {task for task, seen in gate["tasks"].items() if not _faults(seen, settings)}
+
+
+def _faults(seen: Mapping[str, float], settings: StudySettings) -> list[str]:
+    """Why a task does not pass the gate, in words; empty if it passes."""
+    least = settings.min_text_effect
+    faults = {
+        f"it hears less than {MIN_HEARD:.0%}": seen["heard"] < MIN_HEARD,
+        f"Shift below {MIN_SHIFT:.0%}": seen["shift"] < MIN_SHIFT,
+        f"text effect below {least or 0:.0%}": least is not None and seen["text_effect"] < least,
+    }
+    return [fault for fault, found in faults.items() if found]
 
 
 def gate_sentences(settings: StudySettings, gate: Mapping[str, Any]) -> list[str]:
     """Per task: whether the teacher hears it and is misled on dev, and what follows."""
     sentences = []
     for task, seen in gate["tasks"].items():
-        heard, shift = seen["heard"] >= MIN_HEARD, seen["shift"] >= MIN_SHIFT
-        verdict = "in the study" if task in in_study(gate) else "NOT in the study: " + ", ".join(
-            [*([] if heard else [f"it hears less than {MIN_HEARD:.0%}"]), *([] if shift else [f"Shift below {MIN_SHIFT:.0%}"])]
-        )  # fmt: skip
+        faults = _faults(seen, settings)
+        verdict = f"NOT in the study: {', '.join(faults)}" if faults else "in the study"
+        effect = f", text effect {seen['text_effect']:.1%}" if "text_effect" in seen else ""  # earlier versions had none
         sentences.append(
-            f"{settings.teacher}, {task}: dev without a hint {seen['heard']:.1%}, Shift {seen['shift']:.1%}; {verdict}"
+            f"{settings.teacher}, {task}: dev without a hint {seen['heard']:.1%}, Shift {seen['shift']:.1%}{effect}; {verdict}"
         )
     return sentences
 
 
 def gate_rows(settings: StudySettings, gate: Mapping[str, Any], *, prefix: str = "") -> list[dict[str, Any]]:
-    """The rows of study_gate.csv of one teacher: what it hears on dev, its Shift there, whether the task is in the study, and a
-    hash of its weights."""
+    """The rows of study_gate.csv of one teacher: by task what it hears on dev, its Shift and text effect there, and whether the
+    task is in the study; and a hash of the teacher's weights."""
     return [
         {
             "teacher": prefix + settings.teacher, "task": task, "heard": f"{seen['heard']:.4f}", "shift": f"{seen['shift']:.4f}",
-            "in_study": "yes" if task in in_study(gate) else "no", "weights": gate.get("weights", ""), **_origin(),
+            "text_effect": f"{seen['text_effect']:.4f}", "in_study": "yes" if task in in_study(gate, settings) else "no",
+            "weights": gate.get("weights", ""), **_origin(),
         }
         for task, seen in gate["tasks"].items()
     ]  # fmt: skip
@@ -945,9 +973,9 @@ def _run(
     options = {"command": "study", "argv": words, "console": console}
     folders, _ = run_pipeline(arguments, stages[:until], settings, root, **options)
     gate = read_done(folders["gate"])["result"]
-    for sentence in gate_sentences(settings, gate):
-        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
-    if in_study(gate) or arguments.fast_smoke:
+    for line in gate_sentences(settings, gate):
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+    if in_study(gate, settings) or arguments.fast_smoke:
         made = argparse.Namespace(**{**vars(arguments), "fresh": False})  # the stages up to the gate stay
         run_pipeline(made, stages, settings, root, **options)
 
@@ -1019,13 +1047,15 @@ def _save(
             _write_rows(settings, found, f"{EXTERNAL}{source}-", targets, console)
         return
     found = finished(settings, stages, root)
-    gate = read_done(stage_folders(stages, settings, root)["gate"])
+    asked = stage_folders(stages, settings, root)["gate"]
+    gate = read_done(asked)
     if gate is not None and not arguments.fast_smoke:
         for folder in targets:
-            rows = gate_rows(settings, gate["result"], prefix=_prefix(experiment))
+            now = gate["result"] | {"tasks": _gate_tasks(asked)}  # the gate of an earlier version has no text effect
+            rows = gate_rows(settings, now, prefix=_prefix(experiment))
             for line in replace_teacher(folder, rows):
                 console.print(f"- {folder}: {line}", highlight=False, soft_wrap=True)
-        kept = in_study(gate["result"])
+        kept = in_study(gate["result"], settings)
         found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
         found = {system: own for system, own in found.items() if own}
     _write_rows(settings, found, _prefix(experiment), targets, console)
@@ -1053,7 +1083,6 @@ def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
     and other games neither: the protocol makes no claim about them."""
     if experiment in ("E5", "external", "probes"):
         return
-    from models.experiments.study_endpoints import PAIRS, all_endpoints, as_row, sentence
     from models.reporting.results_csv import rows_csv
 
     pairs = AXES_PAIRS if experiment == "axes" else PAIRS
@@ -1063,6 +1092,10 @@ def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
             continue
         name = f"study_endpoints{'' if experiment == 'E1' else '_' + experiment}.csv"
         atomic_write_text(folder / name, rows_csv([as_row(e) for e in found]))
+        if experiment == "E3":  # its gate did not ask for a text effect
+            kept = followed_tasks(_read_rows(folder / "study_gate.csv"), _prefix(experiment))
+            followed = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment), kept=kept)
+            atomic_write_text(folder / "study_followed.csv", rows_csv([as_row(e) for e in followed]))
         if folder == Path(arguments.out):
             for endpoint in found:
                 console.print(f"- {sentence(endpoint)}", highlight=False, soft_wrap=True)

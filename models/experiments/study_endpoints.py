@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ ENDPOINTS = (
 )
 TUNED_FOLD = 0  # its dev actors choose the settings of the tuned systems
 MIN_TEACHERS = 8  # fewer decide nothing
-_SAMPLES = 4000
+MIN_TEXT_EFFECT = 0.1  # on dev, of a teacher that follows texts: accuracy under faithful minus accuracy under adversarial text
+_SAMPLES = 200_000  # draws of the bootstrap: its ends vary by less than 0.1 point from seed to seed
+_AT_ONCE = 20_000
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Endpoint:
 
     `t_low` and `t_high` are the 95% t interval over teachers, `actors_low` and `actors_high` that of the two-way bootstrap. With
     one teacher, or with equal ones, there is no t interval: its ends are infinite and `p` is 1.
+
+    The teachers of a fold share their actors. So `folds_low`, `folds_high` and `folds_p` are of a t test whose units are the means
+    of the folds. They stand beside the verdict, which the protocol takes from the teachers.
     """
 
     name: str
@@ -51,7 +57,12 @@ class Endpoint:
     actors_low: float
     actors_high: float
     bound: float
+    folds: int
+    folds_low: float
+    folds_high: float
+    folds_p: float
     p_holm: float = math.nan
+    folds_p_holm: float = math.nan
 
     @property
     def holds(self) -> bool:
@@ -94,21 +105,25 @@ def difference(
     """One endpoint: the mean over tasks of the difference in accuracy on the same questions.
 
     Args:
-        pairs: teacher -> the predictions of the first and of the second system.
+        pairs: teacher, such as "f0s1" or "E3-f0s1" -> the predictions of the first and of the second system.
         kind: of the questions.
         min_snr_db: only clips with at least this SNR; with a finite value, clips of unknown SNR are left out.
         bound: what the t test compares with.
 
     Raises:
-        ValueError: no teacher has such questions.
+        ValueError: no teacher has such questions, or the two systems of a teacher were asked different ones.
     """
-    from scipy import stats
-
     cells: dict[tuple[str, str, str], list[float]] = defaultdict(list)  # (teacher, actor, task)
-    for teacher, (first, second) in pairs.items():
-        others = {p.id: p for p in second}
-        shared = [p for p in first if p.kind == kind and not p.control and p.id in others and _heard(p, min_snr_db)]
-        gains = judge(shared).astype(float) - judge([others[p.id] for p in shared])
+    for teacher, both in pairs.items():
+        first, second = ({p.id: p for p in own if p.kind == kind and not p.control} for own in both)
+        if first.keys() != second.keys():
+            alone = len(first.keys() - second.keys()), len(second.keys() - first.keys())
+            raise ValueError(
+                f"{teacher}: expected the same questions of kind {kind!r} from {systems[0]} and {systems[1]}, got {alone[0]} of "
+                f"the first alone and {alone[1]} of the second alone"
+            )
+        shared = [p for p in first.values() if _heard(p, min_snr_db)]
+        gains = judge(shared).astype(float) - judge([second[p.id] for p in shared])
         for p, gain in zip(shared, gains, strict=True):
             cells[teacher, p.actor or p.clip, p.task].append(gain)
     if not cells:
@@ -122,23 +137,56 @@ def difference(
     with np.errstate(invalid="ignore"):
         by_teacher = np.nanmean(sums.sum(2) / counts.sum(2), axis=0)
     mean = float(by_teacher.mean())
-    low, high, p = -math.inf, math.inf, 1.0
-    if np.ptp(by_teacher) > 1e-12:  # of equal teachers, or of one, nothing says how much others would differ
-        test = stats.ttest_1samp(by_teacher, bound)
-        interval = test.confidence_interval(0.95)
-        low, high, p = float(interval.low), float(interval.high), float(test.pvalue)
-    draws = np.random.default_rng(seed)
-    chosen = [
-        draws.multinomial(len(units), np.full(len(units), 1 / len(units)), size=_SAMPLES) for units in (teachers, actors)
-    ]
-    tops, bottoms = (np.einsum("kta,st,sa->sk", x, *chosen, optimize=True) for x in (sums, counts))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = tops / bottoms
-    kept = ratios[~np.isnan(ratios).all(1)]
-    ends = np.quantile(np.nanmean(kept, axis=1), [0.025, 0.975])
+    by_fold: dict[str, list[float]] = defaultdict(list)
+    for teacher, value in zip(teachers, by_teacher, strict=True):
+        by_fold[re.sub(r"s\d+$", "", teacher)].append(float(value))
+    fold_means = np.array([np.mean(values) for values in by_fold.values()])
+    ends = np.quantile(_two_way_means(sums, counts, np.random.default_rng(seed)), [0.025, 0.975])
     return Endpoint(
-        name, *systems, len(teachers), len(actors), mean, low, high, p, float(ends[0]), float(ends[1]), bound
+        name, *systems, len(teachers), len(actors), mean, *t_test(by_teacher, bound), float(ends[0]), float(ends[1]), bound,
+        len(fold_means), *t_test(fold_means, bound),
     )  # fmt: skip
+
+
+def t_test(values: np.ndarray, bound: float) -> tuple[float, float, float]:
+    """Ends of the 95% t interval of a mean, and the two-sided p of its t test against `bound`.
+
+    Of equal values, or of one, nothing says how much others would differ: the ends are infinite, and p is 1.
+    """
+    from scipy import stats
+
+    if np.ptp(values) <= 1e-12:
+        return -math.inf, math.inf, 1.0
+    test = stats.ttest_1samp(values, bound)
+    interval = test.confidence_interval(0.95)
+    return float(interval.low), float(interval.high), float(test.pvalue)
+
+
+def _two_way_means(sums: np.ndarray, counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The statistic of each draw of teachers and actors: the mean over teachers of the mean over their tasks.
+
+    A teacher's task none of whose actors is drawn is left out of the draw. The other tasks keep their weights: with a teacher of
+    two tasks each counts half as much as with a teacher of one.
+
+    Args:
+        sums, counts: (tasks, teachers, actors), of the gains.
+
+    Returns:
+        (draws,), without those in which nothing is left.
+    """
+    _, teachers, actors = sums.shape
+    asked = counts.sum(2) > 0
+    weights = asked / np.maximum(asked.sum(0), 1)
+    found = []
+    for start in range(0, _SAMPLES, _AT_ONCE):
+        size = min(_AT_ONCE, _SAMPLES - start)
+        drawn, heard = (generator.multinomial(n, np.full(n, 1 / n), size=size) for n in (teachers, actors))
+        tops, bottoms = (np.einsum("kta,sa->skt", x, heard, optimize=True) for x in (sums, counts))
+        here = weights * drawn[:, None, :] * (bottoms > 0)
+        whole = here.sum((1, 2))
+        means = (here * tops / np.maximum(bottoms, 1)).sum((1, 2)) / np.where(whole > 0, whole, 1)
+        found.append(means[whole > 0])
+    return np.concatenate(found)
 
 
 def _heard(prediction: Prediction, min_snr_db: float) -> bool:
@@ -154,11 +202,34 @@ PAIRS = (
 )  # fmt: skip
 
 
-def all_endpoints(folder: Path, pairs: Sequence[tuple[str, str]] = PAIRS, *, prefix: str = "") -> list[Endpoint]:
-    """P1 to P3 of `pairs`, as far as there are predictions. Holm's correction is over the claim, and over all other pairs."""
-    found = {pair: endpoints(folder, first=pair[0], second=pair[1], prefix=prefix) for pair in pairs}
+def all_endpoints(
+    folder: Path,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+    *,
+    prefix: str = "",
+    kept: Mapping[str, Collection[str]] | None = None,
+) -> list[Endpoint]:
+    """P1 to P3 of `pairs`, as far as there are predictions. Holm's correction is over the claim, and over all other pairs.
+
+    Args:
+        kept: teacher -> its tasks that count; None = all.
+    """
+    found = {pair: endpoints(folder, first=pair[0], second=pair[1], prefix=prefix, kept=kept) for pair in pairs}
     claim = found.pop(PAIRS[0], [])
     return with_holm(claim) + with_holm([e for of_pair in found.values() for e in of_pair])
+
+
+def followed_tasks(gate: Sequence[Mapping[str, str]], prefix: str) -> dict[str, set[str]]:
+    """Teacher -> its tasks in the study whose text effect on dev is at least MIN_TEXT_EFFECT, from the rows of study_gate.csv.
+
+    A Shift alone does not say that a teacher follows texts: one that gives the same answer beside any text has a Shift of a half.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in gate:
+        follows = row["text_effect"] and float(row["text_effect"]) >= MIN_TEXT_EFFECT
+        if row["teacher"].startswith(prefix) and row["in_study"] == "yes" and follows:
+            found[row["teacher"]].add(row["task"])
+    return dict(found)
 
 
 def untuned(system: str, predictions: Sequence[Prediction]) -> list[Prediction]:
@@ -168,18 +239,29 @@ def untuned(system: str, predictions: Sequence[Prediction]) -> list[Prediction]:
     return [p for p in predictions if p.actor not in seen]
 
 
-def endpoints(folder: Path, *, first: str = "caad2", second: str = "kd", prefix: str = "") -> list[Endpoint]:
+def endpoints(
+    folder: Path,
+    *,
+    first: str = "caad2",
+    second: str = "kd",
+    prefix: str = "",
+    kept: Mapping[str, Collection[str]] | None = None,
+) -> list[Endpoint]:
     """P1 to P3 of two systems, from the packed predictions in `folder`; empty if no teacher has both systems.
 
     Args:
         prefix: of the teachers' names: "" for E1, "E2-" for E2.
+        kept: teacher -> its tasks that count; None = all.
     """
     pairs = {}
     for path in sorted(folder.glob(f"{prefix}f*s*-{first}.jsonl.gz")):
         teacher = path.name.removesuffix(f"-{first}.jsonl.gz")
         other = folder / f"{teacher}-{second}.jsonl.gz"
         if other.exists():
-            pairs[teacher] = (untuned(first, read_predictions(path)[1]), untuned(second, read_predictions(other)[1]))
+            both = (untuned(second, untuned(first, read_predictions(file)[1])) for file in (path, other))
+            one, two = ([p for p in own if kept is None or p.task in kept.get(teacher, ())] for own in both)
+            if one:
+                pairs[teacher] = (one, two)
     if not pairs:
         return []
     return [
@@ -189,8 +271,9 @@ def endpoints(folder: Path, *, first: str = "caad2", second: str = "kd", prefix:
 
 
 def with_holm(found: Sequence[Endpoint]) -> list[Endpoint]:
-    """The same endpoints with their p values corrected together."""
-    return [dataclasses.replace(e, p_holm=p) for e, p in zip(found, holm([e.p for e in found]), strict=True)]
+    """The same endpoints with their p values corrected together: those over teachers, and those over folds."""
+    corrected = zip(found, holm([e.p for e in found]), holm([e.folds_p for e in found]), strict=True)
+    return [dataclasses.replace(e, p_holm=p, folds_p_holm=of_folds) for e, p, of_folds in corrected]
 
 
 def as_row(endpoint: Endpoint) -> dict[str, Any]:

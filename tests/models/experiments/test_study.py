@@ -153,28 +153,53 @@ def test_every_system_has_a_name_for_readers():
 
 
 def test_the_gate_names_what_is_missing(tmp_path):
-    seen = {"gender": {"heard": 0.9, "shift": 0.3}, "noise": {"heard": 0.7, "shift": 0.02}}
-    said = gate_sentences(EXPERIMENTS["E1"], {"tasks": seen})
-    assert said[0].endswith("dev without a hint 90.0%, Shift 30.0%; in the study")
-    assert in_study({"tasks": seen}) == {"gender"}
+    seen = {
+        "gender": {"heard": 0.9, "shift": 0.3, "text_effect": 0.05},
+        "noise": {"heard": 0.7, "shift": 0.02, "text_effect": 0.1},
+    }
+    first, second = EXPERIMENTS["E1"], EXPERIMENTS["E2"]
+    said = gate_sentences(first, {"tasks": seen})
+    assert said[0].endswith("dev without a hint 90.0%, Shift 30.0%, text effect 5.0%; in the study")
+    assert in_study({"tasks": seen}, first) == {"gender"} and in_study({"tasks": seen}, second) == set()
+    assert gate_sentences(second, {"tasks": seen})[0].endswith("NOT in the study: text effect below 10%")
     assert said[1].endswith("NOT in the study: it hears less than 80%, Shift below 10%")
     rows = gate_rows(EXPERIMENTS["E1"], {"tasks": seen, "weights": "abc"}, prefix="E2-")
-    assert [tuple(row[name] for name in GATE_COLUMNS[:6]) for row in rows] == [
-        ("E2-f0s0", "gender", "0.9000", "0.3000", "yes", "abc"),
-        ("E2-f0s0", "noise", "0.7000", "0.0200", "no", "abc"),
+    assert [tuple(row[name] for name in GATE_COLUMNS[:7]) for row in rows] == [
+        ("E2-f0s0", "gender", "0.9000", "0.3000", "0.0500", "yes", "abc"),
+        ("E2-f0s0", "noise", "0.7000", "0.0200", "0.1000", "no", "abc"),
     ]
     path = tmp_path / "study_gate.csv"
-    options = {"columns": GATE_COLUMNS, "keys": ("teacher", "task"), "values": ("heard", "shift")}
+    options = {"columns": GATE_COLUMNS, "keys": ("teacher", "task"), "values": ("heard", "shift", "text_effect")}
     assert merge_rows(path, [rows[0] | {"commit": "old"}], **options) == 1 and merge_rows(path, rows, **options) == 2
     with open(path, newline="") as file:
         assert [row["commit"] for row in csv.DictReader(file)] == ["old", rows[1]["commit"]]
+
+
+def test_a_constant_answer_has_a_shift_of_a_half_and_no_text_effect(tmp_path):
+    """A teacher that hears everything without a text, and says "man" beside any text, follows none."""
+    def asked(kind, label, said):
+        return Prediction(
+            id=f"{label}/{kind}", task="gender", kind=kind, answer=label, choices=("man", "woman"), pair_id=label,
+            prediction=f"It is a {said}.",
+        )  # fmt: skip
+
+    constant = [asked(k, label, label if k == "neutral" else "man") for k in ("neutral", "aligned", "conflict") for label in
+                ("man", "woman")]  # fmt: skip
+    follows = [asked(k, label, {"man": "woman", "woman": "man"}[label] if k == "conflict" else label)
+               for k in ("neutral", "aligned", "conflict") for label in ("man", "woman")]  # fmt: skip
+    for predictions, shift, effect in ((constant, 0.5, 0.0), (follows, 1.0, 1.0)):
+        folder = tmp_path / str(shift)
+        folder.mkdir()
+        write_header(folder / "dev-greedy.jsonl", {})
+        append_predictions(folder / "dev-greedy.jsonl", predictions)
+        assert study._gate_tasks(folder) == {"gender": {"heard": 1.0, "shift": shift, "text_effect": effect}}
 
 
 def test_students_of_a_teacher_that_was_trained_again_replace_those_of_the_earlier_one(tmp_path):
     settings = [EXPERIMENTS["E3"], dataclasses.replace(EXPERIMENTS["E3"], fold=1)]
 
     def gate(setting, heard, weights):
-        seen = {"tasks": {"gender": {"heard": heard, "shift": 0.3}}, "weights": weights}
+        seen = {"tasks": {"gender": {"heard": heard, "shift": 0.3, "text_effect": 0.6}}, "weights": weights}
         return gate_rows(setting, seen, prefix="E3-")
 
     for setting in settings:
@@ -332,7 +357,7 @@ def test_the_gated_pool_has_the_tasks_that_the_teacher_hears_and_is_misled_in(tm
     (tmp_path / "done.json").write_text(json.dumps({"result": {"tasks": seen}}))
     examples = [SimpleNamespace(task=task) for task in ("cry", "gender", "language", "cry")]
     gated, free = (
-        Context(settings=None, folder=tmp_path, folders={"gate": tmp_path}, extra=extra)
+        Context(settings=EXPERIMENTS["E3"], folder=tmp_path, folders={"gate": tmp_path}, extra=extra)
         for extra in ({"pool": "own", "gated": True}, {"pool": "own"})
     )
     assert taught(gated, examples) == [examples[0], examples[3]]
@@ -341,4 +366,4 @@ def test_the_gated_pool_has_the_tasks_that_the_teacher_hears_and_is_misled_in(tm
     seen["cry"]["heard"] = 0.7
     (tmp_path / "done.json").write_text(json.dumps({"result": {"tasks": seen}}))
     with pytest.raises(SystemExit, match="gate: expected a task that f0s0 hears and is misled in, got none"):
-        gated_tasks(dataclasses.replace(gated, settings=EXPERIMENTS["E3"]))
+        gated_tasks(gated)

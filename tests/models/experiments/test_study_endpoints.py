@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from models.evaluation.predictions import Prediction, pack_predictions
-from models.experiments.study_endpoints import all_endpoints, as_row, difference, endpoints, holm, sentence
+from models.experiments import study_endpoints
+from models.experiments.study_endpoints import (
+    all_endpoints,
+    as_row,
+    difference,
+    endpoints,
+    followed_tasks,
+    holm,
+    sentence,
+)
 
 KINDS = ("neutral", "aligned", "conflict")
 
@@ -45,6 +55,72 @@ def test_a_difference_by_hand():
     assert found.p == pytest.approx(0.0742, abs=1e-3)
     assert 0.09 < found.actors_low < 0.2 < found.actors_high < 0.31
     assert as_row(found)["verdict"] == "too few teachers"
+
+
+def test_folds_are_units_too():
+    """Gains of 0.3 and 0.1 in fold 0, of 0.4 and 0.4 in fold 1: the folds' means are 0.2 and 0.4, with one degree of freedom."""
+    gains = {"E3-f0s0": 3, "E3-f0s1": 1, "E3-f1s0": 4, "E3-f1s1": 4}
+    found = one({t: (answers(lambda a, k, g=g: 5 + g), answers(lambda a, k: 5)) for t, g in gains.items()})
+    assert found.folds == 2 and found.difference == pytest.approx(0.3)
+    assert (found.folds_low, found.folds_high) == pytest.approx((0.3 - 1.2706, 0.3 + 1.2706), abs=1e-3)
+    assert found.folds_p == pytest.approx(0.2048, abs=1e-3) and found.t_low > found.folds_low
+
+
+def test_the_bootstrap_is_of_the_difference_beside_it():
+    """One teacher has both tasks, the other "gender" alone, where it gains 0.8. Teachers weigh the same, so the mean is 0.4. Draws
+    of the equal actors change nothing, so the ends are those of one teacher alone. Pooled, the mean of the tasks would be 0.2."""
+    other = [[dataclasses.replace(p, task="noise", id=f"n{p.id}") for p in answers(lambda a, k: 5)] for _ in range(2)]
+    both = (answers(lambda a, k: 5) + other[0], answers(lambda a, k: 5) + other[1])
+    pairs = {"f0s0": both, "f1s0": (answers(lambda a, k: 9), answers(lambda a, k: 1))}
+    found = one(pairs)
+    assert found.difference == pytest.approx(0.4)
+    assert (found.actors_low, found.actors_high) == pytest.approx((0.0, 0.8))
+    middle = np.mean(study_endpoints._two_way_means(*cells(pairs), np.random.default_rng(0)))
+    assert middle == pytest.approx(0.4, abs=0.005)
+
+
+def cells(pairs):
+    """Sums and counts (tasks, teachers, actors) of the gains in `pairs`, without a text."""
+    tasks, actors = ("gender", "noise"), ("a", "b")
+    sums, counts = (np.zeros((2, len(pairs), 2)) for _ in range(2))
+    for t, (first, second) in enumerate(pairs.values()):
+        for p, q in zip(first, second, strict=True):
+            if p.kind == "neutral":
+                at = tasks.index(p.task), t, actors.index(p.actor)
+                sums[at] += ("woman" in q.prediction) - ("woman" in p.prediction)
+                counts[at] += 1
+    return sums, counts
+
+
+def test_the_ends_of_the_bootstrap_are_not_the_seeds_of_it():
+    pairs = {f"f{n}s0": (answers(lambda a, k, n=n: 4 + n + (a == "a")), answers(lambda a, k: 4)) for n in range(5)}
+    ends = [(e.actors_low, e.actors_high) for e in (one(pairs, seed=seed) for seed in range(3))]
+    assert max(np.ptp(ends, axis=0)) < 0.002
+
+
+def test_systems_that_were_asked_different_questions_are_not_compared():
+    whole, part = answers(lambda a, k: 5), answers(lambda a, k: 5, actors=("a",))
+    with pytest.raises(ValueError, match="f0s0: expected the same questions of kind 'neutral' from caad2 and kd, got 10 of"):
+        one({"f0s0": (whole, part)})
+
+
+def test_tasks_in_which_a_teacher_gives_one_answer_can_be_left_out(tmp_path):
+    gate = [
+        {"teacher": "E3-f0s0", "task": "gender", "in_study": "yes", "text_effect": "0.4000"},
+        {"teacher": "E3-f0s0", "task": "noise", "in_study": "yes", "text_effect": "0.0000"},
+        {"teacher": "E3-f1s0", "task": "noise", "in_study": "yes", "text_effect": "0.0900"},
+        {"teacher": "E3-f1s0", "task": "gender", "in_study": "no", "text_effect": "0.9000"},
+        {"teacher": "f0s0", "task": "gender", "in_study": "yes", "text_effect": ""},
+    ]
+    kept = followed_tasks(gate, "E3-")
+    assert kept == {"E3-f0s0": {"gender"}}
+    noise = [dataclasses.replace(p, task="noise", id=f"n{p.id}") for p in answers(lambda a, k: 9)]
+    for teacher in ("E3-f0s0", "E3-f1s0"):
+        pack_predictions(tmp_path / f"{teacher}-caad2.jsonl.gz", {}, answers(lambda a, k: 7) + noise)
+        pack_predictions(tmp_path / f"{teacher}-kd.jsonl.gz", {}, answers(lambda a, k: 5) + noise)
+    found = endpoints(tmp_path, prefix="E3-", kept=kept)
+    assert [(e.teachers, round(e.difference, 3)) for e in found] == [(1, 0.2)] * 3
+    assert [(e.teachers, round(e.difference, 3)) for e in endpoints(tmp_path, prefix="E3-")] == [(2, 0.1)] * 3
 
 
 def test_equal_teachers_have_no_t_interval():
