@@ -67,8 +67,8 @@ def test_folds_are_units_too():
 
 
 def test_the_bootstrap_is_of_the_difference_beside_it():
-    """One teacher has both tasks, the other "gender" alone, where it gains 0.8. Teachers weigh the same, so the mean is 0.4. Draws
-    of the equal actors change nothing, so the ends are those of one teacher alone. Pooled, the mean of the tasks would be 0.2."""
+    """One teacher has both tasks, the other "gender" alone, where it gains 0.8. Teachers weigh the same, so the mean is 0.4. The
+    actors are equal, so the ends are those of one teacher alone. Pooled, the mean of the tasks would be 0.2."""
     other = [[dataclasses.replace(p, task="noise", id=f"n{p.id}") for p in answers(lambda a, k: 5)] for _ in range(2)]
     both = (answers(lambda a, k: 5) + other[0], answers(lambda a, k: 5) + other[1])
     pairs = {"f0s0": both, "f1s0": (answers(lambda a, k: 9), answers(lambda a, k: 1))}
