@@ -41,8 +41,8 @@ class Endpoint:
     `t_low` and `t_high` are the 95% t interval over teachers, `actors_low` and `actors_high` that of the two-way bootstrap. With
     one teacher, or with equal ones, there is no t interval: its ends are infinite and `p` is 1.
 
-    The teachers of a fold share their actors. So `folds_low`, `folds_high` and `folds_p` are of a t test whose units are the means of
-    the folds. They stand beside the verdict, which the protocol takes from the teachers.
+    The teachers of a fold share their actors. So `folds_low`, `folds_high` and `folds_p` are of a t test whose units are the
+    means of the folds. They stand beside the verdict, which the protocol takes from the teachers.
     """
 
     name: str
