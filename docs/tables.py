@@ -698,8 +698,8 @@ def study_axes_endpoints() -> Table:
 
 
 def study_claims() -> Table:
-    """CAAD alpha 2 minus each other system in points, by endpoint of E1 and of E3. Bold holds; in italics the opposite holds. Both
-    do so also after Holm's correction over the claim's rows of both studies, and over all other rows of this table."""
+    """CAAD alpha 2 minus each other system in points, by endpoint of E1 and of E3. Bold holds, and in italics the opposite holds.
+    Both do so also after Holm's correction over the claim's rows of both studies, and over all other rows of this table."""
     seconds = ("kd_tuned", "kd", "sharpened2", "hint_stripped", "ce_true")
     files = {
         experiment: [row for row in read(name) if row["first"] == "caad2" and row["second"] in seconds]
@@ -726,8 +726,8 @@ def study_claims() -> Table:
 
 
 def study_text_effects() -> Table:
-    """Accuracy under faithful minus accuracy under adversarial text in points, mean over teachers, and the difference of CAAD alpha 2
-    in it, with the t interval over teachers. The last two columns have only tasks in which the teacher follows texts on dev."""
+    """Accuracy under faithful minus accuracy under adversarial text in points, mean over teachers, and by how much CAAD alpha 2
+    has more of it, with the t interval over teachers. The last columns have only tasks in which the teacher follows texts on dev."""
     followed = followed_tasks(read("study_gate"), NATURAL)
 
     def effects(prefix: str, system: str, kept: Mapping[str, set[str]] | None) -> dict[str, float]:
