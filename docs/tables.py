@@ -727,7 +727,7 @@ def study_claims() -> Table:
 
 def study_text_effects() -> Table:
     """Accuracy under faithful minus accuracy under adversarial text in points, mean over teachers, and by how much CAAD alpha 2
-    has more of it, with the t interval over teachers. The last columns have only tasks in which the teacher follows texts on dev."""
+    has more of it, with the t interval over teachers. The last columns have the tasks in which the teacher follows texts."""
     followed = followed_tasks(read("study_gate"), NATURAL)
 
     def effects(prefix: str, system: str, kept: Mapping[str, set[str]] | None) -> dict[str, float]:
