@@ -55,7 +55,7 @@ from models.evaluation.scorers import load_scorer
 from models.evaluation.scoring import AUDIO_CATEGORY
 from models.evaluation.summary import summarize
 from models.io_utils import atomic_write_json, fingerprint, sha256_file
-from models.speech_lm.features import FeatureError
+from models.speech_lm.clip_keys import FeatureError, file_hashes
 from models.speech_lm.listeners import is_speech_lm, load_listener, open_clips
 
 _SKIPPED_SHOWN = 20
@@ -282,15 +282,20 @@ def _settings(
     """What decides the predictions; it stands in the first line of their file."""
     folders = [Path(arguments.checkpoint)] if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)
     checkpoint = [sha256_file(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
+    if arguments.features:  # they are what is heard; the clips may not be there
+        heard = {"features_sha256": sha256_file(arguments.features)}
+    else:
+        heard = {"clips_sha256": fingerprint(file_hashes(examples, suite.audio_root))}
     return {
         **{name: getattr(arguments, name) for name in _SETTINGS},
         **_decoding_settings(arguments),
         "mode": arguments.mode or suite.mode,
         "left_out": suite.left_out,
         **({"hears": hears.settings()} if hears.settings() else {}),
-        # A checkpoint or manifest may change under the same name; the old answers are not those of the new one.
+        # Checkpoint, manifest or audio may change under the same name; the old answers are not those of the new one.
         "questions_sha256": fingerprint([e.to_row() for e in examples]),
         "checkpoint_sha256": checkpoint,
+        **heard,
     }
 
 
@@ -306,7 +311,9 @@ def _read_done(out: str, settings: Mapping[str, Any]) -> list[Prediction]:
         return []
     header, done = read_predictions(out, repair=True)
     if header.get("fingerprint") != fingerprint(settings):
-        raise _other_settings(out)
+        earlier = header.get("settings", {})
+        names = [n for n in sorted({*earlier, *settings}) if fingerprint([earlier.get(n)]) != fingerprint([settings.get(n)])]
+        raise _other_settings(out, names)
     print(f"going on from {out}: {len(done)} answers are there")
     return done
 
@@ -317,15 +324,17 @@ def _check_earlier(arguments: argparse.Namespace) -> None:
         return
     earlier = read_predictions(arguments.out)[0].get("settings", {})
     decoding = _decoding_settings(arguments)
-    differs = any(earlier[name] != getattr(arguments, name) for name in _SETTINGS if name in earlier)
-    if differs or (earlier and decoding != {name: earlier[name] for name in _DECODING if name in earlier}):
-        raise _other_settings(arguments.out)
+    differs = [name for name in _SETTINGS if name in earlier and earlier[name] != getattr(arguments, name)]
+    if earlier:
+        differs += [name for name in _DECODING if decoding.get(name) != earlier.get(name)]
+    if differs:
+        raise _other_settings(arguments.out, differs)
 
 
-def _other_settings(out: str) -> EvaluationError:
+def _other_settings(out: str, differs: Sequence[str]) -> EvaluationError:
     return EvaluationError(
-        f"{out}: holds predictions of other settings, of another model or of another manifest; "
-        "choose another --out or remove it"
+        f"{out}: holds predictions of other settings, of another model, of another manifest or of other audio (not the same: "
+        f"{', '.join(differs)}); choose another --out or remove it"
     )
 
 

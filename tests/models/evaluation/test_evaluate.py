@@ -400,6 +400,36 @@ def test_a_model_trained_again_is_not_given_the_old_ones_answers(files, model, t
     assert "of another model" in capsys.readouterr().err
 
 
+def test_answers_heard_from_other_audio_are_not_used_again(files, store, tmp_path, capsys):
+    for root in ("equal", "other"):
+        shutil.copytree(files, tmp_path / root, ignore=shutil.ignore_patterns("model", "*.jsonl"))
+    write_audio(tmp_path / "other" / "clip2.wav", np.full(16000, 0.1, np.float32))
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 0
+    assert main([*words, "--audio-root", str(tmp_path / "equal")]) == 0  # the same sound in another place
+    assert "8 answers are there" in capsys.readouterr().out
+    assert main([*words, "--audio-root", str(tmp_path / "other")]) == 1
+    assert "of other audio (not the same: clips_sha256)" in capsys.readouterr().err
+
+    header, *rows = (tmp_path / "p.jsonl").read_text().splitlines(keepends=True)
+    earlier = json.loads(header)
+    del earlier["settings"]["clips_sha256"]  # a file of an earlier version does not say what was heard
+    write_header(tmp_path / "old.jsonl", earlier["settings"])
+    with open(tmp_path / "old.jsonl", "a") as file:
+        file.writelines(rows)
+    assert main([*words[:3], str(tmp_path / "old.jsonl"), *words[4:]]) == 1
+    assert "of other audio (not the same: clips_sha256)" in capsys.readouterr().err
+
+    origin, keys = made_by(SpeechLM.from_pretrained(files / "model")), [clip_key(example(i)) for i in range(4)]
+    path = tmp_path / "features.safetensors"
+    FeatureStore(keys, store.features, made_by=origin).save(path)
+    words = [*words[:3], str(tmp_path / "stored.jsonl"), *words[4:], "--features", str(path)]
+    assert main(words) == 0 and main(words) == 0
+    FeatureStore(keys, store.features.flip(0), made_by=origin).save(path)
+    assert main(words) == 1
+    assert "(not the same: features_sha256)" in capsys.readouterr().err
+
+
 def test_skipped_rows_are_listed(files, tmp_path, capsys):
     lines = (files / "m.jsonl").read_text()
     gone = json.dumps(example(9).to_row() | {"audio": "gone.wav"})

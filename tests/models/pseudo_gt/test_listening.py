@@ -17,6 +17,7 @@ from models.data.audio import load_audio, write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
 from models.pseudo_gt import listening
 from models.pseudo_gt.listening import Listening, ListeningWriter
+from models.pseudo_gt.stage1 import run_stage1
 from tests.models.audio_lms import tiny_audio_lms as tiny
 from tests.models.tiny_speech import make_speech_lm
 
@@ -111,6 +112,36 @@ def test_an_audio_lm_answers_freely_and_goes_on_after_a_kill(tmp_path, monkeypat
         patched.setattr(ListeningWriter, "__call__", lambda self, group: ["Heard."] * len(group))
         assert models(again) == 0
     assert {e.target for e in read_manifest(tmp_path / "again.jsonl")} == {"Heard."}
+
+
+def test_answers_about_a_clip_that_has_changed_are_asked_again(tmp_path):
+    write_manifest(tmp_path / "in.jsonl", [*_questions(tmp_path, 4), Example(id="text", audio=None, question="Who are you?")])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "speech_lm.json").write_text("{}")
+    asked = []
+
+    def write(group):
+        asked.append([e.id for e in group])
+        if group[0].id == "q3" and not (tmp_path / "go").exists():
+            raise KeyboardInterrupt
+        return [f"Heard {len(asked)}." for _ in group]
+
+    def run():
+        asked.clear()
+        options = {"source": "audio_lm", "listening": Listening(str(tmp_path / "model")), "writer": write, "batch_examples": 1}
+        report = run_stage1(read_manifest(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", progress=False, **options)
+        return report.resumed, sorted(id for group in asked for id in group)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert asked == [["text"], ["q0"], ["q1"], ["q2"], ["q3"]]
+    write_audio(tmp_path / "1.wav", tiny.tone(2000.0, seconds=0.4))
+    (tmp_path / "0.wav").touch()  # the same sound
+    (tmp_path / "go").touch()
+    assert run() == (3, ["q1", "q3"])
+    assert run() == (5, [])
+    write_audio(tmp_path / "2.wav", tiny.tone(2500.0, seconds=0.4))
+    assert run() == (0, ["q0", "q1", "q2", "q3", "text"])  # the result of other clips is no result of these
 
 
 def test_a_speech_lm_answers_and_encodes_each_clip_once(tmp_path, monkeypatch):
