@@ -15,7 +15,7 @@ published benchmarks (benchmarks.py) use "generate" unless --mode says otherwise
 
 Predictions are appended to a JSONL file batch by batch (ask.py). A killed evaluation goes on where it was, and a finished file
 can be scored again without a model. Controls (controls.py) repeat the questions with no audio, or with the audio of a clip that
-has another answer. What a system still gets right then does not come from the sound.
+has another answer to the same question. What a system still gets right then does not come from the sound.
 
 The figures are those of scoring.py (accuracies, ALL, Shift) and diagnostics.py (calibration, the text prior, the difference to
 another system). --json writes all of them.
@@ -40,7 +40,7 @@ from models.evaluation import text_priors
 from models.evaluation.ask import Decoding, evaluate
 from models.evaluation.benchmarks import TASKS_IN_ALL, Suite, load_suite
 from models.evaluation.commands import evaluate_parser
-from models.evaluation.controls import control_id
+from models.evaluation.controls import control_id, with_controls
 from models.evaluation.diagnostics import compare
 from models.evaluation.predictions import (
     EvaluationError,
@@ -235,8 +235,10 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     if settings["mode"] == "choice" and arguments.temperature is not None:
         raise EvaluationError("--temperature, --top-k, --top-p: expected --mode generate; mode choice samples nothing")
     done = _read_done(arguments.out, settings)
-    wanted = {control_id(e.id, control) for e in examples for control in ("", *arguments.controls)}
-    if wanted <= {p.id for p in done}:
+    wanted = [(control, e.id) for control, e, _ in with_controls(examples, arguments.controls)]
+    if "swapped_audio" in arguments.controls and (alone := len(examples) - sum(c == "swapped_audio" for c, _ in wanted)):
+        print(f"left out of swapped_audio: {alone} of {len(examples)} questions; no other clip has another answer to them")
+    if {control_id(name, control) for control, name in wanted} <= {p.id for p in done}:
         return settings, done  # nothing is left to ask: neither the model nor the clips are needed
     try:
         model = load_listener(arguments.checkpoint, device)

@@ -152,9 +152,43 @@ def test_controls_take_the_sound_away(model, examples, store):
 def test_swapped_partners_have_another_answer_of_the_same_task(examples):
     mixed = examples + [example(i, task="rate", choices=("slowly", "quickly")) for i in range(2)]
     for e, o in zip(mixed, swapped(mixed), strict=True):
-        assert o.task == e.task and o.answer != e.answer
-    alone = [example(0)]
-    assert swapped(alone) == alone
+        assert o.task == e.task and o.answer != e.answer and o.clips != e.clips
+    assert swapped([example(0)]) == [None]
+
+
+def test_a_swapped_clip_answers_the_same_question_and_is_another_clip():
+    def ask(clip, question, answer, choices=(), **more):
+        return Example(id=f"{clip}/{question}/{answer}", audio=clip, question=question, choices=choices, answer=answer, **more)
+
+    def partners(*asked):
+        return [other and other.audio for other in swapped(asked)]
+
+    who, mood = ("man", "woman"), ("sad", "happy")
+    # Two questions about each of two clips, without a task: the clips differ in their mood alone.
+    asked = [ask("a", "Who?", "man", who), ask("a", "Mood?", "happy", mood)]
+    asked += [ask("b", "Who?", "man", who), ask("b", "Mood?", "sad", mood)]
+    assert partners(*asked) == [None, "b", None, "a"]
+    assert partners(ask("a", "Who?", "A man."), ask("b", "Who?", "a man"), ask("c", "Who?", "a woman")) == ["c", "c", "a"]
+    assert partners(ask("a", "Who?", "Joe"), ask("a", "Who?", "Ann")) == [None, None]  # one clip
+    halves = [ask("a", "Who?", "man", who, end_seconds=1.0), ask("a", "Who?", "woman", who, start_seconds=1.0)]
+    assert partners(*halves) == ["a", "a"]  # two spans of a file
+    # "car" was not among the choices of clip b: it may be heard there too. "dog" was among those of clip a, and is wrong there.
+    assert partners(ask("a", "What?", "car", ("car", "dog")), ask("b", "What?", "dog", ("dog", "cat"))) == [None, "a"]
+    assert partners(ask(None, "Who?", "man", who), ask("b", "Who?", "woman", who)) == [None, None]
+
+
+def test_questions_without_a_partner_are_left_out_of_the_control_and_counted(files, tmp_path, capsys):
+    alone = dataclasses.replace(example(0), id="alone", question="Who is it?", pair_id=None)
+    manifest = write_manifest(tmp_path / "m.jsonl", [example(0), example(1), alone])
+    words = [str(files / "model"), str(manifest), "--audio-root", str(files), "--out", str(tmp_path / "p.jsonl")]
+    words += ["--device", "cpu", "--controls", "swapped_audio", "--json", str(tmp_path / "s.json")]
+    for again in (False, True):  # the second time nothing is asked
+        assert main(words) == 0
+        shown = capsys.readouterr().out
+        assert "left out of swapped_audio: 1 of 3 questions; no other clip has another answer to them" in shown
+        assert ("going on" in shown) == again
+    summary = json.loads((tmp_path / "s.json").read_text())["summary"]
+    assert summary["plain"]["count"] == 3 and summary["swapped_audio"]["count"] == 2
 
 
 def test_several_alphas_agree_with_one_at_a_time(model, examples, store):
