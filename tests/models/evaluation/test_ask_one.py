@@ -26,3 +26,13 @@ def test_a_speech_lm_answers_about_a_clip(tmp_path, capsys):
         (*words[:-1], "0"): "--max-new-tokens: expected at least 1, got 0",
     }.items():
         assert main(wrong) == 1 and message in capsys.readouterr().err
+
+
+def test_a_model_of_nan_has_no_answer(tmp_path, capsys):
+    clip = str(write_audio(tmp_path / "clip.wav", np.zeros(8_000, np.float32)))
+    model = make_speech_lm()
+    model.connector.output_scale.data.fill_(np.nan)
+    model.save_pretrained(tmp_path / "model", include_frozen=True)
+    assert main([str(tmp_path / "model"), clip, "Who?", "--device", "cpu"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and "error: example 'question': the model's logits are NaN" in told.err

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import models.evaluation.evaluate
 from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
 from models.data.prompts import target_template
-from models.evaluation.ask import evaluate
+from models.evaluation.ask import Decoding, evaluate
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.controls import swapped
 from models.evaluation.diagnostics import compare
@@ -220,6 +221,51 @@ def test_mistakes_are_named(model, examples, store):
     free = [Example(id="x", audio=None, question="?", answer="y", split="test")]
     with pytest.raises(ValueError, match="example x: expected choices"):
         evaluate(model, free, store, **options)
+
+
+def test_likelihoods_and_logits_of_nan_are_no_answer(model, store, files, tmp_path, capsys):
+    sound = store.features.clone()
+    sound[1] = math.nan
+    options = {"collate": model.make_collator(), "progress_bar": False}
+    asked, bad = [example(0), example(1)], FeatureStore([clip_key(example(i)) for i in range(4)], sound)
+    with pytest.raises(EvaluationError, match=r"example 'gender1/neutral': expected .* got 'man' nan, 'woman' nan"):
+        evaluate(model, asked, bad, **options)
+    options |= {"mode": "generate", "max_new_tokens": 2}
+    for alpha, decoding in ((None, Decoding()), (1.0, Decoding()), (1.0, Decoding(temperature=1.0))):
+        with pytest.raises(ValueError, match="example 'gender1/neutral': the model's logits are NaN"):
+            evaluate(model, asked, bad, alphas=(alpha,), decoding=decoding, **options)
+    assert not model.get_output_embeddings()._forward_hooks  # what looked for NaN is gone
+
+    model.save_pretrained(tmp_path / "broken")
+    broken = SpeechLM.from_pretrained(tmp_path / "broken")
+    broken.connector.output_scale.data.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    words = [str(tmp_path / "broken"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 1
+    assert "error: example 'gender" in capsys.readouterr().err and "NaN" not in (tmp_path / "p.jsonl").read_text()
+
+
+def test_nan_is_neither_written_nor_read_nor_scored(tmp_path):
+    p = Prediction(id="q1", task="t", kind="neutral", answer="a", prediction="a", scores={"a": -1.0, "b": -2.0})
+    path = tmp_path / "p.jsonl"
+    write_header(path, {})
+    append_predictions(path, [p])
+    whole = path.read_bytes()
+    for scores in ({"a": math.nan, "b": -2.0}, {"a": -1.0, "b": math.nan}, {"a": -math.inf, "b": -math.inf}):
+        bad = dataclasses.replace(p, scores=scores)
+        with pytest.raises(EvaluationError, match="prediction 'q1': cannot be written as JSON"):
+            append_predictions(path, [p, bad])
+        with pytest.raises(EvaluationError, match="prediction 'q1': cannot be written as JSON"):
+            pack_predictions(tmp_path / "p.jsonl.gz", {}, [bad])
+        with pytest.raises(EvaluationError, match="example 'q1': expected log-likelihoods"):
+            summarize([bad])
+        with pytest.raises(EvaluationError, match="example 'q1': expected log-likelihoods"):
+            summarize([bad], scorer="mmau")  # a rule that reads the text alone; the calibration reads the scores
+    assert path.read_bytes() == whole and not (tmp_path / "p.jsonl.gz").exists()
+    path.write_bytes(whole.replace(b"-2.0", b"NaN"))  # as earlier versions wrote it, in the last line
+    for repair in (False, True):
+        with pytest.raises(EvaluationError, match="line 2 is damaged: bad JSON: NaN is not a number"):
+            read_predictions(path, repair=repair)
 
 
 def test_predictions_file_survives_a_kill(model, examples, store, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models.data.manifest import Example, write_manifest
+from models.evaluation.predictions import EvaluationError
 from models.evaluation.text_priors import (
     Prior,
     main,
@@ -94,6 +95,18 @@ def test_arguments_are_checked(backbone):
         text_priors([make_question("a")], lm, tokenizer, batch_examples=0)
     with pytest.raises(ValueError, match="example a/neutral: expected choices, got none"):
         text_priors([make_question("a", choices=())], lm, tokenizer, progress_bar=False)
+
+
+def test_likelihoods_of_nan_are_no_prior(tmp_path, monkeypatch, capsys, backbone):
+    lm, tokenizer = backbone
+    nan = {"man": math.nan, "woman": math.nan}
+    monkeypatch.setattr("models.evaluation.text_priors.choice_scores", lambda *_, **__: [[nan]])
+    with pytest.raises(EvaluationError, match=r"example 'a/neutral': expected log-likelihoods .* got 'man' nan, 'woman' nan"):
+        text_priors([make_question("a")], lm, tokenizer, progress_bar=False)
+    monkeypatch.setattr("models.backbones.resolve.load_causal_lm", lambda spec, dtype: (lm, tokenizer))
+    manifest = write_manifest(tmp_path / "manifest.jsonl", [make_question("a")])
+    assert main([str(manifest), "--lm", "tiny", "--out", str(tmp_path / "priors.json")]) == 1
+    assert "error: example 'a/neutral'" in capsys.readouterr().err and not (tmp_path / "priors.json").exists()
 
 
 def test_a_natural_conflict_is_a_wrong_prior_where_the_text_says_nothing():

@@ -173,6 +173,15 @@ def test_a_speech_lm_answers_and_encodes_each_clip_once(tmp_path, monkeypatch):
         writer.check([Example(id="two", audio="0.wav", more_audio=("1.wav",))])
 
 
+def test_a_model_of_nan_has_no_answer(tmp_path):
+    examples = _questions(tmp_path, 2)
+    model = make_speech_lm()
+    model.connector.output_scale.data.fill_(torch.nan)
+    writer = ListeningWriter(model, tmp_path, listening=Listening("unused"), max_new_tokens=2)
+    with pytest.raises(ValueError, match="example 'q0': the model's logits are NaN"):
+        writer(examples)
+
+
 def test_what_the_listener_hears_and_reads_can_be_chosen(tmp_path):
     seen = []
     (example,) = _questions(tmp_path, 1)
