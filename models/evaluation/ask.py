@@ -122,6 +122,11 @@ def evaluate(
     return result
 
 
+def has_answer(example: Example) -> bool:
+    """Whether there is an answer to score against. One of white space is none: no text could name it."""
+    return bool((example.answer or "").strip())
+
+
 @torch.no_grad()
 def generate_answers(
     model: torch.nn.Module,
@@ -163,7 +168,7 @@ def _check_options(
         if alpha is not None and not 0 <= alpha < math.inf:
             raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
     for example in examples:
-        if example.answer is None:
+        if not has_answer(example):
             raise ValueError(f"example {example.id}: expected an answer to score against, got none")
 
 

@@ -37,7 +37,7 @@ from models.data.audio import MAX_SECONDS
 from models.data.json_rows import parse_object
 from models.data.manifest import Example
 from models.evaluation import text_priors
-from models.evaluation.ask import Decoding, evaluate
+from models.evaluation.ask import Decoding, evaluate, has_answer
 from models.evaluation.benchmarks import TASKS_IN_ALL, Suite, load_suite
 from models.evaluation.commands import evaluate_parser
 from models.evaluation.controls import control_id, with_controls
@@ -352,13 +352,13 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
     lacking = sorted(set(arguments.tasks) - {e.task for e in chosen})
     if lacking:
         raise EvaluationError(f"{suite.name}: no example in split {arguments.split!r} of task {', '.join(lacking)}")
-    unanswered = [e for e in chosen if e.answer is None]
+    unanswered = [e for e in chosen if not has_answer(e)]
     if len(unanswered) == len(chosen):
         raise EvaluationError(
             f"{suite.name}: none of the {len(chosen)} examples in {where} has an answer to score against"
         )
     _print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
-    return [e for e in chosen if e.answer is not None]
+    return [e for e in chosen if has_answer(e)]
 
 
 def _print_skipped(reasons: Iterable[object]) -> None:

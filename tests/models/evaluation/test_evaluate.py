@@ -221,6 +221,8 @@ def test_mistakes_are_named(model, examples, store):
     free = [Example(id="x", audio=None, question="?", answer="y", split="test")]
     with pytest.raises(ValueError, match="example x: expected choices"):
         evaluate(model, free, store, **options)
+    with pytest.raises(ValueError, match="example x: expected an answer to score against, got none"):
+        evaluate(model, [dataclasses.replace(free[0], answer="\n")], store, **options)
 
 
 def test_likelihoods_and_logits_of_nan_are_no_answer(model, store, files, tmp_path, capsys):
@@ -673,18 +675,19 @@ def test_one_bad_row_of_each_kind_is_named_and_the_rest_is_scored(files, tmp_pat
     base = dataclasses.replace(example(0), audio="good.wav")
     rows = [dataclasses.replace(base, id=f"good{i}", pair_id=None) for i in range(20)]
     rows += [dataclasses.replace(base, id=name, audio=f"{name}.wav") for name in ("cut", "noise", "long")]
-    rows += [dataclasses.replace(base, id="silent", answer=None)]
+    rows += [dataclasses.replace(base, id="silent", answer=None), dataclasses.replace(base, id="blank", choices=(), answer=" ")]
     manifest = write_manifest(tmp_path / "m.jsonl", rows)
     words = [str(files / "model"), str(manifest), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
     assert main(words) == 1
     error = capsys.readouterr().err
-    assert "3 of 24 rows are bad, more than max_bad_fraction 0.05" in error and "too long: 10800.0 s, at most 30 s" in error
+    assert "3 of 25 rows are bad, more than max_bad_fraction 0.05" in error and "too long: 10800.0 s, at most 30 s" in error
     assert main([*words, "--max-bad-fraction", "0.2"]) == 0
     shown = capsys.readouterr().out
     assert "skipped row 22 (cut): audio: corrupt or cut off: the header claims" in shown
     assert "skipped row 23 (noise): audio: corrupt or unknown header" in shown
     assert "skipped row 24 (long): audio: too long: 10800.0 s, at most 30 s are allowed" in shown
     assert "skipped silent: no answer to score against" in shown and "20 answers" in shown
+    assert "skipped blank: no answer to score against" in shown
 
 
 def test_manifests_with_nothing_to_score_are_named(files, tmp_path, capsys):
