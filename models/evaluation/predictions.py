@@ -110,7 +110,7 @@ class EvaluationError(RuntimeError):
 
 def write_header(path: str | Path, settings: dict[str, Any]) -> None:
     """Start a predictions file."""
-    atomic_write_text(path, json.dumps(_header(settings)) + "\n")
+    atomic_write_text(path, header_line(settings))
 
 
 def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
@@ -120,12 +120,13 @@ def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> N
 
 def pack_predictions(path: str | Path, settings: dict[str, Any], predictions: Sequence[Prediction]) -> Path:
     """Write a whole predictions file packed by gzip. Its name ends with .gz, and equal predictions give equal bytes."""
-    text = json.dumps(_header(settings), ensure_ascii=False) + "\n" + "".join(map(_line, predictions))
+    text = header_line(settings) + "".join(map(_line, predictions))
     return atomic_write_bytes(path, gzip.compress(text.encode(), mtime=0))
 
 
-def _header(settings: dict[str, Any]) -> dict[str, Any]:
-    return {FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}
+def header_line(settings: Mapping[str, Any]) -> str:
+    """The first line of a predictions file."""
+    return json.dumps({FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}) + "\n"
 
 
 def _line(p: Prediction) -> str:

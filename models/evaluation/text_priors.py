@@ -29,7 +29,7 @@ from models.data.readers import read_data
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.commands import priors_parser
 from models.evaluation.predictions import EvaluationError, context_kind, likeliest
-from models.io_utils import atomic_write_json, sha256_file
+from models.io_utils import atomic_write_json, same_file, sha256_file
 from models.speech_lm.collation import Collator
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.batch_examples < 1:
             raise ValueError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
-        if arguments.out.absolute() == arguments.manifest.absolute():
+        if same_file(arguments.out, arguments.manifest):
             raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
         device = pick_device(arguments.device)
         manifest = read_data(arguments.manifest, check_audio=False)

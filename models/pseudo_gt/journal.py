@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.io_utils import append_bytes, fsync_dir
+from models.io_utils import append_bytes, fsync_dir, locked
 from models.pseudo_gt.writers import Answer
 
 _COMPLETE = {"stage1_complete": True}
@@ -32,21 +32,18 @@ class Journal:
         self._identity = identity
         self._clips = clips or {}
         self._restart = restart
+        self._held = ExitStack()
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Journal:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a+b")  # closed in __exit__
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise Stage1Error(f"{self._path}: another run is writing here") from None
+            self._file = self._held.enter_context(locked(self._path, f"{self._path}: another run is writing here"))
+        except BlockingIOError as error:
+            raise Stage1Error(str(error)) from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        self._file.close()  # this releases the lock too
+        self._held.close()
 
     def read(self, known: set[str]) -> dict[str, Answer]:
         """The answers so far, of the ids in `known`. A last line that a kill cut short is removed from the file.

@@ -42,7 +42,7 @@ from models.data.manifest import (
     write_manifest,
 )
 from models.data.readers import read_data
-from models.io_utils import fingerprint
+from models.io_utils import fingerprint, same_file
 from models.pseudo_gt.acceptance import check_answer, set_targets, write_rejects
 from models.pseudo_gt.commands import (
     ACCEPTS,
@@ -399,7 +399,7 @@ def _rebase(example: Example, prefix: str) -> Example:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `run_stage1`, checked before the manifest's clips are read."""
     _check_source(arguments)
-    if arguments.out.absolute() == arguments.manifest.absolute():
+    if same_file(arguments.out, arguments.manifest):
         raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
     options: dict[str, Any] = {
         "source": arguments.source,

@@ -35,6 +35,7 @@ from models.evaluation.score_tables import print_comparison, print_summary
 from models.evaluation.summary import summarize
 from models.evaluation.text_priors import Prior, write_priors
 from models.experiments.shared_steps import make_tiny_backbones
+from models.io_utils import locked
 from models.speech_lm.features import FeatureStore, clip_key, made_by
 from models.speech_lm.model import SpeechLM, SpeechLMConfig
 
@@ -448,6 +449,7 @@ def test_a_checkpoint_is_looked_at_before_a_benchmark_is_built(files, tmp_path, 
         (["--priors", "gone.json"], "--priors gone.json: not readable"),
         (["--out", "p.jsonl", "--json", "p.jsonl"], "--json: expected another file than --out"),
         (["--out", "p.jsonl", "--compare", "p.jsonl"], "--out: expected another file than COMPARE"),
+        (["--out", "p.jsonl.gz"], "--out: expected a name without .gz, since lines are added one by one, got 'p.jsonl.gz'"),
     ],
 )
 def test_settings_that_cannot_work_are_found_before_anything_is_read(files, tmp_path, monkeypatch, capsys, words, message):
@@ -455,6 +457,22 @@ def test_settings_that_cannot_work_are_found_before_anything_is_read(files, tmp_
     monkeypatch.setattr("models.evaluation.evaluate.load_suite", lambda *_, **__: pytest.fail("the questions were read"))
     assert main([str(files / "model"), str(files / "m.jsonl"), "--device", "cpu", *words]) == 1
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_under_another_path_is_not_written_to(files, tmp_path, capsys):
+    manifest = tmp_path / "m.jsonl"
+    shutil.copy(files / "m.jsonl", manifest)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(manifest)
+    os.link(manifest, tmp_path / "hard")
+    words = [str(files / "model"), str(manifest), "--audio-root", str(files), "--device", "cpu"]
+    for path in ("folder/../m.jsonl", "link", "hard"):
+        for option, more in (("--out", []), ("--json", ["--out", str(tmp_path / "p.jsonl")])):
+            assert main([*words, option, str(tmp_path / path), *more]) == 1
+            assert f"{option}: expected another file than MANIFEST" in capsys.readouterr().err
+    assert main(["--benchmark", words[1], words[0], *words[2:], "--json", str(tmp_path / "link")]) == 1
+    assert "--json: expected another file than BENCHMARK" in capsys.readouterr().err
+    assert manifest.read_bytes() == (files / "m.jsonl").read_bytes()
 
 
 def test_an_earlier_file_of_other_settings_is_found_before_the_questions_are_read(files, tmp_path, monkeypatch, capsys):
@@ -510,6 +528,41 @@ def test_answers_heard_from_other_audio_are_not_used_again(files, store, tmp_pat
     FeatureStore(keys, store.features.flip(0), made_by=origin).save(path)
     assert main(words) == 1
     assert "(not the same: features_sha256)" in capsys.readouterr().err
+
+
+def test_one_evaluation_at_a_time_writes_to_a_file(files, tmp_path, capsys):
+    out = tmp_path / "p.jsonl"
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(out), "--device", "cpu"]
+    with locked(out, "busy"):
+        assert main(words) == 1
+    assert capsys.readouterr().err == f"error: --out {out}: another evaluation is writing there\n" and out.read_bytes() == b""
+    assert main(words) == 0  # an empty file is none
+    whole = out.read_bytes()
+    with open(out, "ab") as file:
+        file.write(b'{"id": "being wri')  # by the other evaluation
+    with locked(out, "busy"):
+        assert main(words) == 1
+    assert out.read_bytes() == whole + b'{"id": "being wri'  # which is not repaired under its hands
+
+
+def test_what_a_killed_evaluation_leaves_is_removed(files, tmp_path):
+    out = tmp_path / "p.jsonl"
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(out), "--device", "cpu"]
+    other = tmp_path / ".q.jsonl.features.abcd1234"
+    other.mkdir()
+    for _ in range(2):  # the second time nothing is asked
+        (tmp_path / ".p.jsonl.features.abcd1234").mkdir()
+        (tmp_path / ".p.jsonl.features.abcd1234" / "shard").write_text("x")
+        assert main(words) == 0
+        assert sorted(tmp_path.iterdir()) == [other, out]
+
+
+def test_a_file_without_a_prediction_is_not_kept_for_its_settings(files, tmp_path):
+    out = tmp_path / "p.jsonl"
+    write_header(out, {"checkpoint": "other"})  # of an evaluation that ended before its first batch
+    assert main([str(files / "model"), str(files / "m.jsonl"), "--out", str(out), "--device", "cpu"]) == 0
+    header, made = read_predictions(out)
+    assert header["settings"]["checkpoint"] == str(files / "model") and len(made) == 8
 
 
 def test_skipped_rows_are_listed(files, tmp_path, capsys):

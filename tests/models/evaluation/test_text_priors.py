@@ -169,6 +169,7 @@ def test_command_line(tmp_path, monkeypatch, capsys, backbone):
         (["--device", "gpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--batch-examples", "0"], "--batch-examples: expected at least 1, got 0"),
         (["--out", str(manifest)], "--out: expected another file than the manifest"),
+        (["--out", str(tmp_path / "x" / ".." / manifest.name)], "--out: expected another file than the manifest"),
     ):
         assert main([str(manifest), "--lm", "tiny", "--out", str(out), *words]) == 1
         assert message in capsys.readouterr().err
