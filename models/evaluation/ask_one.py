@@ -22,6 +22,7 @@ from models.data.audio import SAMPLE_RATE_HZ, load_audio
 from models.data.example import Example
 from models.evaluation.ask import generate_answers, written_answers
 from models.evaluation.commands import ask_parser
+from models.speech_lm.features import check_window
 from models.speech_lm.listeners import load_listener
 
 
@@ -29,6 +30,8 @@ def answer(
     model: Any, clips: Sequence[str | Path], question: str, *, alpha: float | None = None, max_new_tokens: int = 64
 ) -> str:
     """What a SpeechLM or an `AudioLM` says about the clips; with `alpha` by contrastive decoding.
+
+    A line on stderr says if a clip is longer than what the model hears.
 
     Raises:
         AudioError: a clip cannot be read.
@@ -41,6 +44,8 @@ def answer(
         return written_answers(model, batch, max_new_tokens=max_new_tokens, alpha=alpha)[0]
     if len(waves) != 1:
         raise ValueError(f"clips: expected one for a SpeechLM, got {len(waves)}")
+    seconds = [len(wave) / rate for wave in waves]
+    check_window(seconds, model.config.max_audio_seconds, say=lambda line: print(line, file=sys.stderr))
     example = Example(id="question", audio=Path(clips[0]).name, question=question)
     return generate_answers(
         model, [example], model.encode_audio(waves), collate=model.make_collator(), alpha=alpha, max_new_tokens=max_new_tokens

@@ -39,6 +39,7 @@ from models.corpora.hearing import Hearing, parse_hearing, read_hears
 from models.data.audio import MAX_SECONDS
 from models.data.json_rows import parse_object
 from models.data.manifest import Example
+from models.data.problems import print_skipped
 from models.evaluation import text_priors
 from models.evaluation.ask import Decoding, evaluate, has_answer
 from models.evaluation.benchmarks import TASKS_IN_ALL, Suite, load_suite
@@ -64,7 +65,6 @@ from models.speech_lm.listeners import is_speech_lm, load_listener, open_clips
 if TYPE_CHECKING:
     import torch
 
-_SKIPPED_SHOWN = 20
 _SETTINGS = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
 _DECODING = ("formula", "temperature", "top_k", "top_p", "seed")
 
@@ -234,7 +234,7 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         max_bad_fraction=arguments.max_bad_fraction,
         several_clips=not is_speech_lm(arguments.checkpoint),
     )
-    _print_skipped(suite.problems)
+    print_skipped(suite.problems)
     examples = _questions(suite, arguments)
     own = arguments.checkpoint if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)[0]
     hears = parse_hearing(arguments.hears) if arguments.hears else read_hears(own)
@@ -386,12 +386,5 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
         raise EvaluationError(
             f"{suite.name}: none of the {len(chosen)} examples in {where} has an answer to score against"
         )
-    _print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
+    print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
     return [e for e in chosen if has_answer(e)]
-
-
-def _print_skipped(reasons: Iterable[object]) -> None:
-    lines = [f"skipped {reason}" for reason in reasons]
-    if len(lines) > _SKIPPED_SHOWN:
-        lines[_SKIPPED_SHOWN:] = [f"skipped {len(lines) - _SKIPPED_SHOWN} more"]
-    print(*lines, sep="\n", end="\n" if lines else "")

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.data.manifest import Example, ManifestError
+from models.data.problems import print_skipped
 from models.data.prompts import render_prompt
 from models.data.readers import read_data
 from models.evaluation.choice_scores import choice_scores
@@ -195,7 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
         device = pick_device(arguments.device)
         manifest = read_data(arguments.manifest, check_audio=False)
-        examples = [e for e in manifest if e.split in arguments.splits and context_kind(e) in arguments.contexts and e.choices]
+        print_skipped(manifest.problems)
+        asked = [e for e in manifest if e.split in arguments.splits and context_kind(e) in arguments.contexts]
+        examples = [e for e in asked if e.choices]
+        print_skipped(f"{e.id}: no choices to rank" for e in asked if not e.choices)
         if not examples:
             chosen = f"splits {arguments.splits} and contexts {arguments.contexts}"
             raise ManifestError(f"{arguments.manifest}: no question with choices in {chosen}")

@@ -162,6 +162,15 @@ def test_command_line(tmp_path, monkeypatch, capsys, backbone):
     words = ["--splits", "test", "dev", "--contexts", "neutral", "aligned"]
     assert main([str(manifest), "--lm", "tiny", "--out", str(out), *words]) == 0
     assert len(read_priors(out)) == 5
+    more = [make_question(f"n{n}") for n in range(30)] + [make_question("free", choices=())]
+    bad = json.dumps(make_question("bad").to_row() | {"answer": "dog"})
+    longer = write_manifest(tmp_path / "longer.jsonl", more)
+    longer.write_text(longer.read_text() + bad + "\n")
+    capsys.readouterr()
+    assert main([str(longer), "--lm", "tiny", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert len(read_priors(out)) == 30 and "skipped free/neutral: no choices to rank\n" in told
+    assert "skipped row 33 (bad/neutral): answer: expected one of" in told
     assert main([str(manifest), "--lm", "tiny", "--out", str(out), "--splits", "train"]) == 1
     assert "error: " in capsys.readouterr().err
     monkeypatch.setattr("models.evaluation.text_priors.read_data", lambda *_, **__: pytest.fail("the manifest was read"))

@@ -173,6 +173,16 @@ def test_a_speech_lm_answers_and_encodes_each_clip_once(tmp_path, monkeypatch):
         writer.check([Example(id="two", audio="0.wav", more_audio=("1.wav",))])
 
 
+def test_clips_that_are_longer_than_the_models_window_are_counted(tmp_path, capsys):
+    examples = _questions(tmp_path, 3)
+    for name in ("1.wav", "3.wav"):
+        write_audio(tmp_path / name, tiny.tone(300.0, seconds=3.0))
+    examples += [Example(id="span", audio="3.wav", start_seconds=1.0, end_seconds=1.5), Example(id="again", audio="1.wav")]
+    examples += [Example(id="gone", audio="gone.wav"), Example(id="text", audio=None)]
+    ListeningWriter(make_speech_lm(), tmp_path, listening=Listening("unused"), max_new_tokens=2).check(examples)  # it hears 1 s
+    assert "1 of 5 clips are longer than the 1 s that the model hears" in capsys.readouterr().err
+
+
 def test_a_model_of_nan_has_no_answer(tmp_path):
     examples = _questions(tmp_path, 2)
     model = make_speech_lm()
