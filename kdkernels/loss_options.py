@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import is_number, is_whole
+from .checks import check_tensor, is_number, is_whole
 from .ops.dispatch import check_implementation
 from .ops.rows import DIVERGENCES, RowSpec, scalar
 
@@ -70,6 +70,9 @@ class LossOptions:
         ):
             if x is not None and not isinstance(x, Tensor):
                 check_not_negative(name, x)
+        for name in ("mask", "kd_token_weight", "ce_token_weight"):
+            if (x := getattr(self, name)) is not None:
+                check_tensor(name, x)
         check_implementation(self.impl)
 
     def row_spec(self, vocab: int, *, has_target: bool) -> RowSpec:

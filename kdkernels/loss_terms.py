@@ -144,7 +144,6 @@ def _flat_target(target: Tensor, leading: torch.Size, device: torch.device) -> T
 
 def _flat_mask(mask: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
     """(N,) bool"""
-    check_tensor("mask", mask)
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask: expected bool, or whole numbers that are 0 where a position does not count, got {mask.dtype}")
     check_shape("mask", mask, leading)
@@ -196,7 +195,9 @@ def _alike(options: LossOptions, has_target: bool) -> tuple[tuple[float, float],
     None where tokens have weights or a norm is a tensor.
     """
     kd_norm, ce_norm = options.kd_normalizer, options.ce_normalizer
-    if any(isinstance(x, Tensor) for x in (options.kd_token_weight, options.ce_token_weight, kd_norm, ce_norm)):
+    if options.kd_token_weight is not None or options.ce_token_weight is not None:
+        return None
+    if isinstance(kd_norm, Tensor) or isinstance(ce_norm, Tensor):
         return None
     usual = None if options.reduction == "mean" else 1.0
     share = float(options.kd_share(has_target=has_target))
@@ -239,7 +240,6 @@ def token_weight(
     """(N,) weights, 0 at ignored positions."""
     if weight is None:
         return torch.ones(math.prod(leading), dtype=dtype, device=device) if valid is None else valid.to(dtype)
-    check_tensor(name, weight)
     check_shape(name, weight, leading)
     if weight.device != device:
         raise ValueError(f"{name}: expected device {device}, got {weight.device}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .caad import linear_loss, linear_settings
-from .checks import check_head, check_leading, check_text_path
+from .checks import check_head, check_leading, check_tensor, check_text_path
 from .loss_options import LinearLossOptions, check_divergence, check_head_options, check_not_negative, limit_of_jsd
 from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, as_autocast, looked_at, token_weight
 from .ops import multi_teacher as _multi_teacher
@@ -302,6 +302,7 @@ def _omega(
     if not isinstance(weight, Tensor):
         check_not_negative(name, weight)
         return filled((math.prod(leading),), weight, dtype=dtype, device=device)
+    check_tensor(name, weight)
     if weight.dim() == 0:
         weight = weight.expand(leading)
     weight = token_weight(name, weight, leading, None, device, dtype)

@@ -9,6 +9,7 @@ import torch
 from cases import hidden, logits
 
 from kdkernels import (
+    CAADLoss,
     TeacherSource,
     adaptive_alpha,
     explain,
@@ -16,6 +17,8 @@ from kdkernels import (
     fused_layer_mse_loss,
     fused_linear_caad_loss,
     fused_linear_multi_teacher_loss,
+    fused_linear_projected_loss,
+    project_teacher,
 )
 from kdkernels.decoding import contrast_logits
 
@@ -99,3 +102,43 @@ def test_a_compiled_call_takes_the_options_that_eager_takes(option):
     compiled = torch.compile(lambda v: fused_linear_caad_loss(**arguments, **{name: v}), backend="eager")
     with pytest.raises(ValueError, match=name):
         compiled(value)
+
+
+# -- token weights and normalizers -----------------------------------------------------------------------------------------
+
+
+def losses_of_tokens():
+    """By name: a call of each loss that takes weights of tokens, with other options."""
+    student, audio, text, target = logits(4, 32)
+    given = hidden(4, 32)
+    teacher = {name: given.pop(name) for name in ("teacher_audio_hidden", "teacher_text_hidden", "teacher_weight")}
+    source = TeacherSource(teacher["teacher_audio_hidden"], teacher["teacher_weight"])
+    projection = project_teacher(**teacher, student_weight=given["student_weight"], top_k=4)
+    return {
+        "rows": lambda **options: fused_caad_loss(student, audio, text, target, **options),
+        "linear": lambda **options: fused_linear_caad_loss(**given, **teacher, **options),
+        "one_source": lambda **options: fused_linear_multi_teacher_loss(**given, sources=[source], **options),
+        "sources": lambda **options: fused_linear_multi_teacher_loss(**given, sources=[source] * 2, **options),
+        "projected": lambda **options: fused_linear_projected_loss(**given, projection=projection, **options),
+        "module": lambda **options: CAADLoss(**options),  # refuses at construction
+        "module_at_call": lambda impl, reduction, **call: CAADLoss(impl=impl, reduction=reduction)(
+            student, audio, text, target, **call
+        ),
+    }
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("option", ["kd_token_weight", "ce_token_weight"])
+@pytest.mark.parametrize("name", losses_of_tokens())
+def test_weights_of_tokens_that_are_no_tensor_are_refused(name, option, impl):
+    array = pytest.importorskip("numpy").array([0.0, 0, 0, 1], dtype="float32")
+    loss = losses_of_tokens()[name]
+    for weight in (array, array.tolist(), 0.0, "x"):
+        for reduction in ("mean", "sum", "none"):
+            with pytest.raises(TypeError, match=f"^{option}: expected a torch.Tensor, got {type(weight).__name__}$"):
+                loss(impl=impl, reduction=reduction, **{option: weight})
+
+
+def test_a_mask_that_is_no_tensor_is_refused_at_construction():
+    with pytest.raises(TypeError, match="^mask: expected a torch.Tensor, got list$"):
+        CAADLoss(mask=[True, False])
