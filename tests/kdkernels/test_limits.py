@@ -140,5 +140,5 @@ def test_weights_of_tokens_that_are_no_tensor_are_refused(name, option, impl):
 
 
 def test_a_mask_that_is_no_tensor_is_refused_at_construction():
-    with pytest.raises(TypeError, match="^mask: expected a torch.Tensor, got list$"):
+    with pytest.raises(TypeError, match=r"^mask: expected a torch.Tensor, got list$"):
         CAADLoss(mask=[True, False])
