@@ -32,7 +32,7 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .schema import _scaled, half_gain, refuse_second_derivative, register_formulas, without_gradients
+from .schema import _scaled, check_values, half_gain, refuse_second_derivative, register_formulas, without_gradients
 
 # Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504. Differences of
 # unit vectors are small, and they are divided by the vector's length.
@@ -198,6 +198,7 @@ def layer_mse(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss: () if reduced else (N,); gradient of the student's states, times _gain; of the projection; each full or empty)."""
+    check_values(None, alpha, 0, 0)
     gain = _gain(coef, student, projection, normalize)
     with torch.amp.autocast(student.device.type, enabled=False):
         out = layer_chunks(

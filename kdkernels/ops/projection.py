@@ -38,7 +38,7 @@ from .gemm import (
 )
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, spread_rows, survivors_launcher
 from .reference import contrastive_logits
-from .rows import MASK_BELOW, STAT_NAMES, RowResult, RowSpec
+from .rows import MASK_BELOW, STAT_NAMES, RowResult, RowSpec, legal_alpha
 from .schema import (
     READS_ON_HOST,
     LinearSettings,
@@ -422,7 +422,7 @@ def teacher_head(
     audio: Tensor, text: Tensor | None, weight: Tensor, bias: Tensor | None, alpha: Tensor, spec: RowSpec, impl: str
 ) -> TeacherHead:
     survivors = None if impl == "reference" else survivors_launcher(impl)
-    return TeacherHead(audio, text, weight, bias, alpha, spec, False, torch.float32, survivors)
+    return TeacherHead(audio, text, weight, bias, legal_alpha(alpha), spec, False, torch.float32, survivors)
 
 
 def mixture(projections: Sequence[Projected], weights: Sequence[Tensor]) -> Projected:

@@ -104,6 +104,16 @@ def test_a_compiled_call_takes_the_options_that_eager_takes(option):
         compiled(value)
 
 
+def test_a_compiled_layer_loss_looks_at_alpha():
+    torch.compiler.reset()
+    states = torch.randn(3, 4, 8)
+    compiled = torch.compile(
+        lambda s, t, text, alpha: fused_layer_mse_loss([s], [t], teacher_text_hidden=[text], alpha=alpha), backend="eager"
+    )
+    with pytest.raises(ValueError, match="alpha: expected finite values >= 0, got -1.0"):
+        compiled(*states, torch.tensor([1.0, -1.0, 0.0, 2.0]))
+
+
 # -- token weights and normalizers -----------------------------------------------------------------------------------------
 
 
