@@ -77,8 +77,8 @@ def fused_layer_mse_loss(
     derivatives.
 
     Raises:
-        ValueError, TypeError: for a bad argument, with its name and pair, expected and got. On the CPU also for a negative alpha; on
-            CUDA the loss of such a token is NaN, unless KDKERNELS_CHECK=1.
+        ValueError, TypeError: for a bad argument, with its name and pair, expected and got. On the CPU also for a negative
+            alpha. On CUDA the loss of such a token is NaN, unless KDKERNELS_CHECK=1.
         RuntimeError: ``impl`` names something that is not installed.
 
     Source: source- and layer-wise distillation, arXiv 2509.18579; the contrastive layer target, CAAD, arXiv 2606.23052.

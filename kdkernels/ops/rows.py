@@ -53,7 +53,7 @@ def filled(shape: tuple[int, ...], x: Any, *, dtype: torch.dtype, device: torch.
 
 
 def legal_alpha(alpha: torch.Tensor) -> torch.Tensor:
-    """alpha, but NaN where it is negative or not finite, for a contrast that no row kernel judges: it and the loss are NaN then."""
+    """alpha, but NaN where it is negative or not finite: for a contrast that no row kernel judges. The loss is NaN then."""
     return torch.where((alpha >= 0) & (alpha < math.inf), alpha, math.nan)
 
 

@@ -110,7 +110,7 @@ def test_a_compiled_layer_loss_looks_at_alpha():
     compiled = torch.compile(
         lambda s, t, text, alpha: fused_layer_mse_loss([s], [t], teacher_text_hidden=[text], alpha=alpha), backend="eager"
     )
-    with pytest.raises(ValueError, match="alpha: expected finite values >= 0, got -1.0"):
+    with pytest.raises(ValueError, match=r"alpha: expected finite values >= 0, got -1\.0"):
         compiled(*states, torch.tensor([1.0, -1.0, 0.0, 2.0]))
 
 
