@@ -223,7 +223,12 @@ class ShardWriter(AbstractContextManager):
         """The fingerprint of a sample's content that this part of the cache holds; None if it does not hold the sample."""
         return self._known.get(sample_id)
 
+    def _check_open(self) -> None:
+        if self._lock.closed:
+            raise ValueError("writer: expected an open one, got one that is closed")
+
     def _check_sample(self, sample_id: str, content: str) -> None:
+        self._check_open()
         if not isinstance(sample_id, str) or not sample_id:
             raise TypeError(f"sample_id: expected a string that is not empty, got {sample_id!r}")
         if sample_id in self:
@@ -243,6 +248,7 @@ class ShardWriter(AbstractContextManager):
         """Writes what is in memory as a shard (a smaller one than usual) and names it in the index."""
         if not self._buffer:
             return
+        self._check_open()
         name = self._next_name()
         samples, first = [], 0
         for sample_id, content, tensors in self._buffer:

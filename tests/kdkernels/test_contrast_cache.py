@@ -331,6 +331,42 @@ class TestDamage:
             ContrastCache(tmp_path)
 
 
+class TestClosed:
+    def test_a_closed_writer_takes_no_sample(self, tmp_path):
+        with writer(tmp_path) as cache:
+            cache.add("a", *states("a"))
+        with pytest.raises(ValueError, match="writer: expected an open one, got one that is closed"):
+            cache.add("late", *states("late"))
+        assert "late" not in cache and len(cache) == 1
+        cache.flush()  # nothing is waiting
+        cache.close()
+        assert list(ContrastCache(tmp_path)) == ["a"]
+
+    def test_a_closed_writer_leaves_the_shards_of_the_next_one_alone(self, tmp_path):
+        closed = writer(tmp_path)
+        closed.close()
+        with writer(tmp_path) as cache:
+            cache.add("b", *states("b"))
+            cache.flush()
+            with pytest.raises(ValueError, match="writer: expected an open one"):
+                closed.add("a", *states("a"))
+        assert list(ContrastCache(tmp_path)) == ["b"]
+
+    def test_samples_that_could_not_be_written_are_not_written_after_the_lock_is_gone(self, tmp_path, monkeypatch):
+        cache = writer(tmp_path)
+        cache.add("a", *states("a"))
+
+        def full(*_):
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr("kdkernels.shards._write_shard", full)
+        with pytest.raises(OSError, match="No space"):
+            cache.close()
+        with writer(tmp_path) as other, pytest.raises(ValueError, match="writer: expected an open one"):
+            cache.flush()
+        assert len(other) == 0
+
+
 class TestRefusals:
     def test_other_fingerprint(self, tmp_path):
         filled(tmp_path)

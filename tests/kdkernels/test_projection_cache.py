@@ -187,6 +187,8 @@ def test_some_tokens_with_their_places_and_a_divergence(tmp_path):
         ):
             with pytest.raises(ValueError, match=says):
                 writer.add("b", **{"projection": projection, "target": target, "divergence": apart, **change})
+    with pytest.raises(ValueError, match="writer: expected an open one, got one that is closed"):
+        writer.add("late", projection, target, divergence=apart)
     held = ProjectionCache(tmp_path)["a"]
     assert held.position.tolist() == [0, 5, 6] and torch.equal(held.divergence, apart)
     assert torch.equal(held.projection.ids[:, :2], projection.ids) and bool((held.projection.ids[:, 2:] == -1).all())
