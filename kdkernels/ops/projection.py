@@ -37,7 +37,7 @@ from .gemm import (
     take_scratch,
 )
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, spread_rows, survivors_launcher
-from .reference import contrastive_logits
+from .reference import contrastive_logits, without_autocast
 from .rows import MASK_BELOW, STAT_NAMES, RowResult, RowSpec, legal_alpha
 from .schema import (
     READS_ON_HOST,
@@ -292,7 +292,8 @@ def reference_rows(
     used = valid & (counts[0] | counts[1])
     hidden = torch.where(used[:, None], hidden, hidden.detach()).to(dtype)
     w, b = weight[: spec.vocab].detach().to(dtype), None if bias is None else bias[: spec.vocab].detach().to(dtype)
-    s = torch.nn.functional.linear(torch.where(valid[:, None], hidden, 0.0), w, b) * spec.student_scale
+    with without_autocast(hidden.device):
+        s = torch.nn.functional.linear(torch.where(valid[:, None], hidden, 0.0), w, b) * spec.student_scale
     s = torch.where(s < MASK_BELOW, -math.inf, s)
     x = s / spec.temperature
     p = projected.probabilities.to(dtype) * (projected.ids >= 0)

@@ -18,6 +18,12 @@ from .rows import MASK_BELOW, RowResult, RowSpec, joined_stats
 _NEG_INF = float("-inf")
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For products that keep the dtype of their operands under torch.autocast."""
+    available = torch.amp.is_autocast_available(device.type)  # not on "meta"
+    return torch.amp.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+
+
 def _maths_of(x: Any) -> Any:
     """The module with log and log1p for a number of a RowSpec, which is a tensor while torch.compile traces."""
     return torch if isinstance(x, torch.Tensor) else math
@@ -213,9 +219,7 @@ def linear_caad(
         bias = None if bias is None else bias[: spec.vocab].to(dtype)
         return torch.nn.functional.linear(hidden.to(dtype), weight[: spec.vocab].to(dtype), bias)[None]
 
-    device_type = student_hidden.device.type
-    available = torch.amp.is_autocast_available(device_type)  # not on "meta"
-    with torch.amp.autocast(device_type, enabled=False) if available else contextlib.nullcontext():
+    with without_autocast(student_hidden.device):
         student = logits(student_hidden, student_weight, student_bias)
         used = _used_rows(None if target is None else target != spec.ignore_index, counts)
         if used is not None:  # hidden states that are NaN would reach the weight's gradient, though they are multiplied by 0

@@ -114,6 +114,28 @@ def test_a_compiled_layer_loss_looks_at_alpha():
         compiled(*states, torch.tensor([1.0, -1.0, 0.0, 2.0]))
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_losses_that_autocast_does_not_cast(impl):
+    given = hidden(6)
+    leaf, other = given["student_hidden"], torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    weight = given["student_weight"]
+    projection = project_teacher(
+        *(given[f"teacher_{x}"] for x in ("audio_hidden", "text_hidden", "weight")), student_weight=weight, top_k=4
+    )
+    to_teacher, to_student = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((20, 12), (12, 20)))
+    losses = [
+        lambda: fused_linear_projected_loss(leaf, weight, projection, given["target"], impl=impl),
+        lambda: fused_layer_mse_loss([leaf], [other], [to_teacher], impl=impl),
+        lambda: fused_layer_mse_loss([leaf], [other], [to_student], direction="teacher_to_student", impl=impl),
+    ]
+    for loss in losses:
+        expected = loss()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = loss()
+        assert torch.equal(cast, expected)
+        assert torch.equal(torch.autograd.grad(cast, leaf)[0], torch.autograd.grad(expected, leaf)[0])
+
+
 # -- token weights and normalizers -----------------------------------------------------------------------------------------
 
 
