@@ -60,10 +60,10 @@ def _layer_row_kernel(
     u = tl.load(u_ptr + row * stride_u + columns, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + row * stride_v + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_TEXT:
-        alpha = _legal_alpha(tl.load(alpha_ptr + row * stride_alpha))
+        alpha = tl.load(alpha_ptr + row * stride_alpha)
         text_width = tl.where(alpha == 0.0, 0, width)  # where alpha is 0 the text path is not read
         text = tl.load(text_ptr + row * stride_text + columns, mask=columns < text_width, other=0.0).to(tl.float32)
-        v = tl.where(alpha == 0.0, v, v + alpha * (v - text))
+        v = tl.where(alpha == 0.0, v, v + _legal_alpha(alpha) * (v - text))
     u_inverse = 1.0
     v_inverse = 1.0
     if NORMALIZE:
