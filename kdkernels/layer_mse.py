@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import check_device, check_leading, check_shape, check_tensor, is_number, is_whole
 from .loss_options import REDUCTIONS
-from .loss_terms import accumulation_dtype, alpha_tensor, looked_at
+from .loss_terms import accumulation_dtype, alpha_tensor, looked_at, values_on
 from .ops import layers as _layers
 from .ops.dispatch import choose_for
 from .ops.rows import scalar
@@ -418,7 +418,7 @@ def _layer_weights(
         return [1.0] * count
     if isinstance(layer_weight, Tensor):
         check_shape("layer_weight", layer_weight, torch.Size([count]))
-        layer_weight = layer_weight.detach().to(device=device, dtype=dtype)
+        layer_weight = values_on("layer_weight", layer_weight, device, dtype)
         if looked_at(device):
             bad = ~((layer_weight >= 0) & layer_weight.isfinite())
             if bool(bad.any()):

@@ -163,7 +163,7 @@ def alpha_tensor(
         raise TypeError(f"{name}: expected a floating-point tensor, got {alpha.dtype}")
     if alpha.dim() and alpha.shape != leading:
         raise ValueError(f"{name}: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
-    return alpha.detach().to(device=device, dtype=dtype).reshape(-1)
+    return values_on(name, alpha, device, dtype).reshape(-1)
 
 
 def _native_coefficients(
@@ -243,7 +243,7 @@ def token_weight(
     check_shape(name, weight, leading)
     if weight.device != device:
         raise ValueError(f"{name}: expected device {device}, got {weight.device}")
-    weight = weight.detach().reshape(-1).to(dtype)
+    weight = values_on(name, weight, device, dtype).reshape(-1)
     weight = weight if valid is None else torch.where(valid, weight, 0.0)
     if looked_at(device) and not bool((weight >= 0).all()):
         raise ValueError(f"{name}: expected weights >= 0, got {float(weight[~(weight >= 0)][0])}")
@@ -257,10 +257,19 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
         return filled((), value, dtype=dtype, device=device)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a tensor of one element, got {tuple(value.shape)}")
-    value = value.detach().reshape(()).to(device=device, dtype=dtype)
+    value = values_on(name, value, device, dtype).reshape(())
     if looked_at(device) and not bool(value >= 0):
         raise ValueError(f"{name}: expected a number >= 0, got {float(value)}")
     return value
+
+
+def values_on(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of an option where the loss is computed, without a gradient."""
+    if x.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
+    if x.device.type == "meta" and device.type != "meta":
+        raise ValueError(f"{name}: expected a tensor with values, got one on the device meta")
+    return x.detach().to(device=device, dtype=dtype)
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Any]:

@@ -203,6 +203,10 @@ def _loss_of_sources(
     )
     taught = [_taught(f"sources[{k}].", source, student, terms, device, dtype) for k, source in enumerate(sources)]
     chosen = choose_for("fused_linear_multi_teacher_loss", options.impl, device, dtypes)
+    # The operator of several sources looks at alpha itself, and knows the source's name.
+    for k, x in enumerate(taught if len(taught) == 1 or chosen == "reference" else ()):
+        if not torch.compiler.is_compiling():
+            _schema.check_values(None, x.alpha, x.spec.vocab, x.spec.ignore_index, source=f"sources[{k}].")
     loss, stats = (_one if len(sources) == 1 else _several)(terms, taught, options, chosen)
     loss = terms.shaped(loss)
     if not options.return_stats:
@@ -268,8 +272,6 @@ def _several(
     spec, student = terms.spec, taught[0].heads[:3]
     omega = torch.stack([x.omega for x in taught])
     if chosen == "reference":
-        for k, x in enumerate(() if torch.compiler.is_compiling() else taught):
-            _schema.check_values(None, x.alpha, spec.vocab, spec.ignore_index, source=f"sources[{k}].")
         teachers = [(*x.heads[3:], x.alpha, x.spec) for x in taught]
         result = _reference.linear_multi_teacher(
             *student, teachers, terms.target, omega, want_stats=options.return_stats, counts=terms.counts

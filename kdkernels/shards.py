@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import is_number
+
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
@@ -194,8 +196,10 @@ class ShardWriter(AbstractContextManager):
         verify_checksums: bool,
     ):
         _safetensors()
-        if not shard_mib > 0:
+        if not (is_number(shard_mib) and 0 < shard_mib < math.inf):
             raise ValueError(f"shard_mib: expected a positive number, got {shard_mib!r}")
+        if not isinstance(part, str):
+            raise TypeError(f"part: expected a string, got {type(part).__name__}")
         if not part or not all(letter.isalnum() or letter == "_" for letter in part):
             raise ValueError(f"part: expected letters, digits and underscores, got {part!r}")
         self.folder = Path(folder)

@@ -446,6 +446,8 @@ class TestRefusals:
         [
             ({"hidden_size": 0}, "hidden_size: expected a positive int, got 0"),
             ({"shard_mib": 0}, "shard_mib: expected a positive number, got 0"),
+            ({"shard_mib": math.inf}, "shard_mib: expected a positive number, got inf"),
+            ({"shard_mib": "1"}, "shard_mib: expected a positive number, got '1'"),
             ({"part": "a/b"}, "part: expected letters, digits and underscores, got 'a/b'"),
             ({"dtype": torch.float16}, "dtype: expected torch.bfloat16, torch.float32 or torch.float8_e4m3fn, got torch.float16"),
             ({"hidden_size": True}, "hidden_size: expected a positive int, got True"),
@@ -460,6 +462,10 @@ class TestRefusals:
             writer(tmp_path, **change)
         filled(tmp_path)  # nothing is left behind that a correct writer would meet
         assert len(ContrastCache(tmp_path)) == 3
+
+    def test_a_part_is_a_name(self, tmp_path):
+        with pytest.raises(TypeError, match="part: expected a string, got int"):
+            writer(tmp_path, part=1)
 
     @pytest.mark.parametrize("value", [torch.zeros(1), math.nan, -math.inf, UNENCODABLE, {UNENCODABLE: 1}], ids=str)
     def test_fingerprint_that_is_not_json(self, tmp_path, value):

@@ -889,6 +889,13 @@ def test_errors_name_the_argument(change, error, message):
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_one_source_is_named_too(impl):
+    source = teacher(1, text=True, alpha=-torch.ones(11))
+    with pytest.raises(ValueError, match=r"^sources\[0\]\.alpha: expected finite values >= 0, got -1"):
+        fused_linear_multi_teacher_loss(**student(), sources=[source], impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_bad_alpha_is_named_by_either_implementation(impl):
     with pytest.raises(ValueError, match=r"sources\[1\]\.alpha: expected finite values >= 0, got -1"):
         fused_linear_multi_teacher_loss(**student(), **with_source(alpha=-torch.ones(11)), impl=impl)
