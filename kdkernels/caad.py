@@ -94,7 +94,7 @@ def fused_caad_loss(
         mask: (...) bool, or whole numbers that are 0 where a position does not count; None: ``target`` alone decides. With both a
             position counts where both say so.
         ignore_index: positions with this target do not count. Their logits are not read.
-        kd_token_weight, ce_token_weight: (...) weights >= 0 of each term, or None: 1.
+        kd_token_weight, ce_token_weight: (...) finite weights >= 0 of each term, or None: 1.
         kd_normalizer, ce_normalizer: divisors instead of the default. For gradient accumulation and data parallelism pass the
             sum of weights (or the number of valid positions) of the whole step. They divide under every reduction; 0 gives
             loss 0.

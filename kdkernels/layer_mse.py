@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import check_device, check_leading, check_shape, check_tensor, is_number, is_whole
 from .loss_options import REDUCTIONS
-from .loss_terms import accumulation_dtype, alpha_tensor, looked_at, values_on
+from .loss_terms import accumulation_dtype, alpha_tensor, check_amounts, values_on
 from .ops import layers as _layers
 from .ops.dispatch import choose_for
 from .ops.rows import scalar
@@ -419,10 +419,7 @@ def _layer_weights(
     if isinstance(layer_weight, Tensor):
         check_shape("layer_weight", layer_weight, torch.Size([count]))
         layer_weight = values_on("layer_weight", layer_weight, device, dtype)
-        if looked_at(device):
-            bad = ~((layer_weight >= 0) & layer_weight.isfinite())
-            if bool(bad.any()):
-                raise ValueError(f"layer_weight: expected finite numbers >= 0, got {float(layer_weight[bad][0])}")
+        check_amounts("layer_weight", layer_weight)
         return layer_weight
     if not isinstance(layer_weight, Iterable):
         raise TypeError(f"layer_weight: expected {count} numbers, one a layer, or a tensor, got {type(layer_weight).__name__}")

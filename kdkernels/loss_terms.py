@@ -17,7 +17,7 @@ from .loss_options import LossOptions, check_not_negative
 from .ops import native
 from .ops.dispatch import checks_enabled
 from .ops.rows import PlainTerms, RowResult, RowSpec, filled, scalar
-from .ops.schema import all_stats, check_values, runs_directly, weighted
+from .ops.schema import all_stats, check_values, first_illegal, runs_directly, weighted
 
 _NO_TARGET = -100  # the ignored id where a mask alone says which positions count
 
@@ -245,8 +245,7 @@ def token_weight(
         raise ValueError(f"{name}: expected device {device}, got {weight.device}")
     weight = values_on(name, weight, device, dtype).reshape(-1)
     weight = weight if valid is None else torch.where(valid, weight, 0.0)
-    if looked_at(device) and not bool((weight >= 0).all()):
-        raise ValueError(f"{name}: expected weights >= 0, got {float(weight[~(weight >= 0)][0])}")
+    check_amounts(name, weight)
     return weight
 
 
@@ -258,9 +257,14 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a tensor of one element, got {tuple(value.shape)}")
     value = values_on(name, value, device, dtype).reshape(())
-    if looked_at(device) and not bool(value >= 0):
-        raise ValueError(f"{name}: expected a number >= 0, got {float(value)}")
+    check_amounts(name, value)
     return value
+
+
+def check_amounts(name: str, x: Tensor) -> None:
+    """ValueError for weights or divisors that are negative or not finite, where looking at them costs no device sync."""
+    if looked_at(x.device) and (bad := first_illegal(x)) is not None:
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {bad}")
 
 
 def values_on(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

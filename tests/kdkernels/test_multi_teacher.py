@@ -864,7 +864,7 @@ def with_source(**change):
         (with_source(source_weight=-0.5), ValueError, r"sources\[1\]\.source_weight: expected a finite number >= 0"),
         (with_source(source_weight="1"), ValueError, r"sources\[1\]\.source_weight: expected a finite number >= 0, got '1'"),
         (with_source(source_weight=torch.ones(10)), ValueError, r"sources\[1\]\.source_weight: expected shape \(11,\)"),
-        (with_source(source_weight=-torch.ones(11)), ValueError, r"sources\[1\]\.source_weight: expected weights >= 0"),
+        (with_source(source_weight=-torch.ones(11)), ValueError, r"sources\[1\]\.source_weight: expected finite numbers >= 0"),
         (with_source(source_weight=torch.full((), math.inf)), ValueError, r"sources\[1\]\.source_weight: expected finite"),
         (with_source(divergence="kl"), ValueError, r"sources\[1\]\.divergence: expected one of forward_kl"),
         (with_source(jsd_beta=1.0), ValueError, r"sources\[1\]\.jsd_beta: expected a number in \(0, 1\)"),
