@@ -123,7 +123,8 @@ def fused_caad_loss(
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
     The forward computes the gradient; the backward scales it. Second derivatives and torch.func transforms work with
-    impl="reference" alone: elsewhere a backward with create_graph=True, and torch.func.jvp, raise RuntimeError.
+    impl="reference" alone: elsewhere a backward with create_graph=True, and torch.func.jvp, raise RuntimeError. A transform has
+    no values to check, as on CUDA.
 
     Raises:
         ValueError, TypeError: for a bad argument, with its name, expected and got. On the CPU also for a target outside

@@ -32,7 +32,7 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .reference import without_autocast
+from .reference import savable, without_autocast
 from .schema import _scaled, check_values, half_gain, refuse_second_derivative, register_formulas, without_gradients
 
 # Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504. Differences of
@@ -319,10 +319,11 @@ def reference_layer_mse(
     valid = coef != 0 if valid is None else valid & (coef != 0)
     u, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (u, v))
     if projection is not None:
+        projection = savable(projection.to(dtype))
         with without_autocast(u.device):
             if project_teacher:
-                v = v @ projection.to(dtype).T
+                v = v @ projection.T
             else:
-                u = u @ projection.to(dtype).T
+                u = u @ projection.T
     loss = layer_rows.squared_errors(u, v, normalize=normalize)
     return torch.where(coef == 0, 0.0, coef * loss)

@@ -136,6 +136,78 @@ def test_losses_that_autocast_does_not_cast(impl):
         assert torch.equal(torch.autograd.grad(cast, leaf)[0], torch.autograd.grad(expected, leaf)[0])
 
 
+# -- tensors of other modes ------------------------------------------------------------------------------------------------
+
+
+def losses_of_batches():
+    """By name: a loss of the reference, and its arguments with one more leading dimension."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 2, 5, 8, generator=generator)
+    logits_of = torch.randn(3, 2, 5, 30, generator=generator)
+    target = torch.randint(0, 30, (2, 5), generator=generator)
+    target[0, 1] = -100
+    alpha, weight = torch.rand(2, 2, 5, generator=generator)
+    head = torch.randn(30, 8, generator=generator)
+    projection = project_teacher(states[1, 0], states[2, 0], head, head, top_k=4)
+
+    def rows(student, audio, text, target, alpha, weight):
+        options = {"alpha": alpha, "kd_token_weight": weight, "ce_normalizer": weight.sum()}
+        return fused_caad_loss(student, audio, text, target, **options, impl="reference")
+
+    def linear(student, audio, text, target, alpha):
+        return fused_linear_caad_loss(student, head, audio, text, head, target, alpha=alpha, impl="reference")
+
+    def sources(student, audio, text, target, alpha, weight):
+        source = TeacherSource(audio, head, text_hidden=text, alpha=alpha, source_weight=weight)
+        return fused_linear_multi_teacher_loss(student, head, [source] * 2, target, impl="reference")
+
+    def projected(student, target):
+        return fused_linear_projected_loss(student, head, projection, target, impl="reference")
+
+    def layers(student, audio, text, alpha):
+        return fused_layer_mse_loss([student], [audio], teacher_text_hidden=[text], alpha=alpha, impl="reference")
+
+    return {
+        "rows": (rows, (*logits_of, target, alpha, weight)),
+        "linear": (linear, (*states, target, alpha)),
+        "sources": (sources, (*states, target, alpha, weight)),
+        "projected": (projected, (states[0], target)),
+        "layers": (layers, (*states, alpha)),
+    }
+
+
+@pytest.mark.parametrize("name", losses_of_batches())
+def test_vmap_takes_tensors_whose_values_are_checked_elsewhere(name):
+    loss, batches = losses_of_batches()[name]
+    expected = [torch.func.grad_and_value(loss)(*(x[row] for x in batches)) for row in range(2)]
+    gradients, losses = torch.func.vmap(torch.func.grad_and_value(loss))(*batches)
+    for row in range(2):
+        torch.testing.assert_close(losses[row], expected[row][1])
+        torch.testing.assert_close(gradients[row], expected[row][0])
+        torch.testing.assert_close(losses[row], loss(*(x[row] for x in batches)))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_tensors_of_inference_mode_beside_a_student_that_trains(impl):
+    """A teacher's states and a frozen head are often made there, and autograd keeps no such tensor."""
+    with torch.inference_mode():
+        given = hidden(5)
+        teacher = {name: given[name] for name in given if name.startswith("teacher")}
+        weight = given["student_weight"]
+        projection = project_teacher(**teacher, student_weight=weight, top_k=4)
+        across, alpha = torch.randn(20, 12), torch.rand(5)
+    state, target = hidden(5)["student_hidden"], hidden(5)["target"]
+    audio, text, head = (teacher[f"teacher_{x}"] for x in ("audio_hidden", "text_hidden", "weight"))
+    source = TeacherSource(audio, head, text_hidden=text, alpha=alpha, source_weight=alpha)
+    for loss in (
+        fused_linear_caad_loss(state, weight, **teacher, target=target, alpha=alpha, kd_token_weight=alpha, impl=impl),
+        fused_linear_multi_teacher_loss(state, weight, [source] * 2, target, impl=impl),
+        fused_linear_projected_loss(state, weight, projection, target, kd_token_weight=alpha, impl=impl),
+        fused_layer_mse_loss([state], [audio], [across], teacher_text_hidden=[text], alpha=alpha, impl=impl),
+    ):
+        assert torch.autograd.grad(loss, state)[0].abs().sum() > 0
+
+
 # -- token weights and normalizers -----------------------------------------------------------------------------------------
 
 

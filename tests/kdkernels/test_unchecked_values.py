@@ -1,4 +1,4 @@
-"""Values that nobody looks at before the kernels, as on CUDA: the loss of a token with an illegal alpha is NaN.
+"""Values that nobody looks at before the kernels, as on CUDA: the loss of a token with an illegal alpha or target is NaN.
 
 On the CPU the front end raises an error for them. Here it does not look, and Triton's kernels run, on the GPU where there is one.
 """
@@ -28,7 +28,7 @@ from kdkernels import (
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 DIVERGENCES = ["forward_kl", *(pytest.param(x, marks=pytest.mark.slow) for x in ("reverse_kl", "jsd"))]
 IMPLS = ["reference", pytest.param("triton", marks=NEEDS_TRITON)]
-BAD = 2  # the token with the illegal alpha
+BAD = 2  # the token with the illegal value
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value) encountered:RuntimeWarning", "ignore:All-NaN:RuntimeWarning"
 )
@@ -120,6 +120,20 @@ def test_projected(option, impl):
     options = contrast_of(impl, -0.5, student["target"].device)
     weight = student["student_weight"]
     projection = project_teacher(**teacher, student_weight=weight, top_k=4, alpha=options.pop("alpha"), impl=impl, **option)
+    check(fused_linear_projected_loss(**student, projection=projection, **options))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("label", [40, -1])
+def test_targets_out_of_range(label, impl):
+    arguments = given(impl)
+    arguments["target"][BAD] = label
+    student, teacher = split(arguments)
+    options = {"reduction": "none", "impl": impl}
+    check(fused_linear_caad_loss(**arguments, **options))
+    source = TeacherSource(teacher["teacher_audio_hidden"], teacher["teacher_weight"])
+    check(fused_linear_multi_teacher_loss(**student, sources=[source] * 2, **options))
+    projection = project_teacher(**teacher, student_weight=student["student_weight"], top_k=4, impl=impl)
     check(fused_linear_projected_loss(**student, projection=projection, **options))
 
 
