@@ -81,8 +81,8 @@ def check_values(target: Tensor | None, alpha: Tensor, vocab: int, ignore_index:
                 f"target: expected ids in [0, {vocab}) or ignore_index {ignore_index}, got {int(target[bad][0])} "
                 f"at {int(bad.sum())} of {target.numel()} positions"
             )
-    if checks_enabled(alpha.device) and (bad := first_illegal(alpha)) is not None:
-        raise ValueError(f"{source}alpha: expected finite values >= 0, got {bad}")
+    if checks_enabled(alpha.device) and (illegal := first_illegal(alpha)) is not None:
+        raise ValueError(f"{source}alpha: expected finite values >= 0, got {illegal}")
 
 
 def first_illegal(x: Tensor) -> float | None:
