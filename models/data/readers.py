@@ -41,7 +41,7 @@ from models.data.audio import MAX_SECONDS, AudioError, AudioInfo
 from models.data.commands import FORMS
 from models.data.conversations import from_messages
 from models.data.find_form import MANIFEST_FORM, find_form, form_of_columns
-from models.data.hf_datasets import DatasetRows, holds_dataset
+from models.data.hf_datasets import DatasetRows, dataset_files, holds_dataset
 from models.data.json_rows import read_json, read_rows
 from models.data.manifest import (
     SPLITS,
@@ -52,7 +52,7 @@ from models.data.manifest import (
 )
 from models.data.row_values import Defaults, clip_marks, listed_choices, turn_text
 from models.data.rows import AudioChecker, collect_examples
-from models.data.speech_manifests import from_columns, from_kaldi, from_lhotse, from_nemo, kaldi_rows
+from models.data.speech_manifests import from_columns, from_kaldi, from_lhotse, from_nemo, kaldi_files, kaldi_rows
 
 # The split of rows that name none, where it is not "train".
 _SPLITS = {"dynamic_superb": "test", "mcr_bench": "test"}
@@ -204,6 +204,14 @@ class ForeignRows:
             raise ValueError(f"missing field {error}") from None
         except AttributeError as error:  # a value of another kind than the form has
             raise TypeError(str(error)) from None
+
+
+def row_files(path: Path, form: str) -> list[Path]:
+    """The files that hold the rows of `path`; not their clips. `form`: one of FORMS, or "auto"."""
+    kind = None if form == "kaldi" else holds_dataset(path)
+    if kind is not None:
+        return dataset_files(path, kind)
+    return kaldi_files(path) if form == "kaldi" or path.is_dir() or path.suffix == ".scp" else [path]
 
 
 def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | None:

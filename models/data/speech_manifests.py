@@ -20,6 +20,7 @@ _AUDIO = ("audio", "audio_filepath", "audio_path", "path", "file", "file_name", 
 _QUESTION = ("question", "instruction", "prompt", "query")
 _ANSWER = ("answer", "response", "output", "label")
 _TRANSCRIPTION = ("transcription", "transcript", "text", "sentence")
+_BESIDE = {"text": "text", "speaker": "utt2spk", "language": "utt2lang"}  # Kaldi's files, by the field that each fills
 _PIPE = (
     "the recording is a command (it ends with |), and no command is run; write its sound to a file and name that file"
 )
@@ -78,6 +79,12 @@ def from_kaldi(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     yield _example(row, defaults, defaults.audio(row["audio"]), start=row["start"], end=row["end"])
 
 
+def kaldi_files(path: Path) -> list[Path]:
+    """Those of Kaldi's files that `kaldi_rows` reads of `path`."""
+    folder, scp = (path, "wav.scp") if path.is_dir() else (path.parent, path.name)
+    return [file for name in (scp, "segments", *_BESIDE.values()) if (file := folder / name).is_file()]
+
+
 def kaldi_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered rows of Kaldi's files in one folder: wav.scp or segments, with text, utt2spk and utt2lang beside them.
 
@@ -89,8 +96,7 @@ def kaldi_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
     """
     path = Path(path)
     scp = path / "wav.scp" if path.is_dir() else path
-    named = {"text": "text", "speaker": "utt2spk", "language": "utt2lang"}
-    beside = {key: _table(scp.parent / name) for key, name in named.items()}
+    beside = {key: _table(scp.parent / name) for key, name in _BESIDE.items()}
 
     def row(name: str, audio: str, start: float = 0.0, end: float | None = None) -> dict[str, Any]:
         known = {key: table[name] for key, table in beside.items() if name in table}
