@@ -11,10 +11,10 @@ from models.data.example import FIELD_NAMES
 from models.data.json_rows import numbered_lines, parse_object, read_rows
 from models.data.manifest import VERSION_KEY
 from models.data.problems import ManifestError
+from models.data.row_values import CLIP_COLUMNS
 
 MANIFEST_FORM = "manifest"
 _ROWS_LOOKED_AT = 20
-_COLUMNS_OF_CLIPS = {"audio", "audio_filepath", "audio_path", "path", "file", "file_name", "wav", "clip"}
 
 
 def find_form(path: str | os.PathLike[str]) -> str:
@@ -69,7 +69,7 @@ def form_of_columns(columns: Iterable[str], row: Mapping[str, object] | None = N
         return "dynamic_superb"
     if {"gt", "neutral"} <= keys or keys & {"contexts", "context_type"}:
         return "mcr_bench"
-    if keys & _COLUMNS_OF_CLIPS and not (
+    if keys & set(CLIP_COLUMNS) and not (
         "id" in keys and keys <= set(FIELD_NAMES)
     ):  # the latter: a manifest without its header
         return "columns"

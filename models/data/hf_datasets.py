@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from models.data.problems import ManifestError
-from models.data.row_values import split_name
+from models.data.row_values import CLIP_COLUMNS, split_name
 from models.io_utils import atomic_write_bytes, cache_dir
 
 INSTALL = 'pip install "datasets>=3"'
@@ -128,7 +128,7 @@ class DatasetRows:
                 for row in split:
                     number, taken = number + 1, taken + 1
                     self._at = (index, taken, number, split)
-                    made = {key: self._plain(value) for key, value in row.items() if value is not None}
+                    made = {key: self._plain(value) for key, value in row.items() if value is not None or key in CLIP_COLUMNS}
                     for key, labels in names.items():
                         if isinstance(made.get(key), int) and 0 <= made[key] < len(labels):
                             made[key] = labels[made[key]]
@@ -164,7 +164,7 @@ class DatasetRows:
 def _web_row(row: dict[str, Any]) -> dict[str, Any]:
     """A sample of a WebDataset: the fields of its json member, its key as the id, and its sound, whatever its suffix is."""
     fields = row.get("json") if isinstance(row.get("json"), dict) else {}
-    sounds = [value for name, value in row.items() if f".{name.lower()}" in _SOUNDS]
+    sounds = [value for name, value in row.items() if f".{name.lower()}" in _SOUNDS and value is not None]
     return {"id": row["__key__"], **({"audio": sounds[0]} if sounds else {}), **fields}
 
 

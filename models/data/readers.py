@@ -50,7 +50,7 @@ from models.data.manifest import (
     ManifestError,
     read_manifest,
 )
-from models.data.row_values import Defaults, clip_marks, listed_choices, turn_text
+from models.data.row_values import Defaults, clip_marks, first_of, listed_choices, turn_text
 from models.data.rows import AudioChecker, collect_examples
 from models.data.speech_manifests import from_columns, from_kaldi, from_lhotse, from_nemo, kaldi_files, kaldi_rows
 
@@ -295,12 +295,11 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
     audios = row.get("audios") or turns[0].get("audios") or []
     if not audios:
         raise ValueError("audios: expected at least one, got none")
-    clips = [defaults.audio(clip.get("audio_filepath", clip.get("audio"))) for clip in audios]
-    if len(clips) > 1 and (None in clips or (marks := clip_marks(turns[0])) not in (0, len(clips))):
-        what = "a path in each" if None in clips else f"one for each mark of a clip, got {len(clips)} for {marks}"
-        raise ValueError(f"audios: expected {what}")
+    clips = [defaults.clip(clip, "audios") for clip in audios]
+    if len(clips) > 1 and (marks := clip_marks(turns[0])) not in (0, len(clips)):
+        raise ValueError(f"audios: expected one for each mark of a clip, got {len(clips)} for {marks}")
     audio, *more = clips
-    words = [str(clip.get("transcription", clip.get("text")) or "") for clip in audios]
+    words = [str(clip.get("transcription", clip.get("text")) or "") for clip in audios if isinstance(clip, Mapping)]
     target = row.get("target", row.get("response"))
     metadata: dict[str, Any] = {}
     if description := row.get("seed_description"):
@@ -323,10 +322,9 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
 
 
 def _from_dynamic_superb(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
-    audio = defaults.audio(row.get("audio", row.get("file")))
-    if audio is None:
+    if (named := first_of(row, ("audio", "file"))) is None:
         raise KeyError("audio")
-    second = defaults.audio(row["audio2"] if row.get("audio2") is not None else row.get("file2"))
+    audio, second = defaults.clip(named), defaults.clip_or_none(first_of(row, ("audio2", "file2")), "audio2")
     if second is not None and not defaults.several_clips:
         raise ValueError("audio2: expected one clip, got two")
     instruction, label = str(row["instruction"]), str(row["label"])
@@ -364,7 +362,7 @@ def _offered(instruction: str) -> tuple[str, ...]:
 
 
 def _from_mcr_bench(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
-    audio = defaults.audio(row["audio"])
+    audio = defaults.clip_or_none(row["audio"])
     if "gt" in row:  # as published
         described = {kind: row[kind] for kind in CONTEXT_KINDS if kind != "neutral" and row.get(kind)}
         row = {**row, "question": row["neutral"], "answer": str(row["gt"]), "contexts": {"neutral": "", **described}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ _MARKED = re.compile(
     rf"{_OPENING}([^<]{{0,1024}}(?:{_PLACEHOLDER}[^<]{{0,1024}}){{0,4}}){_CLOSING}", re.IGNORECASE
 )  # bounded: a turn may consist of openings or blanks
 _PATH = re.compile(r"\S*(?:/\S+|\.\w{2,5})")
+MARK = re.compile(r"<audio>", re.IGNORECASE)  # of a clip in a conversation
 _LONE_TOKEN = re.compile(r"<\|audio\|>", re.IGNORECASE)
 _LONE_TAG = re.compile(r"(?:^|(?<=[\n.:;?!]))[ \t]*<audio>|<audio>[ \t]*(?=\n|$)", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
@@ -30,6 +31,9 @@ _SPLIT_NAMES = {
     "eval": "dev",
     "testing": "test",
 }
+# Names under which a row has its clip, and an object of a clip its path.
+CLIP_COLUMNS = ("audio", "audio_filepath", "audio_path", "path", "file", "file_name", "wav", "clip")
+_PATH_KEYS = ("path", "audio", "audio_filepath", "audio_url", "url")
 # Attributes of a clip that rows of any form may carry. Stage 1 tells a language model what the metadata hold, so columns of
 # other names, which may be anything, stay out.
 _ATTRIBUTES = ("speaker", "gender", "sex", "age", "accent", "language", "lang", "emotion", "dataset", "source")
@@ -48,29 +52,48 @@ class Defaults:
     def name(self, row: Mapping[str, Any], audio: str | None) -> str:
         return str(row["id"]) if "id" in row else f"{self.number}" + (f"/{audio}" if audio else "")
 
-    def audio(self, value: Any) -> str | None:
-        """The path relative to the root.
+    def clip(self, value: Any, name: str = "audio") -> str:
+        """The path of a clip relative to the root. `value`: a path, or an object with one; `name` is its key, for messages.
 
         Raises:
-            ValueError: an address, or an absolute path outside of the root.
+            ValueError, TypeError: there is no path, an address, or an absolute path outside of the root.
         """
-        if isinstance(value, Mapping):  # the form of the `datasets` library
-            value = value.get("path")
-        if value is None:
-            return None
-        if not isinstance(value, str):
-            raise TypeError(f"audio: expected a path, got {type(value).__name__}")
-        if _ADDRESS.match(value):
-            raise ValueError(f"audio: expected a file, got the address {value[:80]!r}; download the clips first")
-        if os.path.isabs(value):
-            relative = os.path.relpath(value, self.root.absolute()).replace(os.sep, "/")
+        path = _path_in(value, name)
+        if _ADDRESS.match(path):
+            raise ValueError(f"{name}: expected a file, got the address {path[:80]!r}; download the clips first")
+        if os.path.isabs(path):
+            relative = os.path.relpath(path, self.root.absolute()).replace(os.sep, "/")
             if relative.split("/")[0] == "..":
                 raise ValueError(
-                    f"audio: expected a path inside the audio root {self.root}, got {value!r}; --audio-root (in a recipe "
+                    f"{name}: expected a path inside the audio root {self.root}, got {path!r}; --audio-root (in a recipe "
                     "data.audio_root) names another root"
                 )
             return relative
-        return value
+        return path
+
+    def clip_or_none(self, value: Any, name: str = "audio") -> str | None:
+        """`clip`; null is a row of text only."""
+        return None if value is None else self.clip(value, name)
+
+
+def _path_in(value: Any, name: str) -> str:
+    if isinstance(value, Mapping):
+        if value.get("bytes") is not None:
+            raise ValueError(f"{name}: expected a path, got a clip's bytes; write them to a file and name that file")
+        if (found := first_of(value, _PATH_KEYS)) is not None:
+            return _path_in(found, name)
+        if value.get("array") is not None:
+            raise ValueError(f"{name}: expected a path, got a clip's samples; write them to a file and name that file")
+        keys = ", ".join(map(str, value)) or "no key"
+        raise ValueError(f"{name}: expected a path under one of {', '.join(_PATH_KEYS)}, got an object with {keys}")
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a path, got {'null' if value is None else type(value).__name__}")
+    return value
+
+
+def first_of(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The value of the first of these keys that is there and not null; None without one."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def split_name(name: Any) -> Any:
@@ -94,7 +117,7 @@ def listed_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], Any]:
     return tuple(choices), answer
 
 
-def turn_text(message: Mapping[str, Any], clips: Sequence[str | None]) -> str:
+def turn_text(message: Mapping[str, Any], clips: Sequence[str]) -> str:
     """The text of a turn, without the marks of the clips."""
     return without_clips(_content(message), clips).strip()
 
@@ -112,9 +135,9 @@ def _content(message: Mapping[str, Any]) -> str:
     return content
 
 
-def without_clips(text: str, clips: Sequence[str | None]) -> str:
+def without_clips(text: str, clips: Sequence[str]) -> str:
     """`text` without the marks of the clips, which are paths. Where no mark is around a clip, a lone placeholder is the mark."""
-    names = [name for clip in clips if clip is not None for name in (clip, Path(clip).name, Path(clip).stem)]
+    names = [name for clip in clips for name in (clip, Path(clip).name, Path(clip).stem)]
     without = _MARKED.sub(lambda match: " " if _is_clip(match[1], names) else match[0], text)
     if without != text:
         return without

@@ -14,9 +14,8 @@ from typing import Any
 from models.data.example import Example
 from models.data.json_rows import numbered_lines
 from models.data.problems import ManifestError
-from models.data.row_values import Defaults, attributes, listed_choices, split_name
+from models.data.row_values import CLIP_COLUMNS, MARK, Defaults, attributes, first_of, listed_choices, split_name
 
-_AUDIO = ("audio", "audio_filepath", "audio_path", "path", "file", "file_name", "wav", "clip")
 _QUESTION = ("question", "instruction", "prompt", "query")
 _ANSWER = ("answer", "response", "output", "label")
 _TRANSCRIPTION = ("transcription", "transcript", "text", "sentence")
@@ -28,7 +27,16 @@ _PIPE = (
 
 def from_columns(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     """Rows whose columns have common names: audio, question, answer, choices, text ..."""
-    yield _example(row, defaults, defaults.audio(_first(row, _AUDIO)))
+    if not any(name in row for name in CLIP_COLUMNS):
+        raise ValueError(
+            f"audio: expected a clip under this name or one of {', '.join(CLIP_COLUMNS[1:])}, got none; a row of text only has "
+            '"audio": null'
+        )
+    name = next((name for name in CLIP_COLUMNS if row.get(name) is not None), "audio")
+    audio = defaults.clip_or_none(row.get(name), name)
+    if audio is None and MARK.search(str(first_of(row, _QUESTION) or "")):
+        raise ValueError("audio: expected a clip for the <audio> of the question, got null")
+    yield _example(row, defaults, audio)
 
 
 def from_nemo(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
@@ -36,7 +44,7 @@ def from_nemo(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     if "shard_id" in row:
         raise ValueError("shard_id: expected clips as files, got a manifest of tar files; unpack them first")
     start, duration = _seconds(row, "offset") or 0.0, _seconds(row, "duration")
-    audio = defaults.audio(row["audio_filepath"])
+    audio = defaults.clip_or_none(row["audio_filepath"], "audio_filepath")
     yield _example(
         row, defaults, audio, start=start, end=None if duration is None or duration <= 0 else start + duration
     )
@@ -65,7 +73,7 @@ def from_lhotse(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
     start, duration = _seconds(row, "start") or 0.0, _seconds(row, "duration")
     whole = start == 0 and duration == _seconds(recording, "duration")
     end = None if whole or duration is None else start + duration
-    yield _example(merged, defaults, defaults.audio(sources[0]["source"]), start=start, end=end)
+    yield _example(merged, defaults, defaults.clip(sources[0]["source"], "source"), start=start, end=end)
 
 
 def from_kaldi(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
@@ -76,7 +84,7 @@ def from_kaldi(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
         raise ValueError(
             "audio: expected a file, got a place in an ark archive; write its sound to a file and name that file"
         )
-    yield _example(row, defaults, defaults.audio(row["audio"]), start=row["start"], end=row["end"])
+    yield _example(row, defaults, defaults.clip(row["audio"]), start=row["start"], end=row["end"])
 
 
 def kaldi_files(path: Path) -> list[Path]:
@@ -122,7 +130,7 @@ def kaldi_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
 def _example(
     row: Mapping[str, Any], defaults: Defaults, audio: str | None, *, start: float = 0.0, end: float | None = None
 ) -> Example:
-    choices, answer = listed_choices(row.get("choices", row.get("options")) or (), _first(row, _ANSWER))
+    choices, answer = listed_choices(row.get("choices", row.get("options")) or (), first_of(row, _ANSWER))
     answer = None if answer is None else str(answer)
     target = answer if row.get("target") is None else str(row["target"])
     more = row.get("more_audio") or ()
@@ -131,23 +139,19 @@ def _example(
         audio=audio,
         start_seconds=start,
         end_seconds=end,
-        more_audio=tuple(defaults.audio(path) for path in more) if isinstance(more, (list, tuple)) else more,
-        transcription=str(_first(row, _TRANSCRIPTION) or ""),
+        more_audio=tuple(defaults.clip(path, "more_audio") for path in more) if isinstance(more, (list, tuple)) else more,
+        transcription=str(first_of(row, _TRANSCRIPTION) or ""),
         metadata=attributes(row),
         task=str(row.get("task") or ""),
         context=str(row.get("context") or ""),
         system=str(row.get("system") or ""),
-        question=str(_first(row, _QUESTION) or ""),
+        question=str(first_of(row, _QUESTION) or ""),
         choices=tuple(str(choice) for choice in choices),
         answer=answer,
         target=target,
         target_source=None if target is None else "human",
         split=split_name(row.get("split", defaults.split)),
     )
-
-
-def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float | None:

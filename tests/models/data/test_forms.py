@@ -50,6 +50,16 @@ def only(path, row, **options):
     return example
 
 
+CUT = {
+    "id": "cut-1", "start": 0.25, "duration": 0.5, "channel": 0, "type": "MonoCut",
+    "supervisions": [{"id": "s", "recording_id": "r", "start": 0.0, "duration": 0.5, "text": "good luck", "speaker": "JOE",
+                      "language": "en", "custom": {"question": "Who speaks?", "answer": "A man."}}],
+    "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "a.wav"}], "sampling_rate": 16_000,
+                  "num_samples": 16_000, "duration": 1.0, "channel_ids": [0]},
+}  # fmt: skip
+TWO_PARTS = [{"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.wav"}, {"type": "text", "text": "One voice?"}]
+
+
 # --- what first users bring -------------------------------------------------------------------------------------------
 
 
@@ -171,14 +181,27 @@ def test_spellings_of_one_row_give_one_example(root, row):
         ),
         ({**swift("a.wav"), "images": ["x.png"]}, "only text and audio are read"),
         ({"messages": [{"role": "assistant", "content": "x"}], "audios": ["a.wav"]}, "a turn of the user first"),
+        (swift(None), "audios: expected a path, got null"),
+        (swift({"file": "a.wav"}), "audios: expected a path under one of path, audio, audio_filepath,"),
+        (swift({"bytes": "UklG", "path": None}), "audios: expected a path, got a clip's bytes"),
+        ({**swift("a.wav"), "audios": None}, "expected one clip for each <audio>, got 0 for 1"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "file": "a.wav"}]}, {"role": "assistant", "content": "x"}]},
+         "messages: expected a path under one of path"),
+        ({"messages": [{"role": "user", "content": "<audio><audio>Who?"}, {"role": "user", "content": TWO_PARTS[:1]},
+                       {"role": "assistant", "content": "x"}]}, "expected one clip for each <audio>, got 1 for 2"),
+        ({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": TWO_PARTS[1:]}]},
+         "messages: expected <audio> in a turn of the user, got it in an answer"),
+        ({"audio": {"array": [0.1]}, "question": "Who?"}, "audio: expected a path, got a clip's samples"),
+        ({"audio": {"bytes": "UklG", "path": None}, "question": "Who?"}, "audio: expected a path, got a clip's bytes"),
+        ({"audio": None, "question": "<audio>Who?"}, "audio: expected a clip for the <audio> of the question, got null"),
+        ({"audio": "a.wav", "more_audio": [None]}, "more_audio: expected a path, got null"),
+        ({**CUT, "recording": {**CUT["recording"], "sources": [{"type": "file", "source": None}]}},
+         "source: expected a path, got null"),
     ],
-)
-def test_a_conversation_that_cannot_be_one_example_says_why(root, row, message):
+)  # fmt: skip
+def test_a_row_that_cannot_be_one_example_says_why(root, row, message):
     (problem,) = read_data(lines(root / "rows.jsonl", [row]), max_bad_fraction=1.0).problems
     assert message in problem.reason
-
-
-TWO_PARTS = [{"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.wav"}, {"type": "text", "text": "One voice?"}]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +213,9 @@ TWO_PARTS = [{"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.
         {"messages": [{"role": "user", "content": TWO_PARTS}, {"role": "assistant", "content": "Yes."}]},
         {"messages": [{"role": "system", "content": "<audio> Compare."}, {"role": "user", "content": "<audio>One voice?"},
                       {"role": "assistant", "content": "Yes."}], "audios": ["a.wav", "b.wav"]},
+        {"messages": [{"role": "system", "content": TWO_PARTS[:1]}, {"role": "user", "content": TWO_PARTS[1:]},
+                      {"role": "assistant", "content": "Yes."}]},
+        {**swift("", "<audio><audio>One voice?"), "audios": None, "audio": ["a.wav", "b.wav"]},
     ],
 )  # fmt: skip
 def test_a_question_may_have_two_clips(root, row):
@@ -214,6 +240,14 @@ def test_a_row_whose_clips_and_marks_differ_in_number_is_named_with_its_file(roo
     assert str(path) in str(caught.value) and "row 2 (bad): audios: expected one clip" in str(caught.value)
 
 
+def test_a_row_of_columns_says_that_it_has_no_clip(root):
+    row = {"question": "Who speaks?", "answer": "A woman."}
+    assert only(root / "rows.jsonl", {**row, "audio": None}).audio is None
+    path = lines(root / "rows.jsonl", [{**row, "audio": "a.wav"}, {**row, "adio": "b.wav"}])
+    (problem,) = read_data(path, max_bad_fraction=0.5).problems
+    assert problem.row == 2 and problem.reason.startswith("audio: expected a clip under this name or one of audio_filepath,")
+
+
 def test_absolute_paths_need_a_root_above_them(root, tmp_path):
     rows = lines(tmp_path / "rows.jsonl", [swift(str(root / "a.wav"))])
     assert [e.audio for e in read_data(rows)] == ["data/a.wav"]
@@ -230,15 +264,6 @@ def test_nemo_rows_are_spans(root):
     assert example.target is None and example.metadata == {"lang": "en"}
     (problem,) = read_data(lines(root / "rows.jsonl", [{**row, "offset": 0.9}]), max_bad_fraction=1.0).problems
     assert problem.reason == "audio: span ends at 1.4 s, the clip ends at 1.00 s"
-
-
-CUT = {
-    "id": "cut-1", "start": 0.25, "duration": 0.5, "channel": 0, "type": "MonoCut",
-    "supervisions": [{"id": "s", "recording_id": "r", "start": 0.0, "duration": 0.5, "text": "good luck", "speaker": "JOE",
-                      "language": "en", "custom": {"question": "Who speaks?", "answer": "A man."}}],
-    "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "a.wav"}], "sampling_rate": 16_000,
-                  "num_samples": 16_000, "duration": 1.0, "channel_ids": [0]},
-}  # fmt: skip
 
 
 def test_lhotse_cuts(root):
@@ -332,14 +357,15 @@ def test_clips_inside_a_data_set_become_files_once(root, tmp_path, monkeypatch):
         {"audio": {"bytes": data, "path": f"{n}.wav"}, "question": "Who?", "answer": n % 2, "text": None}
         for n in range(2)
     )
+    rows.append({"audio": None, "question": "Why?", "answer": 0, "text": None})
     rows.features = {"audio": _Audio(), "answer": _Labels()}
     module = types.SimpleNamespace(Audio=_Audio, load_from_disk=lambda path: {"validation": rows})
     monkeypatch.setitem(sys.modules, "datasets", module)
     (root / "dataset_dict.json").write_text("{}")
     manifest = read_data(root)
-    assert [(e.answer, e.split) for e in manifest] == [("man", "dev"), ("woman", "dev")]
+    assert [(e.answer, e.split) for e in manifest] == [("man", "dev"), ("woman", "dev"), ("man", "dev")]
     (file,) = [path for path in (tmp_path / "cache" / "clips").rglob("*") if path.is_file()]
-    assert file.read_bytes() == data and {manifest.audio_path(e) for e in manifest} == {file}
+    assert file.read_bytes() == data and {manifest.audio_path(e) for e in manifest} == {file, None}
 
 
 @pytest.mark.slow

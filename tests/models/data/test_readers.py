@@ -98,7 +98,7 @@ def test_a_seed_row_may_have_several_clips(root):
     assert example.transcription == "Good luck.\nThanks."
     bad = [
         ({**row, "messages": [{"role": "user", "content": f"{mark * 3} Who?"}]}, "one for each mark of a clip, got 2 for 3"),
-        ({**row, "audios": [DESTA["audios"][0], {"text": "Thanks."}]}, "expected a path in each"),
+        ({**row, "audios": [DESTA["audios"][0], {"text": "Thanks."}]}, "expected a path under one of path, audio"),
         ({**row, "audios": []}, "expected at least one, got none"),
     ]
     for wrong, message in bad:
@@ -255,12 +255,16 @@ def test_mcr_rows_become_one_example_a_context_under_one_pair(root):
         ("desta", {**DESTA, "messages": "hello"}, "messages: expected a list of objects"),
         ("desta", {**DESTA, "messages": DESTA["messages"] * 2}, "messages: expected one user turn, got 2"),
         ("desta", {**DESTA, "audios": DESTA["audios"] * 2}, "audios: expected one for each mark of a clip, got 2 for 1"),
-        ("desta", {**DESTA, "audios": ["a.flac"]}, ""),
+        ("desta", {**DESTA, "audios": [3]}, "audios: expected a path, got int"),
+        ("desta", {**DESTA, "audios": [{"file": "a.flac", "text": "Hi."}]}, "audios: expected a path under one of path, audio"),
+        ("desta", {**DESTA, "audios": [None]}, "audios: expected a path, got null"),
         ("desta", {**DESTA, "audios": [{"audio": "../a.flac"}]}, "audio: expected a path inside the audio root"),
-        ("desta", {**DESTA, "audios": [{"audio": "/etc/passwd"}]}, "audio: expected a path inside the audio root"),
+        ("desta", {**DESTA, "audios": [{"audio": "/etc/passwd"}]}, "audios: expected a path inside the audio root"),
         ("desta", {**DESTA, "audios": [{"audio": "b.flac"}]}, "audio: missing file"),
         ("dynamic_superb", {k: v for k, v in SUPERB.items() if k != "file"}, "missing field 'audio'"),
         ("dynamic_superb", {**SUPERB, "audio2": "b.flac"}, "audio2: expected one clip, got two"),
+        ("dynamic_superb", {**SUPERB, "audio2": {"array": [0.1]}}, "audio2: expected a path, got a clip's samples"),
+        ("mcr_bench", {**MCR, "audio": {"path": None, "bytes": "UklG"}}, "audio: expected a path, got a clip's bytes"),
         ("mcr_bench", {**MCR, "answer": "angry"}, "answer: expected one of"),
         ("mcr_bench", {**MCR, "options": "happy or sad"}, "choices: expected a list or an object, got a string"),
         ("dynamic_superb", {**SUPERB, "choices": "yes or no"}, "choices: expected a list, got a string"),
