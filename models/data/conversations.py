@@ -22,7 +22,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.data.example import Example
-from models.data.row_values import MARK, Defaults, attributes, split_name, without_clips
+from models.data.row_values import (
+    MARK,
+    Defaults,
+    as_list,
+    as_text,
+    attributes,
+    first_of,
+    split_name,
+    text_of,
+    text_or_none,
+    without_clips,
+)
 
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
@@ -50,7 +61,7 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
     system = "\n".join(filter(None, (MARK.sub(" ", turn.text).strip() for turn in turns if turn.role == "system")))
     context: list[str] = []
     if asked[-1].role == "user":
-        asked.append(_Turn("assistant", str(row.get("response", row.get("target")) or ""), []))
+        asked.append(_Turn("assistant", text_of(row, "response", "target"), []))
         unanswered = not asked[-1].text
     else:
         unanswered = False
@@ -70,9 +81,9 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
                 id=base if len(pairs) == 1 else f"{base}/turn-{number}",
                 audio=heard[0] if heard else None,
                 more_audio=tuple(heard[1:]),
-                transcription=str(row.get("transcription") or ""),
+                transcription=text_of(row, "transcription"),
                 metadata=attributes(row),
-                task=str(row.get("task", row.get("dataset", ""))),
+                task=text_of(row, "task", "dataset"),
                 system=system,
                 context="\n".join(context),
                 question=words,
@@ -86,25 +97,33 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
 
 def _turns(row: Mapping[str, Any]) -> list[_Turn]:
     messages = row.get("messages", row.get("conversations"))
-    turns = [_Turn("system", str(row["system"]), [])] if row.get("system") else []
+    turns = [_Turn("system", text_of(row, "system"), [])]
+    for other in ("images", "videos", "image", "video"):
+        if row.get(other):
+            raise ValueError(f"{other}: expected none, got some; only text and audio are read")
     if messages is None:
-        for old in row.get("history") or []:
-            turns += [_Turn("user", str(old[0]), []), _Turn("assistant", str(old[1]), [])]
-        question = row.get("query")
+        history = row.get("history", [])
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise TypeError("history: expected a list of pairs, each of a question and an answer")
+        for pair in history:
+            turns += [_Turn(role, as_text(text, "history"), []) for role, text in zip(("user", "assistant"), pair, strict=True)]
+        question = text_or_none(row, "query")
+        if question is None and first_of(row, ("instruction", "input")) is None:
+            raise ValueError("messages: expected these, or conversations, query or instruction, got none")
         if question is None:
-            question = "\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
-        turns.append(_Turn("user", str(question), []))
-        if answer := row.get("output"):
-            turns.append(_Turn("assistant", str(answer), []))
+            question = "\n".join(filter(None, (text_of(row, key) for key in ("instruction", "input"))))
+        turns.append(_Turn("user", question, []))
+        if answer := text_of(row, "output"):
+            turns.append(_Turn("assistant", answer, []))
         return turns
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise TypeError("messages: expected a list of objects")
     for message in messages:
-        given = message.get("role", message.get("from"))
+        given = first_of(message, ("role", "from"))
         role = _ROLES.get(str(given).lower())
         if role is None:
             raise ValueError(f"messages: expected the role system, user or assistant, got {given!r}")
-        content = message.get("content", message.get("value"))
+        content = first_of(message, ("content", "value"))
         parts = content if isinstance(content, list) else [content]
         if message.get("type") == "audio":  # NeMo's conversations
             parts = [{"type": "audio", "audio": content}]
@@ -113,15 +132,12 @@ def _turns(row: Mapping[str, Any]) -> list[_Turn]:
             if isinstance(part, str):
                 texts.append(part)
             elif isinstance(part, Mapping) and part.get("type") == "text":
-                texts.append(str(part["text"]))
+                texts.append(as_text(part.get("text"), "messages: text"))
             elif isinstance(part, Mapping) and str(part.get("type")) in ("audio", "audio_url"):
                 clips.append((part, "messages"))
             else:
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                kind = part.get("type") if isinstance(part, Mapping) else "null" if part is None else type(part).__name__
                 raise TypeError(f"messages: expected text or audio in a turn, got {kind}")
-        for other in ("images", "videos", "image", "video"):
-            if row.get(other):
-                raise ValueError(f"{other}: expected none, got some; only text and audio are read")
         turns.append(_Turn(role, "\n".join(texts), clips, message.get("loss") is not False))
     return turns
 
@@ -143,8 +159,7 @@ def _joined(turns: list[_Turn]) -> list[_Turn]:
 def _bring_clips(row: Mapping[str, Any], turns: list[_Turn], first: _Turn) -> None:
     """Gives the row's clips to the turns that bring them. Those of a system turn are heard from the `first` question on."""
     key = next((key for key in ("audios", "audio") if row.get(key) is not None), "audios")
-    given = row.get(key)
-    named = [] if given is None else given if isinstance(given, list) else [given]
+    named = as_list(row.get(key))
     inside = sum(len(turn.clips) for turn in turns)
     if named and inside:
         raise ValueError(f"{key}: expected clips there or inside the turns, got {len(named)} and {inside}")

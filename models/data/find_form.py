@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from models.data.commands import FORMS
@@ -11,7 +11,7 @@ from models.data.example import FIELD_NAMES
 from models.data.json_rows import numbered_lines, parse_object, read_rows
 from models.data.manifest import VERSION_KEY
 from models.data.problems import ManifestError
-from models.data.row_values import CLIP_COLUMNS
+from models.data.row_values import CLIP_COLUMNS, without_nulls
 
 MANIFEST_FORM = "manifest"
 _ROWS_LOOKED_AT = 20
@@ -44,7 +44,7 @@ def find_form(path: str | os.PathLike[str]) -> str:
             row = {}
         if VERSION_KEY in row:
             return MANIFEST_FORM
-        if form := form_of_columns(row, row):
+        if form := form_of_row(row):
             return form
         if number >= _ROWS_LOOKED_AT:
             break
@@ -54,9 +54,10 @@ def find_form(path: str | os.PathLike[str]) -> str:
     )
 
 
-def form_of_columns(columns: Iterable[str], row: Mapping[str, object] | None = None) -> str | None:
-    """The form of rows with these keys; None if it is not known. `row`: one of them, which tells desta from messages."""
-    keys, row = set(columns), row or {}
+def form_of_row(row: Mapping[str, object]) -> str | None:
+    """The form of rows like this one; None if it is not known."""
+    row = without_nulls(row)
+    keys = set(row)
     if keys & {"messages", "conversations"}:
         return "desta" if _is_desta(keys, row) else "messages"
     if keys & {"audios", "audio"} and ("query" in keys or {"instruction", "output"} <= keys):

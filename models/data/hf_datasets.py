@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from models.data.problems import ManifestError
-from models.data.row_values import CLIP_COLUMNS, split_name
+from models.data.row_values import split_name
 from models.io_utils import atomic_write_bytes, cache_dir
 
 INSTALL = 'pip install "datasets>=3"'
@@ -128,13 +128,15 @@ class DatasetRows:
                 for row in split:
                     number, taken = number + 1, taken + 1
                     self._at = (index, taken, number, split)
-                    made = {key: self._plain(value) for key, value in row.items() if value is not None or key in CLIP_COLUMNS}
+                    made = {key: self._plain(value) for key, value in row.items()}
                     for key, labels in names.items():
                         if isinstance(made.get(key), int) and 0 <= made[key] < len(labels):
                             made[key] = labels[made[key]]
                     if "__key__" in made:
                         made = _web_row(made)
-                    yield number, {"split": split_name(name), **made} if name else made
+                    if name and made.get("split") is None:
+                        made["split"] = split_name(name)
+                    yield number, made
             except Exception as error:  # pyarrow raises several unrelated types
                 raise ManifestError(f"{self.path}: row {number + 1} cannot be read: {error}") from error
 

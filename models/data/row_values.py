@@ -50,7 +50,7 @@ class Defaults:
         self.several_clips = several_clips
 
     def name(self, row: Mapping[str, Any], audio: str | None) -> str:
-        return str(row["id"]) if "id" in row else f"{self.number}" + (f"/{audio}" if audio else "")
+        return text_of(row, "id") if "id" in row else f"{self.number}" + (f"/{audio}" if audio else "")
 
     def clip(self, value: Any, name: str = "audio") -> str:
         """The path of a clip relative to the root. `value`: a path, or an object with one; `name` is its key, for messages.
@@ -96,6 +96,34 @@ def first_of(row: Mapping[str, Any], names: Iterable[str]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without its null values, which count as absent; those of clips stay, since they say that there is no clip."""
+    return {key: value for key, value in row.items() if value is not None or key in CLIP_COLUMNS}
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, another value as a list of one, null as an empty list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def as_text(value: Any, name: str) -> str:
+    """A text, or a number as its text. Raises TypeError that begins with `name` for another value."""
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(f"{name}: expected text, got {'null' if value is None else type(value).__name__}")
+    return str(value)
+
+
+def text_or_none(row: Mapping[str, Any], *names: str) -> str | None:
+    """The text of the first of these keys that is there and not null; None without one."""
+    found = next((name for name in names if row.get(name) is not None), None)
+    return None if found is None else as_text(row[found], found)
+
+
+def text_of(row: Mapping[str, Any], *names: str) -> str:
+    """`text_or_none`, and an empty text without one."""
+    return text_or_none(row, *names) or ""
+
+
 def split_name(name: Any) -> Any:
     """This project's name of a split ("validation" is dev); other names as they are."""
     if not isinstance(name, str) or name in SPLITS:
@@ -108,13 +136,13 @@ def attributes(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in _ATTRIBUTES if isinstance(row.get(key), (str, int, float))}
 
 
-def listed_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], Any]:
+def listed_choices(choices: Any, answer: str | None) -> tuple[tuple[str, ...], str | None]:
     """Choices as texts, and the answer by its words: {"A": "happy", "B": "sad"} with "B" gives ("happy", "sad") and "sad"."""
-    if isinstance(choices, Mapping):
-        return tuple(choices.values()), answer if answer in choices.values() else choices.get(answer, answer)
-    if isinstance(choices, str):
-        raise TypeError("choices: expected a list or an object, got a string")
-    return tuple(choices), answer
+    if not isinstance(choices, (Mapping, list, tuple)):
+        raise TypeError(f"choices: expected a list or an object, got {type(choices).__name__}")
+    letters = choices if isinstance(choices, Mapping) else {}
+    texts = tuple(as_text(choice, "choices") for choice in letters.values() or choices)
+    return texts, answer if answer in texts or answer not in letters else str(letters[answer])
 
 
 def turn_text(message: Mapping[str, Any], clips: Sequence[str]) -> str:

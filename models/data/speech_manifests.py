@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.data.example import Example
 from models.data.json_rows import numbered_lines
 from models.data.problems import ManifestError
-from models.data.row_values import CLIP_COLUMNS, MARK, Defaults, attributes, first_of, listed_choices, split_name
+from models.data.row_values import (
+    CLIP_COLUMNS,
+    MARK,
+    Defaults,
+    attributes,
+    first_of,
+    listed_choices,
+    split_name,
+    text_of,
+    text_or_none,
+    without_nulls,
+)
 
 _QUESTION = ("question", "instruction", "prompt", "query")
 _ANSWER = ("answer", "response", "output", "label")
@@ -34,7 +45,7 @@ def from_columns(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example
         )
     name = next((name for name in CLIP_COLUMNS if row.get(name) is not None), "audio")
     audio = defaults.clip_or_none(row.get(name), name)
-    if audio is None and MARK.search(str(first_of(row, _QUESTION) or "")):
+    if audio is None and MARK.search(text_of(row, *_QUESTION)):
         raise ValueError("audio: expected a clip for the <audio> of the question, got null")
     yield _example(row, defaults, audio)
 
@@ -54,22 +65,22 @@ def from_lhotse(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
     """Lhotse's MonoCut: a span of a recording that is one file, with its supervisions."""
     if (kind := row.get("type", "MonoCut")) != "MonoCut":
         raise ValueError(f"type: expected MonoCut, got {kind}; CutSet.save_audios of lhotse writes such cuts to files")
-    recording = row["recording"]
+    (recording,) = _objects([row["recording"]], "recording")
     if recording.get("transforms"):
         raise ValueError("recording: expected none of transforms, got some; CutSet.save_audios of lhotse applies them")
-    sources = recording["sources"]
+    sources = _objects(recording["sources"], "recording: sources")
     if len(sources) != 1 or sources[0].get("type") != "file":
         kinds = [source.get("type") for source in sources]
         why = f"; {_PIPE}" if "command" in kinds else ""
         raise ValueError(f"recording: expected one source of type file, got {kinds}{why}")
-    said = sorted(row.get("supervisions") or [], key=lambda each: each.get("start", 0))
+    said = sorted(_objects(row.get("supervisions", []), "supervisions"), key=lambda each: _seconds(each, "start") or 0.0)
     merged: dict[str, Any] = {}
     for each in said:
         merged |= {key: value for key, value in each.items() if key in ("speaker", "gender", "language")}
-        merged |= each.get("custom") or {}
-    merged |= row.get("custom") or {}
-    merged["id"] = row["id"]
-    merged.setdefault("text", " ".join(each["text"] for each in said if each.get("text")))
+        merged |= _objects([each.get("custom") or {}], "supervisions: custom")[0]
+    merged |= _objects([row.get("custom", {})], "custom")[0]
+    merged = without_nulls({**merged, "id": row["id"]})
+    merged.setdefault("text", " ".join(filter(None, (text_of(each, "text") for each in said))))
     start, duration = _seconds(row, "start") or 0.0, _seconds(row, "duration")
     whole = start == 0 and duration == _seconds(recording, "duration")
     end = None if whole or duration is None else start + duration
@@ -84,7 +95,7 @@ def from_kaldi(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
         raise ValueError(
             "audio: expected a file, got a place in an ark archive; write its sound to a file and name that file"
         )
-    yield _example(row, defaults, defaults.clip(row["audio"]), start=row["start"], end=row["end"])
+    yield _example(row, defaults, defaults.clip(row["audio"]), start=row["start"], end=row.get("end"))
 
 
 def kaldi_files(path: Path) -> list[Path]:
@@ -130,28 +141,34 @@ def kaldi_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
 def _example(
     row: Mapping[str, Any], defaults: Defaults, audio: str | None, *, start: float = 0.0, end: float | None = None
 ) -> Example:
-    choices, answer = listed_choices(row.get("choices", row.get("options")) or (), first_of(row, _ANSWER))
-    answer = None if answer is None else str(answer)
-    target = answer if row.get("target") is None else str(row["target"])
-    more = row.get("more_audio") or ()
+    choices, answer = listed_choices(first_of(row, ("choices", "options")) or (), text_or_none(row, *_ANSWER))
+    target = text_or_none(row, "target")
+    target = answer if target is None else target
+    more = row.get("more_audio", ())
     return Example(
         id=defaults.name(row, audio),
         audio=audio,
         start_seconds=start,
         end_seconds=end,
         more_audio=tuple(defaults.clip(path, "more_audio") for path in more) if isinstance(more, (list, tuple)) else more,
-        transcription=str(first_of(row, _TRANSCRIPTION) or ""),
+        transcription=text_of(row, *_TRANSCRIPTION),
         metadata=attributes(row),
-        task=str(row.get("task") or ""),
-        context=str(row.get("context") or ""),
-        system=str(row.get("system") or ""),
-        question=str(first_of(row, _QUESTION) or ""),
-        choices=tuple(str(choice) for choice in choices),
+        task=text_of(row, "task"),
+        context=text_of(row, "context"),
+        system=text_of(row, "system"),
+        question=text_of(row, *_QUESTION),
+        choices=choices,
         answer=answer,
         target=target,
         target_source=None if target is None else "human",
         split=split_name(row.get("split", defaults.split)),
     )
+
+
+def _objects(values: Any, name: str) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(values, list) or not all(isinstance(value, Mapping) for value in values):
+        raise TypeError(f"{name}: expected objects, got another value")
+    return values
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float | None:

@@ -182,6 +182,19 @@ def test_spellings_of_one_row_give_one_example(root, row):
         ({**swift("a.wav"), "images": ["x.png"]}, "only text and audio are read"),
         ({"messages": [{"role": "assistant", "content": "x"}], "audios": ["a.wav"]}, "a turn of the user first"),
         (swift(None), "audios: expected a path, got null"),
+        ({"query": "<audio>Who?", "response": "x", "audios": ["a.wav"], "images": ["x.png"]}, "images: expected none, got some"),
+        ({"query": "<audio>Who?", "response": "x", "audios": ["a.wav"], "history": [["q", None]]},
+         "history: expected text, got null"),
+        ({"query": "<audio>Who?", "response": "x", "audios": ["a.wav"], "history": [["q"]]}, "history: expected a list of pairs"),
+        ({"query": "<audio>Who?", "response": {"text": "x"}, "audios": ["a.wav"]}, "response: expected text, got dict"),
+        (swift("a.wav", [{"type": "text", "text": None}, {"type": "text", "text": "<audio>"}]), "messages: text: expected text"),
+        (swift("a.wav", answer=None), "messages: expected text or audio in a turn, got null"),
+        (swift("a.wav", task=["gender"]), "task: expected text, got list"),
+        ({"audio": "a.wav", "question": "Q", "choices": {"A": "x"}, "answer": ["A"]}, "answer: expected text, got list"),
+        ({"audio": "a.wav", "question": "Q", "choices": ["x", None]}, "choices: expected text, got null"),
+        ({"audio": "a.wav", "question": "Q", "choices": 3}, "choices: expected a list or an object, got int"),
+        ({**CUT, "recording": "r"}, "recording: expected objects"),
+        ({**CUT, "supervisions": [{"text": ["x"]}]}, "text: expected text, got list"),
         (swift({"file": "a.wav"}), "audios: expected a path under one of path, audio, audio_filepath,"),
         (swift({"bytes": "UklG", "path": None}), "audios: expected a path, got a clip's bytes"),
         ({**swift("a.wav"), "audios": None}, "expected one clip for each <audio>, got 0 for 1"),
@@ -221,6 +234,47 @@ def test_a_row_that_cannot_be_one_example_says_why(root, row, message):
 def test_a_question_may_have_two_clips(root, row):
     example = only(root / "rows.jsonl", row)
     assert (example.audio, example.more_audio, example.question) == ("a.wav", ("b.wav",), "One voice?")
+
+
+def test_a_row_of_messages_without_any_is_no_question(root):
+    path = lines(root / "rows.jsonl", [swift("a.wav", id="1"), {"id": "2", "messages": None, "audios": ["a.wav"]}])
+    (problem,) = read_data(path, max_bad_fraction=0.5).problems
+    assert str(problem) == "row 2 (2): messages: expected these, or conversations, query or instruction, got none"
+
+
+@pytest.mark.parametrize(
+    ("row", "target"),
+    [
+        ({"messages": None, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+          "audio": "a.wav"}, "A"),
+        ({"query": None, "instruction": "Q", "input": "", "output": 0, "audio": "a.wav"}, "0"),
+        ({"query": "<audio>Q", "response": 0, "audios": ["a.wav"], "history": None, "system": None}, "0"),
+        ({"query": "<audio>Q", "response": 1, "audios": None, "audio": "a.wav"}, "1"),
+        ({"messages": [{"role": "user", "content": "<audio>Q"}], "audios": ["a.wav"], "response": None, "target": "T"}, "T"),
+        ({"messages": [{"role": "user", "content": "Q"}], "audio": "a.wav", "target": "T"}, "T"),
+        (swift("a.wav", "<audio>Q", "A", task=None, dataset=None, split=None, transcription=None), "A"),
+        ({"audio": "a.wav", "question": "Q", "target": None, "answer": 0, "choices": None}, "0"),
+        ({"audio": "a.wav", "question": "Q", "choices": {"A": 1, "B": 2}, "answer": "B"}, "2"),
+        ({"audio_filepath": "a.wav", "question": "Q", "answer": "A", "duration": None, "text": None}, "A"),
+        ({**CUT, "supervisions": [{"start": None, "text": "t", "custom": {"text": None, "question": "Q", "answer": 0}}],
+          "custom": None, "id": "1/a.wav"}, "0"),
+    ],
+)  # fmt: skip
+def test_null_is_absent_and_zero_is_an_answer(root, row, target):
+    example = only(root / "rows.jsonl", {"id": None, **row})
+    assert (example.id, example.audio, example.question, example.target) == ("1/a.wav", "a.wav", "Q", target)
+    assert (example.task, example.split, example.system) == ("", "train", "")
+    assert example.transcription == ("t" if "recording" in row else "")
+
+
+def test_a_system_turn_does_not_part_a_question_from_its_answer(root):
+    turns = [("user", "<audio>Q1"), ("system", "S1"), ("user", "Q2"), ("assistant", "A1"), ("system", "S2"), ("user", "Q3"),
+             ("assistant", "A3")]  # fmt: skip
+    for count, expected in ((4, [("Q1\nQ2", "A1")]), (7, [("Q1\nQ2", "A1"), ("Q3", "A3")])):
+        messages = [{"role": role, "content": text} for role, text in turns[:count]]
+        examples = read_data(lines(root / "rows.jsonl", [{"messages": messages, "audios": ["a.wav"]}])).examples
+        assert [(e.question, e.target) for e in examples] == expected
+        assert {e.system for e in examples} == {"S1" if count == 4 else "S1\nS2"}
 
 
 def test_a_later_question_of_a_conversation_is_about_all_clips_so_far(root):

@@ -64,6 +64,19 @@ def test_desta_rows(root):
     assert (second.question, second.transcription, second.target) == ("Who speaks?", "Good luck.", "A woman.")
 
 
+def test_null_values_count_as_absent(root):
+    (example,) = _read(root, [{**DESTA, "id": None, "target": None, "response": "A man.", "task": None}], "desta")
+    assert (example.id, example.target, example.task) == ("1/a.flac", "A man.", "")
+    rows = [{**SUPERB, "id": None, "task": None, "instruction": f"{n}?", "text": None, "split": None} for n in range(3)]
+    assert [(e.id, e.task, e.context, e.split) for e in _read(root, rows, "dynamic_superb")] == [
+        (f"{n}/a.flac", "", "", "test") for n in (1, 2, 3)
+    ]
+    (example,) = _read(root, [{**SUPERB, "label": 0, "choices": None, "instruction": "How many?"}], "dynamic_superb")
+    assert (example.answer, example.choices) == ("0", ())
+    (example, *_) = _read(root, [{**MCR, "choices": None, "pair_id": None, "contexts": {"neutral": None}}], "mcr_bench")
+    assert (example.choices, example.pair_id, example.context) == (("happy", "sad"), "m1", "")
+
+
 def test_seed_rows_of_the_caad_authors(root, capsys):
     """No form is named; the system turn keeps its lines, and Stage 1 reads the description as it is."""
     plain = {**DESTA, "id": "plain", "messages": DESTA["messages"][1:]}
@@ -266,10 +279,14 @@ def test_mcr_rows_become_one_example_a_context_under_one_pair(root):
         ("dynamic_superb", {**SUPERB, "audio2": {"array": [0.1]}}, "audio2: expected a path, got a clip's samples"),
         ("mcr_bench", {**MCR, "audio": {"path": None, "bytes": "UklG"}}, "audio: expected a path, got a clip's bytes"),
         ("mcr_bench", {**MCR, "answer": "angry"}, "answer: expected one of"),
-        ("mcr_bench", {**MCR, "options": "happy or sad"}, "choices: expected a list or an object, got a string"),
-        ("dynamic_superb", {**SUPERB, "choices": "yes or no"}, "choices: expected a list, got a string"),
+        ("mcr_bench", {**MCR, "options": "happy or sad"}, "choices: expected a list or an object, got str"),
+        ("dynamic_superb", {**SUPERB, "choices": "yes or no"}, "choices: expected a list or an object, got str"),
         ("mcr_bench", {**MCR, "contexts": {"hostile": ""}}, "context_type: expected one of"),
         ("mcr_bench", {**MCR, "contexts": []}, "contexts: expected an object"),
+        ("mcr_bench", {**MCR, "answer": ["A"]}, "answer: expected text, got list"),
+        ("dynamic_superb", {**SUPERB, "label": None}, "missing field 'label'"),
+        ("dynamic_superb", {**SUPERB, "label": ["yes"]}, "label: expected text, got list"),
+        ("desta", {**DESTA, "target": {"text": "A."}}, "target: expected text, got dict"),
     ],
 )
 def test_rows_of_another_shape_are_problems(root, form, row, reason):
