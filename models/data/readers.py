@@ -42,7 +42,7 @@ from models.data.commands import FORMS
 from models.data.conversations import from_messages
 from models.data.find_form import MANIFEST_FORM, find_form, form_of_row
 from models.data.hf_datasets import DatasetRows, dataset_files, holds_dataset
-from models.data.json_rows import read_json, read_rows
+from models.data.json_rows import read_named_rows, read_rows
 from models.data.manifest import (
     SPLITS,
     Example,
@@ -414,10 +414,7 @@ def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] |
     if form != "dynamic_superb" or path.name != "metadata.json":
         yield from read_rows(path)
         return
-    rows = read_json(path)
-    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        raise ManifestError(f"{path}: expected an object of rows by clip")
     folder = path.absolute().parent
     task = folder.parent.name if folder.name in SPLITS else folder.name
-    for number, (clip, row) in enumerate(rows.items(), 1):
-        yield number, {**row, "id": f"{task}/{clip}", "task": task, "audio": clip}
+    for number, (clip, row) in enumerate(read_named_rows(path), 1):
+        yield number, {**row, "id": f"{task}/{clip}", "task": task, "audio": clip} if isinstance(row, dict) else row

@@ -475,16 +475,61 @@ def test_the_form_is_found(tmp_path, row, form):
 def test_an_unknown_form_is_an_error_that_names_all(tmp_path, root):
     with pytest.raises(ManifestError, match="names one of desta, messages, columns"):
         read_data(lines(tmp_path / "rows.jsonl", [{"x": 1}]))
-    with pytest.raises(ManifestError, match="got neither"):
-        read_data(
-            lines(tmp_path / "rows.jsonl", [{"id": "1", "audio": "a.wav", "question": "x"}])
-        )  # a manifest's header is missing
+    with pytest.raises(ManifestError, match=r"got rows of a manifest without that line; write it before them, .*--form columns"):
+        read_data(lines(tmp_path / "rows.jsonl", [{"id": "1", "audio": "a.wav", "question": "x"}]))
     assert (
         train_reads(lines(root / "rows.jsonl", [{"id": "1", "audio": "a.wav", "target": "x"}]), form="columns")[
             0
         ].target
         == "x"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(swift("a.wav")).encode("utf-16"), "got row 1: not UTF-8 at byte 0"),
+        ((json.dumps(swift("a.wav")) + ",\n").encode() * 2, r"got row 1: bad JSON: Extra data at column \d+; a file of rows is"),
+        (json.dumps(swift("a.wav"), indent=1).encode(), r"got row 1: bad JSON: .*one JSON object a line or one JSON array"),
+        (b"audio,question\na.wav,Who?\n", "got row 1: bad JSON: Expecting value at column 1"),
+        (b'{"x": 1}\n{"x"}\n', "got rows with the keys x; row 2: bad JSON"),
+        (b"[]", "got no row"),
+        (b" \n", "got no row"),
+        (b"[" + json.dumps(swift("a.wav")).encode() + b",\n {'x': 1}]", r"rows.jsonl: row 2: bad JSON: .* at line 2, column 3"),
+        (b"[" + json.dumps(swift("a.wav")).encode() + b",\n]", r"rows.jsonl: row 2: bad JSON: .* at line (1|2), column \d+"),
+        (b"[" + json.dumps(swift("a.wav")).encode() + b"\n] x", r"rows.jsonl: row 1: bad JSON: Extra data at line 2, column 3"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where(root, content, message):
+    (root / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ManifestError, match=message):
+        read_data(root / "rows.jsonl")
+
+
+def test_an_array_may_be_one_long_line(root, capsys):
+    rows = [swift("a.wav", id=str(n), dataset="x" * 600) for n in range(2000)]
+    for name, options in (("rows.json", {}), ("rows.json.gz", {"form": "messages"})):
+        data = b"\xef\xbb\xbf\n " + json.dumps(rows).encode()
+        assert len(data) > 1 << 20
+        (root / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        assert [e.id for e in read_data(root / name, **options)] == [row["id"] for row in rows]
+
+
+def test_bad_elements_of_an_array_are_bad_rows_as_in_lines(root):
+    good = swift("a.wav")
+    texts = [json.dumps(good), json.dumps({**good, "age": float("nan")}), "null", "[1]", '{"x": 1, "x": 2}', json.dumps(good)]
+    found = []
+    for name, text in (("rows.json", f"[{', '.join(texts)}]"), ("rows.jsonl", "\n".join(texts))):
+        (root / name).write_text(text)
+        manifest = read_data(root / name, max_bad_fraction=1.0)
+        found.append([str(problem) for problem in manifest.problems])
+        assert [e.id for e in manifest] == ["1/a.wav", "6/a.wav"]
+    assert found[0] == found[1] == [
+        "row 2: bad JSON: NaN is not a number",
+        "row 3: bad JSON: expected an object, got NoneType",
+        "row 4: bad JSON: expected an object, got list",
+        "row 5: bad JSON: key 'x' twice",
+    ]
 
 
 def test_check_counts_duplicates_splits_and_scripts(root, capsys):

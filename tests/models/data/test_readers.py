@@ -220,7 +220,13 @@ def test_dynamic_superb_metadata_is_an_object_of_rows_by_clip(tmp_path, folder):
     (example,) = read_foreign(path, form="dynamic_superb")
     assert (example.id, example.audio) == ("SpeechDetection_LJSpeech/a.flac", "a.flac")
     assert (example.task, example.answer) == ("SpeechDetection_LJSpeech", "yes")
-    for content, message in (("[]", "expected an object of rows"), ('{"a.flac": 1}', "expected an object"), ("{", "bad JSON")):
+    for content, message in (
+        ("[]", r"expected an object of rows by clip, got '\['"),
+        ('{"a.flac": 1}', "expected an object"),
+        ("{", "bad JSON"),
+        ('{"a.flac": {}, "a.flac": {}}', "key 'a.flac' twice"),
+        ("{1: {}}", "row 1: bad JSON: Expecting a name in quotes at column 2"),
+    ):
         path.write_text(content)
         with pytest.raises(ManifestError, match=message):
             read_foreign(path, form="dynamic_superb")
@@ -309,7 +315,7 @@ def test_doubles_arrays_absolute_paths_and_limits(root):
     assert len(read_foreign(root / "rows.json", form="desta")) == 2
     with pytest.raises(ManifestError, match="at least one row"):
         _read(root, [], "desta")
-    with pytest.raises(ManifestError, match="expected an array of objects"):
+    with pytest.raises(ManifestError, match="row 1: bad JSON: expected an object, got int"):
         _read(root, ["[1]"], "desta")
     with pytest.raises(ValueError, match="form: expected one of"):
         _read(root, [DESTA], "nist")
