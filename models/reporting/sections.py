@@ -109,8 +109,8 @@ STORED = {
         "Study E3, tasks whose texts the teacher follows",
         "python -m models study E3 --collect --write",
         (
-            "Shares, not points: the endpoints of E3 without the tasks in which a teacher gives one answer beside any text. Chosen "
-            "after the results were known. folds_low and folds_high are a t interval over the means of the folds.",
+            "Shares, not points: the endpoints of E3 without the tasks in which a teacher gives one answer beside any text. "
+            "Chosen after the results were known. folds_low and folds_high are a t interval over the means of the folds.",
         ),
     ),
     "study_sources_layers.csv": StoredFile(
