@@ -59,6 +59,8 @@ def lenient_match(prediction: str, label: str, choices: Sequence[str] = ()) -> b
 
 def strict_match(prediction: str, label: str, choices: Sequence[str] = ()) -> bool:
     """`lenient_match`, and no other choice is named (`named_choices`). Without choices the prediction has to be the label."""
+    if not label.strip():
+        return False
     if not choices:
         words = _telling_words((label,), True)
         return words(prediction) == words(label)

@@ -145,7 +145,8 @@ def check_span(
     A span may be up to 0.1 s longer than `max_seconds` (an encoder's padding); its end is then cut.
 
     Raises:
-        AudioError: the span starts or ends after the clip's end, is empty, or is longer than `max_seconds`.
+        AudioError: the span starts or ends after the clip's end, is empty, is shorter than half a sample at 16 kHz, or is longer
+            than `max_seconds`.
     """
     end = info.duration_seconds if end_seconds is None else end_seconds
     if start_seconds < 0 or (end_seconds is not None and end_seconds <= start_seconds):
@@ -155,6 +156,8 @@ def check_span(
     if end > info.duration_seconds + _END_TOLERANCE_SECONDS:
         raise AudioError(f"span ends at {end:g} s, the clip ends at {info.duration_seconds:.2f} s")
     end = min(end, info.duration_seconds)
+    if (end - start_seconds) * SAMPLE_RATE_HZ < 0.5:  # nothing would be left of it
+        raise AudioError(f"too short: {end - start_seconds:.2g} s, less than half a sample at {SAMPLE_RATE_HZ} Hz")
     if end - start_seconds > max_seconds + _END_TOLERANCE_SECONDS:
         raise AudioError(f"too long: {end - start_seconds:.1f} s, at most {max_seconds:g} s are allowed")
     return start_seconds, min(end, start_seconds + max_seconds)
@@ -180,12 +183,15 @@ def load_audio(
         float32 (samples,), in [-1, 1] for integer formats. Memory: at most `max_seconds` of sound.
 
     Raises:
-        AudioError: missing, empty, corrupt, too long, a span outside the clip, or samples that are not finite.
+        AudioError: missing, empty, corrupt, too long or too short, a span outside the clip, or samples that are not finite.
     """
     samples, rate = load_at_own_rate(
         path, start_seconds=start_seconds, end_seconds=end_seconds, max_seconds=max_seconds
     )
-    return resample(samples, rate, sample_rate)
+    try:
+        return resample(samples, rate, sample_rate)
+    except AudioError as error:
+        raise AudioError(error.reason, path) from None
 
 
 def load_at_own_rate(
@@ -226,10 +232,13 @@ def load_at_own_rate(
 
 
 def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    """Band-limited resampling of float32 (samples,)."""
+    """Band-limited resampling of float32 (samples,). Raises AudioError if no sample is left."""
     if from_hz == to_hz:
         return np.ascontiguousarray(samples, np.float32)
-    return soxr.resample(np.asarray(samples, np.float32), from_hz, to_hz).astype(np.float32, copy=False)
+    made = soxr.resample(np.asarray(samples, np.float32), from_hz, to_hz).astype(np.float32, copy=False)
+    if not made.size:
+        raise AudioError(f"too short: {len(samples)} samples at {from_hz} Hz give none at {to_hz} Hz")
+    return made
 
 
 def encode_audio(samples: np.ndarray, *, sample_rate: int = SAMPLE_RATE_HZ, format: str = "FLAC") -> bytes:

@@ -27,6 +27,7 @@ _SPLITS_SHOWN = 3
 _KINDS = {
     "missing": re.compile(r"audio: missing file"),
     "too long": re.compile(r"audio: too long"),
+    "too short": re.compile(r"audio: too short"),
     "link that leaves the audio root": re.compile(r"audio: path leaves the audio root"),
     "unreadable": re.compile(r"audio: (?!expected)"),
     "row": re.compile(r""),

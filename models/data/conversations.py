@@ -17,48 +17,61 @@ in their order. Of several clips each belongs to its <audio>, and a question is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from models.data.example import Example
-from models.data.row_values import Defaults, attributes, split_name, without_clips
+from models.data.row_values import (
+    MARK,
+    Defaults,
+    as_list,
+    as_text,
+    attributes,
+    first_of,
+    split_name,
+    text_of,
+    text_or_none,
+    without_clips,
+)
 
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-_MARKER = re.compile(r"<audio>", re.IGNORECASE)
-_CLIP_KEYS = ("path", "audio", "audio_filepath", "audio_url", "url")
 
 
 @dataclass
 class _Turn:
     role: str
     text: str
-    clips: list[Any]
+    clips: list[tuple[Any, str]]  # each with its key, for messages
     taught: bool = True  # an answer whose "loss" is not false
+    paths: list[str] = field(default_factory=list)
 
 
 def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     """The examples of a row, one for each answer; see the module's docstring."""
-    turns = _joined(_turns(row))
-    clips, bringers = _clips(row, turns, defaults)
-    system = "\n".join(turn.text for turn in turns if turn.role == "system" and turn.text)
-    context: list[str] = []
+    turns = _turns(row)
     asked = [turn for turn in turns if turn.role != "system"]
     if not asked or asked[0].role != "user":
         raise ValueError("messages: expected a turn of the user first")
+    _bring_clips(row, turns, asked[0])
+    asked = _joined(asked)
+    for turn in asked:
+        turn.paths = [defaults.clip(clip, name) for clip, name in turn.clips]
+    clips = [path for turn in asked for path in turn.paths]
+    system = "\n".join(filter(None, (MARK.sub(" ", turn.text).strip() for turn in turns if turn.role == "system")))
+    context: list[str] = []
     if asked[-1].role == "user":
-        asked.append(_Turn("assistant", str(row.get("response", row.get("target")) or ""), []))
+        asked.append(_Turn("assistant", text_of(row, "response", "target"), []))
         unanswered = not asked[-1].text
     else:
         unanswered = False
     pairs = list(zip(asked[::2], asked[1::2], strict=True))
     base = defaults.name(row, clips[0] if clips else None)
-    heard: list[str | None] = []
+    heard: list[str] = []
     for number, (question, answer) in enumerate(pairs, 1):
-        heard += [clip for clip, bringer in zip(clips, bringers, strict=True) if bringer is question]
+        heard += question.paths
         words = without_clips(question.text, clips) if clips else question.text
-        words = _MARKER.sub(" ", words).strip()
+        words = MARK.sub(" ", words).strip()
         open_end = unanswered and number == len(pairs)
         if not answer.text.strip() and not open_end:
             raise ValueError(f"messages: expected an answer in turn {2 * number}, got an empty one")
@@ -68,9 +81,9 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
                 id=base if len(pairs) == 1 else f"{base}/turn-{number}",
                 audio=heard[0] if heard else None,
                 more_audio=tuple(heard[1:]),
-                transcription=str(row.get("transcription") or ""),
+                transcription=text_of(row, "transcription"),
                 metadata=attributes(row),
-                task=str(row.get("task", row.get("dataset", ""))),
+                task=text_of(row, "task", "dataset"),
                 system=system,
                 context="\n".join(context),
                 question=words,
@@ -84,25 +97,33 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
 
 def _turns(row: Mapping[str, Any]) -> list[_Turn]:
     messages = row.get("messages", row.get("conversations"))
-    turns = [_Turn("system", str(row["system"]), [])] if row.get("system") else []
+    turns = [_Turn("system", text_of(row, "system"), [])]
+    for other in ("images", "videos", "image", "video"):
+        if row.get(other):
+            raise ValueError(f"{other}: expected none, got some; only text and audio are read")
     if messages is None:
-        for old in row.get("history") or []:
-            turns += [_Turn("user", str(old[0]), []), _Turn("assistant", str(old[1]), [])]
-        question = row.get("query")
+        history = row.get("history", [])
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise TypeError("history: expected a list of pairs, each of a question and an answer")
+        for pair in history:
+            turns += [_Turn(role, as_text(text, "history"), []) for role, text in zip(("user", "assistant"), pair, strict=True)]
+        question = text_or_none(row, "query")
+        if question is None and first_of(row, ("instruction", "input")) is None:
+            raise ValueError("messages: expected these, or conversations, query or instruction, got none")
         if question is None:
-            question = "\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
-        turns.append(_Turn("user", str(question), []))
-        if answer := row.get("output"):
-            turns.append(_Turn("assistant", str(answer), []))
+            question = "\n".join(filter(None, (text_of(row, key) for key in ("instruction", "input"))))
+        turns.append(_Turn("user", question, []))
+        if answer := text_of(row, "output"):
+            turns.append(_Turn("assistant", answer, []))
         return turns
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise TypeError("messages: expected a list of objects")
     for message in messages:
-        given = message.get("role", message.get("from"))
+        given = first_of(message, ("role", "from"))
         role = _ROLES.get(str(given).lower())
         if role is None:
             raise ValueError(f"messages: expected the role system, user or assistant, got {given!r}")
-        content = message.get("content", message.get("value"))
+        content = first_of(message, ("content", "value"))
         parts = content if isinstance(content, list) else [content]
         if message.get("type") == "audio":  # NeMo's conversations
             parts = [{"type": "audio", "audio": content}]
@@ -111,15 +132,12 @@ def _turns(row: Mapping[str, Any]) -> list[_Turn]:
             if isinstance(part, str):
                 texts.append(part)
             elif isinstance(part, Mapping) and part.get("type") == "text":
-                texts.append(str(part["text"]))
+                texts.append(as_text(part.get("text"), "messages: text"))
             elif isinstance(part, Mapping) and str(part.get("type")) in ("audio", "audio_url"):
-                clips.append(_path_in(part))
+                clips.append((part, "messages"))
             else:
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                kind = part.get("type") if isinstance(part, Mapping) else "null" if part is None else type(part).__name__
                 raise TypeError(f"messages: expected text or audio in a turn, got {kind}")
-        for other in ("images", "videos", "image", "video"):
-            if row.get(other):
-                raise ValueError(f"{other}: expected none, got some; only text and audio are read")
         turns.append(_Turn(role, "\n".join(texts), clips, message.get("loss") is not False))
     return turns
 
@@ -138,39 +156,19 @@ def _joined(turns: list[_Turn]) -> list[_Turn]:
     return joined
 
 
-def _clips(
-    row: Mapping[str, Any], turns: list[_Turn], defaults: Defaults
-) -> tuple[list[str | None], list[_Turn | None]]:
-    """The row's clips, and the turn that brings each of them."""
-    named = row.get("audios", row.get("audio")) or []
-    named = named if isinstance(named, list) else [named]
-    inside = [(turn, clip) for turn in turns for clip in turn.clips]
+def _bring_clips(row: Mapping[str, Any], turns: list[_Turn], first: _Turn) -> None:
+    """Gives the row's clips to the turns that bring them. Those of a system turn are heard from the `first` question on."""
+    key = next((key for key in ("audios", "audio") if row.get(key) is not None), "audios")
+    named = as_list(row.get(key))
+    inside = sum(len(turn.clips) for turn in turns)
     if named and inside:
-        raise ValueError(f"audios: expected clips there or inside the turns, got {len(named)} and {len(inside)}")
-    marked = [turn for turn in turns for _ in _MARKER.findall(turn.text)]
-    if inside:
-        clips = [defaults.audio(clip) for _, clip in inside]
-        if len(clips) > 1 and None in clips:
-            raise ValueError("messages: expected a path in each part of type audio, got none in one")
-        return clips, [turn for turn, _ in inside]
-    if len(marked) not in (len(named), 0):
-        raise ValueError(f"audios: expected one clip for each <audio>, got {len(named)} for {len(marked)}")
-    users = [turn for turn in turns if turn.role == "user"]
-    first = users[0] if users else None
-    bringers: list[_Turn | None] = [*marked] or [first] * len(named)
-    for number, bringer in enumerate(bringers):
-        if bringer is not None and bringer.role == "assistant":
-            raise ValueError("messages: expected <audio> in a turn of the user, got it in an answer")
-        if bringer is not None and bringer.role == "system":  # heard from the first question on
-            bringer.text, bringers[number] = _MARKER.sub(" ", bringer.text).strip(), first
-    return [defaults.audio(_path_in(clip)) for clip in named], bringers
-
-
-def _path_in(value: Any) -> Any:
-    """The path in an entry of "audios": itself, or under one of the names that it goes by."""
-    if not isinstance(value, Mapping):
-        return value
-    if value.get("bytes") is not None:
-        raise ValueError("audios: expected a path, got a clip's bytes")
-    found = next((value[key] for key in _CLIP_KEYS if value.get(key) is not None), None)
-    return _path_in(found) if isinstance(found, Mapping) else found
+        raise ValueError(f"{key}: expected clips there or inside the turns, got {len(named)} and {inside}")
+    marked = [turn for turn in turns for _ in MARK.findall(turn.text)]
+    if len(marked) not in (len(named) + inside, 0):
+        raise ValueError(f"{key}: expected one clip for each <audio>, got {len(named) + inside} for {len(marked)}")
+    if named:
+        for turn, clip in zip(marked or [first] * len(named), named, strict=True):
+            turn.clips.append((clip, key))
+    if any(turn.clips for turn in turns if turn.role == "assistant"):
+        raise ValueError("messages: expected <audio> in a turn of the user, got it in an answer")
+    first.clips[:0] = [clip for turn in turns if turn.role == "system" for clip in turn.clips]

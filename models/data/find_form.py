@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from models.data.commands import FORMS
 from models.data.example import FIELD_NAMES
-from models.data.json_rows import numbered_lines, parse_object, read_rows
+from models.data.json_rows import parse_object, read_rows
 from models.data.manifest import VERSION_KEY
 from models.data.problems import ManifestError
+from models.data.row_values import CLIP_COLUMNS, without_nulls
 
 MANIFEST_FORM = "manifest"
 _ROWS_LOOKED_AT = 20
-_COLUMNS_OF_CLIPS = {"audio", "audio_filepath", "audio_path", "path", "file", "file_name", "wav", "clip"}
+_KEYS_SHOWN = 20
 
 
 def find_form(path: str | os.PathLike[str]) -> str:
@@ -34,29 +36,42 @@ def find_form(path: str | os.PathLike[str]) -> str:
         return "kaldi"
     if path.name == "metadata.json":
         return "dynamic_superb"
-    first = next(numbered_lines(path), None)
-    if first is None:
-        raise ManifestError(f"{path}: expected a header line with {VERSION_KEY!r}, got an empty file")
-    for number, line in read_rows(path):
+    first: dict[str, object] = {}
+    bad = ""
+    for number, line in itertools.islice(read_rows(path), _ROWS_LOOKED_AT):
         try:
             row = line if isinstance(line, dict) else parse_object(line)
-        except (ValueError, TypeError):
-            row = {}
+        except (ValueError, TypeError) as error:
+            bad = bad or f"row {number}: {error}"
+            continue
         if VERSION_KEY in row:
             return MANIFEST_FORM
-        if form := form_of_columns(row, row):
+        if form := form_of_row(row):
             return form
-        if number >= _ROWS_LOOKED_AT:
-            break
+        first = first or row
     raise ManifestError(
-        f'{path}: expected a first line like {{"{VERSION_KEY}": 1}}, or rows of a known form, got neither; --form (in a recipe '
-        f"data.form) names one of {', '.join(FORMS)}"
+        f'{path}: expected a first line like {{"{VERSION_KEY}": 1}}, or rows of a known form, got {_what_else(first, bad)}'
     )
 
 
-def form_of_columns(columns: Iterable[str], row: Mapping[str, object] | None = None) -> str | None:
-    """The form of rows with these keys; None if it is not known. `row`: one of them, which tells desta from messages."""
-    keys, row = set(columns), row or {}
+def _what_else(first: Mapping[str, object], bad: str) -> str:
+    """What a file of no known form holds, by its first good row and what is wrong with its first bad one; and what to do."""
+    if not first:
+        return f"{bad or 'no row'}; a file of rows is UTF-8 text, one JSON object a line or one JSON array of objects"
+    also = f"; {bad}" if bad else ""
+    if _is_manifest_row(set(first)):
+        return (
+            f"rows of a manifest without that line{also}; write it before them, or read them by --form columns (in a recipe "
+            "data.form=columns)"
+        )
+    keys = ", ".join(list(first)[:_KEYS_SHOWN])
+    return f"rows with the keys {keys}{also}; --form (in a recipe data.form) names one of {', '.join(FORMS)}"
+
+
+def form_of_row(row: Mapping[str, object]) -> str | None:
+    """The form of rows like this one; None if it is not known."""
+    row = without_nulls(row)
+    keys = set(row)
     if keys & {"messages", "conversations"}:
         return "desta" if _is_desta(keys, row) else "messages"
     if keys & {"audios", "audio"} and ("query" in keys or {"instruction", "output"} <= keys):
@@ -69,11 +84,13 @@ def form_of_columns(columns: Iterable[str], row: Mapping[str, object] | None = N
         return "dynamic_superb"
     if {"gt", "neutral"} <= keys or keys & {"contexts", "context_type"}:
         return "mcr_bench"
-    if keys & _COLUMNS_OF_CLIPS and not (
-        "id" in keys and keys <= set(FIELD_NAMES)
-    ):  # the latter: a manifest without its header
+    if keys & set(CLIP_COLUMNS) and not _is_manifest_row(keys):
         return "columns"
     return None
+
+
+def _is_manifest_row(keys: set[str]) -> bool:
+    return "id" in keys and keys <= set(FIELD_NAMES)
 
 
 def _is_desta(keys: set[str], row: Mapping[str, object]) -> bool:

@@ -49,6 +49,22 @@ def holds_dataset(path: str | os.PathLike[str]) -> str | None:
     return "audiofolder" if any(name.suffix.lower() in _SOUNDS for name in names) else None
 
 
+def dataset_files(path: Path, kind: str) -> list[Path]:
+    """The files that hold the rows of a data set of this kind; not the clips that lie beside them."""
+    if kind in _SHARDS:
+        return [path] if path.is_file() else sorted(path.rglob(f"*{_SHARDS[kind]}"))
+    if kind == "saved":
+        return sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json"))
+    return sorted(file for file in path.rglob("*") if file.name in _METADATA)
+
+
+def listed_clips(path: Path, kind: str) -> list[str]:
+    """The clips of a folder of audio, whose listing says which rows there are and in which order; none for other kinds."""
+    if kind != "audiofolder":
+        return []
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.suffix.lower() in _SOUNDS)
+
+
 class DatasetRows:
     """The numbered rows of a data set, with a path in the place of each clip.
 
@@ -57,6 +73,7 @@ class DatasetRows:
         kind: as it says.
 
     Attributes:
+        kind: the same.
         first: the first row; empty without one.
         holds_clips: whether the clips are inside the data set.
         root: folder of the clips: the cache folder's where they are inside the data set, else the data set's own.
@@ -66,7 +83,7 @@ class DatasetRows:
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str):
-        self.path = Path(path)
+        self.path, self.kind = Path(path), kind
         try:
             self._splits = _open(self.path, kind)
             self.first: dict[str, Any] = next((row for _, split in self._splits for row in split), {})
@@ -111,13 +128,15 @@ class DatasetRows:
                 for row in split:
                     number, taken = number + 1, taken + 1
                     self._at = (index, taken, number, split)
-                    made = {key: self._plain(value) for key, value in row.items() if value is not None}
+                    made = {key: self._plain(value) for key, value in row.items()}
                     for key, labels in names.items():
                         if isinstance(made.get(key), int) and 0 <= made[key] < len(labels):
                             made[key] = labels[made[key]]
                     if "__key__" in made:
                         made = _web_row(made)
-                    yield number, {"split": split_name(name), **made} if name else made
+                    if name and made.get("split") is None:
+                        made["split"] = split_name(name)
+                    yield number, made
             except Exception as error:  # pyarrow raises several unrelated types
                 raise ManifestError(f"{self.path}: row {number + 1} cannot be read: {error}") from error
 
@@ -147,7 +166,7 @@ class DatasetRows:
 def _web_row(row: dict[str, Any]) -> dict[str, Any]:
     """A sample of a WebDataset: the fields of its json member, its key as the id, and its sound, whatever its suffix is."""
     fields = row.get("json") if isinstance(row.get("json"), dict) else {}
-    sounds = [value for name, value in row.items() if f".{name.lower()}" in _SOUNDS]
+    sounds = [value for name, value in row.items() if f".{name.lower()}" in _SOUNDS and value is not None]
     return {"id": row["__key__"], **({"audio": sounds[0]} if sounds else {}), **fields}
 
 
@@ -169,9 +188,8 @@ def _open(path: Path, kind: str) -> list[tuple[str, Any]]:
     if kind == "saved":
         loaded = datasets.load_from_disk(str(path))
     elif kind in _SHARDS:
-        files = [path] if path.is_file() else sorted(path.rglob(f"*{_SHARDS[kind]}"))
         by_split: dict[str, list[str]] = {}
-        for file in files:
+        for file in dataset_files(path, kind):
             by_split.setdefault(_split_of(file), []).append(str(file))
         loaded = datasets.load_dataset(kind, data_files=by_split, streaming=True)
     else:

@@ -185,7 +185,7 @@ def target_template(example: Example, answer: str) -> str:
     answer = _one_line(answer)
     if not answer:
         raise ValueError("answer: expected a label, got an empty string")
-    if example.choices and answer not in example.choices:
+    if example.choices and answer not in map(_one_line, example.choices):
         raise ValueError(f"answer: expected one of {list(example.choices)}, got {answer!r}")
     task = TASKS.get(example.task)
     return (task.statement if task else "The answer is {}.").format(answer)

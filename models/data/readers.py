@@ -40,9 +40,9 @@ from typing import Any
 from models.data.audio import MAX_SECONDS, AudioError, AudioInfo
 from models.data.commands import FORMS
 from models.data.conversations import from_messages
-from models.data.find_form import MANIFEST_FORM, find_form, form_of_columns
-from models.data.hf_datasets import DatasetRows, holds_dataset
-from models.data.json_rows import read_json, read_rows
+from models.data.find_form import MANIFEST_FORM, find_form, form_of_row
+from models.data.hf_datasets import DatasetRows, dataset_files, holds_dataset
+from models.data.json_rows import read_named_rows, read_rows
 from models.data.manifest import (
     SPLITS,
     Example,
@@ -50,9 +50,20 @@ from models.data.manifest import (
     ManifestError,
     read_manifest,
 )
-from models.data.row_values import Defaults, clip_marks, listed_choices, turn_text
+from models.data.row_values import (
+    Defaults,
+    as_list,
+    as_text,
+    clip_marks,
+    first_of,
+    listed_choices,
+    text_of,
+    text_or_none,
+    turn_text,
+    without_nulls,
+)
 from models.data.rows import AudioChecker, collect_examples
-from models.data.speech_manifests import from_columns, from_kaldi, from_lhotse, from_nemo, kaldi_rows
+from models.data.speech_manifests import from_columns, from_kaldi, from_lhotse, from_nemo, kaldi_files, kaldi_rows
 
 # The split of rows that name none, where it is not "train".
 _SPLITS = {"dynamic_superb": "test", "mcr_bench": "test"}
@@ -179,7 +190,7 @@ class ForeignRows:
         kind = None if form == "kaldi" else holds_dataset(path)
         self.dataset = dataset = None if kind is None else DatasetRows(path, kind)
         if form == "auto":
-            form = find_form(path) if dataset is None else form_of_columns(dataset.first, dataset.first) or "columns"
+            form = find_form(path) if dataset is None else form_of_row(dataset.first) or "columns"
         if form not in converters:
             raise ManifestError(f"{path}: expected rows of one of {', '.join(FORMS)}, got a manifest")
         self.form = form
@@ -197,6 +208,7 @@ class ForeignRows:
         return _rows(self.path, self.form) if self.dataset is None else self.dataset
 
     def convert(self, number: int, row: dict[str, Any]) -> list[Example]:
+        row = without_nulls(row)
         defaults = Defaults(number, self.root, self._split, self._target_source, self._several_clips)
         try:
             return self.numbers.tell_apart(row, list(self._converter(row, defaults)))
@@ -204,6 +216,14 @@ class ForeignRows:
             raise ValueError(f"missing field {error}") from None
         except AttributeError as error:  # a value of another kind than the form has
             raise TypeError(str(error)) from None
+
+
+def row_files(path: Path, form: str) -> list[Path]:
+    """The files that hold the rows of `path`; not their clips. `form`: one of FORMS, or "auto"."""
+    kind = None if form == "kaldi" else holds_dataset(path)
+    if kind is not None:
+        return dataset_files(path, kind)
+    return kaldi_files(path) if form == "kaldi" or path.is_dir() or path.suffix == ".scp" else [path]
 
 
 def parse_description(text: str) -> tuple[str, dict[str, str], float, float] | None:
@@ -284,20 +304,19 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
     turns = [message for message in messages if message.get("role") == "user"]
     if len(turns) != 1:
         raise ValueError(f"messages: expected one user turn, got {len(turns)}")
-    audios = row.get("audios") or turns[0].get("audios") or []
+    audios = as_list(row.get("audios") or row.get("audio") or turns[0].get("audios"))
     if not audios:
         raise ValueError("audios: expected at least one, got none")
-    clips = [defaults.audio(clip.get("audio_filepath", clip.get("audio"))) for clip in audios]
-    if len(clips) > 1 and (None in clips or (marks := clip_marks(turns[0])) not in (0, len(clips))):
-        what = "a path in each" if None in clips else f"one for each mark of a clip, got {len(clips)} for {marks}"
-        raise ValueError(f"audios: expected {what}")
+    clips = [defaults.clip(clip, "audios") for clip in audios]
+    if len(clips) > 1 and (marks := clip_marks(turns[0])) not in (0, len(clips)):
+        raise ValueError(f"audios: expected one for each mark of a clip, got {len(clips)} for {marks}")
     audio, *more = clips
-    words = [str(clip.get("transcription", clip.get("text")) or "") for clip in audios]
-    target = row.get("target", row.get("response"))
+    words = [text_of(clip, "transcription", "text") for clip in audios if isinstance(clip, Mapping)]
+    target = text_or_none(row, "target", "response")
     metadata: dict[str, Any] = {}
-    if description := row.get("seed_description"):
-        metadata["seed_description"] = str(description)
-        if parsed := parse_description(str(description)):
+    if description := text_of(row, "seed_description"):
+        metadata["seed_description"] = description
+        if parsed := parse_description(description):
             metadata.update(parsed[1])
     yield Example(
         id=defaults.name(row, audio),
@@ -305,7 +324,7 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
         more_audio=tuple(more),
         transcription="\n".join(filter(None, words)),
         metadata=metadata,
-        task=str(row.get("task", row.get("dataset", ""))),
+        task=text_of(row, "task", "dataset"),
         system="\n".join(turn_text(message, clips) for message in messages if message.get("role") == "system"),
         question=turn_text(turns[0], clips),
         target=target,
@@ -315,16 +334,15 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
 
 
 def _from_dynamic_superb(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
-    audio = defaults.audio(row.get("audio", row.get("file")))
-    if audio is None:
+    if (named := first_of(row, ("audio", "file"))) is None:
         raise KeyError("audio")
-    second = defaults.audio(row["audio2"] if row.get("audio2") is not None else row.get("file2"))
+    audio, second = defaults.clip(named), defaults.clip_or_none(first_of(row, ("audio2", "file2")), "audio2")
     if second is not None and not defaults.several_clips:
         raise ValueError("audio2: expected one clip, got two")
-    instruction, label = str(row["instruction"]), str(row["label"])
-    if isinstance(row.get("choices"), str):
-        raise TypeError("choices: expected a list, got a string")
-    choices = tuple(row["choices"]) if "choices" in row else _offered(instruction)
+    instruction, label = as_text(row["instruction"], "instruction"), as_text(row["label"], "label")
+    choices = _offered(instruction)
+    if "choices" in row:
+        choices, label = listed_choices(row["choices"], label)
     if label not in choices:
         # Instructions and labels sometimes differ in case. If the label is not offered at all, the question has free answers.
         same = [choice for choice in choices if choice.casefold() == label.casefold()]
@@ -334,10 +352,10 @@ def _from_dynamic_superb(row: Mapping[str, Any], defaults: Defaults) -> Iterator
         id=defaults.name(row, audio),
         audio=audio,
         more_audio=() if second is None else (second,),
-        transcription=str(row.get("transcription") or ""),
+        transcription=text_of(row, "transcription"),
         metadata=metadata,
-        task=str(row.get("task", row.get("instance", ""))),
-        context=str(row.get("text") or ""),
+        task=text_of(row, "task", "instance"),
+        context=text_of(row, "text"),
         question=instruction,
         choices=choices,
         answer=label,
@@ -356,18 +374,18 @@ def _offered(instruction: str) -> tuple[str, ...]:
 
 
 def _from_mcr_bench(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
-    audio = defaults.audio(row["audio"])
+    audio = defaults.clip_or_none(row["audio"])
     if "gt" in row:  # as published
         described = {kind: row[kind] for kind in CONTEXT_KINDS if kind != "neutral" and row.get(kind)}
-        row = {**row, "question": row["neutral"], "answer": str(row["gt"]), "contexts": {"neutral": "", **described}}
-    choices, answer = listed_choices(row.get("choices", row.get("options", ())), row["answer"])
+        row = {**row, "question": row["neutral"], "answer": row["gt"], "contexts": {"neutral": "", **described}}
+    choices, answer = listed_choices(first_of(row, ("choices", "options")) or (), as_text(row["answer"], "answer"))
     if "contexts" in row:
         contexts = row["contexts"]
         if not isinstance(contexts, Mapping) or not contexts:
             raise TypeError("contexts: expected an object of texts by type")
     else:
         contexts = {row.get("context_type", "neutral"): row.get("context", "")}
-    group = str(row.get("pair_id", row.get("id", defaults.name({}, audio))))
+    group = text_or_none(row, "pair_id") or defaults.name(row, audio)
     for context_type, context in contexts.items():
         if context_type not in CONTEXT_KINDS:
             raise ValueError(f"context_type: expected one of {list(CONTEXT_KINDS)}, got {context_type!r}")
@@ -375,11 +393,11 @@ def _from_mcr_bench(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exam
         yield Example(
             id=name,
             audio=audio,
-            transcription=str(row.get("transcription") or ""),
+            transcription=text_of(row, "transcription"),
             metadata={"context_type": context_type},
-            task=str(row.get("task", "")),
-            context=str(context or ""),
-            question=str(row["question"]),
+            task=text_of(row, "task"),
+            context=text_of({"context": context}, "context"),
+            question=as_text(row["question"], "question"),
             choices=choices,
             answer=answer,
             split=row.get("split", defaults.split),
@@ -396,10 +414,7 @@ def _rows(path: Path, form: str) -> Iterator[tuple[int, bytes | dict[str, Any] |
     if form != "dynamic_superb" or path.name != "metadata.json":
         yield from read_rows(path)
         return
-    rows = read_json(path)
-    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        raise ManifestError(f"{path}: expected an object of rows by clip")
     folder = path.absolute().parent
     task = folder.parent.name if folder.name in SPLITS else folder.name
-    for number, (clip, row) in enumerate(rows.items(), 1):
-        yield number, {**row, "id": f"{task}/{clip}", "task": task, "audio": clip}
+    for number, (clip, row) in enumerate(read_named_rows(path), 1):
+        yield number, {**row, "id": f"{task}/{clip}", "task": task, "audio": clip} if isinstance(row, dict) else row

@@ -49,10 +49,8 @@ def collect_examples(
                     raise ValueError(f"duplicate id {example.id!r}, first in row {first_row[example.id]}")
                 if checker is not None:
                     checker.check(example)
-        except AudioError as error:
-            problems.append(Problem(number, row_id, f"audio: {error.reason}"))
         except (ValueError, TypeError) as error:
-            problems.append(Problem(number, row_id, str(error)))
+            problems.append(Problem(number, row_id, reason_of(error)))
         else:
             first_row.update((example.id, number) for example in converted)
             examples += converted
@@ -60,6 +58,11 @@ def collect_examples(
         raise ManifestError(f"{path}: expected at least one row, got none")
     refuse_if_too_bad(path, problems, count, max_bad_fraction)
     return examples, problems
+
+
+def reason_of(error: ValueError | TypeError) -> str:
+    """What a `Problem` says of the error that made its row a bad one."""
+    return f"audio: {error.reason}" if isinstance(error, AudioError) else str(error)
 
 
 ALLOW_LINKS = "--allow-links (in Python allow_links=True, in a recipe data.allow_links=true)"

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.data.example import Example
 from models.data.json_rows import numbered_lines
 from models.data.problems import ManifestError
-from models.data.row_values import Defaults, attributes, listed_choices, split_name
+from models.data.row_values import (
+    CLIP_COLUMNS,
+    MARK,
+    Defaults,
+    attributes,
+    first_of,
+    listed_choices,
+    split_name,
+    text_of,
+    text_or_none,
+    without_nulls,
+)
 
-_AUDIO = ("audio", "audio_filepath", "audio_path", "path", "file", "file_name", "wav", "clip")
 _QUESTION = ("question", "instruction", "prompt", "query")
 _ANSWER = ("answer", "response", "output", "label")
 _TRANSCRIPTION = ("transcription", "transcript", "text", "sentence")
+_BESIDE = {"text": "text", "speaker": "utt2spk", "language": "utt2lang"}  # Kaldi's files, by the field that each fills
 _PIPE = (
     "the recording is a command (it ends with |), and no command is run; write its sound to a file and name that file"
 )
@@ -27,7 +38,16 @@ _PIPE = (
 
 def from_columns(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     """Rows whose columns have common names: audio, question, answer, choices, text ..."""
-    yield _example(row, defaults, defaults.audio(_first(row, _AUDIO)))
+    if not any(name in row for name in CLIP_COLUMNS):
+        raise ValueError(
+            f"audio: expected a clip under this name or one of {', '.join(CLIP_COLUMNS[1:])}, got none; a row of text only has "
+            '"audio": null'
+        )
+    name = next((name for name in CLIP_COLUMNS if row.get(name) is not None), "audio")
+    audio = defaults.clip_or_none(row.get(name), name)
+    if audio is None and MARK.search(text_of(row, *_QUESTION)):
+        raise ValueError("audio: expected a clip for the <audio> of the question, got null")
+    yield _example(row, defaults, audio)
 
 
 def from_nemo(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
@@ -35,7 +55,7 @@ def from_nemo(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     if "shard_id" in row:
         raise ValueError("shard_id: expected clips as files, got a manifest of tar files; unpack them first")
     start, duration = _seconds(row, "offset") or 0.0, _seconds(row, "duration")
-    audio = defaults.audio(row["audio_filepath"])
+    audio = defaults.clip_or_none(row["audio_filepath"], "audio_filepath")
     yield _example(
         row, defaults, audio, start=start, end=None if duration is None or duration <= 0 else start + duration
     )
@@ -45,26 +65,26 @@ def from_lhotse(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
     """Lhotse's MonoCut: a span of a recording that is one file, with its supervisions."""
     if (kind := row.get("type", "MonoCut")) != "MonoCut":
         raise ValueError(f"type: expected MonoCut, got {kind}; CutSet.save_audios of lhotse writes such cuts to files")
-    recording = row["recording"]
+    (recording,) = _objects([row["recording"]], "recording")
     if recording.get("transforms"):
         raise ValueError("recording: expected none of transforms, got some; CutSet.save_audios of lhotse applies them")
-    sources = recording["sources"]
+    sources = _objects(recording["sources"], "recording: sources")
     if len(sources) != 1 or sources[0].get("type") != "file":
         kinds = [source.get("type") for source in sources]
         why = f"; {_PIPE}" if "command" in kinds else ""
         raise ValueError(f"recording: expected one source of type file, got {kinds}{why}")
-    said = sorted(row.get("supervisions") or [], key=lambda each: each.get("start", 0))
+    said = sorted(_objects(row.get("supervisions", []), "supervisions"), key=lambda each: _seconds(each, "start") or 0.0)
     merged: dict[str, Any] = {}
     for each in said:
         merged |= {key: value for key, value in each.items() if key in ("speaker", "gender", "language")}
-        merged |= each.get("custom") or {}
-    merged |= row.get("custom") or {}
-    merged["id"] = row["id"]
-    merged.setdefault("text", " ".join(each["text"] for each in said if each.get("text")))
+        merged |= _objects([each.get("custom") or {}], "supervisions: custom")[0]
+    merged |= _objects([row.get("custom", {})], "custom")[0]
+    merged = without_nulls({**merged, "id": row["id"]})
+    merged.setdefault("text", " ".join(filter(None, (text_of(each, "text") for each in said))))
     start, duration = _seconds(row, "start") or 0.0, _seconds(row, "duration")
     whole = start == 0 and duration == _seconds(recording, "duration")
     end = None if whole or duration is None else start + duration
-    yield _example(merged, defaults, defaults.audio(sources[0]["source"]), start=start, end=end)
+    yield _example(merged, defaults, defaults.clip(sources[0]["source"], "source"), start=start, end=end)
 
 
 def from_kaldi(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
@@ -75,7 +95,13 @@ def from_kaldi(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
         raise ValueError(
             "audio: expected a file, got a place in an ark archive; write its sound to a file and name that file"
         )
-    yield _example(row, defaults, defaults.audio(row["audio"]), start=row["start"], end=row["end"])
+    yield _example(row, defaults, defaults.clip(row["audio"]), start=row["start"], end=row.get("end"))
+
+
+def kaldi_files(path: Path) -> list[Path]:
+    """Those of Kaldi's files that `kaldi_rows` reads of `path`."""
+    folder, scp = (path, "wav.scp") if path.is_dir() else (path.parent, path.name)
+    return [file for name in (scp, "segments", *_BESIDE.values()) if (file := folder / name).is_file()]
 
 
 def kaldi_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -89,8 +115,7 @@ def kaldi_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
     """
     path = Path(path)
     scp = path / "wav.scp" if path.is_dir() else path
-    named = {"text": "text", "speaker": "utt2spk", "language": "utt2lang"}
-    beside = {key: _table(scp.parent / name) for key, name in named.items()}
+    beside = {key: _table(scp.parent / name) for key, name in _BESIDE.items()}
 
     def row(name: str, audio: str, start: float = 0.0, end: float | None = None) -> dict[str, Any]:
         known = {key: table[name] for key, table in beside.items() if name in table}
@@ -116,23 +141,23 @@ def kaldi_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
 def _example(
     row: Mapping[str, Any], defaults: Defaults, audio: str | None, *, start: float = 0.0, end: float | None = None
 ) -> Example:
-    choices, answer = listed_choices(row.get("choices", row.get("options")) or (), _first(row, _ANSWER))
-    answer = None if answer is None else str(answer)
-    target = answer if row.get("target") is None else str(row["target"])
-    more = row.get("more_audio") or ()
+    choices, answer = listed_choices(first_of(row, ("choices", "options")) or (), text_or_none(row, *_ANSWER))
+    target = text_or_none(row, "target")
+    target = answer if target is None else target
+    more = row.get("more_audio", ())
     return Example(
         id=defaults.name(row, audio),
         audio=audio,
         start_seconds=start,
         end_seconds=end,
-        more_audio=tuple(defaults.audio(path) for path in more) if isinstance(more, (list, tuple)) else more,
-        transcription=str(_first(row, _TRANSCRIPTION) or ""),
+        more_audio=tuple(defaults.clip(path, "more_audio") for path in more) if isinstance(more, (list, tuple)) else more,
+        transcription=text_of(row, *_TRANSCRIPTION),
         metadata=attributes(row),
-        task=str(row.get("task") or ""),
-        context=str(row.get("context") or ""),
-        system=str(row.get("system") or ""),
-        question=str(_first(row, _QUESTION) or ""),
-        choices=tuple(str(choice) for choice in choices),
+        task=text_of(row, "task"),
+        context=text_of(row, "context"),
+        system=text_of(row, "system"),
+        question=text_of(row, *_QUESTION),
+        choices=choices,
         answer=answer,
         target=target,
         target_source=None if target is None else "human",
@@ -140,8 +165,10 @@ def _example(
     )
 
 
-def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
+def _objects(values: Any, name: str) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(values, list) or not all(isinstance(value, Mapping) for value in values):
+        raise TypeError(f"{name}: expected objects, got another value")
+    return values
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float | None:

@@ -5,28 +5,34 @@ stream is read once: its clips become files, and its rows a manifest, which all 
 
 What is read goes into a journal beside the manifest, MANIFEST.part, one JSON line a row. Every `COMMIT_ROWS` rows it is flushed
 to the disk, with the position of the data set. A run that was killed goes on from there. At the end the journal becomes the
-manifest.
+manifest. If too many rows are bad, the journal stays.
+
+A run that finds a journal checks the clips of its bad rows again: one that was missing may be there now. The journal belongs to
+the files of rows as they were, by their sizes, times and ends.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.data.audio import AudioError
 from models.data.example import Example, example_from_row
+from models.data.hf_datasets import listed_clips
 from models.data.json_rows import parse_object
 from models.data.manifest import MANIFEST_VERSION, VERSION_KEY, header_with_root
 from models.data.problems import ManifestError, Problem, list_problems, refuse_if_too_bad
-from models.data.readers import ForeignRows
-from models.data.rows import AudioChecker
+from models.data.readers import ForeignRows, row_files
+from models.data.rows import AudioChecker, reason_of
 from models.io_utils import fingerprint, fsync_dir
 
 COMMIT_ROWS = 500
+_END_BYTES = 1 << 20  # of a file of rows, hashed at its beginning and at its end
 _CLIPS_REMEMBERED = 10_000  # headers that need not be read again, for clips with many rows
 
 
@@ -46,7 +52,7 @@ def stream_into_manifest(
         a summary for the terminal.
 
     Raises:
-        ManifestError: as there; or the journal beside `out` is of other rows or other arguments.
+        ManifestError: as there; or the journal beside `out` is of other rows or other arguments, or is damaged.
 
     Memory: about 0.3 KiB a row for the ids, which have to be unique, and the list of the bad rows; no texts and no clips.
     """
@@ -56,39 +62,55 @@ def stream_into_manifest(
     rows = ForeignRows(path, form=form, audio_root=audio_root, split=split)
     if not rows.root.is_dir():
         raise ManifestError(f"audio_root: expected a folder, got {rows.root}")
-    settings = [str(Path(path).resolve()), rows.form, str(rows.root.resolve()), split, allow_links]
+    settings = [str(Path(path).resolve()), rows.form, str(rows.root.resolve()), split, allow_links, _identity(rows)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    journal = _Journal(out.with_name(f"{out.name}.part"), fingerprint(settings), rows)
     checker = AudioChecker(rows.root, allow_links=allow_links, known=_Recent())
+    journal = _Journal(out.with_name(f"{out.name}.part"), fingerprint(settings), rows, checker)
     with journal:
         for number, line in journal.left():
-            journal.add(number, *_converted(rows, checker, journal.ids, number, line))
+            journal.add(number, *_converted(rows, number, line))
     if not journal.rows:
         raise ManifestError(f"{path}: expected at least one row, got none")
-    refuse_if_too_bad(path, journal.problems, journal.rows, max_bad_fraction)
+    try:
+        refuse_if_too_bad(path, journal.problems, journal.rows, max_bad_fraction)
+    except ManifestError as error:
+        raise ManifestError(
+            f"{error}\n{journal.path} keeps the rows that were read: the same command checks only their bad clips again; "
+            "remove it if the rows change",
+            error.problems,
+        ) from None
     header = header_with_root({"form": rows.form}, audio_root=rows.root, folder=out.parent)
     journal.write_manifest(out, {**header, VERSION_KEY: MANIFEST_VERSION})
     return journal.summary(rows.root)
 
 
-def _converted(
-    rows: ForeignRows, checker: AudioChecker, ids: set[int], number: int, line: Any
-) -> tuple[str | None, list[Example], str | None]:
-    """The row's id, its examples, and what is wrong with it."""
+def _identity(rows: ForeignRows) -> list[Any]:
+    """What differs if the rows do: of each of their files the name, size, time and a hash of both ends; the listed clips."""
+    known: list[Any] = []
+    for path in row_files(rows.path, rows.form):
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ManifestError(f"{path}: expected a file that can be read again, got a pipe or a folder")
+            with path.open("rb") as file:
+                ends = hashlib.sha256(file.read(_END_BYTES))
+                file.seek(max(0, status.st_size - _END_BYTES))
+                ends.update(file.read(_END_BYTES))
+        except OSError as error:
+            raise ManifestError(f"{path}: cannot be read ({error.strerror})") from None
+        known.append([str(path.resolve()), status.st_size, status.st_mtime_ns, ends.hexdigest()])
+    return [*known, *([] if rows.dataset is None else listed_clips(rows.path, rows.dataset.kind))]
+
+
+def _converted(rows: ForeignRows, number: int, line: Any) -> tuple[str | None, list[Example], str | None]:
+    """The row's id, its examples, and why there are none."""
     row_id: str | None = None
     try:
         row = line if isinstance(line, dict) else parse_object(line)
         row_id = str(row["id"]) if isinstance(row.get("id"), (str, int)) else None
-        examples = rows.convert(number, row)
-        for example in examples:
-            if hash(example.id) in ids:
-                raise ValueError(f"duplicate id {example.id!r}")
-            checker.check(example)
-    except AudioError as error:
-        return row_id, [], f"audio: {error.reason}"
+        return row_id, rows.convert(number, row), None
     except (ValueError, TypeError) as error:
-        return row_id, [], str(error)
-    return row_id, examples, None
+        return row_id, [], reason_of(error)
 
 
 class _Recent(dict):
@@ -103,22 +125,22 @@ class _Recent(dict):
 class _Journal:
     """The rows that were read so far, on disk, and what has to be known of all of them.
 
-    Its lines: {"settings": fingerprint}; for each row {"n", "id", "examples"} or {"n", "id", "problem"}; {"at": position} after
-    every `COMMIT_ROWS` rows.
+    Its lines: {"settings": fingerprint}; for each row {"n", "id", "examples"}, and "problem" if it was bad then, which is judged
+    again; {"at": position} after every `COMMIT_ROWS` rows.
     """
 
-    def __init__(self, path: Path, settings: str, rows: ForeignRows) -> None:
-        self._path, self._settings, self._rows = path, settings, rows
+    def __init__(self, path: Path, settings: str, rows: ForeignRows, checker: AudioChecker) -> None:
+        self.path, self._settings, self._rows, self._checker = path, settings, rows, checker
         self._file: BinaryIO | None = None
         self._position: dict[str, Any] | None = None
-        self.ids: set[int] = set()
+        self._ids: set[int] = set()
         self.rows = 0
         self.problems: list[Problem] = []
         self._counts: Counter[tuple[str, str, str]] = Counter()
 
     def __enter__(self) -> _Journal:
-        good = self._recall() if self._path.is_file() else 0
-        self._file = self._path.open("r+b" if good else "wb")
+        good = self._recall() if self.path.is_file() else 0
+        self._file = self.path.open("r+b" if good else "wb")
         self._file.truncate(good)
         self._file.seek(good)
         if not good:
@@ -138,7 +160,8 @@ class _Journal:
         return ((number, line) for number, line in numbered if number > known)
 
     def add(self, number: int, row_id: str | None, examples: list[Example], problem: str | None) -> None:
-        what = {"examples": [e.to_row() for e in examples]} if problem is None else {"problem": problem}
+        problem = problem or self._problem_of(examples, check_clips=True)
+        what = {"examples": [e.to_row() for e in examples], **({} if problem is None else {"problem": problem})}
         self._write({"n": number, "id": row_id, **what})
         self._count(number, row_id, examples, problem)
         if number % COMMIT_ROWS == 0:
@@ -148,15 +171,17 @@ class _Journal:
 
     def write_manifest(self, out: Path, header: dict[str, Any]) -> None:
         """The journal becomes the manifest: readers see the old file or the whole new one."""
+        bad = {problem.row for problem in self.problems}
         made = out.with_name(f".{out.name}.tmp")
         with made.open("wb") as file:
             file.write(_line(header))
             for entry, _ in self._entries():
-                file.writelines(_line(row) for row in entry.get("examples", ()))
+                if entry.get("n") not in bad:
+                    file.writelines(_line(row) for row in entry.get("examples", ()))
             file.flush()
             os.fsync(file.fileno())
         made.replace(out)
-        self._path.unlink()
+        self.path.unlink()
         fsync_dir(out.parent)
 
     def summary(self, root: Path) -> str:
@@ -172,34 +197,56 @@ class _Journal:
         for entry, end in self._entries():
             if not good and entry.get("settings") != self._settings:
                 raise ManifestError(
-                    f"{self._path}: expected the journal of these rows and arguments, got another one's; remove it to begin again"
+                    f"{self.path}: expected the journal of these rows and arguments, got that of others, or the files of "
+                    "rows have changed since; remove it to begin again"
                 )
             good = end
             if "at" in entry:
                 self._position = entry["at"]
             elif "n" in entry:
-                examples = [example_from_row(row) for row in entry.get("examples", ())]
+                examples, problem = [example_from_row(row) for row in entry["examples"]], entry.get("problem")
                 if examples and entry["id"] is not None:
                     self._rows.numbers.remember(entry["id"], examples)
-                self._count(entry["n"], entry["id"], examples, entry.get("problem"))
+                if examples:
+                    problem = self._problem_of(examples, check_clips=problem is not None)
+                self._count(entry["n"], entry["id"], examples, problem)
         return good
 
     def _entries(self) -> Iterator[tuple[dict[str, Any], int]]:
         """(entry, where its line ends); a line that was cut off ends them."""
         end = 0
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     return
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    raise ManifestError(
+                        f"{self.path}: expected a journal's line at byte {end}, got {line[:40]!r}; remove the file to begin again"
+                    ) from None
                 end += len(line)
-                yield json.loads(line), end
+                yield entry, end
+
+    def _problem_of(self, examples: list[Example], *, check_clips: bool) -> str | None:
+        """Why a row with these examples is a bad one."""
+        try:
+            for example in examples:
+                if hash(example.id) in self._ids:
+                    raise ValueError(f"duplicate id {example.id!r}")
+                if check_clips:
+                    self._checker.check(example)
+        except ValueError as error:
+            return reason_of(error)
+        return None
 
     def _count(self, number: int, row_id: str | None, examples: list[Example], problem: str | None) -> None:
         self.rows = number
         if problem is not None:
             self.problems.append(Problem(number, row_id, problem))
+            return
         for example in examples:
-            self.ids.add(hash(example.id))
+            self._ids.add(hash(example.id))
             self._counts[example.split, example.task or "-", example.kind] += 1
 
     def _write(self, entry: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from models.audio_lms.model import AudioLM
 from models.data.audio import AudioError, write_audio
 from models.data.example import Example
 from models.data.manifest import read_manifest, write_manifest
-from models.speech_lm.listeners import open_clips
+from models.speech_lm.listeners import answer_ids, open_clips
 from models.training.cache_identity import sample_content
 from tests.models.audio_lms import tiny_audio_lms as tiny
 
@@ -193,6 +193,18 @@ def test_answers(model):
     assert model.generate(batch, max_new_tokens=3, alpha=0.0) == answers
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(batch, max_new_tokens=0)
+
+
+def test_logits_of_nan_are_no_answer(model):
+    batch = model.make_collator()(EXAMPLES, CLIPS, with_target=False)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(0, torch.tensor([1]), torch.nan))
+    try:
+        for alpha in (None, 1.0):
+            with pytest.raises(ValueError, match=f"example '{EXAMPLES[1].id}': the model's logits are NaN"):
+                answer_ids(model, batch, max_new_tokens=2, alpha=alpha)
+    finally:
+        hook.remove()
 
 
 def test_several_clips_in_a_turn(model):

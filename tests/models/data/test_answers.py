@@ -88,6 +88,13 @@ def test_a_label_in_another_case_than_its_choice_is_that_choice():
     assert not lenient_match("a man", "Woman", ("man", "woman"))
 
 
+@pytest.mark.parametrize("label", ["", " \n"])
+@pytest.mark.parametrize("choices", [(), ("man", "woman")])
+def test_an_empty_label_is_named_by_no_text(label, choices):
+    for text in ("", "man", "It is nothing."):
+        assert not lenient_match(text, label, choices) and not strict_match(text, label, choices)
+
+
 def test_words_taken_out_for_a_longer_choice_do_not_join_their_neighbours():
     assert named_choices("very very fast fast", ("very fast", "fast")) == ["very fast", "fast"]
     assert named_choices("the quite slow one", ("the one", "quite slow")) == ["quite slow"]

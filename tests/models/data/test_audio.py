@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from models.data.audio import AudioError, check_span, encode_audio, load_audio, probe_audio, write_audio
+from models.data.audio import AudioError, check_span, encode_audio, load_audio, probe_audio, resample, write_audio
 
 
 def _tone(seconds: float, rate_hz: int = 16_000, *, hertz: float = 440.0) -> np.ndarray:
@@ -295,12 +295,27 @@ def test_a_path_with_a_null_byte_is_an_audio_error():
         ({"start_seconds": 0.5, "end_seconds": 0.2}, "empty span"),
         ({"start_seconds": -1.0}, "empty span"),
         ({"max_seconds": 0.5}, "too long: 1.0 s"),
+        ({"start_seconds": 0.5, "end_seconds": 0.50002}, "too short: 2e-05 s, less than half a sample at 16000 Hz"),
     ],
 )
 def test_bad_spans(tmp_path, span, reason):
     write_audio(tmp_path / "a.flac", _tone(1.0))
     with pytest.raises(AudioError, match=reason):
         load_audio(tmp_path / "a.flac", **span)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_clip_of_which_nothing_is_left_at_16_khz_is_an_audio_error(tmp_path, count):
+    path = tmp_path / "a.wav"
+    sf.write(path, np.full(count, 0.1), 96_000)
+    with pytest.raises(AudioError, match=r"a\.wav: too short"):
+        load_audio(path)
+    with pytest.raises(AudioError, match=f"too short: {count} samples at 96000 Hz give none at 16000 Hz"):
+        resample(np.ones(count, np.float32), 96_000, 16_000)
+    sf.write(path, np.full(200, 0.1), 96_000)
+    with pytest.raises(AudioError, match=r"a\.wav: too short"):
+        load_audio(path, end_seconds=(count + 0.4) / 96_000)
+    assert load_audio(path, end_seconds=3 / 96_000).size == 1
 
 
 def test_an_end_rounded_up_is_the_end(tmp_path):

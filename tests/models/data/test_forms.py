@@ -50,6 +50,16 @@ def only(path, row, **options):
     return example
 
 
+CUT = {
+    "id": "cut-1", "start": 0.25, "duration": 0.5, "channel": 0, "type": "MonoCut",
+    "supervisions": [{"id": "s", "recording_id": "r", "start": 0.0, "duration": 0.5, "text": "good luck", "speaker": "JOE",
+                      "language": "en", "custom": {"question": "Who speaks?", "answer": "A man."}}],
+    "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "a.wav"}], "sampling_rate": 16_000,
+                  "num_samples": 16_000, "duration": 1.0, "channel_ids": [0]},
+}  # fmt: skip
+TWO_PARTS = [{"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.wav"}, {"type": "text", "text": "One voice?"}]
+
+
 # --- what first users bring -------------------------------------------------------------------------------------------
 
 
@@ -171,14 +181,40 @@ def test_spellings_of_one_row_give_one_example(root, row):
         ),
         ({**swift("a.wav"), "images": ["x.png"]}, "only text and audio are read"),
         ({"messages": [{"role": "assistant", "content": "x"}], "audios": ["a.wav"]}, "a turn of the user first"),
+        (swift(None), "audios: expected a path, got null"),
+        ({"query": "<audio>Who?", "response": "x", "audios": ["a.wav"], "images": ["x.png"]}, "images: expected none, got some"),
+        ({"query": "<audio>Who?", "response": "x", "audios": ["a.wav"], "history": [["q", None]]},
+         "history: expected text, got null"),
+        ({"query": "<audio>Who?", "response": "x", "audios": ["a.wav"], "history": [["q"]]}, "history: expected a list of pairs"),
+        ({"query": "<audio>Who?", "response": {"text": "x"}, "audios": ["a.wav"]}, "response: expected text, got dict"),
+        (swift("a.wav", [{"type": "text", "text": None}, {"type": "text", "text": "<audio>"}]), "messages: text: expected text"),
+        (swift("a.wav", answer=None), "messages: expected text or audio in a turn, got null"),
+        (swift("a.wav", task=["gender"]), "task: expected text, got list"),
+        ({"audio": "a.wav", "question": "Q", "choices": {"A": "x"}, "answer": ["A"]}, "answer: expected text, got list"),
+        ({"audio": "a.wav", "question": "Q", "choices": ["x", None]}, "choices: expected text, got null"),
+        ({"audio": "a.wav", "question": "Q", "choices": 3}, "choices: expected a list or an object, got int"),
+        ({**CUT, "recording": "r"}, "recording: expected objects"),
+        ({**CUT, "supervisions": [{"text": ["x"]}]}, "text: expected text, got list"),
+        (swift({"file": "a.wav"}), "audios: expected a path under one of path, audio, audio_filepath,"),
+        (swift({"bytes": "UklG", "path": None}), "audios: expected a path, got a clip's bytes"),
+        ({**swift("a.wav"), "audios": None}, "expected one clip for each <audio>, got 0 for 1"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "file": "a.wav"}]}, {"role": "assistant", "content": "x"}]},
+         "messages: expected a path under one of path"),
+        ({"messages": [{"role": "user", "content": "<audio><audio>Who?"}, {"role": "user", "content": TWO_PARTS[:1]},
+                       {"role": "assistant", "content": "x"}]}, "expected one clip for each <audio>, got 1 for 2"),
+        ({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": TWO_PARTS[1:]}]},
+         "messages: expected <audio> in a turn of the user, got it in an answer"),
+        ({"audio": {"array": [0.1]}, "question": "Who?"}, "audio: expected a path, got a clip's samples"),
+        ({"audio": {"bytes": "UklG", "path": None}, "question": "Who?"}, "audio: expected a path, got a clip's bytes"),
+        ({"audio": None, "question": "<audio>Who?"}, "audio: expected a clip for the <audio> of the question, got null"),
+        ({"audio": "a.wav", "more_audio": [None]}, "more_audio: expected a path, got null"),
+        ({**CUT, "recording": {**CUT["recording"], "sources": [{"type": "file", "source": None}]}},
+         "source: expected a path, got null"),
     ],
-)
-def test_a_conversation_that_cannot_be_one_example_says_why(root, row, message):
+)  # fmt: skip
+def test_a_row_that_cannot_be_one_example_says_why(root, row, message):
     (problem,) = read_data(lines(root / "rows.jsonl", [row]), max_bad_fraction=1.0).problems
     assert message in problem.reason
-
-
-TWO_PARTS = [{"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.wav"}, {"type": "text", "text": "One voice?"}]
 
 
 @pytest.mark.parametrize(
@@ -190,11 +226,55 @@ TWO_PARTS = [{"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.
         {"messages": [{"role": "user", "content": TWO_PARTS}, {"role": "assistant", "content": "Yes."}]},
         {"messages": [{"role": "system", "content": "<audio> Compare."}, {"role": "user", "content": "<audio>One voice?"},
                       {"role": "assistant", "content": "Yes."}], "audios": ["a.wav", "b.wav"]},
+        {"messages": [{"role": "system", "content": TWO_PARTS[:1]}, {"role": "user", "content": TWO_PARTS[1:]},
+                      {"role": "assistant", "content": "Yes."}]},
+        {**swift("", "<audio><audio>One voice?"), "audios": None, "audio": ["a.wav", "b.wav"]},
     ],
 )  # fmt: skip
 def test_a_question_may_have_two_clips(root, row):
     example = only(root / "rows.jsonl", row)
     assert (example.audio, example.more_audio, example.question) == ("a.wav", ("b.wav",), "One voice?")
+
+
+def test_a_row_of_messages_without_any_is_no_question(root):
+    path = lines(root / "rows.jsonl", [swift("a.wav", id="1"), {"id": "2", "messages": None, "audios": ["a.wav"]}])
+    (problem,) = read_data(path, max_bad_fraction=0.5).problems
+    assert str(problem) == "row 2 (2): messages: expected these, or conversations, query or instruction, got none"
+
+
+@pytest.mark.parametrize(
+    ("row", "target"),
+    [
+        ({"messages": None, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+          "audio": "a.wav"}, "A"),
+        ({"query": None, "instruction": "Q", "input": "", "output": 0, "audio": "a.wav"}, "0"),
+        ({"query": "<audio>Q", "response": 0, "audios": ["a.wav"], "history": None, "system": None}, "0"),
+        ({"query": "<audio>Q", "response": 1, "audios": None, "audio": "a.wav"}, "1"),
+        ({"messages": [{"role": "user", "content": "<audio>Q"}], "audios": ["a.wav"], "response": None, "target": "T"}, "T"),
+        ({"messages": [{"role": "user", "content": "Q"}], "audio": "a.wav", "target": "T"}, "T"),
+        (swift("a.wav", "<audio>Q", "A", task=None, dataset=None, split=None, transcription=None), "A"),
+        ({"audio": "a.wav", "question": "Q", "target": None, "answer": 0, "choices": None}, "0"),
+        ({"audio": "a.wav", "question": "Q", "choices": {"A": 1, "B": 2}, "answer": "B"}, "2"),
+        ({"audio_filepath": "a.wav", "question": "Q", "answer": "A", "duration": None, "text": None}, "A"),
+        ({**CUT, "supervisions": [{"start": None, "text": "t", "custom": {"text": None, "question": "Q", "answer": 0}}],
+          "custom": None, "id": "1/a.wav"}, "0"),
+    ],
+)  # fmt: skip
+def test_null_is_absent_and_zero_is_an_answer(root, row, target):
+    example = only(root / "rows.jsonl", {"id": None, **row})
+    assert (example.id, example.audio, example.question, example.target) == ("1/a.wav", "a.wav", "Q", target)
+    assert (example.task, example.split, example.system) == ("", "train", "")
+    assert example.transcription == ("t" if "recording" in row else "")
+
+
+def test_a_system_turn_does_not_part_a_question_from_its_answer(root):
+    turns = [("user", "<audio>Q1"), ("system", "S1"), ("user", "Q2"), ("assistant", "A1"), ("system", "S2"), ("user", "Q3"),
+             ("assistant", "A3")]  # fmt: skip
+    for count, expected in ((4, [("Q1\nQ2", "A1")]), (7, [("Q1\nQ2", "A1"), ("Q3", "A3")])):
+        messages = [{"role": role, "content": text} for role, text in turns[:count]]
+        examples = read_data(lines(root / "rows.jsonl", [{"messages": messages, "audios": ["a.wav"]}])).examples
+        assert [(e.question, e.target) for e in examples] == expected
+        assert {e.system for e in examples} == {"S1" if count == 4 else "S1\nS2"}
 
 
 def test_a_later_question_of_a_conversation_is_about_all_clips_so_far(root):
@@ -214,6 +294,14 @@ def test_a_row_whose_clips_and_marks_differ_in_number_is_named_with_its_file(roo
     assert str(path) in str(caught.value) and "row 2 (bad): audios: expected one clip" in str(caught.value)
 
 
+def test_a_row_of_columns_says_that_it_has_no_clip(root):
+    row = {"question": "Who speaks?", "answer": "A woman."}
+    assert only(root / "rows.jsonl", {**row, "audio": None}).audio is None
+    path = lines(root / "rows.jsonl", [{**row, "audio": "a.wav"}, {**row, "adio": "b.wav"}])
+    (problem,) = read_data(path, max_bad_fraction=0.5).problems
+    assert problem.row == 2 and problem.reason.startswith("audio: expected a clip under this name or one of audio_filepath,")
+
+
 def test_absolute_paths_need_a_root_above_them(root, tmp_path):
     rows = lines(tmp_path / "rows.jsonl", [swift(str(root / "a.wav"))])
     assert [e.audio for e in read_data(rows)] == ["data/a.wav"]
@@ -230,15 +318,6 @@ def test_nemo_rows_are_spans(root):
     assert example.target is None and example.metadata == {"lang": "en"}
     (problem,) = read_data(lines(root / "rows.jsonl", [{**row, "offset": 0.9}]), max_bad_fraction=1.0).problems
     assert problem.reason == "audio: span ends at 1.4 s, the clip ends at 1.00 s"
-
-
-CUT = {
-    "id": "cut-1", "start": 0.25, "duration": 0.5, "channel": 0, "type": "MonoCut",
-    "supervisions": [{"id": "s", "recording_id": "r", "start": 0.0, "duration": 0.5, "text": "good luck", "speaker": "JOE",
-                      "language": "en", "custom": {"question": "Who speaks?", "answer": "A man."}}],
-    "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "a.wav"}], "sampling_rate": 16_000,
-                  "num_samples": 16_000, "duration": 1.0, "channel_ids": [0]},
-}  # fmt: skip
 
 
 def test_lhotse_cuts(root):
@@ -332,14 +411,15 @@ def test_clips_inside_a_data_set_become_files_once(root, tmp_path, monkeypatch):
         {"audio": {"bytes": data, "path": f"{n}.wav"}, "question": "Who?", "answer": n % 2, "text": None}
         for n in range(2)
     )
+    rows.append({"audio": None, "question": "Why?", "answer": 0, "text": None})
     rows.features = {"audio": _Audio(), "answer": _Labels()}
     module = types.SimpleNamespace(Audio=_Audio, load_from_disk=lambda path: {"validation": rows})
     monkeypatch.setitem(sys.modules, "datasets", module)
     (root / "dataset_dict.json").write_text("{}")
     manifest = read_data(root)
-    assert [(e.answer, e.split) for e in manifest] == [("man", "dev"), ("woman", "dev")]
+    assert [(e.answer, e.split) for e in manifest] == [("man", "dev"), ("woman", "dev"), ("man", "dev")]
     (file,) = [path for path in (tmp_path / "cache" / "clips").rglob("*") if path.is_file()]
-    assert file.read_bytes() == data and {manifest.audio_path(e) for e in manifest} == {file}
+    assert file.read_bytes() == data and {manifest.audio_path(e) for e in manifest} == {file, None}
 
 
 @pytest.mark.slow
@@ -395,16 +475,61 @@ def test_the_form_is_found(tmp_path, row, form):
 def test_an_unknown_form_is_an_error_that_names_all(tmp_path, root):
     with pytest.raises(ManifestError, match="names one of desta, messages, columns"):
         read_data(lines(tmp_path / "rows.jsonl", [{"x": 1}]))
-    with pytest.raises(ManifestError, match="got neither"):
-        read_data(
-            lines(tmp_path / "rows.jsonl", [{"id": "1", "audio": "a.wav", "question": "x"}])
-        )  # a manifest's header is missing
+    with pytest.raises(ManifestError, match=r"got rows of a manifest without that line; write it before them, .*--form columns"):
+        read_data(lines(tmp_path / "rows.jsonl", [{"id": "1", "audio": "a.wav", "question": "x"}]))
     assert (
         train_reads(lines(root / "rows.jsonl", [{"id": "1", "audio": "a.wav", "target": "x"}]), form="columns")[
             0
         ].target
         == "x"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(swift("a.wav")).encode("utf-16"), "got row 1: not UTF-8 at byte 0"),
+        ((json.dumps(swift("a.wav")) + ",\n").encode() * 2, r"got row 1: bad JSON: Extra data at column \d+; a file of rows is"),
+        (json.dumps(swift("a.wav"), indent=1).encode(), r"got row 1: bad JSON: .*one JSON object a line or one JSON array"),
+        (b"audio,question\na.wav,Who?\n", "got row 1: bad JSON: Expecting value at column 1"),
+        (b'{"x": 1}\n{"x"}\n', "got rows with the keys x; row 2: bad JSON"),
+        (b"[]", "got no row"),
+        (b" \n", "got no row"),
+        (b"[" + json.dumps(swift("a.wav")).encode() + b",\n {'x': 1}]", r"rows.jsonl: row 2: bad JSON: .* at line 2, column 3"),
+        (b"[" + json.dumps(swift("a.wav")).encode() + b",\n]", r"rows.jsonl: row 2: bad JSON: .* at line (1|2), column \d+"),
+        (b"[" + json.dumps(swift("a.wav")).encode() + b"\n] x", r"rows.jsonl: row 1: bad JSON: Extra data at line 2, column 3"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where(root, content, message):
+    (root / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ManifestError, match=message):
+        read_data(root / "rows.jsonl")
+
+
+def test_an_array_may_be_one_long_line(root, capsys):
+    rows = [swift("a.wav", id=str(n), dataset="x" * 600) for n in range(2000)]
+    for name, options in (("rows.json", {}), ("rows.json.gz", {"form": "messages"})):
+        data = b"\xef\xbb\xbf\n " + json.dumps(rows).encode()
+        assert len(data) > 1 << 20
+        (root / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        assert [e.id for e in read_data(root / name, **options)] == [row["id"] for row in rows]
+
+
+def test_bad_elements_of_an_array_are_bad_rows_as_in_lines(root):
+    good = swift("a.wav")
+    texts = [json.dumps(good), json.dumps({**good, "age": float("nan")}), "null", "[1]", '{"x": 1, "x": 2}', json.dumps(good)]
+    found = []
+    for name, text in (("rows.json", f"[{', '.join(texts)}]"), ("rows.jsonl", "\n".join(texts))):
+        (root / name).write_text(text)
+        manifest = read_data(root / name, max_bad_fraction=1.0)
+        found.append([str(problem) for problem in manifest.problems])
+        assert [e.id for e in manifest] == ["1/a.wav", "6/a.wav"]
+    assert found[0] == found[1] == [
+        "row 2: bad JSON: NaN is not a number",
+        "row 3: bad JSON: expected an object, got NoneType",
+        "row 4: bad JSON: expected an object, got list",
+        "row 5: bad JSON: key 'x' twice",
+    ]
 
 
 def test_check_counts_duplicates_splits_and_scripts(root, capsys):

@@ -183,12 +183,14 @@ def test_the_header_may_name_the_audio_root(root, tmp_path):
 def test_check_says_what_is_wrong_with_a_clip(root, capsys):
     write_audio(root / "long.flac", np.zeros(16_000 * 31, np.float32))
     (root / "text.mkv").write_text("This is no sound.")
-    rows = [_row(id=name, audio=name) for name in ("long.flac", "text.mkv")]
+    write_audio(root / "short.wav", np.ones(2), sample_rate=96_000)
+    rows = [_row(id=name, audio=name) for name in ("long.flac", "text.mkv", "short.wav")]
     path = _write(root, [json.dumps(GOOD), *rows, json.dumps({**GOOD, "id": "twice", "choices": ["man", "man", "woman"]})])
-    assert main([str(path), "--max-bad-fraction", "0.5"]) == 0
+    assert main([str(path), "--max-bad-fraction", "0.6"]) == 0
     out = capsys.readouterr().out
+    assert "3 of them bad (" in out and "too short 1" in out and "row 5 (short.wav): audio: too short: 2.1e-05 s" in out
     assert "row 3 (long.flac): audio: too long: 31.0 s, at most 30 s are allowed" in out
-    assert "row 4 (text.mkv): audio: " in out and "2 rows, 2 skipped" in out
+    assert "row 4 (text.mkv): audio: " in out and "2 rows, 3 skipped" in out
 
 
 def test_a_link_inside_the_root_is_fine(root):

@@ -79,6 +79,12 @@ def test_target_template_refuses_what_is_no_choice():
         target_template(_example(), " ")
 
 
+def test_a_choice_with_blanks_around_it_is_told_without_them():
+    choices = ("man ", "a  woman")
+    told = [target_template(_example(choices=choices, answer=choice), choice) for choice in choices]
+    assert told == ["The answer is man.", "The answer is a woman."]
+
+
 def test_hint_for_an_unknown_task_names_the_known_ones():
     with pytest.raises(ValueError, match=r"task: expected one of .*'gender'.*, got 'humour'"):
         hint_for("humour", "happy")

@@ -64,6 +64,19 @@ def test_desta_rows(root):
     assert (second.question, second.transcription, second.target) == ("Who speaks?", "Good luck.", "A woman.")
 
 
+def test_null_values_count_as_absent(root):
+    (example,) = _read(root, [{**DESTA, "id": None, "target": None, "response": "A man.", "task": None}], "desta")
+    assert (example.id, example.target, example.task) == ("1/a.flac", "A man.", "")
+    rows = [{**SUPERB, "id": None, "task": None, "instruction": f"{n}?", "text": None, "split": None} for n in range(3)]
+    assert [(e.id, e.task, e.context, e.split) for e in _read(root, rows, "dynamic_superb")] == [
+        (f"{n}/a.flac", "", "", "test") for n in (1, 2, 3)
+    ]
+    (example,) = _read(root, [{**SUPERB, "label": 0, "choices": None, "instruction": "How many?"}], "dynamic_superb")
+    assert (example.answer, example.choices) == ("0", ())
+    (example, *_) = _read(root, [{**MCR, "choices": None, "pair_id": None, "contexts": {"neutral": None}}], "mcr_bench")
+    assert (example.choices, example.pair_id, example.context) == (("happy", "sad"), "m1", "")
+
+
 def test_seed_rows_of_the_caad_authors(root, capsys):
     """No form is named; the system turn keeps its lines, and Stage 1 reads the description as it is."""
     plain = {**DESTA, "id": "plain", "messages": DESTA["messages"][1:]}
@@ -98,7 +111,7 @@ def test_a_seed_row_may_have_several_clips(root):
     assert example.transcription == "Good luck.\nThanks."
     bad = [
         ({**row, "messages": [{"role": "user", "content": f"{mark * 3} Who?"}]}, "one for each mark of a clip, got 2 for 3"),
-        ({**row, "audios": [DESTA["audios"][0], {"text": "Thanks."}]}, "expected a path in each"),
+        ({**row, "audios": [DESTA["audios"][0], {"text": "Thanks."}]}, "expected a path under one of path, audio"),
         ({**row, "audios": []}, "expected at least one, got none"),
     ]
     for wrong, message in bad:
@@ -207,7 +220,13 @@ def test_dynamic_superb_metadata_is_an_object_of_rows_by_clip(tmp_path, folder):
     (example,) = read_foreign(path, form="dynamic_superb")
     assert (example.id, example.audio) == ("SpeechDetection_LJSpeech/a.flac", "a.flac")
     assert (example.task, example.answer) == ("SpeechDetection_LJSpeech", "yes")
-    for content, message in (("[]", "expected an object of rows"), ('{"a.flac": 1}', "expected an object"), ("{", "bad JSON")):
+    for content, message in (
+        ("[]", r"expected an object of rows by clip, got '\['"),
+        ('{"a.flac": 1}', "expected an object"),
+        ("{", "bad JSON"),
+        ('{"a.flac": {}, "a.flac": {}}', "key 'a.flac' twice"),
+        ("{1: {}}", "row 1: bad JSON: Expecting a name in quotes at column 2"),
+    ):
         path.write_text(content)
         with pytest.raises(ManifestError, match=message):
             read_foreign(path, form="dynamic_superb")
@@ -255,17 +274,25 @@ def test_mcr_rows_become_one_example_a_context_under_one_pair(root):
         ("desta", {**DESTA, "messages": "hello"}, "messages: expected a list of objects"),
         ("desta", {**DESTA, "messages": DESTA["messages"] * 2}, "messages: expected one user turn, got 2"),
         ("desta", {**DESTA, "audios": DESTA["audios"] * 2}, "audios: expected one for each mark of a clip, got 2 for 1"),
-        ("desta", {**DESTA, "audios": ["a.flac"]}, ""),
+        ("desta", {**DESTA, "audios": [3]}, "audios: expected a path, got int"),
+        ("desta", {**DESTA, "audios": [{"file": "a.flac", "text": "Hi."}]}, "audios: expected a path under one of path, audio"),
+        ("desta", {**DESTA, "audios": [None]}, "audios: expected a path, got null"),
         ("desta", {**DESTA, "audios": [{"audio": "../a.flac"}]}, "audio: expected a path inside the audio root"),
-        ("desta", {**DESTA, "audios": [{"audio": "/etc/passwd"}]}, "audio: expected a path inside the audio root"),
+        ("desta", {**DESTA, "audios": [{"audio": "/etc/passwd"}]}, "audios: expected a path inside the audio root"),
         ("desta", {**DESTA, "audios": [{"audio": "b.flac"}]}, "audio: missing file"),
         ("dynamic_superb", {k: v for k, v in SUPERB.items() if k != "file"}, "missing field 'audio'"),
         ("dynamic_superb", {**SUPERB, "audio2": "b.flac"}, "audio2: expected one clip, got two"),
+        ("dynamic_superb", {**SUPERB, "audio2": {"array": [0.1]}}, "audio2: expected a path, got a clip's samples"),
+        ("mcr_bench", {**MCR, "audio": {"path": None, "bytes": "UklG"}}, "audio: expected a path, got a clip's bytes"),
         ("mcr_bench", {**MCR, "answer": "angry"}, "answer: expected one of"),
-        ("mcr_bench", {**MCR, "options": "happy or sad"}, "choices: expected a list or an object, got a string"),
-        ("dynamic_superb", {**SUPERB, "choices": "yes or no"}, "choices: expected a list, got a string"),
+        ("mcr_bench", {**MCR, "options": "happy or sad"}, "choices: expected a list or an object, got str"),
+        ("dynamic_superb", {**SUPERB, "choices": "yes or no"}, "choices: expected a list or an object, got str"),
         ("mcr_bench", {**MCR, "contexts": {"hostile": ""}}, "context_type: expected one of"),
         ("mcr_bench", {**MCR, "contexts": []}, "contexts: expected an object"),
+        ("mcr_bench", {**MCR, "answer": ["A"]}, "answer: expected text, got list"),
+        ("dynamic_superb", {**SUPERB, "label": None}, "missing field 'label'"),
+        ("dynamic_superb", {**SUPERB, "label": ["yes"]}, "label: expected text, got list"),
+        ("desta", {**DESTA, "target": {"text": "A."}}, "target: expected text, got dict"),
     ],
 )
 def test_rows_of_another_shape_are_problems(root, form, row, reason):
@@ -288,7 +315,7 @@ def test_doubles_arrays_absolute_paths_and_limits(root):
     assert len(read_foreign(root / "rows.json", form="desta")) == 2
     with pytest.raises(ManifestError, match="at least one row"):
         _read(root, [], "desta")
-    with pytest.raises(ManifestError, match="expected an array of objects"):
+    with pytest.raises(ManifestError, match="row 1: bad JSON: expected an object, got int"):
         _read(root, ["[1]"], "desta")
     with pytest.raises(ValueError, match="form: expected one of"):
         _read(root, [DESTA], "nist")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 
@@ -80,10 +81,68 @@ def test_a_killed_run_goes_on(root, monkeypatch):
         streaming.stream_into_manifest(source, root / "m.jsonl", split="dev")
     read = []
     converted = streaming._converted
-    monkeypatch.setattr(streaming, "_converted", lambda *a: read.append(a[3]) or converted(*a))
+    monkeypatch.setattr(streaming, "_converted", lambda *a: read.append(a[1]) or converted(*a))
     streaming.stream_into_manifest(source, root / "m.jsonl")
     assert read == list(range(9, 16))
     assert (root / "m.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes() and not part.exists()
+
+
+def test_a_clip_that_came_later_is_found_by_the_same_command(root, capsys):
+    source = jsonl(root / "rows.jsonl", [*rows(2), {"audio_path": "late.wav", "question": "?", "answer": "a man"}])
+    command = [str(source), "--out", str(root / "m.jsonl"), "--streaming"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "1 of 3 rows are bad" in error and f"{root / 'm.jsonl.part'} keeps the rows" in error
+    (root / "a.wav").rename(root / "late.wav")  # rows that were good are not checked again
+    assert main(command) == 0
+    assert [e.audio for e in read_manifest(root / "m.jsonl", check_audio=False)] == ["a.wav", "a.wav", "late.wav"]
+    assert not (root / "m.jsonl.part").exists()
+
+
+def test_other_rows_in_the_same_file_are_no_continuation(root, capsys):
+    source = jsonl(root / "rows.jsonl", [*rows(2), {"audio_path": "late.wav", "question": "?", "answer": "a man"}])
+    command = [str(source), "--out", str(root / "m.jsonl"), "--streaming", "--max-bad-fraction"]
+    assert main([*command, "0"]) == 1
+    before = source.stat()
+    jsonl(source, [*rows(2)[::-1], {"audio_path": "late.wav", "question": "?", "answer": "a boy"}])
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert source.stat().st_size == before.st_size
+    capsys.readouterr()
+    assert main([*command, "1"]) == 1 and not (root / "m.jsonl").exists()
+    error = capsys.readouterr().err
+    assert f"{root / 'm.jsonl.part'}: expected the journal of these rows" in error and "remove it to begin again" in error
+    (root / "m.jsonl.part").unlink()
+    assert main([*command, "1"]) == 0
+    assert [e.question for e in read_manifest(root / "m.jsonl")] == ["Who1?", "Who0?"]
+
+
+def test_a_run_that_goes_on_judges_bad_rows_as_a_new_one_does(root, monkeypatch):
+    """The clip of the first row comes after the kill, so the third row is the duplicate now."""
+    late = {"id": "q", "audio_path": "late.wav", "question": "Who?", "answer": "a man"}
+    source = jsonl(root / "rows.jsonl", [late, *rows(1), {**late, "audio_path": "a.wav"}, *rows(3)[2:]])
+    with monkeypatch.context() as patch:
+        killed_at(patch, 4)
+        with pytest.raises(Killed):
+            streaming.stream_into_manifest(source, root / "m.jsonl", max_bad_fraction=0.5)
+    (root / "b.wav").rename(root / "late.wav")
+    write_audio(root / "b.wav", np.ones(8000, np.float32) * 0.1)
+    for name in ("m", "new"):
+        streaming.stream_into_manifest(source, root / f"{name}.jsonl", max_bad_fraction=0.5)
+    assert (root / "m.jsonl").read_bytes() == (root / "new.jsonl").read_bytes()
+    assert [e.id for e in read_manifest(root / "m.jsonl")] == ["q", "q0", "q1"]
+
+
+def test_a_damaged_journal_is_named(root):
+    source = jsonl(root / "rows.jsonl", rows(2))
+    (root / "m.jsonl.part").write_text("no journal\n")
+    with pytest.raises(ManifestError, match=r"m\.jsonl\.part: expected a journal's line at byte 0"):
+        streaming.stream_into_manifest(source, root / "m.jsonl")
+
+
+def test_a_pipe_is_not_read_for_its_ends(root):
+    os.mkfifo(root / "rows.jsonl")
+    with pytest.raises(ManifestError, match=r"rows\.jsonl: expected a file that can be read again"):
+        streaming.stream_into_manifest(root / "rows.jsonl", root / "m.jsonl", form="columns")
 
 
 def test_memory_does_not_grow_with_the_texts(root):
