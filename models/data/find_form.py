@@ -49,6 +49,8 @@ def find_form(path: str | os.PathLike[str]) -> str:
         if form := form_of_row(row):
             return form
         first = first or row
+    if path.is_file() and not path.stat().st_size:
+        bad = "an empty file"
     raise ManifestError(
         f'{path}: expected a first line like {{"{VERSION_KEY}": 1}}, or rows of a known form, got {_what_else(first, bad)}'
     )

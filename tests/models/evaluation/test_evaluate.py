@@ -754,7 +754,7 @@ def test_manifests_with_nothing_to_score_are_named(files, tmp_path, capsys):
 
     assert "none.jsonl: cannot be read (No such file or directory)" in error(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
-    assert "expected a header line with 'kdkernels_manifest', got an empty file" in error(tmp_path / "empty.jsonl")
+    assert "or rows of a known form, got an empty file" in error(tmp_path / "empty.jsonl")
     header = write_manifest(tmp_path / "header.jsonl", [])
     assert "expected at least one row, got none" in error(header)
     unanswered = write_manifest(tmp_path / "unanswered.jsonl", [dataclasses.replace(example(0), audio=None, answer=None)])
