@@ -321,10 +321,9 @@ class CAADTrainer(CheckpointLoading, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
-        if self.args.should_save:
-            write_options(folder, self.options, on_policy=self._on_policy_json())
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
+        if self.args.should_save:  # after the weights: a record that cannot be written must not cost them
+            write_options(folder, self.options, on_policy=self._on_policy_json())
             self._write_card(folder)
 
     def _on_policy_json(self) -> dict[str, Any] | None:

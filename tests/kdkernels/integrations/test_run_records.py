@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelera
 from huggingface_hub import ModelCard
 from test_trainer import Recorder, arguments, captured_hidden, dual_path, examples, speech_lm, student_inputs
 
-from kdkernels import CAADOptions, CAADTrainer, answer_index, fused_linear_caad_loss
+from kdkernels import CAADOptions, CAADTrainer, OnPolicy, Sampling, answer_index, fused_linear_caad_loss
+from kdkernels.projection_cache import ProjectionSettings
 
 
 def trainer_of(folder, *, options=None, rows=None, **arguments_) -> CAADTrainer:
@@ -75,6 +78,43 @@ def test_options_and_card_beside_each_checkpoint(tmp_path):
     assert {"distillation", "kdkernels"} <= set(card.data.tags)
     for words in ("arxiv.org/abs/2606.23052", "VoxtralForConditionalGeneration", "list, 16 rows", "| alpha | 1.5 |"):
         assert words in card.text
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: CAADOptions(
+            alpha=np.float32(1.5), alpha_start=np.float16(1), alpha_ramp_steps=np.int64(4), temperature=np.float32(2),
+            kd_weight=np.float32(0.5), plausibility=np.float32(0.5), vocab_size=np.int64(90), chunk_tokens=np.int64(64),
+        ),
+        lambda: CAADOptions(divergence="jsd", jsd_beta=np.float32(0.25), workspace_bytes=np.uint32(1 << 20)),
+        lambda: OnPolicy(fraction=np.float32(0.5), every_steps=np.int64(2), end_token_ids=(np.int64(9),)),
+        lambda: Sampling(temperature=np.float32(0.5), top_k=np.int32(3), top_p=np.float32(0.5), max_new_tokens=np.int64(3)),
+        lambda: ProjectionSettings("", vocab_size=np.int64(90), alpha=np.float32(1)),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_become_python_numbers(made):
+    values = dataclasses.asdict(made())
+    json.dumps(values)
+    assert not [name for name, value in values.items() if isinstance(value, np.generic)]
+
+
+def test_a_checkpoint_with_numbers_of_numpy(tmp_path):
+    options = CAADOptions(temperature=np.float32(2), vocab_size=np.int64(90))
+    trainer_of(tmp_path, options=options, max_steps=1, save_strategy="steps", save_steps=1).train()
+    trainer_of(tmp_path, options=CAADOptions(vocab_size=90), max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_records_that_fail_do_not_cost_the_weights(tmp_path, monkeypatch):
+    import kdkernels.integrations.trainer as module
+
+    def full(*_args, **_options):
+        raise OSError("no space")
+
+    monkeypatch.setattr(module, "write_options", full)
+    with pytest.raises(OSError, match="no space"):
+        trainer_of(tmp_path).save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
 def test_resume_with_other_options(tmp_path, caplog):
