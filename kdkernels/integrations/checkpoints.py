@@ -102,7 +102,10 @@ def _has(folder: Path, names: Iterable[str]) -> bool:
 
 
 def _load_whole(model: PreTrainedModel, folder: Path) -> set[str]:
-    """What from_pretrained makes of the folder, copied into the model; the names of its parameters that came from there."""
+    """What from_pretrained makes of the folder, copied into the model; the names of its parameters that came from there.
+
+    The config builds no module that was changed after the model was made: its tensors are read by their names in the file.
+    """
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     config = copy.deepcopy(model.config)
     load: Any = type(model).from_pretrained
@@ -114,20 +117,43 @@ def _load_whole(model: PreTrainedModel, folder: Path) -> set[str]:
             attn_implementation="eager",  # it computes nothing
             output_loading_info=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are looked at below
         )
-    wrong = {*info["unexpected_keys"], *(str(entry) for entry in info["mismatched_keys"])}
-    _check(folder, set(), loaded=set(), unexpected=wrong)
-    missing = set(info["missing_keys"])
-    state = {name: tensor for name, tensor in fresh.state_dict().items() if name not in missing}
+    sizes = {name: (saved, built) for name, saved, built in info["mismatched_keys"]}
+    missing = info["missing_keys"] - sizes.keys()
+    state = {name: tensor for name, tensor in fresh.state_dict().items() if name not in missing and name not in sizes}
+    own = model.state_dict()
+    otherwise = {*info["unexpected_keys"], *sizes}
+    if otherwise & own.keys():
+        by_name, _ = _by_name(model, folder)
+        fitting = {name: x for name, x in by_name.items() if name in otherwise and x.shape == own[name].shape}
+        state |= fitting
+        otherwise -= fitting.keys()
+    _check(folder, set(), loaded=set(), unexpected={_with_sizes(name, sizes, own) for name in otherwise})
     result: Any = model.load_state_dict(state, strict=False)
     _check(folder, set(), loaded=set(), unexpected=set(result.unexpected_keys))
-    if missing:
+    if missing := missing & own.keys():
         logger.warning("%s: the checkpoint lacks %s; they stay as they are", folder, _some(missing))
-    return set(state)
+    return _in_memory_of(state, own)
+
+
+def _with_sizes(name: str, sizes: dict[str, Any], own: dict[str, Tensor]) -> str:
+    if name not in sizes:
+        return name
+    saved, built = sizes[name]
+    return f"{name} {tuple(saved)} instead of {tuple(own[name].shape if name in own else built)}"
 
 
 def _load_renamed(model: Any, folder: Path) -> set[str]:
     """As `_load_whole`, for a model with an adapter in it: from_pretrained would build it without, and lose `base_layer`."""
+    found, unknown = _by_name(model, folder)
+    _check(folder, set(), loaded=set(), unexpected=unknown)
+    model.load_state_dict(found, strict=False)
+    return _in_memory_of(found, model.state_dict())
+
+
+def _by_name(model: Any, folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+    """The folder's tensors by the model's names, and the keys that the model would not write."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = model.state_dict()
@@ -135,10 +161,12 @@ def _load_renamed(model: Any, folder: Path) -> set[str]:
     renamed = revert_weight_conversion(model, state)
     on_disk = {key: name_of[id(tensor)] for key, tensor in renamed.items() if id(tensor) in name_of}
     tensors = _read_whole(folder)
-    found = {on_disk[key]: tensor for key, tensor in tensors.items() if key in on_disk}
-    _check(folder, set(), loaded=set(), unexpected=tensors.keys() - on_disk.keys())
-    model.load_state_dict(found, strict=False)
-    memory = {state[name].data_ptr() for name in found}  # one name of weights that are tied
+    return {on_disk[key]: tensor for key, tensor in tensors.items() if key in on_disk}, tensors.keys() - on_disk.keys()
+
+
+def _in_memory_of(names: Collection[str], state: dict[str, Tensor]) -> set[str]:
+    """`names` and the other names of their tensors: a file has one name of weights that are tied."""
+    memory = {state[name].data_ptr() for name in names}
     return {name for name, tensor in state.items() if tensor.data_ptr() in memory}
 
 

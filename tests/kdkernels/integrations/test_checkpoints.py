@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="CAADTrainer is transformers' Trainer
 pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
 import tiny_lms
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from kdkernels import CAADTrainer, DualPathTeacher, MaskFeatures
@@ -52,8 +53,10 @@ def collate(rows: list[dict]) -> dict:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def trainer_of(folder, family: str, kind: str, *, seed: int = 0, **options) -> CAADTrainer:
+def trainer_of(folder, family: str, kind: str, *, seed: int = 0, change=None, **options) -> CAADTrainer:
     model, _ = build(family, kind, seed)
+    if change is not None:
+        change(model)
     teacher, inputs = build(family, seed=9)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -197,6 +200,66 @@ def test_other_files_of_a_checkpoint(tmp_path, form):
     assert_same(weights(resumed.model), weights(whole.model))
 
 
+def with_longer_connector(model) -> None:
+    """Only the projector trains."""
+    name, linear = next((n, m) for n, m in model.named_modules() if "projector" in n and isinstance(m, nn.Linear))
+    longer = nn.Sequential(linear, nn.GELU(), nn.Linear(linear.out_features, linear.out_features))
+    model.set_submodule(name, longer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("projector" in name)
+
+
+def with_biased_head(model) -> None:
+    model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+
+
+def with_wider_head(model) -> None:
+    model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features + 8, bias=False)
+
+
+def with_extra_module(model) -> None:
+    model.extra = nn.Linear(2, 2)
+
+
+CHANGES = (with_longer_connector, with_biased_head, with_wider_head, with_extra_module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("family", ["qwen2_audio", "voxtral"])
+def test_resume_of_a_changed_model_is_the_undisturbed_run(tmp_path, family, change):
+    whole = trainer_of(tmp_path / "whole", family, "full", change=change)
+    whole.train()
+    resumed = trainer_of(tmp_path / "resumed", family, "full", seed=5, change=change)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(resumed.model), weights(whole.model))
+
+
+class Resuming(CheckpointLoading, Trainer):
+    pass
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_the_config_does_not_build_is_loaded(tmp_path, change):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    saved, loaded = (build("qwen2_audio", seed=seed)[0] for seed in (0, 5))
+    for model in (saved, loaded):
+        change(model)
+    Resuming(saved, args).save_model(str(tmp_path / "saved"))
+    Resuming(loaded, args)._load_from_checkpoint(str(tmp_path / "saved"))
+    assert_same(weights(loaded), weights(saved))
+
+
+def test_another_size_is_named_with_both(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    saved, loaded = (build("qwen2_audio", seed=seed)[0] for seed in (0, 5))
+    with_wider_head(saved)
+    Resuming(saved, args).save_model(str(tmp_path / "saved"))
+    with pytest.raises(RuntimeError, match=r"got lm_head\.weight \(105, 32\) instead of \(97, 32\)"):
+        Resuming(loaded, args)._load_from_checkpoint(str(tmp_path / "saved"))
+
+
 class TestErrors:
     @pytest.fixture(scope="class")
     def saved(self, tmp_path_factory):
@@ -237,13 +300,10 @@ class TestErrors:
 def test_mix_in_for_a_plain_trainer(tmp_path):
     """transformers' own Trainer keeps the initial weights; if this fails, transformers has changed and the docs with it."""
 
-    class Whole(CheckpointLoading, Trainer):
-        pass
-
     ours = trainer_of(tmp_path, "voxtral", "full", max_steps=2)
     ours.train()
     expected = weights(ours.model)
-    for trainer, same in ((Whole, True), (Trainer, False)):
+    for trainer, same in ((Resuming, True), (Trainer, False)):
         fresh, _ = build("voxtral", seed=5)
         made = trainer(fresh, ours.args)
         made._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
