@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 _ADAPTER = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+_PROMPTS = "prompt_encoder"  # PEFT's module of trained prompts; the files have those as "prompt_embeddings"
 _SHOWN = 3  # keys in an error
 
 
@@ -56,11 +57,18 @@ class CheckpointLoading(_Trainer):
     Memory: a whole model is read on the CPU, in the widest dtype of the model's parameters, and freed after it is copied.
 
     Raises:
+        ValueError: when training starts, a parameter trains that no save would hold: one beside a LoRA, whose file holds the
+            adapter alone. The error names the first ones.
         RuntimeError: after loading, a parameter that trains has not come from the checkpoint, or the checkpoint holds a tensor
             that the model does not have. The error names the first ones. Frozen weights may be missing; they stay as they are.
     """
 
     keeps_statistics = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        _check_saved(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
@@ -210,16 +218,44 @@ def _warn_of_statistics(model: nn.Module, folder: Path) -> None:
             return
 
 
-def _adapter_state(model: Any, name: str) -> dict[str, Tensor]:
+def _adapter_state(model: Any, name: str, embeddings: bool | str = False) -> dict[str, Tensor]:
     import peft
 
-    return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
 
 
 def _covered(model: Any, name: str, state: Collection[str]) -> set[str]:
     """Names of the parameters that the file's keys stand for: PEFT leaves the adapter's name out of them."""
-    in_file = {tensor.data_ptr() for key, tensor in _adapter_state(model, name).items() if key in state}
-    return {key for key, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() in in_file or key in state}
+    return _of_the_file(model, name, {key: x for key, x in _adapter_state(model, name).items() if key in state}, state)
+
+
+def _of_the_file(model: Any, name: str, tensors: dict[str, Tensor], keys: Collection[str]) -> set[str]:
+    """Names of the parameters that are these tensors of the model, or that have these keys."""
+    memory = {tensor.data_ptr() for tensor in tensors.values()}
+    found = {key for key, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() in memory or key in keys}
+    return found | ({f"{_PROMPTS}.{name}.embedding.weight"} if "prompt_embeddings" in keys else set())
+
+
+def _check_saved(model: Any) -> None:
+    """Before the training: would the files of the model's adapters hold all that trains? PEFT writes nothing else."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        names = model.active_adapters()
+    elif hasattr(model, "peft_config"):
+        names = list(model.peft_config)
+    else:
+        return
+    lost = _trained(model)
+    lost -= {key for name in names for key in lost if key.startswith(f"{_PROMPTS}.{name}.")}  # the prompts they make are saved
+    for embeddings in (False, "auto"):  # "auto", as save_pretrained does it, may ask the hub
+        for name in names if lost else ():
+            state = _adapter_state(model, name, embeddings)
+            lost -= _of_the_file(model, name, state, state)
+    if lost:
+        module = sorted(lost)[0].rpartition(".")[0].removeprefix("base_model.model.")
+        raise ValueError(
+            f"model: expected only weights to train that its adapter's file holds, got {_some(lost)}; each save would lose them. "
+            f"Give LoraConfig(modules_to_save=[{module!r}]) their modules, or freeze them by requires_grad_(False)"
+        )
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:

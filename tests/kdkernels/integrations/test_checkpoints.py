@@ -23,7 +23,7 @@ ROWS = 8
 KINDS = ("full", "lora", "injected_lora")
 
 
-def build(family: str, kind: str = "full", seed: int = 0):
+def build(family: str, kind="full", seed: int = 0):
     torch.manual_seed(seed)
     model, inputs = tiny_lms.AUDIO_MODELS[family]()
     model.generation_config.repetition_penalty = None  # tiny_lms sets what save_pretrained refuses
@@ -33,7 +33,9 @@ def build(family: str, kind: str = "full", seed: int = 0):
         target = r".*(q_proj|v_proj|qkv_proj)"
         # A batch norm's running statistics change in training: an adapter's checkpoint has them where they are asked for.
         norms = ["batch_norm"] if family == "granite_speech" and kind == "lora" else None
-        if kind in ("lora", "lora alone"):
+        if not isinstance(kind, str):  # a configuration of PEFT
+            model = peft.get_peft_model(model, kind)
+        elif kind in ("lora", "lora alone"):
             model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=target, modules_to_save=norms))
         else:
             model.requires_grad_(False)
@@ -53,7 +55,7 @@ def collate(rows: list[dict]) -> dict:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def trainer_of(folder, family: str, kind: str, *, seed: int = 0, change=None, **options) -> CAADTrainer:
+def trainer_of(folder, family: str, kind, *, seed: int = 0, change=None, **options) -> CAADTrainer:
     model, _ = build(family, kind, seed)
     if change is not None:
         change(model)
@@ -286,15 +288,54 @@ class TestErrors:
             with pytest.raises(RuntimeError, match=message):
                 trainer_of(tmp_path / "out", "qwen2_audio", kind).train(resume_from_checkpoint=str(folder))
 
-    def test_trained_beside_the_adapter(self, tmp_path):
-        """PEFT saves its adapter only: a projector that trains as well is lost."""
-        trainer = trainer_of(tmp_path, "qwen2_audio", "lora", max_steps=2)
-        trainer.train()
-        other = trainer_of(tmp_path, "qwen2_audio", "lora")
-        projector = next(p for name, p in other.model.named_parameters() if "projector" in name)
+    @pytest.mark.parametrize("kind", ["lora", "injected_lora"])
+    def test_trained_beside_the_adapter(self, tmp_path, kind):
+        """PEFT saves its adapter only: a projector that trains as well would be lost."""
+        trainer = trainer_of(tmp_path, "qwen2_audio", kind, max_steps=1)
+        projector = next(p for n, p in trainer.model.named_parameters() if "projector" in n)
         projector.requires_grad_(True)
-        with pytest.raises(RuntimeError, match=r"got none for .*projector"):
-            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        with pytest.raises(ValueError, match=r"got .*projector.*modules_to_save=\['model\.multi_modal_projector\.linear'\]"):
+            trainer.train()
+        projector.requires_grad_(False)
+        trainer.train()
+
+    def test_what_the_error_proposes_is_saved(self, tmp_path):
+        peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+        model, inputs = build("qwen2_audio")
+        config = peft.LoraConfig(
+            r=2, target_modules=r".*q_proj", modules_to_save=["model.multi_modal_projector.linear"], use_dora=True,
+            bias="lora_only", trainable_token_indices={"embed_tokens": [3, 4]},
+        )  # fmt: skip
+        args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+        trainer = Resuming(peft.get_peft_model(model, config), args, data_collator=collate, train_dataset=rows_of(inputs))
+        trainer.train()
+        trainer.save_model(str(tmp_path / "saved"))
+        saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+        trained = weights(trainer.model)
+        (key,) = [key for key in saved if key.endswith("projector.linear.weight")]
+        (name,) = [name for name in trained if name.endswith("projector.linear.modules_to_save.default.weight")]
+        assert torch.equal(saved[key], trained[name])
+
+    @pytest.mark.slow
+    def test_trained_prompts(self, tmp_path):
+        """Prefix tuning resumes; a network that makes the prompts is saved as its prompts, and cannot."""
+        peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+
+        def trainer(folder, **more):
+            config = peft.PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2, token_dim=16, num_attention_heads=2, **more
+            )
+            return trainer_of(folder, "qwen2_audio", config, max_steps=2, save_steps=1)
+
+        whole, resumed = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+        whole.train()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+        assert_same(weights(resumed.model), weights(whole.model))
+        assert losses(resumed) == losses(whole)
+        network = {"prefix_projection": True, "encoder_hidden_size": 16}
+        trainer(tmp_path / "c", **network).train()
+        with pytest.raises(RuntimeError, match="size mismatch"):  # PEFT's own
+            trainer(tmp_path / "d", **network).train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-1"))
 
 
 def test_mix_in_for_a_plain_trainer(tmp_path):
