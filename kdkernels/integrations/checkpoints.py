@@ -88,10 +88,12 @@ class CheckpointLoading(_Trainer):
         injected = isinstance(root, PreTrainedModel) and getattr(root, "_hf_peft_config_loaded", False)
         if not isinstance(root, PreTrainedModel) or getattr(root, "hf_quantizer", None) is not None or not (whole or adapter):
             load()
-            if hasattr(root, "peft_config"):
+            if hasattr(root, "peft_config") and not injected:
                 _check_adapters(root, folder, trained, warn=not self.keeps_statistics)
             elif whole:
                 _check(folder, trained, loaded=(names := set(_read_whole(folder))), unexpected=names - root.state_dict().keys())
+            else:
+                _check(folder, trained, loaded=set())  # for the best model the Trainer only warns
             return
         loaded: set[str] = set()
         if whole:
@@ -195,7 +197,8 @@ def _check_adapters(model: Any, folder: Path, trained: set[str], *, warn: bool) 
     """After PeftModel has loaded its adapter: are its trained parameters in the file?"""
     name = model.active_adapters[0]
     if not (_has(folder, _ADAPTER) or _has(folder / name, _ADAPTER)):
-        return  # the Trainer has said that there is nothing to load
+        _check(folder, trained, loaded=set())  # the file of a whole model has none of the adapter
+        return
     place = folder if _has(folder, _ADAPTER) and not _has(folder / name, _ADAPTER) else folder / name
     state = _read_adapter(place)
     known = _adapter_state(model, name).keys() | model.state_dict().keys()

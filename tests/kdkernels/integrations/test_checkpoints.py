@@ -288,6 +288,20 @@ class TestErrors:
             with pytest.raises(RuntimeError, match=message):
                 trainer_of(tmp_path / "out", "qwen2_audio", kind).train(resume_from_checkpoint=str(folder))
 
+    @pytest.mark.parametrize(("file_of", "kind"), [("full", "lora"), ("full", "injected_lora"), ("lora", "full")])
+    def test_files_of_another_kind(self, tmp_path, saved, file_of, kind):
+        folder = (saved if file_of == "full" else saved / "lora") / "checkpoint-2"
+        with pytest.raises(RuntimeError, match=r"checkpoint-2: expected (the weights of every parameter that trains|weights of this)"):
+            trainer_of(tmp_path, "qwen2_audio", kind).train(resume_from_checkpoint=str(folder))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_best_model_without_its_file(self, tmp_path, kind):
+        trainer = trainer_of(tmp_path, "qwen2_audio", kind)
+        (tmp_path / "checkpoint-1").mkdir()
+        trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+        with pytest.raises(RuntimeError, match=r"expected the weights of every parameter that trains, got none for"):
+            trainer._load_best_model()
+
     @pytest.mark.parametrize("kind", ["lora", "injected_lora"])
     def test_trained_beside_the_adapter(self, tmp_path, kind):
         """PEFT saves its adapter only: a projector that trains as well would be lost."""
