@@ -57,8 +57,8 @@ class CheckpointLoading(_Trainer):
     Memory: a whole model is read on the CPU, in the widest dtype of the model's parameters, and freed after it is copied.
 
     Raises:
-        ValueError: when training starts, a parameter trains that no save would hold: one beside a LoRA, whose file holds the
-            adapter alone. The error names the first ones.
+        ValueError: when training starts, nothing trains, or a parameter does that no save would hold: one beside a LoRA, whose
+            file holds the adapter alone. The error names the first ones.
         RuntimeError: after loading, a parameter that trains has not come from the checkpoint, or the checkpoint holds a tensor
             that the model does not have. The error names the first ones. Frozen weights may be missing; they stay as they are.
     """
@@ -240,7 +240,12 @@ def _of_the_file(model: Any, name: str, tensors: dict[str, Tensor], keys: Collec
 
 
 def _check_saved(model: Any) -> None:
-    """Before the training: would the files of the model's adapters hold all that trains? PEFT writes nothing else."""
+    """Before the training: does something train, and would the files of adapters hold all of it? PEFT writes nothing else."""
+    if not _trained(model):
+        raise ValueError(
+            "model: expected a weight that trains, got none with requires_grad; the freeze() of a teacher that is the same model "
+            "freezes it too, so load the teacher separately"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         names = model.active_adapters()
     elif hasattr(model, "peft_config"):

@@ -13,7 +13,6 @@ Legend: B rows of a batch, L columns, N positions that predict a label, H hidden
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, RemoveColumnsCollator, get_last_checkpoint
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
@@ -41,6 +40,7 @@ from .on_policy import OnPolicy, OwnAnswers
 from .options import CAADOptions
 from .projected import OF_THE_PROJECTED_LOSS, check_projections
 from .run_records import check_options, write_card, write_options
+from .teacher_model import check_apart, input_names, move
 from .vocabulary import check_vocabularies, head_rows, teacher_tokenizer, tokenizer_of
 
 __all__ = ["CAADTrainer"]
@@ -68,7 +68,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as for Trainer.
         teacher: a `DualPathTeacher`, or an open `ContrastCache` that one has written, or a `ProjectionCache` that
-            `kdkernels.project_cache` has made of that. A DualPathTeacher is moved to args.device. If ZeRO-3 has partitioned it,
+            `kdkernels.project_cache` has made of that. A DualPathTeacher is moved to args.device, or its LM head alone if a
+            device_map has placed it. It may share frozen weights with the student, none that train. If ZeRO-3 has partitioned it,
             it gets an engine of its own and is frozen. A ProjectionCache needs the frozen LM head it was made for, without LoRA,
             and its alpha and temperature.
         teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
@@ -134,7 +135,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        _check_arguments(args, teacher, teacher_head)
+        _check_arguments(model, args, teacher, teacher_head)
         super().__init__(
             model,
             args,
@@ -152,6 +153,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         self._resume_with_other_options = resume_with_other_options
         self._logged: Tensor | None = None  # (9,) sums over this rank's micro-batches that are logged
         self._contrasts = False  # whether they have a negative path
+        self._teacher_takes_others = False  # inputs that its forward does not name
         self._grad_norm: Any = None
         self.add_callback(_BeforeStep(self._check_step))
         # The loss that compute_loss returns is a share of the whole step's: Trainer must not divide it again.
@@ -162,7 +164,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
             self._teacher_engine = _zero3_engine(teacher.model)
             teacher.head = teacher.head.to(args.device)
         elif isinstance(teacher, DualPathTeacher):
-            teacher.to(args.device)
+            check_apart(teacher, self.model)
+            move(teacher, args.device)
         elif teacher_head is not None:
             self._cached_head = teacher_head.to(args.device)
         student: Any = self.model
@@ -579,11 +582,31 @@ class CAADTrainer(CheckpointLoading, Trainer):
             columns = trainer._signature_columns
             known = [*columns, "labels"]
             if isinstance(self.teacher, DualPathTeacher):
-                for name in ("forward", "hidden_states_at"):
-                    if callable(method := getattr(self.teacher.model, name, None)):
-                        known += inspect.signature(method).parameters
+                names, self._teacher_takes_others = input_names(self.teacher.model)
+                known += names
             prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
             trainer._signature_columns = [*columns, *prefixed, SAMPLE_ID, *BY_TOKEN]
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        self._set_signature_columns_if_needed()
+        trainer: Any = self
+        if self._teacher_takes_others:
+            others = [name for name in dataset.column_names if name.startswith((TEACHER, NEGATIVE))]
+            trainer._signature_columns = [*dict.fromkeys([*trainer._signature_columns, *others])]
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        collator: Any = super()._get_collator_with_removed_columns(data_collator, description)
+        if self._teacher_takes_others and isinstance(collator, RemoveColumnsCollator):
+            collator.signature_columns = _WithPrefixed(collator.signature_columns)
+        return collator
+
+
+class _WithPrefixed(list[str]):
+    """Columns, and all whose prefix says that they are the teacher's: its model takes inputs that its signature does not name."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).startswith((TEACHER, NEGATIVE))
 
 
 def _frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -616,8 +639,13 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
+def _check_arguments(model: Any, args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
     """Before Trainer sets anything up."""
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model: expected it without torch.compile, which hides its LM head, got a compiled one; compile what lies below: "
+            "`student.get_decoder().compile()`"
+        )
     if not isinstance(teacher, (DualPathTeacher, ContrastCache, ProjectionCache)):
         raise TypeError(
             f"teacher: expected a DualPathTeacher, a ContrastCache or a ProjectionCache, got {type(teacher).__name__}"

@@ -31,6 +31,7 @@ from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import HeadCapture, evaluating, head_module
 from kdkernels.paths import MaskFeatures
+from kdkernels.placement import is_placed
 from kdkernels.sampling import Sampling, own_answers, until_end
 from models.audio_lms.collation import AudioBatch, AudioCollator
 from models.audio_lms.families import check_own_code, family_of
@@ -380,7 +381,7 @@ class AudioLM(nn.Module):
     @property
     def is_placed(self) -> bool:
         """Whether a device_map has placed the weights on several devices."""
-        return getattr(self.lm.get_base_model() if self._has_lora else self.lm, "hf_device_map", None) is not None
+        return is_placed(self.lm)
 
     @property
     def device(self) -> torch.device:

@@ -291,7 +291,7 @@ class TestErrors:
     @pytest.mark.parametrize(("file_of", "kind"), [("full", "lora"), ("full", "injected_lora"), ("lora", "full")])
     def test_files_of_another_kind(self, tmp_path, saved, file_of, kind):
         folder = (saved if file_of == "full" else saved / "lora") / "checkpoint-2"
-        with pytest.raises(RuntimeError, match=r"checkpoint-2: expected (the weights of every parameter that trains|weights of this)"):
+        with pytest.raises(RuntimeError, match=r"checkpoint-2: expected (the weights of every|weights of this)"):
             trainer_of(tmp_path, "qwen2_audio", kind).train(resume_from_checkpoint=str(folder))
 
     @pytest.mark.parametrize("kind", KINDS)
