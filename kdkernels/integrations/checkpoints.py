@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -28,18 +29,23 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from ..lm_head import is_partitioned
+
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
 
-__all__ = ["CheckpointLoading"]
+__all__ = ["CheckpointLoading", "base_fingerprint"]
 
 logger = logging.getLogger(__name__)
 
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 _ADAPTER = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 _PROMPTS = "prompt_encoder"  # PEFT's module of trained prompts; the files have those as "prompt_embeddings"
+_SETTINGS = "adapter_config.json"
+_OF_THE_ADAPTER = ("peft_type", "r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")  # what a resumed run must share
+_SAMPLED = 64  # values of a weight in a fingerprint
 _SHOWN = 3  # keys in an error
 
 
@@ -85,6 +91,7 @@ class CheckpointLoading(_Trainer):
         root: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         trained = _trained(root)
         whole, adapter = _has(folder, _WHOLE), _has(folder, _ADAPTER)
+        _check_adapter_settings(root, folder)
         injected = isinstance(root, PreTrainedModel) and getattr(root, "_hf_peft_config_loaded", False)
         if not isinstance(root, PreTrainedModel) or getattr(root, "hf_quantizer", None) is not None or not (whole or adapter):
             load()
@@ -193,6 +200,56 @@ def _load_injected(model: Any, folder: Path, *, warn: bool) -> set[str]:
     return _covered(model, name, state)
 
 
+def _check_adapter_settings(model: Any, folder: Path) -> None:
+    """Before loading: PEFT loads the weights alone, and leaves the scale of the adapter to the one that is there."""
+    configs: Any = getattr(model, "peft_config", None)
+    for name, config in configs.items() if isinstance(configs, dict) else ():
+        file = folder / name / _SETTINGS  # of "default", or of the only one that add_adapter has put in, beside the weights
+        if not file.is_file() and (name == "default" or len(configs) == 1):
+            file = folder / _SETTINGS
+        saved = _json(file) if file.is_file() else {}
+        for key in _OF_THE_ADAPTER:
+            if key in saved and hasattr(config, key) and saved[key] != (now := getattr(config, key)):
+                raise RuntimeError(f"{file}: expected the model's {key} {now!r}, got {saved[key]!r}; build the adapter as it was")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise RuntimeError(f"{file}: expected a JSON object, got {error}") from error
+    if not isinstance(found, dict):
+        raise RuntimeError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def base_fingerprint(model: Any) -> str | None:
+    """Of the weights under a model's adapters, which no checkpoint holds: up to 64 values of each. None without an adapter.
+
+    Waits for a CUDA device. None also where ZeRO-3 has partitioned them.
+    """
+    names = _adapters(model)
+    if not names or any(map(is_partitioned, model.parameters())):
+        return None
+    saved = set().union(*(_of_the_file(model, name, state := _adapter_state(model, name), state) for name in names))
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if name in saved or name.startswith(f"{_PROMPTS}.") or parameter.is_meta:
+            continue
+        x = parameter.detach().flatten()
+        picked = torch.linspace(0, max(len(x) - 1, 0), min(_SAMPLED, len(x)), dtype=torch.float64).round().long()
+        digest.update(f"{name} {tuple(parameter.shape)} {x.dtype}".encode())
+        digest.update(x[picked.to(x.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _adapters(model: Any) -> list[str]:
+    """The adapters that a save writes."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return list(model.active_adapters())
+    return list(getattr(model, "peft_config", None) or ())
+
+
 def _check_adapters(model: Any, folder: Path, trained: set[str], *, warn: bool) -> None:
     """After PeftModel has loaded its adapter: are its trained parameters in the file?"""
     name = model.active_adapters[0]
@@ -246,11 +303,7 @@ def _check_saved(model: Any) -> None:
             "model: expected a weight that trains, got none with requires_grad; the freeze() of a teacher that is the same model "
             "freezes it too, so load the teacher separately"
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        names = model.active_adapters()
-    elif hasattr(model, "peft_config"):
-        names = list(model.peft_config)
-    else:
+    if not (names := _adapters(model)):
         return
     lost = _trained(model)
     lost -= {key for name in names for key in lost if key.startswith(f"{_PROMPTS}.{name}.")}  # the prompts they make are saved

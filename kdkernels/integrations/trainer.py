@@ -31,11 +31,11 @@ from ..contrast_cache import ContrastCache
 from ..head_loss import HeadLoss
 from ..lm_head import LMHead, is_partitioned, logit_post
 from ..ops.dispatch import checks_enabled
-from ..projection import fused_linear_projected_loss
+from ..projection import fused_linear_projected_loss, head_fingerprint
 from ..projection_cache import ProjectionCache
 from ..teacher import DualPathTeacher, answer_index
 from ..whole_weights import whole_weights
-from .checkpoints import CheckpointLoading
+from .checkpoints import CheckpointLoading, base_fingerprint
 from .on_policy import OnPolicy, OwnAnswers
 from .options import CAADOptions
 from .projected import OF_THE_PROJECTED_LOSS, check_projections
@@ -82,8 +82,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
             DualPathTeacher. Under FSDP2 and ZeRO-3 all weights of the student are gathered on every rank while it answers; FSDP 1
             raises an error. Each step with such answers logs answer_tokens, their mean number, and answer_ends, the share that
             has ended.
-        resume_with_other_options: True lets a checkpoint go on with another loss. Otherwise `train(resume_from_checkpoint=)`
-            raises ValueError with the options that differ (chunk_tokens, workspace_bytes and impl may).
+        resume_with_other_options: True lets a checkpoint go on with another loss, cache or base of an adapter. Otherwise
+            `train(resume_from_checkpoint=)` raises ValueError with what differs (chunk_tokens, workspace_bytes and impl may).
         assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
 
     What is logged in training also has kd, ce, student_entropy, teacher_entropy, top1_agreement, path_divergence (none without a
@@ -174,10 +174,21 @@ class CAADTrainer(CheckpointLoading, Trainer):
         softcap, scale = logit_post(student)
         if isinstance(teacher, ProjectionCache):
             check_projections(teacher, student, self.options, softcap=softcap, logit_scale=scale)
+        self._made_of = self._fingerprints()
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
         self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
         self.on_policy = on_policy
         self._own_answers = None if on_policy is None else self._make_own_answers(on_policy, processing_class)
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """Of what no option names and no checkpoint holds: a cache, the head that goes with it, the weights under an adapter."""
+        found: dict[str, Any] = {}
+        if isinstance(self.teacher, (ContrastCache, ProjectionCache)):
+            found["teacher_cache"] = self.teacher.fingerprint
+        if isinstance(self.teacher, ContrastCache):
+            found["teacher_head"] = head_fingerprint(self._cached_head.weight, self._cached_head.bias)
+        base = base_fingerprint(self.accelerator.unwrap_model(self.model))
+        return found if base is None else {**found, "student_base": base}
 
     def _make_own_answers(self, on_policy: OnPolicy, processing_class: Any) -> OwnAnswers:
         if not isinstance(on_policy, OnPolicy):
@@ -318,7 +329,11 @@ class CAADTrainer(CheckpointLoading, Trainer):
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if folder:
             check_options(
-                Path(str(folder)), self.options, on_policy=self._on_policy_json(), allow_others=self._resume_with_other_options
+                Path(str(folder)),
+                self.options,
+                on_policy=self._on_policy_json(),
+                made_of=self._made_of,
+                allow_others=self._resume_with_other_options,
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -326,7 +341,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:  # after the weights: a record that cannot be written must not cost them
-            write_options(folder, self.options, on_policy=self._on_policy_json())
+            write_options(folder, self.options, on_policy=self._on_policy_json(), made_of=self._made_of)
             self._write_card(folder)
 
     def _on_policy_json(self) -> dict[str, Any] | None:

@@ -197,8 +197,8 @@ class TrainingLoop:
             check_identity(checkpoint.path, state["identity"], self.identity)
         elif self.identity is not None and self.ranks.is_first:
             tqdm.write(
-                f"{checkpoint.path}: an older checkpoint, which does not say what its models, prompts and targets were; they were "
-                "not compared"
+                f"{checkpoint.path}: an older checkpoint, which does not say what its models, prompts and targets were; they were"
+                " not compared"
             )
         if self.alone:
             restore_model(self.model, checkpoint)

@@ -19,7 +19,7 @@ EXAMPLES = "data.manifest"
 def run_identity(recipe: Recipe, examples: Sequence[Any]) -> dict[str, str]:
     """A fingerprint for each key of the recipe that names a model, and one of all prompts and targets.
 
-    The files of the models are read: a second for every 1 to 2 GB.
+    All files of the models are read.
     """
     listeners = {"student.model": recipe.student.model, "model.folder": recipe.model.folder}
     if recipe.needs_teacher:

@@ -294,6 +294,30 @@ class TestErrors:
         with pytest.raises(RuntimeError, match=r"checkpoint-2: expected (the weights of every|weights of this)"):
             trainer_of(tmp_path, "qwen2_audio", kind).train(resume_from_checkpoint=str(folder))
 
+    @pytest.mark.parametrize("kind", ["lora", "injected_lora"])
+    def test_another_scale_of_the_adapter(self, tmp_path, kind):
+        """The weights fit, and the adapter would be another one."""
+        trainer_of(tmp_path, "qwen2_audio", kind, max_steps=1, save_steps=1).train()
+        trainer = trainer_of(tmp_path, "qwen2_audio", kind)
+        trainer.model.peft_config["default"].lora_alpha = 64
+        with pytest.raises(RuntimeError, match=r"adapter_config\.json: expected the model's lora_alpha 64, got 8"):
+            trainer.train(resume_from_checkpoint=True)
+        file = tmp_path / "checkpoint-1" / "adapter_config.json"
+        file.write_text("[]")
+        with pytest.raises(RuntimeError, match=r"adapter_config\.json: expected a JSON object, got list"):
+            trainer.train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize("kind", ["lora", "injected_lora"])
+    def test_another_base_of_the_adapter(self, tmp_path, kind, caplog):
+        trainer_of(tmp_path, "qwen2_audio", kind, max_steps=1, save_steps=1).train()
+        file = tmp_path / "checkpoint-1" / "caad_options.json"
+        with pytest.raises(ValueError, match=r"got others: student_base was '\w+' and is '\w+'\. Pass resume_with_other"):
+            trainer_of(tmp_path, "qwen2_audio", kind, seed=5).train(resume_from_checkpoint=True)
+        older = {name: value for name, value in json.loads(file.read_text()).items() if name != "student_base"}
+        file.write_text(json.dumps(older))
+        trainer_of(tmp_path, "qwen2_audio", kind, max_steps=2).train(resume_from_checkpoint=True)
+        assert "caad_options.json has no student_base: it was not compared" in caplog.text
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_best_model_without_its_file(self, tmp_path, kind):
         trainer = trainer_of(tmp_path, "qwen2_audio", kind)

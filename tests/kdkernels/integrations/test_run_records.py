@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers", reason="CAADTrainer is transformers' Trainer")
 pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
 from huggingface_hub import ModelCard
-from test_trainer import Recorder, arguments, captured_hidden, dual_path, examples, speech_lm, student_inputs
+from test_trainer import Recorder, arguments, cached, captured_hidden, dual_path, examples, speech_lm, student_inputs
 
 from kdkernels import CAADOptions, CAADTrainer, OnPolicy, Sampling, answer_index, fused_linear_caad_loss
 from kdkernels.projection_cache import ProjectionSettings
@@ -127,6 +127,30 @@ def test_resume_with_other_options(tmp_path, caplog):
     going_on = trainer_of(tmp_path, options=other, max_steps=2, resume_with_other_options=True)
     going_on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert going_on.state.global_step == 2 and "kd_weight was 0.7 and is 0.5. Training goes on" in caplog.text
+
+
+def test_resume_with_another_cache(tmp_path, caplog):
+    rows, teachers = examples(4), [dual_path(1), dual_path(2)]
+    caches = [cached(tmp_path / f"{seed}", t, rows, {"seed": seed, "text": "same"}) for seed, t in enumerate(teachers)]
+
+    def trainer(cache: int, head: int, **more) -> CAADTrainer:
+        return CAADTrainer(
+            speech_lm(), arguments(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1), teacher=caches[cache],
+            teacher_head=teachers[head].head, data_collator=Recorder(), train_dataset=rows, **more,
+        )  # fmt: skip
+
+    trainer(0, 0).train()
+    with pytest.raises(ValueError, match=r"got others: teacher_head was '\w+' and is '\w+'\. Pass"):
+        trainer(0, 1).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"teacher_cache\['seed'\] was 0 and is 1\. Pass"):
+        trainer(1, 0).train(resume_from_checkpoint=True)
+    trainer(1, 1, resume_with_other_options=True).train(resume_from_checkpoint=True)
+    assert "Training goes on with the new ones" in caplog.text
+    file = tmp_path / "run" / "checkpoint-1" / "caad_options.json"
+    older = {name: value for name, value in json.loads(file.read_text()).items() if not name.startswith("teacher_")}
+    file.write_text(json.dumps(older))
+    trainer(1, 1).train(resume_from_checkpoint=True)
+    assert "has no teacher_cache, teacher_head: it was not compared" in caplog.text
 
 
 def test_checkpoint_with_broken_options_or_without(tmp_path, caplog):

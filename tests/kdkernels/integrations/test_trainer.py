@@ -203,22 +203,26 @@ def test_accumulated_parts_are_one_batch(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_contrast_cache_in_place_of_the_teacher(tmp_path):
-    rows = examples()
-    teacher = dual_path()
+def cached(folder: Path, teacher: DualPathTeacher, rows: list[dict], fingerprint: dict) -> ContrastCache:
+    """The rows' states and targets."""
     batch = Recorder()(rows)
     index, target = answer_index(batch["labels"])
     states = teacher(student_inputs(batch), index)
-    with ContrastCache.writer(
-        tmp_path / "cache", fingerprint={"test": 1}, hidden_size=32, dtype=torch.float32
-    ) as writer:
+    with ContrastCache.writer(folder, fingerprint=fingerprint, hidden_size=32, dtype=torch.float32) as writer:
         for row, example in enumerate(rows):
             mine = index // tiny_lms.LENGTH == row
             writer.add(example["sample_id"], states.audio_hidden[mine], states.text_hidden[mine], target[mine])
+    return ContrastCache(folder)
+
+
+def test_contrast_cache_in_place_of_the_teacher(tmp_path):
+    rows = examples()
+    teacher = dual_path()
+    cache = cached(tmp_path / "cache", teacher, rows, {"test": 1})
     losses = []
     for teacher_arguments in (
         {"teacher": teacher},
-        {"teacher": ContrastCache(tmp_path / "cache"), "teacher_head": teacher.head},
+        {"teacher": cache, "teacher_head": teacher.head},
     ):
         trainer = CAADTrainer(
             speech_lm(), arguments(tmp_path), data_collator=Recorder(), train_dataset=rows, **teacher_arguments
