@@ -278,7 +278,7 @@ def _warn_of_statistics(model: nn.Module, folder: Path) -> None:
             return
 
 
-def _adapter_state(model: Any, name: str, embeddings: bool | str = False) -> dict[str, Tensor]:
+def _adapter_state(model: Any, name: str, embeddings: Any = False) -> dict[str, Tensor]:
     import peft
 
     return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)

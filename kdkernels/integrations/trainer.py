@@ -30,9 +30,10 @@ from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
 from ..head_loss import HeadLoss
 from ..lm_head import LMHead, is_partitioned, logit_post
+from ..loss_terms import valid_ids
 from ..ops.dispatch import checks_enabled
 from ..projection import fused_linear_projected_loss, head_fingerprint
-from ..projection_cache import ProjectionCache
+from ..projection_cache import CachedProjections, ProjectionCache
 from ..teacher import DualPathTeacher, answer_index
 from ..whole_weights import whole_weights
 from .checkpoints import CheckpointLoading, base_fingerprint
@@ -41,7 +42,7 @@ from .options import CAADOptions
 from .projected import OF_THE_PROJECTED_LOSS, check_projections
 from .run_records import check_options, write_card, write_options
 from .teacher_model import check_apart, input_names, move
-from .vocabulary import check_vocabularies, head_rows, teacher_tokenizer, tokenizer_of
+from .vocabulary import check_vocabularies, embedding_rows, head_rows, teacher_tokenizer, tokenizer_of
 
 __all__ = ["CAADTrainer"]
 
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 TEACHER, NEGATIVE, SAMPLE_ID = "teacher_", "negative_", "sample_id"
 BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
 IGNORE_INDEX = -100
+_SHOWN = 5  # samples in an error
 
 
 class CAADTrainer(CheckpointLoading, Trainer):
@@ -160,20 +162,21 @@ class CAADTrainer(CheckpointLoading, Trainer):
         self.model_accepts_loss_kwargs = True
         self.options = CAADOptions() if options is None else options
         self.teacher = teacher
+        student: Any = self.model
         if isinstance(teacher, DualPathTeacher) and any(map(is_partitioned, teacher.model.parameters())):
             self._teacher_engine = _zero3_engine(teacher.model)
             teacher.head = teacher.head.to(args.device)
         elif isinstance(teacher, DualPathTeacher):
-            check_apart(teacher, self.model)
+            check_apart(teacher, student)
             move(teacher, args.device)
         elif teacher_head is not None:
             self._cached_head = teacher_head.to(args.device)
-        student: Any = self.model
         if not assume_same_tokens:
             self._check_vocabularies(processing_class, teacher_processing_class)
         softcap, scale = logit_post(student)
         if isinstance(teacher, ProjectionCache):
             check_projections(teacher, student, self.options, softcap=softcap, logit_scale=scale)
+        self._student_rows = head_rows(student)  # before anything shards it
         self._made_of = self._fingerprints()
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
         self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
@@ -433,6 +436,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
             if not contrasts:
                 self.options.refuse_alpha(inputs.get("alpha"))
                 options["alpha"] = 0.0
+            widths = tuple(width for width in (self._student_rows, states[2].weight.shape[0]) if width)
+            _check_labels(target, index // labels.shape[1], valid_ids(self.options.vocab_size, widths), _names(inputs))
             compute = self._loss_from_states(states, target, {**options, **by_token, **reduction})
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -441,7 +446,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
                     sink.append(compute(hidden.detach(), weight, bias, return_stats=True)[1])
             return compute(hidden, weight, bias)
 
-        result = self._at_head(model, columns[0], index, loss)
+        with _ids_named(self.accelerator.unwrap_model(model), _names(inputs), {"input_ids": inputs.get("input_ids")}):
+            result = self._at_head(model, columns[0], index, loss)
         if sink:
             weights = torch.stack(_weights(inputs, labels), 1).to(sink[0].kd.device)
             alpha = {**options, **by_token}["alpha"]
@@ -485,10 +491,19 @@ class CAADTrainer(CheckpointLoading, Trainer):
         keywords |= {name: options[name] for name in OF_THE_PROJECTED_LOSS}
         assert isinstance(self.teacher, ProjectionCache)
         lengths = torch.bincount(index // labels.shape[1], minlength=len(labels))
+        samples = self._sample_ids(inputs)
+        held = self.teacher.get(samples)
         try:
-            projection = self.teacher.get(self._sample_ids(inputs)).spread(target, lengths).projection
+            projection = held.spread(target, lengths).projection
         except ValueError as error:
-            raise ValueError(f"labels: expected the target tokens of the ProjectionCache, got others ({error})") from None
+            differing = [
+                str(name)
+                for name, ids, n in zip(samples, target.split(lengths.tolist()), lengths, strict=False)
+                if not _spreads(self.teacher.get([name]), ids, n[None])
+            ]
+            raise ValueError(
+                f"labels: expected the target tokens of the ProjectionCache, got others in {_listed(differing)} ({error})"
+            ) from None
 
         def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Any:
             return fused_linear_projected_loss(
@@ -519,9 +534,13 @@ class CAADTrainer(CheckpointLoading, Trainer):
         index: Tensor,
         target: Tensor,
     ) -> tuple[Tensor, Tensor | None, LMHead]:
+        rows, names = index // inputs["labels"].shape[1], _names(inputs)
         if isinstance(self.teacher, ContrastCache):
-            states = self.teacher.get(self._sample_ids(inputs))
-            _check_targets(target, states.target, "the ContrastCache")
+            samples = self._sample_ids(inputs)
+            states = self.teacher.get(samples)
+            lengths = torch.tensor([self.teacher.rows(str(name)) for name in samples])
+            own_rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+            _check_targets(target, rows, states.target, own_rows, "the ContrastCache", names)
             dtype = self._cached_head.weight.dtype
             both = (states.audio_hidden, states.text_hidden)
             audio, text = (None if x is None else x.to(self.args.device, dtype) for x in both)
@@ -529,14 +548,18 @@ class CAADTrainer(CheckpointLoading, Trainer):
             return audio, text, self._cached_head
         assert isinstance(self.teacher, DualPathTeacher)
         if teacher:
-            index, own = answer_index(_labels(inputs, TEACHER))
-            _check_targets(target, own, f"{TEACHER}labels")
+            theirs = _labels(inputs, TEACHER)
+            index, own = answer_index(theirs)
+            _check_targets(target, rows, own, index // theirs.shape[1], f"{TEACHER}labels", names)
         keywords: dict[str, Any] = {}
         if negative:
-            text_index, own = answer_index(_labels(inputs, NEGATIVE))
-            _check_targets(target, own, f"{NEGATIVE}labels")
+            theirs = _labels(inputs, NEGATIVE)
+            text_index, own = answer_index(theirs)
+            _check_targets(target, rows, own, text_index // theirs.shape[1], f"{NEGATIVE}labels", names)
             keywords = {"text_inputs": negative, "text_index": text_index}
-        live = self.teacher(teacher or student, index, **keywords)
+        ids = {f"{TEACHER}input_ids" if teacher else "input_ids": (teacher or student).get("input_ids")}
+        with _ids_named(self.teacher.model, names, {**ids, f"{NEGATIVE}input_ids": negative.get("input_ids")}):
+            live = self.teacher(teacher or student, index, **keywords)
         return live.audio_hidden, live.text_hidden, self.teacher.head
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -778,13 +801,63 @@ def _sums_of_weights(inputs: Mapping[str, Any]) -> Tensor:
     return torch.stack([x.sum() for x in _weights(inputs, _labels(inputs, ""))])
 
 
-def _check_targets(target: Tensor, own: Tensor, whose: str) -> None:
-    """The teacher's targets are the student's; on CUDA only their number is looked at (see KDKERNELS_CHECK)."""
+def _check_targets(target: Tensor, rows: Tensor, own: Tensor, own_rows: Tensor, whose: str, names: list[str]) -> None:
+    """The teacher's targets are the student's; on CUDA only their number is looked at (see KDKERNELS_CHECK).
+
+    rows, own_rows: the sample of each target, among `names`.
+    """
     same = target.shape == own.shape
     if same and checks_enabled(target.device):
-        same = torch.equal(target, own.to(target.device))
+        same = torch.equal(target, own.to(target.device)) and torch.equal(rows, own_rows.to(rows.device))
     if not same:
+        one, other = ((ids.cpu(), of.cpu()) for ids, of in ((target, rows), (own, own_rows)))
+        differing = [n for row, n in enumerate(names) if not torch.equal(one[0][one[1] == row], other[0][other[1] == row])]
         raise ValueError(
-            f"labels: expected the target tokens of {whose}, {len(own)} of them, got {len(target)} or others; distillation "
-            "by token needs one tokenizer and the same answers"
+            f"labels: expected the target tokens of {whose}, got others in {_listed(differing)}; distillation by token needs one "
+            "tokenizer and the same answers"
         )
+
+
+def _spreads(held: CachedProjections, target: Tensor, lengths: Tensor) -> bool:
+    try:
+        held.spread(target, lengths)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_labels(target: Tensor, rows: Tensor, vocab: int, names: list[str]) -> None:
+    """The targets are ids below `vocab`, where looking costs no wait."""
+    if not checks_enabled(target.device) or not len(target):
+        return
+    wrong = (target < 0) | (target >= vocab)
+    if bool(wrong.any()):
+        found = _listed([names[row] for row in rows[wrong].unique().tolist()])
+        raise ValueError(f"labels: expected ids in [0, {vocab}) or {IGNORE_INDEX}, got {int(target[wrong][0])} in {found}")
+
+
+@contextlib.contextmanager
+def _ids_named(model: nn.Module, names: list[str], columns: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, an id that the model has no embedding for raises ValueError with the samples, not torch's IndexError.
+
+    columns: input ids (B, L) by the names of their columns. They are not looked at before: some models have placeholders beyond
+    the embeddings.
+    """
+    try:
+        yield
+    except IndexError as error:
+        count = embedding_rows(model)
+        for column, ids in columns.items():
+            wrong = None if count is None or not isinstance(ids, Tensor) else (ids < 0) | (ids >= count)
+            if wrong is not None and bool(wrong.any()):
+                found = _listed([name for name, bad in zip(names, wrong.any(1).tolist(), strict=False) if bad])
+                raise ValueError(
+                    f"inputs[{column!r}]: expected ids in [0, {count}), which {type(model).__name__} has embeddings for, got "
+                    f"{int(ids[wrong][0])} in {found}"
+                ) from error
+        raise
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"sample {shown}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -452,6 +452,8 @@ def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, so
         names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and gets_lora(name, family, lora)]
         if not names:
             raise AudioLMError(f"lora.targets: expected ends of names of the language model's linear layers, got {lora.targets}")
+        if unknown := [target for target in lora.targets if not any(name.endswith(f".{target}") for name in names)]:
+            raise AudioLMError(f"lora.targets: expected ends of names of the language model's linear layers, got also {unknown}")
         config = _peft().LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
         wrapped = _peft().get_peft_model(lm, config)
         wrapped.peft_config["default"].base_model_name_or_path = source
