@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import is_number, is_whole
+from .checks import is_number, is_whole, plain_numbers
 from .contrast_cache import ContrastCache
 from .lm_head import LMHead
 from .projection import TeacherProjection, head_fingerprint, project_teacher
@@ -92,6 +92,7 @@ class ProjectionSettings:
             if not is_number(value) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
             object.__setattr__(self, name, float(value))  # so that 2 and 2.0 are one setting
+        plain_numbers(self)
 
     def differences(self, other: ProjectionSettings) -> list[str]:
         """In words, what `other` has otherwise. A teacher's head that one of them does not know is no difference."""

@@ -297,6 +297,8 @@ def test_errors_name_what_is_missing(qwen, tmp_path):
         AudioLM.from_pretrained(tmp_path / "nothing")
     with pytest.raises(AudioLMError, match=r"lora\.targets"):
         AudioLM.from_pretrained(qwen._folder, trains="lora", lora=tiny_lora("nowhere_proj"))
+    with pytest.raises(AudioLMError, match=r"lora\.targets: expected ends of names .*, got also \['nope'\]"):
+        AudioLM.from_pretrained(qwen._folder, trains="lora", lora=tiny_lora("q_proj", "nope"))
     with pytest.raises(ValueError, match="trains: expected one of full, lora, connector or None, got 'all'"):
         AudioLM.from_pretrained(qwen._folder, trains="all")
     collate = qwen.make_collator(max_tokens=30)
