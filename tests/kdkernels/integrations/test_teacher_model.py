@@ -104,7 +104,9 @@ def test_columns_that_no_signature_names_are_kept(tmp_path, kind):
     rows = [{**row, "teacher_input_ids": row["input_ids"], "teacher_labels": row["labels"]} for row in rows]
     if kind == "dataset":
         datasets = pytest.importorskip("datasets", reason="the Trainer drops columns of a dataset in another way")
-        rows = datasets.Dataset.from_list([{k: getattr(v, "tolist", lambda v=v: v)() for k, v in row.items()} for row in rows])
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        plain = {name: [x.tolist() if isinstance(x, torch.Tensor) else x for x in column] for name, column in columns.items()}
+        rows = datasets.Dataset.from_dict(plain)
         rows = rows.with_format("torch")
     teacher = Own()
     trainer = trainer_of(tmp_path, speech_lm(), DualPathTeacher(teacher, negative=None), rows=rows)
