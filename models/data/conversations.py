@@ -66,6 +66,8 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
     else:
         unanswered = False
     pairs = list(zip(asked[::2], asked[1::2], strict=True))
+    if not any(answer.taught for _, answer in pairs):
+        raise ValueError('messages: expected an answer to learn, got "loss": false in each')
     base = defaults.name(row, clips[0] if clips else None)
     heard: list[str] = []
     for number, (question, answer) in enumerate(pairs, 1):
@@ -138,7 +140,10 @@ def _turns(row: Mapping[str, Any]) -> list[_Turn]:
             else:
                 kind = part.get("type") if isinstance(part, Mapping) else "null" if part is None else type(part).__name__
                 raise TypeError(f"messages: expected text or audio in a turn, got {kind}")
-        turns.append(_Turn(role, "\n".join(texts), clips, message.get("loss") is not False))
+        taught = True if message.get("loss") is None else message["loss"]
+        if taught not in (0, 1):
+            raise ValueError(f"messages: expected loss to be true or false, got {taught!r}")
+        turns.append(_Turn(role, "\n".join(texts), clips, bool(taught)))
     return turns
 
 

@@ -136,6 +136,16 @@ def test_every_answer_of_a_conversation_is_an_example(root):
     assert third.metadata == {"speaker": "s1"} and third.answer == third.target and third.target_source == "human"
 
 
+@pytest.mark.parametrize(("loss", "taught"), [(None, True), (True, True), (1, True), (1.0, True), (False, False), (0, False)])
+def test_an_answer_without_loss_is_context_alone(root, loss, taught):
+    row = swift("a.wav")
+    row["messages"][1]["loss"] = loss
+    row["messages"] += [{"role": "user", "content": "How old?"}, {"role": "assistant", "content": "About forty."}]
+    examples = read_data(lines(root / "rows.jsonl", [row])).examples
+    assert [e.target for e in examples] == [*(["A woman."] if taught else []), "About forty."]
+    assert examples[-1].context == "User: Who speaks?\nAssistant: A woman."
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -193,6 +203,10 @@ def test_spellings_of_one_row_give_one_example(root, row):
         ({"audio": "a.wav", "question": "Q", "choices": {"A": "x"}, "answer": ["A"]}, "answer: expected text, got list"),
         ({"audio": "a.wav", "question": "Q", "choices": ["x", None]}, "choices: expected text, got null"),
         ({"audio": "a.wav", "question": "Q", "choices": 3}, "choices: expected a list or an object, got int"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x", "loss": False}], "audio": "a.wav"},
+         'messages: expected an answer to learn, got "loss": false in each'),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x", "loss": "no"}], "audio": "a.wav"},
+         "messages: expected loss to be true or false, got 'no'"),
         ({**CUT, "recording": "r"}, "recording: expected objects"),
         ({**CUT, "supervisions": [{"text": ["x"]}]}, "text: expected text, got list"),
         (swift({"file": "a.wav"}), "audios: expected a path under one of path, audio, audio_filepath,"),
@@ -317,7 +331,7 @@ def test_nemo_rows_are_spans(root):
     assert (example.start_seconds, example.end_seconds, example.transcription) == (0.25, 0.75, "good luck")
     assert example.target is None and example.metadata == {"lang": "en"}
     (problem,) = read_data(lines(root / "rows.jsonl", [{**row, "offset": 0.9}]), max_bad_fraction=1.0).problems
-    assert problem.reason == "audio: span ends at 1.4 s, the clip ends at 1.00 s"
+    assert problem.reason == "audio: span ends at 1.4 s, the clip ends at 1.00 s ('a.wav')"
 
 
 def test_lhotse_cuts(root):
