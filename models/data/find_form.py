@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.data.commands import FORMS
 from models.data.example import FIELD_NAMES
-from models.data.json_rows import parse_object, read_rows
+from models.data.json_rows import numbered_lines, parse_object, read_rows
 from models.data.manifest import VERSION_KEY
 from models.data.problems import ManifestError
 from models.data.row_values import CLIP_COLUMNS, without_nulls
@@ -36,6 +36,8 @@ def find_form(path: str | os.PathLike[str]) -> str:
         return "kaldi"
     if path.name == "metadata.json":
         return "dynamic_superb"
+    if next(numbered_lines(path), None) is None:
+        raise ManifestError(f"{path}: expected a header line with {VERSION_KEY!r}, got an empty file")
     first: dict[str, object] = {}
     bad = ""
     for number, line in itertools.islice(read_rows(path), _ROWS_LOOKED_AT):

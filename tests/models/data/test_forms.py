@@ -508,7 +508,7 @@ def test_an_unknown_form_is_an_error_that_names_all(tmp_path, root):
         (b"audio,question\na.wav,Who?\n", "got row 1: bad JSON: Expecting value at column 1"),
         (b'{"x": 1}\n{"x"}\n', "got rows with the keys x; row 2: bad JSON"),
         (b"[]", "got no row"),
-        (b" \n", "got no row"),
+        (b" \n", "expected a header line with 'kdkernels_manifest', got an empty file"),
         (b"[" + json.dumps(swift("a.wav")).encode() + b",\n {'x': 1}]", r"rows.jsonl: row 2: bad JSON: .* at line 2, column 3"),
         (b"[" + json.dumps(swift("a.wav")).encode() + b",\n]", r"rows.jsonl: row 2: bad JSON: .* at line (1|2), column \d+"),
         (b"[" + json.dumps(swift("a.wav")).encode() + b"\n] x", r"rows.jsonl: row 1: bad JSON: Extra data at line 2, column 3"),
