@@ -163,7 +163,7 @@ def _joined(turns: list[_Turn]) -> list[_Turn]:
 
 def _bring_clips(row: Mapping[str, Any], turns: list[_Turn], first: _Turn) -> None:
     """Gives the row's clips to the turns that bring them. Those of a system turn are heard from the `first` question on."""
-    key = next((key for key in ("audios", "audio") if row.get(key) is not None), "audios")
+    key = next((key for key in ("audios", "audio") if as_list(row.get(key))), "audios")
     named = as_list(row.get(key))
     inside = sum(len(turn.clips) for turn in turns)
     if named and inside:

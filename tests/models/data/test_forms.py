@@ -243,6 +243,7 @@ def test_a_row_that_cannot_be_one_example_says_why(root, row, message):
         {"messages": [{"role": "system", "content": TWO_PARTS[:1]}, {"role": "user", "content": TWO_PARTS[1:]},
                       {"role": "assistant", "content": "Yes."}]},
         {**swift("", "<audio><audio>One voice?"), "audios": None, "audio": ["a.wav", "b.wav"]},
+        {**swift("", "One voice?"), "audios": [], "audio": ["a.wav", "b.wav"]},
     ],
 )  # fmt: skip
 def test_a_question_may_have_two_clips(root, row):
