@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from models.evaluation.t_interval import t_interval
+from models.experiments.study_endpoints import followed_tasks, holm
 from models.reporting.systems import ANCHORS, CONTEXTS, SYSTEMS, system_key
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -645,13 +647,14 @@ def study_natural_tasks() -> Table:
 
 
 def study_natural_gate() -> Table:
-    """E3 on dev: what each teacher hears without a hint and its Shift, by task. No hint was in its training."""
+    """E3 on dev: what each teacher hears without a hint, its Shift and its text effect, by task. No hint was in its training."""
     found = [row for row in read("study_gate") if row["teacher"].startswith(NATURAL)]
     teachers = list(dict.fromkeys(row["teacher"] for row in found))
 
     def cell(row: Row) -> str:
         mark = "**" if row["in_study"] == "yes" else ""
-        return f"{mark}{100 * float(row['heard']):.0f} / {100 * float(row['shift']):.0f}{mark}"
+        parts = (f"{100 * float(row[column]):.0f}".replace("-", MINUS) for column in ("heard", "shift", "text_effect"))
+        return f"{mark}{' / '.join(parts)}{mark}"
 
     cells = {(row["task"], row["teacher"]): cell(row) for row in found}
     tasks = sorted({row["task"] for row in found})
@@ -660,12 +663,16 @@ def study_natural_gate() -> Table:
 
 
 def study_endpoints(file: str = "study_endpoints") -> Table:
-    """The endpoints of E1 in points: mean, 95% t interval over teachers, 95% bootstrap over teachers and actors, verdict."""
-    head = ("endpoint", "difference", "teachers", "points", "over teachers", "over teachers and actors", "p (Holm)", "verdict")
+    """The endpoints of E1 in points: mean, 95% t interval over teachers, 95% bootstrap over teachers and actors, verdict, and the
+    t interval over the means of the folds."""
+    head = (
+        "endpoint", "difference", "teachers", "points", "over teachers", "over teachers and actors", "over folds", "p (Holm)",
+        "verdict",
+    )  # fmt: skip
 
     def line(row: Row) -> list[str]:
         difference = f"{SYSTEMS[row['first']]} {MINUS} {SYSTEMS[row['second']]}"
-        intervals = (ends(row, "t"), ends(row, "actors"))
+        intervals = (ends(row, "t"), ends(row, "actors"), ends(row, "folds"))
         return [row["name"], difference, row["teachers"], signed(100 * float(row["difference"])), *intervals,
                 f"{float(row['p_holm']):.3f}", row["verdict"]]  # fmt: skip
 
@@ -691,20 +698,59 @@ def study_axes_endpoints() -> Table:
 
 
 def study_claims() -> Table:
-    """CAAD alpha 2 minus each other system in points, by endpoint of E1 and of E3. Bold holds; in italics the opposite holds."""
-    files = {"E1": read("study_endpoints"), "E3": read("study_endpoints_E3")}
+    """CAAD alpha 2 minus each other system in points, by endpoint of E1 and of E3. Bold holds, and in italics the opposite holds.
+    Both do so also after Holm's correction over the claim's rows of both studies, and over all other rows of this table."""
+    seconds = ("kd_tuned", "kd", "sharpened2", "hint_stripped", "ce_true")
+    files = {
+        experiment: [row for row in read(name) if row["first"] == "caad2" and row["second"] in seconds]
+        for experiment, name in (("E1", "study_endpoints"), ("E3", "study_endpoints_E3"))
+    }
     marks = {"holds": "**", "the opposite holds": "*"}
+    together = {}
+    for is_claim in (True, False):
+        family = [row for rows in files.values() for row in rows if (row["second"] == seconds[0]) == is_claim]
+        together |= {id(row): p for row, p in zip(family, holm([float(row["p"]) for row in family]), strict=True)}
 
     def cell(row: Row | None) -> str:
-        mark = "" if row is None else marks.get(row["verdict"], "")
-        return "" if row is None else f"{mark}{signed(100 * float(row['difference']))}{mark}"
+        if row is None:
+            return ""
+        mark = marks.get(row["verdict"], "") if together[id(row)] < 0.05 else ""
+        return f"{mark}{signed(100 * float(row['difference']))}{mark}"
 
     lines = []
-    for second in ("kd_tuned", "kd", "sharpened2", "hint_stripped", "ce_true"):
-        own = [{r["name"]: r for r in rows if (r["first"], r["second"]) == ("caad2", second)} for rows in files.values()]
+    for second in seconds:
+        own = [{row["name"]: row for row in rows if row["second"] == second} for rows in files.values()]
         lines.append([SYSTEMS[second], *(cell(of.get(name)) for of in own for name in ("P1", "P2", "P3"))])
     endpoints = ("P1, no text", "P2, adversarial", "P3, faithful")
     return ("CAAD alpha 2 minus", *(f"{experiment} {name}" for experiment in files for name in endpoints)), lines
+
+
+def study_text_effects() -> Table:
+    """Accuracy under faithful minus accuracy under adversarial text in points, mean over teachers, and by how much CAAD alpha 2
+    has more of it, with the t interval over teachers. The last columns have the tasks in which the teacher follows texts."""
+    followed = followed_tasks(read("study_gate"), NATURAL)
+
+    def effects(prefix: str, system: str, kept: Mapping[str, set[str]] | None) -> dict[str, float]:
+        of: dict[str, dict[str, list[float]]] = {}
+        for row in study_rows(prefix):
+            if row["system"] == system and (kept is None or row["task"] in kept.get(row["teacher"], ())):
+                by_context = of.setdefault(row["teacher"], {"faithful": [], "adversarial": []})
+                by_context.get(row["context"], []).append(100 * float(row["accuracy"]))
+        return {t: statistics.mean(x["faithful"]) - statistics.mean(x["adversarial"]) for t, x in of.items()}
+
+    lines: dict[str, list[str]] = {}
+    for prefix, kept in ((FIRST, None), (NATURAL, None), (NATURAL, followed)):
+        ours = effects(prefix, "caad2", kept)
+        for system in ("kd", "kd_tuned", "sharpened2", "hint_stripped", "ce_true", "caad2"):
+            cells = lines.setdefault(system, [SYSTEMS[system]])
+            if not (own := effects(prefix, system, kept)):
+                cells += ["", ""]
+                continue
+            less = t_interval([ours[teacher] - own[teacher] for teacher in own])
+            over = f"{signed(less.mean)} ({signed(less.low)}{RANGE}{signed(less.high)})"
+            cells += [one(statistics.mean(own.values())), "" if system == "caad2" else over]
+    names = ("E1", "E3", "E3, tasks whose texts the teacher follows")
+    return ("system", *(head for name in names for head in (name, "CAAD alpha 2 minus it"))), lines.values()
 
 
 def study_curves() -> Table:
@@ -771,6 +817,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "study_natural_tasks": study_natural_tasks,
     "study_endpoints": study_endpoints,
     "study_natural_endpoints": lambda: study_endpoints("study_endpoints_E3"),
+    "study_text_effects": study_text_effects,
     "study_axes": lambda: study(AXES),
     "study_axes_endpoints": study_axes_endpoints,
     "study_curves": study_curves,

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import check_tensor, is_number
+from .loss_options import check_not_negative
+
 __all__ = ["adaptive_alpha"]
 
 
@@ -34,12 +37,11 @@ def adaptive_alpha(divergence: Tensor, alpha: float | Tensor, *, half_at: float)
     Source: the CAAD paper (arXiv 2606.23052) leaves an alpha that adapts to the acoustic conditions to future work. This
     formula is our own.
     """
-    if not divergence.is_floating_point():
-        raise TypeError(f"divergence: expected a floating tensor, got {divergence.dtype}")
-    if not 0 < half_at < math.inf:
-        raise ValueError(f"half_at: expected a finite number of nats > 0, got {half_at}")
-    if not isinstance(alpha, Tensor) and not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
+    check_tensor("divergence", divergence, floating=True)
+    if not (is_number(half_at) and 0 < half_at < math.inf):
+        raise ValueError(f"half_at: expected a finite number of nats > 0, got {half_at!r}")
+    if not isinstance(alpha, Tensor):
+        check_not_negative("alpha", alpha)
     with torch.no_grad():
         divergence = divergence.clamp(min=0)
         share = divergence / (divergence + half_at)

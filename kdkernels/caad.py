@@ -94,7 +94,7 @@ def fused_caad_loss(
         mask: (...) bool, or whole numbers that are 0 where a position does not count; None: ``target`` alone decides. With both a
             position counts where both say so.
         ignore_index: positions with this target do not count. Their logits are not read.
-        kd_token_weight, ce_token_weight: (...) weights >= 0 of each term, or None: 1.
+        kd_token_weight, ce_token_weight: (...) finite weights >= 0 of each term, or None: 1.
         kd_normalizer, ce_normalizer: divisors instead of the default. For gradient accumulation and data parallelism pass the
             sum of weights (or the number of valid positions) of the whole step. They divide under every reduction; 0 gives
             loss 0.
@@ -123,7 +123,8 @@ def fused_caad_loss(
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
     The forward computes the gradient; the backward scales it. Second derivatives and torch.func transforms work with
-    impl="reference" alone: elsewhere a backward with create_graph=True, and torch.func.jvp, raise RuntimeError.
+    impl="reference" alone: elsewhere a backward with create_graph=True, and torch.func.jvp, raise RuntimeError. A transform has
+    no values to check, as on CUDA.
 
     Raises:
         ValueError, TypeError: for a bad argument, with its name, expected and got. On the CPU also for a target outside

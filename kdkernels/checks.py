@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,14 @@ def is_number(x: Any) -> TypeIs[float]:
 
 def is_whole(x: Any) -> TypeIs[int]:
     return isinstance(x, (int, torch.SymInt, numbers.Integral)) and not isinstance(x, bool)
+
+
+def plain_numbers(options: Any) -> None:
+    """Makes Python's numbers of the NumPy scalars among a frozen dataclass' fields: JSON knows no others."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            object.__setattr__(options, field.name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
 
 def is_dtensor(x: Any) -> bool:

@@ -181,7 +181,8 @@ class ContrastCacheWriter(ShardWriter):
         dtype: of the stored states. torch.float32 gives float32 states back bit for bit. torch.bfloat16 takes half of the bytes.
             torch.float8_e4m3fn with a float32 scale for each row takes a quarter; `python -m models cache --measure` says what
             that costs in accuracy.
-        layers: numbers of the teacher's layers whose states are stored as well.
+        layers: numbers of the teacher's layers whose states are stored as well, from 0 on. A negative one raises ValueError: the
+            cache does not know how many layers the teacher has.
         text_path: False stores one path, for plain distillation: half the bytes.
         shard_mib: size at which a shard is closed. This much is held in memory, and a kill can lose it.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).
@@ -209,8 +210,10 @@ class ContrastCacheWriter(ShardWriter):
         part: str = "0",
         verify_checksums: bool = True,
     ):
-        if not isinstance(hidden_size, int) or hidden_size < 1:
+        if not is_count(hidden_size, least=1):
             raise ValueError(f"hidden_size: expected a positive int, got {hidden_size!r}")
+        if not (isinstance(layers, Sequence) and all(is_count(layer) for layer in layers)):
+            raise ValueError(f"layers: expected numbers of layers from 0 on, got {layers!r}")
         dtype_name, _ = _dtype_name(dtype, "dtype")
         self.hidden_size, self.dtype, self.layers, self.text_path = hidden_size, dtype, tuple(layers), text_path
         header = {

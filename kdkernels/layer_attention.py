@@ -19,6 +19,7 @@ from .checks import check_device, check_leading, check_shape, check_tensor, is_w
 from .layer_mse import _check_states, _initial, _layer_weights, _pair_count, _widths
 from .loss_options import REDUCTIONS
 from .loss_terms import accumulation_dtype, alpha_tensor
+from .ops.rows import legal_alpha
 from .ops.schema import check_values
 
 _PARTS = ("query", "key", "value")
@@ -150,6 +151,7 @@ class LayerAttention(nn.Module):
         alphas = alpha_tensor("alpha", alpha, seen, first.device, dtype)
         if not torch.compiler.is_compiling():
             check_values(None, alphas, 0, 0)
+        alphas = legal_alpha(alphas)  # for what is not checked
         contrasted = texts is not None and (isinstance(alpha, Tensor) or alpha != 0)
         has_keys = keys.any(1, keepdim=True)  # (B, 1)
         valid = valid & has_keys

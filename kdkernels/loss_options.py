@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import is_number, is_whole
+from .checks import check_tensor, is_number, is_whole
 from .ops.dispatch import check_implementation
 from .ops.rows import DIVERGENCES, RowSpec, scalar
 
@@ -58,18 +58,20 @@ class LossOptions:
             raise TypeError(f"return_stats: expected a bool, got {type(self.return_stats).__name__}")
         if not is_whole(self.ignore_index):
             raise TypeError(f"ignore_index: expected an int, got {type(self.ignore_index).__name__}")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index: expected an int64, as the target's ids are, got {self.ignore_index}")
         if self.vocab_size is not None:
             if not is_whole(self.vocab_size):
                 raise TypeError(f"vocab_size: expected an int or None, got {type(self.vocab_size).__name__}")
             if self.vocab_size < 1:
                 raise ValueError(f"vocab_size: expected 1 to the width of the logits, got {self.vocab_size}")
-        for name, x in (
-            ("alpha", self.alpha),
-            ("kd_normalizer", self.kd_normalizer),
-            ("ce_normalizer", self.ce_normalizer),
-        ):
-            if x is not None and not isinstance(x, Tensor):
+        for name in ("alpha", "kd_normalizer", "ce_normalizer"):
+            x = getattr(self, name)
+            if not (isinstance(x, Tensor) or (x is None and name != "alpha")):
                 check_not_negative(name, x)
+        for name in ("mask", "kd_token_weight", "ce_token_weight"):
+            if (x := getattr(self, name)) is not None:
+                check_tensor(name, x)
         check_implementation(self.impl)
 
     def row_spec(self, vocab: int, *, has_target: bool) -> RowSpec:
@@ -107,8 +109,8 @@ class LinearLossOptions(LossOptions):
         check_head_options("student_{}", self.student_softcap, self.student_logit_scale)
         check_head_options("teacher_{}", self.teacher_softcap, self.teacher_logit_scale)
         for name, x in (("chunk_tokens", self.chunk_tokens), ("workspace_bytes", self.workspace_bytes)):
-            if x is not None and not (is_whole(x) and x >= 1):
-                raise ValueError(f"{name}: expected a whole number >= 1 or None, got {x!r}")
+            if x is not None and not (is_whole(x) and 1 <= x < 2**63):
+                raise ValueError(f"{name}: expected a whole number >= 1 that fits int64, or None, got {x!r}")
         if self.chunk_tokens is not None and self.workspace_bytes is not None:
             raise ValueError("workspace_bytes: expected None where chunk_tokens is given, got both")
         if self.logits_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):

@@ -17,7 +17,7 @@ from .loss_options import LossOptions, check_not_negative
 from .ops import native
 from .ops.dispatch import checks_enabled
 from .ops.rows import PlainTerms, RowResult, RowSpec, filled, scalar
-from .ops.schema import all_stats, check_values, runs_directly, weighted
+from .ops.schema import all_stats, check_values, first_illegal, runs_directly, weighted
 
 _NO_TARGET = -100  # the ignored id where a mask alone says which positions count
 
@@ -144,7 +144,6 @@ def _flat_target(target: Tensor, leading: torch.Size, device: torch.device) -> T
 
 def _flat_mask(mask: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
     """(N,) bool"""
-    check_tensor("mask", mask)
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask: expected bool, or whole numbers that are 0 where a position does not count, got {mask.dtype}")
     check_shape("mask", mask, leading)
@@ -164,7 +163,7 @@ def alpha_tensor(
         raise TypeError(f"{name}: expected a floating-point tensor, got {alpha.dtype}")
     if alpha.dim() and alpha.shape != leading:
         raise ValueError(f"{name}: expected a number or a tensor {tuple(leading)}, got {tuple(alpha.shape)}")
-    return alpha.detach().to(device=device, dtype=dtype).reshape(-1)
+    return values_on(name, alpha, device, dtype).reshape(-1)
 
 
 def _native_coefficients(
@@ -196,7 +195,9 @@ def _alike(options: LossOptions, has_target: bool) -> tuple[tuple[float, float],
     None where tokens have weights or a norm is a tensor.
     """
     kd_norm, ce_norm = options.kd_normalizer, options.ce_normalizer
-    if any(isinstance(x, Tensor) for x in (options.kd_token_weight, options.ce_token_weight, kd_norm, ce_norm)):
+    if options.kd_token_weight is not None or options.ce_token_weight is not None:
+        return None
+    if isinstance(kd_norm, Tensor) or isinstance(ce_norm, Tensor):
         return None
     usual = None if options.reduction == "mean" else 1.0
     share = float(options.kd_share(has_target=has_target))
@@ -239,14 +240,12 @@ def token_weight(
     """(N,) weights, 0 at ignored positions."""
     if weight is None:
         return torch.ones(math.prod(leading), dtype=dtype, device=device) if valid is None else valid.to(dtype)
-    check_tensor(name, weight)
     check_shape(name, weight, leading)
     if weight.device != device:
         raise ValueError(f"{name}: expected device {device}, got {weight.device}")
-    weight = weight.detach().reshape(-1).to(dtype)
+    weight = values_on(name, weight, device, dtype).reshape(-1)
     weight = weight if valid is None else torch.where(valid, weight, 0.0)
-    if looked_at(device) and not bool((weight >= 0).all()):
-        raise ValueError(f"{name}: expected weights >= 0, got {float(weight[~(weight >= 0)][0])}")
+    check_amounts(name, weight)
     return weight
 
 
@@ -257,10 +256,24 @@ def _normalizer(name: str, value: float | Tensor | None, device: torch.device, d
         return filled((), value, dtype=dtype, device=device)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a tensor of one element, got {tuple(value.shape)}")
-    value = value.detach().reshape(()).to(device=device, dtype=dtype)
-    if looked_at(device) and not bool(value >= 0):
-        raise ValueError(f"{name}: expected a number >= 0, got {float(value)}")
+    value = values_on(name, value, device, dtype).reshape(())
+    check_amounts(name, value)
     return value
+
+
+def check_amounts(name: str, x: Tensor) -> None:
+    """ValueError for weights or divisors that are negative or not finite, where looking at them costs no device sync."""
+    if looked_at(x.device) and (bad := first_illegal(x)) is not None:
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {bad}")
+
+
+def values_on(name: str, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of an option where the loss is computed, without a gradient."""
+    if x.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
+    if x.device.type == "meta" and device.type != "meta":
+        raise ValueError(f"{name}: expected a tensor with values, got one on the device meta")
+    return x.detach().to(device=device, dtype=dtype)
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Any]:

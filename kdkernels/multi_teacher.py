@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .caad import linear_loss, linear_settings
-from .checks import check_head, check_leading, check_text_path
+from .checks import check_head, check_leading, check_tensor, check_text_path
 from .loss_options import LinearLossOptions, check_divergence, check_head_options, check_not_negative, limit_of_jsd
-from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, as_autocast, looked_at, token_weight
+from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, as_autocast, token_weight
 from .ops import multi_teacher as _multi_teacher
 from .ops import reference as _reference
 from .ops import schema as _schema
@@ -203,6 +203,10 @@ def _loss_of_sources(
     )
     taught = [_taught(f"sources[{k}].", source, student, terms, device, dtype) for k, source in enumerate(sources)]
     chosen = choose_for("fused_linear_multi_teacher_loss", options.impl, device, dtypes)
+    # The operator of several sources looks at alpha itself, and knows the source's name.
+    for k, x in enumerate(taught if len(taught) == 1 or chosen == "reference" else ()):
+        if not torch.compiler.is_compiling():
+            _schema.check_values(None, x.alpha, x.spec.vocab, x.spec.ignore_index, source=f"sources[{k}].")
     loss, stats = (_one if len(sources) == 1 else _several)(terms, taught, options, chosen)
     loss = terms.shaped(loss)
     if not options.return_stats:
@@ -265,11 +269,9 @@ def _several(
     terms: LossTerms, taught: list[_Taught], options: LinearLossOptions, chosen: str
 ) -> tuple[Tensor, Tensor]:
     """(loss per token or reduced, statistics where wanted) of checked arguments."""
-    spec, student = terms.spec, taught[0].heads[:3]
+    student = taught[0].heads[:3]
     omega = torch.stack([x.omega for x in taught])
     if chosen == "reference":
-        for k, x in enumerate(() if torch.compiler.is_compiling() else taught):
-            _schema.check_values(None, x.alpha, spec.vocab, spec.ignore_index, source=f"sources[{k}].")
         teachers = [(*x.heads[3:], x.alpha, x.spec) for x in taught]
         result = _reference.linear_multi_teacher(
             *student, teachers, terms.target, omega, want_stats=options.return_stats, counts=terms.counts
@@ -302,9 +304,7 @@ def _omega(
     if not isinstance(weight, Tensor):
         check_not_negative(name, weight)
         return filled((math.prod(leading),), weight, dtype=dtype, device=device)
+    check_tensor(name, weight)
     if weight.dim() == 0:
         weight = weight.expand(leading)
-    weight = token_weight(name, weight, leading, None, device, dtype)
-    if looked_at(device) and not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{name}: expected finite weights, got {float(weight[~torch.isfinite(weight)][0])}")
-    return weight
+    return token_weight(name, weight, leading, None, device, dtype)

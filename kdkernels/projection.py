@@ -17,7 +17,7 @@ from torch import Tensor
 from .caad import CAADStats
 from .checks import check_device, check_head, check_leading, check_shape, check_tensor, check_text_path, is_whole
 from .loss_options import LinearLossOptions
-from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, looked_at, valid_ids
+from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, check_amounts, looked_at, valid_ids
 from .ops import projection as _projection
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
@@ -144,8 +144,7 @@ class TeacherProjection:
             for k, w in enumerate(given)
         ]
         for k, w in enumerate(omega):
-            if looked_at(device) and not bool((w >= 0).all()):
-                raise ValueError(f"weights[{k}]: expected numbers >= 0, got {float(w[~(w >= 0)][0])}")
+            check_amounts(f"weights[{k}]", w)
         mixed = _projection.mixture([_flat(p) for p in projections], omega)
         made_with = " + ".join(p.made_with for p in projections)
         return first._with({**_unflat(mixed, leading), "made_with": made_with})

@@ -29,11 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import is_number, is_whole
+from .checks import is_number, is_whole, plain_numbers
 from .contrast_cache import ContrastCache
 from .lm_head import LMHead
 from .projection import TeacherProjection, head_fingerprint, project_teacher
-from .shards import CorruptCacheError, Header, Kind, Layout, ShardReader, ShardWriter, canonical, is_count, row_bytes
+from .shards import (
+    CorruptCacheError,
+    Header,
+    Kind,
+    Layout,
+    ShardReader,
+    ShardWriter,
+    canonical,
+    check_text,
+    is_count,
+    row_bytes,
+)
 
 __all__ = ["CachedProjections", "ProjectionCache", "ProjectionCacheWriter", "ProjectionSettings", "project_cache"]
 
@@ -68,12 +79,12 @@ class ProjectionSettings:
 
     def __post_init__(self) -> None:
         for name in ("student_fingerprint", "contrast", "teacher_fingerprint"):
-            if not isinstance(value := getattr(self, name), str):
-                raise TypeError(f"{name}: expected a string, got {type(value).__name__}")
+            check_text(name, getattr(self, name))
         if self.contrast not in CONTRASTS:
             raise ValueError(f"contrast: expected one of {', '.join(CONTRASTS)}, got {self.contrast!r}")
         if not is_whole(self.vocab_size) or self.vocab_size < 1:
             raise ValueError(f"vocab_size: expected an int >= 1, got {self.vocab_size!r}")
+        object.__setattr__(self, "vocab_size", int(self.vocab_size))  # JSON takes no number of NumPy
         for name in ("alpha", "temperature", "plausibility", "student_logit_scale"):
             value = getattr(self, name)
             if value is None and name == "plausibility":
@@ -81,6 +92,7 @@ class ProjectionSettings:
             if not is_number(value) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
             object.__setattr__(self, name, float(value))  # so that 2 and 2.0 are one setting
+        plain_numbers(self)
 
     def differences(self, other: ProjectionSettings) -> list[str]:
         """In words, what `other` has otherwise. A teacher's head that one of them does not know is no difference."""
@@ -327,6 +339,10 @@ class ProjectionCacheWriter(ShardWriter):
         for name, value in (("hidden_size", hidden_size), ("top_k", top_k)):
             if not is_count(value, least=1):
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        if not isinstance(settings, ProjectionSettings):
+            raise TypeError(f"settings: expected ProjectionSettings, got {type(settings).__name__}")
+        if not isinstance(divergence, bool):
+            raise TypeError(f"divergence: expected a bool, got {type(divergence).__name__}")
         self.settings, self.hidden_size, self.top_k, self.dtype = settings, hidden_size, top_k, dtype
         header = _header(canonical(fingerprint), settings, hidden_size, top_k, dtype, divergence)
         super().__init__(folder, header=header, shard_mib=shard_mib, part=part, verify_checksums=verify_checksums)

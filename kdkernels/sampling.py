@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import is_number, is_whole
+from .checks import is_number, is_whole, plain_numbers
 from .decoding import generate_with, kept_probabilities, plain_prompts, transformers_model
 from .lm_head import audio_adapters_on, evaluating, is_partitioned
 from .paths import Inputs
@@ -53,6 +53,7 @@ class Sampling:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {self.max_new_tokens}")
+        plain_numbers(self)
 
 
 def uniform_draws(seeds: Sequence[int], count: int) -> Tensor:

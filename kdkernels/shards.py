@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import is_number
+
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
@@ -41,6 +43,9 @@ _MIB = 1 << 20
 # Far beyond any fingerprint or shard of samples. A larger file is of another kind, and is not read into memory.
 _MAX_HEADER_BYTES = 16 * _MIB
 _MAX_INDEX_LINE_BYTES = 64 * _MIB
+# A writer stays far below: it closes a shard at this length of its line, and one sample adds at most two texts. (JSON may write a
+# byte of them as six.)
+_INDEX_LINE_BYTES, _MAX_TEXT_BYTES = 4 * _MIB, _MIB
 _log = logging.getLogger(__name__)
 
 Header = dict[str, Any]
@@ -191,8 +196,10 @@ class ShardWriter(AbstractContextManager):
         verify_checksums: bool,
     ):
         _safetensors()
-        if not shard_mib > 0:
+        if not (is_number(shard_mib) and 0 < shard_mib < math.inf):
             raise ValueError(f"shard_mib: expected a positive number, got {shard_mib!r}")
+        if not isinstance(part, str):
+            raise TypeError(f"part: expected a string, got {type(part).__name__}")
         if not part or not all(letter.isalnum() or letter == "_" for letter in part):
             raise ValueError(f"part: expected letters, digits and underscores, got {part!r}")
         self.folder = Path(folder)
@@ -207,7 +214,7 @@ class ShardWriter(AbstractContextManager):
             self._lock.close()
             raise
         self._buffer: list[tuple[str, str, dict[str, Tensor]]] = []  # sample id, content, tensors
-        self._buffered_bytes = 0
+        self._buffered_bytes = self._line_bytes = 0  # of the tensors, and of the line in the index
 
     def __contains__(self, sample_id: object) -> bool:
         """Finished or waiting in this writer's memory."""
@@ -223,26 +230,33 @@ class ShardWriter(AbstractContextManager):
         """The fingerprint of a sample's content that this part of the cache holds; None if it does not hold the sample."""
         return self._known.get(sample_id)
 
+    def _check_open(self) -> None:
+        if self._lock.closed:
+            raise ValueError("writer: expected an open one, got one that is closed")
+
     def _check_sample(self, sample_id: str, content: str) -> None:
-        if not isinstance(sample_id, str) or not sample_id:
-            raise TypeError(f"sample_id: expected a string that is not empty, got {sample_id!r}")
+        self._check_open()
+        check_text("sample_id", sample_id)
+        check_text("content", content)
+        if not sample_id:
+            raise TypeError("sample_id: expected a string that is not empty, got ''")
         if sample_id in self:
             raise ValueError(f"sample_id: expected an id the cache does not hold yet, got {sample_id!r}")
-        if not isinstance(content, str):
-            raise TypeError(f"content: expected a string, got {content!r}")
 
     def _take(self, sample_id: str, content: str, tensors: dict[str, Tensor]) -> None:
         """A sample whose tensors are as the layout says, and nobody else's."""
         self._buffer.append((sample_id, content, tensors))
         self._known[sample_id] = content
         self._buffered_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        if self._buffered_bytes >= self._shard_bytes:
+        self._line_bytes += len(_as_json([sample_id, 0, 0, content])) + 2 * 20  # with two numbers of up to 20 digits
+        if self._buffered_bytes >= self._shard_bytes or self._line_bytes >= _INDEX_LINE_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Writes what is in memory as a shard (a smaller one than usual) and names it in the index."""
         if not self._buffer:
             return
+        self._check_open()
         name = self._next_name()
         samples, first = [], 0
         for sample_id, content, tensors in self._buffer:
@@ -250,10 +264,10 @@ class ShardWriter(AbstractContextManager):
             first += len(tensors["target"])
         joined = {key: torch.cat([tensors[key] for _, _, tensors in self._buffer]) for key in self._buffer[0][2]}
         record = {"shard": name, **_write_shard(self.folder / name, joined), "rows": first, "samples": samples}
-        _append(self._index_path, json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        _append(self._index_path, _as_json(record) + b"\n")
         _sync_folder(self.folder)
         self._records.append(record)
-        self._buffer, self._buffered_bytes = [], 0
+        self._buffer, self._buffered_bytes, self._line_bytes = [], 0, 0
 
     def close(self) -> None:
         """Flushes and lets another writer have the folder."""
@@ -280,8 +294,12 @@ class ShardWriter(AbstractContextManager):
     def _match_header(self, header: Header) -> Header:
         """The folder's header, written if there is none; ValueError where it is another."""
         path = self.folder / "cache.json"
+        self._layout = _layout_of(header, self.kind)
         if not path.exists():
-            _write_atomically(path, json.dumps(header, indent=1, ensure_ascii=False).encode())
+            data = _as_json(header, indent=1)
+            if len(data) > _MAX_HEADER_BYTES:
+                raise ValueError(f"fingerprint: expected at most {_MAX_HEADER_BYTES} bytes of JSON, got {len(data)}")
+            _write_atomically(path, data)
         got = read_header(self.folder, self.kind)  # also after writing: the parts of one cache may start at the same time
         check_fingerprint(self.folder, expected=header["fingerprint"], got=got["fingerprint"])
         self._compare_versions(header[self.kind.mark], got[self.kind.mark])
@@ -290,7 +308,6 @@ class ShardWriter(AbstractContextManager):
                 raise ValueError(
                     f"{name}: the cache {self.folder} has another; expected {header[name]}, got {got[name]}"
                 )
-        self._layout = _layout_of(got, self.kind)
         return got
 
     def _compare_versions(self, own: int, found: int) -> None:
@@ -307,7 +324,7 @@ class ShardWriter(AbstractContextManager):
             else:
                 good.append(record)
         if torn or len(good) != len(records):
-            lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in good]
+            lines = [_as_json(record) + b"\n" for record in good]
             _write_atomically(self._index_path, b"".join(lines))
         named = {record["shard"] for record in good}
         for path in self.folder.glob(f"shard-{self.part}-*.safetensors*"):
@@ -340,9 +357,26 @@ def canonical(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(fingerprint, Mapping):
         raise TypeError(f"fingerprint: expected a mapping of JSON values, got {type(fingerprint).__name__}")
     try:
-        return json.loads(json.dumps(dict(fingerprint), sort_keys=True))
-    except (TypeError, ValueError) as error:
+        return json.loads(_as_json(dict(fingerprint), sort_keys=True))
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"fingerprint: expected JSON values only, got {error}") from error
+
+
+def check_text(name: str, text: Any) -> None:
+    """For a string that a file of the cache is to hold."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a string, got {text!r}")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected a string that UTF-8 can hold, got {text[:80]!r} ({error.reason})") from error
+    if size > _MAX_TEXT_BYTES:
+        raise ValueError(f"{name}: expected at most {_MAX_TEXT_BYTES} bytes, got {size}, {text[:80]!r} ...")
+
+
+def _as_json(value: Any, **options: Any) -> bytes:
+    """Raises ValueError for what a reader would refuse: numbers that are not finite, strings that UTF-8 cannot hold."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, **options).encode()
 
 
 def check_fingerprint(folder: Path, *, expected: dict[str, Any], got: dict[str, Any]) -> None:
@@ -381,7 +415,7 @@ def read_header(folder: Path, kind: Kind) -> Header:
 
 def _layout_of(header: Header, kind: Kind) -> Layout:
     layout = kind.layout(header)
-    assert layout is not None  # read_header has looked
+    assert layout is not None  # read_header has looked, or the writer at its arguments
     return layout
 
 

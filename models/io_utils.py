@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -146,9 +146,28 @@ def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
     Raises:
         BlockingIOError: another process holds it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:
+    with locked(Path(folder) / ".lock", f"{folder}: {what} is at work there already, in another process"):
+        yield
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], refusal: str) -> Iterator[BinaryIO]:
+    """Keep other users of `locked` out of a file. The lock ends with the process, even with a killed one.
+
+    Args:
+        path: created if missing, with its folder. It must not be replaced meanwhile: a rename takes the lock away.
+        refusal: the message where another holds it.
+
+    Yields:
+        the file, open for reading and appending.
+
+    Raises:
+        BlockingIOError: another holds it.
+        OSError: the file cannot be opened, or its file system has no locks; names the file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
         try:
             import fcntl
 
@@ -156,8 +175,19 @@ def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         except ImportError:  # not POSIX: the caller has to see that no two run at once
             pass
         except BlockingIOError:
-            raise BlockingIOError(f"{folder}: {what} is at work there already, in another process") from None
-        yield
+            raise BlockingIOError(refusal) from None
+        except OSError as error:  # a file system without locks
+            error.filename = str(path)
+            raise
+        yield file
+
+
+def same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
+    """Whether two paths name one file: by links and `..` too, and where it is not there yet."""
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return os.path.realpath(first) == os.path.realpath(second)
 
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -28,17 +29,23 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from ..lm_head import is_partitioned
+
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
 
-__all__ = ["CheckpointLoading"]
+__all__ = ["CheckpointLoading", "base_fingerprint"]
 
 logger = logging.getLogger(__name__)
 
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 _ADAPTER = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+_PROMPTS = "prompt_encoder"  # PEFT's module of trained prompts; the files have those as "prompt_embeddings"
+_SETTINGS = "adapter_config.json"
+_OF_THE_ADAPTER = ("peft_type", "r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")  # what a resumed run must share
+_SAMPLED = 64  # values of a weight in a fingerprint
 _SHOWN = 3  # keys in an error
 
 
@@ -56,11 +63,18 @@ class CheckpointLoading(_Trainer):
     Memory: a whole model is read on the CPU, in the widest dtype of the model's parameters, and freed after it is copied.
 
     Raises:
+        ValueError: when training starts, nothing trains, or a parameter does that no save would hold: one beside a LoRA, whose
+            file holds the adapter alone. The error names the first ones.
         RuntimeError: after loading, a parameter that trains has not come from the checkpoint, or the checkpoint holds a tensor
             that the model does not have. The error names the first ones. Frozen weights may be missing; they stay as they are.
     """
 
     keeps_statistics = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        _check_saved(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
@@ -77,13 +91,16 @@ class CheckpointLoading(_Trainer):
         root: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         trained = _trained(root)
         whole, adapter = _has(folder, _WHOLE), _has(folder, _ADAPTER)
+        _check_adapter_settings(root, folder)
         injected = isinstance(root, PreTrainedModel) and getattr(root, "_hf_peft_config_loaded", False)
         if not isinstance(root, PreTrainedModel) or getattr(root, "hf_quantizer", None) is not None or not (whole or adapter):
             load()
-            if hasattr(root, "peft_config"):
+            if hasattr(root, "peft_config") and not injected:
                 _check_adapters(root, folder, trained, warn=not self.keeps_statistics)
             elif whole:
                 _check(folder, trained, loaded=(names := set(_read_whole(folder))), unexpected=names - root.state_dict().keys())
+            else:
+                _check(folder, trained, loaded=set())  # for the best model the Trainer only warns
             return
         loaded: set[str] = set()
         if whole:
@@ -102,7 +119,10 @@ def _has(folder: Path, names: Iterable[str]) -> bool:
 
 
 def _load_whole(model: PreTrainedModel, folder: Path) -> set[str]:
-    """What from_pretrained makes of the folder, copied into the model; the names of its parameters that came from there."""
+    """What from_pretrained makes of the folder, copied into the model; the names of its parameters that came from there.
+
+    The config builds no module that was changed after the model was made: its tensors are read by their names in the file.
+    """
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     config = copy.deepcopy(model.config)
     load: Any = type(model).from_pretrained
@@ -114,20 +134,43 @@ def _load_whole(model: PreTrainedModel, folder: Path) -> set[str]:
             attn_implementation="eager",  # it computes nothing
             output_loading_info=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are looked at below
         )
-    wrong = {*info["unexpected_keys"], *(str(entry) for entry in info["mismatched_keys"])}
-    _check(folder, set(), loaded=set(), unexpected=wrong)
-    missing = set(info["missing_keys"])
-    state = {name: tensor for name, tensor in fresh.state_dict().items() if name not in missing}
+    sizes = {name: (saved, built) for name, saved, built in info["mismatched_keys"]}
+    missing = info["missing_keys"] - sizes.keys()
+    state = {name: tensor for name, tensor in fresh.state_dict().items() if name not in missing and name not in sizes}
+    own = model.state_dict()
+    otherwise = {*info["unexpected_keys"], *sizes}
+    if otherwise & own.keys():
+        by_name, _ = _by_name(model, folder)
+        fitting = {name: x for name, x in by_name.items() if name in otherwise and x.shape == own[name].shape}
+        state |= fitting
+        otherwise -= fitting.keys()
+    _check(folder, set(), loaded=set(), unexpected={_with_sizes(name, sizes, own) for name in otherwise})
     result: Any = model.load_state_dict(state, strict=False)
     _check(folder, set(), loaded=set(), unexpected=set(result.unexpected_keys))
-    if missing:
+    if missing := missing & own.keys():
         logger.warning("%s: the checkpoint lacks %s; they stay as they are", folder, _some(missing))
-    return set(state)
+    return _in_memory_of(state, own)
+
+
+def _with_sizes(name: str, sizes: dict[str, Any], own: dict[str, Tensor]) -> str:
+    if name not in sizes:
+        return name
+    saved, built = sizes[name]
+    return f"{name} {tuple(saved)} instead of {tuple(own[name].shape if name in own else built)}"
 
 
 def _load_renamed(model: Any, folder: Path) -> set[str]:
     """As `_load_whole`, for a model with an adapter in it: from_pretrained would build it without, and lose `base_layer`."""
+    found, unknown = _by_name(model, folder)
+    _check(folder, set(), loaded=set(), unexpected=unknown)
+    model.load_state_dict(found, strict=False)
+    return _in_memory_of(found, model.state_dict())
+
+
+def _by_name(model: Any, folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+    """The folder's tensors by the model's names, and the keys that the model would not write."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = model.state_dict()
@@ -135,10 +178,12 @@ def _load_renamed(model: Any, folder: Path) -> set[str]:
     renamed = revert_weight_conversion(model, state)
     on_disk = {key: name_of[id(tensor)] for key, tensor in renamed.items() if id(tensor) in name_of}
     tensors = _read_whole(folder)
-    found = {on_disk[key]: tensor for key, tensor in tensors.items() if key in on_disk}
-    _check(folder, set(), loaded=set(), unexpected=tensors.keys() - on_disk.keys())
-    model.load_state_dict(found, strict=False)
-    memory = {state[name].data_ptr() for name in found}  # one name of weights that are tied
+    return {on_disk[key]: tensor for key, tensor in tensors.items() if key in on_disk}, tensors.keys() - on_disk.keys()
+
+
+def _in_memory_of(names: Collection[str], state: dict[str, Tensor]) -> set[str]:
+    """`names` and the other names of their tensors: a file has one name of weights that are tied."""
+    memory = {state[name].data_ptr() for name in names}
     return {name for name, tensor in state.items() if tensor.data_ptr() in memory}
 
 
@@ -155,11 +200,62 @@ def _load_injected(model: Any, folder: Path, *, warn: bool) -> set[str]:
     return _covered(model, name, state)
 
 
+def _check_adapter_settings(model: Any, folder: Path) -> None:
+    """Before loading: PEFT loads the weights alone, and leaves the scale of the adapter to the one that is there."""
+    configs: Any = getattr(model, "peft_config", None)
+    for name, config in configs.items() if isinstance(configs, dict) else ():
+        file = folder / name / _SETTINGS  # of "default", or of the only one that add_adapter has put in, beside the weights
+        if not file.is_file() and (name == "default" or len(configs) == 1):
+            file = folder / _SETTINGS
+        saved = _json(file) if file.is_file() else {}
+        for key in _OF_THE_ADAPTER:
+            if key in saved and hasattr(config, key) and saved[key] != (now := getattr(config, key)):
+                raise RuntimeError(f"{file}: expected the model's {key} {now!r}, got {saved[key]!r}; build the adapter as it was")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise RuntimeError(f"{file}: expected a JSON object, got {error}") from error
+    if not isinstance(found, dict):
+        raise RuntimeError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def base_fingerprint(model: Any) -> str | None:
+    """Of the weights under a model's adapters, which no checkpoint holds: up to 64 values of each. None without an adapter.
+
+    Waits for a CUDA device. None also where ZeRO-3 has partitioned them.
+    """
+    names = _adapters(model)
+    if not names or any(map(is_partitioned, model.parameters())):
+        return None
+    saved = set().union(*(_of_the_file(model, name, state := _adapter_state(model, name), state) for name in names))
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if name in saved or name.startswith(f"{_PROMPTS}.") or parameter.is_meta:
+            continue
+        x = parameter.detach().flatten()
+        picked = torch.linspace(0, max(len(x) - 1, 0), min(_SAMPLED, len(x)), dtype=torch.float64).round().long()
+        digest.update(f"{name} {tuple(parameter.shape)} {x.dtype}".encode())
+        digest.update(x[picked.to(x.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _adapters(model: Any) -> list[str]:
+    """The adapters that a save writes."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return list(model.active_adapters())
+    return list(getattr(model, "peft_config", None) or ())
+
+
 def _check_adapters(model: Any, folder: Path, trained: set[str], *, warn: bool) -> None:
     """After PeftModel has loaded its adapter: are its trained parameters in the file?"""
     name = model.active_adapters[0]
     if not (_has(folder, _ADAPTER) or _has(folder / name, _ADAPTER)):
-        return  # the Trainer has said that there is nothing to load
+        _check(folder, trained, loaded=set())  # the file of a whole model has none of the adapter
+        return
     place = folder if _has(folder, _ADAPTER) and not _has(folder / name, _ADAPTER) else folder / name
     state = _read_adapter(place)
     known = _adapter_state(model, name).keys() | model.state_dict().keys()
@@ -182,16 +278,45 @@ def _warn_of_statistics(model: nn.Module, folder: Path) -> None:
             return
 
 
-def _adapter_state(model: Any, name: str) -> dict[str, Tensor]:
+def _adapter_state(model: Any, name: str, embeddings: Any = False) -> dict[str, Tensor]:
     import peft
 
-    return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
 
 
 def _covered(model: Any, name: str, state: Collection[str]) -> set[str]:
     """Names of the parameters that the file's keys stand for: PEFT leaves the adapter's name out of them."""
-    in_file = {tensor.data_ptr() for key, tensor in _adapter_state(model, name).items() if key in state}
-    return {key for key, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() in in_file or key in state}
+    return _of_the_file(model, name, {key: x for key, x in _adapter_state(model, name).items() if key in state}, state)
+
+
+def _of_the_file(model: Any, name: str, tensors: dict[str, Tensor], keys: Collection[str]) -> set[str]:
+    """Names of the parameters that are these tensors of the model, or that have these keys."""
+    memory = {tensor.data_ptr() for tensor in tensors.values()}
+    found = {key for key, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() in memory or key in keys}
+    return found | ({f"{_PROMPTS}.{name}.embedding.weight"} if "prompt_embeddings" in keys else set())
+
+
+def _check_saved(model: Any) -> None:
+    """Before the training: does something train, and would the files of adapters hold all of it? PEFT writes nothing else."""
+    if not _trained(model):
+        raise ValueError(
+            "model: expected a weight that trains, got none with requires_grad; the freeze() of a teacher that is the same model "
+            "freezes it too, so load the teacher separately"
+        )
+    if not (names := _adapters(model)):
+        return
+    lost = _trained(model)
+    lost -= {key for name in names for key in lost if key.startswith(f"{_PROMPTS}.{name}.")}  # the prompts they make are saved
+    for embeddings in (False, "auto"):  # "auto", as save_pretrained does it, may ask the hub
+        for name in names if lost else ():
+            state = _adapter_state(model, name, embeddings)
+            lost -= _of_the_file(model, name, state, state)
+    if lost:
+        module = sorted(lost)[0].rpartition(".")[0].removeprefix("base_model.model.")
+        raise ValueError(
+            f"model: expected only weights to train that its adapter's file holds, got {_some(lost)}; each save would lose them. "
+            f"Give LoraConfig(modules_to_save=[{module!r}]) their modules, or freeze them by requires_grad_(False)"
+        )
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from ..lm_head import logit_post
 from ..teacher import DualPathTeacher, answer_index
 from .checkpoints import CheckpointLoading
 from .options import CAADOptions
+from .teacher_model import check_apart, move
 
 __all__ = ["CAADLossMixin"]
 
@@ -39,10 +40,15 @@ class CAADLossMixin(CheckpointLoading):
     """
 
     def use_teacher(self, teacher: DualPathTeacher, options: CAADOptions | None = None) -> None:
-        """Before `train()`: the teacher, moved to args.device, and the loss's settings."""
+        """Before `train()`: the teacher, moved to args.device, and the loss's settings.
+
+        If a device_map has placed the teacher, its LM head alone is moved. ValueError where the student trains a weight of it.
+        """
         student: Any = self.accelerator.unwrap_model(self.model)
+        check_apart(teacher, student)
+        move(teacher, self.args.device)
         softcap, scale = logit_post(student)
-        self._caad_teacher = teacher.to(self.args.device)
+        self._caad_teacher = teacher
         self._caad_options = CAADOptions() if options is None else options
         self._caad_post = {"student_softcap": softcap, "student_logit_scale": scale}
         self._caad_head = HeadLoss(student, softcap=softcap, logit_scale=scale)

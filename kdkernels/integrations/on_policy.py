@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checks import is_number, is_whole
+from ..checks import is_number, is_whole, plain_numbers
 from ..decoding import eos_ids_of, transformers_model
 from ..paths import SEQUENCE_PADDING
 from ..sampling import Sampling, own_answers, uniform_draws, unspoken_ids
@@ -61,6 +61,7 @@ class OnPolicy:
             raise TypeError(f"sampling: expected a kdkernels.Sampling, got {type(self.sampling).__name__}")
         for name in ("end_token_ids", "suppressed_token_ids"):
             object.__setattr__(self, name, tuple(int(token) for token in getattr(self, name)))
+        plain_numbers(self)
 
     def as_json(self) -> dict[str, Any]:
         """The values, for the file that is saved beside a model."""

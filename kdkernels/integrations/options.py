@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checks import is_number, is_whole
+from ..checks import is_number, is_whole, plain_numbers
 from ..loss_options import LinearLossOptions
 
 ALPHA = 2.0  # with two paths, where nothing is said
@@ -54,6 +54,7 @@ class CAADOptions:
         if self.divergence != "jsd" and self.jsd_beta != CAADOptions.jsd_beta:
             default = CAADOptions.jsd_beta
             raise ValueError(f"jsd_beta: expected {default} with divergence={self.divergence!r}, got {self.jsd_beta}")
+        plain_numbers(self)
 
     def alpha_at(self, step: int) -> float:
         """alpha of optimiser step `step`, the first being 1: alpha_start there, then linear over alpha_ramp_steps."""

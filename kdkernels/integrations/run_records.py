@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,27 @@ def _as_json(options: CAADOptions, on_policy: dict[str, Any] | None) -> dict[str
     return {**values, "alpha": alpha, "logits_dtype": None if dtype is None else str(dtype), **more}
 
 
-def write_options(folder: Path, options: CAADOptions, *, on_policy: dict[str, Any] | None = None) -> None:
+def write_options(
+    folder: Path, options: CAADOptions, *, on_policy: dict[str, Any] | None = None, made_of: Mapping[str, Any] | None = None
+) -> None:
+    """`made_of`: fingerprints of what the run's states depend on beside its options, each a string or a JSON object."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / OPTIONS_NAME).write_text(json.dumps(_as_json(options, on_policy), indent=1) + "\n")
+    values = {**_as_json(options, on_policy), **(made_of or {})}
+    (folder / OPTIONS_NAME).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def check_options(
-    folder: Path, options: CAADOptions, *, on_policy: dict[str, Any] | None = None, allow_others: bool = False
+    folder: Path,
+    options: CAADOptions,
+    *,
+    on_policy: dict[str, Any] | None = None,
+    made_of: Mapping[str, Any] | None = None,
+    allow_others: bool = False,
 ) -> None:
-    """Raises ValueError, with both values, where the checkpoint was trained with another loss. An older one has no file.
+    """Raises ValueError, with both values, where the checkpoint was trained with another loss or made of something else.
 
-    With allow_others a warning says what differs. A file that is no JSON object raises ValueError.
+    An older one has no file, or no fingerprints: a warning says that they were not compared. With allow_others a warning says
+    what differs. A file that is no JSON object raises ValueError.
     """
     file = folder / OPTIONS_NAME
     if not file.is_file():
@@ -64,12 +75,26 @@ def check_options(
     ]
     if ("on_policy" in saved) != ("on_policy" in now):
         differing.append(f"on_policy was {saved.get('on_policy')!r} and is {now.get('on_policy')!r}")
+    made_of = made_of or {}
+    if unknown := [name for name in made_of if name not in saved]:
+        logger.warning("%s has no %s: it was not compared with that of this run", file, ", ".join(unknown))
+    for name in made_of.keys() - unknown:
+        differing += _entries_that_differ(name, saved[name], made_of[name])
     if not differing:
         return
     message = f"options: expected those of the checkpoint {folder}, got others: {'; '.join(differing)}."
     if not allow_others:
         raise ValueError(f"{message} Pass resume_with_other_options=True to go on with the new ones")
     logger.warning("%s Training goes on with the new ones", message)
+
+
+def _entries_that_differ(name: str, saved: Any, now: Any) -> list[str]:
+    if saved == now:
+        return []
+    if not (isinstance(saved, dict) and isinstance(now, dict)):
+        return [f"{name} was {saved!r} and is {now!r}"]
+    keys = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
+    return [f"{name}[{key!r}] was {saved.get(key)!r} and is {now.get(key)!r}" for key in keys[:3]]
 
 
 def write_card(

@@ -13,7 +13,6 @@ Legend: B rows of a batch, L columns, N positions that predict a label, H hidden
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import math
@@ -25,23 +24,25 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, RemoveColumnsCollator, get_last_checkpoint
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
 from ..head_loss import HeadLoss
 from ..lm_head import LMHead, is_partitioned, logit_post
+from ..loss_terms import valid_ids
 from ..ops.dispatch import checks_enabled
-from ..projection import fused_linear_projected_loss
-from ..projection_cache import ProjectionCache
+from ..projection import fused_linear_projected_loss, head_fingerprint
+from ..projection_cache import CachedProjections, ProjectionCache
 from ..teacher import DualPathTeacher, answer_index
 from ..whole_weights import whole_weights
-from .checkpoints import CheckpointLoading
+from .checkpoints import CheckpointLoading, base_fingerprint
 from .on_policy import OnPolicy, OwnAnswers
 from .options import CAADOptions
 from .projected import OF_THE_PROJECTED_LOSS, check_projections
 from .run_records import check_options, write_card, write_options
-from .vocabulary import check_vocabularies, head_rows, teacher_tokenizer, tokenizer_of
+from .teacher_model import check_apart, input_names, move
+from .vocabulary import check_vocabularies, embedding_rows, head_rows, teacher_tokenizer, tokenizer_of
 
 __all__ = ["CAADTrainer"]
 
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 TEACHER, NEGATIVE, SAMPLE_ID = "teacher_", "negative_", "sample_id"
 BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
 IGNORE_INDEX = -100
+_SHOWN = 5  # samples in an error
 
 
 class CAADTrainer(CheckpointLoading, Trainer):
@@ -68,7 +70,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as for Trainer.
         teacher: a `DualPathTeacher`, or an open `ContrastCache` that one has written, or a `ProjectionCache` that
-            `kdkernels.project_cache` has made of that. A DualPathTeacher is moved to args.device. If ZeRO-3 has partitioned it,
+            `kdkernels.project_cache` has made of that. A DualPathTeacher is moved to args.device, or its LM head alone if a
+            device_map has placed it. It may share frozen weights with the student, none that train. If ZeRO-3 has partitioned it,
             it gets an engine of its own and is frozen. A ProjectionCache needs the frozen LM head it was made for, without LoRA,
             and its alpha and temperature.
         teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
@@ -81,8 +84,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
             DualPathTeacher. Under FSDP2 and ZeRO-3 all weights of the student are gathered on every rank while it answers; FSDP 1
             raises an error. Each step with such answers logs answer_tokens, their mean number, and answer_ends, the share that
             has ended.
-        resume_with_other_options: True lets a checkpoint go on with another loss. Otherwise `train(resume_from_checkpoint=)`
-            raises ValueError with the options that differ (chunk_tokens, workspace_bytes and impl may).
+        resume_with_other_options: True lets a checkpoint go on with another loss, cache or base of an adapter. Otherwise
+            `train(resume_from_checkpoint=)` raises ValueError with what differs (chunk_tokens, workspace_bytes and impl may).
         assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
 
     What is logged in training also has kd, ce, student_entropy, teacher_entropy, top1_agreement, path_divergence (none without a
@@ -134,7 +137,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        _check_arguments(args, teacher, teacher_head)
+        _check_arguments(model, args, teacher, teacher_head)
         super().__init__(
             model,
             args,
@@ -152,29 +155,43 @@ class CAADTrainer(CheckpointLoading, Trainer):
         self._resume_with_other_options = resume_with_other_options
         self._logged: Tensor | None = None  # (9,) sums over this rank's micro-batches that are logged
         self._contrasts = False  # whether they have a negative path
+        self._teacher_takes_others = False  # inputs that its forward does not name
         self._grad_norm: Any = None
         self.add_callback(_BeforeStep(self._check_step))
         # The loss that compute_loss returns is a share of the whole step's: Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.options = CAADOptions() if options is None else options
         self.teacher = teacher
+        student: Any = self.model
         if isinstance(teacher, DualPathTeacher) and any(map(is_partitioned, teacher.model.parameters())):
             self._teacher_engine = _zero3_engine(teacher.model)
             teacher.head = teacher.head.to(args.device)
         elif isinstance(teacher, DualPathTeacher):
-            teacher.to(args.device)
+            check_apart(teacher, student)
+            move(teacher, args.device)
         elif teacher_head is not None:
             self._cached_head = teacher_head.to(args.device)
-        student: Any = self.model
         if not assume_same_tokens:
             self._check_vocabularies(processing_class, teacher_processing_class)
         softcap, scale = logit_post(student)
         if isinstance(teacher, ProjectionCache):
             check_projections(teacher, student, self.options, softcap=softcap, logit_scale=scale)
+        self._student_rows = head_rows(student)  # before anything shards it
+        self._made_of = self._fingerprints()
         self._student_post = {"student_softcap": softcap, "student_logit_scale": scale}
         self._at_head = HeadLoss(student, softcap=softcap, logit_scale=scale)
         self.on_policy = on_policy
         self._own_answers = None if on_policy is None else self._make_own_answers(on_policy, processing_class)
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """Of what no option names and no checkpoint holds: a cache, the head that goes with it, the weights under an adapter."""
+        found: dict[str, Any] = {}
+        if isinstance(self.teacher, (ContrastCache, ProjectionCache)):
+            found["teacher_cache"] = self.teacher.fingerprint
+        if isinstance(self.teacher, ContrastCache):
+            found["teacher_head"] = head_fingerprint(self._cached_head.weight, self._cached_head.bias)
+        base = base_fingerprint(self.accelerator.unwrap_model(self.model))
+        return found if base is None else {**found, "student_base": base}
 
     def _make_own_answers(self, on_policy: OnPolicy, processing_class: Any) -> OwnAnswers:
         if not isinstance(on_policy, OnPolicy):
@@ -315,16 +332,19 @@ class CAADTrainer(CheckpointLoading, Trainer):
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if folder:
             check_options(
-                Path(str(folder)), self.options, on_policy=self._on_policy_json(), allow_others=self._resume_with_other_options
+                Path(str(folder)),
+                self.options,
+                on_policy=self._on_policy_json(),
+                made_of=self._made_of,
+                allow_others=self._resume_with_other_options,
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
-        if self.args.should_save:
-            write_options(folder, self.options, on_policy=self._on_policy_json())
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
+        if self.args.should_save:  # after the weights: a record that cannot be written must not cost them
+            write_options(folder, self.options, on_policy=self._on_policy_json(), made_of=self._made_of)
             self._write_card(folder)
 
     def _on_policy_json(self) -> dict[str, Any] | None:
@@ -416,6 +436,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
             if not contrasts:
                 self.options.refuse_alpha(inputs.get("alpha"))
                 options["alpha"] = 0.0
+            widths = tuple(width for width in (self._student_rows, states[2].weight.shape[0]) if width)
+            _check_labels(target, index // labels.shape[1], valid_ids(self.options.vocab_size, widths), _names(inputs))
             compute = self._loss_from_states(states, target, {**options, **by_token, **reduction})
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -424,7 +446,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
                     sink.append(compute(hidden.detach(), weight, bias, return_stats=True)[1])
             return compute(hidden, weight, bias)
 
-        result = self._at_head(model, columns[0], index, loss)
+        with _ids_named(self.accelerator.unwrap_model(model), _names(inputs), {"input_ids": inputs.get("input_ids")}):
+            result = self._at_head(model, columns[0], index, loss)
         if sink:
             weights = torch.stack(_weights(inputs, labels), 1).to(sink[0].kd.device)
             alpha = {**options, **by_token}["alpha"]
@@ -468,10 +491,19 @@ class CAADTrainer(CheckpointLoading, Trainer):
         keywords |= {name: options[name] for name in OF_THE_PROJECTED_LOSS}
         assert isinstance(self.teacher, ProjectionCache)
         lengths = torch.bincount(index // labels.shape[1], minlength=len(labels))
+        samples = self._sample_ids(inputs)
+        held = self.teacher.get(samples)
         try:
-            projection = self.teacher.get(self._sample_ids(inputs)).spread(target, lengths).projection
+            projection = held.spread(target, lengths).projection
         except ValueError as error:
-            raise ValueError(f"labels: expected the target tokens of the ProjectionCache, got others ({error})") from None
+            differing = [
+                str(name)
+                for name, ids, n in zip(samples, target.split(lengths.tolist()), lengths, strict=False)
+                if not _spreads(self.teacher.get([name]), ids, n[None])
+            ]
+            raise ValueError(
+                f"labels: expected the target tokens of the ProjectionCache, got others in {_listed(differing)} ({error})"
+            ) from None
 
         def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Any:
             return fused_linear_projected_loss(
@@ -502,9 +534,13 @@ class CAADTrainer(CheckpointLoading, Trainer):
         index: Tensor,
         target: Tensor,
     ) -> tuple[Tensor, Tensor | None, LMHead]:
+        rows, names = index // inputs["labels"].shape[1], _names(inputs)
         if isinstance(self.teacher, ContrastCache):
-            states = self.teacher.get(self._sample_ids(inputs))
-            _check_targets(target, states.target, "the ContrastCache")
+            samples = self._sample_ids(inputs)
+            states = self.teacher.get(samples)
+            lengths = torch.tensor([self.teacher.rows(str(name)) for name in samples])
+            own_rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+            _check_targets(target, rows, states.target, own_rows, "the ContrastCache", names)
             dtype = self._cached_head.weight.dtype
             both = (states.audio_hidden, states.text_hidden)
             audio, text = (None if x is None else x.to(self.args.device, dtype) for x in both)
@@ -512,14 +548,18 @@ class CAADTrainer(CheckpointLoading, Trainer):
             return audio, text, self._cached_head
         assert isinstance(self.teacher, DualPathTeacher)
         if teacher:
-            index, own = answer_index(_labels(inputs, TEACHER))
-            _check_targets(target, own, f"{TEACHER}labels")
+            theirs = _labels(inputs, TEACHER)
+            index, own = answer_index(theirs)
+            _check_targets(target, rows, own, index // theirs.shape[1], f"{TEACHER}labels", names)
         keywords: dict[str, Any] = {}
         if negative:
-            text_index, own = answer_index(_labels(inputs, NEGATIVE))
-            _check_targets(target, own, f"{NEGATIVE}labels")
+            theirs = _labels(inputs, NEGATIVE)
+            text_index, own = answer_index(theirs)
+            _check_targets(target, rows, own, text_index // theirs.shape[1], f"{NEGATIVE}labels", names)
             keywords = {"text_inputs": negative, "text_index": text_index}
-        live = self.teacher(teacher or student, index, **keywords)
+        ids = {f"{TEACHER}input_ids" if teacher else "input_ids": (teacher or student).get("input_ids")}
+        with _ids_named(self.teacher.model, names, {**ids, f"{NEGATIVE}input_ids": negative.get("input_ids")}):
+            live = self.teacher(teacher or student, index, **keywords)
         return live.audio_hidden, live.text_hidden, self.teacher.head
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -580,11 +620,31 @@ class CAADTrainer(CheckpointLoading, Trainer):
             columns = trainer._signature_columns
             known = [*columns, "labels"]
             if isinstance(self.teacher, DualPathTeacher):
-                for name in ("forward", "hidden_states_at"):
-                    if callable(method := getattr(self.teacher.model, name, None)):
-                        known += inspect.signature(method).parameters
+                names, self._teacher_takes_others = input_names(self.teacher.model)
+                known += names
             prefixed = [prefix + name for prefix in (TEACHER, NEGATIVE) for name in dict.fromkeys(known)]
             trainer._signature_columns = [*columns, *prefixed, SAMPLE_ID, *BY_TOKEN]
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        self._set_signature_columns_if_needed()
+        trainer: Any = self
+        if self._teacher_takes_others:
+            others = [name for name in dataset.column_names if name.startswith((TEACHER, NEGATIVE))]
+            trainer._signature_columns = [*dict.fromkeys([*trainer._signature_columns, *others])]
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        collator: Any = super()._get_collator_with_removed_columns(data_collator, description)
+        if self._teacher_takes_others and isinstance(collator, RemoveColumnsCollator):
+            collator.signature_columns = _WithPrefixed(collator.signature_columns)
+        return collator
+
+
+class _WithPrefixed(list[str]):
+    """Columns, and all whose prefix says that they are the teacher's: its model takes inputs that its signature does not name."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).startswith((TEACHER, NEGATIVE))
 
 
 def _frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -617,8 +677,13 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-def _check_arguments(args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
+def _check_arguments(model: Any, args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
     """Before Trainer sets anything up."""
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model: expected it without torch.compile, which hides its LM head, got a compiled one; compile what lies below: "
+            "`student.get_decoder().compile()`"
+        )
     if not isinstance(teacher, (DualPathTeacher, ContrastCache, ProjectionCache)):
         raise TypeError(
             f"teacher: expected a DualPathTeacher, a ContrastCache or a ProjectionCache, got {type(teacher).__name__}"
@@ -736,13 +801,63 @@ def _sums_of_weights(inputs: Mapping[str, Any]) -> Tensor:
     return torch.stack([x.sum() for x in _weights(inputs, _labels(inputs, ""))])
 
 
-def _check_targets(target: Tensor, own: Tensor, whose: str) -> None:
-    """The teacher's targets are the student's; on CUDA only their number is looked at (see KDKERNELS_CHECK)."""
+def _check_targets(target: Tensor, rows: Tensor, own: Tensor, own_rows: Tensor, whose: str, names: list[str]) -> None:
+    """The teacher's targets are the student's; on CUDA only their number is looked at (see KDKERNELS_CHECK).
+
+    rows, own_rows: the sample of each target, among `names`.
+    """
     same = target.shape == own.shape
     if same and checks_enabled(target.device):
-        same = torch.equal(target, own.to(target.device))
+        same = torch.equal(target, own.to(target.device)) and torch.equal(rows, own_rows.to(rows.device))
     if not same:
+        one, other = ((ids.cpu(), of.cpu()) for ids, of in ((target, rows), (own, own_rows)))
+        differing = [n for row, n in enumerate(names) if not torch.equal(one[0][one[1] == row], other[0][other[1] == row])]
         raise ValueError(
-            f"labels: expected the target tokens of {whose}, {len(own)} of them, got {len(target)} or others; distillation "
-            "by token needs one tokenizer and the same answers"
+            f"labels: expected the target tokens of {whose}, got others in {_listed(differing)}; distillation by token needs one "
+            "tokenizer and the same answers"
         )
+
+
+def _spreads(held: CachedProjections, target: Tensor, lengths: Tensor) -> bool:
+    try:
+        held.spread(target, lengths)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_labels(target: Tensor, rows: Tensor, vocab: int, names: list[str]) -> None:
+    """The targets are ids below `vocab`, where looking costs no wait."""
+    if not checks_enabled(target.device) or not len(target):
+        return
+    wrong = (target < 0) | (target >= vocab)
+    if bool(wrong.any()):
+        found = _listed([names[row] for row in rows[wrong].unique().tolist()])
+        raise ValueError(f"labels: expected ids in [0, {vocab}) or {IGNORE_INDEX}, got {int(target[wrong][0])} in {found}")
+
+
+@contextlib.contextmanager
+def _ids_named(model: nn.Module, names: list[str], columns: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, an id that the model has no embedding for raises ValueError with the samples, not torch's IndexError.
+
+    columns: input ids (B, L) by the names of their columns. They are not looked at before: some models have placeholders beyond
+    the embeddings.
+    """
+    try:
+        yield
+    except IndexError as error:
+        count = embedding_rows(model)
+        for column, ids in columns.items():
+            wrong = None if count is None or not isinstance(ids, Tensor) else (ids < 0) | (ids >= count)
+            if wrong is not None and bool(wrong.any()):
+                found = _listed([name for name, bad in zip(names, wrong.any(1).tolist(), strict=False) if bad])
+                raise ValueError(
+                    f"inputs[{column!r}]: expected ids in [0, {count}), which {type(model).__name__} has embeddings for, got "
+                    f"{int(ids[wrong][0])} in {found}"
+                ) from error
+        raise
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"sample {shown}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

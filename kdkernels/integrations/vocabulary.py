@@ -9,7 +9,7 @@ from torch import nn
 
 from ..lm_head import computing_layer, head_module
 
-__all__ = ["check_vocabularies", "head_rows", "teacher_tokenizer", "tokenizer_of"]
+__all__ = ["check_vocabularies", "embedding_rows", "head_rows", "teacher_tokenizer", "tokenizer_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,5 +73,15 @@ def teacher_tokenizer(model: nn.Module) -> Any:
 
 def head_rows(model: nn.Module) -> int | None:
     """V of the model's LM head, also where ZeRO-3 has partitioned it; None where it has no weight."""
-    weight: Any = getattr(computing_layer(head_module(model)), "weight", None)
+    return _rows(computing_layer(head_module(model)))
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """The number of tokens that the model has embeddings for; None where that is not known."""
+    getter = getattr(model, "get_input_embeddings", None)
+    return _rows(getter()) if callable(getter) else None
+
+
+def _rows(layer: Any) -> int | None:
+    weight: Any = getattr(layer, "weight", None)
     return None if weight is None else int(getattr(weight, "ds_shape", weight.shape)[0])

@@ -29,7 +29,13 @@ CUDA_OR_TRITON = "cuda_or_triton"  # what "auto" may choose, beside the names ab
 
 
 def checks_enabled(device: torch.device) -> bool:
-    """Whether values of tensors are checked: always on the CPU; on other devices, where it waits, with KDKERNELS_CHECK=1."""
+    """Whether values of tensors are checked: always on the CPU; on other devices, where it waits, with KDKERNELS_CHECK=1.
+
+    Not inside a transform of torch.func: vmap has no values to look at.
+    """
+    private: Any = torch._C
+    if private._are_functorch_transforms_active():
+        return False
     return device.type == "cpu" or os.environ.get("KDKERNELS_CHECK", "0") == "1"
 
 

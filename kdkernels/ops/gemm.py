@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .rows import legal_alpha
 
 # Rows of the weight upcast at a time where a GEMM needs float32 operands: 4096 x 4096 float32 is 64 MiB.
 VOCAB_BLOCK = 4096
@@ -58,13 +59,13 @@ def contrastive_summands(
     """(1 + alpha) h_audio - alpha h_text, (C, H_t): both paths share W_t, so one GEMM serves the contrast.
 
     Computed in float32, and returned as a sum of ``count`` tensors (1 or 2) of ``dtype``: the second holds what the first rounds
-    away.
+    away. NaN where alpha is negative or not finite: the row kernel, which gets the contrast's logits alone, cannot tell.
     """
     contrast_in_one_pass = _contrast_kernel_for(audio.device)
     if contrast_in_one_pass is not None and alpha.dtype == torch.float32:
         return contrast_in_one_pass(audio, text, alpha, dtype, count)
     audio = audio.float()
-    a = alpha[:, None]
+    a = legal_alpha(alpha)[:, None]
     # Where alpha is 0 the text path is not read: it may hold anything.
     contrast = torch.where(a == 0, audio, audio + a * (audio - text.float()))
     return _summands(contrast, dtype)[:count]

@@ -8,7 +8,7 @@ Legend: N rows (tokens), H width. Every backend (``native``, ``triton_layers``) 
     v        (N, H) likewise: the teacher's side
     text     (N, H) in v's dtype, or None: v stands for v + alpha (v - text); not read where alpha is 0
     valid    (N,) bool or None: rows that are False are not read; their loss and gradients are 0
-    alpha    (1,) or (N,) float32
+    alpha    (1,) or (N,) float32; a negative or non-finite one gives NaN (the CPU front end raises ValueError before)
     coef     (N,) float32: d total / d loss_i
     grad_u   None, or (N, H) which receives coef_i d loss_i / d u. May share u's memory, at no larger item size.
     grad_v   None, or the same for v (then without text). May share v's memory, at no larger item size.
@@ -23,13 +23,15 @@ from __future__ import annotations
 
 import torch
 
+from .rows import legal_alpha
+
 
 def contrastive(v: torch.Tensor, text: torch.Tensor | None, alpha: torch.Tensor) -> torch.Tensor:
-    """v + alpha (v - text) in at least float32, (N, H)."""
+    """v + alpha (v - text) in at least float32, (N, H); NaN for an alpha that is negative or not finite."""
     v = v.to(torch.promote_types(v.dtype, torch.float32))
     if text is None:
         return v
-    a = alpha.to(v.dtype).reshape(-1, 1)
+    a = legal_alpha(alpha).to(v.dtype).reshape(-1, 1)
     return torch.where(a == 0, v, v + a * (v - text.to(v.dtype)))
 
 

@@ -32,7 +32,8 @@ from .gemm import (
     spread,
     take_scratch,
 )
-from .schema import _scaled, half_gain, refuse_second_derivative, register_formulas, without_gradients
+from .reference import savable, without_autocast
+from .schema import _scaled, check_values, half_gain, refuse_second_derivative, register_formulas, without_gradients
 
 # Factors on half_gain. Differences of hidden states may be large, and half_gain alone leaves room up to 65504. Differences of
 # unit vectors are small, and they are divided by the vector's length.
@@ -198,6 +199,7 @@ def layer_mse(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss: () if reduced else (N,); gradient of the student's states, times _gain; of the projection; each full or empty)."""
+    check_values(None, alpha, 0, 0)
     gain = _gain(coef, student, projection, normalize)
     with torch.amp.autocast(student.device.type, enabled=False):
         out = layer_chunks(
@@ -317,9 +319,11 @@ def reference_layer_mse(
     valid = coef != 0 if valid is None else valid & (coef != 0)
     u, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (u, v))
     if projection is not None:
-        if project_teacher:
-            v = v @ projection.to(dtype).T
-        else:
-            u = u @ projection.to(dtype).T
+        projection = savable(projection.to(dtype))
+        with without_autocast(u.device):
+            if project_teacher:
+                v = v @ projection.T
+            else:
+                u = u @ projection.T
     loss = layer_rows.squared_errors(u, v, normalize=normalize)
     return torch.where(coef == 0, 0.0, coef * loss)

@@ -37,8 +37,8 @@ from .gemm import (
     take_scratch,
 )
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, spread_rows, survivors_launcher
-from .reference import contrastive_logits
-from .rows import MASK_BELOW, STAT_NAMES, RowResult, RowSpec
+from .reference import contrastive_logits, savable, without_autocast
+from .rows import MASK_BELOW, STAT_NAMES, RowResult, RowSpec, legal_alpha
 from .schema import (
     READS_ON_HOST,
     LinearSettings,
@@ -291,8 +291,10 @@ def reference_rows(
     valid = torch.ones_like(counts[0]) if target is None else target != spec.ignore_index
     used = valid & (counts[0] | counts[1])
     hidden = torch.where(used[:, None], hidden, hidden.detach()).to(dtype)
-    w, b = weight[: spec.vocab].detach().to(dtype), None if bias is None else bias[: spec.vocab].detach().to(dtype)
-    s = torch.nn.functional.linear(torch.where(valid[:, None], hidden, 0.0), w, b) * spec.student_scale
+    w, b = savable(weight[: spec.vocab].detach().to(dtype)), None if bias is None else bias[: spec.vocab].detach().to(dtype)
+    projected = Projected(*map(savable, projected))
+    with without_autocast(hidden.device):
+        s = torch.nn.functional.linear(torch.where(valid[:, None], hidden, 0.0), w, b) * spec.student_scale
     s = torch.where(s < MASK_BELOW, -math.inf, s)
     x = s / spec.temperature
     p = projected.probabilities.to(dtype) * (projected.ids >= 0)
@@ -306,8 +308,9 @@ def reference_rows(
     kd = torch.where(kd < 0, kd - kd.detach(), kd)  # rounding; the gradient stays
     ce = torch.zeros_like(kd)
     if target is not None and spec.with_ce:
-        label = torch.where(valid, target, 0)
-        ce = torch.logsumexp(s, 1) - s.gather(1, label[:, None])[:, 0]
+        inside = (target >= 0) & (target < spec.vocab)
+        picked_logit = s.gather(1, torch.where(inside, target, 0)[:, None])[:, 0]
+        ce = torch.where(inside, torch.logsumexp(s, 1) - picked_logit, math.nan)
     stats = None
     if want_stats:
         log_q = torch.log_softmax(x.detach(), 1)
@@ -422,7 +425,7 @@ def teacher_head(
     audio: Tensor, text: Tensor | None, weight: Tensor, bias: Tensor | None, alpha: Tensor, spec: RowSpec, impl: str
 ) -> TeacherHead:
     survivors = None if impl == "reference" else survivors_launcher(impl)
-    return TeacherHead(audio, text, weight, bias, alpha, spec, False, torch.float32, survivors)
+    return TeacherHead(audio, text, weight, bias, legal_alpha(alpha), spec, False, torch.float32, survivors)
 
 
 def mixture(projections: Sequence[Projected], weights: Sequence[Tensor]) -> Projected:

@@ -18,6 +18,19 @@ from .rows import MASK_BELOW, RowResult, RowSpec, joined_stats
 _NEG_INF = float("-inf")
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For products that keep the dtype of their operands under torch.autocast."""
+    available = torch.amp.is_autocast_available(device.type)  # not on "meta"
+    return torch.amp.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+
+
+def savable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of what was made under torch.inference_mode: autograd keeps no such tensor for a backward."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler cannot ask
+        return x
+    return x.clone() if x.is_inference() else x
+
+
 def _maths_of(x: Any) -> Any:
     """The module with log and log1p for a number of a RowSpec, which is a tensor while torch.compile traces."""
     return torch if isinstance(x, torch.Tensor) else math
@@ -211,11 +224,9 @@ def linear_caad(
 
     def logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         bias = None if bias is None else bias[: spec.vocab].to(dtype)
-        return torch.nn.functional.linear(hidden.to(dtype), weight[: spec.vocab].to(dtype), bias)[None]
+        return torch.nn.functional.linear(hidden.to(dtype), savable(weight[: spec.vocab].to(dtype)), bias)[None]
 
-    device_type = student_hidden.device.type
-    available = torch.amp.is_autocast_available(device_type)  # not on "meta"
-    with torch.amp.autocast(device_type, enabled=False) if available else contextlib.nullcontext():
+    with without_autocast(student_hidden.device):
         student = logits(student_hidden, student_weight, student_bias)
         used = _used_rows(None if target is None else target != spec.ignore_index, counts)
         if used is not None:  # hidden states that are NaN would reach the weight's gradient, though they are multiplied by 0

@@ -52,6 +52,11 @@ def filled(shape: tuple[int, ...], x: Any, *, dtype: torch.dtype, device: torch.
     return torch.full(shape, float(x), dtype=dtype, device=device)
 
 
+def legal_alpha(alpha: torch.Tensor) -> torch.Tensor:
+    """alpha, but NaN where it is negative or not finite: for a contrast that no row kernel judges. The loss is NaN then."""
+    return torch.where((alpha >= 0) & (alpha < math.inf), alpha, math.nan)
+
+
 def packed_numbers(numbers: Sequence[Any]) -> torch.Tensor:
     """Floats, or what :func:`scalar` returned, as one tensor on the CPU for an operator, which reads it there."""
     if torch.compiler.is_compiling():

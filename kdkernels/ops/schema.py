@@ -81,11 +81,18 @@ def check_values(target: Tensor | None, alpha: Tensor, vocab: int, ignore_index:
                 f"target: expected ids in [0, {vocab}) or ignore_index {ignore_index}, got {int(target[bad][0])} "
                 f"at {int(bad.sum())} of {target.numel()} positions"
             )
-    if checks_enabled(alpha.device) and alpha.numel():
-        least, most = (alpha, alpha) if alpha.numel() == 1 else torch.aminmax(alpha)
-        if not 0 <= float(least) <= float(most) < math.inf:  # NaN is in both
-            bad = ~((alpha >= 0) & torch.isfinite(alpha))
-            raise ValueError(f"{source}alpha: expected finite values >= 0, got {float(alpha[bad][0])}")
+    if checks_enabled(alpha.device) and (illegal := first_illegal(alpha)) is not None:
+        raise ValueError(f"{source}alpha: expected finite values >= 0, got {illegal}")
+
+
+def first_illegal(x: Tensor) -> float | None:
+    """The first value that is negative or not finite; None: there is none. Waits for the device."""
+    if not x.numel():
+        return None
+    least, most = (x, x) if x.numel() == 1 else torch.aminmax(x)
+    if 0 <= float(least) <= float(most) < math.inf:  # NaN would be in both
+        return None
+    return float(x[~((x >= 0) & torch.isfinite(x))][0])
 
 
 def weighted(kd: Tensor, ce: Tensor, kd_coef: Tensor, ce_coef: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_shared import _alpha_stride, _device_of
+from .triton_shared import _alpha_stride, _device_of, _legal_alpha
 
 MAX_WIDTH = 16384
 
@@ -63,7 +63,7 @@ def _layer_row_kernel(
         alpha = tl.load(alpha_ptr + row * stride_alpha)
         text_width = tl.where(alpha == 0.0, 0, width)  # where alpha is 0 the text path is not read
         text = tl.load(text_ptr + row * stride_text + columns, mask=columns < text_width, other=0.0).to(tl.float32)
-        v = tl.where(alpha == 0.0, v, v + alpha * (v - text))
+        v = tl.where(alpha == 0.0, v, v + _legal_alpha(alpha) * (v - text))
     u_inverse = 1.0
     v_inverse = 1.0
     if NORMALIZE:

@@ -45,6 +45,7 @@ from .triton_shared import (
     _device_of,
     _finish_kd,
     _kl_of_row,
+    _legal_alpha,
     _log_ratio_of_sums,
     _logit_with_slope,
     _merge_weight,
@@ -153,9 +154,9 @@ def _contrast_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
-    """high + low = (1 + alpha) h_audio - alpha h_text, one token a program."""
+    """high + low = (1 + alpha) h_audio - alpha h_text, one token a program; NaN for an illegal alpha."""
     token = tl.program_id(0).to(tl.int64)
-    alpha = tl.load(alpha_ptr + token * stride_alpha)
+    alpha = _legal_alpha(tl.load(alpha_ptr + token * stride_alpha))
     text_width = tl.where(alpha == 0.0, 0, width)  # where alpha is 0 the text path is not read: it may hold anything
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)

@@ -105,6 +105,12 @@ def _read(row_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, 
 
 
 @triton.jit
+def _legal_alpha(alpha):
+    """kdkernels.ops.rows.legal_alpha"""
+    return tl.where((alpha >= 0.0) & (alpha < float("inf")), alpha, float("nan"))
+
+
+@triton.jit
 def _contrast(audio, text, alpha):
     """z_hat"""
     z = audio + alpha * (audio - text)  # not (1 + alpha) audio - alpha text: a constant in both cancels first

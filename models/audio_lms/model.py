@@ -31,6 +31,7 @@ from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import HeadCapture, evaluating, head_module
 from kdkernels.paths import MaskFeatures
+from kdkernels.placement import is_placed
 from kdkernels.sampling import Sampling, own_answers, until_end
 from models.audio_lms.collation import AudioBatch, AudioCollator
 from models.audio_lms.families import check_own_code, family_of
@@ -380,7 +381,7 @@ class AudioLM(nn.Module):
     @property
     def is_placed(self) -> bool:
         """Whether a device_map has placed the weights on several devices."""
-        return getattr(self.lm.get_base_model() if self._has_lora else self.lm, "hf_device_map", None) is not None
+        return is_placed(self.lm)
 
     @property
     def device(self) -> torch.device:
@@ -451,6 +452,8 @@ def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, so
         names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and gets_lora(name, family, lora)]
         if not names:
             raise AudioLMError(f"lora.targets: expected ends of names of the language model's linear layers, got {lora.targets}")
+        if unknown := [target for target in lora.targets if not any(name.endswith(f".{target}") for name in names)]:
+            raise AudioLMError(f"lora.targets: expected ends of names of the language model's linear layers, got also {unknown}")
         config = _peft().LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
         wrapped = _peft().get_peft_model(lm, config)
         wrapped.peft_config["default"].base_model_name_or_path = source

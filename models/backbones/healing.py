@@ -359,16 +359,19 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def read_texts(path: str | Path, *, seed: int = 0) -> list[str]:
-    """Healing texts of a manifest (.jsonl), or the lines of a text file.
+    """Healing texts of a manifest (.jsonl), whose bad rows are left out and listed, or the lines of a text file.
 
     Raises:
         ValueError, OSError: the file cannot be read; the message names it.
     """
     from models.data.manifest import read_manifest
+    from models.data.problems import print_skipped
 
     path = Path(path)
     if path.suffix == ".jsonl":
-        return healing_texts(read_manifest(path, check_audio=False).examples, seed=seed)
+        manifest = read_manifest(path, check_audio=False)
+        print_skipped(manifest.problems)
+        return healing_texts(manifest.examples, seed=seed)
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:

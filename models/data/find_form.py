@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.data.commands import FORMS
 from models.data.example import FIELD_NAMES
-from models.data.json_rows import numbered_lines, parse_object, read_rows
+from models.data.json_rows import parse_object, read_rows
 from models.data.manifest import VERSION_KEY
 from models.data.problems import ManifestError
 from models.data.row_values import CLIP_COLUMNS, without_nulls
@@ -36,8 +36,6 @@ def find_form(path: str | os.PathLike[str]) -> str:
         return "kaldi"
     if path.name == "metadata.json":
         return "dynamic_superb"
-    if next(numbered_lines(path), None) is None:
-        raise ManifestError(f"{path}: expected a header line with {VERSION_KEY!r}, got an empty file")
     first: dict[str, object] = {}
     bad = ""
     for number, line in itertools.islice(read_rows(path), _ROWS_LOOKED_AT):
@@ -51,6 +49,8 @@ def find_form(path: str | os.PathLike[str]) -> str:
         if form := form_of_row(row):
             return form
         first = first or row
+    if path.is_file() and not path.stat().st_size:
+        bad = "an empty file"
     raise ManifestError(
         f'{path}: expected a first line like {{"{VERSION_KEY}": 1}}, or rows of a known form, got {_what_else(first, bad)}'
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 _MAX_REASON_CHARACTERS = 500
 _MAX_ID_CHARACTERS = 200
 _PROBLEMS_SHOWN = 20
+_SKIPPED_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,11 @@ def list_problems(problems: list[Problem], *, limit: int = _PROBLEMS_SHOWN) -> l
     if len(problems) > limit:
         lines.append(f"  ... and {len(problems) - limit} more")
     return lines
+
+
+def print_skipped(reasons: Iterable[object]) -> None:
+    """Print a line for each of the first bad rows or examples, and how many more there are."""
+    lines = [f"skipped {reason}" for reason in reasons]
+    if len(lines) > _SKIPPED_SHOWN:
+        lines[_SKIPPED_SHOWN:] = [f"skipped {len(lines) - _SKIPPED_SHOWN} more"]
+    print(*lines, sep="\n", end="\n" if lines else "")

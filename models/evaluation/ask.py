@@ -17,7 +17,7 @@ from models.data.prompts import target_template
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.commands import CONTROLS
 from models.evaluation.controls import control_id, with_controls
-from models.evaluation.predictions import Prediction, claimed_choice, context_kind, groups_of, heard
+from models.evaluation.predictions import Prediction, claimed_choice, context_kind, groups_of, heard, likeliest
 from models.io_utils import fingerprint
 from models.speech_lm.features import FeatureStore, clip_key
 from models.speech_lm.listeners import answer_ids
@@ -91,7 +91,9 @@ def evaluate(
         predictions by alpha, those of `done` first.
 
     Raises:
-        ValueError: an argument outside its range, or an example without an answer to score against.
+        ValueError: an argument outside its range, an example without an answer to score against, or a free answer that would
+            be chosen from logits that are NaN.
+        EvaluationError: the likelihoods of an example's choices are no numbers.
     """
     _check_options(examples, mode, alphas, controls, batch_examples)
     made = {p.id for p in done}
@@ -120,6 +122,11 @@ def evaluate(
     return result
 
 
+def has_answer(example: Example) -> bool:
+    """Whether there is an answer to score against. One of white space is none: no text could name it."""
+    return bool((example.answer or "").strip())
+
+
 @torch.no_grad()
 def generate_answers(
     model: torch.nn.Module,
@@ -138,7 +145,12 @@ def generate_answers(
     options = {} if alpha is None else decoding.options(device, [e.id for e in examples] + ["" if hears else "no audio"])
     if not hears:
         batch = dataclasses.replace(batch, audio_present=torch.zeros_like(batch.audio_present))
-    rows, _ = answer_ids(model, batch, max_new_tokens=max_new_tokens, alpha=alpha, **options)
+    return written_answers(model, batch, max_new_tokens=max_new_tokens, alpha=alpha, **options)
+
+
+def written_answers(model: torch.nn.Module, batch: Any, **options: Any) -> list[str]:
+    """The answers of `answer_ids` as texts, without special tokens and outer white space."""
+    rows, _ = answer_ids(model, batch, **options)
     return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
@@ -156,7 +168,7 @@ def _check_options(
         if alpha is not None and not 0 <= alpha < math.inf:
             raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
     for example in examples:
-        if example.answer is None:
+        if not has_answer(example):
             raise ValueError(f"example {example.id}: expected an answer to score against, got none")
 
 
@@ -188,7 +200,7 @@ def _answers(
         extra_inputs=extra_inputs,
     )  # fmt: skip
     for alpha, scores in zip(alphas, all_scores, strict=True):
-        yield alpha, [target_template(e, max(s, key=s.get)) for e, s in zip(asked, scores, strict=True)], scores
+        yield alpha, [target_template(e, likeliest(s, e.id)) for e, s in zip(asked, scores, strict=True)], scores
 
 
 def _batches(

@@ -8,6 +8,7 @@ of the paths with and without the audio.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ from models.audio_lms.model import AudioLM
 from models.backbones.device import pick_device
 from models.data.audio import SAMPLE_RATE_HZ, load_audio
 from models.data.example import Example
-from models.evaluation.ask import generate_answers
+from models.evaluation.ask import generate_answers, written_answers
 from models.evaluation.commands import ask_parser
+from models.speech_lm.features import check_window
 from models.speech_lm.listeners import load_listener
 
 
@@ -29,17 +31,21 @@ def answer(
 ) -> str:
     """What a SpeechLM or an `AudioLM` says about the clips; with `alpha` by contrastive decoding.
 
+    A line on stderr says if a clip is longer than what the model hears.
+
     Raises:
         AudioError: a clip cannot be read.
-        ValueError: more clips than the model can hear in a turn.
+        ValueError: more clips than the model can hear in a turn, or its logits are NaN.
     """
     rate = model.sampling_rate if isinstance(model, AudioLM) else SAMPLE_RATE_HZ
     waves = [load_audio(clip, sample_rate=rate) for clip in clips]
     if isinstance(model, AudioLM):
-        batch = model.make_collator().ask([Turn(question, tuple(waves))]).to(model.device)
-        return model.generate(batch, max_new_tokens=max_new_tokens, alpha=alpha)[0]
+        batch = dataclasses.replace(model.make_collator().ask([Turn(question, tuple(waves))]).to(model.device), ids=["question"])
+        return written_answers(model, batch, max_new_tokens=max_new_tokens, alpha=alpha)[0]
     if len(waves) != 1:
         raise ValueError(f"clips: expected one for a SpeechLM, got {len(waves)}")
+    seconds = [len(wave) / rate for wave in waves]
+    check_window(seconds, model.config.max_audio_seconds, say=lambda line: print(line, file=sys.stderr))
     example = Example(id="question", audio=Path(clips[0]).name, question=question)
     return generate_answers(
         model, [example], model.encode_audio(waves), collate=model.make_collator(), alpha=alpha, max_new_tokens=max_new_tokens

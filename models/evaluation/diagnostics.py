@@ -12,7 +12,7 @@ import numpy as np
 
 from models.data.answers import lenient_match, same_choice
 from models.evaluation.bootstrap import Statistic
-from models.evaluation.predictions import KINDS, Prediction
+from models.evaluation.predictions import KINDS, Prediction, likeliest
 from models.evaluation.scoring import AUDIO_CATEGORY, Judged, judged, shift_masks
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def calibration(j: Judged, *, bins: int = BINS) -> dict[str, Any] | None:
 
     Raises:
         ValueError: `bins` is below 1.
+        EvaluationError: the scores of a prediction are no numbers.
     """
     if bins < 1:
         raise ValueError(f"bins: expected at least 1, got {bins}")
@@ -49,9 +50,9 @@ def calibration(j: Judged, *, bins: int = BINS) -> dict[str, Any] | None:
     confidence, brier = np.zeros(n), np.zeros(n)
     for i, p in enumerate(j.predictions):
         logs = np.array(list(p.scores.values()), dtype=np.float64)
-        if len(logs) < 2 or p.answer not in p.scores or np.isnan(logs).any() or not np.isfinite(logs.max()):
+        if len(logs) < 2 or p.answer not in p.scores:
             continue
-        probabilities = np.exp(logs - logs.max())
+        probabilities = np.exp(logs - p.scores[likeliest(p.scores, p.id)])
         probabilities /= probabilities.sum()
         is_answer = np.array([choice == p.answer for choice in p.scores])
         scored[i] = True

@@ -15,7 +15,7 @@ published benchmarks (benchmarks.py) use "generate" unless --mode says otherwise
 
 Predictions are appended to a JSONL file batch by batch (ask.py). A killed evaluation goes on where it was, and a finished file
 can be scored again without a model. Controls (controls.py) repeat the questions with no audio, or with the audio of a clip that
-has another answer. What a system still gets right then does not come from the sound.
+has another answer to the same question. What a system still gets right then does not come from the sound.
 
 The figures are those of scoring.py (accuracies, ALL, Shift) and diagnostics.py (calibration, the text prior, the difference to
 another system). --json writes all of them.
@@ -24,41 +24,47 @@ another system). --json writes all of them.
 from __future__ import annotations
 
 import argparse
+import glob
 import math
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.audio_lms.model import checkpoint_folders, is_hub_id
 from models.corpora.hearing import Hearing, parse_hearing, read_hears
 from models.data.audio import MAX_SECONDS
 from models.data.json_rows import parse_object
 from models.data.manifest import Example
+from models.data.problems import print_skipped
 from models.evaluation import text_priors
-from models.evaluation.ask import Decoding, evaluate
+from models.evaluation.ask import Decoding, evaluate, has_answer
 from models.evaluation.benchmarks import TASKS_IN_ALL, Suite, load_suite
 from models.evaluation.commands import evaluate_parser
-from models.evaluation.controls import control_id
+from models.evaluation.controls import control_id, with_controls
 from models.evaluation.diagnostics import compare
 from models.evaluation.predictions import (
     EvaluationError,
     Prediction,
     append_predictions,
+    header_line,
     read_predictions,
-    write_header,
 )
 from models.evaluation.published_scores import OF_BENCHMARK
 from models.evaluation.score_tables import print_comparison, print_summary, to_json
 from models.evaluation.scorers import load_scorer
 from models.evaluation.scoring import AUDIO_CATEGORY
 from models.evaluation.summary import summarize
-from models.io_utils import atomic_write_json, fingerprint, sha256_file
-from models.speech_lm.features import FeatureError
+from models.io_utils import append_bytes, atomic_write_json, fingerprint, locked, same_file, sha256_file
+from models.speech_lm.clip_keys import FeatureError, file_hashes
 from models.speech_lm.listeners import is_speech_lm, load_listener, open_clips
 
-_SKIPPED_SHOWN = 20
+if TYPE_CHECKING:
+    import torch
+
 _SETTINGS = ("checkpoint", "manifest", "benchmark", "decoding", "alpha", "controls", "split", "tasks", "max_new_tokens")
 _DECODING = ("formula", "temperature", "top_k", "top_p", "seed")
 
@@ -152,15 +158,16 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise EvaluationError(f"--features: no file {arguments.features!r}")
     if arguments.priors:
         _prior_answers(arguments.priors)
-    written = {} if arguments.rescore else {Path(arguments.out).absolute(): "--out"}
-    if arguments.json:
-        if Path(arguments.json).absolute() in written:
-            raise EvaluationError(f"--json: expected another file than --out, got {arguments.json!r}")
-        written[Path(arguments.json).absolute()] = "--json"
-    for name in ("rescore", "compare", "priors", "features", "manifest"):
+    if arguments.json and not arguments.rescore and same_file(arguments.json, arguments.out):
+        raise EvaluationError(f"--json: expected another file than --out, got {arguments.json!r}")
+    if not arguments.rescore and Path(arguments.out).suffix == ".gz":
+        raise EvaluationError(f"--out: expected a name without .gz, since lines are added one by one, got {arguments.out!r}")
+    written = {"--out": None if arguments.rescore else arguments.out, "--json": arguments.json}
+    for name in ("rescore", "compare", "priors", "features", "manifest", "benchmark"):
         path = getattr(arguments, name)
-        if path and (option := written.get(Path(path).absolute())):
-            raise EvaluationError(f"{option}: expected another file than {name.upper()} {path!r}, which is read")
+        for option, target in written.items():
+            if path and target and same_file(path, target):
+                raise EvaluationError(f"{option}: expected another file than {name.upper()} {path!r}, which is read")
 
 
 def _check_sampling(arguments: argparse.Namespace) -> None:
@@ -227,24 +234,40 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
         max_bad_fraction=arguments.max_bad_fraction,
         several_clips=not is_speech_lm(arguments.checkpoint),
     )
-    _print_skipped(suite.problems)
+    print_skipped(suite.problems)
     examples = _questions(suite, arguments)
     own = arguments.checkpoint if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)[0]
     hears = parse_hearing(arguments.hears) if arguments.hears else read_hears(own)
     settings = _settings(suite, examples, arguments, hears)
     if settings["mode"] == "choice" and arguments.temperature is not None:
         raise EvaluationError("--temperature, --top-k, --top-p: expected --mode generate; mode choice samples nothing")
-    done = _read_done(arguments.out, settings)
-    wanted = {control_id(e.id, control) for e in examples for control in ("", *arguments.controls)}
-    if wanted <= {p.id for p in done}:
-        return settings, done  # nothing is left to ask: neither the model nor the clips are needed
+    with locked(arguments.out, f"--out {arguments.out}: another evaluation is writing there"):
+        return settings, _ask_what_is_missing(suite, examples, arguments, settings, device=device, hears=hears)
+
+
+def _ask_what_is_missing(
+    suite: Suite,
+    examples: Sequence[Example],
+    arguments: argparse.Namespace,
+    settings: Mapping[str, Any],
+    *,
+    device: torch.device,
+    hears: Hearing,
+) -> list[Prediction]:
+    """Ask what the predictions file lacks, which this process has locked. Returns all predictions."""
+    out = Path(arguments.out).absolute()
+    for left in out.parent.glob(f".{glob.escape(out.name)}.features.????????"):  # by an evaluation that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    done = _begin(arguments.out, settings)
+    wanted = [(control, e.id) for control, e, _ in with_controls(examples, arguments.controls)]
+    if "swapped_audio" in arguments.controls and (alone := len(examples) - sum(c == "swapped_audio" for c, _ in wanted)):
+        print(f"left out of swapped_audio: {alone} of {len(examples)} questions; no other clip has another answer to them")
+    if {control_id(name, control) for control, name in wanted} <= {p.id for p in done}:
+        return done  # nothing is left to ask: neither the model nor the clips are needed
     try:
         model = load_listener(arguments.checkpoint, device)
     except RuntimeError as error:  # BackboneError, SpeechLMError and AudioLMError are
         raise EvaluationError(f"checkpoint: {error}") from error
-    if not Path(arguments.out).exists():
-        write_header(arguments.out, settings)
-    out = Path(arguments.out).absolute()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.features.", dir=out.parent) as folder:  # not in memory
         store, usable = open_clips(
             model,
@@ -259,7 +282,7 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
             hears=hears,
         )
         alpha = arguments.alpha if arguments.decoding == "contrastive" else None
-        return settings, evaluate(
+        return evaluate(
             model,
             usable,
             store,
@@ -282,15 +305,20 @@ def _settings(
     """What decides the predictions; it stands in the first line of their file."""
     folders = [Path(arguments.checkpoint)] if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)
     checkpoint = [sha256_file(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
+    if arguments.features:  # they are what is heard; the clips may not be there
+        heard = {"features_sha256": sha256_file(arguments.features)}
+    else:
+        heard = {"clips_sha256": fingerprint(file_hashes(examples, suite.audio_root))}
     return {
         **{name: getattr(arguments, name) for name in _SETTINGS},
         **_decoding_settings(arguments),
         "mode": arguments.mode or suite.mode,
         "left_out": suite.left_out,
         **({"hears": hears.settings()} if hears.settings() else {}),
-        # A checkpoint or manifest may change under the same name; the old answers are not those of the new one.
+        # Checkpoint, manifest or audio may change under the same name; the old answers are not those of the new one.
         "questions_sha256": fingerprint([e.to_row() for e in examples]),
         "checkpoint_sha256": checkpoint,
+        **heard,
     }
 
 
@@ -300,32 +328,44 @@ def _decoding_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: x for name in _DECODING if (x := getattr(arguments, name)) != defaults.get_default(name)}
 
 
-def _read_done(out: str, settings: Mapping[str, Any]) -> list[Prediction]:
-    """The predictions of an earlier run of these settings; none if there is no file."""
-    if not Path(out).exists():
+def _begin(out: str, settings: Mapping[str, Any]) -> list[Prediction]:
+    """The predictions of an earlier run of these settings. A file without predictions gets these settings as its first line."""
+    header, done = _earlier(out, repair=True)
+    if not done:
+        os.truncate(out, 0)
+        append_bytes(out, header_line(settings).encode())
         return []
-    header, done = read_predictions(out, repair=True)
     if header.get("fingerprint") != fingerprint(settings):
-        raise _other_settings(out)
+        earlier = header.get("settings", {})
+        names = [n for n in sorted({*earlier, *settings}) if fingerprint([earlier.get(n)]) != fingerprint([settings.get(n)])]
+        raise _other_settings(out, names)
     print(f"going on from {out}: {len(done)} answers are there")
     return done
 
 
+def _earlier(out: str, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
+    """Header and predictions of a file that may not be there, or may be empty: made by an evaluation that was killed at once."""
+    if not Path(out).exists() or not Path(out).stat().st_size:
+        return {}, []
+    return read_predictions(out, repair=repair)
+
+
 def _check_earlier(arguments: argparse.Namespace) -> None:
     """Compare an earlier predictions file with the arguments, before the questions are there to compare as well."""
-    if not Path(arguments.out).exists():
-        return
-    earlier = read_predictions(arguments.out)[0].get("settings", {})
+    header, done = _earlier(arguments.out)
+    earlier = header.get("settings", {}) if done else {}
     decoding = _decoding_settings(arguments)
-    differs = any(earlier[name] != getattr(arguments, name) for name in _SETTINGS if name in earlier)
-    if differs or (earlier and decoding != {name: earlier[name] for name in _DECODING if name in earlier}):
-        raise _other_settings(arguments.out)
+    differs = [name for name in _SETTINGS if name in earlier and earlier[name] != getattr(arguments, name)]
+    if earlier:
+        differs += [name for name in _DECODING if decoding.get(name) != earlier.get(name)]
+    if differs:
+        raise _other_settings(arguments.out, differs)
 
 
-def _other_settings(out: str) -> EvaluationError:
+def _other_settings(out: str, differs: Sequence[str]) -> EvaluationError:
     return EvaluationError(
-        f"{out}: holds predictions of other settings, of another model or of another manifest; "
-        "choose another --out or remove it"
+        f"{out}: holds predictions of other settings, of another model, of another manifest or of other audio (not the same: "
+        f"{', '.join(differs)}); choose another --out or remove it"
     )
 
 
@@ -341,17 +381,10 @@ def _questions(suite: Suite, arguments: argparse.Namespace) -> list[Example]:
     lacking = sorted(set(arguments.tasks) - {e.task for e in chosen})
     if lacking:
         raise EvaluationError(f"{suite.name}: no example in split {arguments.split!r} of task {', '.join(lacking)}")
-    unanswered = [e for e in chosen if e.answer is None]
+    unanswered = [e for e in chosen if not has_answer(e)]
     if len(unanswered) == len(chosen):
         raise EvaluationError(
             f"{suite.name}: none of the {len(chosen)} examples in {where} has an answer to score against"
         )
-    _print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
-    return [e for e in chosen if e.answer is not None]
-
-
-def _print_skipped(reasons: Iterable[object]) -> None:
-    lines = [f"skipped {reason}" for reason in reasons]
-    if len(lines) > _SKIPPED_SHOWN:
-        lines[_SKIPPED_SHOWN:] = [f"skipped {len(lines) - _SKIPPED_SHOWN} more"]
-    print(*lines, sep="\n", end="\n" if lines else "")
+    print_skipped(f"{e.id}: no answer to score against" for e in unanswered)
+    return [e for e in chosen if has_answer(e)]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from models.data.answers import named_choices
+from models.data.json_rows import parse_object
 from models.data.manifest import Example
 from models.io_utils import append_bytes, atomic_write_bytes, atomic_write_text, fingerprint
 
@@ -49,13 +51,30 @@ class Prediction:
         return asdict(self) | {"choices": list(self.choices)}
 
     def said(self) -> str | None:
-        """The choice that the answer means: the likeliest, else the only one it names; without choices its text."""
+        """The choice that the answer means: the likeliest, else the only one it names; without choices its text.
+
+        Raises:
+            EvaluationError: see `likeliest`.
+        """
         if self.scores:
-            return max(self.scores, key=self.scores.__getitem__)
+            return likeliest(self.scores, self.id)
         if not self.choices:
             return self.prediction if any(c.isalnum() for c in self.prediction) else None
         named = named_choices(self.prediction, self.choices)
         return named[0] if len(named) == 1 else None
+
+
+def likeliest(scores: Mapping[str, float], example_id: str) -> str:
+    """The choice of the highest log-likelihood.
+
+    Raises:
+        EvaluationError: a score is NaN, or none is finite: then the model has no answer.
+    """
+    best = max(scores, key=scores.__getitem__)
+    if any(map(math.isnan, scores.values())) or not math.isfinite(scores[best]):
+        listed = ", ".join(f"{choice!r} {score}" for choice, score in scores.items())
+        raise EvaluationError(f"example {example_id!r}: expected log-likelihoods of the choices that are numbers, got {listed}")
+    return best
 
 
 def context_kind(example: Example) -> str:
@@ -91,21 +110,30 @@ class EvaluationError(RuntimeError):
 
 def write_header(path: str | Path, settings: dict[str, Any]) -> None:
     """Start a predictions file."""
-    header = {FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}
-    atomic_write_text(path, json.dumps(header) + "\n")
+    atomic_write_text(path, header_line(settings))
 
 
 def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
-    """Add predictions to a file, flushed to the disk."""
-    append_bytes(path, "".join(json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions).encode())
+    """Add predictions to a file, flushed to the disk. EvaluationError where a number is NaN or infinite, which JSON has not."""
+    append_bytes(path, "".join(map(_line, predictions)).encode())
 
 
 def pack_predictions(path: str | Path, settings: dict[str, Any], predictions: Sequence[Prediction]) -> Path:
     """Write a whole predictions file packed by gzip. Its name ends with .gz, and equal predictions give equal bytes."""
-    header = {FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}
-    rows = [header, *(p.to_row() for p in predictions)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = header_line(settings) + "".join(map(_line, predictions))
     return atomic_write_bytes(path, gzip.compress(text.encode(), mtime=0))
+
+
+def header_line(settings: Mapping[str, Any]) -> str:
+    """The first line of a predictions file."""
+    return json.dumps({FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}) + "\n"
+
+
+def _line(p: Prediction) -> str:
+    try:
+        return json.dumps(p.to_row(), ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise EvaluationError(f"prediction {p.id!r}: cannot be written as JSON: {error}") from error
 
 
 def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
@@ -116,7 +144,7 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
         repair: remove such a line from the file too, so that more can be appended; not of a packed file.
 
     Raises:
-        EvaluationError: no such file, another kind of file, or a damaged line that is not the last.
+        EvaluationError: no such file, another kind of file, or a damaged line, such as one with NaN.
     """
     path = Path(path)
     try:
@@ -129,9 +157,9 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
     except OSError as error:
         raise EvaluationError(f"{path}: not readable: {error.strerror}") from error
     try:
-        header = json.loads(lines[0])
+        header = parse_object(lines[0])
         known = header.get(FILE_KEY) == FILE_VERSION
-    except (IndexError, ValueError, AttributeError, RecursionError):
+    except (IndexError, ValueError, TypeError):
         known = False
     if not known:
         raise EvaluationError(f'{path}: expected a first line with "{FILE_KEY}": {FILE_VERSION}')
@@ -140,9 +168,9 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("no line end")
-            predictions.append(Prediction(**json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
-            if number < len(lines):
+            predictions.append(Prediction(**parse_object(line)))
+        except (ValueError, TypeError) as error:
+            if line.endswith(b"\n"):
                 raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
             if repair and not packed:
                 os.truncate(path, sum(map(len, lines[:-1])))

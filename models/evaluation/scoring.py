@@ -23,7 +23,7 @@ The last one needs a manifest that marks irrelevant contexts (metadata "context_
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -273,16 +273,14 @@ def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient"
     """(n,) bool: which predictions are right, by the rule of that name or by an object (models/evaluation/scorers.py).
 
     Raises:
-        ValueError: the name is unknown, or the scorer does not give one bool for each prediction.
+        ValueError: the name is unknown, the scorer does not give one bool for each prediction, or a prediction cannot be judged:
+            its choices cannot be told apart. The message names the prediction.
+        EvaluationError: the likelihoods of a prediction's choices are no numbers.
     """
     predictions = list(predictions)
-    if isinstance(scorer, str) and scorer in RULES:
-        return np.fromiter(map(RULES[scorer], predictions), dtype=bool, count=len(predictions))
-    match = {"lenient": lenient_match, "strict": strict_match}.get(scorer) if isinstance(scorer, str) else None
-    if match is not None:
-        # If the choices were ranked, the likeliest one is the answer, whatever its sentence says.
-        verdicts = (p.said() == p.answer if p.scores else match(p.prediction, p.answer, p.choices) for p in predictions)
-        return np.fromiter(verdicts, dtype=bool, count=len(predictions))
+    rule = _rule(scorer) if isinstance(scorer, str) else None
+    if rule is not None:
+        return np.fromiter((_verdict(rule, p) for p in predictions), dtype=bool, count=len(predictions))
     if isinstance(scorer, str):
         raise ValueError(f"scorer: expected 'lenient', 'strict', {', '.join(map(repr, RULES))} or a scorer, got {scorer!r}")
     verdicts = list(scorer.judge(predictions))
@@ -292,6 +290,22 @@ def judge(predictions: Iterable[Prediction], *, scorer: str | Scorer = "lenient"
         if not isinstance(verdict, (bool, np.bool_)):
             raise ValueError(f"scorer {scorer.name}: expected True or False for {p.id!r}, got {verdict!r}")
     return np.array(verdicts, dtype=bool)
+
+
+def _rule(scorer: str) -> Callable[[Prediction], bool] | None:
+    """A built-in rule by its name; None for another name."""
+    match = {"lenient": lenient_match, "strict": strict_match}.get(scorer)
+    if match is None:
+        return RULES.get(scorer)
+    # If the choices were ranked, the likeliest one is the answer, whatever its sentence says.
+    return lambda p: p.said() == p.answer if p.scores else match(p.prediction, p.answer, p.choices)
+
+
+def _verdict(rule: Callable[[Prediction], bool], p: Prediction) -> bool:
+    try:
+        return rule(p)
+    except ValueError as error:
+        raise ValueError(f"prediction {p.id!r}: {error}") from error
 
 
 def _clip(p: Prediction) -> str:

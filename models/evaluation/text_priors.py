@@ -24,12 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.data.manifest import Example, ManifestError
+from models.data.problems import print_skipped
 from models.data.prompts import render_prompt
 from models.data.readers import read_data
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.commands import priors_parser
-from models.evaluation.predictions import context_kind
-from models.io_utils import atomic_write_json, sha256_file
+from models.evaluation.predictions import EvaluationError, context_kind, likeliest
+from models.io_utils import atomic_write_json, same_file, sha256_file
 from models.speech_lm.collation import Collator
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def text_priors(
 
     Raises:
         ValueError: an example without choices, or `batch_examples` below 1.
+        EvaluationError: the likelihoods of an example's choices are no numbers.
     """
     if batch_examples < 1:
         raise ValueError(f"batch_examples: expected at least 1, got {batch_examples}")
@@ -80,7 +82,7 @@ def text_priors(
             silence = torch.zeros(len(groups), 1, 1, 1)
             scores = choice_scores(model, [group[0] for group in groups], silence, collate=collate, hears=False)[0]
             for group, of_choice in zip(groups, scores, strict=True):
-                prior = _prior(of_choice)
+                prior = _prior(of_choice, group[0].id)
                 priors.update((example.id, prior) for example in group)
             bar.update(len(groups))
     return priors
@@ -175,8 +177,8 @@ class _TextCollator(Collator):
         return self._start_ids + self._tokenize(before.rstrip("\n") + after)
 
 
-def _prior(scores: dict[str, float]) -> Prior:
-    answer = max(scores, key=scores.get)
+def _prior(scores: dict[str, float], example_id: str) -> Prior:
+    answer = likeliest(scores, example_id)
     total = sum(math.exp(score - scores[answer]) for score in scores.values())
     return Prior(answer, round(1.0 / total, 6), {choice: round(score, 6) for choice, score in scores.items()})
 
@@ -190,11 +192,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.batch_examples < 1:
             raise ValueError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
-        if arguments.out.absolute() == arguments.manifest.absolute():
+        if same_file(arguments.out, arguments.manifest):
             raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
         device = pick_device(arguments.device)
         manifest = read_data(arguments.manifest, check_audio=False)
-        examples = [e for e in manifest if e.split in arguments.splits and context_kind(e) in arguments.contexts and e.choices]
+        print_skipped(manifest.problems)
+        asked = [e for e in manifest if e.split in arguments.splits and context_kind(e) in arguments.contexts]
+        examples = [e for e in asked if e.choices]
+        print_skipped(f"{e.id}: no choices to rank" for e in asked if not e.choices)
         if not examples:
             chosen = f"splits {arguments.splits} and contexts {arguments.contexts}"
             raise ManifestError(f"{arguments.manifest}: no question with choices in {chosen}")
@@ -212,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "by_task": by_task,
         }
         write_priors(arguments.out, priors, header=header)
-    except (BackboneError, ValueError, OSError) as error:
+    except (BackboneError, EvaluationError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for task, by_kind in by_task.items():

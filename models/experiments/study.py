@@ -1,4 +1,4 @@
-"""The study of docs/protocol.md: several teachers, actors that no training has heard, and the baselines that were missing.
+"""The study of docs/protocol.md: several teachers, actors that by the credits no training has heard, and more baselines.
 
     python -m models study E1                       # 4 folds of actors x 2 teachers; stop it and start it again at will
     python -m models study E1 --teachers 1 --folds 0

@@ -277,10 +277,14 @@ def with_holm(found: Sequence[Endpoint]) -> list[Endpoint]:
 
 
 def as_row(endpoint: Endpoint) -> dict[str, Any]:
-    """The row of study_endpoints.csv."""
+    """The row of study_endpoints.csv. A p value keeps four digits, however small it is."""
     row = dataclasses.asdict(endpoint)
     row = {name: "" if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+    row |= {name: f"{row[name]:.4g}" for name in _P_VALUES if row[name] != ""}
     return row | {"verdict": endpoint.verdict}
+
+
+_P_VALUES = ("p", "p_holm", "folds_p", "folds_p_holm")
 
 
 def sentence(endpoint: Endpoint) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.io_utils import append_bytes, fsync_dir
+from models.io_utils import append_bytes, fsync_dir, locked
 from models.pseudo_gt.writers import Answer
 
 _COMPLETE = {"stage1_complete": True}
@@ -23,28 +23,27 @@ class Journal:
 
     Args:
         identity: fingerprint of the settings.
+        clips: hash of what is heard, by id, where the answers depend on it. An answer that heard something else does not count.
         restart: discard what an earlier run left.
     """
 
-    def __init__(self, path: Path, identity: str, *, restart: bool = False):
+    def __init__(self, path: Path, identity: str, *, clips: Mapping[str, str] | None = None, restart: bool = False):
         self._path = path
         self._identity = identity
+        self._clips = clips or {}
         self._restart = restart
+        self._held = ExitStack()
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Journal:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a+b")  # closed in __exit__
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise Stage1Error(f"{self._path}: another run is writing here") from None
+            self._file = self._held.enter_context(locked(self._path, f"{self._path}: another run is writing here"))
+        except BlockingIOError as error:
+            raise Stage1Error(str(error)) from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        self._file.close()  # this releases the lock too
+        self._held.close()
 
     def read(self, known: set[str]) -> dict[str, Answer]:
         """The answers so far, of the ids in `known`. A last line that a kill cut short is removed from the file.
@@ -77,14 +76,15 @@ class Journal:
                     f"{self._path}: an unfinished run of other settings or rows; finish that run, or discard its answers "
                     "with --restart"
                 )
-            answers = {row["id"]: _answer(row) for row in rows if row != _COMPLETE}
+            told = [row for row in rows if row != _COMPLETE]
+            answers = {row["id"]: _answer(row) for row in told if row.get("clip") == self._clips.get(row["id"])}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Stage1Error(f"{self._path}: damaged, not only at its end; --restart discards it") from None
         return {name: answer for name, answer in answers.items() if name in known}
 
     def append(self, answers: Mapping[str, str]) -> None:
         """Add answers by id; they are on the disk when this returns."""
-        self._write([_row(name, text) for name, text in answers.items()])
+        self._write([self._row(name, text) for name, text in answers.items()])
 
     def complete(self) -> None:
         """Note that every answer is there. The file stays for a run of the same settings; one of others may replace it."""
@@ -98,9 +98,9 @@ class Journal:
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         append_bytes(self._path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
 
-
-def _row(name: str, text: str) -> dict[str, Any]:
-    return {"id": name, "text": text} | ({} if getattr(text, "ended", True) else {"ended": False})
+    def _row(self, name: str, text: str) -> dict[str, Any]:
+        clip = {"clip": self._clips[name]} if name in self._clips else {}
+        return {"id": name, "text": text, **clip} | ({} if getattr(text, "ended", True) else {"ended": False})
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:

@@ -7,6 +7,7 @@ transcript, the context and the question.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +115,18 @@ class ListeningWriter:
         return cls(model, audio_root, listening=listening, max_new_tokens=max_new_tokens)
 
     def check(self, examples: Sequence[Example]) -> None:
-        """ValueError for an example with more clips than the model hears in a turn, before the first answer."""
+        """Look at the clips before the first answer. A line on stderr says how many are longer than what the model hears.
+
+        Raises:
+            ValueError: an example has more clips than the model hears in a turn.
+        """
         from models.speech_lm.collation import check_one_clip
+        from models.speech_lm.features import check_window
 
         if not self._is_audio_lm:
             check_one_clip(examples)
+            seconds = [self._seconds(*clip) for clip in dict.fromkeys(clip for example in examples for clip in example.clips)]
+            check_window(seconds, self._model.config.max_audio_seconds, say=lambda line: print(line, file=sys.stderr))
             return
         for example in examples:
             self._model.family.check_clips(len(example.clips), f"example {example.id!r}: ")
@@ -136,6 +144,16 @@ class ListeningWriter:
         )
         texts = [self._model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
         return [Answer(text, ended=row[-1] in ends) for text, row in zip(texts, rows, strict=True)]
+
+    def _seconds(self, audio: str, start: float, end: float | None) -> float:
+        """Length of a clip; 0 if it cannot be read, since its example is named when it is asked about."""
+        from models.data.audio import AudioError, check_span, probe_audio
+
+        try:
+            start, end = check_span(probe_audio(self._clips.audio_root / audio), start_seconds=start, end_seconds=end)
+        except AudioError:
+            return 0.0
+        return end - start
 
     def _heard(self, examples: Sequence[Example]) -> Any:
         """What the collator takes of the clips: waveforms of an audio LM, features (B, K, T, D) of a SpeechLM."""

@@ -42,7 +42,7 @@ from models.data.manifest import (
     write_manifest,
 )
 from models.data.readers import read_data
-from models.io_utils import fingerprint
+from models.io_utils import fingerprint, same_file
 from models.pseudo_gt.acceptance import check_answer, set_targets, write_rejects
 from models.pseudo_gt.commands import (
     ACCEPTS,
@@ -156,8 +156,10 @@ def run_stage1(
     if by_backbone:
         report.not_told = Counter(name for example in selected for name in not_told(example))
     prefix, root = _audio_prefix(manifest.audio_root, out)
-    with Journal(_journal(out), identity, restart=restart) as journal:
-        if not restart and _is_finished(out, recipe, identity, rows, report):
+    clips = {} if listening is None else _clip_hashes(selected, manifest.audio_root)
+    made_from = {"fingerprint": identity, "rows": rows} | ({"clips": fingerprint(clips)} if clips else {})
+    with Journal(_journal(out), identity, clips=clips, restart=restart) as journal:
+        if not restart and _is_finished(out, recipe, made_from, report):
             journal.discard()
             return report
         answers = journal.read({example.id for example in selected})
@@ -177,7 +179,7 @@ def run_stage1(
         rejected = {row["id"] for row in rejects}
         kept = [example for example in manifest if example.id not in rejected]
         finished = [_rebase(example, prefix) for example in set_targets(kept, targets, target_source=source)]
-        write_manifest(out, finished, header=_header(manifest, root, out, recipe, identity, rows, report))
+        write_manifest(out, finished, header=_header(manifest, root, out, recipe, made_from, report))
         journal.discard()
     return report
 
@@ -319,10 +321,23 @@ def _sort_out(
     return targets, rejects
 
 
+def _clip_hashes(examples: Sequence[Example], audio_root: Path) -> dict[str, str]:
+    """The hash of the sound of each example, by id; an example without a clip is left out."""
+    from models.speech_lm.clip_keys import file_hashes
+
+    files = file_hashes(examples, audio_root)
+    return {e.id: fingerprint([files[audio] for audio, _, _ in e.clips]) for e in examples if e.clips}
+
+
 def _header(
-    manifest: Manifest, root: Path, out: Path, recipe: _Recipe, identity: str, rows: str, report: Stage1Report
+    manifest: Manifest, root: Path, out: Path, recipe: _Recipe, made_from: Mapping[str, str], report: Stage1Report
 ) -> dict[str, object]:
-    """The input's header, and what this run did. `rows` stands for all rows of the input: some pass through to `out`."""
+    """The input's header, and what this run did.
+
+    Args:
+        made_from: fingerprints of the settings, of all rows of the input (some pass through to `out`), and of the clips if they
+            are heard.
+    """
     return {
         **header_with_root(manifest.header, audio_root=root, folder=out.parent),
         "stage1": {
@@ -331,8 +346,7 @@ def _header(
             "max_new_tokens": recipe.max_new_tokens,
             **({} if recipe.listening is None else {"listening": recipe.listening.settings()}),
             **recipe.accepted_by(),
-            "fingerprint": identity,
-            "rows": rows,
+            **made_from,
             "accepted": report.accepted,
             "rejected": dict(report.rejected),
             "passed_through": report.passed_through,
@@ -340,15 +354,16 @@ def _header(
     }
 
 
-def _is_finished(out: Path, recipe: _Recipe, identity: str, rows: str, report: Stage1Report) -> bool:
-    """Whether `out` is the complete result of these settings and rows; fills the report from its header."""
+def _is_finished(out: Path, recipe: _Recipe, made_from: Mapping[str, str], report: Stage1Report) -> bool:
+    """Whether `out` is the complete result of these settings, rows and clips; fills the report from its header."""
     if not out.exists():
         return False
     try:
         stage1 = read_manifest(out, check_audio=False).header["stage1"]
         accepted = {"max_characters": DEFAULT_MAX_CHARACTERS}
         accepted |= {name: stage1[name] for name in ("max_characters", "accept") if name in stage1}
-        if (stage1["fingerprint"], stage1["rows"], accepted) != (identity, rows, recipe.accepted_by()):
+        there = {name: stage1[name] for name in ("fingerprint", "rows", "clips") if name in stage1}
+        if (there, accepted) != (made_from, recipe.accepted_by()):
             return False
         report.accepted = report.resumed = stage1["accepted"]
         report.rejected = Counter(stage1["rejected"])
@@ -384,7 +399,7 @@ def _rebase(example: Example, prefix: str) -> Example:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `run_stage1`, checked before the manifest's clips are read."""
     _check_source(arguments)
-    if arguments.out.absolute() == arguments.manifest.absolute():
+    if same_file(arguments.out, arguments.manifest):
         raise ValueError(f"--out: expected another file than the manifest, got {str(arguments.out)!r}")
     options: dict[str, Any] = {
         "source": arguments.source,

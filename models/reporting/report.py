@@ -35,7 +35,7 @@ from models.data.manifest import Example, read_manifest
 from models.data.rows import link_problem
 from models.evaluation.predictions import KINDS, EvaluationError, Prediction, context_kind, read_predictions
 from models.evaluation.scoring import judge
-from models.io_utils import atomic_write_bytes, atomic_write_text
+from models.io_utils import atomic_write_bytes, atomic_write_text, same_file
 from models.reporting.commands import report_parser
 from models.reporting.figures import draw_curves
 from models.reporting.prediction_sections import prediction_sections
@@ -310,7 +310,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError("--audio-root: expected --manifest beside it, whose clips lie there")
     if arguments.max_clips < 0:
         raise ValueError(f"--max-clips: expected at least 0, got {arguments.max_clips}")
-    if arguments.markdown and Path(arguments.markdown).absolute() == Path(arguments.out).absolute():
+    if arguments.markdown and same_file(arguments.markdown, arguments.out):
         raise ValueError(f"--markdown: expected another file than --out, got {arguments.markdown!r}")
 
 

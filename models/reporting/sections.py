@@ -105,6 +105,14 @@ STORED = {
             "command prints the judgement of each claim of the paper.",
         ),
     ),
+    "study_followed.csv": StoredFile(
+        "Study E3, tasks whose texts the teacher follows",
+        "python -m models study E3 --collect --write",
+        (
+            "Shares, not points: the endpoints of E3 without the tasks in which a teacher gives one answer beside any text. "
+            "Chosen after the results were known. folds_low and folds_high are a t interval over the means of the folds.",
+        ),
+    ),
     "study_sources_layers.csv": StoredFile(
         "Sources and layers, with unheard actors",
         "python -m models ablation --study --write",

@@ -12,8 +12,7 @@ from safetensors import safe_open
 
 from models.corpora.hearing import PLAIN, Hearing
 from models.data.example import Example
-from models.io_utils import sha256_file
-from models.speech_lm.clip_keys import Clip, FeatureError, clip_key
+from models.speech_lm.clip_keys import Clip, FeatureError, clip_key, file_hashes
 from models.speech_lm.feature_files import FeatureFiles, read_header, write_feature_file
 
 
@@ -101,18 +100,14 @@ class ClipFeatures:
         Raises:
             FeatureError: a file holds other sound; the message names the first.
         """
-        known: dict[str, str | None] = {}
+        known = [(example, clip) for example in examples if (clip := self.clip(example)) is not None]
+        now = file_hashes([example for example, _ in known], audio_root)
         missing, changed = set(), {}
-        for example in examples:
-            clip = self.clip(example)
-            if clip is None:
-                continue
-            if example.audio not in known:
-                path = Path(audio_root) / example.audio
-                known[example.audio] = sha256_file(path)[:16] if path.is_file() else None
-            if known[example.audio] is None:
+        for example, clip in known:
+            sha256 = now[example.audio]
+            if sha256 is None:
                 missing.add(example.audio)
-            elif known[example.audio] != clip.sha256:
+            elif sha256[:16] != clip.sha256:
                 changed.setdefault(example.audio, example.id)
         if changed:
             audio, first = next(iter(changed.items()))

@@ -127,23 +127,28 @@ def clip_features(
     if len(left_out) > max_bad_fraction * len(examples):
         share = f"{len(left_out)} of {len(examples)} examples have no features, more than {max_bad_fraction:.0%}"
         raise FeatureError(f"{features or 'audio'}: {share}")
-    _check_window(model.config.max_audio_seconds, store, usable, max_cut_fraction, say)
+    clips = {clip_key(e): store.clip(e) for e in usable if e.audio is not None}
+    seconds = [0.0 if clip is None else clip.seconds for clip in clips.values()]
+    check_window(seconds, model.config.max_audio_seconds, max_cut_fraction=max_cut_fraction, say=say)
     return store, usable
 
 
-def _check_window(
-    window_seconds: float, store: FeatureStore, examples: Sequence[Example], max_cut_fraction: float, say: Callable[[str], None]
+def check_window(
+    seconds: Sequence[float], window_seconds: float, *, max_cut_fraction: float = 1.0, say: Callable[[str], None]
 ) -> None:
-    """Say how many clips the model hears only the beginning of; an error above `max_cut_fraction`."""
-    clips = {clip_key(e): store.clip(e) for e in examples if e.audio is not None}
-    cut = [clip.seconds for clip in clips.values() if clip is not None and clip.seconds > window_seconds + _CUT_TOLERANCE_SECONDS]
+    """Say how many clips of these lengths the model hears only the beginning of.
+
+    Raises:
+        FeatureError: they are more than `max_cut_fraction`.
+    """
+    cut = [length for length in seconds if length > window_seconds + _CUT_TOLERANCE_SECONDS]
     if not cut:
         return
     line = (
-        f"{len(cut)} of {len(clips)} clips are longer than the {window_seconds:g} s that the model hears (max_audio_seconds), "
+        f"{len(cut)} of {len(seconds)} clips are longer than the {window_seconds:g} s that the model hears (max_audio_seconds), "
         f"up to {max(cut):.1f} s: the rest of each is cut off"
     )
-    if len(cut) > max_cut_fraction * len(clips):
+    if len(cut) > max_cut_fraction * len(seconds):
         raise FeatureError(f"{line}; that is more than max_cut_fraction {max_cut_fraction:g}")
     say(line)
 

@@ -5,8 +5,9 @@ A folder with speech_lm.json is a SpeechLM. Everything else is an audio LM: a hu
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,15 +148,37 @@ def answer_ids(
     Returns:
         the new ids of each row, its end included; and the ids that end an answer. A row without one of these at its end was cut
         off after `max_new_tokens`.
+
+    Raises:
+        ValueError: a token would be chosen from logits that are NaN; the message names the example.
     """
-    if isinstance(model, AudioLM):
-        return model.answer_ids(batch, max_new_tokens=max_new_tokens, alpha=alpha, **contrast), set(model.end_ids)
-    end = model.tokenizer.eos_token_id
-    if alpha is None:
-        draws = torch.zeros(len(batch), max_new_tokens, dtype=torch.float64)  # of sampling, which greedy does without
-        return model.own_answers(batch, draws, sampling=Sampling(0.0, max_new_tokens=max_new_tokens)), {end}
-    tokens = contrastive_generate(
-        model, batch.model_inputs(), negative=MarkAbsent(), alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=end,
-        **contrast,
-    )  # fmt: skip
-    return until_end(tokens, [end]), {end}
+    with _refusing_nan(model, batch.ids):
+        if isinstance(model, AudioLM):
+            return model.answer_ids(batch, max_new_tokens=max_new_tokens, alpha=alpha, **contrast), set(model.end_ids)
+        end = model.tokenizer.eos_token_id
+        if alpha is None:
+            draws = torch.zeros(len(batch), max_new_tokens, dtype=torch.float64)  # of sampling, which greedy does without
+            return model.own_answers(batch, draws, sampling=Sampling(0.0, max_new_tokens=max_new_tokens)), {end}
+        tokens = contrastive_generate(
+            model, batch.model_inputs(), negative=MarkAbsent(), alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=end,
+            **contrast,
+        )  # fmt: skip
+        return until_end(tokens, [end]), {end}
+
+
+@contextlib.contextmanager
+def _refusing_nan(model: Any, ids: Sequence[str]) -> Iterator[None]:
+    """Inside, NaN in the LM head's output for the next token is a ValueError; the best of such logits would be any token."""
+
+    def check(_module: torch.nn.Module, _inputs: Any, logits: torch.Tensor) -> None:
+        last = logits[:, -1] if logits.dim() == 3 else logits  # columns before may be padding
+        bad = last.amax(-1).isnan()
+        if bool(bad.any()):
+            name = ids[int(bad.nonzero()[0]) % len(ids)]  # the rows without the audio stand behind those with it
+            raise ValueError(f"example {name!r}: the model's logits are NaN; expected weights and features that are finite")
+
+    handle = model.get_output_embeddings().register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()

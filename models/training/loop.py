@@ -52,6 +52,7 @@ from models.training.objective import Normalizers, Part, PartLoss, counted_posit
 from models.training.on_policy import OnPolicy
 from models.training.projections import RunProjections, project_own_teacher
 from models.training.recipe import ConfigError, Recipe, saved_settings_to_continue, settings_to_continue, to_dict
+from models.training.run_identity import check_identity
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.seeds import seed_of
 from models.training.stop_signals import noted_signals
@@ -87,11 +88,12 @@ class TrainingLoop:
         sources: Sequence[Source] = (),
         resume_command: str | None = None,
         ranks: Ranks | None = None,
+        identity: Mapping[str, str] | None = None,
     ) -> None:
         _check_arguments(recipe, data, sources)
         self.recipe, self.optim, self.run_config = recipe, recipe.optim, recipe.run
         self.model, self.data = model, data
-        self.resume_command = resume_command
+        self.resume_command, self.identity = resume_command, identity
         self.ranks = Ranks(pick_device(recipe.run.device, name="run.device")) if ranks is None else ranks
         check_ranks(recipe, self.ranks)
         # A device_map may have placed the student's head elsewhere: the loss is computed there.
@@ -190,6 +192,13 @@ class TrainingLoop:
         if state["examples"] != self.drawn_from:
             raise CheckpointError(
                 f"{checkpoint.path}: made with other examples than the {len(self.data)} that were read now"
+            )
+        if self.identity is not None and state.get("identity") is not None:
+            check_identity(checkpoint.path, state["identity"], self.identity)
+        elif self.identity is not None and self.ranks.is_first:
+            tqdm.write(
+                f"{checkpoint.path}: an older checkpoint, which does not say what its models, prompts and targets were; they were"
+                " not compared"
             )
         if self.alone:
             restore_model(self.model, checkpoint)
@@ -330,7 +339,12 @@ class TrainingLoop:
                 source.teacher.flush()
         options = {
             "optimizer": self.optimizer,
-            "trainer_state": {"recipe": self.must_match, "examples": self.drawn_from, "metrics": self.metrics.state_dict()},
+            "trainer_state": {
+                "recipe": self.must_match,
+                "examples": self.drawn_from,
+                "identity": None if self.identity is None else dict(self.identity),
+                "metrics": self.metrics.state_dict(),
+            },
             "keep_last": self.run_config.keep_last_checkpoints,
         }
         if self.alone:

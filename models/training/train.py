@@ -24,7 +24,7 @@ import random
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from models.training.distributed import RankError, Ranks
 from models.training.loop import NonFiniteError, TrainingLoop, TrainResult, check_ranks
 from models.training.publish import PublishError, check_recipe, open_repository, publish
 from models.training.recipe import ConfigError, Recipe, describe_keys, load_recipe
+from models.training.run_identity import run_identity
 from models.training.run_setup import TrainingData, build_data, build_model, build_sources, check_folders, read_examples
 from models.training.teachers import Source, SourceError
 
@@ -53,6 +54,7 @@ def train(
     sources: Sequence[Source] = (),
     resume_command: str | None = None,
     ranks: Ranks | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Run a recipe to its end, or to the next whole step after SIGINT / SIGTERM.
 
@@ -66,6 +68,8 @@ def train(
         sources: the teachers; kd, sharpened and caad need their own, named `OWN_TEACHER`. The projections of a source's layers
             train and are saved in the checkpoints, but not in run.out_dir/final.
         resume_command: printed when a signal stops the run.
+        identity: what the run is made of beside its recipe (`run_identity`): a checkpoint with another one is refused. None = not
+            compared.
         ranks: this process among those of the run; all of them make the call, with models of equal weights. None = alone.
 
     Returns:
@@ -78,7 +82,9 @@ def train(
         RankError: the ranks have different gradients.
         CheckpointError: the checkpoint to resume from is damaged or of another recipe.
     """
-    loop = TrainingLoop(recipe, model=model, data=data, sources=sources, resume_command=resume_command, ranks=ranks)
+    loop = TrainingLoop(
+        recipe, model=model, data=data, sources=sources, resume_command=resume_command, ranks=ranks, identity=identity
+    )
     return loop.run()
 
 
@@ -148,8 +154,11 @@ def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root:
     sources = build_sources(recipe, data, model, device=model.device if placed else ranks.device, ranks=ranks)
     seed_everything(recipe.run.seed)  # the run must not depend on the numbers drawn above
     command = _resume_command(recipe, words)
+    identity = ranks.from_first(lambda: run_identity(recipe, data.examples))
     with exclusive(recipe.run.out_dir, "a training") if ranks.is_first else nullcontext():
-        return train(recipe, model=model, data=data, sources=sources, resume_command=command, ranks=ranks)
+        return train(
+            recipe, model=model, data=data, sources=sources, resume_command=command, ranks=ranks, identity=identity
+        )
 
 
 def _resume_command(recipe: Recipe, words: Sequence[str]) -> str:

@@ -673,6 +673,8 @@ def test_row_offsets_beyond_two_to_the_31():
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 
+INFINITE_AT_4 = torch.tensor([1.0, 1, 1, 1, math.inf, 1])
+
 # -- errors --------------------------------------------------------------------------------------------------------------
 
 
@@ -691,14 +693,24 @@ def test_row_offsets_beyond_two_to_the_31():
         ({"reduction": "avg"}, ValueError, "reduction"),
         ({"vocab_size": 98}, ValueError, r"vocab_size: expected 1 to 97 \(student 97, teacher 97\), got 98"),
         ({"vocab_size": 2.0}, TypeError, "vocab_size"),
+        ({"alpha": None}, ValueError, "alpha: expected a finite number >= 0, got None"),
+        ({"alpha": torch.ones(6, device="meta")}, ValueError, "alpha: expected a tensor with values, got one on the device meta"),
         ({"kd_normalizer": -1}, ValueError, "kd_normalizer"),
-        ({"kd_normalizer": torch.tensor(-1.0)}, ValueError, "kd_normalizer: expected a number >= 0, got -1.0"),
+        ({"ce_normalizer": torch.ones((), device="meta")}, ValueError, "ce_normalizer: expected a tensor with values, got one"),
+        ({"kd_normalizer": torch.ones((), dtype=torch.complex64)}, TypeError, "kd_normalizer: expected real numbers"),
+        ({"kd_token_weight": torch.ones(6, dtype=torch.complex64)}, TypeError, "kd_token_weight: expected real numbers"),
+        ({"kd_normalizer": torch.tensor(-1.0)}, ValueError, "kd_normalizer: expected finite numbers >= 0, got -1.0"),
         ({"ce_normalizer": torch.ones(2)}, ValueError, "ce_normalizer"),
         ({"kd_token_weight": torch.ones(5)}, ValueError, r"kd_token_weight: expected shape \(6,\), got \(5,\)"),
-        ({"ce_token_weight": -torch.ones(6)}, ValueError, "ce_token_weight: expected weights >= 0"),
+        ({"ce_token_weight": -torch.ones(6)}, ValueError, "ce_token_weight: expected finite numbers >= 0"),
+        ({"kd_token_weight": INFINITE_AT_4}, ValueError, "kd_token_weight: expected finite numbers >= 0, got inf"),
+        ({"ce_token_weight": INFINITE_AT_4 * math.nan}, ValueError, "ce_token_weight: expected finite numbers >= 0, got nan"),
+        ({"kd_normalizer": torch.tensor(math.inf)}, ValueError, "kd_normalizer: expected finite numbers >= 0, got inf"),
         ({"impl": "gpu"}, ValueError, "impl: expected one of auto"),
         ({"impl": "cuda"}, ValueError, "expected tensors on a CUDA device, got cpu"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an int64, as the target's ids are, got 9223372036854775"),
+        ({"ignore_index": -(2**70)}, ValueError, "ignore_index: expected an int64"),
         ({"return_stats": "yes"}, TypeError, "return_stats: expected a bool, got str"),
         (
             {"target": torch.full((6,), 97)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -22,6 +23,8 @@ from kdkernels.contrast_cache import ContrastCache, ContrastCacheWriter, Corrupt
 H = 8
 FINGERPRINT = {"model": "tiny", "y": {"sha256": "ab", "source": "text"}, "layers": (1, 2)}
 ONE_SAMPLE_A_SHARD = 1e-6  # MiB
+NAMES = ("audio_hidden", "text_hidden", "target")  # of what `states` returns
+UNENCODABLE = os.fsdecode(b"clip-\xff")
 
 
 def states(sample_id: str, rows: int = 3):
@@ -331,6 +334,42 @@ class TestDamage:
             ContrastCache(tmp_path)
 
 
+class TestClosed:
+    def test_a_closed_writer_takes_no_sample(self, tmp_path):
+        with writer(tmp_path) as cache:
+            cache.add("a", *states("a"))
+        with pytest.raises(ValueError, match="writer: expected an open one, got one that is closed"):
+            cache.add("late", *states("late"))
+        assert "late" not in cache and len(cache) == 1
+        cache.flush()  # nothing is waiting
+        cache.close()
+        assert list(ContrastCache(tmp_path)) == ["a"]
+
+    def test_a_closed_writer_leaves_the_shards_of_the_next_one_alone(self, tmp_path):
+        closed = writer(tmp_path)
+        closed.close()
+        with writer(tmp_path) as cache:
+            cache.add("b", *states("b"))
+            cache.flush()
+            with pytest.raises(ValueError, match="writer: expected an open one"):
+                closed.add("a", *states("a"))
+        assert list(ContrastCache(tmp_path)) == ["b"]
+
+    def test_samples_that_could_not_be_written_are_not_written_after_the_lock_is_gone(self, tmp_path, monkeypatch):
+        cache = writer(tmp_path)
+        cache.add("a", *states("a"))
+
+        def full(*_):
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr("kdkernels.shards._write_shard", full)
+        with pytest.raises(OSError, match="No space"):
+            cache.close()
+        with writer(tmp_path) as other, pytest.raises(ValueError, match="writer: expected an open one"):
+            cache.flush()
+        assert len(other) == 0
+
+
 class TestRefusals:
     def test_other_fingerprint(self, tmp_path):
         filled(tmp_path)
@@ -407,17 +446,57 @@ class TestRefusals:
         [
             ({"hidden_size": 0}, "hidden_size: expected a positive int, got 0"),
             ({"shard_mib": 0}, "shard_mib: expected a positive number, got 0"),
+            ({"shard_mib": math.inf}, "shard_mib: expected a positive number, got inf"),
+            ({"shard_mib": "1"}, "shard_mib: expected a positive number, got '1'"),
             ({"part": "a/b"}, "part: expected letters, digits and underscores, got 'a/b'"),
             ({"dtype": torch.float16}, "dtype: expected torch.bfloat16, torch.float32 or torch.float8_e4m3fn, got torch.float16"),
+            ({"hidden_size": True}, "hidden_size: expected a positive int, got True"),
+            ({"layers": (-1,)}, r"layers: expected numbers of layers from 0 on, got \(-1,\)"),
+            ({"layers": (1.0,)}, r"layers: expected numbers of layers from 0 on, got \(1.0,\)"),
+            ({"layers": 3}, "layers: expected numbers of layers from 0 on, got 3"),
+            ({"fingerprint": {"prompt": "x" * (17 << 20)}}, "fingerprint: expected at most 16777216 bytes of JSON, got 178"),
         ],
     )
     def test_writer_arguments(self, tmp_path, change, message):
         with pytest.raises(ValueError, match=message):
             writer(tmp_path, **change)
+        filled(tmp_path)  # nothing is left behind that a correct writer would meet
+        assert len(ContrastCache(tmp_path)) == 3
 
-    def test_fingerprint_that_is_not_json(self, tmp_path):
+    def test_a_part_is_a_name(self, tmp_path):
+        with pytest.raises(TypeError, match="part: expected a string, got int"):
+            writer(tmp_path, part=1)
+
+    @pytest.mark.parametrize("value", [torch.zeros(1), math.nan, -math.inf, UNENCODABLE, {UNENCODABLE: 1}], ids=str)
+    def test_fingerprint_that_is_not_json(self, tmp_path, value):
         with pytest.raises(TypeError, match="fingerprint: expected JSON values only"):
-            ContrastCacheWriter(tmp_path, fingerprint={"model": torch.zeros(1)}, hidden_size=H)
+            ContrastCacheWriter(tmp_path, fingerprint={"model": value}, hidden_size=H)
+        filled(tmp_path)
+        with pytest.raises(TypeError, match="fingerprint: expected JSON values only"):
+            ContrastCache(tmp_path, fingerprint={"model": value})
+
+    @pytest.mark.parametrize("argument", ["sample_id", "content"])
+    def test_text_that_no_file_can_hold(self, tmp_path, argument):
+        """It is refused where it enters: later it would take the samples that wait with it."""
+        with writer(tmp_path) as cache:
+            cache.add("before", *states("before"))
+            for text, message in ((UNENCODABLE, "a string that UTF-8 can hold"), ("x" * 1048577, "at most 1048576 bytes")):
+                with pytest.raises(ValueError, match=f"{argument}: expected {message}"):
+                    cache.add(**{"sample_id": "a", argument: text}, **dict(zip(NAMES, states("a"), strict=True)))
+            cache.add("after", *states("after"))
+        assert list(ContrastCache(tmp_path)) == ["before", "after"]
+
+    @pytest.mark.parametrize("long", ["sample_id", "content"])
+    def test_long_lines_of_the_index(self, tmp_path, monkeypatch, long):
+        """Short samples with long names: a shard is closed before its line is longer than a reader takes."""
+        monkeypatch.setattr("kdkernels.shards._INDEX_LINE_BYTES", 4000)
+        ids = [str(number) + "\0" * 100 * (long == "sample_id") for number in range(50)]  # six bytes each in JSON
+        with writer(tmp_path) as cache:
+            for sample_id in ids:
+                cache.add(sample_id, *states("a", 1), content="\0" * 100 * (long == "content"))
+        lines = (tmp_path / "index-0.jsonl").read_bytes().splitlines()
+        assert len(lines) > 7 and max(map(len, lines)) < 5000
+        assert list(ContrastCache(tmp_path)) == ids
         with pytest.raises(TypeError, match="fingerprint: expected a mapping of JSON values, got str"):
             ContrastCacheWriter(tmp_path, fingerprint="tiny", hidden_size=H)
 

@@ -322,6 +322,7 @@ WRONG = [
     ({"layer_weight": [1.0]}, ValueError, "layer_weight: expected 2"),
     ({"layer_weight": [1.0, -1.0]}, ValueError, "layer_weight: expected finite numbers >= 0"),
     ({"layer_weight": torch.tensor([1.0, -1.0])}, ValueError, "layer_weight: expected finite numbers >= 0, got -1.0"),
+    ({"layer_weight": torch.ones(2, device="meta")}, ValueError, "layer_weight: expected a tensor with values, got one on the"),
     ({"layer_weight": 0.5}, TypeError, "layer_weight: expected 2 numbers, one a layer, or a tensor, got float"),
     ({"projections": 3}, TypeError, "projections: expected a list of weights, one a layer, or None, got int"),
     ({"reduction": "average"}, ValueError, "reduction: expected one of mean"),

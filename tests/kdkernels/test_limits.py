@@ -9,6 +9,7 @@ import torch
 from cases import hidden, logits
 
 from kdkernels import (
+    CAADLoss,
     TeacherSource,
     adaptive_alpha,
     explain,
@@ -16,6 +17,8 @@ from kdkernels import (
     fused_layer_mse_loss,
     fused_linear_caad_loss,
     fused_linear_multi_teacher_loss,
+    fused_linear_projected_loss,
+    project_teacher,
 )
 from kdkernels.decoding import contrast_logits
 
@@ -99,3 +102,147 @@ def test_a_compiled_call_takes_the_options_that_eager_takes(option):
     compiled = torch.compile(lambda v: fused_linear_caad_loss(**arguments, **{name: v}), backend="eager")
     with pytest.raises(ValueError, match=name):
         compiled(value)
+
+
+def test_a_compiled_layer_loss_looks_at_alpha():
+    torch.compiler.reset()
+    states = torch.randn(3, 4, 8)
+    compiled = torch.compile(
+        lambda s, t, text, alpha: fused_layer_mse_loss([s], [t], teacher_text_hidden=[text], alpha=alpha), backend="eager"
+    )
+    with pytest.raises(ValueError, match=r"alpha: expected finite values >= 0, got -1\.0"):
+        compiled(*states, torch.tensor([1.0, -1.0, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_losses_that_autocast_does_not_cast(impl):
+    given = hidden(6)
+    leaf, other = given["student_hidden"], torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    weight = given["student_weight"]
+    projection = project_teacher(
+        *(given[f"teacher_{x}"] for x in ("audio_hidden", "text_hidden", "weight")), student_weight=weight, top_k=4
+    )
+    to_teacher, to_student = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((20, 12), (12, 20)))
+    losses = [
+        lambda: fused_linear_projected_loss(leaf, weight, projection, given["target"], impl=impl),
+        lambda: fused_layer_mse_loss([leaf], [other], [to_teacher], impl=impl),
+        lambda: fused_layer_mse_loss([leaf], [other], [to_student], direction="teacher_to_student", impl=impl),
+    ]
+    for loss in losses:
+        expected = loss()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = loss()
+        assert torch.equal(cast, expected)
+        assert torch.equal(torch.autograd.grad(cast, leaf)[0], torch.autograd.grad(expected, leaf)[0])
+
+
+# -- tensors of other modes ------------------------------------------------------------------------------------------------
+
+
+def losses_of_batches():
+    """By name: a loss of the reference, and its arguments with one more leading dimension."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 2, 5, 8, generator=generator)
+    logits_of = torch.randn(3, 2, 5, 30, generator=generator)
+    target = torch.randint(0, 30, (2, 5), generator=generator)
+    target[0, 1] = -100
+    alpha, weight = torch.rand(2, 2, 5, generator=generator)
+    head = torch.randn(30, 8, generator=generator)
+    projection = project_teacher(states[1, 0], states[2, 0], head, head, top_k=4)
+
+    def rows(student, audio, text, target, alpha, weight):
+        options = {"alpha": alpha, "kd_token_weight": weight, "ce_normalizer": weight.sum()}
+        return fused_caad_loss(student, audio, text, target, **options, impl="reference")
+
+    def linear(student, audio, text, target, alpha):
+        return fused_linear_caad_loss(student, head, audio, text, head, target, alpha=alpha, impl="reference")
+
+    def sources(student, audio, text, target, alpha, weight):
+        source = TeacherSource(audio, head, text_hidden=text, alpha=alpha, source_weight=weight)
+        return fused_linear_multi_teacher_loss(student, head, [source] * 2, target, impl="reference")
+
+    def projected(student, target):
+        return fused_linear_projected_loss(student, head, projection, target, impl="reference")
+
+    def layers(student, audio, text, alpha):
+        return fused_layer_mse_loss([student], [audio], teacher_text_hidden=[text], alpha=alpha, impl="reference")
+
+    return {
+        "rows": (rows, (*logits_of, target, alpha, weight)),
+        "linear": (linear, (*states, target, alpha)),
+        "sources": (sources, (*states, target, alpha, weight)),
+        "projected": (projected, (states[0], target)),
+        "layers": (layers, (*states, alpha)),
+    }
+
+
+@pytest.mark.parametrize("name", losses_of_batches())
+def test_vmap_takes_tensors_whose_values_are_checked_elsewhere(name):
+    loss, batches = losses_of_batches()[name]
+    expected = [torch.func.grad_and_value(loss)(*(x[row] for x in batches)) for row in range(2)]
+    gradients, losses = torch.func.vmap(torch.func.grad_and_value(loss))(*batches)
+    for row in range(2):
+        torch.testing.assert_close(losses[row], expected[row][1])
+        torch.testing.assert_close(gradients[row], expected[row][0])
+        torch.testing.assert_close(losses[row], loss(*(x[row] for x in batches)))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_tensors_of_inference_mode_beside_a_student_that_trains(impl):
+    """A teacher's states and a frozen head are often made there, and autograd keeps no such tensor."""
+    with torch.inference_mode():
+        given = hidden(5)
+        teacher = {name: given[name] for name in given if name.startswith("teacher")}
+        weight = given["student_weight"]
+        projection = project_teacher(**teacher, student_weight=weight, top_k=4)
+        across, alpha = torch.randn(20, 12), torch.rand(5)
+    state, target = hidden(5)["student_hidden"], hidden(5)["target"]
+    audio, text, head = (teacher[f"teacher_{x}"] for x in ("audio_hidden", "text_hidden", "weight"))
+    source = TeacherSource(audio, head, text_hidden=text, alpha=alpha, source_weight=alpha)
+    for loss in (
+        fused_linear_caad_loss(state, weight, **teacher, target=target, alpha=alpha, kd_token_weight=alpha, impl=impl),
+        fused_linear_multi_teacher_loss(state, weight, [source] * 2, target, impl=impl),
+        fused_linear_projected_loss(state, weight, projection, target, kd_token_weight=alpha, impl=impl),
+        fused_layer_mse_loss([state], [audio], [across], teacher_text_hidden=[text], alpha=alpha, impl=impl),
+    ):
+        assert torch.autograd.grad(loss, state)[0].abs().sum() > 0
+
+
+# -- token weights and normalizers -----------------------------------------------------------------------------------------
+
+
+def losses_of_tokens():
+    """By name: a call of each loss that takes weights of tokens, with other options."""
+    student, audio, text, target = logits(4, 32)
+    given = hidden(4, 32)
+    teacher = {name: given.pop(name) for name in ("teacher_audio_hidden", "teacher_text_hidden", "teacher_weight")}
+    source = TeacherSource(teacher["teacher_audio_hidden"], teacher["teacher_weight"])
+    projection = project_teacher(**teacher, student_weight=given["student_weight"], top_k=4)
+    return {
+        "rows": lambda **options: fused_caad_loss(student, audio, text, target, **options),
+        "linear": lambda **options: fused_linear_caad_loss(**given, **teacher, **options),
+        "one_source": lambda **options: fused_linear_multi_teacher_loss(**given, sources=[source], **options),
+        "sources": lambda **options: fused_linear_multi_teacher_loss(**given, sources=[source] * 2, **options),
+        "projected": lambda **options: fused_linear_projected_loss(**given, projection=projection, **options),
+        "module": lambda **options: CAADLoss(**options),  # refuses at construction
+        "module_at_call": lambda impl, reduction, **call: CAADLoss(impl=impl, reduction=reduction)(
+            student, audio, text, target, **call
+        ),
+    }
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("option", ["kd_token_weight", "ce_token_weight"])
+@pytest.mark.parametrize("name", losses_of_tokens())
+def test_weights_of_tokens_that_are_no_tensor_are_refused(name, option, impl):
+    array = pytest.importorskip("numpy").array([0.0, 0, 0, 1], dtype="float32")
+    loss = losses_of_tokens()[name]
+    for weight in (array, array.tolist(), 0.0, "x"):
+        for reduction in ("mean", "sum", "none"):
+            with pytest.raises(TypeError, match=f"^{option}: expected a torch.Tensor, got {type(weight).__name__}$"):
+                loss(impl=impl, reduction=reduction, **{option: weight})
+
+
+def test_a_mask_that_is_no_tensor_is_refused_at_construction():
+    with pytest.raises(TypeError, match=r"^mask: expected a torch.Tensor, got list$"):
+        CAADLoss(mask=[True, False])

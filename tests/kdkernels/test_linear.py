@@ -502,6 +502,7 @@ def test_peak_memory_is_one_chunk_whatever_the_tokens():
         ({"student_softcap": 0.0}, ValueError, "student_softcap: expected a finite number > 0 or None"),
         ({"teacher_logit_scale": -1.0}, ValueError, "teacher_logit_scale: expected a finite number > 0, got"),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected a whole number >= 1"),
+        ({"workspace_bytes": 2**63}, ValueError, "workspace_bytes: expected a whole number >= 1 that fits int64, or None"),
         (
             {"chunk_tokens": 4, "workspace_bytes": 10**6},
             ValueError,

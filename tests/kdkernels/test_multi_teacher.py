@@ -864,7 +864,7 @@ def with_source(**change):
         (with_source(source_weight=-0.5), ValueError, r"sources\[1\]\.source_weight: expected a finite number >= 0"),
         (with_source(source_weight="1"), ValueError, r"sources\[1\]\.source_weight: expected a finite number >= 0, got '1'"),
         (with_source(source_weight=torch.ones(10)), ValueError, r"sources\[1\]\.source_weight: expected shape \(11,\)"),
-        (with_source(source_weight=-torch.ones(11)), ValueError, r"sources\[1\]\.source_weight: expected weights >= 0"),
+        (with_source(source_weight=-torch.ones(11)), ValueError, r"sources\[1\]\.source_weight: expected finite numbers >= 0"),
         (with_source(source_weight=torch.full((), math.inf)), ValueError, r"sources\[1\]\.source_weight: expected finite"),
         (with_source(divergence="kl"), ValueError, r"sources\[1\]\.divergence: expected one of forward_kl"),
         (with_source(jsd_beta=1.0), ValueError, r"sources\[1\]\.jsd_beta: expected a number in \(0, 1\)"),
@@ -886,6 +886,13 @@ def test_errors_name_the_argument(change, error, message):
     arguments = {**student(), "sources": [teacher(1), teacher(2)], **change}
     with pytest.raises(error, match=message):
         fused_linear_multi_teacher_loss(**arguments)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_one_source_is_named_too(impl):
+    source = teacher(1, text=True, alpha=-torch.ones(11))
+    with pytest.raises(ValueError, match=r"^sources\[0\]\.alpha: expected finite values >= 0, got -1"):
+        fused_linear_multi_teacher_loss(**student(), sources=[source], impl=impl)
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])

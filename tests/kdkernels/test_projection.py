@@ -266,6 +266,9 @@ def test_mixtures_of_what_does_not_fit_are_refused():
         TeacherProjection.mixture([warm, cold])
     with pytest.raises(ValueError, match="weights: expected 1"):
         TeacherProjection.mixture([warm], [1.0, 2.0])
+    for bad, got in ((math.inf, "inf"), (-1.0, r"-1\.0"), (math.nan, "nan")):
+        with pytest.raises(ValueError, match=rf"weights\[0\]: expected finite numbers >= 0, got {got}"):
+            TeacherProjection.mixture([warm], [torch.tensor([1.0, 1, 1, 1, bad])])
 
 
 def test_opcheck():

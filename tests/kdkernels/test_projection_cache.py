@@ -187,9 +187,36 @@ def test_some_tokens_with_their_places_and_a_divergence(tmp_path):
         ):
             with pytest.raises(ValueError, match=says):
                 writer.add("b", **{"projection": projection, "target": target, "divergence": apart, **change})
+    with pytest.raises(ValueError, match="writer: expected an open one, got one that is closed"):
+        writer.add("late", projection, target, divergence=apart)
     held = ProjectionCache(tmp_path)["a"]
     assert held.position.tolist() == [0, 5, 6] and torch.equal(held.divergence, apart)
     assert torch.equal(held.projection.ids[:, :2], projection.ids) and bool((held.projection.ids[:, 2:] == -1).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"divergence": 1}, TypeError, "divergence: expected a bool, got int"),
+        ({"settings": {}}, TypeError, "settings: expected ProjectionSettings, got dict"),
+        ({"hidden_size": True}, ValueError, "hidden_size: expected a positive int, got True"),
+        ({"fingerprint": {"x": float("nan")}}, TypeError, "fingerprint: expected JSON values only"),
+    ],
+)
+def test_a_refused_writer_leaves_no_header(tmp_path, change, error, says):
+    options = {"fingerprint": {}, "settings": ProjectionSettings("", V), "hidden_size": H_S}
+    with pytest.raises(error, match=says):
+        ProjectionCache.writer(tmp_path, **{**options, **change})
+    ProjectionCache.writer(tmp_path, **options).close()
+    assert len(ProjectionCache(tmp_path)) == 0
+
+
+def test_settings_that_no_file_can_hold(tmp_path):
+    with pytest.raises(ValueError, match="student_fingerprint: expected a string that UTF-8 can hold"):
+        ProjectionSettings("\udcff", V)
+    settings = ProjectionSettings("", torch.tensor(V).numpy()[()], temperature=2)  # NumPy's numbers are numbers
+    ProjectionCache.writer(tmp_path, fingerprint={}, settings=settings, hidden_size=H_S).close()
+    assert ProjectionCache(tmp_path).settings == ProjectionSettings("", V)
 
 
 def test_a_damaged_shard_is_named(states, tmp_path):

@@ -116,6 +116,31 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
     assert subprocess.run(command, cwd=root).returncode == 0
 
 
+def test_a_file_is_held_by_one_at_a_time(tmp_path):
+    path = tmp_path / "new" / "file"
+    with io_utils.locked(path, "not now") as file:
+        file.write(b"x")
+        with pytest.raises(BlockingIOError, match=r"^not now$"), io_utils.locked(path, "not now"):
+            pass
+    with io_utils.locked(path, "not now"):
+        assert path.read_bytes() == b"x"
+
+
+def test_one_file_has_several_paths(tmp_path):
+    file, other = tmp_path / "file", tmp_path / "other"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(file)
+    paths = [file, str(tmp_path / "folder" / ".." / "file"), tmp_path / "link"]
+    for there in (False, True):
+        assert all(io_utils.same_file(a, b) for a in paths for b in paths)
+        assert not any(io_utils.same_file(a, other) or io_utils.same_file(other, a) for a in paths)
+        if not there:
+            file.touch()
+    other.touch()
+    os.link(file, tmp_path / "hard")
+    assert io_utils.same_file(file, tmp_path / "hard") and not io_utils.same_file(file, other)
+
+
 def test_the_commit_says_whether_the_sources_differ_from_it(tmp_path, monkeypatch):
     def git(*words):
         options = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]

@@ -135,12 +135,16 @@ def run(
     data: TrainingData | None = None,
     model: FakeLM | None = None,
     ranks: Ranks | None = None,
+    identity: dict[str, str] | None = None,
 ):
     recipe = fake_recipe(out_dir, objective, *overrides)
     seed_everything(recipe.run.seed)
     model, data = model or FakeLM(seed=1), data or make_data()
     sources = make_sources(recipe, data)
-    return train(recipe, model=model, data=data, sources=sources, resume_command="RESUME", ranks=ranks), model
+    result = train(
+        recipe, model=model, data=data, sources=sources, resume_command="RESUME", ranks=ranks, identity=identity
+    )
+    return result, model
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="CAADTrainer is transformers' Trainer
 pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
 import tiny_lms
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from kdkernels import CAADTrainer, DualPathTeacher, MaskFeatures
@@ -22,7 +23,7 @@ ROWS = 8
 KINDS = ("full", "lora", "injected_lora")
 
 
-def build(family: str, kind: str = "full", seed: int = 0):
+def build(family: str, kind="full", seed: int = 0):
     torch.manual_seed(seed)
     model, inputs = tiny_lms.AUDIO_MODELS[family]()
     model.generation_config.repetition_penalty = None  # tiny_lms sets what save_pretrained refuses
@@ -32,7 +33,9 @@ def build(family: str, kind: str = "full", seed: int = 0):
         target = r".*(q_proj|v_proj|qkv_proj)"
         # A batch norm's running statistics change in training: an adapter's checkpoint has them where they are asked for.
         norms = ["batch_norm"] if family == "granite_speech" and kind == "lora" else None
-        if kind in ("lora", "lora alone"):
+        if not isinstance(kind, str):  # a configuration of PEFT
+            model = peft.get_peft_model(model, kind)
+        elif kind in ("lora", "lora alone"):
             model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=target, modules_to_save=norms))
         else:
             model.requires_grad_(False)
@@ -52,8 +55,10 @@ def collate(rows: list[dict]) -> dict:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def trainer_of(folder, family: str, kind: str, *, seed: int = 0, **options) -> CAADTrainer:
+def trainer_of(folder, family: str, kind, *, seed: int = 0, change=None, **options) -> CAADTrainer:
     model, _ = build(family, kind, seed)
+    if change is not None:
+        change(model)
     teacher, inputs = build(family, seed=9)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -197,6 +202,66 @@ def test_other_files_of_a_checkpoint(tmp_path, form):
     assert_same(weights(resumed.model), weights(whole.model))
 
 
+def with_longer_connector(model) -> None:
+    """Only the projector trains."""
+    name, linear = next((n, m) for n, m in model.named_modules() if "projector" in n and isinstance(m, nn.Linear))
+    longer = nn.Sequential(linear, nn.GELU(), nn.Linear(linear.out_features, linear.out_features))
+    model.set_submodule(name, longer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("projector" in name)
+
+
+def with_biased_head(model) -> None:
+    model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+
+
+def with_wider_head(model) -> None:
+    model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features + 8, bias=False)
+
+
+def with_extra_module(model) -> None:
+    model.extra = nn.Linear(2, 2)
+
+
+CHANGES = (with_longer_connector, with_biased_head, with_wider_head, with_extra_module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("family", ["qwen2_audio", "voxtral"])
+def test_resume_of_a_changed_model_is_the_undisturbed_run(tmp_path, family, change):
+    whole = trainer_of(tmp_path / "whole", family, "full", change=change)
+    whole.train()
+    resumed = trainer_of(tmp_path / "resumed", family, "full", seed=5, change=change)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(resumed.model), weights(whole.model))
+
+
+class Resuming(CheckpointLoading, Trainer):
+    pass
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_the_config_does_not_build_is_loaded(tmp_path, change):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    saved, loaded = (build("qwen2_audio", seed=seed)[0] for seed in (0, 5))
+    for model in (saved, loaded):
+        change(model)
+    Resuming(saved, args).save_model(str(tmp_path / "saved"))
+    Resuming(loaded, args)._load_from_checkpoint(str(tmp_path / "saved"))
+    assert_same(weights(loaded), weights(saved))
+
+
+def test_another_size_is_named_with_both(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    saved, loaded = (build("qwen2_audio", seed=seed)[0] for seed in (0, 5))
+    with_wider_head(saved)
+    Resuming(saved, args).save_model(str(tmp_path / "saved"))
+    with pytest.raises(RuntimeError, match=r"got lm_head\.weight \(105, 32\) instead of \(97, 32\)"):
+        Resuming(loaded, args)._load_from_checkpoint(str(tmp_path / "saved"))
+
+
 class TestErrors:
     @pytest.fixture(scope="class")
     def saved(self, tmp_path_factory):
@@ -223,27 +288,101 @@ class TestErrors:
             with pytest.raises(RuntimeError, match=message):
                 trainer_of(tmp_path / "out", "qwen2_audio", kind).train(resume_from_checkpoint=str(folder))
 
-    def test_trained_beside_the_adapter(self, tmp_path):
-        """PEFT saves its adapter only: a projector that trains as well is lost."""
-        trainer = trainer_of(tmp_path, "qwen2_audio", "lora", max_steps=2)
-        trainer.train()
-        other = trainer_of(tmp_path, "qwen2_audio", "lora")
-        projector = next(p for name, p in other.model.named_parameters() if "projector" in name)
+    @pytest.mark.parametrize(("file_of", "kind"), [("full", "lora"), ("full", "injected_lora"), ("lora", "full")])
+    def test_files_of_another_kind(self, tmp_path, saved, file_of, kind):
+        folder = (saved if file_of == "full" else saved / "lora") / "checkpoint-2"
+        with pytest.raises(RuntimeError, match=r"checkpoint-2: expected (the weights of every|weights of this)"):
+            trainer_of(tmp_path, "qwen2_audio", kind).train(resume_from_checkpoint=str(folder))
+
+    @pytest.mark.parametrize("kind", ["lora", "injected_lora"])
+    def test_another_scale_of_the_adapter(self, tmp_path, kind):
+        """The weights fit, and the adapter would be another one."""
+        trainer_of(tmp_path, "qwen2_audio", kind, max_steps=1, save_steps=1).train()
+        trainer = trainer_of(tmp_path, "qwen2_audio", kind)
+        trainer.model.peft_config["default"].lora_alpha = 64
+        with pytest.raises(RuntimeError, match=r"adapter_config\.json: expected the model's lora_alpha 64, got 8"):
+            trainer.train(resume_from_checkpoint=True)
+        file = tmp_path / "checkpoint-1" / "adapter_config.json"
+        file.write_text("[]")
+        with pytest.raises(RuntimeError, match=r"adapter_config\.json: expected a JSON object, got list"):
+            trainer.train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize("kind", ["lora", "injected_lora"])
+    def test_another_base_of_the_adapter(self, tmp_path, kind, caplog):
+        trainer_of(tmp_path, "qwen2_audio", kind, max_steps=1, save_steps=1).train()
+        file = tmp_path / "checkpoint-1" / "caad_options.json"
+        with pytest.raises(ValueError, match=r"got others: student_base was '\w+' and is '\w+'\. Pass resume_with_other"):
+            trainer_of(tmp_path, "qwen2_audio", kind, seed=5).train(resume_from_checkpoint=True)
+        older = {name: value for name, value in json.loads(file.read_text()).items() if name != "student_base"}
+        file.write_text(json.dumps(older))
+        trainer_of(tmp_path, "qwen2_audio", kind, max_steps=2).train(resume_from_checkpoint=True)
+        assert "caad_options.json has no student_base: it was not compared" in caplog.text
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_best_model_without_its_file(self, tmp_path, kind):
+        trainer = trainer_of(tmp_path, "qwen2_audio", kind)
+        (tmp_path / "checkpoint-1").mkdir()
+        trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+        with pytest.raises(RuntimeError, match=r"expected the weights of every parameter that trains, got none for"):
+            trainer._load_best_model()
+
+    @pytest.mark.parametrize("kind", ["lora", "injected_lora"])
+    def test_trained_beside_the_adapter(self, tmp_path, kind):
+        """PEFT saves its adapter only: a projector that trains as well would be lost."""
+        trainer = trainer_of(tmp_path, "qwen2_audio", kind, max_steps=1)
+        projector = next(p for n, p in trainer.model.named_parameters() if "projector" in n)
         projector.requires_grad_(True)
-        with pytest.raises(RuntimeError, match=r"got none for .*projector"):
-            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        with pytest.raises(ValueError, match=r"got .*projector.*modules_to_save=\['model\.multi_modal_projector\.linear'\]"):
+            trainer.train()
+        projector.requires_grad_(False)
+        trainer.train()
+
+    def test_what_the_error_proposes_is_saved(self, tmp_path):
+        peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+        model, inputs = build("qwen2_audio")
+        config = peft.LoraConfig(
+            r=2, target_modules=r".*q_proj", modules_to_save=["model.multi_modal_projector.linear"], use_dora=True,
+            bias="lora_only", trainable_token_indices={"embed_tokens": [3, 4]},
+        )  # fmt: skip
+        args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+        trainer = Resuming(peft.get_peft_model(model, config), args, data_collator=collate, train_dataset=rows_of(inputs))
+        trainer.train()
+        trainer.save_model(str(tmp_path / "saved"))
+        saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+        trained = weights(trainer.model)
+        (key,) = [key for key in saved if key.endswith("projector.linear.weight")]
+        (name,) = [name for name in trained if name.endswith("projector.linear.modules_to_save.default.weight")]
+        assert torch.equal(saved[key], trained[name])
+
+    @pytest.mark.slow
+    def test_trained_prompts(self, tmp_path):
+        """Prefix tuning resumes; a network that makes the prompts is saved as its prompts, and cannot."""
+        peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+
+        def trainer(folder, **more):
+            config = peft.PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2, token_dim=16, num_attention_heads=2, **more
+            )
+            return trainer_of(folder, "qwen2_audio", config, max_steps=2, save_steps=1)
+
+        whole, resumed = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+        whole.train()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+        assert_same(weights(resumed.model), weights(whole.model))
+        assert losses(resumed) == losses(whole)
+        network = {"prefix_projection": True, "encoder_hidden_size": 16}
+        trainer(tmp_path / "c", **network).train()
+        with pytest.raises(RuntimeError, match="size mismatch"):  # PEFT's own
+            trainer(tmp_path / "d", **network).train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-1"))
 
 
 def test_mix_in_for_a_plain_trainer(tmp_path):
     """transformers' own Trainer keeps the initial weights; if this fails, transformers has changed and the docs with it."""
 
-    class Whole(CheckpointLoading, Trainer):
-        pass
-
     ours = trainer_of(tmp_path, "voxtral", "full", max_steps=2)
     ours.train()
     expected = weights(ours.model)
-    for trainer, same in ((Whole, True), (Trainer, False)):
+    for trainer, same in ((Resuming, True), (Trainer, False)):
         fresh, _ = build("voxtral", seed=5)
         made = trainer(fresh, ours.args)
         made._load_from_checkpoint(str(tmp_path / "checkpoint-2"))

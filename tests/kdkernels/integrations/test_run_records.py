@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="CAADTrainer is transformers' Trainer")
 pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
 from huggingface_hub import ModelCard
-from test_trainer import Recorder, arguments, captured_hidden, dual_path, examples, speech_lm, student_inputs
+from test_trainer import Recorder, arguments, cached, captured_hidden, dual_path, examples, speech_lm, student_inputs
 
-from kdkernels import CAADOptions, CAADTrainer, answer_index, fused_linear_caad_loss
+from kdkernels import CAADOptions, CAADTrainer, OnPolicy, Sampling, answer_index, fused_linear_caad_loss
+from kdkernels.projection_cache import ProjectionSettings
 
 
 def trainer_of(folder, *, options=None, rows=None, **arguments_) -> CAADTrainer:
@@ -77,6 +80,43 @@ def test_options_and_card_beside_each_checkpoint(tmp_path):
         assert words in card.text
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: CAADOptions(
+            alpha=np.float32(1.5), alpha_start=np.float16(1), alpha_ramp_steps=np.int64(4), temperature=np.float32(2),
+            kd_weight=np.float32(0.5), plausibility=np.float32(0.5), vocab_size=np.int64(90), chunk_tokens=np.int64(64),
+        ),
+        lambda: CAADOptions(divergence="jsd", jsd_beta=np.float32(0.25), workspace_bytes=np.uint32(1 << 20)),
+        lambda: OnPolicy(fraction=np.float32(0.5), every_steps=np.int64(2), end_token_ids=(np.int64(9),)),
+        lambda: Sampling(temperature=np.float32(0.5), top_k=np.int32(3), top_p=np.float32(0.5), max_new_tokens=np.int64(3)),
+        lambda: ProjectionSettings("", vocab_size=np.int64(90), alpha=np.float32(1)),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_become_python_numbers(made):
+    values = dataclasses.asdict(made())
+    json.dumps(values)
+    assert not [name for name, value in values.items() if isinstance(value, np.generic)]
+
+
+def test_a_checkpoint_with_numbers_of_numpy(tmp_path):
+    options = CAADOptions(temperature=np.float32(2), vocab_size=np.int64(90))
+    trainer_of(tmp_path, options=options, max_steps=1, save_strategy="steps", save_steps=1).train()
+    trainer_of(tmp_path, options=CAADOptions(vocab_size=90), max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_records_that_fail_do_not_cost_the_weights(tmp_path, monkeypatch):
+    import kdkernels.integrations.trainer as module
+
+    def full(*_args, **_options):
+        raise OSError("no space")
+
+    monkeypatch.setattr(module, "write_options", full)
+    with pytest.raises(OSError, match="no space"):
+        trainer_of(tmp_path).save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
 def test_resume_with_other_options(tmp_path, caplog):
     trainer_of(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     other = CAADOptions(alpha=1.0, kd_weight=0.5, chunk_tokens=64)
@@ -87,6 +127,30 @@ def test_resume_with_other_options(tmp_path, caplog):
     going_on = trainer_of(tmp_path, options=other, max_steps=2, resume_with_other_options=True)
     going_on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert going_on.state.global_step == 2 and "kd_weight was 0.7 and is 0.5. Training goes on" in caplog.text
+
+
+def test_resume_with_another_cache(tmp_path, caplog):
+    rows, teachers = examples(4), [dual_path(1), dual_path(2)]
+    caches = [cached(tmp_path / f"{seed}", t, rows, {"seed": seed, "text": "same"}) for seed, t in enumerate(teachers)]
+
+    def trainer(cache: int, head: int, **more) -> CAADTrainer:
+        return CAADTrainer(
+            speech_lm(), arguments(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1), teacher=caches[cache],
+            teacher_head=teachers[head].head, data_collator=Recorder(), train_dataset=rows, **more,
+        )  # fmt: skip
+
+    trainer(0, 0).train()
+    with pytest.raises(ValueError, match=r"got others: teacher_head was '\w+' and is '\w+'\. Pass"):
+        trainer(0, 1).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"teacher_cache\['seed'\] was 0 and is 1\. Pass"):
+        trainer(1, 0).train(resume_from_checkpoint=True)
+    trainer(1, 1, resume_with_other_options=True).train(resume_from_checkpoint=True)
+    assert "Training goes on with the new ones" in caplog.text
+    file = tmp_path / "run" / "checkpoint-1" / "caad_options.json"
+    older = {name: value for name, value in json.loads(file.read_text()).items() if not name.startswith("teacher_")}
+    file.write_text(json.dumps(older))
+    trainer(1, 1).train(resume_from_checkpoint=True)
+    assert "has no teacher_cache, teacher_head: it was not compared" in caplog.text
 
 
 def test_checkpoint_with_broken_options_or_without(tmp_path, caplog):

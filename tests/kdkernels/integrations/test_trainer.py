@@ -203,22 +203,26 @@ def test_accumulated_parts_are_one_batch(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_contrast_cache_in_place_of_the_teacher(tmp_path):
-    rows = examples()
-    teacher = dual_path()
+def cached(folder: Path, teacher: DualPathTeacher, rows: list[dict], fingerprint: dict) -> ContrastCache:
+    """The rows' states and targets."""
     batch = Recorder()(rows)
     index, target = answer_index(batch["labels"])
     states = teacher(student_inputs(batch), index)
-    with ContrastCache.writer(
-        tmp_path / "cache", fingerprint={"test": 1}, hidden_size=32, dtype=torch.float32
-    ) as writer:
+    with ContrastCache.writer(folder, fingerprint=fingerprint, hidden_size=32, dtype=torch.float32) as writer:
         for row, example in enumerate(rows):
             mine = index // tiny_lms.LENGTH == row
             writer.add(example["sample_id"], states.audio_hidden[mine], states.text_hidden[mine], target[mine])
+    return ContrastCache(folder)
+
+
+def test_contrast_cache_in_place_of_the_teacher(tmp_path):
+    rows = examples()
+    teacher = dual_path()
+    cache = cached(tmp_path / "cache", teacher, rows, {"test": 1})
     losses = []
     for teacher_arguments in (
         {"teacher": teacher},
-        {"teacher": ContrastCache(tmp_path / "cache"), "teacher_head": teacher.head},
+        {"teacher": cache, "teacher_head": teacher.head},
     ):
         trainer = CAADTrainer(
             speech_lm(), arguments(tmp_path), data_collator=Recorder(), train_dataset=rows, **teacher_arguments
@@ -578,6 +582,43 @@ class TestColumnsAndArguments:
             )
             with pytest.raises(ValueError, match=message):
                 trainer.train()
+
+    def test_samples_with_other_targets_are_named(self, tmp_path):
+        """In a cache whose samples 1 and 2 have changed places, and in labels of the teacher's."""
+        rows = examples(3)
+        swapped = [{**row, "sample_id": f"clip-{name}"} for row, name in zip(rows, (0, 2, 1), strict=True)]
+        cache = {"teacher": cached(tmp_path / "cache", dual_path(), swapped, {}), "teacher_head": dual_path().head}
+        theirs = [{**row, "teacher_input_ids": row["input_ids"], "teacher_labels": row["labels"].clone()} for row in rows]
+        for row in theirs[1:]:
+            row["teacher_labels"][-1] += 1
+        live = {"teacher": DualPathTeacher(speech_lm(1), negative=None)}
+        for given, data, whose in ((cache, rows, "the ContrastCache"), (live, theirs, "teacher_labels")):
+            trainer = CAADTrainer(speech_lm(), arguments(tmp_path), data_collator=Recorder(), eval_dataset=data, **given)
+            with pytest.raises(ValueError, match=rf"target tokens of {whose}, got others in sample clip-1, clip-2; distill"):
+                trainer.evaluate()
+
+    def test_ids_that_a_model_does_not_have_are_named(self, tmp_path):
+        wide = speech_lm()
+        wide.resize_token_embeddings(120)
+        rows = examples(3)
+        rows[1]["labels"][-1] = 110
+        for change, message in (
+            ((), r"labels: expected ids in \[0, 97\) or -100, got 110 in sample clip-1"),
+            (("input_ids",), r"inputs\['input_ids'\]: expected ids in \[0, 97\), which Voxtral.*, got 110 in sample clip-1"),
+            (("teacher_input_ids",), r"inputs\['teacher_input_ids'\]: expected ids in \[0, 97\), .* got 110 in sample clip-1"),
+        ):
+            data = [dict(row) for row in rows]
+            for name in change:
+                data = [{**row, name: row["input_ids"].clone(), "teacher_labels": row["labels"]} for row in data]
+                data[1][name][-1] = 110
+            for row in data if change == ("input_ids",) else ():
+                del row["teacher_labels"]
+            trainer = CAADTrainer(
+                wide, arguments(tmp_path), teacher=DualPathTeacher(speech_lm(1), negative=None), data_collator=Recorder(),
+                eval_dataset=data,
+            )  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                trainer.evaluate()
 
     def test_columns_that_trainer_must_not_drop(self, tmp_path):
         trainer = CAADTrainer(speech_lm(), arguments(tmp_path), teacher=dual_path(), train_dataset=examples())

@@ -111,5 +111,5 @@ def test_other_heads_columns_and_targets_are_refused(tmp_path, caches):
         trainer_of(tmp_path, projections, rows=rows).train()
     rows = examples()
     rows[0]["labels"] = rows[0]["labels"].flip(0)
-    with pytest.raises(ValueError, match="labels: expected the target tokens of the ProjectionCache, got others"):
+    with pytest.raises(ValueError, match="target tokens of the ProjectionCache, got others in sample clip-0 "):
         trainer_of(tmp_path, projections, rows=rows).evaluate()

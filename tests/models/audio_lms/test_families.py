@@ -20,7 +20,7 @@ from models.audio_lms.model import AudioLM
 from models.data.audio import AudioError, write_audio
 from models.data.example import Example
 from models.data.manifest import read_manifest, write_manifest
-from models.speech_lm.listeners import open_clips
+from models.speech_lm.listeners import answer_ids, open_clips
 from models.training.cache_identity import sample_content
 from tests.models.audio_lms import tiny_audio_lms as tiny
 
@@ -195,6 +195,18 @@ def test_answers(model):
         model.generate(batch, max_new_tokens=0)
 
 
+def test_logits_of_nan_are_no_answer(model):
+    batch = model.make_collator()(EXAMPLES, CLIPS, with_target=False)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(0, torch.tensor([1]), torch.nan))
+    try:
+        for alpha in (None, 1.0):
+            with pytest.raises(ValueError, match=f"example '{EXAMPLES[1].id}': the model's logits are NaN"):
+                answer_ids(model, batch, max_new_tokens=2, alpha=alpha)
+    finally:
+        hook.remove()
+
+
 def test_several_clips_in_a_turn(model):
     collate = model.make_collator()
     turns = [Turn("Which is higher?", tuple(CLIPS)), Turn("High?", (CLIPS[0],))]
@@ -285,6 +297,8 @@ def test_errors_name_what_is_missing(qwen, tmp_path):
         AudioLM.from_pretrained(tmp_path / "nothing")
     with pytest.raises(AudioLMError, match=r"lora\.targets"):
         AudioLM.from_pretrained(qwen._folder, trains="lora", lora=tiny_lora("nowhere_proj"))
+    with pytest.raises(AudioLMError, match=r"lora\.targets: expected ends of names .*, got also \['nope'\]"):
+        AudioLM.from_pretrained(qwen._folder, trains="lora", lora=tiny_lora("q_proj", "nope"))
     with pytest.raises(ValueError, match="trains: expected one of full, lora, connector or None, got 'all'"):
         AudioLM.from_pretrained(qwen._folder, trains="all")
     collate = qwen.make_collator(max_tokens=30)

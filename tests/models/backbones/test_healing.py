@@ -198,4 +198,7 @@ def test_the_command_line_takes_a_manifest(tmp_path, capsys):
     lm = make_tiny_backbones(tmp_path / "backbones") / "lm"
     write_manifest(tmp_path / "m.jsonl", make_examples(24))
     words = [str(lm), str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "s"), "--steps", "1", "--held-out", "2"]
+    with open(tmp_path / "m.jsonl", "a") as file:
+        file.write('{"id": "bad"}\n')
     assert main([*words, "--batch-size", "2", "--keep-layers", "0,2"]) == 0, capsys.readouterr().err
+    assert "skipped row 26 (bad): " in capsys.readouterr().out

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import models.evaluation.evaluate
 from models.data.audio import write_audio
 from models.data.manifest import Example, write_manifest
 from models.data.prompts import target_template
-from models.evaluation.ask import evaluate
+from models.evaluation.ask import Decoding, evaluate
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.controls import swapped
 from models.evaluation.diagnostics import compare
@@ -34,6 +35,7 @@ from models.evaluation.score_tables import print_comparison, print_summary
 from models.evaluation.summary import summarize
 from models.evaluation.text_priors import Prior, write_priors
 from models.experiments.shared_steps import make_tiny_backbones
+from models.io_utils import locked
 from models.speech_lm.features import FeatureStore, clip_key, made_by
 from models.speech_lm.model import SpeechLM, SpeechLMConfig
 
@@ -152,9 +154,43 @@ def test_controls_take_the_sound_away(model, examples, store):
 def test_swapped_partners_have_another_answer_of_the_same_task(examples):
     mixed = examples + [example(i, task="rate", choices=("slowly", "quickly")) for i in range(2)]
     for e, o in zip(mixed, swapped(mixed), strict=True):
-        assert o.task == e.task and o.answer != e.answer
-    alone = [example(0)]
-    assert swapped(alone) == alone
+        assert o.task == e.task and o.answer != e.answer and o.clips != e.clips
+    assert swapped([example(0)]) == [None]
+
+
+def test_a_swapped_clip_answers_the_same_question_and_is_another_clip():
+    def ask(clip, question, answer, choices=(), **more):
+        return Example(id=f"{clip}/{question}/{answer}", audio=clip, question=question, choices=choices, answer=answer, **more)
+
+    def partners(*asked):
+        return [other and other.audio for other in swapped(asked)]
+
+    who, mood = ("man", "woman"), ("sad", "happy")
+    # Two questions about each of two clips, without a task: the clips differ in their mood alone.
+    asked = [ask("a", "Who?", "man", who), ask("a", "Mood?", "happy", mood)]
+    asked += [ask("b", "Who?", "man", who), ask("b", "Mood?", "sad", mood)]
+    assert partners(*asked) == [None, "b", None, "a"]
+    assert partners(ask("a", "Who?", "A man."), ask("b", "Who?", "a man"), ask("c", "Who?", "a woman")) == ["c", "c", "a"]
+    assert partners(ask("a", "Who?", "Joe"), ask("a", "Who?", "Ann")) == [None, None]  # one clip
+    halves = [ask("a", "Who?", "man", who, end_seconds=1.0), ask("a", "Who?", "woman", who, start_seconds=1.0)]
+    assert partners(*halves) == ["a", "a"]  # two spans of a file
+    # "car" was not among the choices of clip b: it may be heard there too. "dog" was among those of clip a, and is wrong there.
+    assert partners(ask("a", "What?", "car", ("car", "dog")), ask("b", "What?", "dog", ("dog", "cat"))) == [None, "a"]
+    assert partners(ask(None, "Who?", "man", who), ask("b", "Who?", "woman", who)) == [None, None]
+
+
+def test_questions_without_a_partner_are_left_out_of_the_control_and_counted(files, tmp_path, capsys):
+    alone = dataclasses.replace(example(0), id="alone", question="Who is it?", pair_id=None)
+    manifest = write_manifest(tmp_path / "m.jsonl", [example(0), example(1), alone])
+    words = [str(files / "model"), str(manifest), "--audio-root", str(files), "--out", str(tmp_path / "p.jsonl")]
+    words += ["--device", "cpu", "--controls", "swapped_audio", "--json", str(tmp_path / "s.json")]
+    for again in (False, True):  # the second time nothing is asked
+        assert main(words) == 0
+        shown = capsys.readouterr().out
+        assert "left out of swapped_audio: 1 of 3 questions; no other clip has another answer to them" in shown
+        assert ("going on" in shown) == again
+    summary = json.loads((tmp_path / "s.json").read_text())["summary"]
+    assert summary["plain"]["count"] == 3 and summary["swapped_audio"]["count"] == 2
 
 
 def test_several_alphas_agree_with_one_at_a_time(model, examples, store):
@@ -186,6 +222,53 @@ def test_mistakes_are_named(model, examples, store):
     free = [Example(id="x", audio=None, question="?", answer="y", split="test")]
     with pytest.raises(ValueError, match="example x: expected choices"):
         evaluate(model, free, store, **options)
+    with pytest.raises(ValueError, match="example x: expected an answer to score against, got none"):
+        evaluate(model, [dataclasses.replace(free[0], answer="\n")], store, **options)
+
+
+def test_likelihoods_and_logits_of_nan_are_no_answer(model, store, files, tmp_path, capsys):
+    sound = store.features.clone()
+    sound[1] = math.nan
+    options = {"collate": model.make_collator(), "progress_bar": False}
+    asked, bad = [example(0), example(1)], FeatureStore([clip_key(example(i)) for i in range(4)], sound)
+    with pytest.raises(EvaluationError, match=r"example 'gender1/neutral': expected .* got 'man' nan, 'woman' nan"):
+        evaluate(model, asked, bad, **options)
+    options |= {"mode": "generate", "max_new_tokens": 2}
+    for alpha, decoding in ((None, Decoding()), (1.0, Decoding()), (1.0, Decoding(temperature=1.0))):
+        with pytest.raises(ValueError, match="example 'gender1/neutral': the model's logits are NaN"):
+            evaluate(model, asked, bad, alphas=(alpha,), decoding=decoding, **options)
+    assert not model.get_output_embeddings()._forward_hooks  # what looked for NaN is gone
+
+    model.save_pretrained(tmp_path / "broken")
+    broken = SpeechLM.from_pretrained(tmp_path / "broken")
+    broken.connector.output_scale.data.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    words = [str(tmp_path / "broken"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 1
+    assert "error: example 'gender" in capsys.readouterr().err and "NaN" not in (tmp_path / "p.jsonl").read_text()
+
+
+def test_nan_is_neither_written_nor_read_nor_scored(tmp_path):
+    p = Prediction(id="q1", task="t", kind="neutral", answer="a", prediction="a", scores={"a": -1.0, "b": -2.0})
+    path = tmp_path / "p.jsonl"
+    write_header(path, {})
+    append_predictions(path, [p])
+    whole = path.read_bytes()
+    for scores in ({"a": math.nan, "b": -2.0}, {"a": -1.0, "b": math.nan}, {"a": -math.inf, "b": -math.inf}):
+        bad = dataclasses.replace(p, scores=scores)
+        with pytest.raises(EvaluationError, match="prediction 'q1': cannot be written as JSON"):
+            append_predictions(path, [p, bad])
+        with pytest.raises(EvaluationError, match="prediction 'q1': cannot be written as JSON"):
+            pack_predictions(tmp_path / "p.jsonl.gz", {}, [bad])
+        with pytest.raises(EvaluationError, match="example 'q1': expected log-likelihoods"):
+            summarize([bad])
+        with pytest.raises(EvaluationError, match="example 'q1': expected log-likelihoods"):
+            summarize([bad], scorer="mmau")  # a rule that reads the text alone; the calibration reads the scores
+    assert path.read_bytes() == whole and not (tmp_path / "p.jsonl.gz").exists()
+    path.write_bytes(whole.replace(b"-2.0", b"NaN"))  # as earlier versions wrote it, in the last line
+    for repair in (False, True):
+        with pytest.raises(EvaluationError, match="line 2 is damaged: bad JSON: NaN is not a number"):
+            read_predictions(path, repair=repair)
 
 
 def test_predictions_file_survives_a_kill(model, examples, store, tmp_path):
@@ -366,6 +449,7 @@ def test_a_checkpoint_is_looked_at_before_a_benchmark_is_built(files, tmp_path, 
         (["--priors", "gone.json"], "--priors gone.json: not readable"),
         (["--out", "p.jsonl", "--json", "p.jsonl"], "--json: expected another file than --out"),
         (["--out", "p.jsonl", "--compare", "p.jsonl"], "--out: expected another file than COMPARE"),
+        (["--out", "p.jsonl.gz"], "--out: expected a name without .gz, since lines are added one by one, got 'p.jsonl.gz'"),
     ],
 )
 def test_settings_that_cannot_work_are_found_before_anything_is_read(files, tmp_path, monkeypatch, capsys, words, message):
@@ -373,6 +457,22 @@ def test_settings_that_cannot_work_are_found_before_anything_is_read(files, tmp_
     monkeypatch.setattr("models.evaluation.evaluate.load_suite", lambda *_, **__: pytest.fail("the questions were read"))
     assert main([str(files / "model"), str(files / "m.jsonl"), "--device", "cpu", *words]) == 1
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_under_another_path_is_not_written_to(files, tmp_path, capsys):
+    manifest = tmp_path / "m.jsonl"
+    shutil.copy(files / "m.jsonl", manifest)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(manifest)
+    os.link(manifest, tmp_path / "hard")
+    words = [str(files / "model"), str(manifest), "--audio-root", str(files), "--device", "cpu"]
+    for path in ("folder/../m.jsonl", "link", "hard"):
+        for option, more in (("--out", []), ("--json", ["--out", str(tmp_path / "p.jsonl")])):
+            assert main([*words, option, str(tmp_path / path), *more]) == 1
+            assert f"{option}: expected another file than MANIFEST" in capsys.readouterr().err
+    assert main(["--benchmark", words[1], words[0], *words[2:], "--json", str(tmp_path / "link")]) == 1
+    assert "--json: expected another file than BENCHMARK" in capsys.readouterr().err
+    assert manifest.read_bytes() == (files / "m.jsonl").read_bytes()
 
 
 def test_an_earlier_file_of_other_settings_is_found_before_the_questions_are_read(files, tmp_path, monkeypatch, capsys):
@@ -398,6 +498,71 @@ def test_a_model_trained_again_is_not_given_the_old_ones_answers(files, model, t
     other.save_pretrained(tmp_path / "model")
     assert main(words) == 1
     assert "of another model" in capsys.readouterr().err
+
+
+def test_answers_heard_from_other_audio_are_not_used_again(files, store, tmp_path, capsys):
+    for root in ("equal", "other"):
+        shutil.copytree(files, tmp_path / root, ignore=shutil.ignore_patterns("model", "*.jsonl"))
+    write_audio(tmp_path / "other" / "clip2.wav", np.full(16000, 0.1, np.float32))
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
+    assert main(words) == 0
+    assert main([*words, "--audio-root", str(tmp_path / "equal")]) == 0  # the same sound in another place
+    assert "8 answers are there" in capsys.readouterr().out
+    assert main([*words, "--audio-root", str(tmp_path / "other")]) == 1
+    assert "of other audio (not the same: clips_sha256)" in capsys.readouterr().err
+
+    header, *rows = (tmp_path / "p.jsonl").read_text().splitlines(keepends=True)
+    earlier = json.loads(header)
+    del earlier["settings"]["clips_sha256"]  # a file of an earlier version does not say what was heard
+    write_header(tmp_path / "old.jsonl", earlier["settings"])
+    with open(tmp_path / "old.jsonl", "a") as file:
+        file.writelines(rows)
+    assert main([*words[:3], str(tmp_path / "old.jsonl"), *words[4:]]) == 1
+    assert "of other audio (not the same: clips_sha256)" in capsys.readouterr().err
+
+    origin, keys = made_by(SpeechLM.from_pretrained(files / "model")), [clip_key(example(i)) for i in range(4)]
+    path = tmp_path / "features.safetensors"
+    FeatureStore(keys, store.features, made_by=origin).save(path)
+    words = [*words[:3], str(tmp_path / "stored.jsonl"), *words[4:], "--features", str(path)]
+    assert main(words) == 0 and main(words) == 0
+    FeatureStore(keys, store.features.flip(0), made_by=origin).save(path)
+    assert main(words) == 1
+    assert "(not the same: features_sha256)" in capsys.readouterr().err
+
+
+def test_one_evaluation_at_a_time_writes_to_a_file(files, tmp_path, capsys):
+    out = tmp_path / "p.jsonl"
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(out), "--device", "cpu"]
+    with locked(out, "busy"):
+        assert main(words) == 1
+    assert capsys.readouterr().err == f"error: --out {out}: another evaluation is writing there\n" and out.read_bytes() == b""
+    assert main(words) == 0  # an empty file is none
+    whole = out.read_bytes()
+    with open(out, "ab") as file:
+        file.write(b'{"id": "being wri')  # by the other evaluation
+    with locked(out, "busy"):
+        assert main(words) == 1
+    assert out.read_bytes() == whole + b'{"id": "being wri'  # which is not repaired under its hands
+
+
+def test_what_a_killed_evaluation_leaves_is_removed(files, tmp_path):
+    out = tmp_path / "p.jsonl"
+    words = [str(files / "model"), str(files / "m.jsonl"), "--out", str(out), "--device", "cpu"]
+    other = tmp_path / ".q.jsonl.features.abcd1234"
+    other.mkdir()
+    for _ in range(2):  # the second time nothing is asked
+        (tmp_path / ".p.jsonl.features.abcd1234").mkdir()
+        (tmp_path / ".p.jsonl.features.abcd1234" / "shard").write_text("x")
+        assert main(words) == 0
+        assert sorted(tmp_path.iterdir()) == [other, out]
+
+
+def test_a_file_without_a_prediction_is_not_kept_for_its_settings(files, tmp_path):
+    out = tmp_path / "p.jsonl"
+    write_header(out, {"checkpoint": "other"})  # of an evaluation that ended before its first batch
+    assert main([str(files / "model"), str(files / "m.jsonl"), "--out", str(out), "--device", "cpu"]) == 0
+    header, made = read_predictions(out)
+    assert header["settings"]["checkpoint"] == str(files / "model") and len(made) == 8
 
 
 def test_skipped_rows_are_listed(files, tmp_path, capsys):
@@ -563,18 +728,19 @@ def test_one_bad_row_of_each_kind_is_named_and_the_rest_is_scored(files, tmp_pat
     base = dataclasses.replace(example(0), audio="good.wav")
     rows = [dataclasses.replace(base, id=f"good{i}", pair_id=None) for i in range(20)]
     rows += [dataclasses.replace(base, id=name, audio=f"{name}.wav") for name in ("cut", "noise", "long")]
-    rows += [dataclasses.replace(base, id="silent", answer=None)]
+    rows += [dataclasses.replace(base, id="silent", answer=None), dataclasses.replace(base, id="blank", choices=(), answer=" ")]
     manifest = write_manifest(tmp_path / "m.jsonl", rows)
     words = [str(files / "model"), str(manifest), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]
     assert main(words) == 1
     error = capsys.readouterr().err
-    assert "3 of 24 rows are bad, more than max_bad_fraction 0.05" in error and "too long: 10800.0 s, at most 30 s" in error
+    assert "3 of 25 rows are bad, more than max_bad_fraction 0.05" in error and "too long: 10800.0 s, at most 30 s" in error
     assert main([*words, "--max-bad-fraction", "0.2"]) == 0
     shown = capsys.readouterr().out
     assert "skipped row 22 (cut): audio: corrupt or cut off: the header claims" in shown
     assert "skipped row 23 (noise): audio: corrupt or unknown header" in shown
     assert "skipped row 24 (long): audio: too long: 10800.0 s, at most 30 s are allowed" in shown
     assert "skipped silent: no answer to score against" in shown and "20 answers" in shown
+    assert "skipped blank: no answer to score against" in shown
 
 
 def test_manifests_with_nothing_to_score_are_named(files, tmp_path, capsys):
@@ -588,7 +754,7 @@ def test_manifests_with_nothing_to_score_are_named(files, tmp_path, capsys):
 
     assert "none.jsonl: cannot be read (No such file or directory)" in error(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
-    assert "expected a header line with 'kdkernels_manifest', got an empty file" in error(tmp_path / "empty.jsonl")
+    assert "or rows of a known form, got an empty file" in error(tmp_path / "empty.jsonl")
     header = write_manifest(tmp_path / "header.jsonl", [])
     assert "expected at least one row, got none" in error(header)
     unanswered = write_manifest(tmp_path / "unanswered.jsonl", [dataclasses.replace(example(0), audio=None, answer=None)])

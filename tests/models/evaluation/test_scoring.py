@@ -254,6 +254,9 @@ def test_strict_and_lenient_are_both_reported():
     assert score([both], bootstrap_samples=10, scorer="strict")["accuracy"].value == 0.0
     with pytest.raises(ValueError, match="scorer: expected 'lenient', 'strict'"):
         judge([both], scorer="exact")
+    for scorer in ("lenient", "strict"):
+        with pytest.raises(ValueError, match="prediction '1': choices: 'man' and ' man ' cannot be told apart"):
+            judge([dataclasses.replace(both, choices=("man", " man "))], scorer=scorer)
 
 
 def test_interval_has_the_textbook_width():

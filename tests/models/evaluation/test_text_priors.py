@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models.data.manifest import Example, write_manifest
+from models.evaluation.predictions import EvaluationError
 from models.evaluation.text_priors import (
     Prior,
     main,
@@ -96,6 +97,18 @@ def test_arguments_are_checked(backbone):
         text_priors([make_question("a", choices=())], lm, tokenizer, progress_bar=False)
 
 
+def test_likelihoods_of_nan_are_no_prior(tmp_path, monkeypatch, capsys, backbone):
+    lm, tokenizer = backbone
+    nan = {"man": math.nan, "woman": math.nan}
+    monkeypatch.setattr("models.evaluation.text_priors.choice_scores", lambda *_, **__: [[nan]])
+    with pytest.raises(EvaluationError, match=r"example 'a/neutral': expected log-likelihoods .* got 'man' nan, 'woman' nan"):
+        text_priors([make_question("a")], lm, tokenizer, progress_bar=False)
+    monkeypatch.setattr("models.backbones.resolve.load_causal_lm", lambda spec, dtype: (lm, tokenizer))
+    manifest = write_manifest(tmp_path / "manifest.jsonl", [make_question("a")])
+    assert main([str(manifest), "--lm", "tiny", "--out", str(tmp_path / "priors.json")]) == 1
+    assert "error: example 'a/neutral'" in capsys.readouterr().err and not (tmp_path / "priors.json").exists()
+
+
 def test_a_natural_conflict_is_a_wrong_prior_where_the_text_says_nothing():
     groups = [make_question(pair, kind) for pair in ("a", "b", "c") for kind in ("neutral", "faithful", "irrelevant")]
     told = {"a": ("woman", 0.9), "b": ("woman", 0.6), "c": ("man", 0.99)}
@@ -149,6 +162,15 @@ def test_command_line(tmp_path, monkeypatch, capsys, backbone):
     words = ["--splits", "test", "dev", "--contexts", "neutral", "aligned"]
     assert main([str(manifest), "--lm", "tiny", "--out", str(out), *words]) == 0
     assert len(read_priors(out)) == 5
+    more = [make_question(f"n{n}") for n in range(30)] + [make_question("free", choices=())]
+    bad = json.dumps(make_question("bad").to_row() | {"answer": "dog"})
+    longer = write_manifest(tmp_path / "longer.jsonl", more)
+    longer.write_text(longer.read_text() + bad + "\n")
+    capsys.readouterr()
+    assert main([str(longer), "--lm", "tiny", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert len(read_priors(out)) == 30 and "skipped free/neutral: no choices to rank\n" in told
+    assert "skipped row 33 (bad/neutral): answer: expected one of" in told
     assert main([str(manifest), "--lm", "tiny", "--out", str(out), "--splits", "train"]) == 1
     assert "error: " in capsys.readouterr().err
     monkeypatch.setattr("models.evaluation.text_priors.read_data", lambda *_, **__: pytest.fail("the manifest was read"))
@@ -156,6 +178,7 @@ def test_command_line(tmp_path, monkeypatch, capsys, backbone):
         (["--device", "gpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--batch-examples", "0"], "--batch-examples: expected at least 1, got 0"),
         (["--out", str(manifest)], "--out: expected another file than the manifest"),
+        (["--out", str(tmp_path / "x" / ".." / manifest.name)], "--out: expected another file than the manifest"),
     ):
         assert main([str(manifest), "--lm", "tiny", "--out", str(out), *words]) == 1
         assert message in capsys.readouterr().err

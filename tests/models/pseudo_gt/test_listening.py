@@ -17,6 +17,7 @@ from models.data.audio import load_audio, write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
 from models.pseudo_gt import listening
 from models.pseudo_gt.listening import Listening, ListeningWriter
+from models.pseudo_gt.stage1 import run_stage1
 from tests.models.audio_lms import tiny_audio_lms as tiny
 from tests.models.tiny_speech import make_speech_lm
 
@@ -113,6 +114,36 @@ def test_an_audio_lm_answers_freely_and_goes_on_after_a_kill(tmp_path, monkeypat
     assert {e.target for e in read_manifest(tmp_path / "again.jsonl")} == {"Heard."}
 
 
+def test_answers_about_a_clip_that_has_changed_are_asked_again(tmp_path):
+    write_manifest(tmp_path / "in.jsonl", [*_questions(tmp_path, 4), Example(id="text", audio=None, question="Who are you?")])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "speech_lm.json").write_text("{}")
+    asked = []
+
+    def write(group):
+        asked.append([e.id for e in group])
+        if group[0].id == "q3" and not (tmp_path / "go").exists():
+            raise KeyboardInterrupt
+        return [f"Heard {len(asked)}." for _ in group]
+
+    def run():
+        asked.clear()
+        options = {"source": "audio_lm", "listening": Listening(str(tmp_path / "model")), "writer": write, "batch_examples": 1}
+        report = run_stage1(read_manifest(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", progress=False, **options)
+        return report.resumed, sorted(id for group in asked for id in group)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert asked == [["text"], ["q0"], ["q1"], ["q2"], ["q3"]]
+    write_audio(tmp_path / "1.wav", tiny.tone(2000.0, seconds=0.4))
+    (tmp_path / "0.wav").touch()  # the same sound
+    (tmp_path / "go").touch()
+    assert run() == (3, ["q1", "q3"])
+    assert run() == (5, [])
+    write_audio(tmp_path / "2.wav", tiny.tone(2500.0, seconds=0.4))
+    assert run() == (0, ["q0", "q1", "q2", "q3", "text"])  # the result of other clips is no result of these
+
+
 def test_a_speech_lm_answers_and_encodes_each_clip_once(tmp_path, monkeypatch):
     examples = _questions(tmp_path, 2)
     other = Example(id="other", audio="0.wav", question="Who speaks?", context="A note.")
@@ -140,6 +171,25 @@ def test_a_speech_lm_answers_and_encodes_each_clip_once(tmp_path, monkeypatch):
     assert len(writer([text])) == 1 and encoded == [2, 2]  # without a clip nothing is encoded
     with pytest.raises(ValueError, match=r"example 'two': clips: expected one with a SpeechLM, got 2"):
         writer.check([Example(id="two", audio="0.wav", more_audio=("1.wav",))])
+
+
+def test_clips_that_are_longer_than_the_models_window_are_counted(tmp_path, capsys):
+    examples = _questions(tmp_path, 3)
+    for name in ("1.wav", "3.wav"):
+        write_audio(tmp_path / name, tiny.tone(300.0, seconds=3.0))
+    examples += [Example(id="span", audio="3.wav", start_seconds=1.0, end_seconds=1.5), Example(id="again", audio="1.wav")]
+    examples += [Example(id="gone", audio="gone.wav"), Example(id="text", audio=None)]
+    ListeningWriter(make_speech_lm(), tmp_path, listening=Listening("unused"), max_new_tokens=2).check(examples)  # it hears 1 s
+    assert "1 of 5 clips are longer than the 1 s that the model hears" in capsys.readouterr().err
+
+
+def test_a_model_of_nan_has_no_answer(tmp_path):
+    examples = _questions(tmp_path, 2)
+    model = make_speech_lm()
+    model.connector.output_scale.data.fill_(torch.nan)
+    writer = ListeningWriter(model, tmp_path, listening=Listening("unused"), max_new_tokens=2)
+    with pytest.raises(ValueError, match="example 'q0': the model's logits are NaN"):
+        writer(examples)
 
 
 def test_what_the_listener_hears_and_reads_can_be_chosen(tmp_path):

@@ -428,6 +428,7 @@ def test_several_tasks_and_pools_get_answers(tmp_path):
         (["--batch-examples", "0"], "batch_examples: expected at least 1"),
         (["--max-characters", "0"], "max_characters: expected at least 1"),
         (["--out", "in.jsonl"], "--out: expected another file than the manifest"),
+        (["--out", "x/../in.jsonl"], "--out: expected another file than the manifest"),
     ],
 )
 def test_settings_that_cannot_work_are_found_before_the_manifest_is_read(tmp_path, monkeypatch, capsys, words, message):

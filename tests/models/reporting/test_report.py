@@ -246,6 +246,7 @@ def test_command_line(report, tmp_path, capsys):
         (["--audio-root", str(tmp_path)], "--audio-root: expected --manifest beside it"),
         (["--max-clips", "-1"], "--max-clips: expected at least 0, got -1"),
         (["--markdown", str(out)], "--markdown: expected another file than --out"),
+        (["--markdown", str(out.parent / "x" / ".." / out.name)], "--markdown: expected another file than --out"),
         (["--reference", "him"], "reference: expected one of ['mine'], got 'him'"),
     ):
         assert main(["--out", str(out), "--predictions", f"mine={path}", *words]) == 1
