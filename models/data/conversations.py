@@ -66,6 +66,8 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
     else:
         unanswered = False
     pairs = list(zip(asked[::2], asked[1::2], strict=True))
+    if not any(answer.taught for _, answer in pairs):
+        raise ValueError('messages: expected an answer to learn, got "loss": false in each')
     base = defaults.name(row, clips[0] if clips else None)
     heard: list[str] = []
     for number, (question, answer) in enumerate(pairs, 1):
@@ -138,7 +140,10 @@ def _turns(row: Mapping[str, Any]) -> list[_Turn]:
             else:
                 kind = part.get("type") if isinstance(part, Mapping) else "null" if part is None else type(part).__name__
                 raise TypeError(f"messages: expected text or audio in a turn, got {kind}")
-        turns.append(_Turn(role, "\n".join(texts), clips, message.get("loss") is not False))
+        taught = True if message.get("loss") is None else message["loss"]
+        if taught not in (0, 1):
+            raise ValueError(f"messages: expected loss to be true or false, got {taught!r}")
+        turns.append(_Turn(role, "\n".join(texts), clips, bool(taught)))
     return turns
 
 
@@ -158,7 +163,7 @@ def _joined(turns: list[_Turn]) -> list[_Turn]:
 
 def _bring_clips(row: Mapping[str, Any], turns: list[_Turn], first: _Turn) -> None:
     """Gives the row's clips to the turns that bring them. Those of a system turn are heard from the `first` question on."""
-    key = next((key for key in ("audios", "audio") if row.get(key) is not None), "audios")
+    key = next((key for key in ("audios", "audio") if as_list(row.get(key))), "audios")
     named = as_list(row.get(key))
     inside = sum(len(turn.clips) for turn in turns)
     if named and inside:

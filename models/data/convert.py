@@ -6,7 +6,7 @@ import sys
 
 from models.data.commands import convert_parser
 from models.data.manifest import header_with_root, write_manifest
-from models.data.readers import read_foreign
+from models.data.readers import read_foreign, row_files
 from models.data.streaming import stream_into_manifest
 
 
@@ -14,8 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command `convert`: one message and status 1 if the file cannot be converted."""
     arguments = convert_parser().parse_args(argv)
     try:
-        if arguments.out.absolute() == arguments.rows.absolute():
-            raise ValueError(f"--out: expected another file than the rows, got {str(arguments.out)!r}")
+        if arguments.out.exists():
+            for file in row_files(arguments.rows, arguments.form):
+                if file.exists() and arguments.out.samefile(file):
+                    raise ValueError(f"--out: expected another file than the rows, got {str(arguments.out)!r}")
         options = {
             name: getattr(arguments, name) for name in ("form", "audio_root", "split", "max_bad_fraction", "allow_links")
         }

@@ -101,14 +101,17 @@ class AudioChecker:
         self._known: dict[str, AudioInfo | AudioError] = {} if known is None else known
 
     def check(self, example: Example) -> None:
-        """Raise AudioError if one of the example's clips, or its span, cannot be used."""
+        """Raise AudioError, which names the clip, if one of the example's clips, or its span, cannot be used."""
         for audio, start, end in example.clips:
             if audio not in self._known:
                 self._known[audio] = self._probe(audio)
             known = self._known[audio]
-            if isinstance(known, AudioError):
-                raise known
-            check_span(known, start_seconds=start, end_seconds=end, max_seconds=self._max_seconds)
+            try:
+                if isinstance(known, AudioError):
+                    raise known
+                check_span(known, start_seconds=start, end_seconds=end, max_seconds=self._max_seconds)
+            except AudioError as error:
+                raise AudioError(f"{error.reason} ({audio!r})") from None
 
     def _probe(self, audio: str) -> AudioInfo | AudioError:
         if problem := link_problem(self._root, audio, allow_links=self._allow_links):

@@ -136,6 +136,16 @@ def test_every_answer_of_a_conversation_is_an_example(root):
     assert third.metadata == {"speaker": "s1"} and third.answer == third.target and third.target_source == "human"
 
 
+@pytest.mark.parametrize(("loss", "taught"), [(None, True), (True, True), (1, True), (1.0, True), (False, False), (0, False)])
+def test_an_answer_without_loss_is_context_alone(root, loss, taught):
+    row = swift("a.wav")
+    row["messages"][1]["loss"] = loss
+    row["messages"] += [{"role": "user", "content": "How old?"}, {"role": "assistant", "content": "About forty."}]
+    examples = read_data(lines(root / "rows.jsonl", [row])).examples
+    assert [e.target for e in examples] == [*(["A woman."] if taught else []), "About forty."]
+    assert examples[-1].context == "User: Who speaks?\nAssistant: A woman."
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -193,6 +203,10 @@ def test_spellings_of_one_row_give_one_example(root, row):
         ({"audio": "a.wav", "question": "Q", "choices": {"A": "x"}, "answer": ["A"]}, "answer: expected text, got list"),
         ({"audio": "a.wav", "question": "Q", "choices": ["x", None]}, "choices: expected text, got null"),
         ({"audio": "a.wav", "question": "Q", "choices": 3}, "choices: expected a list or an object, got int"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x", "loss": False}], "audio": "a.wav"},
+         'messages: expected an answer to learn, got "loss": false in each'),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x", "loss": "no"}], "audio": "a.wav"},
+         "messages: expected loss to be true or false, got 'no'"),
         ({**CUT, "recording": "r"}, "recording: expected objects"),
         ({**CUT, "supervisions": [{"text": ["x"]}]}, "text: expected text, got list"),
         (swift({"file": "a.wav"}), "audios: expected a path under one of path, audio, audio_filepath,"),
@@ -229,6 +243,7 @@ def test_a_row_that_cannot_be_one_example_says_why(root, row, message):
         {"messages": [{"role": "system", "content": TWO_PARTS[:1]}, {"role": "user", "content": TWO_PARTS[1:]},
                       {"role": "assistant", "content": "Yes."}]},
         {**swift("", "<audio><audio>One voice?"), "audios": None, "audio": ["a.wav", "b.wav"]},
+        {**swift("", "One voice?"), "audios": [], "audio": ["a.wav", "b.wav"]},
     ],
 )  # fmt: skip
 def test_a_question_may_have_two_clips(root, row):
@@ -317,7 +332,7 @@ def test_nemo_rows_are_spans(root):
     assert (example.start_seconds, example.end_seconds, example.transcription) == (0.25, 0.75, "good luck")
     assert example.target is None and example.metadata == {"lang": "en"}
     (problem,) = read_data(lines(root / "rows.jsonl", [{**row, "offset": 0.9}]), max_bad_fraction=1.0).problems
-    assert problem.reason == "audio: span ends at 1.4 s, the clip ends at 1.00 s"
+    assert problem.reason == "audio: span ends at 1.4 s, the clip ends at 1.00 s ('a.wav')"
 
 
 def test_lhotse_cuts(root):
@@ -495,6 +510,7 @@ def test_an_unknown_form_is_an_error_that_names_all(tmp_path, root):
         (b'{"x": 1}\n{"x"}\n', "got rows with the keys x; row 2: bad JSON"),
         (b"[]", "got no row"),
         (b" \n", "got no row"),
+        (b"", "got an empty file"),
         (b"[" + json.dumps(swift("a.wav")).encode() + b",\n {'x': 1}]", r"rows.jsonl: row 2: bad JSON: .* at line 2, column 3"),
         (b"[" + json.dumps(swift("a.wav")).encode() + b",\n]", r"rows.jsonl: row 2: bad JSON: .* at line (1|2), column \d+"),
         (b"[" + json.dumps(swift("a.wav")).encode() + b"\n] x", r"rows.jsonl: row 1: bad JSON: Extra data at line 2, column 3"),

@@ -157,7 +157,7 @@ def test_links_out_of_the_root_may_be_allowed(root, capsys):
     path = _write(root, rows)
     manifest = read_manifest(path, allow_links=True, max_bad_fraction=0.5)
     assert [example.id for example in manifest] == ["good", "link"]
-    assert [problem.reason for problem in manifest.problems] == ["audio: missing file"]
+    assert [problem.reason for problem in manifest.problems] == ["audio: missing file ('dangling.flac')"]
     assert main([str(path), "--max-bad-fraction", "0.5", "--allow-links"]) == 0
     assert "2 rows, 1 skipped" in capsys.readouterr().out
     assert main([str(path)]) == 1
@@ -202,7 +202,12 @@ def test_a_link_inside_the_root_is_fine(root):
 def test_too_long_is_decided_by_the_span(root):
     path = _write(root, [_row(), json.dumps({**GOOD, "end_seconds": 0.25})])
     manifest = read_manifest(path, max_bad_fraction=0.5, max_seconds=0.5)
-    assert [problem.reason for problem in manifest.problems] == ["audio: too long: 1.0 s, at most 0.5 s are allowed"]
+    assert [problem.reason for problem in manifest.problems] == ["audio: too long: 1.0 s, at most 0.5 s are allowed ('a.flac')"]
+
+
+def test_the_bad_one_of_several_clips_is_named(root):
+    problem = _problem(root, _row(audio="a.flac", more_audio=["a.flac", "~/b.flac"]))
+    assert problem.reason == "audio: missing file ('~/b.flac')"
 
 
 def test_audio_need_not_be_there_when_it_is_not_checked(root):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -362,6 +363,34 @@ def test_a_conversion_that_cannot_work_is_found_first(root, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([str(rows), "--form", "desta", "--out", str(root / "m.jsonl"), "--split", "trian"])
     assert json.loads(rows.read_text()) == DESTA and not (root / "m.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--streaming"]])
+def test_a_conversion_never_writes_over_its_rows(root, capsys, monkeypatch, flags):
+    """Whatever the path of --out looks like; the folders of Kaldi and of metadata hold rows too."""
+    (root / "rows.jsonl").write_text(json.dumps({"audio": "a.flac", "question": "?"}))
+    (root / "sub").mkdir()
+    (root / "link.jsonl").symlink_to("rows.jsonl")
+    (root / "hard.jsonl").hardlink_to(root / "rows.jsonl")
+    (root / "wav.scp").write_text("u1 a.flac\n")
+    (root / "text").write_text("u1 Good luck.\n")
+    (root / "set").mkdir()
+    (root / "set" / "metadata.jsonl").write_text('{"file_name": "a.flac"}\n')
+    monkeypatch.chdir(root / "sub")
+    for rows, out in (
+        (root / "rows.jsonl", "../rows.jsonl"),
+        (root / "rows.jsonl", root / "sub" / ".." / "rows.jsonl"),
+        (root / "link.jsonl", root / "rows.jsonl"),
+        (root / "rows.jsonl", root / "link.jsonl"),
+        (root / "rows.jsonl", root / "hard.jsonl"),
+        (root, root / "text"),
+        (root / "wav.scp", root / "text"),
+        (root / "set", root / "set" / "metadata.jsonl"),
+    ):
+        before = Path(out).read_bytes()
+        assert main([str(rows), "--out", str(out), *flags]) == 1
+        assert "--out: expected another file than the rows" in capsys.readouterr().err
+        assert Path(out).read_bytes() == before
 
 
 def test_command_line_converts_to_a_manifest(root, capsys):
