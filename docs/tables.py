@@ -33,8 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "models" / "experiments" / "results", ROOT / "benchmarks" / "results")
 NO_BREAK = "\u00a0"  # a line of a cell does not end in the middle of a number and its spread
 MINUS, RANGE = "−", f"{NO_BREAK}to{NO_BREAK}"
-# Two-sided 95% points of Student's t by degrees of freedom.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
 Row = Mapping[str, str]
 Table = tuple[Sequence[str], Iterable[Sequence[str]]]
@@ -261,11 +259,10 @@ def ablation_claims() -> Table:
     def line(better: str, worse: str, column: str, claim: str) -> list[str]:
         of, over = by_seed(better, column), by_seed(worse, column)
         differences = [of[seed] - over[seed] for seed in of]
-        middle = statistics.mean(differences)
-        half = T_95[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
-        verdict = "not decided" if abs(middle) <= half else "holds" if middle > 0 else "the opposite holds"
+        found = t_interval(differences)
+        verdict = "not decided" if not found.excludes_zero else "holds" if found.mean > 0 else "the opposite holds"
         each = ", ".join(map(signed, differences))
-        return [claim, signed(middle), f"{signed(middle - half)}{RANGE}{signed(middle + half)}", each, verdict]
+        return [claim, signed(found.mean), f"{signed(found.low)}{RANGE}{signed(found.high)}", each, verdict]
 
     head = ("claim of the paper", "difference", "95% t interval", "by seed", "here")
     return head, (line(*claim) for claim in CLAIMS)

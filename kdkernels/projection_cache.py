@@ -84,7 +84,6 @@ class ProjectionSettings:
             raise ValueError(f"contrast: expected one of {', '.join(CONTRASTS)}, got {self.contrast!r}")
         if not is_whole(self.vocab_size) or self.vocab_size < 1:
             raise ValueError(f"vocab_size: expected an int >= 1, got {self.vocab_size!r}")
-        object.__setattr__(self, "vocab_size", int(self.vocab_size))  # JSON takes no number of NumPy
         for name in ("alpha", "temperature", "plausibility", "student_logit_scale"):
             value = getattr(self, name)
             if value is None and name == "plausibility":

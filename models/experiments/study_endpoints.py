@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from models.corpora.plans.base import ACTOR_FOLDS
 from models.evaluation.predictions import Prediction, read_predictions
 from models.evaluation.scoring import judge
+from models.evaluation.t_interval import p_value, t_interval
 
 # Name, context, lowest SNR in dB, and the difference that the test excludes.
 ENDPOINTS = (
@@ -140,26 +142,18 @@ def difference(
     by_fold: dict[str, list[float]] = defaultdict(list)
     for teacher, value in zip(teachers, by_teacher, strict=True):
         by_fold[re.sub(r"s\d+$", "", teacher)].append(float(value))
-    fold_means = np.array([np.mean(values) for values in by_fold.values()])
+    fold_means = [statistics.mean(values) for values in by_fold.values()]
     ends = np.quantile(_two_way_means(sums, counts, np.random.default_rng(seed)), [0.025, 0.975])
     return Endpoint(
-        name, *systems, len(teachers), len(actors), mean, *t_test(by_teacher, bound), float(ends[0]), float(ends[1]), bound,
-        len(fold_means), *t_test(fold_means, bound),
+        name, *systems, len(teachers), len(actors), mean, *_t_test(by_teacher.tolist(), bound), float(ends[0]), float(ends[1]),
+        bound, len(fold_means), *_t_test(fold_means, bound),
     )  # fmt: skip
 
 
-def t_test(values: np.ndarray, bound: float) -> tuple[float, float, float]:
-    """Ends of the 95% t interval of a mean, and the two-sided p of its t test against `bound`.
-
-    Of equal values, or of one, nothing says how much others would differ: the ends are infinite, and p is 1.
-    """
-    from scipy import stats
-
-    if np.ptp(values) <= 1e-12:
-        return -math.inf, math.inf, 1.0
-    test = stats.ttest_1samp(values, bound)
-    interval = test.confidence_interval(0.95)
-    return float(interval.low), float(interval.high), float(test.pvalue)
+def _t_test(values: Sequence[float], bound: float) -> tuple[float, float, float]:
+    """Ends of the 95% t interval of a mean, and the p of its t test against `bound`."""
+    found = t_interval(values)
+    return found.low, found.high, p_value(values, bound)
 
 
 def _two_way_means(sums: np.ndarray, counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -39,12 +39,21 @@ def words(world, *more):  # noqa: F811
     return [*WORDS, f"data.audio_root={world}", "model.bf16_products=false", *more]
 
 
+@pytest.fixture
+def built(monkeypatch):
+    """The names of the sources that are built, and not taken from an earlier student."""
+    names, real = [], run_setup._build_source
+    monkeypatch.setattr(run_setup, "_build_source", lambda *a: names.append(a[1]) or real(*a))
+    return names
+
+
+def connector(folder):
+    return load_file(folder / "final" / "connector.safetensors")
+
+
 @pytest.mark.slow
-def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, context, monkeypatch):  # noqa: F811
+def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, context, built):  # noqa: F811
     teacher = [f"teacher.folder={world / 'teacher' / 'final'}", "teacher.keep_mib=64"]
-    built = []
-    real = run_setup._build_source
-    monkeypatch.setattr(run_setup, "_build_source", lambda *a: built.append(a[1]) or real(*a))
     cohort = Cohort(context)
     runs = {
         "ce": ("ce_only", []),
@@ -65,20 +74,16 @@ def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, cont
     for name in ("ce", "caad", "kd", "layers"):
         recipe, more = runs[name]
         assert train(world, recipe, f"alone_{name}", *words(world, *more)) == 0
-        alone = load_file(world / f"alone_{name}" / "final" / "connector.safetensors")
-        together = load_file(context.folder / name / "final" / "connector.safetensors")
+        alone, together = connector(world / f"alone_{name}"), connector(context.folder / name)
         for key, value in alone.items():
             assert torch.equal(value, together[key]), (name, key)
-    layers = [load_file(context.folder / name / "final" / "connector.safetensors") for name in ("layers", "layers_again")]
+    layers = [connector(context.folder / name) for name in ("layers", "layers_again")]
     assert all(torch.equal(layers[0][key], layers[1][key]) for key in layers[0])  # projections start untrained both times
 
 
 @pytest.mark.slow
-def test_on_policy_students_share_one_live_teacher(world, context, monkeypatch):  # noqa: F811
+def test_on_policy_students_share_one_live_teacher(world, context, built):  # noqa: F811
     teacher = [f"teacher.folder={world / 'teacher' / 'final'}", "data.on_policy_max_new_tokens=3"]
-    built = []
-    real = run_setup._build_source
-    monkeypatch.setattr(run_setup, "_build_source", lambda *a: built.append(a[1]) or real(*a))
     cohort = Cohort(context)
     more = {
         "half": ["data.on_policy_fraction=0.5"],
@@ -91,8 +96,7 @@ def test_on_policy_students_share_one_live_teacher(world, context, monkeypatch):
         )  # fmt: skip
     assert built == ["teacher"]
     assert train(world, "caad", "alone_whole", *words(world, *teacher, *more["whole"])) == 0
-    alone = load_file(world / "alone_whole" / "final" / "connector.safetensors")
-    together = load_file(context.folder / "whole" / "final" / "connector.safetensors")
+    alone, together = connector(world / "alone_whole"), connector(context.folder / "whole")
     assert all(torch.equal(value, together[key]) for key, value in alone.items())
 
 
