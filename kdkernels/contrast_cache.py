@@ -6,7 +6,8 @@ would take 2 * V * 2.
 
 A cache is a folder of shards (kdkernels/shards.py):
 
-    cache.json                     format version (2; 3 with one path), fingerprint, hidden size, dtype, layers
+    cache.json                     format version (2; 3 with one path), fingerprint, hidden size, dtype, layers; a sample of the
+                                   teacher's LM head, if the writer was given it
     shard-PART-00000.safetensors   audio_hidden (R, H), text_hidden (R, H), target (R,): whole samples, one by one; with layers
                                    audio_layers and text_layers (R, K, H); in float8 the scale of each row beside each.
                                    A cache of one path (plain distillation) has no text_hidden and no text_layers
@@ -20,11 +21,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .lm_head import LMHead
 from .shards import CorruptCacheError, Header, Kind, Layout, ShardReader, ShardWriter, canonical, is_count
 
 __all__ = ["CachedStates", "ContrastCache", "ContrastCacheWriter", "CorruptCacheError"]
@@ -34,6 +37,9 @@ _ONE_PATH_VERSION = 3  # a reader of format 2 would look for text_hidden
 _MARK = "kdkernels_contrast_cache"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
 _FLOAT8_MAX = 448.0
+_HEAD = "teacher_head"
+_HEAD_VALUES = 64
+_HEAD_RTOL, _HEAD_ATOL = 2**-7, 1e-6  # the rounding of a head to bfloat16 or float16, and of what is subnormal there
 
 
 def _layout(header: Header) -> Layout | None:
@@ -128,6 +134,16 @@ class ContrastCache(ShardReader):
         row = hidden_size * _dtype_name(dtype, "dtype")[1] + (4 if dtype == torch.float8_e4m3fn else 0)
         return tokens * ((2 if text_path else 1) * (1 + layers) * row + 8)
 
+    def check_head(self, head: LMHead) -> None:
+        """Is this the LM head of the teacher whose states these are? See `teacher_head` of the writer.
+
+        Does nothing where the cache has no sample of its teacher's head. Waits for a CUDA device.
+
+        Raises:
+            ValueError: `teacher_head` has another shape, or other values than rounding to bfloat16 explains.
+        """
+        _check_head(self.folder, head, self._header.get(_HEAD))
+
     def __getitem__(self, sample_id: str) -> CachedStates:
         return self.get([sample_id])
 
@@ -167,7 +183,7 @@ class ContrastCache(ShardReader):
 class ContrastCacheWriter(ShardWriter):
     """Writes a cache, shard by shard; started again on the same folder it goes on after the last finished shard.
 
-        with ContrastCache.writer(folder, fingerprint={...}, hidden_size=576) as writer:
+        with ContrastCache.writer(folder, fingerprint={...}, hidden_size=576, teacher_head=teacher.head) as writer:
             for batch in batches:
                 if all(sample_id in writer for sample_id in batch.ids): continue
                 ...
@@ -184,13 +200,16 @@ class ContrastCacheWriter(ShardWriter):
         layers: numbers of the teacher's layers whose states are stored as well, from 0 on. A negative one raises ValueError: the
             cache does not know how many layers the teacher has.
         text_path: False stores one path, for plain distillation: half the bytes.
+        teacher_head: the LM head that goes with the states, or None. 64 values of its weight are written, so that `CAADTrainer`
+            and `project_cache` refuse the head of another teacher. They accept one that differs by less than 1% there, such as
+            the same head in another dtype.
         shard_mib: size at which a shard is closed. This much is held in memory, and a kill can lose it.
         part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).
         verify_checksums: read the existing shards and compare their sha256. A bad one is dropped with a warning, and its samples
             count as missing.
 
     Raises:
-        ValueError: another fingerprint, hidden size, dtype or format version than the folder's.
+        ValueError: another fingerprint, hidden size, dtype, teacher_head or format version than the folder's.
         RuntimeError: another writer of this part is at work in the folder.
         ImportError: safetensors is not installed.
     """
@@ -206,6 +225,7 @@ class ContrastCacheWriter(ShardWriter):
         dtype: torch.dtype = torch.bfloat16,
         layers: Sequence[int] = (),
         text_path: bool = True,
+        teacher_head: LMHead | None = None,
         shard_mib: float = 256.0,
         part: str = "0",
         verify_checksums: bool = True,
@@ -223,6 +243,15 @@ class ContrastCacheWriter(ShardWriter):
             "dtype": dtype_name,
             "layers": list(self.layers),
         }
+        if teacher_head is not None:
+            if not isinstance(teacher_head, LMHead):
+                raise TypeError(f"teacher_head: expected an LMHead or None, got {type(teacher_head).__name__}")
+            if teacher_head.weight.shape[1] != hidden_size:
+                raise ValueError(
+                    f"teacher_head: expected a weight (V, {hidden_size}), got {tuple(teacher_head.weight.shape)}"
+                )
+            header[_HEAD] = _head_sample(teacher_head)
+        self._teacher_head = teacher_head
         super().__init__(folder, header=header, shard_mib=shard_mib, part=part, verify_checksums=verify_checksums)
 
     def add(
@@ -279,6 +308,12 @@ class ContrastCacheWriter(ShardWriter):
                 f"text_path: the cache {self.folder} has another; expected {self.text_path}, got {not self.text_path}"
             )
 
+    def _match_header(self, header: Header) -> Header:
+        found = super()._match_header(header)
+        if self._teacher_head is not None:
+            _check_head(self.folder, self._teacher_head, found.get(_HEAD))
+        return found
+
     def _stored(self, name: str, hidden: Tensor, sample_id: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The tensors that are stored for some states, by their names in the shard."""
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
@@ -296,6 +331,30 @@ class ContrastCacheWriter(ShardWriter):
         if not torch.isfinite(finite).all():
             raise ValueError(f"{name}: expected finite states, got inf or NaN in sample {sample_id!r}")
         return tensors
+
+
+def _head_sample(head: LMHead) -> dict[str, Any]:
+    """Values of the weight from its first corner to its last, and its shape."""
+    rows, columns = (torch.linspace(0, n - 1, _HEAD_VALUES, dtype=torch.float64).round().long() for n in head.weight.shape)
+    device = head.weight.device
+    values = head.weight.detach()[rows.to(device), columns.to(device)].to("cpu", torch.float64)
+    return {"shape": list(head.weight.shape), "values": values.tolist()}
+
+
+def _check_head(folder: Path, head: LMHead, held: Any) -> None:
+    """ValueError where the sample that a header holds is not of this head."""
+    if held is None:
+        return
+    got = _head_sample(head)
+    try:
+        shape, values = tuple(held["shape"]), torch.tensor(held["values"], dtype=torch.float64)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CorruptCacheError(f"{folder / 'cache.json'} is damaged: teacher_head has no shape and values") from error
+    if shape != tuple(got["shape"]):
+        raise ValueError(f"teacher_head: expected that of the cache {folder}, of shape {shape}, got {tuple(got['shape'])}")
+    mine = torch.tensor(got["values"], dtype=torch.float64)
+    if mine.shape != values.shape or not torch.allclose(mine, values, rtol=_HEAD_RTOL, atol=_HEAD_ATOL):
+        raise ValueError(f"teacher_head: expected that of the teacher whose states the cache {folder} holds, got other weights")
 
 
 def _dtype_name(dtype: torch.dtype, argument: str) -> tuple[str, int]:

@@ -476,6 +476,7 @@ def project_cache(
         teacher_head, student_head, alpha=alpha, temperature=temperature, contrast=contrast, plausibility=plausibility,
         vocab_size=vocab_size,
     )  # fmt: skip
+    states.check_head(teacher_head)
     if contrast == "paths" and not states.text_path:
         raise ValueError(f"contrast: expected 'none' or 'zeros' with the one path of {states.folder}, got 'paths'")
     if not (is_whole(part) and is_whole(parts) and 0 <= part < parts):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-__all__ = ["CheckpointLoading", "base_fingerprint"]
+__all__ = ["CheckpointLoading", "base_fingerprint", "weights_fingerprint"]
 
 logger = logging.getLogger(__name__)
 
@@ -232,9 +232,23 @@ def base_fingerprint(model: Any) -> str | None:
     if not names or any(map(is_partitioned, model.parameters())):
         return None
     saved = set().union(*(_of_the_file(model, name, state := _adapter_state(model, name), state) for name in names))
+    prompts = f"{_PROMPTS}."
+    kept = ((name, p) for name, p in model.named_parameters() if name not in saved and not name.startswith(prompts))
+    return _weights_digest(kept)
+
+
+def weights_fingerprint(model: nn.Module) -> str | None:
+    """Of all weights of a model: up to 64 values of each that is on a device. None where ZeRO-3 has partitioned them.
+
+    Waits for a CUDA device.
+    """
+    return None if any(map(is_partitioned, model.parameters())) else _weights_digest(model.named_parameters())
+
+
+def _weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        if name in saved or name.startswith(f"{_PROMPTS}.") or parameter.is_meta:
+    for name, parameter in weights:
+        if parameter.is_meta:
             continue
         x = parameter.detach().flatten()
         picked = torch.linspace(0, max(len(x) - 1, 0), min(_SAMPLED, len(x)), dtype=torch.float64).round().long()

@@ -36,7 +36,7 @@ from ..projection import fused_linear_projected_loss, head_fingerprint
 from ..projection_cache import CachedProjections, ProjectionCache
 from ..teacher import DualPathTeacher, answer_index
 from ..whole_weights import whole_weights
-from .checkpoints import CheckpointLoading, base_fingerprint
+from .checkpoints import CheckpointLoading, base_fingerprint, weights_fingerprint
 from .on_policy import OnPolicy, OwnAnswers
 from .options import CAADOptions
 from .projected import OF_THE_PROJECTED_LOSS, check_projections
@@ -75,7 +75,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
             it gets an engine of its own and is frozen. A ProjectionCache needs the frozen LM head it was made for, without LoRA,
             and its alpha and temperature.
         teacher_head: the teacher's LM head, with a ContrastCache only.  `LMHead.from_model(teacher_model, gather=True)` makes a
-            whole copy of a sharded one.
+            whole copy of a sharded one. If the cache has a sample of its teacher's head, another head raises ValueError.
         options: the loss's settings.
         teacher_processing_class: the teacher's tokenizer, or its processor. None takes the one beside the teacher's weights, if
             it is on this disk. With `processing_class`, the tokens of the common ids are compared; without one of them, heads
@@ -84,8 +84,9 @@ class CAADTrainer(CheckpointLoading, Trainer):
             DualPathTeacher. Under FSDP2 and ZeRO-3 all weights of the student are gathered on every rank while it answers; FSDP 1
             raises an error. Each step with such answers logs answer_tokens, their mean number, and answer_ends, the share that
             has ended.
-        resume_with_other_options: True lets a checkpoint go on with another loss, cache or base of an adapter. Otherwise
-            `train(resume_from_checkpoint=)` raises ValueError with what differs (chunk_tokens, workspace_bytes and impl may).
+        resume_with_other_options: True lets a checkpoint go on with another loss, teacher, cache or base of an adapter. Otherwise
+            `train(resume_from_checkpoint=)` raises ValueError with what differs (chunk_tokens, workspace_bytes and impl may). Of
+            a live teacher 64 values of each weight are compared, in their dtype; of one that ZeRO-3 has partitioned, none.
         assume_same_tokens: True leaves this check out: you know that the common ids mean the same tokens.
 
     What is logged in training also has kd, ce, student_entropy, teacher_entropy, top1_agreement, path_divergence (none without a
@@ -184,8 +185,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
         self._own_answers = None if on_policy is None else self._make_own_answers(on_policy, processing_class)
 
     def _fingerprints(self) -> dict[str, Any]:
-        """Of what no option names and no checkpoint holds: a cache, the head that goes with it, the weights under an adapter."""
+        """Of what no option names and no checkpoint holds: the teacher, or its cache and head; the weights under an adapter."""
         found: dict[str, Any] = {}
+        if isinstance(self.teacher, DualPathTeacher) and (weights := weights_fingerprint(self.teacher.model)) is not None:
+            found["teacher"] = weights
         if isinstance(self.teacher, (ContrastCache, ProjectionCache)):
             found["teacher_cache"] = self.teacher.fingerprint
         if isinstance(self.teacher, ContrastCache):
@@ -697,6 +700,8 @@ def _check_arguments(model: Any, args: TrainingArguments, teacher: Any, teacher_
             f"teacher_head: expected a weight (V, {teacher.hidden_size}) as wide as the ContrastCache, got "
             f"{tuple(teacher_head.weight.shape)}"
         )
+    if isinstance(teacher, ContrastCache) and teacher_head is not None:
+        teacher.check_head(teacher_head)
     for name, (expected, reason) in _REFUSED.items():
         if getattr(args, name, expected) != expected:
             raise ValueError(f"args.{name}: expected {expected!r} with CAADTrainer, got {getattr(args, name)!r}: {reason}")

@@ -10,7 +10,7 @@ columns        {"audio", "question", "answer", "choices", "text", ...}, by commo
 nemo, lhotse   speech recognition's manifests; kaldi is a folder with wav.scp (models/data/speech_manifests.py)
 
 desta          {"id", "audios": [{"audio_filepath" or "audio", "transcription" or "text"}], "messages": [{"role",
-               "content"}], "seed_description", "target" or "response"}; the audios may stand in the user's message.
+               "content"}], "seed_description", "answer", "target" or "response"}; the audios may stand in the user's message.
                The mark of the clip is taken out of a turn: a placeholder, or a path between two marks. A system turn
                stays one ("system" of the example). These are the seed rows of CAAD's authors too.
 dynamic_superb {"file" or "audio", "instruction", "label", "text"}. The choices are those of "choices"; without it they
@@ -327,6 +327,7 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
         task=text_of(row, "task", "dataset"),
         system="\n".join(turn_text(message, clips) for message in messages if message.get("role") == "system"),
         question=turn_text(turns[0], clips),
+        answer=text_or_none(row, "answer"),
         target=target,
         target_source=defaults.target_source if target is not None else None,
         split=row.get("split", defaults.split),

@@ -114,17 +114,20 @@ def natural_conflicts(
 
 
 def summarize_priors(examples: Sequence[Example], priors: Mapping[str, Prior]) -> dict[str, dict[str, Any]]:
-    """For each task and context: count, accuracy and mean probability of the priors, and how often each answer is one."""
+    """For each task and context: count, accuracy and mean probability of the priors, and how often each answer is one.
+
+    The accuracy is over the examples whose answer is known; it is missing where none is.
+    """
     groups: dict[tuple[str, str], list[Example]] = defaultdict(list)
     for example in examples:
         groups[example.task, context_kind(example)].append(example)
     summary: dict[str, dict[str, Any]] = defaultdict(dict)
     for (task, kind), group in sorted(groups.items()):
         told = [priors[e.id] for e in group]
-        right = [p.answer == e.answer for p, e in zip(told, group, strict=True)]
+        right = [p.answer == e.answer for p, e in zip(told, group, strict=True) if e.answer is not None]
         summary[task][kind] = {
             "count": len(group),
-            "accuracy": round(sum(right) / len(right), 4),
+            **({"accuracy": round(sum(right) / len(right), 4)} if right else {}),
             "probability": round(sum(p.probability for p in told) / len(told), 4),
             "answers": dict(sorted(Counter(p.answer for p in told).items())),
         }
@@ -221,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for task, by_kind in by_task.items():
-        told = ", ".join(f"{kind} {row['accuracy']:.2f}" for kind, row in by_kind.items())
+        told = ", ".join(f"{k} {r['accuracy']:.2f}" if "accuracy" in r else f"{k} unknown" for k, r in by_kind.items())
         print(f"{task:14} right from the text alone: {told}")
     print(arguments.out)
     return 0

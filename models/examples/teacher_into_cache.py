@@ -72,9 +72,9 @@ def main() -> None:
 def fill_cache(options: argparse.Namespace, teacher: DualPathTeacher, processor: Any, samples: list[toy_task.Sample]) -> None:
     """Store both paths of every sample. After a stop it continues behind the last finished shard."""
     fingerprint = {"teacher": options.teacher, "seed": options.seed, "negative": "input_features = 0"}
-    hidden_size = teacher.head.weight.shape[1]
+    head = teacher.head
     with ContrastCache.writer(
-        options.cache, fingerprint=fingerprint, hidden_size=hidden_size, dtype=teacher.head.weight.dtype
+        options.cache, fingerprint=fingerprint, hidden_size=head.weight.shape[1], dtype=head.weight.dtype, teacher_head=head
     ) as writer:
         missing = [sample for sample in samples if sample.id not in writer]
         for batch in toy_task.batches(missing, options.batch, seed=options.seed):

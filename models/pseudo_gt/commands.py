@@ -86,6 +86,11 @@ def pseudo_gt_parser() -> Parser:
         type=int,
         help=f"a longer answer is rejected (default: {DEFAULT_MAX_CHARACTERS}; audio_lm: {FREE_MAX_CHARACTERS})",
     )
+    parser.add_argument(
+        "--max-cut-fraction",
+        type=float,
+        help="audio_lm: share of clips longer than a SpeechLM's window above which nothing is asked (default: 1.0)",
+    )
     parser.add_argument("--restart", action="store_true", help="discard the answers of an unfinished run and begin again")
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
     parser.add_allow_links()

@@ -32,6 +32,7 @@ class Listening:
         hears: what the model hears of a clip, and what its prompt shows.
         dtype, attention: of an audio LM, see `models.speech_lm.listeners.load_listener`.
         device: auto, cpu, cuda or cuda:N.
+        max_cut_fraction: of a SpeechLM's clips; if more are longer than its window, nothing is asked.
 
     Raises:
         ValueError: a value outside its range; the message starts with its name.
@@ -45,12 +46,15 @@ class Listening:
     dtype: str = "auto"
     attention: str | None = None
     device: str = "auto"
+    max_cut_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha < float("inf"):
             raise ValueError(f"alpha: expected a finite number >= 0, got {self.alpha}")
         if self.plausibility is not None and not 0 < self.plausibility <= 1:
             raise ValueError(f"plausibility: expected a number in (0, 1], got {self.plausibility}")
+        if not 0 <= self.max_cut_fraction <= 1:
+            raise ValueError(f"max_cut_fraction: expected a number in [0, 1], got {self.max_cut_fraction}")
         for name in ("formula", "plausibility"):
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if self.alpha is None and value != default:
@@ -59,7 +63,7 @@ class Listening:
     def settings(self) -> dict[str, Any]:
         """What decides the answers beside the model's files, as JSON, without defaults."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-        for name in ("attention", "device"):  # which decide rounding alone
+        for name in ("attention", "device", "max_cut_fraction"):  # which decide rounding alone, and whether anything is asked
             found.pop(name, None)
         return found | ({"hears": self.hears.settings()} if "hears" in found else {})
 
@@ -119,6 +123,7 @@ class ListeningWriter:
 
         Raises:
             ValueError: an example has more clips than the model hears in a turn.
+            FeatureError: more clips than `max_cut_fraction` are longer than a SpeechLM's window.
         """
         from models.speech_lm.collation import check_one_clip
         from models.speech_lm.features import check_window
@@ -126,7 +131,12 @@ class ListeningWriter:
         if not self._is_audio_lm:
             check_one_clip(examples)
             seconds = [self._seconds(*clip) for clip in dict.fromkeys(clip for example in examples for clip in example.clips)]
-            check_window(seconds, self._model.config.max_audio_seconds, say=lambda line: print(line, file=sys.stderr))
+            check_window(
+                seconds,
+                self._model.config.max_audio_seconds,
+                max_cut_fraction=self._listening.max_cut_fraction,
+                say=lambda line: print(line, file=sys.stderr),
+            )
             return
         for example in examples:
             self._model.family.check_clips(len(example.clips), f"example {example.id!r}: ")

@@ -422,10 +422,11 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+_LISTENING = ("alpha", "formula", "plausibility", "dtype", "attention", "device", "max_cut_fraction")
 # Options of one source -> that source.
 _OF_SOURCE = {
     "backbone": "text_backbone",
-    **dict.fromkeys(("audio_lm", "alpha", "formula", "plausibility", "dtype", "attention", "device", "hears"), "audio_lm"),
+    **dict.fromkeys(("audio_lm", "hears", *_LISTENING), "audio_lm"),
 }
 
 
@@ -444,14 +445,14 @@ def _listening(arguments: argparse.Namespace) -> Listening | None:
     """Who listens, as the command line says; None if nobody does."""
     if arguments.source != "audio_lm":
         return None
-    given = {name: getattr(arguments, name) for name in ("alpha", "formula", "plausibility", "dtype", "attention", "device")}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name in _LISTENING if (value := getattr(arguments, name)) is not None}
     if arguments.hears:
         given["hears"] = parse_hearing(arguments.hears)
     try:
         return Listening(arguments.audio_lm, **given)
     except ValueError as error:
-        raise ValueError(f"--{error}") from None
+        name, colon, what = str(error).partition(":")
+        raise ValueError(f"--{name.replace('_', '-')}{colon}{what}") from None
 
 
 def _find_model(source: str, options: Mapping[str, Any]) -> None:

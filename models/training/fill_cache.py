@@ -85,8 +85,8 @@ def fill_cache(
     teacher = DualPathTeacher(model, negative=MarkAbsent(), layers=layers, head=head)
     collate = model.make_collator()
     writer = ContrastCache.writer(
-        folder, fingerprint=made_from, hidden_size=teacher.head.weight.shape[1], dtype=dtype, layers=layers, part=part,
-        shard_mib=shard_mib,
+        folder, fingerprint=made_from, hidden_size=head.weight.shape[1], teacher_head=head, dtype=dtype, layers=layers,
+        part=part, shard_mib=shard_mib,
     )  # fmt: skip
     written = 0
     with writer, tqdm(total=len(examples), desc="cache both paths", unit="example", disable=not progress_bar) as bar:

@@ -306,8 +306,8 @@ def fill_from_server(
     waiting: dict[str, dict[str, Request]] = {}
     written = 0
     writer = ContrastCache.writer(
-        folder, fingerprint=made_from, hidden_size=check.head.weight.shape[1], dtype=dtype, layers=layers, part=part,
-        shard_mib=shard_mib,
+        folder, fingerprint=made_from, hidden_size=check.head.weight.shape[1], teacher_head=check.head, dtype=dtype,
+        layers=layers, part=part, shard_mib=shard_mib,
     )  # fmt: skip
     with writer, tqdm(total=len(examples), desc="cache from a server", unit="example", disable=not progress_bar) as bar:
         bar.update(sum(e.id in writer for e in examples))

@@ -19,6 +19,7 @@ import torch
 
 pytest.importorskip("safetensors", reason="the cache's shards are safetensors files")
 from kdkernels.contrast_cache import ContrastCache, ContrastCacheWriter, CorruptCacheError
+from kdkernels.lm_head import LMHead
 
 H = 8
 FINGERPRINT = {"model": "tiny", "y": {"sha256": "ab", "source": "text"}, "layers": (1, 2)}
@@ -504,3 +505,49 @@ class TestRefusals:
         monkeypatch.setitem(sys.modules, "safetensors", None)
         with pytest.raises(ImportError, match="pip install safetensors"):
             ContrastCache(tmp_path)
+
+
+class TestHeadOfTheTeacher:
+    """A cache that was given its teacher's LM head refuses another one."""
+
+    HEAD = LMHead(torch.randn(1000, H, generator=torch.Generator().manual_seed(5)))
+
+    def test_the_same_head_in_any_dtype_is_accepted(self, tmp_path):
+        cache = ContrastCache(filled(tmp_path, teacher_head=self.HEAD))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            cache.check_head(LMHead(self.HEAD.weight.to(dtype)))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_another_head_is_refused(self, tmp_path, dtype):
+        cache = ContrastCache(filled(tmp_path, teacher_head=LMHead(self.HEAD.weight.to(dtype))))
+        apart = self.HEAD.weight * 1.02
+        with pytest.raises(ValueError, match=r"teacher_head: expected that of the teacher .* other weights"):
+            cache.check_head(LMHead(apart))
+        with pytest.raises(ValueError, match=rf"teacher_head: expected .* of shape \(1000, {H}\), got \(1008, {H}\)"):
+            cache.check_head(LMHead(torch.cat([self.HEAD.weight, apart[:8]])))
+        with pytest.raises(ValueError, match="other weights"):
+            cache.check_head(LMHead(torch.full_like(apart, torch.nan)))
+
+    def test_a_writer_that_goes_on_compares_it(self, tmp_path):
+        filled(tmp_path, teacher_head=self.HEAD)
+        filled(tmp_path, ids=("d",), teacher_head=self.HEAD)
+        with pytest.raises(ValueError, match="other weights"):
+            writer(tmp_path, teacher_head=LMHead(self.HEAD.weight + 1))
+
+    def test_a_cache_without_it_takes_any(self, tmp_path):
+        ContrastCache(filled(tmp_path)).check_head(self.HEAD)
+        filled(tmp_path, ids=("d",), teacher_head=self.HEAD)
+
+    def test_bad_arguments(self, tmp_path):
+        with pytest.raises(TypeError, match="teacher_head: expected an LMHead or None, got Tensor"):
+            writer(tmp_path, teacher_head=self.HEAD.weight)
+        with pytest.raises(ValueError, match=rf"teacher_head: expected a weight \(V, {H}\), got \(1000, {H + 1}\)"):
+            writer(tmp_path, teacher_head=LMHead(torch.zeros(1000, H + 1)))
+
+    @pytest.mark.parametrize("damage", [3, {}, {"shape": [1000, H], "values": ["a"]}, {"shape": None, "values": []}])
+    def test_a_damaged_sample_is_named(self, tmp_path, damage):
+        filled(tmp_path, teacher_head=self.HEAD)
+        header = json.loads((tmp_path / "cache.json").read_text())
+        (tmp_path / "cache.json").write_text(json.dumps({**header, "teacher_head": damage}))
+        with pytest.raises(CorruptCacheError, match=r"cache\.json is damaged: teacher_head"):
+            ContrastCache(tmp_path).check_head(self.HEAD)

@@ -54,6 +54,13 @@ def project(states, folder, **options):
     return project_cache(states, folder, **options)
 
 
+def test_the_head_of_another_teacher_is_refused(tmp_path):
+    ContrastCache.writer(tmp_path / "states", fingerprint={}, hidden_size=H_T, teacher_head=TEACHER).close()
+    with pytest.raises(ValueError, match="teacher_head: expected that of the teacher whose states"):
+        project(ContrastCache(tmp_path / "states"), tmp_path / "p", teacher_head=head(H_T, 3, softcap=5.0))
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.mark.parametrize("contrast", ["paths", "none", "zeros"])
 def test_the_loss_is_that_from_the_states(states, tmp_path, contrast):
     assert project(states, tmp_path / "p", contrast=contrast, alpha=1.5, temperature=1.3, plausibility=0.01) == 5

@@ -14,7 +14,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelera
 from huggingface_hub import ModelCard
 from test_trainer import Recorder, arguments, cached, captured_hidden, dual_path, examples, speech_lm, student_inputs
 
-from kdkernels import CAADOptions, CAADTrainer, OnPolicy, Sampling, answer_index, fused_linear_caad_loss
+from kdkernels import CAADOptions, CAADTrainer, ContrastCache, OnPolicy, Sampling, answer_index, fused_linear_caad_loss
 from kdkernels.projection_cache import ProjectionSettings
 
 
@@ -127,6 +127,33 @@ def test_resume_with_other_options(tmp_path, caplog):
     going_on = trainer_of(tmp_path, options=other, max_steps=2, resume_with_other_options=True)
     going_on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert going_on.state.global_step == 2 and "kd_weight was 0.7 and is 0.5. Training goes on" in caplog.text
+
+
+def test_resume_with_another_teacher(tmp_path, caplog):
+    def trainer(seed: int, **more) -> CAADTrainer:
+        return CAADTrainer(
+            speech_lm(), arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1), teacher=dual_path(seed),
+            data_collator=Recorder(), train_dataset=examples(), **more,
+        )  # fmt: skip
+
+    trainer(1).train()
+    trainer(1).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"got others: teacher was '\w+' and is '\w+'\. Pass"):
+        trainer(2).train(resume_from_checkpoint=True)
+    assert "Training goes on" not in caplog.text
+    trainer(2, resume_with_other_options=True).train(resume_from_checkpoint=True)
+    assert "Training goes on with the new ones" in caplog.text
+
+
+def test_head_of_another_teacher_than_the_caches(tmp_path):
+    """The cache has a sample of its teacher's head: not only a run that goes on is refused, but the first one too."""
+    teacher = dual_path(1)
+    width = teacher.head.weight.shape[1]
+    ContrastCache.writer(tmp_path / "cache", fingerprint={}, hidden_size=width, teacher_head=teacher.head).close()
+    given = {"teacher": ContrastCache(tmp_path / "cache"), "data_collator": Recorder(), "train_dataset": examples()}
+    CAADTrainer(speech_lm(), arguments(tmp_path), teacher_head=dual_path(1).head, **given)
+    with pytest.raises(ValueError, match="teacher_head: expected that of the teacher whose states"):
+        CAADTrainer(speech_lm(), arguments(tmp_path), teacher_head=dual_path(2).head, **given)
 
 
 def test_resume_with_another_cache(tmp_path, caplog):

@@ -63,6 +63,8 @@ def test_desta_rows(root):
     assert (first.target, first.target_source) == ("A woman.", "text_backbone")
     assert first.metadata == {"seed_description": DESTA["seed_description"], "gender": "female", "emotion": "happy"}
     assert (second.question, second.transcription, second.target) == ("Who speaks?", "Good luck.", "A woman.")
+    (judged,) = _read(root, [{**DESTA, "answer": "woman"}], "desta")
+    assert (first.answer, judged.answer, judged.target) == (None, "woman", "A woman.")
 
 
 def test_null_values_count_as_absent(root):

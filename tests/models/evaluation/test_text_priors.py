@@ -134,6 +134,11 @@ def test_the_summary_counts_by_task_and_context():
             "irrelevant": {"count": 1, "accuracy": 0.0, "probability": 0.75, "answers": {"man": 1}},
         }
     }
+    unknown = [make_question("c", answer=None), make_question("d", answer=None, task="echo")]
+    summary = summarize_priors([*groups, *unknown], priors | {e.id: Prior("man", 0.75, {}) for e in unknown})
+    assert summary["gender"]["neutral"] == {"count": 3, "accuracy": 0.5, "probability": 0.75, "answers": {"man": 3}}
+    assert summary["echo"]["neutral"] == {"count": 1, "probability": 0.75, "answers": {"man": 1}}
+
 
 
 def test_files_are_read_back_and_other_files_refused(tmp_path):

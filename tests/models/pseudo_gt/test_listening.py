@@ -18,6 +18,7 @@ from models.data.manifest import Example, read_manifest, write_manifest
 from models.pseudo_gt import listening
 from models.pseudo_gt.listening import Listening, ListeningWriter
 from models.pseudo_gt.stage1 import run_stage1
+from models.speech_lm.features import FeatureError
 from tests.models.audio_lms import tiny_audio_lms as tiny
 from tests.models.tiny_speech import make_speech_lm
 
@@ -181,6 +182,12 @@ def test_clips_that_are_longer_than_the_models_window_are_counted(tmp_path, caps
     examples += [Example(id="gone", audio="gone.wav"), Example(id="text", audio=None)]
     ListeningWriter(make_speech_lm(), tmp_path, listening=Listening("unused"), max_new_tokens=2).check(examples)  # it hears 1 s
     assert "1 of 5 clips are longer than the 1 s that the model hears" in capsys.readouterr().err
+    strict = Listening("unused", max_cut_fraction=0.1)
+    assert strict.settings() == Listening("unused").settings()
+    with pytest.raises(FeatureError, match=r"1 of 5 clips are longer .* that is more than max_cut_fraction 0.1"):
+        ListeningWriter(make_speech_lm(), tmp_path, listening=strict, max_new_tokens=2).check(examples)
+    with pytest.raises(ValueError, match=r"max_cut_fraction: expected a number in \[0, 1\], got 1.5"):
+        Listening("unused", max_cut_fraction=1.5)
 
 
 def test_a_model_of_nan_has_no_answer(tmp_path):

@@ -421,6 +421,7 @@ def test_several_tasks_and_pools_get_answers(tmp_path):
     ("words", "message"),
     [
         (["--source", "template", "--backbone", "x"], "--backbone: expected --source text_backbone beside it"),
+        (["--max-cut-fraction", "0.1"], "--max-cut-fraction: expected --source audio_lm beside it, got text_backbone"),
         (["--source", "template", "--max-new-tokens", "9"], "--max-new-tokens: expected --source text_backbone beside it"),
         (["--splits", "trian"], "splits: expected some of"),
         (["--backbone", "gone/model"], "gone/model: the backbone was not found"),
