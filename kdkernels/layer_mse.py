@@ -16,7 +16,7 @@ from .checks import check_device, check_leading, check_shape, check_tensor, is_n
 from .loss_options import REDUCTIONS
 from .loss_terms import accumulation_dtype, alpha_tensor, check_amounts, values_on
 from .ops import layers as _layers
-from .ops.dispatch import choose_for
+from .ops.dispatch import CUDA_OR_TRITON, choose_for
 from .ops.rows import scalar
 from .ops.schema import check_values, differentiable, refuse_forward_mode
 
@@ -132,7 +132,7 @@ def fused_layer_mse_loss(
         counts = counts / counts.sum().clamp_min(1)
 
     chosen = choose_for("fused_layer_mse_loss", impl, device, dtypes)
-    if chosen == "cuda":  # which has no kernel for layers
+    if chosen == CUDA_OR_TRITON:  # the CUDA part has no kernel for layers
         chosen = "triton"
     if chosen == "reference" and not torch.compiler.is_compiling():  # the operator checks by itself
         check_values(None, alphas, 0, 0)

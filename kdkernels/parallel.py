@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .checks import is_dtensor
 from .loss_terms import LossTerms, valid_ids
+from .ops.chunking import ChunkPlan
 from .ops.dispatch import shard_launcher
 from .ops.linear import linear_caad_chunks
 from .ops.rows import LinearTensors, RowProblem, RowResult, RowSpec, row_launcher_of
@@ -119,17 +120,21 @@ def vocabulary_rows(vocab: int, process_group: Any, *, rows: int | None = None) 
 
 
 def shard_range(
-    group: dist.ProcessGroup, student_rows: int, teacher_rows: int, device: torch.device
+    group: dist.ProcessGroup, student_rows: int, teacher_rows: int, student_hidden: Tensor
 ) -> tuple[int, int, int]:
     """(first id of this rank, V_s over all ranks, V_t over all ranks).
 
     Reads the sizes of all ranks back (one small exchange a call). Raises ValueError, on every rank alike, where student and
-    teacher shards do not start at the same ids.
+    teacher shards do not start at the same ids, or where the ranks have other numbers of tokens.
     """
-    mine = torch.tensor([student_rows, teacher_rows], dtype=torch.int64, device=device)
+    mine = torch.tensor([student_rows, teacher_rows, len(student_hidden)], dtype=torch.int64, device=student_hidden.device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
-    sizes = [tuple(x.tolist()) for x in every]
+    told = [x.tolist() for x in every]
+    tokens = [n for _, _, n in told]
+    if len(set(tokens)) > 1:
+        raise ValueError(f"student_hidden: expected the same tokens on every rank of process_group, got {tokens} of them")
+    sizes = [(rows_s, rows_t) for rows_s, rows_t, _ in told]
     starts = [0, 0]
     for rank, (rows_s, rows_t) in enumerate(sizes):
         if starts[0] != starts[1] and rows_s and rows_t:
@@ -185,7 +190,7 @@ def parallel_linear_caad(
     heads = LinearTensors(*student, audio_hidden, text_hidden, teacher_weight, teacher_bias)
     spec = RowSpec.unpacked(spec_whole, spec_numbers, divergence)
     wanted = LinearSettings.unpacked(wanted_whole, logits_dtype, impl)
-    first, *widths = shard_range(group, student_weight.shape[0], teacher_weight.shape[0], student_hidden.device)
+    first, *widths = shard_range(group, student_weight.shape[0], teacher_weight.shape[0], student_hidden)
     vocab = valid_ids(spec.vocab or None, tuple(widths))
     check_values(target, alpha, vocab, spec.ignore_index)
     ids_here = min(max(vocab - first, 0), student_weight.shape[0], teacher_weight.shape[0])
@@ -204,6 +209,7 @@ def parallel_linear_caad(
             rows=row_launcher_of(rows),
             gain=gain,
             round_contrast=wanted.round_contrast,
+            agree=functools.partial(_common_plan, group=group, device=student_hidden.device),
             **wanted.chunks,
         )
     if out.hidden_grad is not None:
@@ -213,6 +219,25 @@ def parallel_linear_caad(
 
 parallel_linear_caad.register_fake(fake_linear_caad)
 register_linear_autograd(parallel_linear_caad, tensors=len(LinearTensors._fields) + 4)
+
+
+def _common_plan(planned: Callable[..., ChunkPlan], *, group: dist.ProcessGroup, device: torch.device) -> ChunkPlan:
+    """The plan of the rank with the smallest chunks: all ranks make the same exchanges, whatever memory each has.
+
+    Raises ValueError on every rank where one of them has no room for a token.
+    """
+    plan, failure = None, None
+    try:
+        plan = planned()
+    except ValueError as error:
+        failure = error
+    size = torch.tensor(0 if plan is None else plan.chunk_tokens, device=device)
+    dist.all_reduce(size, op=dist.ReduceOp.MIN, group=group)
+    if failure is not None:
+        raise failure
+    if not (smallest := int(size)):
+        raise ValueError("workspace_bytes: expected room for the logits of one token on every rank, got none on another")
+    return planned(chunk_tokens=smallest)
 
 
 # -- rows over ranks -------------------------------------------------------------------------------------------------------

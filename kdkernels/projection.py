@@ -20,7 +20,7 @@ from .loss_options import LinearLossOptions
 from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, check_amounts, looked_at, valid_ids
 from .ops import projection as _projection
 from .ops import schema as _schema
-from .ops.dispatch import choose_for
+from .ops.dispatch import CUDA_OR_TRITON, choose_for
 
 __all__ = ["TeacherProjection", "fused_linear_projected_loss", "project_teacher"]
 
@@ -300,7 +300,7 @@ def _impl(caller: str, impl: str, device: torch.device, dtypes: list[torch.dtype
     if impl == "cuda":
         raise ValueError(f"impl: expected 'auto', 'reference', 'cpu' or 'triton' for {caller}, got 'cuda': it has no such kernel")
     chosen = choose_for(caller, impl, device, dtypes)
-    return "triton" if chosen not in ("reference", "cpu", "triton") else chosen
+    return "triton" if chosen == CUDA_OR_TRITON else chosen
 
 
 def head_fingerprint(weight: Tensor, bias: Tensor | None) -> str:

@@ -68,7 +68,9 @@ DEVICE void barrier_init(SharedAddress barrier) {
 }
 
 // Shows the initialised barriers to the copy engine.
-DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
 
 DEVICE void barrier_expect(SharedAddress barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -195,14 +197,23 @@ int resident_clusters(const void* kernel, int device, int blocks, int shared_byt
   const auto key = std::make_tuple(kernel, device, blocks, shared_bytes);
   if (const auto found = known.find(key); found != known.end()) return found->second;
   check(cudaSetDevice(device), "cudaSetDevice");
+  // A driver may make code for a new device out of PTX of an old architecture. There the kernel is empty.
+  cudaFuncAttributes compiled{};
+  cudaError_t status = cudaFuncGetAttributes(&compiled, kernel);
+  if (status == cudaSuccess && compiled.ptxVersion < 90) return known[key] = 0;
   Launch launch(1, blocks, shared_bytes, nullptr);
   int resident = 0;
-  const bool allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, usable_shared_bytes(device)) ==
-                           cudaSuccess &&
-                       cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-                       cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config) == cudaSuccess;
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, usable_shared_bytes(device));
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config);
+  if (status == cudaSuccess) return known[key] = resident;
   cudaGetLastError();  // clears the error: here it means 0 clusters and is no fault of the caller
-  return known[key] = allowed ? resident : 0;
+  // A query that fails for another reason, such as a capture under way, is asked again.
+  const bool lasting = status == cudaErrorInvalidClusterSize || status == cudaErrorInvalidValue ||
+                       status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction;
+  if (lasting) known[key] = 0;
+  return 0;
 }
 
 // The shared memory that a block may use if `share` blocks are on a multiprocessor.

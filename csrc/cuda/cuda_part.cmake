@@ -94,7 +94,7 @@ if(NOT cuda_archs)
       return()
     endif()
   else()
-    set(cuda_archs 80 90a 100a)
+    set(cuda_archs 80-real 90a 100a) # without PTX: a newer GPU would run the empty kernel of 80
   endif()
   set(found ${cuda_archs})
   keep_known_archs(cuda_archs)

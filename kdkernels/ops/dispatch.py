@@ -191,7 +191,7 @@ def row_launcher(impl: str) -> RowLauncher:
     """The ``caad_rows`` function (see :mod:`kdkernels.ops.rows`) of a kernel implementation."""
     if impl == "triton":
         return load_triton_rows()
-    return {"cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: caad_rows_or_triton}.get(impl, native.caad_rows)
+    return {"cpu": native.caad_rows, "cuda": cuda_caad.caad_rows, CUDA_OR_TRITON: caad_rows_or_triton}[impl]
 
 
 def shard_launcher(impl: str) -> Callable[[RowProblem, int], ShardRows]:

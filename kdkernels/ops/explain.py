@@ -9,6 +9,7 @@ from ..loss_options import LinearLossOptions
 from .chunking import (
     CHUNKS,
     DEVICES,
+    WITHOUT_LOGITS,
     ChunkPlan,
     DeviceModel,
     Prediction,
@@ -132,7 +133,7 @@ def explain(
                 f"logits_dtype {logits_dtype} beside {dtype} weights: each product is made in float32 and rounded, which takes "
                 "longer than float32 logits"
             )
-        if device.type == "cuda" and chosen == "triton" and gradient and not projected:
+        if device.type == "cuda" and chosen in WITHOUT_LOGITS and gradient and not projected:
             lines += _switches_in_words(device)
     summands = 2 if dtype == torch.bfloat16 and logits_dtype == torch.float32 and not round_contrast else 1
     teacher_gemms = teacher_tensors if projected or return_stats else summands

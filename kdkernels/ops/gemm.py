@@ -243,6 +243,12 @@ def _whole_rows(x: Tensor) -> Tensor:
 
 def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     """out (C, H) = grad (C, V) @ weight (V, H)"""
+    if grad.dtype == weight.dtype == out.dtype != torch.float32 and has_mixed_gemm(out.device):
+        # V is large and C may be small: cuBLAS would split the sum, and by torch's default add its parts in out's dtype.
+        whole = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        mixed_gemm(grad, weight, whole, accumulate=False)
+        out.copy_(whole)
+        return
     if grad.dtype == weight.dtype == out.dtype:
         torch.mm(_whole_rows(grad), weight, out=out)
         return

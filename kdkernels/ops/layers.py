@@ -57,7 +57,7 @@ def layer_rows_of(impl: str) -> Callable[..., Tensor]:
     """The ``layer_rows`` function (see :mod:`kdkernels.ops.layer_rows`) of a kernel implementation."""
     if impl == "triton":
         return importlib.import_module(".triton_layers", __package__).layer_rows
-    return native.layer_rows
+    return {"cpu": native.layer_rows}[impl]
 
 
 def layer_chunks(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .chunking import WITHOUT_LOGITS, plan_chunks, row_items
+from .chunking import WITHOUT_LOGITS, ChunkPlan, plan_chunks, row_items
 from .dispatch import gemm_sums_wanted
 from .gemm import (
     VOCAB_BLOCK,
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
 # See student_chunks: chunk, student logits, scratch in the logits' dtype and in float32, gradient or None.
 ChunkRows = Callable[[slice, Tensor, Tensor, Tensor, "Tensor | None"], RowResult]
+# A planner of one rank, whose keyword chunk_tokens fixes the chunks -> the plan that all ranks have. The planner may raise.
+Agree = Callable[[Callable[..., ChunkPlan]], ChunkPlan]
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ def student_chunks(
     gain: Tensor | None,
     sums: SummedRows | None = None,
     beside: RowsBeside | None = None,
+    agree: Agree | None = None,
 ) -> LinearResult:
     """The loop over chunks on the student's side: logits into scratch, ``chunk_rows``, then the GEMMs of the gradients.
 
@@ -231,7 +234,7 @@ def student_chunks(
     float32, grad (C, R) or None)`` fills ``grad``, which lies over the student's logits. R is :func:`row_items`; behind the V
     logits of a row anything may stand. ``keep``: the tokens that ``chunk`` indexes (see :func:`kept_tokens`). ``counts``: which
     of these count (see :func:`counted_tokens`). With ``beside`` two chunks are under way, in two sets of scratch, and the
-    gradients of one come after the logits of the next.
+    gradients of one come after the logits of the next. ``agree``: for ranks whose loops have to be alike.
     """
     device, n_total = student_hidden.device, student_hidden.shape[0]
     student_hidden = picked(keep, student_hidden)
@@ -240,7 +243,8 @@ def student_chunks(
     sets = 1 if beside is None else beside.buffers
     bytes_per_token = (buffers * logits_dtype.itemsize + 4 * float32_buffers) * items
     bytes_per_token += 0 if sums is None else sums.bytes_per_token
-    plan = plan_chunks(
+    planned = functools.partial(
+        plan_chunks,
         n_tokens=n,
         bytes_per_token=max(1, sets * bytes_per_token),
         student_width=student_hidden.shape[1],
@@ -248,6 +252,7 @@ def student_chunks(
         chunk_tokens=chunk_tokens,
         workspace_bytes=workspace_bytes,
     )
+    plan = planned() if agree is None else agree(planned)
     shape = (min(plan.chunk_tokens, max(n, 1)), items)
     float32_bytes = 4 * float32_buffers * math.prod(shape)
     sets = min(sets, max(plan.chunks, 1))

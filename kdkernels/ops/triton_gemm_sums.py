@@ -60,6 +60,7 @@ from .triton_shared import (
 # Fields of a tile's result, each (C, S) float32.
 _MAX, _SUM, _UNIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # _UNIT: the sum at temperature 1
 FIELDS = 3
+_BARRIER_BYTES = 1024  # room for the barriers of bulk copies in shared memory
 
 
 @triton.jit
@@ -343,7 +344,13 @@ def _tiles(limits: _Limits, itemsize: int, *, heavy: bool, aligned: bool) -> _Ti
     need them (rows that are not ``aligned``).
     """
     if limits.capability != 9 or heavy or not aligned:
-        return _Tiles(128 if aligned else 64, 128, 64, 2 if heavy else 1, 3)
+        rows = 128 if aligned else 64
+        for parts, stages in ((2 if heavy else 1, 3), (2, 3), (2, 2)):
+            operands = stages * (rows + 128) * 64 * 2
+            stored = rows * 128 * itemsize // parts if limits.capability >= 9 else 0  # bulk stores go through shared memory
+            if operands + stored + _BARRIER_BYTES <= limits.shared_bytes:
+                break
+        return _Tiles(rows, 128, 64, parts, stages)
     return _Tiles(128, 256, 64, 2, 4 if itemsize == 2 else 3)
 
 

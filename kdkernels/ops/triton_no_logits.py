@@ -63,6 +63,7 @@ _S_MAX, _Q_SUM, _Q1_SUM, _LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr
 _Z_MAX, _P_SUM, _CROSS, _HOLE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 _FIELDS = 8
 MAX_SPLITS = 256
+MAX_WAVES = 4  # of programs: each has scratch of its own
 
 
 @triton.jit
@@ -484,12 +485,15 @@ def _tiles(n_tokens: int, itemsize: int, operands: int, limits: _Limits, product
 
 @functools.cache
 def _split_count(token_tiles: int, vocab_tiles: int, processors: int) -> tuple[int, int]:
-    """(splits, tiles of the vocabulary a split): the fewest splits within 5% of the shortest time in waves of programs."""
+    """(splits, tiles of the vocabulary a split): the fewest splits within 5% of the shortest time in waves of programs.
+
+    There are at most MAX_WAVES waves, since each program has scratch of its own.
+    """
 
     def rounds(splits: int) -> int:
         return math.ceil(token_tiles * splits / processors) * math.ceil(vocab_tiles / splits)
 
-    most = min(vocab_tiles, MAX_SPLITS)
+    most = min(vocab_tiles, MAX_SPLITS, max(1, MAX_WAVES * processors // max(token_tiles, 1)))
     shortest = min(map(rounds, range(1, most + 1)))
     splits = next(s for s in range(1, most + 1) if rounds(s) <= 1.05 * shortest)
     per_split = math.ceil(vocab_tiles / splits)
@@ -578,9 +582,9 @@ def linear_caad_no_logits(
         workspace_bytes: bound on the scratch, as far as one tile of tokens goes; None: the chunked path's default.
 
     GEMMs accumulate in float32. Hidden states and weight of different dtypes are multiplied in float32. Scratch: tiles of
-    products (17 MiB for a wave of programs on an H100), 36 bytes a token and split of the vocabulary, and the contrast's
-    operands, 4 H_t bytes a token; tokens go through in slabs, so that it does not grow with N. Nothing is read back to the
-    host.
+    products (17 MiB for a wave of programs on an H100, at most four waves), 36 bytes a token and split of the vocabulary, and the
+    contrast's operands, 4 H_t bytes a token; tokens go through in slabs, so that it does not grow with N. Nothing is read back to
+    the host.
 
     Raises RuntimeError for CPU tensors without the interpreter.
     """
@@ -603,11 +607,17 @@ def linear_caad_no_logits(
 
     # A tile of tokens for each multiprocessor, and fewer where the workspace is smaller, down to one tile.
     tile = plan(n_total).tiles["BLOCK_M"]
-    slab = min(n_total, tile * _device_limits(device).processors)
-    while slab > tile and plan(slab).scratch_bytes > budget:
-        slab = math.ceil(slab / 2 / tile) * tile
-    for start in range(0, n_total, max(slab, 1)):
-        tokens = slice(start, min(start + slab, n_total))
+    def within_budget(tokens: int) -> int:
+        while tokens > tile and plan(tokens).scratch_bytes > budget:
+            tokens = math.ceil(tokens / 2 / tile) * tile
+        return tokens
+
+    slab = within_budget(min(n_total, tile * _device_limits(device).processors))
+    start = 0
+    while start < n_total:
+        length = within_budget(min(slab, n_total - start))  # fewer tokens may have more splits, and so more scratch
+        tokens = slice(start, start + length)
+        start += length
         _Slab(
             heads.student_hidden[tokens],
             heads.audio_hidden[tokens],

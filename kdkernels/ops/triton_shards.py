@@ -483,6 +483,7 @@ class TritonShard:
         if problem.rows == 0:
             return
         read = list(problem.read.values())
+        contiguous = all(_is_vectorisable(x, spec.vocab) for x in (*read, problem.grad) if x is not None)
         ours = {
             "student_ptr": problem.student,
             "audio_ptr": problem.audio,
@@ -503,12 +504,12 @@ class TritonShard:
             "inverse_temperature": 1.0 / spec.temperature,
             "jsd_beta": spec.jsd_beta,
             "log_plausibility": spec.log_plausibility,
-            "CONTIGUOUS": all(_is_vectorisable(x, spec.vocab) for x in (*read, problem.grad) if x is not None),
+            "CONTIGUOUS": contiguous,
             "DIVERGENCE": DIVERGENCES.index(spec.divergence),
             "TEMPERATURE": _temperature_code(spec.temperature),
             "HAS_TEXT": problem.text is not None,
             "HAS_TARGET": problem.target is not None,
-            "HAS_PLAUSIBILITY": spec.plausibility is not None,
+            "HAS_PLAUSIBILITY": spec.plausibility is not None and (spec.with_kd or problem.want_stats),
             "WITH_KD": spec.with_kd,
             "WITH_CE": problem.with_ce,
             "WANT_STATS": want_stats,
@@ -518,7 +519,7 @@ class TritonShard:
             "TEACHER_SOFTCAP": spec.teacher_softcap,
         }
         arguments = {name: x for name, x in ours.items() if name in kernel.arg_names} | own
-        table = _launch_table(spec, min(x.element_size() for x in read), want_stats)
+        table = _launch_table(spec, min(x.element_size() for x in read), want_stats, contiguous)
         with _device_of(problem.student, kernel):
             kernel[(problem.rows,)](**arguments, **table)
 

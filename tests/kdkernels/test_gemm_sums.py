@@ -29,6 +29,9 @@ pytestmark = [
 ]
 
 
+TILES_OF = triton_gemm_sums._tiles
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 16 x 32 on three multiprocessors, so that few tokens and ids have several tiles a program."""
@@ -44,6 +47,18 @@ def small_tiles(monkeypatch):
         "_device_limits",
         lambda device: _Limits(3, real(device).shared_bytes, real(device).capability),
     )
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize(("shared_kib", "capability"), [(163, 8), (99, 8), (227, 9), (227, 10), (99, 12)])
+def test_tiles_fit_into_shared_memory(shared_kib, capability, heavy, itemsize):
+    """Operands of all stages and, where bulk copies store, the part of the tile that is on its way."""
+    limits = _Limits(100, shared_kib << 10, capability)
+    tiles = TILES_OF(limits, itemsize, heavy=heavy, aligned=True)
+    stored = tiles.rows * tiles.columns * itemsize // tiles.parts if capability >= 9 else 0
+    assert 2 * tiles.stages * (tiles.rows + tiles.columns) * tiles.inner + stored < shared_kib << 10
+    assert tiles.stages >= 2
 
 
 def made(*shape, dtype=BF16, seed=0, scale=1.0):

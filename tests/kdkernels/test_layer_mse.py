@@ -7,7 +7,7 @@ import torch
 from cases import BF16, FP16, FP32, device_of, on_device, relative_error
 from torch import library
 
-from kdkernels import LayerProjections, fused_layer_mse_loss, layer_map
+from kdkernels import LayerProjections, fused_layer_mse_loss, layer_map, layer_mse
 from kdkernels.layer_mse import DIRECTIONS
 from kdkernels.ops import layers as layer_ops
 from kdkernels.ops import native
@@ -82,6 +82,18 @@ def test_matches_fp64(impl, dtype, direction, normalize):
     mask = torch.rand(3, 5, generator=g) > 0.3
     alpha = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0]).repeat(3, 1)
     compare(arguments, dtype, impl=impl, normalize=normalize, mask=mask, alpha=alpha, layer_weight=[1.0, 0.25])
+
+
+def test_where_the_cuda_part_is_wanted_layers_take_triton(monkeypatch):
+    """It has no kernel for layers. The native kernel would read a device's memory from the host."""
+    pytest.importorskip("triton")
+    arguments = on_device(case(), "triton")
+    expected = fused_layer_mse_loss(**arguments, impl="reference")
+    monkeypatch.setattr(layer_mse, "choose_for", lambda *_: "cuda_or_triton")
+    monkeypatch.setattr(native, "layer_rows", lambda *_, **__: pytest.fail("the native kernel was called"))
+    assert relative_error(fused_layer_mse_loss(**arguments), expected) < 1e-6
+    with pytest.raises(KeyError):
+        layer_ops.layer_rows_of("cuda_or_triton")
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])

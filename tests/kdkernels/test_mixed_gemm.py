@@ -64,6 +64,16 @@ def test_loss_with_a_head_that_trains(calls):
         assert relative_error(arguments[k].grad, exact[k].grad) < 6e-3
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_gradient_of_the_states_is_summed_in_float32(calls, dtype):
+    """One rounding of a sum over all ids, however the product is split."""
+    grad, w = torch.randn(5, 257).to(dtype), torch.randn(257, 24).to(dtype)
+    out = torch.empty(5, 24, dtype=dtype)
+    gemm.hidden_gradient(grad, w, out)
+    assert calls == ["mixed mm"]
+    torch.testing.assert_close(out, (grad.float() @ w.float()).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("text_dtype", [FP32, BF16])
 @pytest.mark.parametrize("per_token", [False, True])

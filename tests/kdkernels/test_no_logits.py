@@ -158,18 +158,41 @@ def test_scratch_does_not_grow_with_the_tokens():
         return no_logits._plan(n, 128256, 4096, 2, no_logits._LOW.value, spec, cpu).scratch_bytes
 
     most = 128 * no_logits._device_limits(cpu).processors  # tokens of the largest slab
-    assert scratch(most) < 512 << 20 < 2 * 4 * most * 128256 // 32
-    assert max(scratch(n) for n in (1, 100, 4096, most)) <= scratch(most)
+    assert max(map(scratch, range(128, most + 1, 128))) < 384 << 20 < 2 * 4 * most * 128256 // 32
+
+
+@pytest.mark.parametrize("mib", [64, 256])
+@pytest.mark.parametrize("vocab", [32000, 128256])
+def test_every_slab_keeps_to_the_workspace(vocab, mib, monkeypatch):
+    """The last one too: of fewer tokens it has more splits of the vocabulary, each with scratch of its own."""
+    slabs = []
+    monkeypatch.setattr(no_logits._Slab, "solve", lambda slab, *_: slabs.append((len(slab.student), slab.plan.scratch_bytes)))
+    weights = [torch.empty(vocab, width, dtype=BF16, device="meta") for width in (512, 1024)]
+    for tokens in range(128, 20_000, 1280):
+        states = [torch.empty(tokens, width, dtype=BF16, device="meta") for width in (512, 1024, 1024)]
+        heads = (states[0], weights[0], None, states[1], states[2], weights[1], None)
+        alpha = torch.empty(1, device="meta")
+        slabs.clear()
+        no_logits.linear_caad_no_logits(*heads, None, alpha, RowSpec(vocab=vocab, with_ce=False), workspace_bytes=mib << 20)
+        assert sum(length for length, _ in slabs) == tokens
+        assert all(scratch <= mib << 20 for _, scratch in slabs), slabs
 
 
 @pytest.mark.parametrize(
     ("tokens", "tiles", "processors", "expected"),
-    [(64, 1002, 132, (2, 501)), (132, 1002, 132, (1, 1002)), (1, 1002, 132, (126, 8)), (1, 5, 132, (5, 1))],
+    [
+        (64, 1002, 132, (2, 501)),
+        (132, 1002, 132, (1, 1002)),
+        (1, 1002, 132, (126, 8)),
+        (1, 5, 132, (5, 1)),
+        (125, 1002, 132, (1, 1002)),
+    ],
 )
 def test_splits_fill_the_machine(tokens, tiles, processors, expected):
     splits, per_split = no_logits._split_count(tokens, tiles, processors)
     assert (splits, per_split) == expected
     assert (splits - 1) * per_split < tiles <= splits * per_split  # no strip is empty, none is left out
+    assert tokens * splits <= 4 * processors
 
 
 # -- masked tokens, undefined rows: as the row kernel ------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Vocabulary-parallel loss over gloo: loss, gradients and statistics against one device in float64."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +31,7 @@ CASES = {
     "statistics": {"return_stats": True},
     "unreduced_jsd": {"reduction": "none", "divergence": "jsd"},
     "ce_only": {"kd_weight": 0.0},
+    "ce_only_plausibility": {"kd_weight": 0.0, "plausibility": 0.2, "impl": "triton"},
     "eager": {"impl": "reference", "plausibility": 0.2},
     "triton": {"impl": "triton", "plausibility": 0.2},
 }
@@ -178,7 +181,7 @@ def test_device_mesh_and_dtensors(ranks):
 
 
 def counted(failures):
-    """Collectives of a call: the shards' sizes, one a chunk for the rows, one for dh; jsd and plausibility one more a chunk."""
+    """Collectives of a call: sizes, chunks, one a chunk for the rows, one for dh; jsd and plausibility one more a chunk."""
     counts = dict.fromkeys(("all_reduce", "all_gather"), 0)
 
     def counting(name):
@@ -200,13 +203,47 @@ def counted(failures):
         counts.update(dict.fromkeys(counts, 0))
         run(shard, {**options, "process_group": dist.group.WORLD, "chunk_tokens": 6}, ("student_hidden",))
         chunks = 4  # 22 valid tokens
-        expected = {"all_gather": 1 + chunks, "all_reduce": 1 + more * chunks}
+        expected = {"all_gather": 1 + chunks, "all_reduce": 2 + more * chunks}
         if counts != expected:
             failures.put(f"{options}: {counts} calls, expected {expected}")
 
 
 def test_one_collective_a_chunk():
     run_ranks(counted, 2)
+
+
+def unlike(failures):
+    """Ranks that would cut the tokens otherwise: another default workspace, another number of ids within it, none at all."""
+    from kdkernels.ops import chunking
+
+    rank, group, whole = dist.get_rank(), dist.group.WORLD, arguments()
+    mine = vocabulary_rows(VOCAB, group)
+    shard = {k: x[mine].detach() if k in ("student_weight", "student_bias") else x for k, x in whole.items()}
+    shard["teacher_weight"] = whole["teacher_weight"][vocabulary_rows(VOCAB, group, rows=64)]
+    one = {"process_group": group, "vocab_size": 40}
+    expected, expected_grads, _ = run(whole, {"vocab_size": 40, "impl": "reference"}, ("student_hidden",))
+    default = chunking.default_workspace_bytes
+    for bytes_here, options in ((4000 + 4000 * rank, {}), (None, {"workspace_bytes": 4000})):
+        chunking.default_workspace_bytes = default if bytes_here is None else lambda device, n=bytes_here: n
+        loss, grads, _ = run(shard, {**one, **options}, ("student_hidden",))
+        errors = [relative_error(loss, expected), relative_error(grads[0], expected_grads[0])]
+        if not max(errors) < 1e-5:
+            failures.put(f"rank {rank} {options}: {errors}")
+    chunking.default_workspace_bytes = lambda device: 4000 * rank
+    by_token = ("student_hidden", "teacher_audio_hidden", "teacher_text_hidden", "target")
+    fewer = {k: x[: 9 + rank] if k in by_token else x for k, x in shard.items()}
+    message = "workspace_bytes: expected room .* none on another" if rank else "out of memory: one token's logits"
+    for wrong, expected_message in ((shard, message), (fewer, r"the same tokens on every rank of process_group, got \[9, 10\]")):
+        try:
+            run(wrong, one, ("student_hidden",))
+            failures.put(f"rank {rank}: accepted")
+        except ValueError as error:
+            if not re.search(expected_message, str(error)):
+                failures.put(f"rank {rank}: {error}")
+
+
+def test_ranks_with_other_workspaces_make_the_same_chunks():
+    run_ranks(unlike, 2)
 
 
 def test_rows_of_a_rank(monkeypatch):

@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 from cases import TRITON_DEVICE as DEVICE
+from cases import logits, on_device
 
 triton_caad = pytest.importorskip("kdkernels.ops.triton_caad", reason="needs Triton")
+from kdkernels import fused_caad_loss  # noqa: E402
 from kdkernels.ops import reference  # noqa: E402
 from kdkernels.ops.rows import DIVERGENCES, STAT_NAMES, RowSpec  # noqa: E402
 
@@ -559,3 +561,17 @@ def test_gpu_repeats_bitwise():
             [(first[1], second[1])],
         )
     )
+
+
+@pytest.mark.parametrize("options", [{"kd_weight": 0.0}, {"kd_weight": 0.0, "return_stats": True}, {}])
+def test_a_mask_is_looked_for_only_where_the_teacher_is_read(options, monkeypatch):
+    """Without the distillation term its pass over the teacher would read memory that nobody has checked."""
+    launched, kernel = [], triton_caad._caad_row_kernel
+
+    class Noting:
+        def __getitem__(self, grid):
+            return lambda **arguments: (launched.append(arguments), kernel[grid](**arguments))
+
+    monkeypatch.setattr(triton_caad, "_caad_row_kernel", Noting())
+    fused_caad_loss(*on_device(logits(), "triton"), plausibility=0.1, impl="triton", **options)
+    assert [arguments["HAS_PLAUSIBILITY"] for arguments in launched] == [options != {"kd_weight": 0.0}]
