@@ -142,7 +142,7 @@ def test_auto_is_for_the_gpus_of_this_machine(build):
 @pytest.mark.slow
 @needs_nvcc
 def test_what_was_asked_for_is_built_again(build):
-    assert "CUDA part for 80;90a" in build.configure("ON")
+    assert "CUDA part for 80-real;90a" in build.configure("ON")
     assert "CUDA part for 80 " in build.configure("ON", "80")
     assert "CUDA part for 80 " in build.configure()
     assert "CUDA part" not in build.configure("OFF")
