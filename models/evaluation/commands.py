@@ -41,7 +41,9 @@ def evaluate_parser() -> Parser:
     parser.add_list("--controls", nargs="*", choices=CONTROLS, help="ask again without the audio, or with another clip's")
     parser.add_argument("--split", default="test", choices=SPLITS, help="which split is asked about")
     parser.add_list("--tasks", nargs="*", help="only these tasks")
-    parser.add_argument("--features", help="feature file (python -m models features); without it clips are encoded now")
+    parser.add_argument(
+        "--features", help="file or folder of the clips' features (python -m models features; default: encode now)"
+    )
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's), or of a published benchmark")
     parser.add_allow_links()
     parser.add_hears("the model hears and reads other things than in training (the default is what its folder says)")

@@ -60,6 +60,7 @@ from models.evaluation.scoring import AUDIO_CATEGORY
 from models.evaluation.summary import summarize
 from models.io_utils import append_bytes, atomic_write_json, fingerprint, locked, same_file, sha256_file
 from models.speech_lm.clip_keys import FeatureError, file_hashes
+from models.speech_lm.feature_files import features_sha256
 from models.speech_lm.listeners import is_speech_lm, load_listener, open_clips
 
 if TYPE_CHECKING:
@@ -154,8 +155,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise EvaluationError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
     if not 0.0 <= arguments.max_bad_fraction <= 1.0:
         raise EvaluationError(f"--max-bad-fraction: expected a number from 0 to 1, got {arguments.max_bad_fraction}")
-    if arguments.features and not Path(arguments.features).is_file():
-        raise EvaluationError(f"--features: no file {arguments.features!r}")
+    if arguments.features and not Path(arguments.features).exists():
+        raise EvaluationError(f"--features: no file or folder {arguments.features!r}")
     if arguments.priors:
         _prior_answers(arguments.priors)
     if arguments.json and not arguments.rescore and same_file(arguments.json, arguments.out):
@@ -306,7 +307,7 @@ def _settings(
     folders = [Path(arguments.checkpoint)] if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)
     checkpoint = [sha256_file(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
     if arguments.features:  # they are what is heard; the clips may not be there
-        heard = {"features_sha256": sha256_file(arguments.features)}
+        heard = {"features_sha256": features_sha256(arguments.features)}
     else:
         heard = {"clips_sha256": fingerprint(file_hashes(examples, suite.audio_root))}
     return {

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from models.io_utils import atomic_write_bytes, fingerprint
+from models.io_utils import atomic_write_bytes, fingerprint, sha256_file
 from models.speech_lm.clip_keys import Clip, FeatureError
 
 SHARD_PATTERN = "features-*.safetensors"
@@ -63,6 +63,12 @@ def read_header(path: str | Path) -> tuple[list[str], list[Clip] | None, dict[st
         return keys, clips, json.loads(metadata.get("made_by", "null")), shape, 8 + length + entry["data_offsets"][0]
     except Exception as error:  # safetensors raises several unrelated types, and none names the file
         raise FeatureError(f"{path}: not a feature file: {error}") from error
+
+
+def features_sha256(path: str | Path) -> str:
+    """SHA-256 of a feature file; of a folder a fingerprint of those of its shards, in the order of their names."""
+    path = Path(path)
+    return fingerprint([sha256_file(p) for p in sorted(path.glob(SHARD_PATTERN))]) if path.is_dir() else sha256_file(path)
 
 
 class FeatureFiles:

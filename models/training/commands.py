@@ -72,7 +72,9 @@ def cache_parser() -> Parser:
     parser.add_argument("--out", required=True, help="folder of the cache, new or begun")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")
     parser.add_allow_links()
-    parser.add_argument("--features", help="file of the clips' features (python -m models features; default: encode now)")
+    parser.add_argument(
+        "--features", help="file or folder of the clips' features (python -m models features; default: encode now)"
+    )
     parser.add_argument(
         "--max-cut-fraction", type=float, default=0.1, help="share of clips longer than the model's window above which it stops"
     )

@@ -231,7 +231,7 @@ class LossConfig:
     temperature: float = 2.0  # tau; softens the distributions of teacher and student in D
     kd_weight: float = 0.7  # in [0, 1]: share of the KD term; the CE term has the rest
     divergence: str = "forward_kl"  # D: forward_kl | reverse_kl | jsd
-    jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in (0, 1)
+    jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in [0, 1]
     plausibility: float | None = None  # in (0, 1]: keep tokens with z_audio >= max + log(this); None = all tokens
     # Weight of each target token in the KD term. uniform = 1; choice = 1 on the tokens that spell the answer; divergence = the
     # divergence of the teacher's two paths at the token, in nats.
@@ -263,7 +263,7 @@ class LossConfig:
         _check(half is None or half > 0, "loss.alpha_half_divergence", "> 0", half)
         _check(self.temperature > 0, "loss.temperature", "> 0", self.temperature)
         _check(0 <= self.kd_weight <= 1, "loss.kd_weight", "in [0, 1]", self.kd_weight)
-        _check(0 < self.jsd_beta < 1, "loss.jsd_beta", "in (0, 1)", self.jsd_beta)
+        _check(0 <= self.jsd_beta <= 1, "loss.jsd_beta", "in [0, 1]", self.jsd_beta)
         _one_of(self.divergence, "loss.divergence", DIVERGENCES)
         _one_of(self.kd_token_weight, "loss.kd_token_weight", TOKEN_WEIGHTS)
         _one_of(self.ce_token_weight, "loss.ce_token_weight", ("uniform", "choice"))
@@ -364,7 +364,7 @@ class SourceConfig:
     weight_ramp_steps: int = 0  # steps from weight_start to weight
     alpha: float = 0.0  # audio: contrast strength
     divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
-    jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in (0, 1)
+    jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in [0, 1]
     reasoning: bool = False  # text: put an example's metadata["reasoning"], if it has one, before the answer
     layers: LayersConfig = field(default_factory=LayersConfig)  # compared with this source's layers
     hears: Hearing = field(default_factory=Hearing)  # audio: as teacher.hears; an acoustic source hears what the student hears
@@ -379,7 +379,7 @@ class SourceConfig:
         _check_ramp("weight", self.weight_start, self.weight_ramp_steps)
         _check(self.alpha >= 0, "alpha", ">= 0", self.alpha)
         _one_of(self.divergence, "divergence", DIVERGENCES)
-        _check(0 < self.jsd_beta < 1, "jsd_beta", "in (0, 1)", self.jsd_beta)
+        _check(0 <= self.jsd_beta <= 1, "jsd_beta", "in [0, 1]", self.jsd_beta)
         _check(self.keep_mib >= 0, "keep_mib", ">= 0", self.keep_mib)
         if self.folder is None and self.role != "acoustic":
             raise ConfigError(f"folder: role {self.role!r} needs one, got none")

@@ -15,7 +15,8 @@ from docs.tables import ROOT, pages
 from models import cli
 from models.training.recipe import load_recipe
 
-FENCED = re.compile(r"^```(?:sh|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL = ("", "sh", "bash")
 INLINE = re.compile(r"`((?:python|torchrun|make|pip) [^`\n]+)`")
 STARTS = ("python ", "torchrun ", "make ", "pip ", "srun ")
 # Options of torchrun, and what their values look like; $NAME is a variable of Slurm.
@@ -34,7 +35,10 @@ class Parsed(Exception):
 def command_lines() -> Iterator[tuple[Path, str]]:
     for page in [*pages(), ROOT / "csrc" / "README.md", ROOT / "benchmarks" / "gpu" / "QUEUE.md"]:
         text = page.read_text(encoding="utf-8")
-        fenced = [line for block in FENCED.findall(text) for line in block.splitlines() if line.startswith(STARTS)]
+        fenced = [
+            line for language, block in FENCED.findall(text) if language in SHELL
+            for line in block.splitlines() if line.startswith(STARTS)
+        ]  # fmt: skip
         for line in dict.fromkeys(fenced + INLINE.findall(FENCED.sub("", text))):
             yield page, line.split("  #")[0].split("     ")[0].strip()
 
@@ -55,7 +59,7 @@ def check_models(words: list[str]) -> None:
     name, *rest = words
     assert name in cli.COMMANDS, f"expected one of {', '.join(cli.COMMANDS)}, got {name!r}"
     parsed = cli.parser_of(name).parse_args(rest)
-    if name in ("train", "plan"):
+    if name in ("train", "plan") and parsed.recipe is not None:
         load_recipe(parsed.recipe, parsed.overrides)
 
 

@@ -445,7 +445,7 @@ def test_a_checkpoint_is_looked_at_before_a_benchmark_is_built(files, tmp_path, 
         (["--batch-examples", "0"], "--batch-examples: expected at least 1, got 0"),
         (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
         (["--max-bad-fraction", "1.5"], "--max-bad-fraction: expected a number from 0 to 1, got 1.5"),
-        (["--features", "gone.safetensors"], "--features: no file 'gone.safetensors'"),
+        (["--features", "gone.safetensors"], "--features: no file or folder 'gone.safetensors'"),
         (["--priors", "gone.json"], "--priors gone.json: not readable"),
         (["--out", "p.jsonl", "--json", "p.jsonl"], "--json: expected another file than --out"),
         (["--out", "p.jsonl", "--compare", "p.jsonl"], "--out: expected another file than COMPARE"),
@@ -526,6 +526,18 @@ def test_answers_heard_from_other_audio_are_not_used_again(files, store, tmp_pat
     words = [*words[:3], str(tmp_path / "stored.jsonl"), *words[4:], "--features", str(path)]
     assert main(words) == 0 and main(words) == 0
     FeatureStore(keys, store.features.flip(0), made_by=origin).save(path)
+    assert main(words) == 1
+    assert "(not the same: features_sha256)" in capsys.readouterr().err
+
+    shards = [tmp_path / "shards" / f"features-{number}.safetensors" for number in range(2)]
+    for number, shard in enumerate(shards):
+        shard.parent.mkdir(exist_ok=True)
+        FeatureStore(keys[number::2], store.features[number::2], made_by=origin).save(shard)
+    words = [*words[:3], str(tmp_path / "sharded.jsonl"), *words[4:-1], str(tmp_path / "shards")]
+    assert main(words) == 0 and main(words) == 0
+    rows = [(tmp_path / name).read_text().splitlines()[1:] for name in ("stored.jsonl", "sharded.jsonl")]
+    assert rows[0] == rows[1]
+    FeatureStore(keys[1::2], store.features[::2], made_by=origin).save(shards[1])
     assert main(words) == 1
     assert "(not the same: features_sha256)" in capsys.readouterr().err
 
