@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 from models.training.recipe import CAAD_PLUS, Recipe, load_recipe
 from models.training.recipe_keys import describe_keys, sections
@@ -33,6 +35,14 @@ def test_defaults_are_what_a_user_types(tmp_path):
     words = [f"{key.name.replace('NAME', 'a')}={key.default}" for key in keys if "NAME" in key.name]
     changed = ["objective=sources", "sources.a.folder=LM"]
     assert load_recipe(str(path), [*words, *changed]) == load_recipe(str(path), changed)
+
+
+def test_the_example_of_the_page_is_a_recipe(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```\n(objective: .*?)^```", page, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "example.yaml"
+    path.write_text(example)
+    assert load_recipe(str(path)).loss.alpha == 1
 
 
 def test_comments_above_and_behind_a_key_are_read():
