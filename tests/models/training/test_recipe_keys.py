@@ -39,7 +39,7 @@ def test_defaults_are_what_a_user_types(tmp_path):
 
 def test_the_example_of_the_page_is_a_recipe(tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```\n(objective: .*?)^```", page, re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     path = tmp_path / "example.yaml"
     path.write_text(example)
     assert load_recipe(str(path)).loss.alpha == 1
