@@ -1,9 +1,10 @@
-"""Writes the tables and the numbers of README.md and docs/ from the committed CSV files.
+"""Writes the tables and the numbers of README.md and docs/: from the committed CSV files, and the keys of recipes from the code.
 
     python -m docs.tables            # rewrites what stands between the markers
-    python -m docs.tables --check    # names every table and number that differs from its CSV; exit status 1 if there is one
+    python -m docs.tables --check    # names every table and number that differs from its source; exit status 1 if there is one
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, each on a line of its own. NAME is a key of `TABLES`.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`, each on a line of its own. NAME is a key of `TABLES`
+or of `RECIPE_TABLES`.
 
 A number stands in a sentence as `<!-- n: FILE/ROWS/COLUMN/FORMAT -->12.3<!-- /n -->`:
 
@@ -28,6 +29,7 @@ from pathlib import Path
 from models.evaluation.t_interval import t_interval
 from models.experiments.study_endpoints import followed_tasks, holm
 from models.reporting.systems import ANCHORS, CONTEXTS, SYSTEMS, system_key
+from models.training.recipe_keys import Section, sections
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "models" / "experiments" / "results", ROOT / "benchmarks" / "results")
@@ -848,6 +850,19 @@ TABLES: dict[str, Callable[[], Table]] = {
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Keys of a recipe
+# --------------------------------------------------------------------------------------------------------------------
+
+# Such as recipe_loss and recipe_student_lora; "recipe" has the keys that are in no section.
+RECIPE_TABLES = {"_".join(["recipe", *filter(None, section.places[0].lower().split("."))]): section for section in sections()}
+
+
+def recipe_keys(section: Section) -> Table:
+    keys = ((f"`{key.name}`", key.default and f"`{key.default}`", key.meaning) for key in section.keys)
+    return ("key", "default", "meaning"), keys
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Pages
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -860,10 +875,19 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def render(table: Table) -> str:
-    """A table as Markdown; the first column is text, the others are numbers."""
+def markdown(name: str) -> str:
+    """The table that a marker names."""
+    if name in RECIPE_TABLES:
+        return render(recipe_keys(RECIPE_TABLES[name]), others="---")
+    if name in TABLES:
+        return render(TABLES[name]())
+    raise TableError(f"table {name}: expected one of {', '.join([*TABLES, *RECIPE_TABLES])}")
+
+
+def render(table: Table, *, others: str = "---:") -> str:
+    """A table as Markdown; the first column is text, the others are numbers where `others` does not say otherwise."""
     head, body = table
-    lines = [list(head), ["---"] + ["---:"] * (len(head) - 1), *map(list, body)]
+    lines = [list(head), ["---"] + [others] * (len(head) - 1), *map(list, body)]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
@@ -892,9 +916,7 @@ def written(text: str) -> tuple[str, list[str]]:
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in TABLES:
-            raise TableError(f"table {name}: expected one of {', '.join(TABLES)}")
-        body = f"\n{render(TABLES[name]())}\n"
+        body = f"\n{markdown(name)}\n"
         if body != match["body"]:
             stale.append(f"table {name}")
         return f"<!-- table: {name} -->\n{body}<!-- /table -->"
@@ -910,10 +932,10 @@ def written(text: str) -> tuple[str, list[str]]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m docs.tables", description="Tables and numbers of the docs, from the CSV files."
+        prog="python -m docs.tables", description="Tables and numbers of the docs, from the CSV files and the code."
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 where a page differs from its CSV"
+        "--check", action="store_true", help="write nothing; exit status 1 where a page differs from its source"
     )
     return parser
 
@@ -931,7 +953,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if check:
             for name in stale:
                 print(
-                    f"{path.relative_to(ROOT)}: {name}: differs from its CSV; run `python -m docs.tables`",
+                    f"{path.relative_to(ROOT)}: {name}: differs from its source; run `python -m docs.tables`",
                     file=sys.stderr,
                 )
             differs |= bool(stale)

@@ -1,4 +1,4 @@
-"""The parser of every command: one-line errors with the nearest right word, and options that may be repeated."""
+"""The parser of every command: one-line errors with the nearest right word, repeatable options, defaults in the help."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}{self._nearest(message)} ({self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As argparse's. The help ends with the default, if there is one and the help does not name it."""
+        action = super().add_argument(*names, **options)
+        shown = _typed(action.default)
+        if shown and action.help not in (None, argparse.SUPPRESS) and "default" not in action.help:
+            action.help += f" (default: {shown})"
+        return action
 
     def add_list(self, *names: str, nargs: str = "+", default: Sequence[str] = (), **options: Any) -> None:
         """An option of several words. Given twice, it holds the words of both."""
@@ -74,6 +82,14 @@ class _Join(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         given = getattr(namespace, self.dest)
         setattr(namespace, self.dest, values if given is self.default else f"{given},{values}")
+
+
+def _typed(default: Any) -> str:
+    """A default as the user would type it, for a help; empty where there is none."""
+    if default is None or default is False or default == argparse.SUPPRESS:
+        return ""
+    words = default if isinstance(default, (list, tuple)) else [default]
+    return " ".join(map(str, words)).replace("%", "%%")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

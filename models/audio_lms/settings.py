@@ -13,18 +13,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of a LoRA; see PEFT's LoraConfig.
+    """Settings of a LoRA; see PEFT's LoraConfig."""
 
-    Attributes:
-        r, alpha: its product is scaled by alpha / r.
-        dropout: probability, on its input.
-        targets: ends of module names, such as ("q_proj", "v_proj"); empty = what the family says.
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
+    r: int = 16  # rank of the LoRA
+    alpha: float = 32.0  # its product is scaled by alpha / r
+    dropout: float = 0.0  # probability of dropout on its input
+    targets: tuple[str, ...] = ()  # ends of module names, such as [q_proj,v_proj]; [] = attention and MLP of the language model
 
     def __post_init__(self) -> None:
         if self.r < 1:

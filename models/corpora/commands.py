@@ -12,7 +12,7 @@ from models.data.prompts import TASKS
 def corpus_parser() -> Parser:
     parser = Parser(prog="python -m models corpus", description="Build one of the built-in corpora.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the clips and manifest.jsonl")
-    parser.add_argument("--size", default="demo", choices=list(SIZES), help="default: demo")
+    parser.add_argument("--size", default="demo", choices=list(SIZES), help="which corpus, and how much of it")
     parser.add_comma_list("--sources", help=f"comma-separated, of {','.join(SOURCES)} (default: those of the size)")
     parser.add_comma_list("--tasks", help=f"comma-separated, of {','.join(TASKS)} (default: all that the sources allow)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws of sentences, noises and hints")
@@ -21,7 +21,7 @@ def corpus_parser() -> Parser:
     parser.add_argument("--max-snr-db", type=float, default=2.0, help="weakest noise of the gender task")
     parser.add_argument("--max-seconds", type=float, default=4.0, help="clips are cut to this length")
     folds = (*map(str, range(len(ACTOR_FOLDS))), "characters")
-    help = f"the game's actors that are in dev and test (default: {DEFAULT_FOLD}); characters = as the published tables"
+    help = "the game's actors that are in dev and test; characters = as the published tables"
     parser.add_argument("--fold", choices=folds, default=str(DEFAULT_FOLD), help=help)
     return parser
 

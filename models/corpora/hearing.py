@@ -45,16 +45,16 @@ HEARS_FILE = "hears.json"  # beside a trained model: what it heard in training
 
 @dataclass(frozen=True)
 class Hearing:
-    """See the module's docstring. The default leaves the clip and the prompt as they are.
+    """How a model hears a clip, and what its prompt says beside it. The default leaves the clip and the prompt as they are.
 
     Raises:
         ValueError: a value outside its range; the message starts with its name.
     """
 
-    snr_db: tuple[float, ...] = ()  # noise: () = none, one level, or the lowest and the highest: each clip has its own between
+    snr_db: tuple[float, ...] = ()  # noise in dB: [] = none, one level, or the lowest and the highest: each clip has its own
     band: str = "full"  # full | common (of an 8 kHz recording) | wide (of an 11 kHz one) | narrow (a telephone's, 300 to 3400 Hz)
     codec: str = "none"  # none | ulaw and gsm (telephones, at 8 kHz) | mp3 | opus | vorbis
-    seed: int = 0  # of the noise
+    seed: int = 0  # seed of the noise
     transcript: bool = True  # the prompt shows the transcript
     context: bool = True  # the prompt shows the context
     context_from: str = ""  # name of the metadata that the prompt shows as the context, in place of the example's own; "" = none

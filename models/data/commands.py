@@ -22,7 +22,7 @@ def check_parser() -> Parser:
     )
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
     parser.add_argument(
-        "--max-bad-fraction", type=float, default=0.0, help="share of bad rows above which the status is 1 (default: 0)"
+        "--max-bad-fraction", type=float, default=0.0, help="share of bad rows above which the status is 1"
     )
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS, help="a longer clip makes its row bad")
     parser.add_allow_links()

@@ -9,7 +9,7 @@ def report_parser() -> Parser:
     parser = Parser(prog="python -m models report", description="Write stored results as one HTML or Markdown page.")
     parser.add_argument("--out", default="report.html", help="HTML file to write")
     parser.add_argument("--markdown", metavar="FILE", help="Markdown file to write as well, with a folder for figures and clips")
-    parser.add_argument("--title", default="Evaluation", help="title of the page (default: Evaluation)")
+    parser.add_argument("--title", default="Evaluation", help="title of the page")
     parser.add_argument(
         "--results", metavar="DIR", help="folder of stored results (default without --predictions: models/experiments/results)"
     )
@@ -19,5 +19,5 @@ def report_parser() -> Parser:
     parser.add_argument("--manifest", help="manifest of the clips to listen to; it needs --predictions")
     parser.add_argument("--audio-root", help="folder of the audio (default: the folder of the manifest)")
     parser.add_allow_links()
-    parser.add_argument("--max-clips", type=int, default=8, help="clips to embed, of at most 30 s each (default: 8)")
+    parser.add_argument("--max-clips", type=int, default=8, help="clips to embed, of at most 30 s each")
     return parser

@@ -24,7 +24,7 @@ def train_parser() -> Parser:
     )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as loss.alpha=1 run.out_dir=runs/caad1")
-    parser.add_argument("--keys", action="store_true", help="list every key of a recipe with its default, and exit")
+    parser.add_argument("--keys", action="store_true", help="list every key of a recipe, its default and its meaning, and exit")
     return parser
 
 

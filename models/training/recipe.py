@@ -15,7 +15,6 @@ import difflib
 import json
 import math
 import re
-import textwrap
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,15 +58,15 @@ class DataConfig:
     # Form of the rows. auto = found by the rows; manifest | desta | messages | columns | nemo | lhotse | kaldi | dynamic_superb |
     # mcr_bench.
     form: str = "auto"
-    audio_root: str | None = None  # folder where the manifest's audio paths start; None = as the manifest says
+    audio_root: str | None = None  # folder where the manifest's audio paths start; null = as the manifest says
     allow_links: bool = False  # clips may be links that leave the audio root (a hub's cache, git-annex, DVC)
-    # File or folder of encoder features (python -m models features), which is only read. None = encode now, see `features`.
+    # File or folder of encoder features (python -m models features), which is only read. null = encode now, see `features`.
     features: str | None = None
     splits: tuple[str, ...] = ("train",)  # only examples of these splits
     tasks: tuple[str, ...] = ()  # only examples of these tasks; empty = all
-    max_bad_fraction: float = 0.05  # of the manifest's rows; if more rows are bad, the run stops and lists them
+    max_bad_fraction: float = 0.05  # share of bad rows above which the run stops and lists them
     max_clip_seconds: float = 30.0  # a longer clip is a bad row
-    max_cut_fraction: float = 0.1  # of the clips; if more are longer than the model's max_audio_seconds, the run stops
+    max_cut_fraction: float = 0.1  # share of clips over the model's max_audio_seconds above which the run stops
     # How student and speech teachers lay out a batch. none = one example a row, padded. pack = side by side in rows of at most
     # pack_tokens tokens; SDPA's masks keep the examples apart. varlen = all in one row, by flash-attention 2 (needs CUDA and an
     # LM in bfloat16 or float16; without prefix cache; not tested).
@@ -80,7 +79,7 @@ class DataConfig:
     on_policy_every_steps: int = 1  # the student makes answers in every N-th step; the steps between have the data's targets
     on_policy_batch_examples: int = 32  # answers that a rank makes at a time
     on_policy_max_new_tokens: int = 64  # a longer answer is cut off, and its end is not taught
-    on_policy_temperature: float = 1.0  # of the sampling; 0 = always the likeliest token
+    on_policy_temperature: float = 1.0  # temperature of the sampling; 0 = always the likeliest token
     on_policy_top_k: int = 0  # sample among the K likeliest tokens; 0 = all
     on_policy_top_p: float = 1.0  # sample among the fewest tokens that hold this probability, in (0, 1]; 1 = all
 
@@ -108,15 +107,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FeaturesConfig:
-    """How a SpeechLM's clips are encoded where data.features is None: once, into shards on disk, by all ranks together."""
+    """How a SpeechLM's clips are encoded where data.features is null: once, into shards on disk, by all ranks together."""
 
-    folder: str | None = None  # of the shards; what is there already is not encoded again. None = run.out_dir/features
+    folder: str | None = None  # folder of the shards; what is there already is not encoded again. null = run.out_dir/features
     batch_clips: int = 8  # clips that a rank reads and encodes together
     shard_mib: float = 64.0  # MiB of a shard; each rank has one in memory while it encodes
     # What makes log-mel spectrograms. processor = WhisperFeatureExtractor, on the CPU; torch | torchaudio = a batch at a time on
     # the rank's device, within 1e-4 of it.
     backend: str = "processor"
-    resampler: str = "soxr"  # of clips at other rates. torchaudio = a batch at a time on the rank's device, within 5e-4 of soxr
+    # What resamples clips at other rates: soxr, on the CPU; torchaudio = a batch at a time on the rank's device, within 5e-4 of
+    # soxr.
+    resampler: str = "soxr"
 
     def __post_init__(self) -> None:
         _check(self.batch_clips >= 1, "features.batch_clips", ">= 1", self.batch_clips)
@@ -130,7 +131,7 @@ class ModelConfig:
     """The model that is trained: a saved SpeechLM, or the settings of a new one. Only its connector trains."""
 
     folder: str | None = None  # SpeechLM.save_pretrained() folder to start from
-    settings: dict[str, Any] = field(default_factory=dict)  # of SpeechLMConfig, when there is no folder
+    settings: dict[str, Any] = field(default_factory=dict)  # SpeechLMConfig of a new model, where there is no folder
     feature_statistics: str | None = None  # SpeechLM folder; its standardisation of the features is used
     fresh_connector: bool = False  # start the folder's connector from new random weights
     bf16_products: bool = False  # frozen LM's linear layers multiply in bfloat16 (models/speech_lm/frozen_linear.py); CPU only
@@ -145,7 +146,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig(Lora):
-    """The LoRA of `student`. targets: ends of module names; empty = attention and MLP of the language model."""
+    """The LoRA of `student`."""
 
     def __post_init__(self) -> None:
         try:
@@ -158,15 +159,15 @@ class LoraConfig(Lora):
 class StudentConfig:
     """An audio LM of transformers that is trained, in the place of `model`; the teacher is then `teacher.model`."""
 
-    model: str | None = None  # hub id or folder of an audio LM (models/audio_lms); None = the student is the SpeechLM of `model`
+    model: str | None = None  # hub id or folder of an audio LM (models/audio_lms); null = the student is the SpeechLM of `model`
     trains: str = "lora"  # lora | full (language model and connector) | connector; the audio encoder never trains
-    # auto | float32 | bfloat16 | float16, of the weights. auto = float32 for weights that train. With a LoRA, whose own weights
-    # are float32, it is bfloat16 where that is fast.
+    # Dtype of the weights: auto | float32 | bfloat16 | float16. auto = float32 for weights that train. With a LoRA, whose own
+    # weights are float32, it is bfloat16 where that is fast.
     dtype: str = "auto"
-    attention: str | None = None  # transformers' attn_implementation, such as sdpa or flash_attention_2; None = its default
-    device_map: str | None = None  # transformers' device_map, such as auto: the layers over several devices; None = one device
+    attention: str | None = None  # transformers' attn_implementation, such as sdpa or flash_attention_2; null = its default
+    device_map: str | None = None  # transformers' device_map, such as auto: the layers over several devices; null = one device
     merge: bool = False  # write the LoRA into the weights of the result; false = the result is an adapter
-    lora: LoraConfig = field(default_factory=LoraConfig)  # with trains=lora
+    lora: LoraConfig = field(default_factory=LoraConfig)  # the LoRA, with trains=lora
     # What the student hears and reads, a SpeechLM too: noise, band, codec, other words. `evaluate` asks it likewise.
     hears: Hearing = field(default_factory=Hearing)
 
@@ -182,9 +183,9 @@ class TeacherConfig:
 
     folder: str | None = None  # SpeechLM folder; kd, sharpened and caad always need it, for its LM head
     model: str | None = None  # hub id or folder of an audio LM; with student.model it takes the place of folder
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16, of `model`; auto = bfloat16 where that is fast
-    attention: str | None = None  # of `model`, as student.attention
-    device_map: str | None = None  # of `model`, as student.device_map
+    dtype: str = "auto"  # dtype of `model`: auto (bfloat16 where that is fast) | float32 | bfloat16 | float16
+    attention: str | None = None  # as student.attention, for `model`
+    device_map: str | None = None  # as student.device_map, for `model`
     cache: str | None = None  # ContrastCache folder (python -m models cache); the teacher's body then never runs
     # MiB for a live teacher's states of all examples: if they fit, they are computed once, before the first step. 0 = off.
     keep_mib: int = 0
@@ -193,8 +194,9 @@ class TeacherConfig:
     # all examples and kept in run.out_dir/projections. 0 = no projection: each step multiplies by the teacher's head.
     projection: int = 0
     projection_on_the_way: bool = False  # an example's projection is made in the step that first draws it, not before the run
-    # Examples that a live teacher reads at a time; 0 = the whole batch. Few need less memory. With 1 its states do not depend on
-    # the batch: they are bit for bit those of a float32 cache made with --batch-examples 1 (on a CPU with as many threads).
+    # Examples that a live teacher reads at a time; 0 = the whole batch. A small number needs less memory. With 1 its
+    # states do not depend on the batch: they are bit for bit those of a float32 cache made with --batch-examples 1 (on a CPU with
+    # as many threads).
     batch_examples: int = 0
     # What the teacher hears and reads; the default is the clip as it is, whatever the student hears. With `cache`: what the cache
     # was made of.
@@ -222,34 +224,34 @@ class LossConfig:
     """kd_weight * tau^2 * D(p || q) + (1 - kd_weight) * CE; see kdkernels.fused_linear_caad_loss."""
 
     alpha: float = 2.0  # contrast strength (caad) or sharpening (sharpened)
-    alpha_start: float | None = None  # alpha at the first step, from where it goes linearly to alpha; None = constant
+    alpha_start: float | None = None  # alpha at the first step, from where it goes linearly to alpha; null = constant
     alpha_ramp_steps: int = 0  # steps from alpha_start to alpha
-    # Divergence of the teacher's paths, in nats, at which a token gets half of alpha (kdkernels.adaptive_alpha). None = all
+    # Divergence of the teacher's paths, in nats, at which a token gets half of alpha (kdkernels.adaptive_alpha). null = all
     # tokens get alpha.
     alpha_half_divergence: float | None = None
     center_text: bool = False  # move the text path by its mean distance from the audio path (models/training/teachers.py)
     temperature: float = 2.0  # tau; softens the distributions of teacher and student in D
     kd_weight: float = 0.7  # in [0, 1]: share of the KD term; the CE term has the rest
     divergence: str = "forward_kl"  # D: forward_kl | reverse_kl | jsd
-    jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in [0, 1]
-    plausibility: float | None = None  # in (0, 1]: keep tokens with z_audio >= max + log(this); None = all tokens
+    jsd_beta: float = 0.5  # with divergence=jsd: weight of p in the mixture, in [0, 1]
+    plausibility: float | None = None  # in (0, 1]: keep tokens with z_audio >= max + log(this); null = all tokens
     # Weight of each target token in the KD term. uniform = 1; choice = 1 on the tokens that spell the answer; divergence = the
     # divergence of the teacher's two paths at the token, in nats.
     kd_token_weight: str = "choice"
     kd_background_weight: float = 0.0  # with choice: weight of the tokens that do not spell the answer, in the KD term
-    ce_token_weight: str = "choice"  # the same in the CE term: uniform | choice
+    ce_token_weight: str = "choice"  # weight of each target token in the CE term: uniform | choice
     ce_background_weight: float = 0.05  # with choice: weight of the tokens that do not spell the answer, in the CE term
     # Fraction of each step's examples, drawn at random, in which the tokens around the answer count in the CE term. They weigh
     # ce_background_weight / fraction: the same objective on average, with that fraction of the rows of logits.
     ce_background_fraction: float = 1.0
-    # What a term is averaged over: tokens = all tokens of a step by their weights; samples = over the tokens of each example,
-    # then over examples, so that a long answer counts no more than a short one.
+    # What the KD term is averaged over: tokens = all tokens of a step by their weights; samples = over the tokens of each
+    # example, then over examples, so that a long answer counts no more than a short one.
     kd_average: str = "tokens"
-    ce_average: str = "tokens"
+    ce_average: str = "tokens"  # what the CE term is averaged over: tokens | samples, as in kd_average
     # Labels of the CE term: answer = the target's tokens; teacher = the likeliest token of the teacher's contrasted distribution
     # at each position (hard labels). With teacher the student's own answers (data.on_policy_fraction) have a CE term too.
     ce_target: str = "answer"
-    chunk_tokens: int | None = None  # tokens whose logits exist at the same time; None = the loss chooses
+    chunk_tokens: int | None = None  # tokens whose logits exist at the same time; null = the loss chooses
     # true = the contrast of the two paths is rounded once to the bf16 of the teacher's head: faster, coarser near convergence.
     round_contrast: bool = False
     impl: str = "auto"  # implementation of the loss: auto | reference | cpu | triton | cuda
@@ -298,17 +300,17 @@ class LossConfig:
 class LayersConfig:
     """Layer distillation beside the objective: weight * mean squared error; see kdkernels.fused_layer_mse_loss, layer_map."""
 
-    weight: float = 0.0  # of this term, which is added to the objective; 0 = no layer is compared
+    weight: float = 0.0  # weight of this term, which is added to the objective; 0 = no layer is compared
     # projection = each token with the teacher's state at the same token; attention = with what it finds in the teacher's states
     # at all answer tokens of its example (kdkernels.LayerAttention).
     form: str = "projection"
-    heads: int = 1  # attention: heads, a divisor of the student's width
+    heads: int = 1  # with form=attention: number of heads, a divisor of the student's width
     map: str = "all"  # which layers are compared: top | skip | all
-    every: int = 7  # skip: compare every N-th layer, counted down from the top
+    every: int = 7  # with map=skip: compare every N-th layer, counted down from the top
     embeddings: bool = False  # compare the first layer's input as well
     pairs: tuple[str, ...] = ()  # "student-teacher" layers instead of a map, such as [7-9,14-18]
     alpha: float = 0.0  # contrast of the layer target: (1 + alpha) h_audio - alpha h_text
-    direction: str = "student_to_teacher"  # which side is projected where widths differ
+    direction: str = "student_to_teacher"  # where widths differ, this side is projected: student_to_teacher | teacher_to_student
     bias: bool = False  # projections, or the values of attention, also add a vector, which trains
     normalize: bool = False  # compare directions only: the error of a pair is then 2 - 2 cos
 
@@ -346,28 +348,24 @@ class LayersConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One more teacher of the same answer tokens; its term is weight * D(p_source || q), in the place of the objective's D.
+    """One more teacher of the same answer tokens; its term is weight * D(p_source || q), in the place of the objective's D."""
 
-    role:
-        text      a language model reads what is known about the clip in words (Stage 1's wording) instead of the audio
-        acoustic  a frozen speech LM that hears what the student hears: by default the student itself before its first step,
-                  which keeps what it can hear already
-        audio     a speech LM that runs with and without the audio, like the objective's own teacher
-    """
-
-    role: str = "text"  # text | acoustic | audio, see above
-    # text: hub id or folder of a causal LM; audio, acoustic: SpeechLM folder, or with student.model hub id or folder of an audio
-    # LM; null = the student's start (acoustic only)
+    # text = a language model reads what is known about the clip in words (Stage 1's wording) instead of the audio. acoustic = a
+    # frozen speech LM that hears what the student hears: by default the student itself before its first step, which keeps what it
+    # can hear already. audio = a speech LM that runs with and without the audio, like the objective's own teacher.
+    role: str = "text"
+    # With role=text: hub id or folder of a causal LM. With audio and acoustic: SpeechLM folder, or with student.model hub id or
+    # folder of an audio LM. null = the student's start (acoustic only).
     folder: str | None = None
-    weight: float = 1.0  # of this source's divergence; the objective's own teacher has 1
-    weight_start: float | None = None  # weight at the first step, from where it goes linearly to weight; None = constant
+    weight: float = 1.0  # weight of this source's divergence; the objective's own teacher has 1
+    weight_start: float | None = None  # weight at the first step, from where it goes linearly to weight; null = constant
     weight_ramp_steps: int = 0  # steps from weight_start to weight
-    alpha: float = 0.0  # audio: contrast strength
+    alpha: float = 0.0  # with role=audio: contrast strength
     divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
-    jsd_beta: float = 0.5  # jsd: weight of p in the mixture, in [0, 1]
-    reasoning: bool = False  # text: put an example's metadata["reasoning"], if it has one, before the answer
-    layers: LayersConfig = field(default_factory=LayersConfig)  # compared with this source's layers
-    hears: Hearing = field(default_factory=Hearing)  # audio: as teacher.hears; an acoustic source hears what the student hears
+    jsd_beta: float = 0.5  # with divergence=jsd: weight of p in the mixture, in [0, 1]
+    reasoning: bool = False  # with role=text: put an example's metadata["reasoning"], if it has one, before the answer
+    layers: LayersConfig = field(default_factory=LayersConfig)  # layers that are compared with this source's
+    hears: Hearing = field(default_factory=Hearing)  # with role=audio: as teacher.hears; an acoustic source hears as the student
     # MiB for its states of all examples: if they fit, they are computed once, before the first step. 0 = in every step.
     keep_mib: int = 1024
 
@@ -418,9 +416,9 @@ class OptimConfig:
 
     steps: int = 300  # optimiser steps
     batch_examples: int = 16  # examples in an optimiser step, over all ranks
-    micro_batch_examples: int | None = None  # examples in a forward pass; None = batch_examples (no accumulation)
-    learning_rate: float = 2e-3  # the highest, reached after warmup_steps
-    min_learning_rate_fraction: float = 0.03  # of learning_rate, at the last step
+    micro_batch_examples: int | None = None  # examples in a forward pass; null = batch_examples (no accumulation)
+    learning_rate: float = 2e-3  # highest learning rate, reached after warmup_steps
+    min_learning_rate_fraction: float = 0.03  # learning rate at the last step, as a share of learning_rate
     warmup_steps: int = 15  # steps in which the learning rate rises
     beta1: float = 0.9  # AdamW: decay of the mean of gradients
     beta2: float = 0.98  # AdamW: decay of the mean of squared gradients
@@ -462,7 +460,7 @@ class RunConfig:
     """Where the run writes, on what it runs, and what it shows."""
 
     out_dir: str = "runs/default"  # folder of checkpoints, curves and the result
-    seed: int = 0  # of the order of the examples and of every random generator
+    seed: int = 0  # seed of the order of the examples and of every random generator
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     bf16: bool = True  # autocast to bfloat16; on CUDA only (on CPUs it was measured slower than float32)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
@@ -472,7 +470,7 @@ class RunConfig:
     keep_last_checkpoints: int = 2  # older checkpoints are deleted
     resume: str = "never"  # never | auto (newest) | fallback (newest that is intact) | a checkpoint's folder
     tensorboard: bool = True  # also write the curves for TensorBoard
-    progress_bar: bool = True  # show one
+    progress_bar: bool = True  # show a progress bar
     push_to_hub: str | None = None  # owner/name: push the result there at the end (models/training/publish.py)
     hub_private: bool = True  # the repository is made private, and a public one is refused
 
@@ -488,21 +486,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole training run.
+    """A whole training run. `sources` has further teachers by name, beside the objective's own if it has one."""
 
-    objective:
-        sft        cross-entropy on the target's tokens (makes the teacher from the true answers)
-        ce_only    the same for a student on pseudo ground truth: the control without distillation
-        kd         plain distillation from the teacher's audio path, plus CE
-        sharpened  the control for caad: (1 + alpha) * z_audio, nothing subtracted, plus CE
-        caad       the contrast of the teacher's two paths, plus CE
-        caad+      caad, with the settings of CAAD_PLUS where `loss` has its defaults; they were chosen on the dev split of
-            models.experiments.six_systems
-        sources    no teacher of its own: only those named in `sources`, plus CE
-
-    sources: further teachers by name, beside the objective's own if it has one.
-    """
-
+    # sft = cross-entropy on the target's tokens (makes the teacher from the true answers). ce_only = the same for a student on
+    # pseudo ground truth: the control without distillation. kd = plain distillation from the teacher's audio path, plus CE.
+    # sharpened = the control for caad: (1 + alpha) * z_audio, nothing subtracted, plus CE. caad = the contrast of the teacher's
+    # two paths, plus CE. caad+ = caad with loss.alpha=4 and loss.center_text=true where `loss` has its defaults. sources = no
+    # teacher of its own: only those named in `sources`, plus CE.
     objective: str = "caad"
     data: DataConfig = field(default_factory=DataConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -731,32 +721,6 @@ def find_recipe(recipe: str) -> Path:
     raise ConfigError(f"recipe {recipe!r}: no such file, and not one of the shipped {shipped}{_nearest(recipe, shipped)}")
 
 
-def describe_keys() -> str:
-    """Every key of a recipe with its default."""
-    lines = ["keys and defaults:", f"  objective = one of {', '.join(OBJECTIVES)}"]
-    for f in dataclasses.fields(Recipe)[1:]:
-        section, name = _section(Recipe, f.name), f"{f.name}.*"
-        if section is None:
-            section, name = _entry(Recipe, f.name), f"{f.name}.NAME.*"
-        words = [f"{key}={value!r}" for key, value in _defaults(section).items()]
-        lines += textwrap.wrap(f"{name}: {'  '.join(words)}", 110, initial_indent="  ", subsequent_indent="      ")
-    return "\n".join(lines)
-
-
-def _defaults(section: type) -> dict[str, Any]:
-    """Keys and defaults. Of a section inside, its keys as `inner.key`; one that is listed by itself stands as `inner.*`."""
-    listed = {f.name for f in dataclasses.fields(Recipe)}
-    shown: dict[str, Any] = {}
-    for key, value in dataclasses.asdict(_plain(section)()).items():
-        if _section(section, key) is None:
-            shown[key] = value
-        elif key in listed:
-            shown[f"{key}.*"] = "as above"
-        else:
-            shown |= {f"{key}.{inner}": one for inner, one in value.items()}
-    return shown
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain dicts, lists and scalars, for JSON."""
     return dataclasses.asdict(config)
@@ -790,9 +754,9 @@ def _with_later_keys(saved: dict[str, Any], cls: type) -> dict[str, Any]:
             if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING:
                 default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
                 filled[f.name] = to_dict(default) if dataclasses.is_dataclass(default) else default
-        elif (section := _section(cls, f.name)) is not None:
+        elif (section := section_of(cls, f.name)) is not None:
             filled[f.name] = _with_later_keys(saved[f.name], section)
-        elif (entry := _entry(cls, f.name)) is not None:
+        elif (entry := entry_of(cls, f.name)) is not None:
             filled[f.name] = {name: _with_later_keys(values, entry) for name, values in saved[f.name].items()}
     return filled
 
@@ -806,10 +770,10 @@ def _plain(cls: type) -> Any:
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         default = f.default_factory if f.default_factory is not dataclasses.MISSING else None
-        if (section := _section(cls, f.name)) is not None:
+        if (section := section_of(cls, f.name)) is not None:
             twin = _plain(section)
             fields.append((f.name, twin, field(default_factory=twin)))
-        elif (entry := _entry(cls, f.name)) is not None:
+        elif (entry := entry_of(cls, f.name)) is not None:
             fields.append((f.name, dict[str, _plain(entry)], field(default_factory=dict)))
         else:
             value = field(default_factory=default) if default is not None else field(default=f.default)
@@ -817,13 +781,13 @@ def _plain(cls: type) -> Any:
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
-def _section(cls: type, name: str) -> type | None:
+def section_of(cls: type, name: str) -> type | None:
     """The config class of a field that is a section; None for a plain value."""
     hint = typing.get_type_hints(cls)[name]
     return hint if dataclasses.is_dataclass(hint) else None
 
 
-def _entry(cls: type, name: str) -> type | None:
+def entry_of(cls: type, name: str) -> type | None:
     """The config class of the entries of a field that maps names to sections; None for any other."""
     arguments = typing.get_args(typing.get_type_hints(cls)[name])
     return arguments[1] if len(arguments) == 2 and dataclasses.is_dataclass(arguments[1]) else None
@@ -833,9 +797,9 @@ def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     arguments = {}
     for f in dataclasses.fields(cls):
         value = values[f.name]
-        if (section := _section(cls, f.name)) is not None:
+        if (section := section_of(cls, f.name)) is not None:
             value = _build(section, value, f"{prefix}{f.name}.")
-        elif (entry := _entry(cls, f.name)) is not None:
+        elif (entry := entry_of(cls, f.name)) is not None:
             value = {name: _build_entry(entry, v, f"{prefix}{f.name}.{name}.") for name, v in value.items()}
         elif isinstance(value, list):
             value = tuple(value)
@@ -872,9 +836,9 @@ def _check_keys(values: Any, cls: type, *, source: str, prefix: str = "") -> Non
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{_nearest(str(key), known, prefix)}")
-        if (section := _section(cls, key)) is not None:
+        if (section := section_of(cls, key)) is not None:
             _check_keys(value, section, source=source, prefix=f"{prefix}{key}.")
-        elif (entry := _entry(cls, key)) is not None:
+        elif (entry := entry_of(cls, key)) is not None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {prefix}{key}: expected names, each with its keys, got {value!r}")
             for name, inner in value.items():

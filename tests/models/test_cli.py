@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from models.arguments import Collect
+from models.arguments import Collect, Parser
 from models.cli import COMMANDS, main, parser_of
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,36 @@ def test_every_command_has_its_own_help(name, capsys):
     shown = capsys.readouterr().out
     assert stopped.value.code == 0 and shown.startswith(f"usage: python -m models {name}")
     assert all(action.help for action in parser_of(name)._actions if action.option_strings and action.dest in ("out", "device"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_default_is_in_the_help_once(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")  # no help is broken at a hyphen
+    parser = parser_of(name)
+    shown = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        if action.option_strings and "==SUPPRESS==" not in (action.help, action.default):
+            helped = " ".join((action.help or "").split())
+            assert helped.replace("%%", "%") in shown and helped.count("default") <= 1, action.option_strings
+            if action.default not in (None, "", []) and action.default is not False:
+                assert "default" in helped, action.option_strings
+
+
+def test_a_default_is_shown_as_it_is_typed():
+    parser = Parser(prog="test")
+    parser.add_argument("--rate", default=0, help="a rate")
+    parser.add_argument("--share", default="5%", help="a share")
+    parser.add_argument("--form", default="auto", help="a form (default: found)")
+    parser.add_argument("--quick", action="store_true", help="be quick")
+    parser.add_argument("--name", default="", help="a name")
+    parser.add_argument("--hidden", default=1, help=argparse.SUPPRESS)
+    parser.add_list("--folds", default=(0, 1), help="folds")
+    parser.add_list("--tasks", help="tasks")
+    parser.add_comma_list("--splits", default="train,dev", help="splits")
+    shown = " ".join(parser.format_help().split())
+    for helped in ("a rate (default: 0)", "a share (default: 5%)", "folds (default: 0 1)", "splits (default: train,dev)"):
+        assert helped in shown
+    assert shown.count("(default: ") == 5 and "a form (default: found) --quick be quick --name NAME a name --folds" in shown
 
 
 def test_help_imports_nothing_heavy():

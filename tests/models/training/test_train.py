@@ -309,7 +309,7 @@ def test_help_lists_recipes_and_keys(capsys):
         assert word in shown
     assert main(["--keys"]) == 0
     shown = capsys.readouterr().out
-    for word in ("manifest=", "alpha=2.0", "resume='never'"):
+    for word in ("data.manifest=", "loss.alpha=2.0\n", "run.resume=never\n      never | auto (newest)"):
         assert word in shown
 
 
