@@ -121,6 +121,12 @@ def test_command_is_known(page, line, monkeypatch):
     check(line, monkeypatch)
 
 
+def test_blocks_behind_python_are_found():
+    found = dict.fromkeys(page for page, line in LINES if line.startswith("python -m models train"))
+    assert {"caches.md", "training.md"} <= set(found)
+    assert ("README.md", 'python -m models ask runs/qwen_omni/final clip.wav "Who is speaking?"') in LINES
+
+
 def test_every_command_of_the_flow_is_in_the_docs():
     shown = {line.split()[3] for _, line in LINES if line.startswith("python -m models ")}
     assert shown == set(cli.COMMANDS)
