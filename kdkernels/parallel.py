@@ -2,8 +2,8 @@
 
 Hidden states, targets and options are the same on every rank. For each chunk of tokens the ranks exchange their row statistics
 (maxima, and sums relative to them) in one collective. A chunk is as long as the rank with the least room allows. Each rank
-computes the gradient of its own slice of the logits, and dh is summed over ranks once a call. So every rank has the whole loss and
-the whole dh, and dW is the gradient of the rank's own rows.
+computes the gradient of its own slice of the logits, and dh is summed over ranks once a call. So every rank has the whole loss
+and the whole dh, and dW is the gradient of the rank's own rows.
 
 The kernels before and after the exchange are those of :mod:`kdkernels.ops.shards`. All of a call, its collectives too, is one
 operator, so torch.compile can trace it. Every rank has to run the same calls in the same order, compiled or not.
