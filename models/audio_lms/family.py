@@ -71,6 +71,7 @@ class Family:
         mask: the input that says which frames of the features are there, (E, T), if the processor omits it for a single clip.
         tokens_per_second: placeholders in the prompt for a second of sound, with the settings of the published checkpoints.
         window_seconds: the encoder reads clips in whole windows of this length; 0 = as long as they are.
+        hears_seconds: of a clip; the processors of the published checkpoints cut off the rest. None = all of it.
         max_clips: clips that one turn may have; None = any number.
         audio_first: the clips stand before the words.
         plain_tokenizer: its tokenizer never reads special tokens out of text, and has no option that says so.
@@ -90,6 +91,7 @@ class Family:
     mask: str | None = None
     tokens_per_second: float = 25.0
     window_seconds: float = 0.0
+    hears_seconds: float | None = None
     max_clips: int | None = None
     audio_first: bool = True
     plain_tokenizer: bool = False

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdkernels.decoding import contrastive_generate
+from kdkernels.decoding import contrastive_generate, eos_ids_of
 from kdkernels.layer_states import LayerStates
-from kdkernels.lm_head import HeadCapture, evaluating, head_module
+from kdkernels.lm_head import HeadCapture, audio_adapters_on, evaluating, head_module
 from kdkernels.paths import MaskFeatures
 from kdkernels.placement import is_placed
 from kdkernels.sampling import Sampling, own_answers, until_end
@@ -39,7 +40,7 @@ from models.audio_lms.family import AudioLMError, Family, Turn, matches, samplin
 from models.audio_lms.settings import NEGATIVES, TRAINS, Lora
 from models.backbones.answer_noise import AnswerNoise
 from models.backbones.hub import from_hub
-from models.backbones.model_folder import quiet_transformers
+from models.backbones.model_folder import BackboneError, check_all_loaded, quiet_transformers
 from models.io_utils import atomic_dir
 
 _ADAPTER_FILE = "adapter_config.json"
@@ -141,12 +142,14 @@ class AudioLM(nn.Module):
                 family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
                 if family.check is not None:
                     family.check(folder)
-                lm = model_class_of(family).from_pretrained(
+                lm, loaded = model_class_of(family).from_pretrained(
                     folder, dtype=dtype, attn_implementation=attention, device_map=device_map, local_files_only=True,
-                    use_safetensors=True, trust_remote_code=False,
+                    use_safetensors=True, trust_remote_code=False, output_loading_info=True,
                 )  # fmt: skip
+                if not getattr(lm, "_hf_peft_config_loaded", False):  # then this would be about the adapter alone
+                    check_all_loaded(loaded, folder)
                 processor = _load_processor(family, own)
-            except (OSError, ValueError, ImportError, KeyError) as error:
+            except (OSError, ValueError, ImportError, KeyError, BackboneError) as error:
                 raise AudioLMError(f"{spec}: {' '.join(str(error).split())}") from error
             if adapter is not None:
                 lm = _with_adapter(lm, adapter)
@@ -213,7 +216,7 @@ class AudioLM(nn.Module):
         inputs = self._masked(inputs, audio_present, entries)
         taken = LayerStates(self.lm, layers, index) if layers else None
         noise = contextlib.nullcontext() if answer_noise is None else self._noise(answer_noise, inputs["input_ids"])
-        with HeadCapture(head_module(self.lm)) as capture, noise:
+        with audio_adapters_on(self.lm), HeadCapture(head_module(self.lm)) as capture, noise:
             if taken is None:
                 self.lm(**inputs, use_cache=False)
             else:
@@ -272,8 +275,11 @@ class AudioLM(nn.Module):
 
     @property
     def end_ids(self) -> list[int]:
-        """The ids that end an answer: that of the chat, and the end of text."""
-        return sorted({token for token in (self.make_collator().end_id, self.tokenizer.eos_token_id) if token is not None})
+        """The ids that end an answer: that of the chat, the end of text, and what the checkpoint's generation config names."""
+        lm = self.lm.get_base_model() if self._has_lora else self.lm
+        own = eos_ids_of(lm, None) if getattr(lm, "generation_config", None) is not None else []
+        ends = (self.make_collator().end_id, self.tokenizer.eos_token_id, *own)
+        return sorted({token for token in ends if token is not None})
 
     def own_answers(
         self,
@@ -293,8 +299,7 @@ class AudioLM(nn.Module):
         """
         inputs = dict(batch.model_inputs() if isinstance(batch, AudioBatch) else batch)
         inputs = self._masked(inputs, inputs.pop("audio_present", None), inputs.pop("entries", None))
-        end = self.make_collator().end_id
-        return own_answers(self.lm, inputs, draws, sampling=sampling, end_ids=[end], suppressed=suppressed)
+        return own_answers(self.lm, inputs, draws, sampling=sampling, end_ids=self.end_ids, suppressed=suppressed)
 
     def _greedy(self, inputs: dict[str, Any], max_new_tokens: int, stop: list[int]) -> Tensor:
         """(B, T) new tokens, by transformers' generate with a config of its own: a checkpoint's sampling has no effect."""
@@ -305,7 +310,7 @@ class AudioLM(nn.Module):
         config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
         own, lm.generation_config = lm.generation_config, GenerationConfig()  # which fills what a config leaves open
         try:
-            with evaluating(lm):
+            with evaluating(lm), audio_adapters_on(lm):  # without a clip Granite Speech switches its own off, and leaves it so
                 made = lm.generate(**inputs | {"input_ids": ids, "attention_mask": mask}, generation_config=config)
         finally:
             lm.generation_config = own
@@ -437,7 +442,12 @@ def _is_adapter(folder: Path) -> bool:
 
 def _with_adapter(lm: nn.Module, folder: Path) -> nn.Module:
     """`lm` with the LoRA of `folder` merged into its weights."""
-    return _peft().PeftModel.from_pretrained(lm, folder).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # they would be those of a new LoRA
+        try:
+            return _peft().PeftModel.from_pretrained(lm, folder).merge_and_unload()
+        except UserWarning as warning:
+            raise AudioLMError(f"{folder}: expected all weights of the adapter: {' '.join(str(warning).split())[:300]}") from None
 
 
 def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, source: str | None) -> nn.Module:
@@ -445,9 +455,10 @@ def _trainable(lm: nn.Module, family: Family, trains: str | None, lora: Lora, so
     if trains not in (None, *TRAINS):
         raise ValueError(f"trains: expected one of {', '.join(TRAINS)} or None, got {trains!r}")
     lm.requires_grad_(False)
+    if trains is not None and getattr(lm, "_hf_peft_config_loaded", False):
+        # transformers writes such a model's weights under names that it does not find again.
+        raise AudioLMError(f"{source}: expected weights without a LoRA of their own to train, got some with one; merge it first")
     if trains == "lora":
-        if getattr(lm, "_hf_peft_config_loaded", False):
-            raise AudioLMError(f"{source}: expected weights without a LoRA of their own; train the connector, or merge it first")
         # Whole names: PEFT turns patterns into ends of names for some families, and the encoder's layers have the same ends.
         names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and gets_lora(name, family, lora)]
         if not names:

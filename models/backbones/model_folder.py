@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -71,6 +72,19 @@ def read_encoder_state(folder: Path) -> dict[str, torch.Tensor]:
                     if key.split(".")[0] in ("conv1", "conv2", "embed_positions", "layers", "layer_norm"):
                         bare[key] = tensors.get_tensor(key).float()
     return state or bare
+
+
+def check_all_loaded(loaded: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model some of whose weights its files lack: transformers makes them at random, and warns.
+
+    Args:
+        loaded: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+
+    Raises:
+        BackboneError: names the folder and the first of the weights.
+    """
+    if lost := sorted(loaded["missing_keys"]):
+        raise BackboneError(f"{folder}: expected all weights of the model, its files lack {len(lost)}, the first is {lost[0]}")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from models.backbones.commands import backbones_parser
 from models.backbones.hub import from_hub
 from models.backbones.model_folder import (
     BackboneError,
+    check_all_loaded,
     missing_files,
     quiet_transformers,
     read_encoder_state,
@@ -91,7 +92,7 @@ def load_causal_lm(
         (model in evaluation mode, tokenizer). A tokenizer without a pad token gets the end-of-text token as one.
 
     Raises:
-        BackboneError: it was not found; the message lists what was tried.
+        BackboneError: it was not found, and the message lists what was tried; or its files lack weights.
         TypeError: `dtype` is not a floating dtype.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,9 +100,11 @@ def load_causal_lm(
     _check_dtype(dtype)
     found = resolve_backbone(spec, kind="causal_lm", cache=cache)
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            found.path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            found.path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+        check_all_loaded(loaded, found.path)
         tokenizer = AutoTokenizer.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -127,12 +127,12 @@ class ListeningWriter:
         """
         from models.speech_lm.collation import check_one_clip
         from models.speech_lm.features import check_window
+        from models.speech_lm.listeners import clip_lengths
 
         if not self._is_audio_lm:
             check_one_clip(examples)
-            seconds = [self._seconds(*clip) for clip in dict.fromkeys(clip for example in examples for clip in example.clips)]
             check_window(
-                seconds,
+                clip_lengths(examples, self._clips.audio_root),
                 self._model.config.max_audio_seconds,
                 max_cut_fraction=self._listening.max_cut_fraction,
                 say=lambda line: print(line, file=sys.stderr),
@@ -154,16 +154,6 @@ class ListeningWriter:
         )
         texts = [self._model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
         return [Answer(text, ended=row[-1] in ends) for text, row in zip(texts, rows, strict=True)]
-
-    def _seconds(self, audio: str, start: float, end: float | None) -> float:
-        """Length of a clip; 0 if it cannot be read, since its example is named when it is asked about."""
-        from models.data.audio import AudioError, check_span, probe_audio
-
-        try:
-            start, end = check_span(probe_audio(self._clips.audio_root / audio), start_seconds=start, end_seconds=end)
-        except AudioError:
-            return 0.0
-        return end - start
 
     def _heard(self, examples: Sequence[Example]) -> Any:
         """What the collator takes of the clips: waveforms of an audio LM, features (B, K, T, D) of a SpeechLM."""

@@ -161,8 +161,10 @@ def _in_words(name: str) -> str:
     return plain[:1].upper() + plain[1:]
 
 
-def worked_examples(example: Example) -> str:
+def worked_examples(example: Example, *, own_line: bool = False) -> str:
     """The beginning of the prompt: answered clips. All examples of a task share them if they ask the task's own question.
+
+    With `own_line` each answer stands on a line of its own, instead of behind a space.
 
     The labels come in a palindrome (man, woman, woman, man), because small models follow the order of the labels and
     the last answer more than the metadata. Another form of the prompt had the question before each clip and "Answer:" after
@@ -177,6 +179,7 @@ def worked_examples(example: Example) -> str:
     else:
         blocks = []
         shown = [(TASKS[name], label, _asked) for name, label in _MIXED_EXAMPLES]
+    space = "\n" if own_line else " "
     for number, (kind, label, in_words) in enumerate(shown):
         clip = Example(
             id="worked",
@@ -186,7 +189,7 @@ def worked_examples(example: Example) -> str:
             end_seconds=2.0 + number % 3,
             metadata={kind.name: label, "text": _worked_text(kind.name, label, number), "snr_db": 3 * number - 5},
         )
-        blocks.append(f"{in_words(clip)} -> {target_template(clip, label)}")
+        blocks.append(f"{in_words(clip)} ->{space}{target_template(clip, label)}")
     return "\n\n".join(blocks) + "\n\n"
 
 
@@ -212,14 +215,16 @@ _MIXED_QUESTIONS = {"table": "Which word is spoken, chair or table?", "horse": "
 _FILLERS = ("I will be there soon.", "What happened to the old house?", "Bring me the table, please.", "We never knew.")
 
 
-def prompt_end(example: Example, reasoning: str | None = None) -> str:
+def prompt_end(example: Example, reasoning: str | None = None, *, own_line: bool = False) -> str:
     """The end of the prompt, after `worked_examples(example)`: the clip in words, with its question if that differs.
 
     Args:
         reasoning: a reasoning trace about the clip. It stands between the clip's words and the answer.
+        own_line: for an answer that does not begin with a space; without it the prompt ends in front of that space.
     """
     words = describe(example) if _asks_the_same(example) else _asked(example)
-    return f"{words}\nReasoning: {' '.join(reasoning.split())} ->" if reasoning else f"{words} ->"
+    words = f"{words}\nReasoning: {' '.join(reasoning.split())}" if reasoning else words
+    return f"{words} ->\n" if own_line else f"{words} ->"
 
 
 def _asks_the_same(example: Example) -> bool:

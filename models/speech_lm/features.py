@@ -145,7 +145,7 @@ def check_window(
     if not cut:
         return
     line = (
-        f"{len(cut)} of {len(seconds)} clips are longer than the {window_seconds:g} s that the model hears (max_audio_seconds), "
+        f"{len(cut)} of {len(seconds)} clips are longer than the {window_seconds:g} s that the model hears, "
         f"up to {max(cut):.1f} s: the rest of each is cut off"
     )
     if len(cut) > max_cut_fraction * len(seconds):

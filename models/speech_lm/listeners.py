@@ -6,12 +6,14 @@ A folder with speech_lm.json is a SpeechLM. Everything else is an audio LM: a hu
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from kdkernels.decoding import contrastive_generate
 from kdkernels.sampling import Sampling, until_end
@@ -20,6 +22,7 @@ from models.audio_lms.clips import ClipReader
 from models.audio_lms.model import AudioLM, checkpoint_folders
 from models.backbones.device import inference_dtype
 from models.corpora.hearing import PLAIN, Hearing
+from models.data.audio import AudioError, check_span, probe_audio
 from models.io_utils import sha256_file
 from models.speech_lm.collation import crop_to_targets
 
@@ -100,14 +103,14 @@ def open_clips(
     """What `model` hears of the examples, with `rows(examples)`; and the examples whose clips it can hear.
 
     For a SpeechLM it is a store of features, made now or read from disk: `options` are those of `clip_features`. An audio LM's
-    clips are decoded batch by batch. `hears`: what is done to a clip before.
+    clips are decoded batch by batch; of `options` it takes `max_cut_fraction` and `say`. `hears`: what is done to a clip before.
 
     Raises:
-        FeatureError: see `clip_features`.
+        FeatureError: see `clip_features`; an audio LM hears only the beginning of more clips than `max_cut_fraction`.
         ValueError: features for an audio LM, which has an encoder of its own in each forward; an example with more clips than the
             model can hear in a turn.
     """
-    from models.speech_lm.features import clip_features
+    from models.speech_lm.features import check_window, clip_features
 
     if not isinstance(model, AudioLM):
         return clip_features(model, examples, audio_root=audio_root, max_seconds=max_seconds, hears=hears, **options)
@@ -115,8 +118,28 @@ def open_clips(
         raise ValueError(f"features: expected none with an audio LM of transformers, got {options['features']}")
     for example in examples:
         model.family.check_clips(len(example.clips), f"example {example.id!r}: ")
+    window = model.family.hears_seconds
+    if window is not None and max_seconds > window:
+        lengths = clip_lengths(examples, audio_root)
+        check_window(
+            lengths, window, max_cut_fraction=options.get("max_cut_fraction", 1.0), say=options.get("say", tqdm.write)
+        )
     reader = ClipReader(audio_root, sampling_rate=model.sampling_rate, max_seconds=max_seconds, hears=hears)
     return reader, list(examples)
+
+
+def clip_lengths(examples: Sequence[Example], audio_root: str | Path) -> list[float]:
+    """Seconds of each distinct clip, by its header; 0 for one that cannot be read, which is named where it is heard."""
+    lengths = []
+    for audio, start, end in dict.fromkeys(clip for example in examples for clip in example.clips):
+        try:
+            begin, stop = check_span(
+                probe_audio(Path(audio_root) / audio), start_seconds=start, end_seconds=end, max_seconds=math.inf
+            )
+        except AudioError:
+            begin = stop = 0.0
+        lengths.append(stop - begin)
+    return lengths
 
 
 def unheard_batch(model: Any, examples: Sequence[Example]) -> Any:

@@ -42,8 +42,8 @@ class OnPolicy:
             settings.on_policy_temperature, settings.on_policy_top_k, settings.on_policy_top_p, settings.on_policy_max_new_tokens
         )
         vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._end_id = model.make_collator().end_id
-        self._suppressed = unspoken_ids(model.tokenizer, [self._end_id], vocab_size)
+        self._end_ids = getattr(model, "end_ids", None) or [model.make_collator().end_id]
+        self._suppressed = unspoken_ids(model.tokenizer, self._end_ids, vocab_size)
 
     def chosen(self, step: int, numbers: Sequence[int]) -> list[int]:
         """Those of the examples' `numbers` in step `step` (the first is 1) to which the student makes an answer."""
@@ -83,5 +83,5 @@ class OnPolicy:
         count = max(len(answers), 1)
         return [
             ("answer_tokens", sum(map(len, answers)) / count, len(answers)),
-            ("answer_ends", sum(answer[-1] == self._end_id for answer in answers) / count, len(answers)),
+            ("answer_ends", sum(answer[-1] in self._end_ids for answer in answers) / count, len(answers)),
         ]

@@ -127,6 +127,7 @@ class _Model:
     weight_bytes: int
     tokens_per_second: float = 0.0
     window_seconds: float = 0.0
+    hears_seconds: float = math.inf
     fixed_audio_tokens: float | None = None  # of a SpeechLM
     encoder_in_step: bool = True
     lm: Any = None
@@ -136,12 +137,13 @@ class _Model:
     def audio_tokens(self, seconds: float) -> float:
         if self.fixed_audio_tokens is not None:
             return self.fixed_audio_tokens
-        return self.tokens_per_second * seconds
+        return self.tokens_per_second * min(seconds, self.hears_seconds)
 
     def encoder_flop(self, seconds: float) -> float:
         """Of a clip, forward."""
         if not self.encoder_in_step:
             return 2.0 * self.connector * (self.fixed_audio_tokens or 0)
+        seconds = min(seconds, self.hears_seconds)
         window = math.ceil(seconds / self.window_seconds) * self.window_seconds if self.window_seconds else seconds
         return 2.0 * self.sizes.encoder * _ENCODER_POSITIONS_PER_SECOND * window
 
@@ -318,8 +320,8 @@ def _audio_model(key: str, spec: str, weight_bytes: int) -> _Model:
     except (UnknownSizeError, AudioLMError) as error:
         raise SourceError(f"{key}: {error}") from None
     return _Model(
-        sizes_of(spec, lm, family, known_from), weight_bytes, family.tokens_per_second, family.window_seconds, lm=lm,
-        family=family,
+        sizes_of(spec, lm, family, known_from), weight_bytes, family.tokens_per_second, family.window_seconds,
+        family.hears_seconds or math.inf, lm=lm, family=family,
     )  # fmt: skip
 
 

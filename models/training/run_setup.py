@@ -436,7 +436,10 @@ def _audio_data(
 
     `reader`: of another model; it is shared where both hear the same at the same rate, so no clip is decoded twice.
     """
-    store, usable = open_clips(model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds, hears=hears)
+    store, usable = open_clips(
+        model, examples, audio_root=audio_root, max_seconds=settings.max_clip_seconds, hears=hears,
+        max_cut_fraction=settings.max_cut_fraction,
+    )  # fmt: skip
     if reader is not None and reader.gives_the_same_as(store):
         store = reader
     collator = model.make_collator()
@@ -600,8 +603,9 @@ def _build_source(
     if settings.role == "text":
         collator = model.make_collator()
         teacher = TextTeacher(
-            lm, tokenizer, target_ids=collator.target_ids, end_id=collator.end_id, reasoning=settings.reasoning, **options
-        )
+            lm, tokenizer, target_ids=collator.target_ids, end_id=collator.end_id, own_line=isinstance(model, AudioLM),
+            reasoning=settings.reasoning, **options,
+        )  # fmt: skip
     else:
         hears = recipe.student.hears if settings.role == "acoustic" else settings.hears
         if isinstance(lm, AudioLM):

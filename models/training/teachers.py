@@ -306,6 +306,7 @@ class TextTeacher:
         tokenizer: its own.
         target_ids: an example -> the token ids of its target, as the student's collator makes them.
         end_id: the id that ends such a target, or None.
+        own_line: for targets that do not begin with a space, as in a chat: the answer then stands on a line of its own.
         device: where it runs.
         layers: layers whose states are returned as well.
         reasoning: see above.
@@ -319,6 +320,7 @@ class TextTeacher:
         target_ids: Callable[[Example], list[int]],
         end_id: int | None,
         device: torch.device,
+        own_line: bool = False,
         layers: Sequence[int] = (),
         reasoning: bool = False,
     ) -> None:
@@ -329,6 +331,7 @@ class TextTeacher:
         self._tokenizer = tokenizer
         self._target_ids = target_ids
         self._end_id = end_id
+        self._own_line = own_line
         self._device = device
         self._layers = tuple(layers)
         self._reasoning = reasoning
@@ -345,7 +348,7 @@ class TextTeacher:
             raise SourceError(f"text teacher: the batch of {batch.ids[0]} ... has other target tokens than its examples")
         by_prefix: dict[str, list[int]] = {}
         for row, example in enumerate(examples):
-            by_prefix.setdefault(worked_examples(example), []).append(row)
+            by_prefix.setdefault(worked_examples(example, own_line=self._own_line), []).append(row)
         states: list[torch.Tensor | None] = [None] * len(examples)
         for prefix, rows in by_prefix.items():
             read = self._read(prefix, [self._prompt(examples[row]) for row in rows], [targets[row] for row in rows])
@@ -360,7 +363,7 @@ class TextTeacher:
         from models.pseudo_gt.wording import prompt_end
 
         reasoning = example.metadata.get("reasoning") if self._reasoning else None
-        return self._tokenizer.encode(prompt_end(example, reasoning), add_special_tokens=False)
+        return self._tokenizer.encode(prompt_end(example, reasoning, own_line=self._own_line), add_special_tokens=False)
 
     def _read(self, prefix: str, prompts: list[list[int]], targets: list[list[int]]) -> list[torch.Tensor]:
         """(n, H) or (n, 1 + K, H) of each row's target tokens."""

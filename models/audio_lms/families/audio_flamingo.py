@@ -12,6 +12,7 @@ FAMILY = Family(
     model_types=("audioflamingo3",),
     model_class="AudioFlamingo3ForConditionalGeneration",
     window_seconds=30.0,
+    hears_seconds=600.0,
     max_clips=1,
     audio_first=False,
 )

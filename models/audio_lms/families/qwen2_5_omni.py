@@ -38,6 +38,7 @@ FAMILY = Family(
     name="Qwen2.5-Omni",
     model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
     model_class="Qwen2_5OmniThinkerForConditionalGeneration",
+    hears_seconds=300.0,
     connector=r"model\.audio_tower\.proj\b",
     load_processor=load_processor,
 )

@@ -12,4 +12,5 @@ FAMILY = Family(
     model_types=("qwen2_audio",),
     model_class="Qwen2AudioForConditionalGeneration",
     window_seconds=30.0,
+    hears_seconds=30.0,
 )

@@ -15,5 +15,6 @@ FAMILY = Family(
     model_class="GlmAsrForConditionalGeneration",
     tokens_per_second=12.5,
     window_seconds=30.0,
+    hears_seconds=630.0,
     max_clips=1,
 )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from kdkernels import fused_linear_caad_loss
+from kdkernels import Sampling, fused_linear_caad_loss
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.audio_lms.clips import ClipReader
 from models.audio_lms.families import family_of
@@ -20,8 +20,10 @@ from models.audio_lms.model import AudioLM
 from models.data.audio import AudioError, write_audio
 from models.data.example import Example
 from models.data.manifest import read_manifest, write_manifest
+from models.speech_lm.clip_keys import FeatureError
 from models.speech_lm.listeners import answer_ids, open_clips
 from models.training.cache_identity import sample_content
+from tests.kdkernels import tiny_lms
 from tests.models.audio_lms import tiny_audio_lms as tiny
 
 EXAMPLES = [
@@ -344,3 +346,68 @@ def test_clips_that_are_read_ahead_are_the_same_and_are_forgotten(tmp_path, monk
     reader.prefetch([b, Example(id="t", audio=None)])
     assert len(reader._ahead) == 2 and reader.rows([a, b])[0] is not None
     assert sorted(decoded) == ["a.wav", "a.wav", "b.wav"]
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    """transformers would make them at random, and every load would be another model."""
+    folder = tiny.qwen2_audio(tmp_path / "lm")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if "multi_modal_projector" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AudioLMError, match=rf"files lack {len(weights) - len(kept)}, the first is .*multi_modal_projector"):
+        AudioLM.from_pretrained(folder)
+
+
+def test_an_adapter_that_lacks_weights_is_refused(tmp_path):
+    pytest.importorskip("peft")
+    base = tiny.qwen2_audio(tmp_path / "lm")
+    folder = AudioLM.from_pretrained(base, trains="lora").save_pretrained(tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    AudioLM.from_pretrained(folder)
+    save_file(dict(list(weights.items())[2:]), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AudioLMError, match="expected all weights of the adapter"):
+        AudioLM.from_pretrained(folder)
+
+
+def test_the_ends_of_an_answer_are_those_of_the_checkpoint_too(tmp_path):
+    model = AudioLM.from_pretrained(tiny.qwen2_audio(tmp_path / "lm"))
+    model.lm.generation_config.eos_token_id = [tiny.ID["<|endoftext|>"], tiny.ID["<|im_start|>"]]
+    assert model.end_ids == sorted(tiny.ID[name] for name in ("<|endoftext|>", "<|im_end|>", "<|im_start|>"))
+    prompt = model.make_collator()(EXAMPLES, CLIPS, with_target=False)
+    said = F.one_hot(torch.tensor(tiny.ID["<|im_start|>"]), model.lm.lm_head.out_features) * 1e3
+    model.lm.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits + said)  # it says nothing but this end
+    draws = torch.full((2, 5), 0.5, dtype=torch.float64)
+    own = model.own_answers(prompt, draws, sampling=Sampling(0.0, max_new_tokens=5))
+    assert all(answer == [tiny.ID["<|im_start|>"]] for answer in (*own, *model.answer_ids(prompt, max_new_tokens=5)))
+
+
+def test_clips_that_a_processor_would_cut_are_counted(tmp_path, monkeypatch):
+    model = AudioLM.from_pretrained(tiny.qwen2_audio(tmp_path / "lm"))
+    assert model.family.hears_seconds == 30.0
+    model.family = dataclasses.replace(model.family, hears_seconds=1.0)
+    for name, seconds in (("a", 2.5), ("b", 0.5)):
+        write_audio(tmp_path / f"{name}.wav", tiny.tone(300.0, seconds=seconds))
+    said: list[str] = []
+    options = {"audio_root": tmp_path, "max_seconds": 30.0, "say": said.append}
+    open_clips(model, EXAMPLES, **options)
+    assert said == [
+        "1 of 2 clips are longer than the 1 s that the model hears, up to 2.5 s: the rest of each is cut off"
+    ]
+    with pytest.raises(FeatureError, match=r"more than max_cut_fraction 0.1"):
+        open_clips(model, EXAMPLES, max_cut_fraction=0.1, **options)
+
+
+def test_a_checkpoint_with_a_lora_of_its_own_hears_by_it_and_is_not_trained():
+    """Granite Speech's generate turns it off where there is no clip, and leaves it off."""
+    from types import SimpleNamespace
+
+    lm, inputs = tiny_lms.granite_speech_with_adapter(target_modules=["q_proj", "v_proj"])
+    processor = SimpleNamespace(tokenizer=tiny.tokenizer(), feature_extractor=SimpleNamespace(sampling_rate=tiny.RATE))
+    model = AudioLM(lm, processor)
+    index = torch.tensor([inputs["input_ids"].shape[1] - 1])
+    hears = model.hidden_states_at(index, **inputs)
+    tiny_lms.text_only_generate(lm, inputs)
+    torch.testing.assert_close(model.hidden_states_at(index, **inputs), hears)
+    for trains in ("lora", "connector", "full"):
+        with pytest.raises(AudioLMError, match="expected weights without a LoRA of their own to train"):
+            AudioLM(lm, processor, trains=trains)

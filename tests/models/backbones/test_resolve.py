@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_speech import make_encoder, make_lm, make_tokenizer
 
 from models.backbones import hub, packages, resolve, wheels
@@ -101,6 +102,16 @@ def test_local_folder(lm_folder):
     assert model.dtype == torch.bfloat16 and not model.training
     assert tokenizer("The speaker").input_ids == make_tokenizer()("The speaker").input_ids
     assert resolve_backbone(str(lm_folder), kind="causal_lm").source == "folder"
+
+
+def test_files_that_lack_weights_are_refused(lm_folder):
+    """transformers would make the others at random."""
+    weights = load_file(lm_folder / "model.safetensors")
+    lost = sorted(name for name in weights if ".layers.1." in name)
+    kept = {name: x for name, x in weights.items() if name not in lost}
+    save_file(kept, lm_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=rf"its files lack {len(lost)}, the first is {lost[0]}"):
+        load_causal_lm(str(lm_folder))
 
 
 def test_pad_token_falls_back_to_end_of_text(lm_folder):

@@ -36,7 +36,7 @@ def test_a_clip_that_is_longer_than_the_models_window_is_mentioned(tmp_path, cap
         assert main([str(tmp_path / "model"), clip, "Who?", "--device", "cpu", "--max-new-tokens", "2"]) == 0
         said[seconds] = capsys.readouterr()
     assert "clips are longer than" not in said[1].err and said[1].out == said[3].out
-    assert "1 of 1 clips are longer than the 1 s that the model hears (max_audio_seconds), up to 3.0 s" in said[3].err
+    assert "1 of 1 clips are longer than the 1 s that the model hears, up to 3.0 s" in said[3].err
 
 
 def test_a_model_of_nan_has_no_answer(tmp_path, capsys):

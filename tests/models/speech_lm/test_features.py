@@ -177,7 +177,7 @@ def test_clips_longer_than_the_window_are_counted_and_may_stop_the_run(folder, f
         store, _ = clip_features(model, asked, **options, say=lambda line: None)
         options["features"] = store.save(folder / "cut.safetensors")
     clip_features(model, asked, **options, say=said.append)
-    longer = "1 of 3 clips are longer than the 0.15 s that the model hears (max_audio_seconds), up to 1.0 s"
+    longer = "1 of 3 clips are longer than the 0.15 s that the model hears, up to 1.0 s"
     assert said == [f"{longer}: the rest of each is cut off"]
     with pytest.raises(FeatureError, match=r"that is more than max_cut_fraction 0.3"):
         clip_features(model, asked, **options, max_cut_fraction=0.3, say=said.append)

@@ -55,19 +55,25 @@ def text_teacher(model, lm, **options):
     )
 
 
+@pytest.mark.parametrize("own_line", [False, True])
 @pytest.mark.parametrize("layers", [(), (0, 2, 4)])
-def test_the_text_teacher_reads_stage_1s_prompt_and_then_the_target(student, layers):
+def test_the_text_teacher_reads_stage_1s_prompt_and_then_the_target(student, layers, own_line):
     data, lm, tokenizer = data_for(student), make_lm(make_tokenizer(), seed=5), make_tokenizer()
     # A second question, so that two texts of worked examples are read in one batch.
     data.examples[1] = dataclasses.replace(data.examples[1], question="A man?", choices=("man", "woman"))
     batch = data.make_batch(data.examples)
-    states = text_teacher(student, lm, layers=layers)(batch, data.examples)
+    states = text_teacher(student, lm, layers=layers, own_line=own_line)(batch, data.examples)
     row_start = 0
     for example in data.examples:
         target = student.make_collator().target_ids(example)
-        prompt = tokenizer.encode(worked_examples(example))
-        prompt += tokenizer.encode(prompt_end(example), add_special_tokens=False)
+        prompt = tokenizer.encode(worked_examples(example, own_line=own_line))
+        prompt += tokenizer.encode(prompt_end(example, own_line=own_line), add_special_tokens=False)
         assert "Note:" not in prompt_end(example)  # the hint may lie
+        # In front of an answer stands in the examples what stands in front of the target.
+        arrow = "->\n" if own_line else "->"
+        assert prompt_end(example, own_line=own_line).endswith(arrow)
+        answers = worked_examples(example, own_line=own_line).split(arrow)[1:]
+        assert answers and all(answer[0].isspace() != own_line for answer in answers)
         with torch.no_grad():
             output = lm.model(torch.tensor([prompt + target]), output_hidden_states=True)
         at = slice(len(prompt) - 1, len(prompt) - 1 + len(target))
