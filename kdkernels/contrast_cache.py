@@ -142,7 +142,8 @@ class ContrastCache(ShardReader):
         Raises:
             ValueError: `teacher_head` has another shape, or other values than rounding to bfloat16 explains.
         """
-        _check_head(self.folder, head, self._header.get(_HEAD))
+        if (held := self._header.get(_HEAD)) is not None:
+            _check_head(self.folder, _head_sample(head), held)
 
     def __getitem__(self, sample_id: str) -> CachedStates:
         return self.get([sample_id])
@@ -251,7 +252,6 @@ class ContrastCacheWriter(ShardWriter):
                     f"teacher_head: expected a weight (V, {hidden_size}), got {tuple(teacher_head.weight.shape)}"
                 )
             header[_HEAD] = _head_sample(teacher_head)
-        self._teacher_head = teacher_head
         super().__init__(folder, header=header, shard_mib=shard_mib, part=part, verify_checksums=verify_checksums)
 
     def add(
@@ -310,8 +310,8 @@ class ContrastCacheWriter(ShardWriter):
 
     def _match_header(self, header: Header) -> Header:
         found = super()._match_header(header)
-        if self._teacher_head is not None:
-            _check_head(self.folder, self._teacher_head, found.get(_HEAD))
+        if _HEAD in header and _HEAD in found:
+            _check_head(self.folder, header[_HEAD], found[_HEAD])
         return found
 
     def _stored(self, name: str, hidden: Tensor, sample_id: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -341,11 +341,8 @@ def _head_sample(head: LMHead) -> dict[str, Any]:
     return {"shape": list(head.weight.shape), "values": values.tolist()}
 
 
-def _check_head(folder: Path, head: LMHead, held: Any) -> None:
-    """ValueError where the sample that a header holds is not of this head."""
-    if held is None:
-        return
-    got = _head_sample(head)
+def _check_head(folder: Path, got: dict[str, Any], held: Any) -> None:
+    """ValueError where the sample that a header holds is not of the head that `got` is of."""
     try:
         shape, values = tuple(held["shape"]), torch.tensor(held["values"], dtype=torch.float64)
     except (TypeError, ValueError, KeyError) as error:

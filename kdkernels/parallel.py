@@ -262,7 +262,7 @@ def _solve_rows(
     """
     here, spec, target = shard(problem, first), problem.spec, problem.target
     audio_max = None
-    if spec.plausibility is not None and (spec.with_kd or problem.want_stats):
+    if problem.masked:
         audio_max = here.audio_max()
         dist.all_reduce(audio_max, op=dist.ReduceOp.MAX, group=group)
     whole = _Whole.of(_all_ranks(here.sums(audio_max), group), spec.temperature, dist.get_rank(group))

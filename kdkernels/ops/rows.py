@@ -181,10 +181,19 @@ class RowProblem(NamedTuple):
         return self.spec.with_ce and self.target is not None
 
     @property
+    def reads_teacher(self) -> bool:
+        return self.spec.with_kd or self.want_stats
+
+    @property
+    def masked(self) -> bool:
+        """Whether the plausibility mask is looked for: only where the teacher is read at all."""
+        return self.spec.plausibility is not None and self.reads_teacher
+
+    @property
     def read(self) -> dict[str, torch.Tensor]:
         """The logits that a kernel reads, by their names."""
         named = {"student": self.student}
-        if self.spec.with_kd or self.want_stats:
+        if self.reads_teacher:
             named["audio"] = self.audio
             if self.text is not None:
                 named["text"] = self.text

@@ -130,7 +130,7 @@ class EagerShard:
         problem, spec = self.problem, self.problem.spec
         s = self._logits(problem.student, spec.student_scale, spec.student_softcap)
         z, paths = s.new_full(s.shape, -math.inf), None
-        if spec.with_kd or problem.want_stats:
+        if problem.reads_teacher:
             text = (
                 None if problem.text is None else self._logits(problem.text, spec.teacher_scale, spec.teacher_softcap)
             )

@@ -477,7 +477,7 @@ def _solve_rows(problem: RowProblem) -> RowResult:
             TEMPERATURE=_temperature_code(spec.temperature),
             HAS_TEXT=text is not None,
             HAS_TARGET=target is not None,
-            HAS_PLAUSIBILITY=spec.plausibility is not None and (spec.with_kd or want_stats),
+            HAS_PLAUSIBILITY=problem.masked,
             WITH_KD=spec.with_kd,
             WITH_CE=problem.with_ce,
             WANT_GRAD=grad is not None,

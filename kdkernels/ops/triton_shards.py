@@ -509,7 +509,7 @@ class TritonShard:
             "TEMPERATURE": _temperature_code(spec.temperature),
             "HAS_TEXT": problem.text is not None,
             "HAS_TARGET": problem.target is not None,
-            "HAS_PLAUSIBILITY": spec.plausibility is not None and (spec.with_kd or problem.want_stats),
+            "HAS_PLAUSIBILITY": problem.masked,
             "WITH_KD": spec.with_kd,
             "WITH_CE": problem.with_ce,
             "WANT_STATS": want_stats,

@@ -65,10 +65,15 @@ def read_header(path: str | Path) -> tuple[list[str], list[Clip] | None, dict[st
         raise FeatureError(f"{path}: not a feature file: {error}") from error
 
 
+def feature_paths(path: str | Path) -> list[Path]:
+    """The files that `path` stands for: a feature file alone, or all shards of a folder."""
+    return sorted(Path(path).glob(SHARD_PATTERN)) if Path(path).is_dir() else [Path(path)]
+
+
 def features_sha256(path: str | Path) -> str:
     """SHA-256 of a feature file; of a folder a fingerprint of those of its shards, in the order of their names."""
-    path = Path(path)
-    return fingerprint([sha256_file(p) for p in sorted(path.glob(SHARD_PATTERN))]) if path.is_dir() else sha256_file(path)
+    hashes = [sha256_file(file) for file in feature_paths(path)]
+    return fingerprint(hashes) if Path(path).is_dir() else hashes[0]
 
 
 class FeatureFiles:
@@ -87,7 +92,7 @@ class FeatureFiles:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files = sorted(self.path.glob(SHARD_PATTERN)) if self.path.is_dir() else [self.path]
+        self._files = feature_paths(self.path)
         if not self._files:
             raise FeatureError(f"{path}: expected shards of features ({SHARD_PATTERN}) in it, got none")
         self.made_by: dict[str, Any] | None = None
