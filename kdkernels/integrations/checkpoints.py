@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 _ADAPTER = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+# Files of a checkpoint beside its weights; transformers writes its state last.
+_OPTIMIZER, _SCHEDULER, _STATE = ("optimizer.pt", "optimizer.bin"), "scheduler.pt", "trainer_state.json"
 _PROMPTS = "prompt_encoder"  # PEFT's module of trained prompts; the files have those as "prompt_embeddings"
 _SETTINGS = "adapter_config.json"
 _OF_THE_ADAPTER = ("peft_type", "r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")  # what a resumed run must share
@@ -62,9 +65,12 @@ class CheckpointLoading(_Trainer):
 
     Memory: a whole model is read on the CPU, in the widest dtype of the model's parameters, and freed after it is copied.
 
+    Warnings: the checkpoint has no state of the optimiser (save_only_model). Or a new run starts beside checkpoints of an earlier
+    one: a later resume takes the highest number, and save_total_limit may delete the new ones.
+
     Raises:
         ValueError: when training starts, nothing trains, or a parameter does that no save would hold: one beside a LoRA, whose
-            file holds the adapter alone. The error names the first ones.
+            file holds the adapter alone. The error names the first ones. Or the checkpoint is one whose save was cut off.
         RuntimeError: after loading, a parameter that trains has not come from the checkpoint, or the checkpoint holds a tensor
             that the model does not have. The error names the first ones. Frozen weights may be missing; they stay as they are.
     """
@@ -74,7 +80,41 @@ class CheckpointLoading(_Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model
         _check_saved(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        if (folder := self._resumed(resume_from_checkpoint)) is not None:
+            self._check_checkpoint(folder)
+        elif not resume_from_checkpoint:
+            self._warn_of_an_earlier_run()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _resumed(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The folder that the Trainer will load; None for none, and where there is none (which the Trainer says itself)."""
+        output = self.args.output_dir
+        if isinstance(resume_from_checkpoint, bool):
+            newest = get_last_checkpoint(output) if resume_from_checkpoint and os.path.isdir(str(output)) else None
+            return None if newest is None else Path(newest)
+        folder = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        return folder if folder is not None and folder.is_dir() else None
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        """Before anything is loaded: ValueError where its save was cut off, a warning where it has no state of the optimiser."""
+        _check_complete(folder)
+        own_files = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not own_files and not (_has(folder, _OPTIMIZER) and (folder / _SCHEDULER).is_file()):
+            logger.warning(
+                "%s has no state of the optimiser and the learning rate, as with save_only_model: both begin again, so this is "
+                "not the undisturbed run",
+                folder,
+            )
+
+    def _warn_of_an_earlier_run(self) -> None:
+        output, saves = str(self.args.output_dir), self.args.save_strategy != SaveStrategy.NO and self.args.should_save
+        if saves and os.path.isdir(output) and (newest := get_last_checkpoint(output)) is not None:
+            logger.warning(
+                "%s holds checkpoints of an earlier run up to %s, and this run starts at step 1. resume_from_checkpoint=True "
+                "takes the highest number of any run, and save_total_limit may delete the new ones. Move the old ones away",
+                output,
+                Path(newest).name,
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
@@ -116,6 +156,19 @@ def _trained(model: nn.Module) -> set[str]:
 
 def _has(folder: Path, names: Iterable[str]) -> bool:
     return any((folder / name).is_file() for name in names)
+
+
+def _check_complete(folder: Path) -> None:
+    """Raises ValueError where the save was cut off: transformers writes the trainer's state last."""
+    if (folder / _STATE).is_file():
+        return
+    beside = [f for f in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (f / _STATE).is_file()]
+    newest = max(beside, key=lambda f: int(number) if (number := f.name.rpartition("-")[2]).isdecimal() else -1, default=None)
+    what = "no complete one lies beside it" if newest is None else f"pass resume_from_checkpoint={os.fspath(newest)!r}"
+    raise ValueError(
+        f"resume_from_checkpoint: expected a complete checkpoint, got {folder} without {_STATE}, which is written "
+        f"last: its save was cut off, or it is the folder of a model alone; {what}"
+    )
 
 
 def _load_whole(model: PreTrainedModel, folder: Path) -> set[str]:

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, RemoveColumnsCollator, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, RemoveColumnsCollator
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
@@ -112,8 +112,9 @@ class CAADTrainer(CheckpointLoading, Trainer):
         ValueError, TypeError: for a bad argument, or for a column that a batch lacks, with its name. These raise at construction,
             because the loss could not follow them: compute_metrics, compute_loss_func, DataParallel, tensor, context or sequence
             parallelism, and of args label_smoothing_factor, torch_compile, use_liger_kernel, batch_eval_metrics,
-            eval_do_concat_batches=False, eval_use_gather_object, predict_with_generate and debug="underflow_overflow". An LM
-            head with an active adapter other than LoRA, or with a hook that would get logits, raises when it is first used.
+            eval_do_concat_batches=False, eval_use_gather_object, predict_with_generate, debug="underflow_overflow", and
+            greater_is_better (a default of transformers) with kd or ce as metric_for_best_model. An LM head with an active
+            adapter other than LoRA, or with a hook that would get logits, raises when it is first used.
         FloatingPointError: the loss or the gradient is not finite. It names the step and the samples.
     """
 
@@ -331,17 +332,15 @@ class CAADTrainer(CheckpointLoading, Trainer):
 
     # --- what is saved ------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if folder:
-            check_options(
-                Path(str(folder)),
-                self.options,
-                on_policy=self._on_policy_json(),
-                made_of=self._made_of,
-                allow_others=self._resume_with_other_options,
-            )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def _check_checkpoint(self, folder: Path) -> None:
+        super()._check_checkpoint(folder)
+        check_options(
+            folder,
+            self.options,
+            on_policy=self._on_policy_json(),
+            made_of=self._made_of,
+            allow_others=self._resume_with_other_options,
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
@@ -708,6 +707,12 @@ def _check_arguments(model: Any, args: TrainingArguments, teacher: Any, teacher_
     if any(str(getattr(option, "value", option)) == "underflow_overflow" for option in args.debug):
         raise ValueError(
             "args.debug: expected no 'underflow_overflow' with CAADTrainer, got it: its hooks look at logits, which are not built"
+        )
+    metric = str(args.metric_for_best_model)
+    if args.greater_is_better and metric.rpartition("_")[2] in ("kd", "ce"):
+        raise ValueError(
+            f"args.greater_is_better: expected False with metric_for_best_model={metric!r}, which is a loss, got True, "
+            "transformers' default for names that do not end in 'loss': the worst model would count as the best one"
         )
     if args.n_gpu > 1:
         raise ValueError(f"args.n_gpu: expected one GPU a process (start with torchrun), got {args.n_gpu}: DataParallel")

@@ -376,6 +376,30 @@ class TestErrors:
             trainer(tmp_path / "d", **network).train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-1"))
 
 
+def test_a_save_that_was_cut_off_is_named_and_the_complete_one_before_it(tmp_path):
+    """transformers writes trainer_state.json last; of half a checkpoint it would only miss that file."""
+    trainer_of(tmp_path, "qwen2_audio", "full").train()
+    newest = tmp_path / "checkpoint-4"
+    for name in ("trainer_state.json", "optimizer.pt", "caad_options.json"):  # a kill behind the weights
+        (newest / name).unlink()
+    going_on = trainer_of(tmp_path, "qwen2_audio", "full")
+    with pytest.raises(ValueError, match=r"got \S+checkpoint-4 without trainer_state\.json.*from_checkpoint='\S+checkpoint-2'$"):
+        going_on.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="no complete one lies beside it"):
+        going_on.train(resume_from_checkpoint=str(newest))
+
+
+def test_what_a_run_goes_on_without_is_said(tmp_path, caplog):
+    trainer_of(tmp_path, "qwen2_audio", "full", max_steps=2, save_only_model=True).train()
+    assert not caplog.text
+    trainer_of(tmp_path, "qwen2_audio", "full", max_steps=3).train(resume_from_checkpoint=True)
+    assert "checkpoint-2 has no state of the optimiser and the learning rate" in caplog.text
+    assert "earlier run" not in caplog.text
+    trainer_of(tmp_path, "qwen2_audio", "full", max_steps=1).train()
+    assert "holds checkpoints of an earlier run up to checkpoint-3, and this run starts at step 1" in caplog.text
+
+
 def test_mix_in_for_a_plain_trainer(tmp_path):
     """transformers' own Trainer keeps the initial weights; if this fails, transformers has changed and the docs with it."""
 

@@ -451,7 +451,13 @@ class TestArgumentsThatWork:
             {"full_determinism": False, "data_seed": 3},
             {"eval_on_start": True},
             {"logging_nan_inf_filter": False},
-            {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "kd"},
+            {
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+                "save_strategy": "best",
+                "metric_for_best_model": "kd",
+                "greater_is_better": False,
+            },
         ],
         ids=lambda options: "+".join(options),
     )
@@ -488,13 +494,15 @@ class TestArgumentsThatWork:
         assert found[:3] == plain[:3] and found[3] != plain[3]
 
     @pytest.mark.slow
-    def test_best_model(self, tmp_path):
+    @pytest.mark.parametrize("metric", ["loss", "kd"])
+    def test_best_model(self, tmp_path, metric):
         trainer = CAADTrainer(
             speech_lm(),
             arguments(
                 tmp_path,
                 load_best_model_at_end=True,
-                metric_for_best_model="loss",
+                metric_for_best_model=metric,
+                greater_is_better=False,
                 eval_strategy="steps",
                 eval_steps=1,
                 save_strategy="steps",
@@ -506,9 +514,10 @@ class TestArgumentsThatWork:
             eval_dataset=examples(4),
         )
         trainer.train()
-        losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-        assert trainer.state.best_metric == min(losses)
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+        name = f"eval_{metric}"
+        values = [line[name] for line in trainer.state.log_history if name in line]
+        assert trainer.state.best_metric == min(values)
+        assert trainer.evaluate()[name] == pytest.approx(min(values), rel=1e-5)
 
 
 class TestColumnsAndArguments:
@@ -637,6 +646,8 @@ class TestColumnsAndArguments:
             ({}, {"eval_use_gather_object": True}, ValueError, "args.eval_use_gather_object: expected False"),
             ({}, {"use_liger_kernel": True}, ValueError, "args.use_liger_kernel: expected False"),
             ({}, {"debug": "underflow_overflow"}, ValueError, "args.debug: expected no 'underflow_overflow'"),
+            ({}, {"metric_for_best_model": "kd"}, ValueError, "args.greater_is_better: expected False with .*'kd'"),
+            ({}, {"metric_for_best_model": "eval_dev_ce"}, ValueError, "args.greater_is_better: expected False with .*_ce'"),
         ]
         for changed, options, error, message in cases:
             with pytest.raises(error, match=message):
