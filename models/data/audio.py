@@ -22,6 +22,7 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+from models.data.problems import MISSING_CLIP
 from models.io_utils import atomic_write_bytes
 
 SAMPLE_RATE_HZ = 16_000
@@ -93,7 +94,7 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise AudioError("missing file", path) from None
+        raise AudioError(MISSING_CLIP, path) from None
     except (OSError, ValueError, RuntimeError) as error:  # permissions, name too long, null bytes, loops of links
         raise AudioError(f"cannot be opened ({_short(error)})", path) from None
     if not stat.S_ISREG(status.st_mode):

@@ -52,6 +52,8 @@ def describe(manifest: Manifest, infos: dict[str, AudioInfo | AudioError], *, ro
         clips += f"; the shortest {min(seconds):.1f} s, the longest {max(seconds):.1f} s"
     texts = sum(e.audio is None for e in examples)
     lines += [clips + (f"; {texts} examples without a clip" if texts else "")]
+    if without := sum(not e.question.strip() for e in examples):
+        lines += [f"questions: {without} examples have none, so a model reads the rest of the prompt alone"]
     lines += _answers(examples)
     lines += _repeated(examples)
     return [*lines, manifest.summary(problems=False)]

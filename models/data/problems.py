@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TextIO
 
 _MAX_REASON_CHARACTERS = 500
 _MAX_ID_CHARACTERS = 200
@@ -43,16 +44,30 @@ class ManifestError(ValueError):
         super().__init__(message)
 
 
+MISSING_CLIP = "missing file"  # opens the reason of a clip that is not there
+
+
 def refuse_if_too_bad(
-    path: str | os.PathLike[str], problems: list[Problem], rows: int, max_bad_fraction: float
+    path: str | os.PathLike[str],
+    problems: list[Problem],
+    rows: int,
+    max_bad_fraction: float,
+    *,
+    audio_root: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Raise ManifestError with the list of bad rows if these are more than `max_bad_fraction` of `rows`."""
+    """Raise ManifestError with the list of bad rows if these are more than `max_bad_fraction` of `rows`.
+
+    audio_root: where the clips were looked for; it is named if one is missing.
+    """
     if len(problems) > max_bad_fraction * rows:
+        missing = audio_root is not None and any(p.reason.startswith(f"audio: {MISSING_CLIP}") for p in problems)
+        where = f"  clips were looked for in {audio_root}; --audio-root (in a recipe data.audio_root) names another folder"
         raise ManifestError(
             "\n".join(
                 [
                     f"{path}: {len(problems)} of {rows} rows are bad, more than max_bad_fraction {max_bad_fraction:g}",
                     *list_problems(problems),
+                    *([where] if missing else []),
                 ]
             ),
             problems,
@@ -67,9 +82,9 @@ def list_problems(problems: list[Problem], *, limit: int = _PROBLEMS_SHOWN) -> l
     return lines
 
 
-def print_skipped(reasons: Iterable[object]) -> None:
+def print_skipped(reasons: Iterable[object], *, file: TextIO | None = None) -> None:
     """Print a line for each of the first bad rows or examples, and how many more there are."""
     lines = [f"skipped {reason}" for reason in reasons]
     if len(lines) > _SKIPPED_SHOWN:
         lines[_SKIPPED_SHOWN:] = [f"skipped {len(lines) - _SKIPPED_SHOWN} more"]
-    print(*lines, sep="\n", end="\n" if lines else "")
+    print(*lines, sep="\n", end="\n" if lines else "", file=file)

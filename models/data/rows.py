@@ -10,7 +10,7 @@ from typing import Any
 from models.data.audio import MAX_SECONDS, AudioError, AudioInfo, check_span, probe_audio
 from models.data.example import Example
 from models.data.json_rows import parse_object
-from models.data.problems import ManifestError, Problem, refuse_if_too_bad
+from models.data.problems import MISSING_CLIP, ManifestError, Problem, refuse_if_too_bad
 
 
 def collect_examples(
@@ -56,7 +56,7 @@ def collect_examples(
             examples += converted
     if count == 0:
         raise ManifestError(f"{path}: expected at least one row, got none")
-    refuse_if_too_bad(path, problems, count, max_bad_fraction)
+    refuse_if_too_bad(path, problems, count, max_bad_fraction, audio_root=None if checker is None else checker.root)
     return examples, problems
 
 
@@ -95,7 +95,7 @@ class AudioChecker:
         allow_links: bool = False,
         known: dict[str, AudioInfo | AudioError] | None = None,
     ):
-        self._root = Path(root)
+        self.root = Path(root)
         self._allow_links = allow_links
         self._max_seconds = max_seconds
         self._known: dict[str, AudioInfo | AudioError] = {} if known is None else known
@@ -114,9 +114,11 @@ class AudioChecker:
                 raise AudioError(f"{error.reason} ({audio!r})") from None
 
     def _probe(self, audio: str) -> AudioInfo | AudioError:
-        if problem := link_problem(self._root, audio, allow_links=self._allow_links):
+        if problem := link_problem(self.root, audio, allow_links=self._allow_links):
             return AudioError(problem)
         try:
-            return probe_audio(self._root / audio)
+            return probe_audio(self.root / audio)
         except AudioError as error:
+            if error.reason == MISSING_CLIP and "\\" in audio:
+                return AudioError(f"{MISSING_CLIP}; a path has / between its folders, this one has \\")
             return error

@@ -29,7 +29,7 @@ from models.data.manifest import MANIFEST_VERSION, VERSION_KEY, header_with_root
 from models.data.problems import ManifestError, Problem, list_problems, refuse_if_too_bad
 from models.data.readers import ForeignRows, row_files
 from models.data.rows import AudioChecker, reason_of
-from models.io_utils import fingerprint, fsync_dir
+from models.io_utils import fingerprint, fsync_dir, locked
 
 COMMIT_ROWS = 500
 _END_BYTES = 1 << 20  # of a file of rows, hashed at its beginning and at its end
@@ -53,6 +53,7 @@ def stream_into_manifest(
 
     Raises:
         ManifestError: as there; or the journal beside `out` is of other rows or other arguments, or is damaged.
+        BlockingIOError: another process is writing that journal.
 
     Memory: about 0.3 KiB a row for the ids, which have to be unique, and the list of the bad rows; no texts and no clips.
     """
@@ -66,21 +67,22 @@ def stream_into_manifest(
     out.parent.mkdir(parents=True, exist_ok=True)
     checker = AudioChecker(rows.root, allow_links=allow_links, known=_Recent())
     journal = _Journal(out.with_name(f"{out.name}.part"), fingerprint(settings), rows, checker)
-    with journal:
-        for number, line in journal.left():
-            journal.add(number, *_converted(rows, number, line))
-    if not journal.rows:
-        raise ManifestError(f"{path}: expected at least one row, got none")
-    try:
-        refuse_if_too_bad(path, journal.problems, journal.rows, max_bad_fraction)
-    except ManifestError as error:
-        raise ManifestError(
-            f"{error}\n{journal.path} keeps the rows that were read: the same command checks only their bad clips again; "
-            "remove it if the rows change",
-            error.problems,
-        ) from None
-    header = header_with_root({"form": rows.form}, audio_root=rows.root, folder=out.parent)
-    journal.write_manifest(out, {**header, VERSION_KEY: MANIFEST_VERSION})
+    with locked(journal.path, f"{journal.path}: another conversion is writing here"):
+        with journal:
+            for number, line in journal.left():
+                journal.add(number, *_converted(rows, number, line))
+        if not journal.rows:
+            raise ManifestError(f"{path}: expected at least one row, got none")
+        try:
+            refuse_if_too_bad(path, journal.problems, journal.rows, max_bad_fraction, audio_root=rows.root)
+        except ManifestError as error:
+            raise ManifestError(
+                f"{error}\n{journal.path} keeps the rows that were read: the same command checks only their bad clips again; "
+                "remove it if the rows change",
+                error.problems,
+            ) from None
+        header = header_with_root({"form": rows.form}, audio_root=rows.root, folder=out.parent)
+        journal.write_manifest(out, {**header, VERSION_KEY: MANIFEST_VERSION})
     return journal.summary(rows.root)
 
 

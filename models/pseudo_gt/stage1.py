@@ -41,6 +41,7 @@ from models.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from models.data.problems import print_skipped
 from models.data.readers import read_data
 from models.io_utils import fingerprint, same_file
 from models.pseudo_gt.acceptance import check_answer, set_targets, write_rejects
@@ -477,8 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = read_data(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )
-        for problem in manifest.problems:
-            print(f"skipped {problem}", file=sys.stderr)
+        print_skipped(manifest.problems, file=sys.stderr)
         report = run_stage1(manifest, arguments.out, **options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from models.corpora.hearing import PLAIN, Hearing, parse_hearing
 from models.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ
 from models.data.manifest import Example
+from models.data.problems import print_skipped
 from models.data.readers import read_data
 from models.speech_lm.clip_encoding import SHARD_MIB, extract_features, refuse_if_too_many, write_features
 from models.speech_lm.clip_keys import Clip, FeatureError, clip_key
@@ -252,8 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = read_data(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )
-        for problem in manifest.problems:
-            print(f"skipped {problem}")
+        print_skipped(manifest.problems)
         one_file = Path(arguments.out).suffix == ".safetensors"
         number, parts = parse_part(arguments.part)
         if one_file and parts > 1:

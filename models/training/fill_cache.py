@@ -212,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     from models.data.audio import MAX_SECONDS
     from models.data.manifest import ManifestError
+    from models.data.problems import print_skipped
     from models.data.readers import read_data
     from models.speech_lm.features import FeatureError
 
@@ -249,8 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_audio=arguments.features is None,
             allow_links=arguments.allow_links,
         )
-        for problem in manifest.problems:
-            print(f"skipped {problem}")
+        print_skipped(manifest.problems)
         examples = [e for e in manifest.examples if (e.target or "").strip()]
         if not examples:
             raise CacheError(f"{arguments.manifest}: no example with a target; they are written by python -m models pseudo-gt")

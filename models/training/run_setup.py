@@ -309,12 +309,13 @@ def _depth(config: SpeechLMConfig, folder: str | None) -> int | None:
 
 
 def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
-    """The examples of `recipe.data` that have a target, and the root of their audio; it prints the rows that it skips.
+    """The examples of `recipe.data` that have a target, and the root of their audio; it prints what it leaves out.
 
     Raises:
         SourceError: no manifest, too many bad rows in it, or no such example.
     """
     from models.data.manifest import ManifestError
+    from models.data.problems import print_skipped
     from models.data.readers import read_data
 
     settings = recipe.data
@@ -332,10 +333,14 @@ def read_examples(recipe: Recipe) -> tuple[list[Any], Path]:
         )
     except ManifestError as error:
         raise SourceError(f"data.manifest: {error}") from error
-    for problem in manifest.problems:
-        tqdm.write(f"skipped {problem}")
-    examples = [e for e in manifest.examples if e.split in settings.splits and (e.target or "").strip()]
-    examples = [e for e in examples if not settings.tasks or e.task in settings.tasks]
+    print_skipped(manifest.problems)
+    asked = [e for e in manifest.examples if e.split in settings.splits and (not settings.tasks or e.task in settings.tasks)]
+    examples = [e for e in asked if (e.target or "").strip()]
+    if len(examples) < len(asked):
+        print(
+            f"{settings.manifest}: {len(asked) - len(examples)} of {len(asked)} examples have no target and are left out; "
+            "python -m models pseudo-gt writes targets"
+        )
     if not examples:
         raise SourceError(
             f"data: no example with a target in {settings.manifest} (splits {list(settings.splits)}, tasks "

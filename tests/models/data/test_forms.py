@@ -108,6 +108,28 @@ def test_training_reads_the_rows_of_first_users(first_rows, root):
     assert 1.5 < len(load_audio(root / "cut.mp3")) / 16_000 < 2.2
 
 
+def test_a_path_of_windows_and_the_folder_of_the_search_are_named(root):
+    rows = [swift("clips\\a.wav"), swift("gone.wav")]
+    with pytest.raises(SourceError) as caught:
+        train_reads(lines(root / "rows.jsonl", rows))
+    message = str(caught.value)
+    assert "row 1: audio: missing file; a path has / between its folders, this one has \\ (" in message
+    assert "row 2: audio: missing file ('gone.wav')" in message
+    assert f"clips were looked for in {root}; --audio-root (in a recipe data.audio_root) names another folder" in message
+
+
+def test_rows_without_a_target_or_a_question_are_counted(root, capsys):
+    rows = [{"audio": "a.wav", "question": "Who?", "answer": "a man"}, {"audio": "b.wav", "user_question": "Who?"}]
+    path = lines(root / "rows.jsonl", [*rows, {**rows[0], "split": "test"}])
+    assert check([str(path)]) == 0
+    assert "questions: 1 examples have none" in capsys.readouterr().out
+    assert [e.audio for e in train_reads(path)] == ["a.wav"]
+    assert f"{path}: 1 of 2 examples have no target and are left out" in capsys.readouterr().out
+    assert check([str(lines(root / "whole.jsonl", rows[:1]))]) == 0 and len(train_reads(root / "whole.jsonl")) == 1
+    told = capsys.readouterr().out
+    assert "questions:" not in told and "left out" not in told
+
+
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 

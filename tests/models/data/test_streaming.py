@@ -87,6 +87,23 @@ def test_a_killed_run_goes_on(root, monkeypatch):
     assert (root / "m.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes() and not part.exists()
 
 
+def test_a_second_conversion_into_the_same_file_is_refused(root, monkeypatch):
+    """Both would write one journal, and the manifest of one run would have rows of the other."""
+    source, other = jsonl(root / "rows.jsonl", rows(6)), jsonl(root / "other.jsonl", rows(4, filler=" Other."))
+    streaming.stream_into_manifest(source, root / "whole.jsonl")
+    add = streaming._Journal.add
+
+    def disturbed(self, n, *rest):
+        if n == 3:
+            with pytest.raises(BlockingIOError, match=r"m\.jsonl\.part: another conversion is writing here"):
+                streaming.stream_into_manifest(other, root / "m.jsonl")
+        add(self, n, *rest)
+
+    monkeypatch.setattr(streaming._Journal, "add", disturbed)
+    streaming.stream_into_manifest(source, root / "m.jsonl")
+    assert (root / "m.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes()
+
+
 def test_a_clip_that_came_later_is_found_by_the_same_command(root, capsys):
     source = jsonl(root / "rows.jsonl", [*rows(2), {"audio_path": "late.wav", "question": "?", "answer": "a man"}])
     command = [str(source), "--out", str(root / "m.jsonl"), "--streaming"]
