@@ -15,6 +15,7 @@ from ..teacher import DualPathTeacher, answer_index
 from .checkpoints import CheckpointLoading
 from .options import CAADOptions
 from .teacher_model import check_apart, move
+from .vocabulary import check_vocabularies, head_rows, tokenizer_of
 
 __all__ = ["CAADLossMixin"]
 
@@ -39,13 +40,26 @@ class CAADLossMixin(CheckpointLoading):
     logits (its own metrics) is not logged.
     """
 
-    def use_teacher(self, teacher: DualPathTeacher, options: CAADOptions | None = None) -> None:
+    def use_teacher(
+        self,
+        teacher: DualPathTeacher,
+        options: CAADOptions | None = None,
+        *,
+        teacher_processing_class: Any = None,
+        assume_same_tokens: bool = False,
+    ) -> None:
         """Before `train()`: the teacher, moved to args.device, and the loss's settings.
 
-        If a device_map has placed the teacher, its LM head alone is moved. ValueError where the student trains a weight of it.
+        If a device_map has placed the teacher, its LM head alone is moved. ValueError where the student trains a weight of it, or
+        where the ids of the two are not the same tokens. It is found as in `CAADTrainer`, which explains the last two arguments.
         """
         student: Any = self.accelerator.unwrap_model(self.model)
         check_apart(teacher, student)
+        if not assume_same_tokens and (rows := head_rows(student)) is not None:
+            theirs = tokenizer_of(teacher_processing_class, teacher.model)
+            own = None if theirs is None else tokenizer_of(self.processing_class, student)
+            vocab_size = None if options is None else options.vocab_size
+            check_vocabularies(rows, teacher.head.weight.shape[0], own, theirs, vocab_size=vocab_size)
         move(teacher, self.args.device)
         softcap, scale = logit_post(student)
         self._caad_teacher = teacher

@@ -42,7 +42,7 @@ from .options import CAADOptions
 from .projected import OF_THE_PROJECTED_LOSS, check_projections
 from .run_records import check_options, write_card, write_options
 from .teacher_model import check_apart, input_names, move
-from .vocabulary import check_vocabularies, embedding_rows, head_rows, teacher_tokenizer, tokenizer_of
+from .vocabulary import check_vocabularies, embedding_rows, head_rows, tokenizer_of
 
 __all__ = ["CAADTrainer"]
 
@@ -78,8 +78,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
             whole copy of a sharded one. If the cache has a sample of its teacher's head, another head raises ValueError.
         options: the loss's settings.
         teacher_processing_class: the teacher's tokenizer, or its processor. None takes the one beside the teacher's weights, if
-            it is on this disk. With `processing_class`, the tokens of the common ids are compared; without one of them, heads
-            that differ by more than 1,024 rows raise an error.
+            it is on this disk; so it is with `processing_class` and the student's weights. The tokens of the common ids are
+            compared. Without one of them, heads that differ by more than 1,024 rows raise an error.
         on_policy: the student makes answers itself, and the teacher scores them (`kdkernels.integrations.OnPolicy`). It needs a
             DualPathTeacher. Under FSDP2 and ZeRO-3 all weights of the student are gathered on every rank while it answers; FSDP 1
             raises an error. Each step with such answers logs answer_tokens, their mean number, and answer_ends, the share that
@@ -222,15 +222,15 @@ class CAADTrainer(CheckpointLoading, Trainer):
         rows = head_rows(student)
         if rows is None:
             return
-        own, theirs = tokenizer_of(processing_class), tokenizer_of(teacher_processing_class)
+        live = self.teacher.model if isinstance(self.teacher, DualPathTeacher) else None
+        theirs = tokenizer_of(teacher_processing_class, live)
+        own = None if theirs is None else tokenizer_of(processing_class, student)
         if isinstance(self.teacher, ProjectionCache):
             teacher_rows = rows  # the projections are as wide as the student's head
         elif isinstance(self.teacher, ContrastCache):
             teacher_rows = self._cached_head.weight.shape[0]
         else:
             teacher_rows = self.teacher.head.weight.shape[0]
-            if own is not None and theirs is None:
-                theirs = teacher_tokenizer(self.teacher.model)
         check_vocabularies(rows, teacher_rows, own, theirs, vocab_size=self.options.vocab_size)
 
     # --- training -----------------------------------------------------------------------------------------------------

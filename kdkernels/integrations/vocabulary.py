@@ -9,7 +9,7 @@ from torch import nn
 
 from ..lm_head import computing_layer, head_module
 
-__all__ = ["check_vocabularies", "embedding_rows", "head_rows", "teacher_tokenizer", "tokenizer_of"]
+__all__ = ["check_vocabularies", "embedding_rows", "head_rows", "tokenizer_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,15 @@ def check_vocabularies(
         )
 
 
-def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer of a processor, or the tokenizer itself; None where there is none."""
+def tokenizer_of(processing_class: Any, model: nn.Module | None = None) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself; else the one beside the weights of `model`; None without one."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return tokenizer if callable(getattr(tokenizer, "get_vocab", None)) else None
+    if callable(getattr(tokenizer, "get_vocab", None)):
+        return tokenizer
+    return None if model is None else _beside(model)
 
 
-def teacher_tokenizer(model: nn.Module) -> Any:
+def _beside(model: nn.Module) -> Any:
     """The tokenizer beside the weights that the model was loaded from, without a download; None where there is none."""
     where = getattr(getattr(model, "config", None), "name_or_path", "")
     if not where:
@@ -65,10 +67,12 @@ def teacher_tokenizer(model: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a folder without a tokenizer raises: the sizes are compared then
         logger.info("no tokenizer could be loaded from %s (%s); the sizes of the heads are compared", where, error)
         return None
+    # Of a folder without a tokenizer's files, transformers makes one of special tokens alone for some families (Qwen2-Audio).
+    return found if found.get_vocab().keys() - set(found.all_special_tokens) else None
 
 
 def head_rows(model: nn.Module) -> int | None:

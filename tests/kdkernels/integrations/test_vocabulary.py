@@ -7,10 +7,12 @@ import torch
 
 pytest.importorskip("transformers", reason="CAADTrainer is transformers' Trainer")
 pytest.importorskip("accelerate", reason="transformers' Trainer runs on accelerate")
+import tiny_lms
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from kdkernels import CAADTrainer, DualPathTeacher
+from kdkernels.integrations import CAADLossMixin
 
 
 def lm(rows: int):
@@ -64,3 +66,51 @@ def test_tokenizer_beside_the_teachers_weights(tmp_path):
     loaded = LlamaForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="got 2 that differ"):
         trainer(tmp_path, 10, loaded, processing_class=tokenizer("<unk>", "a", "b"))
+
+
+def saved(folder, *words: str):
+    """A model from a folder, with a tokenizer of these words beside its weights."""
+    lm(10).save_pretrained(folder)
+    tokenizer(*words).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def distil(tmp_path, student, teacher, trainer_class=CAADTrainer, **options):
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True)
+    dual = DualPathTeacher(teacher, negative=None)
+    if trainer_class is CAADTrainer:
+        return CAADTrainer(student, args, teacher=dual, **options)
+    trainer = trainer_class(student, args)
+    trainer.use_teacher(dual, **options)
+    return trainer
+
+
+class Mixed(CAADLossMixin, Trainer):
+    pass
+
+
+@pytest.mark.parametrize("trainer_class", [CAADTrainer, Mixed])
+def test_tokenizers_beside_the_weights_of_both(tmp_path, trainer_class):
+    """Two heads of one size, and no tokenizer is passed: the sizes alone would let another tokenizer through."""
+    ours, other = saved(tmp_path / "ours", "<unk>", "a", "b"), saved(tmp_path / "other", "<unk>", "b", "a")
+    with pytest.raises(ValueError, match="got 2 that differ: id 1 is 'b' for the teacher and 'a' for the student"):
+        distil(tmp_path, ours, other, trainer_class)
+    distil(tmp_path, ours, other, trainer_class, assume_same_tokens=True)
+    distil(tmp_path, ours, saved(tmp_path / "same", "<unk>", "a", "b"), trainer_class)
+    with pytest.raises(ValueError, match=r"student's head has 10 rows and the teacher's 2,000"):
+        distil(tmp_path, ours, lm(2000), trainer_class)
+    given = {"teacher_processing_class": tokenizer("<unk>", "a", "b", "audio")}
+    distil(tmp_path, ours, lm(2000), trainer_class, **given)
+
+
+def test_a_folder_without_a_tokenizers_files_has_no_tokenizer(tmp_path):
+    """transformers makes one of special tokens alone for Qwen2-Audio; its id 0 is no token of the checkpoint."""
+    teacher, _ = tiny_lms.qwen2_audio()
+    teacher.generation_config.repetition_penalty = None
+    teacher.generation_config.do_sample = False
+    teacher.save_pretrained(tmp_path / "teacher")
+    teacher = type(teacher).from_pretrained(tmp_path / "teacher")
+    rows = teacher.get_output_embeddings().weight.shape[0]
+    trainer(tmp_path, rows, teacher, processing_class=tokenizer("!", "a", "b"))
+    with pytest.raises(ValueError, match=f"student's head has {rows + 2000:,} rows"):
+        trainer(tmp_path, rows + 2000, teacher, processing_class=tokenizer("!", "a", "b"))
