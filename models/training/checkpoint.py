@@ -194,9 +194,10 @@ def find_checkpoint(root: str | Path, resume: str, load: Callable[[Path], Any] =
     return None
 
 
-def set_aside(root: str | Path) -> None:
+def set_aside(root: str | Path, curves: Path) -> None:
     """Rename the folder of an earlier run's checkpoints to `<root>.previous`; an older folder of that name is deleted.
 
+    The run's file of curves goes with them, if it is there: a run that goes on from one of them takes it from there.
     `find_checkpoint` must not take them for those of a new run. And somebody who forgot `run.resume=auto` must not lose hours
     of training.
     """
@@ -206,6 +207,8 @@ def set_aside(root: str | Path) -> None:
         previous = root.with_name(root.name + ".previous")
         shutil.rmtree(previous, ignore_errors=True)
         root.rename(previous)
+        if curves.is_file():
+            curves.rename(previous / curves.name)
 
 
 def _put_back(root: Path) -> None:

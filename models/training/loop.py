@@ -21,7 +21,7 @@ from models.backbones.answer_noise import AnswerNoise
 from models.backbones.device import pick_device
 from models.corpora.hearing import write_hears
 from models.data.example import AnsweredExample
-from models.io_utils import atomic_write_json, fingerprint
+from models.io_utils import atomic_write_bytes, atomic_write_json, fingerprint
 from models.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -34,7 +34,7 @@ from models.training.checkpoint import (
     set_aside,
     trainable_state,
 )
-from models.training.curves import MetricsLogger
+from models.training.curves import METRICS_NAME, MetricsLogger
 from models.training.distributed import (
     RankError,
     Ranks,
@@ -162,13 +162,15 @@ class TrainingLoop:
     def resume(self) -> int:
         """Continue from the checkpoint that `run.resume` asks for, if there is one; the number of its step, or 0."""
         if self.run_config.resume == "never" and self.ranks.is_first:
-            set_aside(self.checkpoints)
+            set_aside(self.checkpoints, self.out_dir / METRICS_NAME)
         if self.alone:
             checkpoint = find_checkpoint(self.checkpoints, self.run_config.resume)
         else:
             checkpoint = find_distributed(self.checkpoints, self.run_config.resume, self.ranks)
         if checkpoint is not None:
             self.restore(checkpoint)
+            if self.ranks.is_first and (curves := checkpoint.path.parent / METRICS_NAME).is_file():  # was set aside
+                atomic_write_bytes(self.out_dir / METRICS_NAME, curves.read_bytes())
         self.metrics = MetricsLogger(
             self.out_dir,
             tensorboard=self.run_config.tensorboard,

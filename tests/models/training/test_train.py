@@ -134,6 +134,18 @@ def test_a_new_run_does_not_continue_from_an_earlier_one(tmp_path):
     assert final(tmp_path / "a") == final(tmp_path / "b")
 
 
+def test_a_run_that_was_started_again_by_mistake_goes_on_with_its_curves(tmp_path):
+    """The new run sets the checkpoints aside; the curves were overwritten."""
+    words = ("kd", "optim.steps=6", "run.log_every_steps=1")
+    fakes.run(tmp_path / "a", *words)
+    fakes.run(tmp_path / "b", *words, "run.save_every_steps=2", "run.keep_last_checkpoints=3")
+    fakes.run(tmp_path / "b", *words, "run.seed=1")
+    assert [line["step"] for line in lines(tmp_path / "b")] == [1, 2, 3, 4, 5, 6]
+    fakes.run(tmp_path / "b", *words, f"run.resume={tmp_path / 'b' / 'checkpoints.previous' / 'step-00000004'}")
+    assert final(tmp_path / "a") == final(tmp_path / "b")
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+
+
 def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path):
     words = ("kd", "optim.steps=9", "run.save_every_steps=3", "run.keep_last_checkpoints=3")
     fakes.run(tmp_path, *words)
