@@ -123,8 +123,8 @@ def fused_caad_loss(
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
     The forward computes the gradient; the backward scales it. Second derivatives and torch.func transforms work with
-    impl="reference" alone: elsewhere a backward with create_graph=True, and torch.func.jvp, raise RuntimeError. A transform has
-    no values to check, as on CUDA.
+    impl="reference" alone: elsewhere a backward with create_graph=True, and a transform around a call that records a gradient,
+    raise RuntimeError. A transform has no values to check, as on CUDA.
 
     Raises:
         ValueError, TypeError: for a bad argument, with its name, expected and got. On the CPU also for a target outside
@@ -160,7 +160,7 @@ def _loss_of_logits(
     if directly and chosen == "cpu" and not want_stats and student.dtype != torch.float16:  # whose gradient has a gain
         plain = plain_terms(options, target, leading=student.shape[:-1], device=student.device, widths=widths)
         if plain is not None:
-            _schema.refuse_forward_mode(student)
+            _schema.refuse_transforms(student)
             logits = (student.detach(), audio, text)
             solve = partial(_schema.solve_plain_rows, [x if x is None else _three_dimensional(x) for x in logits], plain)
             return _schema.direct_rows(student, solve)[0]
@@ -178,7 +178,7 @@ def _loss_of_logits(
             student, audio, text, terms.target, terms.alpha, spec, want_stats=want_stats, counts=terms.counts
         )
         return _for_caller(terms, *terms.weigh_reference(rows), want_stats)
-    _schema.refuse_forward_mode(student)
+    _schema.refuse_transforms(student)
     tail = (
         _three_dimensional(audio),
         None if text is None else _three_dimensional(text),
@@ -423,7 +423,7 @@ def linear_loss(
             *heads, terms.target, terms.alpha, terms.spec, want_stats=want_stats, counts=terms.counts
         )
         return terms.weigh_reference(rows)
-    _schema.refuse_forward_mode(*heads[:3])
+    _schema.refuse_transforms(*heads[:3])
     wanted = linear_settings(terms, options, heads[:3], chosen)
     numbers = (*terms.spec.packed(), *wanted.packed())
     loss, _, _, _, stats, _ = _schema.differentiable(

@@ -18,7 +18,7 @@ from .loss_terms import accumulation_dtype, alpha_tensor, check_amounts, values_
 from .ops import layers as _layers
 from .ops.dispatch import CUDA_OR_TRITON, choose_for
 from .ops.rows import scalar
-from .ops.schema import check_values, differentiable, refuse_forward_mode
+from .ops.schema import check_values, differentiable, refuse_transforms
 
 DIRECTIONS = ("student_to_teacher", "teacher_to_student")
 LAYER_MAPS = ("top", "skip", "all")
@@ -148,7 +148,7 @@ def fused_layer_mse_loss(
             )
             loss = loss if reduction == "none" else loss.sum()
         else:
-            refuse_forward_mode(hidden, p)
+            refuse_transforms(hidden, p)
             enabled = torch.is_grad_enabled()
             grads = [enabled and s.requires_grad, enabled and p is not None and p.requires_grad]
             if reduction == "none" and grads[1]:

@@ -170,7 +170,7 @@ def _flat(projection: TeacherProjection) -> _projection.Projected:
 
 
 def _unflat(projected: _projection.Projected, leading: torch.Size) -> dict[str, Tensor]:
-    return {name: x.reshape(*leading, *x.shape[1:]) for name, x in projected._asdict().items()}
+    return {name: x.reshape((*leading, *x.shape[1:])) for name, x in projected._asdict().items()}
 
 
 @torch.no_grad()
@@ -398,6 +398,7 @@ def fused_linear_projected_loss(
         rows = _projection.reference_rows(student, projected, terms.target, terms.spec, terms.counts, want_stats=return_stats)
         loss, stats = terms.weigh_reference(rows)
     else:
+        _schema.refuse_transforms(hidden)
         wanted = _schema.LinearSettings(
             chunk_tokens, workspace_bytes, terms.reduced, torch.is_grad_enabled() and hidden.requires_grad, False, False,
             return_stats, options.chunking[0], chosen,

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import hidden, logits
+from torch.autograd import forward_ad
 
 from kdkernels import (
     CAADLoss,
@@ -56,6 +57,9 @@ def forward_mode_losses():
     given = hidden(9)
     leaf = given.pop("student_hidden").detach()
     source = TeacherSource(given["teacher_audio_hidden"], given["teacher_weight"])
+    head = given["student_weight"].detach()
+    teacher = {name: x for name, x in given.items() if name.startswith("teacher")}
+    projection = project_teacher(**teacher, student_weight=head, top_k=4)
     return {
         "rows": (lambda x, impl: fused_caad_loss(x, audio, text, target, impl=impl), student.detach()),
         "linear": (lambda x, impl: fused_linear_caad_loss(x, **given, impl=impl), leaf),
@@ -64,6 +68,7 @@ def forward_mode_losses():
             leaf,
         ),
         "layers": (lambda x, impl: fused_layer_mse_loss([x], [leaf * 2], impl=impl), leaf),
+        "projected": (lambda x, impl: fused_linear_projected_loss(x, head, projection, impl=impl), leaf),
     }
 
 
@@ -74,6 +79,47 @@ def test_forward_mode_raises_and_is_not_0(name):
     with pytest.raises(RuntimeError, match="reference"):
         torch.func.jvp(lambda x: loss(x, "cpu"), (x,), (tangent,))
     assert torch.func.jvp(lambda x: loss(x, "reference"), (x,), (tangent,))[1].abs() > 0
+
+
+@pytest.mark.parametrize("name", forward_mode_losses())
+def test_forward_mode_outside_of_torch_func_raises_too(name):
+    loss, x = forward_mode_losses()[name]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="only impl='reference' computes them"):
+        loss(forward_ad.make_dual(x, torch.ones_like(x)), "cpu")
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+@pytest.mark.parametrize("name", forward_mode_losses())
+def test_a_transform_of_torch_func_names_the_implementation_that_has_it(name, transform):
+    loss, x = forward_mode_losses()[name]
+    if transform is torch.func.vmap:
+        x = torch.stack([x, x])
+    with pytest.raises(RuntimeError, match="torch.func .*impl='reference'"):
+        transform(lambda x: loss(x, "cpu"))(x)
+    transform(lambda x: loss(x, "reference"))(x)
+
+
+@pytest.mark.parametrize("name", forward_mode_losses())
+def test_several_vectors_in_one_backward(name):
+    """is_grads_batched=True, and vmap over a backward: the vectors' numbers cannot be looked at one by one."""
+    loss, x = forward_mode_losses()[name]
+    leaf = x.clone().requires_grad_()
+    total, factors = loss(leaf, "cpu"), torch.tensor([1.0, 0.0, -2.5])
+
+    def gradient(factor, **options):
+        return torch.autograd.grad(total, leaf, factor, retain_graph=True, **options)[0]
+
+    expected = torch.stack([gradient(factor) for factor in factors])
+    torch.testing.assert_close(gradient(factors, is_grads_batched=True), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.func.vmap(gradient)(factors), expected, rtol=0, atol=0)
+
+
+def test_the_jacobian_of_an_unreduced_loss_by_rows_in_one_backward():
+    student, audio, text, target = logits(4)
+    loss = fused_caad_loss(student, audio, text, target, reduction="none", impl="cpu")
+    each = [torch.autograd.grad(row, student, retain_graph=True)[0] for row in loss]
+    (together,) = torch.autograd.grad(loss, student, torch.eye(len(loss)), is_grads_batched=True)
+    torch.testing.assert_close(together, torch.stack(each), rtol=0, atol=0)
 
 
 def test_alpha_of_an_infinite_divergence_is_the_full_strength():
