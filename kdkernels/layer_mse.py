@@ -199,6 +199,8 @@ def layer_map(
         chosen = sorted(steps[kind])
         pairs = [(k, max(1, (2 * k * teacher_layers + student_layers) // (2 * student_layers))) for k in chosen]
         return [(0, 0), *pairs] if embeddings else pairs
+    if not isinstance(kind, Iterable):
+        raise TypeError(f"kind: expected one of {', '.join(LAYER_MAPS)} or (student, teacher) pairs, got {type(kind).__name__}")
     if embeddings:
         raise ValueError("embeddings: expected False with explicit pairs (add (0, 0) to them), got True")
     pairs = []
@@ -363,11 +365,15 @@ def _initial(weight: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _pair_count(pairs: int | Sequence[tuple[int, int]]) -> int:
-    if not (is_whole(pairs) or isinstance(pairs, Sequence)):
+    listed = isinstance(pairs, Sequence) and not isinstance(pairs, str)
+    if not (is_whole(pairs) or listed):
         raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
     count = pairs if is_whole(pairs) else len(pairs)
     if count < 1:
         raise ValueError(f"pairs: expected at least one, got {pairs!r}")
+    for pair in () if is_whole(pairs) else pairs:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(is_whole(x) for x in pair)):
+            raise TypeError(f"pairs: expected (student layer, teacher layer) of ints, got {pair!r}")
     return int(count)
 
 

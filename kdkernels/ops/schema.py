@@ -127,7 +127,7 @@ def refuse_second_derivative() -> None:
 
 
 def refuse_transforms(*student: Tensor | None) -> None:
-    """RuntimeError under forward_ad, and with a gradient inside a transform of torch.func. The operators have no forward mode, and
+    """RuntimeError under forward_ad, and with a gradient inside a transform of torch.func. The operators have no forward mode:
     the result would be 0. A transform would fail with a message about the inside of this library."""
     if torch.compiler.is_compiling():
         return
@@ -142,7 +142,7 @@ def refuse_transforms(*student: Tensor | None) -> None:
 
 
 def _has_values(x: Tensor) -> bool:
-    """Whether the numbers in ``x`` can be looked at: not while tracing, and not where vmap or is_grads_batched=True stand for many."""
+    """Whether the numbers in ``x`` can be looked at: not while tracing, and not under vmap or is_grads_batched=True."""
     private: Any = torch._C
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return False
