@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checks import check_tensor, is_number
 from .loss_options import check_not_negative
+from .loss_terms import check_amounts, values_on
 
 __all__ = ["adaptive_alpha"]
 
@@ -32,7 +33,8 @@ def adaptive_alpha(divergence: Tensor, alpha: float | Tensor, *, half_at: float)
 
     Raises:
         TypeError: `divergence` is not floating.
-        ValueError: `half_at` or `alpha` is outside its range.
+        ValueError: `half_at` or `alpha` is outside its range, or `alpha` does not broadcast to (...). The numbers in a tensor
+            `alpha` are looked at on the CPU, and with KDKERNELS_CHECK=1.
 
     Source: the CAAD paper (arXiv 2606.23052) leaves an alpha that adapts to the acoustic conditions to future work. This
     formula is our own.
@@ -42,6 +44,14 @@ def adaptive_alpha(divergence: Tensor, alpha: float | Tensor, *, half_at: float)
         raise ValueError(f"half_at: expected a finite number of nats > 0, got {half_at!r}")
     if not isinstance(alpha, Tensor):
         check_not_negative("alpha", alpha)
+    else:
+        sizes = zip(reversed(alpha.shape), reversed(divergence.shape), strict=False)
+        if alpha.dim() > divergence.dim() or any(n not in (1, m) for n, m in sizes):
+            raise ValueError(
+                f"alpha: expected a tensor that broadcasts to divergence's {tuple(divergence.shape)}, got {tuple(alpha.shape)}"
+            )
+        alpha = values_on("alpha", alpha, divergence.device, divergence.dtype)
+        check_amounts("alpha", alpha)
     with torch.no_grad():
         divergence = divergence.clamp(min=0)
         share = divergence / (divergence + half_at)

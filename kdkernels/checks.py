@@ -44,6 +44,8 @@ def check_tensor(name: str, x: Any, *, floating: bool = False) -> None:
             f"{name}: expected a plain tensor, the same on every rank, got a DTensor placed as {tuple(placements)}; "
             "x.full_tensor() gathers it"
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {x.layout}")
     if floating and not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 
@@ -86,6 +88,8 @@ def check_head(
     if hidden.dim() < 1:
         raise ValueError(f"{names[0]}: expected (..., width), got a scalar")
     width = hidden.shape[-1]
+    if width == 0:
+        raise ValueError(f"{names[0]}: expected a width of at least 1, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"{names[1]}: expected (vocabulary, {width}) to match {names[0]}, got {tuple(weight.shape)}")
     if weight.shape[0] == 0 and not empty:

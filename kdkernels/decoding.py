@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_tensor, is_number
 from .lm_head import audio_adapters_on, evaluating
 from .ops.rows import MASK_BELOW
 from .paths import SEQUENCE_PADDING, Inputs, Negative, PathBatch, as_batch, clean, join, tokens_of
@@ -57,6 +58,8 @@ def contrast_logits(
         ValueError: naming the argument.
     """
     alpha = _check_contrast(alpha, formula, plausibility)
+    check_tensor("audio_logits", audio_logits)
+    check_tensor("text_logits", text_logits)
     if audio_logits.shape != text_logits.shape:
         raise ValueError(f"text_logits: expected shape {tuple(audio_logits.shape)}, got {tuple(text_logits.shape)}")
     audio, text = audio_logits.float(), text_logits.float()
@@ -74,10 +77,10 @@ def _check_contrast(alpha: float | None, formula: str, plausibility: float | Non
         if formula != "aad":
             raise ValueError(f"alpha: expected a number for formula {formula!r}, got None")
         alpha = _AAD_ALPHA
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
-    if plausibility is not None and not 0 < plausibility <= 1:
-        raise ValueError(f"plausibility: expected a number in (0, 1] or None, got {plausibility}")
+    if not (is_number(alpha) and 0 <= alpha < math.inf):
+        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+    if plausibility is not None and not (is_number(plausibility) and 0 < plausibility <= 1):
+        raise ValueError(f"plausibility: expected a number in (0, 1] or None, got {plausibility!r}")
     return alpha
 
 

@@ -18,7 +18,7 @@ from .loss_terms import accumulation_dtype, alpha_tensor, check_amounts, values_
 from .ops import layers as _layers
 from .ops.dispatch import CUDA_OR_TRITON, choose_for
 from .ops.rows import scalar
-from .ops.schema import check_values, differentiable, refuse_forward_mode
+from .ops.schema import check_values, differentiable, refuse_transforms
 
 DIRECTIONS = ("student_to_teacher", "teacher_to_student")
 LAYER_MAPS = ("top", "skip", "all")
@@ -148,7 +148,7 @@ def fused_layer_mse_loss(
             )
             loss = loss if reduction == "none" else loss.sum()
         else:
-            refuse_forward_mode(hidden, p)
+            refuse_transforms(hidden, p)
             enabled = torch.is_grad_enabled()
             grads = [enabled and s.requires_grad, enabled and p is not None and p.requires_grad]
             if reduction == "none" and grads[1]:
@@ -199,6 +199,8 @@ def layer_map(
         chosen = sorted(steps[kind])
         pairs = [(k, max(1, (2 * k * teacher_layers + student_layers) // (2 * student_layers))) for k in chosen]
         return [(0, 0), *pairs] if embeddings else pairs
+    if not isinstance(kind, Iterable):
+        raise TypeError(f"kind: expected one of {', '.join(LAYER_MAPS)} or (student, teacher) pairs, got {type(kind).__name__}")
     if embeddings:
         raise ValueError("embeddings: expected False with explicit pairs (add (0, 0) to them), got True")
     pairs = []
@@ -363,11 +365,15 @@ def _initial(weight: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _pair_count(pairs: int | Sequence[tuple[int, int]]) -> int:
-    if not (is_whole(pairs) or isinstance(pairs, Sequence)):
+    listed = isinstance(pairs, Sequence) and not isinstance(pairs, str)
+    if not (is_whole(pairs) or listed):
         raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
     count = pairs if is_whole(pairs) else len(pairs)
     if count < 1:
         raise ValueError(f"pairs: expected at least one, got {pairs!r}")
+    for pair in () if is_whole(pairs) else pairs:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(is_whole(x) for x in pair)):
+            raise TypeError(f"pairs: expected (student layer, teacher layer) of ints, got {pair!r}")
     return int(count)
 
 

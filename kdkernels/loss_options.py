@@ -54,8 +54,9 @@ class LossOptions:
             raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
         if not (is_number(self.kd_weight) and 0 <= self.kd_weight <= 1):
             raise ValueError(f"kd_weight: expected a number in [0, 1], got {self.kd_weight!r}")
-        if not isinstance(self.return_stats, bool):
-            raise TypeError(f"return_stats: expected a bool, got {type(self.return_stats).__name__}")
+        for name in ("inplace", "return_stats"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
         if not is_whole(self.ignore_index):
             raise TypeError(f"ignore_index: expected an int, got {type(self.ignore_index).__name__}")
         if not -(2**63) <= self.ignore_index < 2**63:

@@ -277,7 +277,7 @@ def _several(
             *student, teachers, terms.target, omega, want_stats=options.return_stats, counts=terms.counts
         )
         return terms.weigh_reference(result)
-    _schema.refuse_forward_mode(*student)
+    _schema.refuse_transforms(*student)
     heads = [list(x) for x in zip(*(x.heads[3:] for x in taught), strict=True)]
     loss, _, _, _, stats, _ = _multi_teacher.linear_multi_teacher(
         *student, *heads, [x.alpha for x in taught], terms.target, omega, terms.kd_coef, terms.ce_coef,

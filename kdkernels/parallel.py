@@ -38,7 +38,7 @@ from .ops.schema import (
     fake_linear_caad,
     half_gain,
     linear_results,
-    refuse_forward_mode,
+    refuse_transforms,
     register_linear_autograd,
 )
 from .ops.shards import STAT_SUMS, SUMS, ShardRows
@@ -156,7 +156,7 @@ def parallel_loss(
 
     ``terms.spec.vocab``: vocab_size, or 0 where all ids of the shards are valid.
     """
-    refuse_forward_mode(*heads[:3])
+    refuse_transforms(*heads[:3])
     loss, _, _, _, stats, _ = parallel_linear_caad(
         *heads, *terms[1:5], *terms.spec.packed(), group.group_name, *wanted.packed()
     )

@@ -87,6 +87,9 @@ class TeacherProjection:
 
         For projections with one leading dimension. A token in between has mass 0, so its kd and the gradient of that are 0.
         """
+        check_tensor("where", where)
+        if where.dtype != torch.int64:
+            raise TypeError(f"where: expected int64 places, got {where.dtype}")
         if len(self.leading) != 1 or where.shape != self.leading:
             raise ValueError(f"where: expected one place for each of the tokens {tuple(self.leading)}, got {tuple(where.shape)}")
 
@@ -132,6 +135,8 @@ class TeacherProjection:
         Raises ValueError where they were made for different heads, temperatures or tokens, and for a negative weight.
         """
         first = _alike(projections)
+        if not (weights is None or isinstance(weights, (Sequence, Tensor))):
+            raise TypeError(f"weights: expected a list, one for each projection, or None, got {type(weights).__name__}")
         given = [1.0] * len(projections) if weights is None else list(weights)
         if len(given) != len(projections):
             raise ValueError(f"weights: expected {len(projections)}, one for each projection, got {len(given)}")
@@ -152,10 +157,14 @@ class TeacherProjection:
 
 def _alike(projections: Sequence[TeacherProjection]) -> TeacherProjection:
     """The first; ValueError unless all were made for one head, temperature and vocabulary."""
+    if not isinstance(projections, Sequence):
+        raise TypeError(f"projections: expected a list of TeacherProjection, got {type(projections).__name__}")
     if not projections:
         raise ValueError("projections: expected at least one, got none")
     first = projections[0]
     for k, p in enumerate(projections):
+        if not isinstance(p, TeacherProjection):
+            raise TypeError(f"projections[{k}]: expected a TeacherProjection, got {type(p).__name__}")
         for name in ("temperature", "student_logit_scale", "vocab_size", "student_fingerprint"):
             if getattr(p, name) != getattr(first, name):
                 raise ValueError(
@@ -170,7 +179,7 @@ def _flat(projection: TeacherProjection) -> _projection.Projected:
 
 
 def _unflat(projected: _projection.Projected, leading: torch.Size) -> dict[str, Tensor]:
-    return {name: x.reshape(*leading, *x.shape[1:]) for name, x in projected._asdict().items()}
+    return {name: x.reshape((*leading, *x.shape[1:])) for name, x in projected._asdict().items()}
 
 
 @torch.no_grad()
@@ -306,7 +315,8 @@ def _impl(caller: str, impl: str, device: torch.device, dtypes: list[torch.dtype
 def head_fingerprint(weight: Tensor, bias: Tensor | None) -> str:
     """Of a head: its shape, its dtype, and 64 of its rows. Waits for a CUDA device."""
     digest = hashlib.blake2b(f"{tuple(weight.shape)} {weight.dtype} {bias is not None}".encode(), digest_size=16)
-    rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLED_ROWS, weight.shape[0]), dtype=torch.float64).round().long()
+    rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLED_ROWS, weight.shape[0]), dtype=torch.float64, device="cpu")
+    rows = rows.round().long()
     for x in (weight, bias):
         if x is not None:
             digest.update(x.detach()[rows.to(x.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -398,6 +408,7 @@ def fused_linear_projected_loss(
         rows = _projection.reference_rows(student, projected, terms.target, terms.spec, terms.counts, want_stats=return_stats)
         loss, stats = terms.weigh_reference(rows)
     else:
+        _schema.refuse_transforms(hidden)
         wanted = _schema.LinearSettings(
             chunk_tokens, workspace_bytes, terms.reduced, torch.is_grad_enabled() and hidden.requires_grad, False, False,
             return_stats, options.chunking[0], chosen,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_tensor, is_whole
 from .layer_states import LayerStates
 from .lm_head import (
     HeadCapture,
@@ -66,11 +67,14 @@ def answer_index(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tens
         it is left out, as in transformers' own shift.
 
     Raises:
-        TypeError: labels are not int64.
+        TypeError: labels are no int64 tensor; ignore_index is no int.
         ValueError: labels are not two-dimensional.
 
     On CUDA this waits for the device, because N is not known before. A collator calls it on the CPU.
     """
+    check_tensor("labels", labels)
+    if not is_whole(ignore_index):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
     if labels.ndim != 2:

@@ -30,7 +30,7 @@ def explain(
     vocab_size: int = 128256,
     student_hidden_size: int | None = None,
     teacher_hidden_size: int | None = None,
-    logits_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
     round_contrast: bool = False,
     chunk_tokens: int | None = None,
     workspace_bytes: int | None = None,
@@ -64,11 +64,17 @@ def explain(
     Raises ValueError or TypeError for an option that the loss does not take.
     """
     name, device = _device(device)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
+    for size_name, size in (("n_tokens", n_tokens), ("vocab_size", vocab_size)):
+        if size is None:
+            raise TypeError(f"{size_name}: expected an int, got None")
     _check_sizes(n_tokens=n_tokens, student_hidden_size=student_hidden_size, teacher_hidden_size=teacher_hidden_size)
     LinearLossOptions(
-        divergence=divergence, vocab_size=vocab_size, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
+        impl=impl, divergence=divergence, vocab_size=vocab_size, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes,
         logits_dtype=logits_dtype, round_contrast=round_contrast, student_softcap=student_softcap, return_stats=return_stats,
     )  # fmt: skip
+    logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
     obstacles = _against_a_projection(divergence, student_softcap, head_trains)
     if projected and obstacles:
         raise ValueError(f"projected: expected False with {' and '.join(obstacles)}, got True")

@@ -126,20 +126,36 @@ def refuse_second_derivative() -> None:
         )
 
 
-def refuse_forward_mode(*student: Tensor | None) -> None:
-    """RuntimeError under torch.func.jvp and forward_ad: the operators have no forward mode, and the result would be 0."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def refuse_transforms(*student: Tensor | None) -> None:
+    """RuntimeError under forward_ad, and with a gradient inside a transform of torch.func. The operators have no forward mode:
+    the result would be 0. A transform would fail with a message about the inside of this library."""
+    if torch.compiler.is_compiling():
         return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in student):
+    forward_mode = forward_ad._current_level >= 0
+    if forward_mode and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in student):
         raise RuntimeError("forward-mode derivatives (torch.func.jvp): only impl='reference' computes them")
+    private: Any = torch._C
+    if private._are_functorch_transforms_active() and torch.is_grad_enabled():
+        raise RuntimeError(
+            "transforms of torch.func (grad, vjp, jacrev, vmap): only impl='reference' supports them where a gradient is recorded"
+        )
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether the numbers in ``x`` can be looked at: not while tracing, and not under vmap or is_grads_batched=True."""
+    private: Any = torch._C
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not (private._are_functorch_transforms_active() or private._functorch.is_legacy_batchedtensor(x))
 
 
 def _is_one(grad_output: Tensor) -> bool:
     """Whether scaling can be skipped. Asked only on the CPU and not while tracing: elsewhere it would wait for the device."""
-    plain = type(grad_output) is Tensor and grad_output.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and grad_output.numel() == 1:
+    if grad_output.device.type != "cpu" or not _has_values(grad_output):
+        return False
+    if grad_output.numel() == 1:
         return float(grad_output) == 1
-    return plain and bool((grad_output == 1).all())
+    return bool((grad_output == 1).all())
 
 
 def _without_gain(grad_output: Tensor, gain: Tensor) -> Tensor:
@@ -149,10 +165,8 @@ def _without_gain(grad_output: Tensor, gain: Tensor) -> Tensor:
 
 def _triton_scales(grad: Tensor) -> bool:
     """Whether the Triton kernel scales a gradient: one read and one write, and no float32 copy of a narrower one. Not while
-    tracing:
-    the compiler fuses what it sees there."""
-    plain = type(grad) is Tensor and grad.is_cuda and not torch.compiler.is_compiling()
-    return plain and grad.stride(-1) == 1 and importlib.util.find_spec("triton") is not None
+    tracing: the compiler fuses what it sees there."""
+    return grad.is_cuda and _has_values(grad) and grad.stride(-1) == 1 and importlib.util.find_spec("triton") is not None
 
 
 def _scale_rows(grad: Tensor, factor: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -168,7 +182,7 @@ def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
     if _is_one(grad_output):
         # What a backward hands out its receiver may change (clipping, all_reduce of .grad).
         return grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
-    if grad.dim() in (2, 3) and _triton_scales(grad):
+    if grad.dim() in (2, 3) and _has_values(grad_output) and _triton_scales(grad):
         return _scale_rows(grad, grad_output)
     factor = grad_output.to(torch.promote_types(grad.dtype, torch.float32))
     return (grad * factor.reshape(factor.shape + (1,) * (grad.dim() - factor.dim()))).to(grad.dtype)

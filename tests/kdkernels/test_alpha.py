@@ -14,6 +14,14 @@ def test_the_formula():
     torch.testing.assert_close(by_token, torch.tensor([0.0, 0.5, 3.0, 4.0, 0.0], dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
+def test_a_tensor_of_strengths_keeps_shape_and_dtype_of_the_divergence():
+    divergence = torch.rand(3, 4)
+    for shape in ((), (1,), (4,), (3, 1), (3, 4)):
+        strength = torch.full(shape, 2.0, dtype=torch.float64)
+        alpha = adaptive_alpha(divergence, strength, half_at=0.3)
+        torch.testing.assert_close(alpha, adaptive_alpha(divergence, 2.0, half_at=0.3), rtol=0, atol=0)
+
+
 def test_the_loss_takes_it_and_no_gradient_comes_back():
     student, audio, text = torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(0))
     target = torch.arange(5)
@@ -37,6 +45,11 @@ def test_the_loss_takes_it_and_no_gradient_comes_back():
         ((torch.ones(2, dtype=torch.int64), 1.0, 0.1), TypeError, "divergence: expected a floating-point tensor"),
         (([1.0], 1.0, 0.1), TypeError, "divergence: expected a torch.Tensor, got list"),
         ((torch.ones(2), None, 0.1), ValueError, "alpha: expected a finite number >= 0, got None"),
+        ((torch.ones(2), torch.tensor([1.0, -3.0]), 0.1), ValueError, "alpha: expected finite numbers >= 0, got -3.0"),
+        ((torch.ones(2), torch.tensor(torch.nan), 0.1), ValueError, "alpha: expected finite numbers >= 0, got nan"),
+        ((torch.ones(2), torch.ones(2, dtype=torch.complex64), 0.1), TypeError, "alpha: expected real numbers, got"),
+        ((torch.ones(2), torch.ones(3), 0.1), ValueError, "alpha: expected a tensor that broadcasts to divergence's"),
+        ((torch.ones(2), torch.ones(2, 1), 0.1), ValueError, "alpha: expected a tensor that broadcasts to divergence's"),
         ((torch.ones(2), 1.0, None), ValueError, "half_at: expected a finite number of nats > 0, got None"),
     ],
 )

@@ -534,6 +534,35 @@ def test_inplace_leaves_logits_alone_whose_rows_share_memory(shared):
     torch.testing.assert_close(gradient(True), gradient(False))
 
 
+@pytest.mark.parametrize("where", ["audio", "text"])
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_inplace_leaves_logits_alone_that_a_teacher_reads(where, shift):
+    """The gradient of one row would lie where another row's teacher is read."""
+    student, audio, text, target = logits(6)
+
+    def gradient(inplace):
+        leaf = student.detach().clone().requires_grad_()
+        scores = leaf * 1.0
+        mine, others = (slice(1, 5), slice(1 + shift, 5 + shift))
+        given = {"audio": audio[mine], "text": text[mine]}
+        given[where] = scores.detach()[others] if inplace else scores.detach()[others].clone()
+        fused_caad_loss(scores[mine], *given.values(), target[mine], inplace=inplace).backward()
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=0, atol=0)
+
+
+def test_inplace_takes_a_part_of_memory_whose_rest_the_teacher_reads():
+    student, _, _, target = logits(6)
+    scores = student * 1.0
+    memory = scores.detach()
+    loss = fused_caad_loss(scores[:3], memory[3:].clone(), None, target[:3])
+    (expected,) = torch.autograd.grad(loss, student, retain_graph=True)
+    fused_caad_loss(scores[:3], memory[3:], None, target[:3], inplace=True).backward()
+    torch.testing.assert_close(student.grad, expected, rtol=0, atol=0)
+    torch.testing.assert_close(memory[:3], expected[:3], rtol=0, atol=0)  # it lies there
+
+
 def test_inplace_is_refused_where_another_needs_the_logits():
     student, audio, text, target = logits(3)
     scores = torch.tanh(student)  # tanh's backward needs its output

@@ -7,17 +7,22 @@ import math
 import pytest
 import torch
 from cases import hidden, logits
+from torch.autograd import forward_ad
 
 from kdkernels import (
     CAADLoss,
+    LayerProjections,
+    TeacherProjection,
     TeacherSource,
     adaptive_alpha,
+    answer_index,
     explain,
     fused_caad_loss,
     fused_layer_mse_loss,
     fused_linear_caad_loss,
     fused_linear_multi_teacher_loss,
     fused_linear_projected_loss,
+    layer_map,
     project_teacher,
 )
 from kdkernels.decoding import contrast_logits
@@ -56,6 +61,9 @@ def forward_mode_losses():
     given = hidden(9)
     leaf = given.pop("student_hidden").detach()
     source = TeacherSource(given["teacher_audio_hidden"], given["teacher_weight"])
+    head = given["student_weight"].detach()
+    teacher = {name: x for name, x in given.items() if name.startswith("teacher")}
+    projection = project_teacher(**teacher, student_weight=head, top_k=4)
     return {
         "rows": (lambda x, impl: fused_caad_loss(x, audio, text, target, impl=impl), student.detach()),
         "linear": (lambda x, impl: fused_linear_caad_loss(x, **given, impl=impl), leaf),
@@ -64,6 +72,7 @@ def forward_mode_losses():
             leaf,
         ),
         "layers": (lambda x, impl: fused_layer_mse_loss([x], [leaf * 2], impl=impl), leaf),
+        "projected": (lambda x, impl: fused_linear_projected_loss(x, head, projection, impl=impl), leaf),
     }
 
 
@@ -74,6 +83,47 @@ def test_forward_mode_raises_and_is_not_0(name):
     with pytest.raises(RuntimeError, match="reference"):
         torch.func.jvp(lambda x: loss(x, "cpu"), (x,), (tangent,))
     assert torch.func.jvp(lambda x: loss(x, "reference"), (x,), (tangent,))[1].abs() > 0
+
+
+@pytest.mark.parametrize("name", forward_mode_losses())
+def test_forward_mode_outside_of_torch_func_raises_too(name):
+    loss, x = forward_mode_losses()[name]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="only impl='reference' computes them"):
+        loss(forward_ad.make_dual(x, torch.ones_like(x)), "cpu")
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+@pytest.mark.parametrize("name", forward_mode_losses())
+def test_a_transform_of_torch_func_names_the_implementation_that_has_it(name, transform):
+    loss, x = forward_mode_losses()[name]
+    if transform is torch.func.vmap:
+        x = torch.stack([x, x])
+    with pytest.raises(RuntimeError, match=r"torch\.func .*impl='reference'"):
+        transform(lambda x: loss(x, "cpu"))(x)
+    transform(lambda x: loss(x, "reference"))(x)
+
+
+@pytest.mark.parametrize("name", forward_mode_losses())
+def test_several_vectors_in_one_backward(name):
+    """is_grads_batched=True, and vmap over a backward: the vectors' numbers cannot be looked at one by one."""
+    loss, x = forward_mode_losses()[name]
+    leaf = x.clone().requires_grad_()
+    total, factors = loss(leaf, "cpu"), torch.tensor([1.0, 0.0, -2.5])
+
+    def gradient(factor, **options):
+        return torch.autograd.grad(total, leaf, factor, retain_graph=True, **options)[0]
+
+    expected = torch.stack([gradient(factor) for factor in factors])
+    torch.testing.assert_close(gradient(factors, is_grads_batched=True), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.func.vmap(gradient)(factors), expected, rtol=0, atol=0)
+
+
+def test_the_jacobian_of_an_unreduced_loss_by_rows_in_one_backward():
+    student, audio, text, target = logits(4)
+    loss = fused_caad_loss(student, audio, text, target, reduction="none", impl="cpu")
+    each = [torch.autograd.grad(row, student, retain_graph=True)[0] for row in loss]
+    (together,) = torch.autograd.grad(loss, student, torch.eye(len(loss)), is_grads_batched=True)
+    torch.testing.assert_close(together, torch.stack(each), rtol=0, atol=0)
 
 
 def test_alpha_of_an_infinite_divergence_is_the_full_strength():
@@ -246,3 +296,69 @@ def test_weights_of_tokens_that_are_no_tensor_are_refused(name, option, impl):
 def test_a_mask_that_is_no_tensor_is_refused_at_construction():
     with pytest.raises(TypeError, match=r"^mask: expected a torch.Tensor, got list$"):
         CAADLoss(mask=[True, False])
+
+
+# -- arguments of a wrong kind -------------------------------------------------------------------------------------------
+
+
+def wrong_arguments():
+    """By name: a call, and the error it has to raise, which names the argument."""
+    student, audio, text, target = logits(4, 32)
+    given = hidden(4, 32)
+    flat = {name: given[name][:, :0] for name in ("student_hidden", "student_weight")}
+    head, states = given["student_weight"].detach(), given["student_hidden"].detach()
+    teacher = {name: x for name, x in given.items() if name.startswith("teacher")}
+    projection = project_teacher(**teacher, student_weight=head, top_k=4)
+    dense = "expected a dense tensor, got one of layout torch.sparse_coo"
+    no_teacher = {"teacher_audio_hidden": None, "teacher_text_hidden": None, "teacher_weight": None, "kd_weight": 0}
+    return {
+        "ce_logits": (
+            lambda: fused_caad_loss([1.0], None, None, target, kd_weight=0),
+            "student_logits: expected a torch.Tensor, got list",
+        ),
+        "ce_hidden": (
+            lambda: fused_linear_caad_loss(**{**given, **no_teacher, "student_hidden": None}),
+            "student_hidden: expected a torch.Tensor, got NoneType",
+        ),
+        "ce_head": (
+            lambda: fused_linear_caad_loss(**{**given, **no_teacher, "student_weight": [1]}),
+            "student_weight: expected a torch.Tensor, got list",
+        ),
+        "inplace": (lambda: fused_caad_loss(student, audio, text, target, inplace="no"), "inplace: expected a bool, got str"),
+        "sparse_logits": (lambda: fused_caad_loss(student.detach().to_sparse(), audio, text), f"student_logits: {dense}"),
+        "sparse_head": (
+            lambda: project_teacher(**teacher, student_weight=head.to_sparse()),
+            f"student_weight: {dense}",
+        ),
+        "sparse_layer": (lambda: fused_layer_mse_loss([states], [states.to_sparse()]), rf"teacher_hidden\[0\]: {dense}"),
+        "no_width": (lambda: fused_linear_caad_loss(**{**given, **flat}), "student_hidden: expected a width of at least 1, got"),
+        "labels": (lambda: answer_index([[1, 2]]), "labels: expected a torch.Tensor, got list"),
+        "ignored": (lambda: answer_index(target[None], ignore_index="x"), "ignore_index: expected an int, got str"),
+        "kind": (lambda: layer_map(3, 4, None), "kind: expected one of top, skip, all or"),
+        "pairs": (lambda: LayerProjections(3, 4, [1, 2]), r"pairs: expected \(student layer, teacher layer\) of ints, got 1"),
+        "pairs_word": (lambda: LayerProjections(3, 4, "all"), "pairs: expected a number of pairs, or a list of them, got str"),
+        "contrast": (lambda: contrast_logits(audio, text, alpha="x"), "alpha: expected a finite number >= 0, got 'x'"),
+        "contrast_mask": (lambda: contrast_logits(audio, text, alpha=1, plausibility="x"), "plausibility: expected a number in"),
+        "contrast_of": (lambda: contrast_logits([1.0], text, alpha=1), "audio_logits: expected a torch.Tensor, got list"),
+        "mixed": (lambda: TeacherProjection.mixture([projection, 1]), r"projections\[1\]: expected a TeacherProjection, got int"),
+        "mixed_one": (lambda: TeacherProjection.mixture(projection), "projections: expected a list of TeacherProjection, got"),
+        "mixed_by": (lambda: TeacherProjection.mixture([projection], weights=1.0), "weights: expected a list, one for each"),
+        "spread": (lambda: projection.spread([0, 1], 9), "where: expected a torch.Tensor, got list"),
+        "spread_to": (lambda: projection.spread(torch.ones(4), 9), "where: expected int64 places, got torch.float32"),
+        "explained": (lambda: explain(impl="tritn"), "impl: expected one of auto, reference, cpu, triton, cuda, got 'tritn'"),
+        "explained_dtype": (lambda: explain(dtype="bf16"), "dtype: expected a torch.dtype, got str"),
+        "explained_size": (lambda: explain(n_tokens=None), "n_tokens: expected an int, got None"),
+        "explained_ids": (lambda: explain(vocab_size=None), "vocab_size: expected an int, got None"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_arguments())
+def test_a_wrong_argument_is_named(name):
+    call, message = wrong_arguments()[name]
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        call()
+
+
+def test_explain_takes_the_default_logits_dtype_of_the_losses():
+    sizes = {"student_hidden_size": 64, "teacher_hidden_size": 96}
+    assert explain(logits_dtype=None, **sizes) == explain(logits_dtype=torch.float32, **sizes) == explain(**sizes)

@@ -309,3 +309,32 @@ def test_a_projection_is_made_from_the_exact_contrast():
     audio, text, head = (x.double() for x in states[:3])
     p = torch.softmax((3 * audio - 2 * text) @ head.T / 2, dim=1)
     torch.testing.assert_close(made.probabilities.double(), p.gather(1, made.ids.long()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_one_token_without_a_leading_dimension(impl):
+    """As the other losses take it: states (H,), a target ()."""
+    teacher, student = split(hidden(5))
+    row = {name: x[2] if name.endswith("hidden") else x for name, x in teacher.items()}
+    state, target = student["student_hidden"].detach()[2].requires_grad_(), student["target"][2]
+    whole = project_teacher(**teacher)
+    for projection in (project_teacher(**row), whole[2], TeacherProjection.mixture([whole[2]] * 2, [0.5, 0.5])):
+        assert projection.leading == ()
+        for reduction in ("mean", "none"):
+            loss, stats = fused_linear_projected_loss(
+                state, teacher["student_weight"], projection, target, reduction=reduction, return_stats=True, impl=impl
+            )
+            expected = fused_linear_caad_loss(student_hidden=state, target=target, reduction=reduction, impl="reference", **row)
+            assert loss.shape == stats.kd.shape == ()
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+            gradients = [torch.autograd.grad(x, state)[0] for x in (loss, expected)]
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_is_recognised_under_another_default_device():
+    teacher, student = split(hidden(5))
+    projection = project_teacher(**teacher)
+    expected = fused_linear_projected_loss(projection=projection, **student)
+    with torch.device("meta"):  # as with torch.set_default_device("cuda") and tensors on the CPU
+        again = project_teacher(**teacher)
+        torch.testing.assert_close(fused_linear_projected_loss(projection=again, **student), expected, rtol=0, atol=0)
