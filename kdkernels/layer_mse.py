@@ -16,7 +16,7 @@ from .checks import check_device, check_leading, check_shape, check_tensor, is_n
 from .loss_options import REDUCTIONS
 from .loss_terms import accumulation_dtype, alpha_tensor, check_amounts, values_on
 from .ops import layers as _layers
-from .ops.dispatch import CUDA_OR_TRITON, choose_for
+from .ops.dispatch import choose_for
 from .ops.rows import scalar
 from .ops.schema import check_values, differentiable, refuse_forward_mode
 
@@ -97,8 +97,6 @@ def fused_layer_mse_loss(
         raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if impl == "cuda":
-        raise ValueError("impl: expected 'auto', 'reference', 'cpu' or 'triton' for layers, got 'cuda'")
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
     first = students[0]
@@ -131,9 +129,7 @@ def fused_layer_mse_loss(
     if reduction == "mean":
         counts = counts / counts.sum().clamp_min(1)
 
-    chosen = choose_for("fused_layer_mse_loss", impl, device, dtypes)
-    if chosen == CUDA_OR_TRITON:  # the CUDA part has no kernel for layers
-        chosen = "triton"
+    chosen = choose_for("fused_layer_mse_loss", impl, device, dtypes, without_cuda="for layers")
     if chosen == "reference" and not torch.compiler.is_compiling():  # the operator checks by itself
         check_values(None, alphas, 0, 0)
     total = torch.zeros(n if reduction == "none" else (), dtype=dtype, device=device)
