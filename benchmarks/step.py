@@ -164,7 +164,7 @@ class StepCase:
                 teacher: Any = kind(self.teacher, self.teacher_data, **options)
             elif name == "text":
                 collator = self.student.make_collator()
-                options |= {"target_ids": collator.target_ids, "end_id": collator.tokenizer.eos_token_id}
+                options |= {"target_ids": collator.target_ids, "end_ids": self.student.end_ids}
                 teacher = TextTeacher(self.text_lm, collator.tokenizer, **options)
             else:
                 lm = snapshot(self.student)

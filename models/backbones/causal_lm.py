@@ -49,6 +49,14 @@ def check_token_ids(ids: Iterable[int], lm: nn.Module, tokenizer: PreTrainedToke
         )
 
 
+def named_ends(lm: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end a text: the tokenizer's end of text, and all that the checkpoint's generation config names."""
+    from kdkernels.decoding import eos_ids_of
+
+    named = eos_ids_of(lm, None) if getattr(lm, "generation_config", None) is not None else []
+    return {int(token) for token in (tokenizer.eos_token_id, *named) if token is not None}
+
+
 class LogitPost(NamedTuple):
     """What a language model does to the output of its LM head: softcap * tanh(scale * z / softcap), or scale * z."""
 

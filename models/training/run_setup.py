@@ -601,10 +601,9 @@ def _build_source(
     options = {"device": device, "layers": layers.teacher_layers if layers else ()}
     store = None
     if settings.role == "text":
-        collator = model.make_collator()
         teacher = TextTeacher(
-            lm, tokenizer, target_ids=collator.target_ids, end_id=collator.end_id, own_line=isinstance(model, AudioLM),
-            reasoning=settings.reasoning, **options,
+            lm, tokenizer, target_ids=model.make_collator().target_ids, end_ids=model.end_ids,
+            own_line=isinstance(model, AudioLM), reasoning=settings.reasoning, **options,
         )  # fmt: skip
     else:
         hears = recipe.student.hears if settings.role == "acoustic" else settings.hears

@@ -19,7 +19,7 @@ import copy
 import dataclasses
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from kdkernels.layer_mse import LayerProjections
 from kdkernels.layer_states import LayerStates
 from kdkernels.lm_head import evaluating
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
-from models.backbones.causal_lm import CurrentHead, read_head
+from models.backbones.causal_lm import CurrentHead, cache_keyword, check_token_ids, named_ends, pad_rows, read_head
 from models.speech_lm.listeners import text_path
 from models.training.recipe import ConfigError, LayersConfig, SourceConfig
 
@@ -299,13 +299,13 @@ class TextTeacher:
 
     It reads Stage 1's prompt (models/pseudo_gt/wording.py): worked examples, then "[00:00-00:03] words (Gender: man, ...)", then
     with `reasoning` an example's metadata["reasoning"]; the answer's tokens follow. The worked examples of a task are read once.
-    It says nothing about the end-of-text token: in its prompt an answer ends with its line.
+    It says nothing about the tokens that end a text: in its prompt an answer ends with its line.
 
     Args:
         lm: a causal LM of transformers, frozen.
         tokenizer: its own.
         target_ids: an example -> the token ids of its target, as the student's collator makes them.
-        end_id: the id that ends such a target, or None.
+        end_ids: the ids that end an answer of the student. Those that the checkpoint of `lm` names count too.
         own_line: for targets that do not begin with a space, as in a chat: the answer then stands on a line of its own.
         device: where it runs.
         layers: layers whose states are returned as well.
@@ -318,7 +318,7 @@ class TextTeacher:
         tokenizer: Any,
         *,
         target_ids: Callable[[Example], list[int]],
-        end_id: int | None,
+        end_ids: Iterable[int],
         device: torch.device,
         own_line: bool = False,
         layers: Sequence[int] = (),
@@ -330,7 +330,7 @@ class TextTeacher:
         self._lm = lm.to(device).eval()
         self._tokenizer = tokenizer
         self._target_ids = target_ids
-        self._end_id = end_id
+        self._end_ids = torch.tensor(sorted({*end_ids, *named_ends(lm, tokenizer)}), device=device)
         self._own_line = own_line
         self._device = device
         self._layers = tuple(layers)
@@ -354,9 +354,7 @@ class TextTeacher:
             read = self._read(prefix, [self._prompt(examples[row]) for row in rows], [targets[row] for row in rows])
             for row, one in zip(rows, read, strict=True):
                 states[row] = one
-        speaks = None
-        if self._end_id is not None:
-            speaks = batch.target.to(self._device) != self._end_id
+        speaks = torch.isin(batch.target.to(self._device), self._end_ids, invert=True)
         return dataclasses.replace(_one_path(torch.cat(states), self._head()), speaks=speaks)
 
     def _prompt(self, example: Example) -> list[int]:
@@ -367,8 +365,6 @@ class TextTeacher:
 
     def _read(self, prefix: str, prompts: list[list[int]], targets: list[list[int]]) -> list[torch.Tensor]:
         """(n, H) or (n, 1 + K, H) of each row's target tokens."""
-        from models.backbones.causal_lm import cache_keyword, check_token_ids, pad_rows
-
         if self._prefixes is None:
             worked = self._tokenizer.encode(prefix)
             prompts = [worked + prompt for prompt in prompts]

@@ -63,7 +63,7 @@ def train(
         recipe: the settings.
         model: a SpeechLM, or anything with `hidden_states_at(index, **inputs) -> (N, H)`, `get_output_embeddings()` and
             `save_pretrained(folder)`; what requires grad is trained. With data.on_policy_fraction it also has `own_answers`,
-            `make_collator()` and `tokenizer`, and `data` has `make_prompts`. With optim.answer_noise `hidden_states_at` takes
+            `end_ids` and `tokenizer`, and `data` has `make_prompts`. With optim.answer_noise `hidden_states_at` takes
             `answer_noise`.
         data: examples and how a batch is made of them.
         sources: the teachers; kd, sharpened and caad need their own, named `OWN_TEACHER`. The projections of a source's layers

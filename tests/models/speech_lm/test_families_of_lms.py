@@ -140,7 +140,7 @@ def test_hybrid_language_models_run_with_default_settings(family, capsys):
     heard = ListeningTeacher(model, data, device=CPU)(batch, examples)
     torch.testing.assert_close(states.audio_hidden, heard.audio_hidden, rtol=1e-4, atol=1e-4)
     target_ids = model.make_collator().target_ids
-    reader = TextTeacher(model.lm, TOKENIZER, target_ids=target_ids, end_id=None, device=CPU)
+    reader = TextTeacher(model.lm, TOKENIZER, target_ids=target_ids, end_ids=(), device=CPU)
     together = reader(batch, examples).audio_hidden
     alone = torch.cat([reader(data.make_batch([example]), [example]).audio_hidden for example in examples])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)

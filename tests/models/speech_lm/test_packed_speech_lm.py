@@ -254,7 +254,7 @@ def test_no_adapter_runs_the_head(model, monkeypatch):
             teachers = [
                 LiveTeacher(model, data, device=device, layers=[2]),
                 ListeningTeacher(model, data, device=device),
-                TextTeacher(reader, make_tokenizer(), target_ids=target_ids, end_id=None, device=device),
+                TextTeacher(reader, make_tokenizer(), target_ids=target_ids, end_ids=(), device=device),
             ]
             for teacher in teachers:  # the first time: LMHead.from_model looks at the head, worked examples are read
                 teacher(batch, examples)

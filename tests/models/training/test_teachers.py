@@ -51,7 +51,7 @@ def data_for(model, count=5):
 def text_teacher(model, lm, **options):
     collator = model.make_collator()
     return TextTeacher(
-        lm, make_tokenizer(), target_ids=collator.target_ids, end_id=collator.tokenizer.eos_token_id, device=CPU, **options
+        lm, make_tokenizer(), target_ids=collator.target_ids, end_ids=model.end_ids, device=CPU, **options
     )
 
 
@@ -85,6 +85,17 @@ def test_the_text_teacher_reads_stage_1s_prompt_and_then_the_target(student, lay
         row_start += len(target)
     assert states.text_hidden is None and torch.equal(states.head.weight, lm.lm_head.weight)
     assert torch.equal(states.speaks, batch.target != make_tokenizer().eos_token_id) and not states.speaks.all()
+
+
+def test_the_text_teacher_says_nothing_about_any_end(student):
+    """Of the student's answers, and of its own checkpoint, which may name several."""
+    data, lm = data_for(student), make_lm(make_tokenizer(), seed=5)
+    batch = data.make_batch(data.examples)
+    end, first, second = (int(token) for token in (make_tokenizer().eos_token_id, batch.target[0], batch.target[1]))
+    lm.generation_config.eos_token_id = [end, first]
+    options = {"target_ids": student.make_collator().target_ids, "end_ids": [second], "device": CPU}
+    states = TextTeacher(lm, make_tokenizer(), **options)(batch, data.examples)
+    assert states.speaks.tolist() == [token not in (end, first, second) for token in batch.target.tolist()]
 
 
 @pytest.mark.parametrize("kind", ["text", "listening"])
