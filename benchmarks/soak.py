@@ -73,7 +73,7 @@ class Iteration:
 
     def __init__(self, folder: Path) -> None:
         from models.training.fill_cache import fill_cache
-        from models.training.recipe import load_recipe
+        from models.training.recipe_files import load_recipe
         from models.training.run_setup import make_training_data
         from models.training.teachers import LiveTeacher
 

@@ -129,7 +129,8 @@ class StepCase:
 
     def sources(self, objective: str, names: Sequence[str], layers: bool) -> tuple[Any, list[Any]]:
         """The recipe and its sources, built as in models/training/run_setup.py, but without loading models."""
-        from models.training.recipe import LayersConfig, SourceConfig, load_recipe
+        from models.training.recipe_files import load_recipe
+        from models.training.recipe_sections import LayersConfig, SourceConfig
         from models.training.run_setup import OWN_TEACHER, make_training_data
         from models.training.teachers import (
             LayerDistillation,

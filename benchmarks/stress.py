@@ -522,7 +522,8 @@ class Training:
     name = "training"
 
     def __init__(self, lm: str | None = None) -> None:
-        from models.training.recipe import SourceConfig, load_recipe
+        from models.training.recipe_files import load_recipe
+        from models.training.recipe_sections import SourceConfig
         from models.training.run_setup import OWN_TEACHER, make_training_data
         from models.training.teachers import LiveTeacher, Source
 

@@ -278,7 +278,8 @@ def make_stages(settings: AblationSettings) -> list[Stage]:
 
 def _row_stage(settings: AblationSettings, name: str, recipe: str) -> Stage:
     """The stage of one row of the table."""
-    from models.training.recipe import load_recipe, to_dict
+    from models.training.recipe import to_dict
+    from models.training.recipe_files import load_recipe
 
     read = load_recipe(recipe, ["teacher.folder=x"])
     words = [f"{key}.weight={settings.layer_weight}" for key, layers in read.compared_layers() if layers.weight > 0]

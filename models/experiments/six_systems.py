@@ -385,7 +385,8 @@ def _runs(systems: Sequence[System], seeds: Sequence[int]) -> list[_Run]:
 
 def _as_read(recipe: str) -> dict[str, Any]:
     """What the file of a recipe says: a part of the fingerprint of the stages that use it."""
-    from models.training.recipe import load_recipe, to_dict
+    from models.training.recipe import to_dict
+    from models.training.recipe_files import load_recipe
 
     return to_dict(load_recipe(recipe, ["teacher.folder=x"]))
 

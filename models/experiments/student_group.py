@@ -18,7 +18,8 @@ from models.experiments.shared_steps import ask_model, load_model, read_items, r
 from models.io_utils import atomic_write_json
 from models.speech_lm.features import FeatureStore
 from models.training.checkpoint import load_checkpoint, restore_model
-from models.training.recipe import Recipe, load_recipe
+from models.training.recipe import Recipe
+from models.training.recipe_files import load_recipe
 from models.training.run_setup import build_data, build_model, build_sources, check_folders, read_examples
 from models.training.teachers import Source
 from models.training.train import seed_everything, train

@@ -667,7 +667,7 @@ def tried_systems() -> Iterator[System]:
 
 def _as_written(recipe: str) -> str:
     """The file of a recipe: a part of the fingerprint of the stages that use it. New keys with defaults do not change it."""
-    from models.training.recipe import find_recipe
+    from models.training.recipe_files import find_recipe
 
     return find_recipe(recipe).read_text(encoding="utf-8")
 

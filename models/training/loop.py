@@ -34,6 +34,7 @@ from models.training.checkpoint import (
     set_aside,
     trainable_state,
 )
+from models.training.continued_settings import saved_settings_to_continue, settings_to_continue
 from models.training.curves import MetricsLogger
 from models.training.distributed import (
     RankError,
@@ -51,7 +52,8 @@ from models.training.model_card import write_card
 from models.training.objective import Normalizers, Part, PartLoss, counted_positions, select_positions, token_weights
 from models.training.on_policy import OnPolicy
 from models.training.projections import RunProjections, project_own_teacher
-from models.training.recipe import ConfigError, Recipe, saved_settings_to_continue, settings_to_continue, to_dict
+from models.training.recipe import Recipe, to_dict
+from models.training.recipe_checks import ConfigError
 from models.training.run_identity import check_identity
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.seeds import seed_of

@@ -29,7 +29,8 @@ from kdkernels.lm_head import apply_post, linear_of
 from kdkernels.ops.gemm import gemm
 from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import logit_post
-from models.training.recipe import LossConfig, Recipe
+from models.training.recipe import Recipe
+from models.training.recipe_sections import LossConfig
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.teachers import Examples, LayerDistillation, ProjectedStates, TeacherStates
 

@@ -35,7 +35,10 @@ from models.training.model_sizes import (
     text_lm_on_meta,
     trained_weights,
 )
-from models.training.recipe import ConfigError, Recipe, SourceConfig, load_recipe, to_dict
+from models.training.recipe import Recipe, to_dict
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import SourceConfig
 from models.training.teachers import SourceError
 
 TOKENS_PER_WORD = 1.4

@@ -22,10 +22,11 @@ from tqdm import tqdm
 from kdkernels import LMHead, ProjectionCache, TeacherProjection, project_teacher
 from kdkernels.projection_cache import CachedProjections
 from models.io_utils import fingerprint
+from models.training.continued_settings import settings_to_continue
 from models.training.distributed import Ranks
 from models.training.objective import teacher_source, token_weights
 from models.training.projected_teacher import ProjectedTeacher, joined, recipe_settings, student_head
-from models.training.recipe import Recipe, settings_to_continue
+from models.training.recipe import Recipe
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.teachers import Source, SourceError, Teacher, TeacherStates
 

@@ -29,7 +29,8 @@ from models.speech_lm.frozen_linear import use_bf16_products
 from models.speech_lm.listeners import is_speech_lm, open_clips, torch_dtype, unheard_batch
 from models.speech_lm.row_layout import why_not_packed_with_prefixes
 from models.training.projected_teacher import ProjectedTeacher, find_projections
-from models.training.recipe import DataConfig, Recipe, SourceConfig, to_dict
+from models.training.recipe import Recipe, to_dict
+from models.training.recipe_sections import DataConfig, SourceConfig
 from models.training.teachers import (
     CachedTeacher,
     CenteredTeacher,

@@ -35,7 +35,8 @@ from kdkernels.lm_head import evaluating
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.backbones.causal_lm import CurrentHead, cache_keyword, check_token_ids, named_ends, pad_rows, read_head
 from models.speech_lm.listeners import text_path
-from models.training.recipe import ConfigError, LayersConfig, SourceConfig
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_sections import LayersConfig, SourceConfig
 
 if TYPE_CHECKING:
     from models.data.manifest import Example

@@ -40,7 +40,9 @@ from models.training.commands import train_parser
 from models.training.distributed import RankError, Ranks
 from models.training.loop import NonFiniteError, TrainingLoop, TrainResult, check_ranks
 from models.training.publish import PublishError, check_recipe, open_repository, publish
-from models.training.recipe import ConfigError, Recipe, load_recipe
+from models.training.recipe import Recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
 from models.training.recipe_keys import describe_keys
 from models.training.run_identity import run_identity
 from models.training.run_setup import TrainingData, build_data, build_model, build_sources, check_folders, read_examples

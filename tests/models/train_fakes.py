@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 from kdkernels.teacher import LMHead
 from models.training.distributed import Ranks
-from models.training.recipe import Recipe, SourceConfig, load_recipe
+from models.training.recipe import Recipe
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import SourceConfig
 from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.teachers import Source, TeacherStates
 from models.training.train import seed_everything, train

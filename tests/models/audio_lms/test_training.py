@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from models.audio_lms.model import AudioLM
 from models.training import loop
-from models.training.recipe import ConfigError, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
 from models.training.run_setup import build_data, build_model, build_sources, read_examples
 from models.training.train import main as train
 from tests.models.audio_lms.audio_world import make_world, text_teacher, words

@@ -16,7 +16,8 @@ from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import read_manifest, write_manifest
 from models.speech_lm import listeners
 from models.training.loop import TrainingLoop
-from models.training.recipe import ConfigError, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
 from models.training.run_setup import build_data, build_model, build_sources, read_examples
 from models.training.teachers import SourceError
 from tests.models.audio_lms.audio_world import make_world, words

@@ -10,7 +10,8 @@ from tiny_speech import make_config, make_examples, make_features, make_tokenize
 from models.speech_lm.collation import Collator
 from models.speech_lm.model import SpeechLM
 from models.speech_lm.prefix_cache import why_not_cached
-from models.training.recipe import DataConfig, load_recipe
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import DataConfig
 from models.training.run_setup import make_training_data
 from models.training.teachers import ListeningTeacher, LiveTeacher, SourceError, TextTeacher, check_packing
 from models.training.train import train

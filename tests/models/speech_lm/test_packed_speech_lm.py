@@ -9,7 +9,9 @@ from tiny_speech import make_config, make_examples, make_features, make_lm, make
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.speech_lm.collation import crop_to_targets
 from models.speech_lm.model import SpeechLM
-from models.training.recipe import ConfigError, DataConfig, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import DataConfig
 from models.training.run_setup import make_training_data
 from models.training.teachers import ListeningTeacher, LiveTeacher, SourceError, TextTeacher
 

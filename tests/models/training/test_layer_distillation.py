@@ -12,7 +12,9 @@ from models.speech_lm.model import SpeechLM
 from models.training import teachers
 from models.training.checkpoint import find_checkpoint
 from models.training.curves import read_metrics
-from models.training.recipe import ConfigError, LayersConfig, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import LayersConfig
 
 LAYERS = ["optim.steps=6", "layers.weight=0.5", "layers.map=skip", "layers.every=2", "layers.embeddings=true"]
 

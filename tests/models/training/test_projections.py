@@ -17,7 +17,8 @@ from models.training.curves import read_metrics
 from models.training.fill_cache import main as cache_main
 from models.training.loop import TrainingLoop
 from models.training.projections import project_own_teacher
-from models.training.recipe import ConfigError, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
 from models.training.teachers import SourceError
 from models.training.train import seed_everything
 from models.training.train import train as loop

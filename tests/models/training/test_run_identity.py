@@ -9,7 +9,7 @@ import pytest
 
 from models.training import loop
 from models.training.checkpoint import CheckpointError
-from models.training.recipe import load_recipe
+from models.training.recipe_files import load_recipe
 from models.training.run_identity import EXAMPLES, check_identity, run_identity
 from models.training.run_setup import read_examples
 from models.training.train import main as train

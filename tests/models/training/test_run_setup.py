@@ -24,7 +24,7 @@ from models.speech_lm.model import SpeechLM, SpeechLMConfig
 from models.training.cache_identity import teacher_fingerprint
 from models.training.curves import read_metrics
 from models.training.fill_cache import main as cache_main
-from models.training.recipe import load_recipe
+from models.training.recipe_files import load_recipe
 from models.training.run_setup import TrainingData, build_data, build_model, build_sources, read_examples
 from models.training.teachers import SourceError
 from models.training.train import main

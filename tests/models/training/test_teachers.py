@@ -11,7 +11,9 @@ from kdkernels.teacher import LMHead
 from models.pseudo_gt.wording import prompt_end, worked_examples
 from models.training.checkpoint import find_checkpoint
 from models.training.curves import read_metrics
-from models.training.recipe import ConfigError, SourceConfig, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import SourceConfig
 from models.training.run_setup import make_training_data
 from models.training.teachers import (
     CenteredTeacher,

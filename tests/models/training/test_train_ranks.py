@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from models.training.checkpoint import CheckpointError
 from models.training.curves import read_metrics
 from models.training.distributed import Ranks
-from models.training.recipe import ConfigError
+from models.training.recipe_checks import ConfigError
 from models.training.run_setup import TrainingData, build_sources, make_training_data
 from models.training.train import train
 
