@@ -129,17 +129,12 @@ class StepCase:
 
     def sources(self, objective: str, names: Sequence[str], layers: bool) -> tuple[Any, list[Any]]:
         """The recipe and its sources, built as in models/training/run_setup.py, but without loading models."""
+        from models.training.layer_distillation import LayerDistillation
         from models.training.recipe_files import load_recipe
         from models.training.recipe_sections import LayersConfig, SourceConfig
         from models.training.run_setup import OWN_TEACHER, make_training_data
-        from models.training.teachers import (
-            LayerDistillation,
-            ListeningTeacher,
-            LiveTeacher,
-            Source,
-            TextTeacher,
-            snapshot,
-        )
+        from models.training.teachers import ListeningTeacher, LiveTeacher, Source, snapshot
+        from models.training.text_teacher import TextTeacher
 
         compared = {"weight": 0.3, "normalize": True} if layers else {}
         words = [f"objective={objective}", "loss.ce_background_weight=0"]

@@ -39,7 +39,7 @@ from models.training.recipe import Recipe, to_dict
 from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
 from models.training.recipe_sections import SourceConfig
-from models.training.teachers import SourceError
+from models.training.teacher_states import SourceError
 
 TOKENS_PER_WORD = 1.4
 _CHAT_TOKENS = 20  # of a chat template around a question

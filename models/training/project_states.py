@@ -23,7 +23,7 @@ from models.training.recipe import Recipe
 from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
 from models.training.run_setup import build_model
-from models.training.teachers import SourceError
+from models.training.teacher_states import SourceError
 
 _TOP_K = 64  # where the recipe says nothing
 

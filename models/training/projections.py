@@ -28,7 +28,8 @@ from models.training.objective import teacher_source, token_weights
 from models.training.projected_teacher import ProjectedTeacher, joined, recipe_settings, student_head
 from models.training.recipe import Recipe
 from models.training.run_setup import OWN_TEACHER, TrainingData
-from models.training.teachers import Source, SourceError, Teacher, TeacherStates
+from models.training.teacher_states import SourceError, Teacher, TeacherStates
+from models.training.teachers import Source
 
 _EXAMPLES = 32  # at a time, where they are made before the first step
 _PENDING_BYTES = 64 << 20  # of projections that are in memory and not yet on the disk

@@ -28,23 +28,23 @@ from models.speech_lm.collation import check_one_clip, crop_to_targets
 from models.speech_lm.frozen_linear import use_bf16_products
 from models.speech_lm.listeners import is_speech_lm, open_clips, torch_dtype, unheard_batch
 from models.speech_lm.row_layout import why_not_packed_with_prefixes
+from models.training.layer_distillation import LayerDistillation
 from models.training.projected_teacher import ProjectedTeacher, find_projections
 from models.training.recipe import Recipe, to_dict
 from models.training.recipe_sections import DataConfig, SourceConfig
+from models.training.teacher_states import SourceError
 from models.training.teachers import (
     CachedTeacher,
     CenteredTeacher,
     KeptTeacher,
-    LayerDistillation,
     ListeningTeacher,
     LiveTeacher,
     Source,
-    SourceError,
-    TextTeacher,
     check_same_tokenizer,
     kept_bytes,
     snapshot,
 )
+from models.training.text_teacher import TextTeacher
 
 if TYPE_CHECKING:
     from models.speech_lm.config import SpeechLMConfig

@@ -46,7 +46,8 @@ from models.training.recipe_files import load_recipe
 from models.training.recipe_keys import describe_keys
 from models.training.run_identity import run_identity
 from models.training.run_setup import TrainingData, build_data, build_model, build_sources, check_folders, read_examples
-from models.training.teachers import Source, SourceError
+from models.training.teacher_states import SourceError
+from models.training.teachers import Source
 
 
 def train(

@@ -21,7 +21,8 @@ from models.training.recipe import Recipe
 from models.training.recipe_files import load_recipe
 from models.training.recipe_sections import SourceConfig
 from models.training.run_setup import OWN_TEACHER, TrainingData
-from models.training.teachers import Source, TeacherStates
+from models.training.teacher_states import TeacherStates
+from models.training.teachers import Source
 from models.training.train import seed_everything, train
 
 VOCABULARY, WIDTH, FEATURES, TOKENS, EXAMPLES = 23, 8, 5, 4, 40

@@ -31,7 +31,7 @@ from kdkernels.lm_head import HeadCapture
 from models.training.objective import TokenWeights, objective_loss
 from models.training.recipe_files import load_recipe
 from models.training.run_setup import OWN_TEACHER
-from models.training.teachers import TeacherStates
+from models.training.teacher_states import TeacherStates
 
 ROWS = 16
 SMALL = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "gradient_accumulation_steps": 2}

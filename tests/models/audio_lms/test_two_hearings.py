@@ -19,7 +19,7 @@ from models.training.loop import TrainingLoop
 from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
 from models.training.run_setup import build_data, build_model, build_sources, read_examples
-from models.training.teachers import SourceError
+from models.training.teacher_states import SourceError
 from tests.models.audio_lms.audio_world import make_world, words
 from tests.models.audio_lms.test_families import logits_of
 

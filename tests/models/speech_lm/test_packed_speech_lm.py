@@ -13,7 +13,9 @@ from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
 from models.training.recipe_sections import DataConfig
 from models.training.run_setup import make_training_data
-from models.training.teachers import ListeningTeacher, LiveTeacher, SourceError, TextTeacher
+from models.training.teacher_states import SourceError
+from models.training.teachers import ListeningTeacher, LiveTeacher
+from models.training.text_teacher import TextTeacher
 
 ROWS = 6
 # float32: the softmax and the products sum over other numbers of columns; states are of order 1.

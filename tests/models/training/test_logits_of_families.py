@@ -13,7 +13,7 @@ from models.speech_lm.model import SpeechLM
 from models.training.objective import TokenWeights, objective_loss
 from models.training.recipe_files import load_recipe
 from models.training.run_setup import OWN_TEACHER
-from models.training.teachers import TeacherStates
+from models.training.teacher_states import TeacherStates
 
 TOKENIZER = make_tokenizer()
 RECIPES = {"kd": load_recipe("kd", ["teacher.folder=x", "loss.kd_weight=1"]), "sft": load_recipe("sft")}

@@ -19,7 +19,7 @@ from models.training.loop import TrainingLoop
 from models.training.projections import project_own_teacher
 from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
-from models.training.teachers import SourceError
+from models.training.teacher_states import SourceError
 from models.training.train import seed_everything
 from models.training.train import train as loop
 

@@ -26,7 +26,7 @@ from models.training.curves import read_metrics
 from models.training.fill_cache import main as cache_main
 from models.training.recipe_files import load_recipe
 from models.training.run_setup import TrainingData, build_data, build_model, build_sources, read_examples
-from models.training.teachers import SourceError
+from models.training.teacher_states import SourceError
 from models.training.train import main
 
 

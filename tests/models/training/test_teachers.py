@@ -15,17 +15,16 @@ from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
 from models.training.recipe_sections import SourceConfig
 from models.training.run_setup import make_training_data
+from models.training.teacher_states import SourceError, TeacherStates
 from models.training.teachers import (
     CenteredTeacher,
     KeptTeacher,
     ListeningTeacher,
-    SourceError,
-    TeacherStates,
-    TextTeacher,
     check_same_tokenizer,
     kept_bytes,
     snapshot,
 )
+from models.training.text_teacher import TextTeacher
 
 CPU = torch.device("cpu")
 
@@ -262,7 +261,7 @@ def test_a_source_that_does_not_fit_into_its_memory_says_so(world, capsys):  # n
 
 def test_weights_are_counted_and_silent_tokens_are_not():
     from models.training.objective import teacher_source
-    from models.training.teachers import TeacherStates
+    from models.training.teacher_states import TeacherStates
 
     ramp = ["sources.text.weight=0.6", "sources.text.weight_start=0.2", "sources.text.weight_ramp_steps=2"]
     recipe = load_recipe("text_kd_all", ramp)
