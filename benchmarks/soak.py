@@ -74,8 +74,8 @@ class Iteration:
     def __init__(self, folder: Path) -> None:
         from models.training.fill_cache import fill_cache
         from models.training.recipe_files import load_recipe
-        from models.training.run_setup import make_training_data
         from models.training.teachers import LiveTeacher
+        from models.training.training_data import make_training_data
 
         self._rng = random.Random(0)
         self._case = case = TinyCase()
@@ -93,8 +93,8 @@ class Iteration:
         self.read_cache()
 
     def train_step(self) -> None:
+        from models.training.build_sources import OWN_TEACHER
         from models.training.objective import counted_positions, objective_loss, select_positions, token_weights
-        from models.training.run_setup import OWN_TEACHER
 
         rows = self._data.draw(self._cursor, 4, seed=0)
         self._cursor += len(rows)

@@ -77,7 +77,7 @@ class StepCase:
         from models.io_utils import cache_dir
         from models.speech_lm.frozen_linear import use_bf16_products
         from models.speech_lm.model import SpeechLM, SpeechLMConfig
-        from models.training.run_setup import make_training_data
+        from models.training.training_data import make_training_data
 
         self.device = device
         # The smoke run's byte-level tokenizer needs no download and gives prompts of about 120 tokens.
@@ -128,13 +128,14 @@ class StepCase:
         return int(batch.attention_mask.sum()) - prefixes
 
     def sources(self, objective: str, names: Sequence[str], layers: bool) -> tuple[Any, list[Any]]:
-        """The recipe and its sources, built as in models/training/run_setup.py, but without loading models."""
+        """The recipe and its sources, built as in models/training/build_sources.py, but without loading models."""
+        from models.training.build_sources import OWN_TEACHER
         from models.training.layer_distillation import LayerDistillation
         from models.training.recipe_files import load_recipe
         from models.training.recipe_sections import LayersConfig, SourceConfig
-        from models.training.run_setup import OWN_TEACHER, make_training_data
         from models.training.teachers import ListeningTeacher, LiveTeacher, Source, snapshot
         from models.training.text_teacher import TextTeacher
+        from models.training.training_data import make_training_data
 
         compared = {"weight": 0.3, "normalize": True} if layers else {}
         words = [f"objective={objective}", "loss.ce_background_weight=0"]

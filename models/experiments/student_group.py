@@ -17,12 +17,15 @@ from models.experiments.pipeline import Context
 from models.experiments.shared_steps import ask_model, load_model, read_items, recipe_words
 from models.io_utils import atomic_write_json
 from models.speech_lm.features import FeatureStore
+from models.training.build_sources import build_sources
+from models.training.check_folders import check_folders
 from models.training.checkpoint import load_checkpoint, restore_model
 from models.training.recipe import Recipe
 from models.training.recipe_files import load_recipe
-from models.training.run_setup import build_data, build_model, build_sources, check_folders, read_examples
+from models.training.student import build_model
 from models.training.teachers import Source
 from models.training.train import seed_everything, train
+from models.training.training_data import build_data, read_examples
 
 
 class Cohort:

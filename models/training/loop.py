@@ -22,6 +22,7 @@ from models.backbones.device import pick_device
 from models.corpora.hearing import write_hears
 from models.data.example import AnsweredExample
 from models.io_utils import atomic_write_json, fingerprint
+from models.training.build_sources import OWN_TEACHER
 from models.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -55,10 +56,10 @@ from models.training.projections import RunProjections, project_own_teacher
 from models.training.recipe import Recipe, to_dict
 from models.training.recipe_checks import ConfigError
 from models.training.run_identity import check_identity
-from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.seeds import seed_of
 from models.training.stop_signals import noted_signals
 from models.training.teachers import Source, check_packing
+from models.training.training_data import TrainingData
 
 
 class NonFiniteError(RuntimeError):

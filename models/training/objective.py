@@ -29,11 +29,12 @@ from kdkernels.lm_head import apply_post, linear_of
 from kdkernels.ops.gemm import gemm
 from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import logit_post
+from models.training.build_sources import OWN_TEACHER
 from models.training.layer_distillation import Examples, LayerDistillation
 from models.training.recipe import Recipe
 from models.training.recipe_sections import LossConfig
-from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.teacher_states import ProjectedStates, TeacherStates
+from models.training.training_data import TrainingData
 
 Curve = tuple[str, torch.Tensor, torch.Tensor]  # name, mean, weight
 

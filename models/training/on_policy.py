@@ -18,8 +18,8 @@ from kdkernels.sampling import Sampling, uniform_draws, unspoken_ids
 from kdkernels.whole_weights import whole_weights
 from models.data.example import AnsweredExample
 from models.training.recipe import Recipe
-from models.training.run_setup import TrainingData
 from models.training.seeds import seed_of
+from models.training.training_data import TrainingData
 
 
 class OnPolicy:

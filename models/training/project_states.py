@@ -22,7 +22,7 @@ from models.training.projected_teacher import needs_states, recipe_settings, stu
 from models.training.recipe import Recipe
 from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
-from models.training.run_setup import build_model
+from models.training.student import build_model
 from models.training.teacher_states import SourceError
 
 _TOP_K = 64  # where the recipe says nothing

@@ -35,6 +35,8 @@ import torch
 from kdkernels.ops.dispatch import choose
 from models.backbones.device import pick_device
 from models.io_utils import exclusive
+from models.training.build_sources import build_sources
+from models.training.check_folders import check_folders
 from models.training.checkpoint import CheckpointError
 from models.training.commands import train_parser
 from models.training.distributed import RankError, Ranks
@@ -45,9 +47,10 @@ from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
 from models.training.recipe_keys import describe_keys
 from models.training.run_identity import run_identity
-from models.training.run_setup import TrainingData, build_data, build_model, build_sources, check_folders, read_examples
+from models.training.student import build_model
 from models.training.teacher_states import SourceError
 from models.training.teachers import Source
+from models.training.training_data import TrainingData, build_data, read_examples
 
 
 def train(

@@ -28,9 +28,9 @@ from kdkernels import (
 )
 from kdkernels.head_loss import HeadLoss
 from kdkernels.lm_head import HeadCapture
+from models.training.build_sources import OWN_TEACHER
 from models.training.objective import TokenWeights, objective_loss
 from models.training.recipe_files import load_recipe
-from models.training.run_setup import OWN_TEACHER
 from models.training.teacher_states import TeacherStates
 
 ROWS = 16

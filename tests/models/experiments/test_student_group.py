@@ -14,7 +14,7 @@ from models.evaluation.predictions import read_predictions
 from models.experiments import shared_steps
 from models.experiments.pipeline import Context
 from models.experiments.student_group import Cohort
-from models.training import run_setup
+from models.training import build_sources
 from tests.models.training.test_run_setup import train, world  # noqa: F401 (world is a fixture)
 
 
@@ -42,8 +42,8 @@ def words(world, *more):  # noqa: F811
 @pytest.fixture
 def built(monkeypatch):
     """The names of the sources that are built, and not taken from an earlier student."""
-    names, real = [], run_setup._build_source
-    monkeypatch.setattr(run_setup, "_build_source", lambda *a: names.append(a[1]) or real(*a))
+    names, real = [], build_sources._build_source
+    monkeypatch.setattr(build_sources, "_build_source", lambda *a: names.append(a[1]) or real(*a))
     return names
 
 

@@ -12,11 +12,11 @@ from models.speech_lm.model import SpeechLM
 from models.speech_lm.prefix_cache import why_not_cached
 from models.training.recipe_files import load_recipe
 from models.training.recipe_sections import DataConfig
-from models.training.run_setup import make_training_data
 from models.training.teacher_states import SourceError
 from models.training.teachers import ListeningTeacher, LiveTeacher, check_packing
 from models.training.text_teacher import TextTeacher
 from models.training.train import train
+from models.training.training_data import make_training_data
 
 TOKENIZER = make_tokenizer()
 ROWS, WINDOW = 6, 16

@@ -12,10 +12,10 @@ from models.speech_lm.model import SpeechLM
 from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
 from models.training.recipe_sections import DataConfig
-from models.training.run_setup import make_training_data
 from models.training.teacher_states import SourceError
 from models.training.teachers import ListeningTeacher, LiveTeacher
 from models.training.text_teacher import TextTeacher
+from models.training.training_data import make_training_data
 
 ROWS = 6
 # float32: the softmax and the products sum over other numbers of columns; states are of order 1.

@@ -10,9 +10,9 @@ from tiny_speech import make_config, make_examples, make_features, make_tokenize
 
 from models.backbones.causal_lm import read_head
 from models.speech_lm.model import SpeechLM
+from models.training.build_sources import OWN_TEACHER
 from models.training.objective import TokenWeights, objective_loss
 from models.training.recipe_files import load_recipe
-from models.training.run_setup import OWN_TEACHER
 from models.training.teacher_states import TeacherStates
 
 TOKENIZER = make_tokenizer()

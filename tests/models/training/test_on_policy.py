@@ -153,10 +153,12 @@ def ranked(failures, root, out, words, trains):
     """How many answers this rank has made in each step."""
     import torch.distributed as dist
 
+    from models.training.build_sources import build_sources
     from models.training.distributed import Ranks
     from models.training.recipe_files import load_recipe
-    from models.training.run_setup import build_data, build_model, build_sources
+    from models.training.student import build_model
     from models.training.train import train as run
+    from models.training.training_data import build_data
 
     ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
     counts = []

@@ -14,7 +14,6 @@ from models.training.curves import read_metrics
 from models.training.recipe_checks import ConfigError
 from models.training.recipe_files import load_recipe
 from models.training.recipe_sections import SourceConfig
-from models.training.run_setup import make_training_data
 from models.training.teacher_states import SourceError, TeacherStates
 from models.training.teachers import (
     CenteredTeacher,
@@ -25,6 +24,7 @@ from models.training.teachers import (
     snapshot,
 )
 from models.training.text_teacher import TextTeacher
+from models.training.training_data import make_training_data
 
 CPU = torch.device("cpu")
 
@@ -248,14 +248,14 @@ def test_a_source_that_does_not_fit_into_its_memory_says_so(world, capsys):  # n
     words = ["optim.steps=1", f"sources.text.folder={lm_of(world)}", "sources.text.keep_mib=1", "sources.text.layers.weight=0"]
     assert train(world, "text_kd_top", "small", *words) == 0
     assert "keep_mib" not in capsys.readouterr().out
-    from models.training import run_setup
+    from models.training import build_sources
 
-    size = run_setup.kept_bytes
+    size = build_sources.kept_bytes
     try:
-        run_setup.kept_bytes = lambda teacher, data: size(teacher, data) + (1 << 21)
+        build_sources.kept_bytes = lambda teacher, data: size(teacher, data) + (1 << 21)
         assert train(world, "text_kd_top", "small", *words) == 0
     finally:
-        run_setup.kept_bytes = size
+        build_sources.kept_bytes = size
     assert "sources.text.keep_mib: the states of 12 examples need 2 MiB, 1 MiB are allowed" in capsys.readouterr().out
 
 
