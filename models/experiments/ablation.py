@@ -201,7 +201,7 @@ def run_start(context: Context) -> dict[str, Any]:
 
 def run_rows(context: Context) -> dict[str, Any]:
     """Train one row of the table for every seed: from the start of the seed, by the recipe of the row. Then ask it."""
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
     settings, recipe = context.settings, context.extra["recipe"]
     words = [
@@ -214,9 +214,9 @@ def run_rows(context: Context) -> dict[str, Any]:
     ]
     if context.extra["needs_teacher"]:
         words += [f"teacher.folder={context.folders['teacher'] / 'final'}", "teacher.keep_mib=1024"]
-    cohort = Cohort(context)
+    group = StudentGroup(context)
     return {
-        str(seed): cohort.run(
+        str(seed): group.run(
             context.folder / str(seed),
             recipe,
             manifest=context.folders["corpus"] / "distill.jsonl",

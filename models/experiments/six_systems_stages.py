@@ -114,9 +114,9 @@ def _teacher(context: Context) -> Path:
 
 def run_before(context: Context) -> dict[str, Any]:
     """Train the student by true labels for each seed: on the training items of the teacher, without distillation."""
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
-    settings, cohort = context.settings, Cohort(context)
+    settings, group = context.settings, StudentGroup(context)
     words = [
         *step_words(settings.student_steps, settings.student_learning_rate),
         "loss.ce_token_weight=choice",
@@ -124,7 +124,7 @@ def run_before(context: Context) -> dict[str, Any]:
         *own_start_words(context),
     ]
     for seed in range(settings.seeds):
-        cohort.train(
+        group.train(
             context.folder / str(seed),
             "sft_teacher",
             manifest=context.folders["corpus"] / "teacher.jsonl",
@@ -136,9 +136,9 @@ def run_before(context: Context) -> dict[str, Any]:
 
 def run_students(context: Context) -> dict[str, Any]:
     """Train the students of `extra["runs"]` one after another: (folder, recipe, seed, words)."""
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
-    settings, cohort = context.settings, Cohort(context)
+    settings, group = context.settings, StudentGroup(context)
     pool = context.folders[context.extra["pool"]]
     for name, recipe, seed, more in context.extra["runs"]:
         words = [
@@ -151,7 +151,7 @@ def run_students(context: Context) -> dict[str, Any]:
         if recipe != "ce_only":
             words += [f"teacher.folder={_teacher(context)}"]
             words += ["teacher.keep_mib=4096"] if recipe == LAYERED.recipe else [f"teacher.cache={pool / 'cache'}"]
-        cohort.train(
+        group.train(
             context.folder / name,
             recipe,
             manifest=pool / "pool.jsonl",
@@ -166,11 +166,11 @@ def run_answers(context: Context) -> dict[str, Any]:
 
     extra["asked"]: folder -> options of `models.experiments.shared_steps.ask_model`.
     """
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
-    cohort, trained = Cohort(context), context.folders[context.extra["of"]]
+    group, trained = StudentGroup(context), context.folders[context.extra["of"]]
     return {
-        name: cohort.ask(context.folder / name, trained / name / "final", part=context.settings.split, **options)
+        name: group.ask(context.folder / name, trained / name / "final", part=context.settings.split, **options)
         for name, options in context.extra["asked"].items()
     }
 

@@ -1,8 +1,8 @@
 """Students of one pipeline, trained one after another in one process. What is frozen for all of them is computed once.
 
 `python -m models train` loads the models, computes the text prefixes of its prompts and the states of the teachers, and trains
-for a minute. For a table of many students all of this but the training is the same each time. A `Cohort` keeps the features,
-each frozen language model with its prefix cache, and the states of each teacher from one run to the next.
+for a minute. For a table of many students all of this but the training is the same each time. A `StudentGroup` keeps the
+features, each frozen language model with its prefix cache, and the states of each teacher from one run to the next.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from models.training.train import seed_everything, train
 from models.training.training_data import build_data, read_examples
 
 
-class Cohort:
+class StudentGroup:
     """Trains and asks students; see the module's docstring.
 
     Args:
@@ -92,7 +92,7 @@ class Cohort:
         return result
 
     def _ask(self, folder: Path, model: Any, *, part: str = "test", **asked: Any) -> dict[str, Any]:
-        """`ask_model` with what the cohort keeps. `part` is a manifest of the stage "corpus"."""
+        """`ask_model` with what the group keeps. `part` is a manifest of the stage "corpus"."""
         if part not in self._questions:
             self._questions[part] = [e for e in read_items(self._context, part) if e in self._store]
         extra = {"prefix_cache": self._prefix_cache(model)}

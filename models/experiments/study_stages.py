@@ -253,12 +253,12 @@ def run_students(context: Context) -> dict[str, Any]:
 
     With `extra["gated"]` they are asked about the tasks that pass the gate alone: the others are not taught.
     """
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
-    cohort, extra = Cohort(context), context.extra
+    group, extra = StudentGroup(context), context.extra
     asked = {"part": extra["part"], "tasks": gated_tasks(context), "controls": False}
     return {
-        name: cohort.run(context.folder / name, recipe, **_lesson(context, extra["pool"], alpha, more), **asked)
+        name: group.run(context.folder / name, recipe, **_lesson(context, extra["pool"], alpha, more), **asked)
         for name, recipe, alpha, more in extra["systems"]
     }
 
@@ -266,17 +266,17 @@ def run_students(context: Context) -> dict[str, Any]:
 def run_curves(context: Context) -> dict[str, Any]:
     """Train the students of `extra["curves"]` for longer, and ask them dev on the way: models/experiments/learning_curves.py."""
     from models.experiments.learning_curves import train_and_ask
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
-    cohort, tasks = Cohort(context), gated_tasks(context)
+    group, tasks = StudentGroup(context), gated_tasks(context)
     return {
-        name: train_and_ask(context, name, recipe, cohort=cohort, tasks=tasks, **_lesson(context, "own", alpha, more))
+        name: train_and_ask(context, name, recipe, group=group, tasks=tasks, **_lesson(context, "own", alpha, more))
         for name, recipe, alpha, more in context.extra["curves"]
     }
 
 
 def _lesson(context: Context, pool: str, alpha: float | None, more: Sequence[str]) -> dict[str, Any]:
-    """What a student of the pool is trained on, where it starts, and by which words: arguments of `Cohort.run`."""
+    """What a student of the pool is trained on, where it starts, and by which words: arguments of `StudentGroup.run`."""
     settings, live = context.settings, pool == "live"  # the students' own answers are new in each step: no cache holds them
     folder = context.folders["pool_own" if live else f"pool_{pool}"]
     words = [
@@ -342,12 +342,12 @@ def run_external_teacher(context: Context) -> dict[str, Any]:
 
 def run_external_students(context: Context) -> dict[str, Any]:
     """Ask the students of one stage, which `extra["of"]` names, the external questions."""
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
-    cohort, trained = Cohort(_abroad(context)), context.folders[context.extra["of"]]
+    group, trained = StudentGroup(_abroad(context)), context.folders[context.extra["of"]]
     asked = {}
     for name in context.extra["students"]:
-        asked[name] = cohort.ask(context.folder / name, trained / name / "final", controls=False)
+        asked[name] = group.ask(context.folder / name, trained / name / "final", controls=False)
     return asked
 
 
