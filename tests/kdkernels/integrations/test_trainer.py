@@ -773,7 +773,7 @@ class TestZero3:
             assert head.weight.shape == (tiny_lms.VOCAB, 32)
             teacher = DualPathTeacher(teacher_model, negative=MaskFeatures("input_features"), head=head)
             monkeypatch.delitem(sys.modules, "deepspeed")  # accelerate would take it for the real one
-            monkeypatch.setattr(kdkernels.integrations.trainer, "_zero3_engine", lambda model: None)  # zero3_engine, below
+            monkeypatch.setattr(kdkernels.integrations.trainer, "zero3_engine", lambda model: None)  # zero3_engine, below
             with zero3_engine(student), zero3_engine(teacher_model):
                 trainer = CAADTrainer(
                     student,
