@@ -28,8 +28,10 @@ from transformers.trainer_utils import IntervalStrategy, RemoveColumnsCollator, 
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
+from ..head_capture import logit_post
+from ..head_layers import is_partitioned
 from ..head_loss import HeadLoss
-from ..lm_head import LMHead, is_partitioned, logit_post
+from ..lm_head import LMHead
 from ..loss_terms import valid_ids
 from ..projection import fused_linear_projected_loss, head_fingerprint
 from ..projection_cache import CachedProjections, ProjectionCache

@@ -29,8 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.decoding import contrastive_generate
+from kdkernels.head_capture import HeadCapture
+from kdkernels.head_layers import head_module
 from kdkernels.layer_states import LayerStates
-from kdkernels.lm_head import HeadCapture, audio_adapters_on, evaluating, head_module
+from kdkernels.model_modes import audio_adapters_on, evaluating
 from kdkernels.paths import MaskFeatures
 from kdkernels.placement import is_placed
 from kdkernels.sampling import Sampling, own_answers, until_end

@@ -80,7 +80,7 @@ def logit_post(model: nn.Module) -> LogitPost:
     Raises:
         ValueError: its logits are not those of its LM head on its decoder's last states, so nothing here can rebuild them.
     """
-    from kdkernels.lm_head import logit_post as ask
+    from kdkernels.head_capture import logit_post as ask
 
     lm = getattr(model, "lm", model)
     if lm not in _ASKED:
@@ -111,7 +111,7 @@ class CurrentHead:
         self()
 
     def __call__(self) -> LMHead:
-        from kdkernels.lm_head import head_module, head_parameters, head_state
+        from kdkernels.head_layers import head_module, head_parameters, head_state
 
         module = head_module(getattr(self._model, "lm", self._model))
         state = head_state(module)
@@ -123,7 +123,7 @@ class CurrentHead:
 
 @torch.no_grad()
 def _check_logits(lm: nn.Module, post: LogitPost) -> None:
-    from kdkernels.lm_head import evaluating
+    from kdkernels.model_modes import evaluating
 
     if not hasattr(lm, "get_decoder"):
         return

@@ -36,7 +36,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
-from kdkernels.lm_head import accepts, evaluating
+from kdkernels.model_modes import accepts, evaluating
 from kdkernels.packing import Packing
 from kdkernels.positions import check_lengths
 from kdkernels.sampling import Sampling, TokenSampler, until_end

@@ -25,7 +25,8 @@ from kdkernels import (
     fused_linear_multi_teacher_loss,
     fused_linear_projected_loss,
 )
-from kdkernels.lm_head import apply_post, linear_of
+from kdkernels.head_layers import linear_of
+from kdkernels.lm_head import apply_post
 from kdkernels.ops.gemm import gemm
 from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import logit_post

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.lm_head import evaluating
+from kdkernels.model_modes import evaluating
 from kdkernels.sampling import Sampling, uniform_draws, unspoken_ids
 from kdkernels.whole_weights import whole_weights
 from models.data.example import AnsweredExample

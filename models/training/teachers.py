@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kdkernels.lm_head import evaluating
+from kdkernels.model_modes import evaluating
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.backbones.causal_lm import CurrentHead, read_head
 from models.speech_lm.listeners import text_path

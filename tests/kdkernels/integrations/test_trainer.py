@@ -26,8 +26,8 @@ from kdkernels import (
     answer_index,
     fused_linear_caad_loss,
 )
+from kdkernels.head_capture import HeadCapture
 from kdkernels.head_loss import HeadLoss
-from kdkernels.lm_head import HeadCapture
 from models.training.build_sources import OWN_TEACHER
 from models.training.objective import TokenWeights, objective_loss
 from models.training.recipe_files import load_recipe
