@@ -453,7 +453,7 @@ PROJECTED_QUICK = [{}, {"dtypes": "bf16"}, {"stats": True}, {"vocab": PADDED_VOC
 def projected_configurations(sm: int) -> Iterator[Configuration]:
     """The student's rows against a projected teacher."""
     from kdkernels.ops import triton_projection
-    from kdkernels.ops.projection import Projected
+    from kdkernels.ops.projected import Projected
     from kdkernels.ops.rows import RowSpec
 
     settings = [{**PROJECTED_MAIN, **changes} for changes in PROJECTED_QUICK]

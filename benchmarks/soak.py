@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from .common import _resident_bytes, benchmark_parser, finish
+from .common import benchmark_parser, finish, resident_bytes
 from .stress import TinyCase
 
 CACHES_BY_SHAPE = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
@@ -135,7 +135,7 @@ def soak(
         before = cpu_clock()
         call()
         taken = cpu_clock() - before
-        samples.append(((clock() - started) / 60, _resident_bytes() / 1024))
+        samples.append(((clock() - started) / 60, resident_bytes() / 1024))
         time.sleep(max(0.0, now + taken / load - clock()))  # on a busy machine the call itself has waited for the processor
     return samples
 

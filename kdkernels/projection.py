@@ -21,6 +21,7 @@ from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, check_amoun
 from .ops import projection as _projection
 from .ops import schema as _schema
 from .ops.dispatch import choose_for
+from .ops.projected import Projected
 
 __all__ = ["TeacherProjection", "fused_linear_projected_loss", "project_teacher"]
 
@@ -73,7 +74,7 @@ class TeacherProjection:
 
     def tensors(self) -> dict[str, Tensor]:
         """The six tensors by name."""
-        return {name: getattr(self, name) for name in _projection.Projected._fields}
+        return {name: getattr(self, name) for name in Projected._fields}
 
     def __getitem__(self, index: Any) -> TeacherProjection:
         """Some of the tokens; ``index`` as for a tensor of the leading shape."""
@@ -164,12 +165,12 @@ def _alike(projections: Sequence[TeacherProjection]) -> TeacherProjection:
     return first
 
 
-def _flat(projection: TeacherProjection) -> _projection.Projected:
+def _flat(projection: TeacherProjection) -> Projected:
     lead = projection.leading
-    return _projection.Projected(*(x.reshape(-1, *x.shape[len(lead) :]) for x in projection.tensors().values()))
+    return Projected(*(x.reshape(-1, *x.shape[len(lead) :]) for x in projection.tensors().values()))
 
 
-def _unflat(projected: _projection.Projected, leading: torch.Size) -> dict[str, Tensor]:
+def _unflat(projected: Projected, leading: torch.Size) -> dict[str, Tensor]:
     return {name: x.reshape(*leading, *x.shape[1:]) for name, x in projected._asdict().items()}
 
 
