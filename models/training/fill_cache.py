@@ -278,12 +278,12 @@ def _write_part(arguments: Any, number: int, parts: int) -> None:
         hears=hears,
     )
     if arguments.served:
-        _store_served(arguments, model, store, [hears.shown(e) for e in held], made_from, dtype, layers, number)
+        _store_served(arguments, model, store, [hears.shown(e) for e in held], made_from, dtype, layers, str(number))
         return
     written = fill_cache(
         arguments.out, model, store, held, made_from=made_from,
         extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers,
-        part=number, batch_examples=arguments.batch_examples, hears=hears,
+        part=str(number), batch_examples=arguments.batch_examples, hears=hears,
     )  # fmt: skip
     cache = ContrastCache(arguments.out, fingerprint=made_from)
     print(f"{written} samples written, {len(cache)} in {arguments.out}, {cache.bytes / 2**20:.1f} MiB")
