@@ -160,7 +160,7 @@ def _projecting(recipe: Any, teacher: Any, student: LMHead, batch: Any) -> Any:
     """A teacher that runs and projects what the loss counts, as the first epoch does with teacher.projection_on_the_way."""
     from models.training.objective import counted_positions
     from models.training.projections import project_states
-    from models.training.teachers import ProjectedStates
+    from models.training.teacher_states import ProjectedStates
 
     counted = counted_positions(recipe, batch)
     positions = torch.arange(len(batch.target)) if counted is None else counted

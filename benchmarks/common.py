@@ -98,14 +98,14 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            self._before, self._peak, self._stop = _resident_bytes(), 0, threading.Event()
+            self._before, self._peak, self._stop = resident_bytes(), 0, threading.Event()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            self._peak = max(self._peak, _resident_bytes())
+            self._peak = max(self._peak, resident_bytes())
             self._stop.wait(0.002)
 
     def __exit__(self, *_: object) -> None:
@@ -115,10 +115,10 @@ class PeakMemory:
         else:
             self._stop.set()
             self._thread.join()
-            self.bytes = max(self._peak, _resident_bytes()) - self._before
+            self.bytes = max(self._peak, resident_bytes()) - self._before
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * 4096
 

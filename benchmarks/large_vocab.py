@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import DualPathTeacher, answer_index, fused_linear_caad_loss
+from kdkernels.head_capture import logit_post
 from kdkernels.head_loss import HeadLoss
-from kdkernels.lm_head import logit_post
 
 from .common import PeakMemory, available_bytes, benchmark_parser, finish
 from .contenders import FULL, eager_loss

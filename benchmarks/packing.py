@@ -66,9 +66,9 @@ class PackingCase(StepCase):
 
     def layout(self, name: str) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
         """Two calls: the teacher's two paths, which return its states, and the student's step, which returns the gradient."""
-        from models.training.recipe import DataConfig
-        from models.training.run_setup import make_training_data
+        from models.training.recipe_sections import DataConfig
         from models.training.teachers import LiveTeacher
+        from models.training.training_data import make_training_data
 
         packing, cached = {**LAYOUTS, **VARLEN}[name]
         options = {

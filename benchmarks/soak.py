@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from .common import _resident_bytes, benchmark_parser, finish
+from .common import benchmark_parser, finish, resident_bytes
 from .stress import TinyCase
 
 CACHES_BY_SHAPE = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
@@ -73,9 +73,9 @@ class Iteration:
 
     def __init__(self, folder: Path) -> None:
         from models.training.fill_cache import fill_cache
-        from models.training.recipe import load_recipe
-        from models.training.run_setup import make_training_data
+        from models.training.recipe_files import load_recipe
         from models.training.teachers import LiveTeacher
+        from models.training.training_data import make_training_data
 
         self._rng = random.Random(0)
         self._case = case = TinyCase()
@@ -93,8 +93,8 @@ class Iteration:
         self.read_cache()
 
     def train_step(self) -> None:
+        from models.training.build_sources import OWN_TEACHER
         from models.training.objective import counted_positions, objective_loss, select_positions, token_weights
-        from models.training.run_setup import OWN_TEACHER
 
         rows = self._data.draw(self._cursor, 4, seed=0)
         self._cursor += len(rows)
@@ -135,7 +135,7 @@ def soak(
         before = cpu_clock()
         call()
         taken = cpu_clock() - before
-        samples.append(((clock() - started) / 60, _resident_bytes() / 1024))
+        samples.append(((clock() - started) / 60, resident_bytes() / 1024))
         time.sleep(max(0.0, now + taken / load - clock()))  # on a busy machine the call itself has waited for the processor
     return samples
 

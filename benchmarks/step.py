@@ -77,7 +77,7 @@ class StepCase:
         from models.io_utils import cache_dir
         from models.speech_lm.frozen_linear import use_bf16_products
         from models.speech_lm.model import SpeechLM, SpeechLMConfig
-        from models.training.run_setup import make_training_data
+        from models.training.training_data import make_training_data
 
         self.device = device
         # The smoke run's byte-level tokenizer needs no download and gives prompts of about 120 tokens.
@@ -128,17 +128,14 @@ class StepCase:
         return int(batch.attention_mask.sum()) - prefixes
 
     def sources(self, objective: str, names: Sequence[str], layers: bool) -> tuple[Any, list[Any]]:
-        """The recipe and its sources, built as in models/training/run_setup.py, but without loading models."""
-        from models.training.recipe import LayersConfig, SourceConfig, load_recipe
-        from models.training.run_setup import OWN_TEACHER, make_training_data
-        from models.training.teachers import (
-            LayerDistillation,
-            ListeningTeacher,
-            LiveTeacher,
-            Source,
-            TextTeacher,
-            snapshot,
-        )
+        """The recipe and its sources, built as in models/training/build_sources.py, but without loading models."""
+        from models.training.build_sources import OWN_TEACHER
+        from models.training.layer_distillation import LayerDistillation
+        from models.training.recipe_files import load_recipe
+        from models.training.recipe_sections import LayersConfig, SourceConfig
+        from models.training.teachers import ListeningTeacher, LiveTeacher, Source, snapshot
+        from models.training.text_teacher import TextTeacher
+        from models.training.training_data import make_training_data
 
         compared = {"weight": 0.3, "normalize": True} if layers else {}
         words = [f"objective={objective}", "loss.ce_background_weight=0"]
@@ -164,7 +161,7 @@ class StepCase:
                 teacher: Any = kind(self.teacher, self.teacher_data, **options)
             elif name == "text":
                 collator = self.student.make_collator()
-                options |= {"target_ids": collator.target_ids, "end_id": collator.tokenizer.eos_token_id}
+                options |= {"target_ids": collator.target_ids, "end_ids": self.student.end_ids}
                 teacher = TextTeacher(self.text_lm, collator.tokenizer, **options)
             else:
                 lm = snapshot(self.student)

@@ -522,9 +522,11 @@ class Training:
     name = "training"
 
     def __init__(self, lm: str | None = None) -> None:
-        from models.training.recipe import SourceConfig, load_recipe
-        from models.training.run_setup import OWN_TEACHER, make_training_data
+        from models.training.build_sources import OWN_TEACHER
+        from models.training.recipe_files import load_recipe
+        from models.training.recipe_sections import SourceConfig
         from models.training.teachers import LiveTeacher, Source
+        from models.training.training_data import make_training_data
 
         case = TinyCase(lm)
         self._student = case.student

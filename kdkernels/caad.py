@@ -401,9 +401,8 @@ def _loss_of_hidden_states(
         dtype=accumulation_dtype(dtypes),
         widths=() if group is not None else (student_weight.shape[0], teacher_weight.shape[0]),
     )
-    if group is not None and options.impl == "cuda":
-        raise ValueError("impl: expected 'auto', 'reference', 'cpu' or 'triton' with a process_group, got 'cuda'")
-    chosen = choose_for("fused_linear_caad_loss", options.impl, hidden.device, dtypes)
+    without_cuda = "" if group is None else "with a process_group"
+    chosen = choose_for("fused_linear_caad_loss", options.impl, hidden.device, dtypes, without_cuda=without_cuda)
     heads = heads.flat()
     if group is None:
         loss, stats = linear_loss(terms, heads, options, chosen)

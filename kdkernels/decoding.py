@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_tensor, is_number
-from .lm_head import audio_adapters_on, evaluating
+from .model_modes import audio_adapters_on, evaluating
 from .ops.rows import MASK_BELOW
 from .paths import SEQUENCE_PADDING, Inputs, Negative, PathBatch, as_batch, clean, join, tokens_of
 from .positions import check_lengths

@@ -17,24 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lm_head import (
-    accepts,
-    adapters_of_audio,
-    apply_post,
-    ask_head,
-    computing_layer,
-    fit_post,
-    gathered,
-    head_module,
-    head_state,
-    linear_of,
-    logits_of,
-    modules_around,
-    post_numbers,
-    probe_values,
-    refuse_hooks,
-    without_rows,
-)
+from .head_capture import fit_post, logits_of, post_numbers, probe_values, without_rows
+from .head_checks import ask_head, refuse_hooks
+from .head_layers import computing_layer, gathered, head_module, head_state, linear_of, modules_around
+from .lm_head import apply_post
+from .model_modes import accepts, adapters_of_audio
 
 __all__ = ["HeadLoss"]
 
@@ -46,7 +33,7 @@ class HeadLoss:
 
         hidden (N, H) = the head's input at `index`;   head(hidden) = hidden @ weight^T + bias
 
-    A LoRA on the head works; hidden and weight then have H + r columns (see `kdkernels.lm_head.linear_of`). Other active
+    A LoRA on the head works; hidden and weight then have H + r columns (see `kdkernels.head_layers.linear_of`). Other active
     adapters, and heads that are no linear layers, raise TypeError.
 
     Args:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_device, check_leading, check_shape, check_tensor, is_whole
-from .layer_mse import _check_states, _initial, _layer_weights, _pair_count, _widths
+from .layer_checks import check_states, initial_weight, layer_weight_tensor, layer_widths, pair_count
 from .loss_options import REDUCTIONS
 from .loss_terms import accumulation_dtype, alpha_tensor
 from .ops.rows import legal_alpha
@@ -75,17 +75,17 @@ class LayerAttention(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        count = _pair_count(pairs)
+        count = pair_count(pairs)
         self.pairs = None if is_whole(pairs) else [tuple(p) for p in pairs]
         self.heads = heads
         self._count = count
-        widths = (_widths("student_width", student_width, count), _widths("teacher_width", teacher_width, count))
+        widths = (layer_widths("student_width", student_width, count), layer_widths("teacher_width", teacher_width, count))
         for i, (s, t) in enumerate(zip(*widths, strict=True)):
             if not is_whole(heads) or heads < 1 or s % heads:
                 raise ValueError(f"heads: expected a divisor of the student's width {s}, got {heads!r}")
             for part, width in zip(_PARTS, (s, t, t), strict=True):
                 empty = torch.empty((s, width), dtype=dtype, device=device)
-                self.register_parameter(f"{part}_{i}", nn.Parameter(_initial(empty, generator)))
+                self.register_parameter(f"{part}_{i}", nn.Parameter(initial_weight(empty, generator)))
             self.register_parameter(f"bias_{i}", nn.Parameter(empty.new_zeros(s)) if bias else None)
 
     def forward(
@@ -128,9 +128,9 @@ class LayerAttention(nn.Module):
         Raises:
             ValueError, TypeError: for a bad argument, with its name and pair, expected and got.
         """
-        students = _check_states("student_hidden", student_hidden, self._count)
-        teachers = _check_states("teacher_hidden", teacher_hidden, self._count)
-        texts = None if teacher_text_hidden is None else _check_states("teacher_text_hidden", teacher_text_hidden, self._count)
+        students = check_states("student_hidden", student_hidden, self._count)
+        teachers = check_states("teacher_hidden", teacher_hidden, self._count)
+        texts = None if teacher_text_hidden is None else check_states("teacher_text_hidden", teacher_text_hidden, self._count)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         if not isinstance(normalize, bool):
@@ -156,7 +156,7 @@ class LayerAttention(nn.Module):
         has_keys = keys.any(1, keepdim=True)  # (B, 1)
         valid = valid & has_keys
         attended = keys | ~has_keys  # of a row without any all are open: its result is not used, and a softmax over none is NaN
-        weights = _layer_weights(layer_weight, self._count, first.device, dtype)
+        weights = layer_weight_tensor(layer_weight, self._count, first.device, dtype)
         total = torch.zeros(leading, dtype=dtype, device=first.device)
         for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
             s = s.masked_fill(~valid[..., None], 0)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .checks import check_device, check_leading, check_shape, check_tensor, is_number, is_whole
+from .layer_checks import check_states, initial_weight, layer_weight_tensor, layer_widths, pair_count
 from .loss_options import REDUCTIONS
-from .loss_terms import accumulation_dtype, alpha_tensor, check_amounts, values_on
+from .loss_terms import accumulation_dtype, alpha_tensor
 from .ops import layers as _layers
-from .ops.dispatch import CUDA_OR_TRITON, choose_for
-from .ops.rows import scalar
+from .ops.dispatch import choose_for
 from .ops.schema import check_values, differentiable, refuse_transforms
 
 DIRECTIONS = ("student_to_teacher", "teacher_to_student")
@@ -83,11 +83,11 @@ def fused_layer_mse_loss(
 
     Source: source- and layer-wise distillation, arXiv 2509.18579; the contrastive layer target, CAAD, arXiv 2606.23052.
     """
-    students = _check_states("student_hidden", student_hidden)
+    students = check_states("student_hidden", student_hidden)
     if not students:
         raise ValueError("student_hidden: expected at least one layer, got none")
-    teachers = _check_states("teacher_hidden", teacher_hidden, len(students))
-    texts = None if teacher_text_hidden is None else _check_states("teacher_text_hidden", teacher_text_hidden, len(students))
+    teachers = check_states("teacher_hidden", teacher_hidden, len(students))
+    texts = None if teacher_text_hidden is None else check_states("teacher_text_hidden", teacher_text_hidden, len(students))
     if not (projections is None or isinstance(projections, Iterable)):
         raise TypeError(f"projections: expected a list of weights, one a layer, or None, got {type(projections).__name__}")
     weights: list[Tensor | None] = [None] * len(students) if projections is None else list(projections)
@@ -97,8 +97,6 @@ def fused_layer_mse_loss(
         raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if impl == "cuda":
-        raise ValueError("impl: expected 'auto', 'reference', 'cpu' or 'triton' for layers, got 'cuda'")
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
     first = students[0]
@@ -126,14 +124,12 @@ def fused_layer_mse_loss(
         check_device("mask", mask, first)
         valid = mask.reshape(-1)
     alphas = alpha_tensor("alpha", alpha, leading, device, dtype)
-    layer_weights = _layer_weights(layer_weight, len(students), device, dtype)
+    layer_weights = layer_weight_tensor(layer_weight, len(students), device, dtype)
     counts = torch.ones(n, dtype=dtype, device=device) if valid is None else valid.to(dtype)
     if reduction == "mean":
         counts = counts / counts.sum().clamp_min(1)
 
-    chosen = choose_for("fused_layer_mse_loss", impl, device, dtypes)
-    if chosen == CUDA_OR_TRITON:  # the CUDA part has no kernel for layers
-        chosen = "triton"
+    chosen = choose_for("fused_layer_mse_loss", impl, device, dtypes, without_cuda="for layers")
     if chosen == "reference" and not torch.compiler.is_compiling():  # the operator checks by itself
         check_values(None, alphas, 0, 0)
     total = torch.zeros(n if reduction == "none" else (), dtype=dtype, device=device)
@@ -254,10 +250,11 @@ class LayerProjections(torch.nn.Module):
         super().__init__()
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
-        count = _pair_count(pairs)
+        count = pair_count(pairs)
         self.direction = direction
         self.pairs = None if is_whole(pairs) else [tuple(p) for p in pairs]
-        widths = zip(_widths("student_width", student_width, count), _widths("teacher_width", teacher_width, count), strict=True)
+        student_widths = layer_widths("student_width", student_width, count)
+        widths = zip(student_widths, layer_widths("teacher_width", teacher_width, count), strict=True)
         weights: list[torch.nn.Parameter | None] = []
         biases: list[torch.nn.Parameter | None] = []
         for s, t in widths:
@@ -267,7 +264,7 @@ class LayerProjections(torch.nn.Module):
                 continue
             shape = (t, s) if direction == "student_to_teacher" else (s, t)
             empty = torch.empty(shape, dtype=dtype, device=device)
-            weights.append(torch.nn.Parameter(_initial(empty, generator)))
+            weights.append(torch.nn.Parameter(initial_weight(empty, generator)))
             biases.append(torch.nn.Parameter(empty.new_zeros(shape[0])) if bias else None)
         # ParameterList takes no None.
         for i, weight in enumerate(weights):
@@ -293,10 +290,10 @@ class LayerProjections(torch.nn.Module):
         weights: list[Tensor | None] = list(self.weights)
         biases = self.biases
         if any(b is not None for b in biases):
-            students = _check_states("student_hidden", student_hidden, self._count)
-            teachers = _check_states("teacher_hidden", teacher_hidden, self._count)
+            students = check_states("student_hidden", student_hidden, self._count)
+            teachers = check_states("teacher_hidden", teacher_hidden, self._count)
             texts = options.get("teacher_text_hidden")
-            texts = None if texts is None else _check_states("teacher_text_hidden", texts, self._count)
+            texts = None if texts is None else check_states("teacher_text_hidden", texts, self._count)
             for i, (weight, vector) in enumerate(zip(weights, biases, strict=True)):
                 if weight is None or vector is None:
                     continue
@@ -326,8 +323,8 @@ class LayerProjections(torch.nn.Module):
         Raises:
             ValueError: shapes that do not fit, naming the pair; states that are not finite.
         """
-        students = _check_states("student_hidden", student_hidden, self._count)
-        teachers = _check_states("teacher_hidden", teacher_hidden, self._count)
+        students = check_states("student_hidden", student_hidden, self._count)
+        teachers = check_states("teacher_hidden", teacher_hidden, self._count)
         if not (is_number(ridge) and 0 <= ridge < math.inf):
             raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
         for i, (weight, vector, s, t) in enumerate(zip(self.weights, self.biases, students, teachers, strict=True)):
@@ -353,57 +350,9 @@ class LayerProjections(torch.nn.Module):
         return f"direction={self.direction!r}, weights: {shapes}"
 
 
-def _initial(weight: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Orthonormal rows or columns; the identity where it is square."""
-    if weight.is_meta:
-        return weight
-    if weight.shape[0] == weight.shape[1]:
-        return torch.nn.init.eye_(weight)
-    # In float32 on the CPU: QR has no half precision, and the draw is the same on every device.
-    drawn = torch.nn.init.orthogonal_(torch.empty(weight.shape, dtype=torch.float32), generator=generator)
-    return weight.copy_(drawn)
-
-
-def _pair_count(pairs: int | Sequence[tuple[int, int]]) -> int:
-    listed = isinstance(pairs, Sequence) and not isinstance(pairs, str)
-    if not (is_whole(pairs) or listed):
-        raise TypeError(f"pairs: expected a number of pairs, or a list of them, got {type(pairs).__name__}")
-    count = pairs if is_whole(pairs) else len(pairs)
-    if count < 1:
-        raise ValueError(f"pairs: expected at least one, got {pairs!r}")
-    for pair in () if is_whole(pairs) else pairs:
-        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(is_whole(x) for x in pair)):
-            raise TypeError(f"pairs: expected (student layer, teacher layer) of ints, got {pair!r}")
-    return int(count)
-
-
-def _widths(name: str, value: int | Sequence[int], count: int) -> list[int]:
-    if not (is_whole(value) or (isinstance(value, Iterable) and not isinstance(value, str))):
-        raise TypeError(f"{name}: expected a whole number, or one a pair, got {value!r}")
-    widths = [value] * count if is_whole(value) else list(value)
-    if len(widths) != count:
-        raise ValueError(f"{name}: expected one number or {count}, got {len(widths)}")
-    for w in widths:
-        if not is_whole(w) or w < 1:
-            raise ValueError(f"{name}: expected whole numbers >= 1, got {w!r}")
-    return [int(w) for w in widths]
-
-
 def _dense(x: Tensor) -> Tensor:
     """The kernels want the items of a row beside each other."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _check_states(name: str, states: Any, count: int | None = None) -> list[Tensor]:
-    if isinstance(states, Tensor) or not isinstance(states, Sequence):
-        raise TypeError(f"{name}: expected a list of tensors, one a layer, got {type(states).__name__}")
-    if count is not None and len(states) != count:
-        raise ValueError(f"{name}: expected {count} layers as student_hidden has, got {len(states)}")
-    for i, x in enumerate(states):
-        check_tensor(f"{name}[{i}]", x, floating=True)
-        if x.dim() < 1 or x.shape[-1] < 1:
-            raise ValueError(f"{name}[{i}]: expected (..., width), got {tuple(x.shape)}")
-    return list(states)
 
 
 def _check_projection(name: str, p: Tensor | None, s: Tensor, t: Tensor, project_teacher: bool) -> None:
@@ -415,24 +364,3 @@ def _check_projection(name: str, p: Tensor | None, s: Tensor, t: Tensor, project
     check_tensor(name, p, floating=True)
     check_shape(name, p, torch.Size(widths if project_teacher else widths[::-1]))
     check_device(name, p, s)
-
-
-def _layer_weights(
-    layer_weight: Sequence[float] | Tensor | None, count: int, device: torch.device, dtype: torch.dtype
-) -> Tensor | list[Any]:
-    if layer_weight is None:
-        return [1.0] * count
-    if isinstance(layer_weight, Tensor):
-        check_shape("layer_weight", layer_weight, torch.Size([count]))
-        layer_weight = values_on("layer_weight", layer_weight, device, dtype)
-        check_amounts("layer_weight", layer_weight)
-        return layer_weight
-    if not isinstance(layer_weight, Iterable):
-        raise TypeError(f"layer_weight: expected {count} numbers, one a layer, or a tensor, got {type(layer_weight).__name__}")
-    weights = list(layer_weight)
-    if len(weights) != count:
-        raise ValueError(f"layer_weight: expected {count} as student_hidden has layers, got {len(weights)}")
-    for w in weights:
-        if not (is_number(w) and 0 <= w < math.inf):
-            raise ValueError(f"layer_weight: expected finite numbers >= 0, got {w!r}")
-    return [scalar(w) for w in weights]

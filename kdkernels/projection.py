@@ -20,7 +20,8 @@ from .loss_options import LinearLossOptions
 from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, check_amounts, looked_at, valid_ids
 from .ops import projection as _projection
 from .ops import schema as _schema
-from .ops.dispatch import CUDA_OR_TRITON, choose_for
+from .ops.dispatch import choose_for
+from .ops.projected import Projected
 
 __all__ = ["TeacherProjection", "fused_linear_projected_loss", "project_teacher"]
 
@@ -73,7 +74,7 @@ class TeacherProjection:
 
     def tensors(self) -> dict[str, Tensor]:
         """The six tensors by name."""
-        return {name: getattr(self, name) for name in _projection.Projected._fields}
+        return {name: getattr(self, name) for name in Projected._fields}
 
     def __getitem__(self, index: Any) -> TeacherProjection:
         """Some of the tokens; ``index`` as for a tensor of the leading shape."""
@@ -173,12 +174,12 @@ def _alike(projections: Sequence[TeacherProjection]) -> TeacherProjection:
     return first
 
 
-def _flat(projection: TeacherProjection) -> _projection.Projected:
+def _flat(projection: TeacherProjection) -> Projected:
     lead = projection.leading
-    return _projection.Projected(*(x.reshape(-1, *x.shape[len(lead) :]) for x in projection.tensors().values()))
+    return Projected(*(x.reshape(-1, *x.shape[len(lead) :]) for x in projection.tensors().values()))
 
 
-def _unflat(projected: _projection.Projected, leading: torch.Size) -> dict[str, Tensor]:
+def _unflat(projected: Projected, leading: torch.Size) -> dict[str, Tensor]:
     return {name: x.reshape((*leading, *x.shape[1:])) for name, x in projected._asdict().items()}
 
 
@@ -254,7 +255,7 @@ def project_teacher(
     vocab = valid_ids(vocab_size, (student_weight.shape[0], teacher_weight.shape[0]))
     spec = options.row_spec(vocab, has_target=False)
     dtypes = [x.dtype for x in (audio, text, teacher_weight, student_weight) if x is not None]
-    chosen = _impl("project_teacher", impl, audio.device, dtypes)
+    chosen = choose_for("project_teacher", impl, audio.device, dtypes, without_cuda="for projections")
     leading = audio.shape[:-1]
     a = alpha_tensor("alpha", alpha, leading, audio.device, accumulation_dtype(dtypes))
     _schema.check_values(None, a, vocab, -100)
@@ -303,13 +304,6 @@ def _check_student_head(weight: Tensor, bias: Tensor | None, like: Tensor) -> No
                 f"{name}: expected a frozen head (requires_grad False), got one that trains: its projection would be that of "
                 "an older head. Use fused_linear_caad_loss for it"
             )
-
-
-def _impl(caller: str, impl: str, device: torch.device, dtypes: list[torch.dtype]) -> str:
-    if impl == "cuda":
-        raise ValueError(f"impl: expected 'auto', 'reference', 'cpu' or 'triton' for {caller}, got 'cuda': it has no such kernel")
-    chosen = choose_for(caller, impl, device, dtypes)
-    return "triton" if chosen == CUDA_OR_TRITON else chosen
 
 
 def head_fingerprint(weight: Tensor, bias: Tensor | None) -> str:
@@ -402,7 +396,7 @@ def fused_linear_projected_loss(
         dtype=accumulation_dtype(dtypes),
         widths=(student_weight.shape[0],),
     )
-    chosen = _impl("fused_linear_projected_loss", impl, student_hidden.device, dtypes)
+    chosen = choose_for("fused_linear_projected_loss", impl, student_hidden.device, dtypes, without_cuda="for projections")
     student, projected = (hidden, student_weight, student_bias), _flat(projection)
     if chosen == "reference":
         rows = _projection.reference_rows(student, projected, terms.target, terms.spec, terms.counts, want_stats=return_stats)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .checks import is_number, is_whole, plain_numbers
 from .decoding import generate_with, kept_probabilities, plain_prompts, transformers_model
-from .lm_head import audio_adapters_on, evaluating, is_partitioned
+from .head_layers import is_partitioned
+from .model_modes import audio_adapters_on, evaluating
 from .paths import Inputs
 from .positions import check_lengths
 

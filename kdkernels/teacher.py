@@ -18,24 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_tensor, is_whole
+from .head_capture import HeadCapture, fit_post, post_numbers, probe_values
+from .head_checks import check_linear, refuse_hooks
+from .head_layers import head_module, head_parameters, head_state
 from .layer_states import LayerStates
-from .lm_head import (
-    HeadCapture,
-    LMHead,
-    accepts,
-    apply_post,
-    audio_adapters_on,
-    check_linear,
-    evaluating,
-    fit_post,
-    head_module,
-    head_parameters,
-    head_state,
-    hearing,
-    post_numbers,
-    probe_values,
-    refuse_hooks,
-)
+from .lm_head import LMHead, apply_post
+from .model_modes import accepts, audio_adapters_on, evaluating, hearing
 from .packing import pack_batch
 from .paths import DropKey, Inputs, MarkAbsent, MaskFeatures, Negative, PathBatch, as_batch, clean, join
 

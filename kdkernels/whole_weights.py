@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lm_head import is_partitioned
+from .head_layers import is_partitioned
 
 __all__ = ["whole_weights"]
 

@@ -164,7 +164,7 @@ def measure_table(tokens: int, repeats: int, warps: Sequence[int] = (2, 4, 8, 16
     """Target: the fixed launch table within 5% of the best of its neighbours."""
     from kdkernels.ops import triton_caad
 
-    own = triton_caad._launch_table
+    own = triton_caad.launch_table
     worst, notes, rows = 1.0, [], []
     for name, grad_name, text in (("bf16", "bf16", True), ("fp32", "bf16", False)):
         case = Rows(tokens, DTYPES[name], DTYPES[grad_name], text=text)
@@ -176,11 +176,11 @@ def measure_table(tokens: int, repeats: int, warps: Sequence[int] = (2, 4, 8, 16
             tables[f"{elements} logits, {count} warps"] = lambda *_, launch=launch: launch
         seconds = {}
         for label, table in tables.items():
-            triton_caad._launch_table = table
+            triton_caad.launch_table = table
             try:
                 seconds[label] = _median_seconds(lambda case=case, memory=memory: case.into(memory), repeats)
             finally:
-                triton_caad._launch_table = own
+                triton_caad.launch_table = own
         best = min(seconds, key=seconds.get)
         worst = max(worst, seconds["table"] / seconds[best])
         notes.append(f"{name}: table {seconds['table'] * 1e3:.2f} ms, best {best} {seconds[best] * 1e3:.2f} ms")

@@ -30,7 +30,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from ..lm_head import is_partitioned
+from ..head_layers import is_partitioned
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

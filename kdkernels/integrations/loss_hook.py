@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..caad import fused_linear_caad_loss
+from ..head_capture import logit_post
 from ..head_loss import HeadLoss
-from ..lm_head import logit_post
 from ..teacher import DualPathTeacher, answer_index
 from .checkpoints import CheckpointLoading
 from .options import CAADOptions

@@ -6,7 +6,8 @@ import dataclasses
 
 from torch import nn
 
-from ..lm_head import LMHead, head_module
+from ..head_layers import head_module
+from ..lm_head import LMHead
 from ..projection import head_fingerprint
 from ..projection_cache import ProjectionCache
 from .options import CAADOptions

@@ -50,3 +50,22 @@ def input_names(model: Any) -> tuple[list[str], bool]:
             names += [parameter.name for parameter in parameters]
             takes_others |= any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     return names, takes_others
+
+
+def zero3_engine(model: nn.Module) -> Any:
+    """An engine whose hooks gather a frozen, partitioned model's weights, module by module, in each forward.
+
+    transformers partitions every model that is loaded after TrainingArguments with a ZeRO-3 configuration; only the one that
+    trains gets Trainer's engine.
+    """
+    import deepspeed
+
+    dtype = next(model.parameters()).dtype
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; without an optimiser it does nothing
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    model.requires_grad_(False)
+    return deepspeed.initialize(model=model, config=config)[0]

@@ -28,30 +28,45 @@ from transformers.trainer_utils import IntervalStrategy, RemoveColumnsCollator
 
 from ..caad import CAADStats, fused_linear_caad_loss
 from ..contrast_cache import ContrastCache
+from ..head_capture import logit_post
+from ..head_layers import is_partitioned
 from ..head_loss import HeadLoss
-from ..lm_head import LMHead, is_partitioned, logit_post
+from ..lm_head import LMHead
 from ..loss_terms import valid_ids
-from ..ops.dispatch import checks_enabled
 from ..projection import fused_linear_projected_loss, head_fingerprint
 from ..projection_cache import CachedProjections, ProjectionCache
 from ..teacher import DualPathTeacher, answer_index
 from ..whole_weights import whole_weights
+from .batch_columns import (
+    BY_TOKEN,
+    IGNORE_INDEX,
+    NEGATIVE,
+    SAMPLE_ID,
+    TEACHER,
+    WithPrefixed,
+    check_labels,
+    check_targets,
+    ids_named,
+    labels_of,
+    listed_samples,
+    sample_names,
+    split_columns,
+    sums_of_weights,
+    term_weights,
+    token_values,
+)
 from .checkpoints import CheckpointLoading, base_fingerprint, weights_fingerprint
 from .on_policy import OnPolicy, OwnAnswers
 from .options import CAADOptions
 from .projected import OF_THE_PROJECTED_LOSS, check_projections
 from .run_records import check_options, write_card, write_options
-from .teacher_model import check_apart, input_names, move
-from .vocabulary import check_vocabularies, embedding_rows, head_rows, tokenizer_of
+from .teacher_model import check_apart, input_names, move, zero3_engine
+from .trainer_checks import check_arguments, check_parallelism
+from .vocabulary import check_vocabularies, head_rows, tokenizer_of
 
 __all__ = ["CAADTrainer"]
 
 logger = logging.getLogger(__name__)
-
-TEACHER, NEGATIVE, SAMPLE_ID = "teacher_", "negative_", "sample_id"
-BY_TOKEN = ("alpha", "kd_token_weight", "ce_token_weight")
-IGNORE_INDEX = -100
-_SHOWN = 5  # samples in an error
 
 
 class CAADTrainer(CheckpointLoading, Trainer):
@@ -139,7 +154,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        _check_arguments(model, args, teacher, teacher_head)
+        check_arguments(model, args, teacher, teacher_head)
         super().__init__(
             model,
             args,
@@ -151,7 +166,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        _check_parallelism(self.accelerator)
+        check_parallelism(self.accelerator)
         self._not_finite: list[tuple[str, list[str]]] = []  # of this rank's micro-batches of a step: what, samples
         self._step_samples: list[list[str]] = []
         self._resume_with_other_options = resume_with_other_options
@@ -166,7 +181,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         self.teacher = teacher
         student: Any = self.model
         if isinstance(teacher, DualPathTeacher) and any(map(is_partitioned, teacher.model.parameters())):
-            self._teacher_engine = _zero3_engine(teacher.model)
+            self._teacher_engine = zero3_engine(teacher.model)
             teacher.head = teacher.head.to(args.device)
         elif isinstance(teacher, DualPathTeacher):
             check_apart(teacher, student)
@@ -242,7 +257,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        self._step_samples = [_names(batch) for batch in batches]
+        self._step_samples = [sample_names(batch) for batch in batches]
         if self._own_answers is not None:
             batches = [self._prepare_inputs(batch) for batch in batches]
             step = self.state.global_step + 1
@@ -251,7 +266,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
                 batches = self._own_answers.put_into(step, batches)
         if self.args.logging_strategy != IntervalStrategy.EPOCH:
             self._logged = None
-        sums = torch.stack([_sums_of_weights(batch).to(device) for batch in batches]).sum(0)
+        sums = torch.stack([sums_of_weights(batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices:
             sums = self.accelerator.reduce(sums, reduction="sum")
         if not bool(sums.any()):
@@ -410,7 +425,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
 
     def _samples_not_finite(self, inputs: Mapping[str, Any]) -> list[str]:
         """Names of the micro-batch's samples with a loss that is not finite, or of all samples if that is not known."""
-        names = _names(inputs)
+        names = sample_names(inputs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return names  # the forward of a sharded model is every rank's
         with torch.no_grad():
@@ -421,10 +436,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
         return [name for name, good in zip(names, finite, strict=True) if not good] or names
 
     def _loss(self, model: nn.Module, inputs: Mapping[str, Any], *, step: int, **reduction: Any) -> Any:
-        labels = _labels(inputs, "")
+        labels = labels_of(inputs, "")
         index, target = answer_index(labels)
-        columns = _split_columns(inputs)
-        by_token = {name: _by_token(inputs, name, labels) for name in BY_TOKEN if inputs.get(name) is not None}
+        columns = split_columns(inputs)
+        by_token = {name: token_values(inputs, name, labels) for name in BY_TOKEN if inputs.get(name) is not None}
         options = self.options.keywords(step)
         sink: list[CAADStats] = []
         measures = torch.is_grad_enabled() and "return_stats" not in reduction and self._logs_step(step)
@@ -439,7 +454,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
                 self.options.refuse_alpha(inputs.get("alpha"))
                 options["alpha"] = 0.0
             widths = tuple(width for width in (self._student_rows, states[2].weight.shape[0]) if width)
-            _check_labels(target, index // labels.shape[1], valid_ids(self.options.vocab_size, widths), _names(inputs))
+            check_labels(target, index // labels.shape[1], valid_ids(self.options.vocab_size, widths), sample_names(inputs))
             compute = self._loss_from_states(states, target, {**options, **by_token, **reduction})
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -448,10 +463,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
                     sink.append(compute(hidden.detach(), weight, bias, return_stats=True)[1])
             return compute(hidden, weight, bias)
 
-        with _ids_named(self.accelerator.unwrap_model(model), _names(inputs), {"input_ids": inputs.get("input_ids")}):
+        with ids_named(self.accelerator.unwrap_model(model), sample_names(inputs), {"input_ids": inputs.get("input_ids")}):
             result = self._at_head(model, columns[0], index, loss)
         if sink:
-            weights = torch.stack(_weights(inputs, labels), 1).to(sink[0].kd.device)
+            weights = torch.stack(term_weights(inputs, labels), 1).to(sink[0].kd.device)
             alpha = {**options, **by_token}["alpha"]
             alpha = alpha.to(weights) if isinstance(alpha, Tensor) else alpha
             alpha_sum = (weights[:, 0] * alpha).sum()[None]
@@ -504,7 +519,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
                 if not _spreads(self.teacher.get([name]), ids, n[None])
             ]
             raise ValueError(
-                f"labels: expected the target tokens of the ProjectionCache, got others in {_listed(differing)} ({error})"
+                f"labels: expected the target tokens of the ProjectionCache, got others in {listed_samples(differing)} ({error})"
             ) from None
 
         def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Any:
@@ -536,13 +551,13 @@ class CAADTrainer(CheckpointLoading, Trainer):
         index: Tensor,
         target: Tensor,
     ) -> tuple[Tensor, Tensor | None, LMHead]:
-        rows, names = index // inputs["labels"].shape[1], _names(inputs)
+        rows, names = index // inputs["labels"].shape[1], sample_names(inputs)
         if isinstance(self.teacher, ContrastCache):
             samples = self._sample_ids(inputs)
             states = self.teacher.get(samples)
             lengths = torch.tensor([self.teacher.rows(str(name)) for name in samples])
             own_rows = torch.arange(len(lengths)).repeat_interleave(lengths)
-            _check_targets(target, rows, states.target, own_rows, "the ContrastCache", names)
+            check_targets(target, rows, states.target, own_rows, "the ContrastCache", names)
             dtype = self._cached_head.weight.dtype
             both = (states.audio_hidden, states.text_hidden)
             audio, text = (None if x is None else x.to(self.args.device, dtype) for x in both)
@@ -550,17 +565,17 @@ class CAADTrainer(CheckpointLoading, Trainer):
             return audio, text, self._cached_head
         assert isinstance(self.teacher, DualPathTeacher)
         if teacher:
-            theirs = _labels(inputs, TEACHER)
+            theirs = labels_of(inputs, TEACHER)
             index, own = answer_index(theirs)
-            _check_targets(target, rows, own, index // theirs.shape[1], f"{TEACHER}labels", names)
+            check_targets(target, rows, own, index // theirs.shape[1], f"{TEACHER}labels", names)
         keywords: dict[str, Any] = {}
         if negative:
-            theirs = _labels(inputs, NEGATIVE)
+            theirs = labels_of(inputs, NEGATIVE)
             text_index, own = answer_index(theirs)
-            _check_targets(target, rows, own, text_index // theirs.shape[1], f"{NEGATIVE}labels", names)
+            check_targets(target, rows, own, text_index // theirs.shape[1], f"{NEGATIVE}labels", names)
             keywords = {"text_inputs": negative, "text_index": text_index}
         ids = {f"{TEACHER}input_ids" if teacher else "input_ids": (teacher or student).get("input_ids")}
-        with _ids_named(self.teacher.model, names, {**ids, f"{NEGATIVE}input_ids": negative.get("input_ids")}):
+        with ids_named(self.teacher.model, names, {**ids, f"{NEGATIVE}input_ids": negative.get("input_ids")}):
             live = self.teacher(teacher or student, index, **keywords)
         return live.audio_hidden, live.text_hidden, self.teacher.head
 
@@ -582,10 +597,10 @@ class CAADTrainer(CheckpointLoading, Trainer):
     def _by_row(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Weighted sums (B, 6) of each row's `CAADStats`, its sums of weights (B, 2), float64."""
         _, stats = self._loss(model, inputs, step=max(self.state.global_step, 1), reduction="sum", return_stats=True)
-        labels = _labels(inputs, "")
+        labels = labels_of(inputs, "")
         index, _ = answer_index(labels)
         rows = index // labels.shape[1]
-        weights = torch.stack(_weights(inputs, labels), 1)  # (N, 2): kd, ce
+        weights = torch.stack(term_weights(inputs, labels), 1)  # (N, 2): kd, ce
         weighted = _weighted(stats, weights)  # (N, 6)
 
         def by_row(values: Tensor) -> Tensor:
@@ -638,15 +653,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         collator: Any = super()._get_collator_with_removed_columns(data_collator, description)
         if self._teacher_takes_others and isinstance(collator, RemoveColumnsCollator):
-            collator.signature_columns = _WithPrefixed(collator.signature_columns)
+            collator.signature_columns = WithPrefixed(collator.signature_columns)
         return collator
-
-
-class _WithPrefixed(list[str]):
-    """Columns, and all whose prefix says that they are the teacher's: its model takes inputs that its signature does not name."""
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith((TEACHER, NEGATIVE))
 
 
 def _frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -663,72 +671,6 @@ class _BeforeStep(TrainerCallback):
         self._check()
 
 
-# Arguments that have no effect on this loss, or the wrong one: what is expected of each, and why.
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "label_smoothing_factor": (0, "the teacher's distribution takes its place"),
-    "torch_compile": (
-        False,
-        "a compiled model hides its LM head; compile what lies below it: `student.get_decoder().compile()`. The loss has kernels "
-        "of its own",
-    ),
-    "use_liger_kernel": (False, "it replaces the model's forward and loss; apply the kernels you want to the model yourself"),
-    "batch_eval_metrics": (False, "evaluation is by token over the whole dataset"),
-    "eval_do_concat_batches": (True, "evaluation is by token over the whole dataset"),
-    "eval_use_gather_object": (False, "what evaluation gathers are tensors"),
-    "predict_with_generate": (False, "predict() returns sums of the loss; call model.generate() yourself"),
-}
-
-
-def _check_arguments(model: Any, args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
-    """Before Trainer sets anything up."""
-    if hasattr(model, "_orig_mod"):
-        raise TypeError(
-            "model: expected it without torch.compile, which hides its LM head, got a compiled one; compile what lies below: "
-            "`student.get_decoder().compile()`"
-        )
-    if not isinstance(teacher, (DualPathTeacher, ContrastCache, ProjectionCache)):
-        raise TypeError(
-            f"teacher: expected a DualPathTeacher, a ContrastCache or a ProjectionCache, got {type(teacher).__name__}"
-        )
-    cached = isinstance(teacher, ContrastCache)
-    if cached != isinstance(teacher_head, LMHead):
-        wanted = "the teacher's LMHead with a ContrastCache" if cached else f"None with a {type(teacher).__name__}"
-        raise TypeError(f"teacher_head: expected {wanted}, got {type(teacher_head).__name__}")
-    if isinstance(teacher_head, LMHead) and cached and teacher_head.weight.shape[1] != teacher.hidden_size:
-        raise ValueError(
-            f"teacher_head: expected a weight (V, {teacher.hidden_size}) as wide as the ContrastCache, got "
-            f"{tuple(teacher_head.weight.shape)}"
-        )
-    if isinstance(teacher, ContrastCache) and teacher_head is not None:
-        teacher.check_head(teacher_head)
-    for name, (expected, reason) in _REFUSED.items():
-        if getattr(args, name, expected) != expected:
-            raise ValueError(f"args.{name}: expected {expected!r} with CAADTrainer, got {getattr(args, name)!r}: {reason}")
-    if any(str(getattr(option, "value", option)) == "underflow_overflow" for option in args.debug):
-        raise ValueError(
-            "args.debug: expected no 'underflow_overflow' with CAADTrainer, got it: its hooks look at logits, which are not built"
-        )
-    metric = str(args.metric_for_best_model)
-    if args.greater_is_better and metric.rpartition("_")[2] in ("kd", "ce"):
-        raise ValueError(
-            f"args.greater_is_better: expected False with metric_for_best_model={metric!r}, which is a loss, got True, "
-            "transformers' default for names that do not end in 'loss': the worst model would count as the best one"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(f"args.n_gpu: expected one GPU a process (start with torchrun), got {args.n_gpu}: DataParallel")
-
-
-def _check_parallelism(accelerator: Any) -> None:
-    config = getattr(accelerator, "parallelism_config", None)
-    for name in ("tp", "cp", "sp"):
-        size = getattr(config, f"{name}_size", 1)
-        if size > 1:
-            raise ValueError(
-                f"args.parallelism_config: expected {name}_size 1 with CAADTrainer, got {size}; a vocabulary-parallel head is "
-                "kdkernels.fused_linear_caad_loss(..., process_group=) in a loop of its own"
-            )
-
-
 def _name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
 
@@ -739,135 +681,9 @@ def _weighted(stats: CAADStats, weights: Tensor) -> Tensor:
     return torch.stack([w * x.to(w) for w, x in zip(of_each, stats, strict=True)], 1)
 
 
-def _split_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The inputs of student, teacher and its negative path, without labels."""
-    student: dict[str, Any] = {}
-    others: dict[str, dict[str, Any]] = {TEACHER: {}, NEGATIVE: {}}
-    for name, value in inputs.items():
-        prefix = next((p for p in others if name.startswith(p)), None)
-        if prefix is not None:
-            others[prefix][name.removeprefix(prefix)] = value
-        elif name not in (SAMPLE_ID, "labels", *BY_TOKEN):
-            student[name] = value
-    for columns in others.values():
-        columns.pop("labels", None)
-    return student, others[TEACHER], others[NEGATIVE]
-
-
-def _names(inputs: Mapping[str, Any]) -> list[str]:
-    """The samples of a micro-batch, for an error message."""
-    rows = len(_labels(inputs, ""))
-    names = inputs.get(SAMPLE_ID)
-    return [f"row {row} of {rows}" for row in range(rows)] if names is None else [str(name) for name in names]
-
-
-def _labels(inputs: Mapping[str, Any], prefix: str) -> Tensor:
-    name = f"{prefix}labels"
-    if not isinstance(inputs.get(name), Tensor):
-        raise ValueError(
-            f"inputs: expected a column {name!r} (B, L), aligned with {prefix}input_ids, got {sorted(inputs)}; "
-            "args.remove_unused_columns and the collator may have dropped it"
-        )
-    return inputs[name]
-
-
-def _by_token(inputs: Mapping[str, Any], name: str, labels: Tensor) -> Tensor:
-    """(N,) of a column (B, L) that is aligned with `labels`: shifted and picked as they are."""
-    values = inputs[name]
-    if not isinstance(values, Tensor) or values.shape != labels.shape:
-        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"inputs[{name!r}]: expected a tensor {tuple(labels.shape)} as labels have, got {got}")
-    return values[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-
-
-def _zero3_engine(model: nn.Module) -> Any:
-    """An engine whose hooks gather a frozen, partitioned model's weights, module by module, in each forward.
-
-    transformers partitions every model that is loaded after TrainingArguments with a ZeRO-3 configuration; only the one that
-    trains gets Trainer's engine.
-    """
-    import deepspeed
-
-    dtype = next(model.parameters()).dtype
-    config = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; without an optimiser it does nothing
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-    }
-    model.requires_grad_(False)
-    return deepspeed.initialize(model=model, config=config)[0]
-
-
-def _weights(inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of the two terms, (N,) float64 each."""
-    ones = torch.ones_like(labels, dtype=torch.float64)
-    filled = {name: inputs.get(name) if inputs.get(name) is not None else ones for name in BY_TOKEN[1:]}
-    kd, ce = (_by_token(filled, name, labels).double() for name in BY_TOKEN[1:])
-    return kd, ce
-
-
-def _sums_of_weights(inputs: Mapping[str, Any]) -> Tensor:
-    return torch.stack([x.sum() for x in _weights(inputs, _labels(inputs, ""))])
-
-
-def _check_targets(target: Tensor, rows: Tensor, own: Tensor, own_rows: Tensor, whose: str, names: list[str]) -> None:
-    """The teacher's targets are the student's; on CUDA only their number is looked at (see KDKERNELS_CHECK).
-
-    rows, own_rows: the sample of each target, among `names`.
-    """
-    same = target.shape == own.shape
-    if same and checks_enabled(target.device):
-        same = torch.equal(target, own.to(target.device)) and torch.equal(rows, own_rows.to(rows.device))
-    if not same:
-        one, other = ((ids.cpu(), of.cpu()) for ids, of in ((target, rows), (own, own_rows)))
-        differing = [n for row, n in enumerate(names) if not torch.equal(one[0][one[1] == row], other[0][other[1] == row])]
-        raise ValueError(
-            f"labels: expected the target tokens of {whose}, got others in {_listed(differing)}; distillation by token needs one "
-            "tokenizer and the same answers"
-        )
-
-
 def _spreads(held: CachedProjections, target: Tensor, lengths: Tensor) -> bool:
     try:
         held.spread(target, lengths)
     except ValueError:
         return False
     return True
-
-
-def _check_labels(target: Tensor, rows: Tensor, vocab: int, names: list[str]) -> None:
-    """The targets are ids below `vocab`, where looking costs no wait."""
-    if not checks_enabled(target.device) or not len(target):
-        return
-    wrong = (target < 0) | (target >= vocab)
-    if bool(wrong.any()):
-        found = _listed([names[row] for row in rows[wrong].unique().tolist()])
-        raise ValueError(f"labels: expected ids in [0, {vocab}) or {IGNORE_INDEX}, got {int(target[wrong][0])} in {found}")
-
-
-@contextlib.contextmanager
-def _ids_named(model: nn.Module, names: list[str], columns: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, an id that the model has no embedding for raises ValueError with the samples, not torch's IndexError.
-
-    columns: input ids (B, L) by the names of their columns. They are not looked at before: some models have placeholders beyond
-    the embeddings.
-    """
-    try:
-        yield
-    except IndexError as error:
-        count = embedding_rows(model)
-        for column, ids in columns.items():
-            wrong = None if count is None or not isinstance(ids, Tensor) else (ids < 0) | (ids >= count)
-            if wrong is not None and bool(wrong.any()):
-                found = _listed([name for name, bad in zip(names, wrong.any(1).tolist(), strict=False) if bad])
-                raise ValueError(
-                    f"inputs[{column!r}]: expected ids in [0, {count}), which {type(model).__name__} has embeddings for, got "
-                    f"{int(ids[wrong][0])} in {found}"
-                ) from error
-        raise
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return f"sample {shown}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

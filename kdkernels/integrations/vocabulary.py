@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..lm_head import computing_layer, head_module
+from ..head_layers import computing_layer, head_module
 
 __all__ = ["check_vocabularies", "embedding_rows", "head_rows", "tokenizer_of"]
 

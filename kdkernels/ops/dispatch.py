@@ -71,18 +71,25 @@ def overlap_wanted(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("KDKERNELS_OVERLAP", "0") == "1"
 
 
-def check_implementation(impl: str) -> None:
+def check_implementation(impl: str, without_cuda: str = "") -> None:
+    """ValueError for an unknown ``impl``. ``without_cuda``: what the CUDA part has no kernel for, such as "for layers"."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if without_cuda and impl == "cuda":
+        raise ValueError(
+            f"impl: expected 'auto', 'reference', 'cpu' or 'triton' {without_cuda}, got 'cuda', which has no such kernel"
+        )
 
 
-def choose_on_absent(impl: str, name: str, capability: tuple[int, int], dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
+def choose_on_absent(
+    impl: str, name: str, capability: tuple[int, int], dtypes: Sequence[torch.dtype], *, without_cuda: str = ""
+) -> tuple[str, str]:
     """As :func:`choose`, for a GPU that need not be in this machine: nothing of this machine is asked.
 
     Assumed is a machine with that GPU, a CUDA build of PyTorch and the Triton that comes with it. There the CUDA C++ kernel's own
     probe has the last word. KDKERNELS_CUDA_ROWS is not read.
     """
-    check_implementation(impl)
+    check_implementation(impl, without_cuda)
     unsupported = [d for d in dtypes if d not in native.DTYPES]
     if impl == "reference" or (impl == "auto" and unsupported):
         return "reference", f"{unsupported[0]} has only the eager formula" if unsupported else "given by the caller"
@@ -106,17 +113,20 @@ def _unsupported_dtype(impl: str, dtype: torch.dtype) -> TypeError:
     )
 
 
-def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
+def choose(
+    impl: str, device: torch.device, dtypes: Sequence[torch.dtype], *, without_cuda: str = ""
+) -> tuple[str, str]:
     """Returns (implementation, reason) for tensors of these dtypes on this device.
 
-    The implementation is one of IMPLEMENTATIONS but "auto", or CUDA_OR_TRITON.
+    The implementation is one of IMPLEMENTATIONS but "auto", or CUDA_OR_TRITON. With ``without_cuda``, which says what the CUDA
+    part has no kernel for ("for layers"), it is neither "cuda" nor CUDA_OR_TRITON.
 
     Raises ValueError for an unknown ``impl`` or one that cannot run on ``device``, TypeError for a dtype that it does not
     support, RuntimeError where it is not installed.
     """
-    check_implementation(impl)
+    check_implementation(impl, without_cuda)
     if impl == "auto":
-        return _automatic(device, dtypes)
+        return _automatic(device, dtypes, cuda_rows=cuda_rows_wanted() and not without_cuda)
     if impl in ("cpu", "triton", "cuda"):
         unsupported = [d for d in dtypes if d not in native.DTYPES]
         if unsupported:
@@ -140,7 +150,7 @@ def choose(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> tu
     return impl, "given by the caller"
 
 
-def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str, str]:
+def _automatic(device: torch.device, dtypes: Sequence[torch.dtype], *, cuda_rows: bool) -> tuple[str, str]:
     unsupported = [d for d in dtypes if d not in native.DTYPES]
     if unsupported:
         return "reference", f"{unsupported[0]} has only the eager formula"
@@ -150,7 +160,7 @@ def _automatic(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[str
         return "reference", "tensors on the CPU, and the native library is missing (`pip install .` in the checkout builds it)"
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is not None:
-            if not cuda_rows_wanted():
+            if not cuda_rows:
                 return "triton", "tensors on a CUDA device"
             reason = cuda_caad.unavailable(_index(device))
             if reason is not None:
@@ -174,9 +184,11 @@ def decided_while_tracing(function: _Function) -> _Function:
 
 
 @decided_while_tracing
-def choose_for(caller: str, impl: str, device: torch.device, dtypes: list[torch.dtype]) -> str:
+def choose_for(
+    caller: str, impl: str, device: torch.device, dtypes: list[torch.dtype], *, without_cuda: str = ""
+) -> str:
     """The implementation of :func:`choose` for a call of the loss ``caller``; the reason goes to the debug log."""
-    chosen, reason = choose(impl, device, dtypes)
+    chosen, reason = choose(impl, device, dtypes, without_cuda=without_cuda)
     logger.debug("%s: impl=%r (%s)", caller, chosen, reason)
     return chosen
 

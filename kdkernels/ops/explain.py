@@ -80,12 +80,12 @@ def explain(
         raise ValueError(f"projected: expected False with {' and '.join(obstacles)}, got True")
     model = None if name is None else device_model(name)
 
+    without_cuda = "for projections" if projected else ""
+
     def rule(impl: str) -> tuple[str, str]:
-        if projected and impl == "cuda":
-            raise ValueError("impl='cuda': expected another one, since it has no kernel for projections")
         if name is None or model is None:
-            return choose(impl, device, [dtype])
-        return choose_on_absent(impl, name, model.capability, [dtype])
+            return choose(impl, device, [dtype], without_cuda=without_cuda)
+        return choose_on_absent(impl, name, model.capability, [dtype], without_cuda=without_cuda)
 
     lines = []
     if name is not None:

@@ -18,7 +18,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -37,6 +37,7 @@ from .gemm import (
     take_scratch,
 )
 from .linear import LinearResult, TeacherHead, kept_tokens, picked, spread_rows, survivors_launcher
+from .projected import Projected
 from .reference import contrastive_logits, savable, without_autocast
 from .rows import MASK_BELOW, STAT_NAMES, RowResult, RowSpec, legal_alpha
 from .schema import (
@@ -50,23 +51,6 @@ from .schema import (
 )
 
 _N_STATS = 2 + len(STAT_NAMES)
-
-
-class Projected(NamedTuple):
-    """A projected teacher at N tokens; see :class:`kdkernels.TeacherProjection`."""
-
-    ids: Tensor  # (N, K) int32, below 0: none
-    probabilities: Tensor  # (N, K) float32
-    tail: Tensor  # (N, H_s)
-    tail_bias: Tensor  # (N,) float32
-    negentropy: Tensor  # (N,) float32
-    mass: Tensor  # (N,) float32
-
-    def at(self, chunk: slice) -> Projected:
-        return Projected(*(x[chunk] for x in self))
-
-    def picked(self, keep: Tensor | None) -> Projected:
-        return Projected(*(picked(keep, x) for x in self))
 
 
 _TENSORS = 3 + len(Projected._fields) + 3  # the student's, the teacher's, target and both coefficients

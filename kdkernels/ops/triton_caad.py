@@ -400,7 +400,7 @@ def _scale_rows_kernel(
         tl.store(out_ptr + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch_table(spec: RowSpec, itemsize: int, want_stats: bool, contiguous: bool = True) -> dict[str, int]:
+def launch_table(spec: RowSpec, itemsize: int, want_stats: bool, contiguous: bool = True) -> dict[str, int]:
     """GROUPS, GROUP and launch options from the width of the vocabulary and of the narrowest input.
 
     A group is what one thread loads in 16 bytes of the narrowest input. A thread holds 16 logits of each tensor, and 8
@@ -486,7 +486,7 @@ def _solve_rows(problem: RowProblem) -> RowResult:
             TEACHER_SCALE=float(spec.teacher_scale),
             STUDENT_SOFTCAP=spec.student_softcap,
             TEACHER_SOFTCAP=spec.teacher_softcap,
-            **_launch_table(spec, min(x.element_size() for x in read), want_stats, contiguous),
+            **launch_table(spec, min(x.element_size() for x in read), want_stats, contiguous),
         )
     return out
 

@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .chunking import row_items
 from .gemm import contrast_format
 from .rows import LinearTensors, RowLauncher, RowProblem, RowResult, RowSpec, check_overlap, row_launcher_of
-from .triton_caad import _launch_table
+from .triton_caad import launch_table
 from .triton_no_logits import _device_limits, _Limits
 from .triton_shared import (
     _FLOOR,
@@ -524,7 +524,7 @@ class SummedRows:
                 TEACHER_SCALE=float(spec.teacher_scale),
                 STUDENT_SOFTCAP=spec.student_softcap,
                 TEACHER_SOFTCAP=spec.teacher_softcap,
-                **_launch_table(spec, min(x.element_size() for x in read), want_stats=False),
+                **launch_table(spec, min(x.element_size() for x in read), want_stats=False),
             )
         return out
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .rows import RowSpec
-from .triton_caad import _launch_table
+from .triton_caad import launch_table
 from .triton_shared import (
     _FLOOR,
     _LOG2E,
@@ -222,7 +222,7 @@ def mix_rows(
         return sums
     read = [audio] if text is None else [audio, text]
     readable = _readable([*read, total], None, spec.vocab)
-    launch = _launch_table(spec, min(x.element_size() for x in read), want_stats=False)
+    launch = launch_table(spec, min(x.element_size() for x in read), want_stats=False)
     launch["maxnreg"] = 128  # left to itself, ptxas spills a word to fit one more block
     with _device_of(audio, _mix_row_kernel):
         _mix_row_kernel[(share.numel(),)](

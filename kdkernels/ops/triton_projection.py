@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .projection import Projected
+from .projected import Projected
 from .rows import RowResult, RowSpec, check_overlap
-from .triton_caad import _launch_table
+from .triton_caad import launch_table
 from .triton_shared import (
     _FLOOR,
     _LOG2E,
@@ -284,6 +284,6 @@ def projected_rows(
             WANT_GRAD=grad is not None,
             WANT_STATS=want_stats,
             SCALE=float(spec.student_scale),
-            **_launch_table(spec, student.element_size(), want_stats),
+            **launch_table(spec, student.element_size(), want_stats),
         )
     return out

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .rows import DIVERGENCES, RowProblem, check_overlap
 from .shards import FACTORS, STAT_SUMS, SUMS
-from .triton_caad import _launch_table
+from .triton_caad import launch_table
 from .triton_shared import (
     _FLOOR,
     _FORWARD,
@@ -519,7 +519,7 @@ class TritonShard:
             "TEACHER_SOFTCAP": spec.teacher_softcap,
         }
         arguments = {name: x for name, x in ours.items() if name in kernel.arg_names} | own
-        table = _launch_table(spec, min(x.element_size() for x in read), want_stats, contiguous)
+        table = launch_table(spec, min(x.element_size() for x in read), want_stats, contiguous)
         with _device_of(problem.student, kernel):
             kernel[(problem.rows,)](**arguments, **table)
 

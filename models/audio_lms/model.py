@@ -28,9 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdkernels.decoding import contrastive_generate, eos_ids_of
+from kdkernels.decoding import contrastive_generate
+from kdkernels.head_capture import HeadCapture
+from kdkernels.head_layers import head_module
 from kdkernels.layer_states import LayerStates
-from kdkernels.lm_head import HeadCapture, audio_adapters_on, evaluating, head_module
+from kdkernels.model_modes import audio_adapters_on, evaluating
 from kdkernels.paths import MaskFeatures
 from kdkernels.placement import is_placed
 from kdkernels.sampling import Sampling, own_answers, until_end
@@ -39,6 +41,7 @@ from models.audio_lms.families import check_own_code, family_of
 from models.audio_lms.family import AudioLMError, Family, Turn, matches, sampling_rate, tokenizer_of
 from models.audio_lms.settings import NEGATIVES, TRAINS, Lora
 from models.backbones.answer_noise import AnswerNoise
+from models.backbones.causal_lm import named_ends
 from models.backbones.hub import from_hub
 from models.backbones.model_folder import BackboneError, check_all_loaded, quiet_transformers
 from models.io_utils import atomic_dir
@@ -277,9 +280,7 @@ class AudioLM(nn.Module):
     def end_ids(self) -> list[int]:
         """The ids that end an answer: that of the chat, the end of text, and what the checkpoint's generation config names."""
         lm = self.lm.get_base_model() if self._has_lora else self.lm
-        own = eos_ids_of(lm, None) if getattr(lm, "generation_config", None) is not None else []
-        ends = (self.make_collator().end_id, self.tokenizer.eos_token_id, *own)
-        return sorted({token for token in ends if token is not None})
+        return sorted({self.make_collator().end_id, *named_ends(lm, self.tokenizer)})
 
     def own_answers(
         self,

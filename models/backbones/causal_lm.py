@@ -49,6 +49,14 @@ def check_token_ids(ids: Iterable[int], lm: nn.Module, tokenizer: PreTrainedToke
         )
 
 
+def named_ends(lm: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end a text: the tokenizer's end of text, and all that the checkpoint's generation config names."""
+    from kdkernels.decoding import eos_ids_of
+
+    named = eos_ids_of(lm, None) if getattr(lm, "generation_config", None) is not None else []
+    return {int(token) for token in (tokenizer.eos_token_id, *named) if token is not None}
+
+
 class LogitPost(NamedTuple):
     """What a language model does to the output of its LM head: softcap * tanh(scale * z / softcap), or scale * z."""
 
@@ -72,7 +80,7 @@ def logit_post(model: nn.Module) -> LogitPost:
     Raises:
         ValueError: its logits are not those of its LM head on its decoder's last states, so nothing here can rebuild them.
     """
-    from kdkernels.lm_head import logit_post as ask
+    from kdkernels.head_capture import logit_post as ask
 
     lm = getattr(model, "lm", model)
     if lm not in _ASKED:
@@ -103,7 +111,7 @@ class CurrentHead:
         self()
 
     def __call__(self) -> LMHead:
-        from kdkernels.lm_head import head_module, head_parameters, head_state
+        from kdkernels.head_layers import head_module, head_parameters, head_state
 
         module = head_module(getattr(self._model, "lm", self._model))
         state = head_state(module)
@@ -115,7 +123,7 @@ class CurrentHead:
 
 @torch.no_grad()
 def _check_logits(lm: nn.Module, post: LogitPost) -> None:
-    from kdkernels.lm_head import evaluating
+    from kdkernels.model_modes import evaluating
 
     if not hasattr(lm, "get_decoder"):
         return

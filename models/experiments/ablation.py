@@ -201,7 +201,7 @@ def run_start(context: Context) -> dict[str, Any]:
 
 def run_rows(context: Context) -> dict[str, Any]:
     """Train one row of the table for every seed: from the start of the seed, by the recipe of the row. Then ask it."""
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
     settings, recipe = context.settings, context.extra["recipe"]
     words = [
@@ -214,9 +214,9 @@ def run_rows(context: Context) -> dict[str, Any]:
     ]
     if context.extra["needs_teacher"]:
         words += [f"teacher.folder={context.folders['teacher'] / 'final'}", "teacher.keep_mib=1024"]
-    cohort = Cohort(context)
+    group = StudentGroup(context)
     return {
-        str(seed): cohort.run(
+        str(seed): group.run(
             context.folder / str(seed),
             recipe,
             manifest=context.folders["corpus"] / "distill.jsonl",
@@ -278,7 +278,8 @@ def make_stages(settings: AblationSettings) -> list[Stage]:
 
 def _row_stage(settings: AblationSettings, name: str, recipe: str) -> Stage:
     """The stage of one row of the table."""
-    from models.training.recipe import load_recipe, to_dict
+    from models.training.recipe import to_dict
+    from models.training.recipe_files import load_recipe
 
     read = load_recipe(recipe, ["teacher.folder=x"])
     words = [f"{key}.weight={settings.layer_weight}" for key, layers in read.compared_layers() if layers.weight > 0]

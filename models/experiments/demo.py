@@ -174,9 +174,9 @@ def run_pool(context: Context) -> dict[str, Any]:
 
 def run_student(context: Context) -> dict[str, Any]:
     """Train the students of one group one after another, and ask each the test questions."""
-    from models.experiments.student_group import Cohort
+    from models.experiments.student_group import StudentGroup
 
-    settings, cohort = context.settings, Cohort(context)
+    settings, group = context.settings, StudentGroup(context)
     result = {}
     for name, objective, alpha in context.extra:
         words = [
@@ -193,7 +193,7 @@ def run_student(context: Context) -> dict[str, Any]:
                 f"teacher.cache={context.folders['pool'] / 'cache'}",
                 f"loss.alpha={alpha}",
             ]
-        result[name] = cohort.run(
+        result[name] = group.run(
             context.folder / name,
             objective,
             manifest=context.folders["pool"] / "pool.jsonl",

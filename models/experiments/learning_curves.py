@@ -20,7 +20,7 @@ from models.evaluation.predictions import read_predictions
 from models.evaluation.scoring import judge
 from models.experiments.pipeline import Context
 from models.experiments.shared_steps import predictions_name
-from models.experiments.student_group import Cohort
+from models.experiments.student_group import StudentGroup
 
 KINDS = {"neutral": "none", "conflict": "adversarial"}
 _QUARTERS = (1, 2, 3, 4, 6, 8)
@@ -37,7 +37,7 @@ def train_and_ask(
     name: str,
     recipe: str,
     *,
-    cohort: Cohort,
+    group: StudentGroup,
     manifest: Path,
     start: Path,
     words: Sequence[str],
@@ -47,15 +47,15 @@ def train_and_ask(
 
     Args:
         name: of its folder in that of the stage.
-        cohort: keeps what the students share.
-        manifest, start, words: as in `Cohort.run`.
+        group: keeps what the students share.
+        manifest, start, words: as in `StudentGroup.run`.
         tasks: of the questions; empty = all.
     """
     steps, folder = curve_steps(context.settings.student_steps), context.folder / name
     kept = [f"optim.steps={steps[-1]}", f"run.save_every_steps={steps[0]}", f"run.keep_last_checkpoints={_QUARTERS[-1]}"]
-    cohort.train(folder, recipe, manifest=manifest, start=start, words=[*words, *kept])
+    group.train(folder, recipe, manifest=manifest, start=start, words=[*words, *kept])
     asked = {"part": "dev", "kinds": tuple(KINDS), "tasks": tasks, "controls": False}
-    return {str(step): cohort.ask_at(folder / str(step), folder, step, **asked) for step in steps}
+    return {str(step): group.ask_at(folder / str(step), folder, step, **asked) for step in steps}
 
 
 def curve_rows(

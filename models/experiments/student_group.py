@@ -1,8 +1,8 @@
 """Students of one pipeline, trained one after another in one process. What is frozen for all of them is computed once.
 
 `python -m models train` loads the models, computes the text prefixes of its prompts and the states of the teachers, and trains
-for a minute. For a table of many students all of this but the training is the same each time. A `Cohort` keeps the features,
-each frozen language model with its prefix cache, and the states of each teacher from one run to the next.
+for a minute. For a table of many students all of this but the training is the same each time. A `StudentGroup` keeps the
+features, each frozen language model with its prefix cache, and the states of each teacher from one run to the next.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from models.experiments.pipeline import Context
 from models.experiments.shared_steps import ask_model, load_model, read_items, recipe_words
 from models.io_utils import atomic_write_json
 from models.speech_lm.features import FeatureStore
+from models.training.build_sources import build_sources
+from models.training.check_folders import check_folders
 from models.training.checkpoint import load_checkpoint, restore_model
-from models.training.recipe import Recipe, load_recipe
-from models.training.run_setup import build_data, build_model, build_sources, check_folders, read_examples
+from models.training.recipe import Recipe
+from models.training.recipe_files import load_recipe
+from models.training.student import build_model
 from models.training.teachers import Source
 from models.training.train import seed_everything, train
+from models.training.training_data import build_data, read_examples
 
 
-class Cohort:
+class StudentGroup:
     """Trains and asks students; see the module's docstring.
 
     Args:
@@ -88,7 +92,7 @@ class Cohort:
         return result
 
     def _ask(self, folder: Path, model: Any, *, part: str = "test", **asked: Any) -> dict[str, Any]:
-        """`ask_model` with what the cohort keeps. `part` is a manifest of the stage "corpus"."""
+        """`ask_model` with what the group keeps. `part` is a manifest of the stage "corpus"."""
         if part not in self._questions:
             self._questions[part] = [e for e in read_items(self._context, part) if e in self._store]
         extra = {"prefix_cache": self._prefix_cache(model)}

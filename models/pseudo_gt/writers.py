@@ -172,10 +172,10 @@ def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
 
     A tokenizer without a token for the line end is served in `BackboneWriter._answer`, which cuts.
     """
+    from models.backbones.causal_lm import named_ends
+
     newline = tokenizer.encode("\n", add_special_tokens=False)
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])]
-    return {int(token) for token in [*ends, *(newline if len(newline) == 1 else [])] if token is not None}
+    return named_ends(model, tokenizer) | set(newline if len(newline) == 1 else [])
 
 
 def _window(config: Any) -> float:

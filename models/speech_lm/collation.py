@@ -209,11 +209,6 @@ class Collator:
             raise ValueError(f"example {example.id!r}: expected a target, got {example.target!r}")
         return self._tokenize_target(example.target) + ([self.tokenizer.eos_token_id] if self.append_eos else [])
 
-    @property
-    def end_id(self) -> int | None:
-        """The id that ends a target, or None."""
-        return self.tokenizer.eos_token_id if self.append_eos else None
-
     def _tokenize_target(self, text: str) -> list[int]:
         return self._tokenize(" " + text)
 

@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from kdkernels.decoding import contrastive_generate
-from kdkernels.sampling import Sampling, until_end
-from kdkernels.teacher import MarkAbsent
 from models.audio_lms.clips import ClipReader
 from models.audio_lms.model import AudioLM, checkpoint_folders
 from models.backbones.device import inference_dtype
@@ -176,17 +173,7 @@ def answer_ids(
         ValueError: a token would be chosen from logits that are NaN; the message names the example.
     """
     with _refusing_nan(model, batch.ids):
-        if isinstance(model, AudioLM):
-            return model.answer_ids(batch, max_new_tokens=max_new_tokens, alpha=alpha, **contrast), set(model.end_ids)
-        end = model.tokenizer.eos_token_id
-        if alpha is None:
-            draws = torch.zeros(len(batch), max_new_tokens, dtype=torch.float64)  # of sampling, which greedy does without
-            return model.own_answers(batch, draws, sampling=Sampling(0.0, max_new_tokens=max_new_tokens)), {end}
-        tokens = contrastive_generate(
-            model, batch.model_inputs(), negative=MarkAbsent(), alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=end,
-            **contrast,
-        )  # fmt: skip
-        return until_end(tokens, [end]), {end}
+        return model.answer_ids(batch, max_new_tokens=max_new_tokens, alpha=alpha, **contrast), set(model.end_ids)
 
 
 @contextlib.contextmanager

@@ -34,14 +34,16 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
 
+from kdkernels.decoding import contrastive_generate
 from kdkernels.layer_states import LayerStates
-from kdkernels.lm_head import accepts, evaluating
+from kdkernels.model_modes import accepts, evaluating
 from kdkernels.packing import Packing
 from kdkernels.positions import check_lengths
 from kdkernels.sampling import Sampling, TokenSampler, until_end
+from kdkernels.teacher import MarkAbsent
 from models.backbones import resolve
 from models.backbones.answer_noise import AnswerNoise
-from models.backbones.causal_lm import cache_keyword, check_token_ids, has_only_attention, logit_post
+from models.backbones.causal_lm import cache_keyword, check_token_ids, has_only_attention, logit_post, named_ends
 from models.speech_lm.collation import Collator, SpeechBatch, find_placeholder_id
 from models.speech_lm.config import SAMPLE_RATE, SpeechLMConfig
 from models.speech_lm.connector import Connector
@@ -384,7 +386,6 @@ class SpeechLM(nn.Module):
         *,
         max_new_tokens: int = 16,
         prefix_cache: PrefixCache | None = None,
-        stop_token_ids: Sequence[int] | None = None,
     ) -> list[str]:
         """Greedy continuation of a batch of prompts, with a KV cache.
 
@@ -393,7 +394,6 @@ class SpeechLM(nn.Module):
                 inputs as a mapping.
             max_new_tokens: limit of each row.
             prefix_cache: see `forward`.
-            stop_token_ids: a row ends at any of these; default: the tokenizer's end of text.
 
         Returns:
             one text for each row, without special tokens and outer white space.
@@ -403,11 +403,45 @@ class SpeechLM(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
-        stop = [self.tokenizer.eos_token_id] if stop_token_ids is None else list(stop_token_ids)
-        ends = {token for token in stop if token is not None}
+        ends = set(self.end_ids)
         rows = self._new_tokens(batch, lambda logits: logits.argmax(-1), ends, max_new_tokens, prefix_cache)
         texts = [row[:-1] if row[-1] in ends else row for row in rows]
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer: the end of text, and what the language model's generation config names."""
+        return sorted(named_ends(self.lm, self.tokenizer))
+
+    @torch.no_grad()
+    def answer_ids(
+        self,
+        batch: SpeechBatch | Mapping[str, Any],
+        *,
+        max_new_tokens: int = 16,
+        alpha: float | None = None,
+        **contrast: Any,
+    ) -> list[list[int]]:
+        """Greedy answers to a batch of prompts; with `alpha` by contrastive decoding of the paths with and without the audio.
+
+        Args:
+            batch: as in `generate`.
+            max_new_tokens: limit of each row.
+            contrast: other keywords of `kdkernels.contrastive_generate`; only with alpha.
+
+        Returns:
+            B lists of ids. One whose last id is none of `end_ids` was cut off after `max_new_tokens`.
+        """
+        if alpha is None:
+            if contrast:
+                raise ValueError(f"alpha: expected a number beside {', '.join(contrast)}, got None")
+            draws = torch.zeros(len(batch), max_new_tokens, dtype=torch.float64)  # of sampling, which greedy does without
+            return self.own_answers(batch, draws, sampling=Sampling(0.0, max_new_tokens=max_new_tokens))
+        inputs = batch.model_inputs() if isinstance(batch, SpeechBatch) else batch
+        tokens = contrastive_generate(
+            self, inputs, negative=MarkAbsent(), alpha=alpha, max_new_tokens=max_new_tokens, eos_token_id=self.end_ids, **contrast
+        )
+        return until_end(tokens, self.end_ids)
 
     @torch.no_grad()
     def own_answers(
@@ -426,9 +460,9 @@ class SpeechLM(nn.Module):
             draws, sampling, suppressed: as in `kdkernels.sampling.own_answers`.
 
         Returns:
-            B lists of ids. One whose last id is not the end of text was cut off after `sampling.max_new_tokens`.
+            B lists of ids. One whose last id is none of `end_ids` was cut off after `sampling.max_new_tokens`.
         """
-        ends = {self.tokenizer.eos_token_id}
+        ends = set(self.end_ids)
         sampler = TokenSampler(sampling, draws, suppressed=set(suppressed) - ends)
         with evaluating(self):
             return self._new_tokens(batch, sampler.choose, ends, sampling.max_new_tokens, prefix_cache)

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from kdkernels.lm_head import evaluating
+from kdkernels.model_modes import evaluating
 from models.backbones.causal_lm import cache_keyword, has_only_attention, pad_rows
 from models.io_utils import atomic_write_bytes
 

@@ -46,7 +46,7 @@ from models.training.checkpoint import (
     prune_checkpoints,
     write_manifest,
 )
-from models.training.recipe import PARALLEL
+from models.training.recipe_sections import PARALLEL
 
 FORMAT = "distributed 1"
 _TRAINER = "trainer.json"

@@ -210,10 +210,7 @@ def _project(arguments: Any, part: int, parts: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    from models.data.audio import MAX_SECONDS
     from models.data.manifest import ManifestError
-    from models.data.problems import print_skipped
-    from models.data.readers import read_data
     from models.speech_lm.features import FeatureError
 
     parser = cache_parser()
@@ -221,84 +218,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.manifest is None and not arguments.project:
         parser.error("the following arguments are required: manifest, or --project")
     try:
-        number, _, parts = arguments.part.partition("/")
-        if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
-            raise CacheError(f"--part: expected I/N with I from 0 to N - 1, got {arguments.part!r}")
+        number, parts = _part(arguments.part)
         if arguments.project:  # a wrong recipe is found before the teacher runs
             project_states.projected_recipe(arguments.project, arguments.teacher, Path(arguments.out))
-            if arguments.manifest is not None and int(parts) > 1:
+            if arguments.manifest is not None and parts > 1:
                 raise CacheError("--project: expected no MANIFEST with --part, so that the states of all parts are there first")
-        if arguments.manifest is None:
-            _project(arguments, int(number), int(parts))
-            return 0
-        if arguments.batch_examples < 1:
-            raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
-        if arguments.served is None and arguments.served_layers is not None:
-            raise CacheError("--served-layers: expected --served beside it")
-        if arguments.served and is_speech_lm(arguments.teacher):
-            raise CacheError("--served: expected an audio LM of transformers as the teacher, got a SpeechLM")
-        served.check_tolerance(arguments.served_tolerance)
-        hears = parse_hearing(arguments.hears)
-        made_from = teacher_fingerprint(arguments.teacher, hears=hears, negative=arguments.negative)
-        dtype = DTYPES[arguments.dtype]
-        if is_speech_lm(arguments.teacher) and arguments.negative != "zeros":
-            raise CacheError(f"--negative: expected zeros with a SpeechLM, got {arguments.negative!r}")
-        _check_out(Path(arguments.out), made_from, dtype)
-        manifest = read_data(
-            arguments.manifest,
-            audio_root=arguments.audio_root,
-            check_audio=arguments.features is None,
-            allow_links=arguments.allow_links,
-        )
-        print_skipped(manifest.problems)
-        examples = [e for e in manifest.examples if (e.target or "").strip()]
-        if not examples:
-            raise CacheError(f"{arguments.manifest}: no example with a target; they are written by python -m models pseudo-gt")
-        device = pick_device(arguments.device)
-        model = load_listener(
-            arguments.teacher,
-            device,
-            dtype=arguments.teacher_dtype,
-            attention=arguments.attention,
-            negative=arguments.negative,
-        )
-        layers = parse_layers(arguments.layers, len(decoder_layers(model.lm)))
-        tokens, needed = estimate(model, examples, dtype=dtype, layers=len(layers))
-        Path(arguments.out).mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(arguments.out).free
-        print(f"{len(examples)} samples, {tokens} tokens: {needed / 2**20:.1f} MiB; {free / 2**20:.0f} MiB are free")
-        if needed > free:
-            raise CacheError(f"--out: {arguments.out} has room for {free} bytes, the cache needs {needed}")
-        folder = Path(f"{arguments.out}.features-{number}")  # of the clips' features while this runs
-        store, held = open_clips(
-            model,
-            examples[int(number) :: int(parts)],
-            audio_root=manifest.audio_root,
-            max_seconds=MAX_SECONDS,
-            features=arguments.features,
-            folder=folder,
-            max_cut_fraction=arguments.max_cut_fraction,
-            say=print,
-            hears=hears,
-        )
-        if arguments.served:
-            read = [hears.shown(e) for e in held]
-            _store_served(arguments, model, store, read, made_from, dtype, layers, number)
-        else:
-            written = fill_cache(
-                arguments.out, model, store, held, made_from=made_from,
-                extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers,
-                part=number, batch_examples=arguments.batch_examples, hears=hears,
-            )  # fmt: skip
-            cache = ContrastCache(arguments.out, fingerprint=made_from)
-            print(f"{written} samples written, {len(cache)} in {arguments.out}, {cache.bytes / 2**20:.1f} MiB")
-            if arguments.measure:
-                some = [e for e in held if e.id in cache][: arguments.measure]
-                divergence = rounding_error(cache, model, store, some, hears=hears)
-                print(f"KL of the cached target distribution at alpha 2: {divergence:.3g} nats")
-            shutil.rmtree(folder, ignore_errors=True)
+        if arguments.manifest is not None:
+            _write_part(arguments, number, parts)
         if arguments.project:
-            _project(arguments, int(number), int(parts))
+            _project(arguments, number, parts)
     except (CacheError, ManifestError, FeatureError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -306,3 +234,99 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Stopped; the same command continues from here.", file=sys.stderr)
         return 130
     return 0
+
+
+def _part(word: str) -> tuple[int, int]:
+    """(I, N) of --part I/N."""
+    number, _, parts = word.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise CacheError(f"--part: expected I/N with I from 0 to N - 1, got {word!r}")
+    return int(number), int(parts)
+
+
+def _write_part(arguments: Any, number: int, parts: int) -> None:
+    """The teacher's states of part `number` of the manifest, into the cache."""
+    from models.data.audio import MAX_SECONDS
+
+    _check_options(arguments)
+    hears = parse_hearing(arguments.hears)
+    made_from = teacher_fingerprint(arguments.teacher, hears=hears, negative=arguments.negative)
+    dtype = DTYPES[arguments.dtype]
+    if is_speech_lm(arguments.teacher) and arguments.negative != "zeros":
+        raise CacheError(f"--negative: expected zeros with a SpeechLM, got {arguments.negative!r}")
+    _check_out(Path(arguments.out), made_from, dtype)
+    examples, audio_root = _read_examples(arguments)
+    model = load_listener(
+        arguments.teacher,
+        pick_device(arguments.device),
+        dtype=arguments.teacher_dtype,
+        attention=arguments.attention,
+        negative=arguments.negative,
+    )
+    layers = parse_layers(arguments.layers, len(decoder_layers(model.lm)))
+    _check_room(arguments.out, model, examples, dtype=dtype, layers=layers)
+    folder = Path(f"{arguments.out}.features-{number}")  # of the clips' features while this runs
+    store, held = open_clips(
+        model,
+        examples[number::parts],
+        audio_root=audio_root,
+        max_seconds=MAX_SECONDS,
+        features=arguments.features,
+        folder=folder,
+        max_cut_fraction=arguments.max_cut_fraction,
+        say=print,
+        hears=hears,
+    )
+    if arguments.served:
+        _store_served(arguments, model, store, [hears.shown(e) for e in held], made_from, dtype, layers, str(number))
+        return
+    written = fill_cache(
+        arguments.out, model, store, held, made_from=made_from,
+        extra_inputs=None if isinstance(model, AudioLM) else model.prefix_inputs(), dtype=dtype, layers=layers,
+        part=str(number), batch_examples=arguments.batch_examples, hears=hears,
+    )  # fmt: skip
+    cache = ContrastCache(arguments.out, fingerprint=made_from)
+    print(f"{written} samples written, {len(cache)} in {arguments.out}, {cache.bytes / 2**20:.1f} MiB")
+    if arguments.measure:
+        some = [e for e in held if e.id in cache][: arguments.measure]
+        divergence = rounding_error(cache, model, store, some, hears=hears)
+        print(f"KL of the cached target distribution at alpha 2: {divergence:.3g} nats")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_options(arguments: Any) -> None:
+    if arguments.batch_examples < 1:
+        raise CacheError(f"--batch-examples: expected at least 1, got {arguments.batch_examples}")
+    if arguments.served is None and arguments.served_layers is not None:
+        raise CacheError("--served-layers: expected --served beside it")
+    if arguments.served and is_speech_lm(arguments.teacher):
+        raise CacheError("--served: expected an audio LM of transformers as the teacher, got a SpeechLM")
+    served.check_tolerance(arguments.served_tolerance)
+
+
+def _read_examples(arguments: Any) -> tuple[list[Any], Path]:
+    """The manifest's examples with a target, and the root of their audio; it prints the rows that it skips."""
+    from models.data.problems import print_skipped
+    from models.data.readers import read_data
+
+    manifest = read_data(
+        arguments.manifest,
+        audio_root=arguments.audio_root,
+        check_audio=arguments.features is None,
+        allow_links=arguments.allow_links,
+    )
+    print_skipped(manifest.problems)
+    examples = [e for e in manifest.examples if (e.target or "").strip()]
+    if not examples:
+        raise CacheError(f"{arguments.manifest}: no example with a target; they are written by python -m models pseudo-gt")
+    return examples, manifest.audio_root
+
+
+def _check_room(out: str, model: Any, examples: Sequence[Any], *, dtype: torch.dtype, layers: Sequence[int]) -> None:
+    """Print what the cache of `examples` needs; CacheError where the disk has less."""
+    tokens, needed = estimate(model, examples, dtype=dtype, layers=len(layers))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    print(f"{len(examples)} samples, {tokens} tokens: {needed / 2**20:.1f} MiB; {free / 2**20:.0f} MiB are free")
+    if needed > free:
+        raise CacheError(f"--out: {out} has room for {free} bytes, the cache needs {needed}")

@@ -22,6 +22,7 @@ from models.backbones.device import pick_device
 from models.corpora.hearing import write_hears
 from models.data.example import AnsweredExample
 from models.io_utils import atomic_write_bytes, atomic_write_json, fingerprint
+from models.training.build_sources import OWN_TEACHER
 from models.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -34,6 +35,7 @@ from models.training.checkpoint import (
     set_aside,
     trainable_state,
 )
+from models.training.continued_settings import saved_settings_to_continue, settings_to_continue
 from models.training.curves import METRICS_NAME, MetricsLogger
 from models.training.distributed import (
     RankError,
@@ -51,12 +53,13 @@ from models.training.model_card import write_card
 from models.training.objective import Normalizers, Part, PartLoss, counted_positions, select_positions, token_weights
 from models.training.on_policy import OnPolicy
 from models.training.projections import RunProjections, project_own_teacher
-from models.training.recipe import ConfigError, Recipe, saved_settings_to_continue, settings_to_continue, to_dict
+from models.training.recipe import Recipe, to_dict
+from models.training.recipe_checks import ConfigError
 from models.training.run_identity import check_identity
-from models.training.run_setup import OWN_TEACHER, TrainingData
 from models.training.seeds import seed_of
 from models.training.stop_signals import noted_signals
 from models.training.teachers import Source, check_packing
+from models.training.training_data import TrainingData
 
 
 class NonFiniteError(RuntimeError):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdkernels.head_layers import head_module
 from kdkernels.layer_states import decoder_layers
-from kdkernels.lm_head import head_module
 from models.audio_lms.family import AudioLMError, Family, matches
 from models.audio_lms.model import gets_lora, model_class_of
 from models.audio_lms.settings import Lora

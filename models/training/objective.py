@@ -25,13 +25,17 @@ from kdkernels import (
     fused_linear_multi_teacher_loss,
     fused_linear_projected_loss,
 )
-from kdkernels.lm_head import apply_post, linear_of
+from kdkernels.head_layers import linear_of
+from kdkernels.lm_head import apply_post
 from kdkernels.ops.gemm import gemm
 from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import logit_post
-from models.training.recipe import LossConfig, Recipe
-from models.training.run_setup import OWN_TEACHER, TrainingData
-from models.training.teachers import Examples, LayerDistillation, ProjectedStates, TeacherStates
+from models.training.build_sources import OWN_TEACHER
+from models.training.layer_distillation import Examples, LayerDistillation
+from models.training.recipe import Recipe
+from models.training.recipe_sections import LossConfig
+from models.training.teacher_states import ProjectedStates, TeacherStates
+from models.training.training_data import TrainingData
 
 Curve = tuple[str, torch.Tensor, torch.Tensor]  # name, mean, weight
 

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from kdkernels.lm_head import evaluating
+from kdkernels.model_modes import evaluating
 from kdkernels.sampling import Sampling, uniform_draws, unspoken_ids
 from kdkernels.whole_weights import whole_weights
 from models.data.example import AnsweredExample
 from models.training.recipe import Recipe
-from models.training.run_setup import TrainingData
 from models.training.seeds import seed_of
+from models.training.training_data import TrainingData
 
 
 class OnPolicy:
     """Makes the student's answers of a run.
 
     Args:
-        model: the student, with `own_answers` (SpeechLM, AudioLM).
+        model: the student, with `own_answers` and `end_ids` (SpeechLM, AudioLM).
         data: with `make_prompts`.
         root: the objective, with the model in it, as `parallelize` returns it; None = the model's weights are whole.
     """
@@ -42,7 +42,7 @@ class OnPolicy:
             settings.on_policy_temperature, settings.on_policy_top_k, settings.on_policy_top_p, settings.on_policy_max_new_tokens
         )
         vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._end_ids = getattr(model, "end_ids", None) or [model.make_collator().end_id]
+        self._end_ids = model.end_ids
         self._suppressed = unspoken_ids(model.tokenizer, self._end_ids, vocab_size)
 
     def chosen(self, step: int, numbers: Sequence[int]) -> list[int]:

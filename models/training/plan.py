@@ -35,8 +35,11 @@ from models.training.model_sizes import (
     text_lm_on_meta,
     trained_weights,
 )
-from models.training.recipe import ConfigError, Recipe, SourceConfig, load_recipe, to_dict
-from models.training.teachers import SourceError
+from models.training.recipe import Recipe, to_dict
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import LayersConfig, SourceConfig
+from models.training.teacher_states import SourceError
 
 TOKENS_PER_WORD = 1.4
 _CHAT_TOKENS = 20  # of a chat template around a question
@@ -167,120 +170,177 @@ def make_plan(
         ValueError: the GPU is not in the table.
     """
     device = known_device(device_name)
-    optim, sharded = recipe.optim, recipe.run.parallel == "fsdp2"
+    optim = recipe.optim
     if gpus > 1 and recipe.run.parallel == "none":
         raise ConfigError(f"--gpus: expected 1 with run.parallel=none, got {gpus}; pass run.parallel=ddp or fsdp2")
     if optim.batch_examples % gpus:
         raise ConfigError(f"--gpus: expected a divisor of optim.batch_examples ({optim.batch_examples}), got {gpus}")
-    own = optim.batch_examples // gpus  # examples of a step on one GPU
-    part = min(own, optim.micro_batch_examples or own)
-    rate = device.flop_per_second * utilisation
-
     student = _student(recipe)
-    trained = _trained(recipe, student)
-    answer, text = data.answer_tokens, data.prompt_tokens
-    audio = student.audio_tokens(data.seconds)
-    row = text + audio + answer
-    prefix_bytes = 0.0
-    run = row  # tokens that run: with a prefix cache the text before the audio does not
-    if student.fixed_audio_tokens is not None and recipe.model.prefix_cache_mib and not recipe.run.gradient_checkpointing:
-        run = audio + answer + 2
-        prefix_bytes = float(recipe.model.prefix_cache_mib << 20)
-    sizes = student.sizes
-    share = gpus if sharded else 1
-    memory = {
-        "student's weights": student.weight_bytes * sizes.total / share + 4.0 * student.connector,
-        "gradients and AdamW's moments": 12.0 * trained / share,
-    }
-    if recipe.student.model and recipe.student.trains == "lora":
-        memory["student's LoRA"] = 4.0 * trained / share
-    if student.weight_bytes == 4 and recipe.run.bf16:
-        memory["student's weights in bfloat16, by autocast"] = 2.0 * sizes.stored_body
-    if prefix_bytes:
-        memory["prefix cache, at most"] = prefix_bytes
-    seconds = {}
-    weights_train = bool(recipe.student.model) and recipe.student.trains == "full"
-    passes = 2 + weights_train + recipe.run.gradient_checkpointing
-    seconds["student"] = own * (passes * 2.0 * sizes.body * run + student.encoder_flop(data.seconds)) / rate
-    seconds["student"] += own * 6.0 * (trained if not weights_train else 0) * (run if recipe.student.model else audio) / rate
-    lines = [_describe("student", sizes, f"{quantity(trained)} train")]
-    host: dict[str, float] = {}
-    disk: dict[str, float] = {}
-    _count_features(recipe, student, data, host, disk)
-
-    once: dict[str, float] = {}
-    if not recipe.student.model and recipe.data.features is None:
-        positions = _ENCODER_POSITIONS_PER_SECOND * student.family.max_audio_seconds
-        once["every clip through the encoder, by all ranks"] = 2.0 * sizes.encoder * positions * data.clips / rate / gpus
-    cache_bytes = cache_seconds = transient = 0.0
-    compared = []
-    teacher = None
+    estimate = _Estimate(recipe, data, device_name, device, gpus, device.flop_per_second * utilisation, student)
+    estimate.add_student()
     if recipe.needs_teacher:
-        teacher = _teacher(recipe, teacher_recipe)
-        theirs = 2 * _reading_flop(teacher, text, answer, data.seconds)  # both paths
-        cache_bytes = ContrastCache.estimate_bytes(tokens=round(data.examples * answer), hidden_size=teacher.sizes.width)
-        cache_seconds = data.examples * theirs / rate
-        lines.append(_describe("teacher", teacher.sizes, "frozen"))
-        state_bytes = data.examples * answer * 2 * teacher.sizes.width * teacher.weight_bytes
-        kept = data.examples > 0 and 0 < state_bytes <= recipe.teacher.keep_mib << 20
-        head = 2.0 * teacher.sizes.vocabulary * teacher.sizes.width
-        if recipe.teacher.cache is not None:
-            memory["teacher's LM head"] = head
-        else:
-            memory[TEACHER_WEIGHTS] = float(teacher.weight_bytes * teacher.sizes.total)
-            if kept or recipe.teacher.projection:
-                once["the teacher's states"] = data.examples * theirs / rate / gpus
-            else:
-                seconds["teacher, both paths"] = own * theirs / rate
-            transient = _forward_bytes(teacher, 2 * part * (text + teacher.audio_tokens(data.seconds) + answer))
-        if kept:
-            host["teacher's states (teacher.keep_mib)"] = state_bytes
-        if recipe.teacher.projection:
-            a_token = 8.0 * recipe.teacher.projection + 4 * sizes.width + 24
-            disk["teacher's projections, in run.out_dir"] = data.examples * answer * a_token
-        compared.append((recipe.layers, teacher.sizes))
+        estimate.add_teacher(_teacher(recipe, teacher_recipe))
     for name, source in recipe.sources.items():
-        flop, needed, described, theirs_sizes = _source(recipe, name, source, student, trained, data)
-        lines.append(described)
-        memory[f"sources.{name}"] = needed
-        seconds[f"sources.{name}"] = own * flop / rate
-        compared.append((source.layers, theirs_sizes))
+        estimate.add_source(name, source)
+    estimate.add_loss()
+    estimate.add_exchange()
+    return estimate.plan()
 
-    vocabulary = min([sizes.vocabulary, *([teacher.sizes.vocabulary] if teacher else [])])
-    tokens = max(1, round(own * answer))
-    heads = len(recipe.sources) + recipe.needs_teacher
-    loss = predict(
-        device, n_tokens=tokens, vocab=vocabulary, student_width=sizes.width,
-        teacher_width=teacher.sizes.width if teacher else sizes.width, teacher_gemms=0 if recipe.teacher.projection else heads,
-        teacher_tensors=heads, head_trains=weights_train,
-    )  # fmt: skip
-    seconds["loss"] = loss.seconds
-    scratch = plan_chunks(
-        n_tokens=max(1, round(part * answer)), bytes_per_token=4 * (1 + heads) * vocabulary, student_width=sizes.width,
-        device_name=device_name, chunk_tokens=recipe.loss.chunk_tokens,
-    ).scratch_bytes  # fmt: skip
-    projections = sum(_projection_weights(layers, sizes, other) for layers, other in compared)
-    if projections:
-        memory["layer projections, float32 with AdamW's moments"] = 16.0 * projections / share
-        seconds["layers"] = 6.0 * projections * tokens / rate
-    activations = _activation_bytes(student, part * run, checkpointing=recipe.run.gradient_checkpointing) + scratch
-    peak = max(activations, transient)
-    memory["activations and logits of a part"] = peak
-    if recipe.data.on_policy_fraction:
-        seconds["student's answers"], answering = _answering(recipe, student, data, own, device, rate)
-        answering += student.weight_bytes * sizes.total * (1 - 1 / share)  # whole weights; freed before the loss
-        if answering > peak:
-            memory["student's answers, above that"] = answering - peak
-    memory["CUDA itself"] = float(_CUDA_BYTES)
-    exchange = 4.0 * (trained + projections) if not sharded else 3.0 * student.weight_bytes * sizes.total
-    if gpus > 1:
-        if sharded and recipe.data.on_policy_fraction:
-            exchange += student.weight_bytes * sizes.total / recipe.data.on_policy_every_steps
-        network = _NODE_BYTES_PER_SECOND if gpus <= _GPUS_A_NODE else _NETWORK_BYTES_PER_SECOND
-        seconds["exchange between GPUs"] = (1 if sharded else 2) * exchange * (gpus - 1) / gpus / network
-    return Plan(
-        recipe, device_name, device, gpus, data, lines, memory, host, disk, seconds, once, row, cache_bytes, cache_seconds
-    )  # fmt: skip
+
+class _Estimate:
+    """A plan in the making: each `add_*` puts its bytes and seconds beside those of the calls before it.
+
+    Args:
+        rate: FLOP a second that the models' bodies reach.
+        student: its sizes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Clips, device_name: str, device: DeviceModel, gpus: int, rate: float, student: _Model
+    ) -> None:
+        self.recipe, self.data, self.device_name, self.device, self.gpus = recipe, data, device_name, device, gpus
+        self.rate, self.student = rate, student
+        self.trained = _trained(recipe, student)
+        self.sharded = recipe.run.parallel == "fsdp2"
+        self.share = gpus if self.sharded else 1
+        self.own = recipe.optim.batch_examples // gpus  # examples of a step on one GPU
+        self.part = min(self.own, recipe.optim.micro_batch_examples or self.own)
+        self.row = data.prompt_tokens + student.audio_tokens(data.seconds) + data.answer_tokens
+        self.weights_train = bool(recipe.student.model) and recipe.student.trains == "full"
+        self.teacher: _Model | None = None
+        self.compared: list[tuple[LayersConfig, Sizes]] = []
+        self.projections = 0  # weights between the layers that are compared
+        self.transient = 0.0  # bytes of the teacher's forward, before the student's
+        self.cache_bytes = self.cache_seconds = 0.0
+        self.lines: list[str] = []
+        self.memory: dict[str, float] = {}
+        self.host: dict[str, float] = {}
+        self.disk: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.once: dict[str, float] = {}
+
+    @property
+    def run_tokens(self) -> float:
+        """Of an example, those that run: with a prefix cache the text before the audio does not."""
+        if not self._prefix_bytes:
+            return self.row
+        return self.student.audio_tokens(self.data.seconds) + self.data.answer_tokens + 2
+
+    @property
+    def _prefix_bytes(self) -> float:
+        cached = self.student.fixed_audio_tokens is not None and not self.recipe.run.gradient_checkpointing
+        return float(self.recipe.model.prefix_cache_mib << 20) if cached else 0.0
+
+    def add_student(self) -> None:
+        """Its weights, its forward and backward passes, and the features that it hears."""
+        recipe, student, data, trained = self.recipe, self.student, self.data, self.trained
+        sizes, is_audio_lm = student.sizes, bool(recipe.student.model)
+        self.memory["student's weights"] = student.weight_bytes * sizes.total / self.share + 4.0 * student.connector
+        self.memory["gradients and AdamW's moments"] = 12.0 * trained / self.share
+        if is_audio_lm and recipe.student.trains == "lora":
+            self.memory["student's LoRA"] = 4.0 * trained / self.share
+        if student.weight_bytes == 4 and recipe.run.bf16:
+            self.memory["student's weights in bfloat16, by autocast"] = 2.0 * sizes.stored_body
+        if self._prefix_bytes:
+            self.memory["prefix cache, at most"] = self._prefix_bytes
+        passes = 2 + self.weights_train + recipe.run.gradient_checkpointing
+        flop = passes * 2.0 * sizes.body * self.run_tokens + student.encoder_flop(data.seconds)
+        seconds = self.own * flop / self.rate
+        tokens = self.run_tokens if is_audio_lm else student.audio_tokens(data.seconds)
+        seconds += self.own * 6.0 * (0 if self.weights_train else trained) * tokens / self.rate
+        self.seconds["student"] = seconds
+        self.lines.append(_describe("student", sizes, f"{quantity(trained)} train"))
+        _count_features(recipe, student, data, self.host, self.disk)
+        if not is_audio_lm and recipe.data.features is None:
+            positions = _ENCODER_POSITIONS_PER_SECOND * student.family.max_audio_seconds
+            encoding = 2.0 * sizes.encoder * positions * data.clips / self.rate / self.gpus
+            self.once["every clip through the encoder, by all ranks"] = encoding
+
+    def add_teacher(self, teacher: _Model) -> None:
+        """The objective's own: live, kept or cached."""
+        recipe, data, sizes = self.recipe, self.data, teacher.sizes
+        text, answer = data.prompt_tokens, data.answer_tokens
+        self.teacher = teacher
+        flop = 2 * _reading_flop(teacher, text, answer, data.seconds)  # both paths
+        tokens = round(data.examples * answer)
+        self.cache_bytes = ContrastCache.estimate_bytes(tokens=tokens, hidden_size=sizes.width)
+        self.cache_seconds = data.examples * flop / self.rate
+        self.lines.append(_describe("teacher", sizes, "frozen"))
+        state_bytes = data.examples * answer * 2 * sizes.width * teacher.weight_bytes
+        kept = data.examples > 0 and 0 < state_bytes <= recipe.teacher.keep_mib << 20
+        if recipe.teacher.cache is not None:
+            self.memory["teacher's LM head"] = 2.0 * sizes.vocabulary * sizes.width
+        else:
+            self.memory[TEACHER_WEIGHTS] = float(teacher.weight_bytes * sizes.total)
+            if kept or recipe.teacher.projection:
+                self.once["the teacher's states"] = data.examples * flop / self.rate / self.gpus
+            else:
+                self.seconds["teacher, both paths"] = self.own * flop / self.rate
+            row = text + teacher.audio_tokens(data.seconds) + answer
+            self.transient = _forward_bytes(teacher, 2 * self.part * row)
+        if kept:
+            self.host["teacher's states (teacher.keep_mib)"] = state_bytes
+        if recipe.teacher.projection:
+            a_token = 8.0 * recipe.teacher.projection + 4 * self.student.sizes.width + 24
+            self.disk["teacher's projections, in run.out_dir"] = data.examples * answer * a_token
+        self.compared.append((recipe.layers, sizes))
+
+    def add_source(self, name: str, source: SourceConfig) -> None:
+        """One of `sources`."""
+        flop, needed, described, sizes = _source(self.recipe, name, source, self.student, self.trained, self.data)
+        self.lines.append(described)
+        self.memory[f"sources.{name}"] = needed
+        self.seconds[f"sources.{name}"] = self.own * flop / self.rate
+        self.compared.append((source.layers, sizes))
+
+    def add_loss(self) -> None:
+        """The loss of the teachers so far, that of their layers, and the highest point of a step's memory."""
+        recipe, student, sizes = self.recipe, self.student, self.student.sizes
+        theirs = self.teacher.sizes if self.teacher else sizes
+        vocabulary = min(sizes.vocabulary, theirs.vocabulary)
+        answer, tokens = self.data.answer_tokens, max(1, round(self.own * self.data.answer_tokens))
+        heads = len(recipe.sources) + recipe.needs_teacher
+        self.seconds["loss"] = predict(
+            self.device, n_tokens=tokens, vocab=vocabulary, student_width=sizes.width, teacher_width=theirs.width,
+            teacher_gemms=0 if recipe.teacher.projection else heads, teacher_tensors=heads, head_trains=self.weights_train,
+        ).seconds  # fmt: skip
+        scratch = plan_chunks(
+            n_tokens=max(1, round(self.part * answer)), bytes_per_token=4 * (1 + heads) * vocabulary,
+            student_width=sizes.width, device_name=self.device_name, chunk_tokens=recipe.loss.chunk_tokens,
+        ).scratch_bytes  # fmt: skip
+        self.projections = sum(_projection_weights(layers, sizes, other) for layers, other in self.compared)
+        if self.projections:
+            self.memory["layer projections, float32 with AdamW's moments"] = 16.0 * self.projections / self.share
+            self.seconds["layers"] = 6.0 * self.projections * tokens / self.rate
+        checkpointing = recipe.run.gradient_checkpointing
+        activations = _activation_bytes(student, self.part * self.run_tokens, checkpointing=checkpointing) + scratch
+        peak = max(activations, self.transient)
+        self.memory["activations and logits of a part"] = peak
+        if recipe.data.on_policy_fraction:
+            seconds, answering = _answering(recipe, student, self.data, self.own, self.device, self.rate)
+            self.seconds["student's answers"] = seconds
+            answering += student.weight_bytes * sizes.total * (1 - 1 / self.share)  # whole weights; freed before the loss
+            if answering > peak:
+                self.memory["student's answers, above that"] = answering - peak
+        self.memory["CUDA itself"] = float(_CUDA_BYTES)
+
+    def add_exchange(self) -> None:
+        """What the GPUs send each other in a step."""
+        if self.gpus == 1:
+            return
+        stored = self.student.weight_bytes * self.student.sizes.total
+        exchange = 3.0 * stored if self.sharded else 2 * 4.0 * (self.trained + self.projections)
+        if self.sharded and self.recipe.data.on_policy_fraction:
+            exchange += stored / self.recipe.data.on_policy_every_steps
+        network = _NODE_BYTES_PER_SECOND if self.gpus <= _GPUS_A_NODE else _NETWORK_BYTES_PER_SECOND
+        self.seconds["exchange between GPUs"] = exchange * (self.gpus - 1) / self.gpus / network
+
+    def plan(self) -> Plan:
+        """All that was added."""
+        return Plan(
+            self.recipe, self.device_name, self.device, self.gpus, self.data, self.lines, self.memory, self.host, self.disk,
+            self.seconds, self.once, self.row, self.cache_bytes, self.cache_seconds,
+        )  # fmt: skip
 
 
 def _student(recipe: Recipe) -> _Model:

@@ -19,9 +19,11 @@ from models.backbones.causal_lm import read_head
 from models.speech_lm.listeners import is_speech_lm, load_listener
 from models.training.cache_identity import CacheError, teacher_fingerprint
 from models.training.projected_teacher import needs_states, recipe_settings, student_head
-from models.training.recipe import ConfigError, Recipe, load_recipe
-from models.training.run_setup import build_model
-from models.training.teachers import SourceError
+from models.training.recipe import Recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.student import build_model
+from models.training.teacher_states import SourceError
 
 _TOP_K = 64  # where the recipe says nothing
 

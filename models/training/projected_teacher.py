@@ -18,7 +18,8 @@ from kdkernels.projection_cache import CachedProjections
 from kdkernels.shards import CorruptCacheError
 from models.backbones.causal_lm import read_head
 from models.training.recipe import Recipe
-from models.training.teachers import ContentCheck, ProjectedStates, SourceError
+from models.training.teacher_states import ProjectedStates, SourceError
+from models.training.teachers import ContentCheck
 
 CONTRASTS = {"kd": "none", "sharpened": "zeros"}  # of the objectives; the others contrast the two paths
 

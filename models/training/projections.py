@@ -22,12 +22,15 @@ from tqdm import tqdm
 from kdkernels import LMHead, ProjectionCache, TeacherProjection, project_teacher
 from kdkernels.projection_cache import CachedProjections
 from models.io_utils import fingerprint
+from models.training.build_sources import OWN_TEACHER
+from models.training.continued_settings import settings_to_continue
 from models.training.distributed import Ranks
 from models.training.objective import teacher_source, token_weights
 from models.training.projected_teacher import ProjectedTeacher, joined, recipe_settings, student_head
-from models.training.recipe import Recipe, settings_to_continue
-from models.training.run_setup import OWN_TEACHER, TrainingData
-from models.training.teachers import Source, SourceError, Teacher, TeacherStates
+from models.training.recipe import Recipe
+from models.training.teacher_states import SourceError, Teacher, TeacherStates
+from models.training.teachers import Source
+from models.training.training_data import TrainingData
 
 _EXAMPLES = 32  # at a time, where they are made before the first step
 _PENDING_BYTES = 64 << 20  # of projections that are in memory and not yet on the disk

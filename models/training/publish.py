@@ -21,7 +21,8 @@ from models.speech_lm.config import SpeechLMConfig
 from models.speech_lm.saving import SpeechLMError, read_record
 from models.training.commands import push_parser
 from models.training.model_card import is_hub_name
-from models.training.recipe import ConfigError, Recipe
+from models.training.recipe import Recipe
+from models.training.recipe_checks import ConfigError
 
 # What a model's folder holds. Anything else that lies beside it stays here.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]

@@ -6,7 +6,7 @@ and the LM head that reads them; never logits.
     LiveTeacher      a speech LM on both paths, with the audio and without (kdkernels.DualPathTeacher)
     CachedTeacher    the same, read from a ContrastCache on the disk
     ListeningTeacher a speech LM on the path with the audio only, such as a frozen snapshot of the student
-    TextTeacher      a language model that reads in words what is known about the clip
+    TextTeacher      a language model that reads in words what is known about the clip (text_teacher.py)
     KeptTeacher      any of them; it computes each example once
     CenteredTeacher  one with both paths; the text path is moved by its mean distance from the audio path
 
@@ -21,93 +21,22 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from kdkernels import TeacherProjection
-from kdkernels.layer_attention import LayerAttention
-from kdkernels.layer_mse import LayerProjections
-from kdkernels.layer_states import LayerStates
-from kdkernels.lm_head import evaluating
+from kdkernels.model_modes import evaluating
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.backbones.causal_lm import CurrentHead, read_head
 from models.speech_lm.listeners import text_path
-from models.training.recipe import ConfigError, LayersConfig, SourceConfig
-
-if TYPE_CHECKING:
-    from models.data.manifest import Example
+from models.training.layer_distillation import LayerDistillation
+from models.training.recipe_sections import SourceConfig
+from models.training.teacher_states import SourceError, Teacher, TeacherStates
 
 _KEPT_BATCH_EXAMPLES = 32
 # Relative: bfloat16 rounds to 2^-9 a layer, while examples that see each other are off by order 1.
 _PACKING_TOLERANCE = 0.1
-
-
-class SourceError(RuntimeError):
-    """Data or a model of the recipe is missing or unusable; the message names it and says what was expected."""
-
-
-@dataclass(frozen=True)
-class TeacherStates:
-    """What a frozen teacher says about the N target tokens of a batch, before its LM head.
-
-    Attributes:
-        audio_hidden: (N, H_t), the path with the audio, or with what this teacher reads in its place.
-        text_hidden: (N, H_t), the path without the audio, or None.
-        head: weight, bias, softcap, logit_scale of the LM head.
-        audio_layers, text_layers: (N, K, H_t), the layers that the recipe compares, or None.
-        speaks: (N,) bool, False at tokens about which this teacher says nothing; None = it speaks about all.
-        divergence: (N,) float32, nats, between the two paths; None where nothing needs it.
-    """
-
-    audio_hidden: torch.Tensor
-    text_hidden: torch.Tensor | None
-    head: Any
-    audio_layers: torch.Tensor | None = None
-    text_layers: torch.Tensor | None = None
-    speaks: torch.Tensor | None = None
-    divergence: torch.Tensor | None = None
-
-    TENSORS = ("audio_hidden", "text_hidden", "audio_layers", "text_layers", "speaks", "divergence")
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are not None, by name; each has N rows."""
-        return {name: getattr(self, name) for name in self.TENSORS if getattr(self, name) is not None}
-
-    def at(self, positions: torch.Tensor) -> TeacherStates:
-        """The states of the target tokens `positions`, (n,) int64."""
-        positions = positions.to(self.audio_hidden.device, non_blocking=True)
-        return dataclasses.replace(self, **{name: x[positions] for name, x in self.tensors().items()})
-
-    def with_divergence(self) -> TeacherStates:
-        """The same with `divergence`."""
-        return dataclasses.replace(self, divergence=path_divergence(self))
-
-
-@dataclass(frozen=True)
-class ProjectedStates:
-    """What a teacher says about the N target tokens of a batch, for one frozen LM head of the student.
-
-    Attributes:
-        projection: of the N tokens; mass 0 at those that have no weight in the KD term.
-        divergence: as in `TeacherStates`.
-    """
-
-    projection: TeacherProjection
-    divergence: torch.Tensor | None = None
-
-    def at(self, positions: torch.Tensor) -> ProjectedStates:
-        """The states of the target tokens `positions`, (n,) int64."""
-        positions = positions.to(self.projection.mass.device, non_blocking=True)
-        return ProjectedStates(self.projection[positions], None if self.divergence is None else self.divergence[positions])
-
-    def with_divergence(self) -> ProjectedStates:
-        return self
-
-
-Teacher = Callable[[Any, Sequence[Any]], Any]  # -> TeacherStates, or ProjectedStates (models/training/projections.py)
 
 
 @dataclass
@@ -291,116 +220,7 @@ class ListeningTeacher:
         _check_same_targets(batch, len(own.target))
         layers = {"layers": self._layers} if self._layers else {}
         states = self._lm.hidden_states_at(own.target_index, **self._data.model_inputs(own), **layers)
-        return _one_path(states, self._head())
-
-
-class TextTeacher:
-    """A language model that reads a description of the clip in words, and then the tokens of the student's answer.
-
-    It reads Stage 1's prompt (models/pseudo_gt/wording.py): worked examples, then "[00:00-00:03] words (Gender: man, ...)", then
-    with `reasoning` an example's metadata["reasoning"]; the answer's tokens follow. The worked examples of a task are read once.
-    It says nothing about the end-of-text token: in its prompt an answer ends with its line.
-
-    Args:
-        lm: a causal LM of transformers, frozen.
-        tokenizer: its own.
-        target_ids: an example -> the token ids of its target, as the student's collator makes them.
-        end_id: the id that ends such a target, or None.
-        own_line: for targets that do not begin with a space, as in a chat: the answer then stands on a line of its own.
-        device: where it runs.
-        layers: layers whose states are returned as well.
-        reasoning: see above.
-    """
-
-    def __init__(
-        self,
-        lm: torch.nn.Module,
-        tokenizer: Any,
-        *,
-        target_ids: Callable[[Example], list[int]],
-        end_id: int | None,
-        device: torch.device,
-        own_line: bool = False,
-        layers: Sequence[int] = (),
-        reasoning: bool = False,
-    ) -> None:
-        from models.pseudo_gt.writers import WorkedPrefixes
-        from models.speech_lm.prefix_cache import why_not_cached
-
-        self._lm = lm.to(device).eval()
-        self._tokenizer = tokenizer
-        self._target_ids = target_ids
-        self._end_id = end_id
-        self._own_line = own_line
-        self._device = device
-        self._layers = tuple(layers)
-        self._reasoning = reasoning
-        # None: its state after the worked examples cannot be kept, so it reads them in every row.
-        self._prefixes = None if why_not_cached(self._lm) else WorkedPrefixes(self._lm, tokenizer)
-        self._head = CurrentHead(self._lm)
-
-    @torch.no_grad()
-    def __call__(self, batch: Any, examples: Sequence[Example]) -> TeacherStates:
-        from models.pseudo_gt.wording import worked_examples
-
-        targets = [self._target_ids(example) for example in examples]
-        if [token for target in targets for token in target] != batch.target.tolist():
-            raise SourceError(f"text teacher: the batch of {batch.ids[0]} ... has other target tokens than its examples")
-        by_prefix: dict[str, list[int]] = {}
-        for row, example in enumerate(examples):
-            by_prefix.setdefault(worked_examples(example, own_line=self._own_line), []).append(row)
-        states: list[torch.Tensor | None] = [None] * len(examples)
-        for prefix, rows in by_prefix.items():
-            read = self._read(prefix, [self._prompt(examples[row]) for row in rows], [targets[row] for row in rows])
-            for row, one in zip(rows, read, strict=True):
-                states[row] = one
-        speaks = None
-        if self._end_id is not None:
-            speaks = batch.target.to(self._device) != self._end_id
-        return dataclasses.replace(_one_path(torch.cat(states), self._head()), speaks=speaks)
-
-    def _prompt(self, example: Example) -> list[int]:
-        from models.pseudo_gt.wording import prompt_end
-
-        reasoning = example.metadata.get("reasoning") if self._reasoning else None
-        return self._tokenizer.encode(prompt_end(example, reasoning, own_line=self._own_line), add_special_tokens=False)
-
-    def _read(self, prefix: str, prompts: list[list[int]], targets: list[list[int]]) -> list[torch.Tensor]:
-        """(n, H) or (n, 1 + K, H) of each row's target tokens."""
-        from models.backbones.causal_lm import cache_keyword, check_token_ids, pad_rows
-
-        if self._prefixes is None:
-            worked = self._tokenizer.encode(prefix)
-            prompts = [worked + prompt for prompt in prompts]
-        read = (token for row in (*prompts, *targets) for token in row)
-        check_token_ids(read, self._lm, self._tokenizer, what="text teacher: ")
-        # The last target token is left out, because its prediction is not needed.
-        ids, mask = pad_rows([p + t[:-1] for p, t in zip(prompts, targets, strict=True)])
-        columns = ids.shape[1]
-        index = [
-            row * columns + len(prompt) - 1 + n
-            for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
-            for n in range(len(target))
-        ]
-        ids, mask, at = (x.to(self._device) for x in (ids, mask, torch.tensor(index)))
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        decoder = self._lm.get_decoder()
-        if self._prefixes is not None:
-            prefix_ids, cache = self._prefixes.expanded(prefix, len(prompts))
-            length = prefix_ids.shape[1]
-            inputs |= {
-                "attention_mask": torch.cat([mask.new_ones(len(prompts), length), mask], 1),
-                "position_ids": length + torch.arange(columns, device=self._device).expand_as(ids),
-                "use_cache": True,
-                cache_keyword(decoder): cache,
-            }
-        if self._layers:
-            with LayerStates(self._lm, self._layers, at) as layers:
-                hidden = decoder(**inputs).last_hidden_state
-            states = torch.cat([hidden.flatten(0, 1)[at][:, None], layers.stacked()], 1)
-        else:
-            states = decoder(**inputs).last_hidden_state.flatten(0, 1)[at]
-        return list(states.split([len(target) for target in targets]))
+        return TeacherStates.of_one_path(states, self._head())
 
 
 class KeptTeacher:
@@ -534,135 +354,6 @@ def check_same_tokenizer(name: str, student: Any, teacher: Any, *, added: bool =
     raise SourceError(
         f"{name}: expected the student's tokenizer, got another one ({why}); distillation by token needs the same ids"
     )
-
-
-@torch.no_grad()
-def path_divergence(states: TeacherStates, *, chunk_tokens: int = 256) -> torch.Tensor:
-    """KL(softmax z_audio || softmax z_text) of each token, (N,) float32, in chunks of `chunk_tokens` rows of logits."""
-    if states.text_hidden is None:
-        raise ValueError("states: expected both paths, got no text_hidden")
-    out = []
-    for start in range(0, len(states.audio_hidden), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        audio, text = (
-            F.log_softmax(states.head.logits(hidden[rows]).float(), dim=-1)
-            for hidden in (states.audio_hidden, states.text_hidden)
-        )
-        out.append((audio.exp() * (audio - text)).sum(-1).clamp(min=0))
-    return torch.cat(out) if out else states.audio_hidden.new_zeros(0)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Which of a batch's N target tokens belong to which example.
-
-    Attributes:
-        target_row: (N,) int64, ascending.
-        count: number of examples B.
-        longest: the most target tokens of one of them, known without asking the device.
-    """
-
-    target_row: torch.Tensor
-    count: int
-    longest: int
-
-    def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, ...) as (B, longest, ...), with zeros behind an example's tokens."""
-        rows = self.target_row
-        lengths = rows.new_zeros(self.count).index_add(0, rows, torch.ones_like(rows))
-        columns = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(0) - lengths)[rows]
-        return x.new_zeros(self.count, self.longest, *x.shape[1:]).index_put((rows, columns), x)
-
-
-class LayerDistillation(torch.nn.Module):
-    """Which layers of student and teacher are compared, and the projections between their widths, which train.
-
-    Args:
-        settings: the recipe's `layers`.
-        pairs: (student, teacher) layers; one layer may stand in several pairs.
-        projections: of those pairs, or their attention with the form "attention".
-    """
-
-    def __init__(
-        self, settings: LayersConfig, pairs: Sequence[tuple[int, int]], projections: LayerProjections | LayerAttention
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.pairs = list(pairs)
-        self.projections = projections
-        self.student_layers, self.teacher_layers = (sorted(set(side)) for side in zip(*pairs, strict=True))
-
-    @classmethod
-    def build(cls, settings: LayersConfig, *, depths: Sequence[int], widths: Sequence[int]) -> LayerDistillation:
-        """For these `depths` and `widths`, each of (student, teacher).
-
-        Raises:
-            ConfigError: a pair out of range, or heads that do not divide the student's width.
-        """
-        pairs = settings.layer_pairs(*depths)
-        if settings.form == "attention":
-            try:
-                return cls(settings, pairs, LayerAttention(*widths, pairs, heads=settings.heads, bias=settings.bias))
-            except ValueError as error:
-                raise ConfigError(f"layers.{error}") from None
-        projections = LayerProjections(
-            *widths, pairs, direction=settings.direction, identity_where_equal=True, bias=settings.bias
-        )
-        return cls(settings, pairs, projections)
-
-    def loss(
-        self,
-        student: Mapping[int, torch.Tensor],
-        states: TeacherStates,
-        counts: torch.Tensor,
-        normalizer: torch.Tensor,
-        examples: Examples | None = None,
-    ) -> torch.Tensor:
-        """Mean over pairs of the squared errors of the tokens that count, divided by `normalizer`.
-
-        With `normalize` a pair's error is 2 - 2 cos for any width: of order 1, like a divergence. Without it the error grows with
-        the size of the states. In the middle of a language model they are tens of times as large as in its last layer.
-
-        Args:
-            student: its layers' states by number, (N, H_s) each; at least `student_layers`.
-            counts: (N,) bool, True at the tokens that count.
-            examples: which tokens belong together; the form "attention" needs it.
-        """
-
-        def take(stacked: torch.Tensor) -> list[torch.Tensor]:
-            return [stacked[:, self.teacher_layers.index(pair[1])] for pair in self.pairs]
-
-        text = self.settings.alpha > 0 and states.text_layers is not None
-        students, teachers = [student[pair[0]] for pair in self.pairs], take(states.audio_layers)
-        texts = take(states.text_layers) if text else None
-        mask = counts if states.speaks is None else counts & states.speaks
-        attends = self.settings.form == "attention"
-        compared = teachers if self.settings.direction == "student_to_teacher" and not attends else students
-        widths = [x.shape[-1] if self.settings.normalize else 1 for x in compared]  # the loss divides by them
-        if attends:
-            if examples is None:
-                raise ValueError("examples: expected which tokens belong together with the form 'attention', got None")
-            students, teachers = ([examples.padded(x) for x in side] for side in (students, teachers))
-            texts = None if texts is None else [examples.padded(x) for x in texts]
-            mask = examples.padded(mask)
-        total = self.projections(
-            students,
-            teachers,
-            teacher_text_hidden=texts,
-            alpha=self.settings.alpha if text else 0.0,
-            normalize=self.settings.normalize,
-            mask=mask,
-            layer_weight=[width / len(self.pairs) for width in widths],
-            reduction="sum",
-        )
-        return total / normalizer.clamp_min(1)
-
-
-def _one_path(states: torch.Tensor, head: Any) -> TeacherStates:
-    """Made from (N, H) or, with layers, (N, 1 + K, H)."""
-    if states.dim() == 2:
-        return TeacherStates(states, None, head)
-    return TeacherStates(states[:, 0], None, head, states[:, 1:])
 
 
 def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

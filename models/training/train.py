@@ -35,16 +35,22 @@ import torch
 from kdkernels.ops.dispatch import choose
 from models.backbones.device import pick_device
 from models.io_utils import exclusive
+from models.training.build_sources import build_sources
+from models.training.check_folders import check_folders
 from models.training.checkpoint import CheckpointError
 from models.training.commands import train_parser
 from models.training.distributed import RankError, Ranks
 from models.training.loop import NonFiniteError, TrainingLoop, TrainResult, check_ranks
 from models.training.publish import PublishError, check_recipe, open_repository, publish
-from models.training.recipe import ConfigError, Recipe, load_recipe
+from models.training.recipe import Recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
 from models.training.recipe_keys import describe_keys
 from models.training.run_identity import run_identity
-from models.training.run_setup import TrainingData, build_data, build_model, build_sources, check_folders, read_examples
-from models.training.teachers import Source, SourceError
+from models.training.student import build_model
+from models.training.teacher_states import SourceError
+from models.training.teachers import Source
+from models.training.training_data import TrainingData, build_data, read_examples
 
 
 def train(
@@ -63,7 +69,7 @@ def train(
         recipe: the settings.
         model: a SpeechLM, or anything with `hidden_states_at(index, **inputs) -> (N, H)`, `get_output_embeddings()` and
             `save_pretrained(folder)`; what requires grad is trained. With data.on_policy_fraction it also has `own_answers`,
-            `make_collator()` and `tokenizer`, and `data` has `make_prompts`. With optim.answer_noise `hidden_states_at` takes
+            `end_ids` and `tokenizer`, and `data` has `make_prompts`. With optim.answer_noise `hidden_states_at` takes
             `answer_noise`.
         data: examples and how a batch is made of them.
         sources: the teachers; kd, sharpened and caad need their own, named `OWN_TEACHER`. The projections of a source's layers

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import aot
+from benchmarks import aot, aot_compiler
 
 
 @triton.jit
@@ -38,10 +38,10 @@ def centre_rows(name: str, *, stride=4096, wide=True, checked=True, warps=4, max
         "num_warps": warps,
         "maxnreg": maxnreg,
     }
-    limits = aot.Limits(
+    limits = aot_compiler.Limits(
         registers=128, shared=shared, wide_loads=1, narrow_loads=1, wide_stores=1, rows=("source", "out")
     )
-    return aot.Configuration(name, _centre_rows_kernel, arguments, limits, quick=True)
+    return aot_compiler.Configuration(name, _centre_rows_kernel, arguments, limits, quick=True)
 
 
 REGISTRY = {

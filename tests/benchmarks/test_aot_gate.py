@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="needs Triton")
-from benchmarks import aot
+from benchmarks import aot, aot_compiler, aot_configurations
 
 ROOT = Path(__file__).parents[2]
 needs_cuobjdump = pytest.mark.skipif(
-    not (aot.TOOLS / "cuobjdump").exists(), reason="this Triton ships no cuobjdump to look at compiled kernels with"
+    not (aot_compiler.TOOLS / "cuobjdump").exists(), reason="this Triton ships no cuobjdump to look at compiled kernels with"
 )
 
 
@@ -65,7 +65,7 @@ def test_a_good_kernel_passes_until_its_figures_regress(bad, tmp_path):
     status, output = run_gate("--kernel", "good", "--csv", str(figures))
     assert (status, "has no figures" in output) == (0, True)
     # As if a narrower, leaner kernel had been committed.
-    row = {"kernel": "good", "configuration": "good", "sm": 90, "warps": 4, **dict.fromkeys(aot.FIGURES, 0)}
+    row = {"kernel": "good", "configuration": "good", "sm": 90, "warps": 4, **dict.fromkeys(aot_compiler.FIGURES, 0)}
     row |= {"ldg_128": 99, "triton": aot.triton_series()}
     aot.write(figures, [row])
     status, output = run_gate("--kernel", "good", "--csv", str(figures))
@@ -96,7 +96,7 @@ BEFORE |= {"stg_128": 16, "stg_narrow": 4, "ldl": 0, "stl": 0, "bar": 14}
 )
 def test_what_a_regression_is(change, worse):
     committed = {k: str(v) for k, v in BEFORE.items()}  # as a CSV has them
-    assert bool(aot.regressions({**BEFORE, **change}, committed)) == worse
+    assert bool(aot_compiler.regressions({**BEFORE, **change}, committed)) == worse
 
 
 def test_writing_keeps_the_figures_of_other_tritons(tmp_path):
@@ -126,8 +126,8 @@ def test_a_covering_array_covers():
     def legal(setting):
         return not (setting.get("a") == 2 and setting.get("b") == 1)
 
-    rows = aot.covering_array(factors, legal, strength=3)
-    assert rows == aot.covering_array(factors, legal, strength=3)
+    rows = aot_configurations.covering_array(factors, legal, strength=3)
+    assert rows == aot_configurations.covering_array(factors, legal, strength=3)
     assert all(legal(x) for x in rows)
     assert len(rows) < 3 * 2 * 3 * 2
     seen = {(x["a"], x["c"], x["d"]) for x in rows}
@@ -145,12 +145,12 @@ tt.func public @kernel(%source_ptr: !tt.ptr<f32> {tt.divisibility = 16 : i32}, %
 
 
 def test_first_offsets():
-    assert aot.first_offsets(TTIR) == {"source": "i64", "table": "i32"}
+    assert aot_compiler.first_offsets(TTIR) == {"source": "i64", "table": "i32"}
 
 
 def test_counts():
     memory = ["LDG.E.128", "LDGSTS.E.BYPASS.128", "UTMALDG.2D", "LDG.E.64", "LDG.E.U16", "STG.E.ENL2.256", "STG.E.64"]
-    counts = aot.count_accesses([*memory, "LDL.LU", "STL.64", "BAR.SYNC.DEFER_BLOCKING", "BAR.SYNC"])
+    counts = aot_compiler.count_accesses([*memory, "LDL.LU", "STL.64", "BAR.SYNC.DEFER_BLOCKING", "BAR.SYNC"])
     assert counts == {
         "ldg_128": 3, "ldg_narrow": 2, "stg_128": 1, "stg_narrow": 1, "ldl": 1, "stl": 1, "bar": 2
     }  # fmt: skip

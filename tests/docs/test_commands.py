@@ -13,7 +13,7 @@ import pytest
 
 from docs.tables import ROOT, pages
 from models import cli
-from models.training.recipe import load_recipe
+from models.training.recipe_files import load_recipe
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "sh", "bash")

@@ -10,7 +10,7 @@ import pytest
 import kdkernels
 from docs import tables
 from kdkernels import integrations
-from models.experiments.six_systems import FULL, RESULTS
+from models.experiments.six_systems_settings import FULL, RESULTS
 
 PAGES = tables.pages()
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

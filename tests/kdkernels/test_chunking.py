@@ -154,7 +154,8 @@ def test_explain_for_a_projected_teacher():
     said = explain(device="H100", projected=True, **SIZES)
     assert "GEMMs 16.1 ms" in said and "row kernel 3.5 ms" in said and "2004 MiB of logits" in said
     assert "second bf16 summand" not in said and "projection:" not in said
-    assert "impl='cuda' fails: impl='cuda': expected another one" in explain(device="H100", impl="cuda", projected=True)
+    refused = "impl='cuda' fails: impl: expected 'auto', 'reference', 'cpu' or 'triton' for projections"
+    assert refused in explain(device="H100", impl="cuda", projected=True)
     assert "35.0 ms" in explain(device="H100", head_trains=True, **SIZES)
 
 

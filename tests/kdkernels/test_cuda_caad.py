@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdkernels import explain
 from kdkernels.ops import cuda_caad, dispatch, reference
 from kdkernels.ops import rows as row_problems
 from kdkernels.ops.rows import DIVERGENCES, RowResult, RowSpec
@@ -735,6 +736,9 @@ def test_auto_takes_it_only_when_asked(monkeypatch, asked, reason):
         assert chosen == "cuda_or_triton" and dispatch.row_launcher(chosen) is dispatch.caad_rows_or_triton
     else:
         assert chosen == "triton" and "no clusters" in why
+    assert dispatch.choose("auto", torch.device("cuda:0"), [BF16], without_cuda="for layers")[0] == "triton"
+    said = explain(vocab_size=512, device="cuda", impl="auto", projected=True)
+    assert "impl='auto' runs 'triton'" in said
 
 
 def test_auto_falls_back_to_triton(monkeypatch):

@@ -12,8 +12,8 @@ pytest.importorskip("transformers", reason="the student is tested on transformer
 import tiny_lms
 
 from kdkernels import DualPathTeacher, LMHead, MaskFeatures, answer_index, fused_caad_loss, fused_linear_caad_loss
+from kdkernels.head_capture import logit_post
 from kdkernels.head_loss import HeadLoss
-from kdkernels.lm_head import logit_post
 
 # Of PEFT's adapters that go inside a linear layer, those that are no LoRA.
 OTHER_ADAPTERS = ["AdaLora", "IA3", "Vera", "OFT", "BOFT", "LoKr", "LoHa", "FourierFT", "HRA", "VBLoRA", "RandLora", "Miss"]

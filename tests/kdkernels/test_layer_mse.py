@@ -7,10 +7,10 @@ import torch
 from cases import BF16, FP16, FP32, device_of, on_device, relative_error
 from torch import library
 
-from kdkernels import LayerProjections, fused_layer_mse_loss, layer_map, layer_mse
+from kdkernels import LayerProjections, fused_layer_mse_loss, layer_map
 from kdkernels.layer_mse import DIRECTIONS
+from kdkernels.ops import dispatch, native
 from kdkernels.ops import layers as layer_ops
-from kdkernels.ops import native
 
 WIDTHS = (24, 40)
 # Of the gradient: float32 products of width 40, and roundings to the low precisions. Triton's interpreter cuts off what bf16
@@ -89,7 +89,10 @@ def test_where_the_cuda_part_is_wanted_layers_take_triton(monkeypatch):
     pytest.importorskip("triton")
     arguments = on_device(case(), "triton")
     expected = fused_layer_mse_loss(**arguments, impl="reference")
-    monkeypatch.setattr(layer_mse, "choose_for", lambda *_: "cuda_or_triton")
+    monkeypatch.setenv("KDKERNELS_CUDA_ROWS", "1")
+    monkeypatch.setattr(dispatch.cuda_caad, "unavailable", lambda index: None)
+    gpu, choose = torch.device("cuda:0"), dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda impl, device, dtypes, **options: choose(impl, gpu, dtypes, **options))
     monkeypatch.setattr(native, "layer_rows", lambda *_, **__: pytest.fail("the native kernel was called"))
     assert relative_error(fused_layer_mse_loss(**arguments), expected) < 1e-6
     with pytest.raises(KeyError):

@@ -803,7 +803,7 @@ def test_triton_in_several_blocks(divergence, softcap, monkeypatch):
 
     monkeypatch.setattr(
         triton_mixture,
-        "_launch_table",
+        "launch_table",
         lambda spec, itemsize, want_stats: {"GROUPS": 128 * itemsize // 16, "GROUP": 16 // itemsize, "num_warps": 1},
     )
     plausibility = None if divergence == "reverse_kl" else 0.01

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("transformers", reason="the teacher is tested on transformers' own model classes")
 import tiny_lms
 
-from kdkernels import lm_head
+from kdkernels import head_capture, head_layers
 from kdkernels.teacher import (
     DropKey,
     DualPathTeacher,
@@ -229,7 +229,7 @@ class TestNoLogits:
         index, _ = answer_positions(inputs)
         negative = MaskFeatures(tiny_lms.feature_name(inputs))
         sizes = []
-        head = lm_head.head_module(model)
+        head = head_layers.head_module(model)
         forward = head.forward
         head.forward = lambda hidden: sizes.append(hidden.numel()) or forward(hidden)
         teacher = DualPathTeacher(model, negative=negative, pack_tokens=pack_tokens)
@@ -282,7 +282,7 @@ class TestCapture:
             with torch.no_grad():
                 results["logits"] = model(**inputs).logits
 
-        capture = lm_head.HeadCapture(model.lm_head)
+        capture = head_capture.HeadCapture(model.lm_head)
         with capture:
             thread = threading.Thread(target=other)
             thread.start()
@@ -406,17 +406,17 @@ class TestHead:
             head.keywords("both")
 
     def test_scale_and_cap_in_both_orders_are_recognised(self):
-        x = torch.tensor(lm_head.PROBE)
+        x = torch.tensor(head_capture.PROBE)
         scaled_first = 30 * torch.tanh(0.25 * x / 30)
         capped_first = 0.25 * 30 * torch.tanh(x / 30)
-        assert lm_head.fit_post(scaled_first) == pytest.approx((30, 0.25))
-        assert lm_head.fit_post(capped_first) == pytest.approx((7.5, 0.25))
-        assert lm_head.fit_post(2 * x) == (None, 2.0)
+        assert head_capture.fit_post(scaled_first) == pytest.approx((30, 0.25))
+        assert head_capture.fit_post(capped_first) == pytest.approx((7.5, 0.25))
+        assert head_capture.fit_post(2 * x) == (None, 2.0)
 
     @pytest.mark.parametrize("function", [torch.relu, lambda x: x.clamp(-50, 50), lambda x: x + 1, lambda x: -x])
     def test_other_arithmetic_is_refused(self, function):
         with pytest.raises(ValueError, match="neither a scale nor a tanh soft cap"):
-            lm_head.fit_post(function(torch.tensor(lm_head.PROBE)))
+            head_capture.fit_post(function(torch.tensor(head_capture.PROBE)))
 
     def test_head_with_a_forward_of_its_own_is_asked(self):
         class Normalised(nn.Linear):

@@ -35,7 +35,7 @@ def small_blocks(monkeypatch):
     """Blocks of 128 logits, so that a short row has several; the launch table gives such a row one block."""
     monkeypatch.setattr(
         triton_caad,
-        "_launch_table",
+        "launch_table",
         lambda spec, itemsize, *_: {"GROUPS": 128 * itemsize // 16, "GROUP": 16 // itemsize, "num_warps": 1},
     )
 

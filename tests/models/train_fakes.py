@@ -16,11 +16,15 @@ import torch
 from safetensors.torch import save_file
 
 from kdkernels.teacher import LMHead
+from models.training.build_sources import OWN_TEACHER
 from models.training.distributed import Ranks
-from models.training.recipe import Recipe, SourceConfig, load_recipe
-from models.training.run_setup import OWN_TEACHER, TrainingData
-from models.training.teachers import Source, TeacherStates
+from models.training.recipe import Recipe
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import SourceConfig
+from models.training.teacher_states import TeacherStates
+from models.training.teachers import Source
 from models.training.train import seed_everything, train
+from models.training.training_data import TrainingData
 
 VOCABULARY, WIDTH, FEATURES, TOKENS, EXAMPLES = 23, 8, 5, 4, 40
 

@@ -26,12 +26,12 @@ from kdkernels import (
     answer_index,
     fused_linear_caad_loss,
 )
+from kdkernels.head_capture import HeadCapture
 from kdkernels.head_loss import HeadLoss
-from kdkernels.lm_head import HeadCapture
+from models.training.build_sources import OWN_TEACHER
 from models.training.objective import TokenWeights, objective_loss
-from models.training.recipe import load_recipe
-from models.training.run_setup import OWN_TEACHER
-from models.training.teachers import TeacherStates
+from models.training.recipe_files import load_recipe
+from models.training.teacher_states import TeacherStates
 
 ROWS = 16
 SMALL = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "gradient_accumulation_steps": 2}
@@ -784,7 +784,7 @@ class TestZero3:
             assert head.weight.shape == (tiny_lms.VOCAB, 32)
             teacher = DualPathTeacher(teacher_model, negative=MaskFeatures("input_features"), head=head)
             monkeypatch.delitem(sys.modules, "deepspeed")  # accelerate would take it for the real one
-            monkeypatch.setattr(kdkernels.integrations.trainer, "_zero3_engine", lambda model: None)  # zero3_engine, below
+            monkeypatch.setattr(kdkernels.integrations.trainer, "zero3_engine", lambda model: None)  # zero3_engine, below
             with zero3_engine(student), zero3_engine(teacher_model):
                 trainer = CAADTrainer(
                     student,

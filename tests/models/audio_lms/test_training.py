@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 
 from models.audio_lms.model import AudioLM
 from models.training import loop
-from models.training.recipe import ConfigError, load_recipe
-from models.training.run_setup import build_data, build_model, build_sources, read_examples
+from models.training.build_sources import build_sources
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.student import build_model
 from models.training.train import main as train
+from models.training.training_data import build_data, read_examples
 from tests.models.audio_lms.audio_world import make_world, text_teacher, words
 from tests.models.audio_lms.test_families import logits_of
 

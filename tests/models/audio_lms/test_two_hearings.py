@@ -15,10 +15,13 @@ from models.cli import main as models
 from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import read_manifest, write_manifest
 from models.speech_lm import listeners
+from models.training.build_sources import build_sources
 from models.training.loop import TrainingLoop
-from models.training.recipe import ConfigError, load_recipe
-from models.training.run_setup import build_data, build_model, build_sources, read_examples
-from models.training.teachers import SourceError
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.student import build_model
+from models.training.teacher_states import SourceError
+from models.training.training_data import build_data, read_examples
 from tests.models.audio_lms.audio_world import make_world, words
 from tests.models.audio_lms.test_families import logits_of
 

@@ -18,8 +18,10 @@ from models.data.check import script_of
 from models.data.find_form import find_form
 from models.data.manifest import ManifestError
 from models.data.readers import read_data
-from models.training.recipe import DataConfig, Recipe
-from models.training.run_setup import SourceError, read_examples
+from models.training.recipe import Recipe
+from models.training.recipe_sections import DataConfig
+from models.training.teacher_states import SourceError
+from models.training.training_data import read_examples
 
 
 @pytest.fixture()

@@ -94,7 +94,7 @@ def test_the_study_has_its_own_corpus_and_gate_and_leaves_the_older_table_alone(
 
 
 def test_every_row_is_one_recipe_and_the_csv_has_the_papers_order():
-    from models.training.recipe import load_recipe
+    from models.training.recipe_files import load_recipe
 
     for _, recipe in SYSTEMS:
         if recipe is not None:

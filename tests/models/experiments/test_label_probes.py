@@ -7,9 +7,10 @@ import csv
 import numpy as np
 import pytest
 
-from models.experiments import study
+from models.experiments import study_tables
 from models.experiments.label_probes import DESCRIPTIONS, balanced_accuracy, probe, signal_statistics
-from models.experiments.study import chosen_teachers, main
+from models.experiments.study import main
+from models.experiments.study_settings import chosen_teachers
 
 RATE = 16_000
 
@@ -63,7 +64,7 @@ def test_the_probes_in_small(tmp_path, monkeypatch):
         assert main([*words, *again]) == 0
     with open(tmp_path / "out" / "study_probes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == study.PROBE_COLUMNS
+    assert tuple(rows[0]) == study_tables.PROBE_COLUMNS
     assert [(r["task"], r["description"]) for r in rows] == [(t, d) for t in ("gender", "noise") for d in DESCRIPTIONS]
     assert all(0 <= float(r["balanced_accuracy"]) <= 1 and int(r["test"]) > 0 for r in rows)
     assert not (tmp_path / "out" / "study.csv").exists()

@@ -9,18 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from models.evaluation.predictions import Prediction
-from models.experiments.six_systems import (
-    ADDITIONS,
-    MILD,
-    PLUS,
-    SYSTEMS,
-    main,
-    mixture_nats,
-    paired_rows,
-    score_row,
-    strength_rows,
-    verdicts,
-)
+from models.experiments.six_systems import main
+from models.experiments.six_systems_settings import ADDITIONS, MILD, PLUS, SYSTEMS
+from models.experiments.six_systems_tables import mixture_nats, paired_rows, score_row, strength_rows, verdicts
 
 
 def answer(clip, kind, right, *, task="gender", control="", answer="man"):

@@ -13,8 +13,8 @@ from models.data.manifest import read_manifest, write_manifest
 from models.evaluation.predictions import read_predictions
 from models.experiments import shared_steps
 from models.experiments.pipeline import Context
-from models.experiments.student_group import Cohort
-from models.training import run_setup
+from models.experiments.student_group import StudentGroup
+from models.training import build_sources
 from tests.models.training.test_run_setup import train, world  # noqa: F401 (world is a fixture)
 
 
@@ -42,8 +42,8 @@ def words(world, *more):  # noqa: F811
 @pytest.fixture
 def built(monkeypatch):
     """The names of the sources that are built, and not taken from an earlier student."""
-    names, real = [], run_setup._build_source
-    monkeypatch.setattr(run_setup, "_build_source", lambda *a: names.append(a[1]) or real(*a))
+    names, real = [], build_sources._build_source
+    monkeypatch.setattr(build_sources, "_build_source", lambda *a: names.append(a[1]) or real(*a))
     return names
 
 
@@ -54,7 +54,7 @@ def connector(folder):
 @pytest.mark.slow
 def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, context, built):  # noqa: F811
     teacher = [f"teacher.folder={world / 'teacher' / 'final'}", "teacher.keep_mib=64"]
-    cohort = Cohort(context)
+    group = StudentGroup(context)
     runs = {
         "ce": ("ce_only", []),
         "caad": ("caad", teacher),
@@ -65,7 +65,7 @@ def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, cont
     }
     starts = {"other_start": world / "teacher" / "final"}  # another student of the same depth shares the teacher's states
     for name, (recipe, more) in runs.items():
-        result = cohort.run(
+        result = group.run(
             context.folder / name, recipe, manifest=world / "m.jsonl", start=starts.get(name, world / "untrained"),
             words=words(world, *more),
         )  # fmt: skip
@@ -84,13 +84,13 @@ def test_a_student_of_a_cohort_is_the_student_that_the_command_makes(world, cont
 @pytest.mark.slow
 def test_on_policy_students_share_one_live_teacher(world, context, built):  # noqa: F811
     teacher = [f"teacher.folder={world / 'teacher' / 'final'}", "data.on_policy_max_new_tokens=3"]
-    cohort = Cohort(context)
+    group = StudentGroup(context)
     more = {
         "half": ["data.on_policy_fraction=0.5"],
         "whole": ["data.on_policy_fraction=1", "loss.divergence=reverse_kl"],
     }
     for name, own in more.items():
-        cohort.train(
+        group.train(
             context.folder / name, "caad", manifest=world / "m.jsonl", start=world / "untrained",
             words=words(world, *teacher, *own),
         )  # fmt: skip
@@ -105,20 +105,20 @@ def test_what_was_asked_is_not_made_again_and_what_was_trained_is_only_asked(wor
     monkeypatch.setattr(shared_steps, "multiplies_bf16", lambda _: False)  # as `words` has it for the training
     options = {"manifest": world / "m.jsonl", "start": world / "untrained", "words": words(world)}
     folder = context.folder / "ce"
-    first = Cohort(context).run(folder, "ce_only", **options)
+    first = StudentGroup(context).run(folder, "ce_only", **options)
     before = read_predictions(folder / "test-greedy.jsonl")[1]
     (folder / "asked.json").unlink()  # as if the process had been killed while it asked
-    cohort = Cohort(context)
-    monkeypatch.setattr(Cohort, "_train", lambda *_: pytest.fail("trained again"))
-    assert cohort.run(folder, "ce_only", **options) == first == json.loads((folder / "asked.json").read_text())
+    group = StudentGroup(context)
+    monkeypatch.setattr(StudentGroup, "_train", lambda *_: pytest.fail("trained again"))
+    assert group.run(folder, "ce_only", **options) == first == json.loads((folder / "asked.json").read_text())
     assert read_predictions(folder / "test-greedy.jsonl")[1] == before
     Path(folder / "test-greedy.jsonl").unlink()
-    assert cohort.run(folder, "ce_only", **options) == first  # asked.json is there: nothing is done
+    assert group.run(folder, "ce_only", **options) == first  # asked.json is there: nothing is done
     assert not (folder / "test-greedy.jsonl").exists()
     corpus = context.folders["corpus"]
     examples = read_manifest(corpus / "test.jsonl", check_audio=False).examples
     write_manifest(corpus / "dev.jsonl", [*examples[:4], *(dataclasses.replace(e, task="other") for e in examples[4:])])
-    cohort.ask(context.folder / "one_task", folder / "final", part="dev", tasks=["other"], controls=False)
+    group.ask(context.folder / "one_task", folder / "final", part="dev", tasks=["other"], controls=False)
     answers = read_predictions(context.folder / "one_task" / "dev-greedy.jsonl")[1]
     assert [p.id for p in answers] == [e.id for e in examples[4:]]
 
@@ -127,11 +127,11 @@ def test_what_was_asked_is_not_made_again_and_what_was_trained_is_only_asked(wor
 def test_a_student_is_asked_as_it_was_after_an_earlier_step(world, context, monkeypatch):  # noqa: F811
     monkeypatch.setattr(shared_steps, "multiplies_bf16", lambda _: False)  # as `words` has it for the training
     options = {"manifest": world / "m.jsonl", "start": world / "untrained"}
-    cohort, kept = Cohort(context), ["run.save_every_steps=1", "run.keep_last_checkpoints=5"]
-    cohort.train(context.folder / "whole", "ce_only", **options, words=words(world, *kept))
+    group, kept = StudentGroup(context), ["run.save_every_steps=1", "run.keep_last_checkpoints=5"]
+    group.train(context.folder / "whole", "ce_only", **options, words=words(world, *kept))
     for step in (2, 5):
-        cohort.ask_at(context.folder / f"at_{step}", context.folder / "whole", step)
-    cohort.run(context.folder / "again", "ce_only", **options, words=words(world))
+        group.ask_at(context.folder / f"at_{step}", context.folder / "whole", step)
+    group.run(context.folder / "again", "ce_only", **options, words=words(world))
     asked = {f: read_predictions(context.folder / f / "test-greedy.jsonl")[1] for f in ("at_2", "at_5", "again")}
     assert asked["at_5"] == asked["again"]
     assert [p.scores for p in asked["at_2"]] != [p.scores for p in asked["at_5"]]

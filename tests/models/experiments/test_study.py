@@ -15,33 +15,29 @@ from models.corpora.plans.recorded import HEDGEWARS_FOLDS
 from models.corpora.recordings import Material
 from models.corpora.sources.queen import QueenLine
 from models.evaluation.predictions import Prediction, append_predictions, read_predictions, write_header
-from models.experiments import study
+from models.experiments import study_settings, study_stages
 from models.experiments.learning_curves import curve_rows, curve_steps
 from models.experiments.pipeline import Context, stage_folders
-from models.experiments.study import (
-    AXES,
-    AXES_PAIRS,
-    COLUMNS,
-    EXPERIMENTS,
-    GATE_COLUMNS,
-    SYSTEMS,
+from models.experiments.study import main
+from models.experiments.study_gate import gate_sentences, gate_tasks, in_study
+from models.experiments.study_settings import AXES, AXES_PAIRS, EXPERIMENTS, SYSTEMS, chosen_teachers, tried_systems
+from models.experiments.study_stages import (
     check_actors,
-    chosen_teachers,
-    dev_rows,
-    gate_rows,
-    gate_sentences,
     gated_tasks,
     healing_examples,
-    in_study,
-    main,
     make_stages,
+    taught,
+    tuned_systems,
+)
+from models.experiments.study_tables import (
+    COLUMNS,
+    GATE_COLUMNS,
+    dev_rows,
+    gate_rows,
     merge_rows,
     pack_all,
     replace_teacher,
     table_rows,
-    taught,
-    tried_systems,
-    tuned_systems,
 )
 from models.reporting.results_csv import rows_csv
 from models.reporting.systems import SYSTEMS as NAMES
@@ -192,7 +188,7 @@ def test_a_constant_answer_has_a_shift_of_a_half_and_no_text_effect(tmp_path):
         folder.mkdir()
         write_header(folder / "dev-greedy.jsonl", {})
         append_predictions(folder / "dev-greedy.jsonl", predictions)
-        assert study._gate_tasks(folder) == {"gender": {"heard": 1.0, "shift": shift, "text_effect": effect}}
+        assert gate_tasks(folder) == {"gender": {"heard": 1.0, "shift": shift, "text_effect": effect}}
 
 
 def test_students_of_a_teacher_that_was_trained_again_replace_those_of_the_earlier_one(tmp_path):
@@ -298,9 +294,9 @@ def test_the_recorded_tasks_in_small(tmp_path, monkeypatch):
     use_packages(monkeypatch, tmp_path / "packages")
     tasks = ("language", "speaking_rate", "cry")
     small = {"sources": EXPERIMENTS["E2"].sources, "corpus_size": "study_tasks", "tasks": tasks, "max_clips": 6}
-    monkeypatch.setattr(study, "_SMOKE", study._SMOKE | small)
-    monkeypatch.setattr(study, "SYSTEMS", [s for s in SYSTEMS if s.name in ("caad2", "ce_true")])
-    monkeypatch.setattr(study, "POOLS", ("own", "true"))
+    monkeypatch.setattr(study_settings, "_SMOKE", study_settings._SMOKE | small)
+    monkeypatch.setattr(study_stages, "SYSTEMS", [s for s in SYSTEMS if s.name in ("caad2", "ce_true")])
+    monkeypatch.setattr(study_stages, "POOLS", ("own", "true"))
     assert main(["E2", "--smoke", "--teachers", "1", "--folds", "1", "--out", str(tmp_path / "out")]) == 0
     with open(tmp_path / "out" / "study.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -317,9 +313,9 @@ def test_other_games_are_asked_about_after_the_study_and_train_nothing(tmp_path,
     monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
     make_recorded_packages(tmp_path / "packages")
     use_packages(monkeypatch, tmp_path / "packages")
-    monkeypatch.setattr(study, "_SMOKE", study._SMOKE | {"tasks": ("gender",), "max_clips": 24})
-    monkeypatch.setattr(study, "SYSTEMS", [s for s in SYSTEMS if s.name in ("kd", "ce_true")])
-    monkeypatch.setattr(study, "POOLS", ("own", "true"))
+    monkeypatch.setattr(study_settings, "_SMOKE", study_settings._SMOKE | {"tasks": ("gender",), "max_clips": 24})
+    monkeypatch.setattr(study_stages, "SYSTEMS", [s for s in SYSTEMS if s.name in ("kd", "ce_true")])
+    monkeypatch.setattr(study_stages, "POOLS", ("own", "true"))
     words = ["--smoke", "--teachers", "1", "--folds", "0", "--out", str(tmp_path / "out")]
     assert main(["external", *words]) == 0
     assert "not asked, since E1 has not finished them: students_own, students_true" in capsys.readouterr().out

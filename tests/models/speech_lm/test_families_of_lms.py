@@ -10,10 +10,13 @@ from tiny_speech import make_config, make_examples, make_features, make_tokenize
 from models.speech_lm.collation import Collator
 from models.speech_lm.model import SpeechLM
 from models.speech_lm.prefix_cache import why_not_cached
-from models.training.recipe import DataConfig, load_recipe
-from models.training.run_setup import make_training_data
-from models.training.teachers import ListeningTeacher, LiveTeacher, SourceError, TextTeacher, check_packing
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import DataConfig
+from models.training.teacher_states import SourceError
+from models.training.teachers import ListeningTeacher, LiveTeacher, check_packing
+from models.training.text_teacher import TextTeacher
 from models.training.train import train
+from models.training.training_data import make_training_data
 
 TOKENIZER = make_tokenizer()
 ROWS, WINDOW = 6, 16
@@ -140,7 +143,7 @@ def test_hybrid_language_models_run_with_default_settings(family, capsys):
     heard = ListeningTeacher(model, data, device=CPU)(batch, examples)
     torch.testing.assert_close(states.audio_hidden, heard.audio_hidden, rtol=1e-4, atol=1e-4)
     target_ids = model.make_collator().target_ids
-    reader = TextTeacher(model.lm, TOKENIZER, target_ids=target_ids, end_id=None, device=CPU)
+    reader = TextTeacher(model.lm, TOKENIZER, target_ids=target_ids, end_ids=(), device=CPU)
     together = reader(batch, examples).audio_hidden
     alone = torch.cat([reader(data.make_batch([example]), [example]).audio_hidden for example in examples])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)

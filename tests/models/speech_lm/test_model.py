@@ -15,6 +15,7 @@ from tiny_speech import (
 )
 from torch import nn
 
+from kdkernels.sampling import Sampling
 from models.data.manifest import Example
 from models.speech_lm.connector import Connector, ConnectorConfig
 from models.speech_lm.model import SpeechLM, SpeechLMConfig, SpeechLMError
@@ -342,12 +343,20 @@ def test_generate_refuses_positions_that_follow_the_longest_row(model, cached, m
         model.generate(batch, max_new_tokens=2, prefix_cache=cache)
 
 
-def test_generate_stops_at_the_stop_token(model):
+def test_an_answer_stops_at_every_end_that_the_checkpoint_names(model, monkeypatch):
     batch = make_batch(model, with_target=False)
-    free = model.generate(batch, max_new_tokens=4, stop_token_ids=[])
+    assert model.end_ids == [model.tokenizer.eos_token_id]
+    assert any(model.generate(batch, max_new_tokens=4))
     every = list(range(len(model.tokenizer)))
-    assert any(free)
-    assert model.generate(batch, max_new_tokens=4, stop_token_ids=every) == [""] * 4
+    monkeypatch.setattr(model.lm.generation_config, "eos_token_id", every)
+    assert model.end_ids == every
+    assert model.generate(batch, max_new_tokens=4) == [""] * 4
+    draws = torch.full((4, 4), 0.5, dtype=torch.float64)
+    sampled = model.own_answers(batch, draws, sampling=Sampling(1.0, max_new_tokens=4))
+    for rows in (sampled, model.answer_ids(batch), model.answer_ids(batch, alpha=1.0)):
+        assert [len(row) for row in rows] == [1] * 4
+    with pytest.raises(ValueError, match="alpha: expected a number beside plausibility"):
+        model.answer_ids(batch, plausibility=0.1)
     with pytest.raises(ValueError, match="max_new_tokens: expected >= 1"):
         model.generate(batch, max_new_tokens=0)
 

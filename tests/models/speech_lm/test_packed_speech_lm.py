@@ -9,9 +9,13 @@ from tiny_speech import make_config, make_examples, make_features, make_lm, make
 from kdkernels.teacher import DualPathTeacher, MarkAbsent
 from models.speech_lm.collation import crop_to_targets
 from models.speech_lm.model import SpeechLM
-from models.training.recipe import ConfigError, DataConfig, load_recipe
-from models.training.run_setup import make_training_data
-from models.training.teachers import ListeningTeacher, LiveTeacher, SourceError, TextTeacher
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import DataConfig
+from models.training.teacher_states import SourceError
+from models.training.teachers import ListeningTeacher, LiveTeacher
+from models.training.text_teacher import TextTeacher
+from models.training.training_data import make_training_data
 
 ROWS = 6
 # float32: the softmax and the products sum over other numbers of columns; states are of order 1.
@@ -254,7 +258,7 @@ def test_no_adapter_runs_the_head(model, monkeypatch):
             teachers = [
                 LiveTeacher(model, data, device=device, layers=[2]),
                 ListeningTeacher(model, data, device=device),
-                TextTeacher(reader, make_tokenizer(), target_ids=target_ids, end_id=None, device=device),
+                TextTeacher(reader, make_tokenizer(), target_ids=target_ids, end_ids=(), device=device),
             ]
             for teacher in teachers:  # the first time: LMHead.from_model looks at the head, worked examples are read
                 teacher(batch, examples)

@@ -14,7 +14,8 @@ from models.data.example import Example
 from models.speech_lm.features import clip_features
 from models.speech_lm.log_mel import LogMelError
 from models.speech_lm.resampling import check_resampler, resample_batch
-from models.training.recipe import ConfigError, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
 
 EDGE = 800  # samples at 16 kHz: the filters ring at a clip's ends
 

@@ -14,7 +14,7 @@ from models.experiments.shared_steps import make_tiny_backbones
 from models.speech_lm.model import SpeechLM
 from models.training.commands import RECIPES_DIR
 from models.training.curves import read_metrics
-from models.training.recipe import load_recipe
+from models.training.recipe_files import load_recipe
 from models.training.train import main
 
 FAMILIES = {

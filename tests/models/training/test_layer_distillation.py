@@ -9,10 +9,14 @@ from test_run_setup import train, world  # noqa: F401 (world is a fixture)
 
 from kdkernels.layer_mse import LayerProjections
 from models.speech_lm.model import SpeechLM
-from models.training import teachers
+from models.training import layer_distillation
 from models.training.checkpoint import find_checkpoint
 from models.training.curves import read_metrics
-from models.training.recipe import ConfigError, LayersConfig, load_recipe
+from models.training.layer_distillation import Examples, LayerDistillation
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import LayersConfig
+from models.training.teacher_states import TeacherStates
 
 LAYERS = ["optim.steps=6", "layers.weight=0.5", "layers.map=skip", "layers.every=2", "layers.embeddings=true"]
 
@@ -82,7 +86,7 @@ def test_projections_train_are_saved_and_are_not_exported(world, monkeypatch):  
     def with_a_weight(*arguments, **options):
         return LayerProjections(*arguments, **{**options, "identity_where_equal": False})
 
-    monkeypatch.setattr(teachers, "LayerProjections", with_a_weight)
+    monkeypatch.setattr(layer_distillation, "LayerProjections", with_a_weight)
     assert train(world, "caad", "projected", *LAYERS, f"teacher.folder={world / 'teacher' / 'final'}") == 0
     saved = load_file(find_checkpoint(world / "projected" / "checkpoints", "auto").path / "model.safetensors")
     weights = {name: w for name, w in saved.items() if name.startswith("layer_distillation.")}
@@ -154,10 +158,10 @@ def test_pairs():
 def test_directions_alone_are_compared_as_2_minus_2_cos(direction):
     torch.manual_seed(0)
     settings = LayersConfig(weight=1.0, normalize=True, direction=direction)
-    layers = teachers.LayerDistillation.build(settings, depths=(3, 6), widths=(8, 12))
+    layers = LayerDistillation.build(settings, depths=(3, 6), widths=(8, 12))
     student = {k: torch.randn(5, 8) for k in layers.student_layers}
     audio = torch.randn(5, len(layers.teacher_layers), 12)
-    states = teachers.TeacherStates(torch.zeros(5, 12), None, None, audio)
+    states = TeacherStates(torch.zeros(5, 12), None, None, audio)
     counts = torch.tensor([True, True, False, True, True])
     loss = layers.loss(student, states, counts, torch.tensor(4))
     expected = []
@@ -175,15 +179,15 @@ def test_attention_is_that_of_each_example_by_itself(normalize):
     """Tokens that do not count and tokens about which the teacher is silent are neither compared nor attended to."""
     torch.manual_seed(0)
     settings = LayersConfig(weight=1.0, form="attention", heads=2, alpha=0.5, normalize=normalize)
-    layers = teachers.LayerDistillation.build(settings, depths=(3, 6), widths=(8, 12))
+    layers = LayerDistillation.build(settings, depths=(3, 6), widths=(8, 12))
     lengths = (3, 0, 4, 1)
     rows = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
     student = {k: torch.randn(8, 8) for k in layers.student_layers}
     audio, text = torch.randn(2, 8, len(layers.teacher_layers), 12)
     speaks = torch.tensor([True, True, True, True, False, True, True, True])
-    states = teachers.TeacherStates(torch.zeros(8, 12), None, None, audio, text, speaks)
+    states = TeacherStates(torch.zeros(8, 12), None, None, audio, text, speaks)
     counts = torch.tensor([True, False, True, True, True, True, True, True])
-    examples = teachers.Examples(rows, 4, 5)  # longer than any of them
+    examples = Examples(rows, 4, 5)  # longer than any of them
     loss = layers.loss(student, states, counts, torch.tensor(7), examples)
     total = 0.0
     for row in range(4):
@@ -198,12 +202,12 @@ def test_attention_is_that_of_each_example_by_itself(normalize):
     with pytest.raises(ValueError, match="examples: expected which tokens belong together"):
         layers.loss(student, states, counts, torch.tensor(7))
     with pytest.raises(ConfigError, match=r"layers.heads: expected a divisor of the student's width 8, got 3"):
-        teachers.LayerDistillation.build(dataclasses.replace(settings, heads=3), depths=(3, 6), widths=(8, 12))
+        LayerDistillation.build(dataclasses.replace(settings, heads=3), depths=(3, 6), widths=(8, 12))
 
 
 def test_a_bias_is_built_where_a_projection_is():
     for bias in (False, True):
-        layers = teachers.LayerDistillation.build(LayersConfig(weight=1.0, bias=bias), depths=(3, 6), widths=(8, 12))
+        layers = LayerDistillation.build(LayersConfig(weight=1.0, bias=bias), depths=(3, 6), widths=(8, 12))
         assert [name for name, _ in layers.projections.named_parameters() if "bias" in name] == [
             f"bias_{k}" for k in range(3 * bias)
         ]

@@ -10,10 +10,10 @@ from tiny_speech import make_config, make_examples, make_features, make_tokenize
 
 from models.backbones.causal_lm import read_head
 from models.speech_lm.model import SpeechLM
+from models.training.build_sources import OWN_TEACHER
 from models.training.objective import TokenWeights, objective_loss
-from models.training.recipe import load_recipe
-from models.training.run_setup import OWN_TEACHER
-from models.training.teachers import TeacherStates
+from models.training.recipe_files import load_recipe
+from models.training.teacher_states import TeacherStates
 
 TOKENIZER = make_tokenizer()
 RECIPES = {"kd": load_recipe("kd", ["teacher.folder=x", "loss.kd_weight=1"]), "sft": load_recipe("sft")}

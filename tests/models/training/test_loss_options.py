@@ -14,7 +14,8 @@ from kdkernels import TeacherSource, contrast_logits, fused_caad_loss
 from models.backbones.answer_noise import AnswerNoise
 from models.training.curves import read_metrics
 from models.training.objective import teacher_labels
-from models.training.recipe import ConfigError, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
 from models.training.train import train
 
 ONE_STEP = ("optim.steps=1", "run.log_every_steps=1", "optim.audio_dropout=0", "loss.kd_token_weight=uniform",

@@ -18,7 +18,9 @@ from models.training import loop
 from models.training.curves import read_metrics
 from models.training.objective import token_weights
 from models.training.on_policy import OnPolicy
-from models.training.recipe import ConfigError, LossConfig, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import LossConfig
 
 OWN = ["data.on_policy_fraction=1", "data.on_policy_max_new_tokens=5", "run.log_every_steps=1", "loss.kd_weight=1"]
 
@@ -151,10 +153,12 @@ def ranked(failures, root, out, words, trains):
     """How many answers this rank has made in each step."""
     import torch.distributed as dist
 
+    from models.training.build_sources import build_sources
     from models.training.distributed import Ranks
-    from models.training.recipe import load_recipe
-    from models.training.run_setup import build_data, build_model, build_sources
+    from models.training.recipe_files import load_recipe
+    from models.training.student import build_model
     from models.training.train import train as run
+    from models.training.training_data import build_data
 
     ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
     counts = []

@@ -11,14 +11,15 @@ from test_run_setup import train, weights, world  # noqa: F401 (world is a fixtu
 from tiny_speech import make_speech_lm
 
 from kdkernels import ProjectionCache
-from models.training import run_setup
+from models.training import build_sources
 from models.training.checkpoint import find_checkpoint
 from models.training.curves import read_metrics
 from models.training.fill_cache import main as cache_main
 from models.training.loop import TrainingLoop
 from models.training.projections import project_own_teacher
-from models.training.recipe import ConfigError, load_recipe
-from models.training.teachers import SourceError
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.teacher_states import SourceError
 from models.training.train import seed_everything
 from models.training.train import train as loop
 
@@ -158,7 +159,7 @@ def test_a_run_reads_the_projections_of_the_command(world, capsys, monkeypatch):
     assert "were made for alpha 2.0, not 3.0" in said and (world / "own" / "projections" / "cache.json").is_file()
     # With the folder of projections alone neither the states nor the teacher's weights are read, and other numbers are refused.
     words[1] = f"teacher.cache={found}"
-    monkeypatch.setattr(run_setup, "_load_source", None)
+    monkeypatch.setattr(build_sources, "_load_source", None)
     assert train(world, "caad", "from_projections", *words, "teacher.projection=16") == 0
     assert not (world / "from_projections" / "projections").exists()
     pairs = list(zip(curves(world, "from_states"), curves(world, "from_projections"), strict=True))

@@ -14,7 +14,8 @@ from tiny_speech import make_speech_lm
 from models.cli import main as models
 from models.training.model_card import write_card
 from models.training.publish import PATTERNS, PublishError, check_recipe, open_repository, publish
-from models.training.recipe import ConfigError, load_recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
 from models.training.train import _push
 
 CAAD = ["student.model=Qwen/Qwen2.5-Omni-3B", "teacher.model=Qwen/Qwen2.5-Omni-7B", "data.manifest=/data/secret/pool.jsonl"]

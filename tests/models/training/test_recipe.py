@@ -5,17 +5,11 @@ import pytest
 
 from models.training.checkpoint import CheckpointError, check_same_settings
 from models.training.commands import RECIPES_DIR
-from models.training.recipe import (
-    ConfigError,
-    LossConfig,
-    OptimConfig,
-    Recipe,
-    SourceConfig,
-    TeacherConfig,
-    load_recipe,
-    saved_settings_to_continue,
-    settings_to_continue,
-)
+from models.training.continued_settings import saved_settings_to_continue, settings_to_continue
+from models.training.recipe import Recipe
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import LossConfig, OptimConfig, SourceConfig, TeacherConfig
 
 
 def write(tmp_path, text):

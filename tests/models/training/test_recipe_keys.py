@@ -6,7 +6,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from models.training.recipe import CAAD_PLUS, Recipe, load_recipe
+from models.training.recipe import CAAD_PLUS, Recipe
+from models.training.recipe_files import load_recipe
 from models.training.recipe_keys import describe_keys, sections
 
 

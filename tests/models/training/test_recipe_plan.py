@@ -18,10 +18,13 @@ from models.audio_lms.settings import Lora
 from models.cli import main as models
 from models.training import model_sizes, plan
 from models.training.commands import plan_parser
+from models.training.layer_distillation import LayerDistillation
 from models.training.plan import Clips, _projection_weights, count_clips, duration, make_plan, quantity, size
-from models.training.recipe import LayersConfig, load_recipe
-from models.training.run_setup import build_data, build_model, read_examples
-from models.training.teachers import LayerDistillation, SourceError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import LayersConfig
+from models.training.student import build_model
+from models.training.teacher_states import SourceError
+from models.training.training_data import build_data, read_examples
 from tests.models.audio_lms import tiny_audio_lms as tiny
 from tests.models.audio_lms.audio_world import make_world, words
 from tests.models.training.test_run_setup import world as speech_world  # noqa: F401  (a fixture)

@@ -9,10 +9,10 @@ import pytest
 
 from models.training import loop
 from models.training.checkpoint import CheckpointError
-from models.training.recipe import load_recipe
+from models.training.recipe_files import load_recipe
 from models.training.run_identity import EXAMPLES, check_identity, run_identity
-from models.training.run_setup import read_examples
 from models.training.train import main as train
+from models.training.training_data import read_examples
 from tests.models import train_fakes as fakes
 from tests.models.audio_lms import tiny_audio_lms as tiny
 from tests.models.audio_lms.audio_world import make_world, text_teacher, words

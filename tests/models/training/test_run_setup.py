@@ -21,13 +21,15 @@ from models.experiments.shared_steps import make_tiny_backbones
 from models.speech_lm.collation import crop_to_targets
 from models.speech_lm.features import FeatureStore, clip_features
 from models.speech_lm.model import SpeechLM, SpeechLMConfig
+from models.training.build_sources import build_sources
 from models.training.cache_identity import teacher_fingerprint
 from models.training.curves import read_metrics
 from models.training.fill_cache import main as cache_main
-from models.training.recipe import load_recipe
-from models.training.run_setup import TrainingData, build_data, build_model, build_sources, read_examples
-from models.training.teachers import SourceError
+from models.training.recipe_files import load_recipe
+from models.training.student import build_model
+from models.training.teacher_states import SourceError
 from models.training.train import main
+from models.training.training_data import TrainingData, build_data, read_examples
 
 
 @pytest.fixture(scope="module")

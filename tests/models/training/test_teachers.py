@@ -11,19 +11,20 @@ from kdkernels.teacher import LMHead
 from models.pseudo_gt.wording import prompt_end, worked_examples
 from models.training.checkpoint import find_checkpoint
 from models.training.curves import read_metrics
-from models.training.recipe import ConfigError, SourceConfig, load_recipe
-from models.training.run_setup import make_training_data
+from models.training.recipe_checks import ConfigError
+from models.training.recipe_files import load_recipe
+from models.training.recipe_sections import SourceConfig
+from models.training.teacher_states import SourceError, TeacherStates
 from models.training.teachers import (
     CenteredTeacher,
     KeptTeacher,
     ListeningTeacher,
-    SourceError,
-    TeacherStates,
-    TextTeacher,
     check_same_tokenizer,
     kept_bytes,
     snapshot,
 )
+from models.training.text_teacher import TextTeacher
+from models.training.training_data import make_training_data
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def data_for(model, count=5):
 def text_teacher(model, lm, **options):
     collator = model.make_collator()
     return TextTeacher(
-        lm, make_tokenizer(), target_ids=collator.target_ids, end_id=collator.tokenizer.eos_token_id, device=CPU, **options
+        lm, make_tokenizer(), target_ids=collator.target_ids, end_ids=model.end_ids, device=CPU, **options
     )
 
 
@@ -85,6 +86,17 @@ def test_the_text_teacher_reads_stage_1s_prompt_and_then_the_target(student, lay
         row_start += len(target)
     assert states.text_hidden is None and torch.equal(states.head.weight, lm.lm_head.weight)
     assert torch.equal(states.speaks, batch.target != make_tokenizer().eos_token_id) and not states.speaks.all()
+
+
+def test_the_text_teacher_says_nothing_about_any_end(student):
+    """Of the student's answers, and of its own checkpoint, which may name several."""
+    data, lm = data_for(student), make_lm(make_tokenizer(), seed=5)
+    batch = data.make_batch(data.examples)
+    end, first, second = (int(token) for token in (make_tokenizer().eos_token_id, batch.target[0], batch.target[1]))
+    lm.generation_config.eos_token_id = [end, first]
+    options = {"target_ids": student.make_collator().target_ids, "end_ids": [second], "device": CPU}
+    states = TextTeacher(lm, make_tokenizer(), **options)(batch, data.examples)
+    assert states.speaks.tolist() == [token not in (end, first, second) for token in batch.target.tolist()]
 
 
 @pytest.mark.parametrize("kind", ["text", "listening"])
@@ -236,20 +248,20 @@ def test_a_source_that_does_not_fit_into_its_memory_says_so(world, capsys):  # n
     words = ["optim.steps=1", f"sources.text.folder={lm_of(world)}", "sources.text.keep_mib=1", "sources.text.layers.weight=0"]
     assert train(world, "text_kd_top", "small", *words) == 0
     assert "keep_mib" not in capsys.readouterr().out
-    from models.training import run_setup
+    from models.training import build_sources
 
-    size = run_setup.kept_bytes
+    size = build_sources.kept_bytes
     try:
-        run_setup.kept_bytes = lambda teacher, data: size(teacher, data) + (1 << 21)
+        build_sources.kept_bytes = lambda teacher, data: size(teacher, data) + (1 << 21)
         assert train(world, "text_kd_top", "small", *words) == 0
     finally:
-        run_setup.kept_bytes = size
+        build_sources.kept_bytes = size
     assert "sources.text.keep_mib: the states of 12 examples need 2 MiB, 1 MiB are allowed" in capsys.readouterr().out
 
 
 def test_weights_are_counted_and_silent_tokens_are_not():
     from models.training.objective import teacher_source
-    from models.training.teachers import TeacherStates
+    from models.training.teacher_states import TeacherStates
 
     ramp = ["sources.text.weight=0.6", "sources.text.weight_start=0.2", "sources.text.weight_ramp_steps=2"]
     recipe = load_recipe("text_kd_all", ramp)

@@ -15,8 +15,9 @@ from models.backbones.device import pick_device
 from models.training.checkpoint import CheckpointError, list_checkpoints
 from models.training.curves import read_metrics
 from models.training.objective import counted_positions, select_positions, token_weights
-from models.training.recipe import OBJECTIVES, LossConfig
-from models.training.teachers import TeacherStates, path_divergence
+from models.training.recipe import OBJECTIVES
+from models.training.recipe_sections import LossConfig
+from models.training.teacher_states import TeacherStates, path_divergence
 from models.training.train import NonFiniteError, main, train
 
 ROOT = Path(__file__).parents[3]

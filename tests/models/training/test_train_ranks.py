@@ -19,12 +19,13 @@ import train_fakes as fakes
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from models.training.build_sources import build_sources
 from models.training.checkpoint import CheckpointError
 from models.training.curves import read_metrics
 from models.training.distributed import Ranks
-from models.training.recipe import ConfigError
-from models.training.run_setup import TrainingData, build_sources, make_training_data
+from models.training.recipe_checks import ConfigError
 from models.training.train import train
+from models.training.training_data import TrainingData, make_training_data
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
