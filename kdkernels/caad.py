@@ -65,7 +65,7 @@ def fused_caad_loss(
     impl: str = "auto",
     inplace: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, CAADStats]:
+) -> Tensor | Any:  # Any: (Tensor, CAADStats) with return_stats
     r"""Contrastive audio-aware distillation loss from logits, one fused pass, no distribution held.
 
     ::
@@ -274,7 +274,7 @@ def fused_linear_caad_loss(
     impl: str = "auto",
     inplace: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, CAADStats]:
+) -> Tensor | Any:  # Any: (Tensor, CAADStats) with return_stats
     r"""The same loss from hidden states and LM heads, in token chunks: logits exist for one chunk at a time.
 
     ::
@@ -467,7 +467,7 @@ class CAADLoss(torch.nn.Module):
         teacher_text_logits: Tensor | None,
         target: Tensor | None = None,
         **per_call: Any,
-    ) -> Tensor | tuple[Tensor, CAADStats]:
+    ) -> Tensor | Any:
         unknown = sorted(set(per_call) - set(self._PER_CALL))
         if unknown:
             raise TypeError(f"CAADLoss: expected per call only {', '.join(self._PER_CALL)}, got {', '.join(unknown)}")

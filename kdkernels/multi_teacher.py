@@ -103,7 +103,7 @@ def fused_linear_multi_teacher_loss(
     vocab_size: int | None = None,
     impl: str = "auto",
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, MultiTeacherStats]:
+) -> Tensor | Any:  # Any: (Tensor, MultiTeacherStats) with return_stats
     r"""Distillation from K teachers at once, from hidden states and LM heads, in token chunks: one gradient for what mixes.
 
     ::

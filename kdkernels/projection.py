@@ -333,7 +333,7 @@ def fused_linear_projected_loss(
     workspace_bytes: int | None = None,
     impl: str = "auto",
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, CAADStats]:
+) -> Tensor | Any:  # Any: (Tensor, CAADStats) with return_stats
     r"""The loss of :func:`kdkernels.fused_linear_caad_loss` from a teacher's projection: no teacher head, no teacher logits.
 
     ::
