@@ -160,3 +160,9 @@ def test_liger_is_shown_with_its_faster_chunk():
     chunk = best["contender"].removeprefix(tables.LIGER)
     assert line.startswith(f"| Liger, chunk {chunk} | {float(best['speedup_over_eager']):.1f} ")
     assert line.endswith(f"| {float(best['peak_extra_mib']):,.0f} |")
+
+
+def test_every_plot_is_shown():
+    text = text_of("benchmarks.md")
+    drawn = {path.name for path in (tables.ROOT / "benchmarks" / "results" / "plots").glob("*.svg")}
+    assert drawn and not [name for name in drawn if f"results/plots/{name})" not in text]
