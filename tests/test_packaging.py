@@ -32,9 +32,9 @@ def test_the_build_backend_reads_the_license():
 
 
 def test_torch_and_transformers_are_no_older_than_what_works():
-    """torch.compile of 2.9 and 2.10 fails on the losses; models/audio_lms knows modules by the names of transformers 5.10."""
+    """torch.compile of 2.9 and 2.10 fails on the losses; Qwen-Omni of models/audio_lms fails with transformers 5.22."""
     assert PYPROJECT["project"]["dependencies"] == ["torch>=2.11"] and lower_bounds("audio-lms")["torchaudio"] == (2, 11)
-    assert lower_bounds("train")["transformers"] == lower_bounds("audio-lms")["transformers"] == (5, 10)
+    assert lower_bounds("train")["transformers"] == lower_bounds("audio-lms")["transformers"] == (5, 24)
 
 
 def test_the_trainer_gets_the_accelerate_that_it_asks_for():
