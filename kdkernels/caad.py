@@ -66,7 +66,7 @@ def fused_caad_loss(
     impl: str = "auto",
     inplace: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, CAADStats]:
+) -> Tensor | Any:  # Any: (Tensor, CAADStats) with return_stats
     r"""Contrastive audio-aware distillation loss from logits, one fused pass, no distribution held.
 
     ::
@@ -180,7 +180,7 @@ def _loss_of_logits(
     spec = terms.spec
     if chosen == "reference":
         rows = _reference.caad_rows(
-            student, audio, text, terms.target, terms.alpha, spec, want_stats=want_stats, counts=terms.counts
+            student, audio, text, terms.target, terms.alpha, spec, want_stats=want_stats, counts=terms.counts()
         )
         return _for_caller(terms, *terms.weigh_reference(rows), want_stats)
     _schema.refuse_transforms(student)
@@ -279,7 +279,7 @@ def fused_linear_caad_loss(
     impl: str = "auto",
     inplace: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, CAADStats]:
+) -> Tensor | Any:  # Any: (Tensor, CAADStats) with return_stats
     r"""The same loss from hidden states and LM heads, in token chunks: logits exist for one chunk at a time.
 
     ::
@@ -427,7 +427,7 @@ def linear_loss(
     want_stats = options.return_stats
     if chosen == "reference":
         rows = _reference.linear_caad(
-            *heads, terms.target, terms.alpha, terms.spec, want_stats=want_stats, counts=terms.counts
+            *heads, terms.target, terms.alpha, terms.spec, want_stats=want_stats, counts=terms.counts()
         )
         return terms.weigh_reference(rows)
     _schema.refuse_transforms(*heads[:3])
@@ -474,7 +474,7 @@ class CAADLoss(torch.nn.Module):
         teacher_text_logits: Tensor | None,
         target: Tensor | None = None,
         **per_call: Any,
-    ) -> Tensor | tuple[Tensor, CAADStats]:
+    ) -> Tensor | Any:
         unknown = sorted(set(per_call) - set(self._PER_CALL))
         if unknown:
             raise TypeError(f"CAADLoss: expected per call only {', '.join(self._PER_CALL)}, got {', '.join(unknown)}")
@@ -491,11 +491,11 @@ def linear_settings(
 ) -> _schema.LinearSettings:
     """What the operator is asked for. ``student``: hidden states, weight and bias."""
     hidden, weight, bias = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
-    if not terms.reduced and (weight or bias):
+    if not terms.is_reduced() and (weight or bias):
         hidden = weight = bias = False  # the backward runs the chunks with each token's own factor
     logits_dtype, chunk_tokens, workspace_bytes = options.chunking
     return _schema.LinearSettings(
-        chunk_tokens, workspace_bytes, terms.reduced, hidden, weight, bias, options.return_stats, logits_dtype, chosen,
+        chunk_tokens, workspace_bytes, terms.is_reduced(), hidden, weight, bias, options.return_stats, logits_dtype, chosen,
         options.round_contrast,
     )  # fmt: skip
 

@@ -76,18 +76,18 @@ class LossTerms(NamedTuple):
         if not self.checked:
             check_values(self.target, self.alpha, self.spec.vocab, self.spec.ignore_index)
 
-    @property
+    # Methods, since torch.compile of torch 2.9 and 2.10 does not know properties of a named tuple.
+
     def counts(self) -> tuple[Tensor, Tensor]:
         """(N,) bool each: whether a token's kd and its ce have a factor."""
         return self.kd_coef != 0, self.ce_coef != 0
 
-    @property
-    def reduced(self) -> bool:
+    def is_reduced(self) -> bool:
         return self.reduction != "none"
 
     def shaped(self, loss: Tensor) -> Tensor:
         """Brings per-token (N,) or reduced losses into the caller's shape."""
-        if not self.reduced:
+        if not self.is_reduced():
             return loss.reshape(self.leading)
         return loss.sum() if loss.dim() else loss
 

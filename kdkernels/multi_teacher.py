@@ -103,7 +103,7 @@ def fused_linear_multi_teacher_loss(
     vocab_size: int | None = None,
     impl: str = "auto",
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, MultiTeacherStats]:
+) -> Tensor | Any:  # Any: (Tensor, MultiTeacherStats) with return_stats
     r"""Distillation from K teachers at once, from hidden states and LM heads, in token chunks: one gradient for what mixes.
 
     ::
@@ -274,7 +274,7 @@ def _several(
     if chosen == "reference":
         teachers = [(*x.heads[3:], x.alpha, x.spec) for x in taught]
         result = _reference.linear_multi_teacher(
-            *student, teachers, terms.target, omega, want_stats=options.return_stats, counts=terms.counts
+            *student, teachers, terms.target, omega, want_stats=options.return_stats, counts=terms.counts()
         )
         return terms.weigh_reference(result)
     _schema.refuse_transforms(*student)

@@ -337,7 +337,7 @@ def fused_linear_projected_loss(
     workspace_bytes: int | None = None,
     impl: str = "auto",
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, CAADStats]:
+) -> Tensor | Any:  # Any: (Tensor, CAADStats) with return_stats
     r"""The loss of :func:`kdkernels.fused_linear_caad_loss` from a teacher's projection: no teacher head, no teacher logits.
 
     ::
@@ -399,12 +399,12 @@ def fused_linear_projected_loss(
     chosen = choose_for("fused_linear_projected_loss", impl, student_hidden.device, dtypes, without_cuda="for projections")
     student, projected = (hidden, student_weight, student_bias), _flat(projection)
     if chosen == "reference":
-        rows = _projection.reference_rows(student, projected, terms.target, terms.spec, terms.counts, want_stats=return_stats)
+        rows = _projection.reference_rows(student, projected, terms.target, terms.spec, terms.counts(), want_stats=return_stats)
         loss, stats = terms.weigh_reference(rows)
     else:
         _schema.refuse_transforms(hidden)
         wanted = _schema.LinearSettings(
-            chunk_tokens, workspace_bytes, terms.reduced, torch.is_grad_enabled() and hidden.requires_grad, False, False,
+            chunk_tokens, workspace_bytes, terms.is_reduced(), torch.is_grad_enabled() and hidden.requires_grad, False, False,
             return_stats, options.chunking[0], chosen,
         )  # fmt: skip
         numbers = (*terms.spec.packed(), *wanted.packed())

@@ -508,3 +508,10 @@ def test_layers_peak_memory_has_a_process_of_its_own(monkeypatch):
     args = argparse.Namespace(device="cpu", shrink=64)
     assert layers.peak_mib("kdkernels", 0, torch.float32, False, args) > 0
     assert layers.peak_of_one(request, args) >= 0
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_liger_has_each_of_its_chunks_in_every_comparison(device_type):
+    for objective in (FULL, KD):
+        names = {x.name for x in contenders.contenders(device_type, (objective,))}
+        assert {f"Liger chunked JSD, compiled, chunk {n}" for n in contenders.LIGER_CHUNKS[device_type]} <= names

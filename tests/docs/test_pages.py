@@ -137,3 +137,32 @@ class TestCheck:
         assert tables.main(["--check"]) == 1 and "README.md: table demo: differs" in capsys.readouterr().err
         assert page.read_text(encoding="utf-8") == self.TABLE
         assert tables.main([]) == 0 and tables.main(["--check"]) == 0
+
+
+def test_the_benchmarks_page_names_the_versions_and_what_was_not_committed():
+    text = text_of("benchmarks.md")
+    others = text.split("## How the others are called")[1].split("\n## ")[0]
+    files = {path.name: tables.read(path.stem) for path in sorted((tables.ROOT / "benchmarks" / "results").glob("*.csv"))}
+    measured = [*files["linear_cpu.csv"], *files["peers_cpu.csv"]]
+    (row,) = {(x["torch"].split("+")[0], x["liger"], x["trl"], x["cce"]) for x in measured}
+    assert "PyTorch {}, Liger Kernel {}, TRL {} and cut-cross-entropy (CCE) {}.".format(*row) in " ".join(others.split())
+    with_changes = {name for name, found in files.items() if any("+changes" in x.get("commit", "") for x in found)}
+    sentence = text.split("`+changes`")[1].split("\n\n")[0]
+    assert set(re.findall(r"\w+\.csv", sentence)) == with_changes
+
+
+def test_liger_is_shown_with_its_faster_chunk():
+    """A peer at its best setting, in the README and at the hard shapes."""
+    rows = [row for row in tables.read("linear_cpu") if row["contender"].startswith(tables.LIGER)]
+    best = min(rows, key=lambda row: float(row["median_ms"]))
+    assert len(rows) > 1
+    (line,) = (line for line in text_of("README.md").splitlines() if line.startswith("| Liger"))
+    chunk = best["contender"].removeprefix(tables.LIGER)
+    assert line.startswith(f"| Liger, chunk {chunk} | {float(best['speedup_over_eager']):.1f} ")
+    assert line.endswith(f"| {float(best['peak_extra_mib']):,.0f} |")
+
+
+def test_every_plot_is_shown():
+    text = text_of("benchmarks.md")
+    drawn = {path.name for path in (tables.ROOT / "benchmarks" / "results" / "plots").glob("*.svg")}
+    assert drawn and not [name for name in drawn if f"results/plots/{name})" not in text]
