@@ -199,7 +199,7 @@ def _loss_of_logits(
     elif directly:
         terms.check()
         problem = RowProblem(_three_dimensional(student.detach()), *tail, spec, None, want_stats)
-        solve = partial(_schema.solve_new_rows, problem, impl=chosen, reduced=terms.reduced)
+        solve = partial(_schema.solve_new_rows, problem, impl=chosen, reduced=terms.is_reduced())
         loss, stats = _schema.direct_rows(student, solve)
     else:
         loss, _, stats, _ = _schema.differentiable(
