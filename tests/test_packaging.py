@@ -32,8 +32,8 @@ def test_the_build_backend_reads_the_license():
 
 
 def test_torch_and_transformers_are_no_older_than_what_works():
-    """torch.compile of 2.9 and 2.10 fails on the losses; Qwen-Omni of models/audio_lms fails with transformers 5.22."""
-    assert PYPROJECT["project"]["dependencies"] == ["torch>=2.11"] and lower_bounds("audio-lms")["torchaudio"] == (2, 11)
+    """The fast tests of kdkernels have passed with torch 2.9, those of models/audio_lms with transformers 5.10."""
+    assert PYPROJECT["project"]["dependencies"] == ["torch>=2.9"] and lower_bounds("audio-lms")["torchaudio"] == (2, 9)
     assert lower_bounds("train")["transformers"] == lower_bounds("audio-lms")["transformers"] == (5, 24)
 
 

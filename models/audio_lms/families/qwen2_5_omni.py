@@ -7,6 +7,7 @@ Negative path: zeroed log-mel features. The positions of the answer's tokens dep
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from models.audio_lms.family import Family
@@ -24,6 +25,9 @@ def hearing_only(processor_class: Any) -> Any:
     from transformers.processing_utils import ProcessorMixin
 
     class Hearing(processor_class):
+        # transformers before 5.23 reads merge_size and model_input_names without an image too.
+        image_processor = video_processor = SimpleNamespace(merge_size=1, model_input_names=[])
+
         # transformers reads the names of the parts from this signature.
         def __init__(self, feature_extractor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
             ProcessorMixin.__init__(self, feature_extractor, tokenizer, chat_template=chat_template)
