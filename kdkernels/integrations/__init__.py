@@ -30,6 +30,6 @@ def __getattr__(name: str) -> Any:
         except ImportError as error:
             raise ImportError(
                 f"{name} needs transformers and accelerate, which could not be imported: {error}. Install them with "
-                "`pip install '.[train]'` in the checkout of kdkernels, or with `pip install 'transformers>=5.24,<6' accelerate`."
+                "`pip install '.[train]'` in the checkout of kdkernels, or with `pip install 'transformers>=5.22,<6' accelerate`."
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
