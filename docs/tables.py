@@ -242,14 +242,39 @@ CLAIMS = (
 )
 
 
-def ablation() -> Table:
+def ablation(name: str = "sources_layers") -> Table:
     columns = ("perception", "content", "all")
     head = ("system and its recipe", *columns)
     return head, (
-        [SYSTEMS[system] + (f", `{system}`" if recipe else ""),
-         *(spread("sources_layers", column, system=system) for column in columns)]
+        [SYSTEMS[system] + (f", `{system}`" if recipe else ""), *(spread(name, column, system=system) for column in columns)]
         for system, recipe in ABLATION.items()
-    )  # fmt: skip
+    )
+
+
+def study_ablation_tasks() -> Table:
+    """The tasks of E4: the teacher on dev, and some systems on test. A task that does not count is in no mean."""
+    systems = ("baseline", "sft", "text_acoustic_kd")
+
+    def line(row: Row) -> list[str]:
+        task, counts = row["task"], row["counts"]
+        scores = (spread("study_sources_layers", f"task_{task}", system=system) for system in systems)
+        return [task.replace("_", " "), percent(float(row["teacher_on_dev"])), counts, *scores]
+
+    head = ("task", "teacher on dev", "counts", *(SYSTEMS[system] for system in systems))
+    return head, (line(row) for row in read("study_sources_gate"))
+
+
+def study_ablation_claims() -> Table:
+    """study_sources_claims.csv, in the order of the older table."""
+
+    def line(claim: str) -> list[str]:
+        (row,) = rows("study_sources_claims", claim=claim)
+        difference, low, high = (100 * float(row[column]) for column in ("difference", "t_low", "t_high"))
+        verdict = {"within noise": "not decided", "reproduced": "holds", "not reproduced": "the opposite holds"}[row["verdict"]]
+        return [claim, signed(difference), f"{signed(low)}{RANGE}{signed(high)}", f"{float(row['p_holm']):.3f}", verdict]
+
+    head = ("claim of the paper", "difference", "95% t interval", "p (Holm)", "here")
+    return head, (line(claim) for *_, claim in CLAIMS)
 
 
 def ablation_claims() -> Table:
@@ -824,6 +849,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "sweep_anchor": sweep("anchor", "who writes the answers", ANCHORS),
     "ablation": ablation,
     "ablation_claims": ablation_claims,
+    "study_ablation": lambda: ablation("study_sources_layers"),
+    "study_ablation_tasks": study_ablation_tasks,
+    "study_ablation_claims": study_ablation_claims,
     "demo": demo,
     "study_claims": study_claims,
     "study": study,
