@@ -366,9 +366,8 @@ def fused_linear_caad_loss(
         return_stats=return_stats,
     )  # fmt: skip
     if teacher_audio_hidden is None:
-        for name, x in (("student_hidden", student_hidden), ("student_weight", student_weight)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        check_tensor("student_hidden", student_hidden, floating=True)
+        check_tensor("student_weight", student_weight, floating=True)
         _check_cross_entropy("teacher_audio_hidden", teacher_text_hidden, target, options)
         if teacher_weight is not None or teacher_bias is not None:
             raise ValueError("teacher_weight, teacher_bias: expected None without teacher_audio_hidden, got a tensor")

@@ -82,10 +82,10 @@ def check_head(
         empty: whether the weight may have no rows.
     """
     names = [pattern.format(x) for x in (hidden_name, "weight", "bias")]
-    for name, x in zip(names, (hidden, weight, bias), strict=True):
-        if x is not None or name != names[2]:
-            check_tensor(name, x, floating=True)
-            check_device(name, x, like)
+    operands = (hidden, weight) if bias is None else (hidden, weight, bias)
+    for name, x in zip(names[: len(operands)], operands, strict=True):
+        check_tensor(name, x, floating=True)
+        check_device(name, x, like)
     if hidden.dim() < 1:
         raise ValueError(f"{names[0]}: expected (..., width), got a scalar")
     width = hidden.shape[-1]

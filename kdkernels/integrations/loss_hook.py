@@ -15,7 +15,7 @@ from ..teacher import DualPathTeacher, answer_index
 from .checkpoints import CheckpointLoading
 from .options import CAADOptions
 from .teacher_model import check_apart, move
-from .vocabulary import check_vocabularies, head_rows, tokenizer_of
+from .vocabulary import check_same_tokens
 
 __all__ = ["CAADLossMixin"]
 
@@ -55,11 +55,15 @@ class CAADLossMixin(CheckpointLoading):
         """
         student: Any = self.accelerator.unwrap_model(self.model)
         check_apart(teacher, student)
-        if not assume_same_tokens and (rows := head_rows(student)) is not None:
-            theirs = tokenizer_of(teacher_processing_class, teacher.model)
-            own = None if theirs is None else tokenizer_of(self.processing_class, student)
-            vocab_size = None if options is None else options.vocab_size
-            check_vocabularies(rows, teacher.head.weight.shape[0], own, theirs, vocab_size=vocab_size)
+        if not assume_same_tokens:
+            check_same_tokens(
+                student,
+                teacher.head.weight.shape[0],
+                processing_class=self.processing_class,
+                teacher_processing_class=teacher_processing_class,
+                teacher_model=teacher.model,
+                vocab_size=None if options is None else options.vocab_size,
+            )
         move(teacher, self.args.device)
         softcap, scale = logit_post(student)
         self._caad_teacher = teacher

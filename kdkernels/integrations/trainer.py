@@ -62,7 +62,7 @@ from .projected import OF_THE_PROJECTED_LOSS, check_projections
 from .run_records import check_options, write_card, write_options
 from .teacher_model import check_apart, input_names, move, zero3_engine
 from .trainer_checks import check_arguments, check_parallelism
-from .vocabulary import check_vocabularies, head_rows, tokenizer_of
+from .vocabulary import check_same_tokens, head_rows, tokenizer_of
 
 __all__ = ["CAADTrainer"]
 
@@ -234,19 +234,20 @@ class CAADTrainer(CheckpointLoading, Trainer):
 
     def _check_vocabularies(self, processing_class: Any, teacher_processing_class: Any) -> None:
         student: Any = self.model
-        rows = head_rows(student)
-        if rows is None:
-            return
         live = self.teacher.model if isinstance(self.teacher, DualPathTeacher) else None
-        theirs = tokenizer_of(teacher_processing_class, live)
-        own = None if theirs is None else tokenizer_of(processing_class, student)
         if isinstance(self.teacher, ProjectionCache):
-            teacher_rows = rows  # the projections are as wide as the student's head
-        elif isinstance(self.teacher, ContrastCache):
-            teacher_rows = self._cached_head.weight.shape[0]
+            teacher_rows = None  # the projections are as wide as the student's head
         else:
-            teacher_rows = self.teacher.head.weight.shape[0]
-        check_vocabularies(rows, teacher_rows, own, theirs, vocab_size=self.options.vocab_size)
+            head = self._cached_head if isinstance(self.teacher, ContrastCache) else self.teacher.head
+            teacher_rows = head.weight.shape[0]
+        check_same_tokens(
+            student,
+            teacher_rows,
+            processing_class=processing_class,
+            teacher_processing_class=teacher_processing_class,
+            teacher_model=live,
+            vocab_size=self.options.vocab_size,
+        )
 
     # --- training -----------------------------------------------------------------------------------------------------
 

@@ -9,13 +9,37 @@ from torch import nn
 
 from ..head_layers import computing_layer, head_module
 
-__all__ = ["check_vocabularies", "embedding_rows", "head_rows", "tokenizer_of"]
+__all__ = ["check_same_tokens", "check_vocabularies", "embedding_rows", "head_rows", "tokenizer_of"]
 
 logger = logging.getLogger(__name__)
 
 # Heads of one family are padded to multiples of 64 to 1,024 rows (Qwen2.5: 151,936 and 152,064 for one tokenizer). Between
 # families the difference is larger (Llama 3 has 128,256).
 MOST_PADDING = 1024
+
+
+def check_same_tokens(
+    student: nn.Module,
+    teacher_rows: int | None,
+    *,
+    processing_class: Any,
+    teacher_processing_class: Any,
+    teacher_model: nn.Module | None,
+    vocab_size: int | None,
+) -> None:
+    """`check_vocabularies` with the tokenizers that were passed, or that lie beside the weights of the two models.
+
+    Args:
+        teacher_rows: None = as many as the student's head has.
+        teacher_model: the live teacher; None = there is none.
+
+    A student without an LM head is not compared.
+    """
+    if (rows := head_rows(student)) is None:
+        return
+    theirs = tokenizer_of(teacher_processing_class, teacher_model)
+    own = None if theirs is None else tokenizer_of(processing_class, student)
+    check_vocabularies(rows, rows if teacher_rows is None else teacher_rows, own, theirs, vocab_size=vocab_size)
 
 
 def check_vocabularies(

@@ -126,6 +126,17 @@ def write_parts(folder: Path, parts: dict[str, Sequence[Any]]) -> dict[str, int]
     return {name: len(examples) for name, examples in parts.items()}
 
 
+def four_parts(manifest: Any, clips: int | None) -> dict[str, list[Any]]:
+    """The examples for the teacher's training, for distillation, dev and test, each of at most `clips` clips; None = all."""
+    parts = {
+        "teacher": manifest.select(split="train", pool="teacher"),
+        "distill": manifest.select(split="train", pool="distill"),
+        "dev": manifest.select(split="dev"),
+        "test": manifest.select(split="test"),
+    }
+    return {name: limited(examples, clips) for name, examples in parts.items()}
+
+
 def limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
     """The examples of at most `clips` clips, with tasks and answers in turn; None = all examples."""
     if clips is None:

@@ -13,7 +13,7 @@ from models.experiments.shared_steps import (
     TRAINING,
     ask,
     first_stages,
-    limited,
+    four_parts,
     load_model,
     load_speech_lm,
     own_start_words,
@@ -54,13 +54,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
         hint_correlation=settings.hint_correlation, fold=None,
     )
     manifest = read_manifest(path, check_audio=True)
-    parts = {
-        "teacher": manifest.select(split="train", pool="teacher"),
-        "distill": manifest.select(split="train", pool="distill"),
-        "dev": manifest.select(split="dev"),
-        "test": manifest.select(split="test"),
-    }
-    counts = write_parts(context.folder, {name: limited(examples, settings.max_clips) for name, examples in parts.items()})
+    counts = write_parts(context.folder, four_parts(manifest, settings.max_clips))
     return {"questions": counts, "unavailable": manifest.header["unavailable"]}
 
 

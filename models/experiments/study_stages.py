@@ -16,6 +16,7 @@ from models.experiments.shared_steps import (
     TRAINING,
     ask,
     backbone_settings,
+    four_parts,
     heal_student_lm,
     limited,
     load_speech_lm,
@@ -65,13 +66,7 @@ def run_corpus(context: Context) -> dict[str, Any]:
         hint_correlation=settings.hint_correlation, fold=settings.fold,
     )
     manifest = read_manifest(path, check_audio=True)
-    parts = {
-        "teacher": manifest.select(split="train", pool="teacher"),
-        "distill": manifest.select(split="train", pool="distill"),
-        "dev": manifest.select(split="dev"),
-        "test": manifest.select(split="test"),
-    }
-    parts = {name: limited(examples, settings.max_clips) for name, examples in parts.items()}
+    parts = four_parts(manifest, settings.max_clips)
     check_actors(parts)
     counts = write_parts(context.folder, parts)
     return {"questions": counts, "unavailable": manifest.header["unavailable"], "manifest_sha256": sha256_file(path)}
