@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .checks import check_tensor, is_number
-from .loss_options import check_not_negative
+from .checks import check_not_negative, check_tensor, is_positive, shown
 from .loss_terms import check_amounts, values_on
 
 __all__ = ["adaptive_alpha"]
@@ -40,8 +37,8 @@ def adaptive_alpha(divergence: Tensor, alpha: float | Tensor, *, half_at: float)
     formula is our own.
     """
     check_tensor("divergence", divergence, floating=True)
-    if not (is_number(half_at) and 0 < half_at < math.inf):
-        raise ValueError(f"half_at: expected a finite number of nats > 0, got {half_at!r}")
+    if not is_positive(half_at):
+        raise ValueError(f"half_at: expected a finite number of nats > 0, got {shown(half_at)}")
     if not isinstance(alpha, Tensor):
         check_not_negative("alpha", alpha)
     else:

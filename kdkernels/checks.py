@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
+_LARGEST = torch.finfo(torch.float32).max
+_LEAST = torch.finfo(torch.float32).tiny
+
+
 def is_number(x: Any) -> TypeIs[float]:
     """Python's numbers and NumPy's scalars."""
     return isinstance(x, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)) and not isinstance(x, bool)
@@ -20,6 +25,26 @@ def is_number(x: Any) -> TypeIs[float]:
 
 def is_whole(x: Any) -> TypeIs[int]:
     return isinstance(x, (int, torch.SymInt, numbers.Integral)) and not isinstance(x, bool)
+
+
+def is_not_negative(x: Any) -> TypeIs[float]:
+    """A number of [0, 3.4e38], which is finite in float32 too: the losses compute in it."""
+    return is_number(x) and 0 <= x <= _LARGEST
+
+
+def is_positive(x: Any) -> TypeIs[float]:
+    """A number of [1.2e-38, 3.4e38], which is neither 0 nor infinite in float32."""
+    return is_number(x) and _LEAST <= x <= _LARGEST
+
+
+def shown(x: Any) -> str:
+    """A refused number for a message; with the reason if it is finite and above 0."""
+    return f"{x!r}{' (infinite or 0 in float32)' if is_number(x) and 0 < x < math.inf else ''}"
+
+
+def check_not_negative(name: str, x: Any) -> None:
+    if not is_not_negative(x):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {shown(x)}")
 
 
 def plain_numbers(options: Any) -> None:

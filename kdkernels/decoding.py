@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_tensor, is_number
+from .checks import check_not_negative, check_tensor, is_number, is_positive, shown
 from .model_modes import audio_adapters_on, evaluating
 from .ops.rows import MASK_BELOW
 from .paths import SEQUENCE_PADDING, Inputs, Negative, PathBatch, as_batch, clean, join, tokens_of
@@ -77,8 +77,7 @@ def _check_contrast(alpha: float | None, formula: str, plausibility: float | Non
         if formula != "aad":
             raise ValueError(f"alpha: expected a number for formula {formula!r}, got None")
         alpha = _AAD_ALPHA
-    if not (is_number(alpha) and 0 <= alpha < math.inf):
-        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+    check_not_negative("alpha", alpha)
     if plausibility is not None and not (is_number(plausibility) and 0 < plausibility <= 1):
         raise ValueError(f"plausibility: expected a number in (0, 1] or None, got {plausibility!r}")
     return alpha
@@ -142,8 +141,8 @@ def contrastive_generate(
     alpha = _check_contrast(alpha, formula, plausibility)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected a positive int, got {max_new_tokens!r}")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number or None (best token), got {temperature}")
+    if temperature is not None and not is_positive(temperature):
+        raise ValueError(f"temperature: expected a positive number or None (best token), got {shown(temperature)}")
     for name, limit in (("top_k", top_k), ("top_p", top_p)):
         if limit is not None and temperature is None:
             raise ValueError(f"{name}: expected None without temperature, which means the best token, got {limit}")
@@ -184,7 +183,7 @@ def kept_probabilities(
     if top_k is not None and top_k < scores.shape[-1]:
         least = scores.topk(top_k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < least, -math.inf)
-    probabilities = torch.softmax(scores / temperature, dim=-1)
+    probabilities = torch.softmax((scores - scores.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if top_p is None or top_p == 1:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)

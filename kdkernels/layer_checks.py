@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_shape, check_tensor, is_number, is_whole
+from .checks import check_shape, check_tensor, is_not_negative, is_whole, shown
 from .loss_terms import check_amounts, values_on
 from .ops.rows import scalar
 
@@ -78,6 +77,6 @@ def layer_weight_tensor(
     if len(weights) != count:
         raise ValueError(f"layer_weight: expected {count} as student_hidden has layers, got {len(weights)}")
     for w in weights:
-        if not (is_number(w) and 0 <= w < math.inf):
-            raise ValueError(f"layer_weight: expected finite numbers >= 0, got {w!r}")
+        if not is_not_negative(w):
+            raise ValueError(f"layer_weight: expected finite numbers >= 0, got {shown(w)}")
     return [scalar(w) for w in weights]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_leading, check_shape, check_tensor, is_number, is_whole
+from .checks import check_device, check_leading, check_not_negative, check_shape, check_tensor, is_whole
 from .layer_checks import check_states, initial_weight, layer_weight_tensor, layer_widths, pair_count
 from .loss_options import REDUCTIONS
 from .loss_terms import accumulation_dtype, alpha_tensor
@@ -325,8 +325,7 @@ class LayerProjections(torch.nn.Module):
         """
         students = check_states("student_hidden", student_hidden, self._count)
         teachers = check_states("teacher_hidden", teacher_hidden, self._count)
-        if not (is_number(ridge) and 0 <= ridge < math.inf):
-            raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
+        check_not_negative("ridge", ridge)
         for i, (weight, vector, s, t) in enumerate(zip(self.weights, self.biases, students, teachers, strict=True)):
             if weight is None:
                 continue

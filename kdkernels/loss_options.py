@@ -6,13 +6,12 @@ The public functions spell their keywords out and make one of these; everything 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checks import check_tensor, is_number, is_whole
+from .checks import check_not_negative, check_tensor, is_number, is_positive, is_whole, shown
 from .ops.dispatch import check_implementation
 from .ops.rows import DIVERGENCES, RowSpec, scalar
 
@@ -50,8 +49,8 @@ class LossOptions:
         check_divergence(self.divergence, self.jsd_beta, self.plausibility)
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {self.reduction!r}")
-        if not (is_number(self.temperature) and 0 < self.temperature < math.inf):
-            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
+        if not is_positive(self.temperature):
+            raise ValueError(f"temperature: expected a finite number > 0, got {shown(self.temperature)}")
         if not (is_number(self.kd_weight) and 0 <= self.kd_weight <= 1):
             raise ValueError(f"kd_weight: expected a number in [0, 1], got {self.kd_weight!r}")
         for name in ("inplace", "return_stats"):
@@ -138,11 +137,6 @@ class LinearLossOptions(LossOptions):
         return dtype, self.chunk_tokens, self.workspace_bytes
 
 
-def check_not_negative(name: str, x: float) -> None:
-    if not (is_number(x) and 0 <= x < math.inf):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
-
-
 def check_divergence(divergence: str, jsd_beta: float, plausibility: float | None, source: str = "") -> None:
     """``source``: what precedes the arguments' names where there are several."""
     if divergence not in DIVERGENCES:
@@ -177,6 +171,6 @@ def check_head_options(pattern: str, softcap: float | None, logit_scale: float) 
     """``pattern`` makes the arguments' names, for example "student_{}"."""
     for name, x in (("softcap", softcap), ("logit_scale", logit_scale)):
         optional = name == "softcap"
-        if not (x is None and optional) and not (is_number(x) and 0 < x < math.inf):
+        if not (x is None and optional) and not is_positive(x):
             expected = f"a finite number > 0{' or None' if optional else ''}"
-            raise ValueError(f"{pattern.format(name)}: expected {expected}, got {x!r}")
+            raise ValueError(f"{pattern.format(name)}: expected {expected}, got {shown(x)}")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_shape, check_tensor
-from .loss_options import LossOptions, check_not_negative
+from .checks import check_not_negative, check_shape, check_tensor
+from .loss_options import LossOptions
 from .ops import native
 from .ops.dispatch import checks_enabled
 from .ops.rows import PlainTerms, RowResult, RowSpec, filled, scalar

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .caad import linear_loss, linear_settings
-from .checks import check_head, check_leading, check_tensor, check_text_path
-from .loss_options import LinearLossOptions, check_divergence, check_head_options, check_not_negative, limit_of_jsd
+from .checks import check_head, check_leading, check_not_negative, check_tensor, check_text_path
+from .loss_options import LinearLossOptions, check_divergence, check_head_options, limit_of_jsd
 from .loss_terms import LossTerms, accumulation_dtype, alpha_tensor, as_autocast, token_weight
 from .ops import multi_teacher as _multi_teacher
 from .ops import reference as _reference

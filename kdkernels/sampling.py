@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import is_number, is_whole, plain_numbers
+from .checks import is_number, is_positive, is_whole, plain_numbers, shown
 from .decoding import generate_with, kept_probabilities, plain_prompts, transformers_model
 from .head_layers import is_partitioned
 from .model_modes import audio_adapters_on, evaluating
@@ -46,8 +46,8 @@ class Sampling:
         for name in ("top_k", "max_new_tokens"):
             if not is_whole(getattr(self, name)):
                 raise TypeError(f"{name}: expected an int, got {type(getattr(self, name)).__name__}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        if self.temperature != 0 and not is_positive(self.temperature):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {shown(self.temperature)}")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected >= 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -80,6 +80,7 @@ class TokenSampler:
         self._suppressed = sorted(set(suppressed))
         self._dropped: Tensor | None = None  # those of them that the logits have, where the logits are
         self._column = 0
+        self._without: Tensor | None = None  # (B,) rows that once had no token to choose
 
     def choose(self, logits: Tensor) -> Tensor:
         """(B, V) -> (B,) int64."""
@@ -91,6 +92,9 @@ class TokenSampler:
         scores = scores.index_fill(1, self._dropped, -torch.inf)
         draws = self._draws[:, self._column]
         self._column += 1
+        best = scores.amax(dim=-1)  # NaN where one of the row is NaN
+        without = ~best.isfinite()
+        self._without = without if self._without is None else self._without | without
         if self._sampling.temperature == 0:
             return scores.argmax(dim=-1)
         sampling = self._sampling
@@ -100,6 +104,12 @@ class TokenSampler:
         # Below the sum of all, so that the token found has a probability above 0.
         wanted = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(sums, wanted[:, None], right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
+
+    def check(self) -> None:
+        """ValueError where a row had a NaN or infinite logit, or -inf alone. Call it last: it waits for the device."""
+        if self._without is not None and bool(self._without.any()):
+            rows = self._without.nonzero()[:, 0].tolist()
+            raise ValueError(f"logits: expected finite numbers, or -inf for some tokens; not so in rows {rows}")
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """As a logits processor of transformers: all but the chosen token is -inf."""
@@ -141,7 +151,7 @@ def own_answers(
 
     Raises:
         ValueError, TypeError: for a bad argument, with its name; for a model without `generate`; where a row's positions would
-            depend on the longest row (rope types "longrope" and "dynamic").
+            depend on the longest row (rope types "longrope" and "dynamic"); where the model's logits are NaN or infinite.
 
     Memory: the KV cache of B rows.
     """
@@ -159,6 +169,7 @@ def own_answers(
         tokens = generate_with(
             base, prompts, sampler, sampling.max_new_tokens, ends, ends[0], use_cache=True, synced_gpus=_synced(base)
         )
+    sampler.check()
     return until_end(tokens, ends)
 
 

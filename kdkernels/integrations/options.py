@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from ..checks import is_number, is_whole, plain_numbers
+from ..checks import is_not_negative, is_whole, plain_numbers, shown
 from ..loss_options import LinearLossOptions
 
 ALPHA = 2.0  # with two paths, where nothing is said
@@ -41,8 +40,8 @@ class CAADOptions:
         if isinstance(self.alpha, torch.Tensor):
             raise TypeError("alpha: expected a number, got a tensor; a batch's column 'alpha' has one for each token")
         start = self.alpha_start
-        if start is not None and not (is_number(start) and 0 <= start < math.inf):
-            raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {start!r}")
+        if start is not None and not is_not_negative(start):
+            raise ValueError(f"alpha_start: expected a finite number >= 0 or None, got {shown(start)}")
         if not is_whole(self.alpha_ramp_steps):
             raise TypeError(f"alpha_ramp_steps: expected an int, got {type(self.alpha_ramp_steps).__name__}")
         if self.alpha_ramp_steps < 0:

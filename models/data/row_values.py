@@ -108,6 +108,9 @@ def as_list(value: Any) -> list[Any]:
 
 def as_text(value: Any, name: str) -> str:
     """A text, or a number as its text. Raises TypeError that begins with `name` for another value."""
+    if isinstance(value, bool):
+        word = str(value).lower()
+        raise TypeError(f'{name}: expected text, got the JSON value {word}, which is not the text "{word}"')
     if not isinstance(value, (str, int, float)):
         raise TypeError(f"{name}: expected text, got {'null' if value is None else type(value).__name__}")
     return str(value)

@@ -465,7 +465,9 @@ class SpeechLM(nn.Module):
         ends = set(self.end_ids)
         sampler = TokenSampler(sampling, draws, suppressed=set(suppressed) - ends)
         with evaluating(self):
-            return self._new_tokens(batch, sampler.choose, ends, sampling.max_new_tokens, prefix_cache)
+            answers = self._new_tokens(batch, sampler.choose, ends, sampling.max_new_tokens, prefix_cache)
+        sampler.check()
+        return answers
 
     def _new_tokens(
         self,

@@ -41,6 +41,7 @@ def test_the_loss_takes_it_and_no_gradient_comes_back():
     ("arguments", "error", "match"),
     [
         ((torch.ones(2), 2.0, 0.0), ValueError, "half_at: expected a finite number of nats > 0, got 0.0"),
+        ((torch.ones(2), 2.0, 1e-300), ValueError, r"half_at: expected a finite number of nats > 0, got 1e-300 .*in float32"),
         ((torch.ones(2), -1.0, 0.1), ValueError, "alpha: expected a finite number >= 0, got -1.0"),
         ((torch.ones(2, dtype=torch.int64), 1.0, 0.1), TypeError, "divergence: expected a floating-point tensor"),
         (([1.0], 1.0, 0.1), TypeError, "divergence: expected a torch.Tensor, got list"),

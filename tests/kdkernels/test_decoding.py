@@ -414,6 +414,7 @@ class TestContrast:
         [
             ({}, "alpha: expected a number for formula 'extrapolate', got None"),
             ({"alpha": -1.0}, "alpha: expected a finite number >= 0, got -1.0"),
+            ({"alpha": 1e39}, r"alpha: expected a finite number >= 0, got 1e\+39 .*in float32"),
             ({"alpha": math.nan}, "alpha: expected a finite number >= 0, got nan"),
             ({"alpha": 1.0, "formula": "x"}, "formula: expected one of extrapolate, authors, aad, got 'x'"),
             ({"alpha": 1.0, "plausibility": 0.0}, r"plausibility: expected a number in \(0, 1\] or None, got 0.0"),
@@ -434,6 +435,7 @@ class TestErrors:
         [
             ({"alpha": None}, "alpha: expected a number"),
             ({"max_new_tokens": 0}, "max_new_tokens: expected a positive int, got 0"),
+            ({"temperature": 1e-300}, r"temperature: expected .*got 1e-300 .*in float32"),
             ({"temperature": 0.0}, r"temperature: expected a positive number or None \(best token\), got 0.0"),
             ({"top_k": 5}, "top_k: expected None without temperature, which means the best token, got 5"),
             ({"top_p": 0.5}, "top_p: expected None without temperature"),

@@ -494,6 +494,7 @@ def test_peak_memory_is_one_chunk_whatever_the_tokens():
         ({"student_weight": torch.zeros(0, 12)}, ValueError, "student_weight: .*0 rows"),
         ({"student_weight": None}, TypeError, "student_weight: expected a torch.Tensor, got NoneType"),
         ({"teacher_audio_hidden": torch.tensor(1.0)}, ValueError, "teacher_audio_hidden: expected .* got a scalar"),
+        ({"student_softcap": 1e39}, ValueError, r"student_softcap: expected .*, got 1e\+39 .*in float32"),
         ({"student_logit_scale": None}, ValueError, "student_logit_scale: expected a finite number > 0, got None"),
         ({"teacher_weight": torch.zeros(20)}, ValueError, "teacher_weight: expected"),
         ({"teacher_audio_hidden": torch.zeros(22, 20)}, ValueError, "teacher_audio_hidden: expected leading shape"),

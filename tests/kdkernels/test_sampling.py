@@ -31,6 +31,28 @@ def test_a_token_is_chosen_by_its_share_of_the_unit_interval():
     assert chosen([0.0, -torch.inf, 0.0, -torch.inf], 1 - 2**-53) == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-37, 1.0])
+def test_a_row_without_a_token_to_choose_is_named(temperature):
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[1.0, 2.0, 0.0], [1.0, nan, 0.0], [-inf, -inf, 0.0], [-inf, 3.0, -inf], [inf, 0.0, 0.0]])
+    sampler = TokenSampler(Sampling(temperature), torch.full((5, 2), 0.5, dtype=torch.float64), suppressed=[2])
+    assert sampler.choose(logits)[[0, 3]].tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"logits: expected finite numbers.*in rows \[1, 2, 4\]"):
+        sampler.check()
+    fine = TokenSampler(Sampling(temperature), torch.full((2, 2), 0.5, dtype=torch.float64), suppressed=[2])
+    fine.choose(logits[[0, 3]])
+    fine.check()
+
+
+def test_a_student_with_weights_that_are_not_finite_raises():
+    model, inputs = tiny_lms.voxtral()
+    model.get_output_embeddings().weight.data[5] = torch.nan
+    with pytest.raises(ValueError, match=r"logits: expected finite numbers.*in rows \[0, 1"):
+        own_answers(
+            model, inputs, uniform_draws(range(len(inputs["input_ids"])), 2), sampling=Sampling(max_new_tokens=2), end_ids=[7]
+        )
+
+
 def test_answers_end_with_their_first_end_token():
     assert until_end(torch.tensor([[5, 2, 2], [2, 7, 7], [5, 6, 7]]), [2]) == [[5, 2], [2], [5, 6, 7]]
 
@@ -83,6 +105,7 @@ def test_ids_that_no_answer_has():
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature: expected a finite number >= 0"),
+        ({"temperature": 1e-300}, r"temperature: expected a finite number >= 0, got 1e-300 .*in float32"),
         ({"top_k": -1}, "top_k: expected >= 0"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\]"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected >= 1"),

@@ -225,6 +225,7 @@ def test_spellings_of_one_row_give_one_example(root, row):
         (swift("a.wav", answer=None), "messages: expected text or audio in a turn, got null"),
         (swift("a.wav", task=["gender"]), "task: expected text, got list"),
         ({"audio": "a.wav", "question": "Q", "choices": {"A": "x"}, "answer": ["A"]}, "answer: expected text, got list"),
+        ({"audio": "a.wav", "question": "Q", "answer": True}, 'answer: expected text, got the JSON value true, which is not the'),
         ({"audio": "a.wav", "question": "Q", "choices": ["x", None]}, "choices: expected text, got null"),
         ({"audio": "a.wav", "question": "Q", "choices": 3}, "choices: expected a list or an object, got int"),
         ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x", "loss": False}], "audio": "a.wav"},
