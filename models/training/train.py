@@ -25,7 +25,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_start(recipe, device)
         check_folders(recipe)
         check_recipe(recipe)
-        examples, audio_root = read_examples(recipe)
         with Ranks.started_by_torchrun(device, recipe.run.parallel) as ranks:
-            result = _train_on(ranks, recipe, examples, audio_root, [arguments.recipe, *arguments.overrides])
+            with nullcontext() if ranks.is_first else redirect_stdout(None):  # all ranks would print the same
+                examples, audio_root = read_examples(recipe)
+            # before anything is written: the features of the clips are saved in the folder too
+            with exclusive(recipe.run.out_dir, "a training") if ranks.is_first else nullcontext():
+                result = _train_on(ranks, recipe, examples, audio_root, [arguments.recipe, *arguments.overrides])
     except (ValueError, OSError, CheckpointError, SourceError, NonFiniteError, RankError, PublishError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -162,10 +165,7 @@ def _train_on(ranks: Ranks, recipe: Recipe, examples: Sequence[Any], audio_root:
     seed_everything(recipe.run.seed)  # the run must not depend on the numbers drawn above
     command = _resume_command(recipe, words)
     identity = ranks.from_first(lambda: run_identity(recipe, data.examples))
-    with exclusive(recipe.run.out_dir, "a training") if ranks.is_first else nullcontext():
-        return train(
-            recipe, model=model, data=data, sources=sources, resume_command=command, ranks=ranks, identity=identity
-        )
+    return train(recipe, model=model, data=data, sources=sources, resume_command=command, ranks=ranks, identity=identity)
 
 
 def _resume_command(recipe: Recipe, words: Sequence[str]) -> str:

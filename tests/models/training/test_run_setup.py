@@ -1,5 +1,6 @@
 """Recipes on a real SpeechLM with tiny random backbones: the command line, the live teacher and its cache."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,13 +19,16 @@ from kdkernels.contrast_cache import ContrastCache, ContrastCacheWriter
 from models.data.audio import write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
 from models.experiments.shared_steps import make_tiny_backbones
+from models.io_utils import exclusive
 from models.speech_lm.collation import crop_to_targets
 from models.speech_lm.features import FeatureStore, clip_features
 from models.speech_lm.model import SpeechLM, SpeechLMConfig
 from models.training.build_sources import build_sources
 from models.training.cache_identity import teacher_fingerprint
 from models.training.curves import read_metrics
+from models.training.distributed import Ranks
 from models.training.fill_cache import main as cache_main
+from models.training.loop import TrainResult
 from models.training.recipe_files import load_recipe
 from models.training.student import build_model
 from models.training.teacher_states import SourceError
@@ -430,10 +434,31 @@ def test_cropping_takes_only_what_no_target_depends_on(world):
             assert torch.allclose(got, expected, atol=1e-5)
 
 
+def test_a_second_run_into_a_folder_writes_nothing_there(world, capsys):
+    with exclusive(world / "taken", "a training"):
+        assert train(world, "sft_teacher", "taken", "data.features=null") == 1
+    assert "taken: a training is at work there already, in another process" in capsys.readouterr().err
+    assert [path.name for path in (world / "taken").iterdir()] == [".lock"]
+
+
+def test_the_first_rank_alone_names_the_rows_that_are_skipped(world, tmp_path, monkeypatch, capsys):
+    """After that the ranks go apart here: this process stands for each of them in turn."""
+    rows = (world / "m.jsonl").read_text().splitlines()
+    (world / "bad.jsonl").write_text("\n".join([rows[0], "{}", *rows[1:]]))
+    printed = []
+    for rank in (0, 1):
+        ranks = Ranks(torch.device("cpu"), rank, 2)
+        monkeypatch.setattr(Ranks, "started_by_torchrun", lambda *_, ranks=ranks: contextlib.nullcontext(ranks))
+        monkeypatch.setattr("models.training.train._train_on", lambda *_: TrainResult(1, tmp_path, stopped_by=15))
+        words = ("run.parallel=none", f"data.manifest={world / 'bad.jsonl'}", "data.max_bad_fraction=0.5")
+        assert train(world, "sft_teacher", f"rank{rank}", *words) == 128 + 15
+        printed.append(capsys.readouterr().out)
+    assert "skipped" in printed[0] and "2" in printed[0] and printed[1] == ""
+
+
 def _on_a_rank(failures, recipe):
     import torch.distributed as dist
 
-    from models.training.distributed import Ranks
     from models.training.train import _train_on
 
     ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
