@@ -25,8 +25,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from models.evaluation.t_interval import t_interval
+from models.experiments.ablation import claim_rows
 from models.experiments.study_endpoints import followed_tasks, holm
 from models.reporting.systems import ANCHORS, CONTEXTS, SYSTEMS, system_key
 from models.training.recipe_keys import Section, sections
@@ -264,34 +266,33 @@ def study_ablation_tasks() -> Table:
     return head, (line(row) for row in read("study_sources_gate"))
 
 
+VERDICTS = {"within noise": "not decided", "reproduced": "holds", "not reproduced": "the opposite holds"}
+
+
 def study_ablation_claims() -> Table:
     """study_sources_claims.csv, in the order of the older table."""
-
-    def line(claim: str) -> list[str]:
-        (row,) = rows("study_sources_claims", claim=claim)
-        difference, low, high = (100 * float(row[column]) for column in ("difference", "t_low", "t_high"))
-        verdict = {"within noise": "not decided", "reproduced": "holds", "not reproduced": "the opposite holds"}[row["verdict"]]
-        return [claim, signed(difference), f"{signed(low)}{RANGE}{signed(high)}", f"{float(row['p_holm']):.3f}", verdict]
-
     head = ("claim of the paper", "difference", "95% t interval", "p (Holm)", "here")
-    return head, (line(claim) for *_, claim in CLAIMS)
+    return head, (_claim(rows("study_sources_claims", claim=claim)[0]) for *_, claim in CLAIMS)
+
+
+def _claim(row: Mapping[str, Any]) -> list[str]:
+    difference, low, high = (100 * float(row[column]) for column in ("difference", "t_low", "t_high"))
+    interval, p = f"{signed(low)}{RANGE}{signed(high)}", f"{float(row['p_holm']):.3f}"
+    return [row["claim"], signed(difference), interval, p, VERDICTS[row["verdict"]]]
 
 
 def ablation_claims() -> Table:
-    """The paper's claims with t intervals over seeds, the same seeds on both sides."""
-
-    def by_seed(system: str, column: str) -> dict[str, float]:
-        return {row["seed"]: 100 * float(row[column]) for row in rows("sources_layers", system=system)}
+    """The paper's claims with t intervals over seeds, the same seeds on both sides, and Holm's p over all claims."""
+    scores = ("perception", "content", "all")
+    measured = [row | {score: float(row[score]) for score in scores} for row in read("sources_layers")]
+    found = {row["claim"]: row for row in claim_rows([row for row in measured if row["system"] != "text_teacher"])}
 
     def line(better: str, worse: str, column: str, claim: str) -> list[str]:
-        of, over = by_seed(better, column), by_seed(worse, column)
-        differences = [of[seed] - over[seed] for seed in of]
-        found = t_interval(differences)
-        verdict = "not decided" if not found.excludes_zero else "holds" if found.mean > 0 else "the opposite holds"
-        each = ", ".join(map(signed, differences))
-        return [claim, signed(found.mean), f"{signed(found.low)}{RANGE}{signed(found.high)}", each, verdict]
+        of, over = ({row["seed"]: 100 * row[column] for row in measured if row["system"] == name} for name in (better, worse))
+        name, difference, interval, *rest = _claim(found[claim])
+        return [name, difference, interval, ", ".join(signed(of[seed] - over[seed]) for seed in of), *rest]
 
-    head = ("claim of the paper", "difference", "95% t interval", "by seed", "here")
+    head = ("claim of the paper", "difference", "95% t interval", "by seed", "p (Holm)", "here")
     return head, (line(*claim) for claim in CLAIMS)
 
 

@@ -13,12 +13,11 @@ acoustic teacher. The text teacher is the whole language model from which the st
 has fewer layers and answers the content questions by chance. Each row is a recipe of models/training/recipes.
 
 Scores are on test clips without a hint; `conflict` is the accuracy under a false hint. No training clip has the same character,
-place or event, but some actors voice characters of both parts. Whether a claim of the paper holds is judged by a 95% t interval
-over the seeds. The intervals are not corrected for the number of claims, and they say nothing about another teacher.
+place or event, but some actors voice characters of both parts. A claim of the paper holds if its p over the seeds, corrected by
+Holm over all claims, is below 5%. The t intervals are not corrected, and nothing here says anything about another teacher.
 
 With --study the tasks are those of real recordings, and no training has heard the actors of the test. Nothing is trained with
 hints. A task counts only if the audio-aware teacher has learned it on dev and leaves room above: see MIN_LEARNED and MAX_LEARNED.
-A claim holds if its p, corrected by Holm over all claims, is below 5%.
 """
 
 from __future__ import annotations
@@ -352,26 +351,10 @@ def _differences(rows: Sequence[Mapping[str, Any]], better: str, worse: str, sco
     return [] if any("" in pair for pair in pairs) else [100 * (mine - other) for mine, other in pairs]
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence for each claim of the paper's table: reproduced, not reproduced, or within noise.
-
-    A difference is more than noise where the 95% t interval of its mean over seeds excludes 0.
-    """
-    sentences = []
-    for better, worse, score, claim in CLAIMS:
-        differences = _differences(rows, better, worse, score)
-        found = t_interval(differences)
-        word = "within noise" if not found.excludes_zero else "reproduced" if found.mean > 0 else "not reproduced"
-        each = ", ".join(f"{d:+.1f}" for d in differences)
-        ends = f"95% t interval {found.low:+.1f} to {found.high:+.1f}" if found.is_known else "no interval"
-        sentences.append(f"{claim}: {word} ({found.mean:+.1f} points; {ends}; by seed {each})")
-    return sentences
-
-
 def claim_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of study_sources_claims.csv: each claim with its t interval over seeds, p, and Holm's p over all claims.
+    """Each claim of the paper's table with its t interval over seeds, p, Holm's p over all claims, and what that p says.
 
-    A claim about a score that no task counts in is left out.
+    study_sources_claims.csv has these rows. A claim about a score that no task counts in is left out.
     """
     from models.experiments.study_endpoints import holm
 
@@ -392,7 +375,8 @@ def claim_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def _claim_sentence(row: Mapping[str, Any]) -> str:
+def claim_sentence(row: Mapping[str, Any]) -> str:
+    """A row of `claim_rows` in words."""
     ends = f"95% t interval {100 * row['t_low']:+.1f} to {100 * row['t_high']:+.1f}" if row["t_low"] != "" else "no interval"
     points = f"{100 * row['difference']:+.1f} points"
     return f"{row['claim']}: {row['verdict']} ({points}; {ends} over {row['seeds']} seed(s); Holm's p {row['p_holm']:.3f})"
@@ -433,13 +417,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = ("perception", "content", "all", "conflict", *(f"task_{task}" for task in settings.tasks))
     print_scores(console, rows, columns, title="accuracy in %, mean and standard deviation over seeds")
     tables = {"sources_layers": rows}
+    claimed = claim_rows(rows)
     if arguments.study:
-        claimed = claim_rows(rows)
-        sentences = [_claim_sentence(row) for row in claimed]
         tables = {"study_sources_layers": rows, "study_sources_claims": claimed, "study_sources_gate": tasks}
-    else:
-        sentences = verdicts(rows)
-    print_sentences(console, sentences, smoke=arguments.fast_smoke)
+    print_sentences(console, [claim_sentence(row) for row in claimed], smoke=arguments.fast_smoke)
     from models.reporting.results_csv import rows_csv
 
     for folder in (Path(arguments.out), *([RESULTS.parent] if arguments.write else [])):

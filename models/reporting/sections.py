@@ -101,8 +101,8 @@ STORED = {
         (
             "Perception is the mean over the tasks that only the sound answers, content is the mean over the tasks that the "
             "words answer, and ALL is the mean over both. The questions have no hint, except in the column “false hint”.",
-            "Whether a difference between two rows is more than noise is judged by a 95% t interval over the seeds. The "
-            "command prints the judgement of each claim of the paper.",
+            "Whether a claim of the paper holds is judged by the p of a t test over the seeds, with Holm's correction over all "
+            "claims. The command prints the judgement of each.",
         ),
     ),
     "study_followed.csv": StoredFile(

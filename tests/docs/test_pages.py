@@ -11,6 +11,7 @@ import kdkernels
 from docs import tables
 from kdkernels import integrations
 from models.experiments.six_systems_settings import FULL, RESULTS
+from models.experiments.study_endpoints import holm
 
 PAGES = tables.pages()
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -82,6 +83,41 @@ def test_every_public_name_is_on_the_api_page():
 def test_settings_that_the_results_name():
     assert f"{100 * FULL.hint_correlation:g}%" in text_of("results.md")
     assert FULL.seeds == 5 and "five seeds" in text_of("results.md")
+
+
+class TestCorrections:
+    """The p values of the first list of results.md that no CSV file holds: corrected over both studies."""
+
+    ROWS = tuple((study, row) for study, name in (("E1", "study_endpoints"), ("E3", "study_endpoints_E3"))
+                 for row in tables.read(name) if row["first"] == "caad2")  # fmt: skip
+
+    def corrected(self, column: str = "p", claim: bool | None = None) -> dict[tuple[str, str, str], float]:
+        kept = [(s, row) for s, row in self.ROWS if claim is None or (row["second"] == "kd_tuned") == claim]
+        found = holm([float(row[column]) for _, row in kept])
+        return {(s, row["name"], row["second"]): p for (s, row), p in zip(kept, found, strict=True)}
+
+    def test_p_values(self):
+        text = " ".join(text_of("results.md").split())
+        claim, others, together = self.corrected(claim=True), self.corrected(claim=False), self.corrected()
+        assert (len(claim), len(others), len(together)) == (6, 21, 27)
+        assert "the six cells of the first row" in text and "the 21 of the other rows. Over all 27 together" in text
+        assert f"against tuned KD (p {together['E3', 'P2', 'kd_tuned']:.2f})" in text
+        assert f"against true labels (p {together['E3', 'P1', 'ce_true']:.3f})" in text
+        assert f"over both (p {others['E3', 'P2', 'kd']:.4f})" in text
+        (within,) = (row["p_holm"] for s, row in self.ROWS if (s, row["name"], row["second"]) == ("E3", "P2", "sharpened2"))
+        assert f"(p {float(within):.2f} within E3, {others['E3', 'P2', 'sharpened2']:.2f} over both)" in text
+
+    def test_what_loses_its_mark_over_all_rows(self):
+        marked = {key for claim in (True, False) for key, p in self.corrected(claim=claim).items() if p < 0.05}
+        marked = {(s, row["name"], row["second"]) for s, row in self.ROWS if row["verdict"] != "failed"} & marked
+        lost = {key for key in marked if self.corrected()[key] >= 0.05}
+        assert lost == {("E3", "P2", "kd_tuned"), ("E3", "P1", "ce_true")}
+
+    def test_folds(self):
+        within = {(s, row["name"], row["second"]) for s, row in self.ROWS if float(row["folds_p_holm"]) < 0.05}
+        assert within == {("E3", name, "kd_tuned") for name in ("P1", "P2", "P3")} | {("E3", "P2", "ce_true")}
+        both = {key for claim in (True, False) for key, p in self.corrected("folds_p", claim).items() if p < 0.05}
+        assert both == {("E3", "P2", "ce_true")}
 
 
 class TestCheck:
