@@ -177,7 +177,8 @@ def chat_text(example: Example) -> str:
 def target_template(example: Example, answer: str) -> str:
     """`answer` as a full sentence, in the wording of the example's task ("The speaker is a woman.").
 
-    For a task that is not built in it is "The answer is {answer}.".
+    For a task that is not built in it is "The answer is {answer}.". No full stop follows an answer that ends in one, or in
+    another end of a sentence.
 
     Raises:
         ValueError: `answer` is empty, or not one of the example's choices.
@@ -188,7 +189,8 @@ def target_template(example: Example, answer: str) -> str:
     if example.choices and answer not in map(_one_line, example.choices):
         raise ValueError(f"answer: expected one of {list(example.choices)}, got {answer!r}")
     task = TASKS.get(example.task)
-    return (task.statement if task else "The answer is {}.").format(answer)
+    sentence = (task.statement if task else "The answer is {}.").format(answer)
+    return sentence.removesuffix(".") if answer.endswith((".", "!", "?", "。", "！", "？")) else sentence
 
 
 def hint_for(task: str, label: str) -> str:

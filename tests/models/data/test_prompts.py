@@ -70,6 +70,8 @@ def test_every_task_puts_its_labels_into_statement_and_hint(name):
 def test_target_template_of_gender_and_of_a_foreign_task():
     assert target_template(_example(task="gender"), "woman") == "The speaker is a woman."
     assert target_template(_example(task="bird song"), "a crow") == "The answer is a crow."
+    assert target_template(_example(task="bird song"), "A crow.") == "The answer is A crow."
+    assert target_template(_example(task="bird song"), "Who?") == "The answer is Who?"
 
 
 def test_target_template_refuses_what_is_no_choice():
