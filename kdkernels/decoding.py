@@ -105,10 +105,10 @@ def contrastive_generate(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Continues prompts by the contrast of the two paths; see `contrast_logits` for the formulas.
 
-    The chosen token goes to both paths.  transformers models run through their own `generate`, with the positions and caches
-    of their
-    family, but with an empty generation config: a checkpoint's sampling and penalties have no effect (`model.generation_config`
-    is replaced during the call).  Other modules run through their `forward`, which has to take `past_key_values` and `use_cache`.
+    The chosen token goes to both paths. transformers models run through their own `generate`, with the positions and caches
+    of their family, but with an empty generation config. So a checkpoint's sampling and penalties have no effect, and
+    `model.generation_config` is replaced during the call. Other modules run through their `forward`, which has to take
+    `past_key_values` and `use_cache`.
 
     Args:
         model: a transformers LM that can generate (with or without PEFT), or a module whose forward takes `input_ids`,

@@ -92,6 +92,7 @@ class MarkAbsent:
     key: str = "audio_present"
 
     def positive(self, inputs: Inputs) -> dict[str, Any]:
+        """The inputs of the path with audio: a flag that is missing becomes all True."""
         if inputs.get(self.key) is not None:
             return dict(inputs)
         return {**inputs, self.key: self._rows(inputs, True)}

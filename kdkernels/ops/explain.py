@@ -58,8 +58,8 @@ def explain(
         The rest: as in :func:`kdkernels.fused_linear_caad_loss`.
 
     For each implementation that cannot run the text says why. Nothing is allocated. No rate is measured by this call; the text
-    says where a device's rates come from. Times are work divided by the device's
-    rate, with every multiprocessor busy and the two teacher paths collapsed. Measured times are longer.
+    says where a device's rates come from. Times are work divided by the device's rate, with every multiprocessor busy and the
+    two teacher paths collapsed. Measured times are longer.
 
     Raises ValueError or TypeError for an option that the loss does not take.
     """

@@ -16,7 +16,7 @@ CONTROLS = ("no_audio", "swapped_audio")
 def evaluate_parser() -> Parser:
     parser = Parser(prog="python -m models evaluate", description="Ask a model every question and score the answers.")
     parser.add_argument("checkpoint", nargs="?", help="SpeechLM folder, or hub id or folder of an audio LM of transformers")
-    parser.add_argument("manifest", nargs="?", help="JSONL manifest")
+    parser.add_argument("manifest", nargs="?", help="manifest, or rows of another form (docs/data.md)")
     parser.add_argument("--benchmark", metavar="NAME|MANIFEST", help=f"{', '.join(NAMES)}, or a manifest")
     parser.add_argument("--rescore", metavar="FILE", help="score a predictions file again; no model is needed")
     parser.add_argument(
@@ -81,7 +81,7 @@ def ask_parser() -> Parser:
 
 def priors_parser() -> Parser:
     parser = Parser(prog="python -m models priors", description="Answer every question from its text alone.")
-    parser.add_argument("manifest", type=Path, help="JSONL manifest")
+    parser.add_argument("manifest", type=Path, help="manifest, or rows of another form (docs/data.md)")
     parser.add_argument("--lm", required=True, help="id or folder of a causal language model")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_list("--splits", default=["test"], choices=SPLITS, help="which splits are asked about")

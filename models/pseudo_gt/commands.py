@@ -28,7 +28,7 @@ def pseudo_gt_parser() -> Parser:
     parser = Parser(
         prog="python -m models pseudo-gt", description="Stage 1: write the answers that the student learns from."
     )
-    parser.add_argument("manifest", type=Path, help="JSONL manifest")
+    parser.add_argument("manifest", type=Path, help="manifest, or rows of another form (docs/data.md)")
     parser.add_argument("--out", type=Path, required=True, help="manifest to write")
     parser.add_argument(
         "--source",

@@ -11,7 +11,7 @@ RESAMPLERS = ("soxr", "torchaudio")  # soxr on the CPU; torchaudio on the encode
 
 def features_parser() -> Parser:
     parser = Parser(prog="python -m models features", description="Run every clip through the frozen audio encoder once.")
-    parser.add_argument("manifest", help="JSONL manifest whose clips are encoded")
+    parser.add_argument("manifest", help="manifest, or rows of another form (docs/data.md), whose clips are encoded")
     parser.add_argument("--model", required=True, help="folder of a SpeechLM; its encoder is used")
     parser.add_argument("--out", required=True, help="folder for shards, or a .safetensors file, to write")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")

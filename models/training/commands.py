@@ -67,7 +67,9 @@ def cache_parser() -> Parser:
     )
     parser.add_argument("teacher", help="folder of a SpeechLM, or hub id or folder of an audio LM of transformers")
     parser.add_argument(
-        "manifest", nargs="?", help="JSONL manifest with targets (python -m models pseudo-gt); none = --project what --out has"
+        "manifest",
+        nargs="?",
+        help="manifest with targets (python -m models pseudo-gt), or rows of another form; none = --project what --out has",
     )
     parser.add_argument("--out", required=True, help="folder of the cache, new or begun")
     parser.add_argument("--audio-root", help="folder of the audio (default: the manifest's)")

@@ -10,6 +10,7 @@ import pytest
 import kdkernels
 from docs import tables
 from kdkernels import integrations
+from models.audio_lms.families import FAMILIES
 from models.experiments.six_systems_settings import FULL, RESULTS
 from models.experiments.study_endpoints import holm
 
@@ -196,6 +197,27 @@ def test_liger_is_shown_with_its_faster_chunk():
     chunk = best["contender"].removeprefix(tables.LIGER)
     assert line.startswith(f"| Liger, chunk {chunk} | {float(best['speedup_over_eager']):.1f} ")
     assert line.endswith(f"| {float(best['peak_extra_mib']):,.0f} |")
+
+
+def test_errors_that_project_teacher_names():
+    near = {row["contender"]: float(row["gradient_error"]) for row in tables.read("projection_cpu") if row["kl"][:6] == "0.0004"}
+    said = " ".join(kdkernels.project_teacher.__doc__.split())
+    for contender, words in {
+        "from projections, 64 ids": "{} with 64 ids",
+        "from projections, 16 ids": "{} with 16",
+        "from projections, 1 ids": "{} with one",
+        "from states": "{} from states",
+    }.items():
+        assert words.format(f"{100 * near[contender]:.2g}%") in said, contender
+
+
+def test_audio_lms_of_the_training_page():
+    """The table of audio LMs is that of models/audio_lms/families."""
+    heard = [(f.name, f"{f.hears_seconds:g} s" if f.hears_seconds else "all", "one" if f.max_clips == 1 else "several")
+             for f in FAMILIES]  # fmt: skip
+    body = text_of("training.md").split("| audio LM | hears of a clip | clips in a turn |\n| --- | --- | --- |\n")[1]
+    body = body.split("\n\n")[0]
+    assert [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in body.splitlines()] == heard
 
 
 def test_every_plot_is_shown():
