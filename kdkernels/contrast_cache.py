@@ -102,7 +102,7 @@ class ContrastCache(ShardReader):
 
     Raises:
         ValueError: no cache in the folder, another format version, or another fingerprint (differing keys are listed).
-        CorruptCacheError: names the shard that is missing, truncated or altered.
+        CorruptCacheError: a ValueError of kdkernels.shards; names the shard that is missing, truncated or altered.
         ImportError: safetensors is not installed.
     """
 

@@ -215,7 +215,7 @@ class ProjectionCache(ShardReader):
 
     Raises:
         ValueError: no such cache in the folder, another format version, or another fingerprint (differing keys are listed).
-        CorruptCacheError: names the shard that is missing, truncated or altered.
+        CorruptCacheError: a ValueError of kdkernels.shards; names the shard that is missing, truncated or altered.
         ImportError: safetensors is not installed.
     """
 
