@@ -82,8 +82,8 @@ def test_every_public_name_is_on_the_api_page():
 
 
 def test_settings_that_the_results_name():
-    assert f"{100 * FULL.hint_correlation:g}%" in text_of("results.md")
-    assert FULL.seeds == 5 and "five seeds" in text_of("results.md")
+    assert f"{100 * FULL.hint_correlation:g}%" in text_of("earlier-results.md")
+    assert FULL.seeds == 5 and "five seeds" in text_of("earlier-results.md")
 
 
 class TestCorrections:
