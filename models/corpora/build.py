@@ -21,6 +21,7 @@ from pathlib import Path
 from models.corpora.commands import corpus_parser
 from models.corpora.plans.base import (
     DEFAULT_FOLD,
+    MAKER,
     SIZES,
     BenchmarkSize,
     ExternalSize,
@@ -111,7 +112,7 @@ def build_corpus(
     made, problems = render_all(out_dir, recordings, settings, progress=progress)
     examples = list((benchmark_examples if four_contexts else hinted_examples)(made, settings))
     header = {
-        "maker": "models.corpora.build",
+        "maker": MAKER,
         "fingerprint": settings.fingerprint(),
         "settings": dataclasses.asdict(settings),
         "sources": material.described,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from models.corpora.commands import card_parser
-from models.corpora.plans.base import DEFAULT_FOLD, SIZES
+from models.corpora.plans.base import DEFAULT_FOLD, MAKER, SIZES
 from models.data.manifest import SPLITS, Example, Manifest, read_manifest
 from models.data.prompts import CATEGORIES, TASKS
 from models.data.readers import CONTEXT_KINDS
@@ -26,11 +26,11 @@ _TEXT_CHARACTERS = 60
 def make_card(manifest: Manifest) -> str:
     """The card of a manifest as Markdown, without the sections that its header has nothing for (see `build_corpus`)."""
     header = manifest.header
-    size = header.get("settings", {}).get("size")
+    size = _settings(header).get("size")
     lines = [f"# Data card{f': {size}' if size else ''}", ""]
     clips = _clips(manifest)
-    minutes = sum(_seconds(e) for e in clips.values()) / 60
-    lines += [f"{len(manifest)} questions on {len(clips)} clips, {minutes:.1f} minutes, {len(_tasks(manifest))} tasks.", ""]
+    minutes = f", {sum(map(_seconds, clips.values())) / 60:.1f} minutes" if any(map(_seconds, clips.values())) else ""
+    lines += [f"{len(manifest)} questions on {len(clips)} clips{minutes}, {len(_tasks(manifest))} tasks.", ""]
     lines += _identity(manifest)
     lines += _section("Questions", _question_table(manifest))
     lines += _section("Labels of the test", _label_table(manifest))
@@ -49,7 +49,7 @@ def make_card(manifest: Manifest) -> str:
 
 def _identity(manifest: Manifest) -> list[str]:
     lines = []
-    if settings := manifest.header.get("settings"):
+    if settings := _settings(manifest.header):
         lines.append(f"- built by `{_command(settings)}`")
     if manifest.path is not None:
         lines.append(f"- sha256 of {manifest.path.name}: `{sha256_file(manifest.path)}`")
@@ -59,6 +59,11 @@ def _identity(manifest: Manifest) -> list[str]:
     }
     lines += [f"- {label}: `{manifest.header[key]}`" for key, label in labels.items() if key in manifest.header]
     return [*lines, ""] if lines else []
+
+
+def _settings(header: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `build_corpus`; none of a header by another maker, which may hold anything under that name."""
+    return header.get("settings", {}) if header.get("maker") == MAKER else {}
 
 
 def _command(settings: dict[str, Any]) -> str:
@@ -112,10 +117,11 @@ def _clip_table(clips: Iterable[Example]) -> list[str]:
     for clip in clips:
         groups[str(clip.metadata.get("source", "-"))][clip.split].append(_seconds(clip))
     splits = [split for split in SPLITS if any(split in by_split for by_split in groups.values())]
-    rows = [
-        [source, *(f"{len(groups[source][split])} ({sum(groups[source][split]) / 60:.1f} min)" for split in splits)]
-        for source in sorted(groups)
-    ]
+
+    def told(seconds: list[float]) -> str:
+        return f"{len(seconds)} ({sum(seconds) / 60:.1f} min)" if any(seconds) or not seconds else f"{len(seconds)}"
+
+    rows = [[source, *(told(groups[source][split]) for split in splits)] for source in sorted(groups)]
     return _table(["source", *splits], rows)
 
 
@@ -190,7 +196,9 @@ def _clips(manifest: Manifest) -> dict[str, Example]:
 
 
 def _seconds(example: Example) -> float:
-    return float(example.metadata.get("duration_seconds", 0.0))
+    """By the metadata; 0 where they do not say it."""
+    seconds = example.metadata.get("duration_seconds")
+    return float(seconds) if isinstance(seconds, (int, float)) else 0.0
 
 
 def _shortened(text: str) -> str:

@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not 0.0 <= arguments.max_bad_fraction <= 1.0:
             raise ValueError(f"--max-bad-fraction: expected a number from 0 to 1, got {arguments.max_bad_fraction}")
+        if not arguments.max_seconds > 0:
+            raise ValueError(f"--max-seconds: expected a positive number, got {arguments.max_seconds}")
         manifest = read_data(
             arguments.manifest,
             form=arguments.form,

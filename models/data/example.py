@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
@@ -89,7 +90,9 @@ class Example:
         object.__setattr__(self, "choices", tuple(dict.fromkeys(self.choices)))
         check_choices(self.choices)
         if self.choices and self.answer is not None and self.answer not in self.choices:
-            raise ValueError(f"answer: expected one of {list(self.choices)}, got {self.answer!r}")
+            same = unicodedata.normalize("NFC", self.answer) in (unicodedata.normalize("NFC", c) for c in self.choices)
+            why = "; one of them is the same in another Unicode form (NFC or NFD)" if same else ""
+            raise ValueError(f"answer: expected one of {list(self.choices)}, got {self.answer!r}{why}")
         _check_one_of("split", self.split, SPLITS)
         _check_one_of("kind", self.kind, KINDS)
         if self.target_source is not None:

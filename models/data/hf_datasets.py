@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from models.data.example import SPLITS
 from models.data.problems import ManifestError
 from models.data.row_values import split_name
 from models.io_utils import atomic_write_bytes, cache_dir
@@ -25,6 +26,8 @@ _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 _SHARDS = {"parquet": ".parquet", "webdataset": ".tar"}
+_ROWS_LOOKED_AT = 1000  # for the first clip; earlier rows may be of text only
+_UNNAMED = "unnamed"  # the split of shards that name none; `datasets` takes no empty name
 _SUFFIX = re.compile(r"\.\w{1,5}")
 
 
@@ -75,7 +78,7 @@ class DatasetRows:
     Attributes:
         kind: the same.
         first: the first row; empty without one.
-        holds_clips: whether the clips are inside the data set.
+        holds_clips: whether the clips are inside the data set, as the first one says.
         root: folder of the clips: the cache folder's where they are inside the data set, else the data set's own.
 
     Raises:
@@ -87,13 +90,15 @@ class DatasetRows:
         try:
             self._splits = _open(self.path, kind)
             self.first: dict[str, Any] = next((row for _, split in self._splits for row in split), {})
+            looked_at = itertools.islice((row for _, split in self._splits for row in split), _ROWS_LOOKED_AT)
+            clips = (value for row in looked_at for value in _values(row) if _is_clip(value))
+            self.holds_clips = _clip_bytes(next(clips, None)) is not None
         except ImportError as error:
             raise ManifestError(
                 f"{path}: data sets of this kind are read by the package datasets: {INSTALL} ({error})"
             ) from None
         except Exception as error:  # datasets raises several unrelated types
             raise ManifestError(f"{path}: datasets cannot read it: {error}") from error
-        self.holds_clips = any(_clip_bytes(value) is not None for value in _values(self.first))
         self.root = self.path if self.path.is_dir() else self.path.parent
         if self.holds_clips:
             self.root = cache_dir() / "clips"
@@ -174,6 +179,13 @@ def _clip_bytes(value: Any) -> bytes | None:
     return value["bytes"] if isinstance(value, dict) and isinstance(value.get("bytes"), bytes) else None
 
 
+def _is_clip(value: Any) -> bool:
+    """Whether this is a clip as `datasets` hands it out, not null."""
+    if _clip_bytes(value) is not None:
+        return True
+    return isinstance(value, dict) and set(value) == {"bytes", "path"} and value["path"] is not None
+
+
 def _values(value: Any) -> Iterator[Any]:
     yield value
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -190,11 +202,15 @@ def _open(path: Path, kind: str) -> list[tuple[str, Any]]:
     elif kind in _SHARDS:
         by_split: dict[str, list[str]] = {}
         for file in dataset_files(path, kind):
-            by_split.setdefault(_split_of(file), []).append(str(file))
+            below = Path(file.name) if path.is_file() else file.relative_to(path)
+            by_split.setdefault(_split_of(below) or _UNNAMED, []).append(str(file))
         loaded = datasets.load_dataset(kind, data_files=by_split, streaming=True)
     else:
         loaded = datasets.load_dataset("audiofolder", data_dir=str(path), streaming=True)
+        if list(loaded) == ["train"] and not any(_split_of(file.relative_to(path)) for file in dataset_files(path, kind)):
+            loaded = loaded["train"]  # its name where no folder says one
     splits = list(loaded.items()) if isinstance(loaded, dict) else [("", loaded)]
+    splits = [("" if name == _UNNAMED else name, split) for name, split in splits]
     if kind in ("webdataset", "audiofolder"):
         # `datasets` would encode these sounds with torchcodec, also where nothing is decoded.
         text = datasets.Value("string")
@@ -203,9 +219,16 @@ def _open(path: Path, kind: str) -> list[tuple[str, Any]]:
     return [(str(name), _undecoded(split, datasets)) for name, split in splits]
 
 
-def _split_of(file: Path) -> str:
-    """The split that a shard's name says, as hubs name them (train-00000-of-00002.parquet); "train" without one."""
-    return next((name for name in ("train", "validation", "dev", "test") if file.stem.startswith(name)), "train")
+def _split_of(file: Path) -> str | None:
+    """The split that a shard's name says, or else the nearest of its folders that says one; None without one.
+
+    So hubs name them: train-00000-of-00002.parquet, default/validation/0000.parquet. Whole words count: test, not testimony.
+    """
+    for part in (file.stem, *reversed(file.parent.parts)):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if (split := split_name(word)) in SPLITS:
+                return split
+    return None
 
 
 def _with_sounds(split: Any, plain: Any, datasets: Any) -> Any:

@@ -20,6 +20,7 @@ checks a manifest.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections import Counter
@@ -33,7 +34,7 @@ from models.data.example import AUDIO_PLACEHOLDER, KINDS, SPLITS, TARGET_SOURCES
 from models.data.json_rows import numbered_lines, parse_object
 from models.data.problems import ManifestError, Problem, list_problems
 from models.data.rows import AudioChecker, collect_examples
-from models.io_utils import atomic_write_text
+from models.io_utils import atomic_write_bytes
 
 __all__ = [
     "AUDIO_PLACEHOLDER",
@@ -159,7 +160,7 @@ def read_manifest(
 def write_manifest(
     path: str | os.PathLike[str], examples: Iterable[Example], *, header: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a manifest atomically: readers see the old file or the whole new one.
+    """Write a manifest atomically: readers see the old file or the whole new one. A name that ends with .gz is packed by gzip.
 
     Raises:
         ValueError: two examples share an id, `header` sets the version key, or a value has no JSON form (NaN).
@@ -174,7 +175,8 @@ def write_manifest(
             raise ValueError(f"examples: expected unique ids, got {example.id!r} twice")
         seen.add(example.id)
         lines.append(_dump(example.to_row()))
-    return atomic_write_text(path, "\n".join(lines) + "\n")
+    content = ("\n".join(lines) + "\n").encode()
+    return atomic_write_bytes(path, gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
 
 
 def _parse_header(path: Path, line: bytes | None) -> dict[str, Any]:

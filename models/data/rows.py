@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,13 @@ def link_problem(root: Path, audio: str, *, allow_links: bool) -> str | None:
     return f"path leaves the audio root through a link; {ALLOW_LINKS} permits that"
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 class AudioChecker:
     """Checks the audio of examples: each file lies in the audio root, and its header is read once however many rows use it.
 
@@ -121,4 +129,8 @@ class AudioChecker:
         except AudioError as error:
             if error.reason == MISSING_CLIP and "\\" in audio:
                 return AudioError(f"{MISSING_CLIP}; a path has / between its folders, this one has \\")
+            others = {form: unicodedata.normalize(form, audio) for form in ("NFC", "NFD")}
+            forms = [form for form, name in others.items() if name != audio and _is_there(self.root / name)]
+            if error.reason == MISSING_CLIP and forms:
+                return AudioError(f"{MISSING_CLIP}; its name is there in another Unicode form ({forms[0]})")
             return error

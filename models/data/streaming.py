@@ -13,12 +13,14 @@ the files of rows as they were, by their sizes, times and ends.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -151,8 +153,8 @@ class _Journal:
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
-        self._commit()
-        self._file.close()
+        with _naming(self.path), self._file:
+            self._commit()
 
     def left(self) -> Iterator[tuple[int, Any]]:
         """The rows that are not in the journal."""
@@ -175,11 +177,12 @@ class _Journal:
         """The journal becomes the manifest: readers see the old file or the whole new one."""
         bad = {problem.row for problem in self.problems}
         made = out.with_name(f".{out.name}.tmp")
-        with made.open("wb") as file:
-            file.write(_line(header))
-            for entry, _ in self._entries():
-                if entry.get("n") not in bad:
-                    file.writelines(_line(row) for row in entry.get("examples", ()))
+        with _naming(made), _removed_on_errors(made), made.open("wb") as file:
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) if out.suffix == ".gz" else nullcontext(file) as lines:
+                lines.write(_line(header))
+                for entry, _ in self._entries():
+                    if entry.get("n") not in bad:
+                        lines.writelines(_line(row) for row in entry.get("examples", ()))
             file.flush()
             os.fsync(file.fileno())
         made.replace(out)
@@ -253,12 +256,34 @@ class _Journal:
 
     def _write(self, entry: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(_line(entry))
+        with _naming(self.path):
+            self._file.write(_line(entry))
 
     def _commit(self) -> None:
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+@contextmanager
+def _removed_on_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors in the block name the file, which the system's error for a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -14,7 +14,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its 95% bootstrap interval, and how many items it is computed from; the value is None if there are none."""
+    """A number, its 95% bootstrap interval, and how many items it is computed from; the value is None if there are none.
+
+    The ends are None where all draws are equal: one clip, or clips that agree. Nothing says how much others would differ.
+    """
 
     value: float | None
     low: float | None
@@ -22,7 +25,15 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        return "-" if self.value is None else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self.text()
+
+    def text(self, sign: str = "") -> str:
+        """The number and its interval for the terminal; `sign` is that of a format, such as "+"."""
+        if self.value is None:
+            return "-"
+        if self.low is None or self.high is None:
+            return f"{self.value:{sign}.3f} (no interval)"
+        return f"{self.value:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,13 @@ class Statistic:
     count: int
 
     def estimate(self) -> Estimate:
-        """The number with its percentile interval. Draws without an item do not count."""
+        """The number with its percentile interval, if its draws differ. Draws without an item do not count."""
         if np.isnan(self.value):
             return Estimate(None, None, None, 0)
         defined = self.draws[~np.isnan(self.draws)]
-        low, high = np.quantile(defined, [0.025, 0.975]) if defined.size else (np.nan, np.nan)
+        if not defined.size or np.ptp(defined) < 1e-12:
+            return Estimate(float(self.value), None, None, self.count)
+        low, high = np.quantile(defined, [0.025, 0.975])
         return Estimate(float(self.value), float(low), float(high), self.count)
 
     def __sub__(self, other: Statistic) -> Statistic:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,8 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
         repair: remove such a line from the file too, so that more can be appended; not of a packed file.
 
     Raises:
-        EvaluationError: no such file, another kind of file, or a damaged line, such as one with NaN.
+        EvaluationError: no such file, another kind of file, or a damaged line, such as one with NaN, with a value of another
+            type than its field has, or with an id that was there before.
     """
     path = Path(path)
     try:
@@ -164,17 +165,56 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
     if not known:
         raise EvaluationError(f'{path}: expected a first line with "{FILE_KEY}": {FILE_VERSION}')
     predictions = []
+    first_line: dict[str, int] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("no line end")
-            predictions.append(Prediction(**parse_object(line)))
+            p = Prediction(**_checked(parse_object(line)))
+            if p.id in first_line:
+                raise ValueError(f"id {p.id!r} twice, first in line {first_line[p.id]}")
+            first_line[p.id] = number
+            predictions.append(p)
         except (ValueError, TypeError) as error:
             if line.endswith(b"\n"):
                 raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
             if repair and not packed:
                 os.truncate(path, sum(map(len, lines[:-1])))
     return header, predictions
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, whose values have the types of `Prediction`. Raises TypeError or ValueError that begins with the field's name."""
+    for name, value in row.items():
+        expected, fits = _TYPES.get(name, ("a string", _is_text))
+        if not fits(value):
+            raise TypeError(f"{name}: expected {expected}, got {json.dumps(value, ensure_ascii=False)[:80]}")
+    if row.get("kind") not in (None, *KINDS):
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {row['kind']!r}")
+    return row
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or _is_text(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# What a field of a line may hold, where that is not a string.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "choices": ("a list of strings", lambda x: isinstance(x, list) and all(map(_is_text, x))),
+    "scores": ("an object of numbers", lambda x: isinstance(x, dict) and all(map(_is_number, x.values()))),
+    "groups": ("an object of strings", lambda x: isinstance(x, dict) and all(map(_is_text, x.values()))),
+    "pair_id": ("a string or null", _is_text_or_null),
+    "claim": ("a string or null", _is_text_or_null),
+    "snr_db": ("a number or null", lambda x: x is None or _is_number(x)),
+}
 
 
 def claimed_choice(example: Example) -> str | None:

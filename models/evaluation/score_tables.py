@@ -142,4 +142,4 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _signed(e: Estimate) -> str:
-    return "-" if e.value is None else f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+    return e.text("+")

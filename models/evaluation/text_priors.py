@@ -26,11 +26,11 @@ from tqdm import tqdm
 from models.data.manifest import Example, ManifestError
 from models.data.problems import print_skipped
 from models.data.prompts import render_prompt
-from models.data.readers import read_data
+from models.data.readers import read_data, row_files
 from models.evaluation.choice_scores import choice_scores
 from models.evaluation.commands import priors_parser
 from models.evaluation.predictions import EvaluationError, context_kind, likeliest
-from models.io_utils import atomic_write_json, same_file, sha256_file
+from models.io_utils import atomic_write_json, fingerprint, same_file, sha256_file
 from models.speech_lm.collation import Collator
 
 if TYPE_CHECKING:
@@ -186,6 +186,13 @@ def _prior(scores: dict[str, float], example_id: str) -> Prior:
     return Prior(answer, round(1.0 / total, 6), {choice: round(score, 6) for choice, score in scores.items()})
 
 
+def _rows_sha256(path: Path) -> str:
+    """The hash of the file of rows; of a folder, that of the names and hashes of the files that hold its rows."""
+    if path.is_file():
+        return sha256_file(path)
+    return fingerprint([[file.relative_to(path).as_posix(), sha256_file(file)] for file in row_files(path, "auto")])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the priors of a manifest's questions and print a line for each task; one message and status 1 if that fails."""
     arguments = priors_parser().parse_args(argv)
@@ -206,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not examples:
             chosen = f"splits {arguments.splits} and contexts {arguments.contexts}"
             raise ManifestError(f"{arguments.manifest}: no question with choices in {chosen}")
+        rows_sha256 = _rows_sha256(arguments.manifest)
         lm, tokenizer = load_causal_lm(arguments.lm, dtype=inference_dtype(device))
         priors = text_priors(
             examples, lm.to(device), tokenizer, batch_examples=arguments.batch_examples
@@ -214,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         header = {
             "lm": arguments.lm,
             "lm_sha256": resolve_backbone(arguments.lm, kind="causal_lm").sha256(),
-            "manifest_sha256": sha256_file(arguments.manifest),
+            "manifest_sha256": rows_sha256,
             "splits": arguments.splits,
             "contexts": arguments.contexts,
             "by_task": by_task,

@@ -280,8 +280,8 @@ def verdict(predictions: Mapping[str, Sequence[Any]]) -> list[str]:
                 f"{_compared(conflict)}; without a hint {_points(neutral)}, {_compared(neutral)}."
             )
             if system == "kd":
-                wins += [f"alpha {alpha}"] if conflict.low > 0 else []
-                costs += [f"alpha {alpha}"] if neutral.high < 0 else []
+                wins += [f"alpha {alpha}"] if _compared(conflict) == "better" else []
+                costs += [f"alpha {alpha}"] if _compared(neutral) == "worse" else []
     if wins:
         headline = f"CAAD ({' and '.join(wins)}) follows a false hint less often than plain KD does"
         headline += f", but is less accurate without a hint ({' and '.join(costs)})." if costs else "."
@@ -310,11 +310,15 @@ def caveat(folders: Mapping[str, Path], settings: DemoSettings) -> str:
 
 
 def _points(difference: Any) -> str:
-    low, high = 100 * difference.low, 100 * difference.high
-    return f"{100 * difference.value:+.1f} points (95% {low:+.1f} to {high:+.1f}, {difference.count} clips)"
+    ends = "no interval"
+    if difference.low is not None:
+        ends = f"95% {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+    return f"{100 * difference.value:+.1f} points ({ends}, {difference.count} clips)"
 
 
 def _compared(difference: Any) -> str:
+    if difference.low is None:
+        return "no clear difference"
     if difference.low > 0:
         return "better"
     return "worse" if difference.high < 0 else "no clear difference"
@@ -389,7 +393,7 @@ def results_csv(results: Mapping[str, Any]) -> str:
         row: dict[str, Any] = {"system": system, "label": system_name(system), "seed": results["settings"]["seed"]}
         for kind in KINDS:
             value = score["by_kind"][kind]
-            ends = {f"{kind}_{end}": round(value[end], 4) for end in ("low", "high")}
+            ends = {f"{kind}_{end}": "" if value[end] is None else round(value[end], 4) for end in ("low", "high")}
             row |= {kind: round(value["value"], 4), **ends}
         tir = score["tir_adv"]["value"]
         row |= {"tir_adv": "" if tir is None else round(tir, 4), "clips": score["by_kind"]["neutral"]["count"]}

@@ -272,9 +272,11 @@ def verdicts(rows: Sequence[Mapping[str, Any]], paired: Sequence[Mapping[str, An
         sentences.append(f"{against}, Shift: {-fall:+.1f} points; target -20: {said(fall >= 20)}.")
         for context, ok in (("conflict", lambda d: d["low"] > 0), ("aligned", lambda d: d["high"] >= 0)):
             d = interval(system, kd, context)
-            points = f"{100 * d['difference']:+.1f} points (95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
+            decided = d["low"] is not None
+            ends = f"95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f}" if decided else "no interval"
+            points = f"{100 * d['difference']:+.1f} points ({ends})"
             wanted = "up" if context == "conflict" else "not down"
-            sentences.append(f"{against}, {context}: {points}; target {wanted}: {said(ok(d))}.")
+            sentences.append(f"{against}, {context}: {points}; target {wanted}: {said(ok(d)) if decided else 'not decided'}.")
     if known >= {"teacher", *TIMES}:
         names = ("teacher_half", "teacher", "teacher_long")
         nats, shifts = ([mean(name, column) for name in names] for column in ("dev_nats", "shift_tir_adv"))

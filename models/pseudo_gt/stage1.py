@@ -161,6 +161,7 @@ def run_stage1(
     made_from = {"fingerprint": identity, "rows": rows} | ({"clips": fingerprint(clips)} if clips else {})
     with Journal(_journal(out), identity, clips=clips, restart=restart) as journal:
         if not restart and _is_finished(out, recipe, made_from, report):
+            _bring_to(out, manifest, prefix, root)
             journal.discard()
             return report
         answers = journal.read({example.id for example in selected})
@@ -236,6 +237,13 @@ def _select(
     if not selected:
         kept = ", rows with a target left out" if keep_targets else ""
         raise Stage1Error(f"no row to write a target for (splits {list(splits)}, pool {pool}, task {task}{kept})")
+    for name, wanted, there in (
+        ("pool", pools, [example.metadata.get("pool") for example in manifest]),
+        ("task", tasks, [example.task for example in manifest]),
+    ):
+        if lacking := [each for each in wanted or () if each not in there]:
+            known = ", ".join(sorted({str(each) for each in there if each})) or "none"
+            raise Stage1Error(f"{name}: no row of {', '.join(map(repr, lacking))}; the manifest holds {known}")
     return selected
 
 
@@ -360,7 +368,7 @@ def _is_finished(out: Path, recipe: _Recipe, made_from: Mapping[str, str], repor
     if not out.exists():
         return False
     try:
-        stage1 = read_manifest(out, check_audio=False).header["stage1"]
+        stage1 = read_manifest(out, check_audio=False, max_bad_fraction=0.0).header["stage1"]
         accepted = {"max_characters": DEFAULT_MAX_CHARACTERS}
         accepted |= {name: stage1[name] for name in ("max_characters", "accept") if name in stage1}
         there = {name: stage1[name] for name in ("fingerprint", "rows", "clips") if name in stage1}
@@ -372,6 +380,16 @@ def _is_finished(out: Path, recipe: _Recipe, made_from: Mapping[str, str], repor
     except (ManifestError, KeyError, TypeError):
         return False
     return True
+
+
+def _bring_to(out: Path, manifest: Manifest, prefix: str, root: Path) -> None:
+    """Write the finished `out` again where the clips lie elsewhere than when it was made: their paths, and the audio root."""
+    made = read_manifest(out, check_audio=False)
+    now = {example.id: _rebase(example, prefix) for example in manifest}
+    there = [(example, now.get(example.id, example)) for example in made]
+    rows = [dataclasses.replace(example, audio=at.audio, more_audio=at.more_audio) for example, at in there]
+    if rows != made.examples or made.audio_root.resolve() != root:
+        write_manifest(out, rows, header=header_with_root(made.header, audio_root=root, folder=out.parent))
 
 
 def _journal(out: Path) -> Path:

@@ -77,3 +77,12 @@ def test_manifests_of_others_get_a_card_too(tmp_path):
     assert card.startswith("# Data card\n\n3 questions on 0 clips")
     assert "Crow \\| rook?" in card and "Sources" not in card and "Known weaknesses" not in card
     assert make_card(Manifest(rows, [], tmp_path, {})).startswith("# Data card")
+
+
+def test_what_others_put_under_the_names_of_a_corpus_makes_no_card_fail(tmp_path):
+    seconds = (None, "2 s", 6.0)
+    rows = [Example(id=f"{n}", audio=f"{n}.wav", metadata={"duration_seconds": seconds[n]}) for n in range(3)]
+    for header in ({"settings": {"lr": 1}, "notes": []}, {"settings": "mine", "sources": ["home"]}):
+        assert "3 questions on 3 clips, 0.1 minutes, 1 tasks." in make_card(Manifest(rows, [], tmp_path, header))
+    unknown = make_card(Manifest(rows[:2], [], tmp_path, {}))  # lengths that nobody knows are not 0
+    assert "2 questions on 2 clips, 1 tasks." in unknown and "0.0 min" not in unknown and "| - | 2 |" in unknown

@@ -7,17 +7,19 @@ import json
 import os
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 
+from models.data import hf_datasets
 from models.data.audio import load_audio, write_audio
 from models.data.check import main as check
 from models.data.check import script_of
 from models.data.find_form import find_form
 from models.data.manifest import ManifestError
-from models.data.readers import read_data
+from models.data.readers import read_data, read_foreign
 from models.training.recipe import Recipe
 from models.training.recipe_sections import DataConfig
 from models.training.teacher_states import SourceError
@@ -460,6 +462,55 @@ def test_clips_inside_a_data_set_become_files_once(root, tmp_path, monkeypatch):
     assert [(e.answer, e.split) for e in manifest] == [("man", "dev"), ("woman", "dev"), ("man", "dev")]
     (file,) = [path for path in (tmp_path / "cache" / "clips").rglob("*") if path.is_file()]
     assert file.read_bytes() == data and {manifest.audio_path(e) for e in manifest} == {file, None}
+
+
+def test_the_clips_of_a_data_set_that_begins_with_text_become_files_in_the_cache(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    rows = _Split([{"audio": None, "question": "Why?", "answer": "no"}] * 2)
+    rows.append({"audio": {"bytes": (root / "a.wav").read_bytes(), "path": "a.wav"}, "question": "Who?", "answer": "man"})
+    rows.features = {}
+    module = types.SimpleNamespace(Audio=_Audio, load_from_disk=lambda path: rows)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    manifest = read_data(folder)
+    assert [e.answer for e in manifest] == ["no", "no", "man"]
+    assert [path.name for path in folder.iterdir()] == ["state.json"]  # nothing is written beside the user's rows
+    assert manifest.audio_path(manifest.examples[2]).is_relative_to(tmp_path / "cache" / "clips")
+
+
+@pytest.mark.parametrize(
+    ("shard", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("validation-00000-of-00001.parquet", "dev"),
+        ("val.parquet", "dev"),
+        ("my_test.parquet", "test"),
+        ("default/test/0000.parquet", "test"),
+        ("default/validation/0000.parquet", "dev"),
+        ("en/train/test-0.parquet", "test"),
+        ("valid/shard-000.tar", "dev"),
+        ("testimony.parquet", None),
+        ("data/0000.parquet", None),
+    ],
+)
+def test_a_shard_is_of_the_split_that_its_name_or_folder_says(shard, split):
+    assert hf_datasets._split_of(Path(shard)) == split
+
+
+@pytest.mark.slow
+def test_shards_in_folders_of_splits(root, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("KDKERNELS_CACHE", str(tmp_path / "cache"))
+    for name in ("default/train/0000", "default/test/0000", "default/validation/0000", "other/0000"):
+        path = tmp_path / "hub" / f"{name}.parquet"
+        path.parent.mkdir(parents=True)
+        columns = {"audio": [{"bytes": (root / "a.wav").read_bytes(), "path": "a.wav"}], "question": [name], "answer": ["x"]}
+        datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    for given, unnamed in ((None, "train"), ("test", "test")):
+        found = {e.question.split("/")[-2]: e.split for e in read_foreign(tmp_path / "hub", form="auto", split=given)}
+        assert found == {"train": "train", "test": "test", "validation": "dev", "other": unnamed}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -254,6 +255,31 @@ def test_missing_manifest_folder_and_bad_fraction(tmp_path):
         read_manifest(tmp_path)
     with pytest.raises(ValueError, match="max_bad_fraction: expected a number from 0 to 1, got 2"):
         read_manifest(tmp_path / "no.jsonl", max_bad_fraction=2)
+
+
+def test_a_manifest_whose_name_ends_with_gz_is_packed(root):
+    examples = [Example(id=f"{n}", audio="a.flac", answer="女") for n in range(3)]
+    path = write_manifest(root / "m.jsonl.gz", examples)
+    assert read_manifest(path).examples == examples
+    assert gzip.decompress(path.read_bytes()) == write_manifest(root / "m.jsonl", examples).read_bytes()
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-1"])
+def test_check_refuses_a_limit_that_is_no_length(root, capsys, seconds):
+    from models.data.check import main as check
+
+    assert check([str(_write(root, [json.dumps(GOOD)])), f"--max-seconds={seconds}"]) == 1
+    assert "error: --max-seconds: expected a positive number, got " in capsys.readouterr().err
+
+
+def test_names_that_differ_in_their_unicode_form_alone_are_told_apart(root):
+    """Two strings that look the same in a message; file names from a Mac are often of the other form."""
+    write_audio(root / "caf\u00e9.wav", np.zeros(16_000, np.float32) + 0.1)
+    assert "missing file; its name is there in another Unicode form (NFC)" in _problem(root, _row(audio="cafe\u0301.wav")).reason
+    assert _problem(root, _row(audio="the\u0301.wav")).reason == "audio: missing file ('the\u0301.wav')"
+    line = _row(choices=["\u00e9t\u00e9", "hiver"], answer="e\u0301te\u0301")
+    assert _problem(root, line).reason.endswith("; one of them is the same in another Unicode form (NFC or NFD)")
+    assert _problem(root, _row(choices=["man", "woman"], answer="child")).reason.endswith("got 'child'")
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_rows(root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -85,6 +86,35 @@ def test_a_killed_run_goes_on(root, monkeypatch):
     streaming.stream_into_manifest(source, root / "m.jsonl")
     assert read == list(range(9, 16))
     assert (root / "m.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes() and not part.exists()
+
+
+def test_a_full_disk_is_named_with_its_file_and_the_run_goes_on(root, in_child, monkeypatch):
+    monkeypatch.setattr(streaming, "COMMIT_ROWS", 4)
+    source = jsonl(root / "rows.jsonl", rows(60, filler="x" * 100))
+    streaming.stream_into_manifest(source, root / "whole.jsonl")
+    with pytest.raises(RuntimeError, match=r"OSError: .* too large: '.*m\.jsonl\.part'"):
+        in_child(lambda: streaming.stream_into_manifest(source, root / "m.jsonl"), file_bytes=3_000)
+    fsync = os.fsync
+
+    def full(descriptor):
+        if list(root.glob(".m.jsonl.tmp")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*m\.jsonl\.tmp'"):
+            streaming.stream_into_manifest(source, root / "m.jsonl")
+    assert not list(root.glob(".*.tmp")) and not (root / "m.jsonl").exists()
+    streaming.stream_into_manifest(source, root / "m.jsonl")
+    assert (root / "m.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes()
+
+
+def test_a_manifest_whose_name_ends_with_gz_is_packed(root):
+    source = jsonl(root / "rows.jsonl", rows(9))
+    for flags in ([], ["--streaming"]):
+        assert main([str(source), "--out", str(root / "m.jsonl.gz"), *flags]) == 0
+        assert read_manifest(root / "m.jsonl.gz").examples == read_foreign(source, form="auto").examples
 
 
 def test_a_second_conversion_into_the_same_file_is_refused(root, monkeypatch):

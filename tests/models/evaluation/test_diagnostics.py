@@ -8,6 +8,7 @@ import pytest
 
 from models.evaluation.diagnostics import calibration, compare, control_priors, hint_priors, prior_confusion
 from models.evaluation.predictions import Prediction
+from models.evaluation.score_tables import print_comparison
 from models.evaluation.scoring import judged
 from models.evaluation.summary import summarize
 
@@ -124,7 +125,7 @@ def system(table):
     ]
 
 
-def test_comparison_by_hand():
+def test_comparison_by_hand(capsys):
     first = system({1: ("a", 1, 1), 2: ("a", 1, 1), 3: ("a", 1, 0), 4: ("b", 1, 1), 5: ("b", 0, 0)})
     second = system({1: ("a", 1, 0), 2: ("a", 1, 0), 3: ("a", 0, 0), 4: ("b", 1, 0), 6: ("b", 1, 1)})
     c = compare(first, second, bootstrap_samples=200)
@@ -136,7 +137,10 @@ def test_comparison_by_hand():
     assert c["mean_of_tasks"].value == pytest.approx((5 / 6 + 2 / 2) / 2 - (2 / 6 + 1 / 2) / 2)
     assert c["tir_adv"].value == pytest.approx(1 / 4 - 3 / 3)
     same = compare(first, first, bootstrap_samples=50)
-    assert all((same[k].value, same[k].low, same[k].high) == (0, 0, 0) for k in ("accuracy", "mean_of_tasks", "tir_adv"))
+    for name in ("accuracy", "mean_of_tasks", "tir_adv"):
+        assert (same[name].value, same[name].low, same[name].high) == (0, None, None)
+    print_comparison(same, "a", "b")
+    assert "+0.000 (no interval)" in capsys.readouterr().out
 
 
 def test_comparison_is_paired():

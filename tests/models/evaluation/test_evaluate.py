@@ -248,6 +248,30 @@ def test_likelihoods_and_logits_of_nan_are_no_answer(model, store, files, tmp_pa
     assert "error: example 'gender" in capsys.readouterr().err and "NaN" not in (tmp_path / "p.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": None}, "answer: expected a string, got null"),
+        ({"prediction": 5}, "prediction: expected a string, got 5"),
+        ({"choices": "man"}, 'choices: expected a list of strings, got "man"'),
+        ({"scores": {"man": "x"}}, 'scores: expected an object of numbers, got {"man": "x"}'),
+        ({"groups": None}, "groups: expected an object of strings, got null"),
+        ({"kind": "none"}, "kind: expected one of neutral, aligned, conflict, irrelevant, got 'none'"),
+        ({"pair_id": 3}, "pair_id: expected a string or null, got 3"),
+        ({"id": "q1"}, "id 'q1' twice, first in line 2"),
+    ],
+)
+def test_a_line_of_predictions_that_cannot_be_one_is_named(tmp_path, capsys, change, message):
+    """Such as those of another system, which its user has brought into this form."""
+    rows = [Prediction(id=f"q{n}", task="t", kind="neutral", answer="a", prediction="a").to_row() for n in (1, 2)]
+    path = tmp_path / "p.jsonl"
+    write_header(path, {})
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in (rows[0], rows[1] | change))
+    assert main(["--rescore", str(path)]) == 1
+    assert f"error: {path}: line 3 is damaged: {message}\n" in capsys.readouterr().err
+
+
 def test_nan_is_neither_written_nor_read_nor_scored(tmp_path):
     p = Prediction(id="q1", task="t", kind="neutral", answer="a", prediction="a", scores={"a": -1.0, "b": -2.0})
     path = tmp_path / "p.jsonl"

@@ -279,9 +279,29 @@ def test_paired_difference():
     second = [p(i, "conflict", i < 60) for i in range(100)]
     d = paired_difference(first, second, kind="conflict")
     assert d.value == pytest.approx(0.2) and d.low > 0.1
-    assert paired_difference(first, first).value == 0 == paired_difference(first, first).high
+    same = paired_difference(first, first)
+    assert (same.value, same.low, same.high) == (0, None, None)
     with pytest.raises(ValueError, match="no id in common"):
         paired_difference(first, second, kind="neutral")
+
+
+@pytest.mark.parametrize("rights", [[1], [1, 1, 1], [0] * 40], ids=["one clip", "three that agree", "forty that agree"])
+def test_clips_that_do_not_differ_give_no_interval(rights):
+    """Nothing says how much others would differ: three right answers of three are no proof of 100%."""
+    accuracy = score([p(i, "neutral", right) for i, right in enumerate(rights)])["accuracy"]
+    assert (accuracy.value, accuracy.low, accuracy.high, accuracy.count) == (rights[0], None, None, len(rights))
+    assert str(accuracy) == f"{rights[0]:.3f} (no interval)"
+    mixed = score([p(i, "neutral", i % 2) for i in range(40)])["accuracy"]
+    assert mixed.low < 0.5 < mixed.high
+
+
+def test_two_questions_on_one_clip_give_no_interval():
+    both = [dataclasses.replace(p(i, "neutral", i % 2), clip="one.wav") for i in range(2)]
+    accuracy = score(both)["accuracy"]
+    assert (accuracy.value, accuracy.low, accuracy.high, accuracy.count) == (0.5, None, None, 2)
+    others = [dataclasses.replace(p(i, "neutral", 1), clip=f"{i}.wav", task="other") for i in range(2, 30)]
+    by_task = score([*both, *others])["by_task"]
+    assert all(task["all"].low is None for task in by_task.values())  # also beside the clips of other tasks
 
 
 def test_mistakes_are_named():

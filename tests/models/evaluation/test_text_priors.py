@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models.data.manifest import Example, write_manifest
+from models.data.readers import read_data
 from models.evaluation.predictions import EvaluationError
 from models.evaluation.text_priors import (
     Prior,
@@ -176,6 +177,21 @@ def test_command_line(tmp_path, monkeypatch, capsys, backbone):
     told = capsys.readouterr().out
     assert len(read_priors(out)) == 30 and "skipped free/neutral: no choices to rank\n" in told
     assert "skipped row 33 (bad/neutral): answer: expected one of" in told
+    folder = tmp_path / "kaldi"
+    folder.mkdir()
+    (folder / "wav.scp").write_text("u1 a.wav\n")
+    assert main([str(folder), "--lm", "tiny", "--out", str(out), "--splits", "train"]) == 1
+    assert "no question with choices" in capsys.readouterr().err
+    read = read_data  # rows with choices in a folder, as data sets of the package datasets are
+    with monkeypatch.context() as patch:
+        patch.setattr("models.evaluation.text_priors.read_data", lambda path, **options: read(manifest, **options))
+        hashes = []
+        for audio in ("a.wav", "b.wav"):
+            (folder / "wav.scp").write_text(f"u1 {audio}\n")
+            assert main([str(folder), "--lm", "tiny", "--out", str(out)]) == 0
+            hashes.append(json.loads(out.read_text())["manifest_sha256"])
+    assert len(read_priors(out)) == 2 and hashes[0] != hashes[1]
+    capsys.readouterr()
     assert main([str(manifest), "--lm", "tiny", "--out", str(out), "--splits", "train"]) == 1
     assert "error: " in capsys.readouterr().err
     monkeypatch.setattr("models.evaluation.text_priors.read_data", lambda *_, **__: pytest.fail("the manifest was read"))

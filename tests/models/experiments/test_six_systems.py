@@ -73,7 +73,8 @@ def test_differences_are_of_the_same_questions_and_a_teacher_stands_beside_every
     by_pair = {(r["system"], r["minus"], r["context"]): r for r in rows}
     conflict = by_pair["caad2", "kd", "conflict"]
     assert conflict["difference"] == pytest.approx(0.5) and conflict["low"] > 0.3 and conflict["answers"] == 80
-    assert by_pair["caad2", "kd", "neutral"]["difference"] == 0 == by_pair["caad2", "kd", "neutral"]["high"]
+    equal = by_pair["caad2", "kd", "neutral"]
+    assert (equal["difference"], equal["low"], equal["high"]) == (0, None, None)
     assert by_pair["caad_plus", "teacher_cd1", "conflict"]["difference"] == pytest.approx(0.5)
     assert not any(r["minus"] == "ce_only" for r in rows)
 
@@ -92,6 +93,7 @@ def test_the_verdict_follows_the_numbers():
     assert any(s.startswith("caad2 against standard KD, ALL: +21.7% relative; target +8%: met") for s in sentences)
     assert "caad2 against standard KD, Shift: -50.0 points; target -20: met." in sentences
     assert any(s.startswith("caad2 against standard KD, conflict: +50.0") and s.endswith("target up: met.") for s in sentences)
+    assert "caad2 against standard KD, aligned: +0.0 points (no interval); target not down: not decided." in sentences
     assert sentences[-1].endswith("at 0.33 of its latency; target above 0 points at 0.50: met.")
     assert any(s.startswith("caad2 against standard KD, conflict") and s.endswith("MISSED.") for s in said([8, 12]))
 

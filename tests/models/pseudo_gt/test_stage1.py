@@ -163,6 +163,38 @@ def test_a_finished_run_is_not_repeated_and_a_changed_one_is(tmp_path):
         run_stage1(manifest, tmp_path / "out.jsonl", writer=refuse, progress=False)
 
 
+@pytest.mark.parametrize("out", ["made/out.jsonl", "out.jsonl"], ids=["a root in the header", "paths from the folder above"])
+def test_a_finished_run_follows_clips_that_were_moved(tmp_path, out):
+    """Without asking anything again, and with an answer that was rejected."""
+    examples = [gender(n, audio=f"{n}.flac", more_audio=(f"{n}b.flac",)) for n in range(3)]
+    asked = []
+
+    def writer(batch):
+        asked.extend(batch)
+        return ["" if e.id == "clip-1" else "The speaker is a man." for e in batch]
+
+    for root in ("first", "second", "second"):
+        (tmp_path / root).mkdir(exist_ok=True)
+        source = write_manifest(tmp_path / "in" / "in.jsonl", examples, header={"seed": 3})
+        manifest = read_manifest(source, audio_root=tmp_path / root, check_audio=False)
+        report = run_stage1(manifest, tmp_path / out, writer=writer, progress=False)
+        made = read_manifest(tmp_path / out, check_audio=False)
+        assert [made.audio_path(e).resolve() for e in made] == [tmp_path / root / f"{n}.flac" for n in (0, 2)]
+        assert [(made.audio_root / e.more_audio[0]).resolve() for e in made] == [tmp_path / root / f"{n}b.flac" for n in (0, 2)]
+        assert {e.target for e in made} == {"The speaker is a man."} and made.header["stage1"]["accepted"] == 2
+        assert made.header["seed"] == 3
+    assert len(asked) == 3 and report.resumed == 3
+
+
+@pytest.mark.parametrize(("name", "known"), [("task", "gender"), ("pool", "teacher")])
+def test_a_task_or_pool_without_a_row_is_named_beside_one_that_has_some(tmp_path, name, known):
+    """Its rows would pass through without a target, and nobody would know."""
+    manifest = _manifest(tmp_path, [gender(1)])
+    with pytest.raises(Stage1Error, match=f"{name}: no row of 'typo'; the manifest holds {known}"):
+        run_stage1(manifest, tmp_path / "out.jsonl", source="template", progress=False, **{name: [known, "typo"]})
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_the_last_torn_line_is_dropped_and_written_again(tmp_path):
     manifest = _manifest(tmp_path, [gender(number) for number in range(5)])
 
