@@ -206,12 +206,12 @@ class ShardWriter(AbstractContextManager):
         self.part = part
         self._shard_bytes = int(shard_mib * _MIB)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder / f"lock-{part}")
+        self._lock, self._process = _lock(self.folder / f"lock-{part}"), os.getpid()
         try:
             self._match_header(header)
             self._records, self._known = self._resume(verify_checksums)
         except BaseException:
-            self._lock.close()
+            self._unlock()
             raise
         self._buffer: list[tuple[str, str, dict[str, Tensor]]] = []  # sample id, content, tensors
         self._buffered_bytes = self._line_bytes = 0  # of the tensors, and of the line in the index
@@ -275,7 +275,16 @@ class ShardWriter(AbstractContextManager):
             try:
                 self.flush()
             finally:
-                self._lock.close()
+                self._unlock()
+
+    def _unlock(self) -> None:
+        """Gives the lock up; a process forked meanwhile, such as a DataLoader's worker, has the file open and would keep it."""
+        with suppress(ImportError):
+            import fcntl
+
+            if os.getpid() == self._process:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+        self._lock.close()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()  # samples taken before an error are complete: they are kept
@@ -590,10 +599,14 @@ def _lock(path: Path) -> Any:
     except ImportError:  # not POSIX: the caller has to avoid two writers of one part
         return file
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _naming(path):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise RuntimeError(
             f"another writer is at work in {path.parent} (lock {path.name}); give it another part"
         ) from None
+    except OSError:  # a file system without locks
+        file.close()
+        raise
     return file

@@ -371,6 +371,37 @@ class TestClosed:
         assert len(other) == 0
 
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+    def test_a_forked_process_does_not_keep_the_lock(self, tmp_path):
+        """A DataLoader's worker that outlives the writer has the lock's file open."""
+        reading, writing = os.pipe()
+        with writer(tmp_path) as cache:
+            cache.add("a", *states("a"))
+            child = os.fork()
+            if child == 0:
+                os.read(reading, 1)
+                os._exit(0)
+        try:
+            with writer(tmp_path) as again:
+                assert "a" in again
+        finally:
+            os.write(writing, b"x")
+            os.waitpid(child, 0)
+            os.close(reading)
+            os.close(writing)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+    def test_a_forked_process_does_not_give_the_lock_up(self, tmp_path):
+        with writer(tmp_path) as cache:
+            child = os.fork()
+            if child == 0:
+                cache.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+            with pytest.raises(RuntimeError, match="another writer is at work"):
+                writer(tmp_path)
+
+
 class TestRefusals:
     def test_other_fingerprint(self, tmp_path):
         filled(tmp_path)
