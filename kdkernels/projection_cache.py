@@ -34,7 +34,6 @@ from .contrast_cache import ContrastCache
 from .lm_head import LMHead
 from .projection import TeacherProjection, head_fingerprint, project_teacher
 from .shards import (
-    CorruptCacheError,
     Header,
     Kind,
     Layout,
@@ -488,11 +487,10 @@ def project_cache(
     )  # fmt: skip
     written = 0
     with writer:
-        elsewhere = _held(writer.folder)  # such as by another number of parts
         for group in itertools.islice(_groups(states), part, None, parts):
             missing = []
             for row, name in enumerate(group):
-                before, now = writer.content(name) if name in writer else elsewhere.get(name), states.content(name)
+                before, now = writer.content(name), states.content(name)
                 if before is None:
                     missing.append(row)
                 elif before and now and before != now:
@@ -555,15 +553,6 @@ def settings_of(
         contrast=contrast,
         teacher_fingerprint=teacher,
     )
-
-
-def _held(folder: Path) -> dict[str, str]:
-    """The contents of all parts' samples; none where a shard of another part is damaged, which its own process repairs."""
-    try:
-        cache = ProjectionCache(folder, verify_checksums=False)
-    except CorruptCacheError:
-        return {}
-    return {name: cache.content(name) for name in cache}
 
 
 def _groups(states: ContrastCache) -> Iterator[list[str]]:

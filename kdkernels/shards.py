@@ -210,6 +210,7 @@ class ShardWriter(AbstractContextManager):
         try:
             self._match_header(header)
             self._records, self._known = self._resume(verify_checksums)
+            self._elsewhere = self._of_other_parts()
         except BaseException:
             self._unlock()
             raise
@@ -217,8 +218,8 @@ class ShardWriter(AbstractContextManager):
         self._buffered_bytes = self._line_bytes = 0  # of the tensors, and of the line in the index
 
     def __contains__(self, sample_id: object) -> bool:
-        """Finished or waiting in this writer's memory."""
-        return sample_id in self._known
+        """Finished or waiting in this writer's memory, or finished by another part when this writer was opened."""
+        return sample_id in self._known or sample_id in self._elsewhere
 
     def contains(self, sample_id: str) -> bool:
         return sample_id in self
@@ -227,8 +228,8 @@ class ShardWriter(AbstractContextManager):
         return len(self._known)
 
     def content(self, sample_id: str) -> str | None:
-        """The fingerprint of a sample's content that this part of the cache holds; None if it does not hold the sample."""
-        return self._known.get(sample_id)
+        """The fingerprint of a sample's content that the cache holds; None if it does not hold the sample (see `in`)."""
+        return self._known.get(sample_id, self._elsewhere.get(sample_id))
 
     def _check_open(self) -> None:
         if self._lock.closed:
@@ -342,6 +343,12 @@ class ShardWriter(AbstractContextManager):
             elif path.name not in named:  # bad, or renamed just before a kill
                 path.unlink()
         return good, {sample_id: content for record in good for sample_id, _, _, content in record["samples"]}
+
+    def _of_other_parts(self) -> dict[str, str]:
+        """The contents of the samples that other parts have finished. A reader refuses a sample that two parts have."""
+        paths = (path for path in sorted(self.folder.glob("index-*.jsonl")) if path != self._index_path)
+        records = (record for path in paths for record in _read_index(path, self._layout)[0])
+        return {sample_id: content for record in records for sample_id, _, _, content in record["samples"]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
