@@ -205,7 +205,8 @@ class ContrastCacheWriter(ShardWriter):
             and `project_cache` refuse the head of another teacher. They accept one that differs by less than 1% there, such as
             the same head in another dtype.
         shard_mib: size at which a shard is closed. This much is held in memory, and a kill can lose it.
-        part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...).
+        part: name of this writer's own shards and index, where several processes write one cache ("rank0", ...). Samples that
+            other parts have finished before this writer is opened are in the cache for it too.
         verify_checksums: read the existing shards and compare their sha256. A bad one is dropped with a warning, and its samples
             count as missing.
 

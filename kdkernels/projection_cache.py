@@ -34,7 +34,6 @@ from .contrast_cache import ContrastCache
 from .lm_head import LMHead
 from .projection import TeacherProjection, head_fingerprint, project_teacher
 from .shards import (
-    CorruptCacheError,
     Header,
     Kind,
     Layout,
@@ -469,8 +468,8 @@ def project_cache(
     that it would have had.
 
     Raises:
-        ValueError: the student has a softcap; the folder holds projections of another teacher or for other settings; or a bad
-            argument, with its name.
+        ValueError: the student has a softcap; the folder holds projections of another teacher, for other settings or of a sample
+            whose content has changed; or a bad argument, with its name.
     """
     settings = settings_of(
         teacher_head, student_head, alpha=alpha, temperature=temperature, contrast=contrast, plausibility=plausibility,
@@ -488,9 +487,17 @@ def project_cache(
     )  # fmt: skip
     written = 0
     with writer:
-        elsewhere = _held(writer.folder)  # such as by another number of parts
         for group in itertools.islice(_groups(states), part, None, parts):
-            missing = [row for row, name in enumerate(group) if name not in writer and name not in elsewhere]
+            missing = []
+            for row, name in enumerate(group):
+                before, now = writer.content(name), states.content(name)
+                if before is None:
+                    missing.append(row)
+                elif before and now and before != now:
+                    raise ValueError(
+                        f"folder: expected projections of what {states.folder} holds, got another {name!r} in {folder} (content "
+                        f"{before!r}, now {now!r}); write into a new folder"
+                    )
             if missing:
                 held = states.get(group)
                 audio, text = (None if x is None else x.to(weight) for x in (held.audio_hidden, held.text_hidden))
@@ -546,14 +553,6 @@ def settings_of(
         contrast=contrast,
         teacher_fingerprint=teacher,
     )
-
-
-def _held(folder: Path) -> set[str]:
-    """The samples of all parts; none where a shard of another part is damaged, which its own process repairs."""
-    try:
-        return set(ProjectionCache(folder, verify_checksums=False))
-    except CorruptCacheError:
-        return set()
 
 
 def _groups(states: ContrastCache) -> Iterator[list[str]]:

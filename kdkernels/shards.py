@@ -206,19 +206,20 @@ class ShardWriter(AbstractContextManager):
         self.part = part
         self._shard_bytes = int(shard_mib * _MIB)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder / f"lock-{part}")
+        self._lock, self._process = _lock(self.folder / f"lock-{part}"), os.getpid()
         try:
             self._match_header(header)
             self._records, self._known = self._resume(verify_checksums)
+            self._elsewhere = self._of_other_parts()
         except BaseException:
-            self._lock.close()
+            self._unlock()
             raise
         self._buffer: list[tuple[str, str, dict[str, Tensor]]] = []  # sample id, content, tensors
         self._buffered_bytes = self._line_bytes = 0  # of the tensors, and of the line in the index
 
     def __contains__(self, sample_id: object) -> bool:
-        """Finished or waiting in this writer's memory."""
-        return sample_id in self._known
+        """Finished or waiting in this writer's memory, or finished by another part when this writer was opened."""
+        return sample_id in self._known or sample_id in self._elsewhere
 
     def contains(self, sample_id: str) -> bool:
         return sample_id in self
@@ -227,8 +228,8 @@ class ShardWriter(AbstractContextManager):
         return len(self._known)
 
     def content(self, sample_id: str) -> str | None:
-        """The fingerprint of a sample's content that this part of the cache holds; None if it does not hold the sample."""
-        return self._known.get(sample_id)
+        """The fingerprint of a sample's content that the cache holds; None if it does not hold the sample (see `in`)."""
+        return self._known.get(sample_id, self._elsewhere.get(sample_id))
 
     def _check_open(self) -> None:
         if self._lock.closed:
@@ -275,7 +276,16 @@ class ShardWriter(AbstractContextManager):
             try:
                 self.flush()
             finally:
-                self._lock.close()
+                self._unlock()
+
+    def _unlock(self) -> None:
+        """Gives the lock up; a process forked meanwhile, such as a DataLoader's worker, has the file open and would keep it."""
+        with suppress(ImportError):
+            import fcntl
+
+            if os.getpid() == self._process:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+        self._lock.close()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()  # samples taken before an error are complete: they are kept
@@ -333,6 +343,12 @@ class ShardWriter(AbstractContextManager):
             elif path.name not in named:  # bad, or renamed just before a kill
                 path.unlink()
         return good, {sample_id: content for record in good for sample_id, _, _, content in record["samples"]}
+
+    def _of_other_parts(self) -> dict[str, str]:
+        """The contents of the samples that other parts have finished. A reader refuses a sample that two parts have."""
+        paths = (path for path in sorted(self.folder.glob("index-*.jsonl")) if path != self._index_path)
+        records = (record for path in paths for record in _read_index(path, self._layout)[0])
+        return {sample_id: content for record in records for sample_id, _, _, content in record["samples"]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -590,10 +606,14 @@ def _lock(path: Path) -> Any:
     except ImportError:  # not POSIX: the caller has to avoid two writers of one part
         return file
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _naming(path):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise RuntimeError(
             f"another writer is at work in {path.parent} (lock {path.name}); give it another part"
         ) from None
+    except OSError:  # a file system without locks
+        file.close()
+        raise
     return file

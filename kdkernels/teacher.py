@@ -127,6 +127,8 @@ class DualPathTeacher(nn.Module):
         head: `LMHead`. It is read from the model each time, so it is the head that the model has now.
             `teacher.head.keywords("teacher")` are the keywords of `fused_linear_caad_loss`.
 
+    A row that the caller has packed (position_ids that restart, no attention mask) is a pass of its own on each path.
+
     Each call puts the model in the modes of an evaluation with audio, and restores its own modes afterwards. These are evaluation
     mode, the adapters that the model turns on for audio (Granite Speech), and an output without cache, layers and attentions.
 
@@ -299,6 +301,7 @@ class DualPathTeacher(nn.Module):
             # Rows without audio can share a batch where features are flattened, as in transformers; a model with its
             # own hidden_states_at may want one entry a row.
             same_batch = text.inputs.keys() == audio.inputs.keys() or not self._has_protocol
+        same_batch = same_batch and not (_packed_by_caller(audio) or _packed_by_caller(text))
         _check_index(index, "index", audio)
         _check_index(text_index, "text_index", text)
         if index.shape != text_index.shape:
@@ -414,6 +417,13 @@ class DualPathTeacher(nn.Module):
                     f"softcap={self._post[0]} logit_scale={self._post[1]:.6g}; pass head=LMHead(...)"
                 )
         self._post_checked = True
+
+
+def _packed_by_caller(batch: PathBatch) -> bool:
+    """Whether one row may hold several samples. Flash-attention keeps them apart in a row that is alone, and in no other."""
+    given = batch.inputs
+    restarts = batch.rows == 1 and "position_ids" in given and "attention_mask" not in given
+    return restarts or "cu_seq_lens_q" in given
 
 
 def _check_index(index: Tensor, name: str, batch: PathBatch) -> None:

@@ -44,10 +44,13 @@ def split_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def sample_names(inputs: Mapping[str, Any]) -> list[str]:
-    """The samples of a micro-batch, for an error message."""
-    rows = len(labels_of(inputs, ""))
-    names = inputs.get(SAMPLE_ID)
-    return [f"row {row} of {rows}" for row in range(rows)] if names is None else [str(name) for name in names]
+    """What each row of a micro-batch is called in an error message: a packed row by its number, with all names behind it."""
+    rows, given = len(labels_of(inputs, "")), inputs.get(SAMPLE_ID)
+    names = [] if given is None else [str(name) for name in given]
+    if len(names) == rows:
+        return names
+    behind = f" ({_listed(names)})" if names else ""
+    return [f"row {row} of {rows}{behind}" for row in range(rows)]
 
 
 def labels_of(inputs: Mapping[str, Any], prefix: str) -> Tensor:
@@ -81,17 +84,22 @@ def sums_of_weights(inputs: Mapping[str, Any]) -> Tensor:
     return torch.stack([x.sum() for x in term_weights(inputs, labels_of(inputs, ""))])
 
 
-def check_targets(target: Tensor, rows: Tensor, own: Tensor, own_rows: Tensor, whose: str, names: list[str]) -> None:
+def check_targets(
+    target: Tensor, rows: Tensor, own: Tensor, own_rows: Tensor | None, whose: str, names: list[str]
+) -> None:
     """The teacher's targets are the student's; on CUDA only their number is looked at (see KDKERNELS_CHECK).
 
-    rows, own_rows: the sample of each target, among `names`.
+    rows, own_rows: the row of each target, among `names`; None = not known, because the rows are packed.
     """
     same = target.shape == own.shape
     if same and checks_enabled(target.device):
-        same = torch.equal(target, own.to(target.device)) and torch.equal(rows, own_rows.to(rows.device))
+        same = torch.equal(target, own.to(target.device))
+        same = same and (own_rows is None or torch.equal(rows, own_rows.to(rows.device)))
     if not same:
-        one, other = ((ids.cpu(), of.cpu()) for ids, of in ((target, rows), (own, own_rows)))
-        differing = [n for row, n in enumerate(names) if not torch.equal(one[0][one[1] == row], other[0][other[1] == row])]
+        differing = names
+        if own_rows is not None:
+            one, other = ((ids.cpu(), of.cpu()) for ids, of in ((target, rows), (own, own_rows)))
+            differing = [n for row, n in enumerate(names) if not torch.equal(one[0][one[1] == row], other[0][other[1] == row])]
         raise ValueError(
             f"labels: expected the target tokens of {whose}, got others in {listed_samples(differing)}; distillation by token "
             "needs one tokenizer and the same answers"
@@ -131,5 +139,8 @@ def ids_named(model: nn.Module, names: list[str], columns: Mapping[str, Any]) ->
 
 
 def listed_samples(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return f"sample {shown}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return f"sample {_listed(names)}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -12,6 +12,7 @@ from ..caad import fused_linear_caad_loss
 from ..head_capture import logit_post
 from ..head_loss import HeadLoss
 from ..teacher import DualPathTeacher, answer_index
+from .batch_columns import labels_of
 from .checkpoints import CheckpointLoading
 from .options import CAADOptions
 from .teacher_model import check_apart, move
@@ -39,6 +40,8 @@ class CAADLossMixin(CheckpointLoading):
     divided by the trainer's number of labels, as its own loss is, over accumulation and ranks. What the trainer computes from
     logits (its own metrics) is not logged.
     """
+
+    _caad_teacher: DualPathTeacher | None = None
 
     def use_teacher(
         self,
@@ -80,6 +83,9 @@ class CAADLossMixin(CheckpointLoading):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch; with return_outputs also a dict without logits."""
+        teacher = self._caad_teacher
+        if teacher is None:
+            raise ValueError("teacher: expected use_teacher(...) to be called before the trainer computes a loss, got no teacher")
         given = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
         own_count = "completion_ids" in inputs  # which the trainer makes after its completions are there
         if own_count:
@@ -88,9 +94,9 @@ class CAADLossMixin(CheckpointLoading):
             if model.training and inputs.get("num_items_in_batch") is not None:
                 num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1)
         else:
-            labels = inputs["labels"]
+            labels = labels_of(inputs, "")
         index, target = answer_index(labels)
-        states = self._caad_teacher(given, index)
+        states = teacher(given, index)
         options = self._caad_options.keywords(self.state.global_step + 1)
         if states.text_hidden is None:
             self._caad_options.refuse_alpha()
@@ -107,7 +113,7 @@ class CAADLossMixin(CheckpointLoading):
                 student_bias=bias,
                 kd_normalizer=num_items_in_batch,
                 ce_normalizer=num_items_in_batch,
-                **{**self._caad_teacher.head.keywords("teacher"), **self._caad_post, **options},
+                **{**teacher.head.keywords("teacher"), **self._caad_post, **options},
             )
 
         value = self._caad_head(model, given, index, loss)

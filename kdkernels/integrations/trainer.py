@@ -4,7 +4,7 @@ A batch is what the student's forward takes, with `labels`, and these columns be
 
     teacher_NAME     inputs of the teacher's positive path, where they are not the student's (teacher_labels among them)
     negative_NAME    inputs of its negative path, instead of those that the teacher makes itself (negative_labels among them)
-    sample_id        strings, the samples' names in a ContrastCache or a ProjectionCache
+    sample_id        strings, the samples' names in a ContrastCache or a ProjectionCache; of packed rows all names, in their order
     alpha, kd_token_weight, ce_token_weight     (B, L), aligned with `labels` and shifted with them
 
 Legend: B rows of a batch, L columns, N positions that predict a label, H hidden width, V vocabulary.
@@ -508,15 +508,16 @@ class CAADTrainer(CheckpointLoading, Trainer):
             raise ValueError("inputs['alpha']: expected None with a ProjectionCache, whose alpha is fixed, got a tensor")
         keywords |= {name: options[name] for name in OF_THE_PROJECTED_LOSS}
         assert isinstance(self.teacher, ProjectionCache)
-        lengths = torch.bincount(index // labels.shape[1], minlength=len(labels))
         samples = self._sample_ids(inputs)
         held = self.teacher.get(samples)
+        packed = len(samples) != len(labels)
+        lengths = held.lengths if packed else torch.bincount(index // labels.shape[1], minlength=len(labels))
         try:
             projection = held.spread(target, lengths).projection
         except ValueError as error:
-            differing = [
-                str(name)
-                for name, ids, n in zip(samples, target.split(lengths.tolist()), lengths, strict=False)
+            differing = sample_names(inputs) if packed else [
+                name
+                for name, ids, n in zip(samples, target.split(lengths.tolist()), lengths, strict=True)
                 if not _spreads(self.teacher.get([name]), ids, n[None])
             ]
             raise ValueError(
@@ -536,11 +537,15 @@ class CAADTrainer(CheckpointLoading, Trainer):
         return compute
 
     def _sample_ids(self, inputs: Mapping[str, Any]) -> Any:
+        cache = type(self.teacher).__name__
         if inputs.get(SAMPLE_ID) is None:
             raise ValueError(
-                f"inputs: expected a column {SAMPLE_ID!r}, the samples' names in the {type(self.teacher).__name__}, got "
-                f"{sorted(inputs)}; transformers' default collator drops strings"
+                f"inputs: expected a column {SAMPLE_ID!r}, the samples' names in the {cache}, got {sorted(inputs)}; "
+                "transformers' default collator drops strings"
             )
+        for name in inputs[SAMPLE_ID]:
+            if not isinstance(name, str):
+                raise TypeError(f"inputs[{SAMPLE_ID!r}]: expected strings, the samples' names in the {cache}, got {name!r}")
         return inputs[SAMPLE_ID]
 
     def _teacher_states(
@@ -556,8 +561,8 @@ class CAADTrainer(CheckpointLoading, Trainer):
         if isinstance(self.teacher, ContrastCache):
             samples = self._sample_ids(inputs)
             states = self.teacher.get(samples)
-            lengths = torch.tensor([self.teacher.rows(str(name)) for name in samples])
-            own_rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+            packed = len(samples) != len(inputs["labels"])
+            own_rows = None if packed else torch.arange(len(samples)).repeat_interleave(states.lengths)
             check_targets(target, rows, states.target, own_rows, "the ContrastCache", names)
             dtype = self._cached_head.weight.dtype
             both = (states.audio_hidden, states.text_hidden)

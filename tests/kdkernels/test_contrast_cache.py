@@ -180,9 +180,10 @@ class TestRoundTrip:
             first.add("a", *states("a"))
             second.add("b", *states("b"))
         assert sorted(ContrastCache(tmp_path)) == ["a", "b"]
-        with writer(tmp_path, part="rank2") as third:
-            third.add("a", *states("a"))
-        with pytest.raises(CorruptCacheError, match=r"sample 'a' is in shard shard-rank0-00000.*two parts"):
+        with writer(tmp_path, part="rank2") as third, writer(tmp_path, part="rank3") as fourth:  # neither sees the other's
+            third.add("c", *states("c"))
+            fourth.add("c", *states("c"))
+        with pytest.raises(CorruptCacheError, match=r"sample 'c' is in shard shard-rank2-00000.*two parts"):
             ContrastCache(tmp_path)
 
 
@@ -369,6 +370,49 @@ class TestClosed:
         with writer(tmp_path) as other, pytest.raises(ValueError, match="writer: expected an open one"):
             cache.flush()
         assert len(other) == 0
+
+
+    def test_another_number_of_parts_writes_no_sample_twice(self, tmp_path):
+        for part, name in (("0", "a"), ("1", "b")):
+            with writer(tmp_path, part=part) as cache:
+                cache.add(name, *states(name), content=f"of {name}")
+        with writer(tmp_path, part="0") as alone:
+            assert "a" in alone and "b" in alone and "c" not in alone
+            assert [alone.content(name) for name in "abc"] == ["of a", "of b", None]
+            with pytest.raises(ValueError, match="sample_id: expected an id the cache does not hold yet, got 'b'"):
+                alone.add("b", *states("b"))
+            alone.add("c", *states("c"))
+        assert set(ContrastCache(tmp_path)) == {"a", "b", "c"}
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+    def test_a_forked_process_does_not_keep_the_lock(self, tmp_path):
+        """A DataLoader's worker that outlives the writer has the lock's file open."""
+        reading, writing = os.pipe()
+        with writer(tmp_path) as cache:
+            cache.add("a", *states("a"))
+            child = os.fork()
+            if child == 0:
+                os.read(reading, 1)
+                os._exit(0)
+        try:
+            with writer(tmp_path) as again:
+                assert "a" in again
+        finally:
+            os.write(writing, b"x")
+            os.waitpid(child, 0)
+            os.close(reading)
+            os.close(writing)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+    def test_a_forked_process_does_not_give_the_lock_up(self, tmp_path):
+        with writer(tmp_path) as cache:
+            child = os.fork()
+            if child == 0:
+                cache.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+            with pytest.raises(RuntimeError, match="another writer is at work"):
+                writer(tmp_path)
 
 
 class TestRefusals:

@@ -125,6 +125,21 @@ def test_after_a_kill_the_same_call_goes_on_with_the_same_bits(states, tmp_path,
     assert project(states, tmp_path / "parts") == 0
 
 
+@pytest.mark.parametrize("other_part", [False, True])
+def test_a_sample_that_has_changed_is_refused(states, tmp_path, groups_of_two, other_part):
+    project(states, tmp_path / "p")
+    with ContrastCache.writer(tmp_path / "again", fingerprint={"t": 1}, hidden_size=H_T, dtype=torch.float32) as writer:
+        for name in NAMES:
+            held = states.get([name])
+            content = f"of {name}" + (", heard again" if name == "c" else "")
+            writer.add(name, held.audio_hidden, held.text_hidden, held.target, content=content)
+    again = ContrastCache(tmp_path / "again")
+    with pytest.raises(ValueError, match=r"got another 'c' in .*/p \(content 'of c', now 'of c, heard again'\); write into"):
+        for part in range(2 if other_part else 1):
+            project(again, tmp_path / "p", parts=2 if other_part else 1, part=part)
+    assert project(states, tmp_path / "p") == 0
+
+
 def test_processes_share_the_groups(states, tmp_path, groups_of_two):
     written = [project(states, tmp_path / "p", part=part, parts=2) for part in (0, 1)]
     cache = ProjectionCache(tmp_path / "p")

@@ -156,6 +156,28 @@ def test_dropped_features_run_in_a_pass_of_their_own():
     torch.testing.assert_close(teacher.head.logits(states.text_hidden), logits_at(model, dropped, index), **CLOSE)
 
 
+@pytest.mark.parametrize("boundaries", [False, True], ids=["positions", "flash_attention_arguments"])
+def test_a_row_that_the_caller_has_packed_is_a_pass_of_its_own(boundaries):
+    """Flash-attention keeps samples apart in a row that is alone; a second one would stop that, or double the boundaries."""
+    model, padded = tiny_lms.llama()
+    seen = []
+    model.register_forward_pre_hook(lambda _model, _args, given: seen.append(given), with_kwargs=True)
+    rows, length = padded["input_ids"].shape
+    packed = {"input_ids": padded["input_ids"].reshape(1, -1), "position_ids": torch.arange(length).repeat(rows)[None]}
+    if boundaries:
+        ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+        packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
+    teacher = DualPathTeacher(model, negative=lambda given: {**given, "input_ids": given["input_ids"].clamp(max=40)})
+    index = torch.tensor([5, length + 7, 2 * length + 9])
+    states = teacher(packed, index)
+    assert [tuple(given["input_ids"].shape) for given in seen] == [(1, rows * length)] * 2
+    for name in packed.keys() - {"input_ids"}:
+        assert all(torch.equal(torch.as_tensor(given[name]), torch.as_tensor(packed[name])) for given in seen), name
+    expected = teacher(padded, index)
+    torch.testing.assert_close(states.audio_hidden, expected.audio_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states.text_hidden, expected.text_hidden, rtol=1e-4, atol=1e-5)
+
+
 def test_unused_positions_of_other_passes_do_not_leak():
     """Rows of a pass without any answer, index entries in no order."""
     model, inputs = tiny_lms.voxtral()

@@ -237,6 +237,8 @@ def test_a_cache_goes_on_and_its_parts_are_one(world, tmp_path, capsys):
         assert cache_main(cache_words(world, tmp_path / "c", "--part", part)) == 0
     said = capsys.readouterr().out
     assert "12 samples," in said and "6 samples written, 12 in" in said and "0 samples written, 12 in" in said
+    assert cache_main(cache_words(world, tmp_path / "c")) == 0  # one process in the place of two writes no sample twice
+    assert "0 samples written, 12 in" in capsys.readouterr().out
     assert len(ContrastCache(tmp_path / "c")) == 12
 
 
