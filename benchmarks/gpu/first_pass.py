@@ -10,6 +10,7 @@ fetches packages before.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -33,6 +34,8 @@ from . import wheels
 
 SECONDS = 560
 LEAST_SECONDS = 15  # an item that has less than this left does not begin
+BUILD_SECONDS = 150  # that the other items wait for the CUDA part, after the first of them
+LAST_WORDS = 20  # seconds that tests get beyond their limit, to print what has failed
 PYTEST = "--tb=short -q -p no:cacheprovider --maxfail=25"
 
 
@@ -71,7 +74,7 @@ ITEMS = [
         "other-tests",
         f'-m pytest -n 8 {OTHER_TESTS} -k "gpu or triton or no_logits or scaling or nothing_waits"',
         "every test passes on the device: graphs, the loss without logits, survivors, scaling, layers, teachers",
-        90,
+        150,
     ),
     Item("table", "-m benchmarks.gpu.measure table", "launch table within 5% of the best of 12 others", 60),
     Item("capture", "-m benchmarks.gpu.measure capture", "CUDA graph and torch.compile give the eager bits", 80),
@@ -136,27 +139,42 @@ class Pass:
         (self.out / "part.tar.gz").replace(self.out / "logs.tar.gz")
 
 
-def wait(process: subprocess.Popen, seconds: float) -> int | None:
-    """Its exit status; None where it took longer, and was killed with its children."""
+def wait(process: subprocess.Popen, seconds: float, last_words: float = 0.0) -> int | None:
+    """Its exit status; None where it took longer, and was killed with its children.
+
+    ``last_words``: seconds that it gets after an interrupt, to say what it has found. pytest then prints the failures so far.
+    """
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
+        if last_words:
+            os.killpg(process.pid, signal.SIGINT)  # pytest's workers too: it waits for them before it prints
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=last_words)
+        _kill(process)
         return None
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """The process, if it still runs, and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_item(item: Item, run: Pass) -> None:
     """outcome: met, missed, failed (no answer) or cut (out of time); result: its figures or its last line."""
     limit = min(run.seconds_left, item.limit_seconds)
     words = shlex.split(item.command.format(out=run.out))
-    if words[:2] == ["-m", "pytest"]:
+    tests = words[:2] == ["-m", "pytest"]
+    if tests:
         words += [*shlex.split(PYTEST), f"--junitxml={run.logs / item.name}.xml"]
     answer, started = ("cut", "not reached"), time.monotonic()
     if limit >= min(LEAST_SECONDS, item.limit_seconds):
-        status = wait(run.start(item.name, *words), limit)
+        status = wait(run.start(item.name, *words), limit, LAST_WORDS if tests else 0.0)
         answer = outcome_of(status, run.lines(item.name), limit)
     run.write(item.name, *answer, time.monotonic() - started, target=item.target, command=item.command)
 
@@ -198,7 +216,7 @@ def build_command(run: Pass) -> list[str]:
 
 
 def finish_build(run: Pass, build: subprocess.Popen, started: float) -> None:
-    status = wait(build, max(run.seconds_left, 1))
+    status = wait(build, max(min(run.seconds_left, BUILD_SECONDS), 1))
     built = sorted((run.work / "built").glob("kdkernels-*.whl"))
     if status == 0 and built:
         shutil.copy(built[-1], run.out)

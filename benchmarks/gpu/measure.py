@@ -172,7 +172,7 @@ def measure_table(tokens: int, repeats: int, warps: Sequence[int] = (2, 4, 8, 16
         group = 16 // DTYPES[name].itemsize
         tables = {"table": own}
         for elements, count in itertools.product((8, 16, 32), warps):
-            launch = {"GROUPS": 32 * count * elements // group, "GROUP": group, "num_warps": count}
+            launch = {"GROUPS": 32 * count * elements // group, "GROUP": group, "num_warps": count, "enable_fp_fusion": True}
             tables[f"{elements} logits, {count} warps"] = lambda *_, launch=launch: launch
         seconds = {}
         for label, table in tables.items():

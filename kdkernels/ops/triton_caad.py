@@ -59,7 +59,7 @@ from .triton_shared import (
 )
 
 
-@triton.jit(do_not_specialize=["sequence"])
+@triton.jit(do_not_specialize=["sequence", "stride_stats"])
 def _caad_row_kernel(
     student_ptr,
     audio_ptr,

@@ -36,7 +36,7 @@ from .triton_shared import (
 _SMALLEST = tl.constexpr(2.0**-126)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sums"])
 def _mix_row_kernel(
     audio_ptr,
     text_ptr,

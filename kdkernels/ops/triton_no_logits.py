@@ -658,6 +658,7 @@ def contrastive_summands(
             width=audio.shape[1],
             BLOCK=min(2048, max(128, triton.next_power_of_2(audio.shape[1]))),
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return parts
 
@@ -818,4 +819,5 @@ class _Slab:
             WITH_KD=spec.with_kd,
             WITH_CE=self._with_ce,
             num_warps=1,
+            enable_fp_fusion=True,
         )

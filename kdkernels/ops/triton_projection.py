@@ -38,7 +38,7 @@ from .triton_shared import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_stats"])
 def _projected_row_kernel(
     student_ptr,
     ids_ptr,

@@ -72,7 +72,7 @@ def _shard_max_kernel(
     tl.store(out_ptr + row, tl.max(audio_max, axis=0))
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "stride_sums"])
 def _shard_sums_kernel(
     student_ptr,
     audio_ptr,
@@ -273,7 +273,7 @@ def _log_of_shares(q_share, p_share):
     return tl.maximum(tl.log(p_share), -1e4) - tl.maximum(tl.log(q_share), -1e4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sums", "stride_factors", "stride_out"])
 def _shard_jsd_kernel(
     student_ptr,
     audio_ptr,
@@ -347,7 +347,7 @@ def _shard_jsd_kernel(
     tl.store(out_ptr + stride_out + row, (tl.sum(kl_q, axis=0) * q_share).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "stride_sums", "stride_factors"])
 def _shard_gradient_kernel(
     student_ptr,
     audio_ptr,

@@ -70,6 +70,25 @@ def test_an_item_has_an_outcome_whatever_happens(code, outcome, result, tmp_path
         assert "logs/x.log" in archive.getnames()
 
 
+def test_tests_that_are_cut_say_what_has_failed(tmp_path):
+    """Without it a pass that is short of time would show dots, and no reason."""
+    run, begun, file = new_pass(tmp_path), tmp_path / "begun", tmp_path / "test_both.py"
+    file.write_text(
+        "import pathlib, time\n"
+        "def test_one():\n    assert 1 == 2, 'the reason'\n"
+        f"def test_two():\n    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(600)\n"
+    )
+    process = run.start("x", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={run.logs / 'x.xml'}", str(file))
+    try:
+        while process.poll() is None and not begun.exists():
+            time.sleep(0.1)
+        assert first_pass.wait(process, 0.1, last_words=120) is None
+    finally:
+        process.kill()
+    log = (run.logs / "x.log").read_text()
+    assert "the reason" in log and "1 failed" in log and (run.logs / "x.xml").exists()
+
+
 def test_no_item_begins_after_the_end(tmp_path, a_device_name):
     run = new_pass(tmp_path, seconds=first_pass.LEAST_SECONDS - 1)
     first_pass.run_item(first_pass.Item("x", "-c 1", "", 60), run)

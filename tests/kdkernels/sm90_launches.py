@@ -25,6 +25,8 @@ from kdkernels import (
     fused_layer_mse_loss,
     fused_linear_caad_loss,
     fused_linear_multi_teacher_loss,
+    fused_linear_projected_loss,
+    project_teacher,
 )
 from kdkernels.ops import (
     dispatch,
@@ -35,15 +37,28 @@ from kdkernels.ops import (
     triton_layers,
     triton_mixture,
     triton_no_logits,
+    triton_projection,
+    triton_shards,
     triton_survivors,
 )
+from kdkernels.ops.rows import RowProblem, RowSpec
 
-MODULES = (triton_caad, triton_gemm_sums, triton_layers, triton_mixture, triton_no_logits, triton_survivors)
+MODULES = (
+    triton_caad,
+    triton_gemm_sums,
+    triton_layers,
+    triton_mixture,
+    triton_no_logits,
+    triton_projection,
+    triton_shards,
+    triton_survivors,
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_BYTES = 232448  # of a block, on compute capability 9.0
 REGISTERS = 65536  # of a multiprocessor
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8"}
+POINTERS |= {torch.float64: "*fp64", torch.int32: "*i32"}
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 N, V, H_S, H_T = 24, 2048, 64, 128
@@ -77,6 +92,7 @@ class Launcher:
                 "warps": self.metadata.num_warps,
                 "stages": self.metadata.num_stages,
                 "maxnreg": self.metadata.maxnreg,
+                "fused": self.metadata.enable_fp_fusion,
                 "shared": self.metadata.shared,
                 "registers": function,  # what load_binary gave
             }
@@ -165,12 +181,12 @@ def with_sums(**options):
     del os.environ["KDKERNELS_GEMM_SUMS"]
 
 
-def from_teachers(divergence="forward_kl", **options):
+def from_teachers(divergence="forward_kl", n=N, **options):
     sources = [
-        TeacherSource(normal(N, H_T), normal(V, H_T), normal(N, H_T) if k else None, divergence=divergence, **options)
+        TeacherSource(normal(n, H_T), normal(V, H_T), normal(n, H_T) if k else None, divergence=divergence, **options)
         for k in range(3)
     ]
-    loss = fused_linear_multi_teacher_loss(normal(N, H_S, trains=True), normal(V, H_S), sources, target(), impl="triton")
+    loss = fused_linear_multi_teacher_loss(normal(n, H_S, trains=True), normal(V, H_S), sources, target(n), impl="triton")
     loss.backward()
 
 
@@ -186,6 +202,23 @@ def from_layers(dtype=BF16, direction="student_to_teacher", n=N, **options):
         impl="triton",
         **options,
     ).backward()
+
+
+def from_projection(n=N, **options):
+    heads = [normal(n, H_T), normal(n, H_T), normal(V, H_T), normal(V, H_S)]
+    projection = project_teacher(*heads, top_k=16)
+    loss = fused_linear_projected_loss(normal(n, H_S, trains=True), heads[-1], projection, target(n), impl="triton", **options)
+    (loss[0] if isinstance(loss, tuple) else loss).backward()
+
+
+def one_rank(n=N, **options):
+    """All that a rank computes of its slice, which begins at id 64."""
+    logits, ones = [normal(1, n, V, dtype=FP32) for _ in range(3)], torch.ones(n)
+    spec = RowSpec(vocab=V, **options)
+    shard = triton_shards.TritonShard(RowProblem(*logits, target(n), ones[:1], ones, ones, spec, logits[0], True), 64)
+    shard.sums(shard.audio_max())
+    shard.jsd_sums(torch.ones(2, n))
+    shard.gradient(torch.ones(7, n))
 
 
 def some_layer_rows():
@@ -216,12 +249,24 @@ CALLS = {
     "layers": lambda: from_layers(),
     "layers, teacher projected": lambda: from_layers(FP32, "teacher_to_student", normalize=True),
     "layer rows": some_layer_rows,
+    "projection": lambda: from_projection(),
+    "projection, statistics": lambda: from_projection(return_stats=True),
+    "rank": lambda: one_rank(divergence="jsd", plausibility=0.1),
+    "rank, reverse": lambda: one_rank(divergence="reverse_kl", temperature=3.0, student_softcap=30.0),
     # What was compiled serves other numbers of tokens, and other vocabularies that 16 divides.
     "again: logits": lambda: from_logits(n=3, vocab=128256),
     "again: hidden": lambda: from_hidden(n=2 * N + 1),
     "again: sums": lambda: with_sums(n=6 * N + 1),
     "again: no logits": lambda: from_hidden(n=2 * N + 1, gradient=False),
     "again: layers": lambda: from_layers(n=N + 1),
+    "again: projection": lambda: from_projection(n=N + 1),
+    # 16 divides these numbers and not N.
+    "again: logits, statistics": lambda: from_logits(
+        n=2 * N, dtype=FP32, vocab=2047, divergence="jsd", temperature=3.0, return_stats=True
+    ),
+    "again: projection, statistics": lambda: from_projection(n=2 * N, return_stats=True),
+    "again: teachers": lambda: from_teachers(n=2 * N),
+    "again: rank": lambda: one_rank(n=2 * N, divergence="jsd", plausibility=0.1),
 }
 
 

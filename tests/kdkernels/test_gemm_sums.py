@@ -276,7 +276,7 @@ def test_sums_are_part_of_the_workspace(monkeypatch):
     monkeypatch.setattr(
         triton_gemm_sums, "summed_rows", lambda *a, **k: made_here.append(make(*a, **k)) or made_here[0]
     )
-    workspace = 3 * (2 * 4 * 61 + 2 * 3 * 4 * 2)  # three tokens: two rows of logits, three fields of two tiles for each
-    arguments = on_device(hidden(n=4, vocab=61, dtype=BF16), "triton")
+    workspace = 3 * (2 * 4 * 64 + 2 * 3 * 4 * 2)  # three tokens: two rows of logits, three fields of two tiles for each
+    arguments = on_device(hidden(n=4, vocab=64, dtype=BF16), "triton")
     loss_and_gradients(arguments, "1", monkeypatch, impl="triton", workspace_bytes=workspace)
     assert sizes[0] + made_here[0].sums.numel() * 4 == workspace

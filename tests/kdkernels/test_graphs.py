@@ -143,8 +143,8 @@ def step_of_default_chunks(arguments, *, gradient, **options):
 def test_the_chunk_loop_takes_the_default_plan_of_a_gpu(gradient, plans, monkeypatch):
     """What the next test captures on a GPU, here with the plan of an H100 that has room for 8 tokens."""
     pytest.importorskip("triton", reason="needs Triton")
-    arguments = on_device(hidden(23, 61, 12, 20), "triton")
-    monkeypatch.setattr(chunking, "_share_of_free", lambda free: 8 * 2 * 4 * 61)
+    arguments = on_device(hidden(23, 64, 12, 20), "triton")
+    monkeypatch.setattr(chunking, "_share_of_free", lambda free: 8 * 2 * 4 * 64)
     planned = linear.plan_chunks
     monkeypatch.setattr(linear, "plan_chunks", lambda **x: planned(**{**x, "device": None, "device_name": "H100"}))
     found = step_of_default_chunks(arguments, gradient=gradient, impl="triton")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import hidden, logits
+from cases import hidden, logits, on_device
 from torch.autograd import forward_ad
 
 from kdkernels import (
@@ -36,10 +36,10 @@ LOWEST = torch.finfo(torch.float32).min
 @pytest.mark.parametrize("impl", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_logit_below_minus_1e30_counts_as_minus_infinity(impl, side, options, vocab):
     def result(mask):
-        given = dict(zip(("student", "audio", "text"), (x.detach().clone() for x in logits(3, vocab)[:3]), strict=True))
+        tensors, target = on_device([[x.detach().clone() for x in logits(3, vocab)[:3]], torch.tensor([1, 2, 25])], impl)
+        given = dict(zip(("student", "audio", "text"), tensors, strict=True))
         given[side][:, 5:20] = mask
         leaf = given["student"].requires_grad_()
-        target = torch.tensor([1, 2, 25])
         loss, stats = fused_caad_loss(*given.values(), target, impl=impl, reduction="none", return_stats=True, **options)
         return loss, torch.autograd.grad(loss.sum(), leaf)[0], *stats
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BF16, hidden, relative_error, to_double
+from cases import BF16, hidden, on_device, relative_error, to_double
 
 from kdkernels import (
     TeacherSource,
@@ -40,6 +40,7 @@ def gradients(loss_of, arguments):
 
 
 def check(loss_of, arguments, impl, tolerance=1e-5, **options):
+    arguments = on_device(arguments, impl)
     found = gradients(lambda **x: loss_of(**x, impl=impl, **options), arguments)
     options.pop("logits_dtype", None)
     expected = gradients(lambda **x: loss_of(**x, impl="reference", **options), to_double(arguments))
@@ -89,8 +90,8 @@ def test_padding_has_no_effect_on_mixtures(padded, divergences, impl):
     student = {k: arguments[k] for k in ("student_hidden", "student_weight", "target")}
 
     def loss(**options):
-        dtype = options["student_hidden"].dtype
-        audio, text, weight = (arguments[f"teacher_{x}"].to(dtype) for x in ("audio_hidden", "text_hidden", "weight"))
+        like = options["student_hidden"]
+        audio, text, weight = (arguments[f"teacher_{x}"].to(like) for x in ("audio_hidden", "text_hidden", "weight"))
         sources = [
             TeacherSource(audio + k, weight, text_hidden=text, divergence=divergence, source_weight=1.0 + k)
             for k, divergence in enumerate(divergences)
@@ -106,7 +107,7 @@ def test_padding_has_no_effect_on_projections(padded, impl):
     made = [arguments[k] for k in ("teacher_audio_hidden", "teacher_text_hidden", "teacher_weight", "student_weight")]
 
     def loss(**options):
-        teacher = [x.to(options["student_hidden"].dtype) for x in made]
+        teacher = [x.to(options["student_hidden"]) for x in made]
         return fused_linear_projected_loss(projection=project_teacher(*teacher, alpha=2.0, temperature=2.0, top_k=4), **options)
 
     check(loss, {k: arguments[k] for k in ("student_hidden", "student_weight", "target")}, impl, 2e-5, chunk_tokens=3)

@@ -1,4 +1,7 @@
-"""Rows over several ranks: every implementation of a rank's part against whole rows in float64. The ranks are threads."""
+"""Rows over several ranks: every implementation of a rank's part against whole rows in float64. The ranks are threads.
+
+Triton's cases run on the GPU where there is one, else in its interpreter; all others on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import types
 
 import pytest
 import torch
-from cases import relative_error
+from cases import on_device, relative_error
 
 from kdkernels import parallel
 from kdkernels.ops import reference
@@ -116,7 +119,7 @@ def exact(tensors, spec, want_stats=False):
 
 def over_ranks(monkeypatch, impl, tensors, spec, want_stats=False, grad_dtype=None):
     """What exact returns, from slices: results of every rank, and the gradient put together."""
-    student, audio, text, target, alpha, kd_coef, ce_coef = tensors
+    student, audio, text, target, alpha, kd_coef, ce_coef = on_device(tensors, impl)
     threads = Threads(len(CUTS))
     monkeypatch.setattr(parallel, "dist", threads)
 
@@ -127,7 +130,7 @@ def over_ranks(monkeypatch, impl, tensors, spec, want_stats=False, grad_dtype=No
         grad = s if grad_dtype is None else s.view(grad_dtype)[..., : CUTS[rank]]
         problem = RowProblem(s, a, t, target, alpha, kd_coef, ce_coef, here, grad, want_stats)
         out = parallel._solve_rows(problem, group=None, first=first, vocab=VOCAB, shard=shard_launcher(impl))
-        return out, grad[0].float()
+        return on_device(out, "cpu"), grad[0].float().cpu()
 
     results = threads.run(one)
     for out, _ in results[1:]:
