@@ -1,6 +1,7 @@
 """Settings every test shares. Triton runs in its interpreter where there is no GPU; that is decided before it is imported."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import pickle
@@ -32,6 +33,8 @@ def pytest_configure():
             )
         if os.environ.get("TRITON_INTERPRET") == "1" and triton.startswith("3.6."):
             _minima_as_on_the_hardware()
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            _patches_once_a_launch()
 
 
 def _minima_as_on_the_hardware():
@@ -41,6 +44,30 @@ def _minima_as_on_the_hardware():
 
     for name, operation in (("create_minnumf", numpy.fmin), ("create_maxnumf", numpy.fmax)):
         setattr(InterpreterBuilder, name, lambda self, lhs, rhs, operation=operation: self.binary_op(lhs, rhs, operation))
+
+
+def _patches_once_a_launch():
+    """Triton's interpreter replaces the functions of triton.language for a launch, and looks for them again at each call of a
+    device function. That took half of its time. It finds nothing new where the module was looked through in the same launch."""
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set()
+
+    @functools.cache
+    def modules_of(fn):
+        return {id(x) for x in fn.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core}
+
+    def patch_lang(fn):
+        if modules_of(fn) <= done:
+            return interpreter._LangPatchScope()
+        is_launch, scope = not done, patch(fn)
+        done.update(modules_of(fn))
+        if is_launch:
+            restore = scope.restore
+            scope.restore = lambda: (restore(), done.clear())
+        return scope
+
+    interpreter._patch_lang = patch_lang
 
 
 def pytest_collection_modifyitems(items):

@@ -120,6 +120,7 @@ class Pass:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_can_be_interrupted,
             )
 
     def lines(self, name: str) -> list[str]:
@@ -156,6 +157,11 @@ def wait(process: subprocess.Popen, seconds: float, last_words: float = 0.0) -> 
     finally:
         if process.poll() is None:
             _kill(process)
+
+
+def _can_be_interrupted() -> None:
+    """A pass that a shell has put into the background ignores interrupts, and its children would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _kill(process: subprocess.Popen) -> None:

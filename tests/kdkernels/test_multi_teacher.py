@@ -669,10 +669,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, before)
 
 @pytest.mark.slow
 def test_peak_memory_is_one_chunk_whatever_the_tokens_and_sources():
-    """After a first chunk has been through, 32 chunks more add next to nothing, and six sources no more than two."""
+    """After a first chunk has been through, 16 chunks more add next to nothing, and six sources no more than two."""
     figures = {}
     for count in (2, 6):
-        command = [sys.executable, "-c", PEAK, "2048", str(count)]
+        command = [sys.executable, "-c", PEAK, "1024", str(count)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         figures[count] = [int(x) for x in done.stdout.split()]
     one_tensor_kib = 64 * 32768 * 4 // 1024
