@@ -687,9 +687,9 @@ def study_natural_tasks() -> Table:
     return ("system", *head), ([SYSTEMS[system], *(cell(system, task) for task in tasks)] for system in systems)
 
 
-def study_natural_gate() -> Table:
-    """E3 on dev: what each teacher hears without a hint, its Shift and its text effect, by task. No hint was in its training."""
-    found = [row for row in read("study_gate") if row["teacher"].startswith(NATURAL)]
+def study_gate(prefix: str) -> Table:
+    """An experiment on dev: what each teacher hears without a hint, its Shift and its text effect, by task."""
+    found = [row for row in read("study_gate") if row["teacher"].startswith(prefix)]
     teachers = list(dict.fromkeys(row["teacher"] for row in found))
 
     def cell(row: Row) -> str:
@@ -700,7 +700,7 @@ def study_natural_gate() -> Table:
     cells = {(row["task"], row["teacher"]): cell(row) for row in found}
     tasks = sorted({row["task"] for row in found})
     lines = ([task.replace("_", " "), *(cells[task, teacher] for teacher in teachers)] for task in tasks)
-    return ("task", *(teacher.removeprefix(NATURAL) for teacher in teachers)), lines
+    return ("task", *(teacher.removeprefix(prefix) for teacher in teachers)), lines
 
 
 def study_endpoints(file: str = "study_endpoints") -> Table:
@@ -856,7 +856,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "demo": demo,
     "study_claims": study_claims,
     "study": study,
-    "study_natural_gate": study_natural_gate,
+    "study_natural_gate": lambda: study_gate(NATURAL),
+    "study_several_gate": lambda: study_gate("E2-"),
     "study_natural": lambda: study(NATURAL),
     "study_natural_tasks": study_natural_tasks,
     "study_endpoints": study_endpoints,
