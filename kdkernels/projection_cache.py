@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import is_number, is_whole, plain_numbers
+from .checks import check_not_negative, is_whole, plain_numbers
 from .contrast_cache import ContrastCache
 from .lm_head import LMHead
 from .projection import TeacherProjection, head_fingerprint, project_teacher
@@ -87,8 +86,7 @@ class ProjectionSettings:
             value = getattr(self, name)
             if value is None and name == "plausibility":
                 continue
-            if not is_number(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+            check_not_negative(name, value)
             object.__setattr__(self, name, float(value))  # so that 2 and 2.0 are one setting
         plain_numbers(self)
 

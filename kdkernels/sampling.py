@@ -92,18 +92,21 @@ class TokenSampler:
         scores = scores.index_fill(1, self._dropped, -torch.inf)
         draws = self._draws[:, self._column]
         self._column += 1
-        best = scores.amax(dim=-1)  # NaN where one of the row is NaN
-        without = ~best.isfinite()
-        self._without = without if self._without is None else self._without | without
         if self._sampling.temperature == 0:
-            return scores.argmax(dim=-1)
+            best, token = scores.max(dim=-1)  # NaN where one of the row is NaN
+            self._note(~best.isfinite())
+            return token
         sampling = self._sampling
         kept = kept_probabilities(scores, sampling.temperature, top_k=sampling.top_k or None, top_p=sampling.top_p)
         sums = kept.double().cumsum(dim=-1)  # (B, V)
         total = sums[:, -1]
+        self._note(~(total > 0))  # NaN where a logit is NaN or infinite, or all are -inf
         # Below the sum of all, so that the token found has a probability above 0.
         wanted = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(sums, wanted[:, None], right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
+
+    def _note(self, without: Tensor) -> None:
+        self._without = without if self._without is None else self._without | without
 
     def check(self) -> None:
         """ValueError where a row had a NaN or infinite logit, or -inf alone. Call it last: it waits for the device."""

@@ -23,6 +23,17 @@ from typing import Any, BinaryIO
 _HASH_BLOCK_BYTES = 1 << 20
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """The system's errors in the block name this file where they name none: that for a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write `data` to `path`. A reader sees the old file or the whole new one, never a part.
 
@@ -43,17 +54,15 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600, unlike open()
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            error.filename = str(path)  # the system's error for a full disk names no file
         raise
     fsync_dir(path.parent)
     return path
@@ -65,17 +74,16 @@ def append_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: names the file. If a full disk cut the data off, the part is removed: it would spoil the next line.
     """
-    with open(path, "ab", buffering=0) as file:
+    with naming(path), open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
             left = memoryview(data)
             while left:
                 left = left[file.write(left) :]
             os.fsync(file.fileno())
-        except OSError as error:
+        except OSError:
             with contextlib.suppress(OSError):
                 os.truncate(path, end)
-            error.filename = error.filename or str(path)  # the system's error for a full disk names no file
             raise
 
 
@@ -118,17 +126,16 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         os.chmod(temporary, 0o777 & ~_umask())
-        yield temporary
-        _settle_tree(temporary)
+        with naming(path):
+            yield temporary
+            _settle_tree(temporary)
         replaced = None
         if path.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
             os.replace(path, replaced)
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            error.filename = str(path)  # the system's error for a full disk names no file
         raise
     fsync_dir(path.parent)
     if replaced is not None:
@@ -171,14 +178,12 @@ def locked(path: str | os.PathLike[str], refusal: str) -> Iterator[BinaryIO]:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(path):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # not POSIX: the caller has to see that no two run at once
             pass
         except BlockingIOError:
             raise BlockingIOError(refusal) from None
-        except OSError as error:  # a file system without locks
-            error.filename = str(path)
-            raise
         yield file
 
 

@@ -89,9 +89,9 @@ class DatasetRows:
         self.path, self.kind = Path(path), kind
         try:
             self._splits = _open(self.path, kind)
-            self.first: dict[str, Any] = next((row for _, split in self._splits for row in split), {})
-            looked_at = itertools.islice((row for _, split in self._splits for row in split), _ROWS_LOOKED_AT)
-            clips = (value for row in looked_at for value in _values(row) if _is_clip(value))
+            rows = itertools.islice((row for _, split in self._splits for row in split), _ROWS_LOOKED_AT)
+            self.first: dict[str, Any] = next(rows, {})
+            clips = (value for row in itertools.chain([self.first], rows) for value in _values(row) if _is_clip(value))
             self.holds_clips = _clip_bytes(next(clips, None)) is not None
         except ImportError as error:
             raise ManifestError(

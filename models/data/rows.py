@@ -129,8 +129,9 @@ class AudioChecker:
         except AudioError as error:
             if error.reason == MISSING_CLIP and "\\" in audio:
                 return AudioError(f"{MISSING_CLIP}; a path has / between its folders, this one has \\")
-            others = {form: unicodedata.normalize(form, audio) for form in ("NFC", "NFD")}
-            forms = [form for form, name in others.items() if name != audio and _is_there(self.root / name)]
-            if error.reason == MISSING_CLIP and forms:
-                return AudioError(f"{MISSING_CLIP}; its name is there in another Unicode form ({forms[0]})")
+            if error.reason == MISSING_CLIP:
+                for form in ("NFC", "NFD"):
+                    name = unicodedata.normalize(form, audio)
+                    if name != audio and _is_there(self.root / name):
+                        return AudioError(f"{MISSING_CLIP}; its name is there in another Unicode form ({form})")
             return error

@@ -31,7 +31,7 @@ from models.data.manifest import MANIFEST_VERSION, VERSION_KEY, header_with_root
 from models.data.problems import ManifestError, Problem, list_problems, refuse_if_too_bad
 from models.data.readers import ForeignRows, row_files
 from models.data.rows import AudioChecker, reason_of
-from models.io_utils import fingerprint, fsync_dir, locked
+from models.io_utils import fingerprint, fsync_dir, locked, naming
 
 COMMIT_ROWS = 500
 _END_BYTES = 1 << 20  # of a file of rows, hashed at its beginning and at its end
@@ -153,7 +153,7 @@ class _Journal:
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
-        with _naming(self.path), self._file:
+        with naming(self.path), self._file:
             self._commit()
 
     def left(self) -> Iterator[tuple[int, Any]]:
@@ -177,7 +177,7 @@ class _Journal:
         """The journal becomes the manifest: readers see the old file or the whole new one."""
         bad = {problem.row for problem in self.problems}
         made = out.with_name(f".{out.name}.tmp")
-        with _naming(made), _removed_on_errors(made), made.open("wb") as file:
+        with naming(made), _removed_on_errors(made), made.open("wb") as file:
             with gzip.GzipFile("", "wb", fileobj=file, mtime=0) if out.suffix == ".gz" else nullcontext(file) as lines:
                 lines.write(_line(header))
                 for entry, _ in self._entries():
@@ -256,12 +256,12 @@ class _Journal:
 
     def _write(self, entry: dict[str, Any]) -> None:
         assert self._file is not None
-        with _naming(self.path):
+        with naming(self.path):
             self._file.write(_line(entry))
 
     def _commit(self) -> None:
         assert self._file is not None
-        with _naming(self.path):
+        with naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -272,17 +272,6 @@ def _removed_on_errors(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         path.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors in the block name the file, which the system's error for a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
         raise
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kdkernels.checks import check_not_negative
 from models.corpora.hearing import PLAIN, Hearing
 from models.data.manifest import Example
 from models.data.prompts import target_template
@@ -165,8 +165,8 @@ def _check_options(
     if batch_examples < 1:
         raise ValueError(f"batch_examples: expected at least 1, got {batch_examples}")
     for alpha in alphas:
-        if alpha is not None and not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
+        if alpha is not None:
+            check_not_negative("alpha", alpha)
     for example in examples:
         if not has_answer(example):
             raise ValueError(f"example {example.id}: expected an answer to score against, got none")

@@ -9,12 +9,12 @@ of the paths with and without the audio.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdkernels.checks import check_not_negative
 from models.audio_lms.family import Turn
 from models.audio_lms.model import AudioLM
 from models.backbones.device import pick_device
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module's docstring."""
     arguments = ask_parser().parse_args(argv)
     try:
-        if arguments.alpha is not None and not 0 <= arguments.alpha < math.inf:
-            raise ValueError(f"--alpha: expected a finite number >= 0, got {arguments.alpha}")
+        if arguments.alpha is not None:
+            check_not_negative("--alpha", arguments.alpha)
         if arguments.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens: expected at least 1, got {arguments.max_new_tokens}")
         missing = [clip for clip in arguments.clips if not Path(clip).is_file()]

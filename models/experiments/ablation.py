@@ -38,6 +38,7 @@ from models.experiments.shared_steps import (
     ask,
     backbone_settings,
     first_stages,
+    interval_words,
     own_start_words,
     predictions_name,
     print_scores,
@@ -377,7 +378,7 @@ def claim_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def claim_sentence(row: Mapping[str, Any]) -> str:
     """A row of `claim_rows` in words."""
-    ends = f"95% t interval {100 * row['t_low']:+.1f} to {100 * row['t_high']:+.1f}" if row["t_low"] != "" else "no interval"
+    ends = interval_words(row["t_low"], row["t_high"], "95% t interval")
     points = f"{100 * row['difference']:+.1f} points"
     return f"{row['claim']}: {row['verdict']} ({points}; {ends} over {row['seeds']} seed(s); Holm's p {row['p_holm']:.3f})"
 

@@ -43,6 +43,7 @@ from models.experiments.shared_steps import (
     TRAINING,
     ask,
     first_stages,
+    interval_words,
     limited,
     load_speech_lm,
     predictions_name,
@@ -310,9 +311,7 @@ def caveat(folders: Mapping[str, Path], settings: DemoSettings) -> str:
 
 
 def _points(difference: Any) -> str:
-    ends = "no interval"
-    if difference.low is not None:
-        ends = f"95% {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+    ends = interval_words(difference.low, difference.high)
     return f"{100 * difference.value:+.1f} points ({ends}, {difference.count} clips)"
 
 

@@ -137,6 +137,11 @@ def four_parts(manifest: Any, clips: int | None) -> dict[str, list[Any]]:
     return {name: limited(examples, clips) for name, examples in parts.items()}
 
 
+def interval_words(low: Any, high: Any, kind: str = "95%") -> str:
+    """The interval of a difference in points; None and "", as tables have it, are no interval."""
+    return "no interval" if low in (None, "") else f"{kind} {100 * low:+.1f} to {100 * high:+.1f}"
+
+
 def limited(examples: Sequence[Any], clips: int | None) -> list[Any]:
     """The examples of at most `clips` clips, with tasks and answers in turn; None = all examples."""
     if clips is None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from models.experiments.pipeline import Context
-from models.experiments.shared_steps import predictions_name, read_items
+from models.experiments.shared_steps import interval_words, predictions_name, read_items
 from models.experiments.six_systems_settings import (
     ANCHORS,
     BEFORE_ALPHAS,
@@ -273,8 +273,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], paired: Sequence[Mapping[str, An
         for context, ok in (("conflict", lambda d: d["low"] > 0), ("aligned", lambda d: d["high"] >= 0)):
             d = interval(system, kd, context)
             decided = d["low"] is not None
-            ends = f"95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f}" if decided else "no interval"
-            points = f"{100 * d['difference']:+.1f} points ({ends})"
+            points = f"{100 * d['difference']:+.1f} points ({interval_words(d['low'], d['high'])})"
             wanted = "up" if context == "conflict" else "not down"
             sentences.append(f"{against}, {context}: {points}; target {wanted}: {said(ok(d)) if decided else 'not decided'}.")
     if known >= {"teacher", *TIMES}:

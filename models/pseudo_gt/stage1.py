@@ -160,8 +160,8 @@ def run_stage1(
     clips = {} if listening is None else _clip_hashes(selected, manifest.audio_root)
     made_from = {"fingerprint": identity, "rows": rows} | ({"clips": fingerprint(clips)} if clips else {})
     with Journal(_journal(out), identity, clips=clips, restart=restart) as journal:
-        if not restart and _is_finished(out, recipe, made_from, report):
-            _bring_to(out, manifest, prefix, root)
+        if not restart and (made := _finished(out, recipe, made_from, report)) is not None:
+            _bring_to(made, out, manifest, prefix, root)
             journal.discard()
             return report
         answers = journal.read({example.id for example in selected})
@@ -363,28 +363,28 @@ def _header(
     }
 
 
-def _is_finished(out: Path, recipe: _Recipe, made_from: Mapping[str, str], report: Stage1Report) -> bool:
-    """Whether `out` is the complete result of these settings, rows and clips; fills the report from its header."""
+def _finished(out: Path, recipe: _Recipe, made_from: Mapping[str, str], report: Stage1Report) -> Manifest | None:
+    """What `out` holds if it is the complete result of these settings, rows and clips; fills the report from its header."""
     if not out.exists():
-        return False
+        return None
     try:
-        stage1 = read_manifest(out, check_audio=False, max_bad_fraction=0.0).header["stage1"]
+        made = read_manifest(out, check_audio=False, max_bad_fraction=0.0)
+        stage1 = made.header["stage1"]
         accepted = {"max_characters": DEFAULT_MAX_CHARACTERS}
         accepted |= {name: stage1[name] for name in ("max_characters", "accept") if name in stage1}
         there = {name: stage1[name] for name in ("fingerprint", "rows", "clips") if name in stage1}
         if (there, accepted) != (made_from, recipe.accepted_by()):
-            return False
+            return None
         report.accepted = report.resumed = stage1["accepted"]
         report.rejected = Counter(stage1["rejected"])
         report.resumed += sum(report.rejected.values())
     except (ManifestError, KeyError, TypeError):
-        return False
-    return True
+        return None
+    return made
 
 
-def _bring_to(out: Path, manifest: Manifest, prefix: str, root: Path) -> None:
-    """Write the finished `out` again where the clips lie elsewhere than when it was made: their paths, and the audio root."""
-    made = read_manifest(out, check_audio=False)
+def _bring_to(made: Manifest, out: Path, manifest: Manifest, prefix: str, root: Path) -> None:
+    """Write `out`, which holds `made`, again where the clips lie elsewhere than when it was made: their paths, and the root."""
     now = {example.id: _rebase(example, prefix) for example in manifest}
     there = [(example, now.get(example.id, example)) for example in made]
     rows = [dataclasses.replace(example, audio=at.audio, more_audio=at.more_audio) for example, at in there]

@@ -18,9 +18,9 @@ from models.corpora.sources.queen import read_actors, voices_of
 from models.io_utils import fingerprint
 
 SOURCES = ("queen", "espeak", "tux", "asterisk", "ktuberling", "drascula", "hedgewars", "fillets")
+MAKER = "models.corpora.build"  # in the header of every manifest that it writes
 # Changes whenever the same settings would give other bytes. The second one counts for the benchmark's sizes
 # only, and the third one for those of recordings alone.
-MAKER = "models.corpora.build"  # in the header of every manifest that it writes
 BUILDER_VERSION = 6
 BENCHMARK_VERSION = 2
 RECORDED_VERSION = 1

@@ -75,6 +75,15 @@ def by_hand(student, teacher, batch: dict) -> torch.Tensor:
     return KD_WEIGHT * kd + (1 - KD_WEIGHT) * F.cross_entropy(s, target[counted])
 
 
+def check_step(student, loss, other, expected) -> None:
+    """The losses of two equal models, and their gradients, are equal."""
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    expected.backward()
+    for (name, mine), theirs in zip(student.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 class CountedRows:
     """Rows that a model's forward has run."""
 
@@ -90,13 +99,7 @@ def test_equals_a_hand_written_distillation(tmp_path):
     student, other, teacher_model = text_lm(0), text_lm(0), text_lm(1)
     trainer = trainer_of(tmp_path, student, teacher=DualPathTeacher(teacher_model, negative=None))
     batch = collate(rows())
-    loss = trainer.compute_loss(student, batch)
-    expected = by_hand(other, teacher_model, batch)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    loss.backward()
-    expected.backward()
-    for (name, mine), theirs in zip(student.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+    check_step(student, trainer.compute_loss(student, batch), other, by_hand(other, teacher_model, batch))
 
 
 def test_no_teacher_row_runs_twice(tmp_path):
