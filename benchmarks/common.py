@@ -155,10 +155,12 @@ def device_name(device: torch.device) -> str:
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as f:
-            model = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
+            lines = (line.partition(":") for line in f.read().split("\n\n")[0].splitlines())
+        told = {key.strip(): value.strip() for key, _, value in lines}
+        # In the cloud one model name stands for several generations. The numbers of family and model tell them apart.
+        model = f"{told['model name']} (family {told['cpu family']}, model {told['model']})"
+    except (OSError, KeyError):  # not Linux, or not x86
         pass
-    # In the cloud one model name stands for several generations. Their instruction sets decide the figures.
     instructions = torch.backends.cpu.get_cpu_capability() + (" BF16" if has_fast_bfloat16(device) else "")
     return f"{model} {instructions}, {torch.get_num_threads()} threads"
 
