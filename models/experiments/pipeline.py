@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,64 +107,82 @@ def run_stages(
     for stage in stages:
         if stage.name in done:
             console.print(f"  [dim]{stage.title:34} cached ({folders[stage.name].name})[/dim]")
-    running: dict[str, tuple[subprocess.Popen, Path, float]] = {}
+    running: dict[str, _Running] = {}
+    with _sigterm_as_ctrl_c(), console.status("") if console.is_terminal else nullcontext() as status:
+        try:
+            while len(done) < len(stages):
+                ready = [s for s in stages if s.name not in done and s.name not in running and set(s.needs) <= done]
+                for stage in ready[: workers - len(running)]:
+                    running[stage.name] = _start(command(stage), folders[stage.name], threads)
+                    if status is None:
+                        console.print(f"  {stage.title:34} started")
+                for stage in [s for s in stages if s.name in running and running[s.name].process.poll() is not None]:
+                    ended = running.pop(stage.name)
+                    if ended.process.returncode != 0 or read_done(folders[stage.name]) is None:
+                        fault = f"{stage.title}: status {ended.process.returncode}"
+                        raise StageError(f"{fault}; the end of {ended.log}:\n{_tail(ended.log)}")
+                    done.add(stage.name)
+                    console.print(f"  {stage.title:34} {ended.seconds():5.0f} s")
+                if status is not None:
+                    told = [f"{name} {one.seconds():.0f} s {_progress(one.log)}" for name, one in running.items()]
+                    status.update("; ".join(told))
+                time.sleep(0.1)
+        except BaseException:
+            _stop([one.process for one in running.values()])
+            raise
+    return {s.name: read_done(folders[s.name])["seconds"] for s in stages}
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The process of a stage, its log, and when it was started."""
+
+    process: subprocess.Popen
+    log: Path
+    started: float
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+def _start(command: list[str], folder: Path, threads: int) -> _Running:
+    """Start the process of a stage."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    status = console.status("") if console.is_terminal else None
-    if status:
-        status.start()
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    with open(log, "ab") as file:
+        # In a session of its own, so that Ctrl-C in the terminal reaches only this process, which passes it on once. A second
+        # signal would interrupt the saving.
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    return _Running(process, log, time.monotonic())
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Interrupt the processes, which save their state, and wait for them."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    for process in processes:
+        process.wait()
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM acts as Ctrl-C does."""
     try:
         before = signal.signal(signal.SIGTERM, _interrupt)
     except ValueError:  # not in the main thread
-        before = None
+        yield
+        return
     try:
-        while len(done) < len(stages):
-            ready = [s for s in stages if s.name not in done and s.name not in running and set(s.needs) <= done]
-            for stage in ready[: workers - len(running)]:
-                folder = folders[stage.name]
-                folder.mkdir(parents=True, exist_ok=True)
-                log = folder / "log.txt"
-                with open(log, "ab") as file:
-                    # In a session of its own, so that Ctrl-C in the terminal reaches only this process, which passes it on
-                    # once. A second signal would interrupt the saving.
-                    process = subprocess.Popen(
-                        command(stage), stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                    )
-                running[stage.name] = (process, log, time.monotonic())
-                if not status:
-                    console.print(f"  {stage.title:34} started")
-            for stage in [s for s in stages if s.name in running]:
-                process, log, started = running[stage.name]
-                if process.poll() is None:
-                    continue
-                del running[stage.name]
-                noted = read_done(folders[stage.name])
-                if process.returncode != 0 or noted is None:
-                    raise StageError(f"{stage.title}: status {process.returncode}; the end of {log}:\n{_tail(log)}")
-                done.add(stage.name)
-                console.print(f"  {stage.title:34} {time.monotonic() - started:5.0f} s")
-            if status:
-                now = time.monotonic()
-                shown = [f"{name} {now - began:.0f} s {_progress(log)}" for name, (_, log, began) in running.items()]
-                status.update("; ".join(shown))
-            time.sleep(0.1)
-    except BaseException:
-        for process, _, _ in running.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)  # it saves its state and ends
-        for process, _, _ in running.values():
-            process.wait()
-        raise
+        yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-        if status:
-            status.stop()
-    return {s.name: read_done(folders[s.name])["seconds"] for s in stages}
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_: Any) -> None:
