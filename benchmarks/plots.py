@@ -33,6 +33,10 @@ LINE_COLOURS = {
     "eager": "#6b8fb5", "torch.compile": "#2f5d8a", "CAAD authors' form": "#7f5539",
     "Liger chunked JSD, compiled, chunk 256": "#8fb573", "Liger chunked JSD, compiled, chunk 1024": "#4a7c3f",
 }  # fmt: skip
+# Lines of this library have one colour and differ in their dashes and markers: a part of the name, dashes, marker.
+OUR_LINES = (
+    ("rounded contrast", ":", "D"), ("fp32 logits", "--", "^"), ("from projections", "-.", "o"), ("bf16 logits", "-", "s"),
+)  # fmt: skip
 WIDTH = 8.0  # inches: about the width of a page, so that the text keeps its size
 SMALL = 7.5  # points
 Rows = list[dict[str, str]]
@@ -242,9 +246,9 @@ def _lines(axis: Axes, rows: Rows, x: str, y: str, names: Sequence[str]) -> None
     for name in names:
         chosen = sorted((r for r in rows if r["contender"] == name and r[y]), key=lambda r: number(r[x]))
         tint = LINE_COLOURS.get(name) or colour(name)
-        style = "--" if "fp32 logits" in name else "-"
+        dashes, marker = next(((dashes, marker) for part, dashes, marker in OUR_LINES if part in name), ("-", "o"))
         values = [number(r[x]) for r in chosen], [number(r[y]) for r in chosen]
-        axis.plot(*values, style, marker="o", ms=3, color=tint, label=name)
+        axis.plot(*values, dashes, marker=marker, ms=3, color=tint, label=name)
     # Ticks stand at the measured values only.
     ticks = sorted({number(r[x]) for r in rows if r[y]})
     axis.set_xscale("log")
