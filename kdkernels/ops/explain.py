@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..checks import is_whole
@@ -78,95 +80,154 @@ def explain(
     obstacles = _against_a_projection(divergence, student_softcap, head_trains)
     if projected and obstacles:
         raise ValueError(f"projected: expected False with {' and '.join(obstacles)}, got True")
-    model = None if name is None else device_model(name)
-
-    without_cuda = "for projections" if projected else ""
-
-    def rule(impl: str) -> tuple[str, str]:
-        if name is None or model is None:
-            return choose(impl, device, [dtype], without_cuda=without_cuda)
-        return choose_on_absent(impl, name, model.capability, [dtype], without_cuda=without_cuda)
-
-    lines = []
-    if name is not None:
-        lines.append(f"{name}: taken from a table; Triton and a build for that GPU are assumed, this machine is not asked")
-    chosen = None
-    try:
-        chosen, reason = rule(impl)
-        lines.append(f"impl={impl!r} runs {chosen!r}: {reason}")
-    except (RuntimeError, TypeError, ValueError) as error:
-        lines.append(f"impl={impl!r} fails: {error}")
-    for other in IMPLEMENTATIONS[1:]:
-        try:
-            _, reason = rule(other)
-            lines.append(f"  {other}: available" if name is None or other != "cuda" else f"  {other}: {reason}")
-        except (RuntimeError, TypeError, ValueError) as error:
-            lines.append(f"  {other}: not {'here' if name is None else 'there'}: {error}")
+    call = _Call(
+        name=name, device=device, dtype=dtype, n_tokens=n_tokens, vocab_size=vocab_size,
+        student_hidden_size=student_hidden_size, teacher_hidden_size=teacher_hidden_size, logits_dtype=logits_dtype,
+        round_contrast=round_contrast, chunk_tokens=chunk_tokens, workspace_bytes=workspace_bytes, gradient=gradient,
+        divergence=divergence, head_trains=head_trains, projected=projected, return_stats=return_stats,
+    )  # fmt: skip
+    chosen, lines = call.implementations(impl)
     if student_hidden_size is None:
         return "\n".join(lines)
-    path, reason = CHUNKS, "a projection is distilled from logits of the student"
-    if not projected:
-        path, reason = choose_path(
-            impl=chosen or "reference",
-            gradient=gradient,
-            divergence=divergence,
-            want_stats=return_stats,
-            chunk_tokens=chunk_tokens,
-        )
+    path, reason = call.path(chosen)
     lines.append(f"path: {path} ({reason})")
-    if path == CHUNKS and name is None and device.type == "cuda" and not torch.cuda.is_available():
+    if path == CHUNKS and call.is_unknown():
         lines.append(
             "chunks: not known without the CUDA device (its free memory and multiprocessors decide); name one, device='H100'"
         )
         return "\n".join(lines)
-    teacher_tensors = 0 if projected else 2 if return_stats else 1
     if path == CHUNKS:
-        row = row_items(vocab_size, device)
-        if row > vocab_size:
-            lines.append(f"rows of {row} items for {vocab_size} ids, so that each begins at a multiple of 128 bytes")
-        plan = plan_chunks(
-            n_tokens=n_tokens,
-            bytes_per_token=(1 + teacher_tensors) * row * logits_dtype.itemsize,
-            student_width=student_hidden_size,
-            device=None if name is not None else device,
-            device_name=name,
-            chunk_tokens=chunk_tokens,
-            workspace_bytes=workspace_bytes,
-        )
-        lines.append(_chunks_in_words(plan, n_tokens, vocab_size))
-        if logits_dtype not in (torch.float32, dtype):
-            lines.append(
-                f"logits_dtype {logits_dtype} beside {dtype} weights: each product is made in float32 and rounded, which takes "
-                "longer than float32 logits"
-            )
-        if device.type == "cuda" and chosen in WITHOUT_LOGITS and gradient and not projected:
-            lines += _switches_in_words(device)
-    summands = 2 if dtype == torch.bfloat16 and logits_dtype == torch.float32 and not round_contrast else 1
-    teacher_gemms = teacher_tensors if projected or return_stats else summands
+        lines += call.chunks(chosen, student_hidden_size)
     if gradient and not projected:
-        lines.append(_projection_in_words(obstacles, student_hidden_size, teacher_hidden_size, teacher_gemms))
-    if name is None and device.type == "cuda" and torch.cuda.is_available():
-        model = device_model(torch.cuda.get_device_name(device))
-    if model is not None and teacher_hidden_size is not None:
+        lines.append(_projection_in_words(obstacles, student_hidden_size, teacher_hidden_size, call.teacher_gemms))
+    return "\n".join(lines + call.times(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A call to explain; see :func:`explain`. ``name``: of a GPU in DEVICES that need not be here; None: ``device`` is."""
+
+    name: str | None
+    device: torch.device
+    dtype: torch.dtype
+    n_tokens: int
+    vocab_size: int
+    student_hidden_size: int | None
+    teacher_hidden_size: int | None
+    logits_dtype: torch.dtype
+    round_contrast: bool
+    chunk_tokens: int | None
+    workspace_bytes: int | None
+    gradient: bool
+    divergence: str
+    head_trains: bool
+    projected: bool
+    return_stats: bool
+
+    @property
+    def teacher_tensors(self) -> int:
+        """Tensors of teacher logits in a chunk."""
+        return 0 if self.projected else 2 if self.return_stats else 1
+
+    @property
+    def teacher_gemms(self) -> int:
+        """Products with the teacher's head. Float32 logits take the contrast of bf16 states as the sum of two bf16 tensors."""
+        if self.projected or self.return_stats:
+            return self.teacher_tensors
+        in_two = self.dtype == torch.bfloat16 and self.logits_dtype == torch.float32 and not self.round_contrast
+        return 2 if in_two else 1
+
+    def is_unknown(self) -> bool:
+        """Whether the call is for a GPU of this machine, which has none."""
+        return self.name is None and self.device.type == "cuda" and not torch.cuda.is_available()
+
+    def implementations(self, impl: str) -> tuple[str | None, list[str]]:
+        """The implementation that would run, or None; and in words why, and whether each of the others could."""
+        lines, chosen = [], None
+        if self.name is not None:
+            assumed = "Triton and a build for that GPU are assumed, this machine is not asked"
+            lines.append(f"{self.name}: taken from a table; {assumed}")
+        try:
+            chosen, reason = self._rule(impl)
+            lines.append(f"impl={impl!r} runs {chosen!r}: {reason}")
+        except (RuntimeError, TypeError, ValueError) as error:
+            lines.append(f"impl={impl!r} fails: {error}")
+        for other in IMPLEMENTATIONS[1:]:
+            try:
+                _, reason = self._rule(other)
+                lines.append(f"  {other}: available" if self.name is None or other != "cuda" else f"  {other}: {reason}")
+            except (RuntimeError, TypeError, ValueError) as error:
+                lines.append(f"  {other}: not {'here' if self.name is None else 'there'}: {error}")
+        return chosen, lines
+
+    def _rule(self, impl: str) -> tuple[str, str]:
+        without_cuda = "for projections" if self.projected else ""
+        model = None if self.name is None else device_model(self.name)
+        if self.name is None or model is None:
+            return choose(impl, self.device, [self.dtype], without_cuda=without_cuda)
+        return choose_on_absent(impl, self.name, model.capability, [self.dtype], without_cuda=without_cuda)
+
+    def path(self, chosen: str | None) -> tuple[str, str]:
+        """The path of the linear loss, and the reason for it."""
+        if self.projected:
+            return CHUNKS, "a projection is distilled from logits of the student"
+        return choose_path(
+            impl=chosen or "reference", gradient=self.gradient, divergence=self.divergence, want_stats=self.return_stats,
+            chunk_tokens=self.chunk_tokens,
+        )  # fmt: skip
+
+    def chunks(self, chosen: str | None, student_width: int) -> list[str]:
+        """The chunks of tokens in words."""
+        row, lines = row_items(self.vocab_size, self.device), []
+        if row > self.vocab_size:
+            lines.append(f"rows of {row} items for {self.vocab_size} ids, so that each begins at a multiple of 128 bytes")
+        plan = plan_chunks(
+            n_tokens=self.n_tokens,
+            bytes_per_token=(1 + self.teacher_tensors) * row * self.logits_dtype.itemsize,
+            student_width=student_width,
+            device=None if self.name is not None else self.device,
+            device_name=self.name,
+            chunk_tokens=self.chunk_tokens,
+            workspace_bytes=self.workspace_bytes,
+        )
+        lines.append(_chunks_in_words(plan, self.n_tokens, self.vocab_size))
+        if self.logits_dtype not in (torch.float32, self.dtype):
+            lines.append(
+                f"logits_dtype {self.logits_dtype} beside {self.dtype} weights: each product is made in float32 and rounded, "
+                "which takes longer than float32 logits"
+            )
+        if self.device.type == "cuda" and chosen in WITHOUT_LOGITS and self.gradient and not self.projected:
+            lines += _switches_in_words(self.device)
+        return lines
+
+    def times(self, path: str) -> list[str]:
+        """The time that the call should take in words, where the device's rates are known."""
+        model = None
+        if self.name is not None:
+            model = device_model(self.name)
+        elif self.device.type == "cuda" and torch.cuda.is_available():
+            model = device_model(torch.cuda.get_device_name(self.device))
+        if model is None or self.teacher_hidden_size is None or self.student_hidden_size is None:
+            return []
         expected = predict(
             model,
-            n_tokens=n_tokens,
-            vocab=vocab_size,
-            student_width=student_hidden_size,
-            teacher_width=teacher_hidden_size,
-            teacher_gemms=teacher_tensors,
-            teacher_tensors=teacher_tensors,
-            logits_bytes=logits_dtype.itemsize,
-            gradient_bytes=min(dtype.itemsize, logits_dtype.itemsize),
-            gradient=gradient,
-            head_trains=head_trains,
+            n_tokens=self.n_tokens,
+            vocab=self.vocab_size,
+            student_width=self.student_hidden_size,
+            teacher_width=self.teacher_hidden_size,
+            teacher_gemms=self.teacher_tensors,
+            teacher_tensors=self.teacher_tensors,
+            logits_bytes=self.logits_dtype.itemsize,
+            gradient_bytes=min(self.dtype.itemsize, self.logits_dtype.itemsize),
+            gradient=self.gradient,
+            head_trains=self.head_trains,
             path=path,
         )
-        lines += _times_in_words(expected, model, path)
-        if teacher_gemms > teacher_tensors:
-            half = 2.0 * n_tokens * vocab_size * teacher_hidden_size / model.flop_per_second
+        lines = _times_in_words(expected, model, path)
+        if self.teacher_gemms > self.teacher_tensors:
+            half = 2.0 * self.n_tokens * self.vocab_size * self.teacher_hidden_size / model.flop_per_second
             lines.append(f"  and {half * 1e3:.1f} ms for the contrast's second bf16 summand, which float32 logits take")
-    return "\n".join(lines)
+        return lines
 
 
 def _against_a_projection(divergence: str, student_softcap: float | None, head_trains: bool) -> list[str]:
