@@ -641,7 +641,7 @@ PROBED = {
 
 STUDY_CONTEXTS = ("none", "faithful", "adversarial", "irrelevant")
 # How the names of an experiment's teachers begin.
-FIRST, NATURAL, AXES = "", "E3-", "axes-"
+FIRST, SEVERAL, NATURAL, AXES = "", "E2-", "E3-", "axes-"
 
 
 def study_rows(prefix: str) -> list[Row]:
@@ -671,9 +671,10 @@ def over_teachers(own: Sequence[Row], contexts: Iterable[str]) -> list[list[floa
     return found
 
 
-def study_natural_tasks() -> Table:
-    """E3 by task: accuracy in % without a text / under adversarial text, mean over the teachers whose gate the task passed."""
-    found = study_rows(NATURAL)
+def study_tasks(prefix: str) -> Table:
+    """An experiment by task: accuracy in % without a text / under adversarial text, mean over the teachers whose gate the task
+    passed."""
+    found = study_rows(prefix)
     systems = [name for name in STUDY if any(row["system"] == name for row in found)]
 
     def cell(system: str, task: str) -> str:
@@ -857,9 +858,12 @@ TABLES: dict[str, Callable[[], Table]] = {
     "study_claims": study_claims,
     "study": study,
     "study_natural_gate": lambda: study_gate(NATURAL),
-    "study_several_gate": lambda: study_gate("E2-"),
+    "study_several_gate": lambda: study_gate(SEVERAL),
+    "study_several": lambda: study(SEVERAL),
+    "study_several_tasks": lambda: study_tasks(SEVERAL),
+    "study_several_endpoints": lambda: study_endpoints("study_endpoints_E2"),
     "study_natural": lambda: study(NATURAL),
-    "study_natural_tasks": study_natural_tasks,
+    "study_natural_tasks": lambda: study_tasks(NATURAL),
     "study_endpoints": study_endpoints,
     "study_natural_endpoints": lambda: study_endpoints("study_endpoints_E3"),
     "study_text_effects": study_text_effects,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,23 +169,56 @@ def _triton_scales(grad: Tensor) -> bool:
     return grad.is_cuda and _has_values(grad) and grad.stride(-1) == 1 and importlib.util.find_spec("triton") is not None
 
 
-def _scale_rows(grad: Tensor, factor: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """grad * factor, factor () or of grad's leading shape."""
+def _scale_rows(grad: Tensor, factor: Tensor, *, out: Tensor) -> Tensor:
+    """grad * factor in ``out``, which may be ``grad``; factor () or of grad's leading shape."""
     from .triton_caad import scale_rows
 
     rows = grad if grad.dim() == 3 else grad[None]
-    return scale_rows(rows, factor.reshape(-1), out=rows if out is grad else out).view(grad.shape)
+    scale_rows(rows, factor.reshape(-1), out=rows if out is grad else out.view(rows.shape))
+    return out
 
 
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
-    """A new tensor: the saved one may be wanted again. On the CPU the saved one where the factor is 1 and no graph is kept."""
-    if _is_one(grad_output):
-        # What a backward hands out its receiver may change (clipping, all_reduce of .grad).
-        return grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
-    if grad.dim() in (2, 3) and _has_values(grad_output) and _triton_scales(grad):
-        return _scale_rows(grad, grad_output)
-    factor = grad_output.to(torch.promote_types(grad.dtype, torch.float32))
+    """grad * grad_output, () or of grad's leading shape, in float32, rounded to grad's dtype.
+
+    In the memory of ``grad`` if no graph is kept: then nobody can ask for the saved tensor again. Else in a new tensor, even
+    where the factor is 1: what a backward hands out its receiver may change (clipping, all_reduce of .grad).
+    """
+    if not _has_values(grad_output):
+        return _widened(grad, grad_output)
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return _scale_into(torch.empty_like(grad) if kept else grad, grad, grad_output)
+
+
+def _scale_into(out: Tensor, grad: Tensor, grad_output: Tensor) -> Tensor:
+    """``out``, which may be ``grad``, with what :func:`_scaled` says. No float32 copy of a narrower gradient is made."""
+    if not grad.numel() or _is_one(grad_output):
+        return grad if out is grad else out.copy_(grad)
+    if grad.dim() in (2, 3) and _triton_scales(grad):
+        return _scale_rows(grad, grad_output, out=out)
+    # A factor without dimensions does not widen a narrower gradient.
+    if grad_output.numel() == 1 or not any(grad_output.stride()):
+        return torch.mul(grad, grad_output.flatten()[0], out=out)
+    if grad.numel() <= _SCALED_AT_ONCE:
+        return out.copy_(_widened(grad, grad_output))
+    for into, part, factor in zip(*(_rows_of(x, grad.dim() - 1) for x in (out, grad, grad_output)), strict=True):
+        torch.mul(part, factor, out=into)
+    return out
+
+
+def _widened(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor with a float32 copy of a narrower gradient."""
+    factor = factor.to(torch.promote_types(grad.dtype, torch.float32))
     return (grad * factor.reshape(factor.shape + (1,) * (grad.dim() - factor.dim()))).to(grad.dtype)
+
+
+_SCALED_AT_ONCE = 1 << 20  # numbers of a gradient that may be copied to float32
+
+
+def _rows_of(x: Tensor, leading: int) -> Iterator[Tensor]:
+    """``x`` at each index of its first ``leading`` dimensions."""
+    for part in x.unbind(0):
+        yield from _rows_of(part, leading - 1) if leading > 1 else (part,)
 
 
 # -- logits in -----------------------------------------------------------------------------------------------------------
@@ -445,11 +478,7 @@ class InPlaceRows(torch.autograd.Function):
         if grad._version != ctx.version:
             raise _used_later()
         grad_loss = grad_loss if ctx.gain is None else grad_loss / ctx.gain
-        if _triton_scales(grad):
-            _scale_rows(grad, grad_loss, out=grad)
-        elif not _is_one(grad_loss):
-            grad.mul_(grad_loss.reshape(*grad.shape[:2], 1))
-        return grad, *[None] * 9
+        return _scale_into(grad, grad, grad_loss.reshape(grad.shape[:2])), *[None] * 9
 
 
 def _used_later() -> RuntimeError:
