@@ -99,20 +99,10 @@ def fused_layer_mse_loss(
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
-    first = students[0]
-    leading, device = first.shape[:-1], first.device
+    leading, device = students[0].shape[:-1], students[0].device
     project_teacher = direction == "teacher_to_student"
-    for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
-        for name, x in ((f"student_hidden[{i}]", s), (f"teacher_hidden[{i}]", t)):
-            check_leading(name, x, leading, "student_hidden[0]")
-            check_device(name, x, first)
-        if texts is not None:
-            check_shape(f"teacher_text_hidden[{i}]", texts[i], t.shape)
-            check_device(f"teacher_text_hidden[{i}]", texts[i], first)
-        _check_projection(f"projections[{i}]", p, s, t, project_teacher)
-
-    flat = [x for x in (*students, *teachers, *(texts or []), *weights) if x is not None]
-    dtypes = [x.dtype for x in flat]
+    _check_pairs(students, teachers, texts, weights, project_teacher)
+    dtypes = [x.dtype for x in (*students, *teachers, *(texts or []), *weights) if x is not None]
     dtype = accumulation_dtype(dtypes)
     n = math.prod(leading)
     valid = None
@@ -121,7 +111,7 @@ def fused_layer_mse_loss(
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected bool, got {mask.dtype}")
         check_shape("mask", mask, leading)
-        check_device("mask", mask, first)
+        check_device("mask", mask, students[0])
         valid = mask.reshape(-1)
     alphas = alpha_tensor("alpha", alpha, leading, device, dtype)
     layer_weights = layer_weight_tensor(layer_weight, len(students), device, dtype)
@@ -134,27 +124,52 @@ def fused_layer_mse_loss(
         check_values(None, alphas, 0, 0)
     total = torch.zeros(n if reduction == "none" else (), dtype=dtype, device=device)
     for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
-        width = s.shape[-1] if project_teacher else t.shape[-1]
-        coef = counts * (layer_weights[i] / width)
+        coef = counts * (layer_weights[i] / (s if project_teacher else t).shape[-1])
         hidden, audio = _dense(s.reshape(-1, s.shape[-1])), _dense(t.detach().reshape(-1, t.shape[-1]))
         text = None if texts is None else _dense(texts[i].detach().reshape(audio.shape))
+        pair = (hidden, audio, text, p, valid, alphas, coef)
         if chosen == "reference":
-            loss = _layers.reference_layer_mse(
-                hidden, audio, text, p, valid, alphas, coef, project_teacher=project_teacher, normalize=normalize
-            )
+            loss = _layers.reference_layer_mse(*pair, project_teacher=project_teacher, normalize=normalize)
             loss = loss if reduction == "none" else loss.sum()
         else:
-            refuse_transforms(hidden, p)
-            enabled = torch.is_grad_enabled()
-            grads = [enabled and s.requires_grad, enabled and p is not None and p.requires_grad]
-            if reduction == "none" and grads[1]:
-                grads = [False, False]  # the backward runs the chunks with each token's own factor
-            loss, _, _ = differentiable(
-                _layers.layer_mse, hidden, audio, text, None if p is None else _dense(p), valid, alphas, coef, project_teacher,
-                normalize, reduction != "none", *grads, chosen,
-            )  # fmt: skip
+            loss = _fused_pair(*pair, impl=chosen, project_teacher=project_teacher, normalize=normalize, reduction=reduction)
         total = total + loss
     return total.reshape(leading) if reduction == "none" else total
+
+
+def _check_pairs(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], texts: Sequence[Tensor] | None, weights: Sequence[Tensor | None],
+    project_teacher: bool,
+) -> None:  # fmt: skip
+    """ValueError or TypeError unless the tensors of each pair fit together, and those of all pairs have one leading shape."""
+    first = students[0]
+    for i, (s, t, p) in enumerate(zip(students, teachers, weights, strict=True)):
+        for name, x in ((f"student_hidden[{i}]", s), (f"teacher_hidden[{i}]", t)):
+            check_leading(name, x, first.shape[:-1], "student_hidden[0]")
+            check_device(name, x, first)
+        if texts is not None:
+            check_shape(f"teacher_text_hidden[{i}]", texts[i], t.shape)
+            check_device(f"teacher_text_hidden[{i}]", texts[i], first)
+        _check_projection(f"projections[{i}]", p, s, t, project_teacher)
+
+
+def _fused_pair(
+    hidden: Tensor, audio: Tensor, text: Tensor | None, projection: Tensor | None, valid: Tensor | None, alphas: Tensor,
+    coef: Tensor, *, impl: str, project_teacher: bool, normalize: bool, reduction: str,
+) -> Tensor:  # fmt: skip
+    """The loss of one pair by the operator: (N,) with reduction "none", else ()."""
+    refuse_transforms(hidden, projection)
+    enabled = torch.is_grad_enabled()
+    grads = [enabled and hidden.requires_grad, enabled and projection is not None and projection.requires_grad]
+    reduced = reduction != "none"
+    if not reduced and grads[1]:
+        grads = [False, False]  # the backward runs the chunks with each token's own factor
+    projection = None if projection is None else _dense(projection)
+    loss, _, _ = differentiable(
+        _layers.layer_mse, hidden, audio, text, projection, valid, alphas, coef, project_teacher, normalize, reduced, *grads,
+        impl,
+    )  # fmt: skip
+    return loss
 
 
 def layer_map(
