@@ -250,7 +250,7 @@ def source_commit(*paths: str) -> str:
     commit = git("rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"
-    counted = [*(paths or ["."]), *(f":(exclude){folder}/results" for folder in ("benchmarks", "models"))]
+    counted = [*(paths or ["."]), *(f":(exclude){folder}/results" for folder in ("benchmarks", "models/experiments"))]
     return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *counted) else "")
 
 
