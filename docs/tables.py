@@ -739,18 +739,22 @@ def study_axes_endpoints() -> Table:
     return ("difference", "teachers", "P1, no text", "P2, adversarial", "P3, faithful"), lines
 
 
+# The studies that the claims table compares, and their endpoints.
+CLAIMED = {"E1": "study_endpoints", "E2": "study_endpoints_E2", "E3": "study_endpoints_E3"}
+
+
 def study_claims() -> Table:
-    """CAAD alpha 2 minus each other system in points, by endpoint of E1 and of E3. Bold holds, and in italics the opposite holds.
-    Both do so also after Holm's correction over the claim's rows of both studies, and over all other rows of this table."""
+    """CAAD alpha 2 minus each other system in points, by endpoint and study. Bold holds, and in italics the opposite holds. Both
+    do so also after Holm's correction over the claim's rows of all studies, and over all other rows of this table."""
     seconds = ("kd_tuned", "kd", "sharpened2", "hint_stripped", "ce_true")
     files = {
-        experiment: [row for row in read(name) if row["first"] == "caad2" and row["second"] in seconds]
-        for experiment, name in (("E1", "study_endpoints"), ("E3", "study_endpoints_E3"))
+        study: {(row["second"], row["name"]): row for row in read(file) if row["first"] == "caad2" and row["second"] in seconds}
+        for study, file in CLAIMED.items()
     }
     marks = {"holds": "**", "the opposite holds": "*"}
     together = {}
     for is_claim in (True, False):
-        family = [row for rows in files.values() for row in rows if (row["second"] == seconds[0]) == is_claim]
+        family = [row for rows in files.values() for (second, _), row in rows.items() if (second == seconds[0]) == is_claim]
         together |= {id(row): p for row, p in zip(family, holm([float(row["p"]) for row in family]), strict=True)}
 
     def cell(row: Row | None) -> str:
@@ -759,12 +763,13 @@ def study_claims() -> Table:
         mark = marks.get(row["verdict"], "") if together[id(row)] < 0.05 else ""
         return f"{mark}{signed(100 * float(row['difference']))}{mark}"
 
-    lines = []
-    for second in seconds:
-        own = [{row["name"]: row for row in rows if row["second"] == second} for rows in files.values()]
-        lines.append([SYSTEMS[second], *(cell(of.get(name)) for of in own for name in ("P1", "P2", "P3"))])
-    endpoints = ("P1, no text", "P2, adversarial", "P3, faithful")
-    return ("CAAD alpha 2 minus", *(f"{experiment} {name}" for experiment in files for name in endpoints)), lines
+    endpoints = {"P1": "no text", "P2": "adversarial", "P3": "faithful"}
+    lines = (
+        [SYSTEMS[second], f"{name}, {text}", *(cell(rows.get((second, name))) for rows in files.values())]
+        for second in seconds
+        for name, text in endpoints.items()
+    )
+    return ("CAAD alpha 2 minus", "endpoint", *files), lines
 
 
 def study_text_effects() -> Table:
