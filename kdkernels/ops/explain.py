@@ -17,6 +17,7 @@ from .chunking import (
     Prediction,
     choose_path,
     device_model,
+    known_device,
     plan_chunks,
     predict,
     row_items,
@@ -162,10 +163,10 @@ class _Call:
 
     def _rule(self, impl: str) -> tuple[str, str]:
         without_cuda = "for projections" if self.projected else ""
-        model = None if self.name is None else device_model(self.name)
-        if self.name is None or model is None:
+        if self.name is None:
             return choose(impl, self.device, [self.dtype], without_cuda=without_cuda)
-        return choose_on_absent(impl, self.name, model.capability, [self.dtype], without_cuda=without_cuda)
+        capability = known_device(self.name).capability
+        return choose_on_absent(impl, self.name, capability, [self.dtype], without_cuda=without_cuda)
 
     def path(self, chosen: str | None) -> tuple[str, str]:
         """The path of the linear loss, and the reason for it."""
