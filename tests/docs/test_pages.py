@@ -196,6 +196,24 @@ def test_the_benchmarks_page_names_the_versions_and_what_was_not_committed():
     assert set(re.findall(r"\w+\.csv", "".join(sentence).split("\n\n")[0])) == with_changes
 
 
+def test_the_linear_table_is_the_run_in_the_middle():
+    runs: dict[str, dict[str, dict[str, str]]] = {}
+    for row in tables.read("linear_runs_cpu"):
+        runs.setdefault(row["run"], {})[row["contender"]] = row
+    default = "kdkernels (default: fp32 logits)"
+
+    def lead(rows: dict[str, dict[str, str]], over: str) -> float:
+        return float(rows[over]["median_ms"]) / float(rows[default]["median_ms"])
+
+    ordered = sorted(runs.values(), key=lambda rows: lead(rows, "eager"))
+    shown = [", ".join(f"{lead(rows, over):.1f}" for rows in ordered) for over in ("eager", "torch.compile")]
+    both = [" and ".join(x.rsplit(", ", 1)) for x in shown]
+    text = " ".join(text_of("benchmarks.md").split())
+    assert f"the default {both[0]} times faster than eager PyTorch, and {both[1]} times faster than torch.compile" in text
+    committed = {row["contender"]: row["median_ms"] for row in tables.read("linear_cpu")}
+    assert {name: row["median_ms"] for name, row in ordered[1].items()} == committed
+
+
 def test_liger_is_shown_with_its_faster_chunk():
     """A peer at its best setting, in the README and at the hard shapes."""
     rows = [row for row in tables.read("linear_cpu") if row["contender"].startswith(tables.LIGER)]
