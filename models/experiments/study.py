@@ -2,6 +2,7 @@
 
     python -m models study E1                       # 4 folds of actors x 2 teachers; stop it and start it again at will
     python -m models study E1 --teachers 1 --folds 0
+    python -m models study E2                       # several tasks with hints; the steps of KD and CAAD, chosen on dev
     python -m models study E3                       # several tasks whose bias nobody trained; curves over steps of one teacher
     python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each; curves over steps
     python -m models study axes                     # beyond the papers: what each path hears, alpha by token, on-policy
@@ -53,6 +54,7 @@ from models.experiments.study_settings import (
 from models.experiments.study_stages import make_stages, run_external_students
 from models.experiments.study_tables import (
     PROBE_COLUMNS,
+    STEP_COLUMNS,
     dev_rows,
     finished,
     finished_external,
@@ -63,6 +65,7 @@ from models.experiments.study_tables import (
     read_rows,
     replace_teacher,
     row_origin,
+    step_rows,
     table_rows,
 )
 from models.io_utils import atomic_write_text, cache_dir
@@ -207,6 +210,9 @@ def _save(
         found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
         found = {system: own for system, own in found.items() if own}
     _write_rows(settings, found, _prefix(experiment), targets, console)
+    tried = step_rows(settings, finished(settings, stages, root, part="dev"), prefix=_prefix(experiment))
+    for folder in targets if tried else ():
+        merge_rows(folder / "study_steps.csv", tried, columns=STEP_COLUMNS, keys=STEP_COLUMNS[:4])
 
 
 def _write_rows(

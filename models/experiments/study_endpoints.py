@@ -192,7 +192,7 @@ def _heard(prediction: Prediction, min_snr_db: float) -> bool:
 # The claim of the protocol is the first. The others stand beside it, with a correction over all of them.
 PAIRS = (
     ("caad2", "kd_tuned"), ("caad2", "kd"), ("caad2", "hint_stripped"), ("caad2", "ce_true"), ("caad2_metadata", "kd_metadata"),
-    ("caad2", "sharpened2"),
+    ("caad2", "sharpened2"), ("caad2_steps", "kd_steps"),
 )  # fmt: skip
 
 

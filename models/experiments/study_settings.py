@@ -37,9 +37,12 @@ SYSTEMS = (
     System("kd_metadata", "kd", 0.0, "metadata"),
     System("caad2_metadata", "caad", 2.0, "metadata"),
 )
-# The control of E3 and of its curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
+# The control of E2, of E3 and of its curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
 SHARPENED = System("sharpened2", "sharpened", 2.0, "own")
 CURVES_TEACHER = "f0s0"
+# How long to train, in E2: dev asks as many runs of KD as of CAAD, and one choice of each is for all teachers.
+STEP_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the steps of the study's students
+_STEPPED = (System("kd", "kd", 0.0, "own"), System("caad2", "caad", 2.0, "own"))
 _ON_POLICY = ("loss.kd_token_weight=uniform", "data.on_policy_max_new_tokens=12")
 # Beyond the papers, each against caad2: what the contrast takes away, alpha by token, and answers of the student's own.
 AXES = (
@@ -143,6 +146,13 @@ def tried_systems() -> Iterator[System]:
     for family, tries in TRIED.items():
         for number, words in enumerate(tries):
             yield System(f"{family}_{number}", family, 0.0 if family == "kd" else 2.0, "own", words)
+
+
+def step_systems(student_steps: int) -> Iterator[System]:
+    """What E2 trains to choose the steps: "kd_30" and so on."""
+    for system in _STEPPED:
+        for steps in dict.fromkeys(max(1, round(share * student_steps)) for share in STEP_SHARES):
+            yield dataclasses.replace(system, name=f"{system.name}_{steps}", words=(f"optim.steps={steps}",))
 
 
 def chosen_teachers(experiment: str, folds: Sequence[int], teachers: int, *, smoke: bool, device: str) -> list[StudySettings]:

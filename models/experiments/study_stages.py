@@ -45,9 +45,10 @@ from models.experiments.study_settings import (
     TEACHER_ALPHAS,
     StudySettings,
     System,
+    step_systems,
     tried_systems,
 )
-from models.experiments.study_tables import read_rows
+from models.experiments.study_tables import chosen_steps, read_rows
 
 # How the teacher reads the prompts of a pool, where it differs from the student: models.corpora.hearing.Hearing.
 TEACHER_READS: dict[str, dict[str, Any]] = {"stripped": {"context": False}, "shuffled": {"context_from": "own_context"}}
@@ -360,7 +361,8 @@ _STUDYING = (*TRAINING, "student_steps", "student_learning_rate")
 def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
     """All stages of one teacher; each comes after the stages that it needs. The last ones are the students.
 
-    The students with the settings of E5 are among them as soon as study_dev.csv says what E5 has chosen.
+    The students with the settings of E5 are among them as soon as study_dev.csv says what E5 has chosen, and those with the steps
+    that dev of E2 chooses as soon as study_steps.csv has all its teachers.
     """
     healing = ("lm", "encoder", "tiny_backbones", "keep_layers", "healing_steps", "healing_sentences", "tasks")
     gated = len(settings.tasks) > 1 and not settings.tiny_backbones  # no tiny model passes the gate
@@ -394,8 +396,13 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         stages.append(_students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool], gated=gated))
     tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
     stages += [_students("students_tuned", "own", tuned, gated=gated)] if tuned else []
-    if experiment == "E3":
+    if experiment in ("E2", "E3"):
         stages.append(_students("students_control", "own", [SHARPENED], gated=gated))
+    if experiment == "E2":
+        stages.append(_students("tried_steps", "own", list(step_systems(settings.student_steps)), part="dev", gated=gated))
+        stepped = [] if settings.tiny_backbones else stepped_systems(settings, RESULTS / "study_steps.csv")
+        stages += [_students("students_steps", "own", stepped, gated=gated)] if stepped else []
+    if experiment == "E3":
         stages += [_curves(SHARPENED, gated=True)] if settings.teacher == CURVES_TEACHER else []
     return stages
 
@@ -465,6 +472,13 @@ def tuned_systems(chosen: Path) -> list[System]:
     """kd_tuned and caad_tuned, with the settings that E5 has chosen; none until the file says them."""
     best = {row["family"]: row["try"] for row in read_rows(chosen) if row["chosen"]}
     return [dataclasses.replace(s, name=f"{s.recipe}_tuned") for s in tried_systems() if s.name in best.values()]
+
+
+def stepped_systems(settings: StudySettings, tried: Path) -> list[System]:
+    """kd_steps and caad2_steps, with the steps that dev of E2 has chosen; none until all its teachers have been asked."""
+    systems = list(step_systems(settings.student_steps))
+    best = chosen_steps(read_rows(tried), [s.name for s in systems])
+    return [dataclasses.replace(s, name=f"{s.name.split('_')[0]}_steps") for s in systems if s.name in best]
 
 
 def _as_written(recipe: str) -> str:

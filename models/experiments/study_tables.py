@@ -33,6 +33,8 @@ COLUMNS = (
 PROBE_COLUMNS = (
     "fold", "task", "description", "size", "train", "dev", "test", "balanced_accuracy", "commit", "date",
 )  # fmt: skip
+STEP_COLUMNS = ("teacher", "system", "steps", "context", "accuracy", "items", "commit", "date")
+STEP_TEACHERS = 8
 GATE_COLUMNS = ("teacher", "task", "heard", "shift", "text_effect", "in_study", "weights", "commit", "date")
 
 
@@ -150,6 +152,9 @@ def replace_teacher(folder: Path, gate: Sequence[Mapping[str, Any]]) -> list[str
         kept = [row for row in rows if row["teacher"] != name]
         if len(kept) < len(rows):
             _write_csv(folder / "study.csv", kept, COLUMNS)
+        steps = read_rows(folder / "study_steps.csv")
+        if any(row["teacher"] == name for row in steps):
+            _write_csv(folder / "study_steps.csv", [row for row in steps if row["teacher"] != name], STEP_COLUMNS)
         for packed in (folder / "study").glob(f"{name}-*.jsonl.gz"):
             packed.unlink()
         _write_csv(path, [row for row in read_rows(path) if row["teacher"] != name], GATE_COLUMNS)
@@ -185,6 +190,32 @@ def dev_rows(found: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         if len(own) == len(tries):
             max(own, key=lambda row: row["mean"])["chosen"] = "yes"
     return rows
+
+
+def step_rows(settings: StudySettings, found: Mapping[str, Sequence[Any]], *, prefix: str) -> list[dict[str, Any]]:
+    """The rows of study_steps.csv of one teacher: accuracy on dev by system, steps and context, the mean over its tasks."""
+    rows = []
+    for name, predictions in found.items():
+        system, steps = name.rsplit("_", 1)
+        for kind, context in CONTEXTS.items():
+            own = [p for p in predictions if p.kind == kind]
+            by_task = [accuracy([p for p in own if p.task == task]) for task in dict.fromkeys(p.task for p in own)]
+            row = {"teacher": prefix + settings.teacher, "system": system, "steps": steps, "context": context}
+            rows.append(row | {"accuracy": f"{statistics.mean(by_task):.4f}", "items": len(own)} | row_origin())
+    return rows
+
+
+def chosen_steps(rows: Sequence[Mapping[str, str]], tried: Sequence[str]) -> list[str]:
+    """Of each system that one of `tried`, such as "kd_60", with the best mean over contexts and teachers in the rows of
+    study_steps.csv; with equal ones that of the fewest steps. Empty until all teachers have been asked with all of them."""
+    scores: dict[str, list[float]] = {name: [] for name in tried}
+    for row in rows:
+        scores[f"{row['system']}_{row['steps']}"].append(float(row["accuracy"]))
+    if any(len(values) != STEP_TEACHERS * len(CONTEXTS) for values in scores.values()):
+        return []
+    families = dict.fromkeys(name.rsplit("_", 1)[0] for name in tried)
+    own = ([name for name in tried if name.rsplit("_", 1)[0] == family] for family in families)
+    return [max(names, key=lambda name: statistics.mean(scores[name])) for names in own]
 
 
 def gate_rows(settings: StudySettings, gate: Mapping[str, Any], *, prefix: str = "") -> list[dict[str, Any]]:

@@ -20,12 +20,21 @@ from models.experiments.learning_curves import curve_rows, curve_steps
 from models.experiments.pipeline import Context, stage_folders
 from models.experiments.study import main
 from models.experiments.study_gate import gate_sentences, gate_tasks, in_study
-from models.experiments.study_settings import AXES, AXES_PAIRS, EXPERIMENTS, SYSTEMS, chosen_teachers, tried_systems
+from models.experiments.study_settings import (
+    AXES,
+    AXES_PAIRS,
+    EXPERIMENTS,
+    SYSTEMS,
+    chosen_teachers,
+    step_systems,
+    tried_systems,
+)
 from models.experiments.study_stages import (
     check_actors,
     gated_tasks,
     healing_examples,
     make_stages,
+    stepped_systems,
     taught,
     tuned_systems,
 )
@@ -37,6 +46,7 @@ from models.experiments.study_tables import (
     merge_rows,
     pack_all,
     replace_teacher,
+    step_rows,
     table_rows,
 )
 from models.reporting.results_csv import rows_csv
@@ -103,6 +113,41 @@ def test_dev_chooses_one_setting_of_each_family_from_equally_many(tmp_path):
     path.write_text(rows_csv(dev_rows({name: answers(r) for name, r in rights.items() if name != "kd_7"})))
     assert [s.name for s in tuned_systems(path)] == ["caad_tuned"]  # KD has not had all its runs yet
     assert tuned_systems(tmp_path / "none.csv") == []
+
+
+def test_dev_of_e2_chooses_the_steps_of_kd_and_of_caad_for_all_teachers_together(tmp_path):
+    names = [s.name for s in step_systems(120)]
+    assert [s.name for s in step_systems(2)] == ["kd_1", "kd_2", "caad2_1", "caad2_2"]
+    assert names == [f"{system}_{steps}" for system in ("kd", "caad2") for steps in (30, 60, 90, 120)]
+    found = {name: answers((5, 5, 5, 5)) for name in names} | {"kd_60": answers((4, 9, 9, 4)), "caad2_90": answers((6, 5, 5, 5))}
+    path, rows = tmp_path / "study_steps.csv", []
+    for fold in range(4):
+        for seed in range(2):
+            rows += step_rows(dataclasses.replace(EXPERIMENTS["E2"], fold=fold, seed=seed), found, prefix="E2-")
+    assert [(r["teacher"], r["system"], r["steps"], r["context"], r["accuracy"]) for r in rows[4:8]] == [
+        ("E2-f0s0", "kd", "60", context, accuracy)
+        for context, accuracy in (("none", "0.4000"), ("faithful", "0.9000"), ("adversarial", "0.9000"), ("irrelevant", "0.4000"))
+    ]
+    path.write_text(rows_csv(rows))
+    assert [(s.name, s.words) for s in stepped_systems(EXPERIMENTS["E2"], path)] == [
+        ("kd_steps", ("optim.steps=60",)), ("caad2_steps", ("optim.steps=90",)),
+    ]  # fmt: skip
+    path.write_text(rows_csv(rows[:-1]))
+    assert stepped_systems(EXPERIMENTS["E2"], path) == []  # one teacher has not been asked in all contexts yet
+    assert stepped_systems(EXPERIMENTS["E2"], tmp_path / "none.csv") == []
+    two = [*answers((8, 8, 8, 8)), *(dataclasses.replace(p, task="noise") for p in answers((6, 6, 6, 6))[::2])]
+    first = step_rows(EXPERIMENTS["E2"], {"kd_30": two}, prefix="E2-")[0]
+    assert first["accuracy"] == "0.7000" and first["items"] == 15  # 8 of 10 and 3 of 5: the tasks have equal weights
+
+
+def test_only_the_study_of_several_tasks_tries_steps():
+    def names(experiment):
+        return {stage.name for stage in make_stages(EXPERIMENTS[experiment], experiment)}
+
+    assert "tried_steps" in names("E2") and "tried_steps" not in names("E1") | names("E3")
+    assert {e for e in ("E1", "E2", "E3") if "students_control" in names(e)} == {"E2", "E3"}
+    (tried,) = [stage for stage in make_stages(EXPERIMENTS["E2"], "E2") if stage.name == "tried_steps"]
+    assert tried.extra["part"] == "dev" and tried.extra["gated"]
 
 
 def test_curves_are_of_the_students_that_were_asked(tmp_path):
@@ -301,7 +346,11 @@ def test_the_recorded_tasks_in_small(tmp_path, monkeypatch):
     with open(tmp_path / "out" / "study.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(r["teacher"], r["task"]) for r in rows} == {("E2-f1s0", task) for task in tasks}
-    assert {r["system"] for r in rows} == {"teacher", "teacher_cd1", "teacher_cd2", "caad2", "ce_true"}
+    assert {r["system"] for r in rows} == {"teacher", "teacher_cd1", "teacher_cd2", "caad2", "ce_true", "sharpened2"}
+    with open(tmp_path / "out" / "study_steps.csv", newline="") as file:
+        tried = {(r["teacher"], r["system"], r["steps"], r["context"]) for r in csv.DictReader(file)}
+    systems = (("kd", "1"), ("kd", "2"), ("caad2", "1"), ("caad2", "2"))
+    assert tried == {("E2-f1s0", *system, context) for system in systems for context in study_settings.CONTEXTS.values()}
     _, kept = read_predictions(tmp_path / "out" / "study" / "E2-f1s0-caad2.jsonl.gz")
     tested = {f"hedgewars-{voice}" for voice in HEDGEWARS_FOLDS[1]["test"]}
     assert {p.actor for p in kept} <= tested | {"drascula-a03", "drascula-a04", "queen-a02", "queen-a11"}
