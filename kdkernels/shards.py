@@ -23,7 +23,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ _MAX_INDEX_LINE_BYTES = 64 * _MIB
 # A writer stays far below: it closes a shard at this length of its line, and one sample adds at most two texts. (JSON may write a
 # byte of them as six.)
 _INDEX_LINE_BYTES, _MAX_TEXT_BYTES = 4 * _MIB, _MIB
+_SHOWN = 5  # samples in an error
 _log = logging.getLogger(__name__)
 
 Header = dict[str, Any]
@@ -127,6 +128,21 @@ class ShardReader:
         """The fingerprint of a sample's content that its writer was given; "" if none."""
         self._locate(sample_id)
         return self._content[sample_id]
+
+    def check_samples(self, sample_ids: Iterable[str]) -> None:
+        """Says before a training what it would stop at: samples that the cache lacks.
+
+        Raises:
+            ValueError: the cache lacks some of the samples; the message names the first of them.
+        """
+        asked = dict.fromkeys(sample_ids)
+        missing = [sample_id for sample_id in asked if sample_id not in self._where]
+        if missing:
+            shown = ", ".join(map(repr, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+            raise ValueError(
+                f"expected all of the {len(asked)} samples asked for, got the cache {self.folder} without {len(missing)} of "
+                f"them: {shown}; a writer with the same arguments adds what is missing"
+            )
 
     def _places(self, sample_ids: Sequence[str]) -> tuple[list[tuple[str, int, int]], Tensor]:
         """Where the samples are, and their lengths (B,)."""

@@ -61,7 +61,7 @@ from .options import CAADOptions
 from .projected import OF_THE_PROJECTED_LOSS, check_projections
 from .run_records import check_options, write_card, write_options
 from .teacher_model import check_apart, input_names, move, zero3_engine
-from .trainer_checks import check_arguments, check_parallelism
+from .trainer_checks import check_arguments, check_cached_samples, check_parallelism
 from .vocabulary import check_same_tokens, head_rows, tokenizer_of
 
 __all__ = ["CAADTrainer"]
@@ -155,6 +155,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         check_arguments(model, args, teacher, teacher_head)
+        check_cached_samples(teacher, train_dataset=train_dataset, eval_dataset=eval_dataset)
         super().__init__(
             model,
             args,

@@ -10,6 +10,7 @@ from ..contrast_cache import ContrastCache
 from ..lm_head import LMHead
 from ..projection_cache import ProjectionCache
 from ..teacher import DualPathTeacher
+from .batch_columns import SAMPLE_ID
 
 # Arguments that have no effect on this loss, or the wrong one: what is expected of each, and why.
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -64,6 +65,22 @@ def check_arguments(model: Any, args: TrainingArguments, teacher: Any, teacher_h
         )
     if args.n_gpu > 1:
         raise ValueError(f"args.n_gpu: expected one GPU a process (start with torchrun), got {args.n_gpu}: DataParallel")
+
+
+def check_cached_samples(teacher: Any, **datasets: Any) -> None:
+    """ValueError if a dataset names a sample that the teacher's cache lacks: training would stop at the step that draws it.
+
+    A `datasets.Dataset` with the column "sample_id" says its names before it is read. Those of others are looked up by batch.
+    """
+    if not isinstance(teacher, (ContrastCache, ProjectionCache)):
+        return
+    for argument, given in datasets.items():
+        for key, dataset in given.items() if isinstance(given, dict) else [(None, given)]:
+            if SAMPLE_ID in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "unique"):
+                try:
+                    teacher.check_samples(dataset.select_columns([SAMPLE_ID]).unique(SAMPLE_ID))
+                except ValueError as error:
+                    raise ValueError(f"{argument}{'' if key is None else f'[{key!r}]'}: {error}") from error
 
 
 def check_parallelism(accelerator: Any) -> None:

@@ -245,6 +245,7 @@ def _cached_teacher(
     try:
         made_from = teacher_fingerprint(recipe.teacher_spec, hears=hears, negative=recipe.teacher.negative)
         cache = ContrastCache(recipe.teacher.cache, fingerprint=made_from)
+        cache.check_samples(example.id for example in data.examples)
         return CachedTeacher(cache, read_head(lm).to(device), device=device, content=content, layers=layers)
     except ValueError as error:
         raise SourceError(f"teacher.cache: {error}") from error
@@ -264,6 +265,10 @@ def _projected_teacher(
     cache = find_projections(recipe, model, tqdm.write, made_from)
     if cache is None:
         return None
+    try:
+        cache.check_samples(example.id for example in data.examples)
+    except ValueError as error:
+        raise SourceError(f"teacher.cache: {error}") from error
     heard = None
     if not isinstance(model, AudioLM):
         heard = _comparable(model.config, saved_settings("teacher.folder", recipe.teacher.folder), recipe, data)

@@ -137,6 +137,21 @@ def test_cache_of_one_path(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_cache_without_a_sample_of_the_dataset_is_refused_before_the_first_step(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    hidden, target = torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64)
+    with ContrastCache.writer(tmp_path / "cache", fingerprint={}, hidden_size=32) as writer:
+        for row in range(7):
+            writer.add(f"text-{row}", hidden, hidden, target)
+    head = LMHead.from_model(text_lm(1))
+    whole = datasets.Dataset.from_list([{**row, "input_ids": row["input_ids"].tolist()} for row in rows()])
+    given = {"teacher": ContrastCache(tmp_path / "cache"), "teacher_head": head}
+    assert trainer_of(tmp_path / "out", text_lm(0), examples=whole.select(range(7)), **given)
+    with pytest.raises(ValueError, match=r"train_dataset: expected all of the 8 samples .* without 1 of them: 'text-7'; "):
+        trainer_of(tmp_path / "refused", text_lm(0), examples=whole, **given)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_cache_refuses_the_other_kind(tmp_path):
     hidden, target = torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64)
     options = {"fingerprint": {}, "hidden_size": 32}

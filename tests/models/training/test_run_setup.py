@@ -100,6 +100,18 @@ def test_cached_states_train_the_very_same_student_as_the_live_teacher(world):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_a_cache_without_some_samples_is_refused_before_the_first_step(world, tmp_path, capsys):
+    rows = (world / "m.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(rows[:-2]), encoding="utf-8")
+    words = [str(world / "teacher" / "final"), str(short), "--out", str(tmp_path / "c"), "--audio-root", str(world)]
+    assert cache_main([*words, "--dtype", "float32", "--device", "cpu"]) == 0
+    told = [f"teacher.folder={world / 'teacher' / 'final'}", f"teacher.cache={tmp_path / 'c'}", "optim.steps=1"]
+    assert train(world, "caad", "short", *told) == 1
+    assert "teacher.cache: expected all of the 12 samples asked for, got the cache" in (said := capsys.readouterr().err)
+    assert "without 2 of them: " in said and not (world / "short" / "metrics.jsonl").exists()
+
+
 def cache_words(root, out, *more):
     features = str(root / "f.safetensors")
     return [str(root / "teacher" / "final"), str(root / "m.jsonl"), "--out", str(out), "--features", features, *more]
