@@ -41,7 +41,7 @@ SYSTEMS = (
 SHARPENED = System("sharpened2", "sharpened", 2.0, "own")
 CURVES_TEACHER = "f0s0"
 # How long to train, in E2: dev asks as many runs of KD as of CAAD, and one choice of each is for all teachers.
-STEP_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the steps of the study's students
+STEP_SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the steps of the study's students
 _STEPPED = (System("kd", "kd", 0.0, "own"), System("caad2", "caad", 2.0, "own"))
 _ON_POLICY = ("loss.kd_token_weight=uniform", "data.on_policy_max_new_tokens=12")
 # Beyond the papers, each against caad2: what the contrast takes away, alpha by token, and answers of the student's own.

@@ -117,8 +117,8 @@ def test_dev_chooses_one_setting_of_each_family_from_equally_many(tmp_path):
 
 def test_dev_of_e2_chooses_the_steps_of_kd_and_of_caad_for_all_teachers_together(tmp_path):
     names = [s.name for s in step_systems(120)]
-    assert [s.name for s in step_systems(2)] == ["kd_1", "kd_2", "caad2_1", "caad2_2"]
-    assert names == [f"{system}_{steps}" for system in ("kd", "caad2") for steps in (30, 60, 90, 120)]
+    assert [s.name for s in step_systems(2)] == ["kd_1", "kd_2", "kd_3", "kd_4", "caad2_1", "caad2_2", "caad2_3", "caad2_4"]
+    assert names == [f"{system}_{steps}" for system in ("kd", "caad2") for steps in (30, 60, 90, 120, 180, 240)]
     found = {name: answers((5, 5, 5, 5)) for name in names} | {"kd_60": answers((4, 9, 9, 4)), "caad2_90": answers((6, 5, 5, 5))}
     path, rows = tmp_path / "study_steps.csv", []
     for fold in range(4):
@@ -349,7 +349,7 @@ def test_the_recorded_tasks_in_small(tmp_path, monkeypatch):
     assert {r["system"] for r in rows} == {"teacher", "teacher_cd1", "teacher_cd2", "caad2", "ce_true", "sharpened2"}
     with open(tmp_path / "out" / "study_steps.csv", newline="") as file:
         tried = {(r["teacher"], r["system"], r["steps"], r["context"]) for r in csv.DictReader(file)}
-    systems = (("kd", "1"), ("kd", "2"), ("caad2", "1"), ("caad2", "2"))
+    systems = [(system, steps) for system in ("kd", "caad2") for steps in "1234"]
     assert tried == {("E2-f1s0", *system, context) for system in systems for context in study_settings.CONTEXTS.values()}
     _, kept = read_predictions(tmp_path / "out" / "study" / "E2-f1s0-caad2.jsonl.gz")
     tested = {f"hedgewars-{voice}" for voice in HEDGEWARS_FOLDS[1]["test"]}
