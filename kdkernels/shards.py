@@ -258,7 +258,9 @@ class ShardWriter(AbstractContextManager):
         if not sample_id:
             raise TypeError("sample_id: expected a string that is not empty, got ''")
         if sample_id in self:
-            raise ValueError(f"sample_id: expected an id the cache does not hold yet, got {sample_id!r}")
+            raise ValueError(
+                f"sample_id: expected an id the cache does not hold yet, got {sample_id!r}; skip what is `in writer`"
+            )
 
     def _take(self, sample_id: str, content: str, tensors: dict[str, Tensor]) -> None:
         """A sample whose tensors are as the layout says, and nobody else's."""

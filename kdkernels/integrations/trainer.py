@@ -154,7 +154,7 @@ class CAADTrainer(CheckpointLoading, Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        check_arguments(model, args, teacher, teacher_head)
+        check_arguments(model, args, teacher, teacher_head, options)
         check_cached_samples(teacher, train_dataset=train_dataset, eval_dataset=eval_dataset)
         super().__init__(
             model,

@@ -11,6 +11,7 @@ from ..lm_head import LMHead
 from ..projection_cache import ProjectionCache
 from ..teacher import DualPathTeacher
 from .batch_columns import SAMPLE_ID
+from .options import CAADOptions
 
 # Arguments that have no effect on this loss, or the wrong one: what is expected of each, and why.
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -28,8 +29,10 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-def check_arguments(model: Any, args: TrainingArguments, teacher: Any, teacher_head: LMHead | None) -> None:
+def check_arguments(model: Any, args: TrainingArguments, teacher: Any, teacher_head: LMHead | None, options: Any) -> None:
     """Before Trainer sets anything up."""
+    if options is not None and not isinstance(options, CAADOptions):
+        raise TypeError(f"options: expected a CAADOptions or None, got {type(options).__name__}")
     if hasattr(model, "_orig_mod"):
         raise TypeError(
             "model: expected it without torch.compile, which hides its LM head, got a compiled one; compile what lies below: "

@@ -11,6 +11,7 @@ the same matplotlib): there are no dates, and the ids are fixed.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import itertools
 import math
@@ -94,8 +95,10 @@ class Figure:
 
     @property
     def file_text(self) -> str:
-        """For a file: on white, since the program that shows it may not know colour schemes."""
-        return re.sub(r"(<svg[^>]*>)", rf'\1<rect width="100%" height="100%" fill="{LIGHT_GROUND}"/>', self.svg, count=1)
+        """For a file: on white, since the program that shows it may not know colour schemes. It has the numbers in words too."""
+        told = f"<desc>{html.escape(self.alt, quote=False)}</desc>"
+        ground = f'<rect width="100%" height="100%" fill="{LIGHT_GROUND}"/>'
+        return re.sub(r"<svg[^>]*>", lambda tag: f"{tag[0]}{told}{ground}", self.svg, count=1)
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: Palette | None = None) -> Figure | None:
@@ -217,35 +220,51 @@ def draw_intervals(
 
 def draw_trade_off(
     name: str,
-    points: Mapping[str, tuple[Value, Value]],
+    panels: Mapping[str, Mapping[str, tuple[Value, Value]]],
     *,
     xlabel: str,
     ylabel: str,
     caption: str,
     palette: Palette | None = None,
 ) -> Figure:
-    """A point for each system: (x, y) with both intervals. The legend names five systems at most; the others are grey."""
-    palette = palette or Palette(points)
-    named = main_systems(points)
-    figure, (axes,) = _figure(4.8, 4.4, 1, 1)
+    """A point for each system: (x, y) with both intervals. The legend names five systems at most; the others are grey.
+
+    Args:
+        panels: title -> system -> (x, y). Several panels stand side by side and have the same axes.
+    """
+    systems = list(dict.fromkeys(system for points in panels.values() for system in points))
+    palette = palette or Palette(systems)
+    named = main_systems(systems)
+    several = len(panels) > 1
+    figure, every = _figure(3.3 * len(panels) if several else 4.8, 3.9 if several else 4.4, len(panels), len(panels))
     handles: dict[str, Any] = {}
-    for system, (x, y) in sorted(points.items(), key=lambda item: item[0] in named):
-        if system in named:
-            look = palette(system)
-            handles[system] = axes.errorbar(
-                [x.value], [y.value], xerr=_reach([x]), yerr=_reach([y]), color=look.colour, marker=look.marker,
-                markersize=7, linestyle="none", elinewidth=1.1, capsize=2.5,
-            )  # fmt: skip
-        else:
-            small = {"color": REST, "marker": "o", "markersize": 3.5, "linestyle": "none"}
-            (handles["other systems"],) = axes.plot([x.value], [y.value], **small)
-    axes.margins(0.08)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    for axes in every[1:]:  # before anything is drawn: then the limits have room for all
+        axes.sharex(every[0])
+        axes.sharey(every[0])
+    every[0].set_ylabel(ylabel)
+    for axes, (title, points) in zip(every, panels.items(), strict=True):
+        for system, (x, y) in sorted(points.items(), key=lambda item: item[0] in named):
+            if system in named:
+                look = palette(system)
+                handles[system] = axes.errorbar(
+                    [x.value], [y.value], xerr=_reach([x]), yerr=_reach([y]), color=look.colour, marker=look.marker,
+                    markersize=7, linestyle="none", elinewidth=1.1, capsize=2.5,
+                )  # fmt: skip
+            else:
+                small = {"color": REST, "marker": "o", "markersize": 3.5, "linestyle": "none"}
+                (handles["other systems"],) = axes.plot([x.value], [y.value], **small)
+        axes.margins(0.08)
+        axes.set_xlabel(xlabel)
+        if several:
+            axes.set_title(title, fontsize=9)
     order = [*named, *(["other systems"] if "other systems" in handles else [])]
-    _place_legend(figure, {system: handles[system] for system in order}, columns=2)
-    told = "; ".join(f"{system}: {_say(x)}, {_say(y)}" for system, (x, y) in points.items())
-    return Figure(name, caption, f"{_capital(xlabel)}, then {ylabel}. {told}.", _svg(figure), wide=False)
+    _place_legend(figure, {system: handles[system] for system in order}, columns=3 if several else 2)
+    told = [
+        (f"{title}: " if several else "") + "; ".join(f"{system}: {_say(x)}, {_say(y)}" for system, (x, y) in points.items())
+        for title, points in panels.items()
+    ]
+    alt = f"{_capital(xlabel)}, then {ylabel}. {'. '.join(told)}."
+    return Figure(name, caption, alt, _svg(figure), wide=several)
 
 
 # Where a number stands beside its mark: the first place that is free, in points from the middle of the mark.

@@ -321,7 +321,7 @@ def _figure(
     if not placed:
         return None
     return draw_trade_off(
-        f"{stem}-trade-off", placed, xlabel="accuracy under a true (faithful) hint, %",
+        f"{stem}-trade-off", {"": placed}, xlabel="accuracy under a true (faithful) hint, %",
         ylabel="accuracy under a false (adversarial) hint, %", palette=palette,
         caption="What is gained under false hints, and what it costs under true ones. The best corner is the upper right.",
     )  # fmt: skip

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.audio_lms.family import AudioLMError
-from models.audio_lms.model import find_checkpoint_folder
+from models.audio_lms.model import checkpoint_folders, find_checkpoint_folder
 from models.speech_lm.listeners import is_speech_lm
-from models.training.recipe import Recipe
+from models.training.checkpoint import RESULT_NAME
+from models.training.recipe import Recipe, to_dict
 from models.training.teacher_states import SourceError
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ def check_folders(recipe: Recipe) -> None:
     Raises:
         SourceError: one is missing, or does not fit the others or the recipe; the message names the keys.
     """
+    _check_not_replaced(recipe)
     if recipe.student.model is not None:
         _check_audio_lms(recipe)
         return
@@ -48,6 +53,41 @@ def check_folders(recipe: Recipe) -> None:
         check_same_clips(key, student, saved_settings(key, folder))
     if recipe.needs_teacher and recipe.teacher.cache is not None:
         _check_cached_layers(recipe, student)
+
+
+def _check_not_replaced(recipe: Recipe) -> None:
+    """SourceError where the run would read what it replaces with its result, such as the second stage of a training."""
+    final = Path(recipe.run.out_dir, RESULT_NAME)
+    if not final.exists():
+        return
+    for key, given in _texts(to_dict(recipe)):
+        for path in [given, *_parts_of(given)] if os.path.exists(given) else ():
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(final)):
+                own = f"got {given}" if path == given else f"got {given}, which needs {path}"
+                raise SourceError(
+                    f"{key}: expected nothing of {final}, which this run replaces with its result, {own}; name another "
+                    "run.out_dir"
+                )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The key and the value of each text in a recipe."""
+    if isinstance(value, str):
+        yield key, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, inner in items:
+        yield from _texts(inner, f"{key}.{name}" if key else str(name))
+
+
+def _parts_of(folder: str) -> list[str]:
+    """What the model in a folder needs from elsewhere: the base of an adapter, the backbones of a SpeechLM."""
+    with suppress(AudioLMError, SourceError):  # reported where the model is looked for
+        if is_speech_lm(folder):
+            settings = saved_settings("model", folder)
+            return [settings.lm, settings.encoder]
+        if Path(folder, "adapter_config.json").is_file():
+            return [str(path) for path in checkpoint_folders(folder)[1:]]
+    return []
 
 
 def _check_audio_lms(recipe: Recipe) -> None:

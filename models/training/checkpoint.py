@@ -33,6 +33,7 @@ from models.io_utils import atomic_dir, atomic_write_json, fingerprint, save_ten
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+RESULT_NAME = "final"  # the folder of a run's result, in run.out_dir
 _FILE_NAMES = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer.json"}
 _STEP_NAME = re.compile(r"step-(\d{8})$")
 _LEFT_NAME = re.compile(r"\.step-\d{8}\..*\.(tmp|old)$")
@@ -194,21 +195,28 @@ def find_checkpoint(root: str | Path, resume: str, load: Callable[[Path], Any] =
     return None
 
 
-def set_aside(root: str | Path, curves: Path) -> None:
-    """Rename the folder of an earlier run's checkpoints to `<root>.previous`; an older folder of that name is deleted.
+def set_aside(root: str | Path, curves: Path, result: Path) -> None:
+    """Rename the folder of an earlier run's checkpoints to `<root>.previous`, and that of its result to `<result>.previous`. An
+    older folder of such a name is deleted.
 
-    The run's file of curves goes with them, if it is there: a run that goes on from one of them takes it from there.
+    The run's file of curves goes with the checkpoints, if it is there: a run that goes on from one of them takes it from there.
     `find_checkpoint` must not take them for those of a new run. And somebody who forgot `run.resume=auto` must not lose hours
     of training.
     """
     root = Path(root)
     _put_back(root)
     if list_checkpoints(root):
-        previous = root.with_name(root.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        root.rename(previous)
+        previous = _renamed_to_previous(root)
         if curves.is_file():
             curves.rename(previous / curves.name)
+    if result.is_dir():
+        _renamed_to_previous(result)
+
+
+def _renamed_to_previous(folder: Path) -> Path:
+    previous = folder.with_name(folder.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    return folder.rename(previous)
 
 
 def _put_back(root: Path) -> None:

@@ -24,6 +24,7 @@ from models.data.example import AnsweredExample
 from models.io_utils import atomic_write_bytes, atomic_write_json, fingerprint
 from models.training.build_sources import OWN_TEACHER
 from models.training.checkpoint import (
+    RESULT_NAME,
     Checkpoint,
     CheckpointError,
     check_same_settings,
@@ -165,7 +166,7 @@ class TrainingLoop:
     def resume(self) -> int:
         """Continue from the checkpoint that `run.resume` asks for, if there is one; the number of its step, or 0."""
         if self.run_config.resume == "never" and self.ranks.is_first:
-            set_aside(self.checkpoints, self.out_dir / METRICS_NAME)
+            set_aside(self.checkpoints, self.out_dir / METRICS_NAME, self.out_dir / RESULT_NAME)
         if self.alone:
             checkpoint = find_checkpoint(self.checkpoints, self.run_config.resume)
         else:
@@ -376,9 +377,10 @@ class TrainingLoop:
         if self.run_config.parallel == "fsdp2":
             make_whole(self.model, self.ranks)
         if self.ranks.is_first:
-            self.model.save_pretrained(self.out_dir / "final")
-            write_card(self.out_dir / "final", self.recipe)
-            write_hears(self.out_dir / "final", self.recipe.student.hears)
+            result = self.out_dir / RESULT_NAME
+            self.model.save_pretrained(result)
+            write_card(result, self.recipe)
+            write_hears(result, self.recipe.student.hears)
         self.ranks.any(False)  # no rank leaves before the result is written
         return TrainResult(self.optim.steps, self.out_dir)
 

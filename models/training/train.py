@@ -37,7 +37,7 @@ from models.backbones.device import pick_device
 from models.io_utils import exclusive
 from models.training.build_sources import build_sources
 from models.training.check_folders import check_folders
-from models.training.checkpoint import CheckpointError
+from models.training.checkpoint import RESULT_NAME, CheckpointError
 from models.training.commands import train_parser
 from models.training.distributed import RankError, Ranks
 from models.training.loop import NonFiniteError, TrainingLoop, TrainResult, check_ranks
@@ -131,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result.stopped_by is not None:
         return 128 + result.stopped_by
     if ranks.is_first:
-        print(f"{recipe.objective}: {result.step} steps -> {result.folder / 'final'}")
-        return _push(recipe, result.folder / "final")
+        print(f"{recipe.objective}: {result.step} steps -> {result.folder / RESULT_NAME}")
+        return _push(recipe, result.folder / RESULT_NAME)
     return 0
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import html
 import re
 
 import pytest
 
 import kdkernels
-from docs import tables
+from docs import figures, tables
 from kdkernels import integrations
 from models.audio_lms.families import FAMILIES
 from models.experiments.six_systems_settings import FULL, RESULTS
@@ -79,6 +80,13 @@ def test_every_public_name_is_on_the_api_page():
     shown = re.findall(r"^::: kdkernels\.(integrations\.)?(\w+)$", text_of("api.md"), re.MULTILINE)
     assert {name for of_integrations, name in shown if not of_integrations} == set(kdkernels.__all__)
     assert {name for _, name in shown} >= set(integrations.__all__)
+
+
+def test_the_figure_of_the_results_has_the_numbers_of_the_table():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    told = re.search(r"<desc>(.*?)</desc>", figures.PATH.read_text(encoding="utf-8"))
+    assert told, "docs/results.svg: run `python -m docs.figures`"
+    assert html.unescape(told[1]) == figures.results_figure().alt, "docs/results.svg: run `python -m docs.figures`"
 
 
 def test_settings_that_the_results_name():

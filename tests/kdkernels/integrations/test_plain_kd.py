@@ -152,6 +152,13 @@ def test_cache_without_a_sample_of_the_dataset_is_refused_before_the_first_step(
     assert not (tmp_path / "refused").exists()
 
 
+def test_options_of_another_type(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    teacher = DualPathTeacher(text_lm(1), negative=None)
+    with pytest.raises(TypeError, match="options: expected a CAADOptions or None, got dict"):
+        CAADTrainer(text_lm(0), args, teacher=teacher, options={"alpha": 1.0}, data_collator=collate, train_dataset=rows())
+
+
 def test_cache_refuses_the_other_kind(tmp_path):
     hidden, target = torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64)
     options = {"fingerprint": {}, "hidden_size": 32}

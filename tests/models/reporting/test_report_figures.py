@@ -86,7 +86,7 @@ def test_a_system_has_one_colour_in_every_figure():
         drawn = (
             draw_intervals("x", {name: {"no hint": value, "false hint": value}}, xlabel="%", caption="c", palette=palette),
             draw_lines("x", {"loss": {name: {1: value, 2: value}}}, xlabel="x", caption="c", palette=palette),
-            draw_trade_off("x", {name: (value, value)}, xlabel="x", ylabel="y", caption="c", palette=palette),
+            draw_trade_off("x", {"": {name: (value, value)}}, xlabel="x", ylabel="y", caption="c", palette=palette),
         )
         assert all(set(strokes(figure.svg)) == {colour} for figure in drawn), system
 

@@ -25,6 +25,7 @@ from models.speech_lm.features import FeatureStore, clip_features
 from models.speech_lm.model import SpeechLM, SpeechLMConfig
 from models.training.build_sources import build_sources
 from models.training.cache_identity import teacher_fingerprint
+from models.training.check_folders import check_folders
 from models.training.curves import read_metrics
 from models.training.distributed import Ranks
 from models.training.fill_cache import main as cache_main
@@ -108,8 +109,41 @@ def test_a_cache_without_some_samples_is_refused_before_the_first_step(world, tm
     assert cache_main([*words, "--dtype", "float32", "--device", "cpu"]) == 0
     told = [f"teacher.folder={world / 'teacher' / 'final'}", f"teacher.cache={tmp_path / 'c'}", "optim.steps=1"]
     assert train(world, "caad", "short", *told) == 1
-    assert "teacher.cache: expected all of the 12 samples asked for, got the cache" in (said := capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert "teacher.cache: expected all of the 12 samples asked for, got the cache" in said
     assert "without 2 of them: " in said and not (world / "short" / "metrics.jsonl").exists()
+
+
+def test_a_run_does_not_replace_what_it_reads(world, tmp_path, capsys):
+    """The result of a first stage is the start of a second one, and a recipe has one folder for both."""
+    assert train(world, "sft_teacher", "first", "optim.steps=1") == 0
+    before = weights(world, "first")
+    teacher = f"teacher.folder={world / 'teacher' / 'final'}"
+    link = tmp_path / "link"
+    link.symlink_to(world / "first" / "final")
+    for words, key in (
+        (["sft_teacher", f"model.folder={world / 'first' / 'final'}"], "model.folder"),
+        (["caad", f"teacher.folder={link}"], "teacher.folder"),
+        (["caad", teacher, "sources.more.role=audio", f"sources.more.folder={world / 'first' / 'final'}"], "sources.more.folder"),
+    ):
+        assert train(world, words[0], "first", "optim.steps=1", *words[1:]) == 1
+        says = f"error: {key}: expected nothing of {world / 'first' / 'final'}, which this run replaces"
+        assert says in capsys.readouterr().err
+    assert all(torch.equal(x, before[name]) for name, x in weights(world, "first").items())
+    assert train(world, "sft_teacher", "second", "optim.steps=1", f"model.folder={world / 'first' / 'final'}") == 0
+
+
+def test_a_run_does_not_replace_the_base_of_an_adapter(tmp_path):
+    final, adapter = tmp_path / "out" / "final", tmp_path / "adapter"
+    for folder, name, text in ((final, "config.json", "{}"), (adapter, "adapter_config.json", json.dumps({
+        "base_model_name_or_path": str(final)
+    }))):  # fmt: skip
+        folder.mkdir(parents=True)
+        (folder / name).write_text(text)
+    words = [f"run.out_dir={tmp_path / 'out'}", f"student.model={adapter}", f"teacher.model={tmp_path / 'teacher'}"]
+    recipe = load_recipe("qwen_omni", [*words, "data.manifest=m.jsonl"])
+    with pytest.raises(SourceError, match=f"student.model: expected nothing of {final}.* got {adapter}, which needs {final}"):
+        check_folders(recipe)
 
 
 def cache_words(root, out, *more):

@@ -127,10 +127,13 @@ def test_a_new_run_does_not_continue_from_an_earlier_one(tmp_path):
     data = fakes.make_data()
     fakes.run(tmp_path / "a", "kd", "optim.steps=6")
     fakes.run(tmp_path / "b", "kd", "optim.steps=6", "run.seed=1")
+    earlier = final(tmp_path / "b")
     result, _ = fakes.run(tmp_path / "b", "kd", "optim.steps=6", data=Stopping(data.examples, data.make_batch))
     assert (result.step, result.stopped_by) == (4, signal.SIGINT)
     assert [p.name for p in list_checkpoints(tmp_path / "b" / "checkpoints")] == ["step-00000004"]
     assert [p.name for p in list_checkpoints(tmp_path / "b" / "checkpoints.previous")] == ["step-00000006"]
+    assert not (tmp_path / "b" / "final").exists()  # its result is kept too, and nothing of it is lost
+    assert (tmp_path / "b" / "final.previous" / "model.safetensors").read_bytes() == earlier
     fakes.run(tmp_path / "b", "kd", "optim.steps=6", "run.resume=auto")
     assert final(tmp_path / "a") == final(tmp_path / "b")
 
