@@ -30,6 +30,7 @@ from typing import Any
 from models.evaluation.t_interval import t_interval
 from models.experiments.ablation import claim_rows
 from models.experiments.study_endpoints import followed_tasks, holm
+from models.experiments.study_tables import chosen_steps
 from models.reporting.systems import ANCHORS, CONTEXTS, SYSTEMS, system_key
 from models.training.recipe_keys import Section, sections
 
@@ -625,7 +626,8 @@ def plan() -> Table:
 
 
 STUDY = (
-    "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "caad1", "caad2", "caad_tuned", "sharpened2", "hint_stripped",
+    "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "kd_steps", "caad1", "caad2", "caad_tuned", "caad2_steps",
+    "sharpened2", "hint_stripped",
     "kd_shuffled", "ce_true", "kd_metadata", "caad2_metadata", "caad2_swapped", "caad2_reversed", "caad2_narrow", "caad2_flat",
     "kd_clean_teacher", "caad2_clean_teacher", "caad2_adaptive", "caad2_centered", "caad2_uniform", "caad2_on50", "caad2_on100",
     "caad2_on100_reverse", "caad2_on100_jsd",
@@ -836,6 +838,23 @@ def study_natural_curves() -> Table:
     return ("step", *(f"{SYSTEMS[system]}, {context}" for system, context in columns)), lines
 
 
+def study_steps() -> Table:
+    """E2 on dev: accuracy in % by system and number of steps, mean over the teachers; what dev chooses is in bold."""
+    found = read("study_steps")
+    both = {(row["system"], int(row["steps"])) for row in found}
+    tried = [f"{system}_{steps}" for system, steps in sorted(both, key=lambda x: (STUDY.index(x[0]), x[1]))]
+    chosen = chosen_steps(found, tried)
+
+    def line(name: str) -> list[str]:
+        system, steps = name.rsplit("_", 1)
+        own = [row for row in found if (row["system"], row["steps"]) == (system, steps)]
+        by_context = [100 * statistics.mean(numbers([r for r in own if r["context"] == c], "accuracy")) for c in STUDY_CONTEXTS]
+        mark = "**" if name in chosen else ""
+        return [SYSTEMS[system], f"{mark}{steps}{mark}", *(one(x) for x in by_context), one(statistics.mean(by_context))]
+
+    return ("system", "steps", *STUDY_CONTEXTS, "mean"), map(line, tried)
+
+
 def study_probes() -> Table:
     """Balanced accuracy in % of the linear probes on test, mean over folds."""
     found = read("study_probes")
@@ -881,6 +900,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "study_several": lambda: study(SEVERAL),
     "study_several_tasks": lambda: study_tasks(SEVERAL),
     "study_several_endpoints": lambda: study_endpoints("study_endpoints_E2"),
+    "study_steps": study_steps,
     "study_natural": lambda: study(NATURAL),
     "study_natural_tasks": lambda: study_tasks(NATURAL),
     "study_endpoints": study_endpoints,
