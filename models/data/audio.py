@@ -4,6 +4,9 @@ The length is known before a sample is decoded. libsndfile's header count is use
 (wav, flac, ogg, aiff, au). An mp3 holds only an estimate, and a flac from a pipe holds no count at all. libsndfile does not
 read m4a, webm and aac. For all of these FFmpeg (the package PyAV) walks through the packets and adds up their durations. A clip
 that is too long then raises AudioError. At most `max_seconds` of sound are held in memory.
+
+Decoders read what is left of a file that was cut off and say nothing. So a file is refused if it shows that its end is missing:
+by a size or a count in its header, or by an Ogg page that is not whole. docs/limits.md lists the formats that show nothing.
 """
 
 from __future__ import annotations
@@ -45,11 +48,26 @@ _BYTES_PER_SAMPLE = {
     "ULAW": 1,
     "ALAW": 1,
 }
-_CUT_DATA = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+# libsndfile's log of the sound in a wav, aiff and au file, and of a whole RF64 and W64 file, whose sound it does not compare.
+_CUT_DATA = re.compile(r"^(?:data| SSND|  Data Size  |riff|  Riff size) +: (\d+) \(should be (\d+)\)", re.MULTILINE)
 # Programs that write to a pipe cannot know the length: sox claims some 2 GiB, ffmpeg 4 GiB.
-_STREAMED_BYTES = 0x7FFFF000
+_STREAMED_BYTES = 0x7F000000
 _CUT_TOLERANCE = 0.01
+# mp3 encoders begin with a frame without sound. Behind its header and side information stand "Xing" or "Info", flags, and the
+# number of frames where the last flag is set. Or "VBRI", version, delay, quality, bytes, and the number of frames.
+_MP3_COUNT = re.compile(
+    rb"\xff(?P<version>[\xe2\xe3\xf2\xf3\xfa\xfb]).."
+    rb"(?:(?:.{9}|.{17}|.{32})(?:..)?(?:Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f](?P<xing>....)"
+    rb"|.{32}VBRI.{10}(?P<vbri>....))",
+    re.DOTALL,
+)
+_HEAD_BYTES = 1 << 13
+_MP3_SPARE_FRAMES = 2  # encoders differ in whether they count the first frame, and the last one
+_OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # at most
+_NIST_COUNT = re.compile(rb"^sample_count -i (\d+)", re.MULTILINE)
+_MATROSKA_SEGMENT = b"\x18\x53\x80\x67"
 _UNCOMPRESSED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"}
+_NO_MP3_FRAME = 7  # libsndfile's error for an mp3 without a frame; its text says that the file does not exist
 _NO_COUNT = 1 << 62  # libsndfile's frames of a stream that does not say how long it is
 # The formats that FFmpeg may read. Playlists and the like are not among them: they name other files and addresses.
 _CONTAINERS = "aac,ac3,amr,asf,flac,matroska,mov,mp3,ogg,wav"
@@ -88,7 +106,7 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
     Raises:
         AudioError: the file is missing, empty, not a regular file (a named pipe would block), or of a format that libsndfile
             and FFmpeg do not know. Or its header cannot be true: it has more samples than bytes, or a rate or number of
-            channels that speech does not have.
+            channels that speech does not have. Or the file shows that its end is missing.
     """
     path = Path(path)
     try:
@@ -104,7 +122,11 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
     try:
         info = sf.info(str(path), verbose=True)
     except Exception as error:  # libsndfile raises several unrelated types for a broken header
-        return _checked(_walk(path, otherwise=f"corrupt or unknown header ({_short(error)})"), path)
+        why = "no mp3 frame in it" if getattr(error, "code", 0) == _NO_MP3_FRAME else _short(error)
+        return _checked(_walk(path, otherwise=f"corrupt or unknown header ({why})"), path)
+    cut = _CUT_DATA.search(info.extra_info)
+    if cut and int(cut[1]) < _STREAMED_BYTES:
+        _check_whole(int(cut[1]), int(cut[2]), "bytes of sound", path)
     if info.frames >= _NO_COUNT or info.format == "MP3" or info.subtype.startswith("MPEG"):
         return _checked(_walk(path, otherwise=f"corrupt or unknown {info.format} data"), path)
     known = AudioInfo(
@@ -120,15 +142,18 @@ def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
         raise AudioError(
             f"corrupt header: it claims {info.frames} samples, the file has only {status.st_size} bytes", path
         )
-    # libsndfile reads what is left of a wav file that was cut off and raises nothing; only its log says so.
-    cut = _CUT_DATA.search(info.extra_info)
-    if cut and int(cut[1]) < _STREAMED_BYTES and int(cut[1]) > int(cut[2]) * (1 + _CUT_TOLERANCE):
-        raise AudioError(f"corrupt or cut off: the header claims {cut[1]} bytes of sound, {cut[2]} are there", path)
     return known
 
 
+def _check_whole(claimed: int, there: int, what: str, path: Path) -> None:
+    """AudioError if a header claims more of something than the file holds."""
+    if claimed > there * (1 + _CUT_TOLERANCE):
+        raise AudioError(f"corrupt or cut off: the header claims {claimed} {what}, {there} are there", path)
+
+
 def _checked(info: AudioInfo, path: Path) -> AudioInfo:
-    """`info`, if a recording can have such a rate, channels and length."""
+    """`info`, if a recording can have such a rate, channels and length, and nothing shows that the file's end is missing."""
+    _check_end(info, path)
     if not _MIN_RATE_HZ <= info.sample_rate_hz <= _MAX_RATE_HZ:
         raise AudioError(f"wrong rate: {info.sample_rate_hz} Hz, expected {_MIN_RATE_HZ} to {_MAX_RATE_HZ}", path)
     if not 1 <= info.channels <= _MAX_CHANNELS:
@@ -136,6 +161,51 @@ def _checked(info: AudioInfo, path: Path) -> AudioInfo:
     if info.frames <= 0:
         raise AudioError("empty clip (0 samples)", path)
     return info
+
+
+def _check_end(info: AudioInfo, path: Path) -> None:
+    """AudioError for an mp3, Ogg, Matroska or NIST file that shows that its end is missing."""
+    if info.format == "mp3":
+        if found := _MP3_COUNT.search(_mp3_head(path)):
+            there = info.frames // (1152 if found["version"] >= b"\xf8" else 576)
+            claimed = int.from_bytes(found["xing"] or found["vbri"], "big")
+            if claimed > there + _MP3_SPARE_FRAMES:
+                _check_whole(claimed, there, "frames", path)
+    elif info.format in ("OGG", "ogg"):
+        _, mark, page = _part(path, -_OGG_PAGE_BYTES).rpartition(b"OggS\0")
+        page = mark + page
+        parts = page[26] if len(page) > 26 else 255
+        size = 27 + parts + sum(page[27 : 27 + parts])
+        # That no page is marked as the last one shows nothing: Android's recorders mark none.
+        if mark and size > len(page):
+            raise AudioError(f"corrupt or cut off: the last page has {size} bytes or more, {len(page)} are there", path)
+    elif info.format == "matroska":
+        head, mark, rest = _part(path, 0, _HEAD_BYTES).partition(_MATROSKA_SEGMENT)
+        width = 9 - rest[0].bit_length() if rest else 0
+        unknown = (1 << 7 * width) - 1  # is written by a recorder, which cannot know the size
+        size = int.from_bytes(rest[:width], "big") & unknown
+        if size != unknown:
+            _check_whole(size, path.stat().st_size - len(head) - len(mark) - width, "bytes", path)
+    elif info.format == "NIST" and (counted := _NIST_COUNT.search(_part(path, 0, _HEAD_BYTES))):
+        _check_whole(int(counted[1]), info.frames, "samples", path)
+
+
+def _mp3_head(path: Path) -> bytes:
+    """An mp3's first bytes behind its ID3v2 tags."""
+    start = 0
+    while (tag := _part(path, start, 10))[:3] == b"ID3" and len(tag) == 10:
+        start += 10 + sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+    return _part(path, start, _HEAD_BYTES)
+
+
+def _part(path: Path, start: int, size: int = -1) -> bytes:
+    """`size` bytes of a file from `start`, which counts from its end if it is negative; all bytes to its end for -1."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start if start >= 0 else max(0, path.stat().st_size + start))
+            return file.read(size)
+    except OSError as error:
+        raise AudioError(f"cannot be opened ({_short(error)})", path) from None
 
 
 def check_span(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import sys
@@ -108,11 +109,134 @@ def test_a_header_that_claims_a_few_seconds_too_many_is_never_padded(tmp_path):
         assert "corrupt" in error.reason
 
 
-def _packets(path, codec: str, samples: np.ndarray, rate_hz: int, *, container=None, **codec_options: str) -> None:
-    """Encode with FFmpeg; an mp3 gets no Xing header, which would hold its length."""
+_SOUNDFILE_FORMATS = {  # suffix: format, subtype
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+    ".opus": ("OGG", "OPUS"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".aiff": ("AIFF", "PCM_16"),
+    ".au": ("AU", "PCM_16"),
+    ".w64": ("W64", "PCM_16"),
+    ".rf64": ("RF64", "PCM_16"),
+    ".sph": ("NIST", "PCM_16"),
+}
+
+
+def _whole(suffix: str, tmp_path) -> bytes:
+    """3 s of noise in the format of that suffix, as libsndfile writes it, or FFmpeg."""
+    noise = (0.1 * np.random.default_rng(0).standard_normal(48_000)).astype(np.float32)
+    path = tmp_path / f"whole{suffix}"
+    if suffix in _SOUNDFILE_FORMATS:
+        form, subtype = _SOUNDFILE_FORMATS[suffix]
+        sf.write(path, noise, 16_000, format=form, subtype=subtype)
+    else:
+        codec, container, muxer = {
+            ".info.mp3": ("libmp3lame", None, {}),
+            ".webm": ("libopus", None, {}),
+            ".oga": ("libopus", "ogg", {}),
+            ".mka": ("aac", None, {}),
+            ".mp3.wav": ("libmp3lame", None, {}),
+        }[suffix]
+        rate_hz = 48_000 if codec == "libopus" else 16_000
+        _packets(path, codec, np.repeat(noise, rate_hz // 16_000), rate_hz, container=container, muxer=muxer)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.93])
+@pytest.mark.parametrize("suffix", [*_SOUNDFILE_FORMATS, ".info.mp3", ".webm", ".oga", ".mka", ".mp3.wav"])
+def test_a_file_whose_end_is_missing_is_refused_and_a_whole_one_is_heard(tmp_path, suffix, share):
+    whole = _whole(suffix, tmp_path)
+    assert abs(load_audio(tmp_path / f"whole{suffix}").size - 48_000) < 2_000
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(AudioError, match=r"cut off: the (header claims|last page has) \d+ (frames|samples|bytes)"):
+        probe_audio(path)
+
+
+def _mp3_claiming(frames: int, *, flags: int = 0x0F, name: bytes = b"Xing") -> bytes:
+    """A 2 s mp3 at 16 kHz, one channel: 58 frames, and a first one that claims another number."""
+    buffer = io.BytesIO()
+    sf.write(buffer, _tone(2.0), 16_000, format="MP3")
+    data = bytearray(buffer.getvalue())
+    at = data.index(b"Xing")
+    assert struct.unpack(">II", data[at + 4 : at + 12]) == (0x0F, 58)
+    data[at : at + 12] = name + struct.pack(">II", flags, frames)
+    return bytes(data)
+
+
+def test_the_count_of_an_mp3_may_be_off_by_little_and_another_count_is_none(tmp_path):
+    path = tmp_path / "a.mp3"
+    readable = {
+        "one more": _mp3_claiming(59),
+        "two more": _mp3_claiming(60),
+        "fewer": _mp3_claiming(30),
+        "zero": _mp3_claiming(0),
+        "no count": _mp3_claiming(999, flags=0x0E),
+        "ID3v1": _mp3_claiming(58) + b"TAG" + bytes(125),
+        "APE": _mp3_claiming(58) + b"APETAGEX" + bytes(924),
+        "another name": _mp3_claiming(999, name=b"Nots"),
+    }
+    for name, data in readable.items():
+        path.write_bytes(data)
+        assert abs(probe_audio(path).duration_seconds - 2.088) < 0.08, name
+    for data in (_mp3_claiming(61), b"ID3\x03\0\0\0\x01\0\0" + bytes(1 << 14) + _mp3_claiming(61)):
+        path.write_bytes(data)
+        with pytest.raises(AudioError, match="cut off: the header claims 61 frames, 58 are there"):
+            load_audio(path)
+
+
+def test_the_count_of_fraunhofers_mp3_encoder_is_read(tmp_path):
+    data = bytearray(_mp3_claiming(58))
+    first = data.index(b"Xing") - 13
+    data[first + 4 : first + 60] = bytes(56)
+    data[first + 36 : first + 54] = b"VBRI" + struct.pack(">HHHII", 1, 0, 0, len(data), 116)
+    (tmp_path / "a.mp3").write_bytes(data)
+    with pytest.raises(AudioError, match=r"cut off: the header claims 116 frames, 5[89] are there"):
+        load_audio(tmp_path / "a.mp3")
+
+
+def _without_end_of_stream(ogg: bytes) -> bytes:
+    """An Ogg stream whose last page is not marked as such, as Android's recorders write it; opus ends with a whole packet."""
+    data = bytearray(ogg)
+    last = data.rindex(b"OggS")
+    assert data[last + 5] == 4
+    data[last + 5] = 0
+    if b"OpusHead" in ogg:
+        ends = struct.unpack("<q", data[last + 6 : last + 14])[0]
+        data[last + 6 : last + 14] = struct.pack("<q", -(-ends // 960) * 960)
+    data[last + 22 : last + 26] = bytes(4)
+    check = 0
+    for byte in data[last:]:
+        check ^= byte << 24
+        for _ in range(8):
+            check = (check << 1) ^ 0x104C11DB7 if check & 0x80000000 else check << 1
+    data[last + 22 : last + 26] = struct.pack("<I", check)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".opus", ".ogg"])
+def test_an_ogg_file_of_a_recorder_that_marks_no_last_page_is_heard_to_its_end(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(_without_end_of_stream(_whole(suffix, tmp_path)))
+    assert abs(load_audio(tmp_path / f"a{suffix}").size - 48_000) < 2_000
+
+
+def test_a_webm_of_a_recorder_that_does_not_know_its_size_is_heard(tmp_path):
+    noise = (0.1 * np.random.default_rng(0).standard_normal(144_000)).astype(np.float32)
+    _packets(tmp_path / "a.webm", "libopus", noise, 48_000, muxer={"live": "1"})
+    assert abs(load_audio(tmp_path / "a.webm").size - 48_000) < 2_000
+
+
+@pytest.mark.parametrize("data", [bytes(4096), b"not an mp3" * 500])
+def test_an_mp3_without_a_frame_is_not_called_missing(tmp_path, data):
+    (tmp_path / "a.mp3").write_bytes(data)
+    with pytest.raises(AudioError, match=r"corrupt or unknown header \(no mp3 frame in it\); FFmpeg: Invalid data"):
+        load_audio(tmp_path / "a.mp3")
+
+
+def _packets(path, codec: str, samples: np.ndarray, rate_hz: int, *, container=None, muxer=None, **codec_options) -> None:
+    """Encode with FFmpeg. Without options of the `muxer` an mp3 gets no Xing header, which would hold its length."""
     import av
 
-    options = {"write_xing": "0", "id3v2_version": "0"} if path.suffix == ".mp3" else {}
+    options = {"write_xing": "0", "id3v2_version": "0"} if muxer is None and path.suffix == ".mp3" else muxer or {}
     with av.open(str(path), "w", options=options, format=container) as file:
         stream = file.add_stream(codec, rate=rate_hz, options=codec_options)
         stream.layout = "mono"
