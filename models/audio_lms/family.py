@@ -71,7 +71,8 @@ class Family:
         mask: the input that says which frames of the features are there, (E, T), if the processor omits it for a single clip.
         tokens_per_second: placeholders in the prompt for a second of sound, with the settings of the published checkpoints.
         window_seconds: the encoder reads clips in whole windows of this length; 0 = as long as they are.
-        hears_seconds: of a clip; the processors of the published checkpoints cut off the rest. None = all of it.
+        hears_seconds: of a clip; the processors of the published checkpoints cut off the rest. None = all of it. What a loaded
+            processor cuts off is in `heard_seconds`.
         max_clips: clips that one turn may have; None = any number.
         audio_first: the clips stand before the words.
         plain_tokenizer: its tokenizer never reads special tokens out of text, and has no option that says so.
@@ -103,6 +104,16 @@ class Family:
     def negative(self) -> MaskFeatures:
         """The inputs of the path without the audio, from those of the path with it."""
         return MaskFeatures(*self.features, value=self.negative_value)
+
+    def heard_seconds(self, processor: Any) -> float | None:
+        """Seconds of a clip that this processor lets through; None = all of it. `hears_seconds`, where it does not say."""
+        if self.hears_seconds is None:
+            return None
+        extractor = getattr(processor, "feature_extractor", None)
+        window, longest = getattr(extractor, "chunk_length", None), getattr(processor, "max_audio_len", None)
+        if not window:
+            return self.hears_seconds
+        return float(longest // window * window if longest else window)  # of several windows only whole ones are read
 
     def check_clips(self, count: int, row: str = "") -> None:
         """ValueError for more clips than the family hears in a turn; `row` names the turn's row in the message."""

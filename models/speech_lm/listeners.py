@@ -115,7 +115,7 @@ def open_clips(
         raise ValueError(f"features: expected none with an audio LM of transformers, got {options['features']}")
     for example in examples:
         model.family.check_clips(len(example.clips), f"example {example.id!r}: ")
-    window = model.family.hears_seconds
+    window = model.family.heard_seconds(model.processor)
     if window is not None and max_seconds > window:
         lengths = clip_lengths(examples, audio_root)
         check_window(

@@ -381,10 +381,36 @@ def test_the_ends_of_an_answer_are_those_of_the_checkpoint_too(tmp_path):
     assert all(answer == [tiny.ID["<|im_start|>"]] for answer in (*own, *model.answer_ids(prompt, max_new_tokens=5)))
 
 
-def test_clips_that_a_processor_would_cut_are_counted(tmp_path, monkeypatch):
+def test_what_a_loaded_processor_cuts_off_is_known(model, monkeypatch):
+    """Sound behind `heard_seconds` changes no feature, and sound just before it does."""
+    if hasattr(model.processor, "max_audio_len"):
+        monkeypatch.setattr(model.processor, "max_audio_len", 5)
+    heard = model.family.heard_seconds(model.processor)
+    whole_windows = {"Qwen2-Audio": 1.0, "Qwen2.5-Omni": 1.0, "Audio Flamingo 3": 5.0, "GLM-ASR": 4.0}  # of 2 s in GLM-ASR
+    assert heard == whole_windows.get(model.family.name)
+    clip = tiny.tone(300.0, seconds=7.0)
+
+    def features(loud_from: float) -> torch.Tensor:
+        other = clip.copy()
+        other[round(loud_from * tiny.RATE) : round((loud_from + 0.5) * tiny.RATE)] *= -0.2
+        return model.family.encoded(model.processor, [Turn("Hm", (other,))]).features[model.family.features[0]]
+
+    ends = 7.0 if heard is None else heard
+    assert not torch.equal(features(ends - 0.6), features(7.0))
+    if heard is not None:
+        torch.testing.assert_close(features(heard + 0.1), features(7.0), rtol=0, atol=0)
+
+
+def test_without_a_window_of_its_own_the_familys_counts():
+    from types import SimpleNamespace
+
+    family = family_of(SimpleNamespace(model_type="qwen2_audio"))
+    assert family.heard_seconds(SimpleNamespace(feature_extractor=SimpleNamespace())) == 30.0
+
+
+def test_clips_that_a_processor_would_cut_are_counted(tmp_path):
     model = AudioLM.from_pretrained(tiny.qwen2_audio(tmp_path / "lm"))
-    assert model.family.hears_seconds == 30.0
-    model.family = dataclasses.replace(model.family, hears_seconds=1.0)
+    assert model.family.hears_seconds == 30.0  # of the published checkpoints; this one's processor reads 1 s
     for name, seconds in (("a", 2.5), ("b", 0.5)):
         write_audio(tmp_path / f"{name}.wav", tiny.tone(300.0, seconds=seconds))
     said: list[str] = []
