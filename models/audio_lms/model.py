@@ -43,10 +43,11 @@ from models.audio_lms.settings import NEGATIVES, TRAINS, Lora
 from models.backbones.answer_noise import AnswerNoise
 from models.backbones.causal_lm import named_ends
 from models.backbones.hub import from_hub
-from models.backbones.model_folder import BackboneError, check_all_loaded, quiet_transformers
-from models.io_utils import atomic_dir
+from models.backbones.model_folder import BackboneError, check_all_loaded, quiet_transformers, weights_sha256
+from models.io_utils import atomic_dir, atomic_write_json
 
 _ADAPTER_FILE = "adapter_config.json"
+_BASE_FILE = "base.json"  # beside an adapter: the SHA-256 of the weights that it was trained with
 # What a processor is loaded from, in a checkpoint of any age.
 _PROCESSOR_FILES = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer*", "tekken.json",
@@ -64,6 +65,7 @@ class AudioLM(nn.Module):
             encoder never trains.
         lora: settings, where trains is "lora".
         source: hub id or folder of the weights, which an adapter names as its base.
+        base_sha256: of the weights in that folder; an adapter is saved with it and refuses other weights.
         folder: where the processor's files lie; None = the processor is written by transformers.
         negative: what a row that hears nothing has in the place of its sound: "zeros" in its features, or the features of
             "silence". With "absent", who makes the path without the audio leaves the clip out of its prompt (`is_absent`).
@@ -82,6 +84,7 @@ class AudioLM(nn.Module):
         trains: str | None = None,
         lora: Lora | None = None,
         source: str | None = None,
+        base_sha256: str | None = None,
         folder: Path | None = None,
         merge: bool = False,
         negative: str = "zeros",
@@ -97,6 +100,7 @@ class AudioLM(nn.Module):
         self.is_absent = negative == "absent"
         self._silent = _silence(self.family, processor) if negative == "silence" else self.family.negative
         self._folder = folder
+        self._base_sha256 = base_sha256
         self._gradient_checkpointing = False
         self.lm = _trainable(lm, self.family, trains, lora or Lora(), source)
         self.train(False)
@@ -127,7 +131,8 @@ class AudioLM(nn.Module):
             trains, lora, merge, negative: see the class.
 
         Raises:
-            AudioLMError: no such checkpoint, or one that this project cannot run.
+            AudioLMError: no such checkpoint, one that this project cannot run, or an adapter whose base has other weights than
+                those that it was trained with.
         """
         from transformers import AutoConfig
 
@@ -140,11 +145,15 @@ class AudioLM(nn.Module):
             )
         source = _base_of(own) if base else str(Path(spec).resolve()) if Path(spec).is_dir() else os.fspath(spec)
         check_own_code(folder)
+        local = Path(source).expanduser().is_dir()
         with quiet_transformers():
             try:
                 family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
                 if family.check is not None:
                     family.check(folder)
+                if adapter is not None and local:
+                    _check_base(adapter, folder)
+                base_sha256 = weights_sha256(folder) if trains == "lora" and not merge and local else None
                 lm, loaded = model_class_of(family).from_pretrained(
                     folder, dtype=dtype, attn_implementation=attention, device_map=device_map, local_files_only=True,
                     use_safetensors=True, trust_remote_code=False, output_loading_info=True,
@@ -156,7 +165,10 @@ class AudioLM(nn.Module):
                 raise AudioLMError(f"{spec}: {' '.join(str(error).split())}") from error
             if adapter is not None:
                 lm = _with_adapter(lm, adapter)
-        return cls(lm.eval(), processor, trains=trains, lora=lora, source=source, folder=own, merge=merge, negative=negative)
+        return cls(
+            lm.eval(), processor, trains=trains, lora=lora, source=source, base_sha256=base_sha256, folder=own, merge=merge,
+            negative=negative,
+        )  # fmt: skip
 
     @classmethod
     def from_config(cls, config: Any, processor: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> AudioLM:
@@ -168,12 +180,15 @@ class AudioLM(nn.Module):
         """Write what transformers loads: weights or an adapter, config and the processor's files.
 
         The folder appears complete or not at all, in place of an older one. With `merge` the LoRA is part of the weights from
-        then on, in this model too. An adapter names its base by the hub id or the folder that this model was loaded from.
+        then on, in this model too. An adapter names its base by the hub id or the folder that this model was loaded from. Of a
+        folder it also holds the SHA-256 of the weights.
         """
         if self.merge and self._has_lora:
             self.lm = self.lm.merge_and_unload()
         with atomic_dir(Path(folder)) as made:
             self.lm.save_pretrained(made)  # beside an adapter no config.json: transformers would then look for all weights here
+            if self._has_lora and self._base_sha256 is not None:
+                atomic_write_json(made / _BASE_FILE, {"weights_sha256": self._base_sha256})
             if self._folder is None:
                 self.processor.save_pretrained(made)
             else:  # as they came: what is loaded here may be only the part that hears
@@ -434,6 +449,22 @@ def _base_of(folder: Path) -> str:
         return json.loads((folder / _ADAPTER_FILE).read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
         raise AudioLMError(f"{folder / _ADAPTER_FILE}: expected the name of its base model: {error}") from error
+
+
+def _check_base(folder: Path, base: Path) -> None:
+    """AudioLMError where the folder `base` has other weights than those that the adapter in `folder` was trained with."""
+    if not (folder / _BASE_FILE).is_file():  # of an older release, or trained with a base of the hub
+        return
+    try:
+        expected = json.loads((folder / _BASE_FILE).read_text())["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AudioLMError(f"{folder / _BASE_FILE}: expected the SHA-256 of the adapter's base: {error}") from error
+    actual = weights_sha256(base)
+    if actual != expected:
+        raise AudioLMError(
+            f"{folder}: its adapter was trained with {base} of SHA-256 {expected}, got {actual}; use the same weights of the "
+            "base, or train with merge"
+        )
 
 
 def _is_adapter(folder: Path) -> bool:

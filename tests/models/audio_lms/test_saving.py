@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from models.audio_lms import model as audio_lm
 from models.audio_lms.family import AudioLMError
 from models.audio_lms.model import AudioLM, Lora
+from models.backbones.model_folder import weights_sha256
+from models.speech_lm.listeners import load_listener
 from tests.kdkernels.tiny_lms import any_peft
 from tests.models.audio_lms import tiny_audio_lms as tiny
 from tests.models.audio_lms.test_families import CLIPS, EXAMPLES
@@ -91,3 +95,33 @@ def test_a_save_replaces_the_folder_whole(tmp_path):
     (tmp_path / "final" / "left").write_text("of an older run")
     student.save_pretrained(tmp_path / "final")
     assert not (tmp_path / "final" / "left").exists()
+
+
+def test_an_adapter_refuses_other_weights_of_its_base(tmp_path):
+    base = tiny.qwen2_audio(tmp_path / "base")
+    student = trained(base, trains="lora", lora=Lora(r=2))
+    was = weights_sha256(base)
+    other = tiny.qwen2_audio(tmp_path / "other", seed=7)
+    shutil.copy(other / "model.safetensors", base)  # while it was training
+    folder = student.save_pretrained(tmp_path / "final")
+    assert json.loads((folder / "base.json").read_text()) == {"weights_sha256": was}
+    message = rf"final: its adapter was trained with {base} of SHA-256 {was}, got {weights_sha256(other)}"
+    with pytest.raises(AudioLMError, match=message):
+        AudioLM.from_pretrained(folder)
+    with pytest.raises(AudioLMError, match=message):
+        load_listener(folder, torch.device("cpu"))
+    (folder / "base.json").write_text("{}")
+    with pytest.raises(AudioLMError, match=r"base\.json: expected the SHA-256 of the adapter's base: 'weights_sha256'"):
+        AudioLM.from_pretrained(folder)
+    (folder / "base.json").unlink()  # as an adapter of an older release
+    AudioLM.from_pretrained(folder)
+
+
+def test_only_an_adapter_on_a_folder_holds_the_hash_of_its_base(tmp_path, monkeypatch):
+    base = tiny.qwen2_audio(tmp_path / "base")
+    for name, options in {"merged": {"trains": "lora", "merge": True}, "full": {"trains": "full"}}.items():
+        assert not (AudioLM.from_pretrained(base, **options).save_pretrained(tmp_path / name) / "base.json").exists()
+    monkeypatch.setattr(audio_lm, "from_hub", lambda *_: base)
+    folder = AudioLM.from_pretrained("someone/base", trains="lora").save_pretrained(tmp_path / "adapter")
+    assert not (folder / "base.json").exists()
+    AudioLM.from_pretrained(folder)
