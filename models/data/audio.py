@@ -164,7 +164,7 @@ def _checked(info: AudioInfo, path: Path) -> AudioInfo:
 
 
 def _check_end(info: AudioInfo, path: Path) -> None:
-    """AudioError for an mp3, Ogg, Matroska or NIST file that shows that its end is missing."""
+    """AudioError for an mp3, Ogg, Matroska, MP4 or NIST file that shows that its end is missing."""
     if info.format == "mp3":
         if found := _MP3_COUNT.search(_mp3_head(path)):
             there = info.frames // (1152 if found["version"] >= b"\xf8" else 576)
@@ -186,6 +186,14 @@ def _check_end(info: AudioInfo, path: Path) -> None:
         size = int.from_bytes(rest[:width], "big") & unknown
         if size != unknown:
             _check_whole(size, path.stat().st_size - len(head) - len(mark) - width, "bytes", path)
+    elif info.format == "mov":
+        start, size = 0, path.stat().st_size
+        while start + 8 <= size:  # over the boxes: the length, a name, and for the length 1 the true one
+            head = _part(path, start, 16)
+            length = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\x01" else head[:4], "big")
+            if head[4:8] in (b"mdat", b"moof"):  # those with the sound; what follows the last box may be anything
+                _check_whole(start + length, size, "bytes", path)
+            start += max(length, 8) if length else size  # 0 = to the file's end
     elif info.format == "NIST" and (counted := _NIST_COUNT.search(_part(path, 0, _HEAD_BYTES))):
         _check_whole(int(counted[1]), info.frames, "samples", path)
 

@@ -134,6 +134,8 @@ def _whole(suffix: str, tmp_path) -> bytes:
             ".webm": ("libopus", None, {}),
             ".oga": ("libopus", "ogg", {}),
             ".mka": ("aac", None, {}),
+            ".m4a": ("aac", None, {"movflags": "faststart"}),
+            ".frag.mp4": ("aac", None, {"movflags": "frag_keyframe+empty_moov", "frag_duration": "3000000"}),
             ".mp3.wav": ("libmp3lame", None, {}),
         }[suffix]
         rate_hz = 48_000 if codec == "libopus" else 16_000
@@ -142,7 +144,7 @@ def _whole(suffix: str, tmp_path) -> bytes:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.93])
-@pytest.mark.parametrize("suffix", [*_SOUNDFILE_FORMATS, ".info.mp3", ".webm", ".oga", ".mka", ".mp3.wav"])
+@pytest.mark.parametrize("suffix", [*_SOUNDFILE_FORMATS, ".info.mp3", ".webm", ".oga", ".mka", ".m4a", ".frag.mp4", ".mp3.wav"])
 def test_a_file_whose_end_is_missing_is_refused_and_a_whole_one_is_heard(tmp_path, suffix, share):
     whole = _whole(suffix, tmp_path)
     assert abs(load_audio(tmp_path / f"whole{suffix}").size - 48_000) < 2_000
@@ -217,6 +219,12 @@ def _without_end_of_stream(ogg: bytes) -> bytes:
 def test_an_ogg_file_of_a_recorder_that_marks_no_last_page_is_heard_to_its_end(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_bytes(_without_end_of_stream(_whole(suffix, tmp_path)))
     assert abs(load_audio(tmp_path / f"a{suffix}").size - 48_000) < 2_000
+
+
+@pytest.mark.parametrize("behind", [b"TAG" + b" " * 125, bytes(100), struct.pack(">I4s", 0, b"free") + b"x" * 50])
+def test_what_follows_the_last_box_of_an_m4a_is_not_sound(tmp_path, behind):
+    (tmp_path / "a.m4a").write_bytes(_whole(".m4a", tmp_path) + behind)
+    assert abs(load_audio(tmp_path / "a.m4a").size - 48_000) < 2_000
 
 
 def test_a_webm_of_a_recorder_that_does_not_know_its_size_is_heard(tmp_path):
