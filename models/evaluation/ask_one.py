@@ -39,13 +39,14 @@ def answer(
     """
     rate = model.sampling_rate if isinstance(model, AudioLM) else SAMPLE_RATE_HZ
     waves = [load_audio(clip, sample_rate=rate) for clip in clips]
+    hears = model.family.heard_seconds(model.processor) if isinstance(model, AudioLM) else model.config.max_audio_seconds
+    if hears is not None:
+        check_window([len(wave) / rate for wave in waves], hears, say=lambda line: print(line, file=sys.stderr))
     if isinstance(model, AudioLM):
         batch = dataclasses.replace(model.make_collator().ask([Turn(question, tuple(waves))]).to(model.device), ids=["question"])
         return written_answers(model, batch, max_new_tokens=max_new_tokens, alpha=alpha)[0]
     if len(waves) != 1:
         raise ValueError(f"clips: expected one for a SpeechLM, got {len(waves)}")
-    seconds = [len(wave) / rate for wave in waves]
-    check_window(seconds, model.config.max_audio_seconds, say=lambda line: print(line, file=sys.stderr))
     example = Example(id="question", audio=Path(clips[0]).name, question=question)
     return generate_answers(
         model, [example], model.encode_audio(waves), collate=model.make_collator(), alpha=alpha, max_new_tokens=max_new_tokens

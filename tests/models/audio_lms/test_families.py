@@ -20,6 +20,7 @@ from models.audio_lms.model import AudioLM
 from models.data.audio import AudioError, write_audio
 from models.data.example import Example
 from models.data.manifest import read_manifest, write_manifest
+from models.evaluation.ask_one import answer
 from models.speech_lm.clip_keys import FeatureError
 from models.speech_lm.listeners import answer_ids, open_clips
 from models.training.cache_identity import sample_content
@@ -421,6 +422,14 @@ def test_clips_that_a_processor_would_cut_are_counted(tmp_path):
     ]
     with pytest.raises(FeatureError, match=r"more than max_cut_fraction 0.1"):
         open_clips(model, EXAMPLES, max_cut_fraction=0.1, **options)
+
+
+def test_ask_mentions_a_clip_that_a_processor_would_cut(qwen, tmp_path, capsys):
+    for seconds, mentioned in ((0.9, False), (2.5, True)):
+        clip = write_audio(tmp_path / f"{seconds}.wav", tiny.tone(300.0, seconds=seconds))
+        answer(qwen, [clip], "High?", max_new_tokens=2)
+        line = "1 of 1 clips are longer than the 1 s that the model hears, up to 2.5 s"
+        assert (line in capsys.readouterr().err) == mentioned
 
 
 def test_a_checkpoint_with_a_lora_of_its_own_hears_by_it_and_is_not_trained():
