@@ -123,23 +123,26 @@ class ListeningWriter:
 
         Raises:
             ValueError: an example has more clips than the model hears in a turn.
-            FeatureError: more clips than `max_cut_fraction` are longer than a SpeechLM's window.
+            FeatureError: more clips than `max_cut_fraction` are longer than the model's window.
         """
         from models.speech_lm.collation import check_one_clip
         from models.speech_lm.features import check_window
         from models.speech_lm.listeners import clip_lengths
 
-        if not self._is_audio_lm:
+        if self._is_audio_lm:
+            window = self._model.family.heard_seconds(self._model.processor)
+            for example in examples:
+                self._model.family.check_clips(len(example.clips), f"example {example.id!r}: ")
+        else:
+            window = self._model.config.max_audio_seconds
             check_one_clip(examples)
+        if window is not None:
             check_window(
                 clip_lengths(examples, self._clips.audio_root),
-                self._model.config.max_audio_seconds,
+                window,
                 max_cut_fraction=self._listening.max_cut_fraction,
                 say=lambda line: print(line, file=sys.stderr),
             )
-            return
-        for example in examples:
-            self._model.family.check_clips(len(example.clips), f"example {example.id!r}: ")
 
     def __call__(self, examples: Sequence[Example]) -> list[Answer]:
         from models.speech_lm.listeners import answer_ids

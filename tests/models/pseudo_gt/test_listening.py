@@ -188,6 +188,10 @@ def test_clips_that_are_longer_than_the_models_window_are_counted(tmp_path, caps
         ListeningWriter(make_speech_lm(), tmp_path, listening=strict, max_new_tokens=2).check(examples)
     with pytest.raises(ValueError, match=r"max_cut_fraction: expected a number in \[0, 1\], got 1.5"):
         Listening("unused", max_cut_fraction=1.5)
+    short = AudioLM.from_pretrained(tiny.FAMILIES["qwen2_audio"](tmp_path / "lm"))
+    short.processor.feature_extractor.chunk_length = 1
+    with pytest.raises(FeatureError, match=r"1 of 5 clips are longer than the 1 s .* that is more than max_cut_fraction 0.1"):
+        ListeningWriter(short, tmp_path, listening=strict, max_new_tokens=2).check(examples)
 
 
 def test_a_model_of_nan_has_no_answer(tmp_path):
