@@ -8,7 +8,9 @@ other bytes.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from docs.tables import CLAIMED, FIRST, NATURAL, SEVERAL, study_rows
@@ -37,6 +39,15 @@ def results_figure() -> Figure:
     )  # fmt: skip
 
 
-if __name__ == "__main__":
+def build_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog="python -m docs.figures", description="Draws docs/results.svg from the study's table.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    build_parser().parse_args(argv)
     PATH.write_text(results_figure().file_text, encoding="utf-8")
-    sys.exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
