@@ -14,8 +14,9 @@ always gives an answer. In mode "generate" the model writes freely, and an answe
 published benchmarks (benchmarks.py) use "generate" unless --mode says otherwise.
 
 Predictions are appended to a JSONL file batch by batch (ask.py). A killed evaluation goes on where it was, and a finished file
-can be scored again without a model. Controls (controls.py) repeat the questions with no audio, or with the audio of a clip that
-has another answer to the same question. What a system still gets right then does not come from the sound.
+can be scored again without a model. The file's first line says how many answers a finished one has; fewer are not scored.
+Controls (controls.py) repeat the questions with no audio, or with the audio of a clip that has another answer to the same
+question. What a system still gets right then does not come from the sound.
 
 The figures are those of scoring.py (accuracies, ALL, Shift) and diagnostics.py (calibration, the text prior, the difference to
 another system). --json writes all of them.
@@ -259,7 +260,7 @@ def _ask_what_is_missing(
     out = Path(arguments.out).absolute()
     for left in out.parent.glob(f".{glob.escape(out.name)}.features.????????"):  # by an evaluation that was killed
         shutil.rmtree(left, ignore_errors=True)
-    done = _begin(arguments.out, settings)
+    expected, done = _begun(arguments.out, settings)
     wanted = [(control, e.id) for control, e, _ in with_controls(examples, arguments.controls)]
     if "swapped_audio" in arguments.controls and (alone := len(examples) - sum(c == "swapped_audio" for c, _ in wanted)):
         print(f"left out of swapped_audio: {alone} of {len(examples)} questions; no other clip has another answer to them")
@@ -282,6 +283,15 @@ def _ask_what_is_missing(
             say=print,
             hears=hears,
         )
+        questions = len(with_controls(usable, arguments.controls))  # only now it is known which clips can be heard
+        if not done:
+            os.truncate(out, 0)
+            append_bytes(out, header_line(settings, questions=questions).encode())
+        elif expected not in (None, questions):
+            raise EvaluationError(
+                f"{arguments.out}: expected {expected} questions as in its first line, got {questions} with a clip that can be "
+                "heard; choose another --out or remove it"
+            )
         alpha = arguments.alpha if arguments.decoding == "contrastive" else None
         return evaluate(
             model,
@@ -329,26 +339,24 @@ def _decoding_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: x for name in _DECODING if (x := getattr(arguments, name)) != defaults.get_default(name)}
 
 
-def _begin(out: str, settings: Mapping[str, Any]) -> list[Prediction]:
-    """The predictions of an earlier run of these settings. A file without predictions gets these settings as its first line."""
+def _begun(out: str, settings: Mapping[str, Any]) -> tuple[int | None, list[Prediction]]:
+    """How many answers an earlier run of these settings expected, if its file says so, and its predictions."""
     header, done = _earlier(out, repair=True)
     if not done:
-        os.truncate(out, 0)
-        append_bytes(out, header_line(settings).encode())
-        return []
+        return None, []
     if header.get("fingerprint") != fingerprint(settings):
         earlier = header.get("settings", {})
         names = [n for n in sorted({*earlier, *settings}) if fingerprint([earlier.get(n)]) != fingerprint([settings.get(n)])]
         raise _other_settings(out, names)
     print(f"going on from {out}: {len(done)} answers are there")
-    return done
+    return header.get("questions"), done
 
 
 def _earlier(out: str, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
     """Header and predictions of a file that may not be there, or may be empty: made by an evaluation that was killed at once."""
     if not Path(out).exists() or not Path(out).stat().st_size:
         return {}, []
-    return read_predictions(out, repair=repair)
+    return read_predictions(out, unfinished=True, repair=repair)
 
 
 def _check_earlier(arguments: argparse.Namespace) -> None:

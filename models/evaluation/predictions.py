@@ -102,15 +102,17 @@ def heard(example: Example) -> dict[str, Any]:
 
 FILE_KEY = "kdkernels_predictions"
 FILE_VERSION = 1
+_QUESTIONS = "questions"
+_GO_ON = "run the same evaluate command again, it goes on"
 
 
 class EvaluationError(RuntimeError):
     """The predictions file or the input cannot be used; the message says why."""
 
 
-def write_header(path: str | Path, settings: dict[str, Any]) -> None:
-    """Start a predictions file."""
-    atomic_write_text(path, header_line(settings))
+def write_header(path: str | Path, settings: dict[str, Any], *, questions: int | None = None) -> None:
+    """Start a predictions file; arguments as in `header_line`."""
+    atomic_write_text(path, header_line(settings, questions=questions))
 
 
 def append_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
@@ -124,9 +126,16 @@ def pack_predictions(path: str | Path, settings: dict[str, Any], predictions: Se
     return atomic_write_bytes(path, gzip.compress(text.encode(), mtime=0))
 
 
-def header_line(settings: Mapping[str, Any]) -> str:
-    """The first line of a predictions file."""
-    return json.dumps({FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), "settings": settings}) + "\n"
+def header_line(settings: Mapping[str, Any], *, questions: int | None = None) -> str:
+    """The first line of a predictions file.
+
+    Args:
+        questions: how many answers the whole file has, those of the controls too; None = the file does not say.
+    """
+    # Not one of the settings: files without it are continued.
+    expected = {} if questions is None else {_QUESTIONS: questions}
+    header = {FILE_KEY: FILE_VERSION, "fingerprint": fingerprint(settings), **expected, "settings": settings}
+    return json.dumps(header) + "\n"
 
 
 def _line(p: Prediction) -> str:
@@ -136,16 +145,21 @@ def _line(p: Prediction) -> str:
         raise EvaluationError(f"prediction {p.id!r}: cannot be written as JSON: {error}") from error
 
 
-def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[str, Any], list[Prediction]]:
-    """Header and predictions of a file. A last line that a kill cut short is left out.
+def read_predictions(
+    path: str | Path, *, unfinished: bool = False, repair: bool = False
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Header and predictions of a file.
 
     Args:
         path: a file packed by gzip has a name that ends with .gz.
+        unfinished: the reader adds what is missing. So the file may have fewer answers than its header says, and a last line
+            that a kill cut short is left out.
         repair: remove such a line from the file too, so that more can be appended; not of a packed file.
 
     Raises:
         EvaluationError: no such file, another kind of file, or a damaged line, such as one with NaN, with a value of another
-            type than its field has, or with an id that was there before.
+            type than its field has, or with an id that was there before. Unless `unfinished`, also a last line that is cut
+            short, and fewer answers than the header says.
     """
     path = Path(path)
     try:
@@ -164,12 +178,14 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
         known = False
     if not known:
         raise EvaluationError(f'{path}: expected a first line with "{FILE_KEY}": {FILE_VERSION}')
+    if unfinished and not lines[-1].endswith(b"\n"):
+        cut = lines.pop()
+        if repair and not packed:
+            os.truncate(path, len(content) - len(cut))
     predictions = []
     first_line: dict[str, int] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            if not line.endswith(b"\n"):
-                raise ValueError("no line end")
             p = Prediction(**_checked(parse_object(line)))
             if p.id in first_line:
                 raise ValueError(f"id {p.id!r} twice, first in line {first_line[p.id]}")
@@ -178,9 +194,22 @@ def read_predictions(path: str | Path, *, repair: bool = False) -> tuple[dict[st
         except (ValueError, TypeError) as error:
             if line.endswith(b"\n"):
                 raise EvaluationError(f"{path}: line {number} is damaged: {error}") from error
-            if repair and not packed:
-                os.truncate(path, sum(map(len, lines[:-1])))
+            raise EvaluationError(f"{path}: line {number}, the last one, is cut short; {_GO_ON}") from error
+    if not unfinished:
+        _check_whole(path, header, len(predictions))
     return header, predictions
+
+
+def _check_whole(path: Path, header: Mapping[str, Any], answers: int) -> None:
+    """Compare the number of answers with the header's. Files of earlier versions and packed ones do not say it."""
+    expected = header.get(_QUESTIONS)
+    if expected is None:
+        return
+    if not isinstance(expected, int) or isinstance(expected, bool):
+        got = json.dumps(expected, ensure_ascii=False)[:80]
+        raise EvaluationError(f"{path}: line 1: {_QUESTIONS}: expected a whole number, got {got}")
+    if answers < expected:
+        raise EvaluationError(f"{path}: {answers} of {expected} questions are answered; {_GO_ON}")
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:

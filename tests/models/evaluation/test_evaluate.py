@@ -302,12 +302,17 @@ def test_predictions_file_survives_a_kill(model, examples, store, tmp_path):
     append_predictions(path, made)
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])  # killed while the last line was written
-    header, kept = read_predictions(path)
+    header, kept = read_predictions(path, unfinished=True)
     assert header["settings"] == {"a": 1}
     assert kept == made[:-1] and path.read_bytes() == whole[:-20]  # reading alone writes nothing
-    assert read_predictions(path, repair=True)[1] == made[:-1]
+    with pytest.raises(EvaluationError, match=f"line {len(made) + 1}, the last one, is cut short; run the same"):
+        read_predictions(path)  # an answer is not lost without a word
+    assert read_predictions(path, unfinished=True, repair=True)[1] == made[:-1]
     append_predictions(path, made[-1:])
     assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1])  # only the line end is missing: the answer counts
+    assert read_predictions(path)[1] == made
+    assert read_predictions(path, unfinished=True, repair=True)[1] == made[:-1]
 
     lines = whole.decode().splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[1][:30] + "\n", *lines[2:]]))
@@ -328,7 +333,7 @@ def test_predictions_of_any_text_are_read_back(model, examples, store, tmp_path)
     assert read_predictions(path)[1] == made
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index("é".encode()) + 1])  # killed in the middle of a character
-    assert read_predictions(path)[1] == made[:1]
+    assert read_predictions(path, unfinished=True)[1] == made[:1]
 
 
 def test_labels_are_no_markup_on_the_terminal(capsys):
@@ -410,6 +415,46 @@ def test_command_line_goes_on_where_it_was_and_scores_again(files, tmp_path, cap
     assert "gender" in capsys.readouterr().out
     assert main([*words, "--decoding", "contrastive"]) == 1
     assert "other settings" in capsys.readouterr().err
+
+
+def test_an_unfinished_file_is_not_scored_as_a_whole_one(files, tmp_path, capsys):
+    out, cut = tmp_path / "p.jsonl", tmp_path / "cut.jsonl"
+    words = [str(files / "model"), str(files / "m.jsonl"), "--device", "cpu", "--controls", "no_audio"]
+    assert main([*words, "--out", str(out)]) == 0
+    header, *lines = out.read_bytes().splitlines(keepends=True)
+    assert json.loads(header)["questions"] == len(lines) == 16
+    cut.write_bytes(header + b"".join(lines[:7]))
+    told = f"error: {cut}: 7 of 16 questions are answered; run the same evaluate command again, it goes on\n"
+    for again in (["--rescore", str(cut)], ["--rescore", str(out), "--compare", str(cut)]):
+        capsys.readouterr()
+        assert main(again) == 1
+        assert capsys.readouterr() == ("", told)
+    cut.write_bytes(header + b"".join(lines)[:-20])
+    assert main(["--rescore", str(cut)]) == 1
+    assert "line 17, the last one, is cut short; run the same evaluate command again, it goes on" in capsys.readouterr().err
+    assert main([*words, "--out", str(cut)]) == 0 and main(["--rescore", str(cut)]) == 0
+
+    old = {name: value for name, value in json.loads(header).items() if name != "questions"}
+    cut.write_bytes(json.dumps(old).encode() + b"\n" + b"".join(lines[:7]))  # of an earlier version, which did not say
+    assert main(["--rescore", str(cut)]) == 0
+    assert main([*words, "--out", str(cut)]) == 0 and len(read_predictions(cut)[1]) == 16
+    cut.write_bytes(header.replace(b'"questions": 16', b'"questions": "16"') + b"".join(lines))
+    assert main(["--rescore", str(cut)]) == 1
+    assert f'{cut}: line 1: questions: expected a whole number, got "16"' in capsys.readouterr().err
+    cut.write_bytes(header.replace(b'"questions": 16', b'"questions": 18') + b"".join(lines[:7]))
+    assert main([*words, "--out", str(cut)]) == 1
+    assert "expected 18 questions as in its first line, got 16 with a clip that can be heard" in capsys.readouterr().err
+
+
+def test_questions_without_a_clip_to_hear_are_not_expected(files, store, tmp_path):
+    out, few = tmp_path / "p.jsonl", tmp_path / "few.safetensors"
+    origin = made_by(SpeechLM.from_pretrained(files / "model"))
+    FeatureStore([clip_key(example(i)) for i in range(3)], store.features[:3], made_by=origin).save(few)
+    words = [str(files / "model"), str(files / "m.jsonl"), "--device", "cpu", "--out", str(out), "--max-bad-fraction", "0.5"]
+    assert main([*words, "--features", str(few)]) == 0
+    header, made = read_predictions(out)
+    assert header["questions"] == len(made) == 6
+    assert main(["--rescore", str(out)]) == 0
 
 
 def test_a_finished_evaluation_needs_no_model(files, tmp_path, monkeypatch, capsys):
@@ -658,7 +703,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(files, tmp_p
         process.wait()
     assert process.returncode == -signal.SIGKILL
     left = out.read_bytes()
-    done = read_predictions(out)[1]
+    done = read_predictions(out, unfinished=True)[1]
     assert 0 < len(done) < len(whole)
     out.write_bytes(left + b'{"id": "a line that was being wri')  # nor does half a line hinder it
 

@@ -237,6 +237,11 @@ def test_command_line(report, tmp_path, capsys):
     assert "six_systems.csv is not among the results" in out.read_text()
     assert main(["--out", str(out), "--predictions", "no-label"]) == 1
     assert capsys.readouterr().err == "error: expected LABEL=FILE, got 'no-label'\n"
+    answers, unfinished = report.systems["follows hints"], tmp_path / "unfinished.jsonl"
+    write_header(unfinished, {}, questions=len(answers) + 1)
+    append_predictions(unfinished, answers)
+    assert main(["--out", str(out), "--predictions", f"mine={unfinished}"]) == 1
+    assert f"{unfinished}: {len(answers)} of {len(answers) + 1} questions are answered; run the same" in capsys.readouterr().err
     for words, message in (
         (["--metrics", f"mine={tmp_path / 'none.jsonl'}"], "--metrics: no file"),
         (["--predictions", f"a={path}", f"a={path}"], "expected each label once, got 'a' twice"),
