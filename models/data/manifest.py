@@ -49,6 +49,7 @@ __all__ = [
     "ManifestError",
     "Problem",
     "header_with_root",
+    "read_header",
     "read_manifest",
     "write_manifest",
 ]
@@ -140,10 +141,7 @@ def read_manifest(
     if audio_root is not None and check_audio and not Path(audio_root).is_dir():
         raise ManifestError(f"audio_root: expected a folder, got {audio_root}")
     lines = numbered_lines(path)
-    first = next(lines, None)
-    if first is None:
-        raise ManifestError(f"{path}: expected a header line with {VERSION_KEY!r}, got an empty file")
-    header = _parse_header(path, first[1])
+    header = _parse_header(path, lines)
     root = Path(audio_root) if audio_root is not None else _named_root(path, header)
     if check_audio and not root.is_dir():
         raise ManifestError(f"{path}: expected a folder of audio, got {root}; --audio-root names another")
@@ -179,10 +177,19 @@ def write_manifest(
     return atomic_write_bytes(path, gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
 
 
-def _parse_header(path: Path, line: bytes | None) -> dict[str, Any]:
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header alone. Raises ManifestError as `read_manifest` does."""
+    return _parse_header(Path(path), numbered_lines(Path(path)))
+
+
+def _parse_header(path: Path, lines: Iterator[tuple[int, bytes | None]]) -> dict[str, Any]:
+    """The header, which is the next of `lines`."""
+    first = next(lines, None)
+    if first is None:
+        raise ManifestError(f"{path}: expected a header line with {VERSION_KEY!r}, got an empty file")
     expected = f'expected a first line like {{"{VERSION_KEY}": {MANIFEST_VERSION}}}'
     try:
-        header = parse_object(line)
+        header = parse_object(first[1])
     except (ValueError, TypeError) as error:
         raise ManifestError(f"{path}: {expected}, got: {error}") from None
     if VERSION_KEY not in header:

@@ -29,7 +29,7 @@ def pseudo_gt_parser() -> Parser:
         prog="python -m models pseudo-gt", description="Stage 1: write the answers that the student learns from."
     )
     parser.add_argument("manifest", type=Path, help="manifest, or rows of another form (docs/data.md)")
-    parser.add_argument("--out", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--out", type=Path, required=True, help="manifest to write; one of other settings needs --restart")
     parser.add_argument(
         "--source",
         default="text_backbone",
@@ -91,7 +91,7 @@ def pseudo_gt_parser() -> Parser:
         type=float,
         help="audio_lm: share of clips longer than a SpeechLM's window above which nothing is asked (default: 1.0)",
     )
-    parser.add_argument("--restart", action="store_true", help="discard the answers of an unfinished run and begin again")
+    parser.add_argument("--restart", action="store_true", help="begin again: discard an unfinished run's answers, write over OUT")
     parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: the manifest's)")
     parser.add_allow_links()
     return parser

@@ -43,7 +43,16 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._path.exists() and not self._path.stat().st_size:  # locking made it, and nothing was begun
+            self._path.unlink()
         self._held.close()
+
+    def begun(self) -> bool:
+        """Whether the file holds an answer of these settings. Nothing is changed."""
+        assert self._file is not None
+        self._file.seek(0)
+        first, *answers = self._file.read().splitlines()[:2] or [b""]
+        return bool(answers) and first + b"\n" == _lines([self._header()])
 
     def read(self, known: set[str]) -> dict[str, Answer]:
         """The answers so far, of the ids in `known`. A last line that a kill cut short is removed from the file.
@@ -59,7 +68,7 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) != len(data):
             self._file.truncate(len(whole))
-        header = {"stage1_journal": 1, "fingerprint": self._identity}
+        header = self._header()
         try:
             rows = [json.loads(line) for line in whole.splitlines()]
             begun = rows.pop(0) if rows else None
@@ -95,12 +104,19 @@ class Journal:
         self._path.unlink()
         fsync_dir(self._path.parent)
 
+    def _header(self) -> dict[str, Any]:
+        return {"stage1_journal": 1, "fingerprint": self._identity}
+
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        append_bytes(self._path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        append_bytes(self._path, _lines(rows))
 
     def _row(self, name: str, text: str) -> dict[str, Any]:
         clip = {"clip": self._clips[name]} if name in self._clips else {}
         return {"id": name, "text": text, **clip} | ({} if getattr(text, "ended", True) else {"ended": False})
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:

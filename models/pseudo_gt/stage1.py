@@ -14,6 +14,9 @@ The story of a run:
 4. An answer is rejected if it is empty, cut off or too long, or if it names no choice, several, or the wrong one; a free answer
    if it repeats itself (acceptance.py). A row whose answer is rejected is left out of the manifest; OUT.rejects.jsonl holds it
    with the reason.
+
+The same command again does nothing where OUT is finished. An OUT of other settings, or any other file, is not written over
+without `--restart`.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from models.data.manifest import (
     Manifest,
     ManifestError,
     header_with_root,
+    read_header,
     read_manifest,
     write_manifest,
 )
@@ -117,7 +121,7 @@ def run_stage1(
         manifest: what `read_manifest` returned.
         out: the manifest to write. It may lie anywhere; where its folder is not above the audio root, its header names the
             root. OUT.journal lies beside it while the run lasts, and OUT.rejects.jsonl with the rejected rows. If `out` was
-            already made from the same examples in the same way, nothing is done.
+            already made from the same examples in the same way, nothing is done. Another file there is not written over.
         source: "text_backbone", "template" or "audio_lm".
         writer: writes the answers. None is the one of `source`; it is made only if answers are missing.
         backbone: id or folder of a causal language model.
@@ -129,7 +133,7 @@ def run_stage1(
         max_new_tokens: longest answer of the backbone or the audio LM. An answer that does not end within it is rejected. None =
             24, or 256 with "audio_lm".
         max_characters: a longer answer is rejected; None = 160, or 2,000 with "audio_lm".
-        restart: discard the answers of an unfinished run, and write a finished `out` again.
+        restart: discard the answers of an unfinished run, and write over what `out` holds.
         progress: show a bar on stderr.
         listening: the model of "audio_lm", and how it decodes.
         accept: "choice" or "free", see `check_answer`; None = "choice", or "free" with "audio_lm".
@@ -140,29 +144,26 @@ def run_stage1(
 
     Raises:
         ValueError: an argument outside its range.
-        Stage1Error: no such row, too many rejected answers, another run writes here, or the journal has other settings.
+        Stage1Error: no such row, too many rejected answers, another run writes here, or `out` or its journal is of other
+            settings.
     """
     _check_options(source, splits, batch_examples, max_reject_fraction, max_new_tokens, max_characters, accept, listening)
-    new_tokens, characters, at_once, accepts = default_limits(source)
-    new_tokens, characters = max_new_tokens or new_tokens, max_characters or characters
-    at_once, accepts = batch_examples or at_once, accept or accepts
+    at_once = batch_examples or default_limits(source)[2]
     out = Path(out)
     started = time.monotonic()
     selected = _select(manifest, splits, pool, task, keep_targets=keep_targets)
-    by_backbone = source == "text_backbone"
-    limit = None if source == "template" else new_tokens
-    recipe = _Recipe(source, backbone if by_backbone else None, limit, characters, listening, accepts)
+    recipe = _Recipe.of(source, backbone, max_new_tokens, max_characters, listening, accept)
     identity, rows = recipe.identity(selected), fingerprint([example.to_row() for example in manifest])
     report = Stage1Report(passed_through=len(manifest) - len(selected))
-    if by_backbone:
+    if recipe.backbone is not None:
         report.not_told = Counter(name for example in selected for name in not_told(example))
     prefix, root = _audio_prefix(manifest.audio_root, out)
     clips = {} if listening is None else _clip_hashes(selected, manifest.audio_root)
     made_from = {"fingerprint": identity, "rows": rows} | ({"clips": fingerprint(clips)} if clips else {})
     with Journal(_journal(out), identity, clips=clips, restart=restart) as journal:
-        if not restart and (made := _finished(out, recipe, made_from, report)) is not None:
+        # Answers of these settings go on: beside a finished `out` they are of a run with `restart` that was stopped.
+        if not restart and not journal.begun() and (made := _finished(out, recipe, made_from, report)) is not None:
             _bring_to(made, out, manifest, prefix, root)
-            journal.discard()
             return report
         answers = journal.read({example.id for example in selected})
         report.resumed = len(answers)
@@ -257,6 +258,22 @@ class _Recipe:
     max_characters: int
     listening: Listening | None = None
     accept: str = "choice"
+
+    @classmethod
+    def of(
+        cls,
+        source: str,
+        backbone: str,
+        max_new_tokens: int | None,
+        max_characters: int | None,
+        listening: Listening | None,
+        accept: str | None,
+    ) -> _Recipe:
+        """From the arguments of `run_stage1`, of which None is the default of the source."""
+        new_tokens, characters, _, accepts = default_limits(source)
+        limit = None if source == "template" else max_new_tokens or new_tokens
+        model = backbone if source == "text_backbone" else None
+        return cls(source, model, limit, max_characters or characters, listening, accept or accepts)
 
     def identity(self, selected: Sequence[Example]) -> str:
         """The fingerprint of all that decides the answers, not which of them are accepted."""
@@ -363,23 +380,51 @@ def _header(
     }
 
 
+def _earlier_header(out: Path, recipe: _Recipe, made_from: Mapping[str, str] | None = None) -> Mapping[str, Any] | None:
+    """What the header of `out` says of the run that made it; None if nothing is there.
+
+    Args:
+        made_from: as in `_header`; None = not known yet, then the settings alone are compared.
+
+    Raises:
+        Stage1Error: `out` is not the result of these settings, rows and clips.
+    """
+    if not out.exists() or not out.stat().st_size:
+        return None
+    try:
+        stage1 = read_header(out).get("stage1")
+    except ManifestError:
+        stage1 = None
+    if not isinstance(stage1, Mapping) or not {"fingerprint", "accepted", "rejected"} <= set(stage1):
+        raise Stage1Error(f"{out}: holds no result of Stage 1; choose another --out or --restart")
+    now = {"source": recipe.source, "backbone": recipe.backbone, "max_new_tokens": recipe.max_new_tokens}
+    now |= {"max_characters": recipe.max_characters, "accept": recipe.accept}
+    unsaid = {"max_characters": DEFAULT_MAX_CHARACTERS, "accept": "choice"}
+    differs = [name for name, value in now.items() if stage1.get(name, unsaid.get(name)) != value]
+    if made_from is not None:
+        differs += [name for name in ("rows", "clips") if stage1.get(name) != made_from.get(name)]
+        if not differs and stage1["fingerprint"] != made_from["fingerprint"]:
+            differs = ["which rows get targets, the model or the wording"]
+    if differs:
+        raise Stage1Error(
+            f"{out}: holds targets of other settings, of another manifest or of other audio (not the same: "
+            f"{', '.join(differs)}); choose another --out or --restart"
+        )
+    return stage1
+
+
 def _finished(out: Path, recipe: _Recipe, made_from: Mapping[str, str], report: Stage1Report) -> Manifest | None:
-    """What `out` holds if it is the complete result of these settings, rows and clips; fills the report from its header."""
-    if not out.exists():
+    """The result that an earlier run has written to `out`; fills the report from its header. Raises as `_earlier_header`."""
+    stage1 = _earlier_header(out, recipe, made_from)
+    if stage1 is None:
         return None
     try:
         made = read_manifest(out, check_audio=False, max_bad_fraction=0.0)
-        stage1 = made.header["stage1"]
-        accepted = {"max_characters": DEFAULT_MAX_CHARACTERS}
-        accepted |= {name: stage1[name] for name in ("max_characters", "accept") if name in stage1}
-        there = {name: stage1[name] for name in ("fingerprint", "rows", "clips") if name in stage1}
-        if (there, accepted) != (made_from, recipe.accepted_by()):
-            return None
-        report.accepted = report.resumed = stage1["accepted"]
-        report.rejected = Counter(stage1["rejected"])
-        report.resumed += sum(report.rejected.values())
-    except (ManifestError, KeyError, TypeError):
-        return None
+    except ManifestError as error:
+        raise Stage1Error(f"{error}\nchoose another --out or --restart") from None
+    report.accepted = report.resumed = stage1["accepted"]
+    report.rejected = Counter(stage1["rejected"])
+    report.resumed += sum(report.rejected.values())
     return made
 
 
@@ -441,6 +486,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+_OF_RECIPE = ("source", "backbone", "max_new_tokens", "max_characters", "listening", "accept")
 _LISTENING = ("alpha", "formula", "plausibility", "dtype", "attention", "device", "max_cut_fraction")
 # Options of one source -> that source.
 _OF_SOURCE = {
@@ -493,6 +539,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         begun = arguments.out.exists() or _journal(arguments.out).exists()
         if not begun:  # a wrong name is found before all clips are read
             _find_model(arguments.source, options)
+        if not options["restart"] and not _journal(arguments.out).exists():
+            _earlier_header(arguments.out, _Recipe.of(**{name: options[name] for name in _OF_RECIPE}))
         manifest = read_data(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links
         )

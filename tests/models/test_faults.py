@@ -158,10 +158,11 @@ def test_stage_1_goes_on_once_there_is_room(tmp_path, in_child, room):
     folder.mkdir()
     kind, message = in_child(lambda: failing(lambda: stage1(folder)), file_bytes=room)
     assert kind == "OSError" and f"'{folder}/out.jsonl" in message
-    kept = (folder / "out.jsonl.journal").read_bytes().count(b"\n") - 1
+    journal = folder / "out.jsonl.journal"  # without a line it is not kept
+    kept = journal.read_bytes().count(b"\n") - 1 if journal.exists() else 0
     asked: list[str] = []
     stage1(folder, asked)
-    assert len(asked) == len(set(asked)) == 12 - max(kept, 0) and (room < 300 or kept > 0)
+    assert len(asked) == len(set(asked)) == 12 - kept and (room < 300 or kept > 0)
     assert (folder / "out.jsonl").read_bytes() == (tmp_path / "whole" / "out.jsonl").read_bytes()
 
 

@@ -17,7 +17,7 @@ from models.data.audio import load_audio, write_audio
 from models.data.manifest import Example, read_manifest, write_manifest
 from models.pseudo_gt import listening
 from models.pseudo_gt.listening import Listening, ListeningWriter
-from models.pseudo_gt.stage1 import run_stage1
+from models.pseudo_gt.stage1 import Stage1Error, run_stage1
 from models.speech_lm.features import FeatureError
 from tests.models.audio_lms import tiny_audio_lms as tiny
 from tests.models.tiny_speech import make_speech_lm
@@ -111,7 +111,9 @@ def test_an_audio_lm_answers_freely_and_goes_on_after_a_kill(tmp_path, monkeypat
     (model / "config.json").write_text(json.dumps({**config, "other": 1}))
     with monkeypatch.context() as patched:
         patched.setattr(ListeningWriter, "__call__", lambda self, group: ["Heard."] * len(group))
-        assert models(again) == 0
+        assert models(again) == 1
+        assert "which rows get targets, the model or the wording); choose another --out" in capsys.readouterr().err
+        assert models([*again, "--restart"]) == 0
     assert {e.target for e in read_manifest(tmp_path / "again.jsonl")} == {"Heard."}
 
 
@@ -127,10 +129,10 @@ def test_answers_about_a_clip_that_has_changed_are_asked_again(tmp_path):
             raise KeyboardInterrupt
         return [f"Heard {len(asked)}." for _ in group]
 
-    def run():
+    def run(**restart):
         asked.clear()
         options = {"source": "audio_lm", "listening": Listening(str(tmp_path / "model")), "writer": write, "batch_examples": 1}
-        report = run_stage1(read_manifest(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", progress=False, **options)
+        report = run_stage1(read_manifest(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", progress=False, **options, **restart)
         return report.resumed, sorted(id for group in asked for id in group)
 
     with pytest.raises(KeyboardInterrupt):
@@ -142,7 +144,9 @@ def test_answers_about_a_clip_that_has_changed_are_asked_again(tmp_path):
     assert run() == (3, ["q1", "q3"])
     assert run() == (5, [])
     write_audio(tmp_path / "2.wav", tiny.tone(2500.0, seconds=0.4))
-    assert run() == (0, ["q0", "q1", "q2", "q3", "text"])  # the result of other clips is no result of these
+    with pytest.raises(Stage1Error, match=r"of other audio \(not the same: clips\); choose another --out or --restart"):
+        run()
+    assert run(restart=True) == (0, ["q0", "q1", "q2", "q3", "text"])  # the result of other clips is no result of these
 
 
 def test_a_speech_lm_answers_and_encodes_each_clip_once(tmp_path, monkeypatch):

@@ -115,8 +115,12 @@ def test_another_limit_makes_the_manifest_again(tmp_path):
     with pytest.raises(Stage1Error, match="too long"):
         run_stage1(manifest, tmp_path / "out.jsonl", max_characters=30, max_reject_fraction=0.0, **options)
     assert run_stage1(manifest, tmp_path / "out.jsonl", **options).accepted == 2 and asked == [2]  # nothing is asked twice
-    assert run_stage1(manifest, tmp_path / "out.jsonl", max_characters=30, **options).accepted == 1
-    assert run_stage1(manifest, tmp_path / "out.jsonl", max_new_tokens=40, **options).accepted == 2
+    for changed, accepted in (({"max_characters": 30}, 1), ({"max_new_tokens": 40}, 2)):
+        whole = (tmp_path / "out.jsonl").read_bytes()
+        with pytest.raises(Stage1Error, match=rf"{next(iter(changed))}.*\); choose another --out or --restart"):
+            run_stage1(manifest, tmp_path / "out.jsonl", **changed, **options)
+        assert (tmp_path / "out.jsonl").read_bytes() == whole
+        assert run_stage1(manifest, tmp_path / "out.jsonl", restart=True, **changed, **options).accepted == accepted
     assert asked == [2, 2, 2]
 
 
@@ -136,6 +140,7 @@ def test_restart_discards_what_an_earlier_run_left(tmp_path):
     report = run_stage1(manifest, out, source="template", restart=True, progress=False)
     assert (report.accepted, report.resumed) == (2, 0)
     assert run_stage1(manifest, out, source="template", restart=True, progress=False).resumed == 0
+    out.unlink()
     (tmp_path / "out.jsonl.journal").write_bytes(b'{"stage1_journal": 1, "fingerprint": "x"}\n{{{\n')
     with pytest.raises(Stage1Error, match=r"damaged.*--restart"):
         run_stage1(manifest, out, writer=stops, progress=False)
@@ -160,7 +165,7 @@ def test_a_finished_run_is_not_repeated_and_a_changed_one_is(tmp_path):
     again = run_stage1(manifest, tmp_path / "out.jsonl", source="template", writer=refuse, progress=False)
     assert (again.accepted, again.resumed) == (2, 2)
     with pytest.raises(AssertionError, match="written again"):
-        run_stage1(manifest, tmp_path / "out.jsonl", writer=refuse, progress=False)
+        run_stage1(manifest, tmp_path / "out.jsonl", writer=refuse, restart=True, progress=False)
 
 
 @pytest.mark.parametrize("out", ["made/out.jsonl", "out.jsonl"], ids=["a root in the header", "paths from the folder above"])
@@ -376,14 +381,19 @@ def test_another_acceptance_is_another_result_of_the_same_answers(tmp_path):
         run_stage1(manifest, out, **options)
     assert run_stage1(manifest, out, accept="free", **options).accepted == 2
     assert run_stage1(manifest, out, accept="free", writer=None, progress=False).resumed == 2  # finished
-    with pytest.raises(Stage1Error, match="2 no choice named"):
+    with pytest.raises(Stage1Error, match=r"\(not the same: accept\)"):
         run_stage1(manifest, out, **options)
+    with pytest.raises(Stage1Error, match="2 no choice named"):
+        run_stage1(manifest, out, restart=True, **options)
 
 
 def test_rows_that_pass_through_are_part_of_what_is_finished(tmp_path):
     out = tmp_path / "out.jsonl"
     run_stage1(_manifest(tmp_path, [gender(1)]), out, source="template", progress=False)
-    run_stage1(_manifest(tmp_path, [gender(1), gender(2, split="test")]), out, source="template", progress=False)
+    more = _manifest(tmp_path, [gender(1), gender(2, split="test")])
+    with pytest.raises(Stage1Error, match=r"\(not the same: rows\)"):
+        run_stage1(more, out, source="template", progress=False)
+    run_stage1(more, out, source="template", restart=True, progress=False)
     assert [example.id for example in read_manifest(out)] == ["clip-1", "clip-2"]
 
 
@@ -444,9 +454,11 @@ def test_several_tasks_and_pools_get_answers(tmp_path):
     report = run_stage1(manifest, tmp_path / "out.jsonl", source="template", task=["gender", "other"], progress=False)
     assert (report.accepted, report.passed_through) == (3, 1)
     report = run_stage1(
-        manifest, tmp_path / "out.jsonl", source="template", pool=("teacher",), task="gender", progress=False
+        manifest, tmp_path / "pool.jsonl", source="template", pool=("teacher",), task="gender", progress=False
     )
     assert (report.accepted, report.passed_through) == (1, 3)
+    with pytest.raises(Stage1Error, match=r"\(not the same: which rows get targets, the model or the wording\)"):
+        run_stage1(manifest, tmp_path / "out.jsonl", source="template", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -469,6 +481,54 @@ def test_settings_that_cannot_work_are_found_before_the_manifest_is_read(tmp_pat
     monkeypatch.setattr("models.pseudo_gt.stage1.read_data", lambda *_, **__: pytest.fail("the manifest was read"))
     assert main(["in.jsonl", "--out", "out.jsonl", *words]) == 1
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", ["notes", '{"kdkernels_manifest": 1}\n{"id": "1", "audio": null}\n'])
+def test_a_file_that_is_no_result_is_not_written_over(tmp_path, capsys, monkeypatch, there):
+    _manifest(tmp_path, [gender(1)])
+    out = tmp_path / "out.jsonl"
+    out.write_text(there)
+    words = [str(tmp_path / "in.jsonl"), "--out", str(out), "--source", "template"]
+    with monkeypatch.context() as patched:
+        patched.setattr("models.pseudo_gt.stage1.read_data", lambda *_, **__: pytest.fail("the manifest was read"))
+        assert main(words) == 1
+    assert capsys.readouterr().err == f"error: {out}: holds no result of Stage 1; choose another --out or --restart\n"
+    assert out.read_text() == there and sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert main([*words, "--restart"]) == 0 and read_manifest(out).examples[0].target == "The speaker is a man."
+
+
+def test_a_result_of_other_settings_is_not_written_over(tmp_path, capsys, monkeypatch):
+    """Nor are its rejects; a run with --restart that was stopped goes on without it."""
+    manifest, out = _manifest(tmp_path, [gender(1), gender(2), gender(3)]), tmp_path / "out.jsonl"
+    options = {"progress": False, "batch_examples": 1}
+    run_stage1(manifest, out, writer=lambda batch: ["" if e.id == "clip-2" else "A man." for e in batch], **options)
+    names = ["in.jsonl", "out.jsonl", "out.jsonl.rejects.jsonl"]
+    there = {name: (tmp_path / name).read_bytes() for name in names}
+    words = [str(tmp_path / "in.jsonl"), "--out", str(out), "--source", "template"]
+    monkeypatch.setattr("models.pseudo_gt.stage1.read_data", lambda *_, **__: pytest.fail("the manifest was read"))
+    assert main(words) == 1
+    told = "not the same: source, backbone, max_new_tokens); choose another --out or --restart\n"
+    assert capsys.readouterr().err.endswith(told)
+    with pytest.raises(Stage1Error, match="not the same: source, backbone, max_new_tokens"):
+        run_stage1(manifest, out, source="template", **options)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == there
+
+    asked = []
+
+    def stops(batch):
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.extend(batch)
+        return ["A man."]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage1(manifest, out, backbone="other", writer=stops, restart=True, **options)
+    report = run_stage1(manifest, out, backbone="other", writer=lambda batch: ["A man."] * len(batch), **options)
+    assert (report.accepted, report.resumed) == (3, 1) and [path.name for path in sorted(tmp_path.iterdir())] == names[:2]
+
+    out.write_bytes(out.read_bytes() + b"{}\n")
+    with pytest.raises(Stage1Error, match=r"(?s)1 of 4 rows are bad.*choose another --out or --restart"):
+        run_stage1(manifest, out, backbone="other", **options)
 
 
 def test_command_line(tmp_path, capsys):
