@@ -43,6 +43,7 @@ def convert_parser() -> Parser:
     parser.add_argument(
         "--max-bad-fraction", type=float, default=0.05, help="share of bad rows above which nothing is written"
     )
+    parser.add_argument("--overwrite", action="store_true", help="write over an OUT that holds something else")
     parser.add_allow_links()
     parser.add_argument(
         "--streaming",

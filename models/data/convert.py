@@ -1,11 +1,15 @@
-"""The command `convert`: rows of another layout become a manifest."""
+"""The command `convert`: rows of another layout become a manifest.
+
+The same command again writes the same. A file that holds something else is not written over without `--overwrite`.
+"""
 
 from __future__ import annotations
 
+import io
 import sys
 
 from models.data.commands import convert_parser
-from models.data.manifest import header_with_root, write_manifest
+from models.data.manifest import header_with_root, manifest_bytes, refuse_other_file, refuse_other_rows, write_manifest
 from models.data.readers import read_foreign, row_files
 from models.data.streaming import stream_into_manifest
 
@@ -22,10 +26,15 @@ def main(argv: list[str] | None = None) -> int:
             name: getattr(arguments, name) for name in ("form", "audio_root", "split", "max_bad_fraction", "allow_links")
         }
         if arguments.streaming:
-            said = stream_into_manifest(arguments.rows, arguments.out, **options)
+            said = stream_into_manifest(arguments.rows, arguments.out, overwrite=arguments.overwrite, **options)
         else:
+            kept = arguments.out.exists() and not arguments.overwrite
+            if kept:
+                refuse_other_file(arguments.out)
             manifest = read_foreign(arguments.rows, **options)
             header = header_with_root(manifest.header, audio_root=manifest.audio_root, folder=arguments.out.parent)
+            if kept:
+                refuse_other_rows(arguments.out, io.BytesIO(manifest_bytes(manifest.examples, header=header)))
             write_manifest(arguments.out, manifest.examples, header=header)
             said = manifest.summary()
     except (ValueError, OSError) as error:

@@ -23,11 +23,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from models.data.audio import MAX_SECONDS, AudioError, AudioInfo
 from models.data.example import AUDIO_PLACEHOLDER, KINDS, SPLITS, TARGET_SOURCES, Example, example_from_row
@@ -49,14 +50,18 @@ __all__ = [
     "ManifestError",
     "Problem",
     "header_with_root",
+    "manifest_bytes",
     "read_header",
     "read_manifest",
+    "refuse_other_file",
+    "refuse_other_rows",
     "write_manifest",
 ]
 
 MANIFEST_VERSION = 1
 VERSION_KEY = "kdkernels_manifest"
 ROOT_KEY = "audio_root"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,16 @@ def write_manifest(
     """Write a manifest atomically: readers see the old file or the whole new one. A name that ends with .gz is packed by gzip.
 
     Raises:
+        ValueError: see `manifest_bytes`.
+    """
+    content = manifest_bytes(examples, header=header)
+    return atomic_write_bytes(path, gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
+
+
+def manifest_bytes(examples: Iterable[Example], *, header: Mapping[str, Any] | None = None) -> bytes:
+    """What `write_manifest` writes, not packed.
+
+    Raises:
         ValueError: two examples share an id, `header` sets the version key, or a value has no JSON form (NaN).
     """
     header = dict(header or {})
@@ -173,8 +188,34 @@ def write_manifest(
             raise ValueError(f"examples: expected unique ids, got {example.id!r} twice")
         seen.add(example.id)
         lines.append(_dump(example.to_row()))
-    content = ("\n".join(lines) + "\n").encode()
-    return atomic_write_bytes(path, gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
+    return ("\n".join(lines) + "\n").encode()
+
+
+def refuse_other_file(path: str | os.PathLike[str]) -> None:
+    """Raise ManifestError if a command would write a manifest over a file that is none. An empty file is nothing."""
+    path = Path(path)
+    if path.exists() and (not path.is_file() or path.stat().st_size):
+        try:
+            read_header(path)
+        except ManifestError:
+            raise ManifestError(f"{path}: holds no manifest; choose another --out or --overwrite") from None
+
+
+def refuse_other_rows(path: str | os.PathLike[str], content: BinaryIO) -> None:
+    """Raise ManifestError if `path` holds something else than the manifest that `content` has, not packed."""
+    path = Path(path)
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as there:
+            same = True
+            while same and (block := content.read(_BLOCK_BYTES)):
+                same = there.read(len(block)) == block
+            same = same and not there.read(1)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        same = False
+    if not same:
+        raise ManifestError(f"{path}: holds other rows or another header than these; choose another --out or --overwrite")
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:

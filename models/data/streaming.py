@@ -5,7 +5,7 @@ stream is read once: its clips become files, and its rows a manifest, which all 
 
 What is read goes into a journal beside the manifest, MANIFEST.part, one JSON line a row. Every `COMMIT_ROWS` rows it is flushed
 to the disk, with the position of the data set. A run that was killed goes on from there. At the end the journal becomes the
-manifest. If too many rows are bad, the journal stays.
+manifest. If too many rows are bad, the journal stays. It stays too if another manifest is in the way.
 
 A run that finds a journal checks the clips of its bad rows again: one that was missing may be there now. The journal belongs to
 the files of rows as they were, by their sizes, times and ends.
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from models.data.example import Example, example_from_row
 from models.data.hf_datasets import listed_clips
 from models.data.json_rows import parse_object
-from models.data.manifest import MANIFEST_VERSION, VERSION_KEY, header_with_root
+from models.data.manifest import MANIFEST_VERSION, VERSION_KEY, header_with_root, refuse_other_file, refuse_other_rows
 from models.data.problems import ManifestError, Problem, list_problems, refuse_if_too_bad
 from models.data.readers import ForeignRows, row_files
 from models.data.rows import AudioChecker, reason_of
@@ -47,14 +47,19 @@ def stream_into_manifest(
     split: str | None = None,
     max_bad_fraction: float = 0.05,
     allow_links: bool = False,
+    overwrite: bool = False,
 ) -> str:
-    """Write the manifest `out` of the rows in `path`; arguments as in `models.data.readers.read_foreign`.
+    """Write the manifest `out` of the rows in `path`; other arguments as in `models.data.readers.read_foreign`.
+
+    Args:
+        overwrite: write over an `out` that holds something else.
 
     Returns:
         a summary for the terminal.
 
     Raises:
-        ManifestError: as there; or the journal beside `out` is of other rows or other arguments, or is damaged.
+        ManifestError: as there; or the journal beside `out` is of other rows or other arguments, or is damaged; or `out` holds
+            something else.
         BlockingIOError: another process is writing that journal.
 
     Memory: about 0.3 KiB a row for the ids, which have to be unique, and the list of the bad rows; no texts and no clips.
@@ -62,6 +67,8 @@ def stream_into_manifest(
     if not 0.0 <= max_bad_fraction <= 1.0:
         raise ValueError(f"max_bad_fraction: expected a number from 0 to 1, got {max_bad_fraction}")
     out = Path(out)
+    if not overwrite:
+        refuse_other_file(out)
     rows = ForeignRows(path, form=form, audio_root=audio_root, split=split)
     if not rows.root.is_dir():
         raise ManifestError(f"audio_root: expected a folder, got {rows.root}")
@@ -84,7 +91,7 @@ def stream_into_manifest(
                 error.problems,
             ) from None
         header = header_with_root({"form": rows.form}, audio_root=rows.root, folder=out.parent)
-        journal.write_manifest(out, {**header, VERSION_KEY: MANIFEST_VERSION})
+        journal.write_manifest(out, {**header, VERSION_KEY: MANIFEST_VERSION}, overwrite=overwrite)
     return journal.summary(rows.root)
 
 
@@ -173,8 +180,8 @@ class _Journal:
                 self._write({"at": self._rows.dataset.position()})
             self._commit()
 
-    def write_manifest(self, out: Path, header: dict[str, Any]) -> None:
-        """The journal becomes the manifest: readers see the old file or the whole new one."""
+    def write_manifest(self, out: Path, header: dict[str, Any], *, overwrite: bool) -> None:
+        """The journal becomes the manifest: readers see the old file or the whole new one. ManifestError if that is another."""
         bad = {problem.row for problem in self.problems}
         made = out.with_name(f".{out.name}.tmp")
         with naming(made), _removed_on_errors(made), made.open("wb") as file:
@@ -185,7 +192,11 @@ class _Journal:
                         lines.writelines(_line(row) for row in entry.get("examples", ()))
             file.flush()
             os.fsync(file.fileno())
-        made.replace(out)
+        with _removed_on_errors(made):
+            if not overwrite:
+                with gzip.open(made) if out.suffix == ".gz" else made.open("rb") as content:
+                    refuse_other_rows(out, content)
+            made.replace(out)
         self.path.unlink()
         fsync_dir(out.parent)
 

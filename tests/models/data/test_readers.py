@@ -169,7 +169,7 @@ def test_rows_without_a_split_are_training_data_or_a_benchmark(root):
         assert {e.split for e in _read(root, [row], form)} == {split}
         assert {e.split for e in _read(root, [row], form, split="dev")} == {"dev"}
         assert {e.split for e in _read(root, [{**row, "split": "dev"}], form)} == {"dev"}
-        words = [str(root / "rows.jsonl"), "--form", form, "--out", str(root / "m.jsonl")]
+        words = [str(root / "rows.jsonl"), "--form", form, "--out", str(root / "m.jsonl"), "--overwrite"]
         (root / "rows.jsonl").write_text(json.dumps(row))
         assert main(words) == 0 and {e.split for e in read_manifest(root / "m.jsonl")} == {split}
 
@@ -393,6 +393,35 @@ def test_a_conversion_never_writes_over_its_rows(root, capsys, monkeypatch, flag
         assert main([str(rows), "--out", str(out), *flags]) == 1
         assert "--out: expected another file than the rows" in capsys.readouterr().err
         assert Path(out).read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["whole", "streaming"])
+@pytest.mark.parametrize("name", ["m.jsonl", "m.jsonl.gz"])
+def test_a_file_that_holds_something_else_is_not_written_over(root, capsys, monkeypatch, flags, name):
+    rows, out = root / "rows.jsonl", root / name
+    rows.write_text(json.dumps(DESTA))
+    words = [str(rows), "--out", str(out), *flags]
+    out.write_bytes(b"notes")
+    with monkeypatch.context() as patched:
+        for reader in ("convert.read_foreign", "streaming.ForeignRows"):
+            patched.setattr(f"models.data.{reader}", lambda *_, **__: pytest.fail("the rows were read"))
+        assert main(words) == 1
+    assert capsys.readouterr().err == f"error: {out}: holds no manifest; choose another --out or --overwrite\n"
+    assert out.read_bytes() == b"notes"
+    assert main([*words, "--overwrite"]) == 0 and [e.id for e in read_manifest(out)] == ["d1"]
+    whole = out.read_bytes()
+    assert main(words) == 0 and out.read_bytes() == whole  # the same command again
+    for more in (json.dumps(DESTA | {"id": "d2"}), json.dumps(DESTA) + "\n" + json.dumps(DESTA | {"id": "d2"})):
+        rows.write_text(more)
+        (root / f"{name}.part").unlink(missing_ok=True)
+        assert main(words) == 1
+        told = f"error: {out}: holds other rows or another header than these; choose another --out or --overwrite\n"
+        assert capsys.readouterr().err == told and out.read_bytes() == whole
+        assert (root / f"{name}.part").exists() == bool(flags) and not list(root.glob(".*.tmp"))
+    assert main([*words, "--overwrite"]) == 0 and [e.id for e in read_manifest(out)] == ["d1", "d2"]
+    assert not (root / f"{name}.part").exists()
+    out.write_bytes(b"")  # an empty file is nothing
+    assert main(words) == 0 and len(read_manifest(out)) == 2
 
 
 def test_command_line_converts_to_a_manifest(root, capsys):
