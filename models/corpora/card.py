@@ -7,6 +7,7 @@ All numbers are counted from the manifest. Equal manifests give equal cards, in 
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections import Counter, defaultdict
@@ -42,7 +43,8 @@ def make_card(manifest: Manifest) -> str:
     lines += _section("What stands beside the sound", _context_table(manifest))
     weak = [f"- {note}" for note in header.get("notes", [])]
     lines += _section("Known weaknesses", weak)
-    skipped = [f"- {problem}" for problem in [*header.get("problems", []), *map(str, manifest.problems)]]
+    bad = [str(dataclasses.replace(problem, file=None)) for problem in manifest.problems]  # a card names no path of a machine
+    skipped = [f"- {problem}" for problem in [*header.get("problems", []), *bad]]
     lines += _section("Recordings that could not be used", skipped)
     return "\n".join(lines).rstrip() + "\n"
 

@@ -1,6 +1,6 @@
 """The command `check`: says what rows of any form hold, and lists what is wrong with them.
 
-    python -m models check MANIFEST [--form messages] [--audio-root FOLDER]
+    python -m models check MANIFEST [--form messages] [--audio-root FOLDER] [--all]
 
 Nothing is decoded: the headers of the clips say how long they are. (An mp3 has no such count; its packets are added up.)
 """
@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = manifest.problems
     rows = manifest.rows
     print("\n".join(describe(manifest, infos, rows=rows)))
-    listed = list_problems([Problem(p.row, p.id, p.reason, str(arguments.manifest)) for p in problems])
+    shown = {"limit": None} if arguments.all else {"how": "; --all lists them"}
+    listed = list_problems(problems, **shown)
     refused = len(problems) > arguments.max_bad_fraction * rows
     if refused:
         listed = [f"error: {arguments.manifest}: {len(problems)} of {rows} rows are bad", *listed]

@@ -25,6 +25,7 @@ def check_parser() -> Parser:
         "--max-bad-fraction", type=float, default=0.0, help="share of bad rows above which the status is 1"
     )
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS, help="a longer clip makes its row bad")
+    parser.add_argument("--all", action="store_true", help="list all bad rows (default: the first 20)")
     parser.add_allow_links()
     return parser
 

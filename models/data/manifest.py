@@ -105,7 +105,7 @@ class Manifest:
 
     def summary(self, *, problems: bool = True) -> str:
         """Counts by split, task and kind, and the bad rows by reason: a few lines for the terminal."""
-        lines = [f"{len(self.examples)} rows, {len(self.problems)} skipped; audio root {self.audio_root}"]
+        lines = [f"{len(self.examples)} examples, {len(self.problems)} rows skipped; audio root {self.audio_root}"]
         counts = Counter((example.split, example.task or "-", example.kind) for example in self.examples)
         lines += [f"  {split:5} {task:14} {kind:8} {count:6}" for (split, task, kind), count in sorted(counts.items())]
         return "\n".join(lines + (list_problems(self.problems) if problems else []))

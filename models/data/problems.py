@@ -74,11 +74,16 @@ def refuse_if_too_bad(
         )
 
 
-def list_problems(problems: list[Problem], *, limit: int = _PROBLEMS_SHOWN) -> list[str]:
-    """The first problems as indented lines, and how many more there are."""
+def list_problems(problems: list[Problem], *, limit: int | None = _PROBLEMS_SHOWN, how: str = "") -> list[str]:
+    """The first problems as indented lines, and how many more there are.
+
+    Args:
+        limit: None = all of them.
+        how: follows the number of those that are not listed: how to see them.
+    """
     lines = [f"  {problem}" for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  ... and {len(problems) - limit} more")
+    if limit is not None and len(problems) > limit:
+        lines.append(f"  ... and {len(problems) - limit} more{how}")
     return lines
 
 

@@ -51,7 +51,7 @@ def collect_examples(
                 if checker is not None:
                     checker.check(example)
         except (ValueError, TypeError) as error:
-            problems.append(Problem(number, row_id, reason_of(error)))
+            problems.append(Problem(number, row_id, reason_of(error), str(path)))
         else:
             first_row.update((example.id, number) for example in converted)
             examples += converted

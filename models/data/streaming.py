@@ -203,7 +203,7 @@ class _Journal:
     def summary(self, root: Path) -> str:
         """As `Manifest.summary`."""
         good = sum(self._counts.values())
-        lines = [f"{good} rows, {len(self.problems)} skipped; audio root {root}"]
+        lines = [f"{good} examples, {len(self.problems)} rows skipped; audio root {root}"]
         lines += [f"  {split:5} {task:14} {kind:8} {n:6}" for (split, task, kind), n in sorted(self._counts.items())]
         return "\n".join(lines + list_problems(self.problems))
 
@@ -259,7 +259,7 @@ class _Journal:
     def _count(self, number: int, row_id: str | None, examples: list[Example], problem: str | None) -> None:
         self.rows = number
         if problem is not None:
-            self.problems.append(Problem(number, row_id, problem))
+            self.problems.append(Problem(number, row_id, problem, str(self._rows.path)))
             return
         for example in examples:
             self._ids.add(hash(example.id))

@@ -236,7 +236,7 @@ def _read_folder(
                 if checker is not None:
                     checker.check(example)
             except AudioError as error:
-                problems.append(Problem(number, example.id, f"audio: {error.reason}"))
+                problems.append(Problem(number, example.id, f"audio: {error.reason}", str(path)))
             else:
                 examples.append(example)
     refuse_if_too_bad(root, problems, rows, max_bad_fraction)

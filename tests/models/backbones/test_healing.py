@@ -201,4 +201,4 @@ def test_the_command_line_takes_a_manifest(tmp_path, capsys):
     with open(tmp_path / "m.jsonl", "a") as file:
         file.write('{"id": "bad"}\n')
     assert main([*words, "--batch-size", "2", "--keep-layers", "0,2"]) == 0, capsys.readouterr().err
-    assert "skipped row 26 (bad): " in capsys.readouterr().out
+    assert f"skipped {tmp_path / 'm.jsonl'}: row 26 (bad): " in capsys.readouterr().out

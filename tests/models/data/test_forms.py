@@ -281,7 +281,7 @@ def test_a_question_may_have_two_clips(root, row):
 def test_a_row_of_messages_without_any_is_no_question(root):
     path = lines(root / "rows.jsonl", [swift("a.wav", id="1"), {"id": "2", "messages": None, "audios": ["a.wav"]}])
     (problem,) = read_data(path, max_bad_fraction=0.5).problems
-    assert str(problem) == "row 2 (2): messages: expected these, or conversations, query or instruction, got none"
+    assert str(problem) == f"{path}: row 2 (2): messages: expected these, or conversations, query or instruction, got none"
 
 
 @pytest.mark.parametrize(
@@ -614,7 +614,7 @@ def test_bad_elements_of_an_array_are_bad_rows_as_in_lines(root):
     for name, text in (("rows.json", f"[{', '.join(texts)}]"), ("rows.jsonl", "\n".join(texts))):
         (root / name).write_text(text)
         manifest = read_data(root / name, max_bad_fraction=1.0)
-        found.append([str(problem) for problem in manifest.problems])
+        found.append([str(problem).removeprefix(f"{root / name}: ") for problem in manifest.problems])
         assert [e.id for e in manifest] == ["1/a.wav", "6/a.wav"]
     assert found[0] == found[1] == [
         "row 2: bad JSON: NaN is not a number",

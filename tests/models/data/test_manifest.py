@@ -160,10 +160,22 @@ def test_links_out_of_the_root_may_be_allowed(root, capsys):
     assert [example.id for example in manifest] == ["good", "link"]
     assert [problem.reason for problem in manifest.problems] == ["audio: missing file ('dangling.flac')"]
     assert main([str(path), "--max-bad-fraction", "0.5", "--allow-links"]) == 0
-    assert "2 rows, 1 skipped" in capsys.readouterr().out
+    assert "2 examples, 1 rows skipped" in capsys.readouterr().out
     assert main([str(path)]) == 1
     error = capsys.readouterr().err
     assert error.count("--allow-links (in Python allow_links=True, in a recipe data.allow_links=true) permits that") == 2
+
+
+def test_check_lists_all_bad_rows_where_this_is_asked_for(root, capsys):
+    path = _write(root, [json.dumps(GOOD), *(_row(id=f"bad{n}", audio="gone.flac") for n in range(30))])
+    assert main([str(path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "  ... and 10 more; --all lists them" and "bad20" not in printed.err
+    assert "rows: 31, 30 of them bad" in printed.out and "1 examples, 30 rows skipped" in printed.out
+    assert main([str(path), "--all"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    reason = "audio: missing file ('gone.flac')"
+    assert lines[1:] == [f"  {path}: row {n + 3} (bad{n}): {reason}" for n in range(30)]
 
 
 def test_the_header_may_name_the_audio_root(root, tmp_path):
@@ -191,7 +203,7 @@ def test_check_says_what_is_wrong_with_a_clip(root, capsys):
     out = capsys.readouterr().out
     assert "3 of them bad (" in out and "too short 1" in out and "row 5 (short.wav): audio: too short: 2.1e-05 s" in out
     assert "row 3 (long.flac): audio: too long: 31.0 s, at most 30 s are allowed" in out
-    assert "row 4 (text.mkv): audio: " in out and "2 rows, 3 skipped" in out
+    assert "row 4 (text.mkv): audio: " in out and "2 examples, 3 rows skipped" in out
 
 
 def test_a_link_inside_the_root_is_fine(root):
@@ -330,7 +342,7 @@ def test_no_bytes_whatever_make_the_reader_fail_otherwise(tmp_path_factory, cont
 
 def test_command_line_prints_counts_or_one_message(root, capsys):
     assert main([str(_write(root, [json.dumps(GOOD)]))]) == 0
-    assert "1 rows, 0 skipped" in capsys.readouterr().out
+    assert "1 examples, 0 rows skipped" in capsys.readouterr().out
     assert main([str(root / "no.jsonl")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 

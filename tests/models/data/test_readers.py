@@ -180,7 +180,8 @@ def test_a_second_question_under_one_id_gets_a_number(root):
     third = {**DESTA, "messages": [{"role": "user", "content": "<|AUDIO|> How?"}]}
     manifest = _read(root, [DESTA, other, DESTA, other, third], "desta", max_bad_fraction=0.5)
     assert [(e.id, e.question) for e in manifest] == [("d1", "Who speaks?"), ("d1#2", "What is said?"), ("d1#3", "How?")]
-    assert [str(p) for p in manifest.problems] == [f"row {n} (d1): duplicate id 'd1', first in row 1" for n in (3, 4)]
+    rows = root / "rows.jsonl"
+    assert [str(p) for p in manifest.problems] == [f"{rows}: row {n} (d1): duplicate id 'd1', first in row 1" for n in (3, 4)]
     elsewhere = {**other, "audios": [{"audio": "b.flac"}]}
     manifest = _read(root, [DESTA, elsewhere], "desta", max_bad_fraction=0.5)
     assert [p.reason for p in manifest.problems] == ["duplicate id 'd1', first in row 1"]

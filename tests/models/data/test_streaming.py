@@ -46,7 +46,7 @@ def test_the_manifest_is_that_of_convert(root, capsys):
         assert main([str(source), "--out", str(root / f"{name}.jsonl"), "--max-bad-fraction", "0.3", *flag]) == 0
     assert (root / "streamed.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes()
     said = capsys.readouterr().out
-    assert said.count("10 rows, 2 skipped") == 2 and said.count("q1#2") == 0
+    assert said.count("10 examples, 2 rows skipped") == 2 and said.count("q1#2") == 0
     assert main([str(source), "--out", str(root / "streamed.jsonl"), "--streaming"]) == 1
     assert "more than max_bad_fraction" in capsys.readouterr().err
     assert not list(root.glob(".*.tmp"))

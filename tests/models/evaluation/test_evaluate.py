@@ -652,7 +652,7 @@ def test_skipped_rows_are_listed(files, tmp_path, capsys):
     more = [json.dumps(example(i % 4).to_row() | {"id": f"more{i}"}) for i in range(20)]
     (files / "bad.jsonl").write_text(lines + "\n".join([gone, *more]) + "\n")
     assert main([str(files / "model"), str(files / "bad.jsonl"), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]) == 0
-    assert "skipped row 10 (gender9/neutral): audio: missing file" in capsys.readouterr().out
+    assert f"skipped {files / 'bad.jsonl'}: row 10 (gender9/neutral): audio: missing file" in capsys.readouterr().out
 
 
 def test_clips_without_features_are_named_or_stop_the_evaluation(files, store, tmp_path, capsys):
@@ -817,9 +817,9 @@ def test_one_bad_row_of_each_kind_is_named_and_the_rest_is_scored(files, tmp_pat
     assert "3 of 25 rows are bad, more than max_bad_fraction 0.05" in error and "too long: 10800.0 s, at most 30 s" in error
     assert main([*words, "--max-bad-fraction", "0.2"]) == 0
     shown = capsys.readouterr().out
-    assert "skipped row 22 (cut): audio: corrupt or cut off: the header claims" in shown
-    assert "skipped row 23 (noise): audio: corrupt or unknown header" in shown
-    assert "skipped row 24 (long): audio: too long: 10800.0 s, at most 30 s are allowed" in shown
+    assert f"skipped {manifest}: row 22 (cut): audio: corrupt or cut off: the header claims" in shown
+    assert f"skipped {manifest}: row 23 (noise): audio: corrupt or unknown header" in shown
+    assert f"skipped {manifest}: row 24 (long): audio: too long: 10800.0 s, at most 30 s are allowed" in shown
     assert "skipped silent: no answer to score against" in shown and "20 answers" in shown
     assert "skipped blank: no answer to score against" in shown
 

@@ -185,7 +185,7 @@ def test_listen_unpacks_each_clip_once_and_names_bad_rows(tmp_path, monkeypatch)
     monkeypatch.setattr(published, "listen_rows", lambda root: iter(rows))
     suite = load_suite("listen", audio_root=tmp_path, max_bad_fraction=0.5)
     assert len(suite.examples) == 5 and len(list((tmp_path / "cache" / "listen" / "clips").iterdir())) == 3
-    assert [str(p) for p in suite.problems] == ["row 3 (clip2): audio: expected the bytes of a clip, got none"]
+    assert [str(p) for p in suite.problems] == [f"{tmp_path}: row 3 (clip2): audio: expected the bytes of a clip, got none"]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "listen" / "clips").iterdir()}
     load_suite("listen", audio_root=tmp_path, max_bad_fraction=0.5)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "listen" / "clips").iterdir()}

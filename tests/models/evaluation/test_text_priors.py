@@ -176,7 +176,7 @@ def test_command_line(tmp_path, monkeypatch, capsys, backbone):
     assert main([str(longer), "--lm", "tiny", "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert len(read_priors(out)) == 30 and "skipped free/neutral: no choices to rank\n" in told
-    assert "skipped row 33 (bad/neutral): answer: expected one of" in told
+    assert f"skipped {longer}: row 33 (bad/neutral): answer: expected one of" in told
     folder = tmp_path / "kaldi"
     folder.mkdir()
     (folder / "wav.scp").write_text("u1 a.wav\n")
