@@ -11,6 +11,9 @@ assistant's words. Other spellings of the same are read too:
 - "query" and "response", or "instruction", "input" and "output"; "history" as pairs; "system" beside them.
 - "audios" or "audio": a path, an object with a path, or a list of one.
 
+Beside one answer to learn may stand "choices" (or "options"), and "answer", which is the label then. Without "answer" the label
+is the choice that the assistant's words name.
+
 An answer with "loss": false is part of the context only. The place of a clip in its turn is lost: clips stand before the words,
 in their order. Of several clips each belongs to its <audio>, and a question is about those of its turn and of earlier ones.
 """
@@ -21,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.data.answers import named_choices
 from models.data.example import Example
 from models.data.row_values import (
     MARK,
@@ -29,6 +33,7 @@ from models.data.row_values import (
     as_text,
     attributes,
     first_of,
+    listed_choices,
     split_name,
     text_of,
     text_or_none,
@@ -66,8 +71,14 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
     else:
         unanswered = False
     pairs = list(zip(asked[::2], asked[1::2], strict=True))
-    if not any(answer.taught for _, answer in pairs):
+    taught = sum(answer.taught for _, answer in pairs)
+    if not taught:
         raise ValueError('messages: expected an answer to learn, got "loss": false in each')
+    offered = first_of(row, ("choices", "options")) or ()
+    choices, given = listed_choices(offered, text_of(row, "answer") or None)
+    if taught > 1 and (choices or given is not None):
+        name = "choices" if choices else "answer"
+        raise ValueError(f"{name}: expected one answer to learn in messages beside it, got {taught}")
     base = defaults.name(row, clips[0] if clips else None)
     heard: list[str] = []
     for number, (question, answer) in enumerate(pairs, 1):
@@ -78,7 +89,10 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
         if not answer.text.strip() and not open_end:
             raise ValueError(f"messages: expected an answer in turn {2 * number}, got an empty one")
         if answer.taught:
-            target = None if open_end else answer.text
+            target = given if open_end else answer.text
+            label = target if given is None else given
+            if choices and given is None and target is not None:
+                label = _label(listed_choices(offered, target)[1], choices)
             yield Example(
                 id=base if len(pairs) == 1 else f"{base}/turn-{number}",
                 audio=heard[0] if heard else None,
@@ -89,12 +103,24 @@ def from_messages(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Exampl
                 system=system,
                 context="\n".join(context),
                 question=words,
-                answer=target,
+                choices=choices,
+                answer=label,
                 target=target,
                 target_source=None if target is None else "human",
                 split=split_name(row.get("split", defaults.split)),
             )
         context += [f"User: {words}", f"Assistant: {answer.text}"]
+
+
+def _label(text: str, choices: tuple[str, ...]) -> str:
+    """The choice that an answer is, or the only one that its words name."""
+    if text in choices:
+        return text
+    named = named_choices(text, tuple(dict.fromkeys(choices)))
+    if len(named) != 1:
+        got = f"{text[:80]!r}, which names {' and '.join(map(repr, named)) or 'none'}"
+        raise ValueError(f"choices: expected an answer that names one of {list(choices)}, or answer beside them, got {got}")
+    return named[0]
 
 
 def _turns(row: Mapping[str, Any]) -> list[_Turn]:

@@ -318,6 +318,7 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
         metadata["seed_description"] = description
         if parsed := parse_description(description):
             metadata.update(parsed[1])
+    choices, answer = listed_choices(first_of(row, ("choices", "options")) or (), text_or_none(row, "answer"))
     yield Example(
         id=defaults.name(row, audio),
         audio=audio,
@@ -327,7 +328,8 @@ def _from_desta(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
         task=text_of(row, "task", "dataset"),
         system="\n".join(turn_text(message, clips) for message in messages if message.get("role") == "system"),
         question=turn_text(turns[0], clips),
-        answer=text_or_none(row, "answer"),
+        choices=choices,
+        answer=answer,
         target=target,
         target_source=defaults.target_source if target is not None else None,
         split=row.get("split", defaults.split),

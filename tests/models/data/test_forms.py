@@ -278,6 +278,55 @@ def test_a_question_may_have_two_clips(root, row):
     assert (example.audio, example.more_audio, example.question) == ("a.wav", ("b.wav",), "One voice?")
 
 
+@pytest.mark.parametrize(
+    ("answer", "beside", "label"),
+    [
+        ("A woman.", {"choices": ["man", "woman"]}, "woman"),
+        ("woman", {"choices": ["man", "woman"], "answer": "woman"}, "woman"),
+        ("She is one.", {"options": ["man", "woman"], "answer": "woman"}, "woman"),
+        ("B", {"choices": {"A": "man", "B": "woman"}}, "woman"),
+        ("The speaker is a woman.", {"answer": "woman"}, "woman"),
+        ("A woman.", {"choices": None, "answer": ""}, "A woman."),
+    ],
+)
+def test_choices_and_the_label_beside_messages_are_kept(root, answer, beside, label):
+    example = only(root / "rows.jsonl", swift("a.wav", answer=answer) | beside)
+    choices = ("man", "woman") if beside.get("choices") or "options" in beside else ()
+    assert (example.choices, example.answer, example.target) == (choices, label, answer)
+
+
+def test_an_unanswered_question_takes_the_label_beside_it(root):
+    row = {"messages": [{"role": "user", "content": "<audio>Who?"}], "audios": ["a.wav"], "choices": ["man", "woman"]}
+    example = only(root / "rows.jsonl", row)
+    assert (example.choices, example.answer, example.target) == (("man", "woman"), None, None)
+    example = only(root / "rows.jsonl", row | {"answer": "man"})
+    assert (example.choices, example.answer, example.target) == (("man", "woman"), "man", "man")
+    example = only(root / "rows.jsonl", row | {"answer": "man", "target": "A man."}, form="desta")
+    assert (example.choices, example.answer, example.target) == (("man", "woman"), "man", "A man.")
+
+
+def test_choices_beside_messages_that_cannot_be_kept_are_named(root):
+    more = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "A man."}]
+    two = swift("a.wav")
+    two["messages"] += more
+    rows = [
+        swift("a.wav", answer="A child.", choices=["man", "woman"]),
+        swift("a.wav", answer="A man or a woman.", choices=["man", "woman"]),
+        swift("a.wav", answer="A man.", choices=["man", "woman"]) | {"answer": "child"},
+        two | {"choices": ["man", "woman"]},
+        two | {"answer": "man"},
+    ]
+    problems = read_data(lines(root / "rows.jsonl", rows), max_bad_fraction=1.0).problems
+    named = "choices: expected an answer that names one of ['man', 'woman'], or answer beside them, got "
+    assert [p.reason for p in problems] == [
+        f"{named}'A child.', which names none",
+        f"{named}'A man or a woman.', which names 'man' and 'woman'",
+        "answer: expected one of ['man', 'woman'], got 'child'",
+        "choices: expected one answer to learn in messages beside it, got 2",
+        "answer: expected one answer to learn in messages beside it, got 2",
+    ]
+
+
 def test_a_row_of_messages_without_any_is_no_question(root):
     path = lines(root / "rows.jsonl", [swift("a.wav", id="1"), {"id": "2", "messages": None, "audios": ["a.wav"]}])
     (problem,) = read_data(path, max_bad_fraction=0.5).problems
