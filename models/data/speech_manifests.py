@@ -54,11 +54,9 @@ def from_nemo(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
     """NeMo's manifest: "audio_filepath", "duration" and "offset" in seconds, "text", and "answer" for questions."""
     if "shard_id" in row:
         raise ValueError("shard_id: expected clips as files, got a manifest of tar files; unpack them first")
-    start, duration = _seconds(row, "offset") or 0.0, _seconds(row, "duration")
+    start, duration = _seconds(row, "offset") or 0.0, _duration(row)
     audio = defaults.clip_or_none(row["audio_filepath"], "audio_filepath")
-    yield _example(
-        row, defaults, audio, start=start, end=None if duration is None or duration <= 0 else start + duration
-    )
+    yield _example(row, defaults, audio, start=start, end=None if duration is None else start + duration)
 
 
 def from_lhotse(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]:
@@ -81,7 +79,7 @@ def from_lhotse(row: Mapping[str, Any], defaults: Defaults) -> Iterator[Example]
     merged |= _objects([row.get("custom", {})], "custom")[0]
     merged = without_nulls({**merged, "id": row["id"]})
     merged.setdefault("text", " ".join(filter(None, (text_of(each, "text") for each in said))))
-    start, duration = _seconds(row, "start") or 0.0, _seconds(row, "duration")
+    start, duration = _seconds(row, "start") or 0.0, _duration(row)
     whole = start == 0 and duration == _seconds(recording, "duration")
     end = None if whole or duration is None else start + duration
     yield _example(merged, defaults, defaults.clip(sources[0]["source"], "source"), start=start, end=end)
@@ -178,6 +176,14 @@ def _seconds(row: Mapping[str, Any], name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number of seconds, got {type(value).__name__}")
     return float(value)
+
+
+def _duration(row: Mapping[str, Any]) -> float | None:
+    """Seconds of a span; None is the rest of the file."""
+    seconds = _seconds(row, "duration")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"duration: expected seconds above 0, got {seconds:g}")
+    return seconds
 
 
 def _table(path: Path) -> dict[str, str]:

@@ -411,6 +411,18 @@ def test_nemo_rows_are_spans(root):
     assert problem.reason == "audio: span ends at 1.4 s, the clip ends at 1.00 s ('a.wav')"
 
 
+@pytest.mark.parametrize("duration", [0, 0.0, -1])
+def test_a_span_of_no_length_is_not_the_whole_file(root, duration):
+    nemo = {"audio_filepath": "a.wav", "text": "good luck"}
+    manifest = read_data(lines(root / "rows.jsonl", [nemo, nemo | {"duration": duration}]), max_bad_fraction=0.5)
+    assert [(e.start_seconds, e.end_seconds) for e in manifest] == [(0.0, None)]
+    named = f"{root / 'rows.jsonl'}: row 2: duration: expected seconds above 0, got {duration:g}"
+    assert [str(p) for p in manifest.problems] == [named]
+    silent = CUT | {"id": "cut-2", "start": 0, "duration": duration, "recording": CUT["recording"] | {"duration": duration}}
+    manifest = read_data(lines(root / "cuts.jsonl", [CUT, silent]), max_bad_fraction=0.5)
+    assert [p.reason for p in manifest.problems] == [f"duration: expected seconds above 0, got {duration:g}"]
+
+
 def test_lhotse_cuts(root):
     with gzip.open(root / "cuts.jsonl.gz", "wt") as file:
         file.write(json.dumps(CUT) + "\n")
