@@ -34,8 +34,8 @@ def pseudo_gt_parser() -> Parser:
         "--source",
         default="text_backbone",
         choices=SOURCES,
-        help="who writes the answers: a language model that reads the metadata, a sentence for each task, or a model that hears "
-        "the clips",
+        help="who writes the answers: a language model that reads the metadata, a sentence for each task (only for rows with "
+        "choices), or a model that hears the clips",
     )
     parser.add_argument("--backbone", help=f"id or folder of a causal language model (default: {DEFAULT_BACKBONE})")
     parser.add_argument(

@@ -7,7 +7,8 @@ The story of a run:
 1. A clip's metadata are put into words, "[00:00-00:03] Good luck. (Gender: man, SNR: -3 dB)", without the hint of the
    prompt (wording.py).
 2. A frozen language model continues a few worked examples with the answer, greedily and in batches (writers.py). With
-   `--source template` the task's sentence is filled in instead. With `--source audio_lm` an audio LM hears each clip and answers
+   `--source template` the task's sentence is filled in with the label instead; a row without choices has no label and is left as
+   it is. With `--source audio_lm` an audio LM hears each clip and answers
    its question freely (listening.py). The manifest names the source of each target.
 3. Every answer goes to a journal beside OUT and is on the disk before the next batch (journal.py). A killed run
    continues from there: no line is lost, and none is written twice.
@@ -67,11 +68,13 @@ from models.pseudo_gt.writers import BackboneWriter, Writer, write_by_template
 class Stage1Report:
     """What a run did: rows accepted, passed through, rejected (by reason), and how many were there already.
 
-    `not_told` counts the rows by the metadata that the backbone did not read.
+    `without_choices` counts those of the rows passed through that a template has no label for. `not_told` counts the rows by the
+    metadata that the backbone did not read.
     """
 
     accepted: int = 0
     passed_through: int = 0
+    without_choices: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     not_told: Counter[str] = field(default_factory=Counter)
     resumed: int = 0
@@ -89,6 +92,8 @@ class Stage1Report:
             f"{self.passed_through} rows passed through, {self.resumed} taken from an earlier run, {self.seconds:.0f} s"
         ]
         lines += [f"  {count:6} {reason}" for reason, count in self.rejected.most_common()]
+        if self.without_choices:
+            lines.append(f"left as they are: {self.without_choices} rows without choices, which a template has no label for")
         if self.not_told:
             names = ", ".join(f"{name} ({count})" for name, count in self.not_told.most_common())
             lines.append(f"metadata that the backbone was not told, with the number of rows: {names}")
@@ -122,7 +127,7 @@ def run_stage1(
         out: the manifest to write. It may lie anywhere; where its folder is not above the audio root, its header names the
             root. OUT.journal lies beside it while the run lasts, and OUT.rejects.jsonl with the rejected rows. If `out` was
             already made from the same examples in the same way, nothing is done. Another file there is not written over.
-        source: "text_backbone", "template" or "audio_lm".
+        source: "text_backbone", "template" or "audio_lm". With "template" examples without choices pass through unchanged too.
         writer: writes the answers. None is the one of `source`; it is made only if answers are missing.
         backbone: id or folder of a causal language model.
         splits, pool, task: which examples get targets: those of one of the names; None is all. The others pass through
@@ -151,10 +156,13 @@ def run_stage1(
     at_once = batch_examples or default_limits(source)[2]
     out = Path(out)
     started = time.monotonic()
-    selected = _select(manifest, splits, pool, task, keep_targets=keep_targets)
+    chosen = _select(manifest, splits, pool, task, keep_targets=keep_targets)
+    selected = [example for example in chosen if source != "template" or example.choices]
+    if not selected:
+        raise Stage1Error(f"source template: none of the {len(chosen)} rows has choices; free answers need another --source")
     recipe = _Recipe.of(source, backbone, max_new_tokens, max_characters, listening, accept)
     identity, rows = recipe.identity(selected), fingerprint([example.to_row() for example in manifest])
-    report = Stage1Report(passed_through=len(manifest) - len(selected))
+    report = Stage1Report(passed_through=len(manifest) - len(selected), without_choices=len(chosen) - len(selected))
     if recipe.backbone is not None:
         report.not_told = Counter(name for example in selected for name in not_told(example))
     prefix, root = _audio_prefix(manifest.audio_root, out)

@@ -47,7 +47,7 @@ class Writer(Protocol):
 
 
 def write_by_template(examples: Sequence[Example]) -> list[str]:
-    """The task's sentence with the answer in it; empty for an example without an answer."""
+    """The task's sentence with the answer in it, one of the choices; empty for an example without an answer."""
     return [target_template(example, example.answer) if example.answer else "" for example in examples]
 
 

@@ -56,6 +56,25 @@ def test_template_source_fills_in_sentences_and_is_named(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def test_a_template_leaves_free_answers_as_they_are(tmp_path, capsys):
+    free = {"choices": (), "question": "How does she speak?", "answer": "The tone is high."}
+    human = gender(1, **free, target="The tone is high.", target_source="human")
+    manifest, out = _manifest(tmp_path, [human, gender(2), gender(3, **free)]), tmp_path / "out.jsonl"
+    for _ in range(2):  # the second time it is finished
+        report = run_stage1(manifest, out, source="template", progress=False)
+        assert (report.accepted, report.passed_through, report.without_choices) == (1, 2, 2)
+        assert "left as they are: 2 rows without choices, which a template has no label for" in report.summary()
+    assert [(e.target, e.target_source) for e in read_manifest(out)] == [
+        ("The tone is high.", "human"),
+        ("The speaker is a man.", "template"),
+        (None, None),
+    ]
+    _manifest(tmp_path, [human])
+    assert main([str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "free.jsonl"), "--source", "template"]) == 1
+    told = "error: source template: none of the 1 rows has choices; free answers need another --source\n"
+    assert capsys.readouterr().err == told and not (tmp_path / "free.jsonl").exists()
+
+
 def test_rejected_answers_are_counted_listed_and_left_out(tmp_path):
     answers = {0: "The speaker is a man.", 1: "The speaker is a woman.", 2: "", 3: "Well."}
     manifest = _manifest(tmp_path, [gender(number) for number in answers])
