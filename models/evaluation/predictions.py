@@ -171,10 +171,12 @@ def read_predictions(
         raise EvaluationError(f"{path}: damaged: {error}") from error
     except OSError as error:
         raise EvaluationError(f"{path}: not readable: {error.strerror}") from error
+    if not lines:  # of an evaluation that was killed before its first answer
+        raise EvaluationError(f"{path}: no question is answered; {_GO_ON}")
     try:
         header = parse_object(lines[0])
         known = header.get(FILE_KEY) == FILE_VERSION
-    except (IndexError, ValueError, TypeError):
+    except (ValueError, TypeError):
         known = False
     if not known:
         raise EvaluationError(f'{path}: expected a first line with "{FILE_KEY}": {FILE_VERSION}')

@@ -429,6 +429,9 @@ def test_an_unfinished_file_is_not_scored_as_a_whole_one(files, tmp_path, capsys
         capsys.readouterr()
         assert main(again) == 1
         assert capsys.readouterr() == ("", told)
+    cut.write_bytes(b"")
+    assert main(["--rescore", str(cut)]) == 1
+    assert f"error: {cut}: no question is answered; run the same evaluate command again" in capsys.readouterr().err
     cut.write_bytes(header + b"".join(lines)[:-20])
     assert main(["--rescore", str(cut)]) == 1
     assert "line 17, the last one, is cut short; run the same evaluate command again, it goes on" in capsys.readouterr().err
