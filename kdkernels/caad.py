@@ -126,6 +126,7 @@ def fused_caad_loss(
 
     Computes in float32 registers (float64 for the sums of a row on the CPU). Extra memory: the gradient, N * V_s items of the
     student's dtype (none with ``inplace``, none without a gradient), and on the CPU 12 bytes per vocabulary entry and thread.
+    Gradients flow to the student alone: the teacher's logits, alpha and the weights get none, and no error says so.
     The forward computes the gradient; the backward scales it. Second derivatives and torch.func transforms work with
     impl="reference" alone: elsewhere a backward with create_graph=True, and a transform around a call that records a gradient,
     raise RuntimeError. A transform has no values to check, as on CUDA.
