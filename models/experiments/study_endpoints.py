@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from models.corpora.plans.base import ACTOR_FOLDS
+from models.corpora.plans.recorded import DRASCULA_FOLDS, HEDGEWARS_FOLDS
 from models.evaluation.predictions import Prediction, read_predictions
 from models.evaluation.scoring import judge
 from models.evaluation.t_interval import p_value, t_interval
@@ -227,9 +228,14 @@ def followed_tasks(gate: Sequence[Mapping[str, str]], prefix: str) -> dict[str, 
 
 
 def untuned(system: str, predictions: Sequence[Prediction]) -> list[Prediction]:
-    """The predictions that can test the system. For a tuned one they leave out the actors by whom E5 chose its settings: the dev
-    actors of one fold, whom other folds test."""
-    seen = {f"queen-{actor}" for actor in ACTOR_FOLDS[TUNED_FOLD]["dev"]} if system.endswith("_tuned") else set()
+    """The predictions that can test the system. They leave out the dev actors that chose its settings, whom other folds test: for
+    a tuned one those of E5, which has one fold, and for one with chosen steps those of all folds and games."""
+    seen: set[str] = set()
+    if system.endswith("_tuned"):
+        seen = {f"queen-{actor}" for actor in ACTOR_FOLDS[TUNED_FOLD]["dev"]}
+    elif system.endswith("_steps"):
+        games = {"queen": ACTOR_FOLDS, "drascula": DRASCULA_FOLDS, "hedgewars": HEDGEWARS_FOLDS}
+        seen = {f"{game}-{actor}" for game, folds in games.items() for fold in folds for actor in fold["dev"]}
     return [p for p in predictions if p.actor not in seen]
 
 

@@ -165,6 +165,16 @@ def test_a_tuned_system_is_tested_on_actors_that_did_not_tune_it(tmp_path):
     assert tuned.difference == pytest.approx(0.2) and plain.difference == pytest.approx((0.2 - 0.5 - 0.5) / 3)
 
 
+def test_chosen_steps_are_tested_on_actors_that_did_not_choose_them(tmp_path):
+    """Dev of all folds chooses the steps: a06 of Drascula and Pirate of Hedgewars are dev in one fold and test in another."""
+    chose = ("drascula-a06", "hedgewars-Pirate")
+    for system in ("caad2_steps", "kd_steps"):
+        rights = (lambda a, k: 5) if system == "caad2_steps" else (lambda a, k: 10 if a in chose else 3)
+        pack_predictions(tmp_path / f"f0s0-{system}.jsonl.gz", {}, answers(rights, actors=(*chose, "drascula-a05")))
+    found = endpoints(tmp_path, first="caad2_steps", second="kd_steps")[0]
+    assert found.actors == 1 and found.difference == pytest.approx(0.2)
+
+
 def test_one_teacher_decides_nothing_and_the_third_endpoint_leaves_out_loud_noise(tmp_path):
     quiet = answers(lambda a, k: 4), answers(lambda a, k: 5)
     loud = [
