@@ -131,5 +131,6 @@ def test_in_a_page_colours_follow_the_scheme_and_in_a_file_the_ground_is_white()
     ElementTree.fromstring(page)
     assert "stroke: var(--c0072b2)" in page and ": #0072b2" not in page and "--c0072b2:#56b4e9" in page
     assert "#0072b2" in texts(page)  # a label stays what it is
-    root = ElementTree.fromstring(figure.file_text)
-    assert root[0].tag.endswith("rect") and root[0].get("fill") == LIGHT_GROUND and "var(" not in figure.file_text
+    told, ground, *_ = ElementTree.fromstring(figure.file_text)
+    assert told.tag.endswith("desc") and told.text == figure.alt
+    assert ground.tag.endswith("rect") and ground.get("fill") == LIGHT_GROUND and "var(" not in figure.file_text
