@@ -1,6 +1,6 @@
 """The figure of docs/results.md, from the table of the study.
 
-    python -m docs.figures    # writes docs/results.svg
+    python -m docs.figures    # writes docs/plots/results.svg
 
 The drawing has its numbers in words too, in its <desc>. tests/docs compares them with the table, since another matplotlib draws
 other bytes.
@@ -18,7 +18,7 @@ from models.reporting.figures import Figure, draw_trade_off, percent
 from models.reporting.headline import LongScores
 from models.reporting.systems import system_name
 
-PATH = Path(__file__).parent / "results.svg"
+PATH = Path(__file__).parent / "plots" / "results.svg"
 SHOWN = ("kd", "kd_tuned", "caad2", "hint_stripped", "ce_true")
 
 
@@ -40,7 +40,7 @@ def results_figure() -> Figure:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog="python -m docs.figures", description="Draws docs/results.svg from the study's table.")
+    return argparse.ArgumentParser(prog="python -m docs.figures", description="Draws docs/plots/results.svg.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

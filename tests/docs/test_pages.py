@@ -86,8 +86,8 @@ def test_every_public_name_is_on_the_api_page():
 def test_the_figure_of_the_results_has_the_numbers_of_the_table():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     told = re.search(r"<desc>(.*?)</desc>", figures.PATH.read_text(encoding="utf-8"))
-    assert told, "docs/results.svg: run `python -m docs.figures`"
-    assert html.unescape(told[1]) == figures.results_figure().alt, "docs/results.svg: run `python -m docs.figures`"
+    assert told, "docs/plots/results.svg: run `python -m docs.figures`"
+    assert html.unescape(told[1]) == figures.results_figure().alt, "docs/plots/results.svg: run `python -m docs.figures`"
 
 
 def test_settings_that_the_results_name():
