@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from models.evaluation.t_interval import t_interval
 from models.reporting.endpoints import Endpoints, endpoints_of
 from models.reporting.figures import Figure, Value, draw_frontier, draw_intervals, draw_lines, frontier, percent
 from models.reporting.headline import Headline, LongScores, Score, Verdict, long_headline
@@ -16,6 +17,7 @@ from models.reporting.tables import NOTHING, Cell, Column, Section, Table, narro
 
 STUDY_FILE = "study.csv"
 DEV_FILE = "study_dev.csv"
+STEPS_FILE = "study_steps.csv"
 _CURVES_FILE = re.compile(r"study_curves(?:_(\w+))?\.csv")  # study_curves_E3.csv has a row for each task
 EXTERNAL = "external-"  # begins the teacher's name in rows about other games, which are no part of the study's own scores
 _COLUMNS = ("teacher", "seed", "system", "task", "context", "accuracy")
@@ -52,8 +54,8 @@ def study_sections(tables: dict[str, ResultsTable], palette: Palette) -> tuple[l
             elif of_it is not None and of_it.verdicts:
                 headline = dataclasses.replace(headline, notes=(*headline.notes, _in_short(section.title, of_it.verdicts)))
     curves = [tables.pop(name) for name in sorted(tables) if _CURVES_FILE.fullmatch(name)]
-    if DEV_FILE in tables or curves:
-        sections.append(_on_dev(tables.pop(DEV_FILE, None), curves, palette))
+    if DEV_FILE in tables or STEPS_FILE in tables or curves:
+        sections.append(_on_dev(tables.pop(DEV_FILE, None), curves, tables.pop(STEPS_FILE, None), palette))
     return sections, headline
 
 
@@ -152,10 +154,15 @@ def _on_shared_teachers(own: Sequence[Mapping[str, str]]) -> tuple[list[Mapping[
     return kept, [system for system in taught if system not in systems]
 
 
-def _on_dev(dev: ResultsTable | None, curves: Sequence[ResultsTable], palette: Palette) -> Section:
-    """What was asked on dev, where settings are chosen: the tries of KD and CAAD, and their curves over steps."""
+def _on_dev(
+    dev: ResultsTable | None, curves: Sequence[ResultsTable], steps: ResultsTable | None, palette: Palette
+) -> Section:
+    """What was asked on dev, where settings are chosen: the tries of KD and CAAD, their curves over steps, and the numbers of
+    steps that were tried."""
     blocks: list[Table | Figure] = []
-    notes = ["One teacher, and the dev actors of one fold. Dev alone chooses the settings; nothing here is a result."]
+    notes = ["Dev alone chooses the settings; nothing here is a result."]
+    if dev is not None or curves:
+        notes.append("The settings and the curves have one teacher, and the dev actors of one fold.")
     if dev is not None:
         dev.need("family", "try", "settings", "mean", "chosen")
         contexts = [c for c in ("none", "faithful", "adversarial", "irrelevant") if c in dev.columns]
@@ -168,7 +175,9 @@ def _on_dev(dev: ResultsTable | None, curves: Sequence[ResultsTable], palette: P
     if curves:
         blocks += [_curves(table, palette) for table in curves]
         notes.append("The learning rate of the curves falls over all their steps. Their middle is not the student of the study.")
-    for table in (dev, *curves):
+    if steps is not None:
+        blocks.append(_steps(steps, palette))
+    for table in (dev, *curves, steps):
         if table is not None and (origin := table.origin()):
             notes.append(f"From {table.name}: {origin}.")
     return Section("Study: settings and curves on dev", tuple(notes), tuple(blocks))
@@ -192,6 +201,29 @@ def _curves(table: ResultsTable, palette: Palette) -> Figure:
     caption += f" These are students of {experiment}." if experiment else ""
     stem = "study-curves" + (f"-{experiment.lower()}" if experiment else "")
     return draw_lines(stem, panels, xlabel="step", caption=caption, palette=palette)
+
+
+def _steps(table: ResultsTable, palette: Palette) -> Figure:
+    """Accuracy by the number of steps, a panel for each context."""
+    table.need("teacher", "system", "steps", "context", "accuracy")
+    found: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for i, row in enumerate(table.rows):
+        accuracy, steps = table.number(i, "accuracy"), table.number(i, "steps")
+        if accuracy is not None and steps is not None:
+            panel = found.setdefault(f"{CONTEXTS[context_key(row['context'])]}, % right", {})
+            panel.setdefault(system_name(row["system"]), {}).setdefault(steps, []).append(accuracy)
+    panels = {
+        title: {system: {steps: _over_teachers(values) for steps, values in of.items()} for system, of in panel.items()}
+        for title, panel in found.items()
+    }
+    count = len({row["teacher"] for row in table.rows})
+    caption = f"Accuracy on dev by the number of steps, mean and 95% t interval over {count} teachers. Each point is a training."
+    return draw_lines("study-steps", panels, xlabel="steps", caption=caption, palette=palette)
+
+
+def _over_teachers(values: Sequence[float]) -> Value:
+    found = t_interval(values)
+    return percent(*found) if found.is_known else percent(found.mean)
 
 
 def _score_table(caption: str, rows: dict[str, dict[str, Score | None]], contexts: Sequence[str]) -> Table:

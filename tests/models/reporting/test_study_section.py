@@ -235,6 +235,19 @@ def test_curves_over_steps_and_tries_stand_apart_from_the_results(tmp_path):
         stored_sections(tmp_path)
 
 
+def test_steps_that_were_tried_are_a_mean_over_teachers(tmp_path):
+    write_study(tmp_path, study())
+    rows = [f"E2-f{t}s0,kd,{n},none,0.{n + t},80\n" for t in (0, 2) for n in (60, 30)]
+    (tmp_path / "study_steps.csv").write_text("teacher,system,steps,context,accuracy,items\n" + "".join(rows))
+    section = stored_sections(tmp_path).sections[1]
+    (steps,) = section.blocks
+    assert steps.name == "study-steps" and "interval over 2 teachers" in steps.caption
+    assert "standard KD: 31 (18.3 to 43.7) at 30, 61 (48.3 to 73.7) at 60" in steps.alt
+    assert "study_steps.csv" not in {s.title for s in stored_sections(tmp_path).sections}
+    (tmp_path / "study_steps.csv").write_text("teacher,system,steps,context,accuracy,items\n" + rows[0])
+    assert "standard KD: 60 at 60" in stored_sections(tmp_path).sections[1].blocks[0].alt
+
+
 def test_questions_about_other_games_do_not_count_in_the_study(tmp_path):
     elsewhere = [{**row, "teacher": f"external-fillets-{row['teacher']}", "accuracy": 0.1} for row in study()]
     alone, beside = (stored_sections(write_study(tmp_path, rows)).sections[0] for rows in (study(), [*elsewhere, *study()]))
