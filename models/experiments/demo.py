@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.experiments.commands import demo_parser
-from models.experiments.pipeline import Context, Stage, check_status, log_console, read_done, run_pipeline
+from models.experiments.pipeline import Context, Stage, log_console, read_done, run_pipeline
 from models.experiments.shared_steps import (
     TRAINING,
     ask,
@@ -53,6 +53,7 @@ from models.experiments.shared_steps import (
     train_supervised,
     write_answered_pool,
     write_cache,
+    write_pseudo_gt,
 )
 from models.io_utils import atomic_write_json, atomic_write_text, cache_dir, source_commit
 from models.reporting.systems import CONTEXTS, system_name
@@ -136,15 +137,14 @@ def run_corpus(context: Context) -> dict[str, Any]:
 def run_stage1(context: Context) -> dict[str, Any]:
     """Stage 1: the text backbone, or a template, writes Y for the training items of the teacher from their metadata."""
     from models.data.manifest import read_manifest
-    from models.pseudo_gt import stage1
 
     settings = context.settings
     out = stage1_manifest(context.folders | {"stage1": context.folder})
-    words = [str(context.folders["corpus"] / "teacher.jsonl"), "--out", str(out), "--source", settings.target_source]
+    words = [str(context.folders["corpus"] / "teacher.jsonl"), "--source", settings.target_source]
     words += ["--audio-root", str(context.folders["corpus"])]
     if settings.target_source == "text_backbone":
         words += ["--backbone", settings.lm]
-    check_status("pseudo-gt", stage1.main(words))
+    write_pseudo_gt(words, out)
     examples = read_manifest(out, check_audio=False).examples
     return {"targets": len(examples), "examples_of_targets": sorted({e.target for e in examples if e.target})[:6]}
 

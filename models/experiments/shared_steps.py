@@ -314,17 +314,25 @@ def write_answered_pool(
 def write_stage_1_pool(context: Context, examples: Sequence[Any]) -> dict[str, Any]:
     """Write pool.jsonl with what the text backbone writes from the metadata. Rejected outputs are left out and counted."""
     from models.data.manifest import read_manifest, write_manifest
-    from models.pseudo_gt import stage1
 
     # Paths of clips are relative to a manifest, so it is written beside the corpus.
     told = context.folders["corpus"] / f"{context.folder.name}.jsonl"
     asked = told.with_suffix(".asked.jsonl")
     write_manifest(asked, [dataclasses.replace(e, target=None, target_source=None) for e in examples])
-    words = [str(asked), "--out", str(told), "--source", "text_backbone", "--backbone", context.settings.lm]
-    check_status("pseudo-gt", stage1.main([*words, "--audio-root", str(context.folders["corpus"])]))
+    words = [str(asked), "--source", "text_backbone", "--backbone", context.settings.lm]
+    write_pseudo_gt([*words, "--audio-root", str(context.folders["corpus"])], told)
     written = [e for e in read_manifest(told, check_audio=False).examples if (e.target or "").strip()]
     write_manifest(context.folder / "pool.jsonl", written)
     return {"rejected": len(examples) - len(written)}
+
+
+def write_pseudo_gt(words: Sequence[str], out: Path) -> None:
+    """Run `pseudo-gt` with `words`. `out` lies beside the corpus and outlives the stage's folder. So what an earlier version has
+    finished there is written again; a run that was stopped goes on."""
+    from models.pseudo_gt.stage1 import journal_path, main
+
+    restart = ["--restart"] if out.exists() and not journal_path(out).exists() else []
+    check_status("pseudo-gt", main([*words, "--out", str(out), *restart]))
 
 
 def write_cache(

@@ -168,7 +168,7 @@ def run_stage1(
     prefix, root = _audio_prefix(manifest.audio_root, out)
     clips = {} if listening is None else _clip_hashes(selected, manifest.audio_root)
     made_from = {"fingerprint": identity, "rows": rows} | ({"clips": fingerprint(clips)} if clips else {})
-    with Journal(_journal(out), identity, clips=clips, restart=restart) as journal:
+    with Journal(journal_path(out), identity, clips=clips, restart=restart) as journal:
         # Answers of these settings go on: beside a finished `out` they are of a run with `restart` that was stopped.
         if not restart and not journal.begun() and (made := _finished(out, recipe, made_from, report)) is not None:
             _bring_to(made, out, manifest, prefix, root)
@@ -445,7 +445,8 @@ def _bring_to(made: Manifest, out: Path, manifest: Manifest, prefix: str, root: 
         write_manifest(out, rows, header=header_with_root(made.header, audio_root=root, folder=out.parent))
 
 
-def _journal(out: Path) -> Path:
+def journal_path(out: Path) -> Path:
+    """The file that a run has beside `out` until it is finished."""
     return out.with_name(out.name + ".journal")
 
 
@@ -544,10 +545,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = pseudo_gt_parser().parse_args(argv)
     try:
         options = _options(arguments)
-        begun = arguments.out.exists() or _journal(arguments.out).exists()
+        begun = arguments.out.exists() or journal_path(arguments.out).exists()
         if not begun:  # a wrong name is found before all clips are read
             _find_model(arguments.source, options)
-        if not options["restart"] and not _journal(arguments.out).exists():
+        if not options["restart"] and not journal_path(arguments.out).exists():
             _earlier_header(arguments.out, _Recipe.of(**{name: options[name] for name in _OF_RECIPE}))
         manifest = read_data(
             arguments.manifest, audio_root=arguments.audio_root, allow_links=arguments.allow_links

@@ -14,10 +14,12 @@ from models.corpora.plans.benchmark import plan_benchmark
 from models.corpora.plans.recorded import HEDGEWARS_FOLDS
 from models.corpora.recordings import Material
 from models.corpora.sources.queen import QueenLine
+from models.data.manifest import Example, read_manifest, write_manifest
 from models.evaluation.predictions import Prediction, append_predictions, read_predictions, write_header
 from models.experiments import study_settings, study_stages
 from models.experiments.learning_curves import curve_rows, curve_steps
 from models.experiments.pipeline import Context, stage_folders
+from models.experiments.shared_steps import write_pseudo_gt
 from models.experiments.study import main
 from models.experiments.study_gate import gate_sentences, gate_tasks, in_study
 from models.experiments.study_settings import (
@@ -138,6 +140,20 @@ def test_dev_of_e2_chooses_the_steps_of_kd_and_of_caad_for_all_teachers_together
     two = [*answers((8, 8, 8, 8)), *(dataclasses.replace(p, task="noise") for p in answers((6, 6, 6, 6))[::2])]
     first = step_rows(EXPERIMENTS["E2"], {"kd_30": two}, prefix="E2-")[0]
     assert first["accuracy"] == "0.7000" and first["items"] == 15  # 8 of 10 and 3 of 5: the tasks have equal weights
+
+
+def test_what_an_earlier_version_wrote_beside_the_corpus_is_written_again(tmp_path):
+    examples = [Example(id=str(n), audio=None, task="gender", choices=("man", "woman"), answer="man") for n in range(3)]
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "told.jsonl"
+    write_manifest(asked, examples)
+    words = [str(asked), "--source", "template"]
+    for there in ("", "of another kind\n"):
+        out.write_text(there)
+        write_pseudo_gt(words, out)
+        assert [e.target for e in read_manifest(out, check_audio=False)] == ["The speaker is a man."] * 3
+    write_manifest(asked, examples[:2])  # another corpus
+    write_pseudo_gt(words, out)
+    assert len(read_manifest(out, check_audio=False)) == 2
 
 
 def test_only_the_study_of_several_tasks_tries_steps():
