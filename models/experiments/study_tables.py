@@ -16,6 +16,7 @@ from rich.table import Table
 
 from models.experiments.pipeline import Stage, read_done, stage_folders
 from models.experiments.shared_steps import predictions_name
+from models.experiments.study_endpoints import MIN_TEACHERS
 from models.experiments.study_gate import accuracy, in_study
 from models.experiments.study_settings import (
     CONTEXTS,
@@ -34,7 +35,6 @@ PROBE_COLUMNS = (
     "fold", "task", "description", "size", "train", "dev", "test", "balanced_accuracy", "commit", "date",
 )  # fmt: skip
 STEP_COLUMNS = ("teacher", "system", "steps", "context", "accuracy", "items", "commit", "date")
-STEP_TEACHERS = 8
 GATE_COLUMNS = ("teacher", "task", "heard", "shift", "text_effect", "in_study", "weights", "commit", "date")
 
 
@@ -211,7 +211,7 @@ def chosen_steps(rows: Sequence[Mapping[str, str]], tried: Sequence[str]) -> lis
     scores: dict[str, list[float]] = {name: [] for name in tried}
     for row in rows:
         scores[f"{row['system']}_{row['steps']}"].append(float(row["accuracy"]))
-    if any(len(values) != STEP_TEACHERS * len(CONTEXTS) for values in scores.values()):
+    if any(len(values) != MIN_TEACHERS * len(CONTEXTS) for values in scores.values()):
         return []
     families = dict.fromkeys(name.rsplit("_", 1)[0] for name in tried)
     own = ([name for name in tried if name.rsplit("_", 1)[0] == family] for family in families)
