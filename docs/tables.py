@@ -627,8 +627,8 @@ def plan() -> Table:
 
 STUDY = (
     "teacher", "teacher_cd1", "teacher_cd2", "kd", "kd_tuned", "kd_steps", "caad1", "caad2", "caad_tuned", "caad2_steps",
-    "sharpened2", "hint_stripped",
-    "kd_shuffled", "ce_true", "kd_metadata", "caad2_metadata", "caad2_swapped", "caad2_reversed", "caad2_narrow", "caad2_flat",
+    "sharpened2", "hint_stripped", "kd_shuffled", "ce_true", "kd_metadata", "caad2_metadata", "caad2_swapped", "caad2_reversed",
+    "caad2_narrow", "caad2_flat",
     "kd_clean_teacher", "caad2_clean_teacher", "caad2_adaptive", "caad2_centered", "caad2_uniform", "caad2_on50", "caad2_on100",
     "caad2_on100_reverse", "caad2_on100_jsd",
 )  # fmt: skip

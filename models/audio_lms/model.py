@@ -440,7 +440,13 @@ def is_hub_id(spec: str) -> bool:
 def checkpoint_folders(spec: str | os.PathLike[str]) -> list[Path]:
     """The folder of a checkpoint; of an adapter its own folder and that of its base."""
     folder = find_checkpoint_folder(spec)
-    return [folder, find_checkpoint_folder(_base_of(folder))] if _is_adapter(folder) else [folder]
+    base = adapter_base(folder)
+    return [folder] if base is None else [folder, find_checkpoint_folder(base)]
+
+
+def adapter_base(folder: Path) -> str | None:
+    """Hub id or folder of an adapter's base, which is neither looked for nor fetched; None for a folder that holds no adapter."""
+    return _base_of(folder) if _is_adapter(folder) else None
 
 
 def _base_of(folder: Path) -> str:

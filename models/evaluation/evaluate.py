@@ -35,7 +35,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.audio_lms.model import checkpoint_folders, is_hub_id
+from models.audio_lms.model import is_hub_id
 from models.corpora.hearing import Hearing, parse_hearing, read_hears
 from models.data.audio import MAX_SECONDS
 from models.data.json_rows import parse_object
@@ -62,7 +62,7 @@ from models.evaluation.summary import summarize
 from models.io_utils import append_bytes, atomic_write_json, fingerprint, locked, same_file, sha256_file
 from models.speech_lm.clip_keys import FeatureError, file_hashes
 from models.speech_lm.feature_files import features_sha256
-from models.speech_lm.listeners import is_speech_lm, load_listener, open_clips
+from models.speech_lm.listeners import find_listener, is_speech_lm, load_listener, open_clips
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,7 @@ def _check_checkpoint(arguments: argparse.Namespace) -> None:
         if not is_speech_lm(arguments.checkpoint):
             if not Path(arguments.checkpoint).is_dir() and not is_hub_id(arguments.checkpoint):
                 raise EvaluationError(f"checkpoint: no folder {arguments.checkpoint!r}")
-            checkpoint_folders(arguments.checkpoint)
+            find_listener(arguments.checkpoint)
             if arguments.features:
                 raise EvaluationError("--features: expected none with an audio LM of transformers, which hears the clips")
             return
@@ -238,8 +238,7 @@ def _evaluate_files(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     )
     print_skipped(suite.problems)
     examples = _questions(suite, arguments)
-    own = arguments.checkpoint if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)[0]
-    hears = parse_hearing(arguments.hears) if arguments.hears else read_hears(own)
+    hears = parse_hearing(arguments.hears) if arguments.hears else read_hears(find_listener(arguments.checkpoint)[0])
     settings = _settings(suite, examples, arguments, hears)
     if settings["mode"] == "choice" and arguments.temperature is not None:
         raise EvaluationError("--temperature, --top-k, --top-p: expected --mode generate; mode choice samples nothing")
@@ -314,7 +313,7 @@ def _settings(
     suite: Suite, examples: Sequence[Example], arguments: argparse.Namespace, hears: Hearing
 ) -> dict[str, Any]:
     """What decides the predictions; it stands in the first line of their file."""
-    folders = [Path(arguments.checkpoint)] if is_speech_lm(arguments.checkpoint) else checkpoint_folders(arguments.checkpoint)
+    folders = find_listener(arguments.checkpoint)
     checkpoint = [sha256_file(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
     if arguments.features:  # they are what is heard; the clips may not be there
         heard = {"features_sha256": features_sha256(arguments.features)}

@@ -133,7 +133,7 @@ class LongScores:
         """The accuracy of a system in a context."""
         teachers = self._cells.get((system, context), {})
         means = [[statistics.mean(tasks.values()) for tasks in seeds.values()] for seeds in teachers.values()]
-        found = _over_runs(means)
+        found = over_runs(means)
         if found is None or found.low is None:
             ends = self._ends.get((system, context))
             return found if found is None or ends is None else found._replace(low=ends[0], high=ends[1], over="clips")
@@ -143,7 +143,7 @@ class LongScores:
         """The accuracy of `system` minus that of `other`, on the same teachers, seeds and tasks."""
         mine, theirs = self._cells.get((system, context), {}), self._cells.get((other, context), {})
         pairs = [_paired(mine[teacher], theirs[teacher]) for teacher in mine if teacher in theirs]
-        return _over_runs([differences for differences in pairs if differences])
+        return over_runs([differences for differences in pairs if differences])
 
     def scores(self) -> dict[str, dict[str, Score]]:
         """System -> context -> accuracy."""
@@ -171,7 +171,7 @@ def _paired(mine: Mapping[str, Mapping[str, float]], theirs: Mapping[str, Mappin
     return [statistics.mean(differences) for differences in shared if differences]
 
 
-def _over_runs(by_teacher: Sequence[Sequence[float]]) -> Score | None:
+def over_runs(by_teacher: Sequence[Sequence[float]]) -> Score | None:
     """Mean and t interval over teachers; with one teacher over its runs."""
     if not by_teacher:
         return None

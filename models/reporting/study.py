@@ -7,10 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from models.evaluation.t_interval import t_interval
 from models.reporting.endpoints import Endpoints, endpoints_of
 from models.reporting.figures import Figure, Value, draw_frontier, draw_intervals, draw_lines, frontier, percent
-from models.reporting.headline import Headline, LongScores, Score, Verdict, long_headline
+from models.reporting.headline import Headline, LongScores, Score, Verdict, long_headline, over_runs
 from models.reporting.results_csv import ResultsError, ResultsTable
 from models.reporting.systems import CONTEXTS, Palette, context_key, system_key, system_name
 from models.reporting.tables import NOTHING, Cell, Column, Section, Table, narrow, points, share_cell
@@ -222,8 +221,9 @@ def _steps(table: ResultsTable, palette: Palette) -> Figure:
 
 
 def _over_teachers(values: Sequence[float]) -> Value:
-    found = t_interval(values)
-    return percent(*found) if found.is_known else percent(found.mean)
+    found = over_runs([[value] for value in values])
+    assert found is not None  # there is at least one
+    return percent(*found[:3])
 
 
 def _score_table(caption: str, rows: dict[str, dict[str, Score | None]], contexts: Sequence[str]) -> Table:

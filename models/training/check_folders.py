@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.audio_lms.family import AudioLMError
-from models.audio_lms.model import checkpoint_folders, find_checkpoint_folder
+from models.audio_lms.model import adapter_base, find_checkpoint_folder
 from models.speech_lm.listeners import is_speech_lm
 from models.training.checkpoint import RESULT_NAME
 from models.training.recipe import Recipe, to_dict
@@ -60,9 +60,10 @@ def _check_not_replaced(recipe: Recipe) -> None:
     final = Path(recipe.run.out_dir, RESULT_NAME)
     if not final.exists():
         return
+    replaced = os.path.realpath(final)
     for key, given in _texts(to_dict(recipe)):
         for path in [given, *_parts_of(given)] if os.path.exists(given) else ():
-            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(final)):
+            if Path(os.path.realpath(path)).is_relative_to(replaced):
                 own = f"got {given}" if path == given else f"got {given}, which needs {path}"
                 raise SourceError(
                     f"{key}: expected nothing of {final}, which this run replaces with its result, {own}; name another "
@@ -85,8 +86,8 @@ def _parts_of(folder: str) -> list[str]:
         if is_speech_lm(folder):
             settings = saved_settings("model", folder)
             return [settings.lm, settings.encoder]
-        if Path(folder, "adapter_config.json").is_file():
-            return [str(path) for path in checkpoint_folders(folder)[1:]]
+        base = adapter_base(Path(folder))
+        return [] if base is None else [base]
     return []
 
 
