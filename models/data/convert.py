@@ -10,6 +10,7 @@ import sys
 
 from models.data.commands import convert_parser
 from models.data.manifest import header_with_root, manifest_bytes, refuse_other_file, refuse_other_rows, write_manifest
+from models.data.problems import refuse_if_all_bad
 from models.data.readers import read_foreign, row_files
 from models.data.streaming import stream_into_manifest
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             if kept:
                 refuse_other_file(arguments.out)
             manifest = read_foreign(arguments.rows, **options)
+            refuse_if_all_bad(arguments.rows, manifest.problems, len(manifest))
             header = header_with_root(manifest.header, audio_root=manifest.audio_root, folder=arguments.out.parent)
             if kept:
                 refuse_other_rows(arguments.out, io.BytesIO(manifest_bytes(manifest.examples, header=header)))

@@ -74,6 +74,12 @@ def refuse_if_too_bad(
         )
 
 
+def refuse_if_all_bad(path: str | os.PathLike[str], problems: list[Problem], good: int) -> None:
+    """Raise ManifestError with the list of bad rows if `good` is 0: a manifest without rows cannot be read again."""
+    if not good:
+        raise ManifestError("\n".join([f"{path}: all {len(problems)} rows are bad", *list_problems(problems)]), problems)
+
+
 def list_problems(problems: list[Problem], *, limit: int | None = _PROBLEMS_SHOWN, how: str = "") -> list[str]:
     """The first problems as indented lines, and how many more there are.
 

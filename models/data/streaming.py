@@ -28,7 +28,7 @@ from models.data.example import Example, example_from_row
 from models.data.hf_datasets import listed_clips
 from models.data.json_rows import parse_object
 from models.data.manifest import MANIFEST_VERSION, VERSION_KEY, header_with_root, refuse_other_file, refuse_other_rows
-from models.data.problems import ManifestError, Problem, list_problems, refuse_if_too_bad
+from models.data.problems import ManifestError, Problem, list_problems, refuse_if_all_bad, refuse_if_too_bad
 from models.data.readers import ForeignRows, row_files
 from models.data.rows import AudioChecker, reason_of
 from models.io_utils import fingerprint, fsync_dir, locked, naming
@@ -84,6 +84,7 @@ def stream_into_manifest(
             raise ManifestError(f"{path}: expected at least one row, got none")
         try:
             refuse_if_too_bad(path, journal.problems, journal.rows, max_bad_fraction, audio_root=rows.root)
+            refuse_if_all_bad(path, journal.problems, journal.good)
         except ManifestError as error:
             raise ManifestError(
                 f"{error}\n{journal.path} keeps the rows that were read: the same command checks only their bad clips again; "
@@ -200,10 +201,14 @@ class _Journal:
         self.path.unlink()
         fsync_dir(out.parent)
 
+    @property
+    def good(self) -> int:
+        """How many examples there are."""
+        return sum(self._counts.values())
+
     def summary(self, root: Path) -> str:
         """As `Manifest.summary`."""
-        good = sum(self._counts.values())
-        lines = [f"{good} examples, {len(self.problems)} rows skipped; audio root {root}"]
+        lines = [f"{self.good} examples, {len(self.problems)} rows skipped; audio root {root}"]
         lines += [f"  {split:5} {task:14} {kind:8} {n:6}" for (split, task, kind), n in sorted(self._counts.items())]
         return "\n".join(lines + list_problems(self.problems))
 

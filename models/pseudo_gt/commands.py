@@ -73,7 +73,7 @@ def pseudo_gt_parser() -> Parser:
         "--max-reject-fraction",
         type=float,
         default=0.5,
-        help="share of rejected answers above which no manifest is written",
+        help="share of rejected answers above which no manifest is written; without any row none is written",
     )
     parser.add_argument(
         "--max-new-tokens",

@@ -133,8 +133,8 @@ def run_stage1(
         splits, pool, task: which examples get targets: those of one of the names; None is all. The others pass through
             unchanged.
         batch_examples: how many examples the writer gets at once; None = 64, or 16 with "audio_lm".
-        max_reject_fraction: if more answers are rejected, only the rejects are written: the wording does not suit the
-            backbone.
+        max_reject_fraction: if more answers are rejected, or if no row is left, only the rejects are written: the wording does
+            not suit the backbone.
         max_new_tokens: longest answer of the backbone or the audio LM. An answer that does not end within it is rejected. None =
             24, or 256 with "audio_lm".
         max_characters: a longer answer is rejected; None = 160, or 2,000 with "audio_lm".
@@ -189,6 +189,9 @@ def run_stage1(
             raise Stage1Error(f"more than {max_reject_fraction:.0%} of the answers were rejected; {report.summary()}")
         rejected = {row["id"] for row in rejects}
         kept = [example for example in manifest if example.id not in rejected]
+        if not kept:  # a manifest without rows cannot be read again
+            journal.complete()
+            raise Stage1Error(f"all answers were rejected; {report.summary()}")
         finished = [_rebase(example, prefix) for example in set_targets(kept, targets, target_source=source)]
         write_manifest(out, finished, header=_header(manifest, root, out, recipe, made_from, report))
         journal.discard()

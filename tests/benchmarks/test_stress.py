@@ -98,6 +98,13 @@ class Fails(Log):
         super().run(folder, done)
 
 
+class FailsWhenFinished(Log):
+    def run(self, folder: Path, done: stress.Done) -> None:
+        if len(self.held(folder)) == 10:
+            raise ValueError("is finished")
+        super().run(folder, done)
+
+
 @pytest.mark.slow
 def test_safe_work_is_found_safe():
     row, problems = stress.stress(Log(), 12, progress_bar=False)
@@ -113,6 +120,7 @@ def test_safe_work_is_found_safe():
         (KeepsTornLines, lambda row: row["bitwise_equal"] < 8),
         (WritesAnewWhatIsThere, lambda row: row["doubled"] > 0 and row["bitwise_equal"] < 8),
         (Fails, lambda row: row["resumed"] < 8),
+        (FailsWhenFinished, lambda row: row["resumed"] == 0),
     ],
 )
 def test_work_that_is_not_safe_is_found_out(work, shows):

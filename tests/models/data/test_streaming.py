@@ -52,6 +52,15 @@ def test_the_manifest_is_that_of_convert(root, capsys):
     assert not list(root.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("flag", [[], ["--streaming"]])
+def test_a_manifest_without_rows_is_not_written(root, capsys, flag):
+    """It could not be read again."""
+    source = jsonl(root / "rows.jsonl", [{"audio_path": "none.wav", "question": "?"}] * 2)
+    assert main([str(source), "--out", str(root / "m.jsonl"), "--max-bad-fraction", "1", *flag]) == 1
+    error = capsys.readouterr().err
+    assert "rows.jsonl: all 2 rows are bad" in error and "none.wav" in error and not (root / "m.jsonl").exists()
+
+
 class Killed(Exception):
     pass
 

@@ -103,6 +103,17 @@ def test_too_many_rejected_is_an_error_and_the_answers_stay_in_the_journal(tmp_p
     assert not (tmp_path / "out.jsonl").exists() and (tmp_path / "out.jsonl.rejects.jsonl").exists()
 
 
+def test_a_result_without_a_row_is_not_written(tmp_path):
+    """It could not be read again. The second run takes the answers from the journal and says the same."""
+    manifest = _manifest(tmp_path, [gender(number) for number in range(4)])
+    options = {"max_reject_fraction": 1.0, "progress": False}
+    for writer in (lambda batch: [""] * len(batch), None):
+        with pytest.raises(Stage1Error, match=r"all answers were rejected; 0 targets accepted"):
+            run_stage1(manifest, tmp_path / "out.jsonl", writer=writer, **options)
+    assert not (tmp_path / "out.jsonl").exists()
+    assert len((tmp_path / "out.jsonl.rejects.jsonl").read_text().splitlines()) == 4
+
+
 def test_an_answer_that_was_cut_off_is_rejected_also_after_a_stop(tmp_path):
     manifest = _manifest(tmp_path, [gender(number) for number in range(3)])
 
