@@ -32,7 +32,7 @@ def ablation_parser() -> Parser:
 def study_parser() -> Parser:
     description = "Run the experiments of docs/protocol.md. Stop it and start it again at will."
     parser = Parser(prog="python -m models study", description=description)
-    known = "E1, E2, E3, E5, axes, external, probes"
+    known = "E1, E1B, E2, E3, E5, axes, external, probes"
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {known} (default: E1)")
     parser.add_argument("--teachers", type=int, default=2, help="teachers of each fold")
     parser.add_list("--folds", type=int, default=(0, 1, 2, 3), help="folds of actors")

@@ -2,11 +2,12 @@
 
     python -m models study E1                       # 4 folds of actors x 2 teachers; stop it and start it again at will
     python -m models study E1 --teachers 1 --folds 0
+    python -m models study E1B                      # E1 again: eight new teachers and all systems
     python -m models study E2                       # several tasks with hints; the steps of KD and CAAD, chosen on dev
     python -m models study E3                       # several tasks whose bias nobody trained; curves over steps of one teacher
     python -m models study E5                       # settings of KD and CAAD on dev, equally many runs of each; curves over steps
     python -m models study axes                     # beyond the papers: what each path hears, alpha by token, on-policy
-    python -m models study external                 # ask the finished models of E1 about other games, once and at the end
+    python -m models study external                 # ask the finished models of E1B about other games, once and at the end
     python -m models study probes                   # how much of E3's labels the recordings tell without hearing
     python -m models study E1 --collect --write     # only gather what is finished
     python -m models study E1 --smoke               # the same code on synthetic clips and tiny random models
@@ -135,7 +136,7 @@ def _run_external(
     arguments: Any, experiment: str, settings: StudySettings, stages: Sequence[Stage], root: Path, words: Sequence[str],
     console: Console,
 ) -> None:  # fmt: skip
-    """Ask what is trained. Nothing is trained here: what E1 has not finished is left out, with a line that says so."""
+    """Ask what is trained. Nothing is trained here: what E1B has not finished is left out, with a line that says so."""
     folders = stage_folders(stages, settings, root)
     ready: dict[str, Stage] = {}
     for stage in stages:
@@ -146,10 +147,10 @@ def _run_external(
     console.print(f"[bold]{experiment}, teacher {settings.teacher}[/bold]")
     if missing or "external_teacher" not in ready:
         told = ", ".join(name.removeprefix("external_") for name in missing) or "teacher"
-        console.print(f"- not asked, since E1 has not finished them: {told}", highlight=False, soft_wrap=True)
+        console.print(f"- not asked, since E1B has not finished them: {told}", highlight=False, soft_wrap=True)
     if "external_teacher" not in ready:
         return
-    if arguments.fresh:  # the models of E1 stay
+    if arguments.fresh:  # the models of E1B stay
         for name in ready:
             if name.startswith("external_"):
                 shutil.rmtree(folders[name], ignore_errors=True)

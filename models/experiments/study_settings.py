@@ -37,10 +37,10 @@ SYSTEMS = (
     System("kd_metadata", "kd", 0.0, "metadata"),
     System("caad2_metadata", "caad", 2.0, "metadata"),
 )
-# The control of E2, of E3 and of its curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
+# The control of E1B, of E2, of E3 and of its curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
 SHARPENED = System("sharpened2", "sharpened", 2.0, "own")
 CURVES_TEACHER = "f0s0"
-# How long to train, in E2: dev asks as many runs of KD as of CAAD, and one choice of each is for all teachers.
+# How long to train, in E1B and E2: dev of each asks as many runs of KD as of CAAD, and one choice of each is for all teachers.
 STEP_SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the steps of the study's students
 _STEPPED = (System("kd", "kd", 0.0, "own"), System("caad2", "caad", 2.0, "own"))
 _ON_POLICY = ("loss.kd_token_weight=uniform", "data.on_policy_max_new_tokens=12")
@@ -124,15 +124,17 @@ _NATURAL = StudySettings(
 )  # fmt: skip
 EXPERIMENTS: dict[str, StudySettings] = {
     "E1": StudySettings(),
+    "E1B": StudySettings(),  # E1 again with new teachers and all systems
     "E2": StudySettings(
         sources=_RECORDED, corpus_size="study_tasks", tasks=_TASKS, hearing_steps=240, min_text_effect=MIN_TEXT_EFFECT,
     ),
     "E3": _NATURAL,
     "E5": StudySettings(),  # one teacher of E1, on dev
     "axes": StudySettings(),  # teachers as those of E1, with AXES
-    "external": StudySettings(),  # the teachers and students of E1, asked about other games
+    "external": StudySettings(),  # the teachers and students of E1B, asked about other games
     "probes": _NATURAL,  # the clips of E3, without a teacher
 }  # fmt: skip
+_FIRST_SEEDS = {"E1B": 4, "external": 4}  # E1 had 0 to 3; the other experiments begin with 0
 _SMOKE: dict[str, Any] = {
     "sources": ("espeak",), "corpus_size": "benchmark_tiny", "tasks": ("gender", "noise"), "max_clips": 8,
     "tiny_backbones": True, "keep_layers": (0, 2), "healing_steps": 3, "healing_sentences": 24, "teacher_steps": 4,
@@ -149,7 +151,7 @@ def tried_systems() -> Iterator[System]:
 
 
 def step_systems(student_steps: int) -> Iterator[System]:
-    """What E2 trains to choose the steps: "kd_30" and so on."""
+    """What E1B and E2 train to choose the steps: "kd_30" and so on."""
     for system in _STEPPED:
         for steps in dict.fromkeys(max(1, round(share * student_steps)) for share in STEP_SHARES):
             yield dataclasses.replace(system, name=f"{system.name}_{steps}", words=(f"optim.steps={steps}",))
@@ -161,6 +163,7 @@ def chosen_teachers(experiment: str, folds: Sequence[int], teachers: int, *, smo
     base = dataclasses.replace(EXPERIMENTS[experiment], device=device)
     if smoke:
         base = dataclasses.replace(base, **_SMOKE, hearing_steps=min(base.hearing_steps, 2))
-    every = [dataclasses.replace(base, fold=fold, seed=seed) for seed in range(teachers) for fold in folds]
+    first = _FIRST_SEEDS.get(experiment, 0)
+    every = [dataclasses.replace(base, fold=fold, seed=first + number) for number in range(teachers) for fold in folds]
     alone = {"E5": 1, "probes": len(folds)}
     return every[: alone.get(experiment, len(every))]

@@ -362,7 +362,7 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
     """All stages of one teacher; each comes after the stages that it needs. The last ones are the students.
 
     The students with the settings of E5 are among them as soon as study_dev.csv says what E5 has chosen, and those with the steps
-    that dev of E2 chooses as soon as study_steps.csv has all its teachers.
+    that dev of E1B or E2 chooses as soon as study_steps.csv has all its teachers.
     """
     healing = ("lm", "encoder", "tiny_backbones", "keep_layers", "healing_steps", "healing_sentences", "tasks")
     gated = len(settings.tasks) > 1 and not settings.tiny_backbones  # no tiny model passes the gate
@@ -377,7 +377,7 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         Stage("answers_teacher", "answers of the teacher", answering, ("device",), run_teacher_answers, extra=asked),
     ]
     if experiment == "external":
-        own = make_stages(settings, "E1")
+        own = make_stages(settings, "E1B")
         return [*own, *external_stages(own)]
     if experiment == "probes":
         needs = ("backbones", "corpus", "features")
@@ -396,11 +396,11 @@ def make_stages(settings: StudySettings, experiment: str) -> list[Stage]:
         stages.append(_students(f"students_{pool}", pool, [s for s in SYSTEMS if s.pool == pool], gated=gated))
     tuned = [] if settings.tiny_backbones else tuned_systems(RESULTS / "study_dev.csv")
     stages += [_students("students_tuned", "own", tuned, gated=gated)] if tuned else []
-    if experiment in ("E2", "E3"):
+    if experiment in ("E1B", "E2", "E3"):
         stages.append(_students("students_control", "own", [SHARPENED], gated=gated))
-    if experiment == "E2":
+    if experiment in ("E1B", "E2"):
         stages.append(_students("tried_steps", "own", list(step_systems(settings.student_steps)), part="dev", gated=gated))
-        stepped = [] if settings.tiny_backbones else stepped_systems(settings, RESULTS / "study_steps.csv")
+        stepped = [] if settings.tiny_backbones else stepped_systems(settings, RESULTS / "study_steps.csv", experiment)
         stages += [_students("students_steps", "own", stepped, gated=gated)] if stepped else []
     if experiment == "E3":
         stages += [_curves(SHARPENED, gated=True)] if settings.teacher == CURVES_TEACHER else []
@@ -421,7 +421,7 @@ def external_stages(own: Sequence[Stage]) -> list[Stage]:
         Stage("external_teacher", "other games: teacher", (*questions, "teacher"), ("device",), run_external_teacher),
     ]
     for stage in own:
-        if stage.run is run_students:
+        if stage.run is run_students and stage.extra["part"] == "test":
             asked = {"of": stage.name, "students": [name for name, *_ in stage.extra["systems"]]}
             title = f"other games: {stage.title}"
             needs = (*questions, stage.name)
@@ -474,10 +474,11 @@ def tuned_systems(chosen: Path) -> list[System]:
     return [dataclasses.replace(s, name=f"{s.recipe}_tuned") for s in tried_systems() if s.name in best.values()]
 
 
-def stepped_systems(settings: StudySettings, tried: Path) -> list[System]:
-    """kd_steps and caad2_steps, with the steps that dev of E2 has chosen; none until all its teachers have been asked."""
+def stepped_systems(settings: StudySettings, tried: Path, experiment: str) -> list[System]:
+    """kd_steps and caad2_steps, with the steps that dev of the experiment has chosen; none until all its teachers have been asked."""
     systems = list(step_systems(settings.student_steps))
-    best = chosen_steps(read_rows(tried), [s.name for s in systems])
+    rows = [row for row in read_rows(tried) if row["teacher"].startswith(f"{experiment}-")]
+    best = chosen_steps(rows, [s.name for s in systems])
     return [dataclasses.replace(s, name=f"{s.name.split('_')[0]}_steps") for s in systems if s.name in best]
 
 

@@ -22,7 +22,7 @@ EXTERNAL = "external-"  # begins the teacher's name in rows about other games, w
 _COLUMNS = ("teacher", "seed", "system", "task", "context", "accuracy")
 _PARTS = ("category", "task", "teacher")
 AXES = "axes"  # the experiment beyond the papers
-_EXPERIMENT = re.compile(rf"(E\d+|{AXES})-")  # how the names of the teachers of all experiments but the first begin
+_EXPERIMENT = re.compile(rf"(E\d+[A-Z]?|{AXES})-")  # how the names of the teachers of all experiments but the first begin
 _FEW = 5  # systems that a headline shows
 _ENOUGH = 3  # teachers that an axis needs (docs/protocol.md)
 

@@ -131,12 +131,13 @@ def test_dev_of_e2_chooses_the_steps_of_kd_and_of_caad_for_all_teachers_together
         for context, accuracy in (("none", "0.4000"), ("faithful", "0.9000"), ("adversarial", "0.9000"), ("irrelevant", "0.4000"))
     ]
     path.write_text(rows_csv(rows))
-    assert [(s.name, s.words) for s in stepped_systems(EXPERIMENTS["E2"], path)] == [
+    assert [(s.name, s.words) for s in stepped_systems(EXPERIMENTS["E2"], path, "E2")] == [
         ("kd_steps", ("optim.steps=60",)), ("caad2_steps", ("optim.steps=90",)),
     ]  # fmt: skip
+    assert stepped_systems(EXPERIMENTS["E2"], path, "E1B") == []  # each study chooses for itself
     path.write_text(rows_csv(rows[:-1]))
-    assert stepped_systems(EXPERIMENTS["E2"], path) == []  # one teacher has not been asked in all contexts yet
-    assert stepped_systems(EXPERIMENTS["E2"], tmp_path / "none.csv") == []
+    assert stepped_systems(EXPERIMENTS["E2"], path, "E2") == []  # one teacher has not been asked in all contexts yet
+    assert stepped_systems(EXPERIMENTS["E2"], tmp_path / "none.csv", "E2") == []
     two = [*answers((8, 8, 8, 8)), *(dataclasses.replace(p, task="noise") for p in answers((6, 6, 6, 6))[::2])]
     first = step_rows(EXPERIMENTS["E2"], {"kd_30": two}, prefix="E2-")[0]
     assert first["accuracy"] == "0.7000" and first["items"] == 15  # 8 of 10 and 3 of 5: the tasks have equal weights
@@ -156,12 +157,22 @@ def test_what_an_earlier_version_wrote_beside_the_corpus_is_written_again(tmp_pa
     assert len(read_manifest(out, check_audio=False)) == 2
 
 
-def test_only_the_study_of_several_tasks_tries_steps():
+def test_a_repeated_study_has_new_seeds_and_all_systems():
+    first, again = (chosen_teachers(name, [0, 1], 2, smoke=False, device="cpu") for name in ("E1", "E1B"))
+    assert [s.teacher for s in first] == ["f0s0", "f1s0", "f0s1", "f1s1"]
+    assert [s.teacher for s in again] == ["f0s4", "f1s4", "f0s5", "f1s5"]
+    assert [dataclasses.replace(s, seed=s.seed + 4) for s in first] == again
+    asked = {name for stage in make_stages(again[0], "E1B") for name, *_ in (stage.extra or {}).get("systems", ())}
+    assert asked >= {*(s.name for s in SYSTEMS), "sharpened2", "kd_tuned", "caad_tuned", "kd_30", "caad2_240"}
+
+
+def test_the_studies_whose_dev_chooses_try_steps():
     def names(experiment):
         return {stage.name for stage in make_stages(EXPERIMENTS[experiment], experiment)}
 
-    assert "tried_steps" in names("E2") and "tried_steps" not in names("E1") | names("E3")
-    assert {e for e in ("E1", "E2", "E3") if "students_control" in names(e)} == {"E2", "E3"}
+    studies = ("E1", "E1B", "E2", "E3")
+    assert {e for e in studies if "tried_steps" in names(e)} == {"E1B", "E2"}
+    assert {e for e in studies if "students_control" in names(e)} == {"E1B", "E2", "E3"}
     (tried,) = [stage for stage in make_stages(EXPERIMENTS["E2"], "E2") if stage.name == "tried_steps"]
     assert tried.extra["part"] == "dev" and tried.extra["gated"]
 
@@ -286,9 +297,9 @@ def test_an_actor_on_two_sides_stops_the_study():
             check_actors(parts | {name: heard(actor)})
 
 
-def test_questions_about_other_games_change_no_stage_of_e1_and_choose_nothing(tmp_path):
-    settings = EXPERIMENTS["E1"]
-    own, external = make_stages(settings, "E1"), make_stages(settings, "external")
+def test_questions_about_other_games_change_no_stage_of_e1b_and_choose_nothing(tmp_path):
+    settings = EXPERIMENTS["E1B"]
+    own, external = make_stages(settings, "E1B"), make_stages(settings, "external")
     assert external[: len(own)] == own
     before, after = (stage_folders(stages, settings, tmp_path) for stages in (own, external))
     assert before.items() <= after.items()
@@ -383,19 +394,20 @@ def test_other_games_are_asked_about_after_the_study_and_train_nothing(tmp_path,
     monkeypatch.setattr(study_stages, "POOLS", ("own", "true"))
     words = ["--smoke", "--teachers", "1", "--folds", "0", "--out", str(tmp_path / "out")]
     assert main(["external", *words]) == 0
-    assert "not asked, since E1 has not finished them: students_own, students_true" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not asked, since E1B has not finished them: students_own, students_true, students_control" in said
     assert not (tmp_path / "out").exists()
-    assert main(["E1", *words]) == 0
+    assert main(["E1B", *words]) == 0
     trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "study").glob("[!e]*/**/*") if path.is_file()}
     for _ in range(2):  # the second time nothing is asked again
         assert main(["external", *words]) == 0
     assert trained == {path: path.stat().st_mtime_ns for path in trained}
     with open(tmp_path / "out" / "study.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["teacher"].startswith("external-")]
-    assert {r["teacher"] for r in rows} == {"external-fillets-f0s0", "external-drascula-f0s0"}
-    assert {r["system"] for r in rows} == {"teacher", "teacher_cd1", "teacher_cd2", "kd", "ce_true"}
+    assert {r["teacher"] for r in rows} == {"external-fillets-f0s4", "external-drascula-f0s4"}
+    assert {r["system"] for r in rows} == {"teacher", "teacher_cd1", "teacher_cd2", "kd", "ce_true", "sharpened2"}
     assert {r["task"] for r in rows} == {"gender"} and len({r["context"] for r in rows}) == 4
-    _, kept = read_predictions(tmp_path / "out" / "study" / "external-fillets-f0s0-kd.jsonl.gz")
+    _, kept = read_predictions(tmp_path / "out" / "study" / "external-fillets-f0s4-kd.jsonl.gz")
     assert {p.actor for p in kept} <= {"fillets-m", "fillets-v"} and kept
 
 
