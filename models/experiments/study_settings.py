@@ -37,7 +37,7 @@ SYSTEMS = (
     System("kd_metadata", "kd", 0.0, "metadata"),
     System("caad2_metadata", "caad", 2.0, "metadata"),
 )
-# The control of E1B, of E2, of E3 and of its curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
+# The control of E1B, E2, E3 and its curves: the teacher's scores are as large as CAAD makes them, and nothing is taken away.
 SHARPENED = System("sharpened2", "sharpened", 2.0, "own")
 CURVES_TEACHER = "f0s0"
 # How long to train, in E1B and E2: dev of each asks as many runs of KD as of CAAD, and one choice of each is for all teachers.

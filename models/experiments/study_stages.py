@@ -475,7 +475,7 @@ def tuned_systems(chosen: Path) -> list[System]:
 
 
 def stepped_systems(settings: StudySettings, tried: Path, experiment: str) -> list[System]:
-    """kd_steps and caad2_steps, with the steps that dev of the experiment has chosen; none until all its teachers have been asked."""
+    """kd_steps and caad2_steps, with the steps that dev of the experiment has chosen; none until all its teachers were asked."""
     systems = list(step_systems(settings.student_steps))
     rows = [row for row in read_rows(tried) if row["teacher"].startswith(f"{experiment}-")]
     best = chosen_steps(rows, [s.name for s in systems])
