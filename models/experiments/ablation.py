@@ -238,7 +238,7 @@ def run_text_teacher(context: Context) -> dict[str, Any]:
     questions = [e for e in read_items(context, "test") if context_kind(e) == "neutral"]
     questions.sort(key=lambda e: e.task)  # so the worked examples of a task are read once
     path = context.folder / "test-greedy.jsonl"
-    write_header(path, {"split": "test", "mode": "generate"})
+    write_header(path, {"split": "test", "mode": "generate"}, questions=len(questions))
     for start in range(0, len(questions), _TEXT_BATCH):
         asked = questions[start : start + _TEXT_BATCH]
         answers = [

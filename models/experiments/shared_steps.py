@@ -274,7 +274,7 @@ def ask_model(
         answers[None] += evaluate(model, neutral, store, **options)[None]
     for alpha, predictions in answers.items():
         path = out / predictions_name(part, alpha)
-        write_header(path, {"alpha": alpha, "split": part, "mode": "choice"})
+        write_header(path, {"alpha": alpha, "split": part, "mode": "choice"}, questions=len(predictions))
         append_predictions(path, predictions)
     return {"answers": {str(alpha): len(predictions) for alpha, predictions in answers.items()}}
 
