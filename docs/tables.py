@@ -643,7 +643,7 @@ PROBED = {
 
 STUDY_CONTEXTS = ("none", "faithful", "adversarial", "irrelevant")
 # How the names of an experiment's teachers begin.
-FIRST, SEVERAL, NATURAL, AXES = "", "E2-", "E3-", "axes-"
+FIRST, AGAIN, SEVERAL, NATURAL, AXES = "", "E1B-", "E2-", "E3-", "axes-"
 
 
 def study_rows(prefix: str) -> list[Row]:
@@ -839,7 +839,7 @@ def study_natural_curves() -> Table:
 
 
 def study_steps(prefix: str = SEVERAL) -> Table:
-    """A study on dev: accuracy in % by system and number of steps, mean over the teachers; what dev chooses is in bold."""
+    """E2 on dev: accuracy in % by system and number of steps, mean over the teachers; what dev chooses is in bold."""
     found = [row for row in read("study_steps") if row["teacher"].startswith(prefix)]
     both = {(row["system"], int(row["steps"])) for row in found}
     tried = [f"{system}_{steps}" for system, steps in sorted(both, key=lambda x: (STUDY.index(x[0]), x[1]))]
@@ -895,6 +895,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "demo": demo,
     "study_claims": study_claims,
     "study": study,
+    "study_again": lambda: study(AGAIN),
+    "study_again_endpoints": lambda: study_endpoints("study_endpoints_E1B"),
     "study_natural_gate": lambda: study_gate(NATURAL),
     "study_several_gate": lambda: study_gate(SEVERAL),
     "study_several": lambda: study(SEVERAL),
