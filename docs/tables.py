@@ -838,9 +838,9 @@ def study_natural_curves() -> Table:
     return ("step", *(f"{SYSTEMS[system]}, {context}" for system, context in columns)), lines
 
 
-def study_steps(prefix: str = SEVERAL) -> Table:
+def study_steps() -> Table:
     """E2 on dev: accuracy in % by system and number of steps, mean over the teachers; what dev chooses is in bold."""
-    found = [row for row in read("study_steps") if row["teacher"].startswith(prefix)]
+    found = [row for row in read("study_steps") if row["teacher"].startswith(SEVERAL)]
     both = {(row["system"], int(row["steps"])) for row in found}
     tried = [f"{system}_{steps}" for system, steps in sorted(both, key=lambda x: (STUDY.index(x[0]), x[1]))]
     chosen = chosen_steps(found, tried)

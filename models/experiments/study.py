@@ -51,6 +51,7 @@ from models.experiments.study_settings import (
     SYSTEMS,
     StudySettings,
     chosen_teachers,
+    teacher_prefix,
 )
 from models.experiments.study_stages import make_stages, run_external_students
 from models.experiments.study_tables import (
@@ -204,14 +205,14 @@ def _save(
     if gate is not None and not arguments.fast_smoke:
         for folder in targets:
             now = gate["result"] | {"tasks": gate_tasks(asked)}  # the gate of an earlier version has no text effect
-            rows = gate_rows(settings, now, prefix=_prefix(experiment))
+            rows = gate_rows(settings, now, prefix=teacher_prefix(experiment))
             for line in replace_teacher(folder, rows):
                 console.print(f"- {folder}: {line}", highlight=False, soft_wrap=True)
         kept = in_study(gate["result"], settings)
         found = {s: [p for p in own if s.startswith("teacher") or p.task in kept] for s, own in found.items()}
         found = {system: own for system, own in found.items() if own}
-    _write_rows(settings, found, _prefix(experiment), targets, console)
-    tried = step_rows(settings, finished(settings, stages, root, part="dev"), prefix=_prefix(experiment))
+    _write_rows(settings, found, teacher_prefix(experiment), targets, console)
+    tried = step_rows(settings, finished(settings, stages, root, part="dev"), prefix=teacher_prefix(experiment))
     for folder in targets if tried else ():
         merge_rows(folder / "study_steps.csv", tried, columns=STEP_COLUMNS, keys=STEP_COLUMNS[:4])
 
@@ -228,11 +229,6 @@ def _write_rows(
         print_table(console, rows)
 
 
-def _prefix(experiment: str) -> str:
-    """Of the teachers' names in the tables: those of E1 have none."""
-    return "" if experiment == "E1" else f"{experiment}-"
-
-
 def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
     """P1 to P3 of all teachers whose predictions are kept, in words and as study_endpoints.csv. Dev and the probes have none,
     and other games neither: the protocol makes no claim about them."""
@@ -242,14 +238,14 @@ def _print_endpoints(arguments: Any, experiment: str, console: Console) -> None:
 
     pairs = AXES_PAIRS if experiment == "axes" else PAIRS
     for folder in (Path(arguments.out), *([RESULTS] if arguments.write else [])):
-        found = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment))
+        found = all_endpoints(folder / "study", pairs, prefix=teacher_prefix(experiment))
         if not found:
             continue
         name = f"study_endpoints{'' if experiment == 'E1' else '_' + experiment}.csv"
         atomic_write_text(folder / name, rows_csv([as_row(e) for e in found]))
         if experiment == "E3":  # its gate did not ask for a text effect
-            kept = followed_tasks(read_rows(folder / "study_gate.csv"), _prefix(experiment))
-            followed = all_endpoints(folder / "study", pairs, prefix=_prefix(experiment), kept=kept)
+            kept = followed_tasks(read_rows(folder / "study_gate.csv"), teacher_prefix(experiment))
+            followed = all_endpoints(folder / "study", pairs, prefix=teacher_prefix(experiment), kept=kept)
             atomic_write_text(folder / "study_followed.csv", rows_csv([as_row(e) for e in followed]))
         if folder == Path(arguments.out):
             for endpoint in found:

@@ -157,6 +157,11 @@ def step_systems(student_steps: int) -> Iterator[System]:
             yield dataclasses.replace(system, name=f"{system.name}_{steps}", words=(f"optim.steps={steps}",))
 
 
+def teacher_prefix(experiment: str) -> str:
+    """Begins the teachers' names in the tables: those of E1 have none."""
+    return "" if experiment == "E1" else f"{experiment}-"
+
+
 def chosen_teachers(experiment: str, folds: Sequence[int], teachers: int, *, smoke: bool, device: str) -> list[StudySettings]:
     """The settings of each teacher of an experiment: first one of each fold, then the second ones. E5 has only the first, and
     the probes one of each fold."""

@@ -46,6 +46,7 @@ from models.experiments.study_settings import (
     StudySettings,
     System,
     step_systems,
+    teacher_prefix,
     tried_systems,
 )
 from models.experiments.study_tables import chosen_steps, read_rows
@@ -477,7 +478,7 @@ def tuned_systems(chosen: Path) -> list[System]:
 def stepped_systems(settings: StudySettings, tried: Path, experiment: str) -> list[System]:
     """kd_steps and caad2_steps, with the steps that dev of the experiment has chosen; none until all its teachers were asked."""
     systems = list(step_systems(settings.student_steps))
-    rows = [row for row in read_rows(tried) if row["teacher"].startswith(f"{experiment}-")]
+    rows = [row for row in read_rows(tried) if row["teacher"].startswith(teacher_prefix(experiment))]
     best = chosen_steps(rows, [s.name for s in systems])
     return [dataclasses.replace(s, name=f"{s.name.split('_')[0]}_steps") for s in systems if s.name in best]
 

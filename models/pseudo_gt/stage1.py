@@ -184,14 +184,13 @@ def run_stage1(
         report.rejected = Counter(row["reason"] for row in rejects)
         report.seconds = time.monotonic() - started
         write_rejects(out, rejects)
-        if 1.0 - report.acceptance() > max_reject_fraction:
-            journal.complete()
-            raise Stage1Error(f"more than {max_reject_fraction:.0%} of the answers were rejected; {report.summary()}")
         rejected = {row["id"] for row in rejects}
         kept = [example for example in manifest if example.id not in rejected]
-        if not kept:  # a manifest without rows cannot be read again
+        too_many = 1.0 - report.acceptance() > max_reject_fraction
+        if too_many or not kept:  # a manifest without rows cannot be read again
             journal.complete()
-            raise Stage1Error(f"all answers were rejected; {report.summary()}")
+            share = f"more than {max_reject_fraction:.0%} of the" if too_many else "all"
+            raise Stage1Error(f"{share} answers were rejected; {report.summary()}")
         finished = [_rebase(example, prefix) for example in set_targets(kept, targets, target_source=source)]
         write_manifest(out, finished, header=_header(manifest, root, out, recipe, made_from, report))
         journal.discard()
