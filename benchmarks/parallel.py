@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
+import importlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -48,9 +50,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _rank(rank: int, args: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
+    # As models/training/distributed.py: imported later it holds the group to the end, and a thread of gloo may end the process.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=args.ranks)
     try:
         rows = [row for divergence in DIVERGENCES for row in compare_rows(args, divergence)] + compare_losses(args)
+        gc.collect()
+        dist.barrier()  # no thread of gloo frees tensors of the last exchange while the group ends
     finally:
         dist.destroy_process_group()
     if rank == 0:
